@@ -1,0 +1,203 @@
+"""What is checked of a call before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anymha.axes import Axes, check_broadcast, is_known, resolve_axes, show
+from anymha.config import AttentionConfig
+from anymha.dtypes import dtype_name, is_floating
+from anymha.errors import (
+    ArgumentError,
+    DtypeError,
+    MixedBackendsError,
+    ShapeError,
+    WeightsError,
+)
+from anymha.masks import check_boolean
+from anymha.ops import Array, Dim, Ops
+
+BOOLEAN = ("attention_mask", "query_mask", "value_mask", "key_mask", "mask")
+FLOATING = ("query", "key", "value", "attention_bias", "bias")
+
+
+def unpack_inputs(query: Any, value: Any, key: Any) -> tuple[Any, Any, Any]:
+    """Query, value and key, out of a list in the first place where there is one.
+
+    Raises:
+        ArgumentError: the list has not 1 to 3 members, or `value` or `key` is given beside it.
+    """
+    if isinstance(query, (list, tuple)):
+        if not 1 <= len(query) <= 3 or value is not None or key is not None:
+            raise ArgumentError(
+                "A list in the first place must be [query], [query, value] or "
+                "[query, value, key], with no `value` or `key` beside it. "
+                f"Received: {len(query)} members, value={_kind(value)}, key={_kind(key)}."
+            )
+        query, value, key = (*query, None, None)[:3]
+    value = query if value is None else value
+    return query, value, value if key is None else key
+
+
+def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
+    """Each array is of this framework, masks are boolean, the others floating.
+
+    Raises:
+        MixedBackendsError: an array of another framework.
+        ArgumentError: no array at all.
+        DtypeError: a wrong dtype.
+    """
+    for name, array in arrays.items():
+        if not ops.is_array(array):
+            foreign = hasattr(array, "shape") and hasattr(array, "dtype")
+            raise (MixedBackendsError if foreign else ArgumentError)(
+                f"`{name}` must be an array of {ops.name}, like the others of this call. "
+                f"Received: {_kind(array)}. Convert it first: one call takes arrays of one "
+                "framework."
+            )
+        if name in BOOLEAN:
+            check_boolean(array, name)
+        elif name in FLOATING and not is_floating(dtype_name(array.dtype)):
+            raise DtypeError(
+                f"`{name}` must be floating (float16, bfloat16, float32 or float64). Received: "
+                f"dtype {dtype_name(array.dtype)}, shape {show(array.shape)}. Cast it first."
+            )
+
+
+def check_inputs(
+    config: AttentionConfig, query: Array, value: Array, key: Array, widths: Sequence[int]
+) -> Axes:
+    """The axes of the inputs, once their shapes fit each other and the kernels.
+
+    Args:
+        config: The layer's options.
+        query: The query input.
+        value: The value input.
+        key: The key input.
+        widths: The widths D_q, D_v and D_k that the kernels have.
+
+    Raises:
+        ShapeError: ranks, batch axes, lengths or widths do not fit.
+    """
+    axes = resolve_axes(config.attention_axes, len(query.shape))
+    named = {"query": query, "value": value, "key": key}
+    for (name, array), width in zip(named.items(), widths, strict=True):
+        if len(array.shape) != len(query.shape):
+            raise ShapeError(
+                f"`{name}` must have as many axes as `query`. Received: shape "
+                f"{show(array.shape)}, and query of shape {show(query.shape)}."
+            )
+        if _differ(array.shape[-1], width):
+            raise ShapeError(
+                f"`{name}` must have {width} features in its last axis, as its kernel has. "
+                f"Received: shape {show(array.shape)}."
+            )
+        if any(_differ(array.shape[i], query.shape[i]) for i in axes.batch):
+            raise ShapeError(
+                f"`{name}` must have the query's length in each batch axis "
+                f"(axes {', '.join(map(str, axes.batch))}). Received: shape {show(array.shape)}, "
+                f"and query of shape {show(query.shape)}."
+            )
+    if any(_differ(key.shape[i], value.shape[i]) for i in axes.attention):
+        raise ShapeError(
+            "`key` and `value` must have the same length. Received: key of shape "
+            f"{show(key.shape)}, and value of shape {show(value.shape)}."
+        )
+    return axes
+
+
+def check_masks(
+    arrays: Mapping[str, Array],
+    batch: Sequence[Dim],
+    heads: int,
+    queries: Sequence[Dim],
+    keys: Sequence[Dim],
+) -> None:
+    """The masks and the bias fit (batch axes, heads, query axes, key axes).
+
+    Raises:
+        ShapeError: with the expected and the received shape.
+    """
+    if "attention_mask" in arrays:
+        mask = arrays["attention_mask"]
+        ranks = {
+            len(queries) + len(keys): (*queries, *keys),
+            len(batch) + len(queries) + len(keys): (*batch, *queries, *keys),
+            len(batch) + 1 + len(queries) + len(keys): (*batch, heads, *queries, *keys),
+        }
+        if len(mask.shape) not in ranks:
+            raise ShapeError(
+                f"`attention_mask` must have shape {', '.join(map(show, ranks.values()))} "
+                "(queries and keys; batch before them; heads between). "
+                f"Received: shape {show(mask.shape)}."
+            )
+        check_broadcast(mask, ranks[len(mask.shape)], "attention_mask")
+    for name, lengths in (("query_mask", queries), ("value_mask", keys), ("key_mask", keys)):
+        if name in arrays:
+            if len(arrays[name].shape) != len(batch) + len(lengths):
+                raise ShapeError(
+                    f"`{name}` must have shape {show((*batch, *lengths))}. "
+                    f"Received: shape {show(arrays[name].shape)}."
+                )
+            check_broadcast(arrays[name], (*batch, *lengths), name)
+    if "attention_bias" in arrays:
+        full = (*batch, heads, *queries, *keys)
+        check_broadcast(arrays["attention_bias"], full, "attention_bias")
+
+
+def check_offset(ops: Ops, offset: Any, batch: Dim) -> None:
+    """A query offset is an int, or an integer array of rank 0 or of shape (B,).
+
+    Raises:
+        ArgumentError: it is neither.
+        ShapeError: it has another shape.
+    """
+    if isinstance(offset, int) and not isinstance(offset, bool):
+        return
+    if not ops.is_array(offset) or "int" not in dtype_name(offset.dtype):
+        raise ArgumentError(
+            f"`query_offset` must be an int, or an integer array (B,) of {ops.name}. "
+            f"Received: {_kind(offset)}."
+        )
+    check_broadcast(offset, (batch,), "query_offset")
+
+
+def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any]) -> None:
+    """Weights have the names and the shapes that the config gives them; biases may be absent.
+
+    Raises:
+        WeightsError: a name is unknown or missing, or a shape is another.
+        MixedBackendsError: an array of another framework.
+    """
+    check_arrays(ops, weights)
+    kernels = [f"{name}.kernel" for name in ("query", "key", "value", "output")]
+    missing = [name for name in kernels if name not in weights]
+    if missing:
+        raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {_names(weights)}.")
+    widths = [weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
+    shapes = config.weight_shapes(*widths)
+    unknown = [name for name in weights if name not in shapes]
+    if unknown:
+        raise WeightsError(
+            f"The config has no weights of the names {', '.join(unknown)}. It has: "
+            f"{_names(shapes)}."
+        )
+    for name, array in weights.items():
+        if tuple(array.shape) != shapes[name]:
+            raise WeightsError(
+                f"`{name}` must have shape {shapes[name]}. Received: shape {show(array.shape)}."
+            )
+
+
+def _differ(length: Dim, other: Dim) -> bool:
+    return is_known(length) and is_known(other) and length != other
+
+
+def _names(weights: Mapping[str, Any]) -> str:
+    return ", ".join(weights) or "none"
+
+
+def _kind(value: Any) -> str:
+    """The type of a value, for an error message."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -1,0 +1,126 @@
+"""Dropout: which probabilities are kept, as a pure function of a seed and of positions.
+
+One counter-based generator in 32-bit integer arithmetic, so that every framework drops the same
+elements: eager or compiled, whatever the block size, the device or the sharding.
+
+The generator, with ``^`` exclusive or, ``*`` modulo 2^32, ``>>`` filling with zeros, and
+
+    mix(x) = x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
+
+for a 64-bit seed of words (lo, hi) and the element at (b, h, t, s):
+
+    a     = mix(mix(mix(mix(mix(lo + 0x9e3779b9) ^ hi) + b) + h) + t // 2)
+    c     = mix(mix(mix(mix(mix(hi + 0x85ebca6b) ^ lo) ^ b) ^ h) ^ t // 2)
+    word  = mix(mix(a + s) ^ c)
+    bits  = word mod 2^16 for even t, word // 2^16 for odd t
+    keep  = bits >= rate * 2^16
+
+References:
+    C. Wellons, "Prospecting for Hash Functions" (2018), for the constants of `mix` (lowbias32).
+    J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011), for the idea.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anymha.ops import Array, Dim, Ops
+
+STEPS = 1 << 16
+"""The rate of dropout is held as a multiple of 1/STEPS."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of one call.
+
+    Args:
+        threshold: The rate in units of 1/65536, at least 1.
+        seed: An int, or an array that the backend's `seed_words` takes.
+        native: Whether the framework's own generator decides.
+    """
+
+    threshold: int
+    seed: Any
+    native: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What kept values are multiplied with: the inverse of the keep probability, exactly."""
+        return STEPS / (STEPS - self.threshold)
+
+    def keep(self, ops: Ops, shape: Sequence[Dim], beside: Array) -> Array:
+        """Booleans (B, H, T, S), True where the element stays."""
+        if self.native:
+            return ops.native_keep_mask(self.seed, shape, 1.0 / self.factor, ops.device(beside))
+        return keep_mask(ops, self.seed, self.threshold, shape, device=ops.device(beside))
+
+
+def rate_threshold(rate: float) -> int:
+    """`rate`, in [0, 1), in units of 1/65536; a positive rate stays positive and below 1."""
+    return min(max(round(rate * STEPS), 1), STEPS - 1) if rate else 0
+
+
+def keep_mask(
+    ops: Ops, seed: Any, threshold: int, shape: Sequence[Dim], *, device: Any = None
+) -> Array:
+    """Booleans, True where the element at (b, h, t, s) is kept.
+
+    Args:
+        ops: The backend.
+        seed: An int of up to 64 bits, or an array that the backend's `seed_words` takes.
+        threshold: The share that is dropped, in units of 1/65536.
+        shape: (B, H, T, S).
+        device: Where the mask is made.
+
+    Returns:
+        (B, H, T, S) booleans.
+    """
+    batch, heads, queries, keys = shape
+    low, high = _seed_words(ops, seed, device)
+
+    def counter(count: Dim, axis: int) -> Array:
+        values = ops.arange(0, count, dtype=ops.int32, device=device)
+        return ops.reshape(values, tuple(-1 if i == axis else 1 for i in range(4)))
+
+    xor, pairs = ops.bitwise_xor, (queries + 1) // 2
+    first = _mix(ops, xor(_mix(ops, low + _signed(0x9E3779B9)), high))
+    second = _mix(ops, xor(_mix(ops, high + _signed(0x85EBCA6B)), low))
+    for axis, count in enumerate((batch, heads, pairs)):
+        place = counter(count, axis)
+        first, second = _mix(ops, first + place), _mix(ops, xor(second, place))
+    word = _mix(ops, first + counter(keys, 3))  # [B, H, ceil(T/2), S]
+    word = _mix(ops, xor(word, second))
+    even = ops.bitwise_and(word, 0xFFFF)
+    odd = ops.bitwise_and(ops.bitwise_right_shift(word, 16), 0xFFFF)
+    bits = ops.stack([even, odd], axis=3)  # [B, H, ceil(T/2), 2, S]
+    kept = ops.reshape(bits >= threshold, (batch, heads, pairs * 2, keys))
+    return kept[..., :queries, :]
+
+
+def _mix(ops: Ops, x: Array) -> Array:
+    """A bijection of the 32-bit integers in which each input bit changes half of the output's."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        # `>>` copies the sign in int32; the mask makes it fill with zeros.
+        shifted = ops.bitwise_and(ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
+        x = ops.bitwise_xor(x, shifted)
+        if factor is not None:
+            x = x * _signed(factor)
+    return x
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits of `word` as a two's complement integer."""
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _seed_words(ops: Ops, seed: Any, device: Any) -> tuple[Array, Array]:
+    """The low and high 32 bits of the seed, (1, 1, 1, 1) int32 each."""
+    if isinstance(seed, int):
+        words = [_signed(seed), _signed(seed >> 32)]
+        low, high = (ops.asarray([w], dtype=ops.int32, device=device) for w in words)
+    else:
+        low, high = ops.seed_words(seed)
+    return ops.reshape(low, (1, 1, 1, 1)), ops.reshape(high, (1, 1, 1, 1))

@@ -1,0 +1,47 @@
+"""Names of dtypes, and which dtype the layer computes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anymha.errors import ConfigError
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype of any framework: ``torch.float32`` gives ``"float32"``."""
+    if isinstance(dtype, str):
+        return dtype
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    return str(name).rpartition(".")[2]
+
+
+def checked_dtype_name(dtype: Any, argument: str) -> str:
+    """`dtype_name`, or a ConfigError where that is not a floating dtype of the layer."""
+    name = dtype_name(dtype)
+    if name not in FLOATING:
+        raise ConfigError(
+            f"`{argument}` must be one of {', '.join(FLOATING)}. Received: {dtype!r}."
+        )
+    return name
+
+
+def is_floating(name: str) -> bool:
+    """Whether a dtype of that name holds real numbers that the layer computes with."""
+    return name in FLOATING
+
+
+def accumulation_dtype(name: str) -> str:
+    """The dtype of sums and of the softmax: float64 for float64, else float32."""
+    return "float64" if name == "float64" else "float32"
+
+
+def output_dtype(weights: str, compute: str) -> str:
+    """The dtype of the layer's results: the narrower of the weights' and the computation's.
+
+    Float32 weights computed in bfloat16 give bfloat16 (mixed precision); computed in float64 they
+    give float32, rounded once (reproducible mode).
+    """
+    return compute if _BITS[compute] <= _BITS[weights] else weights

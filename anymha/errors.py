@@ -1,0 +1,43 @@
+"""Every error that anymha raises on bad input.
+
+Each is an `AnymhaError` and also the builtin exception that a user would expect there, so both
+``except AnymhaError`` and ``except ValueError`` work.
+"""
+
+from __future__ import annotations
+
+
+class AnymhaError(Exception):
+    """The base of all errors raised by anymha."""
+
+
+class ConfigError(AnymhaError, ValueError):
+    """An option of the layer has a value that it cannot have."""
+
+
+class ShapeError(AnymhaError, ValueError):
+    """An array does not have the shape that the call needs."""
+
+
+class DtypeError(AnymhaError, TypeError):
+    """An array does not have the dtype that the call needs."""
+
+
+class ArgumentError(AnymhaError, TypeError):
+    """An argument is missing, or is not of a kind that the call takes."""
+
+
+class MixedBackendsError(AnymhaError, TypeError):
+    """The arrays of one call come from more than one framework."""
+
+
+class UnknownBackendError(AnymhaError, ValueError):
+    """No backend has this name, or none handles this kind of array."""
+
+
+class BackendNotInstalledError(AnymhaError, ImportError):
+    """The backend exists, but its framework is not installed."""
+
+
+class WeightsError(AnymhaError, ValueError):
+    """Weights have names or shapes that do not fit the layer."""

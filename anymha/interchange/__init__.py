@@ -1,0 +1,1 @@
+"""Weights from one layer to another."""

@@ -1,0 +1,1 @@
+"""Proof that two implementations of the layer agree, and where they part if they do not."""

@@ -1,0 +1,126 @@
+"""An independent float64 oracle: the layer and its gradients, written out by hand.
+
+It shares no code with the layer: NumPy's einsum, one formula a line, no fast path. It is what
+every backend is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the oracle computed, all in float64.
+
+    Args:
+        output: (B, T, O).
+        scores: (B, H, T, S), the probabilities before dropout.
+        stages: Each stage by name, in order.
+        gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
+            and inputs.
+    """
+
+    output: np.ndarray
+    scores: np.ndarray
+    stages: Arrays
+    gradients: Arrays
+
+
+def attention_oracle(
+    weights: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    *,
+    scale: float,
+    allowed: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
+    d_output: np.ndarray | None = None,
+    d_scores: np.ndarray | None = None,
+) -> Truth:
+    """Multi-head attention of (B, T, D) inputs, and its gradients.
+
+    Args:
+        weights: Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O).
+        inputs: "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k).
+        scale: Factor of the logits.
+        allowed: Booleans that broadcast to (B, H, T, S), True = may attend.
+        bias: Added to the logits.
+        kept: What the probabilities are multiplied with by dropout, (B, H, T, S).
+        d_output: Cotangent of the output; default zero.
+        d_scores: Cotangent of the scores; default zero.
+    """
+    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+    x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
+    heads, shared = w["query.kernel"].shape[1], w["key.kernel"].shape[1]
+    reads = np.arange(heads) // (heads // shared)  # the key head that each query head reads
+
+    def projected(name: str) -> np.ndarray:
+        return np.einsum("btd,dhk->bhtk", x[name], w[f"{name}.kernel"]) + (
+            w[f"{name}.bias"][:, None, :] if f"{name}.bias" in w else 0.0
+        )
+
+    q, k, v = projected("query"), projected("key"), projected("value")
+    keys, values = k[:, reads], v[:, reads]
+    logits = scale * np.einsum("bhtk,bhsk->bhts", q, keys)
+    biased = logits if bias is None else logits + bias
+    masked = biased if allowed is None else np.where(allowed, biased, -np.inf)
+    scores = _softmax(masked)
+    kept = np.ones_like(scores) if kept is None else kept
+    dropped = scores * kept
+    context = np.einsum("bhts,bhsv->bthv", dropped, values)
+    output = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
+    stages = {
+        "query": q, "key": k, "value": v, "logits": logits, "masked_logits": masked,
+        "probabilities": scores, "dropped_probabilities": dropped, "context": context,
+        "output": output,
+    }  # fmt: skip
+
+    g_output = np.zeros_like(output) if d_output is None else np.asarray(d_output, np.float64)
+    g_scores = np.zeros_like(scores) if d_scores is None else np.asarray(d_scores, np.float64)
+    gradients = {
+        "output.kernel": np.einsum("bthv,bto->hvo", context, g_output),
+        "output.bias": g_output.sum((0, 1)),
+    }
+    g_context = np.einsum("bto,hvo->bhtv", g_output, w["output.kernel"])
+    g_values = np.einsum("bhts,bhtv->bhsv", dropped, g_context)
+    g_probs = np.einsum("bhtv,bhsv->bhts", g_context, values) * kept + g_scores
+    g_logits = scores * (g_probs - (scores * g_probs).sum(-1, keepdims=True))
+    if bias is not None:
+        gradients["attention_bias"] = _summed_to(g_logits, np.shape(bias))
+    g_queries = scale * np.einsum("bhts,bhsk->bhtk", g_logits, keys)
+    g_keys = scale * np.einsum("bhts,bhtk->bhsk", g_logits, q)
+    grouped = np.eye(shared)[reads]  # [H, K]
+    parts = {
+        "query": g_queries,
+        "key": np.einsum("bhsk,hg->bgsk", g_keys, grouped),
+        "value": np.einsum("bhsv,hg->bgsv", g_values, grouped),
+    }
+    for name, gradient in parts.items():
+        gradients[f"{name}.kernel"] = np.einsum("btd,bhtk->dhk", x[name], gradient)
+        gradients[f"{name}.bias"] = gradient.sum((0, 2))
+        gradients[name] = np.einsum("bhtk,dhk->btd", gradient, w[f"{name}.kernel"])
+    known = {*w, *x, "attention_bias"}
+    gradients = {name: value for name, value in gradients.items() if name in known}
+    return Truth(output, scores, stages, gradients)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis; a row of -inf gives zeros."""
+    empty = np.all(np.isneginf(logits), axis=-1, keepdims=True)
+    safe = np.where(empty, 0.0, logits)
+    weights = np.exp(safe - safe.max(-1, keepdims=True))
+    return np.where(empty, 0.0, weights / weights.sum(-1, keepdims=True))
+
+
+def _summed_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`array` summed over the axes along which something of that shape was broadcast."""
+    array = array.sum(tuple(range(array.ndim - len(shape))))
+    axes: Any = tuple(i for i, n in enumerate(shape) if n == 1 and array.shape[i] != 1)
+    return array.sum(axes, keepdims=True)

@@ -1,0 +1,159 @@
+"""Which backend an array or a name belongs to. No framework is imported before it is needed.
+
+Backends of others are found by the entry point group "anymha.backends": its name is the backend's,
+its value a package with a module `ops` and, if it has a native layer, a class
+`MultiHeadAttention`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from anymha.errors import (
+    ArgumentError,
+    BackendNotInstalledError,
+    MixedBackendsError,
+    UnknownBackendError,
+)
+
+ENTRY_POINTS = "anymha.backends"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend by name.
+
+    Args:
+        name: Its name, as in ``backend="torch"``.
+        package: The package that holds its `ops` and its layer.
+        framework: The top-level module of the framework.
+        array_modules: Top-level modules in which the framework's array types are defined.
+    """
+
+    name: str
+    package: str
+    framework: str
+    array_modules: tuple[str, ...]
+
+    @property
+    def installed(self) -> bool:
+        """Whether the framework can be imported, without importing it."""
+        return importlib.util.find_spec(self.framework) is not None
+
+    @property
+    def ops(self) -> Any:
+        """The module of its functions.
+
+        Raises:
+            BackendNotInstalledError: the framework is not installed.
+        """
+        return self._module("ops")
+
+    @property
+    def layer(self) -> Any:
+        """Its native layer class.
+
+        Raises:
+            BackendNotInstalledError: the framework is not installed.
+            UnknownBackendError: the backend has functions only.
+        """
+        package = self._module()
+        if not hasattr(package, "MultiHeadAttention"):
+            raise UnknownBackendError(
+                f"The backend {self.name!r} has no native layer, only functions. "
+                "Call `anymha.multi_head_attention` with its arrays."
+            )
+        return package.MultiHeadAttention
+
+    def _module(self, name: str = "") -> ModuleType:
+        if not self.installed:
+            raise BackendNotInstalledError(
+                f"The backend {self.name!r} needs {self.framework}, which is not installed. "
+                f"Install it with: pip install 'anymha[{self.name}]'."
+            )
+        return importlib.import_module(f"{self.package}.{name}" if name else self.package)
+
+
+BUILT_IN = (
+    Backend("numpy", "anymha_numpy", "numpy", ("numpy",)),
+    Backend("torch", "anymha_torch", "torch", ("torch",)),
+    Backend("tensorflow", "anymha_tensorflow", "tensorflow", ("tensorflow",)),
+    Backend("jax", "anymha_jax", "jax", ("jax", "jaxlib")),
+)
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """All backends by name: the built-in ones, and others found by entry point."""
+    found = {backend.name: backend for backend in BUILT_IN}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if point.name not in found:
+            ops = importlib.import_module(f"{point.value}.ops")
+            framework = getattr(ops, "framework", point.value)
+            found[point.name] = Backend(point.name, point.value, framework, ops.array_modules)
+    return found
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UnknownBackendError: there is none; the message has the names that there are.
+    """
+    known = {backend.name: backend for backend in BUILT_IN}
+    if name not in known:
+        known = backends()  # asks others only where it must
+    if name not in known:
+        raise UnknownBackendError(
+            f"`backend` must be one of {', '.join(map(repr, known))}. Received: {name!r}."
+        )
+    return known[name]
+
+
+def backend_of(array: Any) -> Backend:
+    """The backend of an array, by its type.
+
+    Raises:
+        ArgumentError: no backend handles this type.
+    """
+    return _backend_of_type(type(array))
+
+
+@cache
+def _backend_of_type(kind: type) -> Backend:
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    for candidates in (BUILT_IN, backends().values()):
+        for root in roots:
+            for backend in candidates:
+                if root in backend.array_modules:
+                    return backend
+    raise ArgumentError(
+        f"Expected an array of {', '.join(backends())}. Received: "
+        f"{kind.__module__}.{kind.__qualname__}."
+    )
+
+
+def common_ops(arrays: Iterable[tuple[str, Any]]) -> Any:
+    """The functions of the one backend to which all the named arrays belong.
+
+    Raises:
+        MixedBackendsError: they belong to several.
+        ArgumentError: one belongs to none.
+    """
+    found: dict[str, Backend] = {}
+    for name, array in arrays:
+        found[name] = backend_of(array)
+    if len({backend.name for backend in found.values()}) != 1:
+        listed = ", ".join(f"`{name}` of {backend.name}" for name, backend in found.items())
+        raise MixedBackendsError(
+            f"The arrays of one call must be of one framework. Received: {listed}. Convert them "
+            "first."
+        )
+    return next(iter(found.values())).ops

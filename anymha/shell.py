@@ -1,0 +1,133 @@
+"""What the native layers share: the constructor's options, the call's, and the first weights."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypedDict, TypeVar
+
+import numpy as np
+
+from anymha.checks import unpack_inputs
+from anymha.config import AttentionConfig
+from anymha.errors import ArgumentError, WeightsError
+from anymha.initializers import initial_weights
+from anymha.layer import multi_head_attention
+from anymha.ops import Array
+
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of a layer's call; `anymha.layer.multi_head_attention` explains them."""
+
+    attention_mask: Array | None
+    attention_bias: Array | None
+    query_mask: Array | None
+    value_mask: Array | None
+    key_mask: Array | None
+    return_attention_scores: bool
+    training: bool | None
+    use_causal_mask: bool
+    query_offset: Any
+    seed: Any
+
+
+def takes_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Give a constructor ``__init__(self, config, ...)`` the arguments of `AttentionConfig`.
+
+    Keyword arguments that the constructor itself has beside `config`, as torch's `device`, stay
+    its own.
+    """
+    itself, _, *own = inspect.signature(init).parameters.values()
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **options: Any) -> None:
+        extra = {p.name: options.pop(p.name) for p in own if p.name in options}
+        init(self, AttentionConfig(*args, **options), **extra)
+
+    options = inspect.signature(AttentionConfig).parameters.values()
+    wrapper.__signature__ = inspect.Signature([itself, *options, *own])  # pyright: ignore
+    return wrapper
+
+
+def takes_call(function: F) -> F:
+    """Show the arguments of a layer's call, one by one, as the signature of ``(self, **call)``."""
+    itself, *_ = inspect.signature(function).parameters.values()
+    _, _, _, *call = inspect.signature(multi_head_attention).parameters.values()
+    shown = [p for p in call if p.name != "observe"]
+    function.__signature__ = inspect.Signature([itself, *shown])  # pyright: ignore
+    return function
+
+
+def first_weights(
+    config: AttentionConfig,
+    widths: tuple[int, int, int] | None,
+    draw_seed: Callable[[], Any],
+) -> dict[str, np.ndarray]:
+    """The initial values of a layer's weights, float64, by canonical name.
+
+    Args:
+        config: The layer's options.
+        widths: Widths of query, value and key; default those of the config.
+        draw_seed: Gives the seed where the config has none.
+    """
+    seed = int(draw_seed()) if config.seed is None else config.seed
+    return initial_weights(config, config.weight_shapes(*(widths or ())), seed)
+
+
+def input_widths(query: Any, value: Any, key: Any) -> tuple[int, int, int]:
+    """The widths of query, value and key as a layer's call has them.
+
+    Raises:
+        ArgumentError: one of them is no array, or its width is not known yet.
+    """
+    widths = []
+    for array in unpack_inputs(query, value, key):
+        width = array.shape[-1] if getattr(array, "shape", None) else None
+        if width is None:
+            raise ArgumentError(
+                "The first call makes the weights and needs arrays of known width. Received: "
+                f"{type(array).__name__}. Pass `query_features` to the constructor instead."
+            )
+        widths.append(int(width))
+    return tuple(widths)
+
+
+def checked_values(
+    weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """`weights` as NumPy arrays, if they have exactly these names and shapes.
+
+    Raises:
+        WeightsError: a name is missing or unknown, or a shape is another; nothing is changed.
+    """
+    missing = [name for name in shapes if name not in weights]
+    unknown = [name for name in weights if name not in shapes]
+    if missing or unknown:
+        raise WeightsError(
+            f"Weights must have the names {', '.join(shapes)}. Missing: "
+            f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+        )
+    values = {name: np.asarray(weights[name]) for name in shapes}
+    for name, value in values.items():
+        if value.shape != tuple(shapes[name]):
+            raise WeightsError(
+                f"`{name}` must have shape {tuple(shapes[name])}. Received: shape {value.shape}."
+            )
+    return values
+
+
+def widths_of(weights: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The widths of query, value and key that canonical weights have.
+
+    Raises:
+        WeightsError: a kernel is missing.
+    """
+    names = ("query.kernel", "value.kernel", "key.kernel")
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {', '.join(weights)}.")
+    return tuple(int(weights[name].shape[0]) for name in names)

@@ -1,0 +1,5 @@
+"""anymha for JAX."""
+
+from anymha_jax.module import MultiHeadAttention
+
+__all__ = ["MultiHeadAttention"]

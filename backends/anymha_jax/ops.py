@@ -1,0 +1,144 @@
+"""The ops of JAX."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.numpy import (
+    bitwise_and,
+    bitwise_xor,
+    broadcast_to,
+    exp,
+    float32,
+    float64,
+    int32,
+    logical_and,
+    matmul,
+    max,
+    permute_dims,
+    reshape,
+    stack,
+    sum,
+    tanh,
+    tensordot,
+    where,
+)
+from jax.numpy import right_shift as bitwise_right_shift
+
+from anymha.errors import ArgumentError
+
+bool = jnp.bool
+name = "jax"
+
+__all__ = [
+    "arange", "asarray", "astype", "bitwise_and", "bitwise_right_shift", "bitwise_xor", "bool",
+    "broadcast_to", "device", "draw_seed", "dtype", "exp", "float32", "float64", "from_numpy", "in_float64",
+    "int32", "is_array", "logical_and", "matmul", "max", "name", "native_keep_mask",
+    "permute_dims", "reshape", "seed_words", "shape", "stack", "stop_gradient", "sum", "tanh",
+    "tensordot", "to_numpy", "vjp", "where",
+]  # fmt: skip
+
+
+def asarray(obj, /, *, dtype=None, device=None):
+    return jnp.asarray(obj, dtype=dtype, device=device)
+
+
+def astype(x, dtype, /):
+    return x.astype(dtype)
+
+
+def arange(start, /, stop, *, dtype, device=None):
+    return jnp.arange(start, stop, dtype=dtype)
+
+
+def is_array(x, /):
+    return isinstance(x, jax.Array)
+
+
+def shape(x, /):
+    return x.shape
+
+
+def device(x, /):
+    return None
+
+
+def dtype(name, /):
+    return jnp.dtype(name)
+
+
+def to_numpy(x, /):
+    return np.asarray(x)
+
+
+def from_numpy(x, /):
+    with jax.enable_x64(x.dtype == np.float64 or jax.config.jax_enable_x64):
+        return jnp.asarray(x)
+
+
+def stop_gradient(x, /):
+    return jax.lax.stop_gradient(x)
+
+
+def in_float64(function, arrays, /):
+    """`function` in a float32 program, with float64 inside, forward and backward.
+
+    The products that JAX itself makes in differentiation would fall back to float32 outside of
+    the context; so the backward pass enters it again and differentiates there.
+    """
+    with jax.enable_x64(True):
+        return _differentiable_in_float64(function, arrays)
+
+
+def _differentiable_in_float64(function, arrays):
+    real = {n: a for n, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    other = {n: a for n, a in arrays.items() if n not in real}
+
+    @jax.custom_vjp
+    def run(real, other):
+        with jax.enable_x64(True):
+            return function({**real, **other})
+
+    def forward(real, other):
+        return run(real, other), (real, other)
+
+    def backward(saved, cotangent):
+        real, other = saved
+        with jax.enable_x64(True):
+            _, pullback = jax.vjp(lambda real: function({**real, **other}), real)
+            return *pullback(cotangent), None
+
+    run.defvjp(forward, backward)
+    return run(real, other)
+
+
+def seed_words(seed, /):
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.key_data(seed)
+    if seed.ndim:  # the words of a key, the high one first
+        words = jax.lax.bitcast_convert_type(seed, int32)
+        return words[..., -1], words[..., 0]
+    if seed.dtype.itemsize == 8:
+        words = jax.lax.bitcast_convert_type(seed, int32)
+        return words[0], words[1]
+    high = seed.astype(int32) >> 31 if jnp.issubdtype(seed.dtype, jnp.signedinteger) else 0
+    return seed.astype(int32), jnp.asarray(high, int32)
+
+
+def draw_seed():
+    raise ArgumentError(
+        "`seed` is needed for dropout in training: JAX has no generator of its own. "
+        "Received: None. Pass an int or a key, e.g. seed=jax.random.key(0)."
+    )
+
+
+def native_keep_mask(seed, shape, keep, device, /):
+    if not (is_array(seed) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)):
+        seed = jax.random.key(seed)
+    return jax.random.bernoulli(seed, keep, shape)
+
+
+def vjp(function, arrays, cotangents, /):
+    outputs, pullback = jax.vjp(function, dict(arrays))
+    return outputs, pullback(cotangents)[0]

@@ -1,0 +1,5 @@
+"""anymha for NumPy."""
+
+from anymha_numpy.module import MultiHeadAttention
+
+__all__ = ["MultiHeadAttention"]

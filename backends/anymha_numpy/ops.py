@@ -1,0 +1,96 @@
+"""The ops of NumPy, the reference backend.
+
+Half precision never reaches these functions: the core computes it in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import (
+    arange,
+    asarray,
+    bitwise_and,
+    bitwise_right_shift,
+    bitwise_xor,
+    broadcast_to,
+    exp,
+    float32,
+    float64,
+    int32,
+    logical_and,
+    matmul,
+    max,
+    permute_dims,
+    reshape,
+    stack,
+    sum,
+    tanh,
+    tensordot,
+    where,
+)
+
+bool = np.bool
+name = "numpy"
+
+__all__ = [
+    "arange", "asarray", "astype", "bitwise_and", "bitwise_right_shift", "bitwise_xor", "bool",
+    "broadcast_to", "device", "draw_seed", "dtype", "exp", "float32", "float64", "from_numpy", "in_float64",
+    "int32", "is_array", "logical_and", "matmul", "max", "name", "native_keep_mask",
+    "permute_dims", "reshape", "seed_words", "shape", "stack", "stop_gradient", "sum", "tanh",
+    "tensordot", "to_numpy", "where",
+]  # fmt: skip
+
+
+def astype(x, dtype, /):
+    return x.astype(dtype, copy=False)
+
+
+def is_array(x, /):
+    return isinstance(x, (np.ndarray, np.generic))
+
+
+def shape(x, /):
+    return x.shape
+
+
+def device(x, /):
+    return None
+
+
+def dtype(name, /):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def to_numpy(x, /):
+    return np.asarray(x)
+
+
+def from_numpy(x, /):
+    return np.asarray(x)
+
+
+def stop_gradient(x, /):
+    return x
+
+
+def in_float64(function, arrays, /):
+    return function(arrays)
+
+
+def seed_words(seed, /):
+    seed = int(seed)
+    return tuple(
+        np.asarray([word % 2**32], dtype=np.uint32).view(np.int32) for word in (seed, seed >> 32)
+    )
+
+
+def draw_seed():
+    return int(np.random.randint(0, 2**31))
+
+
+def native_keep_mask(seed, shape, keep, device, /):
+    return np.random.default_rng(int(seed) % 2**64).random(shape, dtype=np.float32) < keep

@@ -1,0 +1,101 @@
+"""The layer for TensorFlow: a `tf.Module` that holds the variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import numpy as np
+import tensorflow as tf
+
+from anymha.config import PROJECTIONS, AttentionConfig
+from anymha.layer import multi_head_attention
+from anymha.shell import (
+    CallOptions,
+    checked_values,
+    first_weights,
+    input_widths,
+    takes_call,
+    takes_options,
+    widths_of,
+)
+from anymha_tensorflow import ops
+
+
+class _Projection(tf.Module):
+    """Holds one kernel and, maybe, one bias, so that they get their canonical names."""
+
+    kernel: tf.Variable | None = None
+    bias: tf.Variable | None = None
+
+
+class MultiHeadAttention(tf.Module):
+    """Multi-head attention as a `tf.Module`.
+
+    The constructor takes the options of `anymha.AttentionConfig`, the call the arguments of
+    `anymha.layer.multi_head_attention`. Without `query_features` the variables are made at the
+    first call.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from anymha_tensorflow import MultiHeadAttention
+        >>> layer = MultiHeadAttention(num_heads=2, key_dim=4, query_features=8, seed=0)
+        >>> tuple(layer(tf.ones((1, 3, 8))).shape)
+        (1, 3, 8)
+    """
+
+    @takes_options
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(name=config.name)
+        self.config = config
+        self.query, self.key, self.value, self.output = (_Projection(n) for n in PROJECTIONS)
+        if config.query_features is not None:
+            self._build(None)
+
+    @property
+    def built(self) -> bool:
+        """Whether the weights exist."""
+        return self.query.kernel is not None
+
+    def _build(self, widths: tuple[int, int, int] | None) -> None:
+        with tf.init_scope():  # also at a first call inside tf.function
+            self._hold(first_weights(self.config, widths, ops.draw_seed))
+
+    def _hold(self, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            projection, _, part = name.partition(".")
+            tensor = value.astype(ops.dtype(self.config.dtype).as_numpy_dtype)
+            setattr(getattr(self, projection), part, tf.Variable(tensor, name=part))
+
+    @takes_call
+    def __call__(
+        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+    ) -> Any:
+        if not self.built:
+            self._build(input_widths(query, value, key))
+        weights = self.canonical_weights()
+        return multi_head_attention(ops, self.config, weights, query, value, key, **call)
+
+    def canonical_weights(self) -> dict[str, tf.Variable]:
+        """The variables by canonical name."""
+        named = {
+            f"{name}.{part}": getattr(getattr(self, name), part)
+            for name in PROJECTIONS
+            for part in ("kernel", "bias")
+        }
+        return {name: variable for name, variable in named.items() if variable is not None}
+
+    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
+        """This layer, now with these weights, in its own dtype.
+
+        Raises:
+            WeightsError: names or shapes do not fit; the layer is left as it was.
+        """
+        values = checked_values(weights, self.config.weight_shapes(*widths_of(weights)))
+        mine = self.canonical_weights()
+        for name, value in values.items():
+            if name in mine and mine[name].shape == value.shape:
+                mine[name].assign(value.astype(mine[name].dtype.as_numpy_dtype))
+            else:
+                self._hold({name: value})
+        return self

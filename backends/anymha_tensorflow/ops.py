@@ -1,0 +1,134 @@
+"""The ops of TensorFlow, by `tf` functions alone: importing Keras would fix its global backend."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow import bool, broadcast_to, exp, float32, float64, int32, reshape, tanh
+
+name = "tensorflow"
+
+__all__ = [
+    "arange", "asarray", "astype", "bitwise_and", "bitwise_right_shift", "bitwise_xor", "bool",
+    "broadcast_to", "device", "draw_seed", "dtype", "exp", "float32", "float64", "from_numpy", "in_float64",
+    "int32", "is_array", "logical_and", "matmul", "max", "name", "native_keep_mask",
+    "permute_dims", "reshape", "seed_words", "shape", "stack", "stop_gradient", "sum", "tanh",
+    "tensordot", "to_numpy", "vjp", "where",
+]  # fmt: skip
+
+
+def asarray(obj, /, *, dtype=None, device=None):
+    return tf.convert_to_tensor(obj, dtype=dtype)
+
+
+def astype(x, dtype, /):
+    return tf.cast(x, dtype)
+
+
+def arange(start, /, stop, *, dtype, device=None):
+    return tf.range(start, stop, dtype=dtype)
+
+
+def permute_dims(x, /, axes):
+    return tf.transpose(x, axes)
+
+
+def stack(arrays, /, *, axis=0):
+    return tf.stack(arrays, axis=axis)
+
+
+def matmul(x1, x2, /):
+    return tf.matmul(x1, x2)
+
+
+def tensordot(x1, x2, /, *, axes):
+    return tf.tensordot(x1, x2, axes=axes)
+
+
+def where(condition, x1, x2, /):
+    like = x1 if tf.is_tensor(x1) else x2
+    return tf.where(condition, tf.cast(x1, like.dtype), tf.cast(x2, like.dtype))
+
+
+def max(x, /, *, axis, keepdims):
+    return tf.reduce_max(x, axis=axis, keepdims=keepdims)
+
+
+def sum(x, /, *, axis, keepdims):
+    return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
+
+
+def logical_and(x1, x2, /):
+    return tf.logical_and(x1, x2)
+
+
+def bitwise_and(x1, x2, /):
+    return tf.bitwise.bitwise_and(x1, x2)
+
+
+def bitwise_xor(x1, x2, /):
+    return tf.bitwise.bitwise_xor(x1, x2)
+
+
+def bitwise_right_shift(x1, x2, /):
+    return tf.bitwise.right_shift(x1, x2)
+
+
+def is_array(x, /):
+    return tf.is_tensor(x)
+
+
+def shape(x, /):
+    known = x.shape
+    if known.is_fully_defined():
+        return tuple(known)
+    sizes = tf.shape(x)
+    return tuple(sizes[i] if size is None else size for i, size in enumerate(known))
+
+
+def device(x, /):
+    return None
+
+
+def dtype(name, /):
+    return getattr(tf, name)
+
+
+def to_numpy(x, /):
+    return x.numpy()
+
+
+def from_numpy(x, /):
+    return tf.convert_to_tensor(x)
+
+
+def stop_gradient(x, /):
+    return tf.stop_gradient(x)
+
+
+def in_float64(function, arrays, /):
+    return function(arrays)
+
+
+def seed_words(seed, /):
+    wide = tf.cast(seed, tf.int64)
+    return tuple(
+        tf.bitcast(tf.cast(tf.bitwise.bitwise_and(word, 0xFFFFFFFF), tf.uint32), tf.int32)
+        for word in (wide, tf.bitwise.right_shift(wide, tf.constant(32, tf.int64)))
+    )
+
+
+def draw_seed():
+    return tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32)
+
+
+def native_keep_mask(seed, shape, keep, device, /):
+    low, high = seed_words(seed)
+    return tf.random.stateless_uniform(shape, tf.stack([low, high])) < keep
+
+
+def vjp(function, arrays, cotangents, /):
+    arrays = dict(arrays)
+    with tf.GradientTape() as tape:
+        tape.watch(list(arrays.values()))
+        outputs = function(arrays)
+    return outputs, tape.gradient(outputs, arrays, output_gradients=cotangents)

@@ -1,0 +1,135 @@
+"""The ops of PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import (
+    bitwise_and,
+    bitwise_right_shift,
+    bitwise_xor,
+    broadcast_to,
+    exp,
+    float32,
+    float64,
+    int32,
+    logical_and,
+    matmul,
+    reshape,
+    tanh,
+    where,
+)
+
+bool = torch.bool
+name = "torch"
+
+__all__ = [
+    "arange", "asarray", "astype", "bitwise_and", "bitwise_right_shift", "bitwise_xor", "bool",
+    "broadcast_to", "device", "draw_seed", "dtype", "exp", "float32", "float64", "from_numpy", "in_float64",
+    "int32", "is_array", "logical_and", "matmul", "max", "name", "native_keep_mask",
+    "permute_dims", "reshape", "seed_words", "shape", "stack", "stop_gradient", "sum", "tanh",
+    "tensordot", "to_numpy", "vjp", "where",
+]  # fmt: skip
+
+
+def asarray(obj, /, *, dtype=None, device=None):
+    return torch.as_tensor(obj, dtype=dtype, device=device)
+
+
+def astype(x, dtype, /):
+    return x.to(dtype)
+
+
+def arange(start, /, stop, *, dtype, device=None):
+    return torch.arange(start, stop, dtype=dtype, device=device)
+
+
+def permute_dims(x, /, axes):
+    return torch.permute(x, axes)
+
+
+def stack(arrays, /, *, axis=0):
+    return torch.stack(arrays, dim=axis)
+
+
+def tensordot(x1, x2, /, *, axes):
+    return torch.tensordot(x1, x2, dims=axes)
+
+
+def max(x, /, *, axis, keepdims):
+    return torch.amax(x, dim=axis, keepdim=keepdims)
+
+
+def sum(x, /, *, axis, keepdims):
+    return torch.sum(x, dim=axis, keepdim=keepdims)
+
+
+def is_array(x, /):
+    return isinstance(x, torch.Tensor)
+
+
+def shape(x, /):
+    return tuple(x.shape)
+
+
+def device(x, /):
+    return x.device
+
+
+def dtype(name, /):
+    return getattr(torch, name)
+
+
+def to_numpy(x, /):
+    x = x.detach().cpu().resolve_conj().resolve_neg()
+    if x.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+def from_numpy(x, /):
+    """A tensor with the values of a NumPy array, bfloat16 included."""
+    x = np.array(x, order="C")
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def stop_gradient(x, /):
+    return x.detach()
+
+
+def in_float64(function, arrays, /):
+    return function(arrays)
+
+
+def seed_words(seed, /):
+    wide = seed.to(torch.int64)
+    return wrap_int32(wide), wrap_int32(wide >> 32)
+
+
+def wrap_int32(x):
+    """The low 32 bits of int64 values as int32, which a plain cast does not promise."""
+    return (((x + 2**31) & 0xFFFFFFFF) - 2**31).to(torch.int32)
+
+
+def draw_seed():
+    return torch.randint(2**31, (), dtype=torch.int64)
+
+
+def native_keep_mask(seed, shape, keep, device, /):
+    generator = torch.Generator(device=device).manual_seed(int(seed) % 2**63)
+    return torch.rand(shape, generator=generator, device=device) < keep
+
+
+def vjp(function, arrays, cotangents, /):
+    leaves = {name: array.detach().requires_grad_() for name, array in arrays.items()}
+    outputs = function(leaves)
+    pulled = torch.autograd.grad(_as_tuple(outputs), list(leaves.values()), _as_tuple(cotangents))
+    return outputs, dict(zip(leaves, pulled, strict=True))
+
+
+def _as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
