@@ -1,6 +1,7 @@
 """Scaled dot-product attention, written once for every framework.
 
-    scores = softmax(mask(softcap(scale * query . key) + bias))      context = dropout(scores) . value
+    scores  = softmax(mask(softcap(scale * query . key) + bias))
+    context = dropout(scores) . value
 
 References:
     A. Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
@@ -38,8 +39,8 @@ class AttentionCall:
     """
 
     scale: float
-    softcap: float | None = None
-    visibility: Visibility = Visibility()
+    softcap: float | None
+    visibility: Visibility
     dropout: Dropout | None = None
 
 

@@ -107,7 +107,7 @@ def dot_product_attention(
 def _attend(ops: Ops, options: AttentionCall, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
     dtype = arrays["query"].dtype
     working = ops.dtype(accumulation_dtype(dtype_name(dtype)))
-    batch, queries, _, _ = ops.shape(arrays["query"])
+    queries = ops.shape(arrays["query"])[1]
     keys = ops.shape(arrays["key"])[1]
     q, k, v = (ops.astype(arrays[name], working) for name in ("query", "key", "value"))
     rows = columns = None

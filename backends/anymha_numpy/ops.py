@@ -32,14 +32,6 @@ from numpy import (
 bool = np.bool
 name = "numpy"
 
-__all__ = [
-    "arange", "asarray", "astype", "bitwise_and", "bitwise_right_shift", "bitwise_xor", "bool",
-    "broadcast_to", "device", "draw_seed", "dtype", "exp", "float32", "float64", "from_numpy", "in_float64",
-    "int32", "is_array", "logical_and", "matmul", "max", "name", "native_keep_mask",
-    "permute_dims", "reshape", "seed_words", "shape", "stack", "stop_gradient", "sum", "tanh",
-    "tensordot", "to_numpy", "where",
-]  # fmt: skip
-
 
 def astype(x, dtype, /):
     return x.astype(dtype, copy=False)

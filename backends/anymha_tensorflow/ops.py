@@ -7,14 +7,6 @@ from tensorflow import bool, broadcast_to, exp, float32, float64, int32, reshape
 
 name = "tensorflow"
 
-__all__ = [
-    "arange", "asarray", "astype", "bitwise_and", "bitwise_right_shift", "bitwise_xor", "bool",
-    "broadcast_to", "device", "draw_seed", "dtype", "exp", "float32", "float64", "from_numpy", "in_float64",
-    "int32", "is_array", "logical_and", "matmul", "max", "name", "native_keep_mask",
-    "permute_dims", "reshape", "seed_words", "shape", "stack", "stop_gradient", "sum", "tanh",
-    "tensordot", "to_numpy", "vjp", "where",
-]  # fmt: skip
-
 
 def asarray(obj, /, *, dtype=None, device=None):
     return tf.convert_to_tensor(obj, dtype=dtype)
