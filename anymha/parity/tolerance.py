@@ -1,0 +1,58 @@
+"""How far a correct result may be from the exact one: the one table of tolerances.
+
+Everything that compares numbers asks here, so that no comparison is loosened on its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+
+from anymha.dtypes import accumulation_dtype
+
+SUMS = 2.0
+"""Greatest error of the layer's chain of sums, in units of ``eps * sqrt(length) * magnitude``.
+
+Each rounding is off by at most eps / 2, and those of one sum wander off like a random walk: by
+about ``eps / 2 * sqrt(length)`` times the size of a typical term. A gradient comes through eight
+sums (four projections and two products forward, as much back), whose errors are independent: a
+factor of sqrt(8). The worst of many elements lies five such deviations out, and a typical one is
+a fourth of the greatest magnitude: ``1/2 * sqrt(8) * 5 / 4`` is just under 2.
+"""
+
+
+def tolerance(dtype_name: str, reduction_length: int, magnitude: float) -> float:
+    """The greatest absolute error that rounding explains.
+
+        magnitude * (eps(dtype) / 2 + SUMS * eps(accumulation dtype) * sqrt(reduction_length))
+
+    The first term is the one rounding of the exact result to its dtype. The second is what the
+    sums on the way to it lose; they run in float64 for float64 and in float32 for everything else,
+    so half precision pays little for them.
+
+    Args:
+        dtype_name: Dtype of the result: "float16", "bfloat16", "float32" or "float64".
+        reduction_length: The longest sum on the way: features, keys, or positions of a batch.
+        magnitude: The greatest absolute value of the exact result, or of the stage it is made of
+            where terms cancel.
+
+    Returns:
+        The tolerance, in the units of the result.
+
+    Example:
+        >>> tolerance("float32", 64, 1.0) < 2e-6 < tolerance("bfloat16", 64, 1.0)
+        True
+
+    References:
+        N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis" (2019), for
+        the square root.
+    """
+    rounded = _eps(dtype_name) / 2
+    summed = SUMS * _eps(accumulation_dtype(dtype_name)) * math.sqrt(reduction_length)
+    return magnitude * (rounded + summed)
+
+
+def _eps(dtype_name: str) -> float:
+    """The distance from 1 to the next number."""
+    return float(ml_dtypes.finfo(dtype_name).eps)
