@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import operator
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from anymha.dtypes import checked_dtype_name
 from anymha.errors import ConfigError
+from anymha.options import (
+    PROJECTIONS,
+    checked_axes,
+    checked_biases,
+    checked_choice,
+    checked_rate,
+    checked_scale,
+    checked_seed,
+    checked_shape,
+    checked_size,
+)
 
-PROJECTIONS = ("query", "key", "value", "output")
 DROPOUT_RNGS = ("portable", "native")
 
 
@@ -88,20 +96,20 @@ class AttentionConfig:
             object.__setattr__(self, name, value)
 
         for name in ("num_heads", "key_dim"):
-            store(name, _size(getattr(self, name), name))
-        store("value_dim", _size(_default(self.value_dim, self.key_dim), "value_dim"))
-        store(
-            "num_key_value_heads",
-            _size(_default(self.num_key_value_heads, self.num_heads), "num_key_value_heads"),
-        )
+            store(name, checked_size(getattr(self, name), name))
+        store("value_dim", checked_size(_or(self.value_dim, self.key_dim), "value_dim"))
+        groups = _or(self.num_key_value_heads, self.num_heads)
+        store("num_key_value_heads", checked_size(groups, "num_key_value_heads"))
         for name in ("query_features", "value_features", "key_features", "sliding_window"):
             if getattr(self, name) is not None:
-                store(name, _size(getattr(self, name), name))
-        store("output_shape", _sizes(self.output_shape, "output_shape"))
-        store("attention_axes", _axes(self.attention_axes))
-        store("use_bias", _biased(self.use_bias))
-        store("dropout", _rate(self.dropout))
-        store("scale", _scale(self.scale))
+                store(name, checked_size(getattr(self, name), name))
+        store("output_shape", checked_shape(self.output_shape, "output_shape"))
+        store("attention_axes", checked_axes(self.attention_axes, "attention_axes"))
+        store("use_bias", checked_biases(self.use_bias, "use_bias"))
+        store("dropout", checked_rate(self.dropout, "dropout"))
+        store("dropout_rng", checked_choice(self.dropout_rng, DROPOUT_RNGS, "dropout_rng"))
+        store("scale", checked_scale(self.scale, "scale"))
+        store("seed", checked_seed(self.seed, "seed"))
         store("dtype", checked_dtype_name(self.dtype, "dtype"))
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
@@ -111,20 +119,16 @@ class AttentionConfig:
         if self.num_heads % self.key_value_heads:
             raise ConfigError(
                 "`num_heads` must be a multiple of `num_key_value_heads`. Received: "
-                f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}."
-            )
-        if self.dropout_rng not in DROPOUT_RNGS:
-            raise ConfigError(
-                f"`dropout_rng` must be 'portable' or 'native'. Received: {self.dropout_rng!r}."
+                f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}. "
+                "Pass a divisor of `num_heads`."
             )
         if self.query_features is None and (self.value_features or self.key_features):
             raise ConfigError(
                 "`value_features` and `key_features` need `query_features` beside them. Received: "
                 f"query_features=None, value_features={self.value_features}, "
-                f"key_features={self.key_features}."
+                f"key_features={self.key_features}. Pass `query_features` too, or none of them."
             )
 
-    # --- derived ---------------------------------------------------------------------------------
     @property
     def key_value_heads(self) -> int:
         """K, the number of key and value heads."""
@@ -158,14 +162,14 @@ class AttentionConfig:
         Raises:
             ConfigError: no width of the query is known.
         """
-        d_q = _default(query_features, self.query_features)
+        d_q = _or(query_features, self.query_features)
         if d_q is None:
             raise ConfigError(
                 "`query_features`, the width of the query input, is needed to know the shapes of "
                 "the weights. Received: None. Pass it here or to the constructor."
             )
-        d_v = _default(_default(value_features, self.value_features), d_q)
-        d_k = _default(_default(key_features, self.key_features), d_v)
+        d_v = _or(_or(value_features, self.value_features), d_q)
+        d_k = _or(_or(key_features, self.key_features), d_v)
         heads, shared = self.num_heads, self.key_value_heads
         out = (d_q,) if self.output_shape is None else self.output_shape
         kernels = {
@@ -205,68 +209,5 @@ class AttentionConfig:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
-def _default(value: Any, default: Any) -> Any:
+def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _size(value: Any, name: str) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        size = 0
-    if size < 1 or isinstance(value, bool):
-        raise ConfigError(f"`{name}` must be an integer of at least 1. Received: {value!r}.")
-    return size
-
-
-def _sizes(value: Any, name: str) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, (tuple, list)):
-        return tuple(_size(item, name) for item in value)
-    return (_size(value, name),)
-
-
-def _axes(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    axes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    try:
-        axes = tuple(operator.index(axis) for axis in axes)
-    except TypeError:
-        axes = ()
-    if not axes or len(set(axes)) != len(axes):
-        raise ConfigError(
-            f"`attention_axes` must be an integer or integers, each once. Received: {value!r}."
-        )
-    return axes
-
-
-def _biased(value: Any) -> bool | tuple[str, ...]:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, (tuple, list)) and set(value) <= set(PROJECTIONS):
-        names = tuple(name for name in PROJECTIONS if name in value)
-        return True if names == PROJECTIONS else names or False
-    raise ConfigError(
-        "`use_bias` must be True, False, or names out of 'query', 'key', 'value', 'output'. "
-        f"Received: {value!r}."
-    )
-
-
-def _rate(value: Any) -> float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < 1:
-        return float(value)
-    raise ConfigError(f"`dropout` must be a number in [0, 1). Received: {value!r}.")
-
-
-def _scale(value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        scale = float(value)
-    except (TypeError, ValueError):
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise ConfigError(f"`scale` must be a finite number, or None. Received: {value!r}.")
-    return scale

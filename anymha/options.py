@@ -1,0 +1,117 @@
+"""Checks of single options: each gives the option in its one form, or a `ConfigError`."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from anymha.errors import ConfigError
+
+PROJECTIONS = ("query", "key", "value", "output")
+
+
+def checked_size(value: Any, argument: str) -> int:
+    """`value` as an int of at least 1."""
+    size = _index(value)
+    if size is None or size < 1:
+        raise ConfigError(f"`{argument}` must be an integer of at least 1. Received: {value!r}.")
+    return size
+
+
+def checked_shape(value: Any, argument: str) -> tuple[int, ...] | None:
+    """`value` as a tuple of sizes, from a size or several; None stays None."""
+    if value is None:
+        return None
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    found = [_index(size) for size in sizes]
+    if any(size is None or size < 1 for size in found):
+        raise ConfigError(
+            f"`{argument}` must be an integer of at least 1, or a tuple of such. "
+            f"Received: {value!r}."
+        )
+    return tuple(size for size in found if size is not None)
+
+
+def checked_axes(value: Any, argument: str) -> tuple[int, ...] | None:
+    """`value` as a tuple of different integers, from one or several; None stays None."""
+    if value is None:
+        return None
+    axes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    found = [_index(axis) for axis in axes]
+    if not found or None in found or len(set(found)) < len(found):
+        raise ConfigError(
+            f"`{argument}` must be an integer or a tuple of integers, each once. "
+            f"Received: {value!r}. Pass None for all axes but the first and the last."
+        )
+    return tuple(axis for axis in found if axis is not None)
+
+
+def checked_biases(value: Any, argument: str) -> bool | tuple[str, ...]:
+    """`value` as True, False, or a tuple of some names of projections in the canonical order."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (tuple, list)) and all(name in PROJECTIONS for name in value):
+        names = tuple(name for name in PROJECTIONS if name in value)
+        return True if names == PROJECTIONS else names or False
+    raise ConfigError(
+        f"`{argument}` must be True, False, or names out of 'query', 'key', 'value', 'output'. "
+        f"Received: {value!r}."
+    )
+
+
+def checked_rate(value: Any, argument: str) -> float:
+    """`value` as a float in [0, 1)."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < 1:
+        return float(value)
+    raise ConfigError(
+        f"`{argument}` must be a number in [0, 1), the share that is dropped. Received: {value!r}."
+    )
+
+
+def checked_scale(value: Any, argument: str) -> float | None:
+    """`value` as a finite float; None stays None."""
+    if value is None:
+        return None
+    try:
+        scale = float(value)
+    except (TypeError, ValueError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ConfigError(
+            f"`{argument}` must be a finite number, or None for 1/sqrt(key_dim). "
+            f"Received: {value!r}."
+        )
+    return scale
+
+
+def checked_seed(value: Any, argument: str) -> int | None:
+    """`value` as an int; None stays None."""
+    if value is None:
+        return None
+    seed = _index(value)
+    if seed is None:
+        raise ConfigError(
+            f"`{argument}` must be an integer, or None to draw one. Received: {value!r}."
+        )
+    return seed
+
+
+def checked_choice(value: Any, choices: Sequence[str], argument: str) -> str:
+    """`value`, which is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ConfigError(f"`{argument}` must be one of {listed}. Received: {value!r}.")
+    return value
+
+
+def _index(value: Any) -> int | None:
+    """`value` as an int, where it is an integer and not a boolean."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
