@@ -206,7 +206,11 @@ class AttentionConfig:
             raise ConfigError(
                 f"Unknown options: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}."
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+        }
+        return cls(**values)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -64,7 +64,7 @@ def checked_biases(value: Any, argument: str) -> bool | tuple[str, ...]:
 
 def checked_rate(value: Any, argument: str) -> float:
     """`value` as a float in [0, 1)."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < 1:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1:
         return float(value)
     raise ConfigError(
         f"`{argument}` must be a number in [0, 1), the share that is dropped. Received: {value!r}."
