@@ -171,7 +171,7 @@ class AttentionConfig:
         d_v = _or(_or(value_features, self.value_features), d_q)
         d_k = _or(_or(key_features, self.key_features), d_v)
         heads, shared = self.num_heads, self.key_value_heads
-        out = (d_q,) if self.output_shape is None else self.output_shape
+        out: Any = (d_q,) if self.output_shape is None else self.output_shape
         kernels = {
             "query": (d_q, heads, self.key_dim),
             "key": (d_k, shared, self.key_dim),
