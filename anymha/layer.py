@@ -9,18 +9,25 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from anymha.attention import AttentionCall, Observer, attend, unobserved
 from anymha.axes import product, unfold
-from anymha.checks import check_arrays, check_inputs, check_masks, check_offset, unpack_inputs
+from anymha.checks import (
+    check_arrays,
+    check_inputs,
+    check_masks,
+    check_offset,
+    check_seed,
+    unpack_inputs,
+)
 from anymha.config import AttentionConfig
 from anymha.dropout import Dropout, rate_threshold
 from anymha.dtypes import accumulation_dtype, dtype_name, is_floating, output_dtype
 from anymha.frame import Frame
 from anymha.masks import visibility
-from anymha.ops import Array, Ops
+from anymha.ops import Array, Dim, Ops
 
 Weights = Mapping[str, Array]
 """Canonical names (``query.kernel``) and arrays; a bias that is absent is not there."""
@@ -29,7 +36,7 @@ Weights = Mapping[str, Array]
 def multi_head_attention(
     ops: Ops,
     config: AttentionConfig,
-    weights: Weights,
+    weights: Weights | Callable[[list[Dim]], Weights],
     query: Any,
     value: Array | None = None,
     key: Array | None = None,
@@ -51,7 +58,8 @@ def multi_head_attention(
     Args:
         ops: The backend of all the arrays.
         config: The layer's options.
-        weights: Canonical weights, as `config.weight_shapes` has them.
+        weights: Canonical weights, as `config.weight_shapes` has them; or what makes them from the
+            widths of query, value and key, and is called only if the call is good.
         query: (B, T, D_q) floating; or a list ``[query, value]`` or ``[query, value, key]``. With
             `attention_axes`, any axes, features last.
         value: (B, S, D_v) floating; default `query`.
@@ -88,13 +96,16 @@ def multi_head_attention(
     }
     extra = {name: array for name, array in optional.items() if array is not None}
     check_arrays(ops, {**inputs, **extra})
-    widths = [weights[f"{name}.kernel"].shape[0] for name in inputs]
+    widths = [None if callable(weights) else weights[f"{name}.kernel"].shape[0] for name in inputs]
     axes = check_inputs(config, query, value, key, widths)
     batch, queries = axes.split(ops.shape(query))
     keys = axes.split(ops.shape(value))[1]
     check_masks(extra, batch, config.num_heads, queries, keys)
     check_offset(ops, query_offset, product(batch))
 
+    seed = check_seed(ops, seed)
+    if callable(weights):
+        weights = weights([array.shape[-1] for array in inputs.values()])
     dropping = bool(training) and config.dropout > 0
     if dropping and seed is None:
         seed = ops.draw_seed()
@@ -156,6 +167,7 @@ def _forward(
     rows, columns = frame.padding(arrays)
     query, key, value = frame.inputs(real, rows, columns)
     q = project(ops, query, *weights("query"), contracted=1)  # [B, T, H, d_k]
+    real |= _without_gradient(ops, real, "key.bias")
     k = project(ops, key, *weights("key"), contracted=1)  # [B, S, K, d_k]
     v = project(ops, value, *weights("value"), contracted=1)  # [B, S, K, d_v]
     for stage, projected in (("query", q), ("key", k), ("value", v)):
@@ -201,6 +213,20 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, *, contracted
     if bias is not None:
         y = y + ops.reshape(bias, (product(outer),))
     return y if len(outer) == 1 else ops.reshape(y, (batch, length, *outer))
+
+
+def _without_gradient(ops: Ops, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
+    """The array of that name with a gradient of exactly zero.
+
+    The key's bias adds one number to all logits of a query, to which the softmax is indifferent:
+    its gradient is zero. Summed up in floating point it would be noise, of other bits in every
+    framework, which an optimiser like Adam scales up to full steps.
+    """
+    if name not in arrays:
+        return {}
+    array = arrays[name]
+    never = ops.asarray(False, dtype=ops.bool, device=ops.device(array))
+    return {name: ops.where(never, array, ops.stop_gradient(array))}
 
 
 def _compute_dtype(config: AttentionConfig, weights: Mapping[str, Array]) -> str:

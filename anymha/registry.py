@@ -57,6 +57,11 @@ class Backend:
         return self._module("ops")
 
     @property
+    def has_layer(self) -> bool:
+        """Whether it has a native layer beside its functions."""
+        return hasattr(self._module(), "MultiHeadAttention")
+
+    @property
     def layer(self) -> Any:
         """Its native layer class.
 
@@ -64,13 +69,12 @@ class Backend:
             BackendNotInstalledError: the framework is not installed.
             UnknownBackendError: the backend has functions only.
         """
-        package = self._module()
-        if not hasattr(package, "MultiHeadAttention"):
+        if not self.has_layer:
             raise UnknownBackendError(
                 f"The backend {self.name!r} has no native layer, only functions. "
                 "Call `anymha.multi_head_attention` with its arrays."
             )
-        return package.MultiHeadAttention
+        return self._module().MultiHeadAttention
 
     def _module(self, name: str = "") -> ModuleType:
         if not self.installed:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+einsum = partial(np.einsum, optimize=True)
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,16 @@ class Truth:
         stages: Each stage by name, in order.
         gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
             and inputs.
+        magnitudes: For "output", "scores" and each gradient, the same sums over the absolute
+            values of their terms, times the size of the logits: an error is small or large
+            compared with this, however much the terms cancel.
     """
 
     output: np.ndarray
     scores: np.ndarray
     stages: Arrays
     gradients: Arrays
+    magnitudes: Arrays
 
 
 def attention_oracle(
@@ -58,57 +64,92 @@ def attention_oracle(
     """
     w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
-    heads, shared = w["query.kernel"].shape[1], w["key.kernel"].shape[1]
-    reads = np.arange(heads) // (heads // shared)  # the key head that each query head reads
-
-    def projected(name: str) -> np.ndarray:
-        return np.einsum("btd,dhk->bhtk", x[name], w[f"{name}.kernel"]) + (
-            w[f"{name}.bias"][:, None, :] if f"{name}.bias" in w else 0.0
-        )
-
-    q, k, v = projected("query"), projected("key"), projected("value")
-    keys, values = k[:, reads], v[:, reads]
-    logits = scale * np.einsum("bhtk,bhsk->bhts", q, keys)
+    q, k, v = (_projected(w, x, name) for name in ("query", "key", "value"))
+    logits = scale * einsum("bhtk,bhsk->bhts", q, k[:, _reads(w)])
     biased = logits if bias is None else logits + bias
     masked = biased if allowed is None else np.where(allowed, biased, -np.inf)
     scores = _softmax(masked)
     kept = np.ones_like(scores) if kept is None else kept
-    dropped = scores * kept
-    context = np.einsum("bhts,bhsv->bthv", dropped, values)
-    output = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
+    if d_output is None:
+        d_output = np.zeros((*q.shape[::2], w["output.kernel"].shape[-1]))
+    g_output = np.asarray(d_output, np.float64)
+    g_scores = np.zeros_like(scores) if d_scores is None else np.asarray(d_scores, np.float64)
+
+    context, output, gradients = _passes(w, x, scale, scores, kept, g_output, g_scores, bias)
     stages = {
         "query": q, "key": k, "value": v, "logits": logits, "masked_logits": masked,
-        "probabilities": scores, "dropped_probabilities": dropped, "context": context,
+        "probabilities": scores, "dropped_probabilities": scores * kept, "context": context,
         "output": output,
     }  # fmt: skip
 
-    g_output = np.zeros_like(output) if d_output is None else np.asarray(d_output, np.float64)
-    g_scores = np.zeros_like(scores) if d_scores is None else np.asarray(d_scores, np.float64)
+    def absolute(arrays: Arrays) -> Arrays:
+        return {name: np.abs(array) for name, array in arrays.items()}
+
+    _, largest, slopes = _passes(
+        absolute(w), absolute(x), abs(scale), scores, kept, np.abs(g_output), np.abs(g_scores),
+        bias, cancel=False,
+    )  # fmt: skip
+    peak = np.max(np.abs(masked), initial=1.0, where=np.isfinite(masked))
+    magnitudes = {"output": largest, "scores": scores, **slopes}
+    magnitudes = {name: peak * array for name, array in magnitudes.items()}
+    return Truth(output, scores, stages, gradients, magnitudes)
+
+
+def _reads(w: Arrays) -> np.ndarray:
+    """The key head that each query head reads."""
+    heads, shared = w["query.kernel"].shape[1], w["key.kernel"].shape[1]
+    return np.arange(heads) // (heads // shared)
+
+
+def _projected(w: Arrays, x: Arrays, name: str) -> np.ndarray:
+    """(B, H, T, d)."""
+    bias = w[f"{name}.bias"][:, None, :] if f"{name}.bias" in w else 0.0
+    return einsum("btd,dhk->bhtk", x[name], w[f"{name}.kernel"]) + bias
+
+
+def _passes(
+    w: Arrays,
+    x: Arrays,
+    scale: float,
+    scores: np.ndarray,
+    kept: np.ndarray,
+    g_output: np.ndarray,
+    g_scores: np.ndarray,
+    bias: np.ndarray | None,
+    *,
+    cancel: bool = True,
+) -> tuple[np.ndarray, np.ndarray, Arrays]:
+    """From the scores on: context, output and gradients. Without `cancel`, differences are sums."""
+    reads = _reads(w)
+    q, k, v = (_projected(w, x, name) for name in ("query", "key", "value"))
+    keys, values, dropped = k[:, reads], v[:, reads], scores * kept
+    context = einsum("bhts,bhsv->bthv", dropped, values)
+    output = einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
+
     gradients = {
-        "output.kernel": np.einsum("bthv,bto->hvo", context, g_output),
+        "output.kernel": einsum("bthv,bto->hvo", context, g_output),
         "output.bias": g_output.sum((0, 1)),
     }
-    g_context = np.einsum("bto,hvo->bhtv", g_output, w["output.kernel"])
-    g_values = np.einsum("bhts,bhtv->bhsv", dropped, g_context)
-    g_probs = np.einsum("bhtv,bhsv->bhts", g_context, values) * kept + g_scores
-    g_logits = scores * (g_probs - (scores * g_probs).sum(-1, keepdims=True))
+    g_context = einsum("bto,hvo->bhtv", g_output, w["output.kernel"])
+    g_values = einsum("bhts,bhtv->bhsv", dropped, g_context)
+    g_probs = einsum("bhtv,bhsv->bhts", g_context, values) * kept + g_scores
+    g_mean = (scores * g_probs).sum(-1, keepdims=True)
+    g_logits = scores * (g_probs - g_mean if cancel else g_probs + g_mean)
     if bias is not None:
         gradients["attention_bias"] = _summed_to(g_logits, np.shape(bias))
-    g_queries = scale * np.einsum("bhts,bhsk->bhtk", g_logits, keys)
-    g_keys = scale * np.einsum("bhts,bhtk->bhsk", g_logits, q)
-    grouped = np.eye(shared)[reads]  # [H, K]
+    g_keys = scale * einsum("bhts,bhtk->bhsk", g_logits, q)
+    grouped = np.eye(k.shape[1])[reads]  # [H, K]
     parts = {
-        "query": g_queries,
-        "key": np.einsum("bhsk,hg->bgsk", g_keys, grouped),
-        "value": np.einsum("bhsv,hg->bgsv", g_values, grouped),
+        "query": scale * einsum("bhts,bhsk->bhtk", g_logits, keys),
+        "key": einsum("bhsk,hg->bgsk", g_keys, grouped),
+        "value": einsum("bhsv,hg->bgsv", g_values, grouped),
     }
     for name, gradient in parts.items():
-        gradients[f"{name}.kernel"] = np.einsum("btd,bhtk->dhk", x[name], gradient)
+        gradients[f"{name}.kernel"] = einsum("btd,bhtk->dhk", x[name], gradient)
         gradients[f"{name}.bias"] = gradient.sum((0, 2))
-        gradients[name] = np.einsum("bhtk,dhk->btd", gradient, w[f"{name}.kernel"])
+        gradients[name] = einsum("bhtk,dhk->btd", gradient, w[f"{name}.kernel"])
     known = {*w, *x, "attention_bias"}
-    gradients = {name: value for name, value in gradients.items() if name in known}
-    return Truth(output, scores, stages, gradients)
+    return context, output, {name: g for name, g in gradients.items() if name in known}
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
