@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
 
 
 def check_inputs(
-    config: AttentionConfig, query: Array, value: Array, key: Array, widths: Sequence[int]
+    config: AttentionConfig, query: Array, value: Array, key: Array, widths: Sequence[int | None]
 ) -> Axes:
     """The axes of the inputs, once their shapes fit each other and the kernels.
 
@@ -75,7 +76,7 @@ def check_inputs(
         query: The query input.
         value: The value input.
         key: The key input.
-        widths: The widths D_q, D_v and D_k that the kernels have.
+        widths: The widths D_q, D_v and D_k that the kernels have; None where there is none yet.
 
     Raises:
         ShapeError: ranks, batch axes, lengths or widths do not fit.
@@ -161,6 +162,30 @@ def check_offset(ops: Ops, offset: Any, batch: Dim) -> None:
             f"Received: {_kind(offset)}."
         )
     check_broadcast(offset, (batch,), "query_offset")
+
+
+def check_seed(ops: Ops, seed: Any) -> Any:
+    """The seed of a call: None, an int, or an array of the framework that is not floating.
+
+    Raises:
+        ArgumentError: it is neither.
+        MixedBackendsError: an array of another framework.
+        DtypeError: a floating array.
+    """
+    if seed is None or isinstance(seed, int):
+        return seed
+    if ops.is_array(seed):
+        if is_floating(dtype_name(seed.dtype)):
+            raise DtypeError(
+                "`seed` must be an integer. "
+                f"Received: dtype {dtype_name(seed.dtype)}, shape {show(seed.shape)}."
+            )
+        return seed
+    if hasattr(seed, "__index__") and not getattr(seed, "shape", ()):
+        return operator.index(seed)
+    raise ArgumentError(
+        f"`seed` must be an int, or an integer array of {ops.name}. Received: {_kind(seed)}."
+    )
 
 
 def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any]) -> None:

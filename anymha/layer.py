@@ -96,7 +96,10 @@ def multi_head_attention(
     }
     extra = {name: array for name, array in optional.items() if array is not None}
     check_arrays(ops, {**inputs, **extra})
-    widths = [None if callable(weights) else weights[f"{name}.kernel"].shape[0] for name in inputs]
+    widths = [
+        weights[f"{name}.kernel"].shape[0] if isinstance(weights, Mapping) else None
+        for name in inputs
+    ]
     axes = check_inputs(config, query, value, key, widths)
     batch, queries = axes.split(ops.shape(query))
     keys = axes.split(ops.shape(value))[1]
@@ -104,7 +107,7 @@ def multi_head_attention(
     check_offset(ops, query_offset, product(batch))
 
     seed = check_seed(ops, seed)
-    if callable(weights):
+    if not isinstance(weights, Mapping):
         weights = weights([array.shape[-1] for array in inputs.values()])
     dropping = bool(training) and config.dropout > 0
     if dropping and seed is None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
 
-from anymha.checks import unpack_inputs
+from anymha.axes import is_known, show
 from anymha.config import AttentionConfig
-from anymha.errors import ArgumentError, WeightsError
+from anymha.errors import ShapeError, WeightsError
 from anymha.initializers import initial_weights
 from anymha.layer import multi_head_attention
-from anymha.ops import Array
+from anymha.ops import Array, Dim
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class CallOptions(TypedDict, total=False):
-    """The keyword arguments of a layer's call; `anymha.layer.multi_head_attention` explains them."""
+    """The keyword arguments of a layer's call; see `anymha.layer.multi_head_attention`."""
 
     attention_mask: Array | None
     attention_bias: Array | None
@@ -64,46 +64,43 @@ def takes_call(function: F) -> F:
 
 def first_weights(
     config: AttentionConfig,
-    widths: tuple[int, int, int] | None,
+    widths: Sequence[Dim],
     draw_seed: Callable[[], Any],
 ) -> dict[str, np.ndarray]:
     """The initial values of a layer's weights, float64, by canonical name.
 
     Args:
         config: The layer's options.
-        widths: Widths of query, value and key; default those of the config.
+        widths: Widths of query, value and key; none for those of the config.
         draw_seed: Gives the seed where the config has none.
-    """
-    seed = int(draw_seed()) if config.seed is None else config.seed
-    return initial_weights(config, config.weight_shapes(*(widths or ())), seed)
-
-
-def input_widths(query: Any, value: Any, key: Any) -> tuple[int, int, int]:
-    """The widths of query, value and key as a layer's call has them.
 
     Raises:
-        ArgumentError: one of them is no array, or its width is not known yet.
+        ShapeError: a width is not known yet.
     """
-    widths = []
-    for array in unpack_inputs(query, value, key):
-        width = array.shape[-1] if getattr(array, "shape", None) else None
-        if width is None:
-            raise ArgumentError(
-                "The first call makes the weights and needs arrays of known width. Received: "
-                f"{type(array).__name__}. Pass `query_features` to the constructor instead."
-            )
-        widths.append(int(width))
-    return tuple(widths)
+    if not all(map(is_known, widths)):
+        raise ShapeError(
+            "The first call makes the weights and needs inputs of known width. Received: widths "
+            f"{show(widths)} of query, value and key. Pass `query_features` to the constructor."
+        )
+    seed = int(draw_seed()) if config.seed is None else config.seed
+    return initial_weights(config, config.weight_shapes(*widths), seed)
 
 
 def checked_values(
-    weights: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    config: AttentionConfig, held: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """`weights` as NumPy arrays, if they have exactly these names and shapes.
+    """`weights` as NumPy arrays, if they have the names and shapes of the layer's own.
+
+    Args:
+        config: The layer's options.
+        held: The layer's weights; none where it has none yet, and any widths fit.
+        weights: The new values by canonical name.
 
     Raises:
-        WeightsError: a name is missing or unknown, or a shape is another; nothing is changed.
+        WeightsError: a name is missing or unknown, or a shape is another.
     """
+    shapes = {name: tuple(array.shape) for name, array in held.items()}
+    shapes = shapes or config.weight_shapes(*widths_of(weights))
     missing = [name for name in shapes if name not in weights]
     unknown = [name for name in weights if name not in shapes]
     if missing or unknown:
@@ -113,9 +110,9 @@ def checked_values(
         )
     values = {name: np.asarray(weights[name]) for name in shapes}
     for name, value in values.items():
-        if value.shape != tuple(shapes[name]):
+        if value.shape != shapes[name]:
             raise WeightsError(
-                f"`{name}` must have shape {tuple(shapes[name])}. Received: shape {value.shape}."
+                f"`{name}` must have shape {shapes[name]}. Received: shape {value.shape}."
             )
     return values
 

@@ -18,7 +18,6 @@ from anymha.shell import (
     first_weights,
     takes_call,
     takes_options,
-    widths_of,
 )
 from anymha_jax import ops
 
@@ -49,7 +48,7 @@ class MultiHeadAttention:
                 "`query_features`, the width of the query input, is needed: a pytree cannot grow "
                 "weights at a call. Received: None. Pass it to the constructor."
             )
-        values = first_weights(config, None, lambda: np.random.SeedSequence().entropy)
+        values = first_weights(config, (), lambda: np.random.SeedSequence().entropy)
         self._set(config, _arrays(config, values))
 
     def _set(self, config: AttentionConfig, weights: Mapping[str, Any]) -> Self:
@@ -79,7 +78,7 @@ class MultiHeadAttention:
         Raises:
             WeightsError: names or shapes do not fit.
         """
-        values = checked_values(weights, self.config.weight_shapes(*widths_of(weights)))
+        values = checked_values(self.config, self.weights, weights)
         new = object.__new__(type(self))
         return new._set(self.config, _arrays(self.config, values))
 

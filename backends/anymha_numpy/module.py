@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -13,10 +13,8 @@ from anymha.shell import (
     CallOptions,
     checked_values,
     first_weights,
-    input_widths,
     takes_call,
     takes_options,
-    widths_of,
 )
 from anymha_numpy import ops
 
@@ -41,20 +39,22 @@ class MultiHeadAttention:
         self.config = config
         self.weights: dict[str, np.ndarray] = {}
         if config.query_features is not None:
-            self._build(None)
+            self._build()
 
-    def _build(self, widths: tuple[int, int, int] | None) -> None:
-        values = first_weights(self.config, widths, ops.draw_seed)
+    def _build(self, widths: Sequence[int] = ()) -> dict[str, np.ndarray]:
+        self._hold(first_weights(self.config, widths, ops.draw_seed))
+        return self.weights
+
+    def _hold(self, values: Mapping[str, np.ndarray]) -> None:
         dtype = ops.dtype(self.config.dtype)
-        self.weights = {name: value.astype(dtype) for name, value in values.items()}
+        self.weights = {name: np.array(value, dtype) for name, value in values.items()}
 
     @takes_call
     def __call__(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
-        if not self.weights:
-            self._build(input_widths(query, value, key))
-        return multi_head_attention(ops, self.config, self.weights, query, value, key, **call)
+        weights = self.weights or self._build
+        return multi_head_attention(ops, self.config, weights, query, value, key, **call)
 
     def canonical_weights(self) -> dict[str, np.ndarray]:
         """The weights by canonical name."""
@@ -66,7 +66,5 @@ class MultiHeadAttention:
         Raises:
             WeightsError: names or shapes do not fit; the layer is left as it was.
         """
-        values = checked_values(weights, self.config.weight_shapes(*widths_of(weights)))
-        dtype = ops.dtype(self.config.dtype)
-        self.weights = {name: np.array(value, dtype) for name, value in values.items()}
+        self._hold(checked_values(self.config, self.weights, weights))
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,10 +14,8 @@ from anymha.shell import (
     CallOptions,
     checked_values,
     first_weights,
-    input_widths,
     takes_call,
     takes_options,
-    widths_of,
 )
 from anymha_tensorflow import ops
 
@@ -50,30 +48,33 @@ class MultiHeadAttention(tf.Module):
         self.config = config
         self.query, self.key, self.value, self.output = (_Projection(n) for n in PROJECTIONS)
         if config.query_features is not None:
-            self._build(None)
+            self._build()
 
     @property
     def built(self) -> bool:
         """Whether the weights exist."""
         return self.query.kernel is not None
 
-    def _build(self, widths: tuple[int, int, int] | None) -> None:
+    def _build(self, widths: Sequence[int] = ()) -> dict[str, tf.Variable]:
         with tf.init_scope():  # also at a first call inside tf.function
             self._hold(first_weights(self.config, widths, ops.draw_seed))
+        return self.canonical_weights()
 
     def _hold(self, values: Mapping[str, np.ndarray]) -> None:
-        for name, value in values.items():
+        dtype = ops.dtype(self.config.dtype).as_numpy_dtype
+        tensors = {name: value.astype(dtype) for name, value in values.items()}
+        for name, tensor in tensors.items():
             projection, _, part = name.partition(".")
-            tensor = value.astype(ops.dtype(self.config.dtype).as_numpy_dtype)
-            setattr(getattr(self, projection), part, tf.Variable(tensor, name=part))
+            variable = tf.Variable(tensor, name=f"{self.name}/{projection}/{part}")
+            setattr(getattr(self, projection), part, variable)
 
+    # AutoGraph has nothing to convert here, and would keep `int` from giving Python's integers.
     @takes_call
+    @tf.autograph.experimental.do_not_convert
     def __call__(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
-        if not self.built:
-            self._build(input_widths(query, value, key))
-        weights = self.canonical_weights()
+        weights = self.canonical_weights() or self._build
         return multi_head_attention(ops, self.config, weights, query, value, key, **call)
 
     def canonical_weights(self) -> dict[str, tf.Variable]:
@@ -91,11 +92,10 @@ class MultiHeadAttention(tf.Module):
         Raises:
             WeightsError: names or shapes do not fit; the layer is left as it was.
         """
-        values = checked_values(weights, self.config.weight_shapes(*widths_of(weights)))
         mine = self.canonical_weights()
-        for name, value in values.items():
-            if name in mine and mine[name].shape == value.shape:
-                mine[name].assign(value.astype(mine[name].dtype.as_numpy_dtype))
-            else:
-                self._hold({name: value})
+        values = checked_values(self.config, mine, weights)
+        if not mine:
+            self._hold(values)
+        for name, variable in mine.items():
+            variable.assign(values[name].astype(variable.dtype.as_numpy_dtype))
         return self

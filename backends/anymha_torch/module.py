@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
+import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import torch
 from torch import nn
 
 from anymha.config import PROJECTIONS, AttentionConfig
+from anymha.dtypes import dtype_name
+from anymha.errors import WeightsError
 from anymha.layer import multi_head_attention
 from anymha.shell import (
     CallOptions,
     checked_values,
     first_weights,
-    input_widths,
     takes_call,
     takes_options,
     widths_of,
@@ -61,44 +63,65 @@ class MultiHeadAttention(nn.Module):
         self.config = config
         for name in PROJECTIONS:
             self.add_module(name, _Projection())
+        # What `.to()` or `.double()` says before the weights exist holds for them once they do.
+        like = torch.empty(0, dtype=ops.dtype(config.dtype), device=device)
+        self.register_buffer("_like", like, persistent=False)
         if config.query_features is not None:
-            self._build(None, device)
+            self._build()
 
     @property
     def built(self) -> bool:
         """Whether the weights exist."""
-        return self.query.kernel is not None
+        return "_like" not in self._buffers
 
-    def _build(self, widths: tuple[int, int, int] | None, device: Any) -> None:
-        values = first_weights(self.config, widths, ops.draw_seed)
-        self._hold({name: torch.from_numpy(value) for name, value in values.items()}, device)
+    def _build(self, widths: Sequence[int] = (), device: Any = None) -> dict[str, torch.Tensor]:
+        meta = (self._like if device is None else torch.empty(0, device=device)).is_meta
+        values = {} if meta else first_weights(self.config, widths, ops.draw_seed)
+        self._allocate(self.config.weight_shapes(*widths), device)
+        self._fill(values)
+        return self.canonical_weights()
 
-    def _hold(self, values: Mapping[str, torch.Tensor], device: Any) -> None:
-        for name, value in values.items():
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]], device: Any = None) -> None:
+        like = self._like
+        del self._like
+        for name, shape in shapes.items():
             projection, _, part = name.partition(".")
-            tensor = value.to(device=device, dtype=ops.dtype(self.config.dtype), copy=True)
+            tensor = torch.empty(shape, dtype=like.dtype, device=device or like.device)
             self.get_submodule(projection).register_parameter(part, nn.Parameter(tensor))
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, np.ndarray]) -> None:
+        mine = self.canonical_weights()
+        # NumPy rounds, since torch goes from float64 to half precision by way of float32.
+        rounded = {
+            name: value.astype(dtype_name(mine[name].dtype)) for name, value in values.items()
+        }
+        for name, value in rounded.items():
+            mine[name].copy_(ops.from_numpy(value))
+
+    def reset_parameters(self) -> None:
+        """Give the weights initial values, as at the start; after `to_empty`, for example."""
+        mine = self.canonical_weights()
+        if mine:
+            self._fill(first_weights(self.config, widths_of(mine), ops.draw_seed))
 
     @takes_call
     def forward(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
-        if not self.built:
-            first = query[0] if isinstance(query, (list, tuple)) else query
-            self._build(input_widths(query, value, key), getattr(first, "device", None))
         if call.get("training") is None:
             call["training"] = self.training
-        weights = self.canonical_weights()
+        weights = self.canonical_weights() or (lambda w: self._build(w, _first(query).device))
         return multi_head_attention(ops, self.config, weights, query, value, key, **call)
 
     def canonical_weights(self) -> dict[str, torch.Tensor]:
         """The parameters by canonical name."""
-        return {
-            f"{name}.{part}": tensor
+        named = {
+            f"{name}.{part}": getattr(self.get_submodule(name), part)
             for name in PROJECTIONS
-            for part, tensor in self.get_submodule(name)._parameters.items()
-            if tensor is not None
+            for part in ("kernel", "bias")
         }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
         """This layer, now with these weights, in its own dtype and on its own device.
@@ -106,24 +129,49 @@ class MultiHeadAttention(nn.Module):
         Raises:
             WeightsError: names or shapes do not fit; the layer is left as it was.
         """
-        values = checked_values(weights, self.config.weight_shapes(*widths_of(weights)))
-        tensors = {name: ops.from_numpy(value) for name, value in values.items()}
-        if not self.built:
-            self._hold(tensors, None)
         mine = self.canonical_weights()
-        for name, tensor in tensors.items():
-            if mine[name].shape == tensor.shape:
-                mine[name].data.copy_(tensor)
-            else:
-                self._hold({name: tensor}, mine[name].device)
+        values = checked_values(self.config, mine, weights)
+        if not mine:
+            self._allocate({name: value.shape for name, value in values.items()})
+        if any(tensor.is_meta for tensor in self.parameters()):
+            self.to_empty(device=torch.get_default_device())
+        self._fill(values)
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
         names = self.config.weight_shapes(1)
         found = {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}
-        if not self.built and len(found) == len(names):
-            self._hold(found, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if found and not self.built:
+            try:
+                self._allocate(_fitting_shapes(self.config, found))
+            except WeightsError as error:
+                errors.append(str(error))
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.config.num_heads}, key_dim={self.config.key_dim}"
+
+
+def _first(query: Any) -> torch.Tensor:
+    return query[0] if isinstance(query, (list, tuple)) else query
+
+
+def _fitting_shapes(
+    config: AttentionConfig, weights: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of a state dict.
+
+    Raises:
+        WeightsError: they are not those that the config gives them.
+    """
+    shapes = config.weight_shapes(*widths_of(weights))
+    for name, shape in shapes.items():
+        received = tuple(weights[name].shape) if name in weights else None
+        if received != shape:
+            raise WeightsError(f"`{name}` must have shape {shape}. Received: {received}.")
+    return shapes
