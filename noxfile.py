@@ -1,0 +1,98 @@
+"""Development sessions: `pip install nox`, then `nox -s tests`, `nox -s parity`, `nox --list`.
+
+Each session installs what it needs into an environment of its own, which later runs use again.
+"""
+
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.sessions = ["lint", "tests"]
+nox.options.reuse_venv = "yes"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+CONSTRAINTS = "constraints.txt"
+
+# `tensorflow-cpu` is half of `tensorflow`'s download and exists for Linux and Windows only.
+TENSORFLOW = "tensorflow" if sys.platform == "darwin" else "tensorflow-cpu"
+FRAMEWORKS = {"numpy": [], "torch": ["torch"], "tensorflow": [TENSORFLOW], "jax": ["jax"]}
+EVERYTHING = [name for names in FRAMEWORKS.values() for name in names]
+
+# Real weights on a real sentence, with the outputs that the reference implementation gave.
+PARITY = [
+    *("--checkpoint", "tests/data/minilm_attention.safetensors", "--layout", "transformers.bert"),
+    *("--text", "tests/data/minilm_text.npz"),
+    *("--html", "parity-report/index.html", "--json", "parity-report/report.json"),
+]
+
+
+def install(
+    session: nox.Session, *requirements: str, extras: str = "", constraints: str = CONSTRAINTS
+) -> None:
+    """Install this checkout, editable, and `requirements` in one resolution."""
+    session.install("-c", constraints, "-e", f".{extras}", *requirements)
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The requirements of a dependency group of pyproject.toml."""
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def run_pytest(session: nox.Session, *backends: str) -> None:
+    """Run the tests; one that is skipped because one of `backends` is missing fails."""
+    session.run("pytest", *session.posargs, env={"ANYMHA_EXPECT_BACKENDS": ",".join(backends)})
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests with all frameworks together."""
+    install(session, *EVERYTHING, *group("test"), extras="[report]")
+    run_pytest(session, *FRAMEWORKS)
+
+
+@nox.session
+@nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
+def alone(session: nox.Session, backend: str) -> None:
+    """Run the tests where one framework is installed and the others are not."""
+    install(session, *FRAMEWORKS[backend], *group("test"))
+    others = [name for name in FRAMEWORKS if name not in (backend, "numpy")]
+    session.run(
+        "python",
+        "-c",
+        "import sys; from importlib.util import find_spec\n"
+        f"sys.exit(', '.join(filter(find_spec, {others})))",
+    )
+    run_pytest(session, *{"numpy", backend})
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the tests with NumPy alone and the lowest versions that the core promises to support."""
+    pins = [requirement.replace(">=", "==") for requirement in PROJECT["project"]["dependencies"]]
+    pinned = tuple(pin.split("==")[0] + "==" for pin in pins)
+    tools = [
+        line for line in Path(CONSTRAINTS).read_text().splitlines() if not line.startswith(pinned)
+    ]
+    constraints = Path(session.create_tmp()) / "lowest.txt"
+    constraints.write_text("\n".join([*pins, *tools]))
+    install(session, *group("test"), constraints=str(constraints))
+    run_pytest(session, "numpy")
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Run real weights in all four frameworks and compare; the report is in parity-report/."""
+    install(session, *EVERYTHING, extras="[report]")
+    session.run("anymha", "parity", *PARITY, *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format, types (against the frameworks' own) and who imports whom."""
+    install(session, *EVERYTHING, *group("lint"), *group("test"), "nox", extras="[report]")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+    session.run("pyright")

@@ -1,0 +1,178 @@
+"""Who imports whom, how long the files are, and what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import anymha
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])
+
+# For each contract, a file and a line that must break it.
+PLANTED = {
+    "The core imports downward only": ("anymha/masks.py", "import anymha.layer"),
+    "The core imports no framework and no backend": ("anymha/layer.py", "import torch"),
+    "Backends are independent of one another": (
+        "backends/anymha_torch/ops.py",
+        "import anymha_numpy.ops",
+    ),
+    "Backends import nothing above the core": (
+        "backends/anymha_numpy/module.py",
+        "import anymha.registry",
+    ),
+    "NumPy's backend imports no framework": ("backends/anymha_numpy/ops.py", "import jax"),
+    "PyTorch's backend imports no other framework": ("backends/anymha_torch/ops.py", "import jax"),
+    "TensorFlow's backend imports no other framework, and not Keras": (
+        "backends/anymha_tensorflow/ops.py",
+        "import keras",
+    ),
+    "JAX's backend imports no other framework": ("backends/anymha_jax/ops.py", "import torch"),
+    "The oracle shares nothing with what it judges": (
+        "anymha/parity/oracle.py",
+        "import anymha.masks",
+    ),
+    "No circles": ("anymha/parity/oracle.py", "import anymha.parity.truth"),
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on the checkout at `root`, whatever else is installed."""
+    pytest.importorskip("importlinter", reason="import-linter is not installed")
+    paths = os.pathsep.join([str(root), str(root / "backends")])
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    return subprocess.run(
+        [sys.executable, "-c", command, "--no-cache"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources and of pyproject.toml."""
+    for folder in ("anymha", "backends"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda *_: {"__pycache__"})
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_every_contract_holds() -> None:
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(f"{name} KEPT" in result.stdout for name in PLANTED), result.stdout
+
+
+def test_every_contract_has_a_planted_import() -> None:
+    contracts = {contract["name"] for contract in PROJECT["tool"]["importlinter"]["contracts"]}
+    assert contracts == set(PLANTED)
+
+
+@pytest.mark.parametrize("contract", PLANTED)
+def test_a_planted_import_breaks_its_contract(contract: str, checkout: Path) -> None:
+    path, line = PLANTED[contract]
+    with (checkout / path).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = lint_imports(checkout)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"{contract} BROKEN" in result.stdout
+
+
+def test_a_module_without_a_place_in_the_layers_breaks_the_contract(checkout: Path) -> None:
+    (checkout / "anymha" / "stray.py").write_text('"""A module that no layer names."""\n')
+    result = lint_imports(checkout)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "- anymha.stray" in result.stdout
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_module_imports_from_the_package_above_it(path: Path) -> None:
+    imports = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+    assert [node.lineno for node in imports if node.module == "anymha"] == []
+
+
+def test_no_file_is_longer_than_250_lines() -> None:
+    lengths = {relative(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {path: lines for path, lines in lengths.items() if lines > 250} == {}
+
+
+def test_import_anymha_imports_no_framework_and_no_tool() -> None:
+    names = ("torch", "tensorflow", "jax", "keras", "flax", "equinox", "matplotlib", "jinja2")
+    command = f"import anymha, sys; print([m for m in {names} if m in sys.modules])"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    output = subprocess.check_output(
+        [sys.executable, "-c", command], env={**os.environ, "PYTHONPATH": paths}, text=True
+    )
+    assert output.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the working tree."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def metadata(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = [p for p in archive.namelist() if p.endswith(f".dist-info/{name}")]
+        return archive.read(path).decode()
+
+
+def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    sources = {relative(path).removeprefix("backends/") for path in SOURCES}
+    assert {name for name in held if name.endswith(".py")} == sources
+    packages = {name.split("/")[0] for name in sources}
+    assert {name for name in held if name.endswith("py.typed")} == {
+        f"{package}/py.typed" for package in packages
+    }
+
+
+def test_wheel_takes_its_version_from_the_one_place_where_it_stands(wheel: Path) -> None:
+    assert "version" not in PROJECT["project"]
+    (version,) = re.findall(r"^Version: (.+)$", metadata(wheel, "METADATA"), re.MULTILINE)
+    assert version == anymha.__version__
+
+
+def test_wheel_carries_its_license_and_its_command(wheel: Path) -> None:
+    assert "License-Expression: Apache-2.0" in metadata(wheel, "METADATA")
+    assert "Apache License" in metadata(wheel, "licenses/LICENSE")
+    assert "anymha = anymha.cli:main" in metadata(wheel, "entry_points.txt")
+
+
+def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    command = "import anymha, anymha_numpy; print(anymha.__file__); print(anymha_numpy.__file__)"
+    output = subprocess.check_output(
+        [sys.executable, "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        text=True,
+    )
+    assert all(Path(line).is_relative_to(tmp_path) for line in output.splitlines()), output
