@@ -5,8 +5,8 @@ from anymha.errors import AnymhaError
 from anymha.functional import dot_product_attention, multi_head_attention
 from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.layers import new_layer as MultiHeadAttention
-
-__version__ = "0.1.0"
+from anymha.interchange.layouts import from_canonical, layouts, to_canonical
+from anymha.version import __version__
 
 __all__ = [
     "AnymhaError",
@@ -15,7 +15,10 @@ __all__ = [
     "__version__",
     "convert",
     "dot_product_attention",
+    "from_canonical",
     "get_weights",
+    "layouts",
     "multi_head_attention",
     "set_weights",
+    "to_canonical",
 ]

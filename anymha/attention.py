@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from anymha.axes import is_known
 from anymha.dropout import Dropout
 from anymha.masks import Visibility, all_of
 from anymha.ops import Array, Ops
@@ -114,6 +115,8 @@ def softmax(ops: Ops, logits: Array) -> Array:
     The row's maximum is a constant for differentiation, to which the result is indifferent. The
     two `where` keep a row of -inf from making NaN, forward and backward.
     """
+    if is_known(logits.shape[-1]) and logits.shape[-1] == 0:
+        return logits  # no keys: an empty row has no maximum
     peak = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
     peak = ops.where(peak > -math.inf, peak, 0.0)
     weights = ops.exp(logits - peak)

@@ -41,3 +41,11 @@ class BackendNotInstalledError(AnymhaError, ImportError):
 
 class WeightsError(AnymhaError, ValueError):
     """Weights have names or shapes that do not fit the layer."""
+
+
+class UnknownLayoutError(AnymhaError, ValueError):
+    """No layout of weights has this name."""
+
+
+class UsageError(AnymhaError, ValueError):
+    """A command was called in a way that it cannot do."""

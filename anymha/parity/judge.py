@@ -7,16 +7,19 @@ the exact result once costs half a unit at most.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from anymha.dtypes import output_dtype
 from anymha.parity.cases import Arrays, Problem
+from anymha.parity.checkpoint import Recorded
 from anymha.parity.oracle import Truth
 from anymha.parity.run import Result
 from anymha.parity.tolerance import tolerance
@@ -58,6 +61,7 @@ class Row:
         elements: How many elements each backend gave: outputs, scores and gradients.
         differing: How many of them differ in any bit between some two backends.
         compared: How many were compared between backends.
+        reproducible: Whether none may differ.
         faults: What is wrong between backends, in words.
     """
 
@@ -68,16 +72,42 @@ class Row:
     elements: int
     differing: int
     compared: int
-    faults: tuple[str, ...] = field(default=())
+    reproducible: bool
+    faults: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every backend passes, and they agree."""
         return not self.faults and all(cell.passed for cell in self.cells.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON; an infinite error is null."""
+        plain = dataclasses.asdict(self) | {"passed": self.passed}
+        for name, cell in plain["cells"].items():
+            cell["passed"] = self.cells[name].passed
+            cell["units"] = _finite(cell["units"])
+            cell["errors"] = {k: _finite(v) for k, v in cell["errors"].items()}
+        return plain
 
-def judge(problem: Problem, truth: Truth, results: Mapping[str, Result | Exception]) -> Row:
-    """The verdict on each backend's results, and on their agreement."""
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def judge(
+    problem: Problem,
+    truth: Truth,
+    results: Mapping[str, Result | Exception],
+    recorded: Recorded | None = None,
+) -> Row:
+    """The verdict on each backend's results, and on their agreement.
+
+    Args:
+        problem: The problem.
+        truth: The oracle's answer.
+        results: Each backend's results, or what it raised.
+        recorded: What another implementation returned, to be compared with too.
+    """
     config = problem.case.config
     narrow = output_dtype(config.dtype, config.compute_dtype or config.dtype)
     exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
@@ -85,42 +115,72 @@ def judge(problem: Problem, truth: Truth, results: Mapping[str, Result | Excepti
     computed = config.compute_dtype or config.dtype
     budget = _budget(narrow, computed, _reduction_length(problem))
     ran = {name: result for name, result in results.items() if isinstance(result, Result)}
-    cells = {
-        name: _cell(result, exact, units, budget, narrow)
-        if isinstance(result, Result)
-        else Cell(math.inf, "", {}, (f"raised {type(result).__name__}: {result}",), False)
-        for name, result in results.items()
-    }
+    cells = {}
+    for name, result in results.items():
+        if isinstance(result, Result):
+            errors, faults = _errors(result, exact, units, narrow)
+            errors |= _recorded_errors(result, recorded, units, narrow)
+            cells[name] = _cell(errors, faults, budget, bool(result.gradients))
+        else:
+            fault = f"raised {type(result).__name__}: {result}"
+            cells[name] = Cell(math.inf, "", {}, (fault,), False)
     differing, compared = _differing(ran)
-    reproducible = config.compute_dtype == "float64" and config.dtype == "float32"
+    reproducible = computed == "float64" and config.dtype == "float32"
     faults = ()
     if reproducible and differing:
         faults = (f"{differing} of {compared} elements differ between backends, 0 may",)
-    dtype = config.dtype + (f" in {config.compute_dtype}" if config.compute_dtype else "")
-    elements = sum(array.size for array in exact.values())
-    return Row(problem.case.name, dtype, budget, cells, elements, differing, compared, faults)
+    return Row(
+        problem.case.name,
+        config.dtype + (f" in {config.compute_dtype}" if config.compute_dtype else ""),
+        budget,
+        cells,
+        sum(array.size for array in exact.values()),
+        differing,
+        compared,
+        reproducible,
+        faults,
+    )
 
 
-def _cell(
-    result: Result, exact: Arrays, units: Mapping[str, float], budget: float, narrow: str
-) -> Cell:
-    got = {**result.forward, **result.gradients}
-    faults = []
+def _cell(errors: Mapping[str, float], faults: list[str], budget: float, gradients: bool) -> Cell:
+    for name, error in errors.items():
+        if not error <= budget:
+            faults.append(f"{name} is off by {error:.3g} units, {budget:.3g} may")
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return Cell(errors.get(worst, math.inf), worst, errors, tuple(faults), gradients)
+
+
+def _errors(
+    result: Result, exact: Arrays, units: Mapping[str, float], narrow: str
+) -> tuple[dict[str, float], list[str]]:
+    """The error of each quantity in its units, and what is wrong beside numbers."""
+    errors, faults = {}, []
     if result.flag_matters:
         faults.append("the output changes with `return_attention_scores`")
     for name, array in result.forward.items():
         if array.dtype.name != narrow:
             faults.append(f"{name} is {array.dtype.name}, not {narrow}")
-    errors = {}
-    for name, array in got.items():
+    for name, array in {**result.forward, **result.gradients}.items():
         if array.shape != exact[name].shape:
             faults.append(f"{name} has shape {array.shape}, not {exact[name].shape}")
-            continue
-        errors[name] = _error(array, exact[name], units[name])
-        if not errors[name] <= budget:
-            faults.append(f"{name} is off by {errors[name]:.3g} units, {budget:.3g} may")
-    worst = max(errors, key=lambda name: errors[name], default="")
-    return Cell(errors.get(worst, math.inf), worst, errors, tuple(faults), bool(result.gradients))
+        else:
+            errors[name] = _error(array, exact[name], units[name])
+    return errors, faults
+
+
+def _recorded_errors(
+    result: Result, recorded: Recorded | None, units: Mapping[str, float], narrow: str
+) -> dict[str, float]:
+    """The errors against what another implementation returned, where that means something."""
+    errors = {}
+    for name, array in recorded.results.items() if recorded else ():
+        got, counts = result.forward[name], recorded.counts
+        if name == "scores":  # (B, H, T, S), of which the queries may be padding
+            got, array = got.swapaxes(1, 2), array.swapaxes(1, 2)
+        eps = max(_eps(narrow), _eps(array.dtype.name)) / _eps(narrow)
+        exact = array[counts].astype(np.float64)
+        errors[f"recorded {name}"] = _error(got[counts], exact, eps * units[name])
+    return errors
 
 
 def _error(got: np.ndarray, exact: np.ndarray, unit: float) -> float:

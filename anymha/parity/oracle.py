@@ -156,7 +156,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last axis; a row of -inf gives zeros."""
     empty = np.all(np.isneginf(logits), axis=-1, keepdims=True)
     safe = np.where(empty, 0.0, logits)
-    weights = np.exp(safe - safe.max(-1, keepdims=True))
+    weights = np.exp(safe - safe.max(-1, keepdims=True, initial=-np.inf))
     return np.where(empty, 0.0, weights / weights.sum(-1, keepdims=True))
 
 

@@ -1,0 +1,164 @@
+"""The command line. Exit status: 0 parity holds, 1 it does not, 2 the call is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from anymha.errors import AnymhaError, UsageError
+from anymha.interchange.layouts import layouts
+from anymha.parity.cases import MATRIX, make_problem
+from anymha.parity.checkpoint import RealProblem, real_problems, tokens_of
+from anymha.parity.matrix import AttentionMap, Report, attention_map, run_matrix, versions
+from anymha.parity.terminal import print_report, progress_bar
+from anymha.registry import BUILT_IN, Backend, backends, get_backend
+from anymha.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, and give its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options, Console())
+    except AnymhaError as error:
+        Console(stderr=True).print(f"anymha: {error}", markup=False, soft_wrap=True)
+        return 2
+
+
+def parity(options: argparse.Namespace, console: Console) -> int:
+    """The matrix of cases on every backend, and real weights where a checkpoint is given."""
+    began = time.perf_counter()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    found, missing = _chosen(options.backends)
+    real = _real(options)
+    problems = [make_problem(case) for case in MATRIX]
+    told_missing = ", ".join(missing)
+    console.print(
+        f"anymha {__version__}: {len(problems) + len(real)} cases on "
+        f"{', '.join(backend.name for backend in found)}"
+        + (f" (not installed: {told_missing})" if missing else ""),
+        highlight=False,
+    )
+    with progress_bar(console, (len(problems) + len(real)) * len(found)) as progress:
+        rows = run_matrix(found, problems, progress)
+        real_rows = run_matrix(found, real, progress)
+    report = Report(
+        [backend.name for backend in found],
+        missing,
+        rows,
+        real_rows,
+        _maps(real, options),
+        time.perf_counter() - began,
+        versions(found),
+    )
+    print_report(console, report)
+    _write(report, options, console)
+    return 0 if report.passed else 1
+
+
+def _chosen(names: str | None) -> tuple[list[Backend], list[str]]:
+    """The backends to run, and those that are not installed; a named one must be."""
+    if names:
+        chosen = [get_backend(name.strip()) for name in names.split(",")]
+        for backend in chosen:
+            _ = backend.ops  # says which extra installs it
+        return chosen, []
+    every = list(backends().values())
+    missing = [backend.name for backend in BUILT_IN if not backend.installed]
+    return [backend for backend in every if backend.installed], missing
+
+
+def _real(options: argparse.Namespace) -> list[RealProblem]:
+    if options.checkpoint is None:
+        return []
+    if options.layout is None or options.num_heads is None:
+        raise UsageError(
+            "`--checkpoint` needs `--layout` and `--num-heads` beside it: neither is in the file. "
+            f"Known layouts: {', '.join(layouts())}."
+        )
+    path, inputs = options.checkpoint, options.inputs
+    return list(real_problems(path, options.layout, options.num_heads, options.prefix, inputs))
+
+
+def _maps(real: Sequence[RealProblem], options: argparse.Namespace) -> list[AttentionMap]:
+    """The attention maps of the first sentence, of each layer once."""
+    tokens = tokens_of(options.inputs)
+    if not tokens or not options.html:
+        return []
+    return [
+        attention_map(item, tokens[0], 0)
+        for item in real
+        if item.problem.case.config.dtype == "float64"
+    ]
+
+
+def _write(report: Report, options: argparse.Namespace, console: Console) -> None:
+    for path in (options.json, options.html):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.json is not None:
+        text = json.dumps(report.to_dict(), indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+        console.print(f"JSON: {options.json}", highlight=False, soft_wrap=True)
+    if options.html is not None:
+        from anymha.parity.html import to_html  # noqa: PLC0415  needs the extra "report"
+
+        options.html.write_text(to_html(report), encoding="utf-8")
+        console.print(f"HTML: {options.html}", highlight=False, soft_wrap=True)
+
+
+def show_layouts(options: argparse.Namespace, console: Console) -> int:
+    """The names of all layouts."""
+    for name in layouts():
+        console.print(name, highlight=False)
+    return 0
+
+
+def info(options: argparse.Namespace, console: Console) -> int:
+    """Versions, and which backends are there."""
+    every = list(backends().values())
+    for name, version in versions([b for b in every if b.installed]).items():
+        console.print(f"{name:12} {version}", highlight=False)
+    for backend in every:
+        if not backend.installed:
+            console.print(
+                f"{backend.name:12} not installed: pip install 'anymha\\[{backend.name}]'",
+                highlight=False,
+            )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="anymha", description="One attention layer, everywhere.")
+    parser.add_argument("--version", action="version", version=f"anymha {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "parity", help="show that every backend gives the same results", description=parity.__doc__
+    )
+    command.add_argument("--backends", metavar="A,B", help="default: all that are installed")
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a safetensors file")
+    command.add_argument("--layout", metavar="NAME", help="its layout; see `anymha layouts`")
+    command.add_argument("--num-heads", type=int, metavar="H", help="its number of query heads")
+    command.add_argument("--prefix", metavar="P", help="only layers whose names begin so")
+    command.add_argument("--inputs", type=Path, metavar="FILE", help="its inputs, an .npz file")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    command.set_defaults(run=parity)
+
+    command = commands.add_parser("layouts", help="list the layouts of weights")
+    command.set_defaults(run=show_layouts)
+    command = commands.add_parser("info", help="show versions and backends")
+    command.set_defaults(run=info)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

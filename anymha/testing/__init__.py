@@ -1,0 +1,39 @@
+"""Conformance tests for backends: every function and every rule of the layer, under pytest.
+
+In the tests of a project that brings a backend of its own:
+
+    from anymha.testing import Conformance
+    from anymha_mylib import ops
+
+    class TestMyLib(Conformance):
+        backend = ops
+
+Each check is a test of its own; its name says which function it is about. What a backend may lack
+(see `anymha.testing.capabilities`) is skipped with a printed reason.
+"""
+
+from anymha.testing.arithmetic import ArithmeticTests
+from anymha.testing.arrays import ArrayTests
+from anymha.testing.capabilities import CAPABILITIES
+from anymha.testing.framework import FrameworkTests
+from anymha.testing.gradients import GradientTests
+from anymha.testing.layer import LayerTests
+
+__all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
+
+
+class FunctionTests(ArrayTests, ArithmeticTests, FrameworkTests):
+    """Every function of `anymha.ops.Ops`, against NumPy."""
+
+
+class SemanticsTests(LayerTests, GradientTests):
+    """Every rule of the layer, against the float64 oracle."""
+
+
+class Conformance(FunctionTests, SemanticsTests):
+    """All tests of a backend. Name it in `backend`, in a class whose name begins with Test.
+
+    Attributes:
+        backend: The module of functions. Or override the fixture `ops`, which gives it.
+        requires: Names out of `CAPABILITIES`; what is named here and lacking is a failure.
+    """

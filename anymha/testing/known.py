@@ -1,0 +1,46 @@
+"""Known answers of the dropout's generator: which elements stay, for some seeds.
+
+They were computed from the formula in `anymha.dropout` by another program, in whole numbers of any
+size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class KnownMask:
+    """A keep mask that every backend gives.
+
+    Args:
+        seed: The seed.
+        threshold: The rate of dropout in units of 1/65536.
+        shape: (B, H, T, S).
+        packed: The mask in row-major order, eight elements a byte, the first one highest, in hex.
+    """
+
+    seed: int
+    threshold: int
+    shape: tuple[int, int, int, int]
+    packed: str
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(B, H, T, S) booleans, True where the element stays."""
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(self.packed), np.uint8))
+        return bits[: math.prod(self.shape)].reshape(self.shape).astype(bool)
+
+    def __str__(self) -> str:
+        return f"seed={self.seed}"
+
+
+KNOWN_MASKS = (
+    KnownMask(0, 19661, (2, 2, 3, 8), "f4dc6d36ffffa5f7b37fddfb"),
+    KnownMask(11, 19661, (1, 2, 4, 8), "a73b6cf3be5c8ecf"),
+    KnownMask(-7, 32768, (2, 1, 3, 8), "60b47480b5bf"),
+    KnownMask(2**40 + 5, 6554, (1, 2, 3, 8), "fffffedffaf2"),
+)

@@ -1,0 +1,186 @@
+"""Tests of the layer's rules on a backend: what it gives, held against the oracle or exactly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anymha.attention import AttentionCall, attend
+from anymha.errors import DtypeError, MixedBackendsError
+from anymha.masks import Visibility
+from anymha.parity.tolerance import tolerance
+from anymha.registry import get_backend
+from anymha.testing.calls import Returned, must, values
+from anymha.testing.capabilities import BackendTests
+from anymha.testing.problems import (
+    CASES,
+    Case,
+    agree,
+    changed,
+    dtypes,
+    forward,
+    make_problem,
+    same_bits,
+)
+
+REAL = ("float16", "bfloat16", "float32", "float64")
+FLAGGED = ("self", "everything", "every row masked", "dropout", "bfloat16", "reproducible")
+CROSS: dict[str, Any] = {"value": (2, 9), "widths": (12, 10, 8)}
+
+
+def by_case(names: tuple[str, ...] = ()) -> Any:
+    """Run a test on the cases of these names, or on all."""
+    chosen = [case for case in CASES if not names or case.name in names]
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
+
+
+class LayerTests(BackendTests):
+    """Forward: values, masks, dropout, precision, refusals."""
+
+    @by_case()
+    def test_layer_agrees_with_the_oracle(self, ops: Any, case: Case) -> None:
+        """Output and scores, in value, shape and dtype, are the float64 oracle's."""
+        self.need(ops, *dtypes(case))
+        problem = make_problem(case)
+        output, scores = forward(ops, problem, scores=True)
+        agree(ops, problem, {"output": output, "scores": scores}, {})
+
+    @by_case(FLAGGED)
+    def test_scores_flag_never_changes_the_output(self, ops: Any, case: Case) -> None:
+        """The output is the same to the bit, whether the scores are asked for or not."""
+        self.need(ops, *dtypes(case))
+        problem = make_problem(case)
+        with_scores = forward(ops, problem, scores=True)[0]
+        same_bits("the output without scores", forward(ops, problem), with_scores)
+
+    # --- masks -----------------------------------------------------------------------------------
+    @pytest.mark.parametrize("dtype", REAL)
+    @pytest.mark.parametrize("dropping", [False, True], ids=["", "dropout"])
+    def test_fully_masked_row_gives_exactly_the_output_bias(
+        self, ops: Any, dtype: str, dropping: bool
+    ) -> None:
+        """And scores of exactly zero; the other rows are not touched."""
+        self.need(ops, dtype)
+        options = {"dtype": dtype, "dropout": 0.2 if dropping else 0.0}
+        case = Case("a row masked", options, {"training": dropping, "seed": 3}, **CROSS)
+        problem = make_problem(case)
+        mask = np.ones((2, 7, 9), bool)
+        mask[0, 2] = mask[1, 6] = False
+        output, scores = forward(ops, problem, scores=True, attention_mask=mask)
+        bias = problem.weights["output.bias"]
+        for row in ((0, 2), (1, 6)):
+            same_bits(f"the output of masked row {row}", output[row], bias)
+            zeros = np.zeros((4, 9), scores.dtype)
+            same_bits(f"the scores of masked row {row}", scores[row[0], :, row[1]], zeros)
+        must(np.all(scores.sum((1, 3))[mask.any(2)] > 0), "A row that is not masked has no scores.")
+
+    @pytest.mark.parametrize("filler", [math.nan, math.inf], ids=str)
+    @pytest.mark.parametrize("mask", ["value_mask", "key_mask"])
+    def test_excluded_positions_may_hold_anything(
+        self, ops: Any, mask: str, filler: float
+    ) -> None:
+        """What a padding mask excludes influences nothing, NaN and infinity included."""
+        problem = make_problem(Case("excluded", **CROSS, inputs={mask: (2, 9)}))
+        seen = problem.masks[mask][..., None]
+        given = {name: problem.inputs[name] for name in ("value", "key")}
+        holes = {n: np.where(seen, a, a.dtype.type(filler)) for n, a in given.items()}
+        expected = forward(ops, problem, scores=True)
+        got = forward(ops, changed(problem, **holes), scores=True)
+        same_bits("the output", got[0], expected[0])
+        same_bits("the scores", got[1], expected[1])
+
+    def test_causal_mask_hides_the_future(self, ops: Any) -> None:
+        """A change at position 4 changes no earlier output, not in one bit, and all later ones."""
+        problem = make_problem(Case("causal", call={"use_causal_mask": True}))
+        other = problem.inputs["query"].copy()
+        other[:, 4] += 1
+        before = forward(ops, problem)
+        after = forward(ops, changed(problem, query=other))
+        same_bits("outputs before the change", after[:, :4], before[:, :4])
+        must(np.all(np.any(after[:, 4:] != before[:, 4:], axis=-1)), "Later outputs are the same.")
+
+    def test_query_offset_moves_the_causal_mask(self, ops: Any) -> None:
+        """The last queries alone, with an offset, give what they give among all."""
+        problem = make_problem(Case("step", call={"use_causal_mask": True}))
+        whole = problem.inputs["query"]
+        step = changed(problem, query=whole[:, 5:], value=whole)
+        exact = forward(ops, problem)[:, 5:]
+        allowed = tolerance("float32", 12, float(np.max(np.abs(exact))) * 2)
+        wanted = exact.astype(np.float64)
+        for name, offset in (("an int", 5), ("an array", np.int32([5, 5]))):
+            got = forward(ops, step, query_offset=offset)
+            Returned(f"the output with query_offset as {name}", got).is_near(wanted, allowed)
+
+    def test_window_of_unequal_sides(self, ops: Any) -> None:
+        """One key to the left and two to the right of the query's own position are seen."""
+        scores = _attend(ops, Visibility(left=1, right=2))[1]
+        near = np.arange(6) - np.arange(5)[:, None]
+        seen = np.broadcast_to((near >= -1) & (near <= 2), scores.shape)
+        same_bits("scores above zero", scores > 0, seen)
+
+    def test_softcap_bounds_the_logits(self, ops: Any) -> None:
+        """Scores are those of ``c * tanh(logits / c)``."""
+        query, key, _ = _heads()
+        logits = np.einsum("bthd,bshd->bhts", query, np.repeat(key, 2, 2)).astype(np.float64)
+        capped = np.exp(0.7 * np.tanh(0.5 * logits / 0.7))
+        expected = capped / capped.sum(-1, keepdims=True)
+        got = Returned("the scores under softcap", _attend(ops, Visibility(), softcap=0.7)[1])
+        got.has_form("float32", expected.shape)
+        got.is_near(expected, tolerance("float32", 6, 1.0))
+
+    # --- dropout ---------------------------------------------------------------------------------
+    def test_dropout_acts_in_training_only(self, ops: Any) -> None:
+        """Without `training` the seed does not matter; with it, another seed is another output."""
+        problem = make_problem(Case("dropout", {"dropout": 0.4}))
+        plain = forward(ops, problem)
+        same_bits("the output, not training", forward(ops, problem, seed=1), plain)
+        first, other = (forward(ops, problem, training=True, seed=seed) for seed in (1, 2))
+        same_bits("the output of seed 1", forward(ops, problem, training=True, seed=1), first)
+        must(np.any(first != plain), "Dropout changed nothing in training.")
+        must(np.any(first != other), "Seeds 1 and 2 gave the same output.")
+
+    # --- reproducible mode -----------------------------------------------------------------------
+    @by_case(("reproducible", "reproducible, dropout"))
+    def test_reproducible_mode_gives_the_bits_of_numpy(self, ops: Any, case: Case) -> None:
+        """Float32 computed in float64 and rounded once is equal to NumPy's in every bit."""
+        self.need(ops, "float64")
+        problem = make_problem(case)
+        expected = forward(get_backend("numpy").ops, problem, scores=True)
+        got = forward(ops, problem, scores=True)
+        same_bits("the output in reproducible mode", got[0], expected[0])
+        same_bits("the scores in reproducible mode", got[1], expected[1])
+
+    # --- refusals --------------------------------------------------------------------------------
+    @pytest.mark.parametrize("dtype", ["float32", "int32"])
+    def test_mask_that_is_not_boolean_is_refused(self, ops: Any, dtype: str) -> None:
+        """Additive and 0/1 masks raise `DtypeError`."""
+        problem = make_problem(Case("refused"))
+        with pytest.raises(DtypeError, match="`attention_mask` must be boolean"):
+            forward(ops, problem, attention_mask=np.ones((7, 7), dtype))
+
+    def test_array_of_another_framework_is_refused(self, ops: Any) -> None:
+        """`is_array` tells: one call takes arrays of one framework."""
+
+        class Foreign:
+            shape, dtype = (2, 7), "bool"
+
+        problem = make_problem(Case("refused"))
+        with pytest.raises(MixedBackendsError, match="`query_mask` must be an array of"):
+            forward(ops, problem, query_mask=Foreign())
+
+
+def _heads() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query (2, 5, 4, 3), and key and value (2, 6, 2, 3): two heads share each."""
+    return values(2, 5, 4, 3), values(2, 6, 2, 3, seed=1), values(2, 6, 2, 3, seed=2)
+
+
+def _attend(
+    ops: Any, visibility: Visibility, softcap: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Context and scores of attention without projections, with a scale of 0.5."""
+    call = AttentionCall(0.5, softcap, visibility)
+    found = attend(ops, call, *map(ops.from_numpy, _heads()))
+    return ops.to_numpy(found[0]), ops.to_numpy(found[1])

@@ -1,0 +1,90 @@
+"""Problems of the layer on a module of functions, and their judgement."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anymha.layer import multi_head_attention
+from anymha.ops import Ops
+from anymha.parity.cases import MATRIX, Arrays, Case, Problem, make_problem
+from anymha.parity.judge import judge
+from anymha.parity.run import Result
+from anymha.parity.truth import expected
+from anymha.testing.calls import Returned, must
+
+CASES = tuple(case for case in MATRIX if math.prod(case.query) < 1000)
+"""The matrix of cases of the parity run, but the large ones."""
+
+
+def dtypes(case: Case) -> tuple[str, ...]:
+    """The dtypes that a backend needs for the case."""
+    return tuple(filter(None, (case.config.dtype, case.config.compute_dtype)))
+
+
+def changed(problem: Problem, **arrays: np.ndarray) -> Problem:
+    """The problem with other inputs or weights."""
+    inputs, weights = dict(problem.inputs), dict(problem.weights)
+    for name, array in arrays.items():
+        (weights if name in weights else inputs)[name] = array
+    return dataclasses.replace(problem, inputs=inputs, weights=weights)
+
+
+def forward(ops: Ops, problem: Problem, *, scores: bool = False, **call: Any) -> Any:
+    """What the layer gives, as NumPy: the output, or with `scores` the output and the scores."""
+    layer, arrays = _layer(ops, problem, scores=scores, **call)
+    given = layer(arrays)
+    return tuple(map(ops.to_numpy, given)) if scores else ops.to_numpy(given)
+
+
+def gradients(ops: Any, problem: Problem) -> Arrays:
+    """The gradients of weights and inputs for the problem's cotangents, as NumPy."""
+    layer, arrays = _layer(ops, problem, scores=True)
+    cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
+    pulled = ops.vjp(layer, arrays, cotangents)[1]
+    return {name: ops.to_numpy(array) for name, array in pulled.items()}
+
+
+def agree(ops: Ops, problem: Problem, result: Arrays, pulled: Arrays) -> None:
+    """Fail unless results and gradients are the oracle's but for rounding."""
+    __tracebackhide__ = True
+    held = {ops.name: Result(result, pulled, flag_matters=False)}
+    faults = judge(problem, expected(problem), held).cells[ops.name].faults
+    must(not faults, f"{ops.name}, case {problem.case.name!r}: {'; '.join(faults)}.")
+
+
+def same_bits(title: str, got: np.ndarray, expected: np.ndarray) -> None:
+    """Fail unless both are equal bit for bit, but for the sign of zero."""
+    __tracebackhide__ = True
+    Returned(title, got).equals(expected)
+
+
+def _layer(ops: Ops, problem: Problem, scores: bool, **call: Any) -> tuple[Any, dict[str, Any]]:
+    """The layer as a function of a dict of arrays, and that dict."""
+    others = {**problem.masks, **problem.case.call, **call}
+    held = {
+        name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in others.items()
+    }
+
+    def layer(arrays: Mapping[str, Any]) -> Any:
+        named = {name: array for name, array in arrays.items() if name not in problem.weights}
+        parts = [named.pop(name, None) for name in ("query", "value", "key")]
+        weights = {name: arrays[name] for name in problem.weights}
+        return multi_head_attention(
+            ops, problem.case.config, weights, *parts, **named, **held,
+            return_attention_scores=scores,
+        )  # fmt: skip
+
+    given = {**problem.weights, **problem.inputs}
+    return layer, {name: ops.from_numpy(array) for name, array in given.items()}
+
+
+__all__ = [
+    "CASES", "Case", "Problem", "agree", "changed", "dtypes", "forward", "gradients",
+    "make_problem", "same_bits",
+]  # fmt: skip
