@@ -1,0 +1,1 @@
+"""The tests of anymha; a package, so that they share `tests.support`."""

@@ -1,0 +1,50 @@
+"""The backends that the tests run on, and how hypothesis draws.
+
+A framework that is not installed skips its tests, with the reason printed. The variable
+``ANYMHA_EXPECT_BACKENDS="numpy,torch"`` names those that must be there: a missing one fails.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere
+
+import pytest
+from hypothesis import settings
+
+from anymha.registry import Backend, get_backend
+
+BACKENDS = ("numpy", "torch", "tensorflow", "jax")
+
+settings.register_profile("anymha", max_examples=8, deadline=None, derandomize=True, database=None)
+settings.load_profile("anymha")
+
+
+def usable(name: str) -> Backend:
+    """The backend of that name, its framework imported; else skips the test, or fails it."""
+    found = get_backend(name)
+    if not found.installed:
+        reason = f"{found.framework} is not installed"
+        expected = os.environ.get("ANYMHA_EXPECT_BACKENDS", "").replace(" ", "").split(",")
+        if name in expected:
+            pytest.fail(f"{reason}, but ANYMHA_EXPECT_BACKENDS names {name}")
+        pytest.skip(reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the frameworks, while they are imported
+        assert found.ops.name == name
+    return found
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend in turn, with its framework imported."""
+    return usable(request.param)
+
+
+@pytest.fixture(scope="session")
+def installed() -> list[Backend]:
+    """All backends that are installed, with their frameworks imported; expected ones must be."""
+    expected = os.environ.get("ANYMHA_EXPECT_BACKENDS", "").replace(" ", "").split(",")
+    return [usable(name) for name in BACKENDS if get_backend(name).installed or name in expected]

@@ -1,0 +1,253 @@
+"""Problems for the layer, their results on a backend, and their comparison with the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from anymha.config import AttentionConfig
+from anymha.dtypes import output_dtype
+from anymha.layer import multi_head_attention
+from anymha.parity.oracle import Truth, attention_oracle
+from anymha.parity.tolerance import tolerance
+from anymha.registry import Backend
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call with its numbers.
+
+    Args:
+        config: The layer's options.
+        weights: Canonical weights.
+        inputs: "query", "value", "key"; "attention_bias" where there is one. Self attention has
+            the query alone.
+        d_output: Cotangent of the output.
+        d_scores: Cotangent of the scores.
+        call: The call's other arguments; NumPy arrays among them become the backend's.
+    """
+
+    config: AttentionConfig
+    weights: Arrays
+    inputs: Arrays
+    d_output: np.ndarray
+    d_scores: np.ndarray
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(self, **changes: Any) -> Problem:
+        """The same problem with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def calling(self, **call: Any) -> Problem:
+        """The same problem with further arguments of the call; a bias is differentiated too."""
+        inputs = dict(self.inputs)
+        if "attention_bias" in call:
+            inputs["attention_bias"] = call.pop("attention_bias").astype(
+                np_dtype(self.config.dtype)
+            )
+        return self.but(inputs=inputs, call={**self.call, **call})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a backend gave, as NumPy arrays; no gradients where it has no differentiation."""
+
+    output: np.ndarray
+    scores: np.ndarray
+    gradients: Arrays
+
+    @property
+    def all(self) -> Arrays:
+        return {"output": self.output, "scores": self.scores, **self.gradients}
+
+
+def np_dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def normal(shape: tuple[int, ...], *seed: Any, spread: float = 1.0) -> np.ndarray:
+    """Normal numbers that depend on nothing but the seed and the shape."""
+    words = [byte for part in seed for byte in str(part).encode()]
+    return np.asarray(spread * np.random.default_rng(words).standard_normal(shape))
+
+
+def make(
+    query: tuple[int, ...] = (2, 5),
+    value: tuple[int, ...] | None = (2, 6),
+    widths: tuple[int, int, int] = (7, 6, 5),
+    *,
+    seed: int = 0,
+    score_shape: tuple[int, ...] | None = None,
+    **options: Any,
+) -> Problem:
+    """A problem whose logits are of order one, so that the softmax is neither flat nor hard.
+
+    Args:
+        query: Shape of the query without its features.
+        value: Shape of value and key without theirs; None for self attention.
+        widths: Widths of query, value and key; self attention has the first for all.
+        seed: Another one gives other numbers.
+        score_shape: Shape of the scores where they are not (B, H, T, S).
+        **options: Options of the config.
+    """
+    if value is None:
+        widths = (widths[0],) * 3
+    names = ("query_features", "value_features", "key_features")
+    sizes = {"num_heads": 4, "key_dim": 3, **dict(zip(names, widths, strict=True))}
+    config = AttentionConfig(**{**sizes, **options})
+    dtype = np_dtype(config.dtype)
+    narrow = np_dtype(output_dtype(config.dtype, config.compute_dtype or config.dtype))
+    spread = 1.3 / math.sqrt(widths[0])
+    weights = {
+        name: normal(shape, seed, name, spread=0.5 if "bias" in name else spread).astype(dtype)
+        for name, shape in config.weight_shapes().items()
+    }
+    shapes = {"query": query} if value is None else {"query": query, "value": value, "key": value}
+    inputs = {
+        name: normal((*shape, width), seed, name).astype(dtype)
+        for (name, shape), width in zip(shapes.items(), widths, strict=False)
+    }
+    keys = value or query
+    if score_shape is None:
+        score_shape = (query[0], config.num_heads, math.prod(query[1:]), math.prod(keys[1:]))
+    out: Any = (widths[0],) if config.output_shape is None else config.output_shape
+    return Problem(
+        config,
+        weights,
+        inputs,
+        normal((*query, *out), seed, "d_output").astype(narrow),
+        normal(score_shape, seed, "d_scores").astype(narrow),
+    )
+
+
+def run(backend: Backend, problem: Problem, *, gradients: bool = True) -> Result:
+    """Output, scores and gradients of the problem on a backend, by the layer's function."""
+    ops = backend.ops
+    arrays = native(ops, {**problem.weights, **problem.inputs})
+    call = native(ops, problem.call)
+
+    def function(arrays: Mapping[str, Any]) -> Any:
+        named = {name: a for name, a in arrays.items() if name not in problem.weights}
+        parts = [named.pop(name, None) for name in ("query", "value", "key")]
+        held = {name: arrays[name] for name in problem.weights}
+        return multi_head_attention(
+            ops, problem.config, held, *parts, **named, **call, return_attention_scores=True
+        )
+
+    if gradients and hasattr(ops, "vjp"):
+        cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
+        (output, scores), pulled = ops.vjp(function, arrays, cotangents)
+    else:
+        (output, scores), pulled = function(arrays), {}
+    return Result(
+        ops.to_numpy(output),
+        ops.to_numpy(scores),
+        {name: ops.to_numpy(gradient) for name, gradient in pulled.items()},
+    )
+
+
+def native(ops: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The NumPy arrays among the values as arrays of the backend."""
+    return {
+        name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in arrays.items()
+    }
+
+
+def truth(
+    problem: Problem, *, allowed: np.ndarray | None = None, kept: np.ndarray | None = None
+) -> Truth:
+    """The oracle's answer for inputs (B, T, D).
+
+    Args:
+        problem: The problem; of its call only the bias is looked at, the rest is `allowed`.
+        allowed: What the masks of the call mean, broadcastable to (B, H, T, S).
+        kept: What dropout multiplies the probabilities with.
+    """
+    config = problem.config
+    compute = np_dtype(config.compute_dtype or config.dtype)
+    exact = {
+        name: array.astype(compute).astype(np.float64)
+        for name, array in {**problem.weights, **problem.inputs}.items()
+    }
+    weights = {name: exact[name] for name in problem.weights}
+    heads, d_v, *features = weights["output.kernel"].shape
+    weights["output.kernel"] = weights["output.kernel"].reshape(heads, d_v, math.prod(features))
+    if "output.bias" in weights:
+        weights["output.bias"] = weights["output.bias"].reshape(-1)
+    value = exact.get("value", exact["query"])
+    found = attention_oracle(
+        weights,
+        {"query": exact["query"], "value": value, "key": exact.get("key", value)},
+        scale=1 / math.sqrt(config.key_dim) if config.scale is None else config.scale,
+        allowed=allowed,
+        bias=exact.get("attention_bias"),
+        kept=kept,
+        d_output=problem.d_output.reshape(*problem.d_output.shape[:2], math.prod(features)),
+        d_scores=problem.d_scores,
+    )
+    gradients = dict(found.gradients)
+    if "value" not in exact:
+        gradients["query"] = sum(gradients.pop(name) for name in ("query", "value", "key"))
+    elif "key" not in exact:
+        gradients["value"] = gradients["value"] + gradients.pop("key")
+    for name, weight in problem.weights.items():
+        gradients[name] = gradients[name].reshape(weight.shape)
+    output = found.output.reshape(problem.d_output.shape)
+    return dataclasses.replace(found, output=output, gradients=gradients)
+
+
+def check(
+    backend: Backend,
+    problem: Problem,
+    *,
+    allowed: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
+) -> Result:
+    """Hold a backend's output, scores and gradients against the oracle; gives the result."""
+    return agree(run(backend, problem), truth(problem, allowed=allowed, kept=kept), problem)
+
+
+def agree(result: Result, exact: Truth, problem: Problem) -> Result:
+    """Fail unless a result is the oracle's but for rounding."""
+    config = problem.config
+    narrow = output_dtype(config.dtype, config.compute_dtype or config.dtype)
+    assert result.output.dtype == result.scores.dtype == np_dtype(narrow)
+    wanted = {"output": exact.output, "scores": exact.scores, **exact.gradients}
+    length = longest_sum(problem)
+    if result.gradients:
+        assert set(result.gradients) == set(exact.gradients)
+    for name, got in result.all.items():
+        want = wanted[name]
+        # A bias's gradient is a sum that may cancel to nothing; its kernel's is the measure.
+        beside = wanted.get(name.replace(".bias", ".kernel"), want)
+        magnitude = max(np.max(np.abs(want), initial=0), np.max(np.abs(beside), initial=0))
+        close(got, want, tolerance(narrow, length, float(magnitude)), name)
+    return result
+
+
+def close(got: np.ndarray, want: np.ndarray, margin: float, name: str = "result") -> None:
+    """Fail unless both have one shape and are at most `margin` apart everywhere."""
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    error = np.max(np.abs(got.astype(np.float64) - want), initial=0.0)
+    assert error <= margin, f"{name}: off by {error:.3g}, at most {margin:.3g} may be"
+
+
+def longest_sum(problem: Problem) -> int:
+    """The length of the longest sum of the problem, over features, keys or all positions."""
+    lengths = [max(array.shape, default=1) for array in problem.weights.values()]
+    positions = [math.prod(array.shape[:-1]) for array in problem.inputs.values()]
+    return max(*lengths, *positions)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array's bytes: equal only where every bit is."""
+    return np.ascontiguousarray(array).view(np.uint8)
