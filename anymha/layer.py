@@ -191,6 +191,8 @@ def _forward(
 
     result = ops.dtype(output_dtype(dtype_name(arrays["query.kernel"].dtype), compute))
     output = unfold(ops, output, frame.axes, (*frame.batch, *frame.queries))
+    if compute == "float64" and result == ops.float32:
+        output, scores = _without_subnormals(ops, output), _without_subnormals(ops, scores)
     return ops.astype(output, result), ops.astype(frame.scores(scores), result)
 
 
@@ -216,6 +218,16 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, *, contracted
     if bias is not None:
         y = y + ops.reshape(bias, (product(outer),))
     return y if len(outer) == 1 else ops.reshape(y, (batch, length, *outer))
+
+
+def _without_subnormals(ops: Ops, x: Array) -> Array:
+    """`x` with zero for what float32 holds only as a subnormal number; gradients pass as if not.
+
+    On the way to float32 some frameworks keep such numbers and some make them zero.
+    """
+    smallest = 2.0**-126
+    small = ops.logical_and(x < smallest, x > -smallest)
+    return x + ops.stop_gradient(ops.where(small, 0.0 - x, 0.0))
 
 
 def _without_gradient(ops: Ops, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:

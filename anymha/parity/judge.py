@@ -8,7 +8,6 @@ the exact result once costs half a unit at most.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +59,8 @@ class Row:
         cells: By backend; a backend that raised has a cell with that fault.
         elements: How many elements each backend gave: outputs, scores and gradients.
         differing: How many of them differ in any bit between some two backends.
+        ties: How many of those lie, exactly computed, so close to the middle between two numbers
+            of their dtype that float64 does not tell to which to round.
         compared: How many were compared between backends.
         reproducible: Whether none may differ.
         faults: What is wrong between backends, in words.
@@ -71,6 +72,7 @@ class Row:
     cells: Mapping[str, Cell]
     elements: int
     differing: int
+    ties: int
     compared: int
     reproducible: bool
     faults: tuple[str, ...] = ()
@@ -113,7 +115,8 @@ def judge(
     exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
     units = _units(truth, narrow, config.dtype)
     computed = config.compute_dtype or config.dtype
-    budget = _budget(narrow, computed, _reduction_length(problem))
+    length = _reduction_length(problem)
+    budget = _budget(narrow, computed, length)
     ran = {name: result for name, result in results.items() if isinstance(result, Result)}
     cells = {}
     for name, result in results.items():
@@ -124,11 +127,15 @@ def judge(
         else:
             fault = f"raised {type(result).__name__}: {result}"
             cells[name] = Cell(math.inf, "", {}, (fault,), False)
-    differing, compared = _differing(ran)
+    close = {
+        name: tolerance(computed, length, 1.0) * np.max(a, initial=0.0)
+        for name, a in truth.magnitudes.items()
+    }
+    differing, ties, compared = _differing(ran, exact, close)
     reproducible = computed == "float64" and config.dtype == "float32"
     faults = ()
-    if reproducible and differing:
-        faults = (f"{differing} of {compared} elements differ between backends, 0 may",)
+    if reproducible and differing > ties:
+        faults = (f"{differing - ties} of {compared} elements differ between backends, 0 may",)
     return Row(
         problem.case.name,
         config.dtype + (f" in {config.compute_dtype}" if config.compute_dtype else ""),
@@ -136,6 +143,7 @@ def judge(
         cells,
         sum(array.size for array in exact.values()),
         differing,
+        ties,
         compared,
         reproducible,
         faults,
@@ -222,16 +230,22 @@ def _reduction_length(problem: Problem) -> int:
     return max(queries, problem.d_scores.shape[-1], *(max(array.shape) for array in shapes))
 
 
-def _differing(results: Mapping[str, Result]) -> tuple[int, int]:
-    """How many elements differ in any bit between some two backends, and of how many."""
-    differing = compared = 0
+def _differing(
+    results: Mapping[str, Result], exact: Arrays, close: Mapping[str, float]
+) -> tuple[int, int, int]:
+    """How many elements differ in any bit between some two backends, of those ties, of how many."""
+    differing = ties = compared = 0
     every = [{**result.forward, **result.gradients} for result in results.values()]
     for name in dict.fromkeys(name for one in every for name in one):
         arrays = [one[name] for one in every if name in one]
         if len(arrays) < 2 or len({(a.shape, a.dtype) for a in arrays}) > 1:
             continue
-        unlike = np.zeros(arrays[0].shape, bool)
-        for one, other in itertools.pairwise(arrays):
-            unlike |= ~((one == other) | (np.isnan(one) & np.isnan(other)))
+        low, high = np.fmin.reduce(arrays), np.fmax.reduce(arrays)
+        numbers = ~np.any([np.isnan(a) for a in arrays], axis=0)
+        unlike = ~((low == high) & numbers) & ~np.all([np.isnan(a) for a in arrays], axis=0)
         differing, compared = differing + int(unlike.sum()), compared + unlike.size
-    return differing, compared
+        if unlike.any() and exact[name].shape == low.shape and low.dtype == np.float32:
+            middle = (low.astype(np.float64) + high) / 2
+            tied = (np.nextafter(low, high) == high) & (abs(exact[name] - middle) <= close[name])
+            ties += int((unlike & tied).sum())
+    return differing, ties, compared

@@ -72,7 +72,8 @@ class Report:
         if failed:
             return f"PARITY DOES NOT HOLD: {len(failed)} of {where} fail: {'; '.join(failed)}"
         exact = [row for row in every if row.reproducible]
-        same = f"; in reproducible mode 0 of {sum(r.compared for r in exact):,} elements differ"
+        differing, compared = sum(r.differing for r in exact), sum(r.compared for r in exact)
+        same = f"; in reproducible mode {differing} of {compared:,} elements differ"
         return f"PARITY HOLDS: {where}" + (same if len(self.backends) > 1 and exact else "")
 
     def to_dict(self) -> dict[str, Any]:

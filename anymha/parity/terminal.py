@@ -40,7 +40,8 @@ def print_report(console: Console, report: Report) -> None:
     console.print(
         "Numbers: the greatest error of outputs, scores and gradients against the float64 oracle "
         "(and recorded results), in units of the dtype's rounding; † without gradients.\n"
-        "Bits: how many elements differ in any bit between backends.",
+        "Bits: how many elements differ in any bit between backends; tied: exactly half way, to "
+        "float64's precision, between two numbers of the dtype.",
         style="dim",
     )
     for row in (*report.rows, *report.real):
@@ -88,5 +89,7 @@ def _bits(row: Row) -> str:
         return "-"
     if not row.differing:
         return "[bold]0[/]"
+    if row.differing == row.ties:
+        return f"{row.ties} tied"
     share = row.differing / row.compared
     return f"{share:.0%}" if share >= 0.01 else str(row.differing)
