@@ -1,0 +1,56 @@
+"""Every example runs: the Python blocks of README and docs, and the docstrings' examples."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import anymha
+from anymha.registry import BUILT_IN
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEEDS = {backend.name: re.compile(rf"\b(anymha_)?{backend.name}\b") for backend in BUILT_IN}
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(anymha.__path__, "anymha.")
+    if not module.name.endswith((".html", "__main__"))
+]
+
+
+def skip_without(text: str) -> None:
+    """Skip where `text` needs a framework that is not installed."""
+    for backend in BUILT_IN:
+        if NEEDS[backend.name].search(text) and not backend.installed:
+            pytest.skip(f"{backend.framework} is not installed")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_of_a_page_run_in_order(page: Path) -> None:
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    skip_without("\n".join(blocks))
+    namespace: dict[str, object] = {"__name__": "example"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.module" for b in BUILT_IN)])
+def test_examples_of_a_module_give_what_they_show(name: str) -> None:
+    for backend in BUILT_IN:
+        if name.startswith(backend.package) and not backend.installed:
+            pytest.skip(f"{backend.framework} is not installed")
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module)
+    assert failed == 0
+
+
+def test_relative_links_of_the_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
