@@ -1,9 +1,13 @@
-"""A problem on a backend: forward through the native layer, gradients through its autodiff."""
+"""A problem on a backend: forward through the native layer, gradients through its autodiff.
+
+Where the backend has none, as NumPy, `anymha.tape` gives the gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from anymha.interchange.layers import set_weights
 from anymha.layer import multi_head_attention
 from anymha.parity.cases import Arrays, Problem
 from anymha.registry import Backend
+from anymha.tape import vjp
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Result:
 
     Args:
         forward: "output" and "scores".
-        gradients: By the names of weights and inputs; empty where the backend has no autodiff.
+        gradients: By the names of weights and inputs.
         flag_matters: Whether the output changes, in any bit, with `return_attention_scores`.
     """
 
@@ -40,7 +45,7 @@ def run(backend: Backend, problem: Problem) -> Result:
     }
     parts = ("query", "value", "key")
 
-    def function(arrays: Mapping[str, Any]) -> Any:
+    def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
         named = {name: array for name, array in arrays.items() if name not in weights}
         given = [named.pop(name, None) for name in parts]
         held = {name: arrays[name] for name in weights}
@@ -55,12 +60,13 @@ def run(backend: Backend, problem: Problem) -> Result:
         forward = layer(*given, **named, **others, return_attention_scores=True)
         alone = layer(*given, **named, **others)
     else:
-        forward = function(weights | inputs)
+        forward = function(ops, weights | inputs)
         alone = forward[0]
-    gradients = {}
+    cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
     if hasattr(ops, "vjp"):
-        cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-        gradients = ops.vjp(function, weights | inputs, cotangents)[1]
+        gradients = ops.vjp(partial(function, ops), weights | inputs, cotangents)[1]
+    else:
+        gradients = vjp(ops, function, weights | inputs)[1](cotangents)
     output, scores = (ops.to_numpy(array) for array in forward)
     return Result(
         {"output": output, "scores": scores},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
 
+from anymha.checks import unpack_inputs
 from anymha.config import AttentionConfig
 from anymha.layer import multi_head_attention
 from anymha.shell import (
@@ -16,6 +17,7 @@ from anymha.shell import (
     takes_call,
     takes_options,
 )
+from anymha.tape import vjp
 from anymha_numpy import ops
 
 
@@ -55,6 +57,50 @@ class MultiHeadAttention:
     ) -> Any:
         weights = self.weights or self._build
         return multi_head_attention(ops, self.config, weights, query, value, key, **call)
+
+    def vjp(
+        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+    ) -> tuple[Any, Callable[[Any], dict[str, np.ndarray]]]:
+        """The call's result, and the pullback that turns its cotangent into gradients.
+
+        Args:
+            query: As in the call, likewise `value` and `key`.
+            value: As in the call.
+            key: As in the call.
+            **call: As in the call.
+
+        Returns:
+            What the call gives, and a function of its cotangent (of the same shapes; a tuple where
+            the call gives one) that gives the gradients, in the dtypes of what they belong to, by
+            the names of the weights, "query", "value" and "key" as far as they were passed, and
+            "attention_bias".
+
+        Example:
+            >>> import numpy as np
+            >>> layer = MultiHeadAttention(num_heads=2, key_dim=4, query_features=8, seed=0)
+            >>> output, pullback = layer.vjp(np.ones((1, 3, 8), dtype="float32"))
+            >>> gradients = pullback(np.ones_like(output))
+            >>> gradients["query.kernel"].shape, gradients["query"].shape
+            ((8, 2, 4), (1, 3, 8))
+        """
+        if not self.weights:
+            self(query, value, key, **call)
+        query, value, key = unpack_inputs(query, value, key)
+        inputs = {"query": query, "value": value, "key": key}
+        given = {"attention_bias": call.pop("attention_bias", None)}
+        given |= {n: x for n, x in inputs.items() if n == "query" or x is not query}
+        if key is value:
+            given.pop("key", None)
+        arrays = {name: x for name, x in given.items() if x is not None} | self.weights
+
+        def function(tape: Any, traced: dict[str, Any]) -> Any:
+            weights = {name: traced.pop(name) for name in self.weights}
+            bias = traced.pop("attention_bias", None)
+            return multi_head_attention(
+                tape, self.config, weights, **traced, attention_bias=bias, **call
+            )
+
+        return vjp(ops, function, arrays)
 
     def canonical_weights(self) -> dict[str, np.ndarray]:
         """The weights by canonical name."""

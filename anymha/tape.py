@@ -1,0 +1,279 @@
+"""Gradients for backends without autodiff: a tape over the functions of `Ops`.
+
+The core runs unchanged on `Traced` arrays through `TapeOps`, which notes of every function how a
+gradient goes back through it. So NumPy, and any backend of functions alone, has exact gradients of
+the one written formula, and there is no second, differentiated copy of it to keep.
+
+References:
+    A. Griewank, A. Walther, "Evaluating Derivatives" (2008), chapter 3, for the reverse mode.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from anymha.dtypes import dtype_name, is_floating
+from anymha.ops import Array, Ops
+
+Pull = Callable[[Array], Array]
+"""How the gradient of a result becomes the gradient of one of its arguments."""
+
+_numbers = itertools.count()
+
+
+class Traced:
+    """An array and how it came about; of it the core uses operators, `dtype` and `shape` only."""
+
+    __array_ufunc__ = None  # NumPy leaves its operators to this class
+
+    def __init__(self, tape: TapeOps, value: Array, *sources: tuple[Any, Pull]) -> None:
+        self.tape, self.value, self.number = tape, value, next(_numbers)
+        self.sources = [(one, pull) for one, pull in sources if isinstance(one, Traced)]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+        return self.value.dtype
+
+    @property
+    def shape(self) -> Any:
+        """The shape of the array."""
+        return self.value.shape
+
+    def __add__(self, other: Any) -> Traced:
+        return self.tape.broadcasting(operator.add, self, other, lambda g: g, lambda g: g)
+
+    def __sub__(self, other: Any) -> Traced:
+        return self.tape.broadcasting(operator.sub, self, other, lambda g: g, lambda g: 0.0 - g)
+
+    def __rsub__(self, other: Any) -> Traced:
+        return self.tape.broadcasting(operator.sub, other, self, lambda g: g, lambda g: 0.0 - g)
+
+    def __mul__(self, other: Any) -> Traced:
+        a, b = _value(self), _value(other)
+        return self.tape.broadcasting(operator.mul, self, other, lambda g: g * b, lambda g: g * a)
+
+    def __truediv__(self, other: Any) -> Traced:
+        a, b = _value(self), _value(other)
+        return self.tape.broadcasting(
+            operator.truediv, self, other, lambda g: g / b, lambda g: 0.0 - g * (a / b) / b
+        )
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __lt__(self, other: Any) -> Array:
+        return self.value < _value(other)
+
+    def __gt__(self, other: Any) -> Array:
+        return self.value > _value(other)
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, Traced) else x
+
+
+class TapeOps:
+    """The functions of a backend, on its arrays and on traced ones.
+
+    Those that are not written here are the backend's own, and see plain arrays only.
+    """
+
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+    def broadcasting(
+        self, function: Callable[[Any, Any], Array], a: Any, b: Any, pull_a: Pull, pull_b: Pull
+    ) -> Traced:
+        """``function(a, b)``, whose gradients are summed to the shapes of `a` and `b`."""
+        return Traced(
+            self,
+            function(_value(a), _value(b)),
+            (a, lambda g: self._summed(pull_a(g), a)),
+            (b, lambda g: self._summed(pull_b(g), b)),
+        )
+
+    def _summed(self, gradient: Array, like: Traced) -> Array:
+        """`gradient`, summed over the axes along which `like` was broadcast."""
+        ops = self.ops
+        shape, full = ops.shape(like.value), ops.shape(gradient)
+        padded = (1,) * (len(full) - len(shape)) + tuple(shape)
+        for axis, (own, spread) in enumerate(zip(padded, full, strict=True)):
+            if own != spread:
+                gradient = ops.sum(gradient, axis=axis, keepdims=True)
+        return gradient if padded == shape else ops.reshape(gradient, shape)
+
+    def _unary(self, x: Any, value: Array, pull: Pull) -> Any:
+        return Traced(self, value, (x, pull)) if isinstance(x, Traced) else value
+
+    # --- the protocol, as far as gradients go through it ----------------------------------------
+    def is_array(self, x: Any, /) -> bool:
+        return isinstance(x, Traced) or self.ops.is_array(x)
+
+    def shape(self, x: Any, /) -> tuple[Any, ...]:
+        return self.ops.shape(_value(x))
+
+    def device(self, x: Any, /) -> Any:
+        return self.ops.device(_value(x))
+
+    def stop_gradient(self, x: Any, /) -> Array:
+        return self.ops.stop_gradient(_value(x))
+
+    def in_float64(self, function: Callable[[Any], Any], arrays: Mapping[str, Any], /) -> Any:
+        return function(arrays)
+
+    def astype(self, x: Any, dtype: Any, /) -> Any:
+        ops, own = self.ops, x.dtype
+        return self._unary(x, ops.astype(_value(x), dtype), lambda g: ops.astype(g, own))
+
+    def reshape(self, x: Any, /, shape: Sequence[Any]) -> Any:
+        ops, own = self.ops, self.shape(x)
+        return self._unary(x, ops.reshape(_value(x), shape), lambda g: ops.reshape(g, own))
+
+    def permute_dims(self, x: Any, /, axes: tuple[int, ...]) -> Any:
+        ops, back = self.ops, tuple(axes.index(i) for i in range(len(axes)))
+        value = ops.permute_dims(_value(x), axes)
+        return self._unary(x, value, lambda g: ops.permute_dims(g, back))
+
+    def broadcast_to(self, x: Any, /, shape: Sequence[Any]) -> Any:
+        value = self.ops.broadcast_to(_value(x), shape)
+        return self._unary(x, value, lambda g: self._summed(g, x))
+
+    def exp(self, x: Any, /) -> Any:
+        value = self.ops.exp(_value(x))
+        return self._unary(x, value, lambda g: g * value)
+
+    def tanh(self, x: Any, /) -> Any:
+        value = self.ops.tanh(_value(x))
+        return self._unary(x, value, lambda g: g * (1.0 - value * value))
+
+    def sum(self, x: Any, /, *, axis: int, keepdims: bool) -> Any:
+        ops, own = self.ops, self.shape(x)
+        value = ops.sum(_value(x), axis=axis, keepdims=keepdims)
+        kept = tuple(1 if i == axis % len(own) else n for i, n in enumerate(own))
+        return self._unary(x, value, lambda g: ops.broadcast_to(ops.reshape(g, kept), own))
+
+    def max(self, x: Any, /, *, axis: int, keepdims: bool) -> Any:
+        ops, own = self.ops, _value(x)
+        value = ops.max(own, axis=axis, keepdims=True)
+
+        def pull(g: Array) -> Array:  # to all that are the greatest, in equal parts
+            greatest = ops.astype(own == value, own.dtype)
+            share = greatest / ops.sum(greatest, axis=axis, keepdims=True)
+            return share * ops.reshape(g, ops.shape(value))
+
+        result = value if keepdims else ops.max(own, axis=axis, keepdims=False)
+        return self._unary(x, result, pull)
+
+    def where(self, condition: Any, x1: Any, x2: Any, /) -> Any:
+        ops = self.ops
+        if not isinstance(x1, Traced) and not isinstance(x2, Traced):
+            return ops.where(condition, x1, x2)
+        return self.broadcasting(
+            lambda a, b: ops.where(condition, a, b),
+            x1,
+            x2,
+            lambda g: ops.where(condition, g, 0.0),
+            lambda g: ops.where(condition, 0.0, g),
+        )
+
+    def matmul(self, x1: Any, x2: Any, /) -> Any:
+        ops, a, b = self.ops, _value(x1), _value(x2)
+
+        def turned(x: Array) -> Array:
+            axes = tuple(range(len(ops.shape(x))))
+            return ops.permute_dims(x, (*axes[:-2], axes[-1], axes[-2]))
+
+        return Traced(
+            self,
+            ops.matmul(a, b),
+            (x1, lambda g: self._summed(ops.matmul(g, turned(b)), x1)),
+            (x2, lambda g: self._summed(ops.matmul(turned(a), g), x2)),
+        )
+
+    def tensordot(self, x1: Any, x2: Any, /, *, axes: int) -> Any:
+        """Over one axis, as the core calls it, of a matrix `x2`."""
+        ops, a, b = self.ops, _value(x1), _value(x2)
+        inner, outer = ops.shape(b)
+        rows = math.prod(ops.shape(a)[:-1])
+
+        def to_matrix(g: Array) -> Array:
+            tall = ops.permute_dims(ops.reshape(a, (rows, inner)), (1, 0))
+            return ops.matmul(tall, ops.reshape(g, (rows, outer)))
+
+        return Traced(
+            self,
+            ops.tensordot(a, b, axes=axes),
+            (x1, lambda g: ops.tensordot(g, ops.permute_dims(b, (1, 0)), axes=1)),
+            (x2, to_matrix),
+        )
+
+
+def vjp(
+    ops: Ops, function: Callable[[Ops, dict[str, Any]], Any], arrays: Mapping[str, Array]
+) -> tuple[Any, Callable[[Any], dict[str, Array]]]:
+    """``function(ops, arrays)``, and the pullback that turns its cotangents into gradients.
+
+    Args:
+        ops: A backend.
+        function: Gives an array or a tuple of arrays; it must use the `ops` that it is given.
+        arrays: What it takes, by name; gradients are of those that are floating.
+
+    Returns:
+        The function's result, and a function of a cotangent for each result (of its shape) that
+        gives the gradient of ``sum(cotangents * results)`` by the names of `arrays`.
+
+    Example:
+        >>> import anymha_numpy.ops as ops, numpy as np
+        >>> value, pullback = vjp(ops, lambda ops, a: ops.exp(a["x"]) * 2, {"x": np.zeros(2)})
+        >>> pullback(np.ones(2))["x"].tolist()
+        [2.0, 2.0]
+    """
+    tape = TapeOps(ops)
+    leaves = {
+        name: Traced(tape, array) if is_floating(dtype_name(array.dtype)) else array
+        for name, array in arrays.items()
+    }
+    results = function(cast(Ops, tape), dict(leaves))
+    several = isinstance(results, tuple)
+
+    def pullback(cotangents: Any) -> dict[str, Array]:
+        return _pulled(ops, results if several else (results,), leaves, cotangents)
+
+    return tuple(map(_value, results)) if several else _value(results), pullback
+
+
+def _pulled(
+    ops: Ops, results: tuple[Any, ...], leaves: Mapping[str, Any], cotangents: Any
+) -> dict[str, Array]:
+    gradients: dict[int, Array] = {}
+    nodes: dict[int, Traced] = {}
+
+    def give(node: Traced, gradient: Array) -> None:
+        before = gradients.get(node.number)
+        nodes[node.number] = node
+        gradients[node.number] = gradient if before is None else before + gradient
+
+    given = cotangents if isinstance(cotangents, tuple) else (cotangents,)
+    for result, cotangent in zip(results, given, strict=True):
+        if isinstance(result, Traced):
+            give(result, cotangent)
+    own = {leaf.number for leaf in leaves.values() if isinstance(leaf, Traced)}
+    while len(nodes) > len(nodes.keys() & own):  # the latest first: all its users have given
+        number = max(nodes.keys() - own)
+        gradient = gradients.pop(number)
+        for source, pull in nodes.pop(number).sources:
+            give(source, pull(gradient))
+    return {
+        name: gradients[leaf.number]
+        if leaf.number in gradients
+        else ops.broadcast_to(ops.asarray(0, dtype=leaf.dtype), ops.shape(leaf.value))
+        for name, leaf in leaves.items()
+        if isinstance(leaf, Traced)
+    }
