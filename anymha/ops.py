@@ -1,8 +1,11 @@
 """What the core may ask of a framework: the `Ops` protocol.
 
 A backend is a module of functions; no class, no inheritance. Functions of the Python array API
-standard (2024.12) have its names and are called exactly as it says. Of an array object the core
-uses only ``+ - * /``, comparisons, ``.dtype`` and slices of the form ``x[..., a:b]``.
+standard (2024.12) have its names and are called as it says; what it lets one name or place, the
+core places. Of an array object the core uses only ``+ - * /`` and comparisons, with an array or a
+number on the right, ``.shape``, ``.dtype``, and slices of the form ``x[..., a:b]``. Products and
+sums of int32 wrap. Half precision reaches only `astype` and the conversions: the core computes it
+in float32.
 
 References:
     Consortium for Python Data API Standards, "Python array API standard", v2024.12.
@@ -35,11 +38,11 @@ class Ops(Protocol):
     # --- the array API standard, 2024.12 -------------------------------------------------------
     def asarray(self, obj: Any, /, *, dtype: Any = None, device: Any = None) -> Array: ...
     def astype(self, x: Array, dtype: Any, /) -> Array: ...
-    def arange(self, start: Dim, /, stop: Dim, *, dtype: Any, device: Any = None) -> Array: ...
-    def reshape(self, x: Array, /, shape: Sequence[Dim]) -> Array: ...
-    def permute_dims(self, x: Array, /, axes: tuple[int, ...]) -> Array: ...
-    def broadcast_to(self, x: Array, /, shape: Sequence[Dim]) -> Array: ...
-    def stack(self, arrays: Sequence[Array], /, *, axis: int = 0) -> Array: ...
+    def arange(self, start: Dim, stop: Dim, /, *, dtype: Any, device: Any = None) -> Array: ...
+    def reshape(self, x: Array, shape: tuple[Dim, ...], /) -> Array: ...
+    def permute_dims(self, x: Array, axes: tuple[int, ...], /) -> Array: ...
+    def broadcast_to(self, x: Array, shape: tuple[Dim, ...], /) -> Array: ...
+    def stack(self, arrays: list[Array], /, *, axis: int = 0) -> Array: ...
     def matmul(self, x1: Array, x2: Array, /) -> Array: ...
     def tensordot(self, x1: Array, x2: Array, /, *, axes: int) -> Array: ...
     def where(self, condition: Array, x1: Any, x2: Any, /) -> Array: ...
@@ -66,7 +69,11 @@ class Ops(Protocol):
         ...
 
     def dtype(self, name: str, /) -> Any:
-        """The framework's dtype of that name, "bfloat16" and "float16" included."""
+        """The framework's dtype of that name, "bfloat16" and "float16" included.
+
+        Raises:
+            Exception: of any kind, where the framework has no such dtype.
+        """
         ...
 
     def to_numpy(self, x: Array, /) -> Any:
@@ -105,8 +112,16 @@ class Ops(Protocol):
     def native_keep_mask(
         self, seed: Any, shape: Sequence[Dim], keep: float, device: Any, /
     ) -> Array:
-        """Booleans, True with probability `keep`, by the framework's own generator."""
+        """Booleans, True with probability `keep`, by the framework's own generator.
+
+        Raises:
+            ArgumentError: the framework has none.
+        """
         ...
+
+
+class Differentiable(Ops, Protocol):
+    """The functions of a backend that differentiates; testing and `anymha.parity` ask for it."""
 
     def vjp(
         self,
@@ -115,9 +130,15 @@ class Ops(Protocol):
         cotangents: Any,
         /,
     ) -> tuple[Any, dict[str, Array]]:
-        """``function(arrays)``, and the gradients of ``sum(cotangents * function(arrays))``.
+        """The value of a function, and the gradients of ``sum(cotangents * value)``.
 
-        Optional: only testing and `anymha.parity` ask for it. `function` gives an array or a
-        tuple of arrays, and `cotangents` is the like; gradients are by the names of `arrays`.
+        Args:
+            function: Takes `arrays` and gives an array, or a tuple of arrays.
+            arrays: Floating arrays by name, each of which matters to the value.
+            cotangents: An array of the value's shape and dtype, or a tuple of such arrays.
+
+        Returns:
+            ``function(arrays)``, and a gradient for each name in `arrays`, of the shape and the
+            dtype of the array.
         """
         ...

@@ -23,11 +23,13 @@ class FrameworkTests(BackendTests):
         for dtype in ("float64", "float32"):
             x = values(20, dtype=dtype)
 
-            def third(given: Any) -> Any:
-                return ops.astype(given["x"], ops.float64) / 3.0
+            def scaled(given: Any) -> Any:
+                return ops.astype(given["x"], ops.float64) * 1.1
 
-            got = ops.to_numpy(ops.in_float64(third, {"x": ops.from_numpy(x)}))
-            Returned(f"ops.in_float64(x / 3) of {dtype} x", got).equals(x.astype(np.float64) / 3)
+            got = ops.to_numpy(ops.in_float64(scaled, {"x": ops.from_numpy(x)}))
+            Returned(f"ops.in_float64(x * 1.1) of {dtype} x", got).equals(
+                x.astype(np.float64) * 1.1
+            )
 
     def test_in_float64_rounds_once(self, ops: Any) -> None:
         """Float32 in and out, float64 between: the reproducible mode."""
@@ -90,7 +92,9 @@ class FrameworkTests(BackendTests):
         """An int, or an integer array of rank 0, which seeds the dropout."""
         self.need(ops, "draw_seed")
         seeds = [ops.draw_seed() for _ in range(4)]
-        masks = {ops.to_numpy(keep_mask(ops, seed, 2**15, (1, 2, 8, 8))).tobytes() for seed in seeds}
+        masks = {
+            ops.to_numpy(keep_mask(ops, seed, 2**15, (1, 2, 8, 8))).tobytes() for seed in seeds
+        }
         must(len(masks) > 1, f"Each `draw_seed` gave the same mask. Received: {seeds}.")
 
     def test_native_keep_mask_keeps_the_share(self, ops: Any) -> None:

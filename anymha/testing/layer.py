@@ -79,9 +79,7 @@ class LayerTests(BackendTests):
 
     @pytest.mark.parametrize("filler", [math.nan, math.inf], ids=str)
     @pytest.mark.parametrize("mask", ["value_mask", "key_mask"])
-    def test_excluded_positions_may_hold_anything(
-        self, ops: Any, mask: str, filler: float
-    ) -> None:
+    def test_excluded_positions_may_hold_anything(self, ops: Any, mask: str, filler: float) -> None:
         """What a padding mask excludes influences nothing, NaN and infinity included."""
         problem = make_problem(Case("excluded", **CROSS, inputs={mask: (2, 9)}))
         seen = problem.masks[mask][..., None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from anymha.parity.cases import MATRIX, Arrays, Case, Problem, make_problem
 from anymha.parity.judge import judge
 from anymha.parity.run import Result
 from anymha.parity.truth import expected
+from anymha.tape import vjp
 from anymha.testing.calls import Returned, must
 
 CASES = tuple(case for case in MATRIX if math.prod(case.query) < 1000)
@@ -37,15 +39,21 @@ def changed(problem: Problem, **arrays: np.ndarray) -> Problem:
 def forward(ops: Ops, problem: Problem, *, scores: bool = False, **call: Any) -> Any:
     """What the layer gives, as NumPy: the output, or with `scores` the output and the scores."""
     layer, arrays = _layer(ops, problem, scores=scores, **call)
-    given = layer(arrays)
+    given = layer(ops, arrays)
     return tuple(map(ops.to_numpy, given)) if scores else ops.to_numpy(given)
 
 
 def gradients(ops: Any, problem: Problem) -> Arrays:
-    """The gradients of weights and inputs for the problem's cotangents, as NumPy."""
+    """The gradients of weights and inputs for the problem's cotangents, as NumPy.
+
+    A backend without `vjp` is differentiated by the tape, through its own functions.
+    """
     layer, arrays = _layer(ops, problem, scores=True)
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-    pulled = ops.vjp(layer, arrays, cotangents)[1]
+    if hasattr(ops, "vjp"):
+        pulled = ops.vjp(partial(layer, ops), arrays, cotangents)[1]
+    else:
+        pulled = vjp(ops, layer, arrays)[1](cotangents)
     return {name: ops.to_numpy(array) for name, array in pulled.items()}
 
 
@@ -64,14 +72,14 @@ def same_bits(title: str, got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def _layer(ops: Ops, problem: Problem, scores: bool, **call: Any) -> tuple[Any, dict[str, Any]]:
-    """The layer as a function of a dict of arrays, and that dict."""
+    """The layer as a function of the functions and of a dict of arrays, and that dict."""
     others = {**problem.masks, **problem.case.call, **call}
     held = {
         name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in others.items()
     }
 
-    def layer(arrays: Mapping[str, Any]) -> Any:
+    def layer(ops: Ops, arrays: Mapping[str, Any]) -> Any:
         named = {name: array for name, array in arrays.items() if name not in problem.weights}
         parts = [named.pop(name, None) for name in ("query", "value", "key")]
         weights = {name: arrays[name] for name in problem.weights}

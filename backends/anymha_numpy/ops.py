@@ -75,9 +75,10 @@ def in_float64(function, arrays, /):
 
 def seed_words(seed, /):
     seed = int(seed)
-    return tuple(
+    low, high = (
         np.asarray([word % 2**32], dtype=np.uint32).view(np.int32) for word in (seed, seed >> 32)
     )
+    return low, high
 
 
 def draw_seed():

@@ -1,0 +1,1 @@
+"""A backend of array-api-strict, as a stranger would bring it."""
