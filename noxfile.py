@@ -11,6 +11,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.sessions = ["lint", "tests"]
 nox.options.reuse_venv = "yes"
+nox.options.default_venv_backend = "virtualenv"
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = "constraints.txt"
@@ -23,7 +24,7 @@ EVERYTHING = [name for names in FRAMEWORKS.values() for name in names]
 # Real weights on a real sentence, with the outputs that the reference implementation gave.
 PARITY = [
     *("--checkpoint", "tests/data/minilm_attention.safetensors", "--layout", "transformers.bert"),
-    *("--text", "tests/data/minilm_text.npz"),
+    *("--num-heads", "12", "--inputs", "tests/data/minilm_text.npz"),
     *("--html", "parity-report/index.html", "--json", "parity-report/report.json"),
 ]
 
@@ -35,9 +36,9 @@ def install(
     session.install("-c", constraints, "-e", f".{extras}", *requirements)
 
 
-def group(name: str) -> tuple[str, ...]:
-    """The requirements of a dependency group of pyproject.toml."""
-    return nox.project.dependency_groups(PROJECT, name)
+def groups(*names: str) -> tuple[str, ...]:
+    """The requirements of dependency groups of pyproject.toml."""
+    return nox.project.dependency_groups(PROJECT, *names)
 
 
 def run_pytest(session: nox.Session, *backends: str) -> None:
@@ -48,7 +49,7 @@ def run_pytest(session: nox.Session, *backends: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
-    install(session, *EVERYTHING, *group("test"), extras="[report]")
+    install(session, *EVERYTHING, *groups("test", "architecture"), extras="[report]")
     run_pytest(session, *FRAMEWORKS)
 
 
@@ -56,15 +57,11 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
 def alone(session: nox.Session, backend: str) -> None:
     """Run the tests where one framework is installed and the others are not."""
-    install(session, *FRAMEWORKS[backend], *group("test"))
+    install(session, *FRAMEWORKS[backend], *groups("test"))
     others = [name for name in FRAMEWORKS if name not in (backend, "numpy")]
-    session.run(
-        "python",
-        "-c",
-        "import sys; from importlib.util import find_spec\n"
-        f"sys.exit(', '.join(filter(find_spec, {others})))",
-    )
-    run_pytest(session, *{"numpy", backend})
+    present = f"[name for name in {others} if importlib.util.find_spec(name)]"
+    session.run("python", "-c", f"import importlib.util, sys; sys.exit({present} or 0)")
+    run_pytest(session, *sorted({"numpy", backend}))
 
 
 @nox.session
@@ -77,7 +74,7 @@ def lowest(session: nox.Session) -> None:
     ]
     constraints = Path(session.create_tmp()) / "lowest.txt"
     constraints.write_text("\n".join([*pins, *tools]))
-    install(session, *group("test"), constraints=str(constraints))
+    install(session, *groups("test"), constraints=str(constraints))
     run_pytest(session, "numpy")
 
 
@@ -91,7 +88,7 @@ def parity(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format, types (against the frameworks' own) and who imports whom."""
-    install(session, *EVERYTHING, *group("lint"), *group("test"), "nox", extras="[report]")
+    install(session, *EVERYTHING, *groups("lint", "test"), "nox", extras="[report]")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
