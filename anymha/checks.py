@@ -147,21 +147,22 @@ def check_masks(
         check_broadcast(arrays["attention_bias"], full, "attention_bias")
 
 
-def check_offset(ops: Ops, offset: Any, batch: Dim) -> None:
-    """A query offset is an int, or an integer array of rank 0 or of shape (B,).
+def check_offset(ops: Ops, offset: Any, batch: Dim) -> Any:
+    """The query offset of a call: an int, or an integer array of rank 0 or of shape (B,).
 
     Raises:
         ArgumentError: it is neither.
         ShapeError: it has another shape.
     """
-    if isinstance(offset, int) and not isinstance(offset, bool):
-        return
-    if not ops.is_array(offset) or "int" not in dtype_name(offset.dtype):
-        raise ArgumentError(
-            f"`query_offset` must be an int, or an integer array (B,) of {ops.name}. "
-            f"Received: {_kind(offset)}."
-        )
-    check_broadcast(offset, (batch,), "query_offset")
+    if ops.is_array(offset) and "int" in dtype_name(offset.dtype):
+        check_broadcast(offset, (batch,), "query_offset")
+        return offset
+    if not isinstance(offset, bool) and is_integer(offset):
+        return offset if isinstance(offset, int) else operator.index(offset)
+    raise ArgumentError(
+        f"`query_offset` must be an int, or an integer array (B,) of {ops.name}. "
+        f"Received: {_received(offset)}."
+    )
 
 
 def check_seed(ops: Ops, seed: Any) -> Any:
@@ -181,10 +182,10 @@ def check_seed(ops: Ops, seed: Any) -> Any:
                 f"Received: dtype {dtype_name(seed.dtype)}, shape {show(seed.shape)}."
             )
         return seed
-    if hasattr(seed, "__index__") and not getattr(seed, "shape", ()):
+    if is_integer(seed):
         return operator.index(seed)
     raise ArgumentError(
-        f"`seed` must be an int, or an integer array of {ops.name}. Received: {_kind(seed)}."
+        f"`seed` must be an int, or an integer array of {ops.name}. Received: {_received(seed)}."
     )
 
 
@@ -215,6 +216,11 @@ def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any])
             )
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is one integer, a NumPy one included, and not an array of a framework."""
+    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+
+
 def _differ(length: Dim, other: Dim) -> bool:
     return is_known(length) and is_known(other) and length != other
 
@@ -226,3 +232,11 @@ def _names(weights: Mapping[str, Any]) -> str:
 def _kind(value: Any) -> str:
     """The type of a value, for an error message."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _received(value: Any) -> str:
+    """What a value is, for an error message: the value, or an array's type, dtype and shape."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
+        return repr(value)
+    return f"{_kind(value)}, dtype {dtype_name(dtype)}, shape {show(shape)}"

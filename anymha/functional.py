@@ -8,14 +8,15 @@ from typing import Any
 
 from anymha.attention import AttentionCall, attend
 from anymha.axes import check_broadcast, is_known, show
-from anymha.checks import check_arrays, check_offset, check_weights, unpack_inputs
+from anymha.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
 from anymha.config import AttentionConfig
 from anymha.dropout import Dropout, rate_threshold
 from anymha.dtypes import accumulation_dtype, dtype_name
-from anymha.errors import ConfigError, DtypeError, ShapeError
+from anymha.errors import DtypeError, ShapeError
 from anymha.layer import multi_head_attention as _multi_head_attention
 from anymha.masks import visibility
 from anymha.ops import Array, Ops
+from anymha.options import checked_rate, checked_scale, checked_softcap, checked_window
 from anymha.registry import common_ops
 
 
@@ -92,10 +93,24 @@ def dot_product_attention(
     ops = common_ops(arrays.items())
     check_arrays(ops, arrays)
     _check_heads(arrays)
-    _check_masks(ops, arrays, query_offset)
-    options = _options(scale, softcap, is_causal, window, query_offset, dropout, seed, query, ops)
+    _check_masks(arrays)
+    query_offset = check_offset(ops, query_offset, query.shape[0])
+    left, right = checked_window(window, "window")
+    scale, softcap = checked_scale(scale, "scale"), checked_softcap(softcap, "softcap")
+    threshold = rate_threshold(checked_rate(dropout, "dropout"))
+    seed = check_seed(ops, seed)
+    if threshold and seed is None:
+        seed = ops.draw_seed()
+    traced = {"query_offset": query_offset, "seed": seed if threshold else None}
+    arrays |= {name: value for name, value in traced.items() if ops.is_array(value)}
 
     def forward(arrays: Mapping[str, Array]) -> Any:
+        options = AttentionCall(
+            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            softcap,
+            visibility(is_causal, (left, right), arrays.get("query_offset", query_offset)),
+            Dropout(threshold, arrays.get("seed", seed)) if threshold else None,
+        )
         context, scores = _attend(ops, options, arrays)
         return (context, scores) if return_scores else context
 
@@ -107,16 +122,16 @@ def dot_product_attention(
 def _attend(ops: Ops, options: AttentionCall, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
     dtype = arrays["query"].dtype
     working = ops.dtype(accumulation_dtype(dtype_name(dtype)))
-    queries = ops.shape(arrays["query"])[1]
-    keys = ops.shape(arrays["key"])[1]
     q, k, v = (ops.astype(arrays[name], working) for name in ("query", "key", "value"))
     rows = columns = None
     if "query_mask" in arrays:
-        rows = ops.reshape(arrays["query_mask"], (-1, 1, queries, 1))
-        q = ops.where(ops.reshape(rows, (-1, queries, 1, 1)), q, 0.0)
+        batch, length = ops.shape(arrays["query_mask"])
+        rows = ops.reshape(arrays["query_mask"], (batch, 1, length, 1))
+        q = ops.where(ops.reshape(rows, (batch, length, 1, 1)), q, 0.0)
     if "value_mask" in arrays:
-        columns = ops.reshape(arrays["value_mask"], (-1, 1, 1, keys))
-        seen = ops.reshape(columns, (-1, keys, 1, 1))
+        batch, length = ops.shape(arrays["value_mask"])
+        columns = ops.reshape(arrays["value_mask"], (batch, 1, 1, length))
+        seen = ops.reshape(columns, (batch, length, 1, 1))
         k, v = ops.where(seen, k, 0.0), ops.where(seen, v, 0.0)
     bias = ops.astype(arrays["bias"], working) if "bias" in arrays else None
     context, scores = attend(
@@ -158,7 +173,7 @@ def _check_heads(arrays: Mapping[str, Array]) -> None:
         )
 
 
-def _check_masks(ops: Ops, arrays: Mapping[str, Array], offset: Any) -> None:
+def _check_masks(arrays: Mapping[str, Array]) -> None:
     batch, queries, heads, _ = arrays["query"].shape
     keys = arrays["key"].shape[1]
     lengths = {
@@ -167,39 +182,13 @@ def _check_masks(ops: Ops, arrays: Mapping[str, Array], offset: Any) -> None:
         "query_mask": (batch, queries),
         "value_mask": (batch, keys),
     }
-    for name in lengths.keys() & arrays.keys():
+    for name in [name for name in lengths if name in arrays]:
+        if name.endswith("_mask") and len(arrays[name].shape) != 2:
+            raise ShapeError(
+                f"`{name}` must have shape {show(lengths[name])}. "
+                f"Received: shape {show(arrays[name].shape)}."
+            )
         check_broadcast(arrays[name], lengths[name], name)
-    check_offset(ops, offset, batch)
-
-
-def _options(
-    scale: Any, softcap: Any, is_causal: bool, window: Any, offset: Any, dropout: float,
-    seed: Any, query: Array, ops: Ops,
-) -> AttentionCall:  # fmt: skip
-    if window is not None and not (
-        isinstance(window, (tuple, list))
-        and len(window) == 2
-        and all(n is None or (isinstance(n, int) and n >= 0) for n in window)
-    ):
-        raise ConfigError(
-            "`window` must be (left, right), each None or an integer of at least 0. "
-            f"Received: {window!r}."
-        )
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        positive = name == "softcap"
-        if number is not None and not (math.isfinite(number) and (number > 0 or not positive)):
-            wanted = "a finite number above 0" if positive else "a finite number"
-            raise ConfigError(f"`{name}` must be {wanted}, or None. Received: {number!r}.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"`dropout` must be a number in [0, 1). Received: {dropout!r}.")
-    if dropout and seed is None:
-        seed = ops.draw_seed()
-    return AttentionCall(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        softcap=softcap,
-        visibility=visibility(is_causal, window, offset),
-        dropout=Dropout(rate_threshold(dropout), seed) if dropout else None,
-    )
 
 
 def multi_head_attention(

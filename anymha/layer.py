@@ -104,8 +104,7 @@ def multi_head_attention(
     batch, queries = axes.split(ops.shape(query))
     keys = axes.split(ops.shape(value))[1]
     check_masks(extra, batch, config.num_heads, queries, keys)
-    check_offset(ops, query_offset, product(batch))
-
+    query_offset = check_offset(ops, query_offset, product(batch))
     seed = check_seed(ops, seed)
     if not isinstance(weights, Mapping):
         weights = weights([array.shape[-1] for array in inputs.values()])

@@ -87,6 +87,39 @@ def checked_scale(value: Any, argument: str) -> float | None:
     return scale
 
 
+def checked_softcap(value: Any, argument: str) -> float | None:
+    """`value` as a finite float above 0; None stays None."""
+    if value is None:
+        return None
+    try:
+        softcap = float(value)
+    except (TypeError, ValueError):
+        softcap = math.nan
+    if not (math.isfinite(softcap) and softcap > 0):
+        raise ConfigError(
+            f"`{argument}` must be a finite number above 0, or None for no cap. "
+            f"Received: {value!r}."
+        )
+    return softcap
+
+
+def checked_window(value: Any, argument: str) -> tuple[int | None, int | None]:
+    """`value` as (left, right), each None or an int of at least 0; None is open on both sides."""
+    if value is None:
+        return None, None
+    sides = tuple(value) if isinstance(value, (tuple, list)) else ()
+    found = [None if side is None else _index(side) for side in sides]
+    bad = [
+        side for side, n in zip(sides, found, strict=True) if side is not None and not _counts(n)
+    ]
+    if len(found) != 2 or bad:
+        raise ConfigError(
+            f"`{argument}` must be (left, right), each None or an integer of at least 0, the "
+            f"keys visible on that side of the query's own position. Received: {value!r}."
+        )
+    return found[0], found[1]
+
+
 def checked_seed(value: Any, argument: str) -> int | None:
     """`value` as an int; None stays None."""
     if value is None:
@@ -105,6 +138,10 @@ def checked_choice(value: Any, choices: Sequence[str], argument: str) -> str:
         listed = ", ".join(map(repr, choices))
         raise ConfigError(f"`{argument}` must be one of {listed}. Received: {value!r}.")
     return value
+
+
+def _counts(number: int | None) -> bool:
+    return number is not None and number >= 0
 
 
 def _index(value: Any) -> int | None:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from anymha.config import AttentionConfig
-from anymha.dtypes import output_dtype
+from anymha.dtypes import accumulation_dtype, output_dtype
 from anymha.layer import multi_head_attention
 from anymha.parity.oracle import Truth, attention_oracle
 from anymha.parity.tolerance import tolerance
@@ -194,15 +194,24 @@ def truth(
         d_output=problem.d_output.reshape(*problem.d_output.shape[:2], math.prod(features)),
         d_scores=problem.d_scores,
     )
-    gradients = dict(found.gradients)
-    if "value" not in exact:
-        gradients["query"] = sum(gradients.pop(name) for name in ("query", "value", "key"))
-    elif "key" not in exact:
-        gradients["value"] = gradients["value"] + gradients.pop("key")
+    return dataclasses.replace(
+        found,
+        output=found.output.reshape(problem.d_output.shape),
+        gradients=_shaped(found.gradients, problem),
+        magnitudes=_shaped(found.magnitudes, problem),
+    )
+
+
+def _shaped(arrays: Arrays, problem: Problem) -> Arrays:
+    """Gradients in the shapes of the problem; those of one array in two roles are summed."""
+    arrays = dict(arrays)
+    if "value" not in problem.inputs:
+        arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
+    elif "key" not in problem.inputs:
+        arrays["value"] = arrays["value"] + arrays.pop("key")
     for name, weight in problem.weights.items():
-        gradients[name] = gradients[name].reshape(weight.shape)
-    output = found.output.reshape(problem.d_output.shape)
-    return dataclasses.replace(found, output=output, gradients=gradients)
+        arrays[name] = arrays[name].reshape(weight.shape)
+    return arrays
 
 
 def check(
@@ -219,18 +228,17 @@ def check(
 def agree(result: Result, exact: Truth, problem: Problem) -> Result:
     """Fail unless a result is the oracle's but for rounding."""
     config = problem.config
-    narrow = output_dtype(config.dtype, config.compute_dtype or config.dtype)
+    compute = config.compute_dtype or config.dtype
+    narrow, working = output_dtype(config.dtype, compute), accumulation_dtype(compute)
     assert result.output.dtype == result.scores.dtype == np_dtype(narrow)
     wanted = {"output": exact.output, "scores": exact.scores, **exact.gradients}
     length = longest_sum(problem)
     if result.gradients:
         assert set(result.gradients) == set(exact.gradients)
     for name, got in result.all.items():
-        want = wanted[name]
-        # A bias's gradient is a sum that may cancel to nothing; its kernel's is the measure.
-        beside = wanted.get(name.replace(".bias", ".kernel"), want)
-        magnitude = max(np.max(np.abs(want), initial=0), np.max(np.abs(beside), initial=0))
-        close(got, want, tolerance(narrow, length, float(magnitude)), name)
+        rounded = tolerance(narrow, 0, float(np.max(np.abs(wanted[name]), initial=0)))
+        summed = tolerance(working, length, float(np.max(exact.magnitudes[name], initial=0)))
+        close(got, wanted[name], rounded + summed, name)
     return result
 
 

@@ -11,15 +11,13 @@ import ml_dtypes
 
 from anymha.dtypes import accumulation_dtype
 
-SUMS = 4.0
+SUMS = math.sqrt(8) / 2
 """Greatest error of the layer's chain of sums, in units of ``eps * sqrt(length) * magnitude``.
 
-Each rounding is off by at most eps / 2, and those of one sum wander off like a random walk: by
-about ``eps / 2 * sqrt(length)`` times the size of a typical term. A gradient comes through eight
-sums (four projections and two products forward, as much back), whose errors are independent: a
-factor of sqrt(8). The gradient of the softmax is a difference of two terms of one size, which
-costs a factor of 2. The worst of many elements lies five such deviations out, and a typical one
-is a fourth of the greatest magnitude: ``1/2 * sqrt(8) * 2 * 5/4`` is just under 4.
+Each rounding is off by at most eps / 2, and those of one sum wander off like a random walk: by at
+most about ``eps / 2 * sqrt(length)`` times the sum of its terms' absolute values. A gradient comes
+through eight sums (four projections and two products forward, as much back), whose errors are
+independent: a factor of sqrt(8).
 """
 
 
@@ -37,14 +35,14 @@ def tolerance(dtype_name: str, reduction_length: int, magnitude: float) -> float
     Args:
         dtype_name: Dtype of the result: "float16", "bfloat16", "float32" or "float64".
         reduction_length: The longest sum on the way: features, keys, or positions of a batch.
-        magnitude: The greatest absolute value of the exact result, or of the stage it is made of
-            where terms cancel.
+        magnitude: The greatest value of the same sums over the absolute values of their terms,
+            as in `anymha.parity.oracle.Truth.magnitudes`: terms that cancel leave their errors.
 
     Returns:
         The tolerance, in the units of the result.
 
     Example:
-        >>> tolerance("float32", 64, 1.0) < 4e-6 < tolerance("bfloat16", 64, 1.0)
+        >>> tolerance("float32", 64, 1.0) < 2e-6 < tolerance("bfloat16", 64, 1.0)
         True
 
     References:
