@@ -92,6 +92,9 @@ BUILT_IN = (
     Backend("jax", "anymha_jax", "jax", ("jax", "jaxlib")),
 )
 
+LAYERS = (Backend("keras", "anymha_keras", "keras", ()),)
+"""Packages of a layer alone, whose arrays are another backend's, found at the call."""
+
 
 @cache
 def backends() -> dict[str, Backend]:
@@ -105,8 +108,12 @@ def backends() -> dict[str, Backend]:
     return found
 
 
-def get_backend(name: str) -> Backend:
+def get_backend(name: str, *beside: str) -> Backend:
     """The backend of that name.
+
+    Args:
+        name: The name.
+        beside: Further names that the error's message lists.
 
     Raises:
         UnknownBackendError: there is none; the message has the names that there are.
@@ -115,10 +122,20 @@ def get_backend(name: str) -> Backend:
     if name not in known:
         known = backends()  # asks others only where it must
     if name not in known:
-        raise UnknownBackendError(
-            f"`backend` must be one of {', '.join(map(repr, known))}. Received: {name!r}."
-        )
+        names = ", ".join(map(repr, (*known, *beside)))
+        raise UnknownBackendError(f"`backend` must be one of {names}. Received: {name!r}.")
     return known[name]
+
+
+def get_layer(name: str) -> Any:
+    """The native layer class of a backend, or of a package that brings a layer alone.
+
+    Raises:
+        UnknownBackendError: there is none; the message has the names that there are.
+        BackendNotInstalledError: its framework is not installed.
+    """
+    alone = {package.name: package for package in LAYERS}
+    return (alone[name] if name in alone else get_backend(name, *alone)).layer
 
 
 def backend_of(array: Any) -> Backend:

@@ -9,7 +9,7 @@ import numpy as np
 
 from anymha.config import AttentionConfig
 from anymha.errors import ArgumentError, WeightsError
-from anymha.registry import backend_of, get_backend
+from anymha.registry import backend_of, get_layer
 
 
 def new_layer(*args: Any, backend: str, **options: Any) -> Any:
@@ -17,7 +17,7 @@ def new_layer(*args: Any, backend: str, **options: Any) -> Any:
 
     Args:
         *args: The constructor's positional arguments, `num_heads` and `key_dim` first.
-        backend: "numpy", "torch", "tensorflow", "jax", or the name of a backend of others.
+        backend: "numpy", "torch", "tensorflow", "jax", "keras", or the name of a backend of others.
         **options: The constructor's keyword arguments; see `anymha.AttentionConfig`.
 
     Raises:
@@ -25,7 +25,7 @@ def new_layer(*args: Any, backend: str, **options: Any) -> Any:
         BackendNotInstalledError: its framework is not installed.
         ConfigError: an option has a value that it cannot have.
     """
-    return get_backend(backend).layer(*args, **options)
+    return get_layer(backend)(*args, **options)
 
 
 def get_weights(layer: Any) -> dict[str, np.ndarray]:
@@ -76,7 +76,7 @@ def convert(layer: Any, to: str) -> Any:
     options |= {option: weights[f"{name}.kernel"].shape[0] for option, name in names.items()}
     options["dtype"] = weights["query.kernel"].dtype.name
     options = AttentionConfig.from_dict(options).to_dict()
-    return set_weights(get_backend(to).layer(**options), weights)
+    return set_weights(get_layer(to)(**options), weights)
 
 
 def _checked(layer: Any) -> Any:
