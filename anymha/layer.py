@@ -73,7 +73,8 @@ def multi_head_attention(
         training: Whether dropout acts; default False.
         use_causal_mask: Whether query i sees only keys ``j <= i + query_offset``.
         query_offset: Position of the first query among the keys: an int, or integers (B,).
-        seed: Seed of the dropout; default one from the framework's own generator.
+        seed: Seed of the dropout; or what draws one, and is called only if the call is good and
+            drops; default the framework's own generator.
         observe: Is told each stage.
 
     Returns:
@@ -105,12 +106,12 @@ def multi_head_attention(
     keys = axes.split(ops.shape(value))[1]
     check_masks(extra, batch, config.num_heads, queries, keys)
     query_offset = check_offset(ops, query_offset, product(batch))
-    seed = check_seed(ops, seed)
+    seed, draw = (None, seed) if callable(seed) else (check_seed(ops, seed), ops.draw_seed)
     if not isinstance(weights, Mapping):
         weights = weights([array.shape[-1] for array in inputs.values()])
     dropping = bool(training) and config.dropout > 0
     if dropping and seed is None:
-        seed = ops.draw_seed()
+        seed = draw()
     traced = {"query_offset": query_offset, "seed": seed if dropping else None}
     extra |= {name: value for name, value in traced.items() if ops.is_array(value)}
 
