@@ -117,11 +117,20 @@ def _truth(
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_batch_place_is_on_its_own(backend: Backend, name: str) -> None:
     problem, *_ = _layout(name)
-    agree(run(backend, problem), _truth(name, problem, None, None), problem)
+    _agree(backend, problem, _truth(name, problem, None, None))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("rank", ["queries and keys", "batch", "heads"])
+def _agree(backend: Backend, problem: Problem, exact: Truth) -> None:
+    agree(run(backend, problem, compiled=True), exact, problem)
+
+
+RANKS = ("queries and keys", "batch", "heads")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [*zip(LAYOUTS, itertools.cycle(RANKS)), *(("negative, apart", rank) for rank in RANKS[::2])],
+)
 def test_masks_of_all_ranks_and_bias(backend: Backend, name: str, rank: str) -> None:
     problem, batch, queries, keys = _layout(name)
     full = (*batch, H, *queries, *keys)
@@ -139,7 +148,7 @@ def test_masks_of_all_ranks_and_bias(backend: Backend, name: str, rank: str) -> 
         attention_mask=mask, value_mask=padding, query_mask=counted, attention_bias=bias
     )
     exact = _truth(name, problem, allowed, problem.inputs["attention_bias"])
-    agree(run(backend, problem), exact, problem)
+    _agree(backend, problem, exact)
 
 
 @pytest.mark.parametrize("name", ["two axes by default", "in another order", "the first named"])
@@ -149,7 +158,7 @@ def test_causal_is_row_major_over_the_axes_as_named(backend: Backend, name: str)
     allowed = np.arange(s)[None, :] <= np.arange(t)[:, None] + 1
     allowed = np.broadcast_to(allowed.reshape(*queries, *keys), (*batch, H, *queries, *keys))
     problem = problem.calling(use_causal_mask=True, query_offset=1)
-    agree(run(backend, problem), _truth(name, problem, allowed, None), problem)
+    _agree(backend, problem, _truth(name, problem, allowed, None))
 
 
 def test_masks_broadcast_along_axes_of_length_one(backend: Backend) -> None:
@@ -163,7 +172,7 @@ def test_masks_broadcast_along_axes_of_length_one(backend: Backend) -> None:
     for arrays in (exact.gradients, exact.magnitudes):
         summed = arrays["attention_bias"].sum((0, 3, 4), keepdims=True)[0]  # [H, 3, 1, 1, 5]
         arrays["attention_bias"] = summed
-    agree(run(backend, problem), exact, problem)
+    _agree(backend, problem, exact)
 
 
 def test_offset_counts_by_each_batch_place(backend: Backend) -> None:
@@ -173,7 +182,7 @@ def test_offset_counts_by_each_batch_place(backend: Backend) -> None:
     allowed = allowed.reshape(*batch, 1, *queries, *keys)
     problem = problem.calling(use_causal_mask=True, query_offset=offsets)
     full = np.broadcast_to(allowed, (*batch, H, *queries, *keys))
-    agree(run(backend, problem), _truth("the other of two", problem, full, None), problem)
+    _agree(backend, problem, _truth("the other of two", problem, full, None))
 
 
 def test_naming_the_second_axis_is_the_plain_layer(backend: Backend) -> None:
