@@ -92,7 +92,11 @@ BUILT_IN = (
     Backend("jax", "anymha_jax", "jax", ("jax", "jaxlib")),
 )
 
-LAYERS = (Backend("keras", "anymha_keras", "keras", ()),)
+LAYERS = (
+    Backend("keras", "anymha_keras", "keras", ()),
+    Backend("flax", "anymha_flax", "flax", ()),
+    Backend("equinox", "anymha_equinox", "equinox", ()),
+)
 """Packages of a layer alone, whose arrays are another backend's, found at the call."""
 
 

@@ -17,7 +17,8 @@ def new_layer(*args: Any, backend: str, **options: Any) -> Any:
 
     Args:
         *args: The constructor's positional arguments, `num_heads` and `key_dim` first.
-        backend: "numpy", "torch", "tensorflow", "jax", "keras", or the name of a backend of others.
+        backend: "numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox", or the name of
+            a backend of others.
         **options: The constructor's keyword arguments; see `anymha.AttentionConfig`.
 
     Raises:
