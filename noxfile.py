@@ -41,9 +41,19 @@ def groups(*names: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PROJECT, *names)
 
 
+def jax_cache(session: nox.Session) -> dict[str, str]:
+    """Let JAX keep what it compiles: compiling is most of its tests' time, in every session anew."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def run_pytest(session: nox.Session, *backends: str) -> None:
     """Run the tests; one that is skipped because one of `backends` is missing fails."""
-    session.run("pytest", *session.posargs, env={"ANYMHA_EXPECT_BACKENDS": ",".join(backends)})
+    expected = {"ANYMHA_EXPECT_BACKENDS": ",".join(backends)}
+    session.run("pytest", *session.posargs, env={**jax_cache(session), **expected})
 
 
 @nox.session
@@ -82,7 +92,7 @@ def lowest(session: nox.Session) -> None:
 def parity(session: nox.Session) -> None:
     """Run real weights in all four frameworks and compare; the report is in parity-report/."""
     install(session, *EVERYTHING, extras="[report]")
-    session.run("anymha", "parity", *PARITY, *session.posargs)
+    session.run("anymha", "parity", *PARITY, *session.posargs, env=jax_cache(session))
 
 
 @nox.session
