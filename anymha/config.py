@@ -10,6 +10,7 @@ from typing import Any
 
 from anymha.dtypes import checked_dtype_name
 from anymha.errors import ConfigError
+from anymha.objects import described
 from anymha.options import (
     PROJECTIONS,
     checked_axes,
@@ -21,6 +22,7 @@ from anymha.options import (
     checked_shape,
     checked_size,
 )
+from anymha.training import OBJECTS, check_ranks, checked_object
 
 DROPOUT_RNGS = ("portable", "native")
 
@@ -39,8 +41,15 @@ class AttentionConfig:
         output_shape: Shape O of each output vector, an int or a tuple; default the query's width.
         attention_axes: Axes of the inputs over which attention runs, an int or a tuple; negative
             ones count from the end. Default: all but the first and the last.
-        kernel_initializer: How kernels start.
+        kernel_initializer: How kernels start: a name, a config dict, an object of
+            `anymha.initializers` or of Keras, or a callable; see `docs/training-options.md`.
         bias_initializer: How biases start.
+        kernel_regularizer: Penalty of the kernels, in `layer.regularization_loss()`; default none.
+        bias_regularizer: Penalty of the biases.
+        activity_regularizer: Penalty of the outputs of the four projections, in the call's
+            `return_activity_loss`.
+        kernel_constraint: What `layer.apply_constraints()` makes of kernels; default nothing.
+        bias_constraint: What it makes of biases.
         query_features: Width D_q of the query input. Given, the weights exist at once; otherwise
             they are made at the first call.
         value_features: Width D_v of the value input; default `query_features`.
@@ -111,6 +120,8 @@ class AttentionConfig:
         store("scale", checked_scale(self.scale, "scale"))
         store("seed", checked_seed(self.seed, "seed"))
         store("dtype", checked_dtype_name(self.dtype, "dtype"))
+        for name in OBJECTS:
+            store(name, checked_object(getattr(self, name), name))
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
         self._check_together()
@@ -128,6 +139,10 @@ class AttentionConfig:
                 f"query_features=None, value_features={self.value_features}, "
                 f"key_features={self.key_features}. Pass `query_features` too, or none of them."
             )
+
+        output: Any = self.output_shape
+        objects = {name: getattr(self, name) for name in OBJECTS}
+        check_ranks(objects, 1 if output is None else len(output), self.biased)
 
     @property
     def key_value_heads(self) -> int:
@@ -186,11 +201,11 @@ class AttentionConfig:
         return shapes
 
     def to_dict(self) -> dict[str, Any]:
-        """The options by name, for JSON; `from_dict` gives the config back."""
+        """The options by name, for JSON (but for callables); `from_dict` gives the config back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
-            field.name: list(value) if isinstance(value, tuple) else value
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
+            name: list(value) if isinstance(value, tuple) else described(value)
+            for name, value in values.items()
         }
 
     @classmethod

@@ -12,9 +12,9 @@ import numpy as np
 from anymha.axes import is_known, show
 from anymha.config import AttentionConfig
 from anymha.errors import ShapeError, WeightsError
-from anymha.initializers import initial_weights
 from anymha.layer import multi_head_attention
 from anymha.ops import Array, Dim
+from anymha.weights import initial_weights
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,6 +66,7 @@ def first_weights(
     config: AttentionConfig,
     widths: Sequence[Dim],
     draw_seed: Callable[[], Any],
+    ops: Any = None,
 ) -> dict[str, np.ndarray]:
     """The initial values of a layer's weights, float64, by canonical name.
 
@@ -73,9 +74,11 @@ def first_weights(
         config: The layer's options.
         widths: Widths of query, value and key; none for those of the config.
         draw_seed: Gives the seed where the config has none.
+        ops: The backend, for initialisers in its framework's own style.
 
     Raises:
         ShapeError: a width is not known yet.
+        ConfigError: an initialiser of the user's gives what cannot be a weight.
     """
     if not all(map(is_known, widths)):
         raise ShapeError(
@@ -83,7 +86,7 @@ def first_weights(
             f"{show(widths)} of query, value and key. Pass `query_features` to the constructor."
         )
     seed = int(draw_seed()) if config.seed is None else config.seed
-    return initial_weights(config, config.weight_shapes(*widths), seed)
+    return initial_weights(config, config.weight_shapes(*widths), seed, ops)
 
 
 def checked_values(

@@ -145,6 +145,15 @@ class TapeOps:
         value = self.ops.broadcast_to(_value(x), shape)
         return self._unary(x, value, lambda g: self._summed(g, x))
 
+    def abs(self, x: Any, /) -> Any:
+        ops, own = self.ops, _value(x)
+        sign = ops.where(own < 0, -1.0, ops.where(own > 0, 1.0, own))
+        return self._unary(x, ops.abs(own), lambda g: g * sign)
+
+    def sqrt(self, x: Any, /) -> Any:
+        value = self.ops.sqrt(_value(x))
+        return self._unary(x, value, lambda g: g / value * 0.5)
+
     def exp(self, x: Any, /) -> Any:
         value = self.ops.exp(_value(x))
         return self._unary(x, value, lambda g: g * value)

@@ -14,7 +14,7 @@ from anymha.testing.capabilities import BackendTests
 
 FLOATING = ("float32", "float64")
 ULPS = 8.0
-"""How many times its dtype's eps `exp` or `tanh` may be off; libraries are off by 1 to 5."""
+"""How many times its dtype's eps `exp`, `sqrt` or `tanh` may be off; libraries are off by 1 to 5."""
 
 
 def by_dtype(test: Callable[..., None]) -> Callable[..., None]:
@@ -94,6 +94,23 @@ class ArithmeticTests(BackendTests):
         got = call(ops, "tanh", x)
         got.has_form(dtype, x.shape)
         got.is_near(expected, ULPS * eps(dtype) * np.abs(expected))
+
+    @by_dtype
+    def test_abs_is_exact(self, ops: Any, dtype: str) -> None:
+        """Of every sign, of zero and of infinity."""
+        self.need(ops, dtype)
+        x = np.concatenate([[0.0, -np.inf, np.inf], values(20, dtype="float64")]).astype(dtype)
+        call(ops, "abs", x).equals(np.abs(x))
+
+    @by_dtype
+    def test_sqrt_of_small_and_large(self, ops: Any, dtype: str) -> None:
+        """Accurate, relative to its size, and exactly 0 at 0."""
+        self.need(ops, dtype)
+        x = np.concatenate([[0.0, 1e-30, 1e30], values(200, dtype="float64") ** 2]).astype(dtype)
+        expected = np.sqrt(x.astype(np.float64))
+        got = call(ops, "sqrt", x)
+        got.has_form(dtype, x.shape)
+        got.is_near(expected, ULPS * eps(dtype) * expected)
 
     @by_dtype
     @pytest.mark.parametrize("symbol", ["+", "-", "*", "/"])

@@ -19,6 +19,7 @@ from anymha.shell import (
     takes_call,
     takes_options,
 )
+from anymha.weights import constrained_weights, regularization_loss
 from anymha_jax import ops
 
 
@@ -67,6 +68,15 @@ class MultiHeadAttention:
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
         return multi_head_attention(ops, self.config, self.weights, query, value, key, **call)
+
+    def regularization_loss(self) -> jax.Array:
+        """The sum of the penalties of all weights; 0 where there are no regularisers."""
+        return regularization_loss(ops, self.config, self.weights)
+
+    def apply_constraints(self) -> MultiHeadAttention:
+        """A new layer of the same options, its weights what the constraints want."""
+        changed = constrained_weights(ops, self.config, self.weights)
+        return object.__new__(type(self))._set(self.config, self.weights | changed)
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.numpy import (
+    abs,
     bitwise_and,
     bitwise_xor,
     broadcast_to,
@@ -18,6 +19,7 @@ from jax.numpy import (
     max,
     permute_dims,
     reshape,
+    sqrt,
     stack,
     sum,
     tanh,
@@ -30,6 +32,7 @@ from anymha.errors import ArgumentError
 
 bool = jnp.bool
 name = "jax"
+initializer_style = "key"
 
 
 def asarray(obj, /, *, dtype=None, device=None):
@@ -123,6 +126,11 @@ def draw_seed():
         "`seed` is needed for dropout in training: JAX has no generator of its own. "
         "Received: None. Pass an int or a key, e.g. seed=jax.random.key(0)."
     )
+
+
+def initialize(function, shape, dtype, seed, /):
+    with jax.enable_x64(dtype == "float64"), jax.ensure_compile_time_eval():
+        return function(jax.random.key(seed), shape, jnp.dtype(dtype))
 
 
 def native_keep_mask(seed, shape, keep, device, /):

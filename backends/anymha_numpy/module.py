@@ -18,6 +18,7 @@ from anymha.shell import (
     takes_options,
 )
 from anymha.tape import vjp
+from anymha.weights import constrained_weights, regularization_loss
 from anymha_numpy import ops
 
 
@@ -44,7 +45,7 @@ class MultiHeadAttention:
             self._build()
 
     def _build(self, widths: Sequence[int] = ()) -> dict[str, np.ndarray]:
-        self._hold(first_weights(self.config, widths, ops.draw_seed))
+        self._hold(first_weights(self.config, widths, ops.draw_seed, ops))
         return self.weights
 
     def _hold(self, values: Mapping[str, np.ndarray]) -> None:
@@ -101,6 +102,16 @@ class MultiHeadAttention:
             )
 
         return vjp(ops, function, arrays)
+
+    def regularization_loss(self) -> np.ndarray:
+        """The sum of the penalties of all weights; 0 where there are no regularisers."""
+        return np.asarray(regularization_loss(ops, self.config, self.weights))
+
+    def apply_constraints(self) -> MultiHeadAttention:
+        """This layer, its weights changed to what the constraints want."""
+        for name, value in constrained_weights(ops, self.config, self.weights).items():
+            self.weights[name][...] = value
+        return self
 
     def canonical_weights(self) -> dict[str, np.ndarray]:
         """The weights by canonical name."""

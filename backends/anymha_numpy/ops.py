@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy import (
+    abs,
     arange,
     asarray,
     bitwise_and,
@@ -22,6 +23,7 @@ from numpy import (
     max,
     permute_dims,
     reshape,
+    sqrt,
     stack,
     sum,
     tanh,

@@ -17,6 +17,7 @@ from anymha.shell import (
     takes_call,
     takes_options,
 )
+from anymha.weights import constrained_weights, regularization_loss
 from anymha_tensorflow import ops
 
 
@@ -57,7 +58,7 @@ class MultiHeadAttention(tf.Module):
 
     def _build(self, widths: Sequence[int] = ()) -> dict[str, tf.Variable]:
         with tf.init_scope():  # also at a first call inside tf.function
-            self._hold(first_weights(self.config, widths, ops.draw_seed))
+            self._hold(first_weights(self.config, widths, ops.draw_seed, ops))
         return self.canonical_weights()
 
     def _hold(self, values: Mapping[str, np.ndarray]) -> None:
@@ -76,6 +77,17 @@ class MultiHeadAttention(tf.Module):
     ) -> Any:
         weights = self.canonical_weights() or self._build
         return multi_head_attention(ops, self.config, weights, query, value, key, **call)
+
+    def regularization_loss(self) -> tf.Tensor:
+        """The sum of the penalties of all weights; 0 where there are no regularisers."""
+        return regularization_loss(ops, self.config, self.canonical_weights())
+
+    def apply_constraints(self) -> MultiHeadAttention:
+        """This layer, its weights changed to what the constraints want."""
+        mine = self.canonical_weights()
+        for name, value in constrained_weights(ops, self.config, mine).items():
+            mine[name].assign(value)
+        return self
 
     def canonical_weights(self) -> dict[str, tf.Variable]:
         """The variables by canonical name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow import bool, broadcast_to, exp, float32, float64, int32, reshape, tanh
+from tensorflow import abs, bool, broadcast_to, exp, float32, float64, int32, reshape, sqrt, tanh
 
 name = "tensorflow"
 

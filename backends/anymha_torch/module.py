@@ -22,6 +22,7 @@ from anymha.shell import (
     takes_options,
     widths_of,
 )
+from anymha.weights import constrained_weights, regularization_loss
 from anymha_torch import ops
 
 
@@ -76,7 +77,7 @@ class MultiHeadAttention(nn.Module):
 
     def _build(self, widths: Sequence[int] = (), device: Any = None) -> dict[str, torch.Tensor]:
         meta = (self._like if device is None else torch.empty(0, device=device)).is_meta
-        values = {} if meta else first_weights(self.config, widths, ops.draw_seed)
+        values = {} if meta else first_weights(self.config, widths, ops.draw_seed, ops)
         self._allocate(self.config.weight_shapes(*widths), device)
         self._fill(values)
         return self.canonical_weights()
@@ -103,7 +104,7 @@ class MultiHeadAttention(nn.Module):
         """Give the weights initial values, as at the start; after `to_empty`, for example."""
         mine = self.canonical_weights()
         if mine:
-            self._fill(first_weights(self.config, widths_of(mine), ops.draw_seed))
+            self._fill(first_weights(self.config, widths_of(mine), ops.draw_seed, ops))
 
     @takes_call
     def forward(
@@ -113,6 +114,18 @@ class MultiHeadAttention(nn.Module):
             call["training"] = self.training
         weights = self.canonical_weights() or (lambda w: self._build(w, _first(query).device))
         return multi_head_attention(ops, self.config, weights, query, value, key, **call)
+
+    def regularization_loss(self) -> torch.Tensor:
+        """The sum of the penalties of all weights; 0 where there are no regularisers."""
+        return regularization_loss(ops, self.config, self.canonical_weights())
+
+    @torch.no_grad()
+    def apply_constraints(self) -> MultiHeadAttention:
+        """This layer, its weights changed to what the constraints want."""
+        mine = self.canonical_weights()
+        for name, value in constrained_weights(ops, self.config, mine).items():
+            mine[name].copy_(value)
+        return self
 
     def canonical_weights(self) -> dict[str, torch.Tensor]:
         """The parameters by canonical name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import (
+    abs,
     bitwise_and,
     bitwise_right_shift,
     bitwise_xor,
@@ -16,12 +17,14 @@ from torch import (
     logical_and,
     matmul,
     reshape,
+    sqrt,
     tanh,
     where,
 )
 
 bool = torch.bool
 name = "torch"
+initializer_style = "in place"
 
 
 def asarray(obj, /, *, dtype=None, device=None):
@@ -109,6 +112,15 @@ def wrap_int32(x):
 
 def draw_seed():
     return torch.randint(2**31, (), dtype=torch.int64)
+
+
+def initialize(function, shape, dtype, seed, /):
+    # Torch's matrices are (out, in): turned round, its functions see the right fans.
+    tensor = torch.full(shape[::-1], torch.nan, dtype=getattr(torch, dtype), device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        function(tensor)
+    return to_numpy(tensor).T
 
 
 def native_keep_mask(seed, shape, keep, device, /):

@@ -3,6 +3,7 @@
 import array_api_strict as xp
 import numpy as np
 from array_api_strict import (
+    abs,
     arange,
     asarray,
     astype,
@@ -20,6 +21,7 @@ from array_api_strict import (
     max,
     permute_dims,
     reshape,
+    sqrt,
     stack,
     sum,
     tanh,
