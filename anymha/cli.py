@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,20 +16,26 @@ from rich.console import Console
 from anymha.errors import AnymhaError, UsageError
 from anymha.interchange.layouts import layouts
 from anymha.parity.cases import MATRIX, make_problem
-from anymha.parity.checkpoint import RealProblem, real_problems, tokens_of
+from anymha.parity.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
+from anymha.parity.files import check_writable, write_whole
 from anymha.parity.matrix import AttentionMap, Report, attention_map, run_matrix, versions
-from anymha.parity.terminal import print_report, progress_bar
+from anymha.parity.terminal import print_report, print_verdict, progress_bar
 from anymha.registry import BUILT_IN, Backend, backends, get_backend
 from anymha.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and give its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that it lacks must not lose the report
+            stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
         return options.run(options, Console())
     except AnymhaError as error:
-        Console(stderr=True).print(f"anymha: {error}", markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"anymha: {error}", markup=False, highlight=False, soft_wrap=True
+        )
         return 2
 
 
@@ -38,6 +45,7 @@ def parity(options: argparse.Namespace, console: Console) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     found, missing = _chosen(options.backends)
     real = _real(options)
+    to_html = _renderer(options)
     problems = [make_problem(case) for case in MATRIX]
     told_missing = ", ".join(missing)
     console.print(
@@ -59,16 +67,24 @@ def parity(options: argparse.Namespace, console: Console) -> int:
         versions(found),
     )
     print_report(console, report)
-    _write(report, options, console)
+    if options.json is not None:
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+        write_whole(options.json, text + "\n")
+        console.print(f"JSON: {options.json}", markup=False, highlight=False, soft_wrap=True)
+    if to_html is not None:
+        write_whole(options.html, to_html(report))
+        console.print(f"HTML: {options.html}", markup=False, highlight=False, soft_wrap=True)
+    print_verdict(console, report)
     return 0 if report.passed else 1
 
 
 def _chosen(names: str | None) -> tuple[list[Backend], list[str]]:
     """The backends to run, and those that are not installed; a named one must be."""
-    if names:
-        chosen = [get_backend(name.strip()) for name in names.split(",")]
+    if names is not None:
+        chosen = [get_backend(name) for name in dict.fromkeys(names.replace(" ", "").split(","))]
         for backend in chosen:
-            _ = backend.ops  # says which extra installs it
+            if not backend.installed:
+                _ = backend.ops  # says which extra installs it
         return chosen, []
     every = list(backends().values())
     missing = [backend.name for backend in BUILT_IN if not backend.installed]
@@ -77,6 +93,10 @@ def _chosen(names: str | None) -> tuple[list[Backend], list[str]]:
 
 def _real(options: argparse.Namespace) -> list[RealProblem]:
     if options.checkpoint is None:
+        for name in ("layout", "num_heads", "prefix", "inputs"):
+            if getattr(options, name) is not None:
+                told = name.replace("_", "-")
+                raise UsageError(f"`--{told}` says how to read a checkpoint: give `--checkpoint`.")
         return []
     if options.layout is None or options.num_heads is None:
         raise UsageError(
@@ -87,31 +107,32 @@ def _real(options: argparse.Namespace) -> list[RealProblem]:
     return list(real_problems(path, options.layout, options.num_heads, options.prefix, inputs))
 
 
+def _renderer(options: argparse.Namespace) -> Callable[[Report], str] | None:
+    """What makes the HTML, if it is asked for. All that may hinder writing is told now."""
+    if options.json is not None and options.json == options.html:
+        raise UsageError(f"`--json` and `--html` must be two files. Received: {options.json}.")
+    for path in (options.json, options.html):
+        if path is not None:
+            check_writable(path)
+    if options.html is None:
+        return None
+    from anymha.parity.html import to_html  # noqa: PLC0415  needs the extra "report"
+
+    return to_html
+
+
 def _maps(real: Sequence[RealProblem], options: argparse.Namespace) -> list[AttentionMap]:
     """The attention maps of the first sentence, of each layer once."""
-    tokens = tokens_of(options.inputs)
-    if not tokens or not options.html:
+    if not options.html or not options.inputs:
+        return []
+    tokens = tokens_of(read_inputs(options.inputs))
+    if not tokens:
         return []
     return [
         attention_map(item, tokens[0], 0)
         for item in real
         if item.problem.case.config.dtype == "float64"
     ]
-
-
-def _write(report: Report, options: argparse.Namespace, console: Console) -> None:
-    for path in (options.json, options.html):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    if options.json is not None:
-        text = json.dumps(report.to_dict(), indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
-        console.print(f"JSON: {options.json}", highlight=False, soft_wrap=True)
-    if options.html is not None:
-        from anymha.parity.html import to_html  # noqa: PLC0415  needs the extra "report"
-
-        options.html.write_text(to_html(report), encoding="utf-8")
-        console.print(f"HTML: {options.html}", highlight=False, soft_wrap=True)
 
 
 def show_layouts(options: argparse.Namespace, console: Console) -> int:

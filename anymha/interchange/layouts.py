@@ -48,28 +48,41 @@ class LinearLayout:
                 f"The layout has the names {', '.join(self.names())}. Missing: "
                 f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
             )
-        shared = num_key_value_heads or num_heads
+        shared = num_heads if num_key_value_heads is None else num_key_value_heads
         heads = {"query": num_heads, "key": shared, "value": shared, "output": num_heads}
         weights: Arrays = {}
         for projection, name in self.layers.items():
-            matrix = np.asarray(arrays[f"{name}.weight"]).T  # (in, out)
-            merged = matrix.shape[projection != "output"]
-            if matrix.ndim != 2 or merged % heads[projection]:
+            matrix = np.asarray(arrays[f"{name}.weight"])  # (out, in)
+            inside, count = projection == "output", heads[projection]
+            if matrix.ndim != 2 or count < 1 or matrix.shape[int(inside)] % count:
                 raise WeightsError(
-                    f"`{name}.weight` must be a matrix whose heads are {heads[projection]} equal "
-                    f"parts. Received: shape {matrix.T.shape}."
+                    f"`{name}.weight` must be a matrix whose {'columns' if inside else 'rows'} "
+                    f"are {count} heads of equal size. Received: shape {matrix.shape}."
                 )
-            split = (heads[projection], merged // heads[projection])
-            inside = projection == "output"
-            shape = (*split, matrix.shape[1]) if inside else (matrix.shape[0], *split)
-            weights[f"{projection}.kernel"] = matrix.reshape(shape).copy()
+            split = (count, matrix.shape[int(inside)] // count)
+            shape = (*split, matrix.shape[0]) if inside else (matrix.shape[1], *split)
+            weights[f"{projection}.kernel"] = matrix.T.reshape(shape).copy()
             if f"{name}.bias" in arrays:
                 bias = np.array(arrays[f"{name}.bias"])
+                if bias.shape != matrix.shape[:1]:
+                    raise WeightsError(
+                        f"`{name}.bias` must have shape {matrix.shape[:1]}, as `{name}.weight` has "
+                        f"shape {matrix.shape}. Received: shape {bias.shape}."
+                    )
                 weights[f"{projection}.bias"] = bias if inside else bias.reshape(split)
         return weights, _config(weights)
 
     def from_canonical(self, weights: Mapping[str, np.ndarray]) -> Arrays:
         """The arrays of this layout."""
+        kernels = [f"{projection}.kernel" for projection in self.layers]
+        held = {*kernels, *(f"{projection}.bias" for projection in self.layers)}
+        missing = [name for name in kernels if name not in weights]
+        unknown = [name for name in weights if name not in held]
+        if missing or unknown:
+            raise WeightsError(
+                f"Canonical weights are {', '.join(kernels)} and their biases. Missing: "
+                f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+            )
         arrays: Arrays = {}
         for projection, name in self.layers.items():
             kernel = np.asarray(weights[f"{projection}.kernel"])
@@ -169,7 +182,7 @@ def _config(weights: Mapping[str, Any]) -> AttentionConfig:
     """The config of canonical weights whose scale is the default."""
     query, key = weights["query.kernel"], weights["key.kernel"]
     value, output = weights["value.kernel"], weights["output.kernel"]
-    return AttentionConfig(
+    config = AttentionConfig(
         num_heads=query.shape[1],
         key_dim=query.shape[2],
         value_dim=value.shape[2],
@@ -181,3 +194,10 @@ def _config(weights: Mapping[str, Any]) -> AttentionConfig:
         num_key_value_heads=key.shape[1],
         dtype=query.dtype,
     )
+    for name, shape in config.weight_shapes().items():
+        if weights[name].shape != shape:
+            raise WeightsError(
+                f"The layers do not fit one another: `{name}` has shape {weights[name].shape}, "
+                f"the others need {shape}."
+            )
+    return config

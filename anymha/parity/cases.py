@@ -71,7 +71,7 @@ class Problem:
 def make_problem(case: Case, seed: int = 0) -> Problem:
     """The case's numbers: weights and inputs for which the logits are of order one."""
     config = case.config
-    dtype = _numpy_dtype(config.dtype)
+    dtype = numpy_dtype(config.dtype)
 
     def rng(name: str) -> np.random.Generator:  # one for each array: none depends on another
         return np.random.default_rng([seed, *case.name.encode(), *name.encode()])
@@ -99,7 +99,7 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
         inputs |= {n: np.where(seen, inputs[n], np.nan).astype(dtype) for n in ("value", "key")}
     output, scores = _result_shapes(case, config)
     names = (config.dtype, config.compute_dtype or config.dtype)
-    narrow = min(map(_numpy_dtype, names), key=lambda dtype: dtype.itemsize)
+    narrow = min(map(numpy_dtype, names), key=lambda dtype: dtype.itemsize)
     d_output = rng("d_output").standard_normal(output).astype(narrow)
     d_scores = rng("d_scores").standard_normal(scores).astype(narrow)
     return Problem(case, weights, inputs, masks, d_output, d_scores)
@@ -110,7 +110,8 @@ def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
         mask = rng.random(shape) < 0.6
         mask[..., 0, :] = False  # the first query attends to nothing
         return mask
-    lengths = rng.integers(1, shape[-1], size=shape[:-1])  # padding: the first n positions count
+    # Padding: the first n positions count; at least half, or no softmax is left to differentiate.
+    lengths = rng.integers((shape[-1] + 1) // 2, shape[-1], size=shape[:-1])
     return np.arange(shape[-1]) < lengths[..., None]
 
 
@@ -128,7 +129,8 @@ def _result_shapes(case: Case, config: AttentionConfig) -> tuple[tuple[int, ...]
     return (*case.query, *features), scores
 
 
-def _numpy_dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of that name, "bfloat16" included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 

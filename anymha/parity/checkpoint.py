@@ -9,6 +9,8 @@ Without a file they are drawn from a normal distribution.
 from __future__ import annotations
 
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from anymha.errors import UsageError
+from anymha.errors import UsageError, WeightsError
 from anymha.interchange.layouts import get_layout, to_canonical
 from anymha.parity.cases import Arrays, Case, Problem
 
@@ -70,48 +72,57 @@ def real_problems(
     Raises:
         UsageError: a file cannot be read, or holds no such layer or inputs.
     """
-    given = _read_inputs(inputs) if inputs else {}
+    given = read_inputs(inputs) if inputs else {}
+    known = get_layout(layout).names()
     with _open(path) as file:
         names = list(file.keys())
-        for start in _prefixes(names, layout, prefix, path):
-            known = get_layout(layout).names()
-            arrays = {
-                name: file.get_tensor(start + name) for name in known if start + name in names
-            }
-            weights, _ = to_canonical(arrays, layout, num_heads=num_heads)
+        starts = _prefixes(names, layout, prefix, path)
+        for start, label in zip(starts, _labels(starts), strict=True):
+            arrays = {n: file.get_tensor(start + n) for n in known if start + n in names}
+            try:
+                weights, _ = to_canonical(arrays, layout, num_heads=num_heads)
+            except WeightsError as error:
+                raise UsageError(f"{path}, layer {start!r}: {error}") from error
             for mode, options in MODES:
-                yield _problem(start, mode, options, weights, given)
+                case = Case(f"{label}, {mode}", options)
+                yield _problem(start, case, weights, given)
 
 
-def _problem(
-    start: str, mode: str, options: Mapping[str, str], weights: Arrays, given: Arrays
-) -> RealProblem:
-    number = (re.findall(r"\d+", start) or ["0"])[-1]
-    heads, width = weights["query.kernel"].shape[1], weights["query.kernel"].shape[0]
+def _number(start: str) -> str:
+    """The layer's number, by which its inputs are found."""
+    return (re.findall(r"\d+", start) or ["0"])[-1]
+
+
+def _labels(starts: list[str]) -> list[str]:
+    """What the layers are called: by their numbers, or by their prefixes where these do not do."""
+    numbers = [_number(start) for start in starts]
+    if len(set(numbers)) == len(numbers):
+        return [f"layer {number}" for number in numbers]
+    return [start.rstrip(".") for start in starts]
+
+
+def _problem(start: str, case: Case, weights: Arrays, given: Arrays) -> RealProblem:
+    number = _number(start)
+    width, heads, key_dim = weights["query.kernel"].shape
+    outputs = weights["output.kernel"].shape[2:]
     rng = np.random.default_rng(0)
-    query = given.get(f"hidden_states_{number}")
+    query, recorded = _inputs_of(given, number, start, (width, heads, *outputs))
     if query is None:
-        if given:
-            raise UsageError(
-                f"The inputs hold no hidden_states_{number} for the layer {start!r}. "
-                f"They hold: {', '.join(given)}."
-            )
         query = rng.standard_normal((8, 32, width)).astype(np.float32)
     mask = given.get("padding_mask")
-    shape = {} if mask is None else {"value_mask": mask.shape}
     config = {
         "num_heads": heads,
-        "key_dim": weights["query.kernel"].shape[2],
+        "key_dim": key_dim,
         "value_dim": weights["value.kernel"].shape[2],
         "num_key_value_heads": weights["key.kernel"].shape[1],
         "use_bias": tuple(n.partition(".")[0] for n in weights if n.endswith(".bias")),
-        "output_shape": weights["output.kernel"].shape[2:],
-        **options,
+        "output_shape": outputs,
+        **case.options,
     }
-    case = Case(f"layer {number}, {mode}", config, {}, query.shape[:2], None, (width,) * 3, shape)
-    dtype = np.dtype(options.get("dtype", "float32"))
     batch, length = query.shape[:2]
-    outputs = weights["output.kernel"].shape[2:]
+    shapes = {} if mask is None else {"value_mask": mask.shape}
+    case = Case(case.name, config, {}, (batch, length), None, (width,) * 3, shapes)
+    dtype = np.dtype(config.get("dtype", "float32"))
     problem = Problem(
         case,
         {name: array.astype(dtype) for name, array in weights.items()},
@@ -120,14 +131,45 @@ def _problem(
         rng.standard_normal((batch, length, *outputs)).astype(dtype),
         rng.standard_normal((batch, heads, length, length)).astype(dtype),
     )
-    kinds = ("output", "scores")
-    recorded = {
-        kind: given[f"attention_{kind}_{number}"]
-        for kind in kinds
-        if f"attention_{kind}_{number}" in given
-    }
-    counts = np.ones(query.shape[:2], bool) if mask is None else mask
+    counts = np.ones((batch, length), bool) if mask is None else mask
     return RealProblem(problem, Recorded(recorded, counts) if recorded else None, start)
+
+
+def _inputs_of(
+    given: Arrays, number: str, start: str, sizes: tuple[int, ...]
+) -> tuple[np.ndarray | None, Arrays]:
+    """The hidden states of a layer, and what was recorded for it, of the right shapes."""
+    width, heads, *outputs = sizes
+    name = f"hidden_states_{number}"
+    if not given:
+        return None, {}
+    if name not in given:
+        raise UsageError(
+            f"The inputs hold no {name} for the layer {start!r}. They hold: {', '.join(given)}."
+        )
+    query = given[name]
+    batch, length = (*query.shape, 0, 0)[:2]
+    if "padding_mask" in given:
+        batch, length = given["padding_mask"].shape
+    output, scores = f"attention_output_{number}", f"attention_scores_{number}"
+    wanted = {
+        name: (batch, length, width),
+        output: (batch, length, *outputs),
+        scores: (batch, heads, length, length),
+    }
+    for one, shape in wanted.items():
+        array = given.get(one)
+        if array is None:
+            continue
+        if array.shape != shape or array.dtype.kind != "f":
+            raise UsageError(
+                f"`{one}` of the inputs must be floats of shape {shape}. Received: "
+                f"{array.dtype} of shape {array.shape}."
+            )
+    if not np.isfinite(query).all():
+        raise UsageError(f"`{name}` of the inputs holds NaN or infinity.")
+    kinds = {"output": output, "scores": scores}
+    return query, {kind: given[name] for kind, name in kinds.items() if name in given}
 
 
 def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> list[str]:
@@ -149,21 +191,44 @@ def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> 
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, "np")
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise UsageError(f"{path} is not a safetensors file: {error}.") from error
 
 
-def _read_inputs(path: Path) -> Arrays:
+def read_inputs(path: Path) -> Arrays:
+    """The arrays of a file of inputs.
+
+    Raises:
+        UsageError: it cannot be read, or mask and tokens do not fit each other.
+    """
     try:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):
+                raise UsageError(f"{path} is not an .npz file.")
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError) as error:
+            given = dict(file)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as an .npz file: {error}.") from error
+    mask, tokens = given.get("padding_mask"), given.get("tokens")
+    if mask is not None and (mask.ndim != 2 or mask.dtype != bool):
+        raise UsageError(
+            "`padding_mask` of the inputs must be booleans of shape (B, T), True = token. "
+            f"Received: {mask.dtype} of shape {mask.shape}."
+        )
+    if mask is not None and tokens is not None and tokens.shape != mask.shape:
+        raise UsageError(
+            f"`tokens` of the inputs must have the shape of `padding_mask`, {mask.shape}. "
+            f"Received: shape {tokens.shape}."
+        )
+    return given
 
 
-def tokens_of(path: Path | None) -> list[list[str]]:
-    """The tokens of each sentence in a file of inputs, without padding; empty if it has none."""
-    given = _read_inputs(path) if path else {}
+def tokens_of(given: Arrays) -> list[list[str]]:
+    """The tokens of each sentence of the inputs, without padding; empty if there are none."""
     if not {"tokens", "padding_mask"} <= set(given):
         return []
     pairs = zip(given["tokens"], given["padding_mask"], strict=True)

@@ -1,9 +1,4 @@
-"""Results held against the oracle and against each other, in units of the arithmetic's rounding.
-
-The unit of a quantity is ``eps * magnitude``: eps is the distance from 1 to the next number of its
-dtype, the magnitude the greatest sum of absolute values that an element of it is made of. Rounding
-the exact result once costs half a unit at most.
-"""
+"""Results held against the oracle and against each other; see `anymha.parity.units` for units."""
 
 from __future__ import annotations
 
@@ -13,15 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from anymha.dtypes import output_dtype
+from anymha.parity.bits import count_differing
 from anymha.parity.cases import Arrays, Problem
 from anymha.parity.checkpoint import Recorded
 from anymha.parity.oracle import Truth
 from anymha.parity.run import Result
 from anymha.parity.tolerance import tolerance
+from anymha.parity.units import longest_sum, units_of
 
 
 @dataclass(frozen=True)
@@ -111,28 +107,27 @@ def judge(
         recorded: What another implementation returned, to be compared with too.
     """
     config = problem.case.config
-    narrow = output_dtype(config.dtype, config.compute_dtype or config.dtype)
-    exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
-    units = _units(truth, narrow, config.dtype)
     computed = config.compute_dtype or config.dtype
-    length = _reduction_length(problem)
-    budget = _budget(narrow, computed, length)
+    narrow = output_dtype(config.dtype, computed)
+    exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
+    budget, units = units_of(problem, truth)
     ran = {name: result for name, result in results.items() if isinstance(result, Result)}
     cells = {}
     for name, result in results.items():
         if isinstance(result, Result):
-            errors, faults = _errors(result, exact, units, narrow)
-            errors |= _recorded_errors(result, recorded, units, narrow)
+            errors, faults = _errors(result, exact, units, problem, narrow)
+            errors |= _recorded_errors(result, recorded, units)
             cells[name] = _cell(errors, faults, budget, bool(result.gradients))
         else:
             fault = f"raised {type(result).__name__}: {result}"
             cells[name] = Cell(math.inf, "", {}, (fault,), False)
     close = {
-        name: tolerance(computed, length, 1.0) * np.max(a, initial=0.0)
-        for name, a in truth.magnitudes.items()
+        name: tolerance(computed, longest_sum(problem), float(np.max(array, initial=0.0)))
+        for name, array in truth.magnitudes.items()
     }
-    differing, ties, compared = _differing(ran, exact, close)
+    every = [{**result.forward, **result.gradients} for result in ran.values()]
     reproducible = computed == "float64" and config.dtype == "float32"
+    differing, ties, compared = count_differing(every, exact, close if reproducible else None)
     faults = ()
     if reproducible and differing > ties:
         faults = (f"{differing - ties} of {compared} elements differ between backends, 0 may",)
@@ -159,16 +154,23 @@ def _cell(errors: Mapping[str, float], faults: list[str], budget: float, gradien
 
 
 def _errors(
-    result: Result, exact: Arrays, units: Mapping[str, float], narrow: str
+    result: Result, exact: Arrays, units: Mapping[str, float], problem: Problem, narrow: str
 ) -> tuple[dict[str, float], list[str]]:
     """The error of each quantity in its units, and what is wrong beside numbers."""
     errors, faults = {}, []
     if result.flag_matters:
         faults.append("the output changes with `return_attention_scores`")
-    for name, array in result.forward.items():
-        if array.dtype.name != narrow:
-            faults.append(f"{name} is {array.dtype.name}, not {narrow}")
-    for name, array in {**result.forward, **result.gradients}.items():
+    got = {**result.forward, **result.gradients}
+    given = {**problem.weights, **problem.inputs}
+    wanted = exact if result.gradients else ("output", "scores")
+    faults += [f"{name} is missing" for name in wanted if name not in got]
+    for name, array in got.items():
+        if name not in exact:
+            faults.append(f"{name} should not be there")
+            continue
+        dtype = given[name].dtype.name if name in given else narrow
+        if array.dtype.name != dtype:
+            faults.append(f"{name} is {array.dtype.name}, not {dtype}")
         if array.shape != exact[name].shape:
             faults.append(f"{name} has shape {array.shape}, not {exact[name].shape}")
         else:
@@ -177,75 +179,29 @@ def _errors(
 
 
 def _recorded_errors(
-    result: Result, recorded: Recorded | None, units: Mapping[str, float], narrow: str
+    result: Result, recorded: Recorded | None, units: Mapping[str, float]
 ) -> dict[str, float]:
-    """The errors against what another implementation returned, where that means something."""
+    """The errors against what another implementation returned, where that means something.
+
+    A recorded number stands for all those that round to it: only what lies beyond is an error.
+    """
     errors = {}
     for name, array in recorded.results.items() if recorded else ():
-        got, counts = result.forward[name], recorded.counts
+        got, counts = result.forward.get(name, array[:0]), recorded.counts
+        if got.shape != array.shape:
+            continue  # is a fault already
         if name == "scores":  # (B, H, T, S), of which the queries may be padding
             got, array = got.swapaxes(1, 2), array.swapaxes(1, 2)
-        eps = max(_eps(narrow), _eps(array.dtype.name)) / _eps(narrow)
-        exact = array[counts].astype(np.float64)
-        errors[f"recorded {name}"] = _error(got[counts], exact, eps * units[name])
+        got, array = got[counts], array[counts]
+        within = np.abs(got - array.astype(np.float64)) <= np.spacing(np.abs(array)) / 2
+        errors[f"recorded {name}"] = _error(np.where(within, array, got), array, units[name])
     return errors
 
 
 def _error(got: np.ndarray, exact: np.ndarray, unit: float) -> float:
     """The greatest error in units; NaN or infinity where the other has a number is infinite."""
-    got = got.astype(np.float64)
-    if not np.array_equal(np.isnan(got), np.isnan(exact)):
+    got, exact = got.astype(np.float64), exact.astype(np.float64)
+    if not np.array_equal(np.isfinite(got), np.isfinite(exact)):
         return math.inf
     error = float(np.max(np.abs(np.nan_to_num(got) - np.nan_to_num(exact)), initial=0.0))
     return 0.0 if error == 0 else error / unit if unit else math.inf
-
-
-def _units(truth: Truth, narrow: str, dtype: str) -> dict[str, float]:
-    """The unit of each quantity.
-
-    A gradient has the dtype of what it is the gradient of, after a pass in the narrower one.
-    """
-    return {
-        name: max(_eps(narrow), 0.0 if name in ("output", "scores") else _eps(dtype))
-        * float(np.max(array, initial=0.0))
-        for name, array in truth.magnitudes.items()
-    }
-
-
-def _budget(narrow: str, computed: str, length: int) -> float:
-    """The greatest error allowed, in units: what the sums lose, and the last rounding."""
-    if computed == "float64" and narrow != "float64":
-        return (_eps(narrow) / 2 + tolerance(computed, length, 1.0)) / _eps(narrow)
-    return tolerance(narrow, length, 1.0) / _eps(narrow)
-
-
-def _eps(dtype: str) -> float:
-    return float(ml_dtypes.finfo(dtype).eps)
-
-
-def _reduction_length(problem: Problem) -> int:
-    """The longest sum of the computation: over features, keys, or all query positions."""
-    shapes = [*problem.weights.values(), *problem.inputs.values()]
-    queries = math.prod(problem.case.query)
-    return max(queries, problem.d_scores.shape[-1], *(max(array.shape) for array in shapes))
-
-
-def _differing(
-    results: Mapping[str, Result], exact: Arrays, close: Mapping[str, float]
-) -> tuple[int, int, int]:
-    """How many elements differ in any bit between some two backends, of those ties, of how many."""
-    differing = ties = compared = 0
-    every = [{**result.forward, **result.gradients} for result in results.values()]
-    for name in dict.fromkeys(name for one in every for name in one):
-        arrays = [one[name] for one in every if name in one]
-        if len(arrays) < 2 or len({(a.shape, a.dtype) for a in arrays}) > 1:
-            continue
-        low, high = np.fmin.reduce(arrays), np.fmax.reduce(arrays)
-        numbers = ~np.any([np.isnan(a) for a in arrays], axis=0)
-        unlike = ~((low == high) & numbers) & ~np.all([np.isnan(a) for a in arrays], axis=0)
-        differing, compared = differing + int(unlike.sum()), compared + unlike.size
-        if unlike.any() and exact[name].shape == low.shape and low.dtype == np.float32:
-            middle = (low.astype(np.float64) + high) / 2
-            tied = (np.nextafter(low, high) == high) & (abs(exact[name] - middle) <= close[name])
-            ties += int((unlike & tied).sum())
-    return differing, ties, compared

@@ -17,6 +17,7 @@ from anymha.parity.judge import Row, judge
 from anymha.parity.run import Result, run
 from anymha.parity.truth import expected
 from anymha.registry import Backend
+from anymha.version import __version__
 
 Progress = Callable[[str, str], None]
 """Is told the case and the backend that come next."""
@@ -48,6 +49,7 @@ class Report:
         real: The layers of the checkpoint.
         maps: Attention maps of the real sentence.
         seconds: How long it took.
+        versions: By package.
     """
 
     backends: Sequence[str]
@@ -70,11 +72,13 @@ class Report:
         failed = [row.name for row in every if not row.passed]
         where = f"{len(every)} cases on {', '.join(self.backends)}"
         if failed:
-            return f"PARITY DOES NOT HOLD: {len(failed)} of {where} fail: {'; '.join(failed)}"
+            named = "; ".join(failed[:5]) + (f" and {len(failed) - 5} more" if failed[5:] else "")
+            return f"PARITY DOES NOT HOLD: {len(failed)} of {where} fail: {named}"
         exact = [row for row in every if row.reproducible]
         differing, compared = sum(r.differing for r in exact), sum(r.compared for r in exact)
-        same = f"; in reproducible mode {differing} of {compared:,} elements differ"
-        return f"PARITY HOLDS: {where}" + (same if len(self.backends) > 1 and exact else "")
+        tied = f", {'a tie' if differing == 1 else 'ties'}" if differing else ""
+        same = f"; in reproducible mode {differing} of {compared:,} elements differ{tied}"
+        return f"PARITY HOLDS: {where}" + (same if compared else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the maps, for JSON."""
@@ -98,7 +102,7 @@ def run_case(backends: Sequence[Backend], problem: Problem, progress: Progress) 
         progress(problem.case.name, backend.name)
         try:
             results[backend.name] = run(backend, problem)
-        except Exception as error:  # a broken backend fails its cell, not the whole run
+        except Exception as error:  # a broken backend fails its cell, not the run
             results[backend.name] = error
     return results
 
@@ -124,11 +128,15 @@ def attention_map(real: RealProblem, tokens: Sequence[str], sentence: int) -> At
 
 def versions(backends: Sequence[Backend]) -> dict[str, str]:
     """The versions of anymha, Python and the frameworks."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
-    for package in ("anymha", *(backend.framework for backend in backends)):
-        for name in (package, f"{package}-cpu"):
+    found = {
+        "anymha": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+    for backend in backends:
+        for name in (backend.framework, f"{backend.framework}-cpu"):
             try:
-                found[package] = importlib.metadata.version(name)
+                found[backend.framework] = importlib.metadata.version(name)
                 break
             except importlib.metadata.PackageNotFoundError:
                 continue

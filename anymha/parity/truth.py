@@ -1,20 +1,17 @@
 """The oracle's answer to a problem, from the written meaning alone.
 
-It makes one dense mask (B, H, T, S) out of every rule, and folds N-D inputs by `numpy.moveaxis`;
-nothing here comes from the layer's own code, but the dropout's generator, which has its own tests.
+It makes one dense mask (B, H, T, S) out of every rule, folds N-D inputs by `numpy.moveaxis`, and
+draws dropout in uint32; nothing here comes from the layer's own code.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from anymha.dropout import keep_mask, rate_threshold
-from anymha.parity.cases import Arrays, Problem
+from anymha.parity.cases import Arrays, Problem, numpy_dtype
 from anymha.parity.oracle import Truth, attention_oracle
-from anymha.registry import get_backend
 
 
 def expected(problem: Problem) -> Truth:
@@ -101,7 +98,7 @@ def _three(problem: Problem, arrays: Arrays | None = None) -> Arrays:
 def _as_computed(problem: Problem) -> Arrays:
     """Weights and inputs rounded to the dtype in which the layer computes, in float64."""
     config = problem.case.config
-    dtype = get_backend("numpy").ops.dtype(config.compute_dtype or config.dtype)
+    dtype = numpy_dtype(config.compute_dtype or config.dtype)
     given = {**problem.weights, **problem.inputs}
     return {name: array.astype(dtype).astype(np.float64) for name, array in given.items()}
 
@@ -134,12 +131,29 @@ def _by_position(problem: Problem, flat: tuple[int, ...]) -> np.ndarray:
 
 
 def _kept(problem: Problem, flat: tuple[int, ...]) -> np.ndarray | None:
+    """What dropout multiplies the probabilities with; see `anymha.dropout` for the generator."""
     config, call = problem.case.config, problem.case.call
     if not (call.get("training") and config.dropout):
         return None
-    threshold = rate_threshold(config.dropout)
-    ops: Any = get_backend("numpy").ops
-    return keep_mask(ops, call["seed"], threshold, flat) * (65536 / (65536 - threshold))
+    dropped = round(config.dropout * 65536)
+    low, high = (np.uint32(word) for word in divmod(call["seed"], 2**32)[::-1])
+    b, h, t, s = np.indices(flat, dtype=np.uint32)
+    with np.errstate(over="ignore"):  # of scalars; uint32 wraps on purpose
+        first = _mix(low + np.uint32(0x9E3779B9)) ^ high
+        second = _mix(high + np.uint32(0x85EBCA6B)) ^ low
+    first, second = _mix(first), _mix(second)
+    for place in (b, h, t // 2):
+        first, second = _mix(first + place), _mix(second ^ place)
+    word = _mix(_mix(first + s) ^ second)
+    bits = np.where(t % 2 == 0, word & 0xFFFF, word >> 16)
+    return (bits >= dropped) * (65536 / (65536 - dropped))
+
+
+def _mix(x: np.ndarray | np.uint32) -> np.ndarray:
+    x = np.atleast_1d(x)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def _summed(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
