@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from anymha import tape
 from anymha.config import AttentionConfig
 from anymha.dtypes import accumulation_dtype, output_dtype
 from anymha.layer import multi_head_attention
@@ -60,7 +61,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Result:
-    """What a backend gave, as NumPy arrays; no gradients where it has no differentiation."""
+    """What a backend gave, as NumPy arrays; no gradients where they were not asked for."""
 
     output: np.ndarray
     scores: np.ndarray
@@ -141,8 +142,9 @@ def run(
     ops = backend.ops
     arrays = native(ops, {**problem.weights, **problem.inputs})
     call = native(ops, problem.call)
+    cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
 
-    def function(arrays: Mapping[str, Any]) -> Any:
+    def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
         named = {name: a for name, a in arrays.items() if name not in problem.weights}
         parts = [named.pop(name, None) for name in ("query", "value", "key")]
         held = {name: arrays[name] for name in problem.weights}
@@ -150,14 +152,16 @@ def run(
             ops, problem.config, held, *parts, **named, **call, return_attention_scores=True
         )
 
-    if gradients and hasattr(ops, "vjp"):
-        cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-        differentiate = partial(ops.vjp, function)
+    if not gradients:
+        (output, scores), pulled = function(ops, arrays), {}
+    elif hasattr(ops, "vjp"):
+        differentiate = partial(ops.vjp, partial(function, ops))
         if compiled and backend.name == "jax":
             differentiate = importlib.import_module("jax").jit(differentiate)
         (output, scores), pulled = differentiate(arrays, cotangents)
     else:
-        (output, scores), pulled = function(arrays), {}
+        (output, scores), pull = tape.vjp(ops, function, arrays)
+        pulled = pull(cotangents)
     return Result(
         ops.to_numpy(output),
         ops.to_numpy(scores),
@@ -244,8 +248,7 @@ def agree(result: Result, exact: Truth, problem: Problem) -> Result:
     assert result.output.dtype == result.scores.dtype == np_dtype(narrow)
     wanted = {"output": exact.output, "scores": exact.scores, **exact.gradients}
     length = longest_sum(problem)
-    if result.gradients:
-        assert set(result.gradients) == set(exact.gradients)
+    assert set(result.gradients) == set(exact.gradients)
     for name, got in result.all.items():
         rounded = tolerance(narrow, 0, float(np.max(np.abs(wanted[name]), initial=0)))
         summed = tolerance(working, length, float(np.max(exact.magnitudes[name], initial=0)))

@@ -38,10 +38,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _gradients(backend: Backend, problem: Problem) -> Arrays:
-    gradients = run(backend, problem).gradients
-    if not gradients:
-        pytest.skip(f"{backend.name} has no differentiation")
-    return gradients
+    return run(backend, problem).gradients
 
 
 def _loss(backend: Backend, problem: Problem) -> float:
@@ -93,7 +90,7 @@ def test_dot_product_attention_has_the_gradient_of_finite_differences(
 ) -> None:
     ops = backend.ops
     if not hasattr(ops, "vjp"):
-        pytest.skip(f"{backend.name} has no differentiation")
+        pytest.skip(f"{backend.name} has no differentiation of functions of its arrays")
     shapes = {"query": (B, T, H, 3), "key": (B, S, 2, 3), "value": (B, S, 2, 2), "bias": (T, S)}
     arrays = {name: normal(shape, name) for name, shape in shapes.items()}
     cotangents = (normal((B, T, H, 2), "output"), normal((B, H, T, S), "scores"))
