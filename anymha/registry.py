@@ -2,7 +2,8 @@
 
 Backends of others are found by the entry point group "anymha.backends": its name is the backend's,
 its value a package with a module `ops` and, if it has a native layer, a class
-`MultiHeadAttention`.
+`MultiHeadAttention`. Beside its functions the module has `array_modules`, the top-level modules in
+which the array types are defined, and may have `framework`, the framework's top-level module.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -82,7 +84,11 @@ class Backend:
                 f"The backend {self.name!r} needs {self.framework}, which is not installed. "
                 f"Install it with: pip install 'anymha[{self.name}]'."
             )
-        return importlib.import_module(f"{self.package}.{name}" if name else self.package)
+        return sys.modules[_load(f"{self.package}.{name}" if name else self.package)]
+
+
+def _load(path: str) -> str:
+    return importlib.import_module(path).__name__
 
 
 BUILT_IN = (
@@ -104,16 +110,11 @@ LAYERS = (
 def backends() -> dict[str, Backend]:
     """All backends by name: the built-in ones, and others found by entry point."""
     found = {backend.name: backend for backend in BUILT_IN}
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        if point.name not in found:
-            ops = importlib.import_module(f"{point.value}.ops")
-            framework = getattr(ops, "framework", point.value)
-            found[point.name] = Backend(point.name, point.value, framework, ops.array_modules)
-    return found
+    return found | {name: _plugged_in(point) for name, point in _entry_points().items()}
 
 
 def get_backend(name: str, *beside: str) -> Backend:
-    """The backend of that name.
+    """The backend of that name; only its own modules are imported.
 
     Args:
         name: The name.
@@ -121,14 +122,38 @@ def get_backend(name: str, *beside: str) -> Backend:
 
     Raises:
         UnknownBackendError: there is none; the message has the names that there are.
+        BackendNotInstalledError: the package that brings it cannot be imported.
     """
-    known = {backend.name: backend for backend in BUILT_IN}
-    if name not in known:
-        known = backends()  # asks others only where it must
-    if name not in known:
-        names = ", ".join(map(repr, (*known, *beside)))
-        raise UnknownBackendError(f"`backend` must be one of {names}. Received: {name!r}.")
-    return known[name]
+    for backend in BUILT_IN:
+        if backend.name == name:
+            return backend
+    others = _entry_points()
+    if name not in others:
+        names = (*(built_in.name for built_in in BUILT_IN), *beside, *others)
+        known = ", ".join(map(repr, names))
+        raise UnknownBackendError(f"`backend` must be one of {known}. Received: {name!r}.")
+    return _plugged_in(others[name])
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    """The entry points of backends of others; the names of the built-in ones stay theirs."""
+    taken = {backend.name for backend in BUILT_IN}
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return {point.name: point for point in points if point.name not in taken}
+
+
+@cache
+def _plugged_in(point: importlib.metadata.EntryPoint) -> Backend:
+    try:
+        ops = importlib.import_module(f"{point.value}.ops")
+        array_modules = tuple(ops.array_modules)
+    except (ImportError, AttributeError) as error:
+        raise BackendNotInstalledError(
+            f"The backend {point.name!r} of the package {point.value} does not work: {error}. "
+            "Install what it needs, or uninstall the package."
+        ) from error
+    framework = getattr(ops, "framework", point.value)
+    return Backend(point.name, point.value, framework, array_modules)
 
 
 def get_layer(name: str) -> Any:
@@ -148,21 +173,42 @@ def backend_of(array: Any) -> Backend:
     Raises:
         ArgumentError: no backend handles this type.
     """
-    return _backend_of_type(type(array))
+    name = _name_of_type(type(array))
+    return _MET[name]
 
 
-@cache
+_NAMES: dict[type, str] = {}
+"""The name of the backend of each type of array that has been met."""
+_MET: dict[str, Backend] = {}
+"""Those backends by name."""
+
+
+def _name_of_type(kind: type) -> str:
+    if kind not in _NAMES:
+        backend = _backend_of_type(kind)
+        _MET[backend.name] = backend
+        _NAMES[kind] = backend.name
+    return _NAMES[kind]
+
+
 def _backend_of_type(kind: type) -> Backend:
     roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
-    for candidates in (BUILT_IN, backends().values()):
-        for root in roots:
-            for backend in candidates:
-                if root in backend.array_modules:
-                    return backend
+    # Backends of others are imported only for arrays that no built-in one handles.
+    found = _match(BUILT_IN, roots) or _match(backends().values(), roots)
+    if found is not None:
+        return found
     raise ArgumentError(
         f"Expected an array of {', '.join(backends())}. Received: "
         f"{kind.__module__}.{kind.__qualname__}."
     )
+
+
+def _match(candidates: Iterable[Backend], roots: list[str]) -> Backend | None:
+    for root in roots:
+        for backend in candidates:
+            if root in backend.array_modules:
+                return backend
+    return None
 
 
 def common_ops(arrays: Iterable[tuple[str, Any]]) -> Any:
@@ -182,3 +228,9 @@ def common_ops(arrays: Iterable[tuple[str, Any]]) -> Any:
             "first."
         )
     return next(iter(found.values())).ops
+
+
+# What `torch.compiler.assume_constant_result` sets: `torch.compile` cannot trace an import or the
+# bases of a type, and so calls these while it traces. It takes no objects from them, only names.
+for _function in (_load, _name_of_type):
+    _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

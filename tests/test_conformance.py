@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import array_api_strict
+import numpy as np
 import pytest
 
 from anymha.registry import Backend
 from anymha.testing import Conformance
+from anymha.testing.known import KNOWN_MASKS, KnownMask
 from tests.backends.anymha_strict import ops as strict
+
+pytest_plugins = ["pytester"]
 
 
 class TestBuiltIn(Conformance):
@@ -29,3 +33,55 @@ class TestStrict(Conformance):
         flags = {"boolean_indexing": False, "data_dependent_shapes": False}
         with array_api_strict.ArrayAPIStrictFlags(api_version="2024.12", **flags):
             yield
+
+
+def mix(x: int) -> int:
+    x = x % 2**32
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize("known", KNOWN_MASKS, ids=str)
+def test_known_masks_follow_the_documented_formula(known: KnownMask) -> None:
+    low, high = known.seed % 2**32, known.seed // 2**32 % 2**32
+    for (b, h, t, s), kept in np.ndenumerate(known.mask):
+        first = mix(mix(low + 0x9E3779B9) ^ high)
+        second = mix(mix(high + 0x85EBCA6B) ^ low)
+        for place in (b, h, t // 2):
+            first, second = mix(first + place), mix(second ^ place)
+        word = mix(mix(first + s) ^ second)
+        bits = word // 2**16 if t % 2 else word % 2**16
+        assert kept == (bits >= known.threshold), (b, h, t, s)
+
+
+class Narrow:
+    """Functions of a framework without float64."""
+
+    name = "narrow"
+
+    def dtype(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_capability_that_is_lacking_skips_or_fails_where_it_is_required() -> None:
+    kit, narrow = Conformance(), cast(Any, Narrow())
+    message = r"narrow lacks float64: ops.dtype\('float64'\) raised KeyError: 'float64'"
+    with pytest.raises(pytest.skip.Exception, match=message):
+        kit.need(narrow, "float64")
+    kit.requires = ("float64",)
+    with pytest.raises(pytest.fail.Exception, match=message):
+        kit.need(narrow, "float64")
+    kit.requires = ("float46",)
+    with pytest.raises(pytest.fail.Exception, match="`requires` names float46; it may name: flo"):
+        kit.need(narrow, "float64")
+
+
+def test_kit_without_a_backend_says_what_to_write(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "from anymha.testing import Conformance\nclass TestMine(Conformance): pass\n"
+    )
+    result = pytester.runpytest_inprocess("-k", "test_name", "-p", "no:cacheprovider")
+    result.stdout.fnmatch_lines(["*Name the module of functions: `backend = ops` in TestMine.*"])

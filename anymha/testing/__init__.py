@@ -22,15 +22,16 @@ from anymha.testing.layer import LayerTests
 __all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
 
 
-class FunctionTests(ArrayTests, ArithmeticTests, FrameworkTests):
+# pytest runs the tests of the last base first: functions before the layer, which breaks with them.
+class FunctionTests(FrameworkTests, ArithmeticTests, ArrayTests):
     """Every function of `anymha.ops.Ops`, against NumPy."""
 
 
-class SemanticsTests(LayerTests, GradientTests):
+class SemanticsTests(GradientTests, LayerTests):
     """Every rule of the layer, against the float64 oracle."""
 
 
-class Conformance(FunctionTests, SemanticsTests):
+class Conformance(SemanticsTests, FunctionTests):
     """All tests of a backend. Name it in `backend`, in a class whose name begins with Test.
 
     Attributes:

@@ -14,7 +14,7 @@ from anymha.testing.capabilities import BackendTests
 
 FLOATING = ("float32", "float64")
 ULPS = 8.0
-"""How many times its dtype's eps `exp`, `sqrt` or `tanh` may be off; libraries are off by 1 to 5."""
+"""How many times its dtype's eps `exp`, `sqrt` or `tanh` may be off; libraries have 1 to 5."""
 
 
 def by_dtype(test: Callable[..., None]) -> Callable[..., None]:
@@ -30,7 +30,7 @@ class ArithmeticTests(BackendTests):
     @pytest.mark.parametrize(
         "shapes",
         [((3, 40), (40, 5)), ((2, 3, 4, 40), (2, 3, 40, 5)), ((2, 3, 4, 8), (8, 5))],
-        ids=str,
+        ids=["matrices", "batches", "broadcast"],
     )
     def test_matmul_in_full_precision(self, ops: Any, dtype: str, shapes: Any) -> None:
         """Over the last two axes, in no less than the dtype's own precision."""
@@ -180,9 +180,11 @@ class ArithmeticTests(BackendTests):
             call(ops, "bitwise_and", x, mask).equals(x & np.int32(mask))
 
     def test_bitwise_xor_of_words(self, ops: Any) -> None:
-        """Of int32 arrays that broadcast."""
+        """Of int32 arrays that broadcast, and of an array and a number."""
         x, y = words(2, 30), words(30, seed=1)
         call(ops, "bitwise_xor", x, y).equals(x ^ y)
+        for mask in (0xFFFF, -(2**31)):
+            call(ops, "bitwise_xor", x, mask).equals(x ^ np.int32(mask))
 
     @pytest.mark.parametrize("shift", [1, 15, 16, 31])
     def test_bitwise_right_shift_copies_the_sign(self, ops: Any, shift: int) -> None:

@@ -194,9 +194,22 @@ class ArrayTests(BackendTests):
 
     @pytest.mark.parametrize("axis", [0, 1, 3])
     def test_stack_joins_along_a_new_axis(self, ops: Any, axis: int) -> None:
-        """Of integers too: the dropout's generator does."""
+        """Of integers and booleans too: the dropout's generator does."""
         x, y = words(2, 3, 4, seed=1), words(2, 3, 4, seed=2)
         call(ops, "stack", [x, y], axis=axis).equals(np.stack([x, y], axis=axis))
+        call(ops, "stack", [x > 0, y > 0], axis=axis).equals(np.stack([x > 0, y > 0], axis=axis))
+
+    @pytest.mark.parametrize("axis", [0, 2])
+    def test_concat_joins_along_an_axis(self, ops: Any, axis: int) -> None:
+        """Of booleans: the dropout's generator joins its parts."""
+        x, y = words(2, 3, 4, seed=1) > 0, words(2, 3, 4, seed=2) > 0
+        call(ops, "concat", [x, y], axis=axis).equals(np.concatenate([x, y], axis=axis))
+
+    def test_step_is_a_number_of_elements_or_none(self, ops: Any) -> None:
+        """Of the device that `device` gives, and of None."""
+        for device in (None, ops.device(ops.from_numpy(values(2)))):
+            step = ops.step(device)
+            assert step is None or (isinstance(step, int) and step > 0), f"step gave {step!r}"
 
     def test_slice_of_an_axis_after_an_ellipsis(self, ops: Any) -> None:
         """``x[..., a:b]``, ``x[..., a:b, :]`` are the only ways in which the core slices."""
