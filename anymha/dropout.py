@@ -5,23 +5,29 @@ elements: eager or compiled, whatever the block size, the device or the sharding
 
 The generator, with ``^`` exclusive or, ``*`` modulo 2^32, ``>>`` filling with zeros, and
 
-    mix(x) = x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
+    mix(x, key=0) = x ^= x >> 17;  x *= 0xed5ad4bb;  x ^= x >> 11;  x *= 0xac4c1b51;
+                    x ^= key;      x ^= x >> 15;     x *= 0x31848bab;  x ^= x >> 14
 
 for a 64-bit seed of words (lo, hi) and the element at (b, h, t, s):
 
     a     = mix(mix(mix(mix(mix(lo + 0x9e3779b9) ^ hi) + b) + h) + t // 2)
     c     = mix(mix(mix(mix(mix(hi + 0x85ebca6b) ^ lo) ^ b) ^ h) ^ t // 2)
-    word  = mix(mix(a + s) ^ c)
+    word  = mix(a + s, key=c)
     bits  = word mod 2^16 for even t, word // 2^16 for odd t
     keep  = bits >= rate * 2^16
 
+The position goes in by coordinates, not by one running number: no length and no number of elements
+is too large, and what is kept at a place does not depend on the shape around it.
+
 References:
-    C. Wellons, "Prospecting for Hash Functions" (2018), for the constants of `mix` (lowbias32).
+    C. Wellons, "Prospecting for Hash Functions" (2018), for the constants of `mix` (triple32).
     J. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011), for the idea.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,24 +97,58 @@ def keep_mask(
     for axis, count in enumerate((batch, heads, pairs)):
         place = counter(count, axis)
         first, second = _mix(ops, first + place), _mix(ops, xor(second, place))
-    word = _mix(ops, first + counter(keys, 3))  # [B, H, ceil(T/2), S]
-    word = _mix(ops, xor(word, second))
-    even = ops.bitwise_and(word, 0xFFFF)
-    odd = ops.bitwise_and(ops.bitwise_right_shift(word, 16), 0xFFFF)
-    bits = ops.stack([even, odd], axis=3)  # [B, H, ceil(T/2), 2, S]
-    kept = ops.reshape(bits >= threshold, (batch, heads, pairs * 2, keys))
-    return kept[..., :queries, :]
+    kept = _kept(ops, first, second, counter(keys, 3), threshold, ops.step(device))
+    return ops.reshape(kept, (batch, heads, pairs * 2, keys))[..., :queries, :]
 
 
-def _mix(ops: Ops, x: Array) -> Array:
+def _kept(
+    ops: Ops, first: Array, second: Array, columns: Array, threshold: int, step: int | None
+) -> Array:
+    """Booleans [B, H, ceil(T/2), 2, S], the last axes but one for even and odd t.
+
+    Args:
+        ops: The backend.
+        first: The word `a` of each pair of rows, (B, H, ceil(T/2), 1).
+        second: The word `c` of each pair of rows.
+        columns: The counter s, (1, 1, 1, S).
+        threshold: The share that is dropped, in units of 1/65536.
+        step: How many words to make at a time, or None for all at once.
+    """
+    keys = ops.shape(columns)[3]
+    shape = ops.shape(first)
+    if step is not None and all(isinstance(n, int) for n in (*shape, keys)):
+        rows, height = math.prod(shape), max(1, step // max(keys, 1))
+        if rows > height:
+            tall = [ops.reshape(x, (1, 1, rows, 1)) for x in (first, second)]
+            parts = [
+                _kept(ops, *(x[..., i : i + height, :] for x in tall), columns, threshold, None)
+                for i in range(0, rows, height)
+            ]
+            return ops.concat(parts, axis=2)
+    word = _mix(ops, first + columns, second)  # [B, H, ceil(T/2), S]
+    even = ops.bitwise_and(word, STEPS - 1) >= threshold
+    # Unsigned order is signed order with the highest bit turned over.
+    odd = ops.bitwise_xor(word, -(2**31)) >= threshold * STEPS - 2**31
+    return ops.stack([even, odd], axis=3)
+
+
+_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+
+
+def _mix(ops: Ops, x: Array, key: Array | None = None) -> Array:
     """A bijection of the 32-bit integers in which each input bit changes half of the output's."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
-        # `>>` copies the sign in int32; the mask makes it fill with zeros.
-        shifted = ops.bitwise_and(ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
-        x = ops.bitwise_xor(x, shifted)
-        if factor is not None:
-            x = x * _signed(factor)
-    return x
+    for number, (shift, factor) in enumerate(_ROUNDS):
+        if number == 2 and key is not None:
+            x = ops.bitwise_xor(x, key)
+        x = _folded(ops, x, shift) * _signed(factor)
+    return _folded(ops, x, 14)
+
+
+def _folded(ops: Ops, x: Array, shift: int) -> Array:
+    """``x ^ (x >> shift)``, `>>` filling with zeros."""
+    # In int32 `>>` copies the sign; the mask takes the copies away.
+    shifted = ops.bitwise_and(ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
+    return ops.bitwise_xor(x, shifted)
 
 
 def _signed(word: int) -> int:
@@ -118,7 +158,8 @@ def _signed(word: int) -> int:
 
 def _seed_words(ops: Ops, seed: Any, device: Any) -> tuple[Array, Array]:
     """The low and high 32 bits of the seed, (1, 1, 1, 1) int32 each."""
-    if isinstance(seed, int):
+    if isinstance(seed, numbers.Integral) and not ops.is_array(seed):
+        seed = int(seed)
         words = [_signed(seed), _signed(seed >> 32)]
         low, high = (ops.asarray([w], dtype=ops.int32, device=device) for w in words)
     else:

@@ -144,16 +144,17 @@ def _kept(problem: Problem, flat: tuple[int, ...]) -> np.ndarray | None:
     first, second = _mix(first), _mix(second)
     for place in (b, h, t // 2):
         first, second = _mix(first + place), _mix(second ^ place)
-    word = _mix(_mix(first + s) ^ second)
+    word = _mix(first + s, second)
     bits = np.where(t % 2 == 0, word & 0xFFFF, word >> 16)
     return (bits >= dropped) * (65536 / (65536 - dropped))
 
 
-def _mix(x: np.ndarray | np.uint32) -> np.ndarray:
+def _mix(x: np.ndarray | np.uint32, key: np.ndarray | int = 0) -> np.ndarray:
     x = np.atleast_1d(x)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB)
+    x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51) ^ np.asarray(key, np.uint32)
+    x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+    return x ^ (x >> 14)
 
 
 def _summed(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

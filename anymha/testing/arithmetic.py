@@ -137,7 +137,7 @@ class ArithmeticTests(BackendTests):
         call(ops, function, x, x[:1]).equals(function(x, x[:1]))
         for number in (0.0, float("-inf")):
             call(ops, function, x, number).equals(function(x, number))
-        i = np.int32([-2, 0, 3])
+        i = np.array([-2, 0, 3], np.int32)
         call(ops, function, i, 0).equals(function(i, 0))
 
     # --- reductions ------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class ArithmeticTests(BackendTests):
         x = np.concatenate([words(30), np.int32([-1, -(2**31), 2**31 - 1])])
         call(ops, "bitwise_right_shift", x, shift).equals(x >> np.int32(shift))
 
-    @pytest.mark.parametrize("factor", [0x7FEB352D, 0x846CA68B - 2**32, 3])
+    @pytest.mark.parametrize("factor", [0x31848BAB, 0xED5AD4BB - 2**32, 3])
     def test_int32_multiplication_wraps(self, ops: Any, factor: int) -> None:
         """Modulo 2^32, neither saturated nor widened. The portable dropout builds on it."""
         x = words(4, 8)

@@ -39,8 +39,8 @@ class KnownMask:
 
 
 KNOWN_MASKS = (
-    KnownMask(0, 19661, (2, 2, 3, 8), "f4dc6d36ffffa5f7b37fddfb"),
-    KnownMask(11, 19661, (1, 2, 4, 8), "a73b6cf3be5c8ecf"),
-    KnownMask(-7, 32768, (2, 1, 3, 8), "60b47480b5bf"),
-    KnownMask(2**40 + 5, 6554, (1, 2, 3, 8), "fffffedffaf2"),
+    KnownMask(0, 19661, (2, 2, 3, 8), "ffb372bbffad99daefe7f018"),
+    KnownMask(11, 19661, (1, 2, 4, 8), "f55a79700d2ff2fe"),
+    KnownMask(-7, 32768, (2, 1, 3, 8), "5a75a13f2dc7"),
+    KnownMask(2**40 + 5, 6554, (1, 2, 3, 8), "feffffff9dff"),
 )

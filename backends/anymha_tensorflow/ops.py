@@ -28,6 +28,10 @@ def stack(arrays, /, *, axis=0):
     return tf.stack(arrays, axis=axis)
 
 
+def concat(arrays, /, *, axis=0):
+    return tf.concat(arrays, axis=axis)
+
+
 def matmul(x1, x2, /):
     return tf.matmul(x1, x2)
 
@@ -78,6 +82,10 @@ def shape(x, /):
 
 
 def device(x, /):
+    return None
+
+
+def step(device, /):
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import (
@@ -15,7 +17,6 @@ from torch import (
     float64,
     int32,
     logical_and,
-    matmul,
     reshape,
     sqrt,
     tanh,
@@ -47,8 +48,17 @@ def stack(arrays, /, *, axis=0):
     return torch.stack(arrays, dim=axis)
 
 
+# Under `torch.autocast` products run in half precision; what follows them shall not.
+def matmul(x1, x2, /):
+    return torch.matmul(x1, x2).to(x1.dtype)
+
+
+def concat(arrays, /, *, axis=0):
+    return torch.cat(arrays, dim=axis)
+
+
 def tensordot(x1, x2, /, *, axes):
-    return torch.tensordot(x1, x2, dims=axes)
+    return torch.tensordot(x1, x2, dims=axes).to(x1.dtype)
 
 
 def max(x, /, *, axis, keepdims):
@@ -69,6 +79,12 @@ def shape(x, /):
 
 def device(x, /):
     return x.device
+
+
+def step(device, /):
+    compiled = torch.compiler.is_compiling()
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    return 1 << 16 if on_cpu and not compiled else None
 
 
 def dtype(name, /):
@@ -124,8 +140,25 @@ def initialize(function, shape, dtype, seed, /):
 
 
 def native_keep_mask(seed, shape, keep, device, /):
-    generator = torch.Generator(device=device).manual_seed(int(seed) % 2**63)
-    return torch.rand(shape, generator=generator, device=device) < keep
+    if torch.compiler.is_compiling():
+        return _seeded_uniform(torch.as_tensor(seed, dtype=torch.int64), shape, device) < keep
+    return _uniform(int(seed), shape, device) < keep
+
+
+def _uniform(seed, shape, device):
+    generator = torch.Generator(device=device).manual_seed(seed % 2**63)
+    return torch.rand(shape, generator=generator, device=device)
+
+
+@torch.library.custom_op("anymha::seeded_uniform", mutates_args=())
+def _seeded_uniform(seed: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`_uniform` as one operation, since a compiled program cannot make a generator."""
+    return _uniform(int(seed), shape, device)
+
+
+@_seeded_uniform.register_fake
+def _(seed, shape, device):
+    return torch.empty(shape, device=device)
 
 
 def vjp(function, arrays, cotangents, /):
