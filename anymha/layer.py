@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anymha.activity import Activity
 from anymha.attention import AttentionCall, Observer, attend, unobserved
 from anymha.axes import product, unfold
 from anymha.checks import (
@@ -25,6 +26,7 @@ from anymha.checks import (
 from anymha.config import AttentionConfig
 from anymha.dropout import Dropout, rate_threshold
 from anymha.dtypes import accumulation_dtype, dtype_name, is_floating, output_dtype
+from anymha.exact import without_gradient, without_subnormals
 from anymha.frame import Frame
 from anymha.masks import visibility
 from anymha.ops import Array, Dim, Ops
@@ -47,6 +49,7 @@ def multi_head_attention(
     value_mask: Array | None = None,
     key_mask: Array | None = None,
     return_attention_scores: bool = False,
+    return_activity_loss: bool = False,
     training: bool | None = None,
     use_causal_mask: bool = False,
     query_offset: Any = 0,
@@ -70,6 +73,7 @@ def multi_head_attention(
         value_mask: (B, S) booleans; a position that is False does not influence anything.
         key_mask: (B, S) booleans, as `value_mask`.
         return_attention_scores: Whether to return the probabilities too.
+        return_activity_loss: Whether to return, last, the penalty of the activity regulariser.
         training: Whether dropout acts; default False.
         use_causal_mask: Whether query i sees only keys ``j <= i + query_offset``.
         query_offset: Position of the first query among the keys: an int, or integers (B,).
@@ -79,7 +83,7 @@ def multi_head_attention(
 
     Returns:
         The output (B, T, *O); with `return_attention_scores` also the probabilities before
-        dropout (B, H, T, S).
+        dropout (B, H, T, S); with `return_activity_loss` also a scalar, 0 without a regulariser.
 
     Raises:
         ShapeError: shapes do not fit; the message has the expected and the received.
@@ -127,8 +131,14 @@ def multi_head_attention(
             arrays.get("query_offset", query_offset),
             arrays.get("seed", seed) if dropping else None,
         )
-        output, scores = _forward(config, frame, arrays, options, observe)
-        return (output, scores) if return_attention_scores else output
+        activity = Activity(config, frame, observe)
+        watch = activity if return_activity_loss else observe
+        output, scores = _forward(config, frame, arrays, options, watch)
+        results = (output, scores) if return_attention_scores else (output,)
+        if return_activity_loss:
+            dtype = accumulation_dtype(dtype_name(output.dtype))
+            results += (activity.loss(arrays, ops.dtype(dtype)),)
+        return results if len(results) > 1 else output
 
     if _compute_dtype(config, weights) == "float64":
         return ops.in_float64(forward, arrays)
@@ -170,7 +180,7 @@ def _forward(
     rows, columns = frame.padding(arrays)
     query, key, value = frame.inputs(real, rows, columns)
     q = project(ops, query, *weights("query"), contracted=1)  # [B, T, H, d_k]
-    real |= _without_gradient(ops, real, "key.bias")
+    real |= without_gradient(ops, real, "key.bias")
     k = project(ops, key, *weights("key"), contracted=1)  # [B, S, K, d_k]
     v = project(ops, value, *weights("value"), contracted=1)  # [B, S, K, d_v]
     for stage, projected in (("query", q), ("key", k), ("value", v)):
@@ -192,7 +202,7 @@ def _forward(
     result = ops.dtype(output_dtype(dtype_name(arrays["query.kernel"].dtype), compute))
     output = unfold(ops, output, frame.axes, (*frame.batch, *frame.queries))
     if compute == "float64" and result == ops.float32:
-        output, scores = _without_subnormals(ops, output), _without_subnormals(ops, scores)
+        output, scores = without_subnormals(ops, output), without_subnormals(ops, scores)
     return ops.astype(output, result), ops.astype(frame.scores(scores), result)
 
 
@@ -218,30 +228,6 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, *, contracted
     if bias is not None:
         y = y + ops.reshape(bias, (product(outer),))
     return y if len(outer) == 1 else ops.reshape(y, (batch, length, *outer))
-
-
-def _without_subnormals(ops: Ops, x: Array) -> Array:
-    """`x` with zero for what float32 holds only as a subnormal number; gradients pass as if not.
-
-    On the way to float32 some frameworks keep such numbers and some make them zero.
-    """
-    smallest = 2.0**-126
-    small = ops.logical_and(x < smallest, x > -smallest)
-    return x + ops.stop_gradient(ops.where(small, 0.0 - x, 0.0))
-
-
-def _without_gradient(ops: Ops, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
-    """The array of that name with a gradient of exactly zero.
-
-    The key's bias adds one number to all logits of a query, to which the softmax is indifferent:
-    its gradient is zero. Summed up in floating point it would be noise, of other bits in every
-    framework, which an optimiser like Adam scales up to full steps.
-    """
-    if name not in arrays:
-        return {}
-    array = arrays[name]
-    never = ops.asarray(False, dtype=ops.bool, device=ops.device(array))
-    return {name: ops.where(never, array, ops.stop_gradient(array))}
 
 
 def _compute_dtype(config: AttentionConfig, weights: Mapping[str, Array]) -> str:

@@ -29,6 +29,7 @@ class CallOptions(TypedDict, total=False):
     value_mask: Array | None
     key_mask: Array | None
     return_attention_scores: bool
+    return_activity_loss: bool
     training: bool | None
     use_causal_mask: bool
     query_offset: Any
