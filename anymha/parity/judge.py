@@ -192,9 +192,10 @@ def _recorded_errors(
             continue  # is a fault already
         if name == "scores":  # (B, H, T, S), of which the queries may be padding
             got, array = got.swapaxes(1, 2), array.swapaxes(1, 2)
-        got, array = got[counts], array[counts]
-        within = np.abs(got - array.astype(np.float64)) <= np.spacing(np.abs(array)) / 2
-        errors[f"recorded {name}"] = _error(np.where(within, array, got), array, units[name])
+        exact = array[counts].astype(np.float64)
+        beyond = got[counts] - exact
+        beyond -= np.clip(beyond, *(np.spacing(np.abs(array[counts])) / 2 * [[-1], [1]]))
+        errors[f"recorded {name}"] = _error(exact + beyond, exact, units[name])
     return errors
 
 

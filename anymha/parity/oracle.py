@@ -6,10 +6,9 @@ every backend is compared with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -27,9 +26,10 @@ class Truth:
         stages: Each stage by name, in order.
         gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
             and inputs.
-        magnitudes: For "output", "scores" and each gradient, the same sums over the absolute
-            values of their terms, times the size of the logits: an error is small or large
-            compared with this, however much the terms cancel.
+        magnitudes: For "output", "scores" and each gradient, the size of the numbers that it is
+            made of, however much they cancel, times that of the logits: an error is small or large
+            compared with this. The size of a sum is its absolute value, or the root of the sum of
+            its squared terms where that is greater, as rounding errors have random signs.
     """
 
     output: np.ndarray
@@ -75,7 +75,8 @@ def attention_oracle(
     g_output = np.asarray(d_output, np.float64)
     g_scores = np.zeros_like(scores) if d_scores is None else np.asarray(d_scores, np.float64)
 
-    context, output, gradients = _passes(w, x, scale, scores, kept, g_output, g_scores, bias)
+    sums = _Sums()
+    context, output, gradients = _passes(w, x, scale, scores, kept, g_output, g_scores, bias, sums)
     stages = {
         "query": q, "key": k, "value": v, "logits": logits, "masked_logits": masked,
         "probabilities": scores, "dropped_probabilities": scores * kept, "context": context,
@@ -87,7 +88,7 @@ def attention_oracle(
 
     _, largest, slopes = _passes(
         absolute(w), absolute(x), abs(scale), scores, kept, np.abs(g_output), np.abs(g_scores),
-        bias, cancel=False,
+        bias, _Sizes(sums.results), cancel=False,
     )  # fmt: skip
     peak = np.max(np.abs(masked), initial=1.0, where=np.isfinite(masked))
     magnitudes = {"output": largest, "scores": scores, **slopes}
@@ -101,10 +102,34 @@ def _reads(w: Arrays) -> np.ndarray:
     return np.arange(heads) // (heads // shared)
 
 
-def _projected(w: Arrays, x: Arrays, name: str) -> np.ndarray:
+def _projected(
+    w: Arrays, x: Arrays, name: str, einsum: Callable[..., np.ndarray] = einsum
+) -> np.ndarray:
     """(B, H, T, d)."""
     bias = w[f"{name}.bias"][:, None, :] if f"{name}.bias" in w else 0.0
     return einsum("btd,dhk->bhtk", x[name], w[f"{name}.kernel"]) + bias
+
+
+class _Sums:
+    """`einsum`, which keeps its results."""
+
+    def __init__(self) -> None:
+        self.results: list[np.ndarray] = []
+
+    def __call__(self, formula: str, *arrays: np.ndarray) -> np.ndarray:
+        self.results.append(einsum(formula, *arrays))
+        return self.results[-1]
+
+
+class _Sizes:
+    """The sizes of the sums that `_Sums` kept, from the sizes of what they are made of."""
+
+    def __init__(self, results: Iterable[np.ndarray]) -> None:
+        self.results = iter(results)
+
+    def __call__(self, formula: str, *arrays: np.ndarray) -> np.ndarray:
+        spread = np.sqrt(einsum(formula, *(array * array for array in arrays)))
+        return np.maximum(spread, np.abs(next(self.results)))
 
 
 def _passes(
@@ -116,27 +141,32 @@ def _passes(
     g_output: np.ndarray,
     g_scores: np.ndarray,
     bias: np.ndarray | None,
+    einsum: Callable[..., np.ndarray],
     *,
     cancel: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, Arrays]:
     """From the scores on: context, output and gradients. Without `cancel`, differences are sums."""
     reads = _reads(w)
-    q, k, v = (_projected(w, x, name) for name in ("query", "key", "value"))
+    q, k, v = (_projected(w, x, name, einsum) for name in ("query", "key", "value"))
     keys, values, dropped = k[:, reads], v[:, reads], scores * kept
     context = einsum("bhts,bhsv->bthv", dropped, values)
     output = einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
 
     gradients = {
         "output.kernel": einsum("bthv,bto->hvo", context, g_output),
-        "output.bias": g_output.sum((0, 1)),
+        "output.bias": einsum("bto->o", g_output),
     }
     g_context = einsum("bto,hvo->bhtv", g_output, w["output.kernel"])
     g_values = einsum("bhts,bhtv->bhsv", dropped, g_context)
     g_probs = einsum("bhtv,bhsv->bhts", g_context, values) * kept + g_scores
-    g_mean = (scores * g_probs).sum(-1, keepdims=True)
+    g_mean = einsum("bhts,bhts->bht", scores, g_probs)[..., None]
     g_logits = scores * (g_probs - g_mean if cancel else g_probs + g_mean)
     if bias is not None:
-        gradients["attention_bias"] = _summed_to(g_logits, np.shape(bias))
+        shape = np.shape(bias)
+        own = "".join(
+            axis for axis, n in zip("bhts"[4 - len(shape) :], shape, strict=True) if n > 1
+        )
+        gradients["attention_bias"] = einsum(f"bhts->{own}", g_logits).reshape(shape)
     g_keys = scale * einsum("bhts,bhtk->bhsk", g_logits, q)
     grouped = np.eye(k.shape[1])[reads]  # [H, K]
     parts = {
@@ -146,7 +176,7 @@ def _passes(
     }
     for name, gradient in parts.items():
         gradients[f"{name}.kernel"] = einsum("btd,bhtk->dhk", x[name], gradient)
-        gradients[f"{name}.bias"] = gradient.sum((0, 2))
+        gradients[f"{name}.bias"] = einsum("bhtk->hk", gradient)
         gradients[name] = einsum("bhtk,dhk->btd", gradient, w[f"{name}.kernel"])
     known = {*w, *x, "attention_bias"}
     return context, output, {name: g for name, g in gradients.items() if name in known}
@@ -158,10 +188,3 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     safe = np.where(empty, 0.0, logits)
     weights = np.exp(safe - safe.max(-1, keepdims=True, initial=-np.inf))
     return np.where(empty, 0.0, weights / weights.sum(-1, keepdims=True))
-
-
-def _summed_to(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`array` summed over the axes along which something of that shape was broadcast."""
-    array = array.sum(tuple(range(array.ndim - len(shape))))
-    axes: Any = tuple(i for i, n in enumerate(shape) if n == 1 and array.shape[i] != 1)
-    return array.sum(axes, keepdims=True)

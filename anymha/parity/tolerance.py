@@ -14,10 +14,11 @@ from anymha.dtypes import accumulation_dtype
 SUMS = math.sqrt(8) / 2
 """Greatest error of the layer's chain of sums, in units of ``eps * sqrt(length) * magnitude``.
 
-Each rounding is off by at most eps / 2, and those of one sum wander off like a random walk: by at
-most about ``eps / 2 * sqrt(length)`` times the sum of its terms' absolute values. A gradient comes
-through eight sums (four projections and two products forward, as much back), whose errors are
-independent: a factor of sqrt(8).
+Each rounding is off by at most eps / 2, and those of one sum wander off like a random walk: by
+about ``eps / 2 * sqrt(length)`` times the size of the sum, which is its absolute value, or the root
+of the sum of its squared terms where these cancel. A gradient comes through eight sums (four
+projections and two products forward, as much back), whose errors are independent: a factor of
+sqrt(8).
 """
 
 
@@ -35,8 +36,8 @@ def tolerance(dtype_name: str, reduction_length: int, magnitude: float) -> float
     Args:
         dtype_name: Dtype of the result: "float16", "bfloat16", "float32" or "float64".
         reduction_length: The longest sum on the way: features, keys, or positions of a batch.
-        magnitude: The greatest value of the same sums over the absolute values of their terms,
-            as in `anymha.parity.oracle.Truth.magnitudes`: terms that cancel leave their errors.
+        magnitude: The greatest size of the result and of the sums that it is made of, as in
+            `anymha.parity.oracle.Truth.magnitudes`: terms that cancel leave their errors.
 
     Returns:
         The tolerance, in the units of the result.
