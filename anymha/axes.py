@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from anymha.dtypes import dtype_name
 from anymha.errors import ShapeError
 from anymha.ops import Array, Dim, Ops
 
@@ -49,15 +50,15 @@ def resolve_axes(attention_axes: tuple[int, ...] | None, rank: int) -> Axes:
     if attention_axes is None:
         if rank < 3:
             raise ShapeError(
-                "`query` must have at least 3 axes, (batch, length, features). "
-                f"Received: {rank}. Add the axis, or name the axes with `attention_axes`."
+                "`query` must have at least 3 axes, (batch, length, features). Received: "
+                f"{rank} axes. Add the axis, or name the axes with `attention_axes`."
             )
         return Axes((0,), tuple(range(1, rank - 1)))
     attention = tuple(axis + rank if axis < 0 else axis for axis in attention_axes)
     if not all(0 <= axis < rank - 1 for axis in attention) or len(set(attention)) < len(attention):
         raise ShapeError(
-            f"`attention_axes` must name different axes out of 0 to {rank - 2} of inputs with "
-            f"{rank} axes (the last holds the features). Received: {attention_axes}."
+            f"`attention_axes` must name different axes of the inputs, not the last, which holds "
+            f"the features. Received: {attention_axes}, and inputs of {rank} axes."
         )
     return Axes(tuple(a for a in range(rank - 1) if a not in attention), attention)
 
@@ -132,7 +133,8 @@ def check_broadcast(x: Array, lengths: Sequence[Dim], name: str) -> None:
     )
     if not fits:
         raise ShapeError(
-            f"`{name}` must broadcast to shape {show(lengths)}. Received: shape {show(own)}."
+            f"`{name}` must broadcast to shape {show(lengths)}. Received: {described(x)}. "
+            "Give each axis that length, or 1."
         )
 
 
@@ -145,6 +147,11 @@ def show(shape: Sequence[Dim]) -> str:
     """A shape for an error message; lengths not known yet are ``?``."""
     sizes = [str(n) if is_known(n) else "?" for n in shape]
     return "(" + ", ".join(sizes) + ("," if len(sizes) == 1 else "") + ")"
+
+
+def described(array: Array) -> str:
+    """An array's shape and dtype, for an error message."""
+    return f"shape {show(array.shape)}, dtype {dtype_name(array.dtype)}"
 
 
 def product(lengths: Sequence[Dim]) -> Dim:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anymha.axes import Axes, check_broadcast, is_known, resolve_axes, show
+from anymha.axes import Axes, check_broadcast, described, is_known, resolve_axes, show
 from anymha.config import AttentionConfig
 from anymha.dtypes import dtype_name, is_floating
 from anymha.errors import (
@@ -61,8 +61,8 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
             check_boolean(array, name)
         elif name in FLOATING and not is_floating(dtype_name(array.dtype)):
             raise DtypeError(
-                f"`{name}` must be floating (float16, bfloat16, float32 or float64). Received: "
-                f"dtype {dtype_name(array.dtype)}, shape {show(array.shape)}. Cast it first."
+                f"`{name}` must be floating (float16, bfloat16, float32 or float64). "
+                f"Received: {described(array)}. Cast it first."
             )
 
 
@@ -81,29 +81,31 @@ def check_inputs(
     Raises:
         ShapeError: ranks, batch axes, lengths or widths do not fit.
     """
-    axes = resolve_axes(config.attention_axes, len(query.shape))
+    named_axes: Any = config.attention_axes  # a tuple or None, once the config has checked it
+    axes = resolve_axes(named_axes, len(query.shape))
     named = {"query": query, "value": value, "key": key}
     for (name, array), width in zip(named.items(), widths, strict=True):
         if len(array.shape) != len(query.shape):
             raise ShapeError(
-                f"`{name}` must have as many axes as `query`. Received: shape "
-                f"{show(array.shape)}, and query of shape {show(query.shape)}."
+                f"`{name}` must have as many axes as `query`. Received: `{name}` of "
+                f"{described(array)}, and `query` of {described(query)}. Add or take away axes."
             )
         if _differ(array.shape[-1], width):
             raise ShapeError(
-                f"`{name}` must have {width} features in its last axis, as its kernel has. "
-                f"Received: shape {show(array.shape)}."
+                f"`{name}` must have {width} features in its last axis, as the layer's weights "
+                f"have. Received: {described(array)}. Pass such an array, or make a layer of "
+                f"`{name}_features={array.shape[-1]}`."
             )
         if any(_differ(array.shape[i], query.shape[i]) for i in axes.batch):
             raise ShapeError(
-                f"`{name}` must have the query's length in each batch axis "
-                f"(axes {', '.join(map(str, axes.batch))}). Received: shape {show(array.shape)}, "
-                f"and query of shape {show(query.shape)}."
+                f"`{name}` must have the lengths of `query` in the batch axes, "
+                f"{', '.join(map(str, axes.batch))}. Received: `{name}` of {described(array)}, "
+                f"and `query` of {described(query)}. Repeat the shorter one."
             )
     if any(_differ(key.shape[i], value.shape[i]) for i in axes.attention):
         raise ShapeError(
-            "`key` and `value` must have the same length. Received: key of shape "
-            f"{show(key.shape)}, and value of shape {show(value.shape)}."
+            "`key` and `value` must have the same length. Received: `key` of "
+            f"{described(key)}, and `value` of {described(value)}. Each key needs its value."
         )
     return axes
 
@@ -129,17 +131,17 @@ def check_masks(
         }
         if len(mask.shape) not in ranks:
             raise ShapeError(
-                f"`attention_mask` must have shape {', '.join(map(show, ranks.values()))} "
-                "(queries and keys; batch before them; heads between). "
-                f"Received: shape {show(mask.shape)}."
+                f"`attention_mask` must have shape {' or '.join(map(show, ranks.values()))}: "
+                "queries and keys; batch before them; heads between. "
+                f"Received: {described(mask)}. Add axes of length 1 to broadcast."
             )
         check_broadcast(mask, ranks[len(mask.shape)], "attention_mask")
     for name, lengths in (("query_mask", queries), ("value_mask", keys), ("key_mask", keys)):
         if name in arrays:
             if len(arrays[name].shape) != len(batch) + len(lengths):
                 raise ShapeError(
-                    f"`{name}` must have shape {show((*batch, *lengths))}. "
-                    f"Received: shape {show(arrays[name].shape)}."
+                    f"`{name}` must have shape {show((*batch, *lengths))}. Received: "
+                    f"{described(arrays[name])}. Pass what has more axes as `attention_mask`."
                 )
             check_broadcast(arrays[name], (*batch, *lengths), name)
     if "attention_bias" in arrays:
@@ -161,7 +163,7 @@ def check_offset(ops: Ops, offset: Any, batch: Dim) -> Any:
         return offset if isinstance(offset, int) else operator.index(offset)
     raise ArgumentError(
         f"`query_offset` must be an int, or an integer array (B,) of {ops.name}. "
-        f"Received: {_received(offset)}."
+        f"Received: {_received(offset)}. Pass an int."
     )
 
 
@@ -178,14 +180,14 @@ def check_seed(ops: Ops, seed: Any) -> Any:
     if ops.is_array(seed):
         if is_floating(dtype_name(seed.dtype)):
             raise DtypeError(
-                "`seed` must be an integer. "
-                f"Received: dtype {dtype_name(seed.dtype)}, shape {show(seed.shape)}."
+                f"`seed` must be an integer. Received: {described(seed)}. Cast it first."
             )
         return seed
     if is_integer(seed):
         return operator.index(seed)
     raise ArgumentError(
-        f"`seed` must be an int, or an integer array of {ops.name}. Received: {_received(seed)}."
+        f"`seed` must be an int, or an integer array of {ops.name}. Received: {_received(seed)}. "
+        "Pass an int."
     )
 
 
@@ -200,19 +202,23 @@ def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any])
     kernels = [f"{name}.kernel" for name in ("query", "key", "value", "output")]
     missing = [name for name in kernels if name not in weights]
     if missing:
-        raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {_names(weights)}.")
+        raise WeightsError(
+            f"`weights` must have {', '.join(kernels)}. Received: {_names(weights)}. "
+            f"Add {', '.join(missing)}."
+        )
     widths = [weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
     shapes = config.weight_shapes(*widths)
     unknown = [name for name in weights if name not in shapes]
     if unknown:
         raise WeightsError(
-            f"The config has no weights of the names {', '.join(unknown)}. It has: "
-            f"{_names(shapes)}."
+            f"`weights` must have names out of {_names(shapes)}, those of the config. Received "
+            f"also: {', '.join(unknown)}. Leave them out, or change the config."
         )
     for name, array in weights.items():
         if tuple(array.shape) != shapes[name]:
             raise WeightsError(
-                f"`{name}` must have shape {shapes[name]}. Received: shape {show(array.shape)}."
+                f"`{name}` must have shape {shapes[name]}. Received: {described(array)}. "
+                "Pass such an array, or change the config."
             )
 
 
@@ -239,4 +245,4 @@ def _received(value: Any) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None or dtype is None:
         return repr(value)
-    return f"{_kind(value)}, dtype {dtype_name(dtype)}, shape {show(shape)}"
+    return f"{_kind(value)} of {described(value)}"

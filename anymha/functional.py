@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymha.attention import AttentionCall, attend
-from anymha.axes import check_broadcast, is_known, show
+from anymha.axes import check_broadcast, described, is_known, show
 from anymha.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
 from anymha.config import AttentionConfig
 from anymha.dropout import Dropout, rate_threshold
@@ -146,7 +146,7 @@ def _check_heads(arrays: Mapping[str, Array]) -> None:
         if len(array.shape) != 4:
             raise ShapeError(
                 f"`{name}` must have 4 axes, (batch, length, heads, width). "
-                f"Received: shape {show(array.shape)}."
+                f"Received: {described(array)}. Add or take away axes."
             )
         if array.dtype != query.dtype:
             raise DtypeError(
@@ -169,7 +169,8 @@ def _check_heads(arrays: Mapping[str, Array]) -> None:
         raise ShapeError(
             "`query`, `key` and `value` must have shapes (B, T, H, d_k), (B, S, K, d_k) and "
             "(B, S, K, d_v), H a multiple of K. Received: "
-            f"{show(query.shape)}, {show(key.shape)} and {show(value.shape)}."
+            f"{show(query.shape)}, {show(key.shape)} and {show(value.shape)}. "
+            "Move heads behind the length if they stand before it."
         )
 
 
@@ -186,7 +187,7 @@ def _check_masks(arrays: Mapping[str, Array]) -> None:
         if name.endswith("_mask") and len(arrays[name].shape) != 2:
             raise ShapeError(
                 f"`{name}` must have shape {show(lengths[name])}. "
-                f"Received: shape {show(arrays[name].shape)}."
+                f"Received: {described(arrays[name])}. Pass what has more axes as `mask`."
             )
         check_broadcast(arrays[name], lengths[name], name)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+from anymha.axes import described
 from anymha.dtypes import dtype_name
 from anymha.errors import DtypeError
 from anymha.ops import Array, Dim, Ops
@@ -93,11 +94,9 @@ def check_boolean(mask: Array, name: str) -> None:
     Raises:
         DtypeError: `mask` is not boolean; the message says what to pass instead.
     """
-    dtype = dtype_name(mask.dtype)
-    if dtype not in ("bool", "bool_"):
+    if dtype_name(mask.dtype) not in ("bool", "bool_"):
         raise DtypeError(
-            f"`{name}` must be boolean, True = may attend. "
-            f"Received: dtype {dtype}, shape {tuple(mask.shape)}. "
+            f"`{name}` must be boolean, True = may attend. Received: {described(mask)}. "
             "Pass an additive mask as `attention_bias` (`bias` in `dot_product_attention`), "
             f"and a 0/1 mask as booleans, `{name}.astype(bool)`."
         )
