@@ -15,12 +15,12 @@ from anymha.layer import multi_head_attention
 from anymha.shell import (
     CallOptions,
     checked_values,
-    first_weights,
     takes_call,
     takes_options,
 )
 from anymha.weights import constrained_weights, regularization_loss
 from anymha_jax import ops
+from anymha_jax.initial import first_values
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -28,8 +28,10 @@ class MultiHeadAttention:
     """Multi-head attention as a frozen pytree; its leaves are the weights, in `weights`.
 
     The constructor takes the options of `anymha.AttentionConfig`, of which `query_features` is
-    needed: a pytree cannot grow weights at a call. The call takes the arguments of
-    `anymha.layer.multi_head_attention`; dropout needs its `seed`, an int or a key.
+    needed: a pytree cannot grow weights at a call; and a JAX `key`, which gives the initial values
+    where `seed` is not given, traced or not: ``key=jax.random.key(7)`` gives those of ``seed=7``.
+    The call takes the arguments of `anymha.layer.multi_head_attention`; there `key` is the
+    attention's, and dropout needs its `seed`, an int or a key.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -43,14 +45,13 @@ class MultiHeadAttention:
     weights: dict[str, jax.Array]
 
     @takes_options
-    def __init__(self, config: AttentionConfig) -> None:
+    def __init__(self, config: AttentionConfig, *, key: jax.Array | None = None) -> None:
         if config.query_features is None:
             raise ConfigError(
                 "`query_features`, the width of the query input, is needed: a pytree cannot grow "
                 "weights at a call. Received: None. Pass it to the constructor."
             )
-        values = first_weights(config, (), lambda: np.random.SeedSequence().entropy)
-        self._set(config, _arrays(config, values))
+        self._set(config, _arrays(config, first_values(config, key)))
 
     def _set(self, config: AttentionConfig, weights: Mapping[str, Any]) -> Self:
         object.__setattr__(self, "config", config)
@@ -107,7 +108,7 @@ class MultiHeadAttention:
         return f"MultiHeadAttention({self.config}, weights={shapes})"
 
 
-def _arrays(config: AttentionConfig, values: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The values as JAX arrays of the config's dtype, float64 too in a float32 program."""
     with jax.enable_x64(config.dtype == "float64" or jax.config.jax_enable_x64):
         dtype = ops.dtype(config.dtype)
