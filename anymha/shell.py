@@ -55,10 +55,14 @@ def takes_options(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes_call(function: F) -> F:
-    """Show the arguments of a layer's call, one by one, as the signature of ``(self, **call)``."""
-    itself, *_ = inspect.signature(function).parameters.values()
+    """Show the arguments of a layer's call, one by one, as the signature of ``(self, **call)``.
+
+    Keyword arguments that the call itself has, as Flax's `deterministic`, are shown after them.
+    """
+    itself, *mine = inspect.signature(function).parameters.values()
     _, _, _, *call = inspect.signature(multi_head_attention).parameters.values()
-    shown = [p for p in call if p.name != "observe"]
+    own = [p for p in mine if p.kind is p.KEYWORD_ONLY]
+    shown = [p for p in call if p.name != "observe"] + own
     function.__signature__ = inspect.Signature([itself, *shown])  # pyright: ignore
     return function
 
