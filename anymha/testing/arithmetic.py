@@ -189,7 +189,7 @@ class ArithmeticTests(BackendTests):
     @pytest.mark.parametrize("shift", [1, 15, 16, 31])
     def test_bitwise_right_shift_copies_the_sign(self, ops: Any, shift: int) -> None:
         """int32 shifts are arithmetic: -1 >> 16 is -1. The portable dropout builds on it."""
-        x = np.concatenate([words(30), np.int32([-1, -(2**31), 2**31 - 1])])
+        x = np.concatenate([words(30), np.array([-1, -(2**31), 2**31 - 1], np.int32)])
         call(ops, "bitwise_right_shift", x, shift).equals(x >> np.int32(shift))
 
     @pytest.mark.parametrize("factor", [0x31848BAB, 0xED5AD4BB - 2**32, 3])

@@ -213,7 +213,10 @@ class ArrayTests(BackendTests):
         """Of the device that `device` gives, and of None."""
         for device in (None, ops.device(ops.from_numpy(values(2)))):
             step = ops.step(device)
-            assert step is None or (isinstance(step, int) and step > 0), f"step gave {step!r}"
+            must(
+                step is None or (isinstance(step, int) and step > 0),
+                f"`step` must give a positive int or None. Received: {step!r}.",
+            )
 
     def test_slice_of_an_axis_after_an_ellipsis(self, ops: Any) -> None:
         """``x[..., a:b]``, ``x[..., a:b, :]`` are the only ways in which the core slices."""

@@ -48,7 +48,7 @@ class FrameworkTests(BackendTests):
     def test_in_float64_passes_names_and_tuples(self, ops: Any) -> None:
         """The function gets every array by its name, masks too, and may return a tuple."""
         self.need(ops, "float64")
-        given = {"x": values(3), "mask": values(3) > 0, "place": np.int32([1, 2, 3])}
+        given = {"x": values(3), "mask": values(3) > 0, "place": np.array([1, 2, 3], np.int32)}
         native = {name: ops.from_numpy(array) for name, array in given.items()}
 
         def both(arrays: Any) -> Any:

@@ -109,7 +109,7 @@ class LayerTests(BackendTests):
         exact = forward(ops, problem)[:, 5:]
         allowed = tolerance("float32", 12, float(np.max(np.abs(exact))) * 2)
         wanted = exact.astype(np.float64)
-        for name, offset in (("an int", 5), ("an array", np.int32([5, 5]))):
+        for name, offset in (("an int", 5), ("an array", np.array([5, 5], np.int32))):
             got = forward(ops, step, query_offset=offset)
             Returned(f"the output with query_offset as {name}", got).is_near(wanted, allowed)
 
