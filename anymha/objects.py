@@ -81,8 +81,7 @@ def resolved(value: Any, known: Table, argument: str, *, optional: bool = True) 
     if isinstance(value, Mapping) and isinstance(value.get("class_name"), str):
         return _made(value["class_name"], value.get("config") or {}, known, argument)
     if _is_of_keras(value) and type(value).__name__ in known:
-        keras: Any = value
-        return _made(type(value).__name__, keras.get_config(), known, argument)
+        return _made(type(value).__name__, _config_of(value, known), known, argument)
     if not callable(value):
         raise ConfigError(
             f"`{argument}` must be one of {_names(known)}; or a dict of 'class_name' and "
@@ -141,6 +140,13 @@ def _made(name: str, config: Any, known: Table, argument: str) -> ConfigObject:
         return cls(**config)
     except ConfigError as error:
         raise ConfigError(f"`{argument}`, {cls.__name__}: {error}") from None
+
+
+def _config_of(value: Any, known: Table) -> dict[str, Any]:
+    """The fields of an object of Keras, of which its config may lack some (as `gain`)."""
+    names = [field.name for field in dataclasses.fields(known[type(value).__name__])]
+    held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return held | value.get_config()
 
 
 def _is_of_keras(value: Any) -> bool:

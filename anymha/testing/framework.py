@@ -131,6 +131,15 @@ class FrameworkTests(BackendTests):
         )[1]
         Returned("the gradient of x * stop_gradient(x)", ops.to_numpy(got["x"])).equals(c * x)
 
+    def test_abs_has_the_slope_zero_at_zero(self, ops: Any) -> None:
+        """Where a library may choose, all must choose alike: biases start at zero."""
+        self.need(ops, "vjp")
+        x, c = np.float32([-2.0, 0.0, 3.0]), values(3)
+        given = {"x": ops.from_numpy(x)}
+        got = ops.vjp(lambda given: ops.abs(given["x"]), given, ops.from_numpy(c))[1]
+        gradient = Returned("the gradient of abs(x)", ops.to_numpy(got["x"]))
+        gradient.equals(c * np.sign(x))
+
     def test_vjp_gives_value_and_gradients_by_name(self, ops: Any) -> None:
         """The cotangent times the derivative, with respect to each array."""
         self.need(ops, "vjp")
