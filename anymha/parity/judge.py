@@ -80,7 +80,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON; an infinite error is null."""
-        plain = dataclasses.asdict(self) | {"passed": self.passed}
+        plain: dict[str, Any] = dataclasses.asdict(self) | {"passed": self.passed}
         for name, cell in plain["cells"].items():
             cell["passed"] = self.cells[name].passed
             cell["units"] = _finite(cell["units"])
@@ -111,12 +111,13 @@ def judge(
     narrow = output_dtype(config.dtype, computed)
     exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
     budget, units = units_of(problem, truth)
+    recorded_units = _recorded_units(problem, truth, recorded, units)
     ran = {name: result for name, result in results.items() if isinstance(result, Result)}
     cells = {}
     for name, result in results.items():
         if isinstance(result, Result):
             errors, faults = _errors(result, exact, units, problem, narrow)
-            errors |= _recorded_errors(result, recorded, units)
+            errors |= _recorded_errors(result, recorded, recorded_units)
             cells[name] = _cell(errors, faults, budget, bool(result.gradients))
         else:
             fault = f"raised {type(result).__name__}: {result}"
@@ -181,10 +182,7 @@ def _errors(
 def _recorded_errors(
     result: Result, recorded: Recorded | None, units: Mapping[str, float]
 ) -> dict[str, float]:
-    """The errors against what another implementation returned, where that means something.
-
-    A recorded number stands for all those that round to it: only what lies beyond is an error.
-    """
+    """The errors against what another implementation returned, where that means something."""
     errors = {}
     for name, array in recorded.results.items() if recorded else ():
         got, counts = result.forward.get(name, array[:0]), recorded.counts
@@ -192,11 +190,23 @@ def _recorded_errors(
             continue  # is a fault already
         if name == "scores":  # (B, H, T, S), of which the queries may be padding
             got, array = got.swapaxes(1, 2), array.swapaxes(1, 2)
-        exact = array[counts].astype(np.float64)
-        beyond = got[counts] - exact
-        beyond -= np.clip(beyond, *(np.spacing(np.abs(array[counts])) / 2 * [[-1], [1]]))
-        errors[f"recorded {name}"] = _error(exact + beyond, exact, units[name])
+        errors[f"recorded {name}"] = _error(got[counts], array[counts], units[name])
     return errors
+
+
+def _recorded_units(
+    problem: Problem, truth: Truth, recorded: Recorded | None, units: Mapping[str, float]
+) -> dict[str, float]:
+    """Units for the errors against recorded results, which had roundings of their own.
+
+    So the unit is that of the coarser of both, the recorded one computed in its own dtype.
+    """
+    budget, length = units_of(problem, truth)[0], longest_sum(problem)
+    found = {}
+    for name, array in recorded.results.items() if recorded else ():
+        size = float(np.max(truth.magnitudes[name], initial=0.0))
+        found[name] = max(units[name], tolerance(array.dtype.name, length, size) / budget)
+    return found
 
 
 def _error(got: np.ndarray, exact: np.ndarray, unit: float) -> float:
