@@ -42,7 +42,7 @@ def unpack_inputs(query: Any, value: Any, key: Any) -> tuple[Any, Any, Any]:
 
 
 def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
-    """Each array is of this framework, masks are boolean, the others floating.
+    """Each array is of this framework, masks are boolean, inputs, biases and weights floating.
 
     Raises:
         MixedBackendsError: an array of another framework.
@@ -59,7 +59,7 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
             )
         if name in BOOLEAN:
             check_boolean(array, name)
-        elif name in FLOATING and not is_floating(dtype_name(array.dtype)):
+        elif (name in FLOATING or "." in name) and not is_floating(dtype_name(array.dtype)):
             raise DtypeError(
                 f"`{name}` must be floating (float16, bfloat16, float32 or float64). "
                 f"Received: {described(array)}. Cast it first."
