@@ -175,15 +175,17 @@ def _inputs_of(
 def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> list[str]:
     """Where the layers of this layout begin, in the file's names."""
     mark = get_layout(layout).layers["query"] + ".weight"
-    found = [name.removesuffix(mark) for name in names if name.endswith(mark)]
-    if prefix is not None:
-        found = [start for start in found if start.startswith(prefix)]
+    every = [name.removesuffix(mark) for name in names if name.endswith(mark)]
+    if not every:
+        raise UsageError(
+            f"{path} holds no layer of the layout {layout!r}: none of its {len(names)} names ends "
+            f"with {mark!r}. The first are: {', '.join(names[:4])}."
+        )
+    found = [start for start in every if start.startswith(prefix or "")]
     if not found:
         raise UsageError(
-            f"{path} holds no layer of the layout {layout!r}"
-            + (f" whose names begin with {prefix!r}" if prefix else "")
-            + f": none of its {len(names)} names ends with {mark!r}. "
-            f"The first are: {', '.join(names[:4])}."
+            f"{path} holds no layer whose names begin with {prefix!r}. Its layers begin with "
+            f"{', '.join(map(repr, every[:4]))}."
         )
     return found
 
@@ -205,14 +207,16 @@ def read_inputs(path: Path) -> Arrays:
     """
     try:
         with path.open("rb") as stream:
-            if not zipfile.is_zipfile(stream):
-                raise UsageError(f"{path} is not an .npz file.")
-        with np.load(path, allow_pickle=False) as file:
-            given = dict(file)
+            is_zip = zipfile.is_zipfile(stream)
+        if is_zip:
+            with np.load(path, allow_pickle=False) as file:
+                given = dict(file)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as an .npz file: {error}.") from error
+    if not is_zip:
+        raise UsageError(f"{path} is not an .npz file.")
     mask, tokens = given.get("padding_mask"), given.get("tokens")
     if mask is not None and (mask.ndim != 2 or mask.dtype != bool):
         raise UsageError(
