@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from anymha.dtypes import dtype_name, is_floating
@@ -132,16 +132,16 @@ class TapeOps:
         ops, own = self.ops, x.dtype
         return self._unary(x, ops.astype(_value(x), dtype), lambda g: ops.astype(g, own))
 
-    def reshape(self, x: Any, /, shape: Sequence[Any]) -> Any:
+    def reshape(self, x: Any, shape: tuple[Any, ...], /) -> Any:
         ops, own = self.ops, self.shape(x)
         return self._unary(x, ops.reshape(_value(x), shape), lambda g: ops.reshape(g, own))
 
-    def permute_dims(self, x: Any, /, axes: tuple[int, ...]) -> Any:
+    def permute_dims(self, x: Any, axes: tuple[int, ...], /) -> Any:
         ops, back = self.ops, tuple(axes.index(i) for i in range(len(axes)))
         value = ops.permute_dims(_value(x), axes)
         return self._unary(x, value, lambda g: ops.permute_dims(g, back))
 
-    def broadcast_to(self, x: Any, /, shape: Sequence[Any]) -> Any:
+    def broadcast_to(self, x: Any, shape: tuple[Any, ...], /) -> Any:
         value = self.ops.broadcast_to(_value(x), shape)
         return self._unary(x, value, lambda g: self._summed(g, x))
 

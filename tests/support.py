@@ -102,7 +102,7 @@ def make(
         **options: Options of the config.
     """
     if value is None:
-        widths = (widths[0],) * 3
+        widths = (widths[0], widths[0], widths[0])
     names = ("query_features", "value_features", "key_features")
     sizes = {"num_heads": 4, "key_dim": 3, **dict(zip(names, widths, strict=True))}
     config = AttentionConfig(**{**sizes, **options})

@@ -117,7 +117,7 @@ def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
 
 def _result_shapes(case: Case, config: AttentionConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     rank = len(case.query) + 1
-    named = config.attention_axes or tuple(range(1, rank - 1))
+    named: Any = config.attention_axes or range(1, rank - 1)
     attention = [axis % rank for axis in named]
     batch = [axis for axis in range(rank - 1) if axis not in attention]
     keys = case.value or case.query
@@ -125,7 +125,7 @@ def _result_shapes(case: Case, config: AttentionConfig) -> tuple[tuple[int, ...]
         *(case.query[i] for i in batch), config.num_heads,
         *(case.query[i] for i in attention), *(keys[i] for i in attention),
     )  # fmt: skip
-    features = config.output_shape if config.output_shape is not None else (case.widths[0],)
+    features: Any = case.widths[:1] if config.output_shape is None else config.output_shape
     return (*case.query, *features), scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HEADS = 4
 """How many heads of each layer are drawn."""
 
-STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "anymha"}
+STYLE: dict[Any, Any] = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "anymha"}
 """Names and tokens as they are, "$" included; text as text, so that it can be read and found."""
 
 SHARES = LinearSegmentedColormap.from_list(
@@ -116,7 +116,7 @@ def map_picture(item: AttentionMap) -> str:
     heads = order[np.unique(np.linspace(0, len(order) - 1, HEADS).round().astype(int))]
     figure = Figure(figsize=(9.5, 3.0), layout="constrained")
     panels = figure.subplots(1, len(heads), squeeze=False)[0]
-    image = None
+    image: Any = None
     for panel, head in zip(panels, heads, strict=True):
         image = panel.imshow(item.scores[head], cmap="Blues", vmin=0, vmax=1)
         panel.set_title(f"head {head}", fontsize=10)

@@ -7,6 +7,7 @@ draws dropout in uint32; nothing here comes from the layer's own code.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def expected(problem: Problem) -> Truth:
     config = problem.case.config
     query = problem.inputs["query"]
     rank = query.ndim
-    named = config.attention_axes or tuple(range(1, rank - 1))
+    named: Any = config.attention_axes or range(1, rank - 1)
     attention = [axis % rank for axis in named]
     batch = [axis for axis in range(rank - 1) if axis not in attention]
     order = [*batch, *attention]
@@ -75,7 +76,7 @@ def expected(problem: Problem) -> Truth:
             lengths = t if name == "query" else s
             arrays[name] = unfolded(arrays[name], lengths, (x[name].shape[-1],))
         if problem.case.value is None:
-            arrays["query"] = sum(arrays.pop(n) for n in ("query", "value", "key"))
+            arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
         if bias is not None:
             given = problem.inputs["attention_bias"].shape
             arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(full), given)

@@ -88,7 +88,8 @@ class MultiHeadAttention:
             self(query, value, key, **call)
         query, value, key = unpack_inputs(query, value, key)
         inputs = {"query": query, "value": value, "key": key}
-        given = {"attention_bias": call.pop("attention_bias", None)}
+        rest: dict[str, Any] = {**call}
+        given = {"attention_bias": rest.pop("attention_bias", None)}
         given |= {n: x for n, x in inputs.items() if n == "query" or x is not query}
         if key is value:
             given.pop("key", None)
@@ -98,7 +99,7 @@ class MultiHeadAttention:
             weights = {name: traced.pop(name) for name in self.weights}
             bias = traced.pop("attention_bias", None)
             return multi_head_attention(
-                tape, self.config, weights, **traced, attention_bias=bias, **call
+                tape, self.config, weights, **traced, attention_bias=bias, **rest
             )
 
         return vjp(ops, function, arrays)
