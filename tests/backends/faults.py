@@ -448,6 +448,12 @@ FAULTS = (
         base="torch",
     ),
     Fault(
+        "abs has the slope 1 at zero",
+        lambda o: {"abs": lambda x: o.where(x >= 0, x, 0.0 - x)},
+        ("test_abs_has_the_slope_zero_at_zero",),
+        base="torch",
+    ),
+    Fault(
         "vjp is a little off",
         scaled_vjp,
         ("test_vjp_gives_value_and_gradients_by_name", "test_gradients_agree_with_the_oracle"),
