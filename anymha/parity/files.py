@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from anymha.errors import UsageError
@@ -44,7 +45,8 @@ def write_whole(path: Path, text: str) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
     finally:
         if part != path:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # it is not there, or its folder is not
+                part.unlink()
 
 
 def _is_special(path: Path) -> bool:

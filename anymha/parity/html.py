@@ -61,7 +61,7 @@ def errors_picture(report: Report) -> str:
     shown = np.ma.array(np.clip(np.where(good, shares, 1), 1e-3, 1), mask=~good)
     image = axes.imshow(shown, aspect="auto", cmap=SHARES, norm=LogNorm(1e-3, 1))
     axes.set_xticks(range(len(report.backends)), report.backends)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [_short(row.name, 60) for row in rows], fontsize=9)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xticks(np.arange(len(report.backends) - 1) + 0.5, minor=True)
@@ -92,7 +92,7 @@ def bits_picture(report: Report) -> str:
     shares = [100 * row.differing / row.compared for row in rows]
     colors = ["#1a7f37" if row.reproducible else "#8b949e" for row in rows]
     axes.barh(range(len(rows)), shares, color=colors)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [_short(row.name, 60) for row in rows], fontsize=9)
     axes.invert_yaxis()
     for i, (row, share, color) in enumerate(zip(rows, shares, colors, strict=True)):
         tied = f", {row.ties} of them tied" if row.ties else ""
@@ -110,7 +110,7 @@ def bits_picture(report: Report) -> str:
 
 def map_picture(item: AttentionMap) -> str:
     """Who looks at whom, for a few heads from the most focused to the least, as SVG."""
-    size = len(item.tokens)
+    size, words = len(item.tokens), [_short(token, 14) for token in item.tokens]
     spread = -np.sum(item.scores * np.log(item.scores + 1e-12), axis=-1).mean(-1)  # entropy
     order = np.argsort(spread)
     heads = order[np.unique(np.linspace(0, len(order) - 1, HEADS).round().astype(int))]
@@ -120,8 +120,8 @@ def map_picture(item: AttentionMap) -> str:
     for panel, head in zip(panels, heads, strict=True):
         image = panel.imshow(item.scores[head], cmap="Blues", vmin=0, vmax=1)
         panel.set_title(f"head {head}", fontsize=10)
-        panel.set_xticks(range(size), item.tokens, rotation=90, fontsize=8)
-        first = item.tokens if head == heads[0] else [""] * size
+        panel.set_xticks(range(size), words, rotation=90, fontsize=8)
+        first = words if head == heads[0] else [""] * size
         panel.set_yticks(range(size), first, fontsize=8)
         panel.tick_params(length=0)
         panel.spines[:].set_color("#d0d7de")
@@ -131,6 +131,11 @@ def map_picture(item: AttentionMap) -> str:
     bar.set_label("probability")
     bar.outline.set_visible(False)
     return _svg(figure)
+
+
+def _short(text: str, length: int) -> str:
+    """The text, cut where a picture has no room for it; the page has all of it elsewhere."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _svg(figure: Figure) -> str:

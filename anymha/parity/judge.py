@@ -80,8 +80,10 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON; an infinite error is null."""
-        plain: dict[str, Any] = dataclasses.asdict(self) | {"passed": self.passed}
+        plain: dict[str, Any] = dataclasses.asdict(self)
+        plain |= {"faults": list(self.faults), "passed": self.passed}
         for name, cell in plain["cells"].items():
+            cell["faults"] = list(cell["faults"])
             cell["passed"] = self.cells[name].passed
             cell["units"] = _finite(cell["units"])
             cell["errors"] = {k: _finite(v) for k, v in cell["errors"].items()}

@@ -62,8 +62,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every case passes on every backend."""
-        return all(row.passed for row in (*self.rows, *self.real))
+        """Whether there are cases, and every one passes on every backend."""
+        every = [*self.rows, *self.real]
+        return bool(every) and all(row.passed for row in every)
 
     @property
     def verdict(self) -> str:
@@ -77,7 +78,7 @@ class Report:
         exact = [row for row in every if row.reproducible]
         differing, compared = sum(r.differing for r in exact), sum(r.compared for r in exact)
         tied = f", {'a tie' if differing == 1 else 'ties'}" if differing else ""
-        same = f"; in reproducible mode {differing} of {compared:,} elements differ{tied}"
+        same = f"; in reproducible mode {differing:,} of {compared:,} elements differ{tied}"
         return f"PARITY HOLDS: {where}" + (same if compared else "")
 
     def to_dict(self) -> dict[str, Any]:
