@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -167,6 +167,18 @@ def run(
         ops.to_numpy(scores),
         {name: ops.to_numpy(gradient) for name, gradient in pulled.items()},
     )
+
+
+def compilers(backend: Backend, function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The function under each compiler of the framework; NumPy, which has none, just calls it."""
+    framework: Any = importlib.import_module(backend.framework)
+    if backend.name == "torch":
+        return [framework.compile(function, fullgraph=True, backend="aot_eager")]
+    if backend.name == "tensorflow":
+        return [framework.function(function), framework.function(function, jit_compile=True)]
+    if backend.name == "jax":
+        return [framework.jit(function)]
+    return [function]
 
 
 def native(ops: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import anymha
 from anymha.dropout import STEPS, Dropout, keep_mask, rate_threshold
 from anymha.registry import Backend, get_backend
-from tests.support import make, normal, run
+from tests.support import compilers, make, normal, run
 
 SHAPE = (2, 3, 5, 7)
 SEEDS = (0, 1, -1, 12345, 2**31, 2**32 - 1, 2**40 + 5, -(2**40) - 3, 2**63 - 1, -(2**63), 2**64 - 1)
@@ -100,25 +100,13 @@ def test_seed_may_be_an_integer_of_numpy(backend: Backend) -> None:
         assert got.output.tobytes() == want.output.tobytes()
 
 
-def _compiled(backend: Backend, function: Callable[[Any], Any]) -> list[Callable[[Any], Any]]:
-    """The function under each compiler of the framework."""
-    framework: Any = importlib.import_module(backend.framework)
-    if backend.name == "torch":
-        return [framework.compile(function, fullgraph=True, backend="aot_eager")]
-    if backend.name == "tensorflow":
-        return [framework.function(function), framework.function(function, jit_compile=True)]
-    if backend.name == "jax":
-        return [framework.jit(function)]
-    return [function]
-
-
 def test_mask_is_the_same_compiled_with_a_traced_seed(backend: Backend) -> None:
     ops = backend.ops
 
     def masked(seed: Any) -> Any:
         return keep_mask(ops, seed, 20000, SHAPE)
 
-    for function in _compiled(backend, masked):
+    for function in compilers(backend, masked):
         for seed in (3, -3):
             array = ops.from_numpy(np.array(seed, np.int32))
             assert np.array_equal(ops.to_numpy(function(array)), _by_the_book(seed, SHAPE, 20000))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from anymha.dropout import keep_mask, rate_threshold
 from anymha.interchange.layers import set_weights
 from anymha.registry import Backend, get_backend
-from tests.support import Arrays, Problem, Result, bits, check, make, native, normal, run
+from tests.support import Arrays, Problem, Result, bits, check, compilers, make, native, normal, run
 
 B, T, S, H = 2, 5, 6, 4
 MODES: dict[str, dict[str, str]] = {
@@ -101,6 +101,25 @@ def test_output_does_not_depend_on_the_scores_flag(
     problem = problem.calling(use_causal_mask=True, query_offset=6, training=dropping, seed=1)
     with_scores = run(backend, problem, gradients=False).output
     assert bits(_alone(backend, problem)).tolist() == bits(with_scores).tolist()
+
+
+@pytest.mark.parametrize("mode", ["float32", "reproducible"])
+def test_compiled_output_does_not_depend_on_the_scores_flag(backend: Backend, mode: str) -> None:
+    problem = make((3, 17), (3, 23), (16, 12, 8), dropout=0.3, **MODES[mode])
+    layer = set_weights(backend.layer(**problem.config.to_dict()), problem.weights)
+    arrays = native(backend.ops, problem.inputs)
+    call = {"use_causal_mask": True, "query_offset": 6, "training": True, "seed": 1}
+
+    def alone(arrays: Any) -> Any:
+        return layer(**arrays, **call)
+
+    def with_scores(arrays: Any) -> Any:
+        return layer(**arrays, **call, return_attention_scores=True)[0]
+
+    pairs = zip(compilers(backend, alone), compilers(backend, with_scores), strict=True)
+    for one, other in pairs:
+        a, b = (backend.ops.to_numpy(function(arrays)) for function in (one, other))
+        assert bits(a).tolist() == bits(b).tolist()
 
 
 def test_scores_are_those_before_dropout(backend: Backend) -> None:
