@@ -30,6 +30,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from anymha.ops import Array, Dim, Ops
@@ -61,7 +62,8 @@ class Dropout:
         """Booleans (B, H, T, S), True where the element stays."""
         if self.native:
             return ops.native_keep_mask(self.seed, shape, 1.0 / self.factor, ops.device(beside))
-        return keep_mask(ops, self.seed, self.threshold, shape, device=ops.device(beside))
+        make = getattr(ops, "keep_mask", None) or partial(keep_mask, ops)
+        return make(self.seed, self.threshold, shape, device=ops.device(beside))
 
 
 def rate_threshold(rate: float) -> int:
@@ -120,10 +122,9 @@ def _kept(
         rows, height = math.prod(shape), max(1, step // max(keys, 1))
         if rows > height:
             tall = [ops.reshape(x, (1, 1, rows, 1)) for x in (first, second)]
-            parts = [
-                _kept(ops, *(x[..., i : i + height, :] for x in tall), columns, threshold, None)
-                for i in range(0, rows, height)
-            ]
+            starts = range(0, rows, height)
+            blocks = [[x[..., i : i + height, :] for x in tall] for i in starts]
+            parts = [_kept(ops, a, c, columns, threshold, None) for a, c in blocks]
             return ops.concat(parts, axis=2)
     word = _mix(ops, first + columns, second)  # [B, H, ceil(T/2), S]
     even = ops.bitwise_and(word, STEPS - 1) >= threshold

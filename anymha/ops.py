@@ -120,6 +120,15 @@ class Ops(Protocol):
         """
         ...
 
+    def keep_mask(
+        self, seed: Any, threshold: int, shape: Sequence[Dim], /, *, device: Any
+    ) -> Array:
+        """What `anymha.dropout.keep_mask` gives, in the backend's own way.
+
+        Optional: for a framework whose compiler must not look into the generator.
+        """
+        ...
+
     def native_keep_mask(
         self, seed: Any, shape: Sequence[Dim], keep: float, device: Any, /
     ) -> Array:

@@ -135,4 +135,5 @@ def widths_of(weights: Mapping[str, Any]) -> tuple[int, int, int]:
     missing = [name for name in names if name not in weights]
     if missing:
         raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {', '.join(weights)}.")
-    return tuple(int(weights[name].shape[0]) for name in names)
+    query, value, key = (int(weights[name].shape[0]) for name in names)
+    return query, value, key

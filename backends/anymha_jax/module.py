@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
@@ -19,7 +20,7 @@ from anymha.shell import (
     takes_options,
 )
 from anymha.weights import constrained_weights, regularization_loss
-from anymha_jax import ops
+from anymha_jax import float64, ops
 from anymha_jax.initial import first_values
 
 
@@ -43,6 +44,7 @@ class MultiHeadAttention:
 
     config: AttentionConfig
     weights: dict[str, jax.Array]
+    _static: AttentionConfig
 
     @takes_options
     def __init__(self, config: AttentionConfig, *, key: jax.Array | None = None) -> None:
@@ -54,8 +56,9 @@ class MultiHeadAttention:
         self._set(config, _arrays(config, first_values(config, key)))
 
     def _set(self, config: AttentionConfig, weights: Mapping[str, Any]) -> Self:
-        object.__setattr__(self, "config", config)
-        object.__setattr__(self, "weights", weights)
+        # Layers that differ in nothing but their first values have one tree structure.
+        static = config if config.seed is None else dataclasses.replace(config, seed=None)
+        vars(self).update(config=config, weights=weights, _static=static)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -96,7 +99,7 @@ class MultiHeadAttention:
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         names = tuple(self.weights)
         leaves = [(jax.tree_util.DictKey(name), self.weights[name]) for name in names]
-        return leaves, (self.config, names)
+        return leaves, (self._static, names)
 
     @classmethod
     def tree_unflatten(cls, auxiliary: Any, leaves: Any) -> MultiHeadAttention:
@@ -110,6 +113,6 @@ class MultiHeadAttention:
 
 def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The values as JAX arrays of the config's dtype, float64 too in a float32 program."""
-    with jax.enable_x64(config.dtype == "float64" or jax.config.jax_enable_x64):
+    with jax.enable_x64(config.dtype == "float64" or float64.exists()):
         dtype = ops.dtype(config.dtype)
         return {name: jnp.asarray(value.astype(dtype)) for name, value in values.items()}

@@ -9,6 +9,7 @@ from jax.numpy import (
     bitwise_and,
     bitwise_xor,
     broadcast_to,
+    concat,
     exp,
     float32,
     float64,
@@ -28,6 +29,8 @@ from jax.numpy import (
 from jax.numpy import right_shift as bitwise_right_shift
 
 from anymha.errors import ArgumentError
+from anymha_jax import float64 as x64
+from anymha_jax.float64 import in_float64
 
 bool = jnp.bool
 name = "jax"
@@ -62,6 +65,10 @@ def device(x, /):
     return None
 
 
+def step(device, /):
+    return None
+
+
 def dtype(name, /):
     return jnp.dtype(name)
 
@@ -71,44 +78,12 @@ def to_numpy(x, /):
 
 
 def from_numpy(x, /):
-    with jax.enable_x64(x.dtype == np.float64 or jax.config.jax_enable_x64):
+    with jax.enable_x64(x.dtype == np.float64 or x64.exists()):
         return jnp.asarray(x)
 
 
 def stop_gradient(x, /):
     return jax.lax.stop_gradient(x)
-
-
-def in_float64(function, arrays, /):
-    """`function` in a float32 program, with float64 inside, forward and backward.
-
-    The products that JAX itself makes in differentiation would fall back to float32 outside of
-    the context; so the backward pass enters it again and differentiates there.
-    """
-    with jax.enable_x64(True):
-        return _differentiable_in_float64(function, arrays)
-
-
-def _differentiable_in_float64(function, arrays):
-    real = {n: a for n, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
-    other = {n: a for n, a in arrays.items() if n not in real}
-
-    @jax.custom_vjp
-    def run(real, other):
-        with jax.enable_x64(True):
-            return function({**real, **other})
-
-    def forward(real, other):
-        return run(real, other), (real, other)
-
-    def backward(saved, cotangent):
-        real, other = saved
-        with jax.enable_x64(True):
-            _, pullback = jax.vjp(lambda real: function({**real, **other}), real)
-            return *pullback(cotangent), None
-
-    run.defvjp(forward, backward)
-    return run(real, other)
 
 
 def seed_words(seed, /):
@@ -137,9 +112,12 @@ def initialize(function, shape, dtype, seed, /):
 
 
 def native_keep_mask(seed, shape, keep, device, /):
-    if not (is_array(seed) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)):
-        seed = jax.random.key(seed)
-    return jax.random.bernoulli(seed, keep, shape)
+    with jax.enable_x64(False):  # in float64 the same seed would give another mask
+        if not is_array(seed):
+            seed = jax.random.key(seed)
+        elif not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+            seed = jax.random.wrap_key_data(seed) if seed.ndim else jax.random.key(seed)
+        return jax.random.bernoulli(seed, keep, shape)
 
 
 def vjp(function, arrays, cotangents, /):

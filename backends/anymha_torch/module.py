@@ -58,6 +58,9 @@ class MultiHeadAttention(nn.Module):
         (1, 3, 8)
     """
 
+    config: AttentionConfig
+    _like: torch.Tensor
+
     @takes_options
     def __init__(self, config: AttentionConfig, *, device: Any = None) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class MultiHeadAttention(nn.Module):
         del self._like
         for name, shape in shapes.items():
             projection, _, part = name.partition(".")
-            tensor = torch.empty(shape, dtype=like.dtype, device=device or like.device)
+            tensor = like.new_empty(shape, device=device)
             self.get_submodule(projection).register_parameter(part, nn.Parameter(tensor))
 
     @torch.no_grad()
@@ -151,20 +154,18 @@ class MultiHeadAttention(nn.Module):
         self._fill(values)
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
-        missing: list[str], unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Any, prefix: str, *args: Any
+    ) -> None:
         names = self.config.weight_shapes(1)
         found = {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}
         if found and not self.built:
             try:
                 self._allocate(_fitting_shapes(self.config, found))
             except WeightsError as error:
+                errors: list[str] = args[-1]
                 errors.append(str(error))
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.config.num_heads}, key_dim={self.config.key_dim}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,8 @@ from torch import (
     tanh,
     where,
 )
+
+from anymha import dropout
 
 bool = torch.bool
 name = "torch"
@@ -139,9 +142,40 @@ def initialize(function, shape, dtype, seed, /):
     return to_numpy(tensor).T
 
 
+# Inductor takes minutes for the generator, since it doubles the expression at each use of a word,
+# and the C++ that it writes overflows where the language does not say what comes of it. So the
+# compiler sees one operation that runs as in eager mode.
+def keep_mask(seed, threshold, shape, /, *, device):
+    if torch.compiler.is_compiling():
+        return _keep_mask(_seed_tensor(seed), threshold, shape, device)
+    return dropout.keep_mask(sys.modules[__name__], seed, threshold, shape, device=device)
+
+
+@torch.library.custom_op("anymha::keep_mask", mutates_args=())
+def _keep_mask(
+    seed: torch.Tensor, threshold: int, shape: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    """The mask of a seed, a scalar."""
+    ops = sys.modules[__name__]
+    return dropout.keep_mask(ops, seed, threshold, shape, device=device).contiguous()
+
+
+@_keep_mask.register_fake
+def _(seed, threshold, shape, device):
+    return torch.empty(shape, dtype=torch.bool, device=device)
+
+
+def _seed_tensor(seed):
+    if isinstance(seed, torch.Tensor):
+        return seed.to(torch.int64)
+    if not -(2**63) <= seed < 2**63:
+        seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((), seed, dtype=torch.int64)
+
+
 def native_keep_mask(seed, shape, keep, device, /):
     if torch.compiler.is_compiling():
-        return _seeded_uniform(torch.as_tensor(seed, dtype=torch.int64), shape, device) < keep
+        return _seeded_uniform(_seed_tensor(seed), shape, device) < keep
     return _uniform(int(seed), shape, device) < keep
 
 

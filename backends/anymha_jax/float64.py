@@ -1,0 +1,116 @@
+"""Float64 inside a float32 program: a primitive all of whose transformations stay in float64.
+
+The context ``jax.enable_x64(True)`` around a function is not enough. What JAX itself makes of the
+function when it differentiates (products of cotangents, say) is made outside of the context and
+falls back to float32. Here each rule of the primitive, for `jvp`, for transposition (which makes
+`grad` of `jvp`), for `vmap` and for compilation, enters the context again and gives the primitive
+once more, with the transformed function; so transformations nest to any depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Flat = Callable[..., Sequence[Any]]
+"""Takes arrays and gives a sequence of arrays."""
+
+_call = Primitive("anymha_float64")
+_call.multiple_results = True
+
+
+def exists() -> bool:
+    """Whether float64 exists here already, by JAX's option or its context."""
+    return jax.dtypes.canonicalize_dtype("float64") == "float64"
+
+
+def in_float64(function: Callable[[Mapping[str, Any]], Any], arrays: Mapping[str, Any], /) -> Any:
+    """``function(arrays)`` where float64 exists, also in a program that has it switched off."""
+    if exists():
+        return function(arrays)
+    structures = []
+
+    def flat(*values: Any) -> Sequence[Any]:
+        leaves, structure = jax.tree.flatten(function(dict(zip(arrays, values, strict=True))))
+        structures.append(structure)
+        return leaves
+
+    with jax.enable_x64(True):
+        values = [jnp.asarray(array) for array in arrays.values()]
+    leaves = _call.bind(*values, function=flat)
+    return jax.tree.unflatten(structures[-1], leaves)
+
+
+@_call.def_impl
+def _evaluate(*args: Any, function: Flat) -> Sequence[Any]:
+    with jax.enable_x64(True):
+        return function(*args)
+
+
+@_call.def_abstract_eval
+def _abstract(*avals: Any, function: Flat) -> Sequence[Any]:
+    with jax.enable_x64(True):
+        return jax.make_jaxpr(function)(*avals).out_avals
+
+
+def _lower(context: Any, *args: Any, function: Flat) -> Any:
+    with jax.enable_x64(True):
+        return mlir.lower_fun(_evaluate)(context, *args, function=function)
+
+
+def _batch(args: Sequence[Any], axes: Sequence[Any], *, function: Flat) -> Any:
+    results = _call.bind(*args, function=jax.vmap(function, in_axes=tuple(axes)))
+    return results, [0] * len(results)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Flat) -> Any:
+    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+    def push(*args: Any) -> Sequence[Any]:
+        fixed, moved = args[: len(primals)], args[len(primals) :]
+
+        def along(*values: Any) -> Sequence[Any]:
+            return function(*_placed(fixed, moving, values))
+
+        return jax.jvp(along, tuple(fixed[i] for i in moving), moved)[1]
+
+    results = _call.bind(*primals, function=function)
+    return results, _call.bind(*primals, *(tangents[i] for i in moving), function=push)
+
+
+def _transpose(cotangents: Sequence[Any], *args: Any, function: Flat) -> Any:
+    linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+    known = [i for i in range(len(args)) if i not in linear]
+    nonzero = [i for i, cotangent in enumerate(cotangents) if type(cotangent) is not ad.Zero]
+
+    def pull(*values: Any) -> Sequence[Any]:
+        fixed = _placed([None] * len(args), known, values[: len(known)])
+        zeros = [ad.instantiate_zeros(c) if type(c) is ad.Zero else None for c in cotangents]
+        full = _placed(zeros, nonzero, values[len(known) :])
+
+        def along(*moved: Any) -> Sequence[Any]:
+            return list(function(*_placed(fixed, linear, moved)))
+
+        return jax.linear_transpose(along, *(args[i].aval for i in linear))(full)
+
+    given = [args[i] for i in known] + [cotangents[i] for i in nonzero]
+    return _placed([None] * len(args), linear, _call.bind(*given, function=pull))
+
+
+def _placed(items: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """`items` as a list with `values` in these places."""
+    items = list(items)
+    for place, value in zip(places, values, strict=True):
+        items[place] = value
+    return items
+
+
+mlir.register_lowering(_call, _lower)
+batching.primitive_batchers[_call] = _batch
+ad.primitive_jvps[_call] = _jvp
+ad.primitive_transposes[_call] = _transpose

@@ -1,0 +1,439 @@
+"""The JAX layer is a frozen pytree: every transformation of JAX works on it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.errors import ArgumentError, ConfigError, DtypeError, MixedBackendsError
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+from anymha_jax import MultiHeadAttention  # noqa: E402
+
+MODES = [{}, {"compute_dtype": "float64"}]
+mode = pytest.mark.parametrize("mode", MODES, ids=["float32", "reproducible"])
+
+
+def numbers(*shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def make(**options):
+    return MultiHeadAttention(2, 4, query_features=8, seed=0, **options)
+
+
+def loss(layer, x, **call):
+    return (layer(x, use_causal_mask=True, **call) ** 2).sum()
+
+
+def close(tree, other, limit=2e-5):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=limit, atol=limit)
+
+
+X = np.random.default_rng(1).standard_normal((2, 5, 8)).astype("float32")
+
+
+# --- a pytree ------------------------------------------------------------------------------------
+
+
+def test_leaves_are_the_weights_by_canonical_name():
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(make())]
+    assert paths[0] == "['query.kernel']"
+    assert len(paths) == 8
+
+
+def test_tree_map_gives_a_layer():
+    layer = make()
+    doubled = jax.tree.map(lambda w: 2 * w, layer)
+    assert isinstance(doubled, MultiHeadAttention)
+    np.testing.assert_array_equal(doubled.weights["key.kernel"], 2 * layer.weights["key.kernel"])
+
+
+def test_layers_of_different_seeds_stack_into_an_ensemble():
+    layers = [MultiHeadAttention(2, 4, query_features=8, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    outputs = jax.vmap(lambda layer: layer(jnp.asarray(X)))(stacked)
+    for output, layer in zip(outputs, layers, strict=True):
+        close(output, layer(jnp.asarray(X)))
+
+
+def test_structure_is_hashable_and_equal_for_equal_options():
+    one, two = jax.tree.structure(make()), jax.tree.structure(make())
+    assert hash(one) == hash(two)
+    assert one == two
+    assert one != jax.tree.structure(make(sliding_window=2))
+
+
+def test_second_call_does_not_trace_again():
+    traces = []
+
+    @jax.jit
+    def run(layer, x):
+        traces.append(1)
+        return layer(x)
+
+    run(make(), X)
+    run(jax.tree.map(lambda w: w + 1, make()), X + 1)
+    assert len(traces) == 1
+    run(make(scale=2.0), X)  # options are static
+    assert len(traces) == 2
+
+
+def test_layer_is_frozen():
+    layer = make()
+    with pytest.raises(AttributeError, match=r"`config` cannot be set: the layer is frozen\. Make"):
+        layer.config = layer.config
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_equal(clone):
+    layer = make()
+    other = clone(layer)
+    assert other.config == layer.config
+    np.testing.assert_array_equal(other(jnp.asarray(X)), layer(jnp.asarray(X)))
+
+
+def test_query_features_are_needed():
+    with pytest.raises(ConfigError, match=r"`query_features`.* is needed: a pytree cannot grow"):
+        MultiHeadAttention(2, 4)
+
+
+def test_weights_of_numpy_are_taken():
+    layer = jax.tree.map(np.asarray, make())
+    for options in MODES:
+        held = make(**options)
+        bare = jax.tree.map(np.asarray, held)
+        np.testing.assert_array_equal(bare(jnp.asarray(X)), held(jnp.asarray(X)))
+    assert isinstance(layer.weights["query.kernel"], np.ndarray)
+
+
+# --- transformations -----------------------------------------------------------------------------
+
+
+@mode
+def test_jit(mode):
+    layer = make(**mode)
+    close(jax.jit(MultiHeadAttention.__call__)(layer, X), layer(jnp.asarray(X)))
+
+
+@mode
+def test_grad_matches_finite_differences(mode):
+    layer, x, direction = make(**mode), jnp.asarray(X), numbers(2, 5, 8, seed=2)
+    step = 1e-2
+    ahead, behind = loss(layer, x + step * direction), loss(layer, x - step * direction)
+    slope = (jax.grad(loss, argnums=1)(layer, x) * direction).sum()
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=3e-3)
+
+
+@mode
+def test_jit_of_value_and_grad(mode):
+    layer, x = make(**mode), jnp.asarray(X)
+    both = jax.value_and_grad(loss, argnums=(0, 1))
+    close(jax.jit(both)(layer, x), both(layer, x), 1e-4)
+
+
+@mode
+def test_jvp_is_the_transpose_of_vjp(mode):
+    layer, x, tangent = make(**mode), jnp.asarray(X), numbers(2, 5, 8, seed=2)
+    output, forward = jax.jvp(layer, (x,), (tangent,))
+    cotangent = numbers(*output.shape, seed=3)
+    _, pullback = jax.vjp(layer, x)
+    np.testing.assert_allclose(
+        (forward * cotangent).sum(), (pullback(cotangent)[0] * tangent).sum(), rtol=1e-4
+    )
+    assert forward.dtype == jnp.float32
+
+
+@mode
+def test_linearize(mode):
+    layer, x, tangent = make(**mode), jnp.asarray(X), numbers(2, 5, 8, seed=2)
+    close(jax.linearize(layer, x)[1](tangent), jax.jvp(layer, (x,), (tangent,))[1])
+
+
+@mode
+def test_vmap_of_grad(mode):
+    layer, xs = make(**mode), numbers(3, 2, 5, 8)
+    gradient = jax.grad(loss, argnums=1)
+    batched = jax.jit(jax.vmap(gradient, (None, 0)))(layer, xs)
+    close(batched, jnp.stack([jax.jit(gradient)(layer, x) for x in xs]), 1e-4)
+
+
+@mode
+def test_vmap_with_masks(mode):
+    layer, xs = make(**mode), numbers(3, 2, 5, 8)
+    masks = xs[..., 0] > 0
+    batched = jax.jit(jax.vmap(lambda x, m: layer(x, value_mask=m)))(xs, masks)
+    close(batched, jnp.stack([layer(x, value_mask=m) for x, m in zip(xs, masks, strict=True)]))
+
+
+@mode
+def test_grad_through_scan(mode):
+    layer, x = make(**mode), jnp.asarray(X)
+
+    def scanned(layer):
+        return jax.lax.scan(lambda c, _: (layer(c), None), x, None, length=3)[0].sum()
+
+    def unrolled(layer):
+        return layer(layer(layer(x))).sum()
+
+    close(jax.jit(jax.grad(scanned))(layer), jax.jit(jax.grad(unrolled))(layer), 1e-4)
+
+
+@mode
+def test_checkpoint(mode):
+    layer, x = make(**mode), jnp.asarray(X)
+    saved, again = jax.grad(loss), jax.grad(jax.checkpoint(loss))
+    close(jax.jit(again)(layer, x), jax.jit(saved)(layer, x), 1e-4)
+
+
+@mode
+def test_second_order(mode):
+    """Forward over reverse, reverse over reverse and forward over forward agree."""
+    layer, x, tangent = make(**mode), numbers(1, 3, 8), numbers(1, 3, 8, seed=2)
+
+    def f(x):
+        return loss(layer, x)
+
+    def along(x):
+        return jax.jvp(f, (x,), (tangent,))[1]
+
+    first = jax.jit(lambda x: jax.jvp(jax.grad(f), (x,), (tangent,))[1])(x)
+    second = jax.jit(jax.grad(lambda x: (jax.grad(f)(x) * tangent).sum()))(x)
+    close(first, second, 2e-4)
+    twice = jax.jit(lambda x: jax.jvp(along, (x,), (tangent,))[1])(x)
+    np.testing.assert_allclose(twice, (first * tangent).sum(), rtol=1e-3)
+
+
+def test_donated_layer_gives_the_same():
+    layer, x = make(), jnp.asarray(X)
+    expected = layer(x)
+
+    def update(layer, x):
+        return jax.tree.map(lambda w: w - 1, layer), layer(x)
+
+    new, output = jax.jit(update, donate_argnums=0)(jax.tree.map(jnp.copy, layer), x)
+    close(output, expected)
+    close(new, jax.tree.map(lambda w: w - 1, layer))
+
+
+def test_traced_offset():
+    layer, x = make(), jnp.asarray(X)
+    run = jax.jit(lambda x, o: layer(x, use_causal_mask=True, query_offset=o))
+    rows = [layer(x[i : i + 1], use_causal_mask=True, query_offset=i)[0] for i in range(2)]
+    close(run(x, jnp.arange(2)), jnp.stack(rows))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    layer, x = make(dtype=dtype), jnp.asarray(X, dtype)
+    output = jax.jit(MultiHeadAttention.__call__)(layer, x)
+    assert output.dtype == jnp.dtype(dtype)
+    gradient = jax.grad(lambda m: m(x).astype("float32").sum())(layer)
+    assert gradient.weights["query.kernel"].dtype == jnp.dtype(dtype)
+    exact = make()(x.astype("float32"))
+    assert np.abs(np.asarray(output, "float32") - exact).max() < 0.05
+
+
+# --- float64 -------------------------------------------------------------------------------------
+
+
+def test_float64_layer_in_a_float32_program():
+    assert not jax.config.jax_enable_x64
+    layer = make(dtype="float64")
+    with jax.enable_x64(True):
+        x, cotangent = jnp.asarray(X.astype("float64")), jnp.ones((2, 5, 8))
+    output = layer(x, use_causal_mask=True)
+    assert output.dtype == jnp.float64
+    compiled = jax.jit(lambda layer, x: layer(x, use_causal_mask=True))(layer, x)
+    np.testing.assert_allclose(compiled, output, rtol=1e-13, atol=1e-14)
+    gradient = jax.vjp(lambda layer: layer(x, use_causal_mask=True), layer)[1](cotangent)[0]
+    with jax.enable_x64(True):
+        wanted = jax.grad(lambda m: m(x, use_causal_mask=True).sum())(layer)
+    for name, value in gradient.weights.items():
+        assert value.dtype == jnp.float64
+        np.testing.assert_allclose(value, wanted.weights[name], rtol=1e-12, atol=1e-13)
+
+
+def test_float64_heads_in_a_float32_program():
+    with jax.enable_x64(True):
+        q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 2, 4)))
+    assert anymha.dot_product_attention(q, q, q, is_causal=True).dtype == jnp.float64
+
+
+def test_reproducible_mode_computes_in_float64():
+    x, exact = jnp.asarray(X), make(dtype="float64")
+    with jax.enable_x64(True):
+        rounded = {k: np.asarray(v, "float64") for k, v in make().weights.items()}
+        wanted = exact.with_canonical_weights(rounded)(x.astype("float64")).astype("float32")
+    output = make(compute_dtype="float64")(x)
+    np.testing.assert_array_equal(output, wanted)
+    assert (np.asarray(make()(x)) != np.asarray(wanted)).any()
+
+
+def test_reproducible_gradients_are_the_same_compiled_batched_and_scanned():
+    layer, x = make(compute_dtype="float64", dropout=0.25), jnp.asarray(X)
+
+    def gradient(layer, x):
+        return jax.grad(lambda m, x: m(x, training=True, seed=5).sum(), (0, 1))(layer, x)
+
+    def scanned(layer, x):
+        return jax.lax.scan(lambda c, x: (c, gradient(layer, x)), 0, x)[1]
+
+    plain, xs = gradient(layer, x), jnp.stack([x, x + 1])
+    for many in (jax.vmap(gradient, (None, 0)), scanned):
+        for a, b in zip(*map(jax.tree.leaves, (jax.jit(many)(layer, xs), plain)), strict=True):
+            np.testing.assert_array_equal(a[0], b)
+    for a, b in zip(*map(jax.tree.leaves, (jax.jit(gradient)(layer, x), plain)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_reproducible_gradients_are_those_of_torch():
+    torch = pytest.importorskip("torch")
+    layer = make(compute_dtype="float64", num_key_value_heads=1)
+    other = anymha.convert(layer, to="torch")
+    x = torch.tensor(X, requires_grad=True)
+    other(x, use_causal_mask=True).sum().backward()
+    gradient = jax.jit(jax.grad(lambda m, x: m(x, use_causal_mask=True).sum(), (0, 1)))
+    mine, mine_x = gradient(layer, jnp.asarray(X))
+    np.testing.assert_array_equal(mine_x, x.grad.numpy())
+    for name, parameter in other.named_parameters():
+        np.testing.assert_array_equal(mine.weights[name], parameter.grad.numpy())
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+def test_dropout_asks_for_a_seed():
+    with pytest.raises(ArgumentError) as caught:
+        make(dropout=0.5)(jnp.asarray(X), training=True)
+    assert str(caught.value) == (
+        "`seed` is needed for dropout in training: JAX has no generator of its own. "
+        "Received: None. Pass an int or a key, e.g. seed=jax.random.key(0)."
+    )
+
+
+@mode
+@pytest.mark.parametrize(
+    "seed",
+    [
+        lambda n: n,
+        lambda n: np.int64(n),
+        lambda n: jnp.int32(n),
+        lambda n: jnp.uint32(n),
+        lambda n: jax.random.key(n),
+        lambda n: jax.random.PRNGKey(n),
+    ],
+    ids=["int", "numpy", "int32", "uint32", "key", "raw key"],
+)
+def test_seed_of_any_kind_gives_one_mask(mode, seed):
+    layer, x = make(dropout=0.5, **mode), jnp.asarray(X)
+    wanted = layer(x, training=True, seed=7)
+    assert (wanted != layer(x, training=True, seed=8)).any()
+    np.testing.assert_array_equal(layer(x, training=True, seed=seed(7)), wanted)
+    if not isinstance(seed(7), (int, np.integer)):
+        traced = jax.jit(lambda s: layer(x, training=True, seed=s))(seed(7))
+        close(traced, wanted)
+    compiled = jax.jit(lambda x: layer(x, training=True, seed=seed(7)))(x)
+    close(compiled, wanted)
+
+
+def test_negative_traced_seed_is_the_negative_int():
+    layer, x = make(dropout=0.5), jnp.asarray(X)
+    np.testing.assert_array_equal(
+        layer(x, training=True, seed=jnp.int32(-7)), layer(x, training=True, seed=-7)
+    )
+
+
+@mode
+def test_vmap_over_seeds_is_each_seed(mode):
+    layer, x = make(dropout=0.5, **mode), jnp.asarray(X)
+    keys = jax.random.split(jax.random.key(0), 3)
+    batched = jax.jit(jax.vmap(lambda s: layer(x, training=True, seed=s)))(keys)
+    close(batched, jnp.stack([layer(x, training=True, seed=k) for k in keys]))
+
+
+def test_seed_that_is_no_seed_is_refused():
+    with pytest.raises(ArgumentError, match=r"`seed` must be an int, or an integer array of jax"):
+        make(dropout=0.5)(jnp.asarray(X), training=True, seed="7")
+    with pytest.raises(DtypeError, match=r"`seed` must be an integer\. Received: dtype float32"):
+        make(dropout=0.5)(jnp.asarray(X), training=True, seed=jnp.float32(7))
+
+
+@mode
+@pytest.mark.parametrize("seed", [lambda: 3, lambda: jax.random.key(3), lambda: jnp.int32(3)])
+def test_native_dropout_is_the_same_compiled(mode, seed):
+    layer, x = make(dropout=0.5, dropout_rng="native", **mode), jnp.asarray(X)
+    wanted = layer(x, training=True, seed=seed())
+    close(jax.jit(lambda x: layer(x, training=True, seed=seed()))(x), wanted)
+    close(layer(x, training=True, seed=jax.random.PRNGKey(3)), wanted)
+    assert (wanted != layer(x, training=True, seed=4)).any()
+
+
+# --- several devices -----------------------------------------------------------------------------
+
+
+def test_sharded_inputs_and_weights():
+    code = """
+    import warnings; warnings.simplefilter("error")
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from anymha_jax import MultiHeadAttention
+    assert len(jax.devices()) == 2
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    x = np.random.default_rng(0).standard_normal((4, 6, 8)).astype("float32")
+    for options in ({}, {"compute_dtype": "float64"}):
+        layer = MultiHeadAttention(2, 4, query_features=8, dropout=0.5, seed=0, **options)
+        run = lambda layer, x: layer(x, use_causal_mask=True, training=True, seed=3)
+        grad = jax.jit(jax.grad(lambda layer, x: run(layer, x).sum(), (0, 1)))
+        wanted, slope = run(layer, jnp.asarray(x)), grad(layer, jnp.asarray(x))
+        for spec in (P("d"), P(None, "d"))[: 1 if options else 2]:
+            placed = jax.device_put(x, NamedSharding(mesh, spec))
+            output = jax.jit(run)(layer, placed)
+            assert output.sharding.is_equivalent_to(placed.sharding, 3), output.sharding
+            np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(grad(layer, placed)[1], slope[1], rtol=1e-4, atol=1e-5)
+        heads = {"query.kernel": P(None, "d"), "key.kernel": P(None, "d")}
+        split = jax.tree_util.tree_map_with_path(
+            lambda path, w: jax.device_put(w, NamedSharding(mesh, heads.get(path[0].key, P()))),
+            layer,
+        )
+        output = jax.jit(run)(split, jnp.asarray(x))
+        np.testing.assert_allclose(output, wanted, rtol=1e-5, atol=1e-5)
+        share = jax.shard_map(lambda x: layer(x), mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+        np.testing.assert_allclose(jax.jit(share)(x), layer(jnp.asarray(x)), rtol=1e-5, atol=1e-5)
+        lost = lambda x: jax.jit(share)(x).sum()
+        near = jax.grad(lambda x: layer(x).sum())(jnp.asarray(x))
+        np.testing.assert_allclose(jax.grad(lost)(x), near, rtol=1e-4, atol=1e-5)
+    """
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    paths = [path for path in sys.path if path]
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# --- bad calls -----------------------------------------------------------------------------------
+
+
+def test_arrays_of_another_framework_are_refused():
+    with pytest.raises(MixedBackendsError, match=r"`query` must be an array of jax"):
+        make()(X)
+    with pytest.raises(MixedBackendsError, match=r"`value_mask` must be an array of jax"):
+        make()(jnp.asarray(X), value_mask=np.ones((2, 5), bool))

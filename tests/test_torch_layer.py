@@ -1,0 +1,526 @@
+"""The PyTorch layer is a module like any other: state, modes, compilation, export, transforms."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
+
+torch = pytest.importorskip("torch")
+
+from anymha_torch import MultiHeadAttention  # noqa: E402
+
+NAMES = [
+    f"{projection}.{part}"
+    for projection in ("query", "key", "value", "output")
+    for part in ("kernel", "bias")
+]
+
+
+def make(**options):
+    return MultiHeadAttention(2, 4, **{"query_features": 8, "seed": 0, **options})
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+@pytest.fixture
+def x():
+    return numbers(2, 5, 8)
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def test_state_dict_has_the_canonical_names():
+    layer = make()
+    assert list(layer.state_dict()) == NAMES
+    assert [name for name, _ in layer.named_parameters()] == NAMES
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+    assert list(layer.buffers()) == []
+
+
+def test_absent_biases_are_absent():
+    layer = make(use_bias=("query", "value", "output"))
+    assert "key.bias" not in layer.state_dict()
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_load_state_dict(x, built):
+    source = make()
+    target = make(seed=1) if built else make(query_features=None)
+    assert target.built == built
+    assert str(target.load_state_dict(source.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(target(x), source(x))
+
+
+def test_load_state_dict_inside_another_module(x):
+    source = torch.nn.ModuleDict({"attention": make()})
+    target = torch.nn.ModuleDict({"attention": make(query_features=None)})
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target["attention"](x), source["attention"](x))
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_load_state_dict_by_assignment(x, built):
+    source = make()
+    target = make(seed=1) if built else make(query_features=None)
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(target(x), source(x))
+
+
+def test_load_state_dict_of_wrong_shape_leaves_an_unbuilt_layer_unbuilt():
+    target = MultiHeadAttention(2, 5)
+    with pytest.raises(RuntimeError, match=r"`query\.kernel` must have shape \(8, 2, 5\)\. Rec"):
+        target.load_state_dict(make().state_dict())
+    assert not target.built
+
+
+def test_load_state_dict_without_a_weight_says_which():
+    state = make().state_dict()
+    del state["output.bias"]
+    target = make(query_features=None)
+    with pytest.raises(RuntimeError, match=r"`output\.bias` must have shape \(8,\)"):
+        target.load_state_dict(state)
+    assert not target.built
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"output\.bias\""):
+        make().load_state_dict(state)
+
+
+def test_saved_file_loads(x):
+    source, file = make(), io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target = make(query_features=None)
+    target.load_state_dict(torch.load(file))
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("built", [True, False])
+def test_copies_are_independent(x, clone, built):
+    layer = make() if built else make(query_features=None)
+    other = clone(layer)
+    assert torch.equal(other(x), layer(x))
+    with torch.no_grad():
+        other.query.kernel.add_(1)
+    assert not torch.equal(other(x), layer(x))
+
+
+# --- dtypes and devices --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.bfloat16(), torch.bfloat16),
+        (lambda m: m.double(), torch.float64),
+        (lambda m: m.to(torch.float64), torch.float64),
+    ],
+    ids=["half", "bfloat16", "double", "to"],
+)
+def test_casting_the_module_changes_what_it_computes_in(x, change, dtype, built):
+    layer = change(make() if built else make(query_features=None))
+    output = layer(x.to(dtype))
+    assert output.dtype == dtype
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    exact = make().double()(x.double())
+    error = (output.double() - exact).abs().max()
+    assert error < {torch.float64: 1e-6, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    if dtype == torch.float64:
+        wide = make(dtype="float64").double()
+        wide.load_state_dict(layer.state_dict())
+        assert torch.equal(wide(x.double()), output)
+
+
+def test_autocast_keeps_the_softmax_in_float32(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, scores = make()(x, return_attention_scores=True)
+    exact, exact_scores = make()(x, return_attention_scores=True)
+    assert output.dtype == scores.dtype == torch.float32
+    assert not torch.equal(output, exact)  # products did run in bfloat16
+    assert (scores.sum(-1) - 1).abs().max() < 1e-6
+    assert (scores - exact_scores).abs().max() < 0.02
+
+
+def test_meta_device_makes_shapes_only():
+    layer = make(device="meta")
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(torch.empty(2, 5, 8, device="meta")).shape == (2, 5, 8)
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in make().parameters())
+    lazy = make(query_features=None)
+    assert lazy(torch.empty(2, 5, 8, device="meta"), use_causal_mask=True).is_meta
+
+
+def test_meta_layer_comes_alive(x):
+    layer = make(device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert torch.equal(layer(x), make()(x))
+    loaded = make(device="meta", seed=1)
+    loaded.load_state_dict(make().state_dict(), assign=True)
+    assert torch.equal(loaded(x), make()(x))
+    filled = anymha.set_weights(make(device="meta", seed=1), anymha.get_weights(make()))
+    assert torch.equal(filled(x), make()(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda(x):
+    layer = make(dropout=0.5).to("cuda")
+    mask = (x[..., 0] > 0).cuda()
+    output = layer(x.cuda(), value_mask=mask, use_causal_mask=True, seed=3)
+    near = make(dropout=0.5)(x, value_mask=mask.cpu(), use_causal_mask=True, seed=3)
+    assert torch.allclose(output.cpu(), near, atol=1e-5)
+    assert make(query_features=None)(x.cuda()).is_cuda
+
+
+# --- lazily built --------------------------------------------------------------------------------
+
+
+def test_weights_come_at_the_first_call(x):
+    layer = MultiHeadAttention(2, 4, seed=0)
+    assert not layer.built
+    assert list(layer.parameters()) == []
+    value, key = numbers(2, 6, 7), numbers(2, 6, 3)
+    layer(x, value, key).sum().backward()
+    assert layer.built
+    assert layer.value.kernel.shape == (7, 2, 4)
+    assert layer.key.kernel.shape == (3, 2, 4)
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda x: ((x[0],), {}), ShapeError),
+        (lambda x: ((x, x[:1]), {}), ShapeError),
+        (lambda x: (([],), {}), ArgumentError),
+        (lambda x: ((x.numpy(),), {}), MixedBackendsError),
+        (lambda x: ((x.int(),), {}), DtypeError),
+        (lambda x: ((x,), {"attention_mask": torch.ones(5, 5)}), DtypeError),
+        (lambda x: ((x,), {"value_mask": torch.ones(2, 4, dtype=torch.bool)}), ShapeError),
+        (lambda x: ((x,), {"query_offset": 0.5}), ArgumentError),
+        (lambda x: ((x,), {"seed": "one"}), ArgumentError),
+    ],
+    ids=["rank", "batch", "empty", "numpy", "int", "float mask", "mask", "offset", "seed"],
+)
+def test_bad_first_call_leaves_the_layer_unbuilt(x, call, error):
+    layer = MultiHeadAttention(2, 4)
+    state = torch.get_rng_state()
+    args, options = call(x)
+    with pytest.raises(error):
+        layer(*args, **options)
+    assert not layer.built
+    assert list(layer.state_dict()) == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_arrays_of_another_framework_are_refused(x):
+    with pytest.raises(MixedBackendsError) as caught:
+        make()(x, value_mask=np.ones((2, 5), bool))
+    assert str(caught.value) == (
+        "`value_mask` must be an array of torch, like the others of this call. Received: "
+        "numpy.ndarray. Convert it first: one call takes arrays of one framework."
+    )
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rng", ["portable", "native"])
+def test_mode_decides_dropout(x, rng):
+    layer = make(dropout=0.5, dropout_rng=rng)
+    plain = make()(x)
+    assert layer.training
+    assert not torch.equal(layer(x, seed=1), plain)
+    assert torch.equal(layer(x, seed=1, training=False), plain)
+    layer.eval()
+    assert torch.equal(layer(x, seed=1), plain)
+    assert not torch.equal(layer(x, seed=1, training=True), plain)
+
+
+@pytest.mark.parametrize("rng", ["portable", "native"])
+def test_manual_seed_decides_dropout_where_there_is_no_seed(x, rng):
+    layer = make(dropout=0.5, dropout_rng=rng)
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rng", ["portable", "native"])
+def test_seed_may_be_a_tensor(x, rng):
+    layer = make(dropout=0.5, dropout_rng=rng)
+    assert torch.equal(layer(x, seed=torch.tensor(3)), layer(x, seed=3))
+    assert torch.equal(layer(x, seed=np.int64(3)), layer(x, seed=3))
+    assert torch.equal(layer(x, seed=torch.tensor(-3)), layer(x, seed=-3))
+
+
+def test_manual_seed_decides_the_first_weights():
+    torch.manual_seed(3)
+    first = make(seed=None)
+    torch.manual_seed(3)
+    second = make(seed=None)
+    assert torch.equal(first.query.kernel, second.query.kernel)
+    assert not torch.equal(first.query.kernel, make(seed=None).query.kernel)
+
+
+def test_gradcheck():
+    layer = MultiHeadAttention(2, 3, query_features=4, seed=0, dtype="float64", dropout=0.25)
+    parameters = dict(layer.named_parameters())
+
+    def call(x, mask_free, *values):
+        weights = dict(zip(parameters, values, strict=True))
+        options = {"use_causal_mask": True, "attention_bias": mask_free, "seed": 5}
+        return torch.func.functional_call(layer, weights, (x,), options)
+
+    x = numbers(1, 3, 4, dtype=torch.float64).requires_grad_()
+    bias = numbers(3, 3, dtype=torch.float64).requires_grad_()
+    others = [p for name, p in parameters.items() if name != "key.bias"]
+    assert torch.autograd.gradcheck(
+        lambda x, b, *o: call(x, b, *o[:3], parameters["key.bias"], *o[3:]), (x, bias, *others)
+    )
+    assert torch.autograd.gradgradcheck(lambda x: call(x, None, *parameters.values()), (x,))
+
+
+def test_parametrized_weights_are_used(x):
+    class Doubled(torch.nn.Module):
+        def forward(self, kernel):
+            return 2 * kernel
+
+    layer, doubled = make(), make()
+    torch.nn.utils.parametrize.register_parametrization(doubled.query, "kernel", Doubled())
+    with torch.no_grad():
+        layer.query.kernel.mul_(2)
+    assert torch.equal(doubled(x), layer(x))
+
+
+# --- torch.func ----------------------------------------------------------------------------------
+
+
+def test_functional_call_and_grad(x):
+    layer = make()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    gradients = torch.func.grad(
+        lambda p: torch.func.functional_call(layer, p, (x,), {"use_causal_mask": True}).sum()
+    )(parameters)
+    layer(x, use_causal_mask=True).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(gradients[name], parameter.grad)
+
+
+def test_vmap(x):
+    layer, xs = make(), torch.stack([x, x + 1, -x])
+    masks = xs[..., 0] > 0
+    batched = torch.func.vmap(lambda x, m: layer(x, value_mask=m, use_causal_mask=True))(xs, masks)
+    for one, a, m in zip(batched, xs, masks, strict=True):
+        assert torch.allclose(one, layer(a, value_mask=m, use_causal_mask=True), atol=1e-6)
+
+
+def test_vmap_over_seeds_is_each_seed(x):
+    layer = make(dropout=0.5)
+    batched = torch.func.vmap(lambda s: layer(x, seed=s))(torch.arange(3))
+    for seed, one in enumerate(batched):
+        assert torch.allclose(one, layer(x, seed=seed), atol=1e-6)
+
+
+# torch itself scripts its rules for forward mode the first time that they are needed.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+def test_jvp(x):
+    layer, tangent = make(), numbers(2, 5, 8, seed=1)
+    output, forward = torch.func.jvp(layer, (x,), (tangent,))
+    _, pullback = torch.func.vjp(layer, x)
+    cotangent = numbers(*output.shape, seed=2)
+    there, back = (forward * cotangent).sum(), (pullback(cotangent)[0] * tangent).sum()
+    assert torch.allclose(there, back, rtol=1e-4)
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+CALLS = {
+    "plain": {},
+    "causal": {"use_causal_mask": True},
+    "scores": {"return_attention_scores": True},
+    "masks": {
+        "value_mask": numbers(2, 5) > 0,
+        "query_mask": numbers(2, 5, seed=1) > 0,
+        "attention_mask": numbers(2, 5, 5) > 0,
+        "attention_bias": numbers(2, 2, 5, 5),
+    },
+    "seed": {"seed": 3, "training": True},
+    "tensor seed": {"seed": torch.tensor(3), "training": True},
+    "offset": {"use_causal_mask": True, "query_offset": torch.tensor([0, 1])},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_gives_the_same(x, compiled, name):
+    layer = make(dropout=0.5).eval()
+    outputs = [f(x, **CALLS[name]) for f in (layer, compiled(layer))]
+    eager, fast = (o[0] if isinstance(o, tuple) else o for o in outputs)
+    assert torch.allclose(fast, eager, atol=1e-6)
+    gradients = [torch.autograd.grad(o.sum(), list(layer.parameters())) for o in (eager, fast)]
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_compiled_reproducible_mode_is_equal_bit_for_bit(x, compiled):
+    layer = make(compute_dtype="float64")
+    assert torch.equal(compiled(layer)(x, use_causal_mask=True), layer(x, use_causal_mask=True))
+
+
+def test_compiled_for_any_length_traces_once(x):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    layer = make()
+    fast = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for length in (5, 6, 9):
+        inputs = numbers(3, length, 8)
+        assert torch.allclose(
+            fast(inputs, use_causal_mask=True), layer(inputs, use_causal_mask=True)
+        )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("seed", [3, torch.tensor(3)], ids=["int", "tensor"])
+def test_compiled_native_dropout_is_the_same(x, compiled, seed):
+    layer = make(dropout=0.5, dropout_rng="native")
+    assert torch.allclose(compiled(layer)(x, seed=seed), layer(x, seed=seed), atol=1e-6)
+
+
+@pytest.mark.parametrize("rng", ["portable", "native"])
+def test_compiled_dropout_without_seed_follows_manual_seed(x, compiled, rng):
+    layer = make(dropout=0.5, dropout_rng=rng)
+    fast = compiled(layer)
+    torch.manual_seed(3)
+    first, second = fast(x), fast(x)
+    torch.manual_seed(3)
+    assert torch.equal(fast(x), first)
+    assert not torch.equal(first, second)
+
+
+def test_compiled_functions(compiled):
+    q = numbers(2, 5, 2, 4)
+
+    def heads(q):
+        return anymha.dot_product_attention(q, q, q, is_causal=True, dropout=0.5, seed=3)
+
+    assert torch.allclose(compiled(heads)(q), heads(q), atol=1e-6)
+    layer, x = make(), numbers(2, 5, 8)
+
+    def whole(weights, x):
+        return anymha.multi_head_attention(weights, x, config=layer.config)
+
+    weights = layer.canonical_weights()
+    assert torch.allclose(compiled(whole)(weights, x), layer(x), atol=1e-6)
+
+
+def test_compiled_function_is_the_first_thing_a_program_does():
+    """The import of the backend then happens while torch traces."""
+    code = """
+    import sys, warnings
+    warnings.simplefilter("error")
+    import torch, anymha
+    f = torch.compile(
+        lambda q: anymha.dot_product_attention(q, q, q), fullgraph=True, backend="eager"
+    )
+    assert "anymha_torch" not in sys.modules
+    q = torch.arange(24.0).reshape(1, 3, 2, 4)
+    assert torch.equal(f(q), anymha.dot_product_attention(q, q, q))
+    """
+    paths = [path for path in sys.path if path]
+    source = f"import sys; sys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+# Of torch itself, when it imports its compiler.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+def test_inductor(x):
+    torch._dynamo.reset()
+    layer = make(dropout=0.5)
+    fast = torch.compile(layer, fullgraph=True)
+    call = {"seed": 3, "use_causal_mask": True, "value_mask": x[..., 0] > -1}
+    outputs = [f(x, **call) for f in (layer, fast)]
+    assert torch.allclose(*outputs, atol=1e-5)
+    gradients = [torch.autograd.grad(o.sum(), layer.query.kernel)[0] for o in outputs]
+    assert torch.allclose(*gradients, atol=1e-4)
+
+
+# --- torch.export --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
+@pytest.mark.parametrize("call", ["plain", "causal", "value mask"])
+def test_export_with_any_batch_and_length(call, strict):
+    layer = make().eval()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    sizes = {0: batch, 1: length}
+
+    def options(x):
+        mask = {"value_mask": x[..., 0] > 0} if call == "value mask" else {}
+        return mask | ({"use_causal_mask": True} if call == "causal" else {})
+
+    x = numbers(2, 5, 8)
+    shapes = {"query": sizes, **({"value_mask": sizes} if call == "value mask" else {})}
+    shapes |= {"use_causal_mask": None} if call == "causal" else {}
+    program = torch.export.export(layer, (x,), options(x), dynamic_shapes=shapes, strict=strict)
+    assert set(program.state_dict) == set(NAMES)
+    for size in ((3, 9), (1, 1), (4, 2)):
+        x = numbers(*size, 8)
+        result = program.module()(x, **options(x))
+        assert torch.allclose(result, layer(x, **options(x)), atol=1e-6)
+
+
+def test_export_saves_and_loads(x, tmp_path):
+    layer = make().eval()
+    program = torch.export.export(layer, (x,), {"use_causal_mask": True})
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    assert torch.equal(loaded(x, use_causal_mask=True), layer(x, use_causal_mask=True))
+
+
+def test_signature_shows_the_arguments_of_the_call():
+    names = list(inspect.signature(make().forward).parameters)
+    assert names[:4] == ["query", "value", "key", "attention_mask"]
+    assert "seed" in names
+    assert "observe" not in names
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def test_set_weights_keeps_the_parameters(x):
+    layer = make()
+    before = dict(layer.named_parameters())
+    anymha.set_weights(layer, anymha.get_weights(make(seed=1)))
+    assert all(before[name] is parameter for name, parameter in layer.named_parameters())
+    assert torch.equal(layer(x), make(seed=1)(x))
+
+
+def test_set_weights_of_another_width_leaves_the_layer(x):
+    layer = make()
+    with pytest.raises(WeightsError, match=r"`query\.kernel` must have shape \(8, 2, 4\)\. Rec"):
+        anymha.set_weights(layer, anymha.get_weights(make(query_features=6)))
+    assert torch.equal(layer(x), make()(x))
