@@ -211,12 +211,12 @@ def multi_head_attention(
         key: (B, S, D_k); default `value`.
         config: The layer's options.
         **call: The other arguments of a layer's call: `attention_mask`, `attention_bias`,
-            `query_mask`, `value_mask`, `key_mask`, `return_attention_scores`, `training`,
-            `use_causal_mask`, `query_offset`, `seed`.
+            `query_mask`, `value_mask`, `key_mask`, `return_attention_scores`,
+            `return_activity_loss`, `training`, `use_causal_mask`, `query_offset`, `seed`.
 
     Returns:
         The output (B, T, *O); with ``return_attention_scores=True`` also the probabilities
-        (B, H, T, S).
+        (B, H, T, S); with ``return_activity_loss=True`` also a scalar, last.
 
     Raises:
         WeightsError: names or shapes of the weights do not fit the config.

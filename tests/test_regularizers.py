@@ -109,6 +109,26 @@ def test_results_come_in_order_and_do_not_change_one_another(backend: Backend) -
     assert to_numpy(plain).tobytes() == to_numpy(output).tobytes()
 
 
+def test_activity_penalty_of_a_batch_of_unknown_size(backend: Backend) -> None:
+    if backend.name != "tensorflow":
+        pytest.skip("only TensorFlow traces unknown sizes")
+    tf = pytest.importorskip("tensorflow")
+    layer = layer_of(backend, activity_regularizer="l2")
+    given = reference.inputs("plain")
+    traced = tf.function(
+        lambda *arrays: layer(*arrays, return_activity_loss=True)[1],
+        input_signature=[
+            tf.TensorSpec([None, None, given[n].shape[-1]]) for n in ("query", "value", "key")
+        ],
+    )
+    for size in (3, 0):
+        some = {name: array[:size] for name, array in given.items()}
+        loss = traced(*(tf.constant(some[n]) for n in ("query", "value", "key")))
+        expected = activity(backend, layer, some)
+        assert number(backend, loss) == pytest.approx(expected, rel=CLOSE)
+        assert (expected > 0) == (size > 0)
+
+
 # --- masks ---------------------------------------------------------------------------------------
 def test_excluded_positions_have_no_activity(backend: Backend) -> None:
     layer = layer_of(backend, activity_regularizer=REGULARIZERS["L1L2"])
