@@ -19,7 +19,8 @@ CONSTRAINTS = "constraints.txt"
 # `tensorflow-cpu` is half of `tensorflow`'s download and exists for Linux and Windows only.
 TENSORFLOW = "tensorflow" if sys.platform == "darwin" else "tensorflow-cpu"
 FRAMEWORKS = {"numpy": [], "torch": ["torch"], "tensorflow": [TENSORFLOW], "jax": ["jax"]}
-EVERYTHING = [name for names in FRAMEWORKS.values() for name in names]
+LAYERS = ["flax", "equinox"]  # whose arrays are those of a framework above
+EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
 # Real weights on a real sentence, with the outputs that the reference implementation gave.
 PARITY = [
@@ -60,7 +61,7 @@ def run_pytest(session: nox.Session, *backends: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
     install(session, *EVERYTHING, *groups("test", "architecture"), extras="[report]")
-    run_pytest(session, *FRAMEWORKS)
+    run_pytest(session, *FRAMEWORKS, *LAYERS)
 
 
 @nox.session

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from anymha.registry import Backend, get_backend
+from tests.frameworks import EXPECTED, skip_or_fail
 
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
 
@@ -26,11 +27,7 @@ def usable(name: str) -> Backend:
     """The backend of that name, its framework imported; else skips the test, or fails it."""
     found = get_backend(name)
     if not found.installed:
-        reason = f"{found.framework} is not installed"
-        expected = os.environ.get("ANYMHA_EXPECT_BACKENDS", "").replace(" ", "").split(",")
-        if name in expected:
-            pytest.fail(f"{reason}, but ANYMHA_EXPECT_BACKENDS names {name}")
-        pytest.skip(reason)
+        skip_or_fail(name, f"{found.framework} is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the frameworks, while they are imported
         assert found.ops.name == name
@@ -46,5 +43,4 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 @pytest.fixture(scope="session")
 def installed() -> list[Backend]:
     """All backends that are installed, with their frameworks imported; expected ones must be."""
-    expected = os.environ.get("ANYMHA_EXPECT_BACKENDS", "").replace(" ", "").split(",")
-    return [usable(name) for name in BACKENDS if get_backend(name).installed or name in expected]
+    return [usable(name) for name in BACKENDS if get_backend(name).installed or name in EXPECTED]

@@ -39,6 +39,10 @@ PLANTED = {
         "import keras",
     ),
     "JAX's backend imports no other framework": ("backends/anymha_jax/ops.py", "import torch"),
+    "Flax's and Equinox's layers import no backend: the registry has JAX's": (
+        "backends/anymha_equinox/module.py",
+        "import anymha_jax.ops",
+    ),
     "The oracle shares nothing with what it judges": (
         "anymha/parity/oracle.py",
         "import anymha.masks",

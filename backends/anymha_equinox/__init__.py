@@ -1,0 +1,5 @@
+"""anymha for Equinox."""
+
+from anymha_equinox.module import MultiHeadAttention
+
+__all__ = ["MultiHeadAttention"]
