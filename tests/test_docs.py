@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 import anymha
-from anymha.registry import BUILT_IN
+from anymha.registry import BUILT_IN, LAYERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NEEDS = {backend.name: re.compile(rf"\b(anymha_)?{backend.name}\b") for backend in BUILT_IN}
+BACKENDS = [*BUILT_IN, *(layer for layer in LAYERS if f"{layer.name}.md" not in ELSEWHERE)]
+NEEDS = {backend.name: re.compile(rf"\b(anymha_)?{backend.name}\b") for backend in BACKENDS}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(anymha.__path__, "anymha.")
@@ -26,7 +28,7 @@ MODULES = [
 
 def skip_without(text: str) -> None:
     """Skip where `text` needs a framework that is not installed."""
-    for backend in BUILT_IN:
+    for backend in BACKENDS:
         if NEEDS[backend.name].search(text) and not backend.installed:
             pytest.skip(f"{backend.framework} is not installed")
 
@@ -40,9 +42,9 @@ def test_python_blocks_of_a_page_run_in_order(page: Path) -> None:
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.module" for b in BUILT_IN)])
+@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.module" for b in BACKENDS)])
 def test_examples_of_a_module_give_what_they_show(name: str) -> None:
-    for backend in BUILT_IN:
+    for backend in BACKENDS:
         if name.startswith(backend.package) and not backend.installed:
             pytest.skip(f"{backend.framework} is not installed")
     module = importlib.import_module(name)
