@@ -18,7 +18,14 @@ from anymha.interchange.layouts import layouts
 from anymha.parity.cases import MATRIX, make_problem
 from anymha.parity.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
 from anymha.parity.files import check_writable, write_whole
-from anymha.parity.matrix import AttentionMap, Report, attention_map, run_matrix, versions
+from anymha.parity.matrix import (
+    AttentionMap,
+    Report,
+    attention_map,
+    counted_cases,
+    run_matrix,
+    versions,
+)
 from anymha.parity.terminal import print_report, print_verdict, progress_bar
 from anymha.registry import BUILT_IN, Backend, backends, get_backend
 from anymha.version import __version__
@@ -49,7 +56,7 @@ def parity(options: argparse.Namespace, console: Console) -> int:
     problems = [make_problem(case) for case in MATRIX]
     told_missing = ", ".join(missing)
     console.print(
-        f"anymha {__version__}: {len(problems) + len(real)} cases on "
+        f"anymha {__version__}: {counted_cases(len(problems) + len(real))} on "
         f"{', '.join(backend.name for backend in found)}"
         + (f" (not installed: {told_missing})" if missing else ""),
         highlight=False,

@@ -152,9 +152,12 @@ def test_names_and_faults_are_no_markup() -> None:
 
 def test_long_and_many_faults_are_cut() -> None:
     cells = {"numpy": cell(9.0, *(f"{i}: {'far ' * 300}" for i in range(60)))}
-    text = shown(report(row("one", cells), backends=("numpy",)), 100)
-    assert len(text) < 40 * 500
-    assert "and 20 more; `--json` writes all" in text
+    rows = [row(f"case {i}", cells) for i in range(45)]
+    text = shown(report(*rows, backends=("numpy",)), 100)
+    (line,) = [line for line in text.splitlines() if line.startswith("✗ case 7, numpy: ")]
+    assert len(line) < 700
+    assert line.endswith("far ...; and 58 more")
+    assert "and 5 more; `--json` writes all" in text
 
 
 def test_missing_backends_are_told_with_their_extras() -> None:

@@ -205,6 +205,7 @@ MATRIX: tuple[Case, ...] = (
         without={"options": {"output_shape": (2, 3), "scale": 0.0}},
     ),
     Case("scale", {"scale": 0.9}, without={"options": {}}),
+    Case("large logits", {"scale": 8.0}, without={"options": {}}),  # their exp is infinite
     Case("no bias", {"use_bias": False}, without={"options": {"use_bias": False, "scale": 0.0}}),
     Case(
         "two biases of four", {"use_bias": ("query", "value")}, without={"options": {}},

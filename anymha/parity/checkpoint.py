@@ -207,15 +207,15 @@ def read_inputs(path: Path) -> Arrays:
     """
     try:
         with path.open("rb") as stream:
-            is_zip = zipfile.is_zipfile(stream)
-        if is_zip:
+            given: Arrays | None = {} if zipfile.is_zipfile(stream) else None
+        if given is not None:
             with np.load(path, allow_pickle=False) as file:
                 given = dict(file)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as an .npz file: {error}.") from error
-    if not is_zip:
+    if given is None:
         raise UsageError(f"{path} is not an .npz file.")
     mask, tokens = given.get("padding_mask"), given.get("tokens")
     if mask is not None and (mask.ndim != 2 or mask.dtype != bool):

@@ -113,13 +113,14 @@ def judge(
     narrow = output_dtype(config.dtype, computed)
     exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
     budget, units = units_of(problem, truth)
-    recorded_units = _recorded_units(problem, truth, recorded, units)
+    recorded_units = _recorded_units(problem, truth, recorded, units) if recorded else {}
     ran = {name: result for name, result in results.items() if isinstance(result, Result)}
     cells = {}
     for name, result in results.items():
         if isinstance(result, Result):
             errors, faults = _errors(result, exact, units, problem, narrow)
-            errors |= _recorded_errors(result, recorded, recorded_units)
+            if recorded:
+                errors |= _recorded_errors(result, recorded, recorded_units)
             cells[name] = _cell(errors, faults, budget, bool(result.gradients))
         else:
             fault = f"raised {type(result).__name__}: {result}"
@@ -182,11 +183,11 @@ def _errors(
 
 
 def _recorded_errors(
-    result: Result, recorded: Recorded | None, units: Mapping[str, float]
+    result: Result, recorded: Recorded, units: Mapping[str, float]
 ) -> dict[str, float]:
     """The errors against what another implementation returned, where that means something."""
     errors = {}
-    for name, array in recorded.results.items() if recorded else ():
+    for name, array in recorded.results.items():
         got, counts = result.forward.get(name, array[:0]), recorded.counts
         if got.shape != array.shape:
             continue  # is a fault already
@@ -197,7 +198,7 @@ def _recorded_errors(
 
 
 def _recorded_units(
-    problem: Problem, truth: Truth, recorded: Recorded | None, units: Mapping[str, float]
+    problem: Problem, truth: Truth, recorded: Recorded, units: Mapping[str, float]
 ) -> dict[str, float]:
     """Units for the errors against recorded results, which had roundings of their own.
 
@@ -205,7 +206,7 @@ def _recorded_units(
     """
     budget, length = units_of(problem, truth)[0], longest_sum(problem)
     found = {}
-    for name, array in recorded.results.items() if recorded else ():
+    for name, array in recorded.results.items():
         size = float(np.max(truth.magnitudes[name], initial=0.0))
         found[name] = max(units[name], tolerance(array.dtype.name, length, size) / budget)
     return found

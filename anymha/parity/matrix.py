@@ -71,7 +71,7 @@ class Report:
         """One line that says how it went."""
         every = [*self.rows, *self.real]
         failed = [row.name for row in every if not row.passed]
-        where = f"{len(every)} cases on {', '.join(self.backends)}"
+        where = f"{counted_cases(len(every))} on {', '.join(self.backends)}"
         if failed:
             named = "; ".join(failed[:5]) + (f" and {len(failed) - 5} more" if failed[5:] else "")
             return f"PARITY DOES NOT HOLD: {len(failed)} of {where} fail: {named}"
@@ -94,6 +94,11 @@ class Report:
             "cases": [row.to_dict() for row in self.rows],
             "checkpoint": [row.to_dict() for row in self.real],
         }
+
+
+def counted_cases(number: int) -> str:
+    """How many cases, in words: "1 case", "2 cases"."""
+    return f"{number} case" if number == 1 else f"{number} cases"
 
 
 def run_case(backends: Sequence[Backend], problem: Problem, progress: Progress) -> dict[str, Any]:

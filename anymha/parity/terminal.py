@@ -21,8 +21,11 @@ from anymha.parity.matrix import Report
 DROPPED = ("", "dtype", "may", "bits")
 """The columns that go, in this order, where the terminal is too narrow for all."""
 
-SHOWN_FAULTS = 40
-"""How many faults are printed."""
+SHOWN_FAULTS = 2
+"""How many faults of a case on a backend are printed."""
+
+SHOWN_CELLS = 40
+"""Of how many cases and backends."""
 
 
 @contextmanager
@@ -79,18 +82,22 @@ def print_verdict(console: Console, report: Report) -> None:
 
 
 def _print_faults(console: Console, rows: Sequence[Row]) -> None:
-    faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults]
-    faults += [
-        f"{row.name}, {name}: {fault}"
+    faulty = [(row.name, row.faults) for row in rows if row.faults]
+    faulty += [
+        (f"{row.name}, {name}", cell.faults)
         for row in rows
         for name, cell in row.cells.items()
-        for fault in cell.faults
+        if cell.faults
     ]
-    for fault in faults[:SHOWN_FAULTS]:
-        told = textwrap.shorten(fault, 400, placeholder=" ...")
-        console.print(f"{_sign(console, False)} {escape(told)}", highlight=False, soft_wrap=True)
-    if len(faults) > SHOWN_FAULTS:
-        console.print(f"and {len(faults) - SHOWN_FAULTS} more; `--json` writes all", style="dim")
+    for place, faults in faulty[:SHOWN_CELLS]:
+        told = "; ".join(
+            textwrap.shorten(one, 300, placeholder=" ...") for one in faults[:SHOWN_FAULTS]
+        )
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        line = f"{_sign(console, False)} {escape(f'{place}: {told}{more}')}"
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(faulty) > SHOWN_CELLS:
+        console.print(f"and {len(faulty) - SHOWN_CELLS} more; `--json` writes all", style="dim")
 
 
 def _tables(console: Console, report: Report) -> list[Table]:
