@@ -26,6 +26,7 @@ Observer = Callable[[str, Array], None]
 
 def unobserved(stage: str, value: Array) -> None:
     """The observer that looks away."""
+    del stage, value  # TensorFlow's AutoGraph cannot convert a body of a docstring alone
 
 
 @dataclass(frozen=True)

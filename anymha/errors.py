@@ -10,6 +10,10 @@ from __future__ import annotations
 class AnymhaError(Exception):
     """The base of all errors raised by anymha."""
 
+    # TensorFlow raises the errors of a traced function anew, with where in the user's code they
+    # came from; those whose constructor it does not know become one of its own.
+    __init__ = Exception.__init__
+
 
 class ConfigError(AnymhaError, ValueError):
     """An option of the layer has a value that it cannot have."""

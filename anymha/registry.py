@@ -88,7 +88,8 @@ class Backend:
 
 
 def _load(path: str) -> str:
-    return importlib.import_module(path).__name__
+    importlib.import_module(path)
+    return path
 
 
 BUILT_IN = (

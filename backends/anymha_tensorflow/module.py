@@ -66,7 +66,7 @@ class MultiHeadAttention(tf.Module):
         tensors = {name: value.astype(dtype) for name, value in values.items()}
         for name, tensor in tensors.items():
             projection, _, part = name.partition(".")
-            variable = tf.Variable(tensor, name=f"{self.name}/{projection}/{part}")
+            variable = tf.Variable(tf.constant(tensor), name=f"{self.name}/{projection}/{part}")
             setattr(getattr(self, projection), part, variable)
 
     # AutoGraph has nothing to convert here, and would keep `int` from giving Python's integers.
