@@ -120,15 +120,6 @@ class Ops(Protocol):
         """
         ...
 
-    def keep_mask(
-        self, seed: Any, threshold: int, shape: Sequence[Dim], /, *, device: Any
-    ) -> Array:
-        """What `anymha.dropout.keep_mask` gives, in the backend's own way.
-
-        Optional: for a framework whose compiler must not look into the generator.
-        """
-        ...
-
     def native_keep_mask(
         self, seed: Any, shape: Sequence[Dim], keep: float, device: Any, /
     ) -> Array:
@@ -137,6 +128,16 @@ class Ops(Protocol):
         Raises:
             ArgumentError: the framework has none.
         """
+        ...
+
+
+class Masking(Ops, Protocol):
+    """The functions of a backend whose framework's compiler must not look into the generator."""
+
+    def keep_mask(
+        self, seed: Any, threshold: int, shape: Sequence[Dim], /, *, device: Any
+    ) -> Array:
+        """What `anymha.dropout.keep_mask` gives, in the backend's own way."""
         ...
 
 

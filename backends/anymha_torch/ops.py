@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from anymha import dropout
 
 bool = torch.bool
 name = "torch"
+_these: Any = sys.modules[__name__]
 initializer_style = "in place"
 
 
@@ -148,7 +150,7 @@ def initialize(function, shape, dtype, seed, /):
 def keep_mask(seed, threshold, shape, /, *, device):
     if torch.compiler.is_compiling():
         return _keep_mask(_seed_tensor(seed), threshold, shape, device)
-    return dropout.keep_mask(sys.modules[__name__], seed, threshold, shape, device=device)
+    return dropout.keep_mask(_these, seed, threshold, shape, device=device)
 
 
 @torch.library.custom_op("anymha::keep_mask", mutates_args=())
@@ -156,8 +158,7 @@ def _keep_mask(
     seed: torch.Tensor, threshold: int, shape: Sequence[int], device: torch.device
 ) -> torch.Tensor:
     """The mask of a seed, a scalar."""
-    ops = sys.modules[__name__]
-    return dropout.keep_mask(ops, seed, threshold, shape, device=device).contiguous()
+    return dropout.keep_mask(_these, seed, threshold, shape, device=device).contiguous()
 
 
 @_keep_mask.register_fake
