@@ -19,7 +19,7 @@ CONSTRAINTS = "constraints.txt"
 # `tensorflow-cpu` is half of `tensorflow`'s download and exists for Linux and Windows only.
 TENSORFLOW = "tensorflow" if sys.platform == "darwin" else "tensorflow-cpu"
 FRAMEWORKS = {"numpy": [], "torch": ["torch"], "tensorflow": [TENSORFLOW], "jax": ["jax"]}
-LAYERS = ["flax", "equinox"]  # whose arrays are those of a framework above
+LAYERS = ["keras", "flax", "equinox"]  # whose arrays are those of a framework above
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
 # Real weights on a real sentence, with the outputs that the reference implementation gave.
@@ -94,6 +94,14 @@ def parity(session: nox.Session) -> None:
     """Run real weights in all four frameworks and compare; the report is in parity-report/."""
     install(session, *EVERYTHING, extras="[report]")
     session.run("anymha", "parity", *PARITY, *session.posargs, env=jax_cache(session))
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train one small model in every framework and compare; see docs/training.md."""
+    install(session, *EVERYTHING, extras="[report]")
+    picture = ("--image", "docs/images/train.svg")
+    session.run("python", "docs/examples/train", *(session.posargs or picture))
 
 
 @nox.session
