@@ -39,6 +39,10 @@ PLANTED = {
         "import keras",
     ),
     "JAX's backend imports no other framework": ("backends/anymha_jax/ops.py", "import torch"),
+    "Keras's layer imports no backend: Keras says at the call whose arrays it has": (
+        "backends/anymha_keras/call.py",
+        "import anymha_torch.ops",
+    ),
     "Flax's and Equinox's layers import no backend: the registry has JAX's": (
         "backends/anymha_equinox/module.py",
         "import anymha_jax.ops",

@@ -1,0 +1,159 @@
+"""The constructor's options: which are the config's, which are Keras's, and how they are saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from anymha.config import AttentionConfig
+from anymha.dtypes import checked_dtype_name, output_dtype
+from anymha.errors import ConfigError
+
+INITIALIZERS = ("kernel_initializer", "bias_initializer")
+OBJECTS = {
+    **dict.fromkeys(INITIALIZERS, keras.initializers),
+    "kernel_regularizer": keras.regularizers,
+    "bias_regularizer": keras.regularizers,
+    "activity_regularizer": keras.regularizers,
+    "kernel_constraint": keras.constraints,
+    "bias_constraint": keras.constraints,
+}
+ANYMHA_ONLY = (
+    "query_features", "value_features", "key_features", "num_key_value_heads", "scale",
+    "dropout_rng",
+)  # fmt: skip
+"""Options that `keras.layers.MultiHeadAttention` has not."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a constructor was given.
+
+    Args:
+        config: The options of anymha.
+        policy: Keras's dtype policy.
+        compute_dtype: The one passed beside the policy, if any.
+        initializers: Keras's own initialisers, by option; none for those of anymha.
+        of_layer: Arguments of every Keras layer.
+    """
+
+    config: AttentionConfig
+    policy: Any
+    compute_dtype: str | None
+    initializers: Mapping[str, keras.initializers.Initializer]
+    of_layer: Mapping[str, Any]
+
+
+def takes_options(init: Callable[[Any, Given], None]) -> Callable[..., None]:
+    """Give a constructor ``__init__(self, given)`` the arguments of `AttentionConfig` and Keras."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **options: Any) -> None:
+        init(self, _read(args, options))
+
+    itself, *_ = inspect.signature(init).parameters.values()
+    known = inspect.signature(AttentionConfig).parameters.values()
+    shown = [p.replace(default=None) if p.name == "dtype" else p for p in known]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    wrapper.__signature__ = inspect.Signature([itself, *shown, rest])  # pyright: ignore
+    return wrapper
+
+
+def _read(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
+    for name in ("use_gate", "flash_attention"):
+        if options.pop(name, None):
+            raise ConfigError(
+                f"`{name}` must be False: this layer has no such attention. Received: True. "
+                "Use `keras.layers.MultiHeadAttention` for it."
+            )
+    fields = {field.name for field in dataclasses.fields(AttentionConfig)}
+    of_layer = {name: options.pop(name) for name in list(options) if name not in fields}
+    for name, kind in OBJECTS.items():
+        if name in options:
+            options[name] = _deserialized(kind, options[name])
+    policy, compute = _policy(options.pop("dtype", None), options.pop("compute_dtype", None))
+    config = AttentionConfig(*args, **options, **core_dtypes(policy, compute))
+    given = dict(zip(list(inspect.signature(AttentionConfig).parameters), args, strict=False))
+    given |= options
+    own = {name: given[name] for name in INITIALIZERS if _is_own(given.get(name))}
+    return Given(config, policy, compute, own, of_layer)
+
+
+def _policy(dtype: Any, compute_dtype: Any) -> tuple[Any, str | None]:
+    """Keras's policy, and the dtype to compute in where that is not the policy's.
+
+    Raises:
+        ConfigError: the policy quantises, or the two do not go together.
+    """
+    policy = keras.dtype_policies.get(dtype)
+    refuse_quantised(policy)
+    if compute_dtype is None:
+        return policy, None
+    compute = checked_dtype_name(compute_dtype, "compute_dtype")
+    if policy.name == "float32" and compute in ("float16", "bfloat16"):
+        return keras.DTypePolicy(f"mixed_{compute}"), None
+    if output_dtype(policy.variable_dtype, compute) != policy.compute_dtype:
+        raise ConfigError(
+            "`dtype` and `compute_dtype` must give results of the policy's dtype, "
+            f"{policy.compute_dtype}. Received: dtype={policy.name!r}, compute_dtype={compute!r}. "
+            "Pass a policy, as dtype='mixed_bfloat16', alone."
+        )
+    return policy, compute
+
+
+def core_dtypes(policy: Any, compute_dtype: str | None) -> dict[str, str | None]:
+    """The config's `dtype` and `compute_dtype` for a policy, or for a layer that has one."""
+    mixed = policy.compute_dtype != policy.variable_dtype
+    compute = compute_dtype or (policy.compute_dtype if mixed else None)
+    return {"dtype": policy.variable_dtype, "compute_dtype": compute}
+
+
+def refuse_quantised(policy: Any) -> None:
+    """Refuse a policy that quantises, or a layer that has one.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if policy.quantization_mode is not None:
+        raise ConfigError(
+            f"`dtype` must be a policy of floating dtypes. Received: {policy.name!r} with the "
+            f"quantisation {policy.quantization_mode!r}. Use `keras.layers.MultiHeadAttention` "
+            "for it."
+        )
+
+
+def saved(config: AttentionConfig, initializers: Mapping[str, Any]) -> dict[str, Any]:
+    """The options for `get_config`; what Keras's layer has not, only where it is not the default.
+
+    Args:
+        config: The options of anymha.
+        initializers: Keras's own initialisers, by option.
+    """
+    found = config.to_dict()
+    for name in ("dtype", "compute_dtype", "name"):
+        del found[name]
+    least = AttentionConfig(config.num_heads, config.key_dim)
+    for name in ANYMHA_ONLY:
+        if getattr(config, name) == getattr(least, name):
+            del found[name]
+    for name in OBJECTS:
+        value = initializers.get(name, found[name])
+        if callable(value):
+            found[name] = keras.saving.serialize_keras_object(value)
+    return found
+
+
+def _deserialized(kind: Any, value: Any) -> Any:
+    """Keras's object of what Keras has serialised, which has a "module"; else the value."""
+    return kind.get(dict(value)) if isinstance(value, Mapping) and "module" in value else value
+
+
+def _is_own(value: Any) -> bool:
+    """Whether the user gave an instance of Keras's initialisers."""
+    return isinstance(value, keras.initializers.Initializer)

@@ -1,0 +1,106 @@
+"""One projection's kernel and bias as a Keras layer, with what Keras does to them."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from anymha.config import AttentionConfig
+from anymha.dtypes import dtype_name
+from anymha.objects import described
+from anymha_keras.options import refuse_quantised
+
+
+class Projection(keras.layers.EinsumDense):
+    """A kernel and, maybe, a bias, where `keras.layers.MultiHeadAttention` has them.
+
+    It can be called, and takes LoRA; the attention layer reads its weights only.
+    """
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, which `Model.quantize` takes for "leave the layer as it is"."""
+        raise NotImplementedError("The projections of anymha's attention are not quantised.")
+
+    def quantized_build(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what a map of policies says of this projection."""
+        refuse_quantised(self)
+
+
+def make_projection(
+    config: AttentionConfig,
+    name: str,
+    shape: tuple[int, ...],
+    initializer: Callable[[str], Any],
+    dtype: Any,
+) -> Projection:
+    """The projection of that canonical name, not built yet.
+
+    Args:
+        config: The options, of which regularisers and constraints count here.
+        name: "query", "key", "value" or "output".
+        shape: The kernel's.
+        initializer: Gives that of the weight of a canonical name.
+        dtype: A dtype policy of Keras.
+    """
+    inner = 2 if name == "output" else 1
+    kernel = string.ascii_lowercase[: len(shape)]
+    biased = name in config.biased
+    return Projection(
+        f"...{kernel[:inner]},{kernel}->...{kernel[inner:]}",
+        output_shape=shape[inner:],
+        bias_axes=kernel[inner:] if biased else None,
+        kernel_initializer=initializer(f"{name}.kernel"),
+        bias_initializer=initializer(f"{name}.bias") if biased else "zeros",
+        kernel_regularizer=_kernel_regularizer(config, inner),
+        bias_regularizer=keras.regularizers.get(described(config.bias_regularizer)),
+        kernel_constraint=keras.constraints.get(described(config.kernel_constraint)),
+        bias_constraint=keras.constraints.get(described(config.bias_constraint)),
+        dtype=dtype,
+        name="attention_output" if name == "output" else name,
+    )
+
+
+class Values(keras.initializers.Initializer):
+    """An initialiser that gives values which are known already."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        """The values, rounded to `dtype`."""
+        return keras.ops.convert_to_tensor(rounded(self.values, dtype), dtype=dtype)
+
+
+def rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """The values rounded once, by NumPy, to a dtype; half precision is given as float32."""
+    found = np.asarray(values).astype(dtype_name(dtype))
+    return found if found.dtype.itemsize > 2 else found.astype(np.float32)
+
+
+def copied(initializer: keras.initializers.Initializer) -> keras.initializers.Initializer:
+    """A copy, which without a seed of its own draws other numbers."""
+    return type(initializer).from_config(initializer.get_config())
+
+
+def _kernel_regularizer(config: AttentionConfig, inner: int) -> Any:
+    found = keras.regularizers.get(described(config.kernel_regularizer))
+    if getattr(config.kernel_regularizer, "as_matrix", False):
+        return _OfMatrix(found, inner)
+    return found
+
+
+class _OfMatrix(keras.regularizers.Regularizer):
+    """A regulariser of matrices, of a kernel as the projection's matrix."""
+
+    def __init__(self, regularizer: Any, inner: int) -> None:
+        self.regularizer = regularizer
+        self.inner = inner
+
+    def __call__(self, x: Any) -> Any:
+        rows = math.prod(x.shape[: self.inner])
+        return self.regularizer(keras.ops.reshape(x, (rows, -1)))

@@ -1,0 +1,82 @@
+"""The Keras layer on each of Keras's backends, in processes of their own.
+
+Importing Keras fixes its backend, so this process never does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anymha.errors import UnknownBackendError
+from anymha.registry import LAYERS, get_backend, get_layer
+from tests.conftest import BACKENDS
+from tests.frameworks import skip_or_fail
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(backend: str, *arguments: str, **environment: str) -> str:
+    """What Python prints with these arguments and this Keras backend; it must succeed."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    known = {"KERAS_BACKEND": backend, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **known, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def pytest_in(backend: str, file: str, *options: str, **environment: str) -> str:
+    """Run a file of tests with this Keras backend."""
+    quiet = ("-q", "-p", "no:cacheprovider", "--tb=short")
+    return python(backend, "-m", "pytest", *quiet, f"tests/{file}", *options, **environment)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each Keras backend in turn."""
+    if importlib.util.find_spec("keras") is None:
+        skip_or_fail("keras", "keras is not installed")
+    found = get_backend(request.param)
+    if not found.installed:
+        skip_or_fail(found.name, f"{found.framework} is not installed")
+    return found.name
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that the NumPy backend saved, and its predictions."""
+    folder = tmp_path_factory.mktemp("keras")
+    python("numpy", "tests/keras_checks.py", str(folder))
+    return folder
+
+
+def test_the_layer_does_what_is_checked_of_it(backend: str, model: Path) -> None:
+    output = pytest_in(backend, "keras_checks.py", ANYMHA_KERAS_MODEL=str(model))
+    skipped = "5 skipped" if backend == "numpy" else "skipped"
+    assert (skipped in output) == (backend == "numpy"), output
+
+
+def test_the_layer_passes_the_tests_of_keras_layer(backend: str) -> None:
+    markers = ("-o", "markers=requires_trainable_backend", "-W", "ignore")
+    output = pytest_in(backend, "keras_own.py", *markers)
+    assert "40 passed" in output or "39 passed, 1 skipped" in output, output
+
+
+def test_an_unknown_layer_is_an_error_that_names_the_known_ones() -> None:
+    names = ("numpy", "torch", "tensorflow", "jax", *(package.name for package in LAYERS))
+    listed = ", ".join(map(repr, names))
+    with pytest.raises(UnknownBackendError, match=f"one of {listed}. Received: 'keres'"):
+        get_layer("keres")
