@@ -134,7 +134,7 @@ class FrameworkTests(BackendTests):
     def test_abs_has_the_slope_zero_at_zero(self, ops: Any) -> None:
         """Where a library may choose, all must choose alike: biases start at zero."""
         self.need(ops, "vjp")
-        x, c = np.float32([-2.0, 0.0, 3.0]), values(3)
+        x, c = np.array([-2.0, 0.0, 3.0], np.float32), values(3)
         given = {"x": ops.from_numpy(x)}
         got = ops.vjp(lambda given: ops.abs(given["x"]), given, ops.from_numpy(c))[1]
         gradient = Returned("the gradient of abs(x)", ops.to_numpy(got["x"]))
