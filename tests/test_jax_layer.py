@@ -13,8 +13,9 @@ import pytest
 
 import anymha
 from anymha.errors import ArgumentError, ConfigError, DtypeError, MixedBackendsError
+from tests.frameworks import required
 
-jax = pytest.importorskip("jax")
+jax = required("jax")
 
 import jax.numpy as jnp  # noqa: E402
 
@@ -367,7 +368,9 @@ def test_vmap_over_seeds_is_each_seed(mode):
 def test_seed_that_is_no_seed_is_refused():
     with pytest.raises(ArgumentError, match=r"`seed` must be an int, or an integer array of jax"):
         make(dropout=0.5)(jnp.asarray(X), training=True, seed="7")
-    with pytest.raises(DtypeError, match=r"`seed` must be an integer\. Received: shape \(\), dtype float32"):
+    with pytest.raises(
+        DtypeError, match=r"`seed` must be an integer\. Received: shape \(\), dtype float32"
+    ):
         make(dropout=0.5)(jnp.asarray(X), training=True, seed=jnp.float32(7))
 
 

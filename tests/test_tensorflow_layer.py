@@ -10,10 +10,11 @@ import pytest
 
 import anymha
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
+from tests.frameworks import required
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of TensorFlow, while it is imported
-    tf = pytest.importorskip("tensorflow")
+    tf = required("tensorflow")
 
 from anymha_tensorflow import MultiHeadAttention
 

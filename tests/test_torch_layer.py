@@ -15,8 +15,9 @@ import pytest
 
 import anymha
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
+from tests.frameworks import required
 
-torch = pytest.importorskip("torch")
+torch = required("torch")
 
 from anymha_torch import MultiHeadAttention  # noqa: E402
 
