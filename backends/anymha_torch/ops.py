@@ -25,7 +25,7 @@ from torch import (
     where,
 )
 
-from anymha import dropout
+from anymha.dropout import keep_mask as made_of_ops
 
 bool = torch.bool
 name = "torch"
@@ -150,7 +150,7 @@ def initialize(function, shape, dtype, seed, /):
 def keep_mask(seed, threshold, shape, /, *, device):
     if torch.compiler.is_compiling():
         return _keep_mask(_seed_tensor(seed), threshold, shape, device)
-    return dropout.keep_mask(_these, seed, threshold, shape, device=device)
+    return made_of_ops(_these, seed, threshold, shape, device=device)
 
 
 @torch.library.custom_op("anymha::keep_mask", mutates_args=())
@@ -158,7 +158,7 @@ def _keep_mask(
     seed: torch.Tensor, threshold: int, shape: Sequence[int], device: torch.device
 ) -> torch.Tensor:
     """The mask of a seed, a scalar."""
-    return dropout.keep_mask(_these, seed, threshold, shape, device=device).contiguous()
+    return made_of_ops(_these, seed, threshold, shape, device=device).contiguous()
 
 
 @_keep_mask.register_fake
