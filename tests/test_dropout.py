@@ -298,6 +298,8 @@ def test_seed_left_out_comes_from_the_frameworks_own_generator(backend: Backend)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# Inductor imports a part of torch that warns of another, whichever test imports it first.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_mask_is_the_same_under_inductor_with_a_traced_seed() -> None:
     # Its C++ leaves an overflow of int32 undefined, of which a compiler may make anything.
     torch: Any = pytest.importorskip("torch")
