@@ -24,11 +24,11 @@ OBJECTS = {
     "kernel_constraint": keras.constraints,
     "bias_constraint": keras.constraints,
 }
-ANYMHA_ONLY = (
-    "query_features", "value_features", "key_features", "num_key_value_heads", "scale",
-    "dropout_rng",
+NOT_IN_KERAS = (
+    "query_features", "value_features", "key_features", "num_key_value_heads", "sliding_window",
+    "scale", "dropout_rng",
 )  # fmt: skip
-"""Options that `keras.layers.MultiHeadAttention` has not."""
+"""Options that `keras.layers.MultiHeadAttention` has not, or not in all versions."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def saved(config: AttentionConfig, initializers: Mapping[str, Any]) -> dict[str,
     for name in ("dtype", "compute_dtype", "name"):
         del found[name]
     least = AttentionConfig(config.num_heads, config.key_dim)
-    for name in ANYMHA_ONLY:
+    for name in NOT_IN_KERAS:
         if getattr(config, name) == getattr(least, name):
             del found[name]
     for name in OBJECTS:
