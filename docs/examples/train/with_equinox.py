@@ -36,7 +36,8 @@ def train(task: Task) -> Run:
 
         losses = []
         for batch in task.batches():
-            value, gradient = gradients(model, *batch)
+            # As an array the step's seed is traced; `filter_jit` compiles anew for each int.
+            value, gradient = gradients(model, *map(jnp.asarray, batch))
             updates = jax.tree.map(lambda g: -LEARNING_RATE * g, gradient)
             model = eqx.apply_updates(model, updates)  # outside of `jit`, as in JAX
             losses.append(value)
