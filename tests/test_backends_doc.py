@@ -48,6 +48,7 @@ def python(project: Path, *arguments: str, path: str = "") -> subprocess.Complet
     search = [path, str(project), str(ROOT), str(ROOT / "backends")]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), "COLUMNS": "88",
+        "CI": "", "BUILD_NUMBER": "",  # where these are set, pytest prints otherwise
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, *arguments],
