@@ -1,10 +1,18 @@
-"""Every error that anymha raises on bad input.
+"""Every error that anymha raises on bad input, and the warnings that it gives.
 
 Each is an `AnymhaError` and also the builtin exception that a user would expect there, so both
 ``except AnymhaError`` and ``except ValueError`` work.
 """
 
 from __future__ import annotations
+
+
+class AnymhaWarning(UserWarning):
+    """The base of all warnings given by anymha."""
+
+
+class BiasWarning(AnymhaWarning):
+    """A bias of zeros was added or left out, as the target has biases elsewhere than the source."""
 
 
 class AnymhaError(Exception):
@@ -47,8 +55,16 @@ class WeightsError(AnymhaError, ValueError):
     """Weights have names or shapes that do not fit the layer."""
 
 
+class LayoutError(WeightsError):
+    """A layout of weights cannot hold what it is asked to hold."""
+
+
 class UnknownLayoutError(AnymhaError, ValueError):
     """No layout of weights has this name."""
+
+
+class FileError(AnymhaError, OSError, ValueError):
+    """A file cannot be read or written, or does not hold what it should."""
 
 
 class UsageError(AnymhaError, ValueError):

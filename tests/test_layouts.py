@@ -205,8 +205,9 @@ def test_output_of_more_axes_is_told() -> None:
     with pytest.raises(WeightsError) as error:
         from_canonical(weights, BERT)
     assert message(error) == (
-        "`output.kernel` must have 3 axes in this layout, which holds vectors only. "
-        "Received: shape (4, 5, 3, 3)."
+        "transformers.bert cannot hold these weights: its outputs are vectors. Received: "
+        "`output.kernel` of shape (4, 5, 3, 3). Use 'keras.MultiHeadAttention', whose outputs may "
+        "have more axes."
     )
 
 

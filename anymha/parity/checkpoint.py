@@ -174,9 +174,9 @@ def _inputs_of(
 
 def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> list[str]:
     """Where the layers of this layout begin, in the file's names."""
-    mark = get_layout(layout).layers["query"] + ".weight"
-    every = [name.removesuffix(mark) for name in names if name.endswith(mark)]
+    every = get_layout(layout).prefixes(names)
     if not every:
+        mark = get_layout(layout).required()[0][0]
         raise UsageError(
             f"{path} holds no layer of the layout {layout!r}: none of its {len(names)} names ends "
             f"with {mark!r}. The first are: {', '.join(names[:4])}."

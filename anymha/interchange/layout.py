@@ -1,0 +1,203 @@
+"""`Layout`: how a library or a model family holds the weights of an attention layer, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anymha.config import AttentionConfig
+from anymha.errors import LayoutError, WeightsError
+from anymha.interchange.forms import Extra, Form
+from anymha.interchange.limits import Limit, check_scale, form_for, same_heads
+from anymha.interchange.pieces import Arrays
+from anymha.interchange.reading import check_floats, config_of, form_of
+from anymha.interchange.sizes import Shapes, Told, solve
+from anymha.interchange.weights import Weights
+from anymha.interchange.writing import as_numpy, balanced, check_biases, checked
+from anymha.weights import NAMES
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of weights: names, shapes and transforms, both ways, and what it cannot hold.
+
+    Args:
+        name: Its name, as ``"torch.MultiheadAttention"``.
+        forms: Its forms; the first that can hold the weights is written.
+        extras: Arrays beside the projections.
+        needs: What the forward pass needs beside plain attention, whatever the arrays.
+        limits: Rules of `anymha.interchange.limits` that its layers obey.
+        together: Projections whose biases are all there or none; beside those of one array.
+        scale: Factor of the logits: None for ``1/sqrt(key_dim)``, a number, or "free" where it
+            stands in the model's configuration alone.
+        refused: Names that some of its layers have, and why such a layer cannot be converted.
+        reference: Where it is defined.
+        separator: What stands between the parts of its names.
+    """
+
+    name: str
+    forms: tuple[Form, ...]
+    extras: tuple[Extra, ...] = ()
+    needs: tuple[str, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    together: tuple[str, ...] = ()
+    scale: float | str | None = None
+    refused: Mapping[str, str] | None = None
+    reference: str = ""
+    separator: str = "."
+
+    def names(self) -> tuple[str, ...]:
+        """All names that a layer of this layout may have, relative to the layer's prefix."""
+        forms = dict.fromkeys(name for form in self.forms for name in form.names())
+        return (*forms, *(extra.array for extra in self.extras))
+
+    def required(self) -> tuple[tuple[str, ...], ...]:
+        """For each form, the names that its layers always have."""
+        extras = tuple(extra.array for extra in self.extras if extra.required)
+        return tuple((*form.required(), *extras) for form in self.forms)
+
+    def prefixes(self, names: Iterable[str]) -> list[str]:
+        """What the names of each layer of this layout begin with, in a model's names.
+
+        A layer is found by the name of the kernel that makes its queries; whether the rest is
+        there, and of what shapes, `fits` says.
+
+        Args:
+            names: All names of a file or a model.
+        """
+        marks = {required[0] for required in self.required()}
+        found: dict[str, None] = {}
+        for name in names:
+            for mark in marks:
+                start = name.removesuffix(mark)
+                if name.endswith(mark) and start[-1:] in ("", ".", "/"):
+                    found[start] = None
+        return list(found)
+
+    def fits(self, shapes: Shapes) -> str | None:
+        """Why no layer of this layout has these names and shapes; None where one may.
+
+        Args:
+            shapes: Shapes by name, relative to the layer's prefix.
+        """
+        try:
+            form = form_of(self.name, self.forms, self.extras, self.refused or {}, shapes)
+            told = self._told(shapes, None, None, None)
+            if told == Told():
+                told = Told(head_dim=1)  # with which heads can be taken apart if at all they can
+            solve(self.name, form.pieces, shapes, told)
+        except WeightsError as error:
+            return str(error)
+        return None
+
+    def to_canonical(
+        self,
+        arrays: Mapping[str, Any],
+        *,
+        num_heads: int | None = None,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+    ) -> tuple[Weights, AttentionConfig]:
+        """The canonical weights and the config that they fit; see `anymha.to_canonical`."""
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+        form = form_of(self.name, self.forms, self.extras, self.refused or {}, shapes)
+        check_floats({name: arrays[name] for name in form.names() if name in arrays})
+        told = self._told(shapes, num_heads, num_key_value_heads, head_dim)
+        sizes = solve(self.name, form.pieces, shapes, told)
+        read: Arrays = {}
+        for piece in form.pieces:
+            if piece.array in arrays:
+                read |= piece.read(arrays[piece.array], sizes)
+        values = {name: read[name] for name in NAMES if name in read}
+        if scale is None and isinstance(self.scale, float):
+            scale = self.scale
+        config = config_of(values, scale, sliding_window)
+        held = {e.array: np.array(arrays[e.array]) for e in self.extras if e.array in arrays}
+        needs = (*self.needs, *(e.need for e in self.extras if e.need and e.array in held))
+        return (
+            Weights(
+                values,
+                layout=self.name,
+                form=form.name,
+                extras=held,
+                lost=tuple(e.array for e in self.extras if e.need and e.array in held),
+                needs=needs,
+                config=config,
+            ),
+            config,
+        )
+
+    def from_canonical(
+        self,
+        weights: Mapping[str, Any],
+        config: AttentionConfig | None = None,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        form: str | None = None,
+    ) -> Weights:
+        """The arrays of this layout that hold canonical weights; see `anymha.from_canonical`."""
+        source = weights if isinstance(weights, Weights) else None
+        needs = source.needs if source is not None else ()
+        beside = self._extras(source, extras)
+        if config is None and source is not None:
+            config = source.config
+        values, sizes = checked(weights)
+        if form is None and source is not None and source.layout == self.name:
+            form = source.form
+        chosen = form_for(self.name, self.forms, self.limits, values, sizes, form)
+        check_biases(values)
+        check_scale(self.name, self.scale, sizes, config)
+        values = balanced(self.name, chosen.pieces, self.together, values)
+        arrays = {
+            piece.array: piece.write(values, sizes)
+            for piece in chosen.pieces
+            if piece.names[0] in values
+        }
+        arrays |= {name: np.array(as_numpy(array)) for name, array in beside.items()}
+        return Weights(arrays, layout=self.name, form=chosen.name, needs=needs, config=config)
+
+    def _told(
+        self, shapes: Shapes, heads: int | None, shared: int | None, head_dim: int | None
+    ) -> Told:
+        """What the caller tells, and else the arrays beside the kernels."""
+        told = {"num_heads": heads, "head_dim": head_dim}
+        for extra in self.extras:
+            shape = shapes.get(extra.array, ())
+            if extra.tells is not None and len(shape) > extra.tells[1]:
+                name, axis = extra.tells
+                if heads is None and head_dim is None:
+                    told[name] = shape[axis]
+        if same_heads in self.limits and shared is None:
+            shared = heads
+        return Told(told["num_heads"], shared, told["head_dim"])
+
+    def _extras(self, source: Weights | None, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The arrays to write beside the projections.
+
+        Raises:
+            LayoutError: the layer would compute something else without one.
+        """
+        known = {extra.array: extra for extra in self.extras}
+        if given is None:
+            given = source.extras if source is not None and source.layout == self.name else {}
+            lost = source.lost if source is not None and source.layout != self.name else ()
+            if lost and source is not None:
+                raise LayoutError(
+                    f"{self.name} has no place for {', '.join(lost)}, which the layer of "
+                    f"{source.layout} has beside the projections. Pass `dict(weights)` to convert "
+                    "the projections alone."
+                )
+        unknown = [name for name in given if name not in known]
+        missing = [name for name, extra in known.items() if extra.required and name not in given]
+        if unknown or missing:
+            raise LayoutError(
+                f"{self.name} has {', '.join(known) or 'nothing'} beside the projections. Missing: "
+                f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}. "
+                "Pass them by name as `extras`."
+            )
+        return given

@@ -1,0 +1,181 @@
+"""The layouts by name: those of anymha, one module per family, and those of others.
+
+A layout that a package of others brings is found by the entry point group "anymha.layouts": its
+name is the layout's, its value ``module:object``, an `anymha.interchange.layout.Layout`. They are
+looked up only for a name that is not built in, and where all are listed. The names of the
+built-in ones stay theirs.
+
+The layout must be named, never guessed: two of them may have the same names and shapes and mean
+different things.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from anymha.config import AttentionConfig
+from anymha.errors import ArgumentError, UnknownLayoutError
+from anymha.interchange.layout import Layout
+from anymha.interchange.weights import Weights
+from anymha.interchange.writing import as_numpy
+
+ENTRY_POINTS = "anymha.layouts"
+FAMILIES = ("keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused")
+"""Modules of this package, each with a tuple `LAYOUTS`."""
+SIZES = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
+"""What `to_canonical` takes beside the arrays."""
+
+
+def layouts() -> list[str]:
+    """The names of all layouts.
+
+    Example:
+        >>> "transformers.gpt2" in layouts()
+        True
+    """
+    return sorted({*_built_in(), *_entry_points()})
+
+
+def get_layout(name: str) -> Layout:
+    """The layout of that name: its arrays, what its forward pass needs, what it cannot hold.
+
+    Raises:
+        UnknownLayoutError: there is none.
+
+    Example:
+        >>> get_layout("transformers.bloom").needs
+        ('ALiBi: slope * key position added to the logits (pass it as `attention_bias`)',)
+    """
+    found = _built_in().get(name)
+    if found is not None:
+        return found
+    points = _entry_points()
+    if name not in points:
+        known = ", ".join(map(repr, layouts()))
+        raise UnknownLayoutError(f"`layout` must be one of {known}. Received: {name!r}.")
+    return _plugged_in(points[name])
+
+
+def to_canonical(
+    arrays: Mapping[str, Any], layout: str, **sizes: Any
+) -> tuple[Weights, AttentionConfig]:
+    """The canonical weights of one layer in a foreign layout, and the config that they fit.
+
+    Args:
+        arrays: The layer's arrays, of any framework, by their names in the layout, without the
+            layer's prefix; nested dicts, as Flax's and Haiku's parameters, are taken too.
+        layout: The layout's name; see `layouts`.
+        **sizes: What the shapes do not tell: `num_heads` (query heads H) or `head_dim` (the width
+            d_k of each); `num_key_value_heads` (K), `scale` (of the logits) and `sliding_window`
+            where they are other than the shapes or the layout tell.
+
+    Returns:
+        The canonical weights, bit for bit, in a dict that has beside them the attributes of
+        `anymha.interchange.weights.Weights`: `needs`, what the layer's forward pass needs beside
+        plain attention, in words, and `extras`, the arrays that the canonical form has no place
+        for. And the config.
+
+    Raises:
+        UnknownLayoutError: no layout has this name.
+        WeightsError: names or shapes do not fit, or do not tell enough.
+        LayoutError: the layer has what cannot be converted.
+
+    Example:
+        >>> import numpy as np
+        >>> names = ("self.query", "self.key", "self.value", "output.dense")
+        >>> arrays = {f"{name}.weight": np.ones((8, 8)) for name in names}
+        >>> weights, config = to_canonical(arrays, "transformers.bert", num_heads=2)
+        >>> weights["query.kernel"].shape, config.use_bias, weights.needs
+        ((8, 2, 4), False, ())
+    """
+    found = get_layout(layout)
+    unknown = [name for name in sizes if name not in SIZES]
+    if unknown:
+        raise ArgumentError(
+            f"Sizes are {', '.join(SIZES)}. Received: {', '.join(map(repr, unknown))}."
+        )
+    return found.to_canonical(_flat(arrays, found.separator), **sizes)
+
+
+def from_canonical(
+    weights: Mapping[str, Any],
+    layout: str,
+    *,
+    config: AttentionConfig | None = None,
+    extras: Mapping[str, Any] | None = None,
+    form: str | None = None,
+) -> Weights:
+    """The arrays of a foreign layout that hold these canonical weights.
+
+    Args:
+        weights: Canonical weights, of any framework.
+        layout: The layout's name; see `layouts`.
+        config: The layer's options; where its `scale` is not the one that the layout's layers
+            have, the weights are refused. Default: the one that came with the weights.
+        extras: Arrays that the layout has beside the projections, by name, as norms of queries and
+            keys. Default: those that came with the weights, if it was from this layout.
+        form: Which of the layout's forms, by name, where it has several. Default: the one from
+            which the weights came, else the first that can hold them.
+
+    Returns:
+        The arrays by name, bit for bit, each a copy and C-contiguous.
+
+    Raises:
+        UnknownLayoutError: no layout has this name.
+        WeightsError: the weights are not canonical.
+        LayoutError: the layout cannot hold these weights, or not without changing the results.
+
+    Warns:
+        BiasWarning: a bias of zeros was added or left out, as the layout demands.
+
+    Example:
+        >>> import anymha
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> arrays = from_canonical(anymha.get_weights(layer), "torch.MultiheadAttention")
+        >>> {name: array.shape for name, array in arrays.items()}["in_proj_weight"]
+        (24, 8)
+    """
+    return get_layout(layout).from_canonical(weights, config, extras=extras, form=form)
+
+
+def _flat(arrays: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict, its arrays in NumPy."""
+    found: dict[str, Any] = {}
+    for name, value in arrays.items():
+        path = prefix + (separator.join(name) if isinstance(name, tuple) else str(name))
+        if isinstance(value, Mapping):
+            found |= _flat(value, separator, path + separator)
+        else:
+            found[path] = as_numpy(value)
+    return found
+
+
+@cache
+def _built_in() -> dict[str, Layout]:
+    modules = (importlib.import_module(f"{__name__}.{family}") for family in FAMILIES)
+    return {layout.name: layout for module in modules for layout in module.LAYOUTS}
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return {point.name: point for point in points if point.name not in _built_in()}
+
+
+def _plugged_in(point: importlib.metadata.EntryPoint) -> Layout:
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UnknownLayoutError(
+            f"The layout {point.name!r} of {point.value} does not work: {error}. Install what it "
+            "needs, or uninstall the package."
+        ) from error
+    if not isinstance(found, Layout):
+        raise UnknownLayoutError(
+            f"The layout {point.name!r} of {point.value} must be an "
+            f"`anymha.interchange.layout.Layout`. Received: {type(found).__qualname__}."
+        )
+    return found

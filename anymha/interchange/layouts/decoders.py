@@ -1,0 +1,77 @@
+"""Families of transformers without rotary positions: GPT-2, GPT-BigCode, T5, BLOOM.
+
+References:
+    transformers 5.23, ``models/<family>/modeling_<family>.py``.
+"""
+
+from __future__ import annotations
+
+from anymha.interchange.forms import Extra, Form
+from anymha.interchange.layout import Layout
+from anymha.interchange.limits import same_heads
+from anymha.interchange.pieces import fused, linear
+
+BUFFERS = (Extra("bias"), Extra("masked_bias"))  # causal masks that old files hold
+
+LAYOUTS = (
+    # Its `Conv1D` is a matrix (inputs, outputs), unlike every linear layer of torch.
+    Layout(
+        "transformers.gpt2",
+        (
+            Form(
+                (
+                    *fused("c_attn", form="matrix"),
+                    *linear("output", "c_proj", form="matrix"),
+                ),
+                "self",
+            ),
+            Form(
+                (
+                    *linear("query", "q_attn", form="matrix"),
+                    *fused("c_attn", form="matrix", holds=("key", "value")),
+                    *linear("output", "c_proj", form="matrix"),
+                ),
+                "cross",
+            ),
+        ),
+        extras=BUFFERS,
+        limits=(same_heads,),
+        reference="models/gpt2/modeling_gpt2.py",
+    ),
+    # The names of GPT-2, but linear layers of torch.
+    Layout(
+        "transformers.gpt_bigcode",
+        (Form((*fused("c_attn", "groups"), *linear("output", "c_proj"))),),
+        extras=BUFFERS,
+        reference="models/gpt_bigcode/modeling_gpt_bigcode.py",
+    ),
+    Layout(
+        "transformers.t5",
+        (
+            Form(
+                tuple(
+                    piece
+                    for projection in ("query", "key", "value", "output")
+                    for piece in linear(projection, projection[0], bias=False)
+                )
+            ),
+        ),
+        extras=(
+            Extra(
+                "relative_attention_bias.weight",
+                "the learned bias of relative positions, from this layer, in all layers of its "
+                "stack (pass it as `attention_bias`)",
+                tells=("num_heads", 1),
+            ),
+        ),
+        scale=1.0,
+        reference="models/t5/modeling_t5.py",
+    ),
+    Layout(
+        "transformers.bloom",
+        (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
+        limits=(same_heads,),
+        needs=("ALiBi: slope * key position added to the logits (pass it as `attention_bias`)",),
+        reference="models/bloom/modeling_bloom.py",
+    ),
+)

@@ -1,0 +1,45 @@
+"""Families of transformers whose attention is anymha's own: BERT, ViT, CLIP, OPT, BART, Whisper.
+
+References:
+    transformers 5.23, ``models/<family>/modeling_<family>.py``; for ViT's names in published files
+    ``conversion_mapping.py``.
+"""
+
+from __future__ import annotations
+
+from anymha.interchange.forms import Form
+from anymha.interchange.layout import Layout
+from anymha.interchange.pieces import Piece, linear
+from anymha.options import PROJECTIONS
+
+
+def four(*names: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Piece, ...]:
+    """Four linear layers, of which some may have a bias."""
+    pairs = zip(PROJECTIONS, names, strict=True)
+    return tuple(piece for pair in pairs for piece in linear(*pair, bias=pair[0] in biased))
+
+
+def projections(output: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Piece, ...]:
+    """Four linear layers of the names that most families have."""
+    return four("q_proj", "k_proj", "v_proj", output, biased=biased)
+
+
+def family(name: str, *forms: Form) -> Layout:
+    """The layout of a family of transformers."""
+    return Layout(f"transformers.{name}", forms, reference=f"models/{name}/modeling_{name}.py")
+
+
+LAYOUTS = (
+    family("bert", Form(four("self.query", "self.key", "self.value", "output.dense"))),
+    family(
+        "vit",
+        Form(projections("o_proj"), "module"),
+        Form(
+            four("attention.query", "attention.key", "attention.value", "output.dense"), "published"
+        ),
+    ),
+    family("clip", Form(projections("out_proj"))),
+    family("opt", Form(projections("out_proj"))),
+    family("bart", Form(projections("out_proj"))),
+    family("whisper", Form(projections("out_proj", biased=("query", "value", "output")))),
+)

@@ -1,0 +1,89 @@
+"""Families of transformers with rotary positions and a linear layer for each projection.
+
+References:
+    transformers 5.23, ``models/<family>/modeling_<family>.py``; Su et al. (2021), RoFormer.
+"""
+
+from __future__ import annotations
+
+from anymha.interchange.forms import Extra, Form
+from anymha.interchange.layout import Layout
+from anymha.interchange.layouts.encoders import projections
+from anymha.options import PROJECTIONS
+
+HALVES = (
+    "rotary positions on queries and keys, where element i of a head turns with element i + half "
+    "of its rotated width"
+)
+PAIRS = "rotary positions on queries and keys, where element 2i of a head turns with element 2i + 1"
+INVERSE = Extra("rotary_emb.inv_freq")  # a buffer that old files hold
+
+
+def norms(how: str) -> tuple[Extra, ...]:
+    """Norms of queries and keys, per head."""
+    return tuple(
+        Extra(
+            f"{name[0]}_norm.weight",
+            f"an RMS norm of each {name} head, {how} `{name[0]}_norm.weight`, before it is rotated",
+            required=True,
+            tells=("head_dim", 0),
+        )
+        for name in ("query", "key")
+    )
+
+
+def family(
+    name: str,
+    biased: tuple[str, ...] = PROJECTIONS,
+    extras: tuple[Extra, ...] = (),
+    needs: tuple[str, ...] = (),
+    output: str = "o_proj",
+    scale: str | None = None,
+) -> Layout:
+    """The layout of a family of transformers."""
+    return Layout(
+        f"transformers.{name}",
+        (Form(projections(output, biased)),),
+        extras=(*extras, INVERSE),
+        needs=needs or (HALVES,),
+        scale=scale,
+        reference=f"models/{name}/modeling_{name}.py",
+    )
+
+
+LAYOUTS = (
+    family("llama"),
+    family("mistral", ()),
+    family("qwen2", ("query", "key", "value")),
+    family("qwen3", extras=norms("times")),
+    family("gemma"),
+    # Its scale is `query_pre_attn_scalar ** -0.5`, which is not always that of the head's width.
+    family(
+        "gemma3",
+        extras=norms("times 1 +"),
+        needs=(
+            HALVES,
+            "`scale`: query_pre_attn_scalar ** -0.5 of the model's configuration, where that is "
+            "not the width of a head",
+        ),
+        scale="free",
+    ),
+    family(
+        "gpt_oss",
+        extras=(
+            Extra(
+                "sinks",
+                "a sink: one more logit per head, `sinks`, in the softmax's sum but of no value",
+                required=True,
+                tells=("num_heads", 0),
+            ),
+        ),
+    ),
+    Layout(
+        "transformers.gptj",
+        (Form(projections("out_proj", ())),),
+        extras=(Extra("bias"), Extra("masked_bias"), Extra("embed_positions")),
+        needs=(PAIRS + ", over the first `rotary_dim` elements",),
+        reference="models/gptj/modeling_gptj.py",
+    ),
+)

@@ -1,0 +1,178 @@
+"""One array of a foreign layer: which canonical weights it holds, and how they lie in it.
+
+All ways are slices, transpositions and permutations, so that every bit survives both ways.
+
+Shapes: H query heads, K key and value heads, G = H / K, d the width of a head, D of an input,
+O of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+QKV = ("query", "key", "value")
+CODEGEN_BLOCKS = 4
+"""CodeGen was trained on four devices, whose shares its fused kernel still shows."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is needed to take a layer's arrays apart.
+
+    Args:
+        heads: Query heads H.
+        shared: Key and value heads K.
+        key_dim: Width d_k of query and key heads.
+        value_dim: Width d_v of value heads.
+    """
+
+    heads: int
+    shared: int
+    key_dim: int
+    value_dim: int
+
+    def split(self, projection: str) -> tuple[int, int]:
+        """Heads of a projection and the width of each."""
+        heads = self.heads if projection in ("query", "output") else self.shared
+        return heads, self.value_dim if projection in ("value", "output") else self.key_dim
+
+    def rows(self, projections: tuple[str, ...]) -> int:
+        """Heads times width of some projections together."""
+        return sum(heads * width for heads, width in map(self.split, projections))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An array that holds the kernels or the biases of one projection or several.
+
+    Args:
+        array: Its name, relative to the layer.
+        holds: The projections, of "query", "key", "value", "output".
+        part: "kernel" or "bias".
+        form: How a kernel lies: "linear" is (outputs, inputs), as torch's linear layers have it;
+            "matrix" is (inputs, outputs); "heads" is the canonical shape.
+        packing: How several lie beside one another, along the outputs: "blocks" (all heads of one,
+            then of the next), "groups" (for each key head its G query heads, then key, then value;
+            with K = H this is "per head") or "codegen".
+        tiled: Query head h belongs to key head ``h % K``, not to ``h // G`` as in most libraries.
+    """
+
+    array: str
+    holds: tuple[str, ...]
+    part: str
+    form: str = "linear"
+    packing: str = "blocks"
+    tiled: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The canonical names of what it holds."""
+        return tuple(f"{projection}.{self.part}" for projection in self.holds)
+
+    @property
+    def rank(self) -> int | None:
+        """The array's rank; None where it may be any."""
+        if self.form == "heads":
+            return None if self.holds == ("output",) else 3 - (self.part == "bias")
+        return 2 - (self.part == "bias")
+
+    @property
+    def outputs(self) -> int:
+        """The axis along which the heads lie: the outputs, but of the output projection inputs."""
+        inside = self.holds == ("output",)
+        return int((self.form == "matrix") != inside) if self.part == "kernel" else 0
+
+    def read(self, array: np.ndarray, sizes: Sizes) -> Arrays:
+        """The canonical weights in an array, which are copies."""
+        if self.form == "heads":
+            return {self.names[0]: np.array(array, order="C")}
+        if self.holds == ("output",):
+            if self.part == "bias":
+                return {"output.bias": np.array(array, order="C")}
+            rows = array.T if self.form == "linear" else array  # (H*d_v, O)
+            parts = [rows.reshape(*sizes.split("output"), -1)]  # (H, d_v, O)
+        else:
+            rows = array.T if self.outputs else array  # (heads*d, D) or (heads*d,)
+            parts = self._unpack(rows, sizes)  # each (heads, d, D) or (heads, d)
+        found = {}
+        for name, heads in zip(self.names, parts, strict=True):
+            if self.tiled and name.startswith(("query", "output")):
+                heads = heads[_tiles(sizes)]
+            if self.part == "kernel" and self.holds != ("output",):
+                heads = heads.transpose(2, 0, 1)
+            found[name] = np.array(heads, order="C")
+        return found
+
+    def write(self, weights: Mapping[str, np.ndarray], sizes: Sizes) -> np.ndarray:
+        """The array that holds these canonical weights, C-contiguous and a copy."""
+        held = [weights[name] for name in self.names]
+        if self.form == "heads" or self.names == ("output.bias",):
+            return np.array(held[0], order="C")
+        parts = []
+        for name, weight in zip(self.names, held, strict=True):
+            turned = self.part == "kernel" and self.holds != ("output",)
+            heads = weight.transpose(1, 2, 0) if turned else weight
+            if self.tiled and name.startswith(("query", "output")):
+                heads = heads[np.argsort(_tiles(sizes))]
+            parts.append(heads)
+        if self.holds == ("output",):
+            rows = parts[0].reshape(sizes.rows(self.holds), -1)  # (H*d_v, O)
+            return np.array(rows.T if self.form == "linear" else rows, order="C")
+        rows = self._pack(parts, sizes)
+        return np.array(rows.T if self.outputs else rows, order="C")
+
+    def _unpack(self, rows: np.ndarray, sizes: Sizes) -> list[np.ndarray]:
+        rest = rows.shape[1:]
+        if self.packing == "blocks":
+            splits = [sizes.split(projection) for projection in self.holds]
+            ends = np.cumsum([heads * width for heads, width in splits])[:-1]
+            blocks = np.split(rows, ends)
+            return [b.reshape(*split, *rest) for b, split in zip(blocks, splits, strict=True)]
+        width = sizes.key_dim
+        if self.packing == "groups":
+            each = sizes.heads // sizes.shared
+            grouped = rows.reshape(sizes.shared, each + 2, width, *rest)
+            query = grouped[:, :each].reshape(sizes.heads, width, *rest)
+            return [query, grouped[:, each], grouped[:, each + 1]]
+        blocks = rows.reshape(CODEGEN_BLOCKS, 3, -1, width, *rest)
+        return [blocks[:, place].reshape(-1, width, *rest) for place in (0, 2, 1)]
+
+    def _pack(self, parts: list[np.ndarray], sizes: Sizes) -> np.ndarray:
+        rest = parts[0].shape[2:]
+        if self.packing == "blocks":
+            return np.concatenate([part.reshape(-1, *rest) for part in parts])
+        query, key, value = parts
+        width = sizes.key_dim
+        if self.packing == "groups":
+            grouped = query.reshape(sizes.shared, -1, width, *rest)
+            return np.concatenate([grouped, key[:, None], value[:, None]], 1).reshape(-1, *rest)
+        shape = (CODEGEN_BLOCKS, -1, width, *rest)
+        blocks = [part.reshape(shape) for part in (query, value, key)]
+        return np.stack(blocks, 1).reshape(-1, *rest)
+
+
+def _tiles(sizes: Sizes) -> np.ndarray:
+    """For each canonical query head, the tiled one that belongs to the same key head."""
+    return np.arange(sizes.heads).reshape(-1, sizes.shared).T.ravel()
+
+
+def linear(
+    projection: str, name: str, *, form: str = "linear", bias: bool = True, tiled: bool = False,
+    parts: tuple[str, str] = (".weight", ".bias"),
+) -> tuple[Piece, ...]:  # fmt: skip
+    """The pieces of one projection's layer."""
+    kernel = Piece(name + parts[0], (projection,), "kernel", form, tiled=tiled)
+    return (kernel, Piece(name + parts[1], (projection,), "bias", form)) if bias else (kernel,)
+
+
+def fused(
+    name: str, packing: str = "blocks", *, form: str = "linear", bias: bool = True,
+    holds: tuple[str, ...] = QKV,
+) -> tuple[Piece, ...]:  # fmt: skip
+    """The pieces of a layer that gives several projections at once."""
+    kernel = Piece(f"{name}.weight", holds, "kernel", form, packing)
+    return (kernel, Piece(f"{name}.bias", holds, "bias", form, packing)) if bias else (kernel,)

@@ -1,0 +1,91 @@
+"""A foreign layer's arrays on their way in: which form they have, and the config they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from anymha.config import PROJECTIONS, AttentionConfig
+from anymha.dtypes import FLOATING
+from anymha.errors import LayoutError, WeightsError
+from anymha.interchange.forms import Extra, Form
+from anymha.interchange.pieces import Arrays
+from anymha.interchange.sizes import Shapes
+
+MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj")
+"""Names of multi-head latent attention."""
+
+
+def form_of(
+    layout: str,
+    forms: Sequence[Form],
+    extras: Sequence[Extra],
+    refused: Mapping[str, str],
+    shapes: Shapes,
+) -> Form:
+    """The form that has these names.
+
+    Raises:
+        LayoutError: the layer has what cannot be converted.
+        WeightsError: a name is missing or unknown.
+    """
+    for name, reason in refused.items():
+        if name in shapes:
+            raise LayoutError(f"{layout} with `{name}` cannot be converted: {reason}")
+    if any(part in MLA for name in shapes for part in name.split(".")):
+        raise LayoutError(
+            "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: "
+            "its keys and values pass through a shared low-rank projection and a norm, and its "
+            "heads mix rotated and plain parts, for which the canonical form has no place."
+        )
+    beside = [extra.array for extra in extras]
+    needed = [extra.array for extra in extras if extra.required]
+    misses = []
+    for form in forms:
+        missing = [name for name in (*form.required(), *needed) if name not in shapes]
+        unknown = [name for name in shapes if name not in (*form.names(), *beside)]
+        if not missing and not unknown:
+            return form
+        misses.append((len(missing) + len(unknown), form, missing, unknown))
+    _, form, missing, unknown = min(misses, key=lambda miss: miss[0])
+    raise WeightsError(
+        f"The layout has the names {', '.join((*form.names(), *beside))}. Missing: "
+        f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+    )
+
+
+def check_floats(arrays: Mapping[str, np.ndarray]) -> None:
+    """That the arrays are of dtypes in which a layer can hold them.
+
+    Raises:
+        LayoutError: one is not, as those of quantised layers.
+    """
+    for name, array in arrays.items():
+        if array.dtype.name not in FLOATING:
+            raise LayoutError(
+                f"`{name}` must be of {', '.join(FLOATING)}. Received: {array.dtype}. Convert a "
+                "layer that is not quantised, or turn its values into floats first."
+            )
+
+
+def config_of(
+    weights: Arrays, scale: float | None, sliding_window: int | None
+) -> AttentionConfig:  # fmt: skip
+    """The config of canonical weights."""
+    query, key = weights["query.kernel"], weights["key.kernel"]
+    value, output = weights["value.kernel"], weights["output.kernel"]
+    return AttentionConfig(
+        num_heads=query.shape[1],
+        key_dim=query.shape[2],
+        value_dim=value.shape[2],
+        use_bias=tuple(name for name in PROJECTIONS if f"{name}.bias" in weights),
+        output_shape=output.shape[2:],
+        query_features=query.shape[0],
+        value_features=value.shape[0],
+        key_features=key.shape[0],
+        num_key_value_heads=key.shape[1],
+        sliding_window=sliding_window,
+        scale=scale,
+        dtype=query.dtype,
+    )

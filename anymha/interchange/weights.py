@@ -1,0 +1,51 @@
+"""`Weights`: weights by name that remember what their form does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class Weights(dict[str, np.ndarray]):
+    """Weights by name, a dict; and what their layer has beside them.
+
+    `to_canonical` gives canonical weights so, `from_canonical` those of a layout. Nothing of it
+    changes what the dict holds: where only the weights count, ``dict(weights)`` has them alone.
+
+    Attributes:
+        layout: The layout from which, or into which, they were converted.
+        form: Which of the layout's forms, where it has several.
+        extras: Arrays that the canonical form has no place for, by their names in the layout, bit
+            for bit: norms of queries and keys, sinks, buffers. `from_canonical` gives them back.
+        lost: The names of those without which the layer computes something else.
+        needs: What the layer's forward pass needs beside plain attention, in words. Empty where
+            anymha's layer with these weights computes what the foreign one computes.
+        config: The config that came with them.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, np.ndarray],
+        *,
+        layout: str,
+        form: str = "",
+        extras: Mapping[str, np.ndarray] | None = None,
+        lost: tuple[str, ...] = (),
+        needs: tuple[str, ...] = (),
+        config: Any = None,
+    ) -> None:
+        super().__init__(values)
+        self.layout = layout
+        self.form = form
+        self.extras = dict(extras or {})
+        self.lost = lost
+        self.needs = needs
+        self.config = config
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{name} {array.shape}" for name, array in self.items())
+        told = "".join(f"; needs {need}" for need in self.needs)
+        more = f"; extras {', '.join(self.extras)}" if self.extras else ""
+        return f"<Weights from {self.layout}: {held}{more}{told}>"

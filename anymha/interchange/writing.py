@@ -1,0 +1,128 @@
+"""Canonical weights on their way into another layout: checked, and with the biases it has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anymha.config import PROJECTIONS
+from anymha.errors import BiasWarning, LayoutError, WeightsError
+from anymha.interchange.pieces import Arrays, Piece, Sizes
+from anymha.registry import backend_of
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of any framework in NumPy, bit for bit."""
+    return array if isinstance(array, np.ndarray) else backend_of(array).ops.to_numpy(array)
+
+
+def checked(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
+    """Canonical weights in NumPy, and their sizes; biases are not checked yet.
+
+    Raises:
+        WeightsError: names or shapes are not canonical, or do not fit one another.
+    """
+    kernels = [f"{projection}.kernel" for projection in PROJECTIONS]
+    held = {*kernels, *(f"{projection}.bias" for projection in PROJECTIONS)}
+    missing = [name for name in kernels if name not in weights]
+    unknown = [name for name in weights if name not in held]
+    if missing or unknown:
+        raise WeightsError(
+            f"Canonical weights are {', '.join(kernels)} and their biases. Missing: "
+            f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+        )
+    values = {name: as_numpy(array) for name, array in weights.items()}
+    for name in kernels:
+        if values[name].ndim < 3 or (name != "output.kernel" and values[name].ndim > 3):
+            raise WeightsError(f"`{name}` must have 3 axes. Received: shape {values[name].shape}.")
+    _, heads, key_dim = values["query.kernel"].shape
+    _, shared, value_dim = values["value.kernel"].shape
+    sizes = Sizes(heads, shared, key_dim, value_dim)
+    for projection in PROJECTIONS:
+        _check_kernel(projection, values, sizes)
+    return values, sizes
+
+
+def check_biases(values: Arrays) -> None:
+    """That the biases fit the kernels.
+
+    Raises:
+        WeightsError: one does not.
+    """
+    for projection in PROJECTIONS:
+        bias = values.get(f"{projection}.bias")
+        if bias is not None and bias.shape != _bias_shape(projection, values):
+            raise WeightsError(
+                f"`{projection}.bias` must have shape {_bias_shape(projection, values)}, as "
+                f"`{projection}.kernel` has shape {values[f'{projection}.kernel'].shape}. "
+                f"Received: shape {bias.shape}."
+            )
+
+
+def _check_kernel(projection: str, values: Arrays, sizes: Sizes) -> None:
+    shape, split = values[f"{projection}.kernel"].shape, sizes.split(projection)
+    wanted = (*split, *shape[2:]) if projection == "output" else (shape[0], *split)
+    if shape != wanted:
+        raise WeightsError(
+            f"The layers do not fit one another: `{projection}.kernel` has shape {shape}, "
+            f"the others need {wanted}."
+        )
+
+
+def _bias_shape(projection: str, values: Arrays) -> tuple[int, ...]:
+    shape = values[f"{projection}.kernel"].shape
+    return shape[2:] if projection == "output" else shape[1:]
+
+
+def balanced(
+    target: str, pieces: Sequence[Piece], together: Sequence[str], values: Mapping[str, np.ndarray]
+) -> Arrays:  # fmt: skip
+    """The weights with the biases that the target has: zeros added, or left out, with a warning.
+
+    Args:
+        target: Its name, for messages.
+        pieces: Its arrays.
+        together: Projections whose biases are all there or none.
+        values: Canonical weights.
+
+    Raises:
+        LayoutError: a bias that is not zero has no place.
+    """
+    values = dict(values)
+    held = {name for piece in pieces for name in piece.names}
+    homeless = [name for name in values if name not in held]
+    full = [name for name in homeless if np.any(values[name] != 0)]
+    if full:
+        raise LayoutError(
+            f"{target} has no {' and no '.join(f'`{name}`' for name in full)}; the weights do, and "
+            "without it the results would change. Use a layout that holds this bias."
+        )
+    for name in homeless:
+        del values[name]
+    groups = [together, *(piece.holds for piece in pieces if piece.part == "bias")]
+    added = []
+    for group in groups:
+        names = [f"{projection}.bias" for projection in group]
+        if not any(name in values for name in names):
+            continue
+        for projection, name in zip(group, names, strict=True):
+            if name not in values:
+                dtype = values[f"{projection}.kernel"].dtype
+                values[name] = np.zeros(_bias_shape(projection, values), dtype)
+                added.append(name)
+    if homeless or added:
+        done = [
+            f"{', '.join(names)} {verb}"
+            for names, verb in ((added, "added as zeros"), (homeless, "of zeros left out"))
+            if names
+        ]
+        warnings.warn(
+            f"{target} has other biases than these weights: {'; '.join(done)}. The results are "
+            "the same, but the way back does not know which biases were absent.",
+            BiasWarning,
+            stacklevel=4,
+        )
+    return values
