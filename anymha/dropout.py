@@ -124,17 +124,24 @@ def _kept(
             tall = [ops.reshape(x, (1, 1, rows, 1)) for x in (first, second)]
             starts = range(0, rows, height)
             blocks = [[x[..., i : i + height, :] for x in tall] for i in starts]
-            parts = [_kept(ops, a, c, columns, threshold, None) for a, c in blocks]
+            parts = [_kept(ops, a, c, columns, threshold, rows * keys) for a, c in blocks]
             return ops.concat(parts, axis=2)
     word = _mix(ops, first + columns, second)  # [B, H, ceil(T/2), S]
     even = ops.bitwise_and(word, STEPS - 1) >= threshold
     # Unsigned order is signed order with the highest bit turned over.
-    odd = ops.bitwise_xor(word, -(2**31)) >= threshold * STEPS - 2**31
+    odd = _fresh(ops).bitwise_xor(word, -(2**31)) >= threshold * STEPS - 2**31
+    if step is not None:
+        return ops.stack([even, odd], axis=-2)
     # Joined by `stack` instead, XLA takes a hundred times as long to compile the generator.
     first_of_two = ops.asarray([True, False], dtype=ops.bool, device=ops.device(word))
     batch, heads, pairs, keys = ops.shape(word)
     even, odd = (ops.reshape(x, (batch, heads, pairs, 1, keys)) for x in (even, odd))
     return ops.where(ops.reshape(first_of_two, (1, 1, 1, 2, 1)), even, odd)
+
+
+def _fresh(ops: Ops) -> Any:
+    """The bitwise functions, overwriting their first argument where the backend has such."""
+    return getattr(ops, "overwriting", ops)
 
 
 _ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
@@ -144,16 +151,17 @@ def _mix(ops: Ops, x: Array, key: Array | None = None) -> Array:
     """A bijection of the 32-bit integers in which each input bit changes half of the output's."""
     for number, (shift, factor) in enumerate(_ROUNDS):
         if number == 2 and key is not None:
-            x = ops.bitwise_xor(x, key)
-        x = _folded(ops, x, shift) * _signed(factor)
+            x = _fresh(ops).bitwise_xor(x, key)
+        x = _folded(ops, x, shift)
+        x *= _signed(factor)
     return _folded(ops, x, 14)
 
 
 def _folded(ops: Ops, x: Array, shift: int) -> Array:
-    """``x ^ (x >> shift)``, `>>` filling with zeros."""
+    """``x ^ (x >> shift)``, `>>` filling with zeros; `x` may be overwritten."""
     # In int32 `>>` copies the sign; the mask takes the copies away.
-    shifted = ops.bitwise_and(ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
-    return ops.bitwise_xor(x, shifted)
+    shifted = _fresh(ops).bitwise_and(ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
+    return _fresh(ops).bitwise_xor(x, shifted)
 
 
 def _signed(word: int) -> int:

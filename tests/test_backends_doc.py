@@ -48,7 +48,8 @@ def python(project: Path, *arguments: str, path: str = "") -> subprocess.Complet
     search = [path, str(project), str(ROOT), str(ROOT / "backends")]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), "COLUMNS": "88",
-        "CI": "", "BUILD_NUMBER": "",  # where these are set, pytest prints otherwise
+        # With these, which CI services set, pytest prints otherwise than the page shows.
+        "CI": "", "BUILD_NUMBER": "", "PY_COLORS": "0", "PYTEST_ADDOPTS": "",
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, *arguments],

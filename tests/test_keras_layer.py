@@ -25,6 +25,7 @@ def python(backend: str, *arguments: str, **environment: str) -> str:
     """What Python prints with these arguments and this Keras backend; it must succeed."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     known = {"KERAS_BACKEND": backend, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    known |= {"PY_COLORS": "0", "PYTEST_ADDOPTS": ""}  # what is printed is looked at
     known["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # XLA would compile for longer than it computes
     result = subprocess.run(
         [sys.executable, *arguments],

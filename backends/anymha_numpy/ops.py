@@ -5,6 +5,8 @@ Half precision never reaches these functions: the core computes it in float32.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 from numpy import (
     abs,
@@ -54,6 +56,12 @@ def device(x, /):
 
 def step(device, /):
     return 1 << 16
+
+
+overwriting = SimpleNamespace(
+    bitwise_and=lambda x1, x2: np.bitwise_and(x1, x2, out=x1),
+    bitwise_xor=lambda x1, x2: np.bitwise_xor(x1, x2, out=x1),
+)
 
 
 def dtype(name, /):
