@@ -1,0 +1,173 @@
+"""HDF5, as in Keras's ``.weights.h5``: datasets by path, as ``layers/dense/vars/0``.
+
+Only what lies in the file itself is read: links to other places and datasets whose elements lie in
+other files are refused. bfloat16 and float8 are opaque bytes with an attribute `dtype` that names
+them, as Keras writes them; opaque bytes without one are refused.
+
+References:
+    Keras 3.15, ``keras/src/saving/saving_lib.py``, `H5IOStore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from anymha.errors import FileError
+from anymha.interchange.files.optional import library
+from anymha.interchange.files.reader import (
+    Reader,
+    Tensor,
+    check_all_written,
+    checked_array,
+    fits_memory,
+    open_stream,
+)
+from anymha.interchange.files.whole import whole_file
+
+KIND = "an HDF5"
+KINDS = "biufc"
+MOST_DEPTH = 32
+OPAQUE = {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+}
+
+
+class Hdf5Reader(Reader):
+    """An open HDF5 file.
+
+    Args:
+        path: The file.
+        stream: Where its bytes are; default the file at `path`.
+        kind: What the format is called in messages.
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO | None = None, kind: str = KIND) -> None:
+        super().__init__(path, kind)
+        self._h5py = library("h5py", path, "hdf5")
+        self._stream = open_stream(path)[0] if stream is None else stream
+        self._file: Any = None
+        self._datasets: dict[str, Any] = {}
+        self._groups: set[int] = set()
+        try:
+            with self._guard():
+                self._file = self._h5py.File(self._stream, "r")
+                tensors = dict(self._walk(self._file, ""))
+            self.hold(tensors)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except FileError:
+            raise
+        except Exception as error:  # of HDF5's library, which raises nearly every kind
+            raise self.broken(f"{error!s:.200}".rstrip(".")) from error
+
+    def _walk(self, group: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        address = self._h5py.h5o.get_info(group.id).addr
+        if address in self._groups or prefix.count("/") > MOST_DEPTH:
+            raise self.broken(f"its group {prefix!r} holds itself, or lies too deep")
+        self._groups.add(address)
+        for key in group:
+            name = f"{prefix}{key}"
+            if not isinstance(group.get(key, getlink=True), self._h5py.HardLink):
+                raise self.broken(f"{name!r} is a link to another place, which is not followed")
+            item = group[key]
+            if isinstance(item, self._h5py.Group):
+                yield from self._walk(item, f"{name}/")
+            elif isinstance(item, self._h5py.Dataset):
+                self._datasets[name] = item
+                yield name, self._tensor(name, item)
+
+    def _tensor(self, name: str, item: Any) -> Tensor:
+        if item.external or item.is_virtual or item.shape is None:
+            raise self.broken(f"the elements of {name!r} do not lie in this file")
+        dtype = item.dtype
+        if dtype.kind == "V":
+            named = OPAQUE.get(str(item.attrs.get("dtype")))
+            if named is None or named.itemsize != dtype.itemsize:
+                raise self.broken(f"{name!r} holds bytes without the name of their dtype")
+            dtype = named
+        elif dtype.kind not in KINDS:
+            raise self.broken(f"{name!r} holds {dtype}, not numbers")
+        tensor = Tensor(tuple(int(size) for size in item.shape), dtype.newbyteorder("="))
+        if not fits_memory(tensor.bytes, item.id.get_storage_size()):
+            raise self.broken(
+                f"{name!r} claims {tensor.bytes} bytes in {item.id.get_storage_size()}, as a file "
+                "does that is made to fill the memory"
+            )
+        return tensor
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
+        with self._guard():
+            found = np.asarray(self._datasets[name][()])
+            if found.dtype.kind == "V":
+                found = np.ascontiguousarray(found).view(tensor.dtype)
+            return np.ascontiguousarray(found, tensor.dtype).reshape(tensor.shape)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._datasets.clear()
+        if self._file is not None:
+            self._file.close()
+        self._stream.close()
+
+
+def open_hdf5(path: Path) -> Hdf5Reader:
+    """The datasets of an HDF5 file.
+
+    Raises:
+        FileError: it cannot be read, is broken, or reaches outside itself; or h5py is missing.
+    """
+    return Hdf5Reader(path)
+
+
+class _Writer:
+    def __init__(self, file: Any, tensors: Mapping[str, Tensor]) -> None:
+        self._file, self._tensors, self._missing = file, tensors, set(tensors)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Write a tensor that was announced."""
+        array = checked_array(name, array, self._tensors[name])
+        opaque = array.dtype.name in OPAQUE
+        values = array.view(f"V{array.dtype.itemsize}") if opaque else array
+        dataset = self._file.create_dataset(name, data=values)
+        if opaque:
+            dataset.attrs["dtype"] = array.dtype.name
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """See to it that the file is complete."""
+        check_all_written(self._missing)
+
+
+@contextmanager
+def create_hdf5(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[_Writer]:
+    """A new HDF5 file, which is there once all its datasets are. It has no metadata.
+
+    Raises:
+        FileError: it cannot be written, or cannot hold a name or a dtype; or h5py is missing.
+    """
+    h5py = library("h5py", path, "hdf5")
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind not in KINDS and tensor.dtype.name not in OPAQUE:
+            raise FileError(f"An HDF5 file cannot hold `{name}` of dtype {tensor.dtype}.")
+        if not all(part.strip(".") for part in name.split("/")):
+            raise FileError(f"An HDF5 file cannot hold the name {name!r}.")
+    with whole_file(path) as stream, h5py.File(stream, "w") as file:
+        writer = _Writer(file, tensors)
+        yield writer
+        writer.finish()

@@ -1,0 +1,211 @@
+"""ONNX: the initialisers of a model's graph by name. The graph itself is not looked at.
+
+The file is read by this module, so the package onnx is not needed. Elements may lie in another
+file beside it, of a plain name; any other place is refused.
+
+References:
+    ONNX 1.23, ``onnx/onnx.proto3``, messages `ModelProto`, `GraphProto` and `TensorProto`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from anymha.interchange.files.protobuf import SPAN, VARINT, Malformed, fields, varints
+from anymha.interchange.files.reader import Reader, Tensor, filled, open_stream
+
+KIND = "an ONNX"
+_GRAPH, _INITIALIZER = 7, 5
+_DIMS, _TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _DOUBLES, _UINT64S = (
+    1, 2, 4, 5, 7, 8, 9, 10, 11,
+)  # fmt: skip
+_EXTERNAL, _LOCATION = 13, 14
+_FIXED = {_RAW: None, _FLOATS: np.dtype("<f4"), _DOUBLES: np.dtype("<f8")}
+_VARINTS = (_INT32S, _INT64S, _UINT64S)
+
+DTYPES = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.uint8),
+    3: np.dtype(np.int8),
+    4: np.dtype(np.uint16),
+    5: np.dtype(np.int16),
+    6: np.dtype(np.int32),
+    7: np.dtype(np.int64),
+    9: np.dtype(np.bool_),
+    10: np.dtype(np.float16),
+    11: np.dtype(np.float64),
+    12: np.dtype(np.uint32),
+    13: np.dtype(np.uint64),
+    14: np.dtype(np.complex64),
+    15: np.dtype(np.complex128),
+    16: np.dtype(ml_dtypes.bfloat16),
+    17: np.dtype(ml_dtypes.float8_e4m3fn),
+    18: np.dtype(ml_dtypes.float8_e4m3fnuz),
+    19: np.dtype(ml_dtypes.float8_e5m2),
+    20: np.dtype(ml_dtypes.float8_e5m2fnuz),
+    24: np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+
+@dataclass
+class _Initializer:
+    """Where the elements of an initialiser lie: fields of their numbers and spans."""
+
+    name: str = ""
+    dims: list[int] = field(default_factory=list)
+    kind: int = 0
+    contents: list[tuple[int, int, int]] = field(default_factory=list)
+    external: dict[str, str] = field(default_factory=dict)
+
+
+class OnnxReader(Reader):
+    """The initialisers of an open ONNX file; texts and numbers of four bits are left out."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, KIND)
+        self._stream, self._size = open_stream(path)
+        self._found: dict[str, _Initializer] = {}
+        self._files: dict[str, tuple[BinaryIO, int]] = {}
+        try:
+            self._collect()
+            self.hold({name: self._tensor(one) for name, one in self._found.items()})
+        except Malformed as error:
+            self.close()
+            raise self.broken(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self) -> None:
+        graphs = [
+            (begin, end)
+            for number, wire, begin, end in fields(self._stream, 0, self._size)
+            if number == _GRAPH and wire == SPAN
+        ]
+        if len(graphs) != 1:
+            raise Malformed(f"it has {len(graphs)} graphs, where a model has one")
+        for number, wire, begin, end in fields(self._stream, *graphs[0]):
+            if number == _INITIALIZER and wire == SPAN:
+                one = self._initializer(begin, end)
+                if one.name in self._found:
+                    raise Malformed(f"it has {one.name!r} twice")
+                if one.kind in DTYPES:
+                    self._found[one.name] = one
+
+    def _initializer(self, begin: int, end: int) -> _Initializer:
+        one, elsewhere = _Initializer(), False
+        for number, wire, start, stop in fields(self._stream, begin, end):
+            if number == _DIMS:
+                one.dims += [start] if wire == VARINT else varints(self._bytes(start, stop))
+            elif number == _TYPE and wire == VARINT:
+                one.kind = start
+            elif number == _LOCATION and wire == VARINT:
+                elsewhere = start == 1
+            elif number == _NAME and wire == SPAN:
+                one.name = _text(self._bytes(start, stop))
+            elif number == _EXTERNAL and wire == SPAN:
+                pair = {
+                    part: _text(self._bytes(a, b))
+                    for part, kind, a, b in fields(self._stream, start, stop)
+                    if kind == SPAN
+                }
+                one.external[pair.get(1, "")] = pair.get(2, "")
+            elif number in (*_FIXED, *_VARINTS):
+                if wire != SPAN:
+                    raise Malformed("it has numbers that are not packed")
+                one.contents.append((number, start, stop))
+        if elsewhere != bool(one.external):
+            raise Malformed(f"{one.name!r} does not say where its elements lie")
+        return one
+
+    def _bytes(self, begin: int, end: int) -> bytes:
+        self._stream.seek(begin)
+        return self._stream.read(end - begin)
+
+    def _tensor(self, one: _Initializer) -> Tensor:
+        tensor = Tensor(tuple(one.dims), DTYPES[one.kind])
+        if any(size >= 2**63 for size in one.dims) or len(one.dims) > 64:
+            raise Malformed(f"{one.name!r} has the shape {one.dims!s:.100}")
+        if one.external:
+            offset, held = self._elsewhere(one, tensor)
+            if offset + tensor.bytes > held:
+                raise Malformed(f"{one.name!r} reaches beyond the file that holds it")
+            return tensor
+        if len(one.contents) > 1:
+            raise Malformed(f"{one.name!r} has its elements twice")
+        number, begin, end = one.contents[0] if one.contents else (_RAW, 0, 0)
+        held = end - begin
+        if number in _FIXED:
+            fits = held == tensor.bytes and _FIXED[number] in (None, tensor.dtype)
+        else:
+            fits = tensor.size <= held <= 10 * tensor.size and tensor.dtype.kind not in "c"
+        if not fits:
+            raise Malformed(f"{one.name!r} takes {tensor.bytes} bytes, but has {held}")
+        return tensor
+
+    def _elsewhere(self, one: _Initializer, tensor: Tensor) -> tuple[int, int]:
+        """Where the elements begin in the file beside this one, and that file's length."""
+        place = one.external.get("location", "")
+        offset, length = one.external.get("offset", "0"), one.external.get("length")
+        if not place.strip(".") or set(place) & set("/\\:\0"):
+            raise Malformed(f"the elements of {one.name!r} lie in {place!r}, not beside the file")
+        if not (offset.isascii() and offset.isdigit()) or len(offset) > 19:
+            raise Malformed(f"{one.name!r} begins at {offset!r:.30}")
+        if length not in (None, str(tensor.bytes)):
+            raise Malformed(f"{one.name!r} takes {tensor.bytes} bytes, but has {length!r:.30}")
+        if place not in self._files:
+            self._files[place] = open_stream(self.path.parent / place)
+        return int(offset), self._files[place][1]
+
+    def _read(self, name: str) -> np.ndarray:
+        one, tensor = self._found[name], self.tensors[name]
+        number, begin, end = one.contents[0] if one.contents else (_RAW, 0, 0)
+        if number in _VARINTS:
+            return self._counted(name, tensor, self._bytes(begin, end))
+        stream = self._stream
+        if one.external:
+            stream = self._files[one.external["location"]][0]
+            begin, _ = self._elsewhere(one, tensor)
+        stream.seek(begin)
+        array = filled(tensor, stream)
+        if array is None:
+            raise self.broken(f"it ends within {name!r}")
+        return array
+
+    def _counted(self, name: str, tensor: Tensor, content: bytes) -> np.ndarray:
+        """Elements that are written as varints: integers, or the bits of small floats."""
+        try:
+            numbers = varints(content)
+        except Malformed as error:
+            raise self.broken(f"{name!r}: {error}") from error
+        if len(numbers) != tensor.size:
+            raise self.broken(f"{name!r} has {len(numbers)} elements, not {tensor.size}")
+        words = np.array(numbers, "<u8").view(np.uint8).reshape(-1, 8)
+        narrow = np.ascontiguousarray(words[:, : tensor.dtype.itemsize])
+        return narrow.reshape(-1).view(tensor.dtype).reshape(tensor.shape)
+
+    def close(self) -> None:
+        """Close the file, and those beside it."""
+        for stream in (self._stream, *(stream for stream, _ in self._files.values())):
+            stream.close()
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed("one of its names is not text") from error
+
+
+def open_onnx(path: Path) -> OnnxReader:
+    """The initialisers of an ONNX file.
+
+    Raises:
+        FileError: it cannot be read, is broken, or has its elements elsewhere than beside it.
+    """
+    return OnnxReader(path)

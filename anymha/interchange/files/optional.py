@@ -1,0 +1,24 @@
+"""Libraries that only some formats need."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from anymha.errors import FileError
+
+
+def library(name: str, path: Path, extra: str) -> Any:
+    """The module `name`, which is needed for the file at `path`.
+
+    Raises:
+        FileError: it is not installed; the message says which extra of anymha brings it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise FileError(
+            f"{path} needs {name}, which is not installed. Install it with: "
+            f"pip install 'anymha[{extra}]'."
+        ) from error

@@ -1,0 +1,134 @@
+"""Orbax checkpoints, read by TensorStore alone: neither Orbax nor JAX nor Flax is needed.
+
+A checkpoint is a folder with a file ``_METADATA`` that names its arrays, which lie in it as Zarr,
+in one OCDBT database or in a folder each. A chunk that is missing is an error, never zeros.
+
+References:
+    Orbax 0.12, "Checkpoint format", https://orbax.readthedocs.io.
+    TensorStore 0.1.86, drivers "zarr", "zarr3" and "ocdbt".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import FileError
+from anymha.interchange.files.optional import library
+from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream
+
+KIND = "an Orbax"
+METADATA = "_METADATA"
+MOST_METADATA = 100_000_000
+ARRAYS = ("jax.Array", "np.ndarray", "scalar")
+KINDS = "biufcV"
+
+
+class OrbaxReader(Reader):
+    """An open checkpoint. Nested keys are joined by slashes.
+
+    Where each array is the ``value`` of a variable, as in a state of `flax.nnx`, the word is left
+    out of the names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, KIND)
+        folder = _folder(path)
+        if folder is None:
+            raise self.broken(f"neither it nor its folder 'default' has a file {METADATA!r}")
+        self._folder = folder.resolve()
+        self._stores: dict[str, Any] = {}
+        self._held = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+        keys = self._keys()
+        tensorstore = library("tensorstore", path, "orbax")
+        try:
+            opened = {
+                name: tensorstore.open(self._spec(parts), open=True, read=True)
+                for name, parts in keys.items()
+            }
+            self._stores = {name: future.result() for name, future in opened.items()}
+        except Exception as error:  # of TensorStore, which raises nearly every kind
+            raise self.broken(f"{_short(error)}") from error
+        self.hold({name: self._tensor(name, store) for name, store in self._stores.items()})
+
+    def _keys(self) -> dict[str, list[str]]:
+        """The keys of each array, by its name."""
+        stream, _ = open_stream(self._folder / METADATA)
+        with stream:
+            text = stream.read(MOST_METADATA)
+        try:
+            found = json.loads(text.decode("utf-8"))
+            self._database = bool(found.get("use_ocdbt", True))
+            self._driver = "zarr3" if found.get("use_zarr3") else "zarr"
+            self._complete = bool(found.get("store_array_data_equal_to_fill_value"))
+            keys = {}
+            for entry in found["tree_metadata"].values():
+                value = entry["value_metadata"]
+                if value["value_type"] in ARRAYS and not value.get("skip_deserialize"):
+                    parts = [str(key["key"]) for key in entry["key_metadata"]]
+                    keys["/".join(parts)] = parts
+            if all(len(parts) > 1 and parts[-1] == "value" for parts in keys.values()):
+                keys = {"/".join(parts[:-1]): parts for parts in keys.values()}
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise self.broken(f"its {METADATA!r} is broken ({error!s:.200})") from error
+        for name, parts in keys.items():
+            if any(not part.strip(".") or set(part) & set("/\\\0") for part in parts):
+                raise self.broken(f"{name!r} leads out of the folder")
+        return keys
+
+    def _spec(self, parts: list[str]) -> dict[str, Any]:
+        name = ".".join(parts)
+        if self._database:
+            base = {"driver": "file", "path": f"{self._folder}/"}
+            place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            place = {"driver": "file", "path": f"{self._folder / name}/"}
+        spec: dict[str, Any] = {"driver": self._driver, "kvstore": place}
+        if self._complete:
+            spec["fill_missing_data_reads"] = False
+        return spec
+
+    def _tensor(self, name: str, store: Any) -> Tensor:
+        dtype = np.dtype(store.dtype.numpy_dtype)
+        if dtype.kind not in KINDS:
+            raise self.broken(f"{name!r} holds {dtype}, not numbers")
+        tensor = Tensor(tuple(int(size) for size in store.shape), dtype)
+        if not fits_memory(tensor.bytes, self._held):
+            raise self.broken(f"{name!r} claims {tensor.bytes} bytes in {self._held}")
+        return tensor
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            found = np.asarray(self._stores[name].read().result())
+        except Exception as error:  # of TensorStore, which raises nearly every kind
+            raise self.broken(f"{name!r}: {_short(error)}") from error
+        tensor = self.tensors[name]
+        return np.ascontiguousarray(found, tensor.dtype).reshape(tensor.shape)
+
+    def close(self) -> None:
+        """Let go of the arrays."""
+        self._stores = {}
+
+
+def _short(error: Exception) -> str:
+    """What TensorStore says, without its specification and its places in the source."""
+    return str(error).partition(" [")[0].rstrip(".")
+
+
+def _folder(path: Path) -> Path | None:
+    """The folder of the arrays, which Orbax's manager calls "default"."""
+    if not path.exists():
+        raise FileError(f"{path} cannot be read: there is no such folder.")
+    return next((one for one in (path, path / "default") if (one / METADATA).is_file()), None)
+
+
+def open_orbax(path: Path) -> OrbaxReader:
+    """The arrays of an Orbax checkpoint.
+
+    Raises:
+        FileError: it cannot be read, or is broken; or TensorStore is missing.
+    """
+    return OrbaxReader(path)

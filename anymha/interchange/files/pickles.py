@@ -1,0 +1,226 @@
+"""The part of pickle that torch's files of weights use, read as data.
+
+A pickle is a program for a small machine that may call anything. This machine knows how to build
+dicts, lists, tuples, texts and numbers, and of all functions those below, which describe tensors;
+it imports nothing and calls nothing. Another name in the file is an error.
+
+References:
+    PyTorch 2.13, ``torch/_utils.py``, ``_rebuild_tensor_v2`` and its kin.
+    Python, ``Lib/pickletools.py``, for the machine.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MARK = object()
+
+
+class Refused(ValueError):
+    """A pickle that is broken, or holds more than tensors."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """The name of a function or class that the pickle mentions."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Elements in a record of their own.
+
+    Args:
+        dtype: torch's name of it, as ``"FloatStorage"``.
+        key: The record's name.
+        size: The number of elements; of bytes where the dtype is untyped.
+    """
+
+    dtype: str
+    key: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A tensor: where its elements lie in a storage.
+
+    Args:
+        storage: The storage.
+        offset: The first element.
+        shape: The shape.
+        strides: How far elements are apart, by axis.
+        dtype: torch's name of the dtype where the storage is untyped, as ``"float8_e5m2"``.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str | None = None
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Strided:
+    sizes = (offset, *shape, *strides)
+    if not isinstance(storage, Storage) or len(shape) != len(strides):
+        raise Refused("a tensor has no storage, or not a stride for each axis")
+    if any(type(size) is not int or not 0 <= size < 2**63 for size in sizes):
+        raise Refused(f"a tensor has the offset, shape and strides {sizes!s:.100}")
+    return Strided(storage, offset, tuple(shape), tuple(strides))
+
+
+def _typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Strided:
+    found = _tensor(storage, offset, shape, strides)
+    dtype = rest[2]  # after `requires_grad` and the hooks
+    if not isinstance(dtype, Name) or dtype.module != "torch":
+        raise Refused(f"a tensor has the dtype {dtype}")
+    return Strided(found.storage, offset, found.shape, found.strides, dtype.name)
+
+
+def _subclass(function: Any, kind: Any, arguments: Any, *state: Any) -> Any:
+    return _call(function, arguments)
+
+
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    return {key: value for key, value in pairs}  # noqa: C416  dict() would take other things too
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *rest: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *rest: tensor,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
+    "collections.OrderedDict": _dict,
+    "torch.Size": lambda sizes=(): tuple(sizes),
+    "torch.device": lambda *names: None,
+    "builtins.set": lambda items=(): list(items),
+    "__builtin__.set": lambda items=(): list(items),
+    "_codecs.encode": lambda text, *rest: text,
+}
+_KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+"""Classes that are mentioned and not called."""
+
+
+def _named(module: Any, name: Any) -> Name:
+    found = Name(str(module), str(name))
+    dtype = found.module in ("torch", "torch.storage") and found.name.isidentifier()
+    if str(found) not in _FUNCTIONS and str(found) not in _KINDS and not dtype:
+        raise Refused(
+            f"it holds {found}, which is code to run, and no code of a file is run. In torch, save "
+            "`model.state_dict()`"
+        )
+    return found
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    if str(function) not in _FUNCTIONS or not isinstance(function, Name):
+        raise Refused(f"it calls {function}, and no code of a file is run")
+    if not isinstance(arguments, tuple):
+        raise Refused(f"it calls {function} with {type(arguments).__name__}")
+    return _FUNCTIONS[str(function)](*arguments)
+
+
+def _storage(ident: Any) -> Storage:
+    word, kind, key, _, size = ident
+    if word != "storage" or not isinstance(kind, Name) or type(size) is not int or size < 0:
+        raise Refused(f"it has an unknown reference {ident!r:.100}")
+    return Storage(kind.name, str(key), size)
+
+
+class Machine:
+    """Runs a pickle of tensors.
+
+    Args:
+        program: The pickle.
+    """
+
+    def __init__(self, program: bytes) -> None:
+        self._program = program
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """What the pickle describes: dicts, lists, `Strided` and plain values.
+
+        Raises:
+            Refused: it is broken, or holds more than tensors.
+        """
+        try:
+            for opcode, argument, _ in pickletools.genops(io.BytesIO(self._program)):
+                if opcode.name == "STOP":
+                    return self._stack.pop()
+                self._step(opcode.name, argument)
+        except Refused:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise Refused(f"its pickle is broken ({error!s:.200})") from error
+        raise Refused("its pickle has no end")
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack, memo = self._stack, self._memo
+        if name in _PUSHED:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in _TUPLES:
+            count = _TUPLES[name]
+            items = self._marked() if count is None else [stack.pop() for _ in range(count)][::-1]
+            stack.append(tuple(items))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._marked()
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [stack.pop()] if name == "APPEND" else self._marked()
+            stack[-1].extend(items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            last = stack.pop() if name == "STACK_GLOBAL" else None
+            stack.append(_named(stack.pop(), last) if last else _named(*argument.split(" ", 1)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
+            stack.append(_call(stack.pop(), arguments))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "BUILD":
+            stack.pop()  # the state of an OrderedDict, which has no tensors
+        elif name not in ("PROTO", "FRAME"):
+            raise Refused(f"its pickle has the instruction {name}, which no file of tensors needs")
+
+    def _marked(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        items = []
+        while (top := self._stack.pop()) is not MARK:
+            items.append(top)
+        return items[::-1]
+
+
+_PUSHED = (
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1",
+    "BINFLOAT", "BINBYTES", "SHORT_BINBYTES",
+)  # fmt: skip
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "MARK": lambda: MARK,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": list,
+}
+_TUPLES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}

@@ -1,0 +1,230 @@
+"""Safetensors: a header of JSON that says where each tensor lies, then their bytes.
+
+The header is read by this module and nothing is believed: its length, the dtypes, and the spans of
+the tensors, which must fill the file without a gap or an overlap. Writing puts the header first,
+so a file of any size is written one tensor at a time.
+
+References:
+    Hugging Face, "safetensors", https://github.com/huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from anymha.errors import FileError
+from anymha.interchange.files.reader import (
+    Reader,
+    Tensor,
+    check_all_written,
+    checked_array,
+    filled,
+    open_stream,
+    raw,
+)
+from anymha.interchange.files.whole import whole_file
+
+KIND = "a safetensors"
+MOST_HEADER = 100_000_000  # the format's own limit
+
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "F32": np.dtype(np.float32),
+    "C64": np.dtype(np.complex64),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "F64": np.dtype(np.float64),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class _Wrong(ValueError):
+    """What is wrong with a header."""
+
+
+class SafetensorsReader(Reader):
+    """An open safetensors file; only the tensors that are asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, KIND)
+        self._stream, size = open_stream(path)
+        try:
+            tensors, self._starts, self.metadata = _parsed(self._stream, size)
+            self.hold(tensors)
+        except _Wrong as error:
+            self.close()
+            raise self.broken(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            self._stream.seek(self._starts[name])
+            array = filled(self.tensors[name], self._stream)
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if array is None:
+            raise self.broken(f"it ends within {name!r}")
+        return array
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def open_safetensors(path: Path) -> SafetensorsReader:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileError: it cannot be read, or is broken.
+    """
+    return SafetensorsReader(path)
+
+
+def _parsed(
+    stream: BinaryIO, size: int
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
+    """The tensors, where each begins in the file, and the metadata."""
+    if size < 8:
+        raise _Wrong(f"it has {size} bytes, and the length of the header alone takes 8")
+    length = int.from_bytes(stream.read(8), "little")
+    if length > min(MOST_HEADER, size - 8):
+        raise _Wrong(
+            f"its header claims {length} bytes, where the file has {size} and the format allows "
+            f"{MOST_HEADER}"
+        )
+    header = _json(stream.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _Wrong("its metadata must be texts by name")
+    begin = 8 + length
+    tensors, spans = {}, {}
+    for name, entry in header.items():
+        tensors[name], spans[name] = _entry(name, entry)
+    _check_spans(spans, size - begin)
+    return tensors, {name: begin + start for name, (start, _) in spans.items()}, metadata
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise _Wrong("its header has a name twice")
+        return found
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+    except _Wrong:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _Wrong(f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _Wrong("its header is not a JSON object")
+    return header
+
+
+def _entry(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _Wrong(f"{name!r} must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _Wrong(f"{name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or len(shape) > 64:
+        raise _Wrong(f"{name!r} has the shape {shape!r} and the span {span!r}")
+    tensor = Tensor(tuple(shape), DTYPES[dtype])
+    if span[1] - span[0] != tensor.bytes:
+        raise _Wrong(
+            f"{name!r} takes {tensor.bytes} bytes as {dtype} of shape {tensor.shape}, but its span "
+            f"has {span[1] - span[0]}"
+        )
+    return tensor, (span[0], span[1])
+
+
+def _are_sizes(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+
+
+def _check_spans(spans: Mapping[str, tuple[int, int]], size: int) -> None:
+    ordered = [(0, 0), *sorted(spans.values()), (size, size)]
+    for (_, end), (start, _) in pairwise(ordered):
+        if start != end:
+            raise _Wrong(
+                f"its tensors must fill the {size} bytes after the header; one ends at byte {end}, "
+                f"the next begins at {start}"
+            )
+
+
+class _Writer:
+    def __init__(self, stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Any) -> None:
+        self._stream, self._tensors, self._missing = stream, tensors, set(tensors)
+        order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # aligns each
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._starts: dict[str, int] = {}
+        end = 0
+        for name in order:
+            start, end = end, end + tensors[name].bytes
+            self._starts[name] = start
+            header[name] = {
+                "dtype": NAMES[tensors[name].dtype],
+                "shape": list(tensors[name].shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        text += b" " * (-len(text) % 8)
+        stream.write(len(text).to_bytes(8, "little") + text)
+        self._begin = 8 + len(text)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Write a tensor that was announced."""
+        array = checked_array(name, array, self._tensors[name])
+        self._stream.seek(self._begin + self._starts[name])
+        self._stream.write(raw(array))
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """See to it that the file is complete."""
+        check_all_written(self._missing)
+
+
+@contextmanager
+def create_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[_Writer]:
+    """A new safetensors file, which is there once all its tensors are.
+
+    Raises:
+        FileError: it cannot be written, or cannot hold a dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise FileError(
+                f"A safetensors file cannot hold `{name}` of dtype {tensor.dtype}. It can hold: "
+                f"{', '.join(str(dtype) for dtype in NAMES)}."
+            )
+    with whole_file(path) as stream:
+        writer = _Writer(stream, tensors, metadata)
+        yield writer
+        writer.finish()

@@ -1,0 +1,184 @@
+"""torch's ``.pt``, ``.pth`` and ``.bin``: a zip archive of a pickle and of the tensors' bytes.
+
+Neither torch nor Python's pickle is used: the pickle is read as data by `pickles`, so nothing in a
+file can run, and the files are read and written where torch is not installed.
+
+References:
+    PyTorch 2.13, ``torch/serialization.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from anymha.interchange.files.archive import Archive
+from anymha.interchange.files.pickles import Machine, Refused, Storage, Strided
+from anymha.interchange.files.reader import Reader, Tensor, broken, fits_memory, open_stream
+
+KIND = "a torch"
+MOST_PICKLE = 100_000_000
+MOST_VALUES = 1_000_000
+MOST_DEPTH = 32
+
+STORAGES = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+    "ComplexFloatStorage": np.dtype(np.complex64),
+    "ComplexDoubleStorage": np.dtype(np.complex128),
+}
+UNTYPED = {
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "uint16": np.dtype(np.uint16),
+    "uint32": np.dtype(np.uint32),
+    "uint64": np.dtype(np.uint64),
+}
+
+
+class TorchReader(Reader):
+    """An open file of torch. Nested dicts give names with dots; other values are left out."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, KIND)
+        _check_form(path)
+        self._archive = Archive(path, KIND)
+        self._kept: tuple[Storage, np.ndarray] | None = None
+        try:
+            self._root = self._pickle_folder()
+            program = self._archive.read(f"{self._root}data.pkl")
+            self._tensors: dict[str, Strided] = {}
+            for name, found in _flat(Machine(program).run(), (), count()):
+                if name in self._tensors:
+                    raise Refused(f"it has {name!r} twice")
+                self._tensors[name] = found
+            self.hold({name: self._checked(name, one) for name, one in self._tensors.items()})
+        except Refused as error:
+            self.close()
+            raise self.broken(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _pickle_folder(self) -> str:
+        sizes = self._archive.sizes
+        roots = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
+        if len(roots) != 1 or f"{roots[0]}constants.pkl" in sizes:
+            raise Refused(
+                "it must hold one `data.pkl`, as `torch.save(model.state_dict(), file)` writes it; "
+                "programs of TorchScript are not read"
+            )
+        if sizes[f"{roots[0]}data.pkl"] > MOST_PICKLE:
+            raise Refused(f"its pickle has more than {MOST_PICKLE} bytes")
+        if f"{roots[0]}byteorder" in sizes and self._archive.read(f"{roots[0]}byteorder") != (
+            b"little"
+        ):
+            raise Refused("its numbers are not little-endian")
+        return roots[0]
+
+    def _checked(self, name: str, found: Strided) -> Tensor:
+        storage, dtype = found.storage, _dtype(found)
+        record = f"{self._root}data/{storage.key}"
+        held = _dtype_of(storage)[1] * storage.size
+        if self._archive.sizes.get(record) != held:
+            raise Refused(f"the elements of {name!r} are missing, or fewer or more than it says")
+        tensor = Tensor(found.shape, dtype)
+        last = sum((n - 1) * s for n, s in zip(found.shape, found.strides, strict=True))
+        if tensor.size and (found.offset + last + 1) * dtype.itemsize > held:
+            raise Refused(f"{name!r} reaches beyond its elements")
+        if not fits_memory(tensor.bytes, held):
+            raise Refused(f"{name!r} claims {tensor.bytes} bytes out of {held}")
+        return tensor
+
+    def _read(self, name: str) -> np.ndarray:
+        found, tensor = self._tensors[name], self.tensors[name]
+        if not tensor.size:
+            return np.empty(tensor.shape, tensor.dtype)
+        unit = tensor.dtype.itemsize
+        strides = [stride * unit for stride in found.strides]
+        content = self._elements(found.storage)
+        view = np.ndarray(tensor.shape, tensor.dtype, content.data, found.offset * unit, strides)
+        return np.array(view, order="C")
+
+    def _elements(self, storage: Storage) -> np.ndarray:
+        """The bytes of a storage; the last one is kept, for tensors that share it."""
+        if self._kept is None or self._kept[0] != storage:
+            self._kept = None
+            size = _dtype_of(storage)[1] * storage.size
+            record = f"{self._root}data/{storage.key}"
+            self._kept = storage, self._archive.array(record, Tensor((size,), np.dtype(np.uint8)))
+        return self._kept[1]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._kept = None
+        self._archive.close()
+
+
+def open_torch(path: Path) -> TorchReader:
+    """The tensors of a file of torch.
+
+    Raises:
+        FileError: it cannot be read, is broken, or holds code.
+    """
+    return TorchReader(path)
+
+
+def _check_form(path: Path) -> None:
+    """Refuse the form of before 2020, several pickles one after another."""
+    stream, _ = open_stream(path)
+    with stream:
+        begins = stream.read(1)
+    if begins == b"\x80":
+        raise broken(path, KIND, "it has the form of torch before 1.6; load it in torch with "
+                     "`torch.load(file, weights_only=True)`, and save it anew")  # fmt: skip
+
+
+def _dtype_of(storage: Storage) -> tuple[np.dtype | None, int]:
+    """The dtype of a storage, None where it is untyped, and the bytes of its unit."""
+    if storage.dtype == "UntypedStorage":
+        return None, 1
+    if storage.dtype not in STORAGES:
+        raise Refused(f"it has elements of the kind {storage.dtype}")
+    return STORAGES[storage.dtype], STORAGES[storage.dtype].itemsize
+
+
+def _dtype(found: Strided) -> np.dtype:
+    dtype, _ = _dtype_of(found.storage)
+    if dtype is None and found.dtype in UNTYPED:
+        return UNTYPED[found.dtype]
+    if dtype is None or found.dtype is not None:
+        raise Refused(f"it has a tensor of {found.dtype} in {found.storage.dtype}")
+    return dtype
+
+
+def _flat(
+    found: Any, keys: tuple[str, ...], steps: Iterator[int]
+) -> Iterator[tuple[str, Strided]]:
+    """The tensors of nested dicts, with the keys joined by dots."""
+    if isinstance(found, Strided):
+        yield ".".join(keys) or "tensor", found
+    elif isinstance(found, dict):
+        if len(keys) == MOST_DEPTH:
+            raise Refused(f"its dicts are nested more than {MOST_DEPTH} deep")
+        for key, value in found.items():
+            if next(steps) == MOST_VALUES:  # dicts within dicts can name the same one many times
+                raise Refused(f"its dicts have more than {MOST_VALUES} values")
+            if isinstance(key, (str, int)):
+                yield from _flat(value, (*keys, str(key)), steps)
