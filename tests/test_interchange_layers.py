@@ -150,5 +150,7 @@ def test_weights_that_do_not_fit_leave_the_layer(backend: Backend, built):
 
 
 def test_what_is_no_layer_is_refused():
-    with pytest.raises(ArgumentError, match=r"`layer` must be a layer of anymha\. Received: bu"):
+    with pytest.raises(
+        ArgumentError, match=r"must be a layer of anymha, .*Received: builtins\.str"
+    ):
         anymha.get_weights("layer")

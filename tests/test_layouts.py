@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anymha.errors import ConfigError, UnknownLayoutError, WeightsError
+from anymha.config import AttentionConfig
+from anymha.errors import (
+    ArgumentError,
+    BiasWarning,
+    ConfigError,
+    LayoutError,
+    UnknownLayoutError,
+    WeightsError,
+)
+from anymha.interchange import layouts as module
+from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
+from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
+from anymha.interchange.weights import Weights
 from anymha.layer import multi_head_attention
 from anymha.registry import get_backend
+from tests.layout_samples import SAMPLES, Sample, Size, by_name, label
 
 BERT = "transformers.bert"
 NAMES = {"query": "self.query", "key": "self.key", "value": "self.value", "output": "output.dense"}
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+NAMED = [
+    *("keras.MultiHeadAttention", "keras.GroupQueryAttention", "torch.MultiheadAttention"),
+    *("flax.nnx.MultiHeadAttention", "flax.linen.MultiHeadDotProductAttention"),
+    *("equinox.MultiheadAttention", "haiku.MultiHeadAttention", "x_transformers.Attention"),
+    *("timm.vit", "onnxruntime.MultiHeadAttention"),
+    *("transformers.bert", "transformers.gpt2", "transformers.vit", "transformers.clip"),
+    *("transformers.t5", "transformers.whisper", "transformers.llama", "transformers.mistral"),
+    *("transformers.qwen2", "transformers.qwen3", "transformers.gemma", "transformers.gemma3"),
+    *("transformers.gpt_neox", "transformers.bloom", "transformers.falcon", "transformers.phi3"),
+    *("transformers.gpt_bigcode", "transformers.codegen", "transformers.gptj"),
+    *("transformers.gpt_oss", "transformers.opt", "transformers.bart"),
+]
 
 
 def draw_arrays(
@@ -45,43 +72,109 @@ SIZES = {
     "heads": 4, "shared": 2, "key_dim": 3, "value_dim": 5, "query": 7, "key": 6, "value": 8,
     "output": 9,
 }  # fmt: skip
-sizes_drawn = st.fixed_dictionaries(
-    {name: st.integers(1, 4) for name in SIZES} | {"groups": st.integers(1, 3)}
-).map(lambda sizes: {**sizes, "heads": sizes["shared"] * sizes["groups"]})
+drawn = st.builds(
+    Size,
+    **{name: st.integers(1, 4) for name in "KdvDSUO"},
+    H=st.just(0),
+).flatmap(lambda s: st.integers(1, 3).map(lambda groups: _grouped(s, groups)))
 
 
-@given(
-    sizes=sizes_drawn,
-    biased=st.sets(st.sampled_from(list(NAMES))),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_round_trip_keeps_every_bit(sizes: dict[str, int], biased: set[str], dtype: Any) -> None:
-    arrays = draw_arrays(sizes, tuple(biased), dtype)
-    weights, config = to_canonical(
-        arrays, BERT, num_heads=sizes["heads"], num_key_value_heads=sizes["shared"]
-    )
+def _grouped(size: Size, groups: int) -> Size:
+    return Size(**{**vars(size), "H": size.K * groups})
+
+
+def same(one: Any, other: Any) -> None:
+    """The same names and the same bits."""
+    assert set(one) == set(other)
+    for name, array in one.items():
+        assert other[name].dtype == array.dtype, name
+        assert other[name].shape == array.shape, name
+        assert other[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=label)
+@settings(max_examples=25)
+@given(size=drawn, dtype=st.sampled_from(DTYPES), data=st.data())
+def test_round_trip_keeps_every_bit(sample: Sample, size: Size, dtype: Any, data: Any) -> None:
+    arrays = sample.arrays(size, lambda group: data.draw(st.booleans(), label=str(group)), dtype)
+    weights, config = to_canonical(arrays, sample.layout, **sample.told(size))
+    true = sample.size(size)
     assert {name: w.shape for name, w in weights.items()} == config.weight_shapes()
-    assert config.dtype == np.dtype(dtype).name
-    for name in NAMES:
-        assert (f"{name}.bias" in weights) == (name in biased)
-    back = from_canonical(weights, BERT)
-    assert set(back) == set(arrays)
-    for name, array in arrays.items():
-        assert back[name].dtype == array.dtype
-        assert back[name].flags.c_contiguous
-        assert back[name].tobytes() == np.ascontiguousarray(array).tobytes()
+    assert (config.num_heads, config.key_value_heads, config.key_dim) == (true.H, true.K, true.d)
+    assert (config.value_dim, config.dtype) == (true.v, np.dtype(dtype).name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = from_canonical(weights, sample.layout, config=config)
+        same(back, arrays)
+        assert all(array.flags.c_contiguous for array in back.values())
+        if not weights.extras:  # the same of a plain dict, which remembers no form
+            form = sample.form or None
+            same(from_canonical(dict(weights), sample.layout, config=config, form=form), arrays)
 
 
-@given(sizes=sizes_drawn, biased=st.sets(st.sampled_from(list(NAMES))))
+@pytest.mark.parametrize("sample", SAMPLES, ids=label)
+@settings(max_examples=10)
+@given(size=drawn, data=st.data())
 def test_way_from_the_canonical_form_and_back_keeps_every_bit(
-    sizes: dict[str, int], biased: set[str]
+    sample: Sample, size: Size, data: Any
 ) -> None:
-    heads = {"num_heads": sizes["heads"], "num_key_value_heads": sizes["shared"]}
-    weights, _ = to_canonical(draw_arrays(sizes, tuple(biased)), BERT, **heads)
-    back, _ = to_canonical(from_canonical(weights, BERT), BERT, **heads)
-    assert set(back) == set(weights)
-    for name, array in weights.items():
-        assert np.array_equal(back[name], array)
+    arrays = sample.arrays(size, lambda group: data.draw(st.booleans()))
+    first, config = to_canonical(arrays, sample.layout, **sample.told(size))
+    rng = np.random.default_rng(1)
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in config.weight_shapes().items()
+    }
+    back = from_canonical(
+        weights, sample.layout, config=config, extras=first.extras, form=first.form
+    )
+    again, config_again = to_canonical(back, sample.layout, **sample.told(size))
+    same(again, weights)
+    assert config_again == config
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=label)
+def test_every_layer_fits_its_own_layout_and_says_why_not_another(sample: Sample) -> None:
+    shapes = {name: array.shape for name, array in sample.arrays(Size()).items()}
+    layout = get_layout(sample.layout)
+    assert layout.fits(shapes) is None
+    assert set(shapes) <= set(layout.names())
+    assert layout.prefixes([f"model.3.{name}" for name in shapes]) == ["model.3."]
+    short = dict(list(shapes.items())[1:])
+    assert "Missing: " in str(layout.fits(short))
+    grown = {**shapes, "unheard.of": (3,)}
+    assert str(layout.fits(grown)).endswith("Unknown: unheard.of.")
+    for name, shape in shapes.items():
+        if name in (extra.array for extra in layout.extras):
+            continue
+        bent = {**shapes, name: (*shape[:-1], 1 + shape[-1])}
+        # One more input of a kernel is another layer; everything else must be noticed.
+        assert layout.fits(bent) or len(shape) > 1
+
+
+def test_every_layout_that_is_promised_is_there_and_sampled() -> None:
+    assert set(NAMED) == {sample.layout for sample in SAMPLES}
+    assert set(NAMED) <= set(layouts())
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.asks], ids=label)
+def test_heads_that_the_shapes_do_not_tell_are_asked_for(sample: Sample) -> None:
+    with pytest.raises(WeightsError) as error:
+        to_canonical(sample.arrays(Size()), sample.layout)
+    assert message(error) == (
+        f"{sample.layout} needs `num_heads`, the number of query heads (or `head_dim`, the width "
+        "of each): its shapes do not tell it. It stands in the model's configuration."
+    )
+    weights, _ = to_canonical(sample.arrays(Size()), sample.layout, head_dim=3)
+    assert weights["query.kernel"].shape[1:] == (sample.size(Size()).H, 3)
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if not s.asks], ids=label)
+def test_heads_that_contradict_the_shapes_are_refused(sample: Sample) -> None:
+    right = sample.size(Size()).H
+    to_canonical(sample.arrays(Size()), sample.layout, num_heads=right)
+    with pytest.raises((WeightsError, ConfigError)):
+        to_canonical(sample.arrays(Size()), sample.layout, num_heads=right + 1)
 
 
 def test_result_is_a_copy() -> None:
@@ -222,3 +315,427 @@ def test_layout_that_is_not_known_is_told() -> None:
         listed = ", ".join(repr(name) for name in layouts())
         assert message(error) == f"`layout` must be one of {listed}. Received: 'bert'."
     assert BERT in layouts()
+
+
+# What a fused array means, by hand: rows are numbered, and each says whose it is.
+PACKINGS = {
+    # per head: query, key, value
+    ("transformers.gpt_neox", 2, 2): ["q0", "k0", "v0", "q1", "k1", "v1"],
+    ("transformers.bloom", 2, 2): ["q0", "k0", "v0", "q1", "k1", "v1"],
+    ("transformers.falcon", 2, 2): ["q0", "k0", "v0", "q1", "k1", "v1"],
+    # all queries, one key, one value
+    ("transformers.falcon", 3, 1): ["q0", "q1", "q2", "k0", "v0"],
+    ("transformers.gpt_bigcode", 3, 1): ["q0", "q1", "q2", "k0", "v0"],
+    # for each key head its queries
+    ("transformers.falcon", 4, 2): ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"],
+    # all queries, all keys, all values
+    ("transformers.phi3", 4, 2): ["q0", "q1", "q2", "q3", "k0", "k1", "v0", "v1"],
+    ("timm.vit", 2, 2): ["q0", "q1", "k0", "k1", "v0", "v1"],
+    ("torch.MultiheadAttention", 2, 2): ["q0", "q1", "k0", "k1", "v0", "v1"],
+    ("transformers.gpt2", 2, 2): ["q0", "q1", "k0", "k1", "v0", "v1"],
+    # four blocks of query, value, key
+    ("transformers.codegen", 8, 8): [
+        f"{name}{2 * block + head}" for block in range(4) for name in "qvk" for head in range(2)
+    ],
+}
+
+
+@pytest.mark.parametrize(("layout", "heads", "shared"), PACKINGS)
+def test_rows_of_a_fused_kernel_go_where_they_belong(layout: str, heads: int, shared: int) -> None:
+    order = PACKINGS[layout, heads, shared]
+    width = heads * 3
+    sample = by_name(layout)
+    (name,) = (n for n, s in sample.shapes(Size(H=heads, K=shared, D=width)).items()
+               if len(s) == 2 and max(s) == 3 * len(order))  # fmt: skip
+    arrays = sample.arrays(
+        Size(H=heads // sample.multiple, K=shared, D=width, S=width, U=width, O=width), False
+    )
+    rows = np.arange(3 * len(order) * width, dtype=np.float32).reshape(-1, width)
+    arrays[name] = rows.T.copy() if layout == "transformers.gpt2" else rows
+    weights, _ = to_canonical(arrays, layout, num_heads=heads)
+    for place, whose in enumerate(order):
+        projection = {"q": "query", "k": "key", "v": "value"}[whose[0]]
+        head = weights[f"{projection}.kernel"][:, int(whose[1:])]  # (D, d)
+        np.testing.assert_array_equal(head.T, rows[3 * place : 3 * place + 3], err_msg=whose)
+
+
+def test_query_heads_of_x_transformers_are_dealt_out_one_by_one() -> None:
+    arrays = by_name("x_transformers.Attention").arrays(Size(H=4, K=2, d=1, D=1))
+    arrays["to_q.weight"] = np.arange(4, dtype=np.float32).reshape(4, 1)
+    weights, _ = to_canonical(arrays, "x_transformers.Attention", num_heads=4)
+    # Heads 0 and 2 belong to key head 0, heads 1 and 3 to key head 1.
+    np.testing.assert_array_equal(weights["query.kernel"][0, :, 0], [0, 2, 1, 3])
+    back = weights["output.kernel"].transpose(2, 0, 1)  # (O, H, d_v)
+    theirs = arrays["to_out.weight"].reshape(9, 4, 5)
+    np.testing.assert_array_equal(back, theirs[:, [0, 2, 1, 3]])
+
+
+def test_key_heads_are_told_by_the_shapes() -> None:
+    for layout in ("transformers.llama", "transformers.falcon", "x_transformers.Attention"):
+        size = Size(H=6, K=2)
+        arrays = by_name(layout).arrays(size)
+        _, config = to_canonical(arrays, layout, num_heads=6)
+        assert config.key_value_heads == 2
+        _, config = to_canonical(arrays, layout, num_heads=6, num_key_value_heads=2)
+        assert config.key_value_heads == 2
+
+
+def test_scale_and_window_go_into_the_config() -> None:
+    arrays = by_name("transformers.t5").arrays(Size())
+    _, config = to_canonical(arrays, "transformers.t5", num_heads=4)
+    assert config.scale == 1.0
+    arrays = by_name("transformers.gemma3").arrays(Size())
+    weights, config = to_canonical(
+        arrays, "transformers.gemma3", scale=168**-0.5, sliding_window=512
+    )
+    assert (config.scale, config.sliding_window) == (168**-0.5, 512)
+    same(from_canonical(weights, "transformers.gemma3"), arrays)
+
+
+def test_scale_that_the_target_does_not_have_is_refused() -> None:
+    weights, config = to_canonical(
+        by_name("transformers.t5").arrays(Size(d=4, D=8)), "transformers.t5", num_heads=4
+    )
+    for one in (weights, {**weights}):
+        with pytest.raises(LayoutError) as error:
+            from_canonical(one, "equinox.MultiheadAttention", config=config)
+        assert message(error) == (
+            "A layer of equinox.MultiheadAttention multiplies the logits by 0.5; by the config it "
+            "is `scale` 1, and the results would change. Multiply `query.kernel` and `query.bias` "
+            "by 2 first, and pass a config with `scale` 0.5."
+        )
+    with pytest.raises(LayoutError, match=r"multiplies the logits by 0\.5"):
+        from_canonical(weights, "equinox.MultiheadAttention")  # the config came with the weights
+    plain = AttentionConfig(4, 4)
+    with pytest.raises(LayoutError, match="multiplies the logits by 1; by the config"):
+        from_canonical(weights, "transformers.t5", config=plain)
+
+
+NEEDS = {
+    "transformers.llama": ["rotary"],
+    "transformers.gptj": ["element 2i of a head turns with element 2i \\+ 1", "rotary_dim"],
+    "transformers.qwen3": ["rotary", "RMS norm of each query head, times `q_norm.weight`"],
+    "transformers.gemma3": ["times 1 \\+ `k_norm.weight`", "query_pre_attn_scalar"],
+    "transformers.bloom": ["ALiBi"],
+    "transformers.t5": ["bias of relative positions"],
+    "transformers.gpt_oss": ["sink"],
+    "transformers.falcon": ["alibi"],
+    "keras.GroupQueryAttention": ["gate"],
+    "flax.nnx.MultiHeadAttention": ["layer norms"],
+}
+
+
+@pytest.mark.parametrize("layout", NEEDS)
+def test_what_else_the_forward_pass_needs_is_told(layout: str) -> None:
+    sample = by_name(layout)
+    weights, _ = to_canonical(sample.arrays(Size()), layout, **sample.told(Size()))
+    for need in NEEDS[layout]:
+        assert any(re.search(need, told) for told in weights.needs), weights.needs
+    assert all(need in repr(weights) for need in weights.needs)
+    assert from_canonical(weights, layout).needs == weights.needs
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "vit", "clip", "opt", "bart", "whisper", "gpt2", "gpt_bigcode"]
+)
+def test_families_whose_attention_is_plain_need_nothing(name: str) -> None:
+    sample = by_name(f"transformers.{name}")
+    weights, _ = to_canonical(sample.arrays(Size()), sample.layout, num_heads=4)
+    assert weights.needs == weights.lost == ()
+
+
+def test_arrays_that_another_layout_has_no_place_for_are_not_dropped_silently() -> None:
+    weights, config = to_canonical(
+        by_name("transformers.qwen3").arrays(Size()), "transformers.qwen3"
+    )
+    with pytest.raises(LayoutError) as error:
+        from_canonical(weights, "transformers.llama", config=config)
+    assert message(error) == (
+        "transformers.llama has no place for q_norm.weight, k_norm.weight, which the layer of "
+        "transformers.qwen3 has beside the projections. Pass `dict(weights)` to convert the "
+        "projections alone."
+    )
+    assert "q_proj.weight" in from_canonical(dict(weights), "transformers.llama", config=config)
+    with pytest.raises(LayoutError) as error:
+        from_canonical(dict(weights), "transformers.qwen3", config=config)
+    assert message(error) == (
+        "transformers.qwen3 has q_norm.weight, k_norm.weight, rotary_emb.inv_freq beside the "
+        "projections. Missing: q_norm.weight, k_norm.weight. Unknown: none. Pass them by name as "
+        "`extras`."
+    )
+
+
+def test_buffers_are_given_back_but_bind_nothing() -> None:
+    arrays = by_name("transformers.gpt2").arrays(Size())
+    arrays["bias"] = np.tril(np.ones((1, 1, 4, 4), bool))  # not floats, and not to be
+    weights, _ = to_canonical(arrays, "transformers.gpt2", num_heads=4)
+    assert set(weights.extras) == {"bias", "masked_bias"}
+    same(from_canonical(weights, "transformers.gpt2"), arrays)
+    assert set(from_canonical(weights, "transformers.gpt_neox")) == {
+        "query_key_value.weight", "query_key_value.bias", "dense.weight", "dense.bias",
+    }  # fmt: skip
+
+
+def canonical(**changes: Any) -> dict[str, np.ndarray]:
+    """Random canonical weights, square unless told otherwise."""
+    options = {"num_heads": 2, "key_dim": 4, "query_features": 8, **changes}
+    shapes = AttentionConfig(**options).weight_shapes()
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+REFUSED = {
+    "torch, value heads of another width": (
+        "torch.MultiheadAttention", {"value_dim": 3},
+        "torch.MultiheadAttention cannot hold these weights: its value heads are as wide as its "
+        "key heads. Received: key heads of width 4, value heads of width 3. Use a layout with both "
+        "widths, as 'keras.MultiHeadAttention' or 'equinox.MultiheadAttention'.",
+    ),
+    "torch, grouped heads": (
+        "torch.MultiheadAttention", {"num_key_value_heads": 1},
+        "torch.MultiheadAttention cannot hold these weights: it has one key head for each query "
+        "head. Received: 2 query heads, 1 key and value heads. Use a layout with grouped heads, as "
+        "'keras.GroupQueryAttention' or 'transformers.llama'.",
+    ),
+    "torch, heads of another width together": (
+        "torch.MultiheadAttention", {"key_dim": 3},
+        "torch.MultiheadAttention cannot hold these weights: its `embed_dim` is the width of its "
+        "queries, of all heads together and of its outputs. Received: queries of width 8, 2 heads "
+        "of width 3, outputs of shape (8,). Use a layout with these widths, as "
+        "'equinox.MultiheadAttention'.",
+    ),
+    "linen, grouped heads": (
+        "flax.linen.MultiHeadDotProductAttention", {"num_key_value_heads": 1},
+        "it has one key head for each query head",
+    ),
+    "linen, outputs of two axes": (
+        "flax.linen.MultiHeadDotProductAttention", {"output_shape": (2, 3)},
+        "flax.linen.MultiHeadDotProductAttention cannot hold these weights: its outputs are "
+        "vectors. Received: `output.kernel` of shape (2, 4, 2, 3). Use 'keras.MultiHeadAttention', "
+        "whose outputs may have more axes.",
+    ),
+    "nnx, key and value of two widths": (
+        "flax.nnx.MultiHeadAttention", {"value_features": 5, "key_features": 6},
+        "it makes key, value of inputs of one width. Received: widths 6, 5.",
+    ),
+    "nnx, value heads of another width": (
+        "flax.nnx.MultiHeadAttention", {"value_dim": 3}, "its value heads are as wide",
+    ),
+    "keras, grouped heads": (
+        "keras.MultiHeadAttention", {"num_key_value_heads": 1}, "'keras.GroupQueryAttention'",
+    ),
+    "keras grouped, another output": (
+        "keras.GroupQueryAttention", {"output_shape": 5}, "its outputs are as wide as its queries",
+    ),
+    "equinox, grouped heads": (
+        "equinox.MultiheadAttention", {"num_key_value_heads": 1}, "one key head for each",
+    ),
+    "gpt2, keys of another input": (
+        "transformers.phi3", {"value_features": 5, "use_bias": False},
+        "it makes query, key, value of inputs of one width",
+    ),
+    "codegen, two heads": (
+        "transformers.codegen", {"use_bias": False},
+        "its heads lie in 4 equal blocks. Received: 2 heads",
+    ),
+    "phi3, value heads of another width": (
+        "transformers.phi3", {"value_dim": 3, "use_bias": False}, "its value heads are as wide",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "options", "text"), REFUSED.values(), ids=REFUSED)
+def test_what_a_layout_cannot_hold_is_refused_with_the_reason(
+    layout: str, options: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(LayoutError) as error:
+        from_canonical(canonical(**options), layout)
+    assert text in message(error)
+
+
+def test_outputs_of_more_axes_stay_whole_in_keras() -> None:
+    weights = canonical(output_shape=(2, 3))
+    arrays = from_canonical(weights, "keras.MultiHeadAttention")
+    assert arrays["attention_output/kernel"].shape == (2, 4, 2, 3)
+    assert arrays["attention_output/bias"].shape == (2, 3)
+    same(to_canonical(arrays, "keras.MultiHeadAttention")[0], weights)
+
+
+PARTIAL = {
+    "torch.MultiheadAttention": "in_proj_bias",
+    "keras.MultiHeadAttention": "key/bias",
+    "flax.nnx.MultiHeadAttention": "key/bias",
+    "haiku.MultiHeadAttention": "key/b",
+    "timm.vit": "qkv.bias",
+    "transformers.gpt2": "c_attn.bias",
+}
+
+
+@pytest.mark.parametrize("layout", PARTIAL)
+def test_absent_bias_becomes_zeros_where_biases_come_together_and_is_told(layout: str) -> None:
+    weights = canonical(use_bias=("query", "value", "output"))
+    with pytest.warns(BiasWarning) as caught:
+        arrays = from_canonical(weights, layout)
+    assert str(caught[0].message) == (
+        f"{layout} has other biases than these weights: key.bias added as zeros. The results are "
+        "the same, but the way back does not know which biases were absent."
+    )
+    back, _ = to_canonical(arrays, layout, num_heads=2)
+    assert not back.pop("key.bias").any()
+    same(back, weights)
+    assert PARTIAL[layout] in arrays
+
+
+def test_absent_bias_stays_absent_where_biases_stand_alone() -> None:
+    weights = canonical(use_bias=("query", "value", "output"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layout in ("transformers.whisper", "equinox.MultiheadAttention", "transformers.bert"):
+            arrays = from_canonical(weights, layout)
+            assert len(arrays) == 7
+            same(to_canonical(arrays, layout, num_heads=2)[0], weights)
+
+
+def test_bias_that_has_no_place_is_refused_unless_it_is_zero() -> None:
+    weights = canonical()
+    with pytest.raises(LayoutError) as error:
+        from_canonical(weights, "transformers.whisper")
+    assert message(error) == (
+        "transformers.whisper has no `key.bias`; the weights do, and without it the results would "
+        "change. Use a layout that holds this bias."
+    )
+    weights["key.bias"] = np.zeros_like(weights["key.bias"])
+    with pytest.warns(BiasWarning, match=r"key\.bias of zeros left out"):
+        arrays = from_canonical(weights, "transformers.whisper")
+    assert "k_proj.bias" not in arrays
+    weights["key.bias"][0, 0] = np.nan
+    with pytest.raises(LayoutError, match=r"no `key\.bias`"):
+        from_canonical(weights, "transformers.whisper")
+
+
+def test_latent_attention_is_refused_with_the_reason() -> None:
+    arrays = {
+        f"{name}.weight": np.ones((4, 4), np.float32)
+        for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    }
+    with pytest.raises(LayoutError) as error:
+        to_canonical(arrays, "transformers.llama", num_heads=2)
+    assert message(error) == (
+        "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its "
+        "keys and values pass through a shared low-rank projection and a norm, and its heads mix "
+        "rotated and plain parts, for which the canonical form has no place."
+    )
+
+
+@pytest.mark.parametrize("name", ["bias_k", "bias_v"])
+def test_torch_rows_beside_the_inputs_are_refused_with_the_reason(name: str) -> None:
+    arrays = {**by_name("torch.MultiheadAttention").arrays(Size()), name: np.ones((1, 1, 12))}
+    with pytest.raises(LayoutError) as error:
+        to_canonical(arrays, "torch.MultiheadAttention", num_heads=4)
+    assert message(error) == (
+        f"torch.MultiheadAttention with `{name}` cannot be converted: it is one more key and one "
+        "more value after those of the inputs, which no weight of the canonical form can be. Make "
+        "the layer with `add_bias_kv=False`."
+    )
+
+
+def test_quantised_arrays_are_refused() -> None:
+    arrays = {**draw_arrays(SIZES), "self.key.weight": np.ones((6, 6), np.int8)}
+    with pytest.raises(LayoutError) as error:
+        to_canonical(arrays, BERT, num_heads=4)
+    assert message(error) == (
+        "`self.key.weight` must be of float16, bfloat16, float32, float64. Received: int8. Convert "
+        "a layer that is not quantised, or turn its values into floats first."
+    )
+
+
+def test_sizes_that_are_not_known_are_told() -> None:
+    with pytest.raises(ArgumentError) as error:
+        to_canonical(draw_arrays(SIZES), BERT, heads=4)
+    assert message(error) == (
+        "Sizes are num_heads, num_key_value_heads, head_dim, scale, sliding_window. Received: "
+        "'heads'."
+    )
+
+
+def test_fused_rows_that_no_heads_fit_are_told() -> None:
+    arrays = by_name("transformers.phi3").arrays(Size())
+    arrays["qkv_proj.weight"] = np.ones((25, 7), np.float32)
+    with pytest.raises(WeightsError) as error:
+        to_canonical(arrays, "transformers.phi3", num_heads=4)
+    assert message(error) == (
+        "`qkv_proj.weight` must be a matrix whose rows are 4 query heads and 2 * K key and value "
+        "heads of width 3. Received: shape (25, 7). Check `num_heads` and `num_key_value_heads`."
+    )
+
+
+def test_nested_dicts_and_arrays_of_any_framework_are_taken(installed: Any) -> None:
+    sample = by_name("flax.linen.MultiHeadDotProductAttention")
+    arrays = sample.arrays(Size())
+    wanted, _ = to_canonical(arrays, sample.layout)
+    for backend in installed:
+        nested: dict[str, dict[str, Any]] = {}
+        for name, array in arrays.items():
+            module_name, _, part = name.partition("/")
+            nested.setdefault(module_name, {})[part] = backend.ops.from_numpy(array)
+        weights, _ = to_canonical(nested, sample.layout)
+        same(weights, wanted)
+        there = {name: backend.ops.from_numpy(array) for name, array in weights.items()}
+        same(from_canonical(there, sample.layout, extras=wanted.extras), arrays)
+
+
+def test_forms_can_be_named() -> None:
+    weights = canonical()
+    packed = from_canonical(weights, "torch.MultiheadAttention")
+    assert "in_proj_weight" in packed
+    assert packed.form == "packed"
+    separate = from_canonical(weights, "torch.MultiheadAttention", form="separate")
+    assert "q_proj_weight" in separate
+    with pytest.raises(LayoutError) as error:
+        from_canonical(weights, "torch.MultiheadAttention", form="spread")
+    assert message(error) == (
+        "`form` of torch.MultiheadAttention must be one of 'packed', 'separate'. Received: "
+        "'spread'."
+    )
+
+
+class Point:
+    """An entry point of a test."""
+
+    def __init__(self, name: str, found: Any) -> None:
+        self.name, self.value, self.found = name, "some_package:LAYOUT", found
+
+    def load(self) -> Any:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+def test_layouts_of_others_are_found_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Layout("mine.bert", ENCODERS[0].forms)
+    points = [
+        Point("mine.bert", theirs),
+        Point(BERT, theirs),  # the built-in one stays
+        Point("bad.import", ImportError("no module named 'torches'")),
+        Point("bad.kind", {"a": "dict"}),
+    ]
+    asked = []
+
+    def entry_points(group: str) -> list[Point]:
+        asked.append(group)
+        return points
+
+    monkeypatch.setattr(module.importlib.metadata, "entry_points", entry_points)
+    assert get_layout(BERT) is ENCODERS[0]
+    assert asked == []  # not looked up for a built-in name
+    weights, _ = to_canonical(draw_arrays(SIZES), "mine.bert", num_heads=4)
+    assert isinstance(weights, Weights)
+    same(from_canonical(weights, "mine.bert"), draw_arrays(SIZES))
+    assert "mine.bert" in layouts()
+    assert layouts().count(BERT) == 1
+    with pytest.raises(UnknownLayoutError, match=r"no module named 'torches'\. Install what it"):
+        get_layout("bad.import")
+    with pytest.raises(
+        UnknownLayoutError, match=r"must be an `anymha\.interchange\.layout\.Layout`"
+    ):
+        get_layout("bad.kind")

@@ -1,14 +1,21 @@
-"""Weights in and out of live layers, through the canonical form in NumPy."""
+"""Weights in and out of live layers, ours and other libraries', through the canonical form."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from anymha.config import AttentionConfig
-from anymha.errors import ArgumentError, WeightsError
+from anymha.errors import ArgumentError, LayoutError, WeightsError
+from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
+from anymha.interchange.libraries import made, opened
+from anymha.interchange.opened import Opened
+from anymha.interchange.weights import Weights
+from anymha.interchange.writing import check_biases, checked, matched
 from anymha.registry import backend_of, get_layer
 
 
@@ -29,14 +36,34 @@ def new_layer(*args: Any, backend: str, **options: Any) -> Any:
     return get_layer(backend)(*args, **options)
 
 
-def get_weights(layer: Any) -> dict[str, np.ndarray]:
+def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
     """The layer's weights as NumPy arrays by canonical name, in the layer's dtype.
 
+    Args:
+        layer: A layer of anymha; or a live layer of another library: `torch.nn.MultiheadAttention`,
+            Keras's `MultiHeadAttention` and `GroupQueryAttention`, `nnx.MultiHeadAttention`,
+            Equinox's `MultiheadAttention`, an attention module of transformers, timm or
+            x-transformers, or the parameters of Flax's linen or Haiku, as nested dicts.
+        **sizes: What such a layer does not tell, as `to_canonical` takes it: `num_heads` for
+            Haiku.
+
+    Returns:
+        A dict; of another library's layer with the attributes of
+        `anymha.interchange.weights.Weights`: its `config`, what its forward pass `needs` beside
+        plain attention, and its arrays that the canonical form has no place for.
+
     Raises:
-        ArgumentError: `layer` is not a layer of anymha.
-        WeightsError: the layer has no weights yet.
+        ArgumentError: `layer` is not such a layer.
+        WeightsError: the layer has no weights yet, or does not tell its sizes.
+        LayoutError: it has what cannot be converted.
     """
-    arrays = _checked(layer).canonical_weights()
+    if not _is_ours(layer):
+        return _read(opened(layer), sizes)
+    if sizes:
+        raise ArgumentError(
+            f"A layer of anymha tells its sizes itself. Received: {', '.join(sizes)}. Leave it out."
+        )
+    arrays = layer.canonical_weights()
     if not arrays:
         raise WeightsError(
             "The layer has no weights yet. Call it once, or pass `query_features` to its "
@@ -45,45 +72,138 @@ def get_weights(layer: Any) -> dict[str, np.ndarray]:
     return {name: np.array(backend_of(array).ops.to_numpy(array)) for name, array in arrays.items()}
 
 
-def set_weights(layer: Any, weights: Mapping[str, np.ndarray]) -> Any:
-    """The layer with these weights: itself, or a new one where layers are frozen (JAX).
+def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
+    """The layer with these weights: itself, or a new one where layers are frozen.
 
     Args:
-        layer: A layer of anymha.
-        weights: NumPy arrays by canonical name, one for each weight of the layer.
+        layer: A layer, as `get_weights` takes it.
+        weights: Arrays by canonical name, one for each weight of the layer. Another library's
+            layer gets zeros for biases that the weights do not have.
+        **sizes: What another library's layer does not tell, as for `get_weights`.
+
+    Returns:
+        The layer itself; a new one for JAX's and Equinox's layers and for parameters as dicts.
 
     Raises:
-        ArgumentError: `layer` is not a layer of anymha.
+        ArgumentError: `layer` is not such a layer.
         WeightsError: names or shapes do not fit; the layer is left as it was.
+        LayoutError: the layer would compute something else than the one that the weights are from.
+
+    Warns:
+        BiasWarning: a bias of zeros was added or left out.
     """
-    return _checked(layer).with_canonical_weights(weights)
+    source = weights if isinstance(weights, Weights) else None
+    if _is_ours(layer):
+        if source is not None and source.config is not None:
+            _check_scale("the layer", layer.config, source.config)
+        return layer.with_canonical_weights(weights)
+    live = opened(layer)
+    held = _read(live, sizes)
+    values, _ = checked(weights)
+    check_biases(values)
+    values = matched(live.layout, held, values)
+    for name, value in values.items():
+        if value.shape != held[name].shape:
+            raise WeightsError(
+                f"`{name}` must have shape {held[name].shape} in this layer of {live.layout}. "
+                f"Received: shape {value.shape}."
+            )
+    if source is not None and source.config is not None:
+        _check_scale(f"the layer of {live.layout}", held.config, source.config)
+    values = Weights(values, layout=live.layout, form=held.form, config=held.config)
+    arrays = get_layout(live.layout).from_canonical(values, extras=_extras(live, held, source))
+    return live.write({name: array for name, array in arrays.items() if name in live.arrays})
 
 
-def convert(layer: Any, to: str) -> Any:
-    """The native layer of another backend, with the same configuration and the same weights.
+def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any:
+    """The native layer of another framework, with the same configuration and the same weights.
 
     Args:
-        layer: A layer of anymha.
-        to: The name of the backend.
+        layer: A layer, as `get_weights` takes it.
+        to: The name of a backend, for a layer of anymha; or a layout, for the layer of a library:
+            "torch.MultiheadAttention", "keras.MultiHeadAttention", "keras.GroupQueryAttention",
+            "flax.nnx.MultiHeadAttention", "equinox.MultiheadAttention"; the parameters of
+            "flax.linen.MultiHeadDotProductAttention" and "haiku.MultiHeadAttention".
+        weights_only: Convert also a layer whose forward pass needs more than attention, as rotary
+            positions, which the new layer then lacks.
+        **sizes: What another library's layer does not tell, as for `get_weights`.
 
     Raises:
-        ArgumentError: `layer` is not a layer of anymha.
+        ArgumentError: `layer` is not such a layer.
         WeightsError: the layer has no weights yet.
-        BackendNotInstalledError: the backend's framework is not installed.
+        LayoutError: the new layer would compute something else.
+        BackendNotInstalledError: the framework is not installed.
+
+    Example:
+        >>> import anymha
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> type(convert(layer, to="numpy")).__module__
+        'anymha_numpy.module'
     """
-    weights = get_weights(layer)
-    options = layer.config.to_dict()
+    weights = get_weights(layer, **sizes)
+    needs = weights.needs if isinstance(weights, Weights) else ()
+    if needs and not weights_only:
+        raise LayoutError(
+            f"The {type(layer).__name__} computes more than attention: {'; '.join(needs)}. The new "
+            "layer would lack it. Pass `weights_only=True` to convert the projections all the same."
+        )
+    options = (weights.config if isinstance(weights, Weights) else layer.config).to_dict()
     names = {"query_features": "query", "value_features": "value", "key_features": "key"}
     options |= {option: weights[f"{name}.kernel"].shape[0] for option, name in names.items()}
     options["dtype"] = weights["query.kernel"].dtype.name
-    options = AttentionConfig.from_dict(options).to_dict()
-    return set_weights(get_layer(to)(**options), weights)
+    config = AttentionConfig.from_dict(options)
+    if to in layouts():
+        return made(to, from_canonical(dict(weights), to, config=config), config)
+    return set_weights(get_layer(to)(**config.to_dict()), dict(weights))
 
 
-def _checked(layer: Any) -> Any:
-    if not hasattr(layer, "canonical_weights"):
-        raise ArgumentError(
-            f"`layer` must be a layer of anymha. Received: {type(layer).__module__}."
-            f"{type(layer).__qualname__}."
+def _is_ours(layer: Any) -> bool:
+    return hasattr(layer, "canonical_weights")
+
+
+def _read(live: Opened, sizes: Mapping[str, Any]) -> Weights:
+    """The canonical weights of another library's layer, with its config."""
+    if not live.arrays:
+        raise WeightsError(
+            f"The layer of {live.layout} has no weights yet. Call it once, or build it."
         )
-    return layer
+    weights, config = to_canonical(live.arrays, live.layout, **{**live.sizes, **sizes})
+    config = dataclasses.replace(config, **live.options)
+    if math.isclose(config.scale_value, 1 / math.sqrt(config.key_dim), rel_tol=1e-6):
+        config = dataclasses.replace(config, scale=None)
+    weights.config = config
+    weights.needs = (*weights.needs, *live.needs)
+    return weights
+
+
+def _check_scale(target: str, config: AttentionConfig, wanted: AttentionConfig) -> None:
+    """That a layer multiplies the logits as the one does that the weights are from."""
+    if not math.isclose(config.scale_value, wanted.scale_value, rel_tol=1e-6):
+        raise LayoutError(
+            f"The weights are of a layer whose `scale` is {wanted.scale_value:g}; that of {target} "
+            f"is {config.scale_value:g}, and the results would differ. Make the layer with "
+            f"`scale={wanted.scale_value:g}`, or pass `dict(weights)` to set them all the same."
+        )
+
+
+def _extras(live: Opened, held: Weights, source: Weights | None) -> dict[str, np.ndarray]:
+    """The arrays beside the projections: the source's where it is of the same layout."""
+    if source is None:
+        return held.extras
+    if source.layout != live.layout:
+        if source.lost:
+            raise LayoutError(
+                f"The layer of {live.layout} has no place for {', '.join(source.lost)}, which the "
+                f"layer of {source.layout} has. Pass `dict(weights)` to set the projections alone."
+            )
+        return held.extras
+    lacking = [name for name in source.lost if name not in held.extras]
+    bent = [
+        n for n, a in source.extras.items() if n in held.extras and a.shape != held.extras[n].shape
+    ]
+    if lacking or bent:
+        raise WeightsError(
+            f"The arrays beside the projections do not fit this layer of {live.layout}. It lacks: "
+            f"{', '.join(lacking) or 'none'}. Of another shape: {', '.join(bent) or 'none'}."
+        )
+    return {**held.extras, **{n: a for n, a in source.extras.items() if n in held.extras}}

@@ -14,7 +14,7 @@ from anymha.interchange.forms import Extra, Form
 from anymha.interchange.limits import Limit, check_scale, form_for, same_heads
 from anymha.interchange.pieces import Arrays
 from anymha.interchange.reading import check_floats, config_of, form_of
-from anymha.interchange.sizes import Shapes, Told, solve
+from anymha.interchange.sizes import Shapes, Told, possible_heads, solve
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy, balanced, check_biases, checked
 from anymha.weights import NAMES
@@ -86,12 +86,19 @@ class Layout:
         try:
             form = form_of(self.name, self.forms, self.extras, self.refused or {}, shapes)
             told = self._told(shapes, None, None, None)
-            if told == Told():
-                told = Told(head_dim=1)  # with which heads can be taken apart if at all they can
-            solve(self.name, form.pieces, shapes, told)
         except WeightsError as error:
             return str(error)
-        return None
+        # Heads that nothing tells may be any number that divides the rows; one must do.
+        trials = [told] if told != Told() else possible_heads(form.pieces, shapes)
+        reasons = []
+        for trial in trials:
+            try:
+                solve(self.name, form.pieces, shapes, trial)
+            except WeightsError as error:
+                reasons.append(str(error))
+            else:
+                return None
+        return reasons[0]
 
     def to_canonical(
         self,

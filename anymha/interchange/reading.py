@@ -50,7 +50,7 @@ def form_of(
         misses.append((len(missing) + len(unknown), form, missing, unknown))
     _, form, missing, unknown = min(misses, key=lambda miss: miss[0])
     raise WeightsError(
-        f"The layout has the names {', '.join((*form.names(), *beside))}. Missing: "
+        f"The layout has the names {', '.join((*form.names(), *needed))}. Missing: "
         f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
     )
 

@@ -47,6 +47,17 @@ def solve(layout: str, pieces: Sequence[Piece], shapes: Shapes, told: Told) -> S
     return sizes
 
 
+def possible_heads(pieces: Sequence[Piece], shapes: Shapes) -> list[Told]:
+    """The numbers of query heads that divide the rows in which they lie, where shapes tell none."""
+    kernels = {name: p for p in pieces if p.part == "kernel" for name in p.holds}
+    if kernels["query"].form == "heads":
+        return [Told()]
+    mark = kernels["query"] if kernels["query"].holds == ("query",) else kernels["output"]
+    shape = shapes[mark.array]
+    rows = shape[mark.outputs] if len(shape) == 2 else 1
+    return [Told(num_heads=heads) for heads in range(1, rows + 1) if rows % heads == 0] or [Told(1)]
+
+
 def _check_rank(piece: Piece, shapes: Shapes) -> None:
     shape = shapes.get(piece.array)
     if shape is None or piece.part == "bias" or piece.form != "heads":

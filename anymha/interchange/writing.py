@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from anymha.config import PROJECTIONS
 from anymha.errors import BiasWarning, LayoutError, WeightsError
 from anymha.interchange.pieces import Arrays, Piece, Sizes
 from anymha.registry import backend_of
+from anymha.weights import NAMES
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -80,7 +81,7 @@ def _bias_shape(projection: str, values: Arrays) -> tuple[int, ...]:
 def balanced(
     target: str, pieces: Sequence[Piece], together: Sequence[str], values: Mapping[str, np.ndarray]
 ) -> Arrays:  # fmt: skip
-    """The weights with the biases that the target has: zeros added, or left out, with a warning.
+    """The weights with the biases that a layout has: zeros added, or left out, with a warning.
 
     Args:
         target: Its name, for messages.
@@ -91,28 +92,40 @@ def balanced(
     Raises:
         LayoutError: a bias that is not zero has no place.
     """
-    values = dict(values)
     held = {name for piece in pieces for name in piece.names}
-    homeless = [name for name in values if name not in held]
+    wanted = {name: None for name in values if name in held}
+    for group in (together, *(piece.holds for piece in pieces if piece.part == "bias")):
+        names = [f"{projection}.bias" for projection in group]
+        if any(name in wanted for name in names):
+            wanted |= dict.fromkeys(names)
+    return matched(target, wanted, values)
+
+
+def matched(target: str, wanted: Iterable[str], values: Mapping[str, np.ndarray]) -> Arrays:
+    """The weights with these biases and no others: zeros added, or left out, with a warning.
+
+    Args:
+        target: What has these, for messages.
+        wanted: The canonical names that it has.
+        values: Canonical weights.
+
+    Raises:
+        LayoutError: a bias that is not zero has no place.
+    """
+    wanted = set(wanted)
+    homeless = [name for name in values if name not in wanted]
     full = [name for name in homeless if np.any(values[name] != 0)]
     if full:
         raise LayoutError(
             f"{target} has no {' and no '.join(f'`{name}`' for name in full)}; the weights do, and "
             "without it the results would change. Use a layout that holds this bias."
         )
-    for name in homeless:
-        del values[name]
-    groups = [together, *(piece.holds for piece in pieces if piece.part == "bias")]
-    added = []
-    for group in groups:
-        names = [f"{projection}.bias" for projection in group]
-        if not any(name in values for name in names):
-            continue
-        for projection, name in zip(group, names, strict=True):
-            if name not in values:
-                dtype = values[f"{projection}.kernel"].dtype
-                values[name] = np.zeros(_bias_shape(projection, values), dtype)
-                added.append(name)
+    found = {name: array for name, array in values.items() if name in wanted}
+    added = [name for name in NAMES if name in wanted and name not in values]
+    for name in added:
+        projection = name.partition(".")[0]
+        dtype = values[f"{projection}.kernel"].dtype
+        found[name] = np.zeros(_bias_shape(projection, found), dtype)
     if homeless or added:
         done = [
             f"{', '.join(names)} {verb}"
@@ -123,6 +136,6 @@ def balanced(
             f"{target} has other biases than these weights: {'; '.join(done)}. The results are "
             "the same, but the way back does not know which biases were absent.",
             BiasWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
-    return values
+    return {name: found[name] for name in NAMES if name in found}

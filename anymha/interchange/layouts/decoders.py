@@ -59,10 +59,13 @@ LAYOUTS = (
         extras=(
             Extra(
                 "relative_attention_bias.weight",
-                "the learned bias of relative positions, from this layer, in all layers of its "
-                "stack (pass it as `attention_bias`)",
+                "`relative_attention_bias.weight`, that bias, for all layers of the stack",
                 tells=("num_heads", 1),
             ),
+        ),
+        needs=(
+            "in self-attention the learned bias of relative positions, which the first layer of "
+            "the stack holds (pass it as `attention_bias`)",
         ),
         scale=1.0,
         reference="models/t5/modeling_t5.py",

@@ -7,7 +7,7 @@ References:
 
 from __future__ import annotations
 
-from anymha.interchange.forms import Form
+from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.pieces import Piece, linear
 from anymha.options import PROJECTIONS
@@ -24,13 +24,28 @@ def projections(output: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Pie
     return four("q_proj", "k_proj", "v_proj", output, biased=biased)
 
 
-def family(name: str, *forms: Form) -> Layout:
+def family(name: str, *forms: Form, extras: tuple[Extra, ...] = ()) -> Layout:
     """The layout of a family of transformers."""
-    return Layout(f"transformers.{name}", forms, reference=f"models/{name}/modeling_{name}.py")
+    reference = f"models/{name}/modeling_{name}.py"
+    return Layout(f"transformers.{name}", forms, extras, reference=reference)
+
+
+# They stand beside the projections, but come after the attention: its results stay what they are.
+NORM = tuple(Extra(f"output.LayerNorm.{part}") for part in ("weight", "bias", "gamma", "beta"))
+DISTANCES = Extra(
+    "self.distance_embedding.weight",
+    "learned embeddings of relative positions, multiplied with queries and maybe keys "
+    "(`position_embedding_type`)",
+    tells=("head_dim", 1),
+)
 
 
 LAYOUTS = (
-    family("bert", Form(four("self.query", "self.key", "self.value", "output.dense"))),
+    family(
+        "bert",
+        Form(four("self.query", "self.key", "self.value", "output.dense")),
+        extras=(*NORM, DISTANCES),
+    ),
     family(
         "vit",
         Form(projections("o_proj"), "module"),

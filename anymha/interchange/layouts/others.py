@@ -20,6 +20,8 @@ X_TRANSFORMERS = (
     *linear("output", "to_out", bias=False, tiled=True),
 )
 TIMM_NORM = "norms of queries and keys, per head, before the logits (`qk_norm`)"
+TIMM_SCALE = "a norm of the heads' outputs, before the output projection (`scale_norm`)"
+TIMM_GATE = "a gate on the heads' outputs, before the output projection (`gated`)"
 
 LAYOUTS = (
     Layout(
@@ -34,7 +36,9 @@ LAYOUTS = (
             Extra(f"{name}.{part}", TIMM_NORM, tells=("head_dim", 0))
             for name in ("q_norm", "k_norm")
             for part in ("weight", "bias")
-        ),
+        )
+        + tuple(Extra(f"norm.{part}", TIMM_SCALE) for part in ("weight", "bias"))
+        + tuple(Extra(f"gate.{part}", TIMM_GATE) for part in ("weight", "bias")),
         limits=(same_heads,),
         reference="timm/layers/attention.py",
     ),

@@ -1,0 +1,117 @@
+"""Live layers of other libraries: which they are, opened, and made anew. None is imported unasked.
+
+A layer is known by the package and the name of its class, or of a class that it inherits from;
+parameters that are nested dicts (Flax's linen, Haiku) by their names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anymha.config import AttentionConfig
+from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
+from anymha.interchange.opened import Opened
+
+CLASSES: dict[tuple[str, str], tuple[str, str]] = {
+    ("torch", "MultiheadAttention"): ("torch", "torch.MultiheadAttention"),
+    ("keras", "MultiHeadAttention"): ("keras", "keras.MultiHeadAttention"),
+    ("keras", "GroupedQueryAttention"): ("keras", "keras.GroupQueryAttention"),
+    ("equinox", "MultiheadAttention"): ("equinox", "equinox.MultiheadAttention"),
+    ("flax", "MultiHeadAttention"): ("flax", "flax.nnx.MultiHeadAttention"),
+    ("x_transformers", "Attention"): ("modules", "x_transformers.Attention"),
+    ("timm", "Attention"): ("modules", "timm.vit"),
+    **{
+        ("transformers", f"{name}Attention"): ("modules", f"transformers.{layout}")
+        for name, layout in {
+            "Bart": "bart", "Bert": "bert", "Bloom": "bloom", "CLIP": "clip", "CodeGen": "codegen",
+            "Falcon": "falcon", "Gemma": "gemma", "Gemma3": "gemma3", "GPT2": "gpt2",
+            "GPTBigCode": "gpt_bigcode", "GPTJ": "gptj", "GPTNeoX": "gpt_neox",
+            "GptOss": "gpt_oss", "Llama": "llama", "Mistral": "mistral", "OPT": "opt",
+            "Phi3": "phi3", "Qwen2": "qwen2", "Qwen3": "qwen3", "T5": "t5", "ViT": "vit",
+            "Whisper": "whisper",
+        }.items()
+    },
+}  # fmt: skip
+"""The module here and the layout of each class, by its package and its name."""
+
+MAKERS = {
+    "torch.MultiheadAttention": ("torch", "torch"),
+    "keras.MultiHeadAttention": ("keras", "keras"),
+    "keras.GroupQueryAttention": ("keras", "keras"),
+    "flax.nnx.MultiHeadAttention": ("flax", "flax"),
+    "equinox.MultiheadAttention": ("equinox", "equinox"),
+    "flax.linen.MultiHeadDotProductAttention": ("params", "jax"),
+    "haiku.MultiHeadAttention": ("params", "jax"),
+}
+"""The module here that makes a live layer of a layout, and the library that it needs."""
+
+WITHOUT_WEIGHTS = {
+    ("flax", "MultiHeadDotProductAttention"): "`module.init(...)['params']`",
+    ("haiku", "MultiHeadAttention"): "what `hk.transform(...).init(...)` gives",
+}
+
+
+def opened(layer: Any) -> Opened:
+    """A live layer of another library.
+
+    Raises:
+        ArgumentError: it is none that is known.
+        WeightsError: parameters by name do not hold one attention layer.
+    """
+    if isinstance(layer, Mapping):
+        return _module("params").opened(layer)
+    for kind in type(layer).__mro__:
+        known = (kind.__module__.partition(".")[0], kind.__name__)
+        if known in CLASSES:
+            module, layout = CLASSES[known]
+            return _module(module).opened(layer, layout)
+        if known in WITHOUT_WEIGHTS:
+            raise ArgumentError(
+                f"A {kind.__module__}.{kind.__name__} holds no weights. Pass its parameters, "
+                f"{WITHOUT_WEIGHTS[known]}."
+            )
+    libraries = sorted({layout for _, layout in CLASSES.values()} | set(MAKERS))
+    raise ArgumentError(
+        "`layer` must be a layer of anymha, a live layer of "
+        f"{', '.join(libraries)}, or parameters of Flax's linen or Haiku. Received: "
+        f"{type(layer).__module__}.{type(layer).__qualname__}."
+    )
+
+
+def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+    """A new live layer of another library.
+
+    Args:
+        layout: The name of its layout.
+        arrays: Its arrays.
+        config: Its options.
+
+    Returns:
+        The layer; for Flax's linen and Haiku its parameters, as nested dicts of JAX's arrays.
+
+    Raises:
+        LayoutError: layers of this layout cannot be made, or lack an option.
+        BackendNotInstalledError: the library is not installed.
+    """
+    if layout not in MAKERS:
+        raise LayoutError(
+            f"`to` must be the name of a backend, or of a layout whose layers stand alone: "
+            f"{', '.join(map(repr, MAKERS))}. Received: {layout!r}. A layer of it is part of a "
+            "model: make the model and pass its layer to `anymha.set_weights`."
+        )
+    module, library = MAKERS[layout]
+    if importlib.util.find_spec(library) is None:
+        raise BackendNotInstalledError(
+            f"A layer of {layout} needs {library}, which is not installed. Install it with: pip "
+            f"install {library}."
+        )
+    return _module(module).made(layout, arrays, config)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,99 @@
+"""Keras's `MultiHeadAttention` and `GroupQueryAttention`, on any backend of Keras."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anymha.config import AttentionConfig
+from anymha.dtypes import FLOATING
+from anymha.interchange.opened import Opened, check_options
+from anymha.interchange.writing import as_numpy
+from anymha.training import OBJECTS
+
+
+def opened(layer: Any, layout: str) -> Opened:
+    """A layer of Keras; without arrays where it is not built."""
+    variables = {_name(variable): variable for variable in layer.weights}
+    config = layer.get_config()
+    options = {name: config[name] for name in OBJECTS if config.get(name) is not None}
+    options["dropout"] = config["dropout"]
+    options["sliding_window"] = config.get("sliding_window")
+    options["attention_axes"] = _axes(layer, config.get("attention_axes"))
+    if layer.compute_dtype != layer.variable_dtype and layer.compute_dtype in FLOATING:
+        options["compute_dtype"] = layer.compute_dtype
+
+    def write(arrays: Mapping[str, np.ndarray]) -> Any:
+        _assign(variables, arrays)
+        return layer
+
+    arrays = {name: variable.value for name, variable in variables.items()}
+    return Opened(layout, arrays, write, {}, options)
+
+
+def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+    """A new layer of Keras, built."""
+    keras: Any = importlib.import_module("keras")
+    check_options(layout, config, "attention_axes", "sliding_window", "compute_dtype", *OBJECTS)
+    found = config.to_dict()
+    options = {name: found[name] for name in OBJECTS if found[name] is not None}
+    options |= {"dropout": config.dropout, "use_bias": bool(config.biased)}
+    if config.sliding_window is not None:
+        options["sliding_window"] = config.sliding_window
+    options["dtype"] = _policy(keras, config)
+    rank = 3
+    if layout == "keras.GroupQueryAttention":
+        check_options(layout, config, "sliding_window", "compute_dtype", *OBJECTS)
+        layer = keras.layers.GroupQueryAttention(
+            config.key_dim, config.num_heads, config.key_value_heads, **options
+        )
+    else:
+        axes = config.attention_axes
+        if isinstance(axes, tuple):
+            rank = max(3, *(axis + 2 if axis >= 0 else 1 - axis for axis in axes))
+        layer = keras.layers.MultiHeadAttention(
+            config.num_heads, config.key_dim, config.value_dim, attention_axes=axes,
+            output_shape=config.output_shape, **options,
+        )  # fmt: skip
+    widths = (config.query_features, config.value_features, config.key_features)
+    layer.build(*((None,) * (rank - 1) + (width,) for width in widths))
+    _assign({_name(variable): variable for variable in layer.weights}, arrays)
+    return layer
+
+
+def _axes(layer: Any, axes: Any) -> Any:
+    """The attention axes; None where building the layer for (B, T, D) has filled them in."""
+    if axes is None:
+        return None
+    rank = len(layer._query_dense.equation.partition(",")[0]) if layer.built else None
+    return None if tuple(axes) == (1,) and rank == 3 else tuple(axes)
+
+
+def _name(variable: Any) -> str:
+    """The variable's name in the layer, as ``query/kernel``."""
+    return "/".join(variable.path.split("/")[-2:])
+
+
+def _policy(keras: Any, config: AttentionConfig) -> Any:
+    pairs = {("float32", "float16"): "mixed_float16", ("float32", "bfloat16"): "mixed_bfloat16"}
+    if config.compute_dtype in (None, config.dtype):
+        return config.dtype
+    pair = (config.dtype, config.compute_dtype)
+    if pair not in pairs:
+        check_options(str(keras.__name__), config, "attention_axes", "sliding_window", *OBJECTS)
+    return pairs[pair]
+
+
+def _assign(variables: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Give variables their values, rounded once by NumPy."""
+    new = {}
+    for name, value in arrays.items():
+        rounded = value.astype(as_numpy(variables[name].value).dtype)
+        # Keras's torch backend cannot take NumPy's bfloat16; float32 holds each of its values.
+        half = rounded.dtype.itemsize == 2
+        new[name] = np.array(rounded, np.float32 if half else rounded.dtype)
+    for name, value in new.items():
+        variables[name].assign(value)
