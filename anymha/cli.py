@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from anymha.bench.command import add_command as add_bench
 from anymha.errors import AnymhaError, UsageError
 from anymha.interchange.layouts import layouts
 from anymha.parity.cases import MATRIX, make_problem
@@ -181,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     command.set_defaults(run=parity)
 
+    add_bench(commands)
     command = commands.add_parser("layouts", help="list the layouts of weights")
     command.set_defaults(run=show_layouts)
     command = commands.add_parser("info", help="show versions and backends")

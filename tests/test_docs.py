@@ -22,7 +22,7 @@ NEEDS = {backend.name: re.compile(rf"\b(anymha_)?{backend.name}\b") for backend 
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(anymha.__path__, "anymha.")
-    if not module.name.endswith((".html", "__main__"))
+    if not module.name.endswith((".html", ".picture", "__main__"))
 ]
 
 
