@@ -20,6 +20,7 @@ CONSTRAINTS = "constraints.txt"
 TENSORFLOW = "tensorflow" if sys.platform == "darwin" else "tensorflow-cpu"
 FRAMEWORKS = {"numpy": [], "torch": ["torch"], "tensorflow": [TENSORFLOW], "jax": ["jax"]}
 LAYERS = ["keras", "flax", "equinox"]  # whose arrays are those of a framework above
+PEERS = ["haiku", "transformers"]  # whose layers ours are compared with
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
 # Real weights on a real sentence, with the outputs that the reference implementation gave.
@@ -60,8 +61,8 @@ def run_pytest(session: nox.Session, *backends: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
-    install(session, *EVERYTHING, *groups("test", "architecture"), extras="[report]")
-    run_pytest(session, *FRAMEWORKS, *LAYERS)
+    install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[report]")
+    run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS)
 
 
 @nox.session

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
+
+from tests.frameworks import skip_or_fail
 
 LIBRARIES = {
     "torch": "torch.MultiheadAttention",
@@ -41,7 +42,7 @@ class Peer:
 def need(name: str) -> Any:
     """A library's module; skips the test where it cannot be imported."""
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
+        skip_or_fail(name, f"{name} is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, while they are imported
         return importlib.import_module(name)

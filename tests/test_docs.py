@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BACKENDS = [*BUILT_IN, *(layer for layer in LAYERS if f"{layer.name}.md" not in ELSEWHERE)]
-NEEDS = {backend.name: re.compile(rf"\b(anymha_)?{backend.name}\b") for backend in BACKENDS}
+NEEDS = {b.name: re.compile(rf"\b(anymha_)?{b.name}\b") for b in (*BUILT_IN, *LAYERS)}
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(anymha.__path__, "anymha.")
@@ -28,7 +28,7 @@ MODULES = [
 
 def skip_without(text: str) -> None:
     """Skip where `text` needs a framework that is not installed."""
-    for backend in BACKENDS:
+    for backend in (*BUILT_IN, *LAYERS):
         if NEEDS[backend.name].search(text) and not backend.installed:
             pytest.skip(f"{backend.framework} is not installed")
 

@@ -1,0 +1,176 @@
+"""Layers of other libraries beside ours on their converted weights: the numbers of the table."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.errors import ArgumentError, LayoutError
+from anymha.interchange.layouts import from_canonical, layouts, to_canonical
+from tests.frameworks import EXPECTED, skip_or_fail
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "docs/examples/layouts"
+BOUND = 1e-6
+"""Of the largest output: the families that compute their softmax in float32."""
+
+PLAIN = ["bert", "vit", "clip", "opt", "bart", "whisper", "gpt2"]
+NEEDING = ["t5", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gpt_oss"]
+FUSED = ["gpt_neox", "phi3", "codegen", "gptj"]
+KINDS = [
+    *("gpt_bigcode, one key head", "gpt_bigcode, a key head each", "llama, with biases"),
+    *("falcon, a key head each", "falcon, one key head", "falcon, grouped"),
+]
+NAMES = [*PLAIN, *NEEDING, *FUSED, *KINDS]
+
+
+@pytest.fixture(scope="module")
+def families() -> Any:
+    """The example's module of families."""
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            skip_or_fail(name, f"{name} is not installed")
+    found: dict[str, ModuleType] = {}
+    for name in ("forward", "families"):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = found[name] = module
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec.loader.exec_module(module)
+    yield found["families"]
+    for name in found:
+        del sys.modules[name]
+
+
+def quiet(function: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers
+        return function()
+
+
+def bits(weights: Any) -> dict[str, bytes]:
+    return {name: np.ascontiguousarray(array).tobytes() for name, array in weights.items()}
+
+
+def test_every_family_of_the_example_is_tested(families: Any) -> None:
+    assert set(NAMES) == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_family_gives_the_output_of_ours_and_takes_weights_back(families: Any, name: str) -> None:
+    layer, theirs, ours = quiet(families.FAMILIES[name])
+    assert theirs.dtype == np.float64
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUND * np.abs(theirs).max())
+    # The module's own arrays come back bit for bit, and so do new ones through the module.
+    state = {key: tensor.numpy().copy() for key, tensor in layer.state_dict().items()}
+    weights = anymha.get_weights(layer)
+    assert weights.layout == f"transformers.{name.partition(',')[0]}"
+    assert bits(from_canonical(weights, weights.layout)) == bits(state)
+    told = {"num_heads": families.H, "scale": weights.config.scale}
+    again, _ = to_canonical(state, weights.layout, **told)
+    assert bits(again) == bits(weights)
+    rng = np.random.default_rng(7)
+    for held in (weights, weights.extras):
+        for key, array in held.items():
+            held[key] = rng.standard_normal(array.shape)
+    assert anymha.set_weights(layer, weights) is layer
+    found = anymha.get_weights(layer)
+    assert bits(found) == bits(weights)
+    assert bits(found.extras) == bits(weights.extras)
+    if name not in PLAIN and not name.startswith("gpt_bigcode"):
+        with pytest.raises(LayoutError, match="computes more than attention"):
+            anymha.convert(layer, to="numpy")
+
+
+def test_options_of_a_module_come_with_its_weights(families: Any) -> None:
+    configs = {
+        "mistral": {"sliding_window": 3},
+        "gemma3": {"scale": 20**-0.5},
+        "t5": {"scale": 1.0, "dropout": 0.1},
+        "bert": {"dropout": 0.1, "scale": None},
+        "gpt2": {"dropout": 0.1, "scale": None, "sliding_window": None},
+        "qwen3": {"num_key_value_heads": 2, "sliding_window": None},
+    }
+    for name, options in configs.items():
+        layer, _, _ = quiet(families.FAMILIES[name])
+        config = anymha.get_weights(layer).config
+        assert {option: getattr(config, option) for option in options} == options, name
+
+
+def test_every_layout_stands_in_the_documentation() -> None:
+    page = (ROOT / "docs/layouts.md").read_text(encoding="utf-8")
+    assert [name for name in layouts() if f"`{name}`" not in page] == []
+
+
+def test_part_of_a_module_is_refused(families: Any) -> None:
+    layer, _, _ = quiet(families.FAMILIES["bert"])
+    with pytest.raises(ArgumentError, match="BertSelfAttention"):
+        anymha.get_weights(layer.self)
+
+
+def test_modules_of_timm_and_x_transformers_are_known_by_their_class() -> None:
+    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    if torch is None:
+        skip_or_fail("torch", "torch is not installed")
+
+    # timm/layers/attention.py of 1.0, without its options.
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.scale = 2, 4**-0.5
+            self.qkv, self.proj = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+            self.attn_drop = torch.nn.Dropout(0.25)
+
+        def forward(self, x: Any) -> Any:
+            batch, length, width = x.shape
+            qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, 4).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+            scores = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
+            return self.proj((scores @ v).transpose(1, 2).reshape(batch, length, width))
+
+    Attention.__module__ = "timm.layers.attention"
+    layer = Attention().double()
+    x = np.random.default_rng(0).standard_normal((2, 5, 8))
+    theirs = layer(torch.from_numpy(x)).detach().numpy()
+    converted = anymha.convert(layer, to="numpy")
+    np.testing.assert_allclose(converted(x), theirs, rtol=0, atol=1e-13)
+    assert converted.config.dropout == 0.25
+
+
+def test_table_is_printed_and_every_error_is_small() -> None:
+    if not any(map(importlib.util.find_spec, ("torch", "keras", "flax", "equinox"))):
+        skip_or_fail("torch", "no library is installed")
+    backend = next((b for b in ("torch", "jax") if importlib.util.find_spec(b)), "tensorflow")
+    # In a process of its own, since importing Keras fixes its backend.
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--only", "MultiHeadAttention"],
+        env={
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6, result.stdout
+    for name in ("keras", "flax", "haiku"):
+        measured = [row for row in rows if f" {name} " in row]
+        assert measured or name not in EXPECTED
+        for row in measured:
+            assert float(row.split("|")[-2]) < 1e-5
