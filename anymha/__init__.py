@@ -6,6 +6,7 @@ from anymha.functional import dot_product_attention, multi_head_attention
 from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.layers import new_layer as MultiHeadAttention
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
+from anymha.interchange.own import load, save
 from anymha.version import __version__
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "from_canonical",
     "get_weights",
     "layouts",
+    "load",
     "multi_head_attention",
+    "save",
     "set_weights",
     "to_canonical",
 ]

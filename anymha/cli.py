@@ -14,11 +14,13 @@ from pathlib import Path
 from rich.console import Console
 
 from anymha.bench.command import add_command as add_bench
+from anymha.commands.convert import add_command as add_convert
+from anymha.commands.inspect import add_command as add_inspect
 from anymha.errors import AnymhaError, UsageError
+from anymha.interchange.files.whole import check_writable, write_whole
 from anymha.interchange.layouts import layouts
 from anymha.parity.cases import MATRIX, make_problem
 from anymha.parity.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
-from anymha.parity.files import check_writable, write_whole
 from anymha.parity.matrix import (
     AttentionMap,
     Report,
@@ -183,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=parity)
 
     add_bench(commands)
+    add_convert(commands)
+    add_inspect(commands)
     command = commands.add_parser("layouts", help="list the layouts of weights")
     command.set_defaults(run=show_layouts)
     command = commands.add_parser("info", help="show versions and backends")

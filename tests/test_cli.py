@@ -468,11 +468,11 @@ def test_arguments_that_argparse_refuses_end_with_2(
 def test_file_that_cannot_be_written_after_all_ends_with_2(
     command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(self: Path, *args: Any, **options: Any) -> None:
+    def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "numbers.json"
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     status, out, err = command("parity", "--backends", "numpy", "--json", str(path))
     assert status == 2
     assert "✓  self" in out

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from anymha.errors import UsageError
+from anymha.errors import FileError
+from anymha.interchange.files.whole import check_writable, write_whole
 from anymha.parity.cases import MATRIX
-from anymha.parity.files import check_writable, write_whole
 from anymha.parity.judge import Cell, Row
 from anymha.parity.matrix import AttentionMap, Report, versions
 from anymha.parity.terminal import print_report, print_verdict, progress_bar
@@ -357,16 +357,16 @@ def test_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             f"{tmp_path}/file/new cannot be written: {tmp_path}/file is not a folder.",
         ),
     ):
-        with pytest.raises(UsageError) as error:
+        with pytest.raises(FileError) as error:
             check_writable(path)
         assert str(error.value) == told
-    with pytest.raises(UsageError, match=r"file/new cannot be written: "):
+    with pytest.raises(FileError, match=r"file/new cannot be written: "):
         write_whole(tmp_path / "file" / "new", "text")
 
 
 def test_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(FileError) as error:
         check_writable(tmp_path / "new")
     assert str(error.value) == (
         f"{tmp_path}/new cannot be written: no permission to write to {tmp_path}."

@@ -18,7 +18,7 @@ from anymha.bench.processes import WorkerError, machine, run_framework
 from anymha.bench.results import CaseResult, Report
 from anymha.bench.terminal import print_report, print_verdict, progress
 from anymha.errors import UsageError
-from anymha.parity.files import check_writable, write_whole
+from anymha.interchange.files.whole import check_writable, write_whole
 from anymha.parity.matrix import versions
 from anymha.registry import BUILT_IN, Backend, get_backend
 from anymha.version import __version__

@@ -168,9 +168,7 @@ def _dtype(found: Strided) -> np.dtype:
     return dtype
 
 
-def _flat(
-    found: Any, keys: tuple[str, ...], steps: Iterator[int]
-) -> Iterator[tuple[str, Strided]]:
+def _flat(found: Any, keys: tuple[str, ...], steps: Iterator[int]) -> Iterator[tuple[str, Strided]]:
     """The tensors of nested dicts, with the keys joined by dots."""
     if isinstance(found, Strided):
         yield ".".join(keys) or "tensor", found

@@ -24,7 +24,9 @@ from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy
 
 ENTRY_POINTS = "anymha.layouts"
-FAMILIES = ("keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused")
+FAMILIES = (
+    "own", "keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused",
+)  # fmt: skip
 """Modules of this package, each with a tuple `LAYOUTS`."""
 SIZES = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
 """What `to_canonical` takes beside the arrays."""

@@ -1,0 +1,1 @@
+"""Commands beside those of `anymha.cli`: one module each, with a function `add_command`."""

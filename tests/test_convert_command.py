@@ -1,0 +1,381 @@
+"""`anymha convert` and `anymha inspect`: whole files, what they say, and what they refuse."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+import anymha.commands.verify
+from anymha.cli import main
+from anymha.errors import UsageError
+from anymha.interchange.files.formats import open_file
+from anymha.interchange.models import convert_file
+from anymha.registry import Backend, get_backend
+from tests.conftest import usable
+from tests.file_samples import Arrays, same, write
+from tests.frameworks import required
+
+DATA = Path(__file__).parent / "data"
+MINILM = DATA / "minilm_attention.safetensors"
+BERT = "transformers.bert"
+D, H = 8, 2
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command; gives its exit status, what it printed and what it printed as errors."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        try:
+            status = main([str(one) for one in arguments])
+        except SystemExit as stop:  # of argparse
+            status = int(str(stop.code))
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def layer(prefix: str, *names: str, bias: bool = True, seed: int = 0) -> Arrays:
+    rng = np.random.default_rng([seed, *prefix.encode()])
+    shapes = {".weight": (D, D)} | ({".bias": (D,)} if bias else {})
+    return {
+        f"{prefix}{name}{part}": rng.standard_normal(shape).astype(np.float32)
+        for name in names
+        for part, shape in shapes.items()
+    }
+
+
+def bert(prefix: str, **options: Any) -> Arrays:
+    return layer(prefix, "self.query", "self.key", "self.value", "output.dense", **options)
+
+
+def llama(prefix: str) -> Arrays:
+    return layer(prefix, "q_proj", "k_proj", "v_proj", "o_proj", bias=False)
+
+
+def read(path: Path) -> Arrays:
+    with open_file(path) as reader:
+        return {name: reader.read(name) for name in reader.tensors}
+
+
+def equal(one: Arrays, other: Arrays) -> bool:
+    return set(one) == set(other) and all(same(array, other[name]) for name, array in one.items())
+
+
+TARGETS = {
+    "torch.MultiheadAttention": ".safetensors",
+    "keras.MultiHeadAttention": ".weights.h5",
+    "keras.GroupQueryAttention": ".weights.h5",
+    "flax.nnx.MultiHeadAttention": ".npz",
+    "equinox.MultiheadAttention": ".npz",
+    "haiku.MultiHeadAttention": ".npz",
+    "transformers.gpt2": ".pt",
+    "transformers.bloom": ".pt",
+    "timm.vit": ".safetensors",
+    "anymha": ".safetensors",
+}
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_file_comes_back_bit_for_bit(tmp_path: Path, command: Run, to: str) -> None:
+    if TARGETS[to] == ".weights.h5":
+        pytest.importorskip("h5py", reason="h5py is not installed")
+    middle, back = tmp_path / f"a{TARGETS[to]}", tmp_path / "b.safetensors"
+    status, out, err = command(
+        "convert", MINILM, middle, "--from", BERT, "--to", to, "--num-heads", 12
+    )
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1].startswith(f"{middle}: 2 layers of {BERT} as {to}, ")
+    status, _, err = command(
+        *("convert", middle, back, "--from", to, "--to", BERT),
+        *("--to-prefix", "encoder.layer.{i}.attention", "--num-heads", 12),
+    )
+    assert (status, err) == (0, "")
+    assert equal(read(back), read(MINILM))
+
+
+def test_file_of_ours_is_loaded_layer_by_layer(tmp_path: Path, command: Run) -> None:
+    path = tmp_path / "a.safetensors"
+    command("convert", MINILM, path, "--from", BERT, "--to", "anymha", "--num-heads", 12)
+    found = anymha.load(path, "numpy", prefix="encoder.layer.5.attention.")
+    start = "encoder.layer.5.attention."
+    arrays = {n.removeprefix(start): a for n, a in read(MINILM).items() if n.startswith(start)}
+    wanted, config = anymha.to_canonical(arrays, BERT, num_heads=12)
+    assert equal(found.weights, dict(wanted))
+    assert found.config == config
+    status, out, _ = command("inspect", path)
+    assert status == 0
+    assert "Written by anymha, with the configuration of 2 layers." in out
+    assert "Layout: anymha (" in out
+
+
+def test_options_of_our_layers_survive_another_conversion(tmp_path: Path, command: Run) -> None:
+    layer = anymha.MultiHeadAttention(
+        4, 2, num_key_value_heads=2, query_features=8, sliding_window=3, backend="numpy"
+    )
+    anymha.save(tmp_path / "a.safetensors", layer)
+    status, *_ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors"),
+        *("--from", "anymha", "--to", "anymha", "--to-prefix", "one"),
+    )
+    assert status == 0
+    found = anymha.load(tmp_path / "b.safetensors", "numpy", prefix="one.")
+    assert found.config == anymha.convert(layer, "numpy").config
+
+
+def test_prefix_chooses_layers_and_names_them_anew(tmp_path: Path, command: Run) -> None:
+    source = tmp_path / "a.safetensors"
+    arrays = {n: a for p in ("enc.0.", "enc.1.", "dec.0.") for n, a in bert(p).items()}
+    write(source, arrays)
+    target = tmp_path / "b.safetensors"
+    status, out, _ = command(
+        *("convert", source, target, "--from", BERT, "--to", BERT, "--num-heads", 2),
+        *("--prefix", "enc.{i}", "--to-prefix", "model.block{i}.attn"),
+    )
+    assert status == 0
+    wanted = {n.replace(f"enc.{i}.", f"model.block{i}.attn."): a for i in (0, 1)
+              for n, a in bert(f"enc.{i}.").items()}  # fmt: skip
+    assert equal(read(target), wanted)
+    assert out.splitlines()[:2] == [
+        "enc.0. -> model.block0.attn.",
+        "enc.1. -> model.block1.attn.",
+    ]
+    assert "8 other tensors were left out (dec.0." in out
+
+
+def test_other_tensors_are_copied_where_that_is_asked_for(tmp_path: Path, command: Run) -> None:
+    others = {"norm.weight": np.ones(3, np.float16), "tokens": np.arange(4)}
+    write(tmp_path / "a.safetensors", {**bert("x."), **others})
+    status, out, _ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", BERT),
+        *("--to", "equinox.MultiheadAttention", "--num-heads", 2, "--others"),
+    )
+    assert status == 0
+    assert "left out" not in out
+    found = read(tmp_path / "b.npz")
+    assert all(same(found[name], array) for name, array in others.items())
+    assert "x.query_proj.weight" in found
+
+
+def test_what_changes_is_told(tmp_path: Path, command: Run) -> None:
+    arrays = bert("0.")
+    del arrays["0.self.key.bias"]
+    arrays["0.self.query.weight"][0, 0] = np.nan
+    write(tmp_path / "a.safetensors", arrays)
+    status, out, _ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", BERT),
+        *("--to", "torch.MultiheadAttention", "--num-heads", 2),
+    )
+    assert status == 0
+    assert "zeros" in out, "the bias that torch needs"
+    assert "Not all values are finite, and are carried as they are: 0.self.query.weight." in out
+    assert np.isnan(read(tmp_path / "b.npz")["0.in_proj_weight"][0, 0])
+    write(tmp_path / "a.safetensors", llama("0."))
+    status, out, _ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from"),
+        *("transformers.llama", "--to", "anymha", "--num-heads", 2),
+    )
+    assert status == 0
+    assert "Beside attention, the forward pass needs rotary" in out
+    assert "b.npz has no place for the configuration: `anymha.load` will not read it." in out
+
+
+def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"self.{name}.weight" for name in ("query", "key", "value")] + ["output.dense.weight"]
+    arrays = {
+        f"{i}.{name}": rng.standard_normal((256, 256)).astype(np.float32)
+        for i in range(16)
+        for name in names
+    }
+    source = write(tmp_path / "a.safetensors", arrays)
+    one = sum(array.nbytes for array in arrays.values()) // 16
+    del arrays
+    tracemalloc.start()
+    convert_file(source, tmp_path / "b.safetensors", BERT, "torch.MultiheadAttention", num_heads=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * one < 16 * one
+
+
+def test_conversion_is_verified(tmp_path: Path, command: Run, installed: list[Backend]) -> None:
+    status, out, err = command(
+        *("convert", MINILM, tmp_path / "a.safetensors", "--from", BERT, "--num-heads", 12),
+        *("--to", "torch.MultiheadAttention", "--verify"),
+    )
+    assert (status, err) == (0, "")
+    assert f"Verified: 2 layers, back to {BERT} and from torch.MultiheadAttention bit for" in out
+    for backend in installed:
+        assert f"  anymha in {backend.name}: " in out
+    if get_backend("torch").installed:
+        assert "  torch.MultiheadAttention itself: " in out
+    else:
+        assert "  not run: torch.MultiheadAttention: it is not installed" in out
+    assert f"  not run: {BERT}: its layer needs a whole model's configuration" in out
+
+
+@pytest.mark.parametrize(
+    "to", ["flax.nnx.MultiHeadAttention", "equinox.MultiheadAttention", "torch.MultiheadAttention"]
+)
+def test_library_s_own_layer_is_run(tmp_path: Path, command: Run, to: str) -> None:
+    if to.startswith("torch"):
+        usable("torch")
+    else:
+        required(to.partition(".")[0])
+    write(tmp_path / "a.safetensors", bert("0."))
+    status, out, _ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", BERT),
+        *("--to", to, "--num-heads", 2, "--verify"),
+    )
+    assert status == 0
+    assert f"  {to} itself: " in out
+
+
+def off_by_a_little(*arguments: Any) -> np.ndarray:
+    return np.full((2, 7, D), 1e-3)
+
+
+def one_bit_off(self: Any, array: np.ndarray, sizes: Any) -> Any:
+    found = READ(self, array, sizes)
+    if self.array == "output.dense.weight":
+        next(iter(found.values())).view(np.uint32).flat[3] ^= 1
+    return found
+
+
+READ = anymha.interchange.pieces.Piece.read
+
+
+@pytest.mark.parametrize("fault", ["output", "bit"])
+def test_fault_is_found_and_nothing_is_written(
+    tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if fault == "output":
+        monkeypatch.setattr(anymha.commands.verify, "_ours", off_by_a_little)
+        told = "anymha: '0.' gives another output in anymha in numpy: it is "
+    else:
+        monkeypatch.setattr(anymha.interchange.pieces.Piece, "read", one_bit_off)
+        told = "anymha: '0.' does not come back from transformers.bert bit for bit: output.dense.w"
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.npz"
+    write(source, bert("0."))
+    status, out, _ = command(
+        *("convert", source, target, "--from", BERT, "--to", "anymha", "--num-heads", 2),
+        "--verify",
+    )
+    assert status == 1
+    assert told in out
+    assert out.rstrip().endswith("Nothing was written.")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def wrong(command: Run, *arguments: Any) -> str:
+    """The one line that a wrong call gets."""
+    status, out, err = command("convert", *arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def test_wrong_calls_are_told(tmp_path: Path, command: Run) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write(source, {**bert("0."), **bert("1.")})
+    both = ("--from", BERT, "--to", "anymha")
+    assert "cannot be read: there is no such file" in wrong(command, "no.npz", target, *both)
+    assert "`layout` must be one of 'anymha', " in wrong(
+        command, source, target, "--from", "bert", "--to", "anymha"
+    )
+    told = wrong(command, source, target, *both)
+    assert f"{source}, layer '0.': transformers.bert needs `num_heads`" in told
+    both = (*both, "--num-heads", 2)
+    assert "holds no layer whose names begin with '2.'. Its layers begin with '{i}.'." in wrong(
+        command, source, target, *both, "--prefix", "2."
+    )
+    assert "Two tensors of the new file would have the name 'x.query.kernel'." in wrong(
+        command, source, target, *both, "--to-prefix", "x"
+    )
+    assert "The two files must be different ones." in wrong(command, source, source, *both)
+    assert "b.onnx: ONNX is only read. Written are: " in wrong(
+        command, source, tmp_path / "b.onnx", *both
+    )
+    assert "holds no layer of the layout 'transformers.gpt2', whose names end with" in wrong(
+        command, source, target, "--from", "transformers.gpt2", "--to", "anymha"
+    )
+    assert "cannot be written: it is a folder" in wrong(command, source, tmp_path, *both)
+    assert "of equal size" in wrong(
+        command, source, target, "--from", BERT, "--to", "anymha", "--num-heads", 3
+    )
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_layer_that_has_more_than_its_layout_is_refused(tmp_path: Path, command: Run) -> None:
+    norms = {f"0.{name}_norm.weight": np.ones(4, np.float32) for name in "qk"}
+    write(tmp_path / "a.safetensors", {**llama("0."), **norms})
+    told = wrong(
+        command, tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", "transformers.llama",
+        "--to", "anymha", "--num-heads", 2,
+    )  # fmt: skip
+    assert "transformers.llama does not fit: it has no q_norm.weight, k_norm.weight, as" in told
+    told = wrong(
+        command, tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", "transformers.qwen3",
+        "--to", "anymha", "--num-heads", 2,
+    )  # fmt: skip
+    assert "has no place for q_norm.weight, k_norm.weight" in told
+
+
+def test_python_s_function_says_the_same(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="The two files must be different ones"):
+        convert_file(MINILM, MINILM, BERT, "anymha", num_heads=12)
+    steps: list[Any] = []
+    done = convert_file(
+        MINILM, tmp_path / "a.npz", BERT, "timm.vit", num_heads=12,
+        told=lambda *step: steps.append(step),
+    )  # fmt: skip
+    starts = [f"encoder.layer.{i}.attention." for i in (0, 5)]
+    assert steps == [(0, 2, starts[0]), (1, 2, starts[1])]
+    assert list(done.layers) == starts
+    assert list(done.tensors) == list(read(tmp_path / "a.npz"))
+
+
+def test_inspect_names_all_layouts_that_fit(tmp_path: Path, command: Run) -> None:
+    write(
+        tmp_path / "a.safetensors", {n: a for i in range(12) for n, a in llama(f"h.{i}.").items()}
+    )
+    status, out, _ = command("inspect", tmp_path / "a.safetensors")
+    assert status == 0
+    assert "h.{i}.  x 12  (i = 0-11)" in out
+    assert "Layouts that fit: " in out
+    assert "transformers.llama" in out
+    assert "name the one that the model has" in out
+    assert " --from LAYOUT --to LAYOUT --num-heads H" in out
+
+
+def test_inspect_tells_what_no_layout_fits(tmp_path: Path, command: Run) -> None:
+    arrays = bert("0.") | {"0.self.key.weight": np.ones((9, 8), np.float32)}
+    write(tmp_path / "a.safetensors", arrays)
+    _, out, _ = command("inspect", tmp_path / "a.safetensors")
+    assert "  No layout fits:" in out
+    assert "  Not transformers.bert: The layers do not fit one another" in out
+    write(tmp_path / "b.safetensors", {f"mlp.{i}.weight": np.ones((2, 3)) for i in range(20)})
+    _, out, _ = command("inspect", tmp_path / "b.safetensors")
+    assert out.splitlines()[-2:] == [
+        "No attention layer of a known layout. Its names:",
+        "  mlp.{i}.weight  float64 (2, 3)",
+    ]
+
+
+def test_inspect_of_what_is_no_file_ends_with_2(tmp_path: Path, command: Run) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no file")
+    for name in ("a.safetensors", "b.npz", "c"):
+        status, out, err = command("inspect", tmp_path / name)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"anymha: {tmp_path / name} ")
+        assert len(err.splitlines()) == 1
