@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import warnings
 from typing import Any
@@ -625,6 +627,96 @@ def test_latent_attention_is_refused_with_the_reason() -> None:
         "keys and values pass through a shared low-rank projection and a norm, and its heads mix "
         "rotated and plain parts, for which the canonical form has no place."
     )
+
+
+def test_families_of_latent_attention_are_refused_by_name() -> None:
+    with pytest.raises(
+        LayoutError, match=r"transformers\.deepseek_v3: Multi-head latent attention"
+    ):
+        to_canonical({}, "transformers.deepseek_v3")
+
+
+shapes_drawn = st.lists(st.integers(0, 6), max_size=4).map(tuple)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=label)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_arrays_of_any_shapes_are_converted_or_refused(sample: Sample, data: Any) -> None:
+    arrays = sample.arrays(Size(), lambda group: data.draw(st.booleans()))
+    for name in data.draw(st.lists(st.sampled_from(list(arrays)), max_size=3)):
+        arrays[name] = np.zeros(data.draw(shapes_drawn), np.float32)
+    sizes = {
+        name: data.draw(st.none() | st.integers(-1, 13))
+        for name in ("num_heads", "num_key_value_heads", "head_dim")
+    }
+    fits = get_layout(sample.layout).fits({name: array.shape for name, array in arrays.items()})
+    try:
+        weights, config = to_canonical(arrays, sample.layout, **sizes)
+    except (WeightsError, ConfigError):
+        return
+    assert fits is None
+    same(from_canonical(weights, sample.layout, config=config), arrays)
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("layout", NAMED)
+@settings(max_examples=15)
+def test_canonical_weights_of_any_shapes_are_converted_or_refused(layout: str, data: Any) -> None:
+    options = {
+        "num_heads": data.draw(st.sampled_from([1, 2, 4])),
+        "key_dim": data.draw(st.integers(1, 3)),
+        "value_dim": data.draw(st.none() | st.integers(1, 3)),
+        "output_shape": data.draw(st.none() | st.just((2, 3))),
+        "query_features": data.draw(st.integers(1, 6)),
+        "key_features": data.draw(st.none() | st.integers(1, 6)),
+        "use_bias": data.draw(st.booleans()),
+    }
+    weights = canonical(**options)
+    for name in data.draw(st.lists(st.sampled_from(list(weights)), max_size=2)):
+        weights[name] = np.ones(data.draw(shapes_drawn), np.float32)
+    heads, width = options["num_heads"], options["key_dim"]
+    norms = {f"{name}_norm.weight": np.ones(width) for name in "qk"}
+    extras = {**norms, "sinks": np.ones(heads)}
+    known = {extra.array for extra in get_layout(layout).extras}
+    extras = {name: array for name, array in extras.items() if name in known}
+    try:
+        arrays = from_canonical(weights, layout, extras=extras)
+    except (WeightsError, ConfigError):
+        return
+    heads = weights["query.kernel"].shape[1]
+    back, _ = to_canonical(
+        arrays, layout, num_heads=heads, head_dim=weights["query.kernel"].shape[2]
+    )
+    same(back, weights)
+
+
+def test_norms_and_sinks_of_other_heads_are_refused() -> None:
+    arrays = by_name("transformers.qwen3").arrays(Size())
+    with pytest.raises(WeightsError) as error:
+        to_canonical({**arrays, "k_norm.weight": np.ones(4)}, "transformers.qwen3", head_dim=3)
+    assert message(error) == (
+        "Axis 0 of `k_norm.weight` must be `head_dim`, which is 3 by the projections. Received: "
+        "shape (4,)."
+    )
+    weights, _ = to_canonical(arrays, "transformers.qwen3")
+    with pytest.raises(WeightsError, match=r"Axis 0 of `sinks` must be `num_heads`, which is 4"):
+        from_canonical(dict(weights), "transformers.gpt_oss", extras={"sinks": np.ones(5)})
+
+
+def test_numbers_of_heads_are_integers() -> None:
+    with pytest.raises(ArgumentError, match=r"`num_heads` must be an integer\. Received: '4'"):
+        to_canonical(draw_arrays(SIZES), BERT, num_heads="4")
+
+
+def test_results_can_be_copied_and_pickled() -> None:
+    weights, _ = to_canonical(by_name("transformers.qwen3").arrays(Size()), "transformers.qwen3")
+    for other in (copy.deepcopy(weights), pickle.loads(pickle.dumps(weights))):
+        same(other, weights)
+        same(other.extras, weights.extras)
+        assert (other.needs, other.layout, other.config) == (
+            weights.needs, weights.layout, weights.config,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["bias_k", "bias_v"])

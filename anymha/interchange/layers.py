@@ -11,7 +11,7 @@ import numpy as np
 
 from anymha.config import AttentionConfig
 from anymha.errors import ArgumentError, LayoutError, WeightsError
-from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
+from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.libraries import made, opened
 from anymha.interchange.opened import Opened
 from anymha.interchange.weights import Weights
@@ -152,7 +152,7 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
     options |= {option: weights[f"{name}.kernel"].shape[0] for option, name in names.items()}
     options["dtype"] = weights["query.kernel"].dtype.name
     config = AttentionConfig.from_dict(options)
-    if to in layouts():
+    if "." in to:
         return made(to, from_canonical(dict(weights), to, config=config), config)
     return set_weights(get_layer(to)(**config.to_dict()), dict(weights))
 

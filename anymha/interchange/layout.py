@@ -12,7 +12,7 @@ from anymha.config import AttentionConfig
 from anymha.errors import LayoutError, WeightsError
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.limits import Limit, check_scale, form_for, same_heads
-from anymha.interchange.pieces import Arrays
+from anymha.interchange.pieces import Arrays, Sizes
 from anymha.interchange.reading import check_floats, config_of, form_of
 from anymha.interchange.sizes import Shapes, Told, possible_heads, solve
 from anymha.interchange.weights import Weights
@@ -93,7 +93,8 @@ class Layout:
         reasons = []
         for trial in trials:
             try:
-                solve(self.name, form.pieces, shapes, trial)
+                sizes = solve(self.name, form.pieces, shapes, trial)
+                self._check_extras(shapes, sizes)
             except WeightsError as error:
                 reasons.append(str(error))
             else:
@@ -116,6 +117,7 @@ class Layout:
         check_floats({name: arrays[name] for name in form.names() if name in arrays})
         told = self._told(shapes, num_heads, num_key_value_heads, head_dim)
         sizes = solve(self.name, form.pieces, shapes, told)
+        self._check_extras(shapes, sizes)
         read: Arrays = {}
         for piece in form.pieces:
             if piece.array in arrays:
@@ -154,6 +156,7 @@ class Layout:
         if config is None and source is not None:
             config = source.config
         values, sizes = checked(weights)
+        self._check_extras({name: tuple(array.shape) for name, array in beside.items()}, sizes)
         if form is None and source is not None and source.layout == self.name:
             form = source.form
         chosen = form_for(self.name, self.forms, self.limits, values, sizes, form)
@@ -182,6 +185,24 @@ class Layout:
         if same_heads in self.limits and shared is None:
             shared = heads
         return Told(told["num_heads"], shared, told["head_dim"])
+
+    def _check_extras(self, shapes: Shapes, sizes: Sizes) -> None:
+        """That the arrays beside the projections have the heads that these have.
+
+        Raises:
+            WeightsError: one has not.
+        """
+        for extra in self.extras:
+            shape = shapes.get(extra.array)
+            if shape is None or extra.tells is None:
+                continue
+            name, axis = extra.tells
+            wanted = sizes.key_dim if name == "head_dim" else sizes.heads
+            if len(shape) <= axis or shape[axis] != wanted:
+                raise WeightsError(
+                    f"Axis {axis} of `{extra.array}` must be `{name}`, which is {wanted} by the "
+                    f"projections. Received: shape {shape}."
+                )
 
     def _extras(self, source: Weights | None, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The arrays to write beside the projections.

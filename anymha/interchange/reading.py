@@ -15,6 +15,11 @@ from anymha.interchange.sizes import Shapes
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj")
 """Names of multi-head latent attention."""
+MLA_REASON = (
+    "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its keys "
+    "and values pass through a shared low-rank projection and a norm, and its heads mix rotated "
+    "and plain parts, for which the canonical form has no place."
+)
 
 
 def form_of(
@@ -34,11 +39,7 @@ def form_of(
         if name in shapes:
             raise LayoutError(f"{layout} with `{name}` cannot be converted: {reason}")
     if any(part in MLA for name in shapes for part in name.split(".")):
-        raise LayoutError(
-            "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: "
-            "its keys and values pass through a shared low-rank projection and a norm, and its "
-            "heads mix rotated and plain parts, for which the canonical form has no place."
-        )
+        raise LayoutError(MLA_REASON)
     beside = [extra.array for extra in extras]
     needed = [extra.array for extra in extras if extra.required]
     misses = []

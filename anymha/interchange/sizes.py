@@ -116,7 +116,7 @@ def _of_matrices(
     width = _rows(output, shapes, heads) // heads
     outputs = shapes[output.array][1 - output.outputs]
     _check_fit("output", (heads, width, outputs), (heads, value_dim, outputs))
-    if not alone and heads % shared:
+    if (not alone or query.tiled) and heads % shared:
         raise WeightsError(
             f"`num_heads` must be a multiple of the number of key and value heads. Received: "
             f"{heads} query heads, and `{key.array}` has {shared} key heads."

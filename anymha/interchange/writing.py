@@ -44,6 +44,12 @@ def checked(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
     sizes = Sizes(heads, shared, key_dim, value_dim)
     for projection in PROJECTIONS:
         _check_kernel(projection, values, sizes)
+    if 0 in (heads, shared, key_dim, value_dim) or heads % shared:
+        raise WeightsError(
+            "Query heads must be a multiple of key and value heads, and all at least 1 wide. "
+            f"Received: `query.kernel` of shape {values['query.kernel'].shape}, `value.kernel` of "
+            f"shape {values['value.kernel'].shape}."
+        )
     return values, sizes
 
 

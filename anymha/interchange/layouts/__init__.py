@@ -17,9 +17,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from anymha.config import AttentionConfig
-from anymha.errors import ArgumentError, UnknownLayoutError
+from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
 from anymha.interchange.layout import Layout
+from anymha.interchange.reading import MLA_REASON
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy
 
@@ -30,6 +33,8 @@ FAMILIES = (
 """Modules of this package, each with a tuple `LAYOUTS`."""
 SIZES = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
 """What `to_canonical` takes beside the arrays."""
+LATENT = ("transformers.deepseek_v2", "transformers.deepseek_v3", "transformers.minicpm3")
+"""Families of multi-head latent attention, which are refused with the reason."""
 
 
 def layouts() -> list[str]:
@@ -47,6 +52,7 @@ def get_layout(name: str) -> Layout:
 
     Raises:
         UnknownLayoutError: there is none.
+        LayoutError: the family's attention cannot be converted.
 
     Example:
         >>> get_layout("transformers.bloom").needs
@@ -56,6 +62,8 @@ def get_layout(name: str) -> Layout:
     if found is not None:
         return found
     points = _entry_points()
+    if name not in points and name in LATENT:
+        raise LayoutError(f"{name}: {MLA_REASON}")
     if name not in points:
         known = ", ".join(map(repr, layouts()))
         raise UnknownLayoutError(f"`layout` must be one of {known}. Received: {name!r}.")
@@ -100,6 +108,9 @@ def to_canonical(
         raise ArgumentError(
             f"Sizes are {', '.join(SIZES)}. Received: {', '.join(map(repr, unknown))}."
         )
+    for name in ("num_heads", "num_key_value_heads", "head_dim"):
+        if not isinstance(sizes.get(name, 1), (int, np.integer, type(None))):
+            raise ArgumentError(f"`{name}` must be an integer. Received: {sizes[name]!r}.")
     return found.to_canonical(_flat(arrays, found.separator), **sizes)
 
 

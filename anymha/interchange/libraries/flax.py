@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from anymha.config import AttentionConfig
 from anymha.dtypes import FLOATING, dtype_name
+from anymha.errors import LayoutError
 from anymha.interchange.opened import Opened, check_options, like
 
 PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
@@ -37,6 +39,12 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
     jax: Any = importlib.import_module("jax")
     check_options(layout, config, "compute_dtype")
     grouped = config.key_value_heads != config.num_heads
+    if grouped and "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention).parameters:
+        raise LayoutError(
+            "This version of Flax has no grouped heads: its `nnx.MultiHeadAttention` takes no "
+            f"`num_kv_heads`. Received: {config.num_heads} query heads, {config.key_value_heads} "
+            "key and value heads. Install a newer Flax."
+        )
     with jax.enable_x64(config.dtype == "float64" or jax.config.jax_enable_x64):
         layer = nnx.MultiHeadAttention(
             config.num_heads,
