@@ -45,16 +45,18 @@ from tests.frameworks import skip_or_fail
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 8, "features": 16, "heads": 2}
 HERE = Machine({})
+CLEAR_REFS = os.access("/proc/self/clear_refs", os.W_OK)
+"""Whether the system tells the memory of a call."""
 
 # Every layer of every framework.
 
 EVERYWHERE = [
-    Case("forward", **SMALL, mask="bool", dtype="bfloat16"),
-    Case("scores", **SMALL, mask="padding", scores=True),
+    Case("forward", 2, 256, 256, 2, mask="bool"),
+    Case("scores", **SMALL, mask="padding", scores=True, dtype="bfloat16"),
     Case("train", **SMALL, mode="train", mask="causal", dropout=0.25),
 ]
 FORWARD = Case("forward", **SMALL, mask="causal")
-SCORES, DROPOUT = EVERYWHERE[1:]
+SCORES, DROPOUT = Case("scores", **SMALL, scores=True), EVERYWHERE[2]
 PEERS = {
     ("numpy", FORWARD): "numpy.matmul",
     ("numpy", SCORES): "numpy.matmul",
@@ -99,6 +101,9 @@ def test_every_layer_gives_the_right_values_and_is_timed(
             assert 0 <= timing.error <= 1
             assert 0 < timing.median < math.inf
             assert len(timing.seconds) == len(timing.foreign) >= 1
+            assert (timing.memory is None) != CLEAR_REFS
+            if timing.memory is not None and case.length > 100:
+                assert 400_000 < timing.memory < 50_000_000, timing  # the output takes 524,288
         options = {timing.option for timing in result.timings if timing.ours}
         assert options == ({"", NATIVE} if case.dropout else {""})
 
@@ -392,7 +397,7 @@ def test_counter_counts_the_work_of_this_process() -> None:
     assert read() - before > 0.05
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux tells it")
+@pytest.mark.skipif(not CLEAR_REFS, reason="only Linux tells it")
 def test_peak_memory_is_that_of_the_call_again_and_again() -> None:
     size = 3 << 20  # small enough that the allocator would keep it
 
@@ -402,7 +407,7 @@ def test_peak_memory_is_that_of_the_call_again_and_again() -> None:
     for _ in range(3):
         found = peak_memory(call, 2)
         assert found is not None
-        assert 2.9 * size < found < 3.5 * size
+        assert 2.7 * size < found < 3.5 * size  # Linux counts pages in batches
 
 
 def test_peak_memory_is_not_told_where_the_system_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

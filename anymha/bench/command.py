@@ -181,10 +181,10 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--all", action="store_true", help="every case, every layer, every goal")
     command.add_argument("--lengths", metavar="N,M", help="lengths of the picture")
-    command.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds; default: 7")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds; default: 5")
     command.add_argument(
-        "--seconds", type=float, default=30.0, metavar="S",
-        help="of a case, after which no further round begins; default: 30",
+        "--seconds", type=float, default=10.0, metavar="S",
+        help="of a case, after which no further round begins; default: 10",
     )  # fmt: skip
     command.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every number")

@@ -36,8 +36,8 @@ COLORS = {
     "keras": "#8250df",
 }  # fmt: skip
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
-LEAST = 1e5
-"""Bytes below which memory is drawn as this: a page more or less is noise."""
+LEAST = 5e5
+"""Bytes below which memory is drawn as this: less is noise."""
 
 
 def to_svg(results: Sequence[CaseResult]) -> str:

@@ -27,6 +27,7 @@ from anymha.bench.entries import (
     unpack,
 )
 from anymha.bench.frameworks import keras
+from anymha.bench.measure import peak_memory
 from anymha.registry import get_layer
 
 LIBRARIES = {"keras": "keras"}
@@ -41,21 +42,28 @@ def machine(device: str) -> Machine:
         "tensorflow": tf.__version__,
         "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "not set"),
     }
-    if device == "cpu":
-        return Machine(facts, absent=absent(LIBRARIES))
-    found: Any = tf.config.list_physical_devices("GPU")
-    if not found:
-        raise RuntimeError("TensorFlow sees no GPU")
-    facts["device"] = tf.config.experimental.get_device_details(found[0]).get("device_name")
+    place = "CPU:0" if device == "cpu" else "GPU:0"
+    if device == "cuda":
+        found: Any = tf.config.list_physical_devices("GPU")
+        if not found:
+            raise RuntimeError("TensorFlow sees no GPU")
+        facts["device"] = tf.config.experimental.get_device_details(found[0]).get("device_name")
+    return Machine(facts, lambda call, times: _peak(call, times, place), absent(LIBRARIES))
 
-    def peak_memory(call: Callable[[], Any], times: int) -> int:
-        tf.config.experimental.reset_memory_stats("GPU:0")
-        before = tf.config.experimental.get_memory_info("GPU:0")["current"]
-        for _ in range(times):
-            call()
-        return tf.config.experimental.get_memory_info("GPU:0")["peak"] - before
 
-    return Machine(facts, peak_memory, absent(LIBRARIES))
+def _peak(call: Callable[[], Any], times: int, place: str) -> int | None:
+    """The peak that TensorFlow's allocator tells, which keeps what is freed, or the process's."""
+    import tensorflow as tf
+
+    resident = peak_memory(call, times) if place == "CPU:0" else None
+    try:
+        tf.config.experimental.reset_memory_stats(place)
+    except ValueError:  # without oneDNN the processor's allocator is the system's
+        return resident
+    before = tf.config.experimental.get_memory_info(place)["current"]
+    call()
+    held = tf.config.experimental.get_memory_info(place)["peak"] - before
+    return max(held, resident or 0)
 
 
 @dataclass(frozen=True)
