@@ -1,0 +1,51 @@
+"""What docs/files.md shows is what the commands print."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from anymha.cli import main
+from anymha.interchange.files.formats import FOLDER, FORMATS
+from anymha.registry import BUILT_IN
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/files.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^```console\n\$ anymha (.*)\n((?:.*\n)*?)```$", PAGE, re.MULTILINE)
+NUMBERS = re.compile(r"\d\.\de-\d\d, \d+\.\d\d units")
+
+
+@pytest.mark.parametrize(("arguments", "shown"), SHOWN, ids=[call.split()[0] for call, _ in SHOWN])
+def test_commands_print_what_is_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    shown: str,
+) -> None:
+    if "--verify" in arguments and not all(backend.installed for backend in BUILT_IN):
+        pytest.skip("needs all four frameworks")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(shlex.split(arguments)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert NUMBERS.sub("#", printed.out) == NUMBERS.sub("#", shown)
+
+
+def test_both_commands_are_shown() -> None:
+    assert [call.split()[0] for call, _ in SHOWN] == ["inspect", "convert"]
+
+
+def test_every_format_is_in_the_table() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    for one in FORMATS:
+        for suffix in one.suffixes:
+            mark = "a folder" if suffix == FOLDER else f"`{suffix}`"
+            (row,) = [line for line in rows if mark in line]
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            assert bool(cells[3]) == bool(one.writer), suffix
