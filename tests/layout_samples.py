@@ -161,6 +161,11 @@ def buffers(s: Size) -> Shapes:
 
 
 SAMPLES = (
+    Sample(
+        "anymha",
+        lambda s: {name.replace("/", "."): shape for name, shape in heads("output")(s).items()},
+        asks=False,
+    ),
     Sample("keras.MultiHeadAttention", heads("attention_output"), (KERAS,), "K=H", asks=False),
     Sample(
         "keras.GroupQueryAttention", heads("attention_output"), (KERAS,), "v=d O=D", asks=False,

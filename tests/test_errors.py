@@ -522,8 +522,12 @@ def test_weights_given_to_the_function(backend: Backend) -> None:
 def test_what_is_no_layer() -> None:
     _raises(
         errors.ArgumentError,
-        "`layer` must be a layer of anymha. Received: builtins.dict.",
-        lambda: anymha.get_weights({}),
+        "`layer` must be a layer of anymha, a live layer of equinox.MultiheadAttention, "
+        "flax.linen.MultiHeadDotProductAttention, flax.nnx.MultiHeadAttention, "
+        "haiku.MultiHeadAttention, keras.GroupQueryAttention, keras.MultiHeadAttention, "
+        "timm.vit, torch.MultiheadAttention, x_transformers.Attention, an attention module of "
+        "transformers, or parameters of Flax's linen or Haiku. Received: builtins.int.",
+        lambda: anymha.get_weights(3),
     )
 
 

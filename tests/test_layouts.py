@@ -36,6 +36,7 @@ BERT = "transformers.bert"
 NAMES = {"query": "self.query", "key": "self.key", "value": "self.value", "output": "output.dense"}
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 NAMED = [
+    "anymha",
     *("keras.MultiHeadAttention", "keras.GroupQueryAttention", "torch.MultiheadAttention"),
     *("flax.nnx.MultiHeadAttention", "flax.linen.MultiHeadDotProductAttention"),
     *("equinox.MultiheadAttention", "haiku.MultiHeadAttention", "x_transformers.Attention"),

@@ -75,10 +75,11 @@ def opened(layer: Any) -> Opened:
                 f"A {kind.__module__}.{kind.__name__} holds no weights. Pass its parameters, "
                 f"{WITHOUT_WEIGHTS[known]}."
             )
-    libraries = sorted({layout for _, layout in CLASSES.values()} | set(MAKERS))
+    libraries = {layout for _, layout in CLASSES.values()} | set(MAKERS)
+    alone = sorted(name for name in libraries if not name.startswith("transformers."))
     raise ArgumentError(
-        "`layer` must be a layer of anymha, a live layer of "
-        f"{', '.join(libraries)}, or parameters of Flax's linen or Haiku. Received: "
+        f"`layer` must be a layer of anymha, a live layer of {', '.join(alone)}, an attention "
+        "module of transformers, or parameters of Flax's linen or Haiku. Received: "
         f"{type(layer).__module__}.{type(layer).__qualname__}."
     )
 

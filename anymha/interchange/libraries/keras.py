@@ -10,6 +10,7 @@ import numpy as np
 
 from anymha.config import AttentionConfig
 from anymha.dtypes import FLOATING
+from anymha.errors import LayoutError
 from anymha.interchange.opened import Opened, check_options
 from anymha.interchange.writing import as_numpy
 from anymha.training import OBJECTS
@@ -60,7 +61,15 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
         )  # fmt: skip
     widths = (config.query_features, config.value_features, config.key_features)
     layer.build(*((None,) * (rank - 1) + (width,) for width in widths))
-    _assign({_name(variable): variable for variable in layer.weights}, arrays)
+    variables = {_name(variable): variable for variable in layer.weights}
+    held = as_numpy(variables["query/kernel"].value).dtype.name
+    if held != config.dtype:
+        raise LayoutError(
+            f"Keras on {keras.backend.backend()} holds {config.dtype} as {held}. Call "
+            "`jax.config.update('jax_enable_x64', True)` first, or convert a layer of "
+            f"dtype={held!r}."
+        )
+    _assign(variables, arrays)
     return layer
 
 
