@@ -692,6 +692,23 @@ def test_canonical_weights_of_any_shapes_are_converted_or_refused(layout: str, d
     same(back, weights)
 
 
+def test_arrays_of_grouped_heads_are_no_layer_of_a_library_without_them() -> None:
+    arrays = by_name("keras.GroupQueryAttention").arrays(Size(), False)
+    with pytest.raises(LayoutError) as error:
+        to_canonical(arrays, "keras.MultiHeadAttention")
+    assert message(error) == (
+        "No layer of keras.MultiHeadAttention has these arrays: it has one key head for each query "
+        "head. Received: 4 query heads, 2 key and value heads. Use a layout with grouped heads, as "
+        "'keras.GroupQueryAttention' or 'transformers.llama'."
+    )
+    for grouped, single in (("keras.GroupQueryAttention", "keras.MultiHeadAttention"),
+                            ("transformers.llama", "transformers.vit")):  # fmt: skip
+        arrays = by_name(grouped).arrays(Size(S=7, U=7, v=3), False)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        assert get_layout(grouped).fits(shapes) is None
+        assert get_layout(single).fits(shapes) is not None
+
+
 def test_norms_and_sinks_of_other_heads_are_refused() -> None:
     arrays = by_name("transformers.qwen3").arrays(Size())
     with pytest.raises(WeightsError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 from anymha.config import AttentionConfig
 from anymha.errors import LayoutError, WeightsError
 from anymha.interchange.forms import Extra, Form
-from anymha.interchange.limits import Limit, check_scale, form_for, same_heads
+from anymha.interchange.limits import Limit, check_scale, form_for, same_heads, same_widths
 from anymha.interchange.pieces import Arrays, Sizes
 from anymha.interchange.reading import check_floats, config_of, form_of
 from anymha.interchange.sizes import Shapes, Told, possible_heads, solve
@@ -94,6 +94,7 @@ class Layout:
         for trial in trials:
             try:
                 sizes = solve(self.name, form.pieces, shapes, trial)
+                self._check_sizes(sizes)
                 self._check_extras(shapes, sizes)
             except WeightsError as error:
                 reasons.append(str(error))
@@ -117,6 +118,7 @@ class Layout:
         check_floats({name: arrays[name] for name in form.names() if name in arrays})
         told = self._told(shapes, num_heads, num_key_value_heads, head_dim)
         sizes = solve(self.name, form.pieces, shapes, told)
+        self._check_sizes(sizes)
         self._check_extras(shapes, sizes)
         read: Arrays = {}
         for piece in form.pieces:
@@ -185,6 +187,17 @@ class Layout:
         if same_heads in self.limits and shared is None:
             shared = heads
         return Told(told["num_heads"], shared, told["head_dim"])
+
+    def _check_sizes(self, sizes: Sizes) -> None:
+        """That layers of this layout have such heads.
+
+        Raises:
+            LayoutError: they have not.
+        """
+        for rule in self.limits:
+            reason = rule(sizes, {}) if rule in (same_heads, same_widths) else None
+            if reason is not None:
+                raise LayoutError(f"No layer of {self.name} has these arrays: {reason}.")
 
     def _check_extras(self, shapes: Shapes, sizes: Sizes) -> None:
         """That the arrays beside the projections have the heads that these have.

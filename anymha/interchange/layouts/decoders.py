@@ -67,6 +67,7 @@ LAYOUTS = (
             "in self-attention the learned bias of relative positions, which the first layer of "
             "the stack holds (pass it as `attention_bias`)",
         ),
+        limits=(same_heads,),
         scale=1.0,
         reference="models/t5/modeling_t5.py",
     ),

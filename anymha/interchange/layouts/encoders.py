@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
+from anymha.interchange.limits import same_heads
 from anymha.interchange.pieces import Piece, linear
 from anymha.options import PROJECTIONS
 
@@ -24,10 +25,10 @@ def projections(output: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Pie
     return four("q_proj", "k_proj", "v_proj", output, biased=biased)
 
 
-def family(name: str, *forms: Form, extras: tuple[Extra, ...] = ()) -> Layout:
-    """The layout of a family of transformers."""
+def family(name: str, *forms: Form) -> Layout:
+    """The layout of a family of transformers with one key head for each query head."""
     reference = f"models/{name}/modeling_{name}.py"
-    return Layout(f"transformers.{name}", forms, extras, reference=reference)
+    return Layout(f"transformers.{name}", forms, limits=(same_heads,), reference=reference)
 
 
 # They stand beside the projections, but come after the attention: its results stay what they are.
@@ -41,10 +42,11 @@ DISTANCES = Extra(
 
 
 LAYOUTS = (
-    family(
-        "bert",
-        Form(four("self.query", "self.key", "self.value", "output.dense")),
+    Layout(
+        "transformers.bert",
+        (Form(four("self.query", "self.key", "self.value", "output.dense")),),
         extras=(*NORM, DISTANCES),
+        reference="models/bert/modeling_bert.py",
     ),
     family(
         "vit",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import projections
+from anymha.interchange.limits import same_heads
 from anymha.options import PROJECTIONS
 
 HALVES = (
@@ -84,6 +85,7 @@ LAYOUTS = (
         (Form(projections("out_proj", ())),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("embed_positions")),
         needs=(PAIRS + ", over the first `rotary_dim` elements",),
+        limits=(same_heads,),
         reference="models/gptj/modeling_gptj.py",
     ),
 )
