@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "parity", help="show that every backend gives the same results", description=parity.__doc__
     )
     command.add_argument("--backends", metavar="A,B", help="default: all that are installed")
-    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a safetensors file")
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a file of weights")
     command.add_argument("--layout", metavar="NAME", help="its layout; see `anymha layouts`")
     command.add_argument("--num-heads", type=int, metavar="H", help="its number of query heads")
     command.add_argument("--prefix", metavar="P", help="only layers whose names begin so")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from anymha.errors import UsageError
+from anymha.errors import FileError, UsageError
 from anymha.parity.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
 from anymha.parity.run import run
 from anymha.parity.truth import expected
@@ -133,16 +133,17 @@ def test_tokens_are_those_that_are_not_padding(tmp_path: Path) -> None:
 
 
 def refused(call: Callable[[], Any]) -> str:
-    with pytest.raises(UsageError) as error:
+    with pytest.raises((UsageError, FileError)) as error:
         call()
     return str(error.value)
 
 
 def test_files_that_are_missing_or_broken_are_told(tmp_path: Path) -> None:
-    missing, broken = tmp_path / "missing", tmp_path / "broken"
+    missing, broken = tmp_path / "missing.safetensors", tmp_path / "broken.safetensors"
     broken.write_bytes(b"no such thing, but some bytes")
-    assert refused(lambda: read(missing)).startswith(f"{missing} cannot be read: ")
-    assert refused(lambda: read(broken)).startswith(f"{broken} is not a safetensors file: ")
+    assert refused(lambda: read(missing)) == f"{missing} cannot be read: there is no such file."
+    told = f"{broken} is not a safetensors file that can be read: "
+    assert refused(lambda: read(broken)).startswith(told)
     assert refused(lambda: read_inputs(missing)) == (
         f"{missing} cannot be read: No such file or directory."
     )

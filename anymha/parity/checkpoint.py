@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from anymha.errors import UsageError, WeightsError
+from anymha.interchange.files.formats import open_file
 from anymha.interchange.layouts import get_layout, to_canonical
 from anymha.parity.cases import Arrays, Case, Problem
 
@@ -63,22 +63,23 @@ def real_problems(
     """Each layer of the file, in float32, in float64 and in the reproducible mode.
 
     Args:
-        path: A safetensors file.
+        path: A file of any format of `anymha.interchange.files`.
         layout: The layout of each layer.
         num_heads: Query heads H, which the shapes do not tell.
         prefix: What a layer's names begin with in the file; default every layer that is found.
         inputs: The ``.npz`` file of inputs.
 
     Raises:
-        UsageError: a file cannot be read, or holds no such layer or inputs.
+        UsageError: a file holds no such layer or inputs, or the inputs cannot be read.
+        FileError: the file of weights cannot be read.
     """
     given = read_inputs(inputs) if inputs else {}
     known = get_layout(layout).names()
-    with _open(path) as file:
-        names = list(file.keys())
+    with open_file(path) as file:
+        names = list(file.tensors)
         starts = _prefixes(names, layout, prefix, path)
         for start, label in zip(starts, _labels(starts), strict=True):
-            arrays = {n: file.get_tensor(start + n) for n in known if start + n in names}
+            arrays = {n: file.read(start + n) for n in known if start + n in names}
             try:
                 weights, _ = to_canonical(arrays, layout, num_heads=num_heads)
             except WeightsError as error:
@@ -188,15 +189,6 @@ def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> 
             f"{', '.join(map(repr, every[:4]))}."
         )
     return found
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, "np")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        raise UsageError(f"{path} is not a safetensors file: {error}.") from error
 
 
 def read_inputs(path: Path) -> Arrays:

@@ -97,7 +97,7 @@ class Model:
             layer = f"encoder.layer.{number}"
             hidden = self._norm(hidden + attend(hidden, mask), f"{layer}.attention.output")
             wide = self._linear(hidden, f"{layer}.intermediate.dense")
-            wide = wide * (0.5 + 0.5 * _erf(wide / math.sqrt(2)).astype(wide.dtype))
+            wide = wide * (0.5 + 0.5 * np.asarray(_erf(wide / math.sqrt(2)), wide.dtype))
             narrow = self._linear(wide, f"{layer}.output.dense")
             hidden = self._norm(hidden + narrow, f"{layer}.output")
         counts = mask[..., None]  # (B, T, 1)
