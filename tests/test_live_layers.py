@@ -372,6 +372,14 @@ def test_our_layers_are_not_told_sizes() -> None:
         anymha.get_weights(layer, num_heads=2)
 
 
+def test_layers_of_others_become_our_keras_layer() -> None:
+    need("keras")
+    theirs = peer("torch")
+    ours = anymha.convert(theirs.layer, to="keras")
+    assert type(ours).__module__ == "anymha_keras.module"
+    assert bits(anymha.get_weights(ours)) == bits(anymha.get_weights(theirs.layer))
+
+
 def test_readme_example_torch_to_keras_to_jax() -> None:
     torch, keras = need("torch"), need("keras")
     need("jax")

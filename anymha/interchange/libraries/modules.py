@@ -16,14 +16,16 @@ ATTEND = ("softclamp_logits", "l2_distance", "cog_signed", "selective", "add_zer
 
 
 def opened(layer: Any, layout: str) -> Opened:
-    """An attention module; what it does not say of itself, its `config` may."""
+    """An attention module; the number of its heads may stand in its `config` alone."""
     # BERT's and the older ViT's have their heads in a part of theirs; x-transformers' softmax too.
     inner = (getattr(layer, name, None) for name in ("self", "attention", "attend"))
     parts = [*(part for part in inner if part is not None), layer]
-    sizes = {"num_heads": _found(parts, HEADS), "scale": _number(_found(parts, SCALES))}
-    window = _found(parts, ("sliding_window",))
-    if layout in ("transformers.mistral", "transformers.phi3"):
-        window = getattr(layer.config, "sliding_window", None)
+    configs = [part.config for part in parts if hasattr(part, "config")]
+    heads, scale = _found([*parts, *configs], HEADS), _found(parts, SCALES)
+    sizes = {"num_heads": heads, "scale": _number(scale)}
+    # A model may have windows in some of its layers only; these two have one for all.
+    told = layer.config if layout in ("transformers.mistral", "transformers.phi3") else layer
+    window = getattr(told, "sliding_window", None)
     if isinstance(window, int) and not isinstance(window, bool):
         sizes["sliding_window"] = window
     dropout = _found(parts[:1] if layout == "transformers.bert" else parts, DROPOUTS)
@@ -37,9 +39,8 @@ def opened(layer: Any, layout: str) -> Opened:
     )
 
 
-def _found(parts: list[Any], names: tuple[str, ...]) -> Any:
-    """The first attribute of these names, of the parts or their `config`; None where none is."""
-    places = [*parts, *(part.config for part in parts if hasattr(part, "config"))]
+def _found(places: list[Any], names: tuple[str, ...]) -> Any:
+    """The first attribute of these names; None where there is none."""
     for place in places:
         for name in names:
             value = getattr(place, name, None)
