@@ -367,6 +367,14 @@ def test_rounds_end_at_twice_the_wanted_or_when_the_time_is_up(
     assert len(found) == rounds
 
 
+def test_slow_layer_far_behind_the_others_has_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "sample", lambda call, count: Sample(call(), 0.0))
+    calls = [lambda: 0.1, lambda: 0.4, lambda: 0.9, lambda: 1.1]
+    assert [len(one) for one in interleaved(calls, 4, budget=1e9)] == [4, 4, 4, 1]
+    calls = [lambda: 0.001, lambda: 0.4]  # far behind, but quick
+    assert [len(one) for one in interleaved(calls, 4, budget=1e9)] == [4, 4]
+
+
 def test_sample_tells_the_seconds_of_one_call_and_what_others_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -405,7 +413,7 @@ def test_peak_memory_is_that_of_the_call_again_and_again() -> None:
         return [np.ones(size, np.uint8), np.ones(2 * size, np.uint8)][0]
 
     for _ in range(3):
-        found = peak_memory(call, 2)
+        found = peak_memory(call)
         assert found is not None
         assert 2.7 * size < found < 3.5 * size  # Linux counts pages in batches
 

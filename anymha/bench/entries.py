@@ -70,12 +70,12 @@ class Machine:
 
     Args:
         facts: Threads, devices, versions, by name.
-        peak_memory: Measures a call's memory, some times; None for the process's resident memory.
+        peak_memory: Measures a call's memory; None for the process's resident memory.
         absent: Peers that are not installed.
     """
 
     facts: dict[str, Any]
-    peak_memory: Callable[[Callable[[], Any], int], int | None] | None = None
+    peak_memory: Callable[[Callable[[], Any]], int | None] | None = None
     absent: tuple[str, ...] = ()
 
 

@@ -20,6 +20,13 @@ SHORTEST = 0.05
 """A sample lasts at least so many seconds: quick calls are repeated."""
 
 
+SLOW = 0.5
+"""A call of so many seconds has its memory measured once, a faster one three times."""
+
+BEHIND = 10
+"""A slow call that takes so many times the fastest's seconds has one sample."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One measurement.
@@ -99,7 +106,8 @@ def interleaved(
 ) -> list[list[Sample]]:
     """Samples of each call, in rounds A B C A B C, so that all meet the same disturbances.
 
-    Rounds in which other processes took part are made up for, up to as many again.
+    Rounds in which other processes took part are made up for, up to as many again. What is slow
+    and far behind the fastest has one sample, which says enough.
 
     Args:
         calls: What is timed.
@@ -109,25 +117,30 @@ def interleaved(
     """
     counts = [calls_for(call) for call in calls]
     samples: list[list[Sample]] = [[] for _ in calls]
-    began, clean = clock(), 0
+    began, clean, slow = clock(), 0, set[int]()
     for done in range(2 * repeats):
         late = done >= min(3, repeats) and clock() - began > budget
         if clean == repeats or late:
             break
-        taken = [sample(call, count) for call, count in zip(calls, counts, strict=True)]
-        for kept, one in zip(samples, taken, strict=True):
-            kept.append(one)
-        clean += all((one.foreign or 0.0) <= FOREIGN for one in taken)
+        taken = {i: sample(calls[i], counts[i]) for i in range(len(calls)) if i not in slow}
+        for i, one in taken.items():
+            samples[i].append(one)
+        clean += all((one.foreign or 0.0) <= FOREIGN for one in taken.values())
+        if not done:
+            behind = BEHIND * min((one.seconds for one in taken.values()), default=0.0)
+            slow = {i for i, one in taken.items() if one.seconds > max(SLOW, behind)}
     return samples
 
 
-def peak_memory(call: Callable[[], Any], times: int = 1) -> int | None:
+def peak_memory(call: Callable[[], Any]) -> int | None:
     """Bytes of memory that a call needs at its peak, results included; None if Linux is not there.
 
     The greatest of several calls, after one that is not measured.
     """
     with _giving_back():
+        began = time.perf_counter()
         call()
+        times = 1 if time.perf_counter() - began > SLOW else 3
         gc.collect()
         found = [_peak(call) for _ in range(times)]
     known = [one for one in found if one is not None]

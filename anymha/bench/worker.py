@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +22,6 @@ from anymha.bench.results import Timing
 
 SHARE = 0.6
 """The share of the free memory that a peer may need."""
-
-SLOW = 0.5
-"""A call of so many seconds has its memory measured once, a faster one three times."""
 
 Tell = Callable[[str], None]
 
@@ -84,7 +80,7 @@ def run_case(
     del judge
     ready = [one for _, one, _, fault in found if not fault and one is not None]
     tell("memory")
-    memory = [_memory(one, machine) for one in ready]
+    memory = [(machine.peak_memory or peak_memory)(one.call) for one in ready]
     tell("times")
     samples = interleaved([one.call for one in ready], repeats, budget)
     measured = iter(zip(memory, samples, strict=True))
@@ -130,13 +126,6 @@ def _checked(
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
-
-
-def _memory(ready: Ready, machine: Machine) -> int | None:
-    began = time.perf_counter()
-    ready.call()
-    times = 1 if time.perf_counter() - began > SLOW else 3
-    return (machine.peak_memory or peak_memory)(ready.call, times)
 
 
 def main() -> None:

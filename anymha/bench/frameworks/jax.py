@@ -36,7 +36,7 @@ def machine(device: str) -> Machine:
     if device == "cpu":
         return Machine(facts, absent=absent(LIBRARIES))
     # JAX's allocator tells the peak since the start alone: too much for all but the first layer.
-    return Machine(facts, lambda call, times: None, absent(LIBRARIES))
+    return Machine(facts, lambda call: None, absent(LIBRARIES))
 
 
 def entries(problem: Problem, device: str) -> list[Entry]:

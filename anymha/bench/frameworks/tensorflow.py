@@ -48,14 +48,14 @@ def machine(device: str) -> Machine:
         if not found:
             raise RuntimeError("TensorFlow sees no GPU")
         facts["device"] = tf.config.experimental.get_device_details(found[0]).get("device_name")
-    return Machine(facts, lambda call, times: _peak(call, times, place), absent(LIBRARIES))
+    return Machine(facts, lambda call: _peak(call, place), absent(LIBRARIES))
 
 
-def _peak(call: Callable[[], Any], times: int, place: str) -> int | None:
+def _peak(call: Callable[[], Any], place: str) -> int | None:
     """The peak that TensorFlow's allocator tells, which keeps what is freed, or the process's."""
     import tensorflow as tf
 
-    resident = peak_memory(call, times) if place == "CPU:0" else None
+    resident = peak_memory(call) if place == "CPU:0" else None
     try:
         tf.config.experimental.reset_memory_stats(place)
     except ValueError:  # without oneDNN the processor's allocator is the system's

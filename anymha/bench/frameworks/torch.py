@@ -40,12 +40,11 @@ def machine(device: str) -> Machine:
         return Machine(facts, absent=absent(LIBRARIES))
     facts["device"] = torch.cuda.get_device_name()
 
-    def peak_memory(call: Callable[[], Any], times: int) -> int:
+    def peak_memory(call: Callable[[], Any]) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for _ in range(times):
-            call()
+        call()
         return torch.cuda.max_memory_allocated() - before
 
     return Machine(facts, peak_memory, absent(LIBRARIES))
