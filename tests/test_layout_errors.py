@@ -25,7 +25,7 @@ EXAMPLE = ROOT / "docs/examples/layouts"
 BOUND = 1e-6
 """Of the largest output: the families that compute their softmax in float32."""
 
-PLAIN = ["bert", "vit", "clip", "opt", "bart", "whisper", "gpt2"]
+PLAIN = ["bert", "vit", "clip", "opt", "bart", "whisper", "gpt2", "gpt2, across"]
 NEEDING = ["t5", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gpt_oss"]
 FUSED = ["gpt_neox", "phi3", "codegen", "gptj"]
 KINDS = [

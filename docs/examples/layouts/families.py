@@ -120,6 +120,16 @@ def gpt2() -> Pair:
     return plain(layer, lambda x: called(layer, x, attention_mask=causal()), use_causal_mask=True)
 
 
+def gpt2_across() -> Pair:
+    """GPT-2 across to an encoder, with kernels of another form."""
+    config = part("gpt2", "GPT2Config")(n_embd=D, n_head=H)
+    layer = part("gpt2", "GPT2Attention")(settled(config), is_cross_attention=True, layer_idx=0)
+    layer, x = ready(layer), random_inputs()
+    memory = np.random.default_rng(1).standard_normal((2, T + 3, D))
+    theirs = called(layer, torch.from_numpy(x), encoder_hidden_states=torch.from_numpy(memory))
+    return layer, theirs, anymha.convert(layer, to="numpy")(x, memory)
+
+
 def gpt_bigcode(multi_query: bool = True) -> Pair:
     """GPT-BigCode, one key head for all or one for each."""
     config = part("gpt_bigcode", "GPTBigCodeConfig")(n_embd=D, n_head=H, multi_query=multi_query)
@@ -220,6 +230,7 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "bart": bart,
     "whisper": whisper,
     "gpt2": gpt2,
+    "gpt2, across": gpt2_across,
     "gpt_bigcode, one key head": gpt_bigcode,
     "gpt_bigcode, a key head each": lambda: gpt_bigcode(multi_query=False),
     "t5": t5,
