@@ -23,6 +23,9 @@ import pytest
 import anymha
 import anymha_keras.module
 from anymha.errors import ConfigError, DtypeError, ShapeError, WeightsError
+from anymha.interchange.files.formats import format_of, open_file
+from anymha.interchange.found import find
+from anymha.interchange.models import convert_file
 from anymha.parity.tolerance import tolerance
 from anymha_keras import MultiHeadAttention
 from anymha_numpy import MultiHeadAttention as NumpyLayer
@@ -601,6 +604,65 @@ def test_an_unknown_option_is_an_error_of_keras() -> None:
 
 
 @trains
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_is_saved_and_loaded_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    layer = randomised(MultiHeadAttention(2, 3, query_features=8, dropout=0.1, dtype=dtype))
+    anymha.save(tmp_path / "a.safetensors", layer)
+    found = anymha.load(tmp_path / "a.safetensors", backend="keras")
+    assert isinstance(found, MultiHeadAttention)
+    before, after = anymha.get_weights(layer), anymha.get_weights(found)
+    assert [a.tobytes() for a in before.values()] == [a.tobytes() for a in after.values()]
+    assert after["query.kernel"].dtype.name == dtype
+    assert found.config.dropout == 0.1
+
+
+def model_of_three() -> Any:
+    inputs = keras.Input((5, 8))
+    x = Theirs(2, 3, name="first")(inputs, inputs)
+    x = Theirs(2, 3, use_bias=False, name="second")(x, x)
+    x = keras.layers.GroupQueryAttention(4, 2, 1, name="grouped")(x, x)
+    return randomised(keras.Model(inputs, x))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_layers_in_a_file_of_keras_are_found_and_converted(tmp_path: Path, suffix: str) -> None:
+    model, path = model_of_three(), tmp_path / f"model{suffix}"
+    (model.save if suffix == ".keras" else model.save_weights)(path)
+    kinds = {"first": "keras.MultiHeadAttention", "second": "keras.MultiHeadAttention",
+             "grouped": "keras.GroupQueryAttention"}  # fmt: skip
+    with open_file(path) as reader:
+        groups = find(reader.tensors, format_of(path))
+    held = {prefix: [one.name for one in g.fits] for g in groups for prefix in g.prefixes}
+    # Keras names the groups of a file by the layers' classes.
+    parts = ("multi_head_attention", "multi_head_attention_1", "grouped_query_attention")
+    named = zip(parts, kinds.values(), strict=True)
+    assert held == {f"layers/{part}/": [kind] for part, kind in named}
+    for kind in dict.fromkeys(kinds.values()):
+        ours = tmp_path / "ours.safetensors"
+        done = convert_file(path, ours, kind, "anymha")
+        layers = [model.get_layer(name) for name, layout in kinds.items() if layout == kind]
+        for layer, prefix in zip(layers, done.layers.values(), strict=True):
+            found = anymha.load(ours, "numpy", prefix=prefix)
+            wanted = anymha.get_weights(layer)
+            assert all(np.array_equal(found.weights[n], array) for n, array in wanted.items())
+
+
+def test_keras_loads_a_file_that_was_converted(tmp_path: Path) -> None:
+    model, path = model_of_three(), tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.weights.h5"
+    convert_file(path, there, "keras.MultiHeadAttention", "transformers.bert", others=True)
+    convert_file(
+        there, back, "transformers.bert", "keras.MultiHeadAttention", others=True, num_heads=2
+    )
+    x = numbers(2, 5, 8)
+    wanted = to_numpy(model(x))
+    randomised(model, seed=50)
+    assert not np.array_equal(to_numpy(model(x)), wanted)
+    model.load_weights(back)
+    np.testing.assert_array_equal(to_numpy(model(x)), wanted)
+
+
 def test_python_blocks_of_the_page_run_in_order() -> None:
     page = (ROOT / "docs" / "keras.md").read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": "example"}

@@ -385,6 +385,18 @@ def test_hdf5_that_reaches_outside_itself_is_refused(tmp_path: Path, case: str) 
     assert told in refused(h5(tmp_path / "a.h5", make))
 
 
+def test_damaged_heap_of_hdf5_is_not_read(tmp_path: Path) -> None:
+    """Where Keras keeps the name of a dtype, HDF5's library reads for ever if a length is 0."""
+    array = sample("bfloat16", (3, 4))
+    pytest.importorskip("h5py", reason="h5py is not installed")
+    path = write(tmp_path / "a.h5", {"a": array})
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"GCOL") + 16
+    content[heap : heap + 32] = bytes(32)
+    path.write_bytes(content)
+    assert same(read(path)["a"], array)
+
+
 def test_keras_archive_without_weights_is_told(tmp_path: Path) -> None:
     pytest.importorskip("h5py", reason="h5py is not installed")
     with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:

@@ -2,7 +2,7 @@
 
 Only what lies in the file itself is read: links to other places and datasets whose elements lie in
 other files are refused. bfloat16 and float8 are opaque bytes with an attribute `dtype` that names
-them, as Keras writes them; opaque bytes without one are refused.
+them, bfloat16 as Keras writes it; opaque bytes without one are refused.
 
 References:
     Keras 3.15, ``keras/src/saving/saving_lib.py``, `H5IOStore`.
@@ -94,7 +94,7 @@ class Hdf5Reader(Reader):
             raise self.broken(f"the elements of {name!r} do not lie in this file")
         dtype = item.dtype
         if dtype.kind == "V":
-            named = OPAQUE.get(str(item.attrs.get("dtype")))
+            named = OPAQUE.get(self._opaque(item))
             if named is None or named.itemsize != dtype.itemsize:
                 raise self.broken(f"{name!r} holds bytes without the name of their dtype")
             dtype = named
@@ -107,6 +107,22 @@ class Hdf5Reader(Reader):
                 "does that is made to fill the memory"
             )
         return tensor
+
+    def _opaque(self, item: Any) -> str:
+        """The name of an opaque dtype.
+
+        Keras gives it as a text of variable length, which is in another place of the file. That is
+        not read: Keras has it for bfloat16 alone, and HDF5's library can read for ever on a file
+        that was damaged there.
+        """
+        if "dtype" not in item.attrs:
+            return ""
+        kind = item.attrs.get_id("dtype").get_type()
+        if not isinstance(kind, self._h5py.h5t.TypeStringID):
+            return ""
+        if kind.is_variable_str():
+            return "bfloat16"
+        return bytes(item.attrs["dtype"]).decode("ascii")
 
     def _read(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
@@ -144,7 +160,8 @@ class _Writer:
         values = array.view(f"V{array.dtype.itemsize}") if opaque else array
         dataset = self._file.create_dataset(name, data=values)
         if opaque:
-            dataset.attrs["dtype"] = array.dtype.name
+            named = array.dtype.name
+            dataset.attrs["dtype"] = named if named == "bfloat16" else np.bytes_(named)
         self._missing.discard(name)
 
     def finish(self) -> None:
