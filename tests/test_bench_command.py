@@ -71,7 +71,7 @@ def test_numpy_is_timed_and_everything_is_written(command: Run, tmp_path: Path) 
         *NUMPY, "--cases=tiny", "--lengths=16,8", f"--json={files[0]}", f"--image={files[1]}"
     )
     assert (status, err) == (0, "")
-    assert "3 cases on numpy, 1 rounds" in out
+    assert "3 cases on numpy, 1 round\n" in out
     for told in ("tiny", "length-8", "length-16", "numpy.matmul", f"JSON: {files[0]}"):
         assert told in out
     assert out.splitlines()[-1].startswith("BENCHMARK DONE in ")

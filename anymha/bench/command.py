@@ -19,7 +19,7 @@ from anymha.bench.results import CaseResult, Report
 from anymha.bench.terminal import print_report, print_verdict, progress
 from anymha.errors import UsageError
 from anymha.interchange.files.whole import check_writable, write_whole
-from anymha.parity.matrix import versions
+from anymha.parity.matrix import counted_cases, versions
 from anymha.registry import BUILT_IN, Backend, get_backend
 from anymha.version import __version__
 
@@ -39,8 +39,9 @@ def bench(options: argparse.Namespace, console: Console) -> int:
     to_svg = _picture(options)
     names = [backend.name for backend in found]
     console.print(
-        f"anymha {__version__}: {len(cases)} {'case' if len(cases) == 1 else 'cases'} on "
-        f"{', '.join(names)}, {options.repeats} rounds",
+        f"anymha {__version__}: {counted_cases(len(cases))} on "
+        f"{', '.join(names)}, {options.repeats} "
+        f"{'round' if options.repeats == 1 else 'rounds'}",
         highlight=False,
     )  # fmt: skip
     report = Report(

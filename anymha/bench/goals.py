@@ -125,7 +125,7 @@ def _goals() -> Iterator[Goal]:
         ("torch", "l4k"): {module: 0.08, sdpa: 1.0},
         ("torch", "m1k-train-dropout"): {ANY: 0.3},
         ("tensorflow", "l4k"): {ANY: 0.4},
-        ("jax", "l4k"): {ANY: 0.05},
+        ("jax", "l4k"): {"flax": 0.05},
         ("jax", "m1k-train"): {ANY: 0.2},
         ("jax", "m1k-train-dropout"): {ANY: 0.25},
     }

@@ -154,7 +154,7 @@ def _legend(report: Report) -> list[str]:
         "call needs at its peak, results included; error: as a share of what rounding allows; "
         "goals: how many are met."
     ]
-    if report.disturbed:
+    if report.disturbed or any(verdict.close for one in report.cases for verdict in judge(one)):
         lines.append(
             "~: other processes took the processor in all but two or fewer of the samples, or a "
             "goal lies within the middle half of what the rounds gave."
