@@ -133,6 +133,19 @@ def test_options_of_our_layers_survive_another_conversion(tmp_path: Path, comman
     assert found.config == anymha.convert(layer, "numpy").config
 
 
+def test_what_the_shapes_do_not_tell_is_kept(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", llama("0."))
+    status, *_ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "anymha"),
+        *("--from", "transformers.mistral", "--head-dim", 4, "--num-key-value-heads", 2),
+        *("--sliding-window", 5, "--scale", 0.25),
+    )
+    assert status == 0
+    config = anymha.load(tmp_path / "b.safetensors", "numpy", prefix="0.").config
+    assert (config.num_heads, config.key_dim, config.sliding_window) == (2, 4, 5)
+    assert config.scale == 0.25
+
+
 def test_prefix_chooses_layers_and_names_them_anew(tmp_path: Path, command: Run) -> None:
     source = tmp_path / "a.safetensors"
     arrays = {n: a for p in ("enc.0.", "enc.1.", "dec.0.") for n, a in bert(p).items()}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 import anymha
@@ -142,6 +145,7 @@ BROKEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other form": ({"entry": {"format": 1, "layers": [1]}}, FileError, "cannot be read ("),
     "other layer": ({"entry": {"format": 1, "layers": {"a.": CONFIG}}}, FileError,
                     "holds no layer with the prefix ''. Pass `prefix` as one of: 'a.'."),
+    "number beyond all": ({"entry": layers(scale=10**400)}, FileError, "cannot be read (int too"),
     "unknown option": ({"entry": layers(heads=3)}, ConfigError, "Unknown options: heads."),
     "bad option": ({"entry": layers(dropout=2)}, ConfigError, "`dropout` must be a number in"),
     "missing": ({"weights": {n: a for n, a in WEIGHTS.items() if n != "key.bias"}}, FileError,
@@ -162,6 +166,21 @@ def test_broken_file_is_told(tmp_path: Path, case: str) -> None:
     text = refused(lambda: anymha.load(path, "numpy"), error)
     assert told in text
     assert text.startswith(str(path))
+
+
+OPTION_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(
+    st.integers() | st.text(), max_size=3
+) | st.dictionaries(st.sampled_from(["class_name", "config"]), st.text() | st.none())  # fmt: skip
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(list(CONFIG)), value=OPTION_VALUES)
+def test_any_value_of_an_option_is_taken_or_refused(tmp_path: Path, name: str, value: Any) -> None:
+    """And never with another error than one of anymha."""
+    path = file(tmp_path, entry=layers(**{name: value}))
+    with suppress(anymha.AnymhaError):
+        found = anymha.load(path, "numpy")
+        assert all(same(found.weights[key], array) for key, array in WEIGHTS.items())
 
 
 def test_other_files_are_told(tmp_path: Path) -> None:

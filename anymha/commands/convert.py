@@ -40,6 +40,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--num-key-value-heads", type=int, metavar="K", help="default H")
     command.add_argument("--head-dim", type=int, metavar="D", help="instead of --num-heads")
     command.add_argument("--scale", type=float, metavar="S", help="of the logits")
+    command.add_argument("--sliding-window", type=int, metavar="W", help="default none")
     command.add_argument("--others", action="store_true", help="copy the other tensors too")
     command.add_argument("--verify", action="store_true",
                          help="convert back, run the layers, and report the errors")  # fmt: skip
@@ -54,7 +55,7 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     check_writable(options.target)
-    names = ("num_heads", "num_key_value_heads", "head_dim", "scale")
+    names = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
     sizes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
     with layer_bar(console) as progress:

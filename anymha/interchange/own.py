@@ -25,6 +25,9 @@ from anymha.registry import get_layer
 ENTRY = "anymha"
 FORMAT = 1
 SUFFIX = ".safetensors"
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 def save(path: str | os.PathLike[str], layer: Any) -> None:
@@ -156,7 +159,7 @@ def configs_of(reader: Reader) -> dict[str, AttentionConfig]:
         if isinstance(error, FileError):
             raise
         raise type(error)(f"{path}: {error}") from error
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise FileError(
             f"{path} is broken: its entry {ENTRY!r} cannot be read ({error})."
         ) from error

@@ -7,7 +7,7 @@ and names of nested dicts may be joined by dots or by slashes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from anymha.interchange.files.formats import Format
@@ -62,10 +62,9 @@ class Spelled:
                     found[start] = None
         return sorted(found, key=_natural)
 
-    def held(self, names: Iterable[str], prefix: str) -> dict[str, str]:
+    def held(self, names: Container[str], prefix: str) -> dict[str, str]:
         """The names in the file of one layer's arrays, by their names in the layout."""
-        found = set(names)
-        return {name: prefix + one for name, one in self.names.items() if prefix + one in found}
+        return {name: prefix + one for name, one in self.names.items() if prefix + one in names}
 
 
 def spellings(layout: Layout, one: Format) -> list[Spelled]:
