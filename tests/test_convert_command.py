@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import anymha
 import anymha.commands.verify
 from anymha.cli import main
+from anymha.commands.peers import FAMILIES
 from anymha.errors import UsageError
 from anymha.interchange.files.formats import open_file
 from anymha.interchange.models import convert_file
@@ -24,6 +26,7 @@ from tests.frameworks import required
 DATA = Path(__file__).parent / "data"
 MINILM = DATA / "minilm_attention.safetensors"
 BERT = "transformers.bert"
+TRANSFORMERS = bool(find_spec("transformers") and find_spec("torch"))
 D, H = 8, 2
 
 Run = Callable[..., tuple[int, str, str]]
@@ -234,7 +237,38 @@ def test_conversion_is_verified(tmp_path: Path, command: Run, installed: list[Ba
         assert "  torch.MultiheadAttention itself: " in out
     else:
         assert "  not run: torch.MultiheadAttention: it is not installed" in out
-    assert f"  not run: {BERT}: its layer needs a whole model's configuration" in out
+    told = f"  {BERT} itself: " if TRANSFORMERS else f"  not run: {BERT}: it is not installed"
+    assert told in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_s_own_layer_is_run(tmp_path: Path, command: Run, family: str) -> None:
+    """A small layer with all the biases that the family has."""
+    required("transformers")
+    usable("torch")
+    shapes = anymha.AttentionConfig(4, 8, query_features=32).weight_shapes()
+    rng = np.random.default_rng(0)
+    weights = {n: (0.3 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()}
+    if family == "transformers.whisper":
+        del weights["key.bias"]
+    write(tmp_path / "a.safetensors", dict(anymha.from_canonical(weights, family)))
+    status, out, _ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", family),
+        *("--to", "anymha", "--num-heads", 4, "--verify"),
+    )
+    assert status == 0
+    assert f"  {family} itself: " in out
+
+
+def test_layer_that_its_family_cannot_have_is_not_run(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", bert("0.", bias=False))
+    status, out, _ = command(
+        *("convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", BERT),
+        *("--to", "transformers.t5", "--num-heads", 2, "--scale", 1.0, "--verify"),
+    )
+    assert status == 0
+    assert f"  not run: {BERT}: a layer of that family is as wide as its heads together" in out
+    assert "  not run: transformers.t5: its layer needs more than attention, or a whole" in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import AnymhaError, BackendNotInstalledError
+from anymha.commands.peers import FAMILIES, run
+from anymha.errors import AnymhaError, BackendNotInstalledError, LayoutError
 from anymha.interchange.layers import convert, set_weights
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.models import Converted
@@ -84,32 +86,43 @@ class Verifier:
             self._untried["all"] = "not all weights are finite"
             return
         problem = _problem(layer)
-        truth = expected(problem)
-        budget, units = units_of(problem, truth)
-        exact, unit = truth.output, units["output"]
-
-        def judged(name: str, got: np.ndarray) -> None:
-            error = float(np.max(np.abs(np.asarray(got, np.float64) - exact), initial=0.0))
-            held = (error / unit if unit else 0.0, error, budget)
-            if not held[0] <= budget:
-                raise Mismatch(
-                    f"{layer.prefix!r} gives another output in {name}: it is {error:.3g} off, or "
-                    f"{held[0]:.3g} units of rounding, of which {budget:.3g} are explained."
-                )
-            self._errors[name] = max(self._errors.get(name, held), held)
-
+        judged = self._judge(problem)
         for backend in backends().values():
             if backend.installed:
                 judged(f"anymha in {backend.name}", _ours(backend, problem))
         for layout in dict.fromkeys((self._layout, self._to)):
-            got = self._theirs(layout, problem)
+            if layout in FAMILIES:  # its layers attend to their own inputs alone
+                alone = _problem(layer, alone=True)
+                got, told = self._theirs(layout, alone), self._judge(alone)
+            else:
+                got, told = self._theirs(layout, problem), judged
             if got is not None:
-                judged(f"{layout} itself", got)
+                told(f"{layout} itself", got)
+
+    def _judge(self, problem: Problem) -> Callable[[str, np.ndarray], None]:
+        """What holds an output against the exact one, and keeps its error."""
+        truth = expected(problem)
+        budget, units = units_of(problem, truth)
+        unit = units["output"]
+
+        def judged(name: str, got: np.ndarray) -> None:
+            error = float(np.max(np.abs(np.asarray(got, np.float64) - truth.output), initial=0.0))
+            held = (error / unit if unit else 0.0, error, budget)
+            if not held[0] <= budget:
+                raise Mismatch(
+                    f"{problem.case.name!r} gives another output in {name}: it is {error:.3g} off, "
+                    f"or {held[0]:.3g} units of rounding, of which {budget:.3g} are explained."
+                )
+            self._errors[name] = max(self._errors.get(name, held), held)
+
+        return judged
 
     def _check_bits(self, layer: Converted) -> None:
         """That both layouts give back, bit for bit, what was put into them."""
         source, target = get_layout(self._layout), get_layout(self._to)
-        _compare(layer, self._layout, layer.arrays, source.from_canonical(layer.weights))
+        plain = copy.copy(layer.weights)
+        plain.config = None  # a scale that was told is no part of the bits
+        _compare(layer, self._layout, layer.arrays, source.from_canonical(plain))
         config = layer.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
         again, _ = target.to_canonical(layer.result, **sizes)
@@ -121,11 +134,12 @@ class Verifier:
         """The output of the library's own layer; None where it cannot be made."""
         if layout == "anymha":
             return None
-        if layout not in LIBRARIES:
-            self._untried[layout] = "its layer needs a whole model's configuration"
-            return None
+        config = problem.case.config
         try:
-            config = problem.case.config
+            if layout in FAMILIES:
+                return run(layout, config, problem.weights, problem.inputs["query"])
+            if layout not in LIBRARIES:
+                raise LayoutError("its layer needs more than attention, or a whole model")
             ours = set_weights(get_layer("numpy")(**config.to_dict()), problem.weights)
             live = convert(ours, to=layout)
             arrays = (problem.inputs[name] for name in ("query", "value", "key"))
@@ -147,14 +161,15 @@ class Verifier:
         return found
 
 
-def _problem(layer: Converted) -> Problem:
-    """The layer on random inputs."""
+def _problem(layer: Converted, alone: bool = False) -> Problem:
+    """The layer on random inputs; on one, where it attends to its queries alone."""
     config, weights = layer.config, layer.weights
     widths = tuple(weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key"))
     features = ("query_features", "value_features", "key_features")
     options = {name: value for name, value in config.to_dict().items() if name not in features}
     options["output_shape"] = weights["output.kernel"].shape[2:]
-    case = Case(layer.prefix, options, {}, (BATCH, QUERIES), (BATCH, KEYS), widths)
+    value = None if alone else (BATCH, KEYS)
+    case = Case(layer.prefix, options, {}, (BATCH, QUERIES), value, widths)
     return dataclasses.replace(make_problem(case), weights=dict(weights))
 
 
