@@ -7,6 +7,7 @@ from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.layers import new_layer as MultiHeadAttention
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
 from anymha.interchange.own import load, save
+from anymha.paths import explain
 from anymha.version import __version__
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "convert",
     "dot_product_attention",
+    "explain",
     "from_canonical",
     "get_weights",
     "layouts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -63,6 +64,8 @@ class AttentionConfig:
         compute_dtype: Dtype in which the layer computes; default the weights' dtype.
         seed: Seed of the initial weights; default one from the framework's own generator.
         name: A name for the layer.
+        memory_budget: Bytes that the logits of one block of queries may take, for long sequences;
+            default what the backend is fastest with. The results mean the same for any.
 
     Raises:
         ConfigError: an option has a value that it cannot have.
@@ -99,6 +102,7 @@ class AttentionConfig:
     compute_dtype: Any = None
     seed: int | None = None
     name: str | None = None
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
@@ -109,7 +113,13 @@ class AttentionConfig:
         store("value_dim", checked_size(_or(self.value_dim, self.key_dim), "value_dim"))
         groups = _or(self.num_key_value_heads, self.num_heads)
         store("num_key_value_heads", checked_size(groups, "num_key_value_heads"))
-        for name in ("query_features", "value_features", "key_features", "sliding_window"):
+        for name in (
+            "query_features",
+            "value_features",
+            "key_features",
+            "sliding_window",
+            "memory_budget",
+        ):
             if getattr(self, name) is not None:
                 store(name, checked_size(getattr(self, name), name))
         store("output_shape", checked_shape(self.output_shape, "output_shape"))
@@ -125,6 +135,14 @@ class AttentionConfig:
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
         self._check_together()
+
+    @functools.cached_property
+    def plans(self) -> dict[Any, Any]:
+        """What was found out about calls with these options; see `anymha.plan`."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "plans"}
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:

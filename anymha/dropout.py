@@ -40,6 +40,23 @@ STEPS = 1 << 16
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where some queries and keys stand among all: the first's index on each axis of (B, H, T, S).
+
+    Args:
+        batch: Index on the batch axis.
+        head: Index on the axis of query heads.
+        row: Index on the axis of queries, an even number.
+        column: Index on the axis of keys.
+    """
+
+    batch: Any = 0
+    head: Any = 0
+    row: Any = 0
+    column: int = 0
+
+
+@dataclass(frozen=True)
 class Dropout:
     """Dropout of one call.
 
@@ -58,12 +75,14 @@ class Dropout:
         """What kept values are multiplied with: the inverse of the keep probability, exactly."""
         return STEPS / (STEPS - self.threshold)
 
-    def keep(self, ops: Ops, shape: Sequence[Dim], beside: Array) -> Array:
-        """Booleans (B, H, T, S), True where the element stays."""
+    def keep(
+        self, ops: Ops, shape: Sequence[Dim], place: Place | None = None, *, beside: Array
+    ) -> Array:
+        """Booleans (B, H, T, S), True where the element stays, of what begins at a place."""
         if self.native:
             return ops.native_keep_mask(self.seed, shape, 1.0 / self.factor, ops.device(beside))
         make = getattr(ops, "keep_mask", None) or partial(keep_mask, ops)
-        return make(self.seed, self.threshold, shape, device=ops.device(beside))
+        return make(self.seed, self.threshold, shape, place, device=ops.device(beside))
 
 
 def rate_threshold(rate: float) -> int:
@@ -72,7 +91,13 @@ def rate_threshold(rate: float) -> int:
 
 
 def keep_mask(
-    ops: Ops, seed: Any, threshold: int, shape: Sequence[Dim], *, device: Any = None
+    ops: Ops,
+    seed: Any,
+    threshold: int,
+    shape: Sequence[Dim],
+    place: Place | None = None,
+    *,
+    device: Any = None,
 ) -> Array:
     """Booleans, True where the element at (b, h, t, s) is kept.
 
@@ -81,25 +106,29 @@ def keep_mask(
         seed: An int of up to 64 bits, or an array that the backend's `seed_words` takes.
         threshold: The share that is dropped, in units of 1/65536.
         shape: (B, H, T, S).
+        place: Where the first element stands; default at the first of all.
         device: Where the mask is made.
 
     Returns:
         (B, H, T, S) booleans.
     """
     batch, heads, queries, keys = shape
+    place = place or Place()
     low, high = _seed_words(ops, seed, device)
 
-    def counter(count: Dim, axis: int) -> Array:
-        values = ops.arange(0, count, dtype=ops.int32, device=device)
+    def counter(count: Dim, axis: int, first: Any) -> Array:
+        values = ops.arange(0, count, dtype=ops.int32, device=device) + first
         return ops.reshape(values, tuple(-1 if i == axis else 1 for i in range(4)))
 
     xor, pairs = ops.bitwise_xor, (queries + 1) // 2
     first = _mix(ops, xor(_mix(ops, low + _signed(0x9E3779B9)), high))
     second = _mix(ops, xor(_mix(ops, high + _signed(0x85EBCA6B)), low))
-    for axis, count in enumerate((batch, heads, pairs)):
-        place = counter(count, axis)
-        first, second = _mix(ops, first + place), _mix(ops, xor(second, place))
-    kept = _kept(ops, first, second, counter(keys, 3), threshold, ops.step(device))
+    counted = ((batch, place.batch), (heads, place.head), (pairs, place.row // 2))
+    for axis, (count, start) in enumerate(counted):
+        here = counter(count, axis, start)
+        first, second = _mix(ops, first + here), _mix(ops, xor(second, here))
+    columns = counter(keys, 3, place.column)
+    kept = _kept(ops, first, second, columns, threshold, ops.step(device))
     return ops.reshape(kept, (batch, heads, pairs * 2, keys))[..., :queries, :]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 from anymha.ops import Array, Ops
 
@@ -17,15 +17,20 @@ def without_subnormals(ops: Ops, x: Array) -> Array:
     return x + ops.stop_gradient(ops.where(small, 0.0 - x, 0.0))
 
 
-def without_gradient(ops: Ops, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
-    """The array of that name with a gradient of exactly zero.
+def without_gradient(ops: Any, array: Array | None) -> Array | None:
+    """The array with a gradient of exactly zero: the key's bias.
 
-    The key's bias adds one number to all logits of a query, to which the softmax is indifferent:
-    its gradient is zero. Summed up in floating point it would be noise, of other bits in every
-    framework, which an optimiser like Adam scales up to full steps.
+    It adds one number to all logits of a query, to which the softmax is indifferent: its gradient
+    is zero. Summed up in floating point it would be noise, of other bits in every framework, which
+    an optimiser like Adam scales up to full steps.
     """
-    if name not in arrays:
-        return {}
-    array = arrays[name]
+    differentiated = getattr(ops, "is_differentiated", None)
+    if array is None or (differentiated is not None and not differentiated(array)):
+        return array
     never = ops.asarray(False, dtype=ops.bool, device=ops.device(array))
-    return {name: ops.where(never, array, ops.stop_gradient(array))}
+    return ops.where(never, array, ops.stop_gradient(array))
+
+
+def cast(ops: Ops, x: Array, dtype: Any) -> Array:
+    """`x` in that dtype; `x` itself where it has it."""
+    return x if x.dtype == dtype else ops.astype(x, dtype)

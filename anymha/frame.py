@@ -44,6 +44,8 @@ class Frame:
         themselves go, not only their probabilities.
         """
         ops, source = self.ops, self.source
+        if rows is None and columns is None and self.axes.plain:
+            return arrays[source["query"]], arrays[source["key"]], arrays[source["value"]]
         folded = {name: fold(ops, arrays[name], self.axes) for name in set(source.values())}
         query = _kept(ops, folded[source["query"]], rows)
         value = _kept(ops, folded[source["value"]], columns)
@@ -53,6 +55,8 @@ class Frame:
 
     def padding(self, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """Which queries and which keys count: (B, 1, T, 1) and (B, 1, 1, S) booleans."""
+        if not any(name in arrays for name in ("query_mask", "value_mask", "key_mask")):
+            return None, None
 
         def spread(name: str, lengths: Sequence[Dim], place: int) -> Array | None:
             if name not in arrays:

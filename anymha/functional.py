@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from anymha.attention import AttentionCall, attend
+from anymha.attention import attend
 from anymha.axes import check_broadcast, described, is_known, show
 from anymha.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
 from anymha.config import AttentionConfig
@@ -16,7 +16,14 @@ from anymha.errors import DtypeError, ShapeError
 from anymha.layer import multi_head_attention as _multi_head_attention
 from anymha.masks import visibility
 from anymha.ops import Array, Ops
-from anymha.options import checked_rate, checked_scale, checked_softcap, checked_window
+from anymha.options import (
+    checked_rate,
+    checked_scale,
+    checked_size,
+    checked_softcap,
+    checked_window,
+)
+from anymha.paths import AttentionCall
 from anymha.registry import common_ops
 
 
@@ -37,6 +44,7 @@ def dot_product_attention(
     dropout: float = 0.0,
     seed: Any = None,
     return_scores: bool = False,
+    memory_budget: int | None = None,
 ) -> Any:
     """Attention of query heads over key and value heads, without projections.
 
@@ -60,6 +68,8 @@ def dot_product_attention(
             not 0: the function knows of no training mode.
         seed: Seed of the dropout; default one from the framework's own generator.
         return_scores: Whether to return the probabilities too.
+        memory_budget: Bytes that the logits of one block of queries may take; default what the
+            backend is fastest with. The results mean the same for any.
 
     Returns:
         (B, T, H, d_v) in the dtype of the inputs; with `return_scores` also the probabilities
@@ -97,6 +107,8 @@ def dot_product_attention(
     query_offset = check_offset(ops, query_offset, query.shape[0])
     left, right = checked_window(window, "window")
     scale, softcap = checked_scale(scale, "scale"), checked_softcap(softcap, "softcap")
+    if memory_budget is not None:
+        memory_budget = checked_size(memory_budget, "memory_budget")
     threshold = rate_threshold(checked_rate(dropout, "dropout"))
     seed = check_seed(ops, seed)
     if threshold and seed is None:
@@ -110,8 +122,9 @@ def dot_product_attention(
             softcap,
             visibility(is_causal, (left, right), arrays.get("query_offset", query_offset)),
             Dropout(threshold, arrays.get("seed", seed)) if threshold else None,
+            memory_budget,
         )
-        context, scores = _attend(ops, options, arrays)
+        context, scores = _attend(ops, options, arrays, return_scores)
         return (context, scores) if return_scores else context
 
     if dtype_name(query.dtype) == "float64":
@@ -119,7 +132,9 @@ def dot_product_attention(
     return forward(arrays)
 
 
-def _attend(ops: Ops, options: AttentionCall, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+def _attend(
+    ops: Ops, options: AttentionCall, arrays: Mapping[str, Array], with_scores: bool
+) -> tuple[Array, Array | None]:
     dtype = arrays["query"].dtype
     working = ops.dtype(accumulation_dtype(dtype_name(dtype)))
     q, k, v = (ops.astype(arrays[name], working) for name in ("query", "key", "value"))
@@ -134,10 +149,9 @@ def _attend(ops: Ops, options: AttentionCall, arrays: Mapping[str, Array]) -> tu
         seen = ops.reshape(columns, (batch, length, 1, 1))
         k, v = ops.where(seen, k, 0.0), ops.where(seen, v, 0.0)
     bias = ops.astype(arrays["bias"], working) if "bias" in arrays else None
-    context, scores = attend(
-        ops, options, q, k, v, masks=[arrays.get("mask"), rows, columns], bias=bias
-    )
-    return ops.astype(context, dtype), ops.astype(scores, dtype)
+    masks = [arrays.get("mask"), rows, columns]
+    context, scores = attend(ops, options, q, k, v, masks=masks, bias=bias, with_scores=with_scores)
+    return ops.astype(context, dtype), None if scores is None else ops.astype(scores, dtype)
 
 
 def _check_heads(arrays: Mapping[str, Array]) -> None:

@@ -10,26 +10,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from anymha.activity import Activity
-from anymha.attention import AttentionCall, Observer, attend, unobserved
+from anymha.attention import Observer, attend, unobserved
 from anymha.axes import product, unfold
-from anymha.checks import (
-    check_arrays,
-    check_inputs,
-    check_masks,
-    check_offset,
-    check_seed,
-    unpack_inputs,
-)
+from anymha.checks import check_offset, check_seed, unpack_inputs
 from anymha.config import AttentionConfig
-from anymha.dropout import Dropout, rate_threshold
-from anymha.dtypes import accumulation_dtype, dtype_name, is_floating, output_dtype
-from anymha.exact import without_gradient, without_subnormals
-from anymha.frame import Frame
-from anymha.masks import visibility
+from anymha.dtypes import accumulation_dtype, dtype_name
+from anymha.exact import cast, without_gradient, without_subnormals
 from anymha.ops import Array, Dim, Ops
+from anymha.paths import AttentionCall
+from anymha.plan import INPUTS, OPTIONAL, Flags, Plan, as_arrays, attention_call, plan_call
 
 Weights = Mapping[str, Array]
 """Canonical names (``query.kernel``) and arrays; a bias that is absent is not there."""
@@ -90,102 +83,99 @@ def multi_head_attention(
         DtypeError: a mask is not boolean, or an input is not floating.
         MixedBackendsError: an array is of another framework.
     """
-    query, value, key = unpack_inputs(query, value, key)
-    inputs = {"query": query, "value": value, "key": key}
-    optional = {
-        "attention_mask": attention_mask,
-        "attention_bias": attention_bias,
-        "query_mask": query_mask,
-        "value_mask": value_mask,
-        "key_mask": key_mask,
-    }
-    extra = {name: array for name, array in optional.items() if array is not None}
-    check_arrays(ops, {**inputs, **extra})
-    widths = [
-        weights[f"{name}.kernel"].shape[0] if isinstance(weights, Mapping) else None
-        for name in inputs
-    ]
-    axes = check_inputs(config, query, value, key, widths)
-    batch, queries = axes.split(ops.shape(query))
-    keys = axes.split(ops.shape(value))[1]
-    check_masks(extra, batch, config.num_heads, queries, keys)
-    query_offset = check_offset(ops, query_offset, product(batch))
+    inputs = unpack_inputs(query, value, key)
+    optional = (attention_mask, attention_bias, query_mask, value_mask, key_mask)
+    dropping = bool(training) and config.dropout > 0
+    flags = Flags(return_attention_scores, return_activity_loss, use_causal_mask, dropping)
+
+    def compute(plan: Plan, arrays: Mapping[str, Array]) -> Any:
+        return _forward(config, plan, arrays, 0, None, unobserved)
+
+    plan = plan_call(ops, config, weights, inputs, optional, flags, compute)
+    query_offset = check_offset(ops, query_offset, plan.size)
     seed, draw = (None, seed) if callable(seed) else (check_seed(ops, seed), ops.draw_seed)
     if not isinstance(weights, Mapping):
-        weights = weights([array.shape[-1] for array in inputs.values()])
-    dropping = bool(training) and config.dropout > 0
-    if dropping and seed is None:
+        weights = weights([array.shape[-1] for array in inputs])
+        plan = plan_call(ops, config, weights, inputs, optional, flags, compute)
+    if not dropping:
+        seed = None
+    elif seed is None:
         seed = draw()
-    traced = {"query_offset": query_offset, "seed": seed if dropping else None}
-    extra |= {name: value for name, value in traced.items() if ops.is_array(value)}
 
     # An array that plays two parts is passed, cast and differentiated once.
-    source = {name: next(n for n in inputs if inputs[n] is inputs[name]) for name in inputs}
-    arrays = {name: inputs[name] for name in source.values()} | extra | dict(weights)
-    frame = Frame(ops, axes, batch, config.num_heads, queries, keys, source)
-
-    def forward(arrays: Mapping[str, Array]) -> Any:
-        options = _options(
-            config,
-            use_causal_mask,
-            arrays.get("query_offset", query_offset),
-            arrays.get("seed", seed) if dropping else None,
-        )
-        activity = Activity(config, frame, observe)
-        watch = activity if return_activity_loss else observe
-        output, scores = _forward(config, frame, arrays, options, watch)
-        results = (output, scores) if return_attention_scores else (output,)
-        if return_activity_loss:
-            dtype = accumulation_dtype(dtype_name(output.dtype))
-            results += (activity.loss(arrays, ops.dtype(dtype)),)
-        return results if len(results) > 1 else output
-
-    if _compute_dtype(config, weights) == "float64":
+    arrays = {**weights, **dict(zip(plan.inputs, inputs, strict=True))}
+    for name, array in zip(OPTIONAL, optional, strict=True):
+        if array is not None:
+            arrays[name] = array
+    if plan.run is not None and observe is unobserved:
+        return plan.run(arrays | as_arrays(ops, query_offset, seed))
+    if ops.is_array(query_offset):
+        arrays["query_offset"] = query_offset
+    if ops.is_array(seed):
+        arrays["seed"] = seed
+    if plan.double:
+        forward = partial(_forward, config, plan, offset=query_offset, seed=seed, observe=observe)
         return ops.in_float64(forward, arrays)
-    return forward(arrays)
-
-
-def _options(config: AttentionConfig, causal: bool, offset: Any, seed: Any) -> AttentionCall:
-    """What `attend` is asked for; dropout acts where there is a seed."""
-    side = None if config.sliding_window is None else config.sliding_window - 1
-    dropout = None
-    if seed is not None:
-        native = config.dropout_rng == "native"
-        dropout = Dropout(rate_threshold(config.dropout), seed, native)
-    return AttentionCall(
-        config.scale_value, None, visibility(causal, (side, side), offset), dropout
-    )
+    return _forward(config, plan, arrays, query_offset, seed, observe)
 
 
 def _forward(
     config: AttentionConfig,
-    frame: Frame,
+    plan: Plan,
+    arrays: Mapping[str, Array],
+    offset: Any,
+    seed: Any,
+    observe: Observer,
+) -> Any:
+    """What the call returns: output, scores, activity penalty, as far as asked for.
+
+    Args:
+        config: The layer's options.
+        plan: What is known of the call.
+        arrays: All arrays by name: inputs, masks, weights, and an offset or a seed that is one.
+        offset: Position of the first query among the keys, where it is an int.
+        seed: Seed of the dropout, where it is an int.
+        observe: Is told each stage.
+    """
+    ops, flags = plan.frame.ops, plan.flags
+    offset, seed = arrays.get("query_offset", offset), arrays.get("seed", seed)
+    simple = seed is None and type(offset) is int and offset == 0
+    options = plan.simple if simple else attention_call(config, flags.causal, offset, seed)
+    activity = Activity(config, plan.frame, observe) if flags.activity else None
+    output, scores = _layer(plan, arrays, options, observe, activity or observe)
+    results = [output, scores] if flags.scores else [output]
+    if activity is not None:
+        dtype = accumulation_dtype(dtype_name(output.dtype))
+        results.append(activity.loss(arrays, ops.dtype(dtype)))
+    return tuple(results) if len(results) > 1 else output
+
+
+def _layer(
+    plan: Plan,
     arrays: Mapping[str, Array],
     options: AttentionCall,
     observe: Observer,
-) -> tuple[Array, Array]:
+    observe_projections: Observer,
+) -> tuple[Array, Array | None]:
     """Output and scores, in the caller's shapes and dtype."""
-    ops = frame.ops
-    compute = _compute_dtype(config, arrays)
-    exact, working = ops.dtype(compute), ops.dtype(accumulation_dtype(compute))
-    real = {
-        name: ops.astype(ops.astype(array, exact), working)
-        for name, array in arrays.items()
-        if is_floating(dtype_name(array.dtype))
-    }
+    frame, ops = plan.frame, plan.frame.ops
 
-    def weights(name: str) -> tuple[Array, Array | None]:
-        return real[f"{name}.kernel"], real.get(f"{name}.bias")
+    def real(name: str) -> Array | None:
+        x = arrays.get(name)
+        if x is None or (x.dtype == plan.working and plan.lossless):
+            return x
+        return cast(ops, cast(ops, x, plan.exact), plan.working)
+
+    def projected(x: Array, name: str, bias: Array | None, contracted: int = 1) -> Array:
+        y = project(ops, x, real(f"{name}.kernel"), bias, contracted=contracted)
+        observe_projections(name, y)
+        return y
 
     rows, columns = frame.padding(arrays)
-    query, key, value = frame.inputs(real, rows, columns)
-    q = project(ops, query, *weights("query"), contracted=1)  # [B, T, H, d_k]
-    real |= without_gradient(ops, real, "key.bias")
-    k = project(ops, key, *weights("key"), contracted=1)  # [B, S, K, d_k]
-    v = project(ops, value, *weights("value"), contracted=1)  # [B, S, K, d_v]
-    for stage, projected in (("query", q), ("key", k), ("value", v)):
-        observe(stage, projected)
-
+    query, key, value = frame.inputs({name: real(name) for name in INPUTS}, rows, columns)
+    q = projected(query, "query", real("query.bias"))  # [B, T, H, d_k]
+    k = projected(key, "key", without_gradient(ops, real("key.bias")))  # [B, S, K, d_k]
+    v = projected(value, "value", real("value.bias"))  # [B, S, K, d_v]
     context, scores = attend(  # [B, T, H, d_v], [B, H, T, S]
         ops,
         options,
@@ -193,17 +183,20 @@ def _forward(
         k,
         v,
         masks=[frame.attention_mask(arrays), rows, columns],
-        bias=frame.attention_bias(real.get("attention_bias")),
+        bias=frame.attention_bias(real("attention_bias")),
         observe=observe,
+        with_scores=plan.flags.scores,
     )
-    output = project(ops, context, *weights("output"), contracted=2)  # [B, T, *O]
-    observe("output", output)
-
-    result = ops.dtype(output_dtype(dtype_name(arrays["query.kernel"].dtype), compute))
+    output = projected(context, "output", real("output.bias"), contracted=2)  # [B, T, *O]
     output = unfold(ops, output, frame.axes, (*frame.batch, *frame.queries))
-    if compute == "float64" and result == ops.float32:
-        output, scores = without_subnormals(ops, output), without_subnormals(ops, scores)
-    return ops.astype(output, result), ops.astype(frame.scores(scores), result)
+    if scores is not None:
+        scores = frame.scores(scores)
+    if plan.double and plan.result == ops.float32:
+        output = without_subnormals(ops, output)
+        scores = None if scores is None else without_subnormals(ops, scores)
+    return cast(ops, output, plan.result), None if scores is None else cast(
+        ops, scores, plan.result
+    )
 
 
 def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, *, contracted: int) -> Array:
@@ -214,22 +207,26 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, *, contracted
         x: (B, T, *I), I being the `contracted` first axes of the kernel.
         kernel: (*I, *O).
         bias: (*O), or None.
-        contracted: Number of axes that are summed over.
+        contracted: Number of axes that are summed over, 1 or 2.
 
     Returns:
         (B, T, *O).
     """
-    shape = tuple(kernel.shape)
-    inner, outer = shape[:contracted], shape[contracted:]
-    batch, length = ops.shape(x)[:2]
-    if len(inner) > 1:
-        x = ops.reshape(x, (batch, length, product(inner)))
-    y = ops.tensordot(x, ops.reshape(kernel, (product(inner), product(outer))), axes=1)
-    if bias is not None:
-        y = y + ops.reshape(bias, (product(outer),))
-    return y if len(outer) == 1 else ops.reshape(y, (batch, length, *outer))
-
-
-def _compute_dtype(config: AttentionConfig, weights: Mapping[str, Array]) -> str:
-    """The dtype the layer computes in: as configured, else that of the weights."""
-    return config.compute_dtype or dtype_name(weights["query.kernel"].dtype)
+    shape = kernel.shape
+    outer = shape[contracted:]
+    inner = shape[0] if contracted == 1 else shape[0] * shape[1]
+    width = outer[0] if len(outer) == 1 else product(outer)
+    batch, length, *_ = ops.shape(x)
+    if contracted != 1:
+        x = ops.reshape(x, (batch, length, inner))
+    if len(shape) != 2 or contracted != 1:
+        kernel = ops.reshape(kernel, (inner, width))
+    if bias is not None and len(outer) != 1:
+        bias = ops.reshape(bias, (width,))
+    linear = getattr(ops, "linear", None)
+    if linear is not None:
+        y = linear(x, kernel, bias)
+    else:
+        y = ops.tensordot(x, kernel, axes=1)
+        y = y if bias is None else y + bias
+    return ops.reshape(y, (batch, length, *outer))

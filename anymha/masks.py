@@ -39,8 +39,12 @@ class Visibility:
         """Whether every query sees every key."""
         return self.left is None and self.right is None
 
-    def mask(self, ops: Ops, start: int, queries: Dim, keys: Dim, beside: Array) -> Array | None:
-        """Booleans for the queries from `start` on, or None where all see all.
+    def mask(
+        self, ops: Ops, start: Any, queries: Dim, keys: Dim, *, beside: Array, column: int = 0
+    ) -> Array | None:
+        """Booleans for the queries from `start` on and the keys from `column` on.
+
+        None where all see all.
 
         Args:
             ops: The backend.
@@ -48,6 +52,7 @@ class Visibility:
             queries: Number of queries T.
             keys: Number of keys S.
             beside: An array on whose device the mask is made.
+            column: The first key's index.
 
         Returns:
             (1 or B, 1, T, S) booleans.
@@ -62,7 +67,7 @@ class Visibility:
         offset = self.offset
         if not isinstance(offset, int):
             offset = ops.reshape(ops.astype(offset, ops.int32), (-1, 1, 1, 1))
-        distance = columns - (rows + offset)  # [1 or B, 1, T, S]
+        distance = columns + column - (rows + offset)  # [1 or B, 1, T, S]
         sides = []
         if self.left is not None:
             sides.append(distance >= -self.left)

@@ -59,6 +59,15 @@ class Traced:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __getitem__(self, index: Any) -> Traced:
+        _, *slices = index  # an Ellipsis, and a slice for each of the last axes
+        result = self
+        for axis, part in enumerate(slices, len(self.shape) - len(slices)):
+            if part != slice(None):
+                length = part.stop - part.start
+                result = self.tape.narrow(result, part.start, length, axis=axis)
+        return result
+
     def __lt__(self, other: Any) -> Array:
         return self.value < plain(other)
 
@@ -77,8 +86,12 @@ class TapeOps:
     Those that are not written here are the backend's own, and see plain arrays only.
     """
 
+    linear = is_differentiated = kind = softmax = None
+
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
+        if not hasattr(ops, "exp_and_sum"):
+            self.exp_and_sum: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
@@ -152,6 +165,13 @@ class TapeOps:
     def exp(self, x: Any, /) -> Any:
         value = self.ops.exp(plain(x))
         return self._unary(x, value, lambda g: g * value)
+
+    def exp_and_sum(self, x: Any, peak: Any, /) -> Any:  # pyright: ignore
+        ops: Any = self.ops
+        weights, total = ops.exp_and_sum(plain(x) + 0.0, plain(peak))  # it may overwrite
+        result = self._unary(x, weights, lambda g: g * weights)
+        full = ops.shape(weights)
+        return result, self._unary(result, total, lambda g: ops.broadcast_to(g, full))
 
     def tanh(self, x: Any, /) -> Any:
         value = self.ops.tanh(plain(x))

@@ -88,18 +88,27 @@ def no_max(x: Any, *, axis: int, keepdims: bool) -> Any:
     return np.zeros_like(np.max(x, axis=axis, keepdims=keepdims))
 
 
+def linear(x: Any, matrix: Any, bias: Any) -> Any:
+    return np.tensordot(x, matrix, 1) + bias
+
+
+def base_2(x: Any, peak: Any) -> tuple[Any, Any]:
+    weights = np.exp2(x - peak)
+    return weights, np.sum(weights, axis=-1, keepdims=True)
+
+
 def failing(*arrays: Any, **options: Any) -> Any:
     raise RuntimeError("no [such] kernel")
 
 
 FAULTS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
-    "another base": ("exp", np.exp2, FEW),
+    "another base": ("exp_and_sum", base_2, FEW),
     "max of another axis": ("max", other_axis, ("everything",)),
     "max that is ignored": ("max", no_max, ("large logits",)),
     "where the other way round": ("where", lambda c, a, b: np.where(c, b, a), ("everything",)),
     "products too large": ("matmul", scaled(np.matmul, 1.001), FEW),
-    "projections too large": ("tensordot", scaled(np.tensordot, 1.0001), FEW),
-    "projections in float16": ("tensordot", half(np.tensordot, "float16"), FEW),
+    "projections too large": ("linear", scaled(linear, 1.0001), FEW),
+    "projections in float16": ("linear", half(linear, "float16"), FEW),
     "products in float16": ("matmul", half(np.matmul, "float16"), FEW),
     "sums in float16": ("sum", half(np.sum, "float16"), FEW),
     "masks of which one is enough": ("logical_and", np.logical_or, ("everything",)),
@@ -151,14 +160,15 @@ def test_other_dropout_of_the_core_fails(command: Run, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "broken", "case"),
     [
-        ("exp", lambda torch, x: torch.exp2(x), "cross"),
+        ("exp", lambda torch, x: torch.exp2(x), "reproducible"),
+        ("softmax", lambda torch, x: torch.softmax(x * 1.01, -1), "cross"),
         ("max", lambda torch, x, **o: torch.amax(x, dim=-2, keepdim=True), "everything"),
         ("where", lambda torch, c, a, b: torch.where(c, b, a), "everything"),
         ("matmul", lambda torch, a, b: torch.matmul(a, b) * 1.001, "cross"),
         ("sum", lambda torch, x, *, axis, keepdims:
             torch.sum(x.to(torch.bfloat16), axis, keepdims).to(x.dtype), "reproducible"),
-        ("tensordot", lambda torch, a, b, *, axes:
-            torch.tensordot(a.half(), b.half(), axes).to(a.dtype), "N-D, two axes"),
+        ("linear", lambda torch, x, matrix, bias:
+            torch.tensordot(x.half(), matrix.half(), 1).to(x.dtype) + bias, "N-D, two axes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -261,7 +271,9 @@ def test_process_ends_with_1_where_a_backend_is_broken_and_0_where_not() -> None
     done = broken_process("--backends", "numpy")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout, "no colours, no progress where there is no terminal"
-    done = broken_process("--backends", "numpy", fault="o.exp = np.exp2")
+    done = broken_process(
+        "--backends", "numpy", fault="o.max = lambda x, **o: 1 + x.max(-2, keepdims=True)"
+    )
     assert (done.returncode, done.stderr) == (1, "")
     assert "✗ self, numpy: " in done.stdout
 

@@ -170,7 +170,9 @@ def test_kept_values_are_scaled_exactly(backend: Backend, rate: float) -> None:
     kept = _by_the_book(2, (b, h, t, s), threshold)
     factor = np.float32(STEPS / (STEPS - threshold))
     want = np.where(kept, ops.to_numpy(scores) * factor, np.float32(0))
-    assert np.array_equal(ops.to_numpy(output), want.transpose(0, 2, 1, 3))
+    got = ops.to_numpy(output).transpose(0, 2, 1, 3)
+    assert np.array_equal(got != 0, want != 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6)  # in float32 the row's sum divides last
 
 
 # Each statistic is near a standard normal number for independent fair bits. Of the some 50 that are
@@ -308,7 +310,7 @@ def test_mask_is_the_same_under_inductor_with_a_traced_seed() -> None:
 
     @torch.compile(fullgraph=True)
     def masked(seed: Any) -> Any:
-        return Dropout(20000, seed).keep(backend.ops, SHAPE, ones)
+        return Dropout(20000, seed).keep(backend.ops, SHAPE, beside=ones)
 
     for seed in (5, -1):
         got = masked(torch.tensor(seed, dtype=torch.int32)).numpy()

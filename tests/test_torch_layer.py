@@ -327,8 +327,8 @@ def test_functional_call_and_grad(x):
         lambda p: torch.func.functional_call(layer, p, (x,), {"use_causal_mask": True}).sum()
     )(parameters)
     layer(x, use_causal_mask=True).sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert torch.equal(gradients[name], parameter.grad)
+    for name, parameter in layer.named_parameters():  # torch.func cannot take the fused kernel
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_vmap(x):

@@ -69,6 +69,44 @@ def step(device, /):
     return None
 
 
+def kind(x, /):
+    return x.__class__, x.shape, x.dtype
+
+
+def is_tracing():
+    return False
+
+
+def compiled(function, /):
+    return jax.jit(function, inline=True)
+
+
+def seed_array(seed, /):
+    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+# One head after another is no work for an accelerator, or for several devices.
+def block(device, /):
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return 1 << 20 if alone else 1 << 28
+
+
+unrolls = False
+
+
+def map(function, count, mapped, constant, results, /):
+    # Only what goes into a block is kept for differentiation, which computes the block again.
+    @jax.checkpoint
+    def body(index, own):
+        return function(index, own | constant)
+
+    return jax.lax.map(lambda x: body(*x), (jnp.arange(count, dtype=int32), dict(mapped)))
+
+
+def narrow(x, start, length, /, *, axis):
+    return jax.lax.dynamic_slice_in_dim(x, start, length, axis)
+
+
 def dtype(name, /):
     return jnp.dtype(name)
 

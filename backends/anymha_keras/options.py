@@ -26,6 +26,7 @@ OBJECTS = {
 }
 NOT_IN_KERAS = (
     "query_features", "value_features", "key_features", "num_key_value_heads", "sliding_window",
+    "memory_budget",
     "scale", "dropout_rng",
 )  # fmt: skip
 """Options that `keras.layers.MultiHeadAttention` has not, or not in all versions."""

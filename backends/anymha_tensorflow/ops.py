@@ -41,8 +41,8 @@ def tensordot(x1, x2, /, *, axes):
 
 
 def where(condition, x1, x2, /):
-    like = x1 if tf.is_tensor(x1) else x2
-    return tf.where(condition, tf.cast(x1, like.dtype), tf.cast(x2, like.dtype))
+    dtype = (x1 if tf.is_tensor(x1) else x2).dtype
+    return tf.where(condition, tf.convert_to_tensor(x1, dtype), tf.convert_to_tensor(x2, dtype))
 
 
 def max(x, /, *, axis, keepdims):
@@ -87,6 +87,59 @@ def device(x, /):
 
 def step(device, /):
     return None
+
+
+def kind(x, /):
+    return x.__class__, tuple(x.shape), x.dtype
+
+
+def is_tracing():
+    return not tf.executing_eagerly()
+
+
+def compiled(function, /):
+    return tf.function(function, autograph=False)
+
+
+def seed_array(seed, /):
+    return tf.constant((seed + 2**63) % 2**64 - 2**63, tf.int64)
+
+
+def softmax(x, /):
+    return tf.nn.softmax(x)
+
+
+def block(device, /):
+    return 1 << 22
+
+
+unrolls = False
+
+
+def map(function, count, mapped, constant, results, /):
+    names = [*mapped, *constant]
+
+    # Only what goes into a block is kept for differentiation, which computes the block again.
+    @tf.recompute_grad
+    def body(index, *arrays):
+        return function(index, dict(zip(names, arrays, strict=True)))
+
+    def at(index):
+        return body(index, *[x[index] for x in mapped.values()], *constant.values())
+
+    if isinstance(count, int) and count <= 16:
+        found = [at(tf.constant(i)) for i in range(count)]
+        return {name: tf.stack([each[name] for each in found]) for name in results}
+    indices = tf.range(count)
+    return tf.map_fn(at, indices, parallel_iterations=1, fn_output_signature=dict(results))
+
+
+def narrow(x, start, length, /, *, axis):
+    begin = [0] * len(x.shape)
+    begin[axis] = start
+    size = [-1] * len(x.shape)
+    size[axis] = length
+    return tf.slice(x, begin, size)
 
 
 def dtype(name, /):

@@ -27,6 +27,9 @@ from torch import (
 )
 
 from anymha.dropout import keep_mask as made_of_ops
+from anymha_torch import blocked, fused
+from anymha_torch.autograd import map, vjp
+from anymha_torch.fused import fused_refusal, transformed
 
 bool = torch.bool
 name = "torch"
@@ -99,6 +102,45 @@ overwriting = SimpleNamespace(
 )
 
 
+def kind(x, /):
+    return x.__class__, x.shape, x.dtype
+
+
+def is_tracing():
+    return torch.compiler.is_compiling()
+
+
+def is_differentiated(x, /):
+    return torch.is_grad_enabled() and (x.requires_grad or transformed())
+
+
+def linear(x, matrix, bias, /):
+    x = x.reshape(-1, matrix.shape[0])
+    y = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # as above
+
+
+def block(device, /):
+    return 1 << 20 if device.type == "cpu" else 1 << 26
+
+
+unrolls = True
+
+
+def softmax(x, /):
+    return torch.softmax(x, -1)
+
+
+def narrow(x, start, length, /, *, axis):
+    return x.narrow(axis, start, length)
+
+
+def fused_attention(call, arrays, /, *, causal):
+    if call.dropout is not None:
+        return blocked.attention(_these, call, arrays)
+    return fused.attention(call, arrays, causal)
+
+
 def dtype(name, /):
     return getattr(torch, name)
 
@@ -154,10 +196,14 @@ def initialize(function, shape, dtype, seed, /):
 # Inductor takes minutes for the generator, since it doubles the expression at each use of a word,
 # and the C++ that it writes overflows where the language does not say what comes of it. So the
 # compiler sees one operation that runs as in eager mode.
-def keep_mask(seed, threshold, shape, /, *, device):
-    if torch.compiler.is_compiling():
+def keep_mask(seed, threshold, shape, place=None, /, *, device):
+    if torch.compiler.is_compiling() and _is_first(place):
         return _keep_mask(_seed_tensor(seed), threshold, shape, device)
-    return made_of_ops(_these, seed, threshold, shape, device=device)
+    return made_of_ops(_these, seed, threshold, shape, place, device=device)
+
+
+def _is_first(place):
+    return place is None or [place.batch, place.head, place.row, place.column] == [0, 0, 0, 0]
 
 
 @torch.library.custom_op("anymha::keep_mask", mutates_args=())
@@ -201,14 +247,3 @@ def _seeded_uniform(seed: torch.Tensor, shape: Sequence[int], device: torch.devi
 @_seeded_uniform.register_fake
 def _(seed, shape, device):
     return torch.empty(shape, device=device)
-
-
-def vjp(function, arrays, cotangents, /):
-    leaves = {name: array.detach().requires_grad_() for name, array in arrays.items()}
-    outputs = function(leaves)
-    pulled = torch.autograd.grad(_as_tuple(outputs), list(leaves.values()), _as_tuple(cotangents))
-    return outputs, dict(zip(leaves, pulled, strict=True))
-
-
-def _as_tuple(x):
-    return x if isinstance(x, tuple) else (x,)

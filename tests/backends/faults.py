@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from anymha import capabilities
 from anymha.ops import Differentiable
 from anymha.registry import get_backend
 
@@ -20,6 +21,16 @@ FUNCTIONS = [
     for name, member in vars(kind).items()
     if callable(member) and not name.startswith("_")
 ]
+
+
+FASTER = {
+    name
+    for kind in vars(capabilities).values()
+    if inspect.isclass(kind) and kind.__module__ == capabilities.__name__
+    for name in [*vars(kind), *vars(kind).get("__annotations__", {})]
+    if not name.startswith("_")
+}
+"""What stands for other functions, whose faults would not be seen."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class Fault:
     @property
     def backend(self) -> Any:
         right = get_backend(self.base).ops
-        return SimpleNamespace(**{**vars(right), **self.make(right)})
+        plain = {name: value for name, value in vars(right).items() if name not in FASTER}
+        return SimpleNamespace(**{**plain, **self.make(right)})
 
 
 def arrays(**methods: Any) -> Callable[[Any], dict[str, Any]]:
