@@ -56,8 +56,9 @@ def jax_cache(session: nox.Session) -> dict[str, str]:
 
 def run_pytest(session: nox.Session, *backends: str) -> None:
     """Run the tests; one that is skipped because one of `backends` is missing fails."""
+    workers = ["-n", "2", "--dist", "worksteal"]
     expected = {"ANYMHA_EXPECT_BACKENDS": ",".join(backends)}
-    session.run("pytest", *session.posargs, env={**jax_cache(session), **expected})
+    session.run("pytest", *(session.posargs or workers), env={**jax_cache(session), **expected})
 
 
 @nox.session
