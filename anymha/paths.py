@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,8 @@ def choose_path(
     if any(is_known(n) and n == 0 for n in lengths):
         return _tell(Path("whole", "there is nothing to attend to"))
     refusal = _refusal(ops, call, arrays) if fused else "the scores are asked for"
+    if refusal is None and call.dropout is not None and _fits(ops, call, arrays):
+        refusal = "the probabilities are few enough to be kept"
     if refusal is None:
         return _tell(_fused_path(ops, call, arrays))
     return _tell(_written_path(ops, call, arrays, refusal))
@@ -191,18 +194,23 @@ def _written_path(ops: Any, call: AttentionCall, arrays: Mapping[str, Array], re
     _, shared, keys, _ = arrays["key"].shape
     if not all(map(is_known, (heads, queries, shared, keys))):
         return whole("the lengths are not known before the program runs")
-    batch = query.shape[0] if is_known(query.shape[0]) else 1
-    logits = batch * heads * queries * keys
-    most = _most(ops, call, query)
-    if logits <= (most if call.memory_budget is not None else 4 * most):
+    if _fits(ops, call, arrays):
         visible = call.visibility
         if queries < WORTHWHILE or visible.everything or not isinstance(visible.offset, int):
             return whole("it fits into one block")
         runs = plan_runs(visible, queries, keys, queries * keys, unrolled=False)
         return Path("blocks", "each leaves out keys that it does not see", runs, refusal, True)
-    elements = max(most // (heads // shared), 1)
+    elements = max(_most(ops, call, query) // (heads // shared), 1)
     runs = plan_runs(call.visibility, queries, keys, elements, unrolled=ops.unrolls)
     return Path("blocks", "small blocks stay in the cache", runs, refusal)
+
+
+def _fits(ops: Any, call: AttentionCall, arrays: Mapping[str, Array]) -> bool:
+    """Whether all logits are few enough to be computed in one piece."""
+    lengths = (*arrays["query"].shape[:3], arrays["key"].shape[2])
+    logits = math.prod([n for n in lengths if is_known(n)])
+    most = _most(ops, call, arrays["query"])
+    return logits <= (most if call.memory_budget is not None else 4 * most)
 
 
 def _most(ops: Any, call: AttentionCall, query: Array) -> int:

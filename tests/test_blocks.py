@@ -229,7 +229,11 @@ def test_explain_says_which_way_and_why_not_fused() -> None:
     [
         ({}, "fused: the framework's kernel has the written meaning"),
         ({"softcap": 2.0}, "Not fused: torch's kernel has no softcap"),
-        ({"dropout": 0.5, "seed": 1}, "fused: the backend's own blocks with dropout"),
+        ({"dropout": 0.5, "seed": 1}, "Not fused: the probabilities are few enough to be kept"),
+        (
+            {"dropout": 0.5, "seed": 1, "memory_budget": 64},
+            "fused: the backend's own blocks with dropout",
+        ),
         ({"return_scores": True}, "Not fused: the scores are asked for"),
     ],
 )

@@ -117,7 +117,8 @@ class _Blocks:
         self.ops, self.call, self.rest = ops, call, rest
         self.query, self.key = query.detach(), key.detach()
         visible, (_, _, queries, _), keys = call.visibility, query.shape, key.shape[2]
-        self.runs = plan_runs(visible, queries, keys, BLOCK, unrolled=True)
+        most = BLOCK if call.memory_budget is None else min(BLOCK, call.memory_budget // 4)
+        self.runs = plan_runs(visible, queries, keys, max(most, 1), unrolled=True)
 
     def __iter__(self) -> Iterator[_Block]:
         batch, heads = self.query.shape[:2]
