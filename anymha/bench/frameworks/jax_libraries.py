@@ -114,7 +114,7 @@ def equinox(problem: Problem) -> Layer:
 
 def haiku(problem: Problem) -> Layer:
     """`haiku.MultiHeadAttention`."""
-    import haiku as hk
+    import haiku as hk  # pyright: ignore[reportMissingImports]
     import jax
     import jax.numpy as jnp
 
