@@ -48,7 +48,7 @@ def groups(*names: str) -> tuple[str, ...]:
 def jax_cache(session: nox.Session) -> dict[str, str]:
     """Let JAX keep what it compiles: compiling is most of its tests' time, in each session anew."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir / "jax"),
+        "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir.resolve() / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
