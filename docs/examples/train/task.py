@@ -126,7 +126,7 @@ def judge(reference: Mapping[bool, Run], candidate: Mapping[bool, Run]) -> Verdi
         losses=differing(exact.losses, mine.losses),
         weights=weights,
         drift=drift,
-        tied=few and drift <= 2.0**-23,
+        tied=few and drift <= 2.0**-22,
     )
 
 
