@@ -13,7 +13,7 @@ from typing import Any
 from anymha.axes import is_known
 from anymha.blocks import Run
 from anymha.dropout import Place
-from anymha.masks import Visibility, all_of
+from anymha.masks import all_of
 from anymha.ops import Array
 from anymha.paths import AttentionCall, is_plain_causal
 
@@ -118,7 +118,7 @@ def by_blocks(
         for name in constant:
             own[name] = _narrowed(ops, own[name], 0, at, 1)
             own[name] = _narrowed(ops, own[name], 1, head, group)
-        mine = replace(call, visibility=_of_batch(ops, call.visibility, at))
+        mine = replace(call, visibility=call.visibility.of_batch(ops, at))
         parts = [_one_run(ops, mine, run, own, Place(at, head), formula, dtypes) for run in runs]
         return (
             parts[0]
@@ -201,14 +201,6 @@ def _with_all_keys(ops: Any, found: Arrays, run: Run, keys: int) -> Arrays:
 def _narrowed(ops: Any, x: Array, axis: int, start: Any, length: int) -> Array:
     """`x` from `start` on, along an axis that is not there to be broadcast."""
     return x if _is_one(x.shape[axis]) else ops.narrow(x, start, length, axis=axis)
-
-
-def _of_batch(ops: Any, visible: Visibility, index: Any) -> Visibility:
-    """What the queries of one member of the batch see."""
-    offset = visible.offset
-    if isinstance(offset, int) or not len(offset.shape) or _is_one(offset.shape[0]):
-        return visible
-    return replace(visible, offset=ops.narrow(offset, index, 1, axis=0))
 
 
 def _is_one(length: Any) -> bool:

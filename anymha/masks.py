@@ -7,7 +7,7 @@ broadcast where they meet the logits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -38,6 +38,13 @@ class Visibility:
     def everything(self) -> bool:
         """Whether every query sees every key."""
         return self.left is None and self.right is None
+
+    def of_batch(self, ops: Any, index: Any) -> Visibility:
+        """What the queries of one member of the batch see; `ops` has `narrow`."""
+        offset = self.offset
+        if isinstance(offset, int) or not len(offset.shape) or offset.shape[0] == 1:
+            return self
+        return replace(self, offset=ops.narrow(offset, index, 1, axis=0))
 
     def mask(
         self, ops: Ops, start: Any, queries: Dim, keys: Dim, *, beside: Array, column: int = 0

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class _Blocks:
         bias, mask = self._part("bias", block), self._part("mask", block)
         if bias is not None:
             logits += bias
-        seen = _of_batch(self.call.visibility, at.batch).mask(
+        seen = self.call.visibility.of_batch(self.ops, at.batch).mask(
             self.ops, at.row, run.rows, run.high - run.low, beside=logits, column=run.low
         )
         mask = all_of(self.ops, [mask, None if seen is None else seen[0, 0]])
@@ -164,14 +164,6 @@ class _Blocks:
             if whole.shape[axis] != 1:
                 whole = whole.narrow(axis, start, length)
         return whole[0, 0]
-
-
-def _of_batch(visible: Any, index: int) -> Any:
-    """What the queries of one member of the batch see."""
-    offset = visible.offset
-    if isinstance(offset, int) or offset.ndim == 0 or offset.shape[0] == 1:
-        return visible
-    return replace(visible, offset=offset[index : index + 1])
 
 
 def _differentiable(
