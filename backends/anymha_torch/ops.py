@@ -36,6 +36,12 @@ name = "torch"
 _these: Any = sys.modules[__name__]
 initializer_style = "in place"
 
+# MKL chooses the variant of a function at its first call; threads that make it at once may get one
+# of half the digits for that call (pytorch/pytorch#188792). So one thread calls each here first.
+for _function in (exp, sqrt, tanh):
+    for _dtype in (float32, float64):
+        _function(torch.ones(16, dtype=_dtype, device="cpu"))
+
 
 def asarray(obj, /, *, dtype=None, device=None):
     return torch.as_tensor(obj, dtype=dtype, device=device)
