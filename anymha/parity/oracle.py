@@ -1,19 +1,17 @@
 """An independent float64 oracle: the layer and its gradients, written out by hand.
 
 It shares no code with the layer: NumPy's einsum, one formula a line, no fast path. It is what
-every backend is compared with.
+every backend is compared with. The forward pass is `anymha.parity.recipe`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-Arrays = dict[str, np.ndarray]
-einsum = partial(np.einsum, optimize=True)
+from anymha.parity.recipe import Arrays, Recipe, einsum, reads, run
 
 
 @dataclass(frozen=True)
@@ -64,47 +62,34 @@ def attention_oracle(
     """
     w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
-    q, k, v = (_projected(w, x, name) for name in ("query", "key", "value"))
-    logits = scale * einsum("bhtk,bhsk->bhts", q, k[:, _reads(w)])
-    biased = logits if bias is None else logits + bias
-    masked = biased if allowed is None else np.where(allowed, biased, -np.inf)
-    scores = _softmax(masked)
+    masks = {} if allowed is None else {"allowed": np.asarray(allowed)}
+    recipe = Recipe(w, x, scale, masks, bias=bias, kept=kept)
+    stages = run(recipe)
+    scores, masked = stages["probabilities"], stages["masked_logits"]
     kept = np.ones_like(scores) if kept is None else kept
     if d_output is None:
-        d_output = np.zeros((*q.shape[::2], w["output.kernel"].shape[-1]))
+        d_output = np.zeros_like(stages["output"])
     g_output = np.asarray(d_output, np.float64)
     g_scores = np.zeros_like(scores) if d_scores is None else np.asarray(d_scores, np.float64)
 
     sums = _Sums()
-    context, output, gradients = _passes(w, x, scale, scores, kept, g_output, g_scores, bias, sums)
-    stages = {
-        "query": q, "key": k, "value": v, "logits": logits, "masked_logits": masked,
-        "probabilities": scores, "dropped_probabilities": scores * kept, "context": context,
-        "output": output,
-    }  # fmt: skip
+    gradients = _passes(recipe, scores, kept, g_output, g_scores, sums)[1]
 
     def absolute(arrays: Arrays) -> Arrays:
         return {name: np.abs(array) for name, array in arrays.items()}
 
-    _, largest, slopes = _passes(
-        absolute(w), absolute(x), abs(scale), scores, kept, np.abs(g_output), np.abs(g_scores),
-        bias, _Sizes(sums.results), cancel=False,
+    positive = recipe.but(weights=absolute(w), inputs=absolute(x), scale=abs(scale))
+    largest, slopes = _passes(
+        positive, scores, kept, np.abs(g_output), np.abs(g_scores), _Sizes(sums.results),
+        cancel=False,
     )  # fmt: skip
     peak = np.max(np.abs(masked), initial=1.0, where=np.isfinite(masked))
     magnitudes = {"output": largest, "scores": scores, **slopes}
     magnitudes = {name: peak * array for name, array in magnitudes.items()}
-    return Truth(output, scores, stages, gradients, magnitudes)
+    return Truth(stages["output"], scores, stages, gradients, magnitudes)
 
 
-def _reads(w: Arrays) -> np.ndarray:
-    """The key head that each query head reads."""
-    heads, shared = w["query.kernel"].shape[1], w["key.kernel"].shape[1]
-    return np.arange(heads) // (heads // shared)
-
-
-def _projected(
-    w: Arrays, x: Arrays, name: str, einsum: Callable[..., np.ndarray] = einsum
-) -> np.ndarray:
+def _projected(w: Arrays, x: Arrays, name: str, einsum: Callable[..., np.ndarray]) -> np.ndarray:
     """(B, H, T, d)."""
     bias = w[f"{name}.bias"][:, None, :] if f"{name}.bias" in w else 0.0
     return einsum("btd,dhk->bhtk", x[name], w[f"{name}.kernel"]) + bias
@@ -133,22 +118,20 @@ class _Sizes:
 
 
 def _passes(
-    w: Arrays,
-    x: Arrays,
-    scale: float,
+    recipe: Recipe,
     scores: np.ndarray,
     kept: np.ndarray,
     g_output: np.ndarray,
     g_scores: np.ndarray,
-    bias: np.ndarray | None,
     einsum: Callable[..., np.ndarray],
     *,
     cancel: bool = True,
-) -> tuple[np.ndarray, np.ndarray, Arrays]:
-    """From the scores on: context, output and gradients. Without `cancel`, differences are sums."""
-    reads = _reads(w)
+) -> tuple[np.ndarray, Arrays]:
+    """From the scores on: output and gradients. Without `cancel`, differences are sums."""
+    w, x, scale, bias = recipe.weights, recipe.inputs, recipe.scale, recipe.bias
+    heads = reads(recipe)
     q, k, v = (_projected(w, x, name, einsum) for name in ("query", "key", "value"))
-    keys, values, dropped = k[:, reads], v[:, reads], scores * kept
+    keys, values, dropped = k[:, heads], v[:, heads], scores * kept
     context = einsum("bhts,bhsv->bthv", dropped, values)
     output = einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
 
@@ -168,7 +151,7 @@ def _passes(
         )
         gradients["attention_bias"] = einsum(f"bhts->{own}", g_logits).reshape(shape)
     g_keys = scale * einsum("bhts,bhtk->bhsk", g_logits, q)
-    grouped = np.eye(k.shape[1])[reads]  # [H, K]
+    grouped = np.eye(k.shape[1])[heads]  # [H, K]
     parts = {
         "query": scale * einsum("bhts,bhsk->bhtk", g_logits, keys),
         "key": einsum("bhsk,hg->bgsk", g_keys, grouped),
@@ -179,12 +162,4 @@ def _passes(
         gradients[f"{name}.bias"] = einsum("bhtk->hk", gradient)
         gradients[name] = einsum("bhtk,dhk->btd", gradient, w[f"{name}.kernel"])
     known = {*w, *x, "attention_bias"}
-    return context, output, {name: g for name, g in gradients.items() if name in known}
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis; a row of -inf gives zeros."""
-    empty = np.all(np.isneginf(logits), axis=-1, keepdims=True)
-    safe = np.where(empty, 0.0, logits)
-    weights = np.exp(safe - safe.max(-1, keepdims=True, initial=-np.inf))
-    return np.where(empty, 0.0, weights / weights.sum(-1, keepdims=True))
+    return output, {name: g for name, g in gradients.items() if name in known}

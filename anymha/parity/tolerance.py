@@ -22,7 +22,9 @@ sqrt(8).
 """
 
 
-def tolerance(dtype_name: str, reduction_length: int, magnitude: float) -> float:
+def tolerance(
+    dtype_name: str, reduction_length: int, magnitude: float, *, accumulated: str | None = None
+) -> float:
     """The greatest absolute error that rounding explains.
 
         magnitude * (eps(dtype) / 2
@@ -38,6 +40,8 @@ def tolerance(dtype_name: str, reduction_length: int, magnitude: float) -> float
         reduction_length: The longest sum on the way: features, keys, or positions of a batch.
         magnitude: The greatest size of the result and of the sums that it is made of, as in
             `anymha.parity.oracle.Truth.magnitudes`: terms that cancel leave their errors.
+        accumulated: The dtype in which the sums run, where it is another: layers of other
+            libraries add half precision in half precision.
 
     Returns:
         The tolerance, in the units of the result.
@@ -51,7 +55,7 @@ def tolerance(dtype_name: str, reduction_length: int, magnitude: float) -> float
         the square root.
     """
     rounded = _eps(dtype_name) / 2
-    working = _eps(accumulation_dtype(dtype_name)) + _eps("float64")
+    working = _eps(accumulated or accumulation_dtype(dtype_name)) + _eps("float64")
     summed = SUMS * working * math.sqrt(reduction_length)
     return magnitude * (rounded + summed)
 

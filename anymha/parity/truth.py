@@ -7,17 +7,71 @@ draws dropout in uint32; nothing here comes from the layer's own code.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anymha.parity.cases import Arrays, Problem, numpy_dtype
 from anymha.parity.oracle import Truth, attention_oracle
+from anymha.parity.recipe import Recipe, allowed
 
 
-def expected(problem: Problem) -> Truth:
-    """Output, scores and gradients in float64, in the shapes of the layer's results."""
-    config = problem.case.config
+@dataclass(frozen=True)
+class Folded:
+    """A problem whose N-D inputs lie as (B, T, D), and how its results come back.
+
+    Args:
+        problem: The problem.
+        recipe: What it computes.
+        order: The input's axes, batch axes first, attention axes last.
+        batches: Lengths of the batch axes.
+        queries: Lengths of the query's attention axes.
+        keys: Lengths of the value's.
+    """
+
+    problem: Problem
+    recipe: Recipe
+    order: list[int]
+    batches: list[int]
+    queries: list[int]
+    keys: list[int]
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The shape of the scores."""
+        heads = self.problem.case.config.num_heads
+        return (*self.batches, heads, *self.queries, *self.keys)
+
+    def unfolded(
+        self, array: np.ndarray, lengths: list[int], features: tuple[int, ...]
+    ) -> np.ndarray:
+        """An array (B, T, D) with all axes where they were."""
+        back = array.reshape(*self.batches, *lengths, -1)
+        back = np.moveaxis(back, range(len(self.order)), self.order)
+        return back.reshape(*back.shape[: len(self.order)], *features)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        features = self.problem.weights["output.kernel"].shape[2:]
+        return (*self.problem.inputs["query"].shape[:-1], *features)
+
+    def output(self, array: np.ndarray) -> np.ndarray:
+        """The output (B, T, O) in the shape of the layer's."""
+        return self.unfolded(array, self.queries, self.problem.weights["output.kernel"].shape[2:])
+
+    def flat(self, output: np.ndarray) -> np.ndarray:
+        """An output in the shape of the layer's as (B, T, O)."""
+        axes = len(self.order)
+        whole = output.reshape(*output.shape[:axes], -1)
+        front = np.moveaxis(whole, self.order, range(axes))
+        return front.reshape(*self.recipe.lengths[:2], -1)
+
+
+def fold(problem: Problem) -> Folded:
+    """The problem as what it computes, in float64."""
+    config, call = problem.case.config, problem.case.call
     query = problem.inputs["query"]
     rank = query.ndim
     named: Any = config.attention_axes or range(1, rank - 1)
@@ -35,10 +89,10 @@ def expected(problem: Problem) -> Truth:
 
     full = (*batches, config.num_heads, *t, *s)
     flat = (count, config.num_heads, math.prod(t), math.prod(s))
-    allowed = np.ones(full, bool)
-    for name, mask in problem.masks.items():
-        allowed &= _spread(name, mask, b, len(t), len(s))
-    allowed = allowed.reshape(flat) & _by_position(problem, flat)
+    masks = {
+        name: _flattened(_spread(name, mask, b, len(t), len(s)), full, b, len(t))
+        for name, mask in problem.masks.items()
+    }
     rounded = _as_computed(problem)
     x = {n: folded(a, s if n != "query" else t) for n, a in _three(problem, rounded).items()}
     for name in ("value_mask", "key_mask"):
@@ -48,45 +102,59 @@ def expected(problem: Problem) -> Truth:
     bias = rounded.get("attention_bias")
     if bias is not None:
         bias = np.broadcast_to(np.asarray(bias, np.float64), full).reshape(flat)
-
     kernel = problem.weights["output.kernel"]
     weights = {n: rounded[n] for n in problem.weights}
     weights["output.kernel"] = weights["output.kernel"].reshape(*kernel.shape[:2], -1)
     if "output.bias" in weights:
         weights["output.bias"] = weights["output.bias"].reshape(-1)
-    truth = attention_oracle(
+    offset = np.broadcast_to(call.get("query_offset", 0), count)
+    recipe = Recipe(
         weights,
         x,
-        scale=1 / math.sqrt(config.key_dim) if config.scale is None else config.scale,
-        allowed=allowed,
-        bias=bias,
-        kept=_kept(problem, flat),
-        d_output=folded(problem.d_output.reshape(*query.shape[:-1], -1), t),
-        d_scores=problem.d_scores.reshape(flat),
+        1 / math.sqrt(config.key_dim) if config.scale is None else config.scale,
+        masks,
+        bool(call.get("use_causal_mask")),
+        config.sliding_window,
+        offset,
+        bias,
+        _kept(problem, flat),
     )
+    return Folded(problem, recipe, order, batches, t, s)
 
-    def unfolded(array: np.ndarray, lengths: list[int], features: tuple[int, ...]) -> np.ndarray:
-        back = array.reshape(*batches, *lengths, -1)
-        back = np.moveaxis(back, range(len(order)), order)
-        return back.reshape(*back.shape[: len(order)], *features)
+
+def expected(problem: Problem) -> Truth:
+    """Output, scores and gradients in float64, in the shapes of the layer's results."""
+    folded = fold(problem)
+    recipe, full = folded.recipe, folded.full
+    count, t, s = recipe.lengths
+    truth = attention_oracle(
+        recipe.weights,
+        recipe.inputs,
+        scale=recipe.scale,
+        allowed=allowed(recipe),
+        bias=recipe.bias,
+        kept=recipe.kept,
+        d_output=folded.flat(problem.d_output),
+        d_scores=problem.d_scores.reshape(count, recipe.heads[0], t, s),
+    )
 
     def shaped(arrays: Arrays) -> Arrays:
         arrays = {n: a for n, a in arrays.items() if n not in ("output", "scores")}
-        for name in ("query", "value", "key"):
-            lengths = t if name == "query" else s
-            arrays[name] = unfolded(arrays[name], lengths, (x[name].shape[-1],))
+        for name, x in recipe.inputs.items():
+            lengths = folded.queries if name == "query" else folded.keys
+            arrays[name] = folded.unfolded(arrays[name], lengths, (x.shape[-1],))
         if problem.case.value is None:
             arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
-        if bias is not None:
+        if recipe.bias is not None:
             given = problem.inputs["attention_bias"].shape
             arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(full), given)
         weights = {n: arrays[n].reshape(w.shape) for n, w in problem.weights.items()}
         return {**arrays, **weights}
 
-    output = unfolded(truth.output, t, kernel.shape[2:])
     magnitudes = {n: truth.magnitudes[n] for n in ("output", "scores")} | shaped(truth.magnitudes)
     scores = truth.scores.reshape(full)
-    return Truth(output, scores, truth.stages, shaped(truth.gradients), magnitudes)
+    gradients = shaped(truth.gradients)
+    return Truth(folded.output(truth.output), scores, truth.stages, gradients, magnitudes)
 
 
 def _three(problem: Problem, arrays: Arrays | None = None) -> Arrays:
@@ -117,18 +185,17 @@ def _spread(name: str, mask: np.ndarray, batch: int, queries: int, keys: int) ->
     return mask.reshape(shape)
 
 
-def _by_position(problem: Problem, flat: tuple[int, ...]) -> np.ndarray:
-    """Which keys causality and window let each query see, (B, 1, T, S)."""
-    call, window = problem.case.call, problem.case.config.sliding_window
-    offset = np.broadcast_to(call.get("query_offset", 0), flat[0])
-    i = np.arange(flat[2])[None, :, None] + offset[:, None, None]
-    j = np.arange(flat[3])[None, None, :]
-    seen = np.ones((flat[0], flat[2], flat[3]), bool)
-    if call.get("use_causal_mask"):
-        seen &= j <= i
-    if window is not None:
-        seen &= np.abs(i - j) < window
-    return seen[:, None]
+def _flattened(mask: np.ndarray, full: tuple[int, ...], batch: int, queries: int) -> np.ndarray:
+    """A mask with all axes as one that broadcasts to (B, H, T, S), axes of one kind together."""
+    spans = [(0, batch), (batch, batch + 1), (batch + 1, batch + 1 + queries)]
+    spans.append((batch + 1 + queries, len(full)))
+    wanted = [
+        n if any(k != 1 for k in mask.shape[a:b]) else 1
+        for a, b in spans
+        for n in full[a:b]
+    ]  # fmt: skip
+    whole = np.broadcast_to(mask, wanted)
+    return whole.reshape([math.prod(whole.shape[a:b]) for a, b in spans])
 
 
 def _kept(problem: Problem, flat: tuple[int, ...]) -> np.ndarray | None:

@@ -1,0 +1,249 @@
+"""`compare` and `assert_parity`: two implementations, one call, and where and why they part."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import AnymhaError
+from anymha.parity.diagnosis import Cause, Diagnosis, Search
+from anymha.parity.features import untested
+from anymha.parity.recipe import Arrays, run
+from anymha.parity.report import Comparison
+from anymha.parity.stagewise import (
+    Stage,
+    compared,
+    computed_dtype,
+    distance,
+    gradients_compared,
+    observed,
+    structure,
+)
+from anymha.parity.subjects import subject
+from anymha.parity.tolerance import tolerance
+from anymha.parity.trace import STAGES, Request, Trace, make_request, name_of_dtype, problem_of
+from anymha.parity.truth import Folded, expected, fold
+from anymha.parity.units import eps, longest_sum
+
+
+class ParityError(AnymhaError, AssertionError):
+    """Two implementations do not agree; the message says where and why."""
+
+
+def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
+    """Two implementations on the same inputs, stage by stage.
+
+    Args:
+        reference: What is right: a layer of anymha in any framework; a live layer of torch, Keras,
+            Flax or Equinox; or a function of query, value and key, which returns the output, or the
+            output and the scores, or a dict of stages.
+        candidate: What is judged; likewise.
+        inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
+            name; arrays of NumPy or of any framework.
+        **call: The call's other arguments by the names of anymha's layer: masks, True = may attend,
+            `use_causal_mask`, `attention_bias`, `training`, `seed`. Each library gets them as it
+            takes them.
+
+    Returns:
+        The comparison: `passed`, `first_divergence`, `stages`, `diagnosis`, and reports.
+
+    Raises:
+        ArgumentError: an implementation or an argument is not known.
+        LayoutError: a library's layer cannot do what the call asks for.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> from anymha.parity import compare
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+        >>> compare(layer, layer, x, use_causal_mask=True).passed
+        True
+        >>> forgot = lambda query, use_causal_mask: layer(query)
+        >>> report = compare(layer, forgot, x, use_causal_mask=True)
+        >>> report.first_divergence, str(report.diagnosis)
+        ('masked_logits', 'causal mask ignored')
+    """
+    request = make_request(inputs, call)
+    one, other = subject(reference), subject(candidate)
+    first, cotangent = one.trace(request, None), None
+    if not request.training:
+        cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
+        first = one.trace(request, cotangent)
+    second = other.trace(request, cotangent)
+    basis = first if first.weights is not None else second
+    if basis.weights is None or basis.config is None:
+        return _outputs_alone(request, first, second)
+    folded = fold(problem_of(basis.config, basis.weights, request))
+    return _staged(request, folded, first, second, cotangent)
+
+
+def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> None:
+    """Fail unless two implementations agree; the message says at which stage they part, and why.
+
+    Args:
+        reference: As for `compare`.
+        candidate: As for `compare`.
+        inputs: As for `compare`.
+        **call: As for `compare`.
+
+    Raises:
+        ParityError: they do not agree; it is an AssertionError too.
+    """
+    report = compare(reference, candidate, inputs, **call)
+    if not report.passed:
+        raise ParityError(report.to_text())
+
+
+def _staged(
+    request: Request,
+    folded: Folded,
+    first: Trace,
+    second: Trace,
+    cotangent: np.ndarray | None,
+) -> Comparison:
+    notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
+    traces = (first, second)
+    told = _told(first, folded), _told(second, folded)
+    recipe = folded.recipe
+    search = Search(recipe, first, told[0])
+    if not search.fits():
+        reason = search.diagnose()
+        if reason.explained and not first.random:
+            notes.append(f"The reference, {first.name}, differs from anymha's meaning: {reason}.")
+            recipe = reason.recipe or recipe
+        else:
+            notes.append(f"The reference, {first.name}, is not plain attention of its weights: "
+                         f"{reason}. Causes are not looked for.")  # fmt: skip
+            recipe = None
+    if recipe is None:
+        return _outputs_alone(request, first, second, *notes)
+    honest = run(recipe)
+    stages = compared(recipe, honest, traces, told)
+    stages += _weights_compared(first, second)
+    if cotangent is not None and first.gradients and second.gradients:
+        stages += _gradients(folded, traces, cotangent)
+    failed = [stage for stage in stages if not stage.passed or stage.culprit]
+    diagnosis = None
+    if failed or second.random != first.random:
+        diagnosis = (
+            _scores_cause(told[1], honest, second) or Search(recipe, second, told[1]).diagnose()
+        )
+    divergence = _first_divergence(stages, told[1], diagnosis)
+    return Comparison(
+        first.name, second.name, tuple(stages), divergence, diagnosis,
+        tuple(untested(recipe, honest)), tuple(notes), request, traces,
+        dict(honest), {**told[1]},
+    )  # fmt: skip
+
+
+def _told(trace: Trace, folded: Folded) -> Arrays:
+    """What a trace told, by stage; projections of its own weights where it told these."""
+    output = trace.output
+    wanted = folded.output_shape
+    flat = folded.flat(output) if output.shape == wanted else output
+    return observed(trace, flat)
+
+
+def _outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -> Comparison:
+    """The comparison where neither tells its weights: of what both returned."""
+    stages = []
+    for name in ("scores", "output"):
+        one, other = getattr(first, name), getattr(second, name)
+        if one is None or other is None:
+            continue
+        dtype = max(map(computed_dtype, (first, second)), key=eps)
+        reference, candidate = one.astype(np.float64), other.astype(np.float64)
+        faults = structure(name, reference, candidate)
+        largest = float(np.max(np.abs(reference[np.isfinite(reference)]), initial=0.0))
+        unit = eps(dtype) * largest or eps(dtype)
+        length = max(a.shape[-1] for a in request.three)
+        budget = 2 * tolerance(dtype, length, 8 * largest) / unit  # sums are greater than results
+        if candidate.shape != reference.shape:
+            stages.append(Stage(name, True, math.inf, math.inf, unit, budget, None, tuple(faults)))
+            continue
+        apart = distance(candidate, reference)
+        error = float(np.max(apart, initial=0.0))
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(apart)), apart.shape))
+        values = (float(reference[at]), float(candidate[at]))
+        stages.append(
+            Stage(name, True, error, error, unit, budget, None, tuple(faults), at, values)
+        )
+    divergence = next((stage.name for stage in stages if not stage.passed), None)
+    told = ("Neither tells its weights: the outputs alone are compared, and causes are not looked "
+            "for.",) if first.weights is None and second.weights is None else ()  # fmt: skip
+    return Comparison(
+        first.name, second.name, tuple(stages), divergence, Diagnosis() if divergence else None,
+        (), (*notes, *told), request, (first, second),
+    )  # fmt: skip
+
+
+def _weights_compared(first: Trace, second: Trace) -> list[Stage]:
+    """The weights that both told and that differ: the first thing to mend."""
+    if first.weights is None or second.weights is None:
+        return []
+    stages = []
+    for name, wanted in first.weights.items():
+        got = second.weights.get(name)
+        if got is None or got.shape != wanted.shape:
+            received = "nothing" if got is None else f"shape {got.shape}"
+            fault = f"the weight is {received}, not shape {wanted.shape}"
+            stages.append(Stage(f"weight {name}", True, math.inf, math.inf, 1.0, 0.0, None,
+                                (fault,)))  # fmt: skip
+            continue
+        one, other = wanted.astype(np.float64), got.astype(np.float64)
+        unit = max(eps(name_of_dtype(wanted)), eps(name_of_dtype(got)))
+        unit *= float(np.max(np.abs(one), initial=0.0)) or 1.0
+        error = float(np.max(np.abs(one - other), initial=0.0))
+        if not error <= unit:
+            stages.append(Stage(f"weight {name}", True, error, error, unit, 1.0))
+    return stages
+
+
+def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarray) -> list[Stage]:
+    """The gradients that both have, of weights and inputs."""
+    problem = dataclasses.replace(folded.problem, d_output=cotangent)
+    truth, length = expected(problem), longest_sum(problem)
+    dtype = max(map(computed_dtype, traces), key=eps)
+    allowed = {
+        name: tolerance(dtype, length, float(np.max(truth.magnitudes[name], initial=0.0)))
+        for name in truth.gradients
+    }
+    return gradients_compared(traces, truth.gradients, allowed)
+
+
+def _scores_cause(told: Arrays, honest: Arrays, trace: Trace) -> Diagnosis | None:
+    """What is wrong with the scores alone, where the output is right."""
+    scores = told.get("scores")
+    wanted = honest["probabilities"]
+    if scores is None:
+        return None
+    near = 1e-2 if eps(computed_dtype(trace)) > 1e-4 else 1e-4
+    if scores.ndim == 3 and scores.shape == (wanted.shape[0], *wanted.shape[2:]):
+        if np.allclose(scores, wanted.mean(1), atol=near, equal_nan=True):
+            cure = "Ask for the scores of each head: `average_attn_weights=False` in torch."
+            return Diagnosis((Cause("scores averaged over the heads", "", "scores", cure),), 0.0)
+    elif scores.shape == wanted.shape and not np.allclose(scores, wanted, atol=near):
+        dropped = honest["dropped_probabilities"]
+        if np.allclose(scores, dropped, atol=near, equal_nan=True):
+            cure = "Return the probabilities as they are before dropout."
+            return Diagnosis((Cause("scores after dropout", "", "scores", cure),), 0.0)
+    return None
+
+
+def _first_divergence(stages: list[Stage], told: Arrays, diagnosis: Diagnosis | None) -> str | None:
+    """The first stage that is itself wrong; between two that were told, where the cause says."""
+    wrong = [stage for stage in stages if stage.culprit] or [s for s in stages if not s.passed]
+    if not wrong:
+        return None
+    first = wrong[0].name
+    cause = diagnosis.causes[0] if diagnosis is not None and diagnosis.causes else None
+    if cause is None or cause.stage not in STAGES:
+        return first
+    before = [name for name in STAGES if name in told]
+    at = before.index(first) if first in before else len(before)
+    last_right = STAGES.index(before[at - 1]) if 0 < at <= len(before) and first in before else -1
+    end = STAGES.index(first) if first in STAGES else len(STAGES)
+    return cause.stage if last_right < STAGES.index(cause.stage) <= end else first

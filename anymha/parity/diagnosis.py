@@ -1,0 +1,237 @@
+"""Which known mistake, or which two, give what a candidate gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from anymha.parity.mistaken_attention import PRECISIONS, precision
+from anymha.parity.mistakes import CATALOGUE, Mistake
+from anymha.parity.recipe import Arrays, Recipe, run
+from anymha.parity.stagewise import OBSERVED, Tolerances, computed_dtype, distance
+from anymha.parity.trace import STAGES, Trace
+from anymha.parity.units import eps
+
+SECONDS = 20.0
+"""How long pairs of mistakes are tried."""
+
+SPREAD = 16.0
+"""How much greater or smaller the errors of a dtype may be than where each stage is rounded."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A mistake that was found.
+
+    Args:
+        name: Its name in the catalogue.
+        detail: Which variant.
+        stage: The first stage that it changes.
+        cure: What to do.
+    """
+
+    name: str
+    detail: str
+    stage: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.detail})" if self.detail else self.name
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a candidate differs.
+
+    Args:
+        causes: The mistakes, the first one first; none where no known mistake explains it.
+        remaining: The greatest error that is left once they are made too, over what rounding
+            explains; infinite without causes.
+        alternatives: Other mistakes that give the same numbers for these inputs.
+        recipe: What has these mistakes, and gives what was observed; None if nothing does.
+    """
+
+    causes: tuple[Cause, ...] = ()
+    remaining: float = np.inf
+    alternatives: tuple[str, ...] = ()
+    recipe: Recipe | None = field(default=None, repr=False)
+
+    @property
+    def explained(self) -> bool:
+        """Whether the causes close the gap."""
+        return bool(self.causes) and self.remaining <= 1
+
+    def __str__(self) -> str:
+        if not self.causes:
+            return "no known mistake, nor any two of them, explains the difference"
+        told = " and ".join(map(str, self.causes))
+        if not self.explained:
+            return f"{told}; something else beside"
+        also = f" (or: {'; '.join(self.alternatives)})" if self.alternatives else ""
+        return told + also
+
+
+@dataclass(frozen=True)
+class _Tried:
+    cause: Cause
+    recipe: Recipe
+    errors: dict[str, float]  # by observed stage, over what rounding explains
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values())
+
+    def prefix(self) -> int:
+        """How many of the stages that were told fit, from the first on."""
+        for count, error in enumerate(self.errors.values()):
+            if not error <= 1:
+                return count
+        return len(self.errors)
+
+
+class Search:
+    """Looks for mistakes that make a recipe give what was observed.
+
+    Args:
+        recipe: What is meant.
+        trace: Whose results they are.
+        found: What it told, by stage.
+    """
+
+    def __init__(self, recipe: Recipe, trace: Trace, found: Arrays) -> None:
+        self.recipe, self.trace, self.found = recipe, trace, found
+        self.honest = run(recipe)
+
+    def fits(self) -> bool:
+        """Whether the recipe itself gives what was observed."""
+        return max(self._errors(self.recipe, self.honest).values()) <= 1
+
+    def diagnose(self) -> Diagnosis:
+        """The mistakes that explain what was observed."""
+        if self.trace.random:
+            stage = "dropped_probabilities"
+            cure = "Two calls gave two results: switch the candidate to evaluation."
+            return Diagnosis((Cause("dropout left on", "", stage, cure),), 0.0)
+        singles = list(self._tried(self.recipe, self.honest))
+        best = self._fitting(singles)
+        if best is not None:
+            return best
+        narrower = self._precision()
+        if narrower is not None:
+            return Diagnosis((narrower,), 0.0, (), self.recipe)
+        begun = self._by_prefix(singles)
+        return begun if begun.explained else self._pairs(singles) or begun
+
+    def _fitting(self, tried: Iterable[_Tried]) -> Diagnosis | None:
+        good = [t for t in tried if t.worst <= 1]
+        if not good:
+            return None
+        others = dict.fromkeys(str(t.cause) for t in good[1:] if t.cause.name != good[0].cause.name)
+        return Diagnosis((good[0].cause,), good[0].worst, tuple(others), good[0].recipe)
+
+    def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
+        """One mistake after another: each must make the told stages fit further than before."""
+        causes: list[Cause] = []
+        honest = self._errors(self.recipe, self.honest)
+        reached = next((i for i, error in enumerate(honest.values()) if not error <= 1), 0)
+        tried = singles
+        while tried:
+            best = max(tried, key=_Tried.prefix)
+            if best.prefix() <= reached:
+                break
+            causes.append(best.cause)
+            reached = best.prefix()
+            if best.worst <= 1:
+                return Diagnosis(tuple(causes), best.worst, (), best.recipe)
+            tried = list(self._tried(best.recipe, run(best.recipe)))
+        return Diagnosis(tuple(causes), np.inf)
+
+    def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
+        """Two mistakes together, those first that alone come nearest."""
+        until = time.monotonic() + SECONDS
+        for first in sorted(singles, key=lambda t: t.worst):
+            stages = run(first.recipe)
+            for second in self._tried(first.recipe, stages, skip=first.cause.name):
+                if second.worst <= 1:
+                    pair = sorted((first.cause, second.cause), key=lambda c: STAGES.index(c.stage))
+                    return Diagnosis(tuple(pair), second.worst, (), second.recipe)
+            if time.monotonic() > until:
+                return None
+        return None
+
+    def _precision(self) -> Cause | None:
+        """A narrower dtype in which the stages were computed: the errors have its size."""
+        given = computed_dtype(self.trace)
+        mine = self._distances(self.honest)
+        right = self._errors(self.recipe, self.honest)
+        for dtype in PRECISIONS:
+            if eps(dtype) <= eps(given):
+                continue
+            [(_, rounded)] = precision(self.recipe, dtype)
+            results = run(rounded)
+            usual = {n: float(np.max(distance(a, self.honest[n]))) for n, a in results.items()}
+            usual["scores"] = usual["probabilities"]
+            wrong = [name for name in mine if not right[name] <= 1]
+            if all(mine[n] <= SPREAD * usual[n] for n in mine) and any(
+                mine[n] * SPREAD >= usual[n] for n in wrong
+            ):
+                stage = wrong[0] if len(self.found) > 2 else "query"
+                stage = "probabilities" if stage == "scores" else stage
+                cure = (f"The reference computes in {given}: cast weights and inputs, or switch "
+                        "mixed precision and TF32 off.")  # fmt: skip
+                return Cause(f"computed in {dtype}", "", stage, cure)
+        return None
+
+    def _distances(self, results: Arrays) -> dict[str, float]:
+        """How far what was observed is from a recipe's results."""
+        distances = {}
+        for name in OBSERVED:
+            if name in self.found:
+                exact, got = (
+                    results["probabilities" if name == "scores" else name],
+                    self.found[name],
+                )
+                fits = got.shape == exact.shape
+                distances[name] = (
+                    float(np.max(distance(got, exact), initial=0.0)) if fits else np.inf
+                )
+        return distances
+
+    def _tried(self, recipe: Recipe, stages: Arrays, skip: str | None = None) -> Iterator[_Tried]:
+        for mistake, detail, wrong in _variants(recipe, skip):
+            with np.errstate(all="ignore"):
+                results = run(wrong)
+            stage = _first_change(stages, results)
+            if stage is not None:
+                cause = Cause(mistake.name, detail, stage, mistake.cure)
+                yield _Tried(cause, wrong, self._errors(wrong, results))
+
+    def _errors(self, recipe: Recipe, results: Arrays) -> dict[str, float]:
+        """How far what was observed is from a recipe's results, over what rounding explains."""
+        tolerances = Tolerances(recipe, results)
+        return {
+            name: error / tolerances.of(name, self.trace) if error else 0.0
+            for name, error in self._distances(results).items()
+        }
+
+
+def _variants(recipe: Recipe, skip: str | None) -> Iterator[tuple[Mistake, str, Recipe]]:
+    for mistake in CATALOGUE:
+        if mistake.name != skip:
+            for detail, wrong in mistake.plant(recipe):
+                yield mistake, detail, wrong
+
+
+def _first_change(honest: Arrays, wrong: Arrays) -> str | None:
+    """The first stage in which a mistake shows; None where it changes nothing."""
+    for name in STAGES:
+        one, other = honest[name], wrong[name]
+        if one.shape != other.shape:
+            return name
+        size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
+        if np.max(distance(one, other), initial=0.0) > 1e-6 * size:
+            return name
+    return None

@@ -1,0 +1,255 @@
+"""Two traces held against each other, stage by stage: structure first, then numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anymha.parity.recipe import Arrays, Recipe, sizes
+from anymha.parity.tolerance import tolerance
+from anymha.parity.trace import STAGES, Trace, name_of_dtype
+from anymha.parity.units import eps
+
+OBSERVED = (*STAGES, "scores")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the candidate beside the reference's.
+
+    Args:
+        name: The stage, "scores", or "gradient of NAME".
+        told: Whether the candidate told it; else it was computed from its weights, or not known.
+        error: The greatest difference from the reference, built up over all stages before.
+        own_error: The difference that is this stage's own: from what the reference's step makes of
+            the candidate's own earlier stages.
+        unit: ``eps * max |reference|`` of the stage: the rounding of its greatest number.
+        budget: How many units rounding explains.
+        ratio: The candidate's error against float64 over the reference's; None where unknown.
+        faults: What is wrong beside numbers, in words.
+        at: Where the greatest difference is.
+        values: The reference's and the candidate's number there.
+    """
+
+    name: str
+    told: bool
+    error: float
+    own_error: float
+    unit: float
+    budget: float
+    ratio: float | None = None
+    faults: tuple[str, ...] = ()
+    at: tuple[int, ...] = ()
+    values: tuple[float, float] | None = None
+
+    @property
+    def units(self) -> float:
+        """The error in units."""
+        return _in_units(self.error, self.unit)
+
+    @property
+    def own_units(self) -> float:
+        """The stage's own error in units."""
+        return _in_units(self.own_error, self.unit)
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains the error."""
+        return not self.faults and self.units <= self.budget
+
+    @property
+    def culprit(self) -> bool:
+        """Whether the stage itself is wrong, whatever came before it."""
+        return bool(self.faults) or not self.own_units <= self.budget
+
+
+def _in_units(error: float, unit: float) -> float:
+    return 0.0 if error == 0 else error / unit if unit else math.inf
+
+
+class Tolerances:
+    """How far a trace may be from float64 at each stage.
+
+    Args:
+        recipe: What is computed.
+        stages: Its stages in float64.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Arrays) -> None:
+        self.sizes = sizes(recipe, stages)
+        widths = [array.shape[-1] for array in recipe.inputs.values()]
+        widths += [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
+        heads, width, _ = recipe.weights["output.kernel"].shape
+        self.length = max(*widths, recipe.lengths[2], heads * width)
+
+    def of(self, stage: str, trace: Trace) -> float:
+        """The greatest error that rounding explains."""
+        dtype, size = computed_dtype(trace), self.sizes[stage]
+        return tolerance(dtype, self.length, size, accumulated=trace.accumulated)
+
+
+def computed_dtype(trace: Trace) -> str:
+    """The narrowest dtype through which a trace's numbers went."""
+    names = [name_of_dtype(trace.output)]
+    config = trace.config
+    if config is not None:
+        names += [config.dtype, config.compute_dtype or config.dtype]
+        if config.compute_dtype == "float64":  # rounded once, from float64
+            return names[0]
+    return max(names, key=eps)
+
+
+def observed(trace: Trace, output: np.ndarray) -> Arrays:
+    """What a trace told, by stage, the output flat (B, T, O)."""
+    found = {**trace.stages, "output": output}
+    if trace.scores is not None:
+        found["scores"] = trace.scores
+    return {name: found[name].astype(np.float64) for name in OBSERVED if name in found}
+
+
+def structure(name: str, reference: np.ndarray, candidate: np.ndarray) -> list[str]:
+    """What is wrong before numbers are looked at: shape, NaN, what is masked, sums of rows."""
+    if candidate.shape != reference.shape:
+        return [f"shape {candidate.shape}, not {reference.shape}"]
+    faults = []
+    nan, other = np.isnan(candidate), np.isnan(reference)
+    if not np.array_equal(nan, other):
+        more, fewer = int(np.sum(nan & ~other)), int(np.sum(other & ~nan))
+        faults.append(f"NaN in {more} places where the reference has numbers" if more else
+                      f"numbers in {fewer} places where the reference has NaN")  # fmt: skip
+    hidden, unseen = _masked(candidate), _masked(reference)
+    if name == "masked_logits" and not np.array_equal(hidden, unseen):
+        more, fewer = int(np.sum(hidden & ~unseen)), int(np.sum(unseen & ~hidden))
+        faults.append(f"masks {more} places more and {fewer} fewer, of {hidden.size}")
+    if name in ("probabilities", "scores") and not nan.any():
+        sums, wanted = candidate.sum(-1), reference.sum(-1)
+        off = ~np.isclose(sums, wanted, atol=0.02, equal_nan=True)
+        if off.any():
+            faults.append(f"{int(off.sum())} of {off.size} rows sum to {sums[off][0]:.3g}, not "
+                          f"{wanted[off][0]:.3g}")  # fmt: skip
+    return faults
+
+
+def _masked(logits: np.ndarray) -> np.ndarray:
+    """Which logits say "not seen": -inf, or the great negative numbers that stand for it."""
+    return logits <= -9e3
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where both are finite, how far apart they are; infinite where one alone is finite."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(one - other)
+    same = (one == other) | (np.isnan(one) & np.isnan(other)) | (_masked(one) & _masked(other))
+    return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
+
+
+def compared(
+    recipe: Recipe,
+    honest: Arrays,
+    traces: tuple[Trace, Trace],
+    told: tuple[Arrays, Arrays],
+) -> list[Stage]:
+    """Every stage that the candidate told, and its projections where it told its weights.
+
+    Args:
+        recipe: What the reference computes.
+        honest: Its stages in float64.
+        traces: The reference's and the candidate's.
+        told: What both told, by stage.
+    """
+    tolerances = Tolerances(recipe, honest)
+    wanted, found = told
+    own: Arrays = {}  # the candidate's stages, filled up by the reference's steps
+    stages = []
+    for name in OBSERVED:
+        expected = honest["probabilities" if name == "scores" else name]
+        reference = wanted.get(name, expected)
+        if name == "scores":
+            fed = own["probabilities"]
+        else:
+            fed = recipe.steps[name](recipe, own) if _fits(own, honest) else expected
+        candidate = found.get(name)
+        if candidate is not None:
+            allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
+            dtype = max(map(computed_dtype, traces), key=eps)
+            stages.append(_stage(name, reference, candidate, fed, expected, allowed, dtype))
+            if name == "output":
+                stages[-1] = _with_dtypes(stages[-1], traces)
+        own[name] = fed if candidate is None else candidate
+    return stages
+
+
+def _fits(own: Arrays, honest: Arrays) -> bool:
+    """Whether the candidate's stages so far have the right shapes to compute with."""
+    return all(array.shape == honest[name].shape for name, array in own.items())
+
+
+def _stage(
+    name: str,
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    fed: np.ndarray,
+    exact: np.ndarray,
+    allowed: float,
+    dtype: str,
+) -> Stage:
+    finite = np.abs(reference[np.isfinite(reference)])
+    unit = eps(dtype) * float(np.max(finite, initial=0.0)) or eps(dtype)
+    faults = tuple(structure(name, reference, candidate))
+    if candidate.shape != reference.shape:
+        return Stage(name, True, math.inf, math.inf, unit, allowed / unit, None, faults)
+    apart = distance(candidate, reference)
+    own = distance(candidate, fed) if fed.shape == candidate.shape else apart
+    at = np.unravel_index(int(np.argmax(apart)), apart.shape) if apart.size else ()
+    mine, theirs = distance(candidate, exact), distance(reference, exact)
+    ratio = float(mine.max() / theirs.max()) if theirs.size and theirs.max() > 0 else None
+    return Stage(
+        name,
+        True,
+        float(np.max(apart, initial=0.0)),
+        float(np.max(own, initial=0.0)),
+        unit,
+        allowed / unit,
+        ratio if ratio is not None and math.isfinite(ratio) else None,
+        faults,
+        tuple(int(i) for i in at),
+        (float(reference[at]), float(candidate[at])) if at else None,
+    )
+
+
+def _with_dtypes(stage: Stage, traces: tuple[Trace, Trace]) -> Stage:
+    names = [name_of_dtype(trace.output) for trace in traces]
+    if names[0] == names[1]:
+        return stage
+    fault = f"dtype {names[1]}, not {names[0]}"
+    fields: dict[str, Any] = {**vars(stage), "faults": (*stage.faults, fault)}
+    return Stage(**fields)
+
+
+def gradients_compared(
+    traces: tuple[Trace, Trace], exact: Mapping[str, np.ndarray], allowed: Mapping[str, float]
+) -> list[Stage]:
+    """The gradients that both have; `exact` and `allowed` by name."""
+    reference, candidate = traces
+    dtype = max(map(computed_dtype, traces), key=eps)
+    stages = []
+    for name, wanted in reference.gradients.items():
+        got = candidate.gradients.get(name)
+        if got is None or name not in exact:
+            continue
+        stages.append(
+            _stage(
+                f"gradient of {name}",
+                wanted.astype(np.float64),
+                got.astype(np.float64),
+                wanted.astype(np.float64),
+                exact[name],
+                2 * allowed[name],
+                dtype,
+            )
+        )
+    return stages
