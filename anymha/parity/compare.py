@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import AnymhaError
-from anymha.parity.diagnosis import Cause, Diagnosis, Search
+from anymha.parity.diagnosis import Diagnosis
 from anymha.parity.features import untested
-from anymha.parity.recipe import Arrays, run
+from anymha.parity.meaning import meaning_of
+from anymha.parity.recipe import Arrays
 from anymha.parity.report import Comparison
 from anymha.parity.stagewise import (
     Stage,
@@ -107,36 +108,31 @@ def _staged(
     notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
     traces = (first, second)
     told = _told(first, folded), _told(second, folded)
-    recipe = folded.recipe
-    search = Search(recipe, first, told[0])
-    if not search.fits():
-        reason = search.diagnose()
-        if reason.explained and not first.random:
-            notes.append(f"The reference, {first.name}, differs from anymha's meaning: {reason}.")
-            recipe = reason.recipe or recipe
-        else:
-            notes.append(f"The reference, {first.name}, is not plain attention of its weights: "
-                         f"{reason}. Causes are not looked for.")  # fmt: skip
-            recipe = None
-    if recipe is None:
+    meant = meaning_of(folded.recipe, first, told[0])
+    notes += meant.notes
+    if meant.recipe is None:
         return _outputs_alone(request, first, second, *notes)
-    honest = run(recipe)
-    stages = compared(recipe, honest, traces, told)
+    honest = meant.stages()
+    stages = compared(meant.recipe, honest, traces, told)
     stages += _weights_compared(first, second)
     if cotangent is not None and first.gradients and second.gradients:
         stages += _gradients(folded, traces, cotangent)
-    failed = [stage for stage in stages if not stage.passed or stage.culprit]
-    diagnosis = None
-    if failed or second.random != first.random:
-        diagnosis = (
-            _scores_cause(told[1], honest, second) or Search(recipe, second, told[1]).diagnose()
-        )
+    wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
+    diagnosis = meant.diagnosed(second, told[1], wrong)
     divergence = _first_divergence(stages, told[1], diagnosis)
     return Comparison(
-        first.name, second.name, tuple(stages), divergence, diagnosis,
-        tuple(untested(recipe, honest)), tuple(notes), request, traces,
-        dict(honest), {**told[1]},
-    )  # fmt: skip
+        first.name,
+        second.name,
+        tuple(stages),
+        divergence,
+        diagnosis,
+        tuple(untested(meant.recipe, honest)),
+        tuple(notes),
+        request,
+        traces,
+        honest,
+        told[1],
+    )
 
 
 def _told(trace: Trace, folded: Folded) -> Arrays:
@@ -212,25 +208,6 @@ def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarra
         for name in truth.gradients
     }
     return gradients_compared(traces, truth.gradients, allowed)
-
-
-def _scores_cause(told: Arrays, honest: Arrays, trace: Trace) -> Diagnosis | None:
-    """What is wrong with the scores alone, where the output is right."""
-    scores = told.get("scores")
-    wanted = honest["probabilities"]
-    if scores is None:
-        return None
-    near = 1e-2 if eps(computed_dtype(trace)) > 1e-4 else 1e-4
-    if scores.ndim == 3 and scores.shape == (wanted.shape[0], *wanted.shape[2:]):
-        if np.allclose(scores, wanted.mean(1), atol=near, equal_nan=True):
-            cure = "Ask for the scores of each head: `average_attn_weights=False` in torch."
-            return Diagnosis((Cause("scores averaged over the heads", "", "scores", cure),), 0.0)
-    elif scores.shape == wanted.shape and not np.allclose(scores, wanted, atol=near):
-        dropped = honest["dropped_probabilities"]
-        if np.allclose(scores, dropped, atol=near, equal_nan=True):
-            cure = "Return the probabilities as they are before dropout."
-            return Diagnosis((Cause("scores after dropout", "", "scores", cure),), 0.0)
-    return None
 
 
 def _first_divergence(stages: list[Stage], told: Arrays, diagnosis: Diagnosis | None) -> str | None:

@@ -109,8 +109,8 @@ class Search:
         """Whether the recipe itself gives what was observed."""
         return max(self._errors(self.recipe, self.honest).values()) <= 1
 
-    def diagnose(self) -> Diagnosis:
-        """The mistakes that explain what was observed."""
+    def diagnose(self, pairs: bool = True) -> Diagnosis:
+        """The mistakes that explain what was observed; one alone without `pairs`."""
         if self.trace.random:
             stage = "dropped_probabilities"
             cure = "Two calls gave two results: switch the candidate to evaluation."
@@ -122,6 +122,8 @@ class Search:
         narrower = self._precision()
         if narrower is not None:
             return Diagnosis((narrower,), 0.0, (), self.recipe)
+        if not pairs:
+            return Diagnosis()
         begun = self._by_prefix(singles)
         return begun if begun.explained else self._pairs(singles) or begun
 

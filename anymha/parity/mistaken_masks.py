@@ -210,7 +210,7 @@ MISTAKES = (
     ("wrong attention bias", "masked_logits", "The bias is added once, after the scale.",
      bias_wrong),
     ("fully masked rows give the mean of the values", "probabilities", "A query that sees nothing "
-     "gives zeros here: the candidate's mask is a great finite number, or its softmax divides by "
+     "gives zeros here: its mask is a great finite number, or its softmax divides by "
      "the number of keys. Give such rows zeros, or leave them out of the comparison.", rows_mean),
     ("fully masked rows give NaN", "probabilities", "A query that sees nothing gives zeros here: "
      "guard the softmax, whose row is all -inf.", rows_nan),

@@ -157,7 +157,7 @@ def compared(
 
     Args:
         recipe: What the reference computes.
-        honest: Its stages in float64.
+        honest: Its stages in float64, and the "scores" that it returns.
         traces: The reference's and the candidate's.
         told: What both told, by stage.
     """
@@ -166,7 +166,7 @@ def compared(
     own: Arrays = {}  # the candidate's stages, filled up by the reference's steps
     stages = []
     for name in OBSERVED:
-        expected = honest["probabilities" if name == "scores" else name]
+        expected = honest[name]
         reference = wanted.get(name, expected)
         if name == "scores":
             fed = own["probabilities"]

@@ -1,0 +1,160 @@
+"""What a reference means, and by which mistakes a candidate differs from that.
+
+A library computes its output and the scores that it returns on different paths: what its scores
+show need not be what its output saw. Both are therefore explained on their own. And a reference may
+itself differ from anymha's meaning: then a candidate that has this meaning is not the one to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from anymha.parity.diagnosis import Cause, Diagnosis, Search
+from anymha.parity.recipe import Arrays, Recipe, run
+from anymha.parity.stagewise import computed_dtype
+from anymha.parity.trace import Trace
+from anymha.parity.units import eps
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a reference computes.
+
+    Args:
+        plain: What anymha means by its weights and the call.
+        recipe: What it computes; None where no recipe that is known gives its output.
+        scores: What gives the scores that it returns.
+        reason: How the recipe differs from the plain one; None where it does not.
+        scores_reason: How that of the scores differs from the recipe.
+        notes: Both in words.
+    """
+
+    plain: Recipe
+    recipe: Recipe | None
+    scores: Recipe
+    reason: Diagnosis | None = None
+    scores_reason: Diagnosis | None = None
+    notes: tuple[str, ...] = ()
+
+    def stages(self) -> Arrays:
+        """Every stage in float64, and the "scores" that are returned."""
+        return {**run(self._known), "scores": run(self.scores)["probabilities"]}
+
+    @property
+    def _known(self) -> Recipe:
+        return self.plain if self.recipe is None else self.recipe
+
+    def diagnosed(self, trace: Trace, told: Arrays, wrong: Collection[str]) -> Diagnosis | None:
+        """Why a candidate differs; None where nothing does.
+
+        Args:
+            trace: The candidate's.
+            told: What it told, by stage.
+            wrong: The stages that differ.
+        """
+        flow = {name: array for name, array in told.items() if name != "scores"}
+        scores = {name: array for name, array in told.items() if name == "scores"}
+        found = None
+        if trace.random or any(name != "scores" for name in wrong):
+            found = self._of_flow(trace, flow)
+        if "scores" not in wrong:
+            return found
+        own = self._of_scores(trace, scores, found)
+        if own is None:
+            return found
+        if found is None:
+            return own
+        remaining = max(found.remaining, own.remaining)
+        return replace(found, causes=(*found.causes, *own.causes), remaining=remaining)
+
+    def _of_flow(self, trace: Trace, told: Arrays) -> Diagnosis:
+        if self.reason is not None and Search(self.plain, trace, told).fits():
+            return _of_the_reference(self.reason, self.plain)
+        found = Search(self._known, trace, told).diagnose()
+        if found.explained or self.reason is None:
+            return found
+        plain = Search(self.plain, trace, told).diagnose()
+        return plain if plain.explained else found
+
+    def _of_scores(self, trace: Trace, told: Arrays, found: Diagnosis | None) -> Diagnosis | None:
+        """Why the returned scores differ, where the mistakes found do not explain it."""
+        after = self._known if found is None or found.recipe is None else found.recipe
+        usual = Search(after, trace, told).fits()
+        if usual and found is not None:
+            return None
+        if self.scores_reason is not None and (usual or Search(self.plain, trace, told).fits()):
+            if found is not None:
+                return None
+            known = _of_the_reference(self.scores_reason, after)
+            return replace(known, causes=tuple(replace(c, stage="scores") for c in known.causes))
+        own = _returned(run(after), trace, told["scores"])
+        own = own or Search(self.scores, trace, told).diagnose(pairs=False)
+        causes = tuple(_in_scores(cause) for cause in own.causes)
+        return replace(own, causes=causes, recipe=after if causes else None)
+
+
+def meaning_of(plain: Recipe, trace: Trace, told: Arrays) -> Meaning:
+    """What a reference computes.
+
+    Args:
+        plain: What anymha means by its weights and the call.
+        trace: The reference's.
+        told: What it told, by stage.
+    """
+    flow = {name: array for name, array in told.items() if name != "scores"}
+    scores = {name: array for name, array in told.items() if name == "scores"}
+    recipe, reason, notes = plain, None, []
+    if not Search(plain, trace, flow).fits():
+        reason = Search(plain, trace, flow).diagnose()
+        if reason.recipe is None or trace.random:
+            told_note = f"The reference, {trace.name}, is not plain attention of its weights: "
+            return Meaning(plain, None, plain, reason, None,
+                           (told_note + f"{reason}. Causes are not looked for.",))  # fmt: skip
+        recipe = reason.recipe
+        notes.append(f"The reference, {trace.name}, differs from anymha's meaning: {reason}.")
+    if not scores or Search(recipe, trace, scores).fits():
+        return Meaning(plain, recipe, recipe, reason, None, tuple(notes))
+    own = Diagnosis()
+    if not Search(plain, trace, scores).fits():
+        own = _returned(run(recipe), trace, told["scores"]) or Search(
+            plain, trace, scores
+        ).diagnose(pairs=False)
+    words = f": {own}" if own.causes else ""
+    notes.append(f"The scores that {trace.name} returns are not its output's probabilities{words}.")
+    return Meaning(plain, recipe, own.recipe or plain, reason, own, tuple(notes))
+
+
+def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
+    """The candidate is as anymha means it: what the reference does otherwise is the cause."""
+    causes = tuple(
+        replace(cause, name=f"in the reference: {cause.name}",
+                cure="The candidate has anymha's meaning. " + cause.cure)
+        for cause in reason.causes
+    )  # fmt: skip
+    if not causes:
+        cure = "Compare the outputs alone, or take the candidate's scores."
+        causes = (Cause("in the reference: other scores than its output saw", "", "scores", cure),)
+    return Diagnosis(causes, reason.remaining if reason.causes else 0.0, (), recipe)
+
+
+def _in_scores(cause: Cause) -> Cause:
+    return replace(cause, name=f"in the returned scores: {cause.name}", stage="scores")
+
+
+def _returned(honest: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:
+    """What was done to the probabilities before they were returned."""
+    whole, near = honest["probabilities"], 64 * eps(computed_dtype(trace))
+    if scores.ndim == 3 and scores.shape == (whole.shape[0], *whole.shape[2:]):
+        if np.allclose(scores, whole.mean(1), rtol=0, atol=near, equal_nan=True):
+            cure = "Ask for the scores of each head: `average_attn_weights=False` in torch."
+            return Diagnosis((Cause("averaged over the heads", "", "scores", cure),), 0.0)
+    elif scores.shape == whole.shape:
+        dropped = honest["dropped_probabilities"]
+        changed = not np.allclose(dropped, whole, rtol=0, atol=near, equal_nan=True)
+        if changed and np.allclose(scores, dropped, rtol=0, atol=near, equal_nan=True):
+            cure = "Return the probabilities as they are before dropout."
+            return Diagnosis((Cause("taken after dropout", "", "scores", cure),), 0.0)
+    return None
