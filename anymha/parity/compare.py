@@ -73,7 +73,20 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = one.trace(request, cotangent)
-    second = other.trace(request, cotangent)
+    return judged(request, first, other.trace(request, cotangent), cotangent)
+
+
+def judged(
+    request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None = None
+) -> Comparison:
+    """What two traces of one call show.
+
+    Args:
+        request: The call.
+        first: What the reference gave.
+        second: What the candidate gave.
+        cotangent: Of the output, where both gave gradients.
+    """
     basis = first if first.weights is not None else second
     if basis.weights is None or basis.config is None:
         return _outputs_alone(request, first, second)

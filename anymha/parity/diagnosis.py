@@ -99,10 +99,13 @@ class Search:
         recipe: What is meant.
         trace: Whose results they are.
         found: What it told, by stage.
+        reference: The trace of what is right, where the results are a candidate's.
     """
 
-    def __init__(self, recipe: Recipe, trace: Trace, found: Arrays) -> None:
-        self.recipe, self.trace, self.found = recipe, trace, found
+    def __init__(
+        self, recipe: Recipe, trace: Trace, found: Arrays, reference: Trace | None = None
+    ) -> None:
+        self.recipe, self.trace, self.found, self.reference = recipe, trace, found, reference
         self.honest = run(recipe)
 
     def fits(self) -> bool:
@@ -166,7 +169,7 @@ class Search:
 
     def _precision(self) -> Cause | None:
         """A narrower dtype in which the stages were computed: the errors have its size."""
-        given = computed_dtype(self.trace)
+        given = computed_dtype(self.reference or self.trace)
         mine = self._distances(self.honest)
         right = self._errors(self.recipe, self.honest)
         for dtype in PRECISIONS:
@@ -213,7 +216,7 @@ class Search:
 
     def _errors(self, recipe: Recipe, results: Arrays) -> dict[str, float]:
         """How far what was observed is from a recipe's results, over what rounding explains."""
-        tolerances = Tolerances(recipe, results)
+        tolerances = Tolerances(recipe, results, self.reference)
         return {
             name: error / tolerances.of(name, self.trace) if error else 0.0
             for name, error in self._distances(results).items()

@@ -24,6 +24,7 @@ class Meaning:
     """What a reference computes.
 
     Args:
+        trace: What it gave.
         plain: What anymha means by its weights and the call.
         recipe: What it computes; None where no recipe that is known gives its output.
         scores: What gives the scores that it returns.
@@ -32,6 +33,7 @@ class Meaning:
         notes: Both in words.
     """
 
+    trace: Trace
     plain: Recipe
     recipe: Recipe | None
     scores: Recipe
@@ -67,31 +69,36 @@ class Meaning:
             return found
         if found is None:
             return own
+        known = {f"in the returned scores: {cause.name}" for cause in found.causes}
+        if known & {cause.name for cause in own.causes}:
+            return found  # they come of the same mistake
         remaining = max(found.remaining, own.remaining)
         return replace(found, causes=(*found.causes, *own.causes), remaining=remaining)
 
     def _of_flow(self, trace: Trace, told: Arrays) -> Diagnosis:
-        if self.reason is not None and Search(self.plain, trace, told).fits():
+        if self.reason is not None and Search(self.plain, trace, told, self.trace).fits():
             return _of_the_reference(self.reason, self.plain)
-        found = Search(self._known, trace, told).diagnose()
+        found = Search(self._known, trace, told, self.trace).diagnose()
         if found.explained or self.reason is None:
             return found
-        plain = Search(self.plain, trace, told).diagnose()
+        plain = Search(self.plain, trace, told, self.trace).diagnose()
         return plain if plain.explained else found
 
     def _of_scores(self, trace: Trace, told: Arrays, found: Diagnosis | None) -> Diagnosis | None:
         """Why the returned scores differ, where the mistakes found do not explain it."""
         after = self._known if found is None or found.recipe is None else found.recipe
-        usual = Search(after, trace, told).fits()
+        usual = Search(after, trace, told, self.trace).fits()
         if usual and found is not None:
             return None
-        if self.scores_reason is not None and (usual or Search(self.plain, trace, told).fits()):
+        if self.scores_reason is not None and (
+            usual or Search(self.plain, trace, told, self.trace).fits()
+        ):
             if found is not None:
                 return None
             known = _of_the_reference(self.scores_reason, after)
             return replace(known, causes=tuple(replace(c, stage="scores") for c in known.causes))
         own = _returned(run(after), trace, told["scores"])
-        own = own or Search(self.scores, trace, told).diagnose(pairs=False)
+        own = own or Search(self.scores, trace, told, self.trace).diagnose(pairs=False)
         causes = tuple(_in_scores(cause) for cause in own.causes)
         return replace(own, causes=causes, recipe=after if causes else None)
 
@@ -111,12 +118,12 @@ def meaning_of(plain: Recipe, trace: Trace, told: Arrays) -> Meaning:
         reason = Search(plain, trace, flow).diagnose()
         if reason.recipe is None or trace.random:
             told_note = f"The reference, {trace.name}, is not plain attention of its weights: "
-            return Meaning(plain, None, plain, reason, None,
+            return Meaning(trace, plain, None, plain, reason, None,
                            (told_note + f"{reason}. Causes are not looked for.",))  # fmt: skip
         recipe = reason.recipe
         notes.append(f"The reference, {trace.name}, differs from anymha's meaning: {reason}.")
     if not scores or Search(recipe, trace, scores).fits():
-        return Meaning(plain, recipe, recipe, reason, None, tuple(notes))
+        return Meaning(trace, plain, recipe, recipe, reason, None, tuple(notes))
     own = Diagnosis()
     if not Search(plain, trace, scores).fits():
         own = _returned(run(recipe), trace, told["scores"]) or Search(
@@ -124,7 +131,7 @@ def meaning_of(plain: Recipe, trace: Trace, told: Arrays) -> Meaning:
         ).diagnose(pairs=False)
     words = f": {own}" if own.causes else ""
     notes.append(f"The scores that {trace.name} returns are not its output's probabilities{words}.")
-    return Meaning(plain, recipe, own.recipe or plain, reason, own, tuple(notes))
+    return Meaning(trace, plain, recipe, own.recipe or plain, reason, own, tuple(notes))
 
 
 def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:

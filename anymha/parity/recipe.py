@@ -177,6 +177,8 @@ def sizes(recipe: Recipe, stages: Arrays) -> dict[str, float]:
     def size(sums: np.ndarray, stage: np.ndarray) -> np.ndarray:
         """Of each element, from the sum of its squared terms."""
         finite = np.nan_to_num(np.abs(stage), nan=0.0, posinf=0.0, neginf=0.0)
+        if sums.shape != finite.shape:  # a mistake turned the axes
+            sums = np.max(sums, initial=0.0)
         return np.maximum(np.sqrt(sums), finite)
 
     found = {}
