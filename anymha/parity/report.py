@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from anymha.interchange.files.whole import write_whole
-from anymha.parity.diagnosis import Diagnosis
-from anymha.parity.stagewise import Stage
-from anymha.parity.trace import Request, Trace
-
-SCHEMA = "anymha.compare/1"
+from anymha.parity.found import Found
+from anymha.parity.reports.outcome import Outcome
+from anymha.parity.saved import save_case
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Found):
     """Two implementations on the same inputs.
 
     Args:
@@ -34,109 +29,95 @@ class Comparison:
         traces: What both gave.
         honest: The reference's stages in float64.
         told: The candidate's, as far as it told them.
+        named: What the command line calls both, where they come from there.
+        environment: The versions and switches under which it ran.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> from anymha.parity import compare
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+        >>> report = compare(layer, lambda query: 2 * layer(query), x)
+        >>> report.passed, report.first_divergence
+        (False, 'output')
+        >>> print(report.to_markdown().splitlines()[0])
+        ### ❌ <lambda> against anymha in numpy
     """
 
-    reference: str
-    candidate: str
-    stages: tuple[Stage, ...]
-    first_divergence: str | None
-    diagnosis: Diagnosis | None
-    untested: tuple[str, ...]
-    notes: tuple[str, ...]
-    request: Request = field(repr=False)
-    traces: tuple[Trace, Trace] = field(repr=False)
-    honest: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    told: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-
-    @property
-    def passed(self) -> bool:
-        """Whether all that was compared agrees."""
-        return self.first_divergence is None
-
-    @property
-    def verdict(self) -> str:
-        """One line that says how it went."""
-        both = f"{self.candidate} and {self.reference}"
-        if self.passed:
-            worst = max(self.stages, key=lambda s: s.units / s.budget if s.budget else 0.0)
-            return (f"PARITY HOLDS: {both} agree in {len(self.stages)} quantities; {worst.name} is "
-                    f"{worst.units:.2g} units of rounding off, {worst.budget:.2g} may")  # fmt: skip
-        return f"PARITY DOES NOT HOLD: {both} part at {self.first_divergence}: {self.diagnosis}"
-
-    def to_text(self) -> str:
-        """The verdict, every stage, the cause and its cure, in plain text."""
-        lines = [self.verdict, ""]
-        lines.append(
-            f"  {'stage':28} {'error':>10} {'own error':>10} {'may':>8}  units of rounding"
-        )
-        for stage in self.stages:
-            mark = "->" if stage.name == self.first_divergence else "  "
-            state = "" if stage.passed else "  differs"
-            numbers = (stage.units, stage.own_units, stage.budget)
-            told = " ".join(f"{_short(n):>{w}}" for n, w in zip(numbers, (10, 10, 8), strict=True))
-            faults = "".join(f"; {fault}" for fault in stage.faults)
-            lines.append(f"{mark}{stage.name:28} {told}{state}{faults}")
-        if self.diagnosis is not None:
-            lines += ["", f"Cause: {self.diagnosis}"]
-            lines += [f"  {cause.cure}" for cause in self.diagnosis.causes]
-        lines += [f"Not tested by these inputs: {words}" for words in self.untested]
-        lines += [f"Note: {note}" for note in self.notes]
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays, for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "verdict": self.verdict,
-            "reference": self.reference,
-            "candidate": self.candidate,
-            "first_divergence": self.first_divergence,
-            "diagnosis": None if self.diagnosis is None else _diagnosis(self.diagnosis),
-            "stages": [_stage(stage) for stage in self.stages],
-            "untested": list(self.untested),
-            "notes": list(self.notes),
-        }
-
     def to_json(self, path: str | Path) -> None:
-        """Write everything but the arrays as JSON."""
+        """Write everything but the arrays as JSON; docs/compare.md has the schema.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: it cannot be written.
+        """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         write_whole(Path(path), text + "\n")
 
+    def to_html(self, path: str | Path) -> None:
+        """Write one HTML file that loads nothing: verdict, stages, pictures, cause, how to repeat.
+
+        Args:
+            path: The file.
+
+        Raises:
+            UsageError: the extra "report" is not installed.
+            FileError: it cannot be written.
+        """
+        from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs the extra "report"
+
+        write_whole(Path(path), to_html([self._outcome()]))
+
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """The report as Markdown, for the summary of a CI job.
+
+        Args:
+            path: Where to write it too.
+
+        Returns:
+            The text.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        from anymha.parity.reports.markdown import to_markdown  # noqa: PLC0415  when asked for
+
+        text = to_markdown([self._outcome()])
+        if path is not None:
+            write_whole(Path(path), text)
+        return text
+
+    def to_junit(self, path: str | Path) -> None:
+        """Write JUnit's XML: a test case for each stage.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        from anymha.parity.reports.junit import to_junit  # noqa: PLC0415  when asked for
+
+        write_whole(Path(path), to_junit([self._outcome()]))
+
+    def save(self, path: str | Path) -> None:
+        """Write inputs, masks, call, and both weights as they are known, into an ``.npz`` file.
+
+        ``anymha compare REFERENCE CANDIDATE --inputs case.npz`` repeats the case.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: it cannot be written, or does not end in ``.npz``.
+        """
+        save_case(Path(path), self.request, self.traces)
+
     def noting(self, *notes: str) -> Comparison:
         """The same with further notes."""
-        return replace(self, notes=(*self.notes, *notes))
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
 
-
-def _short(number: float) -> str:
-    return "inf" if math.isinf(number) else f"{number:.3g}"
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    numbers = ("error", "own_error", "units", "own_units", "unit", "budget", "ratio")
-    return {
-        "name": stage.name,
-        "passed": stage.passed,
-        "culprit": stage.culprit,
-        **{name: _finite(getattr(stage, name)) for name in numbers},
-        "faults": list(stage.faults),
-        "at": list(stage.at),
-        "values": None if stage.values is None else [_finite(v) for v in stage.values],
-    }
-
-
-def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
-    return {
-        "explained": diagnosis.explained,
-        "told": str(diagnosis),
-        "causes": [
-            {"name": c.name, "detail": c.detail, "stage": c.stage, "cure": c.cure}
-            for c in diagnosis.causes
-        ],
-        "remaining": _finite(diagnosis.remaining),
-        "alternatives": list(diagnosis.alternatives),
-    }
+    def _outcome(self) -> Outcome:
+        return Outcome("", self.reference, self.candidate, self)

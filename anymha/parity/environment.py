@@ -1,0 +1,81 @@
+"""Versions, and the switches that change what a float32 product is; nothing is imported for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from anymha.version import __version__
+
+PACKAGES = (
+    "numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox", "haiku", "transformers",
+    "onnxruntime",
+)  # fmt: skip
+
+FLAGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "torch float32 matmul precision": ("torch", lambda m: m.get_float32_matmul_precision()),
+    "torch TF32 in CUDA products": ("torch", lambda m: m.backends.cuda.matmul.allow_tf32),
+    "torch default dtype": ("torch", lambda m: str(m.get_default_dtype()).removeprefix("torch.")),
+    "TensorFlow TF32": (
+        "tensorflow",
+        lambda m: m.config.experimental.tensor_float_32_execution_enabled(),
+    ),
+    "TF_ENABLE_ONEDNN_OPTS": ("tensorflow", lambda m: os.environ.get("TF_ENABLE_ONEDNN_OPTS")),
+    "jax_default_matmul_precision": ("jax", lambda m: m.config.jax_default_matmul_precision),
+    "jax_enable_x64": ("jax", lambda m: m.config.jax_enable_x64),
+    "Keras backend": ("keras", lambda m: m.config.backend()),
+    "Keras floatx": ("keras", lambda m: m.config.floatx()),
+}
+"""What is read, of which module, and how."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a comparison ran on.
+
+    Args:
+        versions: By package, of those that were imported.
+        flags: Switches that change the precision of products, by name, in words.
+    """
+
+    versions: dict[str, str]
+    flags: dict[str, str]
+
+
+def environment() -> Environment:
+    """Of the packages that are already imported; none is imported for it."""
+    versions = {
+        "anymha": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+    for name in PACKAGES:
+        version = getattr(sys.modules.get(name), "__version__", None)
+        if isinstance(version, str):
+            versions[name] = version
+    flags = {}
+    for words, (name, read) in FLAGS.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            found = _read(read, module)
+            if found is not None:
+                flags[words] = found
+    if "NVIDIA_TF32_OVERRIDE" in os.environ:
+        flags["NVIDIA_TF32_OVERRIDE"] = os.environ["NVIDIA_TF32_OVERRIDE"]
+    return Environment(versions, flags)
+
+
+def _read(read: Callable[[Any], Any], module: Any) -> str | None:
+    """A switch in words; None where this version of the package does not have it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a package that renames its switches
+            value = read(module)
+    except Exception:  # a package may be half imported, or refuse to tell: it is only told of
+        return None
+    return {None: "not set", True: "on", False: "off"}.get(value, str(value))

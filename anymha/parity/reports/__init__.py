@@ -1,0 +1,1 @@
+"""The forms of the report: HTML, JUnit, Markdown, terminal, JSON of several comparisons."""

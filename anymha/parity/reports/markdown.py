@@ -1,0 +1,105 @@
+"""Comparisons as Markdown, for the summary of a CI job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from anymha.parity.found import Found, short, shown_stages
+from anymha.parity.reports.outcome import Outcome, pairs, stage_words, verdict
+
+SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪"}
+
+
+def to_markdown(outcomes: Sequence[Outcome]) -> str:
+    """All of them: the verdict, a table of pairs and cases where there are several, the details.
+
+    Args:
+        outcomes: One, or several, of which those that agree are folded.
+    """
+    lines = []
+    if len(outcomes) > 1:
+        lines += [f"### {_sign(outcomes)} {_plain(verdict(outcomes))}", "", *_matrix(outcomes)]
+    for one in outcomes:
+        several = len(outcomes) > 1
+        title = f"{SIGNS[one.state]} {_plain(one.title)}"
+        if several and one.state == "agrees":
+            title += f": {_plain(one.told)}"
+            lines += ["<details>", f"<summary>{title}</summary>", ""]
+            lines += [*_details(one.found), "</details>", ""]
+            continue
+        lines += [f"{'####' if several else '###'} {title}", ""]
+        told = one.found.verdict if one.found is not None else one.told
+        lines += [f"**{_plain(told)}**", ""]
+        lines += _details(one.found)
+    lines += _environment(outcomes)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _matrix(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    cases = list(dict.fromkeys(one.case for one in outcomes))
+    yield "| candidate against reference | " + " | ".join(map(_plain, cases)) + " |"
+    yield "|---" * (len(cases) + 1) + "|"
+    for (reference, candidate), group in pairs(outcomes).items():
+        by_case = {one.case: f"{SIGNS[one.state]} {one.state}" for one in group}
+        cells = " | ".join(by_case.get(case, "") for case in cases)
+        yield f"| {_plain(candidate)} against {_plain(reference)} | {cells} |"
+    yield ""
+
+
+def _details(found: Found | None) -> Iterator[str]:
+    if found is None:
+        return
+    if found.diagnosis is not None:
+        for cause in found.diagnosis.causes:
+            yield f"- **{_plain(str(cause))}**, at `{cause.stage}`. {_plain(cause.cure)}"
+        if found.diagnosis.alternatives:
+            yield f"- Or: {_plain('; '.join(found.diagnosis.alternatives))}."
+        if found.diagnosis.causes:
+            yield ""
+    yield "| | stage | error | own error | may | reference | candidate | |"
+    yield "|---|---|--:|--:|--:|--:|--:|---|"
+    for name, stage in shown_stages(found):
+        words = stage_words(found, name)
+        mark = "➡️" if name == found.first_divergence else ""
+        if stage is None:
+            if mark:
+                yield f"| {mark} | `{name}` | | | | | | {words}, not told |"
+            continue
+        told = "; ".join([*([words] if words else []), *map(_plain, stage.faults)])
+        values = ("", "") if stage.values is None else [f"{v:.7g}" for v in stage.values]
+        yield (
+            f"| {mark} | `{name}` | {short(stage.units)} | {short(stage.own_units)} "
+            f"| {short(stage.budget)} | {values[0]} | {values[1]} | {told} |"
+        )
+    yield ""
+    yield from (f"- Not tested by these inputs: {_plain(words)}" for words in found.untested)
+    yield from (f"- {_plain(note)}" for note in found.notes)
+    if found.untested or found.notes:
+        yield ""
+    if not found.passed:
+        yield from ("Repeat it from its saved case:", "", "```console", f"$ {found.repeated()}",
+                    "```", "")  # fmt: skip
+
+
+def _environment(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    found = next((one.found for one in outcomes if one.found is not None), None)
+    if found is not None:
+        told = {**found.environment.versions, **found.environment.flags}
+        yield f"<sub>{_plain(', '.join(f'{n} {v}' for n, v in told.items()))}</sub>"
+
+
+def _sign(outcomes: Sequence[Outcome]) -> str:
+    states = [one.state for one in outcomes]
+    worst = next((s for s in ("error", "differs", "agrees") if s in states), "not run")
+    return SIGNS[worst]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown and HTML leave as it is, in one line."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))  # what is code stays code
+    code = [part.replace("|", r"\|") for part in parts[1::2]]
+    words = [re.sub(r"([\\*_\[\]|])", r"\\\1", part) for part in parts[::2]]
+    words = [part.replace("`", r"\`") for part in words]
+    return "".join(a + b for a, b in zip(words, [*code, ""], strict=True))

@@ -1,0 +1,132 @@
+"""What became of each comparison that was asked for: found, failed on the way, or not possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anymha.parity.found import Found, state_of
+
+SCHEMA = "anymha.comparisons/1"
+
+SIGNS = {"agrees": "✓", "differs": "✗", "error": "✗", "not run": "-"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One comparison of several.
+
+    Args:
+        case: The name of its inputs; empty where there is one alone.
+        reference: The name of what is right.
+        candidate: The name of what is judged.
+        found: What was found; None where there was nothing.
+        error: What an implementation raised.
+        reason: Why it could not be run.
+    """
+
+    case: str
+    reference: str
+    candidate: str
+    found: Found | None = field(default=None, repr=False)
+    error: str | None = None
+    reason: str | None = None
+
+    @property
+    def state(self) -> str:
+        """One of "agrees", "differs", "error" and "not run"."""
+        if self.found is not None:
+            return "agrees" if self.found.passed else "differs"
+        return "error" if self.error is not None else "not run"
+
+    @property
+    def sign(self) -> str:
+        """The state as one sign."""
+        return SIGNS[self.state]
+
+    @property
+    def title(self) -> str:
+        """Who is held against whom, on what."""
+        on = f", {self.case}" if self.case else ""
+        return f"{self.candidate} against {self.reference}{on}"
+
+    @property
+    def told(self) -> str:
+        """The outcome in a line, without the names."""
+        found = self.found
+        if found is None:
+            return f"raised {self.error}" if self.error is not None else f"not run: {self.reason}"
+        if found.passed:
+            return f"agrees in {len(found.stages)} quantities"
+        return f"parts at {found.first_divergence}: {found.diagnosis}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {"case": self.case, "state": self.state}
+        if self.found is None:
+            return {**told, "reference": self.reference, "candidate": self.candidate,
+                    "error": self.error, "reason": self.reason}  # fmt: skip
+        return {**told, **self.found.to_dict()}
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """One line for all of them."""
+    if len(outcomes) == 1 and outcomes[0].found is not None:
+        return outcomes[0].found.verdict
+    ran = [one for one in outcomes if one.state != "not run"]
+    failed = [one for one in ran if one.state != "agrees"]
+    left = len(outcomes) - len(ran)
+    more = f"; {left} could not be run" if left else ""
+    if not ran:
+        return f"PARITY IS NOT SHOWN: none of {len(outcomes)} comparisons could be run"
+    if not failed:
+        return f"PARITY HOLDS: {_counted(len(ran))} agree{'s' if len(ran) == 1 else ''}{more}"
+    places = dict.fromkeys(one.case for one in failed if one.case)
+    where = f", on {', '.join(places)}" if places else ""
+    return f"PARITY DOES NOT HOLD: {len(failed)} of {_counted(len(ran))} differ{where}{more}"
+
+
+def passed(outcomes: Sequence[Outcome]) -> bool:
+    """Whether something was compared, and all that was agrees."""
+    ran = [one for one in outcomes if one.state != "not run"]
+    return bool(ran) and all(one.state == "agrees" for one in ran)
+
+
+def to_dict(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Several comparisons, for JSON."""
+    return {
+        "schema": SCHEMA,
+        "passed": passed(outcomes),
+        "verdict": verdict(outcomes),
+        "comparisons": [one.to_dict() for one in outcomes],
+    }
+
+
+def pairs(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes by reference and candidate, in order."""
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
+    for one in outcomes:
+        grouped.setdefault((one.reference, one.candidate), []).append(one)
+    return grouped
+
+
+def stage_words(found: Found, name: str) -> str:
+    """How a stage stands, in words; empty where it is right."""
+    state = state_of(found, name)
+    told = [stage.name for stage in found.stages]
+    if state == "own" and found.first_divergence not in told and name == _first_wrong(found):
+        return "shows it first"
+    words = {
+        "first": "first divergence", "own": "wrong itself", "carried": "carries the error on",
+        "good": "", "untold": "not told",
+    }  # fmt: skip
+    return words[state]
+
+
+def _first_wrong(found: Found) -> str | None:
+    return next((stage.name for stage in found.stages if stage.culprit), None)
+
+
+def _counted(number: int) -> str:
+    return f"{number} comparison{'s' * (number != 1)}"

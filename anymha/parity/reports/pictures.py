@@ -1,0 +1,203 @@
+"""What the pictures of the HTML report show: heat maps of errors, and a histogram of differences.
+
+They become plain SVG paths, one for each level of error, so that a style sheet can colour them for
+light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from anymha.parity.found import Found
+from anymha.parity.stagewise import distance
+from anymha.parity.trace import name_of_dtype
+from anymha.parity.units import eps
+
+ATTENTION = ("logits", "masked_logits", "probabilities", "dropped_probabilities", "scores")
+"""Stages of shape (B, H, T, S)."""
+HEADS_LAST = ("query", "key", "value", "context")
+"""Stages of shape (B, T, H, d)."""
+
+PANELS = 8
+"""How many heads are drawn."""
+CELLS = 48
+"""How many cells a side of a panel has; where there are more numbers, the worst of a cell is drawn.
+"""
+STEPS = 5
+"""Levels of error, each a fifth of the greatest."""
+BEYOND = 12
+"""The power of four of units in the last place from which differences are counted together."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The errors of one head.
+
+    Args:
+        title: What it is.
+        columns: Its width in cells.
+        rows: Its height in cells.
+        paths: The SVG path of the cells of each level: "within" rounding, "1" to "5", and "broken"
+            where one alone is a number.
+    """
+
+    title: str
+    columns: int
+    rows: int
+    paths: dict[str, str]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The errors of one stage.
+
+    Args:
+        stage: The stage.
+        axes: What rows and columns are.
+        note: Which of all the numbers are drawn.
+        greatest: The greatest error drawn.
+        may: The greatest that rounding explains.
+        panels: One for each head that is drawn.
+    """
+
+    stage: str
+    axes: tuple[str, str]
+    note: str
+    greatest: float
+    may: float
+    panels: tuple[Panel, ...]
+
+    @property
+    def levels(self) -> list[str]:
+        """The levels that occur, in order."""
+        order = ("within", *map(str, range(1, STEPS + 1)), "broken")
+        return [level for level in order if any(level in panel.paths for panel in self.panels)]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of the histogram: how many numbers differ by so many units in the last place."""
+
+    label: str
+    count: int
+    share: float
+
+
+def heat_maps(found: Found) -> list[HeatMap]:
+    """Of where the implementations part, and of who attends to whom; else of the output."""
+    first = [found.first_divergence] if found.first_divergence is not None else []
+    attention = ("probabilities", "scores", "masked_logits", "logits")
+    maps = [heat_map(found, name) for name in dict.fromkeys([*first, *attention])]
+    drawn = [one for one in maps if one is not None]
+    chosen = drawn[:1] if found.first_divergence is not None else []
+    if not any(one.stage in ATTENTION for one in chosen):
+        chosen += [one for one in drawn[len(chosen) :] if one.stage in ATTENTION][:1]
+    if not any(one.stage in (*ATTENTION, "output") for one in chosen):
+        output = heat_map(found, "output")
+        chosen += [] if output is None else [output]
+    return chosen
+
+
+def heat_map(found: Found, name: str) -> HeatMap | None:
+    """The errors of a stage; None where the candidate did not tell it, or has another shape."""
+    stage = next((stage for stage in found.stages if stage.name == name), None)
+    arrays = found.arrays(name)
+    if stage is None or arrays is None or not arrays[0].size or arrays[0].ndim < 2:
+        return None
+    errors, axes = _planes(name, distance(*arrays[::-1]))  # (B, panels, rows, columns)
+    worst = errors.max(axis=(1, 2, 3))
+    batch = int(np.argmax(worst))
+    chosen = errors[batch]
+    heads = np.argsort(-chosen.max(axis=(1, 2)), kind="stable")[:PANELS]
+    notes = []
+    if len(errors) > 1:
+        notes.append(f"batch element {batch} of {len(errors)}, which has the greatest error")
+    if len(chosen) > PANELS:
+        notes.append(f"the {PANELS} heads of {len(chosen)} with the greatest errors")
+    factors = [math.ceil(n / CELLS) for n in chosen.shape[1:]]
+    if max(factors) > 1:
+        notes.append(f"a cell is the greatest of {factors[0]} by {factors[1]} numbers")
+    finite = chosen[np.isfinite(chosen)]
+    greatest = float(np.max(finite, initial=0.0))
+    may = stage.budget * stage.unit
+    several = len(chosen) > 1
+    panels = tuple(
+        _panel(f"head {head}" if several else "", _pooled(chosen[head], factors), greatest, may)
+        for head in sorted(heads)
+    )
+    return HeatMap(name, axes, "; ".join(notes), greatest, may, panels)
+
+
+def _planes(name: str, errors: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
+    if name in ATTENTION and errors.ndim == 4:
+        return errors, ("query", "key")
+    if name in HEADS_LAST and errors.ndim == 4:
+        return errors.swapaxes(1, 2), ("position", "feature")
+    if errors.ndim == 2:
+        return errors[None, None], ("row", "column")
+    rows = errors.reshape(errors.shape[0], 1, errors.shape[1], -1)
+    return rows, ("query" if name == "output" else "axis 1", "feature")
+
+
+def _pooled(plane: np.ndarray, factors: list[int]) -> np.ndarray:
+    """The greatest number of each cell."""
+    for axis, factor in enumerate(factors):
+        plane = np.maximum.reduceat(plane, np.arange(0, plane.shape[axis], factor), axis=axis)
+    return plane
+
+
+def _panel(title: str, plane: np.ndarray, greatest: float, may: float) -> Panel:
+    top = greatest or 1.0
+    steps = np.clip(np.ceil(STEPS * np.where(np.isfinite(plane), plane, 0) / top), 1, STEPS)
+    levels = np.where(plane <= may, 0, steps).astype(int)
+    if greatest <= may:  # all is well: then the small errors are what there is to see
+        levels = steps.astype(int)
+    levels = np.where(plane == 0, -1, np.where(np.isfinite(plane), levels, STEPS + 1))
+    names = {0: "within", STEPS + 1: "broken", **{n: str(n) for n in range(1, STEPS + 1)}}
+    paths = {name: _path(levels == level) for level, name in names.items()}
+    rows, columns = plane.shape
+    return Panel(title, columns, rows, {name: path for name, path in paths.items() if path})
+
+
+def _path(cells: np.ndarray) -> str:
+    """The SVG path around cells, one rectangle for each run of them in a row."""
+    parts = []
+    for row, line in enumerate(cells):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], line.astype(np.int8), [0]])))
+        parts += [f"M{a} {row}h{b - a}v1h{a - b}z" for a, b in edges.reshape(-1, 2)]
+    return "".join(parts)
+
+
+def histogram(found: Found) -> list[Bar]:
+    """The output's differences in units in the last place; empty where shapes differ."""
+    arrays = found.arrays("output")
+    if arrays is None or not arrays[0].size:
+        return []
+    dtype = max((name_of_dtype(trace.output) for trace in found.traces), key=eps)
+    one, other = arrays
+    apart = distance(other, one)
+    size = np.maximum(np.abs(one), np.abs(other))
+    finite = np.where(np.isfinite(size), size, 1.0)
+    place = eps(dtype) * np.exp2(np.floor(np.log2(np.maximum(finite, np.finfo(np.float64).tiny))))
+    with np.errstate(over="ignore"):
+        units = np.where(np.isfinite(apart), np.round(apart / place), 0)
+    powers = np.where(units < 1, 0, np.ceil(np.log2(np.maximum(units, 1)) / 2) + 1)
+    powers = np.minimum(powers, BEYOND).astype(int)
+    counts = np.bincount(powers[np.isfinite(apart)], minlength=1)
+    bars = [(_range(power), int(count)) for power, count in enumerate(counts)]
+    broken = int(np.sum(~np.isfinite(apart)))
+    if broken:
+        bars.append(("one is no number", broken))
+    most = max(count for _, count in bars)
+    return [Bar(label, count, count / most) for label, count in bars]
+
+
+def _range(power: int) -> str:
+    """The numbers of units in a bar."""
+    if power < 2:
+        return str(power)
+    low, high = 4 ** (power - 2) + 1, 4 ** (power - 1)
+    return f"over {low - 1:,}" if power == BEYOND else f"{low:,} to {high:,}"
