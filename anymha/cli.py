@@ -14,8 +14,10 @@ from pathlib import Path
 from rich.console import Console
 
 from anymha.bench.command import add_command as add_bench
+from anymha.commands.compare import add_command as add_compare
 from anymha.commands.convert import add_command as add_convert
 from anymha.commands.inspect import add_command as add_inspect
+from anymha.commands.selftest import add_command as add_selftest
 from anymha.errors import AnymhaError, UsageError
 from anymha.interchange.files.whole import check_writable, write_whole
 from anymha.interchange.layouts import layouts
@@ -185,8 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=parity)
 
     add_bench(commands)
+    add_compare(commands)
     add_convert(commands)
     add_inspect(commands)
+    add_selftest(commands)
     command = commands.add_parser("layouts", help="list the layouts of weights")
     command.set_defaults(run=show_layouts)
     command = commands.add_parser("info", help="show versions and backends")

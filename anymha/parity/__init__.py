@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anymha.parity.compare import ParityError, assert_parity, compare
+    from anymha.parity.comparing import ParityError, assert_parity, compare
     from anymha.parity.report import Comparison
 
 __all__ = ["Comparison", "ParityError", "assert_parity", "compare"]
@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
     """Loaded when asked for: the pytest plugin is imported by every run of pytest."""
     import importlib  # noqa: PLC0415
 
-    places = {name: "report" if name == "Comparison" else "compare" for name in __all__}
+    places = {name: "report" if name == "Comparison" else "comparing" for name in __all__}
     if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)

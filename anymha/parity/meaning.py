@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anymha.parity.diagnosis import Cause, Diagnosis, Search
+from anymha.parity.causes import Cause, Diagnosis
+from anymha.parity.diagnosis import Search
 from anymha.parity.recipe import Arrays, Recipe, run
 from anymha.parity.stagewise import computed_dtype
 from anymha.parity.trace import Trace
@@ -60,8 +61,10 @@ class Meaning:
         flow = {name: array for name, array in told.items() if name != "scores"}
         scores = {name: array for name, array in told.items() if name == "scores"}
         found = None
-        if trace.random or any(name != "scores" for name in wrong):
+        if trace.random or any(name in flow for name in wrong):
             found = self._of_flow(trace, flow)
+        elif wrong and "scores" not in wrong:
+            return _beside_the_values(wrong)
         if "scores" not in wrong:
             return found
         own = self._of_scores(trace, scores, found)
@@ -145,6 +148,16 @@ def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
         cure = "Compare the outputs alone, or take the candidate's scores."
         causes = (Cause("in the reference: other scores than its output saw", "", "scores", cure),)
     return Diagnosis(causes, reason.remaining if reason.causes else 0.0, (), recipe)
+
+
+def _beside_the_values(wrong: Collection[str]) -> Diagnosis:
+    """Every value agrees: weights that play no part in them, or the gradients alone, do not."""
+    first = next(iter(wrong))
+    if not first.startswith("gradient"):
+        return Diagnosis()
+    cure = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
+            "or a factor that the backward pass leaves out.")  # fmt: skip
+    return Diagnosis((Cause("the gradients alone differ", "", first, cure),), 0.0)
 
 
 def _in_scores(cause: Cause) -> Cause:

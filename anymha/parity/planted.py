@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Plant:
 
 
 GROUPED = {"num_key_value_heads": 2}
+DROPPING = {"dropout": 0.3}
 PLANTS = (
     Plant("mask inverted", "inverted mask", "masked_logits"),
     Plant("mask ignored", "ignored mask", "masked_logits"),
@@ -74,6 +75,10 @@ PLANTS = (
     Plant("rotary halves", "rotary positions, by halves", "query"),
     Plant("rotary pairs", "rotary positions, by pairs", "query"),
     Plant("dropout left on", "dropout left on", "dropped_probabilities"),
+    Plant("dropout does not act", "wrong dropout", "dropped_probabilities",
+          ("mask", "training"), DROPPING),
+    Plant("dropout not scaled", "wrong dropout", "dropped_probabilities",
+          ("mask", "training"), DROPPING),
     Plant("heads merged without exchange", "heads merged wrongly", "context"),
     Plant("heads split without exchange", "heads split wrongly", "query"),
     Plant("query transposed", "transposed kernel", "query"),
@@ -94,6 +99,8 @@ PLANTS = (
     Plant("bfloat16", "computed in bfloat16", "query"),
     Plant("float32", "computed in float32", "query", ("mask",), {}, "float64"),
     Plant("scores averaged", "in the returned scores: averaged over the heads", "scores"),
+    Plant("scores after dropout", "in the returned scores: taken after dropout", "scores",
+          ("mask", "training"), DROPPING),
 )  # fmt: skip
 """Every mistake of the catalogue at least once."""
 
@@ -102,8 +109,8 @@ def planted_call(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, 
     """Inputs and arguments of a call that has these features.
 
     Args:
-        case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "square" (as
-            many queries as keys), "three" (key and value differ), "four" (four in a batch).
+        case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
+            "square" (as many queries as keys), "three" (key and value differ), "four" (four in a batch).
         dtype: Of the inputs.
         seed: Of all numbers.
     """
@@ -128,6 +135,44 @@ def planted_call(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, 
         call["attention_bias"] = normal(HEADS, queries, KEYS)
     if "causal" in case:
         call["use_causal_mask"] = True
+    if "training" in case:
+        call |= {"training": True, "seed": 5}
     if "offset" in case:
         call["query_offset"] = 2
     return inputs, call
+
+
+def misloaded(weights: Mapping[str, np.ndarray], wrong: Collection[str]) -> Arrays:
+    """The weights as a port with these mistakes loads them."""
+    w = dict(weights)
+    features, heads, width = w["query.kernel"].shape
+    for name in ("query", "key", "value"):
+        if f"{name} transposed" in wrong:
+            square = w[f"{name}.kernel"].reshape(features, heads * width)
+            w[f"{name}.kernel"] = square.T.reshape(features, heads, width)
+        if "heads interleaved" in wrong:
+            for part in ("kernel", "bias"):
+                flat = w[f"{name}.{part}"].reshape(*w[f"{name}.{part}"].shape[:-2], width, -1)
+                w[f"{name}.{part}"] = np.moveaxis(flat, -1, -2)
+    if "packed in another order" in wrong:
+        for part in ("kernel", "bias"):
+            q, k, v = (weights[f"{name}.{part}"] for name in ("query", "key", "value"))
+            w |= {f"query.{part}": k, f"key.{part}": v, f"value.{part}": q}
+    if "packed by head" in wrong:
+        block = np.concatenate(
+            [weights[f"{n}.kernel"].reshape(features, -1) for n in ("query", "key", "value")], 1
+        ).reshape(features, heads, 3, width)
+        biases = np.concatenate(
+            [weights[f"{n}.bias"].reshape(-1) for n in ("query", "key", "value")]
+        ).reshape(heads, 3, width)
+        for i, name in enumerate(("query", "key", "value")):
+            w[f"{name}.kernel"], w[f"{name}.bias"] = block[:, :, i], biases[:, i]
+    if "value bias of the key" in wrong:
+        w["value.bias"] = weights["key.bias"]
+    if "output interleaved" in wrong:
+        kernel = weights["output.kernel"]
+        parts = kernel.reshape(width, heads, -1)
+        w["output.kernel"] = np.stack([parts[:, h] for h in range(heads)])
+    if "heads in another order" in wrong:
+        w["output.kernel"] = np.roll(weights["output.kernel"], 1, axis=0)
+    return {name: np.ascontiguousarray(array) for name, array in w.items()}

@@ -7,12 +7,13 @@ tested with what makes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from anymha.dropout import Dropout, rate_threshold
 from anymha.parity.cases import Arrays
 
 RATE = 0.3
@@ -29,6 +30,7 @@ class Port:
         wrong: The mistakes in it, by the names of `anymha.parity.planted`.
         tells: Whether it tells its stages, or returns the output and the scores alone.
         window: Its window.
+        dropout: Its share of dropped probabilities.
     """
 
     ops: Any
@@ -36,6 +38,7 @@ class Port:
     wrong: Collection[str] = ()
     tells: bool = True
     window: int | None = None
+    dropout: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def __call__(
@@ -48,6 +51,8 @@ class Port:
         attention_bias: Any = None,
         use_causal_mask: bool = False,
         query_offset: int = 0,
+        training: bool = False,
+        seed: int = 0,
     ) -> Any:
         """The stages by name, or output and scores."""
         ops, wrong = self.ops, self.wrong
@@ -90,6 +95,11 @@ class Port:
         if "dropout left on" in wrong:
             keep = ops.from_numpy(self.rng.random(tuple(scores.shape)) >= RATE)
             kept = ops.where(keep, scores / (1 - RATE), 0.0)
+        if training and self.dropout and "dropout does not act" not in wrong:
+            drop = Dropout(rate_threshold(self.dropout), seed)
+            factor = 1.0 if "dropout not scaled" in wrong else drop.factor
+            keep = drop.keep(ops, tuple(scores.shape), beside=scores)
+            kept = ops.where(keep, scores * factor, 0.0)
         told["dropped_probabilities"] = kept
         context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))
         if "heads merged without exchange" in wrong:
@@ -231,39 +241,3 @@ class Port:
             return y
         often = heads if "output bias for each head" in self.wrong else 1
         return y + ops.from_numpy(bias) * float(often)
-
-
-def misloaded(weights: Mapping[str, np.ndarray], wrong: Collection[str]) -> Arrays:
-    """The weights as a port with these mistakes loads them."""
-    w = dict(weights)
-    features, heads, width = w["query.kernel"].shape
-    for name in ("query", "key", "value"):
-        if f"{name} transposed" in wrong:
-            square = w[f"{name}.kernel"].reshape(features, heads * width)
-            w[f"{name}.kernel"] = square.T.reshape(features, heads, width)
-        if "heads interleaved" in wrong:
-            for part in ("kernel", "bias"):
-                flat = w[f"{name}.{part}"].reshape(*w[f"{name}.{part}"].shape[:-2], width, -1)
-                w[f"{name}.{part}"] = np.moveaxis(flat, -1, -2)
-    if "packed in another order" in wrong:
-        for part in ("kernel", "bias"):
-            q, k, v = (weights[f"{name}.{part}"] for name in ("query", "key", "value"))
-            w |= {f"query.{part}": k, f"key.{part}": v, f"value.{part}": q}
-    if "packed by head" in wrong:
-        block = np.concatenate(
-            [weights[f"{n}.kernel"].reshape(features, -1) for n in ("query", "key", "value")], 1
-        ).reshape(features, heads, 3, width)
-        biases = np.concatenate(
-            [weights[f"{n}.bias"].reshape(-1) for n in ("query", "key", "value")]
-        ).reshape(heads, 3, width)
-        for i, name in enumerate(("query", "key", "value")):
-            w[f"{name}.kernel"], w[f"{name}.bias"] = block[:, :, i], biases[:, i]
-    if "value bias of the key" in wrong:
-        w["value.bias"] = weights["key.bias"]
-    if "output interleaved" in wrong:
-        kernel = weights["output.kernel"]
-        parts = kernel.reshape(width, heads, -1)
-        w["output.kernel"] = np.stack([parts[:, h] for h in range(heads)])
-    if "heads in another order" in wrong:
-        w["output.kernel"] = np.roll(weights["output.kernel"], 1, axis=0)
-    return {name: np.ascontiguousarray(array) for name, array in w.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from anymha.interchange.layers import set_weights
 from anymha.parity.cases import Arrays, numpy_dtype
-from anymha.parity.compare import compare, judged
+from anymha.parity.comparing import compare, judged
 from anymha.parity.planted import (
     BATCH,
     FEATURES,
@@ -21,9 +22,10 @@ from anymha.parity.planted import (
     QUERIES,
     WIDTH,
     Plant,
+    misloaded,
     planted_call,
 )
-from anymha.parity.port import Port, misloaded
+from anymha.parity.port import Port
 from anymha.parity.subjects import subject
 from anymha.parity.trace import Request
 from anymha.registry import Backend, get_layer
@@ -93,9 +95,14 @@ def try_planted(backend: Backend, plants: tuple[Plant, ...], tells: bool, seed: 
     ops, wrong = backend.ops, {p.wrong for p in plants}
     inputs, call = planted_call(plant.case, plant.dtype, seed)
     layer, weights = make_layer(plant.options, plant.dtype, seed)
-    port = Port(ops, misloaded(weights, wrong), wrong, tells, plant.options.get("sliding_window"))
+    port = Port(
+        ops, misloaded(weights, wrong), wrong, tells, plant.options.get("sliding_window"),
+        plant.options.get("dropout", 0.0),
+    )  # fmt: skip
     given = {name: ops.from_numpy(array) for name, array in inputs.items()}
-    report = compare(layer, port, given, **call)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of frameworks, at what the planted mistake does
+        report = compare(layer, port, given, **call)
     order = ("query", "key", "value", "logits", "masked_logits", "probabilities",
              "dropped_probabilities", "context", "output", "scores")  # fmt: skip
     first = min(plants, key=lambda p: order.index(p.stage))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.recipe import Arrays, Recipe, sizes
+from anymha.parity.structure import distance, structure
 from anymha.parity.tolerance import tolerance
 from anymha.parity.trace import STAGES, Trace, name_of_dtype
 from anymha.parity.units import eps
@@ -114,42 +115,6 @@ def observed(trace: Trace, output: np.ndarray) -> Arrays:
     if trace.scores is not None:
         found["scores"] = trace.scores
     return {name: found[name].astype(np.float64) for name in OBSERVED if name in found}
-
-
-def structure(name: str, reference: np.ndarray, candidate: np.ndarray) -> list[str]:
-    """What is wrong before numbers are looked at: shape, NaN, what is masked, sums of rows."""
-    if candidate.shape != reference.shape:
-        return [f"shape {candidate.shape}, not {reference.shape}"]
-    faults = []
-    nan, other = np.isnan(candidate), np.isnan(reference)
-    if not np.array_equal(nan, other):
-        more, fewer = int(np.sum(nan & ~other)), int(np.sum(other & ~nan))
-        faults.append(f"NaN in {more} places where the reference has numbers" if more else
-                      f"numbers in {fewer} places where the reference has NaN")  # fmt: skip
-    hidden, unseen = _masked(candidate), _masked(reference)
-    if name == "masked_logits" and not np.array_equal(hidden, unseen):
-        more, fewer = int(np.sum(hidden & ~unseen)), int(np.sum(unseen & ~hidden))
-        faults.append(f"masks {more} places more and {fewer} fewer, of {hidden.size}")
-    if name in ("probabilities", "scores") and not nan.any():
-        sums, wanted = candidate.sum(-1), reference.sum(-1)
-        off = ~np.isclose(sums, wanted, atol=0.02, equal_nan=True)
-        if off.any():
-            faults.append(f"{int(off.sum())} of {off.size} rows sum to {sums[off][0]:.3g}, not "
-                          f"{wanted[off][0]:.3g}")  # fmt: skip
-    return faults
-
-
-def _masked(logits: np.ndarray) -> np.ndarray:
-    """Which logits say "not seen": -inf, or the great negative numbers that stand for it."""
-    return logits <= -9e3
-
-
-def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where both are finite, how far apart they are; infinite where one alone is finite."""
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(one - other)
-    same = (one == other) | (np.isnan(one) & np.isnan(other)) | (_masked(one) & _masked(other))
-    return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
 
 
 def compared(

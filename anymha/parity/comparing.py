@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import AnymhaError
-from anymha.parity.diagnosis import Diagnosis
+from anymha.parity.causes import Diagnosis
 from anymha.parity.features import untested
 from anymha.parity.meaning import meaning_of
 from anymha.parity.recipe import Arrays
@@ -18,11 +18,10 @@ from anymha.parity.stagewise import (
     Stage,
     compared,
     computed_dtype,
-    distance,
     gradients_compared,
     observed,
-    structure,
 )
+from anymha.parity.structure import distance, structure
 from anymha.parity.subjects import subject
 from anymha.parity.tolerance import tolerance
 from anymha.parity.trace import STAGES, Request, Trace, make_request, name_of_dtype, problem_of
@@ -153,7 +152,11 @@ def _told(trace: Trace, folded: Folded) -> Arrays:
     output = trace.output
     wanted = folded.output_shape
     flat = folded.flat(output) if output.shape == wanted else output
-    return observed(trace, flat)
+    found = observed(trace, flat)
+    if "scores" in found and found["scores"].shape == folded.full:
+        batch, queries, keys = folded.recipe.lengths
+        found["scores"] = found["scores"].reshape(batch, -1, queries, keys)
+    return found
 
 
 def _outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -> Comparison:

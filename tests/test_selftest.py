@@ -1,0 +1,93 @@
+"""Planted mistakes are caught and named, in every framework; honest layers are not blamed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from anymha.cli import main
+from anymha.commands import selftest as command
+from anymha.parity import planted, selftest
+from anymha.parity.mistakes import CATALOGUE
+from anymha.parity.planted import PLANTS
+from anymha.parity.selftest import DTYPES, goes_together, honest, try_planted
+from anymha.registry import Backend, get_backend
+
+
+def test_every_mistake_of_the_catalogue_is_planted() -> None:
+    causes = {plant.cause for plant in PLANTS}
+    assert {mistake.name for mistake in CATALOGUE} <= causes
+    assert len({plant.wrong for plant in PLANTS}) == len(PLANTS)
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.wrong)
+def test_a_planted_mistake_is_caught_and_named(plant: planted.Plant, backend: Backend) -> None:
+    found = try_planted(backend, (plant,), tells=True)
+    assert (found.caught, found.stage, found.cause) == (True, True, True), found.told
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.wrong)
+def test_it_is_named_where_outputs_and_scores_alone_are_told(plant: planted.Plant) -> None:
+    found = try_planted(get_backend("numpy"), (plant,), tells=False, seed=3)
+    assert (found.caught, found.stage, found.cause) == (True, True, True), found.told
+
+
+PAIRS = [(a, b) for i, a in enumerate(PLANTS) for b in PLANTS[i + 1 :] if goes_together(a, b)]
+
+
+@pytest.mark.parametrize("pair", PAIRS[::17], ids=lambda pair: f"{pair[0].wrong}, {pair[1].wrong}")
+def test_of_two_mistakes_the_first_is_named(pair: tuple[planted.Plant, planted.Plant]) -> None:
+    found = try_planted(get_backend("numpy"), pair, tells=True)
+    assert found.caught
+    assert found.cause, found.told
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_honest_layers_are_not_blamed(dtype: str, installed: list[Backend]) -> None:
+    for alarms in honest(installed, 4, [dtype]):
+        assert not alarms, alarms[0].told
+
+
+def test_the_command_passes_and_writes_what_it_found(tmp_path, monkeypatch, capsys) -> None:
+    few = PLANTS[:2]
+    monkeypatch.setattr(command, "PLANTS", few)
+    monkeypatch.setattr(selftest, "PLANTS", few)
+    path = tmp_path / "selftest.json"
+    call = ["selftest", "--backends", "numpy", "--honest", "2", "--json", str(path)]
+    assert main(call) == 0
+    told = capsys.readouterr().out
+    assert "4 of 4 caught, the first stage right in 4, the cause in 4." in told
+    assert "SELF-TEST PASSES" in told
+    report = json.loads(path.read_text())
+    assert (report["passed"], len(report["planted"]), report["alarms"]) == (True, 4, [])
+
+
+def test_the_command_fails_where_a_mistake_is_not_caught(monkeypatch, capsys) -> None:
+    harmless = planted.Plant("nothing at all", "inverted mask", "masked_logits")
+    monkeypatch.setattr(command, "PLANTS", (harmless,))
+    monkeypatch.setattr(selftest, "PLANTS", (harmless,))
+    assert main(["selftest", "--backends", "numpy", "--honest", "0"]) == 1
+    assert "SELF-TEST FAILS" in capsys.readouterr().out
+
+
+def test_the_command_fails_where_an_honest_layer_is_blamed(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "PLANTS", PLANTS[:1])
+    monkeypatch.setattr(selftest, "PLANTS", PLANTS[:1])
+    alarm = selftest.Alarm("float32", ("numpy", "numpy"), 0, "the whole text")
+    monkeypatch.setattr(command, "honest", lambda *_: iter([[alarm]]))
+    assert main(["selftest", "--backends", "numpy", "--honest", "1"]) == 1
+    assert "the whole text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (["--backends", "nothing"], "nothing"),
+        (["--honest", "-1"], "`--honest` must be 0 or more. Received: -1."),
+        (["--backends", "numpy", "--json", "."], "cannot be written: it is a folder"),
+    ],
+)
+def test_a_wrong_call_is_told_before_anything_runs(call, words, capsys) -> None:
+    assert main(["selftest", *call]) == 2
+    assert words in capsys.readouterr().err.replace("\n", "")
