@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,10 @@ def test_the_command_fails_where_an_honest_layer_is_blamed(monkeypatch, capsys) 
 def test_a_wrong_call_is_told_before_anything_runs(call, words, capsys) -> None:
     assert main(["selftest", *call]) == 2
     assert words in capsys.readouterr().err.replace("\n", "")
+
+
+def test_the_page_lists_the_catalogue() -> None:
+    page = (Path(__file__).parents[1] / "docs/mistakes.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    expected = [f"| {m.name} | {m.cure.replace('|', '&#124;')} |" for m in CATALOGUE]
+    assert rows == expected

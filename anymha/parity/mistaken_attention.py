@@ -193,28 +193,28 @@ _Plant = Callable[[Recipe], Variants]
 _halves: _Plant = partial(rotary, pairs=False)
 _pairs: _Plant = partial(rotary, pairs=True)
 
-MISTAKES: tuple[tuple[str, str, str, _Plant], ...] = (
-    ("wrong scale", "logits", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
+MISTAKES: tuple[tuple[str, str, _Plant], ...] = (
+    ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
      "`scale` says otherwise.", scale_wrong),
-    ("softmax over another axis", "probabilities", "The softmax runs over the keys, the last axis.",
+    ("softmax over another axis", "The softmax runs over the keys, the last axis.",
      softmax_axis),
-    ("no softmax", "probabilities", "Probabilities are exp(logits), divided by their sum over the "
+    ("no softmax", "Probabilities are exp(logits), divided by their sum over the "
      "keys.", softmax_missing),
-    ("grouped heads tiled", "logits", "Query head h reads key head h // (H / K): repeat each key "
+    ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
      "head, do not tile them all.", grouped_tiled),
-    ("inputs exchanged", "key", "Mind the order of the arguments: Keras and anymha take query, "
+    ("inputs exchanged", "Mind the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", key_value_swapped),
-    ("batch and time exchanged", "query", "One of both takes (time, batch, features): pass "
+    ("batch and time exchanged", "One of both takes (time, batch, features): pass "
      "`batch_first=True`, or exchange the axes.", batch_and_time),
-    ("rotary positions, by halves", "query", "The candidate turns queries and keys by their "
+    ("rotary positions, by halves", "The candidate turns queries and keys by their "
      "positions, in halves of a head; the reference does not, or by pairs.", _halves),
-    ("rotary positions, by pairs", "query", "The candidate turns queries and keys by their "
+    ("rotary positions, by pairs", "The candidate turns queries and keys by their "
      "positions, in pairs of neighbours; the reference does not, or by halves.", _pairs),
-    ("wrong dropout", "dropped_probabilities", "Both must be in training mode, with one rate and "
+    ("wrong dropout", "Both must be in training mode, with one rate and "
      "one seed; what is kept is divided by 1 - rate.", dropout_wrong),
-    ("heads merged wrongly", "context", "Exchange heads and positions before the heads are "
+    ("heads merged wrongly", "Exchange heads and positions before the heads are "
      "merged: (B, H, T, d) to (B, T, H, d).", context_heads),
-    ("heads split wrongly", "query", "Reshape to (B, T, H, d), then exchange the axes to "
+    ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
      "(B, H, T, d).", projections_heads),
 )  # fmt: skip
 

@@ -182,40 +182,40 @@ def _for_empty_rows(recipe: Recipe, words: str, step: object) -> Variants:
 
 
 MISTAKES = (
-    ("inverted mask", "masked_logits", "Pass the opposite of the mask, `~mask`: in one of both "
+    ("inverted mask", "Pass the opposite of the mask, `~mask`: in one of both "
      "True means that a position may not be attended to.", inverted),
-    ("ignored mask", "masked_logits", "The mask never reaches the logits: pass it on, under the "
+    ("ignored mask", "The mask never reaches the logits: pass it on, under the "
      "name that the layer knows.", ignored),
-    ("additive mask", "masked_logits", "A mask of 0 and 1 is added to the logits: make it boolean, "
+    ("additive mask", "A mask of 0 and 1 is added to the logits: make it boolean, "
      "or 0 and -inf.", added),
-    ("transposed mask", "masked_logits", "The mask's last two axes are (queries, keys): exchange "
+    ("transposed mask", "The mask's last two axes are (queries, keys): exchange "
      "them.", transposed),
-    ("mask of batch and heads exchanged", "masked_logits", "Give the mask all four axes, "
+    ("mask of batch and heads exchanged", "Give the mask all four axes, "
      "(batch, heads, queries, keys).", of_heads),
-    ("causal mask ignored", "masked_logits", "Switch the causal mask on.", causal_ignored),
-    ("causal mask at the other corner", "masked_logits", "With fewer queries than keys the first "
+    ("causal mask ignored", "Switch the causal mask on.", causal_ignored),
+    ("causal mask at the other corner", "With fewer queries than keys the first "
      "query is aligned with the first key in one and the last with the last in the other: pass "
      "`query_offset`, or a mask.", other_corner),
-    ("causal mask off by one", "masked_logits", "Query i sees keys j <= i: mind the diagonal.",
+    ("causal mask off by one", "Query i sees keys j <= i: mind the diagonal.",
      causal_shifted),
-    ("causal mask reversed", "masked_logits", "Query i sees keys j <= i, not j >= i: take the "
+    ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
      "lower triangle.", causal_reversed),
-    ("query offset ignored", "masked_logits", "Add the offset to the positions of the queries.",
+    ("query offset ignored", "Add the offset to the positions of the queries.",
      offset_ignored),
-    ("window off by one", "masked_logits", "A window of W is |i - j| < W: libraries that count "
+    ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.", window_shifted),
-    ("window ignored", "masked_logits", "Pass the window on.", window_ignored),
-    ("window of one side", "masked_logits", "The window is open on both sides unless the call is "
+    ("window ignored", "Pass the window on.", window_ignored),
+    ("window of one side", "The window is open on both sides unless the call is "
      "causal too.", window_one_sided),
-    ("wrong attention bias", "masked_logits", "The bias is added once, after the scale.",
+    ("wrong attention bias", "The bias is added once, after the scale.",
      bias_wrong),
-    ("fully masked rows give the mean of the values", "probabilities", "A query that sees nothing "
+    ("fully masked rows give the mean of the values", "A query that sees nothing "
      "gives zeros here: its mask is a great finite number, or its softmax divides by "
      "the number of keys. Give such rows zeros, or leave them out of the comparison.", rows_mean),
-    ("fully masked rows give NaN", "probabilities", "A query that sees nothing gives zeros here: "
+    ("fully masked rows give NaN", "A query that sees nothing gives zeros here: "
      "guard the softmax, whose row is all -inf.", rows_nan),
-    ("fully masked rows are not masked", "probabilities", "A query that sees nothing gives zeros "
-     "here: the candidate's mask shifts such a row by a constant, which a softmax ignores.",
+    ("fully masked rows are not masked", "A query that sees nothing gives zeros "
+     "here: its mask shifts such a row by a constant, which a softmax ignores.",
      rows_unmasked),
-    ("causal mask not asked for", "masked_logits", "Switch the causal mask off.", causal_added),
+    ("causal mask not asked for", "Switch the causal mask off.", causal_added),
 )  # fmt: skip

@@ -180,23 +180,23 @@ def _without_others(recipe: Recipe, changed: Arrays) -> Recipe:
 
 _Plant = Callable[[Recipe], Variants]
 
-MISTAKES: tuple[tuple[str, str, str, _Plant], ...] = (
-    ("transposed kernel", "query", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
+MISTAKES: tuple[tuple[str, str, _Plant], ...] = (
+    ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
      "transpose the kernel.", transposed),
-    ("packed weights in another order", "query", "Split the packed kernel into query, key, value "
+    ("packed weights in another order", "Split the packed kernel into query, key, value "
      "in this order.", packed_order),
-    ("packed weights split wrongly", "query", "A packed kernel lies by block (all queries, all "
+    ("packed weights split wrongly", "A packed kernel lies by block (all queries, all "
      "keys, all values) or by head (query, key, value of each head): split it as it was packed.",
      packed_heads),
-    ("heads interleaved", "query", "The features of a projection are (heads, width): reshape in "
+    ("heads interleaved", "The features of a projection are (heads, width): reshape in "
      "this order.", interleaved),
-    ("missing bias", "query", "The projection has a bias: load it.", bias_left_out),
-    ("doubled bias", "query", "Add the bias once.", bias_doubled),
-    ("bias of another projection", "query", "Mind which bias belongs to which projection.",
+    ("missing bias", "The projection has a bias: load it.", bias_left_out),
+    ("doubled bias", "Add the bias once.", bias_doubled),
+    ("bias of another projection", "Mind which bias belongs to which projection.",
      bias_of_another),
-    ("output kernel interleaved", "output", "The rows of the output's kernel are (heads, width): "
+    ("output kernel interleaved", "The rows of the output's kernel are (heads, width): "
      "merge the heads in this order.", output_interleaved),
-    ("output projection not applied by head", "output", "The output's kernel has a part of its "
+    ("output projection not applied by head", "The output's kernel has a part of its "
      "own for each head, (H, d_v, O); the heads' results are added.", output_not_by_head),
-    ("heads permuted", "query", "Bring the heads into one order.", heads_permuted),
+    ("heads permuted", "Bring the heads into one order.", heads_permuted),
 )  # fmt: skip

@@ -23,21 +23,19 @@ class Mistake:
 
     Args:
         name: A short name, as "inverted mask".
-        stage: The first stage that it changes.
         cure: What to do about it.
         plant: The recipes that have it, made from a right one.
     """
 
     name: str
-    stage: str
     cure: str
     plant: Callable[[Recipe], Variants]
 
 
 def _catalogue() -> Iterator[Mistake]:
     for module in (mistaken_masks, mistaken_attention, mistaken_weights):
-        for name, stage, cure, plant in module.MISTAKES:
-            yield Mistake(name, stage, cure, plant)
+        for name, cure, plant in module.MISTAKES:
+            yield Mistake(name, cure, plant)
 
 
 CATALOGUE: tuple[Mistake, ...] = tuple(_catalogue())
