@@ -133,7 +133,7 @@ def state_of(found: Found, name: str) -> str:
         return "first"
     if stage is None:
         return "untold"
-    if stage.culprit:
+    if stage.culprit and not name.startswith("gradient of "):  # theirs is never known alone
         return "own"
     return "good" if stage.passed else "carried"
 

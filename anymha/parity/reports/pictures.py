@@ -87,14 +87,16 @@ class Bar:
 
 
 def heat_maps(found: Found) -> list[HeatMap]:
-    """Of where the implementations part, and of who attends to whom; else of the output."""
-    first = [found.first_divergence] if found.first_divergence is not None else []
-    attention = ("probabilities", "scores", "masked_logits", "logits")
-    maps = [heat_map(found, name) for name in dict.fromkeys([*first, *attention])]
-    drawn = [one for one in maps if one is not None]
-    chosen = drawn[:1] if found.first_divergence is not None else []
+    """Of where the implementations part, and of who attends to whom; else of the output.
+
+    Where the candidate did not tell the stage at which they part, of the first wrong one it told.
+    """
+    wrong = [found.first_divergence, *(s.name for s in found.stages if not s.passed or s.culprit)]
+    drawn = [heat_map(found, name) for name in dict.fromkeys(wrong) if name is not None]
+    chosen = [one for one in drawn if one is not None][:1]
     if not any(one.stage in ATTENTION for one in chosen):
-        chosen += [one for one in drawn[len(chosen) :] if one.stage in ATTENTION][:1]
+        order = ("probabilities", "scores", "masked_logits", "logits")
+        chosen += [one for one in (heat_map(found, n) for n in order) if one is not None][:1]
     if not any(one.stage in (*ATTENTION, "output") for one in chosen):
         output = heat_map(found, "output")
         chosen += [] if output is None else [output]
