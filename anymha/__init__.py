@@ -1,14 +1,26 @@
 """One multi-head attention layer, the same in every framework, and proof that it is."""
 
-from anymha.config import AttentionConfig
-from anymha.errors import AnymhaError
-from anymha.functional import dot_product_attention, multi_head_attention
-from anymha.interchange.layers import convert, get_weights, set_weights
-from anymha.interchange.layers import new_layer as MultiHeadAttention
-from anymha.interchange.layouts import from_canonical, layouts, to_canonical
-from anymha.interchange.own import load, save
-from anymha.paths import explain
+from typing import TYPE_CHECKING, Any
+
 from anymha.version import __version__
+
+if TYPE_CHECKING:
+    from anymha.public import (
+        AnymhaError,
+        AttentionConfig,
+        MultiHeadAttention,
+        convert,
+        dot_product_attention,
+        explain,
+        from_canonical,
+        get_weights,
+        layouts,
+        load,
+        multi_head_attention,
+        save,
+        set_weights,
+        to_canonical,
+    )
 
 __all__ = [
     "AnymhaError",
@@ -27,3 +39,22 @@ __all__ = [
     "set_weights",
     "to_canonical",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """All names at the first use of one: every run of pytest imports the package, for its plugin.
+
+    The modules that they are in (`anymha.errors`, `anymha.registry`) are then there too.
+    """
+    if not name.startswith("__"):
+        import importlib  # noqa: PLC0415
+
+        public = importlib.import_module("anymha.public")
+        globals().update({each: getattr(public, each) for each in public.__all__})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import anymha
+
 FRAMEWORKS = ("torch", "tensorflow", "jax", "keras", "flax", "equinox")
 
 
@@ -40,6 +42,23 @@ def needs(framework: str) -> None:
 
 def test_anymha_imports_no_framework():
     assert loaded_by("import anymha") == set()
+
+
+def test_every_name_of_anymha_is_there_at_its_first_use():
+    source = (
+        f"import sys; sys.path[:0] = {[path for path in sys.path if path]!r}\n"
+        "import anymha\n"
+        "assert 'numpy' not in sys.modules\n"
+        f"assert set({anymha.__all__!r}) <= set(dir(anymha))\n"
+        "assert anymha.errors.AnymhaError is anymha.AnymhaError\n"
+        "from anymha import *\n"
+        f"assert set({anymha.__all__!r}) <= set(globals())\n"
+        "anymha.theano\n"
+    )
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    message = "AttributeError: module 'anymha' has no attribute 'theano'"
+    assert result.stderr.splitlines()[-1] == message, result.stderr
+    assert set(anymha.__all__) == {*anymha.public.__all__, "__version__"}
 
 
 def test_anymha_works_where_there_is_no_framework():
