@@ -87,34 +87,33 @@ def fitted(given: Given, functions: Sequence[Callable[..., Any]]) -> Given | str
     A function that must have a value and a key gets them for self-attention too; one that takes no
     key gets none, and the value is the key.
     """
-    inputs, order = dict(given.inputs), ("query", "value", "key")
+    least, most = len(given.inputs) if len(given.inputs) == 1 else 2, 3
     for function in functions:
-        taken = _taken(function)
-        if taken is None:
-            continue
-        least, most, names = taken
-        lacking = [name for name in given.call if names is not None and name not in names]
-        if lacking or most < 1:
-            name = getattr(function, "__qualname__", "the function")
-            return f"{name} does not take {', '.join(f'`{n}`' for n in lacking) or '`query`'}"
-        for name in order[: min(least, 3)]:
-            inputs.setdefault(name, inputs["query"])
-        if most < len(inputs):
-            if len(given.inputs) > 1 and most < 2:
-                return f"{getattr(function, '__qualname__', 'the function')} takes one input alone"
-            inputs = {name: inputs[name] for name in order[:most]}
-    same = len(given.inputs) == 1 or inputs.keys() == given.inputs.keys()
-    if not same and given.inputs["value"].shape[-1] != given.inputs["key"].shape[-1]:
-        return "a function takes no key, and keys are of another width than values"
+        name = getattr(function, "__qualname__", "the function")
+        needs, takes, names = _taken(function)
+        lacking = [f"`{n}`" for n in given.call if names is not None and n not in names]
+        if lacking:
+            return f"{name} does not take {', '.join(lacking)}"
+        least, most = max(least, needs), min(most, takes)
+        if most < least:
+            counts = ("nothing", "one input alone", "two inputs alone")
+            return f"{name} takes {counts[most]}" if takes == most else f"{name} needs {needs}"
+    inputs = dict(given.inputs)
+    for name in ("value", "key")[: least - 1]:
+        inputs.setdefault(name, inputs["query"])
+    if most < 3 and "key" in inputs:
+        key = inputs.pop("key")
+        if key.shape[-1] != inputs["value"].shape[-1]:
+            return "a function takes no key, and keys are of another width than values"
     return Given(given.name, inputs, given.call)
 
 
-def _taken(function: Callable[..., Any]) -> tuple[int, int, set[str] | None] | None:
+def _taken(function: Callable[..., Any]) -> tuple[int, int, set[str] | None]:
     """How many inputs a function must have and may have, and the names it takes; None: any."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # of some functions that are written in C
-        return None
+        return 1, 3, None
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     inputs = [p for i, p in enumerate(places) if i < 3 and not _is_option(p.name)]
     least = sum(p.default is p.empty for p in inputs)

@@ -118,7 +118,7 @@ def stage_words(found: Found, name: str) -> str:
     if state == "own" and found.first_divergence not in told and name == _first_wrong(found):
         return "shows it first"
     words = {
-        "first": "first divergence", "own": "wrong itself", "carried": "carries the error on",
+        "first": "first divergence", "own": "wrong itself", "carried": "follows",
         "good": "", "untold": "not told",
     }  # fmt: skip
     return words[state]

@@ -1,0 +1,378 @@
+"""`anymha compare`: what it finds, what it names, what it refuses, what it writes and repeats."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import anymha.commands.named
+from anymha.cli import main
+from anymha.commands.given import CASES, made_cases
+from anymha.commands.named import LIVE, settle_keras_backend
+from tests.frameworks import required
+
+ROOT = Path(__file__).parent.parent
+Run = Callable[..., tuple[int, str, str]]
+
+PORT = """
+import numpy as np
+import anymha
+
+layer = anymha.MultiHeadAttention(4, 6, query_features=12, backend="numpy", seed=0,
+                                  bias_initializer="random_normal")
+calls = []
+
+
+def right(query, value=None, key=None, **call):
+    return layer(query, value, key, **call)
+
+
+def forgot(query, value=None, key=None, use_causal_mask=False, **call):
+    return layer(query, value, key, **call)
+
+
+def one_input(query, use_causal_mask=False):
+    return layer(query, use_causal_mask=use_causal_mask)
+
+
+def three_inputs(query, value, key):
+    return layer(query, value, key)
+
+
+def two_inputs(query, value):
+    return layer(query, value)
+
+
+def breaks(query, value=None, key=None, **call):
+    raise RuntimeError("no [such] kernel")
+
+
+def answers_oddly(query, value=None, key=None, **call):
+    return {"colour": query}
+
+
+def make():
+    calls.append("make")
+    return layer
+
+
+def make_nothing():
+    return 3
+
+
+def make_badly():
+    raise RuntimeError("no luck")
+
+
+class Model:
+    def __init__(self):
+        self.attention = layer
+
+    def __call__(self, query, value=None, key=None, **call):
+        return self.attention(query, value, key, **call)
+
+
+model = Model()
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, with a module `port` that a user might have."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    monkeypatch.setattr("anymha.parity.diagnosis.SECONDS", 0.1)
+    (tmp_path / "port.py").write_text(PORT)
+    importlib.invalidate_caches()
+    yield tmp_path
+    sys.modules.pop("port", None)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command; gives its exit status, what it printed and what it printed as errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(["compare", *arguments])
+        except SystemExit as stop:  # of argparse
+            status = int(str(stop.code))
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def test_planted_mistake_is_named_in_the_case_that_shows_it(command: Run) -> None:
+    status, out, err = command("port:layer", "port:forgot")
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    assert lines[0] == "PARITY DOES NOT HOLD: 1 of 4 comparisons differ, on causal"
+    (row,) = [line for line in lines if line.startswith("port:forgot against port:layer")]
+    assert row.split()[3:] == ["✓", "agrees", "✓", "agrees", "✗", "differs", "✓", "agrees"]
+    assert "Cause: causal mask ignored" in lines
+    assert out.count("Cause:") == 1
+
+
+def test_right_port_passes(command: Run) -> None:
+    status, out, err = command("port:layer", "port:right")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "PARITY HOLDS: 4 comparisons agree"
+
+
+@pytest.mark.parametrize("name", ["port:make", "port:Model", "port:model", "port:model.attention"])
+def test_objects_that_make_hold_and_are_layers(command: Run, name: str) -> None:
+    status, out, err = command("port:layer", name, "--cases", "cross,causal")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "PARITY HOLDS: 2 comparisons agree"
+    assert sys.modules["port"].calls == ["make"] * (name == "port:make")
+
+
+def test_all_pairs_of_several_are_compared(command: Run) -> None:
+    status, out, _ = command("port:layer", "port:right", "port:forgot", "--cases", "causal")
+    assert status == 1
+    assert out.splitlines()[0] == "PARITY DOES NOT HOLD: 2 of 3 comparisons differ, on causal"
+    rows = [line for line in out.splitlines() if " against " in line and "parts at" not in line]
+    assert [row.rsplit(" ", 1)[-1].strip() or row.split()[-1] for row in rows[1:]] == [
+        "agrees", "differs", "differs",
+    ]  # fmt: skip
+
+
+def test_backend_gets_the_weights_of_the_layer_beside_it(command: Run) -> None:
+    status, out, _ = command("numpy", "port:layer", "--cases", "padded")
+    assert status == 0, out
+    status, out, _ = command("numpy", "numpy", "--cases", "self,cross")
+    assert status == 0, out
+    assert out.splitlines()[0] == "PARITY HOLDS: 2 comparisons agree"
+
+
+def test_function_is_asked_only_what_it_takes(command: Run) -> None:
+    status, out, _ = command("port:layer", "port:one_input")
+    assert status == 0
+    assert out.splitlines()[0] == "PARITY HOLDS: 1 comparison agrees; 3 could not be run"
+    assert "cross: not run: one_input takes one input alone" in out
+    assert "padded: not run: one_input does not take `attention_mask`, `value_mask`" in out
+    status, out, _ = command("port:layer", "port:three_inputs", "port:two_inputs", "--cases",
+                             "self,cross")  # fmt: skip
+    assert status == 0, out
+    assert out.splitlines()[0] == "PARITY HOLDS: 4 comparisons agree; 2 could not be run"
+    assert "self: not run: two_inputs takes two inputs alone" in out
+
+
+def test_nothing_that_could_be_run_is_no_parity(command: Run) -> None:
+    status, out, _ = command("port:layer", "port:three_inputs", "--cases", "padded")
+    assert status == 1
+    assert out.splitlines()[0] == "PARITY IS NOT SHOWN: none of 1 comparisons could be run"
+
+
+def test_what_an_implementation_raises_is_told(command: Run) -> None:
+    status, out, err = command("port:layer", "port:breaks", "--cases", "self")
+    assert (status, err) == (1, "")
+    assert "raised RuntimeError: no [such] kernel" in out
+
+
+def test_every_form_is_written(command: Run, folder: Path) -> None:
+    pytest.importorskip("jinja2", reason="the HTML report needs jinja2")
+    files = ["--html", "r/a.html", "--json", "r/a.json", "--junit", "r/a.xml", "--markdown",
+             "r/a.md", "--save", "r/a.npz"]  # fmt: skip
+    status, out, _ = command("port:layer", "port:forgot", *files)
+    assert status == 1
+    told = json.loads((folder / "r/a.json").read_text(encoding="utf-8"))
+    assert told["schema"] == "anymha.comparisons/1"
+    states = {one["case"]: one["state"] for one in told["comparisons"]}
+    assert states == {"self": "agrees", "cross": "agrees", "causal": "differs", "padded": "agrees"}
+    suites = ElementTree.parse(folder / "r/a.xml").getroot().findall("testsuite")
+    failed = [suite.get("name") for suite in suites if suite.findall("testcase/failure")]
+    assert failed == ["port:forgot against port:layer, causal"]
+    page = (folder / "r/a.html").read_text(encoding="utf-8")
+    assert "anymha compare port:layer port:forgot --inputs" in page
+    assert "PARITY DOES NOT HOLD" in (folder / "r/a.md").read_text(encoding="utf-8")
+    repeats = "anymha compare port:layer port:forgot --inputs r/a.npz"
+    assert out.splitlines()[-1] == f"Saved (causal); repeat it with: {repeats}"
+
+
+def test_saved_case_is_repeated(command: Run) -> None:
+    first = command("port:layer", "port:forgot", "--json", "a.json", "--save", "a.npz")
+    again = command("port:layer", "port:forgot", "--inputs", "a.npz", "--json", "b.json")
+    assert (first[0], again[0]) == (1, 1)
+    one = json.loads(Path("a.json").read_text(encoding="utf-8"))["comparisons"][2]
+    (two,) = json.loads(Path("b.json").read_text(encoding="utf-8"))["comparisons"]
+    assert one.pop("case") == "causal"
+    assert two.pop("case") == ""
+    assert one == two
+    assert again[1].splitlines()[0] == two["verdict"]
+
+
+def test_saved_weights_are_those_of_what_is_named(command: Run, folder: Path) -> None:
+    (folder / "others.py").write_text(
+        "import copy, port, anymha\nw = anymha.get_weights(port.layer)\n"
+        "other = anymha.set_weights(anymha.convert(port.layer, to='numpy'), "
+        "{**w, 'query.bias': w['query.bias'] + 1})\n"
+    )
+    importlib.invalidate_caches()
+    assert command("port:layer", "others:other", "--cases", "self", "--save", "a.npz")[0] == 1
+    status, out, _ = command("numpy", "numpy", "--inputs", "a.npz")
+    assert status == 1
+    assert "weight query.bias" in out
+    sys.modules.pop("others", None)
+
+
+def test_file_of_the_user_is_enough(command: Run, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 6, 12)).astype(np.float32)
+    np.savez(folder / "x.npz", query=x, use_causal_mask=True,
+             key_mask=np.arange(6) < np.array([[6], [3]]))  # fmt: skip
+    assert command("port:layer", "port:right", "--inputs", "x.npz")[0] == 0
+    assert command("numpy", "numpy", "--inputs", "x.npz")[0] == 0
+    assert command("port:right", "port:right", "--inputs", "x.npz")[0] == 0
+    status, out, _ = command("port:layer", "port:forgot", "--inputs", "x.npz")
+    assert status == 1
+    assert "causal mask ignored" in out.splitlines()[0]
+
+
+WRONG = {
+    "unknown name": (["numpy", "pytorch"], "a backend (numpy, torch, tensorflow, jax, keras"),
+    "no module": (["numpy", "nowhere:layer"], "there is no module 'nowhere'"),
+    "no module in a package": (["numpy", "os.nowhere:layer"], "there is no module"),
+    "no object": (["numpy", "port:nothing"], "port has no 'nothing'. It has: np, anymha, layer"),
+    "no callable": (["numpy", "port:number"], "port:number cannot be compared."),
+    "makes no callable": (["numpy", "port:make_nothing"], "cannot be compared."),
+    "makes nothing": (["numpy", "port:make_badly"], "raised RuntimeError: no luck"),
+    "no file": (["numpy", "numpy", "--inputs", "none.npz"], "none.npz"),
+    "no query": (["numpy", "numpy", "--inputs", "key.npz"], "key.npz has no 'query'"),
+    "no model": (["numpy", "none.onnx"], "none.onnx"),
+    "no widths": (["port:right", "port:forgot"], "give inputs with `--inputs`"),
+    "unknown case": (["numpy", "numpy", "--cases", "self,colour"], "self, cross, causal, padded"),
+    "cases and inputs": (["numpy", "numpy", "--cases", "self", "--inputs", "x.npz"], "give one"),
+    "unknown arrays": (["numpy", "numpy", "--arrays", "colour"], "Received: 'colour'"),
+    "one file twice": (["numpy", "numpy", "--json", "a", "--junit", "a"], "must be two files"),
+    "folder": (["numpy", "numpy", "--json", "."], "it is a folder"),
+    "save as text": (["numpy", "numpy", "--save", "a.txt"], "saved as an .npz file"),
+    "odd answer": (["port:layer", "port:answers_oddly"], "must return the output"),
+    "one alone": (["numpy"], "CANDIDATE"),
+    "broken module": (["numpy", "broken:layer"], "broken raised ZeroDivisionError"),
+    "module that needs another": (["numpy", "needs:layer"], "it needs nowhere_at_all"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_call_ends_with_2_and_says_why(command: Run, folder: Path, case: str) -> None:
+    np.savez(folder / "key.npz", key=np.zeros((1, 2, 3)))
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "needs.py").write_text("import nowhere_at_all\n")
+    importlib.invalidate_caches()
+    arguments, words = WRONG[case]
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("torch", "torch"), ("keras", "keras"), ("torch.MultiheadAttention", "torch"),
+     ("flax.nnx.MultiHeadAttention", "flax"), ("equinox.MultiheadAttention", "equinox")],
+)  # fmt: skip
+def test_missing_framework_is_named_with_its_extra(
+    command: Run, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == extra else find(name, *a)
+    )
+    status, out, err = command("numpy", name)
+    assert (status, out) == (2, "")
+    assert f"pip install 'anymha[{extra}]'" in err
+
+
+def test_page_without_jinja2_is_refused_before_anything_runs(
+    command: Run, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "anymha.parity.reports.html", raising=False)
+    status, out, err = command("port:layer", "port:right", "--html", "a.html")
+    assert (status, out) == (2, "")
+    assert "pip install 'anymha[report]'" in err
+    assert not (folder / "a.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("installed", "configured", "variable", "wanted"),
+    [
+        (("torch", "jax"), None, None, "torch"),
+        (("jax",), "tensorflow", None, "jax"),
+        (("tensorflow", "torch"), None, None, None),
+        (("torch", "jax"), "jax", None, None),
+        (("torch",), None, "tensorflow", "tensorflow"),
+        ((), None, None, None),
+        (("torch",), "numpy", None, None),
+    ],
+)
+def test_keras_runs_on_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    installed: tuple[str, ...],
+    configured: str | None,
+    variable: str | None,
+    wanted: str | None,
+) -> None:
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(folder))
+    monkeypatch.setenv("KERAS_BACKEND", variable or "")
+    if variable is None:
+        monkeypatch.delenv("KERAS_BACKEND")
+    if configured is not None:
+        (folder / "keras.json").write_text(json.dumps({"backend": configured}))
+    found = anymha.commands.named.importlib.util
+    monkeypatch.setattr(found, "find_spec", lambda name: name if name in installed else None)
+    settle_keras_backend()
+    assert os.environ.get("KERAS_BACKEND") == wanted
+
+
+def test_made_inputs_are_the_same_each_time_and_make_masks_matter() -> None:
+    one, two = (made_cases(CASES, (8, 6, 4)) for _ in range(2))
+    assert [case.name for case in one] == list(CASES)
+    for a, b in zip(one, two, strict=True):
+        for name, array in {**a.inputs, **a.call}.items():
+            np.testing.assert_array_equal(array, {**b.inputs, **b.call}[name])
+    padded = one[3].call
+    empty = ~(padded["attention_mask"] & padded["value_mask"][:, None]).any(-1)
+    assert empty.sum() == 1, "one query sees nothing"
+
+
+def test_layers_of_three_libraries_are_compared_in_one_command(folder: Path) -> None:
+    for name in ("torch", "keras", "flax"):
+        if importlib.util.find_spec(name) is None:
+            required(name)
+    (folder / "keras").mkdir()
+    environment = {
+        **os.environ, "KERAS_BACKEND": "torch", "COLUMNS": "140", "KERAS_HOME": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")]),
+    }  # fmt: skip
+    names = [name for name in LIVE if name.split(".")[0] in ("torch", "flax")]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "anymha.cli", "compare", *names,
+         "keras.MultiHeadAttention", "--json", "all.json"],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    told = json.loads((folder / "all.json").read_text(encoding="utf-8"))["comparisons"]
+    assert len(told) == 12
+    for one in told:
+        if one["case"] != "padded":
+            assert one["state"] == "agrees", one["verdict"]
+        elif one["reference"].startswith("torch"):
+            assert one["first_divergence"] == "probabilities"
+            assert one["diagnosis"]["causes"][0]["name"].startswith("fully masked rows"), one
+            assert any("averaged over the heads" in note for note in one["notes"])
