@@ -238,13 +238,16 @@ def test_workers_of_xdist_write_one_report_and_one_section(
 
 
 def test_each_case_that_differs_is_saved(run: Run, pytester: pytest.Pytester) -> None:
-    result = run(SAMPLE + AGREES + DIFFERS + ODD, "--parity-save=out/cases")
+    options = ("--parity-save=out/cases", "--parity-report=out/p.html")
+    result = run(SAMPLE + AGREES + DIFFERS + ODD, *options)
     files = sorted((pytester.path / "out/cases").iterdir())
     assert [re.sub("-[0-9a-f]{8}-1.npz$", "", path.name.split("py-")[1]) for path in files] == [
         "test_differs",
         "test_odd-b",
     ]
     result.stdout.fnmatch_lines([f"*saved: {path}" for path in files])
+    page = Page((pytester.path / "out/p.html").read_text("utf-8"))
+    assert f"anymha compare numpy MODULE:OBJECT --inputs {files[0]}" in page.words
     case = load_case(files[0])
     assert case.call == {"use_causal_mask": True}
     assert case.inputs["query"].shape == (2, 5, 8)

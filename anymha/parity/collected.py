@@ -50,6 +50,8 @@ def record(
         page = _page(comparison)
     told = {"test": test, **comparison.to_dict()}
     told |= {"text": comparison.to_text(), "page": page, "saved": path}
+    if path is not None:
+        told["command"] = comparison.repeated(path)
     return json.loads(json.dumps(told))
 
 
@@ -160,7 +162,7 @@ def _section(one: dict[str, Any]) -> str:
     ]
     told += [f'<p class="note">{escape(words)}</p>' for words in one["notes"]]
     if one["saved"]:
-        told.append(f"<p>Saved: <code>{escape(one['saved'])}</code></p>")
+        told.append(f"<h3>Once more</h3><p><code>{escape(one['command'])}</code></p>")
     if one["page"]:
         told.append(
             "<details><summary>With pictures</summary>"
@@ -210,5 +212,6 @@ summary{cursor:pointer;overflow-wrap:anywhere}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .6rem .2rem .3rem;border-bottom:1px solid var(--line);text-align:right}
 th,td:last-child{text-align:left}th{font-weight:400}.first{background:var(--mark)}
-.first th{font-weight:600}iframe{width:100%;height:80vh;border:1px solid var(--line)}
+.first th{font-weight:600}@media(max-width:40rem){th,td{padding:.2rem;font-size:.85rem}}
+iframe{width:100%;height:80vh;border:1px solid var(--line)}
 """
