@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anymha.parity.comparing import ParityError, assert_parity, compare
     from anymha.parity.report import Comparison
+    from anymha.parity.subjects import declare
 
-__all__ = ["Comparison", "ParityError", "assert_parity", "compare"]
+__all__ = ["Comparison", "ParityError", "assert_parity", "compare", "declare"]
 
 
 def __getattr__(name: str) -> Any:
     """Loaded when asked for: the pytest plugin is imported by every run of pytest."""
     import importlib  # noqa: PLC0415
 
-    places = {name: "report" if name == "Comparison" else "comparing" for name in __all__}
+    places = dict.fromkeys(__all__, "comparing") | {"Comparison": "report", "declare": "subjects"}
     if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)

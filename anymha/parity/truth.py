@@ -97,8 +97,9 @@ def fold(problem: Problem) -> Folded:
     x = {n: folded(a, s if n != "query" else t) for n, a in _three(problem, rounded).items()}
     for name in ("value_mask", "key_mask"):
         if name in problem.masks:
+            # Finite numbers stay: they count for nothing here, but may where the mask is ignored.
             seen = problem.masks[name].reshape(count, -1, 1)
-            x |= {n: np.where(seen, x[n], 0) for n in ("value", "key")}
+            x |= {n: np.where(seen | np.isfinite(x[n]), x[n], 0) for n in ("value", "key")}
     bias = rounded.get("attention_bias")
     if bias is not None:
         bias = np.broadcast_to(np.asarray(bias, np.float64), full).reshape(flat)
@@ -201,7 +202,7 @@ def _flattened(mask: np.ndarray, full: tuple[int, ...], batch: int, queries: int
 def _kept(problem: Problem, flat: tuple[int, ...]) -> np.ndarray | None:
     """What dropout multiplies the probabilities with; see `anymha.dropout` for the generator."""
     config, call = problem.case.config, problem.case.call
-    if not (call.get("training") and config.dropout):
+    if not (call.get("training") and config.dropout) or call.get("seed") is None:
         return None
     dropped = round(config.dropout * 65536)
     low, high = (np.uint32(word) for word in divmod(call["seed"], 2**32)[::-1])

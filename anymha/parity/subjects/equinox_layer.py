@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.subjects.foreign import dense_mask, described, finished, recipe_of, refuse
+from anymha.interchange.libraries import opened as arrays_in
+from anymha.parity.subjects.foreign import dense_mask, finished, known, refuse, trio
+from anymha.parity.subjects.jax_tools import arrays_of, precise, pulled
 from anymha.parity.trace import Arrays, Request, Trace
 
 
@@ -17,7 +19,7 @@ def opened(layer: Any) -> EquinoxLayer:
 
 
 class EquinoxLayer:
-    """Equinox's own layer, over the batch by `jax.vmap`."""
+    """Equinox's own layer, over the batch by `jax.vmap`; the layer itself is frozen."""
 
     name = "equinox.nn.MultiheadAttention"
 
@@ -26,18 +28,56 @@ class EquinoxLayer:
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.trace.Subject`."""
-        jax: Any = importlib.import_module("jax")
-        weights, config = described(self.layer)
-        refuse(request, "Equinox", attention_bias=request.bias is not None,
-               training=request.training)  # fmt: skip
-        seen = dense_mask(recipe_of(weights, config, request))
-        query, value, key = (jax.numpy.asarray(x) for x in request.three)
-        parts = [query, key, value] + ([] if seen is None else [jax.numpy.asarray(seen)])
+        told = known(self.layer)
+        refuse(request, "Equinox", attention_bias=request.bias is not None)
+        with precise(told.weights):
+            jax: Any = importlib.import_module("jax")
+            equinox: Any = importlib.import_module("equinox")
+            seen = dense_mask(told.recipe(request))
+            mask = None if seen is None else jax.numpy.asarray(seen)
+            given = arrays_of(request.inputs)
+            drawn = iter(range(8))
 
-        def one(query: Any, key: Any, value: Any, mask: Any = None) -> Any:
-            return self.layer(query, key, value, mask, inference=True)
+            def output(layer: Any, given: Any, heads: bool = False) -> Any:
+                query, value, key = trio(given)
+                keys = None
+                if request.training:
+                    keys = jax.random.split(jax.random.key(next(drawn)), query.shape[0])
 
-        def call() -> Arrays:
-            return {"output": np.asarray(jax.vmap(one)(*parts))}
+                def one(query: Any, key: Any, value: Any, mask: Any, random: Any) -> Any:
+                    heard: dict[str, Any] = {}
 
-        return finished(self.name, call, weights, config)
+                    def listen(q: Any, k: Any, v: Any) -> Any:
+                        heard.update(query=q, key=k, value=v)
+                        return q, k, v
+
+                    found = layer(
+                        query, key, value, mask, key=random, inference=not request.training,
+                        process_heads=listen if heads else None,
+                    )  # fmt: skip
+                    return {**heard, "output": found} if heads else found
+
+                return jax.vmap(one)(query, key, value, mask, keys)
+
+            # Without its last projection the layer gives the context.
+            bare = equinox.tree_at(lambda layer: layer.output_proj, self.layer, lambda x: x)
+            width = told.config.key_dim if told.config.value_dim is None else told.config.value_dim
+
+            def call() -> Arrays:
+                found = {name: np.asarray(x) for name, x in output(self.layer, given, True).items()}
+                if request.training:
+                    return {"output": found["output"]}
+                context = np.asarray(output(bare, given))
+                shape = (*context.shape[:2], told.config.num_heads, width)
+                return {**found, "context": context.reshape(shape)}
+
+            gradients: Arrays = {}
+            if cotangent is not None:
+                held, rest = equinox.partition(self.layer, equinox.is_inexact_array)
+                ours, theirs = pulled(
+                    lambda held, given: output(equinox.combine(held, rest), given),
+                    held, given, cotangent,
+                )  # fmt: skip
+                arrays = arrays_in(equinox.combine(ours, rest)).arrays
+                gradients = {**told.canonical(arrays), **theirs}
+            return finished(self.name, request, call, told, gradients)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.subjects.foreign import dense_mask, described, finished, recipe_of, refuse
+from anymha.interchange.libraries import opened as arrays_in
+from anymha.parity.subjects.foreign import dense_mask, finished, known, refuse, trio
+from anymha.parity.subjects.jax_tools import arrays_of, precise, pulled
 from anymha.parity.trace import Arrays, Request, Trace
 
 
@@ -17,7 +19,7 @@ def opened(layer: Any) -> FlaxLayer:
 
 
 class FlaxLayer:
-    """nnx's own layer."""
+    """nnx's own layer; copies of it are run, so that it keeps its state and random numbers."""
 
     name = "flax.nnx.MultiHeadAttention"
 
@@ -26,26 +28,49 @@ class FlaxLayer:
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.trace.Subject`."""
-        jnp: Any = importlib.import_module("jax.numpy")
-        weights, config = described(self.layer)
+        told = known(self.layer)
         refuse(request, "Flax", attention_bias=request.bias is not None)
-        seen = dense_mask(recipe_of(weights, config, request))
-        mask = None if seen is None else jnp.asarray(seen)
-        query, value, key = (jnp.asarray(x) for x in request.three)
-        layer, heard = self.layer, {}
-        own = layer.attention_fn
+        with precise(told.weights):
+            nnx: Any = importlib.import_module("flax.nnx")
+            jax: Any = importlib.import_module("jax")
+            seen = dense_mask(told.recipe(request))
+            mask = None if seen is None else jax.numpy.asarray(seen)
+            given = arrays_of(request.inputs)
+            graph, params, rest = nnx.split(self.layer, nnx.Param, ...)
+            copied = jax.tree.map(lambda leaf: leaf, rest)
+            running = nnx.merge(graph, params, copied)
 
-        def listening(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
-            context = own(q, k, v, *args, **options)
-            heard.update(query=q, key=k, value=v, context=context)
-            return context
+            def output(layer: Any, given: Any, **options: Any) -> Any:
+                query, value, key = trio(given)
+                # In decoding the layer keeps what it saw, and has other inputs.
+                return layer(
+                    query, key, value, mask=mask, deterministic=not request.training,
+                    decode=False, **options,
+                )  # fmt: skip
 
-        def call() -> Arrays:
-            output = layer(query, key, value, mask=mask, deterministic=not request.training)
-            return {name: np.asarray(x) for name, x in {**heard, "output": output}.items()}
+            def call() -> Arrays:
+                heard: dict[str, Any] = {}
+                layer = running
+                own = layer.attention_fn
 
-        layer.attention_fn = listening
-        try:
-            return finished(self.name, call, weights, config)
-        finally:
-            layer.attention_fn = own
+                def listening(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+                    context = own(q, k, v, *args, **options)
+                    heard.update(query=q, key=k, value=v, context=context)
+                    return context
+
+                layer.attention_fn = listening
+                try:
+                    heard["output"] = output(layer, given)
+                finally:
+                    layer.attention_fn = own
+                return {name: np.asarray(x) for name, x in heard.items()}
+
+            gradients: Arrays = {}
+            if cotangent is not None:
+                ours, theirs = pulled(
+                    lambda held, given: output(nnx.merge(graph, held, copied), given),
+                    params, given, cotangent,
+                )  # fmt: skip
+                merged = arrays_in(nnx.merge(graph, ours, copied)).arrays
+                gradients = {**told.canonical(merged), **theirs}
+            return finished(self.name, request, call, told, gradients)

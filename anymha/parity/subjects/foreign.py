@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,32 +11,82 @@ import numpy as np
 from anymha.config import AttentionConfig
 from anymha.errors import LayoutError
 from anymha.interchange.layers import get_weights
+from anymha.interchange.layouts import get_layout, to_canonical
+from anymha.interchange.libraries import opened
 from anymha.interchange.weights import Weights
-from anymha.parity.recipe import Arrays, Recipe, allowed
-from anymha.parity.trace import Request, Trace, name_of_dtype, problem_of
+from anymha.parity.recipe import Arrays, Recipe, allowed, run
+from anymha.parity.trace import STAGES, Request, Trace, as_numpy, name_of_dtype, problem_of
 from anymha.parity.truth import fold
 
 
-def described(layer: Any) -> tuple[Arrays, AttentionConfig]:
-    """A live layer's canonical weights and options.
+@dataclass(frozen=True)
+class Known:
+    """What a live layer tells of itself.
 
-    Raises:
-        LayoutError: it computes more than attention, as rotary positions.
+    Args:
+        weights: Its canonical weights.
+        config: Its options.
+        layout: The name of its layout.
+        arrays: Its arrays by their names there.
+        needs: What its forward pass needs beside plain attention, in words.
     """
-    weights = get_weights(layer)
+
+    weights: Arrays
+    config: AttentionConfig
+    layout: str
+    arrays: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its users should know."""
+        return (f"it computes more than attention: {'; '.join(self.needs)}",) if self.needs else ()
+
+    def recipe(self, request: Request) -> Recipe:
+        """What a layer with these weights computes by the written meaning."""
+        return fold(problem_of(self.config, self.weights, request)).recipe
+
+    def canonical(self, gradients: Mapping[str, Any]) -> Arrays:
+        """Gradients of its arrays by canonical name: layouts only move numbers, and split them.
+
+        Args:
+            gradients: By the names of the layout; None or missing where there is none.
+        """
+        found = {}
+        for name, array in self.arrays.items():
+            got = gradients.get(name)
+            found[name] = np.zeros_like(as_numpy(array)) if got is None else as_numpy(got)
+        config = self.config
+        sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
+        return dict(to_canonical(found, self.layout, **sizes)[0])
+
+
+def known(layer: Any, **sizes: Any) -> Known:
+    """What a live layer, or parameters by name, tell.
+
+    Args:
+        layer: As `anymha.get_weights` takes it.
+        **sizes: What it does not tell.
+    """
+    weights = get_weights(layer, **sizes)
     assert isinstance(weights, Weights)
-    if weights.needs:
-        raise LayoutError(
-            f"The {type(layer).__name__} computes more than attention: {'; '.join(weights.needs)}. "
-            "Compare it as a function, `lambda query, value, key: layer(...)`."
-        )
     assert weights.config is not None
-    return dict(weights), weights.config
+    live = opened(layer)
+    return Known(dict(weights), weights.config, weights.layout, live.arrays, weights.needs)
 
 
-def recipe_of(weights: Arrays, config: AttentionConfig, request: Request) -> Recipe:
-    """What a layer with these weights would compute by the written meaning."""
-    return fold(problem_of(config, weights, request)).recipe
+def by_layout(arrays: Mapping[str, Any], layout: str, sizes: Mapping[str, Any]) -> Known:
+    """What arrays of a named layout tell; others beside them are left out.
+
+    Args:
+        arrays: By name.
+        layout: The layout's name.
+        sizes: What the shapes do not tell.
+    """
+    names = get_layout(layout).names()
+    held = {name: arrays[name] for name in names if name in arrays}
+    weights, config = to_canonical(held, layout, **sizes)
+    return Known(dict(weights), config, layout, held, weights.needs)
 
 
 def dense_mask(recipe: Recipe) -> np.ndarray | None:
@@ -62,7 +113,7 @@ def refuse(request: Request, library: str, **unknown: bool) -> None:
     Raises:
         LayoutError: it has one.
     """
-    asked = [name for name, there in unknown.items() if there]
+    asked = [f"`{name}`" for name, there in unknown.items() if there]
     if request.inputs["query"].ndim != 3:
         asked.append("inputs with more axes than (batch, length, features)")
     if asked:
@@ -71,22 +122,64 @@ def refuse(request: Request, library: str, **unknown: bool) -> None:
 
 def finished(
     name: str,
+    request: Request,
     call: Callable[[], Arrays],
-    weights: Arrays,
-    config: AttentionConfig,
-    **more: Any,
+    told: Known | None,
+    gradients: Arrays | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Trace:
-    """The trace of a layer that is called twice; `call` gives "output" and what else it tells."""
+    """The trace of a layer that is called twice, to see whether it gives the same.
+
+    Args:
+        name: What it is.
+        request: What was asked.
+        call: Gives "output", and what else it tells, by stage and "scores".
+        told: What it tells of itself.
+        gradients: By canonical name.
+        notes: What its users should know.
+    """
     found, again = call(), call()
-    output = found.pop("output")
+    found = {n: a.astype(np.float64) if n in STAGES[:-1] else a for n, a in found.items()}
+    output, scores = found.pop("output"), found.pop("scores", None)
     return Trace(
         name,
         output,
-        found.pop("scores", None),
-        {stage: array.astype(np.float64) for stage, array in found.items()},
-        weights=weights,
-        config=config,
-        accumulated=name_of_dtype(output),
-        random=not np.array_equal(output, again["output"], equal_nan=True),
-        **more,
+        scores,
+        found if told is None else settled(found, told.recipe(request)),
+        gradients or {},
+        None if told is None else told.weights,
+        None if told is None else told.config,
+        name_of_dtype(output),
+        not np.array_equal(output, again["output"], equal_nan=True),
+        (*(told.notes if told is not None else ()), *notes),
     )
+
+
+def settled(stages: Arrays, recipe: Recipe) -> Arrays:
+    """The stages in float64, at positions that a mask excludes as the recipe has them.
+
+    These count for nothing, and layers differ in what they hold there: anymha zeros.
+
+    Args:
+        stages: What a layer told.
+        recipe: What a layer with its weights computes.
+    """
+    stages = {name: array.astype(np.float64) for name, array in stages.items()}
+    masks = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]
+    if not masks:
+        return stages
+    batch, _, keys = recipe.lengths
+    seen = np.broadcast_to(np.logical_and.reduce(masks), (batch, 1, 1, keys))  # (B, 1, 1, S)
+    own = run(recipe)
+    places = dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None]) | {"logits": seen}
+    for name, place in places.items():
+        if name in stages and stages[name].shape == own[name].shape:
+            stages[name] = np.where(place, stages[name], own[name])
+    return stages
+
+
+def trio(given: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Query, value and key, each there; where one is not given, the very object it stands for."""
+    query = given["query"]
+    value = given.get("value", query)
+    return query, value, given.get("key", value)

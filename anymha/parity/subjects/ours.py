@@ -9,7 +9,9 @@ import numpy as np
 
 from anymha.interchange.layers import get_weights
 from anymha.layer import multi_head_attention
-from anymha.parity.trace import INPUTS, Arrays, Request, Trace, as_numpy
+from anymha.parity.subjects.foreign import settled
+from anymha.parity.trace import INPUTS, Arrays, Request, Trace, as_numpy, problem_of
+from anymha.parity.truth import fold
 from anymha.registry import backend_of
 from anymha.tape import vjp
 
@@ -55,11 +57,12 @@ class Ours:
         )  # fmt: skip
         stages.pop("output", None)  # that of the layer's own call counts
         found = as_numpy(output)
+        recipe = fold(problem_of(layer.config, held, request)).recipe
         return Trace(
             self.name,
             found,
             as_numpy(scores),
-            stages,
+            settled(stages, recipe),
             {} if cotangent is None else self._gradients(inputs, others, cotangent, found.dtype),
             held,
             layer.config,

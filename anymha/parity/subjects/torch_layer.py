@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.subjects.foreign import dense_mask, described, finished, recipe_of, refuse
-from anymha.parity.trace import Arrays, Request, Trace, as_numpy
+from anymha.parity.recipe import Recipe
+from anymha.parity.subjects.foreign import dense_mask, finished, known, refuse, trio
+from anymha.parity.subjects.torch_tools import array, kept, parameters_of, pulled, tensors
+from anymha.parity.trace import Arrays, Request, Trace
 
 
 def opened(layer: Any) -> TorchLayer:
@@ -17,7 +21,10 @@ def opened(layer: Any) -> TorchLayer:
 
 
 class TorchLayer:
-    """torch's own layer, called as its users do: without weights, in its own mode."""
+    """torch's own layer, called as its users do: without its scores, and without gradients.
+
+    One input is passed as one tensor three times, for which torch has another kernel.
+    """
 
     name = "torch.nn.MultiheadAttention"
 
@@ -27,46 +34,80 @@ class TorchLayer:
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.trace.Subject`."""
         torch: Any = importlib.import_module("torch")
-        layer, (weights, config) = self.layer, described(self.layer)
+        layer, told = self.layer, known(self.layer)
         refuse(request, "torch")
-        recipe = recipe_of(weights, config, request)
-        seen = dense_mask(recipe)
-        mask = None
-        if seen is not None:
-            mask = torch.from_numpy(~seen.reshape(-1, *seen.shape[2:]))  # True: not to be seen
-        if recipe.bias is not None:
-            shape = (*recipe.lengths[:1], recipe.heads[0], *recipe.lengths[1:])
-            bias = np.broadcast_to(recipe.bias, shape).reshape(-1, *shape[2:])
-            dtype = layer.out_proj.weight.dtype
-            added = torch.from_numpy(np.ascontiguousarray(bias)).to(dtype)
-            mask = added if mask is None else added.masked_fill(mask, -torch.inf)
+        mask = _mask(layer, told.recipe(request))
+        given = tensors(layer, request.inputs)
         first = (lambda x: x) if layer.batch_first else (lambda x: x.transpose(0, 1))
-        like = layer.out_proj.weight
-        arrays = [torch.from_numpy(np.ascontiguousarray(x)) for x in _plain(request.three)]
-        query, value, key = (first(x.to(like.device, like.dtype)) for x in arrays)
-        was = layer.training
-        layer.train(request.training)
+
+        def output(given: Mapping[str, Any], **options: Any) -> Any:
+            query, value, key = trio({name: first(x) for name, x in given.items()})
+            return layer(query, key, value, attn_mask=mask, **options)
 
         def call() -> Arrays:
             with torch.no_grad():
-                output = layer(query, key, value, attn_mask=mask, need_weights=False)[0]
-                scores = layer(
-                    query, key, value, attn_mask=mask, need_weights=True,
-                    average_attn_weights=False,
-                )[1]  # fmt: skip
-            return {"output": as_numpy(first(output)), "scores": as_numpy(scores)}
+                with _listening(torch) as heard:
+                    found = first(output(given, need_weights=False)[0])
+                scores = output(given, need_weights=True, average_attn_weights=False)[1]
+            return {**_heads(heard), "output": array(found), "scores": array(scores)}
 
-        try:
-            trace = finished(
-                self.name, call, weights, config,
-                notes=("by default it returns the scores averaged over the heads; they are "
-                       "compared head by head, with `average_attn_weights=False`",),
+        with kept(layer, request.training):
+            gradients: Arrays = {}
+            if cotangent is not None:
+                gradients = pulled(
+                    parameters_of(layer),
+                    lambda given: first(output(given, need_weights=False)[0]),
+                    given, cotangent, told,
+                )  # fmt: skip
+            return finished(
+                self.name, request, call, told, gradients,
+                ("by default it returns the scores averaged over the heads; they are compared "
+                 "head by head, with `average_attn_weights=False`",),
             )  # fmt: skip
-        finally:
-            layer.train(was)
-        return trace
 
 
-def _plain(arrays: Any) -> list[np.ndarray]:
-    """bfloat16 of NumPy, which torch does not read, as float32; it is rounded again after."""
-    return [a.astype(np.float32) if a.dtype.name == "bfloat16" else a for a in arrays]
+def _mask(layer: Any, recipe: Recipe) -> Any:
+    """Masks and bias as torch takes them: (B * H, T, S), True = not to be seen, or added."""
+    torch: Any = importlib.import_module("torch")
+    seen = dense_mask(recipe)
+    like = layer.out_proj.weight
+    mask = None
+    if seen is not None:
+        mask = torch.from_numpy(~seen.reshape(-1, *seen.shape[2:])).to(like.device)
+    if recipe.bias is None:
+        return mask
+    batch, queries, keys = recipe.lengths
+    whole = np.broadcast_to(recipe.bias, (batch, recipe.heads[0], queries, keys))
+    bias = tensors(layer, {"bias": whole.reshape(-1, queries, keys)})["bias"]
+    return bias if mask is None else bias.masked_fill(mask, -torch.inf)
+
+
+@contextmanager
+def _listening(torch: Any) -> Iterator[list[tuple[Any, ...]]]:
+    """Query, key, value and context of each call of torch's own function for attention.
+
+    The layer does not call it where it has a kernel of its own, and then nothing is heard. A mode
+    that hears all functions would keep the layer from that kernel.
+    """
+    functional: Any = importlib.import_module("torch.nn.functional")
+    own = functional.scaled_dot_product_attention
+    heard: list[tuple[Any, ...]] = []
+
+    def listening(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
+        context = own(query, key, value, *args, **options)
+        heard.append((query, key, value, context))
+        return context
+
+    functional.scaled_dot_product_attention = listening
+    try:
+        yield heard
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+def _heads(heard: list[tuple[Any, ...]]) -> Arrays:
+    """What was heard once, (B, H, T, d), by stage, (B, T, H, d)."""
+    if len(heard) != 1 or any(x.ndim != 4 for x in heard[0]):
+        return {}
+    names = ("query", "key", "value", "context")
+    return {name: array(x.transpose(1, 2)) for name, x in zip(names, heard[0], strict=True)}
