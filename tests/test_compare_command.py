@@ -254,6 +254,7 @@ WRONG = {
     "no query": (["numpy", "numpy", "--inputs", "key.npz"], "key.npz has no 'query'"),
     "no model": (["numpy", "none.onnx"], "none.onnx"),
     "no widths": (["port:right", "port:forgot"], "give inputs with `--inputs`"),
+    "no weights": (["numpy", "port:right"], "which does not tell them. Name a layer"),
     "unknown case": (["numpy", "numpy", "--cases", "self,colour"], "self, cross, causal, padded"),
     "cases and inputs": (["numpy", "numpy", "--cases", "self", "--inputs", "x.npz"], "give one"),
     "unknown arrays": (["numpy", "numpy", "--arrays", "colour"], "Received: 'colour'"),

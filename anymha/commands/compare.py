@@ -23,7 +23,7 @@ from anymha.parity.reports.junit import to_junit
 from anymha.parity.reports.markdown import to_markdown
 from anymha.parity.reports.outcome import Outcome, passed, to_dict
 from anymha.parity.reports.terminal import print_outcomes
-from anymha.parity.saved import SavedCase, load_case
+from anymha.parity.saved import Layer, SavedCase, load_case
 from anymha.parity.trace import as_numpy, name_of_dtype
 from anymha.registry import get_backend
 
@@ -124,18 +124,19 @@ def _outcomes(
     options: argparse.Namespace,
 ) -> Iterator[Outcome]:
     held = next((one.held for one in every if one.held is not None), None)
+    other = None
     if saved is not None:
         several = len(every) > 2
         cases = [Given(options.inputs.stem if several else "", saved.inputs, saved.call)]
-        known = saved.layers.get("reference") or held or made_layer(*_shape_of(saved.inputs))
+        known = saved.layers.get("reference") or held
+        known = known or _random_layer(every, *_shape_of(saved.inputs))
         other = saved.layers.get("candidate") if not several else None
     else:
         if held is None and all(one.implementation is not None for one in every):
             raise UsageError(
                 "None of these tells the widths of its inputs: give inputs with `--inputs`."
             )
-        known = held or made_layer((FEATURES, FEATURES, FEATURES))
-        other = None
+        known = held or _random_layer(every, (FEATURES, FEATURES, FEATURES))
         widths = [known.weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
         dtype = known.weights["query.kernel"].dtype
         cases = made_cases(names, (widths[0], widths[1], widths[2]), dtype)
@@ -144,6 +145,24 @@ def _outcomes(
     for (i, one), (j, two) in itertools.combinations(enumerate(every), 2):
         for case in cases:
             yield _outcome(case, (one, two), (live[i], live[j]), options.arrays)
+
+
+def _random_layer(
+    every: Sequence[Named], widths: tuple[int, int, int], dtype: str = "float32"
+) -> Layer:
+    """Random weights, where no one holds other ones.
+
+    Raises:
+        UsageError: someone does, and does not tell them.
+    """
+    silent = [one.name for one in every if one.implementation is not None]
+    named_alone = [one.name for one in every if one.implementation is None]
+    if silent and named_alone:
+        raise UsageError(
+            f"A layer of {named_alone[0]} must get the weights that {silent[0]} has, which does "
+            "not tell them. Name a layer, or what `anymha.parity.declare` makes, or a saved case."
+        )
+    return made_layer(widths, dtype)
 
 
 def _shape_of(inputs: dict[str, Any]) -> tuple[tuple[int, int, int], str]:

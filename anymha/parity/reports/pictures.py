@@ -17,7 +17,7 @@ from anymha.parity.trace import name_of_dtype
 from anymha.parity.units import eps
 
 ATTENTION = ("logits", "masked_logits", "probabilities", "dropped_probabilities", "scores")
-"""Stages of shape (B, H, T, S)."""
+"""Stages of shape (B, H, T, S): two before the softmax, then what it gives."""
 HEADS_LAST = ("query", "key", "value", "context")
 """Stages of shape (B, T, H, d)."""
 
@@ -94,8 +94,8 @@ def heat_maps(found: Found) -> list[HeatMap]:
     wrong = [found.first_divergence, *(s.name for s in found.stages if not s.passed or s.culprit)]
     drawn = [heat_map(found, name) for name in dict.fromkeys(wrong) if name is not None]
     chosen = [one for one in drawn if one is not None][:1]
-    if not any(one.stage in ATTENTION for one in chosen):
-        order = ("probabilities", "scores", "masked_logits", "logits")
+    if not any(one.stage in ATTENTION[2:] for one in chosen):
+        order = ("probabilities", "scores") if chosen else ("probabilities", "scores", *ATTENTION)
         chosen += [one for one in (heat_map(found, n) for n in order) if one is not None][:1]
     if not any(one.stage in (*ATTENTION, "output") for one in chosen):
         output = heat_map(found, "output")
