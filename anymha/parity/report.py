@@ -37,11 +37,13 @@ class Comparison(Found):
         >>> from anymha.parity import compare
         >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
         >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
-        >>> report = compare(layer, lambda query: 2 * layer(query), x)
+        >>> def port(query, use_causal_mask):
+        ...     return layer(query)
+        >>> report = compare(layer, port, x, use_causal_mask=True)
         >>> report.passed, report.first_divergence
-        (False, 'output')
+        (False, 'masked_logits')
         >>> print(report.to_markdown().splitlines()[0])
-        ### ❌ <lambda> against anymha in numpy
+        ### ❌ port against anymha in numpy
     """
 
     def to_json(self, path: str | Path) -> None:
