@@ -96,8 +96,7 @@ def test_a_library_s_layer_with_our_weights_agrees_in_each_stage_and_gradient(ki
     told = {stage.name for stage in report.stages}
     if (kind, call) not in (("torch", "self"), ("torch", "causal")):  # it has a kernel for them
         assert told >= PROJECTED
-    if kind.startswith(("torch", "keras")):
-        assert "scores" in told
+    assert ("scores" in told) == (kind != "equinox")
     wanted = {*anymha.get_weights(layer), *("query", "value", "key")[: len(inputs)]}
     found = {name for name in told if name.startswith("gradient of ")}
     assert found == ({f"gradient of {n}" for n in wanted} if gradients_there(kind) else set())

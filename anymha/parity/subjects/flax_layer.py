@@ -18,6 +18,18 @@ def opened(layer: Any) -> FlaxLayer:
     return FlaxLayer(layer)
 
 
+class _Sown:
+    """Takes the attention's weights in place of the layer, which would keep them."""
+
+    weights: Any = None
+
+    def sow(self, kind: Any, name: str, value: Any, **options: Any) -> bool:
+        """Keep a value, as `nnx.Module.sow`."""
+        del kind, name, options
+        self.weights = value
+        return True
+
+
 class FlaxLayer:
     """nnx's own layer; copies of it are run, so that it keeps its state and random numbers."""
 
@@ -50,20 +62,24 @@ class FlaxLayer:
 
             def call() -> Arrays:
                 heard: dict[str, Any] = {}
-                layer = running
+                layer, sown = running, _Sown()
                 own = layer.attention_fn
 
                 def listening(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+                    if options.get("module") is not None:
+                        options["module"] = sown
                     context = own(q, k, v, *args, **options)
                     heard.update(query=q, key=k, value=v, context=context)
                     return context
 
                 layer.attention_fn = listening
                 try:
+                    output(layer, given, sow_weights=True)
                     heard["output"] = output(layer, given)
                 finally:
                     layer.attention_fn = own
-                return {name: np.asarray(x) for name, x in heard.items()}
+                heard["scores"] = sown.weights
+                return {n: np.asarray(x) for n, x in heard.items() if x is not None}
 
             gradients: Arrays = {}
             if cotangent is not None:

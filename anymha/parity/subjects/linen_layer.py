@@ -47,7 +47,7 @@ class LinenLayer:
             seen = dense_mask(told.recipe(request))
             mask = None if seen is None else jax.numpy.asarray(seen)
             given, module = arrays_of(request.inputs), self.module
-            drawn = iter(range(4))
+            drawn = iter(range(8))
 
             def output(variables: Any, given: Any, **options: Any) -> Any:
                 query, value, key = trio(given)
@@ -71,6 +71,8 @@ class LinenLayer:
 
                 with linen.intercept_methods(listen):
                     heard["output"] = output(self.variables, given)
+                sown = output(self.variables, given, sow_weights=True, mutable=["intermediates"])
+                heard["scores"] = sown[1]["intermediates"]["attention_weights"][0]
                 return {name: np.asarray(x) for name, x in heard.items()}
 
             gradients: Arrays = {}
