@@ -318,6 +318,22 @@ def _html(outcomes: list[Outcome]) -> str:
     return to_html(outcomes)
 
 
+@pytest.mark.usefixtures("hasty")
+def test_other_weights_are_told_in_every_form(tmp_path: Path) -> None:
+    one = layer()
+    held = anymha.get_weights(one)
+    other = anymha.set_weights(layer(), {**held, "value.bias": held["value.bias"] + 1})
+    found = compare(one, other, x(2, 5, 12))
+    words = "Their weights differ: value.bias. Give both the same, and compare again."
+    assert found.first_divergence == "value"
+    assert words in found.to_text()
+    assert words in found.to_markdown()
+    assert words in page(found, tmp_path)
+    stream = io.StringIO()
+    print_comparison(Console(file=stream, width=100), found)
+    assert words in stream.getvalue()
+
+
 @pytest.mark.parametrize("width", [60, 80, 140])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_terminal_tells_verdict_first_and_loses_nothing(

@@ -58,6 +58,14 @@ class Found:
                     f"{worst.units:.2g} units of rounding off, {worst.budget:.2g} may")  # fmt: skip
         return f"PARITY DOES NOT HOLD: {both} part at {self.first_divergence}: {self.diagnosis}"
 
+    @property
+    def advice(self) -> str:
+        """What to do where the two do not even have the same weights; else empty."""
+        names = [s.name.removeprefix("weight ") for s in self.stages if s.name[:7] == "weight "]
+        if not names:
+            return ""
+        return f"Their weights differ: {', '.join(names)}. Give both the same, and compare again."
+
     def repeated(self, file: str = "case.npz") -> str:
         """The command that repeats the case.
 
@@ -115,6 +123,7 @@ class Found:
         if self.diagnosis is not None:
             lines += ["", f"Cause: {self.diagnosis}"]
             lines += [f"  {cause.cure}" for cause in self.diagnosis.causes]
+        lines += [self.advice] if self.advice else []
         lines += [f"Not tested by these inputs: {words}" for words in self.untested]
         lines += [f"Note: {note}" for note in self.notes]
         return "\n".join(lines)

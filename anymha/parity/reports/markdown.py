@@ -57,6 +57,8 @@ def _details(found: Found | None) -> Iterator[str]:
             yield f"- Or: {_plain('; '.join(found.diagnosis.alternatives))}."
         if found.diagnosis.causes:
             yield ""
+    if found.advice:
+        yield from (f"**{_plain(found.advice)}**", "")
     yield "| | stage | error | own error | may | reference | candidate | |"
     yield "|---|---|--:|--:|--:|--:|--:|---|"
     for name, stage in shown_stages(found):

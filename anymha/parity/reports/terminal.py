@@ -67,6 +67,8 @@ def print_details(console: Console, found: Found) -> None:
         if diagnosis.alternatives:
             told = "; ".join(diagnosis.alternatives)
             _line(console, f"With these inputs it could as well be: {escape(told)}.")
+    if found.advice:
+        _line(console, f"[bold]{escape(found.advice)}[/]")
     for words in found.untested:
         _line(console, f"[yellow]Not tested by these inputs:[/] {escape(words)}")
     for note in found.notes:
