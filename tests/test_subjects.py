@@ -557,11 +557,12 @@ def test_a_model_of_onnx_is_run_by_the_names_of_its_inputs(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tensorflow", "jax"])
-def test_our_layers_tell_excluded_keys_as_the_others_do(backend) -> None:
+def test_our_layers_tell_excluded_positions_as_the_others_do(backend) -> None:
     if not get_backend(backend).installed:
         skip_or_fail(backend, f"{backend} is not installed")
     layer = anymha.convert(reference(), to=backend)
-    request = make_request([QUERY, VALUE, KEY], {"value_mask": PADDED})
+    rows = np.arange(5) < np.array([5, 3, 2])[:, None]
+    request = make_request([QUERY, VALUE, KEY], {"value_mask": PADDED, "query_mask": rows})
     found = subject(layer).trace(request, None)
     assert found.config is not None
     assert found.weights is not None

@@ -165,13 +165,16 @@ def settled(stages: Arrays, recipe: Recipe) -> Arrays:
         recipe: What a layer with its weights computes.
     """
     stages = {name: array.astype(np.float64) for name, array in stages.items()}
-    masks = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]
-    if not masks:
+    keys = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]
+    rows = recipe.masks.get("query_mask")
+    if not keys and rows is None:
         return stages
-    batch, _, keys = recipe.lengths
-    seen = np.broadcast_to(np.logical_and.reduce(masks), (batch, 1, 1, keys))  # (B, 1, 1, S)
+    batch, queries, length = recipe.lengths
+    seen = np.logical_and.reduce([np.ones((batch, 1, 1, length), bool), *keys])  # (B, 1, 1, S)
+    asking = np.broadcast_to(True if rows is None else rows, (batch, 1, queries, 1))
     own = run(recipe)
-    places = dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None]) | {"logits": seen}
+    places = dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None])
+    places |= {"query": asking[:, 0, :, :, None], "logits": seen & asking}
     for name, place in places.items():
         if name in stages and stages[name].shape == own[name].shape:
             stages[name] = np.where(place, stages[name], own[name])
