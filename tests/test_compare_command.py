@@ -19,6 +19,7 @@ import anymha.commands.named
 from anymha.cli import main
 from anymha.commands.given import CASES, made_cases
 from anymha.commands.named import LIVE, settle_keras_backend
+from tests.conftest import usable
 from tests.frameworks import required
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +241,32 @@ def test_file_of_the_user_is_enough(command: Run, folder: Path) -> None:
     status, out, _ = command("port:layer", "port:forgot", "--inputs", "x.npz")
     assert status == 1
     assert "causal mask ignored" in out.splitlines()[0]
+
+
+def test_function_of_torch_gets_tensors_and_again_when_repeated(command: Run, folder: Path) -> None:
+    usable("torch")
+    (folder / "port.py").write_text(
+        PORT.replace('backend="numpy"', 'backend="torch"').replace(
+            "import numpy as np", "import torch"
+        )
+        + "\n\ndef strict(query, value=None, key=None, **call):\n"
+        "    assert isinstance(query, torch.Tensor)\n"
+        "    return layer(query, value, key, **call) + 1\n"
+    )
+    arguments = ("port:layer", "port:right", "--cases", "causal", "--arrays", "torch")
+    status, out, err = command(*arguments)
+    assert (status, err) == (0, ""), out
+    arguments = ("port:layer", "port:strict", "--cases", "padded", "--arrays", "torch")
+    status, out, _ = command(*arguments, "--save", "a.npz")
+    assert status == 1
+    assert "raised" not in out
+    again = command("port:layer", "port:strict", "--inputs", "a.npz")
+    assert again[0] == 1
+    assert "raised" not in again[1]
+    assert (
+        "raised AssertionError"
+        in command("port:layer", "port:strict", "--inputs", "a.npz", "--arrays", "numpy")[1]
+    )
 
 
 WRONG = {

@@ -364,6 +364,8 @@ def test_terminal_tells_several(bad: Comparison, good: Comparison) -> None:
     assert "✗ differs" in text
     assert "- b against a, padded: not run: it takes no mask" in text
     assert text.count("Cause: ") == 1
+    assert "   3 other quantities agree\n" in text
+    assert "logits   " not in text.replace("masked_logits", "")
 
 
 def test_saved_case_gives_back_every_bit(tmp_path: Path) -> None:

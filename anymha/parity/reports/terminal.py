@@ -46,15 +46,24 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
         line = f"[{style}]{_sign(console, one.state)}[/] [bold]{escape(one.title)}[/]: "
         console.print(line + escape(one.told), highlight=False, soft_wrap=True)
         if one.found is not None:
-            print_details(console, one.found)
+            print_details(console, one.found, brief=True)
     found = next((one.found for one in outcomes if one.found is not None), None)
     if found is not None:
         print_environment(console, found)
 
 
-def print_details(console: Console, found: Found) -> None:
-    """The stages, why they differ and what to do, what is not tested, and notes."""
-    console.print(_stages(console, found))
+def print_details(console: Console, found: Found, brief: bool = False) -> None:
+    """The stages, why they differ and what to do, what is not tested, and notes.
+
+    Args:
+        console: Where.
+        found: What was found.
+        brief: Whether stages that agree are only counted.
+    """
+    console.print(_stages(console, found, brief))
+    right = sum(state_of(found, stage.name) == "good" for stage in found.stages)
+    if brief and right:
+        console.print(f"   {right} other quantities agree", style="dim")
     diagnosis = found.diagnosis
     if diagnosis is not None:
         for cause in diagnosis.causes:
@@ -82,7 +91,7 @@ def print_environment(console: Console, found: Found) -> None:
     console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _stages(console: Console, found: Found) -> Table:
+def _stages(console: Console, found: Found, brief: bool) -> Table:
     wide = console.width >= NARROW
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
@@ -92,7 +101,7 @@ def _stages(console: Console, found: Found) -> Table:
     table.add_column("")
     for name, stage in shown_stages(found):
         first = name == found.first_divergence
-        if stage is None and not first:
+        if (stage is None and not first) or (brief and state_of(found, name) == "good"):
             continue
         arrow = "->" if console.options.ascii_only else "→"
         cells = [arrow if first else "", escape(name)]
