@@ -40,7 +40,8 @@ class Known:
     @property
     def notes(self) -> tuple[str, ...]:
         """What its users should know."""
-        return (f"it computes more than attention: {'; '.join(self.needs)}",) if self.needs else ()
+        needs = "; ".join(dict.fromkeys(self.needs))
+        return (f"it computes more than attention: {needs}",) if needs else ()
 
     def recipe(self, request: Request) -> Recipe:
         """What a layer with these weights computes by the written meaning."""
@@ -171,10 +172,10 @@ def settled(stages: Arrays, recipe: Recipe) -> Arrays:
         return stages
     batch, queries, length = recipe.lengths
     seen = np.logical_and.reduce([np.ones((batch, 1, 1, length), bool), *keys])  # (B, 1, 1, S)
-    asking = np.broadcast_to(True if rows is None else rows, (batch, 1, queries, 1))
+    asking = np.ones((batch, 1, queries, 1), bool) if rows is None else rows  # (B, 1, T, 1)
     own = run(recipe)
-    places = dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None])
-    places |= {"query": asking[:, 0, :, :, None], "logits": seen & asking}
+    places = {"query": asking[:, 0, :, :, None], "logits": seen & asking}
+    places |= dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None])
     for name, place in places.items():
         if name in stages and stages[name].shape == own[name].shape:
             stages[name] = np.where(place, stages[name], own[name])
