@@ -284,6 +284,8 @@ def test_markdown_tells_verdict_stages_cause_and_cure(bad: Comparison, tmp_path:
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {9}
     assert any("➡️" in line and "`masked_logits`" in line for line in table)
     assert "<script>" not in text
+    noted = bad.noting("`a | <b>` _c_ <d>").to_markdown()
+    assert "- `a \\| <b>` \\_c\\_ &lt;d&gt;" in noted.splitlines()
 
 
 def test_several_are_told_together(bad: Comparison, good: Comparison, tmp_path: Path) -> None:
@@ -306,6 +308,7 @@ def test_several_are_told_together(bad: Comparison, good: Comparison, tmp_path: 
     text = to_markdown(every)
     assert "| b against a | ✅ agrees | ❌ differs |" in text
     assert "| c against a | ❌ error | ⚪ not run |" in text
+    assert "<summary>✅ b against a, self: agrees in" in text
     html = pytest.importorskip("jinja2") and _html(every)
     assert html.count("<details") == 4
     assert html.count(" open>") == 2

@@ -63,7 +63,7 @@ class Named:
     @property
     def function(self) -> Callable[..., Any] | None:
         """The plain function that it is, if it is one."""
-        if self.implementation is None:
+        if self.implementation is None or isinstance(self.implementation, Path):
             return None
         asked = subject(self.implementation)
         return asked.function if isinstance(asked, Function) else None

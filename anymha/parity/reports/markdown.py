@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from html import escape
 
 from anymha.parity.found import Found, short, shown_stages
 from anymha.parity.reports.outcome import Outcome, pairs, stage_words, verdict
@@ -24,8 +25,8 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
         several = len(outcomes) > 1
         title = f"{SIGNS[one.state]} {_plain(one.title)}"
         if several and one.state == "agrees":
-            title += f": {_plain(one.told)}"
-            lines += ["<details>", f"<summary>{title}</summary>", ""]
+            told = escape(f"{SIGNS[one.state]} {one.title}: {one.told}")  # no Markdown in there
+            lines += ["<details>", f"<summary>{told}</summary>", ""]
             lines += [*_details(one.found), "</details>", ""]
             continue
         lines += [f"{'####' if several else '###'} {title}", ""]
@@ -99,9 +100,7 @@ def _sign(outcomes: Sequence[Outcome]) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown and HTML leave as it is, in one line."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))  # what is code stays code
     code = [part.replace("|", r"\|") for part in parts[1::2]]
-    words = [re.sub(r"([\\*_\[\]|])", r"\\\1", part) for part in parts[::2]]
-    words = [part.replace("`", r"\`") for part in words]
+    words = [re.sub(r"([\\*_\[\]|`])", r"\\\1", escape(part, quote=False)) for part in parts[::2]]
     return "".join(a + b for a, b in zip(words, [*code, ""], strict=True))
