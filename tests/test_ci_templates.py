@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,10 @@ def test_nox_lists_the_sessions_that_the_workflow_runs() -> None:
     if importlib.util.find_spec("nox") is None:
         pytest.skip("nox is not installed")
     command = [sys.executable, "-B", "-m", "nox", "--list", "--no-color", "-f", str(NOXFILE)]
-    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "NO_COLOR")}
+    listed = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=plain
+    )
     assert listed.returncode == 0, listed.stdout + listed.stderr
     assert re.findall(r"^\* parity\((\S+)\) ->", listed.stdout, re.MULTILINE) == matrix()
 
