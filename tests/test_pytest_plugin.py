@@ -192,7 +192,7 @@ def test_all_comparisons_go_into_a_file_of_each_form(run: Run, pytester: pytest.
     assert "Switch the causal mask on." in page.words
 
     assert "| ✓ | `test_" in found["md"]
-    assert "test_odd[<b>\\|`]` | masked_logits | causal mask ignored |" in found["md"]
+    assert "test_odd[<b>\\|`]`` | masked_logits | causal mask ignored |" in found["md"]
     assert VERDICT in found["md"]
 
     (suite,) = ElementTree.fromstring(found["xml"])

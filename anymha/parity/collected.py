@@ -93,7 +93,8 @@ def to_markdown(records: Records) -> str:
     if records:
         lines += ["| | test | first divergence | cause |", "|---|---|---|---|"]
     for one in records:
-        cells = [f"`{one['test']}`", _stage(one), _cause(one)]
+        quote = "``" if "`" in one["test"] else "`"
+        cells = [f"{quote}{one['test']}{quote}", _stage(one), _cause(one)]
         told = " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
         lines.append(f"| {'✓' if one['passed'] else '✗'} | {told} |")
     for one in records:
