@@ -12,7 +12,7 @@ from anymha.parity.causes import Cause, Diagnosis
 from anymha.parity.mistaken_attention import PRECISIONS, precision
 from anymha.parity.mistakes import CATALOGUE, Mistake
 from anymha.parity.recipe import Arrays, Recipe, run
-from anymha.parity.stagewise import OBSERVED, Tolerances, computed_dtype
+from anymha.parity.stagewise import OBSERVED, Tolerances, computed_dtype, in_units
 from anymha.parity.structure import distance
 from anymha.parity.trace import STAGES, Trace
 from anymha.parity.units import eps
@@ -182,7 +182,7 @@ class Search:
             return dict.fromkeys(distances, np.inf)  # without asking how far it may be
         tolerances = Tolerances(recipe, results, self.reference)
         return {
-            name: error / tolerances.of(name, self.trace) if error else 0.0
+            name: in_units(error, tolerances.of(name, self.trace))
             for name, error in distances.items()
         }
 

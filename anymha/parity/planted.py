@@ -110,7 +110,7 @@ def planted_call(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, 
 
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
-            "square" (as many queries as keys), "three" (key and value differ), "four" (four in a batch).
+            "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch).
         dtype: Of the inputs.
         seed: Of all numbers.
     """

@@ -50,12 +50,12 @@ class Stage:
     @property
     def units(self) -> float:
         """The error in units."""
-        return _in_units(self.error, self.unit)
+        return in_units(self.error, self.unit)
 
     @property
     def own_units(self) -> float:
         """The stage's own error in units."""
-        return _in_units(self.own_error, self.unit)
+        return in_units(self.own_error, self.unit)
 
     @property
     def passed(self) -> bool:
@@ -68,7 +68,8 @@ class Stage:
         return bool(self.faults) or not self.own_units <= self.budget
 
 
-def _in_units(error: float, unit: float) -> float:
+def in_units(error: float, unit: float) -> float:
+    """An error in units, of which there may be none."""
     return 0.0 if error == 0 else error / unit if unit else math.inf
 
 

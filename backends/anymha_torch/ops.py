@@ -27,7 +27,7 @@ from torch import (
 )
 
 from anymha.dropout import keep_mask as made_of_ops
-from anymha_torch import blocked, fused
+from anymha_torch import blocked, fused, mkl
 from anymha_torch.autograd import map, vjp
 from anymha_torch.fused import fused_refusal, transformed
 
@@ -35,12 +35,7 @@ bool = torch.bool
 name = "torch"
 _these: Any = sys.modules[__name__]
 initializer_style = "in place"
-
-# MKL chooses the variant of a function at its first call; threads that make it at once may get one
-# of half the digits for that call (pytorch/pytorch#188792). So one thread calls each here first.
-for _function in (exp, sqrt, tanh):
-    for _dtype in (float32, float64):
-        _function(torch.ones(16, dtype=_dtype, device="cpu"))
+mkl.settle(exp, sqrt, tanh)
 
 
 def asarray(obj, /, *, dtype=None, device=None):
