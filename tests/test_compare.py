@@ -144,9 +144,31 @@ def test_nan_is_never_equal_to_a_number(layer) -> None:
     assert stage.at == (1, 2, 3)
 
 
+def test_integers_are_compared_exactly() -> None:
+    whole = np.arange(24).reshape(2, 3, 4)
+    assert compare(lambda x: 2 * x, lambda x: x + x, whole).passed
+    assert not compare(lambda x: 2 * x, lambda x: 2 * x + (x == 7), whole).passed
+
+
+def test_causes_are_found_where_there_is_much_to_compute(layer) -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((3, 160, 8)).astype("float32")
+    mask = rng.random((3, 160, 160)) < 0.7
+
+    def port(query, attention_mask):
+        output = layer(query, attention_mask=attention_mask)
+        output[2] = layer(query, attention_mask=~attention_mask)[2]
+        return output
+
+    report = compare(layer, port, x, attention_mask=mask)
+    assert str(report.diagnosis) == "inverted mask (the mask)"
+    assert report.stages[0].at[0] == 2
+
+
 def test_another_dtype_and_another_shape_are_told_in_words(layer) -> None:
     report = compare(layer, lambda query: layer(query).astype("float64"), QUERY)
     assert report.stages[0].faults == ("dtype float64, not float32",)
+    assert str(report.diagnosis) == "returned in float64"
     report = compare(layer, lambda query: layer(query)[:, :3], QUERY)
     assert report.stages[0].faults == ("shape (2, 3, 8), not (2, 5, 8)",)
     assert report.first_divergence == "output"

@@ -25,6 +25,11 @@ class Cause:
     stage: str
     cure: str
 
+    @property
+    def known(self) -> tuple[str, str]:
+        """What it is in the catalogue."""
+        return self.name, self.detail
+
     def __str__(self) -> str:
         return f"{self.name} ({self.detail})" if self.detail else self.name
 

@@ -16,7 +16,7 @@ from anymha.parity.causes import Cause, Diagnosis
 from anymha.parity.diagnosis import Search
 from anymha.parity.recipe import Arrays, Recipe, run
 from anymha.parity.stagewise import computed_dtype
-from anymha.parity.trace import Trace
+from anymha.parity.trace import Trace, name_of_dtype
 from anymha.parity.units import eps
 
 
@@ -65,6 +65,8 @@ class Meaning:
             found = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
             return _beside_the_values(wrong)
+        if found is not None and not found.explained:
+            found = _of_another_dtype(self.trace, trace, found, wrong)
         if "scores" not in wrong:
             return found
         own = self._of_scores(trace, scores, found)
@@ -101,6 +103,9 @@ class Meaning:
             known = _of_the_reference(self.scores_reason, after)
             return replace(known, causes=tuple(replace(c, stage="scores") for c in known.causes))
         own = _returned(run(after), trace, told["scores"])
+        if own is None and Search(self.plain, trace, told, self.trace).fits():
+            cure = "They are the probabilities that anymha means; its output saw others."
+            own = Diagnosis((Cause("others than its output saw", "", "scores", cure),), 0.0)
         own = own or Search(self.scores, trace, told, self.trace).diagnose(pairs=False)
         causes = tuple(_in_scores(cause) for cause in own.causes)
         return replace(own, causes=causes, recipe=after if causes else None)
@@ -158,6 +163,17 @@ def _beside_the_values(wrong: Collection[str]) -> Diagnosis:
     cure = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
             "or a factor that the backward pass leaves out.")  # fmt: skip
     return Diagnosis((Cause("the gradients alone differ", "", first, cure),), 0.0)
+
+
+def _of_another_dtype(
+    meant: Trace, trace: Trace, found: Diagnosis, wrong: Collection[str]
+) -> Diagnosis:
+    """Right values in a wider dtype than was meant; else what was found."""
+    names = name_of_dtype(meant.output), name_of_dtype(trace.output)
+    if names[0] == names[1] or set(wrong) - {"output"} or found.causes:
+        return found
+    cure = f"Return the output in {names[0]}, that of the inputs."
+    return Diagnosis((Cause(f"returned in {names[1]}", "", "output", cure),), 0.0)
 
 
 def _in_scores(cause: Cause) -> Cause:

@@ -69,6 +69,19 @@ class Recipe:
         """The same with other fields."""
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
+    def of_batch(self, at: int) -> Recipe:
+        """The same for one element of the batch."""
+
+        def own(array: np.ndarray | None) -> np.ndarray | None:
+            return array if array is None or len(array) == 1 else array[at : at + 1]
+
+        inputs = {name: array[at : at + 1] for name, array in self.inputs.items()}
+        masks = {
+            n: m if m.ndim < 4 or len(m) == 1 else m[at : at + 1] for n, m in self.masks.items()
+        }
+        return self.but(inputs=inputs, masks=masks, offset=own(self.offset), bias=own(self.bias),
+                        kept=own(self.kept))  # fmt: skip
+
     def stepping(self, stage: str, step: Step) -> Recipe:
         """The same with another step for a stage."""
         return replace(self, steps={**self.steps, stage: step})

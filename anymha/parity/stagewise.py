@@ -102,6 +102,8 @@ class Tolerances:
 def computed_dtype(trace: Trace) -> str:
     """The narrowest dtype through which a trace's numbers went."""
     names = [name_of_dtype(trace.output)]
+    if "float" not in names[0]:
+        names = ["float64"]  # integers have no rounding of their own
     config = trace.config
     if config is not None:
         names += [config.dtype, config.compute_dtype or config.dtype]
