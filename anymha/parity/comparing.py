@@ -28,6 +28,8 @@ from anymha.parity.trace import STAGES, Request, Trace, make_request, name_of_dt
 from anymha.parity.truth import Folded, expected, fold
 from anymha.parity.units import eps, longest_sum
 
+PROJECTIONS = ("query", "key", "value")
+
 
 class ParityError(AnymhaError, AssertionError):
     """Two implementations do not agree; the message says where and why."""
@@ -235,8 +237,9 @@ def _first_divergence(stages: list[Stage], told: Arrays, diagnosis: Diagnosis | 
     cause = diagnosis.causes[0] if diagnosis is not None and diagnosis.causes else None
     if cause is None or cause.stage not in STAGES:
         return first
-    before = [name for name in STAGES if name in told]
-    at = before.index(first) if first in before else len(before)
-    last_right = STAGES.index(before[at - 1]) if 0 < at <= len(before) and first in before else -1
     end = STAGES.index(first) if first in STAGES else len(STAGES)
-    return cause.stage if last_right < STAGES.index(cause.stage) <= end else first
+    right = [place for place, name in enumerate(STAGES[:end]) if name in told]
+    # Projections stand side by side: that one is right says nothing of another.
+    begin = max((place for place in right if STAGES[place] not in PROJECTIONS), default=-1)
+    place = STAGES.index(cause.stage)
+    return cause.stage if begin < place <= end and place not in right else first

@@ -29,7 +29,7 @@ FEW = 3
 FAR = 1 << 14
 """No rounding explains an error of so many units of the dtype."""
 
-SPREAD = 16.0
+GREATER, SMALLER = 4.0, 1 / 16
 """How much greater or smaller the errors of a dtype may be than where each stage is rounded."""
 
 
@@ -160,8 +160,8 @@ class Search:
             usual = {n: float(np.max(distance(a, self.honest[n]))) for n, a in results.items()}
             usual["scores"] = usual["probabilities"]
             wrong = [name for name in mine if not right[name] <= 1]
-            if all(mine[n] <= SPREAD * usual[n] for n in mine) and any(
-                mine[n] * SPREAD >= usual[n] for n in wrong
+            if all(mine[n] <= GREATER * usual[n] for n in mine) and any(
+                mine[n] >= SMALLER * usual[n] for n in wrong
             ):
                 stage = wrong[0] if len(self.found) > 2 else "query"
                 stage = "probabilities" if stage == "scores" else stage

@@ -84,10 +84,17 @@ class Meaning:
         if self.reason is not None and Search(self.plain, trace, told, self.trace).fits():
             return _of_the_reference(self.reason, self.plain)
         found = Search(self._known, trace, told, self.trace).diagnose()
+        if not found.causes and "query" in told and len(told) > 1:
+            found = self._after_projections(trace, told)
         if found.explained or self.reason is None:
             return found
         plain = Search(self.plain, trace, told, self.trace).diagnose()
         return plain if plain.explained else found
+
+    def _after_projections(self, trace: Trace, told: Arrays) -> Diagnosis:
+        """The same without the projections: what tells them may stand before heads are split."""
+        rest = {name: a for name, a in told.items() if name not in ("query", "key", "value")}
+        return Search(self._known, trace, rest, self.trace).diagnose()
 
     def _of_scores(self, trace: Trace, told: Arrays, found: Diagnosis | None) -> Diagnosis | None:
         """Why the returned scores differ, where the mistakes found do not explain it."""
