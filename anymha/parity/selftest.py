@@ -124,14 +124,19 @@ def try_planted(backend: Backend, plants: tuple[Plant, ...], tells: bool, seed: 
 def make_layer(options: Any, dtype: str, seed: int, backend: str = "numpy") -> tuple[Any, Arrays]:
     """A layer with random weights and biases, and these."""
     layer = get_layer(backend)(HEADS, WIDTH, query_features=FEATURES, dtype=dtype, **dict(options))
+    weights = random_weights(layer, dtype, seed)
+    return set_weights(layer, weights), weights
+
+
+def random_weights(layer: Any, dtype: str, seed: int) -> Arrays:
+    """Random weights for a layer, its biases not zero."""
     rng = np.random.default_rng([seed, 7])
-    weights = {
+    return {
         name: (rng.standard_normal(shape) * (0.5 if name.endswith("bias") else 0.3)).astype(
             numpy_dtype(dtype)
         )
         for name, shape in layer.config.weight_shapes().items()
     }
-    return set_weights(layer, weights), weights
 
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -164,13 +169,18 @@ def honest(
 
     Every two backends are compared, each way round; a single one with itself.
     """
+    layers: dict[Any, Any] = {}  # a layer keeps what it compiles
     for dtype in dtypes:
         for number in range(count):
             progress("honest", f"{dtype} {number}")
             options, request = honest_call(number, dtype)
             traces = {}
             for backend in backends:
-                layer, _ = make_layer(options, dtype, number, backend.name)
+                kind = (backend.name, dtype, *sorted(options.items()))
+                if kind not in layers:
+                    layers[kind] = make_layer(options, dtype, number, backend.name)[0]
+                layer = layers[kind]
+                layer = layers[kind] = set_weights(layer, random_weights(layer, dtype, number))
                 traces[backend.name] = subject(layer).trace(request, None)
             pairs = list(itertools.permutations(traces, 2)) or [(next(iter(traces)),) * 2]
             reports = [(pair, judged(request, *(traces[name] for name in pair))) for pair in pairs]
