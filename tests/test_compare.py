@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.errors import ArgumentError
+from anymha.errors import ArgumentError, DtypeError
 from anymha.parity import ParityError, assert_parity, compare
 from anymha.parity.recipe import STEPS, run, sizes
 from anymha.parity.structure import distance, structure
@@ -271,7 +271,9 @@ def test_structure_is_looked_at_before_numbers() -> None:
 def test_distance_takes_equal_nan_and_masked_numbers_for_equal() -> None:
     one = np.array([np.nan, -np.inf, 1.0, np.nan, np.inf])
     other = np.array([np.nan, -1e30, 1.5, 1.0, 1.0])
-    np.testing.assert_array_equal(distance(one, other), [0, 0, 0.5, np.inf, np.inf])
+    masked = distance(one, other, "masked_logits")
+    np.testing.assert_array_equal(masked, [0, 0, 0.5, np.inf, np.inf])
+    np.testing.assert_array_equal(distance(one, other), [0, np.inf, 0.5, np.inf, np.inf])
 
 
 def test_sizes_bound_every_stage(layer) -> None:
@@ -279,6 +281,128 @@ def test_sizes_bound_every_stage(layer) -> None:
     recipe = fold(problem_of(layer.config, anymha.get_weights(layer), request)).recipe
     stages = run(recipe)
     for name, size in sizes(recipe, stages).items():
-        whole = stages["probabilities" if name == "scores" else name]
-        assert size >= np.max(np.abs(whole[np.isfinite(whole)]))
+        whole = np.abs(stages["probabilities" if name == "scores" else name])
+        assert np.all(size >= np.where(np.isfinite(whole), whole, 0))
     assert dataclasses.replace(recipe).but(scale=1.0).scale == 1.0
+
+
+def test_great_negative_numbers_are_told_apart_in_outputs() -> None:
+    def constant(number):
+        return lambda query: np.full((2, 5, 8), number, "float32")
+
+    assert not compare(constant(-1e5), constant(-3e7), QUERY).passed
+    assert not compare(constant(-1e5), constant(-np.inf), QUERY).passed
+
+
+@pytest.mark.parametrize(("factor", "wrong"), [(300.0, 1), (1e4, 1), (1e-6, 0)])
+def test_one_great_input_hides_no_error_of_another(layer, factor, wrong) -> None:
+    x = QUERY.copy()
+    x[0] *= np.float32(factor)
+
+    def port(query):
+        output = layer(query)
+        output[wrong] *= np.float32(1.5)
+        return output
+
+    report = compare(layer, port, x)
+    assert not report.passed
+    assert report.stages[0].at[0] == wrong
+    assert compare(layer, lambda query: layer(query), x).passed
+
+
+def test_reproducible_layers_are_held_to_the_bit(layer) -> None:
+    options = {**layer.config.to_dict(), "compute_dtype": "float64"}
+    exact, other = (
+        anymha.set_weights(
+            anymha.MultiHeadAttention(**options, backend="numpy"), anymha.get_weights(layer)
+        )
+        for _ in range(2)
+    )
+    assert compare(exact, other, QUERY).passed
+    weights = anymha.get_weights(layer)
+    weights["output.bias"] = np.nextafter(weights["output.bias"], np.float32(9))
+    report = compare(exact, anymha.set_weights(other, weights), QUERY)
+    assert not report.passed
+    assert any("differ in a bit" in fault for stage in report.stages for fault in stage.faults)
+
+
+def test_functions_of_two_dtypes_do_not_agree() -> None:
+    report = compare(lambda x: x.astype("float64"), lambda x: x, QUERY)
+    assert report.stages[0].faults == ("dtype float32, not float64",)
+
+
+@pytest.mark.parametrize("mask", [np.zeros((5, 5), "float32"), np.ones((5, 5), "int32")])
+def test_a_mask_that_is_not_boolean_is_refused(layer, mask) -> None:
+    with pytest.raises(DtypeError, match="`attention_mask` must be boolean"):
+        compare(layer, layer, QUERY, attention_mask=mask)
+
+
+def test_a_candidate_that_gives_another_result_each_time_fails(layer) -> None:
+    calls = []
+
+    def port(query):
+        calls.append(query)
+        return layer(query) * np.float32(1 + len(calls) // 2)
+
+    report = compare(layer, port, QUERY)
+    assert "two calls gave two results" in report.stages[0].faults
+    assert str(report.diagnosis) == "dropout left on"
+
+    def unsteady(query):
+        calls.append(query)
+        return layer(query) * np.float32(1 + 1e-7 * (len(calls) % 2))
+
+    report = compare(layer, unsteady, QUERY)
+    assert report.passed
+    assert report.diagnosis is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda output: output * np.float32(1.01),
+        lambda output: output + np.float32(0.005),
+        lambda output: output + np.float32(0.01) * (np.arange(8) == 3),
+    ],
+)
+def test_an_error_that_has_a_direction_is_not_taken_for_rounding(layer, wrong) -> None:
+    report = compare(layer, lambda query: wrong(layer(query)), QUERY)
+    assert not report.passed
+    assert "computed in" not in str(report.diagnosis)
+
+
+def test_inputs_that_hold_nan_are_compared_with_themselves(layer) -> None:
+    x = QUERY.copy()
+    x[1, 2] = np.nan
+    assert compare(layer, layer, x).passed
+
+
+def test_what_a_function_writes_into_its_inputs_changes_nothing_else(layer) -> None:
+    def port(query):
+        output = layer(query)
+        query *= 0
+        return output
+
+    x = QUERY.copy()
+    assert compare(layer, port, x).passed
+    np.testing.assert_array_equal(x, QUERY)
+
+
+def test_logits_that_decide_nothing_are_told(layer) -> None:
+    report = compare(layer, layer, 1000 * QUERY)
+    assert any("rounding explains any value" in words for words in report.untested)
+
+
+def test_a_bias_that_only_one_has_is_told(layer) -> None:
+    without = {**layer.config.to_dict(), "use_bias": False}
+    kernels = {n: w for n, w in anymha.get_weights(layer).items() if n.endswith("kernel")}
+    bare = anymha.set_weights(anymha.MultiHeadAttention(**without, backend="numpy"), kernels)
+    for one, other in ((layer, bare), (bare, layer)):
+        names = [stage.name for stage in compare(one, other, QUERY).stages]
+        assert "weight value.bias" in names
+
+
+@pytest.mark.parametrize("result", [None, (1, 2, 3)])
+def test_a_function_that_returns_something_else_is_told(layer, result) -> None:
+    with pytest.raises(ArgumentError, match="must return the output"):
+        compare(layer, lambda query: result, QUERY)

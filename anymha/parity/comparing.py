@@ -9,24 +9,26 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import AnymhaError
+from anymha.parity.beside import gradients_compared, weights_compared
 from anymha.parity.causes import Diagnosis
 from anymha.parity.features import untested
+from anymha.parity.limits import computed_dtype
 from anymha.parity.meaning import meaning_of
 from anymha.parity.recipe import Arrays
 from anymha.parity.report import Comparison
 from anymha.parity.stagewise import (
     Stage,
+    beside_numbers,
     compared,
-    computed_dtype,
-    gradients_compared,
+    faulted,
     observed,
+    staged,
 )
-from anymha.parity.structure import distance, structure
 from anymha.parity.subjects import subject
 from anymha.parity.tolerance import tolerance
-from anymha.parity.trace import STAGES, Request, Trace, make_request, name_of_dtype, problem_of
+from anymha.parity.trace import STAGES, Request, Trace, make_request, problem_of
 from anymha.parity.truth import Folded, expected, fold
-from anymha.parity.units import eps, longest_sum
+from anymha.parity.units import eps, longest_sum, smallest
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -89,10 +91,11 @@ def judged(
         cotangent: Of the output, where both gave gradients.
     """
     basis = first if first.weights is not None else second
-    if basis.weights is None or basis.config is None:
-        return _outputs_alone(request, first, second)
-    folded = fold(problem_of(basis.config, basis.weights, request))
-    return _staged(request, folded, first, second, cotangent)
+    with np.errstate(all="ignore"):  # what overflows, or is NaN, is told by the comparison
+        if basis.weights is None or basis.config is None:
+            return _outputs_alone(request, first, second)
+        folded = fold(problem_of(basis.config, basis.weights, request))
+        return _staged(request, folded, first, second, cotangent)
 
 
 def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> None:
@@ -128,7 +131,7 @@ def _staged(
         return _outputs_alone(request, first, second, *notes)
     honest = meant.stages()
     stages = compared(meant.recipe, honest, traces, told)
-    stages += _weights_compared(first, second)
+    stages += weights_compared(first, second)
     if cotangent is not None and first.gradients and second.gradients:
         stages += _gradients(folded, traces, cotangent)
     wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
@@ -140,7 +143,7 @@ def _staged(
         tuple(stages),
         divergence,
         diagnosis,
-        tuple(untested(meant.recipe, honest)),
+        (*untested(meant.recipe, honest), *_undecided(stages)),
         tuple(notes),
         request,
         traces,
@@ -164,26 +167,21 @@ def _told(trace: Trace, folded: Folded) -> Arrays:
 def _outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -> Comparison:
     """The comparison where neither tells its weights: of what both returned."""
     stages = []
+    dtype = computed_dtype(first)
+    length = max(a.shape[-1] for a in request.three)
     for name in ("scores", "output"):
         one, other = getattr(first, name), getattr(second, name)
         if one is None or other is None:
             continue
-        dtype = max(map(computed_dtype, (first, second)), key=eps)
-        reference, candidate = one.astype(np.float64), other.astype(np.float64)
-        faults = structure(name, reference, candidate)
-        largest = float(np.max(np.abs(reference[np.isfinite(reference)]), initial=0.0))
-        unit = eps(dtype) * largest or eps(dtype)
-        length = max(a.shape[-1] for a in request.three)
-        budget = 2 * tolerance(dtype, length, 8 * largest) / unit  # sums are greater than results
-        if candidate.shape != reference.shape:
-            stages.append(Stage(name, True, math.inf, math.inf, unit, budget, None, tuple(faults)))
-            continue
-        apart = distance(candidate, reference)
-        error = float(np.max(apart, initial=0.0))
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(apart)), apart.shape))
-        values = (float(reference[at]), float(candidate[at]))
+        reference = one.astype(np.float64)
+        finite = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
+        axes = (-1,) if name == "output" else (-3, -1) if finite.ndim > 3 else (-1,)
+        size = 8 * np.max(finite, axis=axes, keepdims=True, initial=0.0)  # sums exceed results
+        allowed = 2 * tolerance(dtype, length, 1.0) * size + length * smallest(dtype)
+        candidate = other.astype(np.float64)
+        stage = staged(name, reference, candidate, reference, reference, allowed, dtype)
         stages.append(
-            Stage(name, True, error, error, unit, budget, None, tuple(faults), at, values)
+            faulted(stage, *beside_numbers((first, second))) if name == "output" else stage
         )
     divergence = next((stage.name for stage in stages if not stage.passed), None)
     told = ("Neither tells its weights: the outputs alone are compared, and causes are not looked "
@@ -194,26 +192,15 @@ def _outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -
     )  # fmt: skip
 
 
-def _weights_compared(first: Trace, second: Trace) -> list[Stage]:
-    """The weights that both told and that differ: the first thing to mend."""
-    if first.weights is None or second.weights is None:
-        return []
-    stages = []
-    for name, wanted in first.weights.items():
-        got = second.weights.get(name)
-        if got is None or got.shape != wanted.shape:
-            received = "nothing" if got is None else f"shape {got.shape}"
-            fault = f"the weight is {received}, not shape {wanted.shape}"
-            stages.append(Stage(f"weight {name}", True, math.inf, math.inf, 1.0, 0.0, None,
-                                (fault,)))  # fmt: skip
-            continue
-        one, other = wanted.astype(np.float64), got.astype(np.float64)
-        unit = max(eps(name_of_dtype(wanted)), eps(name_of_dtype(got)))
-        unit *= float(np.max(np.abs(one), initial=0.0)) or 1.0
-        error = float(np.max(np.abs(one - other), initial=0.0))
-        if not error <= unit:
-            stages.append(Stage(f"weight {name}", True, error, error, unit, 1.0))
-    return stages
+def _undecided(stages: list[Stage]) -> list[str]:
+    """Where rounding explains errors as great as the numbers themselves."""
+    for stage in stages:
+        if stage.name == "output" and stage.values is not None:
+            size = stage.unit * stage.budget
+            if not math.isfinite(stage.values[0]) or size >= abs(stage.values[0]) > 0:
+                return ["the output's numbers: rounding explains any value, as great as the logits "
+                        "are"]  # fmt: skip
+    return []
 
 
 def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarray) -> list[Stage]:
@@ -223,6 +210,7 @@ def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarra
     dtype = max(map(computed_dtype, traces), key=eps)
     allowed = {
         name: tolerance(dtype, length, float(np.max(truth.magnitudes[name], initial=0.0)))
+        + length * smallest(dtype)
         for name in truth.gradients
     }
     return gradients_compared(traces, truth.gradients, allowed)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anymha.parity.causes import Cause, Diagnosis
+from anymha.parity.limits import Tolerances, computed_dtype, shares_of
 from anymha.parity.mistaken_attention import PRECISIONS, precision
 from anymha.parity.mistakes import CATALOGUE, Mistake
 from anymha.parity.recipe import Arrays, Recipe, run
-from anymha.parity.stagewise import OBSERVED, Tolerances, computed_dtype, in_units
+from anymha.parity.stagewise import OBSERVED
 from anymha.parity.structure import distance
 from anymha.parity.trace import STAGES, Trace
 from anymha.parity.units import eps
@@ -65,7 +66,7 @@ class Search:
         self, recipe: Recipe, trace: Trace, found: Arrays, reference: Trace | None = None
     ) -> None:
         self.recipe, self.trace, self.found, self.reference = recipe, trace, found, reference
-        self.honest = run(recipe)
+        self.honest = recipe.stages
 
     def fits(self) -> bool:
         """Whether the recipe itself gives what was observed."""
@@ -99,7 +100,7 @@ class Search:
         """The same from the one element of the batch that differs most, for the sake of time."""
         most = np.zeros(self.recipe.lengths[0])
         for name, got in self.found.items():
-            apart = distance(got, self.honest["probabilities" if name == "scores" else name])
+            apart = distance(got, self.honest["probabilities" if name == "scores" else name], name)
             most = np.maximum(most, apart.reshape(len(apart), -1).max(1))
         at = int(np.argmax(most))
         found = {name: array[at : at + 1] for name, array in self.found.items()}
@@ -150,14 +151,16 @@ class Search:
     def _precision(self) -> Cause | None:
         """A narrower dtype in which the stages were computed: the errors have its size."""
         given = computed_dtype(self.reference or self.trace)
-        mine = self._distances(self.honest)
+        mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.honest).items()}
+        if not _like_rounding(self.found.get("output"), self.honest["output"]):
+            return None
         right = self._errors(self.recipe, self.honest)
         for dtype in PRECISIONS:
             if eps(dtype) <= eps(given):
                 continue
             [(_, rounded)] = precision(self.recipe, dtype)
             results = run(rounded)
-            usual = {n: float(np.max(distance(a, self.honest[n]))) for n, a in results.items()}
+            usual = {n: float(np.max(distance(a, self.honest[n], n))) for n, a in results.items()}
             usual["scores"] = usual["probabilities"]
             wrong = [name for name in mine if not right[name] <= 1]
             if all(mine[n] <= GREATER * usual[n] for n in mine) and any(
@@ -170,7 +173,7 @@ class Search:
                 return Cause(f"computed in {dtype}", "", stage, cure)
         return None
 
-    def _distances(self, results: Arrays) -> dict[str, float]:
+    def _distances(self, results: Arrays) -> dict[str, np.ndarray]:
         """How far what was observed is from a recipe's results."""
         distances = {}
         for name in OBSERVED:
@@ -180,9 +183,7 @@ class Search:
                     self.found[name],
                 )
                 fits = got.shape == exact.shape
-                distances[name] = (
-                    float(np.max(distance(got, exact), initial=0.0)) if fits else np.inf
-                )
+                distances[name] = distance(got, exact, name) if fits else np.full(1, np.inf)
         return distances
 
     def _tried(self, recipe: Recipe, stages: Arrays, skip: str | None = None) -> Iterator[_Tried]:
@@ -192,19 +193,37 @@ class Search:
             stage = _first_change(stages, results)
             if stage is not None:
                 cause = Cause(mistake.name, detail, stage, mistake.cure)
-                yield _Tried(cause, wrong, self._errors(wrong, results))
+                yield _Tried(cause, wrong, self._errors(wrong, results, hasty=True))
 
-    def _errors(self, recipe: Recipe, results: Arrays) -> dict[str, float]:
-        """How far what was observed is from a recipe's results, over what rounding explains."""
+    def _errors(self, recipe: Recipe, results: Arrays, hasty: bool = False) -> dict[str, float]:
+        """How far what was observed is from a recipe's results, over what rounding explains.
+
+        In haste, a great error is not asked how great it may be.
+        """
         distances = self._distances(results)
         far = FAR * eps(computed_dtype(self.trace)) * float(np.max(np.abs(results["output"])))
-        if distances.get("output", 0.0) > far and len(distances) <= FEW:
-            return dict.fromkeys(distances, np.inf)  # without asking how far it may be
+        if hasty and len(distances) <= FEW and np.any(distances.get("output", 0.0) > far):
+            return dict.fromkeys(distances, np.inf)
         tolerances = Tolerances(recipe, results, self.reference)
         return {
-            name: in_units(error, tolerances.of(name, self.trace))
-            for name, error in distances.items()
+            name: float(np.max(shares_of(apart, tolerances.of(name, self.trace)), initial=0.0))
+            for name, apart in distances.items()
         }
+
+
+def _like_rounding(found: np.ndarray | None, exact: np.ndarray) -> bool:
+    """Whether errors are spread over all numbers and have no direction, as those of roundings."""
+    if found is None or found.shape != exact.shape:
+        return found is None
+    numbers = np.isfinite(found) & np.isfinite(exact)
+    error, value = (found - exact)[numbers], exact[numbers]
+    most = float(np.max(np.abs(error), initial=0.0))
+    if most == 0:
+        return True
+    size = float(np.sqrt(np.mean(error**2)))
+    along = float(np.abs(error @ value)) / (np.linalg.norm(error) * np.linalg.norm(value) or 1.0)
+    spread = float(np.mean(np.abs(error) > most / 50))
+    return bool(along < 0.9 and abs(float(error.mean())) < 0.9 * size and spread > 0.2)
 
 
 def _variants(recipe: Recipe, skip: str | None) -> Iterator[tuple[Mistake, str, Recipe]]:
@@ -221,6 +240,6 @@ def _first_change(honest: Arrays, wrong: Arrays) -> str | None:
         if one.shape != other.shape:
             return name
         size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
-        if np.max(distance(one, other), initial=0.0) > 1e-6 * size:
+        if np.max(distance(one, other, name), initial=0.0) > 1e-6 * size:
             return name
     return None

@@ -14,8 +14,8 @@ import numpy as np
 
 from anymha.parity.causes import Cause, Diagnosis
 from anymha.parity.diagnosis import Search
-from anymha.parity.recipe import Arrays, Recipe, run
-from anymha.parity.stagewise import computed_dtype
+from anymha.parity.limits import computed_dtype
+from anymha.parity.recipe import Arrays, Recipe
 from anymha.parity.trace import Trace, name_of_dtype
 from anymha.parity.units import eps
 
@@ -44,7 +44,7 @@ class Meaning:
 
     def stages(self) -> Arrays:
         """Every stage in float64, and the "scores" that are returned."""
-        return {**run(self._known), "scores": run(self.scores)["probabilities"]}
+        return {**self._known.stages, "scores": self.scores.stages["probabilities"]}
 
     @property
     def _known(self) -> Recipe:
@@ -109,7 +109,7 @@ class Meaning:
                 return None
             known = _of_the_reference(self.scores_reason, after)
             return replace(known, causes=tuple(replace(c, stage="scores") for c in known.causes))
-        own = _returned(run(after), trace, told["scores"])
+        own = _returned(after.stages, trace, told["scores"])
         if own is None and Search(self.plain, trace, told, self.trace).fits():
             cure = "They are the probabilities that anymha means; its output saw others."
             own = Diagnosis((Cause("others than its output saw", "", "scores", cure),), 0.0)
@@ -141,7 +141,7 @@ def meaning_of(plain: Recipe, trace: Trace, told: Arrays) -> Meaning:
         return Meaning(trace, plain, recipe, recipe, reason, None, tuple(notes))
     own = Diagnosis()
     if not Search(plain, trace, scores).fits():
-        own = _returned(run(recipe), trace, told["scores"]) or Search(
+        own = _returned(recipe.stages, trace, told["scores"]) or Search(
             plain, trace, scores
         ).diagnose(pairs=False)
     words = f": {own}" if own.causes else ""

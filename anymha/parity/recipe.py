@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 
 import numpy as np
 
@@ -53,6 +53,16 @@ class Recipe:
     bias: np.ndarray | None = None
     kept: np.ndarray | None = None
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+
+    @cached_property
+    def stages(self) -> Arrays:
+        """Every stage by name, in order; computed once."""
+        return run(self)
+
+    @cached_property
+    def sizes(self) -> Arrays:
+        """How great the numbers are that each stage is made of; computed once."""
+        return sizes(self, self.stages)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -180,11 +190,15 @@ STEPS: Mapping[str, Step] = {
 """The steps of the layer as it is meant."""
 
 
-def sizes(recipe: Recipe, stages: Arrays) -> dict[str, float]:
+def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     """How great the numbers are that each stage is made of, however much they cancel.
 
     A sum has the root of the sum of its squared terms, or its own value where that is greater, as
     rounding errors have random signs. What comes after the logits is that much more uncertain.
+
+    Returns:
+        By stage, and for "scores", an array that broadcasts to it: one size for each position of
+        each element of the batch.
     """
 
     def size(sums: np.ndarray, stage: np.ndarray) -> np.ndarray:
@@ -200,19 +214,30 @@ def sizes(recipe: Recipe, stages: Arrays) -> dict[str, float]:
         found[name] = size(_squared("btd,dhk->bthk", x, w), stages[name])
     heads = reads(recipe)
     products = _squared("bthk,bshk->bhts", found["query"], found["key"][:, :, heads])
-    found["logits"] = size(recipe.scale**2 * products, stages["logits"])
-    found["masked_logits"] = size(np.square(found["logits"]), stages["masked_logits"])
-    peak = max(1.0, float(np.max(found["logits"], initial=0.0)))
+    logits = size(recipe.scale**2 * products, stages["logits"])
+    found["logits"] = logits
+    found["masked_logits"] = size(np.square(logits), stages["masked_logits"])
+    peak = np.maximum(1.0, _rows(logits, (1, 3)))  # (B, 1, T, 1)
     found["probabilities"] = peak * size(np.zeros(1), stages["probabilities"])
     dropped = size(np.zeros(1), stages["dropped_probabilities"])
     found["dropped_probabilities"] = peak * dropped
     values = found["value"][:, :, heads]
     context = size(_squared("bhts,bshv->bthv", dropped, values), stages["context"])
+    peak = np.swapaxes(peak, 1, 2)  # (B, T, 1, 1)
     found["context"] = peak * context
-    last = _squared("bthv,hvo->bto", context, recipe.weights["output.kernel"])
-    found["output"] = peak * size(last, stages["output"])
-    found["scores"] = found["probabilities"]
-    return {name: float(np.max(array, initial=0.0)) for name, array in found.items()}
+    last = size(
+        _squared("bthv,hvo->bto", context, recipe.weights["output.kernel"]), stages["output"]
+    )
+    fits = last.shape[:2] == peak.shape[:2]
+    found["output"] = (peak[..., 0] if fits else peak.max(initial=1.0)) * last
+    axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
+    rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in found.items()}
+    return {**rows, "scores": rows["probabilities"]}
+
+
+def _rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The greatest of each position."""
+    return np.max(array, axis=axes, keepdims=True, initial=0.0)
 
 
 def _squared(formula: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:

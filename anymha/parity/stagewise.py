@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anymha.parity.recipe import Arrays, Recipe, sizes
+from anymha.parity.bits import count_differing
+from anymha.parity.limits import Tolerances, computed_dtype, reproducible, shares_of
+from anymha.parity.recipe import Arrays, Recipe
 from anymha.parity.structure import distance, structure
 from anymha.parity.tolerance import tolerance
 from anymha.parity.trace import STAGES, Trace, name_of_dtype
@@ -73,45 +73,6 @@ def in_units(error: float, unit: float) -> float:
     return 0.0 if error == 0 else error / unit if unit else math.inf
 
 
-class Tolerances:
-    """How far a trace may be from float64 at each stage.
-
-    Args:
-        recipe: What is computed.
-        stages: Its stages in float64.
-        reference: The reference's trace, in whose dtype a candidate has to compute.
-    """
-
-    def __init__(self, recipe: Recipe, stages: Arrays, reference: Trace | None = None) -> None:
-        self.reference = reference
-        self.sizes = sizes(recipe, stages)
-        widths = [array.shape[-1] for array in recipe.inputs.values()]
-        widths += [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
-        heads, width, _ = recipe.weights["output.kernel"].shape
-        self.length = max(*widths, recipe.lengths[2], heads * width)
-
-    def of(self, stage: str, trace: Trace) -> float:
-        """The greatest error that rounding explains."""
-        meant = self.reference
-        if meant is not None and eps(computed_dtype(trace)) > eps(computed_dtype(meant)):
-            trace = meant
-        dtype, size = computed_dtype(trace), self.sizes[stage]
-        return tolerance(dtype, self.length, size, accumulated=trace.accumulated)
-
-
-def computed_dtype(trace: Trace) -> str:
-    """The narrowest dtype through which a trace's numbers went."""
-    names = [name_of_dtype(trace.output)]
-    if "float" not in names[0]:
-        names = ["float64"]  # integers have no rounding of their own
-    config = trace.config
-    if config is not None:
-        names += [config.dtype, config.compute_dtype or config.dtype]
-        if config.compute_dtype == "float64":  # rounded once, from float64
-            return names[0]
-    return max(names, key=eps)
-
-
 def observed(trace: Trace, output: np.ndarray) -> Arrays:
     """What a trace told, by stage, the output flat (B, T, O)."""
     found = {**trace.stages, "output": output}
@@ -149,9 +110,12 @@ def compared(
         if candidate is not None:
             allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
             dtype = computed_dtype(traces[0])
-            stages.append(_stage(name, reference, candidate, fed, expected, allowed, dtype))
+            stages.append(staged(name, reference, candidate, fed, expected, allowed, dtype))
             if name == "output":
-                stages[-1] = _with_dtypes(stages[-1], traces)
+                stages[-1] = faulted(stages[-1], *beside_numbers(traces))
+            if name in ("output", "scores") and all(map(reproducible, traces)):
+                close = tolerance("float64", tolerances.length, tolerances.sizes[name].max())
+                stages[-1] = faulted(stages[-1], *_bits(reference, candidate, expected, close))
         own[name] = fed if candidate is None else candidate
     return stages
 
@@ -161,68 +125,74 @@ def _fits(own: Arrays, honest: Arrays) -> bool:
     return all(array.shape == honest[name].shape for name, array in own.items())
 
 
-def _stage(
+def staged(
     name: str,
     reference: np.ndarray,
     candidate: np.ndarray,
     fed: np.ndarray,
     exact: np.ndarray,
-    allowed: float,
+    allowed: np.ndarray | float,
     dtype: str,
 ) -> Stage:
-    finite = np.abs(reference[np.isfinite(reference)])
-    unit = eps(dtype) * float(np.max(finite, initial=0.0)) or eps(dtype)
+    """The position whose error is the greatest of what rounding explains there."""
+    limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
+    sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
+    axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
     faults = tuple(structure(name, reference, candidate))
-    if candidate.shape != reference.shape:
-        return Stage(name, True, math.inf, math.inf, unit, allowed / unit, None, faults)
-    apart = distance(candidate, reference)
-    own = distance(candidate, fed) if fed.shape == candidate.shape else apart
-    at = np.unravel_index(int(np.argmax(apart)), apart.shape) if apart.size else ()
-    mine, theirs = distance(candidate, exact), distance(reference, exact)
-    ratio = float(mine.max() / theirs.max()) if theirs.size and theirs.max() > 0 else None
+    if candidate.shape != reference.shape or not reference.size:
+        unit = eps(dtype) * float(np.max(sizes_of, initial=0.0)) or eps(dtype)
+        budget, error = float(np.max(limits, initial=0.0)) / unit, math.inf if faults else 0.0
+        return Stage(name, True, error, error, unit, budget, None, faults)
+    apart = distance(candidate, reference, name)
+    own = distance(candidate, fed, name) if fed.shape == candidate.shape else apart
+    shares = shares_of(apart, limits)
+    at = np.unravel_index(int(np.argmax(shares)), apart.shape)
+    limit = float(np.broadcast_to(limits, apart.shape)[at])
+    largest = np.max(sizes_of, axis=axes, keepdims=True)
+    unit = eps(dtype) * float(np.broadcast_to(largest, apart.shape)[at])
+    unit = unit or eps(dtype) * float(np.max(sizes_of)) or eps(dtype)
+    mine, theirs = distance(candidate, exact, name), distance(reference, exact, name)
+    ratio = float(mine.max() / theirs.max()) if theirs.max() > 0 else None
     return Stage(
         name,
         True,
-        float(np.max(apart, initial=0.0)),
-        float(np.max(own, initial=0.0)),
+        float(apart[at]),
+        _own_error(shares_of(own, limits), limit, own[at]),
         unit,
-        allowed / unit,
+        limit / unit,
         ratio if ratio is not None and math.isfinite(ratio) else None,
         faults,
         tuple(int(i) for i in at),
-        (float(reference[at]), float(candidate[at])) if at else None,
+        (float(reference[at]), float(candidate[at])),
     )
 
 
-def _with_dtypes(stage: Stage, traces: tuple[Trace, Trace]) -> Stage:
+def _own_error(shares: np.ndarray, limit: float, own: float) -> float:
+    """The worst of a stage's own errors, on the scale of the limit at the shown position."""
+    worst = float(shares.max())
+    return worst * limit if math.isfinite(limit) and worst > 0 else float(own)
+
+
+def beside_numbers(traces: tuple[Trace, Trace]) -> list[str]:
+    """What is wrong with the candidate's output whatever its numbers are."""
     names = [name_of_dtype(trace.output) for trace in traces]
-    if names[0] == names[1]:
-        return stage
-    fault = f"dtype {names[1]}, not {names[0]}"
-    fields: dict[str, Any] = {**vars(stage), "faults": (*stage.faults, fault)}
-    return Stage(**fields)
+    faults = [] if names[0] == names[1] else [f"dtype {names[1]}, not {names[0]}"]
+    if traces[1].random and not traces[0].random:
+        faults.append("two calls gave two results")
+    return faults
 
 
-def gradients_compared(
-    traces: tuple[Trace, Trace], exact: Mapping[str, np.ndarray], allowed: Mapping[str, float]
-) -> list[Stage]:
-    """The gradients that both have; `exact` and `allowed` by name."""
-    reference, candidate = traces
-    dtype = max(map(computed_dtype, traces), key=eps)
-    stages = []
-    for name, wanted in reference.gradients.items():
-        got = candidate.gradients.get(name)
-        if got is None or name not in exact:
-            continue
-        stages.append(
-            _stage(
-                f"gradient of {name}",
-                wanted.astype(np.float64),
-                got.astype(np.float64),
-                wanted.astype(np.float64),
-                exact[name],
-                2 * allowed[name],
-                dtype,
-            )
-        )
-    return stages
+def faulted(stage: Stage, *faults: str) -> Stage:
+    """The stage with further faults."""
+    return replace(stage, faults=(*stage.faults, *faults))
+
+
+def _bits(
+    reference: np.ndarray, candidate: np.ndarray, exact: np.ndarray, close: float
+) -> list[str]:
+    """What differs in reproducible mode, where ties alone may."""
+    both = [{"it": array.astype(np.float32)} for array in (reference, candidate)]
+    differing, ties, compared = count_differing(both, {"it": exact}, {"it": close})
+    if differing <= ties:
+        return []
+    return [f"{differing - ties} of {compared} elements differ in a bit, 0 may if reproducible"]

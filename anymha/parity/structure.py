@@ -33,9 +33,14 @@ def _masked(logits: np.ndarray) -> np.ndarray:
     return logits <= -9e3
 
 
-def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where both are finite, how far apart they are; infinite where one alone is finite."""
+def distance(one: np.ndarray, other: np.ndarray, stage: str = "") -> np.ndarray:
+    """Where both are finite, how far apart they are; infinite where one alone is finite.
+
+    Among masked logits, -inf and the great negative numbers that stand for it are equal.
+    """
     with np.errstate(invalid="ignore"):
         apart = np.abs(one - other)
-    same = (one == other) | (np.isnan(one) & np.isnan(other)) | (_masked(one) & _masked(other))
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    if stage == "masked_logits":
+        same |= _masked(one) & _masked(other)
     return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from anymha.config import AttentionConfig
-from anymha.errors import ArgumentError
+from anymha.errors import ArgumentError, DtypeError
 from anymha.parity.cases import Case, Problem
 from anymha.parity.recipe import STEPS
 from anymha.registry import backend_of
@@ -93,14 +93,36 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
             f"{', '.join((*MASKS, 'attention_bias', 'training', 'use_causal_mask'))}, "
             "query_offset, seed."
         )
-    arrays = {name: as_numpy(array) for name, array in named.items()}
+    # Copies: what a careless function writes into its inputs shall not change what is right.
+    arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}
     return Request(
         {name: arrays[name] for name in INPUTS if name in arrays},
-        {name: arrays[name].astype(bool) for name in MASKS if name in arrays},
+        {name: _boolean(name, arrays[name]) for name in MASKS if name in arrays},
         None if bias is None else as_numpy(bias),
         {n: as_numpy(v) if hasattr(v, "shape") else v for n, v in rest.items()},
         {name: named[name] for name in INPUTS if name in named},
     )
+
+
+def _boolean(name: str, mask: np.ndarray) -> np.ndarray:
+    if mask.dtype != np.bool_:
+        raise DtypeError(
+            f"`{name}` must be boolean, True = may attend. Received: {mask.dtype.name}. "
+            "An additive mask is an `attention_bias`; one of 0 and 1 becomes boolean by "
+            "`.astype(bool)`."
+        )
+    return mask
+
+
+def unsteady(found: np.ndarray, again: np.ndarray) -> bool:
+    """Whether two calls gave two results, by more than the order of sums explains."""
+    if found.shape != again.shape:
+        return True
+    one, other = found.astype(np.float64), again.astype(np.float64)
+    size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
+    floating = "float" in name_of_dtype(found)
+    near = 256 * float(ml_dtypes.finfo(found.dtype).eps) * size if floating else 0.0
+    return not np.allclose(one, other, rtol=0, atol=near, equal_nan=True)
 
 
 def as_numpy(array: Any) -> np.ndarray:

@@ -57,3 +57,8 @@ def longest_sum(problem: Problem) -> int:
 def eps(dtype: str) -> float:
     """The distance from 1 to the next number."""
     return float(ml_dtypes.finfo(dtype).eps)
+
+
+def smallest(dtype: str) -> float:
+    """The smallest positive number, below which nothing is told apart."""
+    return float(ml_dtypes.finfo(dtype).smallest_subnormal)

@@ -109,7 +109,7 @@ def heat_map(found: Found, name: str) -> HeatMap | None:
     arrays = found.arrays(name)
     if stage is None or arrays is None or not arrays[0].size or arrays[0].ndim < 2:
         return None
-    errors, axes = _planes(name, distance(*arrays[::-1]))  # (B, panels, rows, columns)
+    errors, axes = _planes(name, distance(arrays[1], arrays[0]))  # (B, panels, rows, columns)
     worst = errors.max(axis=(1, 2, 3))
     batch = int(np.argmax(worst))
     chosen = errors[batch]

@@ -15,7 +15,15 @@ from anymha.interchange.layouts import get_layout, to_canonical
 from anymha.interchange.libraries import opened
 from anymha.interchange.weights import Weights
 from anymha.parity.recipe import Arrays, Recipe, allowed, run
-from anymha.parity.trace import STAGES, Request, Trace, as_numpy, name_of_dtype, problem_of
+from anymha.parity.trace import (
+    STAGES,
+    Request,
+    Trace,
+    as_numpy,
+    name_of_dtype,
+    problem_of,
+    unsteady,
+)
 from anymha.parity.truth import fold
 
 
@@ -151,7 +159,7 @@ def finished(
         None if told is None else told.weights,
         None if told is None else told.config,
         name_of_dtype(output),
-        not np.array_equal(output, again["output"], equal_nan=True),
+        unsteady(output, again["output"]),
         (*(told.notes if told is not None else ()), *notes),
     )
 

@@ -40,7 +40,8 @@ class Function:
         }
 
         def call() -> Arrays:
-            found = named(self.function(*given, **arguments), self.name)
+            copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in given]
+            found = named(self.function(*copies, **arguments), self.name)
             return {name: as_numpy(array) for name, array in found.items()}
 
         return finished(self.name, request, call, self.told)
@@ -63,9 +64,11 @@ def named(result: Any, name: str) -> dict[str, Any]:
     else:
         found = {"output": result}
     unknown = sorted(set(found) - {*STAGES, "scores"})
-    if "output" not in found or unknown:
+    many = isinstance(result, (tuple, list)) and len(result) > 2
+    if found.get("output") is None or unknown or many:
         raise ArgumentError(
             f"`{name}` must return the output, or the output and the scores, or a dict of 'output' "
-            f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: {', '.join(found)}."
+            f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: "
+            + (f"{len(result)} values." if many else f"{', '.join(found)}." if unknown else "None.")
         )
     return {key: value for key, value in found.items() if value is not None}
