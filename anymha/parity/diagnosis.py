@@ -14,12 +14,12 @@ from anymha.parity.mistaken_attention import PRECISIONS, precision
 from anymha.parity.mistakes import CATALOGUE, Mistake
 from anymha.parity.recipe import Arrays, Recipe, run
 from anymha.parity.stagewise import OBSERVED
-from anymha.parity.structure import distance
+from anymha.parity.structure import distance, like_rounding
 from anymha.parity.trace import STAGES, Trace
 from anymha.parity.units import eps
 
 SECONDS = 10.0
-"""How long pairs of mistakes are tried."""
+"""How long pairs of mistakes are tried; single ones three times as long."""
 
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is looked at."""
@@ -82,7 +82,7 @@ class Search:
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.honest["logits"].size > LARGE:
             return self._of_one(pairs)
-        singles = list(self._tried(self.recipe, self.honest))
+        singles = list(_in_time(self._tried(self.recipe, self.honest), 3 * SECONDS))
         best = self._fitting(singles)
         if best is not None:
             return best
@@ -144,15 +144,15 @@ class Search:
                 if second.worst <= 1:
                     pair = sorted((first.cause, second.cause), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(pair), second.worst, (), second.recipe)
-            if time.monotonic() > until:
-                return None
+                if time.monotonic() > until:
+                    return None
         return None
 
     def _precision(self) -> Cause | None:
         """A narrower dtype in which the stages were computed: the errors have its size."""
         given = computed_dtype(self.reference or self.trace)
         mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.honest).items()}
-        if not _like_rounding(self.found.get("output"), self.honest["output"]):
+        if not like_rounding(self.found.get("output"), self.honest["output"]):
             return None
         right = self._errors(self.recipe, self.honest)
         for dtype in PRECISIONS:
@@ -211,19 +211,13 @@ class Search:
         }
 
 
-def _like_rounding(found: np.ndarray | None, exact: np.ndarray) -> bool:
-    """Whether errors are spread over all numbers and have no direction, as those of roundings."""
-    if found is None or found.shape != exact.shape:
-        return found is None
-    numbers = np.isfinite(found) & np.isfinite(exact)
-    error, value = (found - exact)[numbers], exact[numbers]
-    most = float(np.max(np.abs(error), initial=0.0))
-    if most == 0:
-        return True
-    size = float(np.sqrt(np.mean(error**2)))
-    along = float(np.abs(error @ value)) / (np.linalg.norm(error) * np.linalg.norm(value) or 1.0)
-    spread = float(np.mean(np.abs(error) > most / 50))
-    return bool(along < 0.9 and abs(float(error.mean())) < 0.9 * size and spread > 0.2)
+def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
+    """As many as can be tried in that time."""
+    until = time.monotonic() + seconds
+    for one in tried:
+        yield one
+        if time.monotonic() > until:
+            return
 
 
 def _variants(recipe: Recipe, skip: str | None) -> Iterator[tuple[Mistake, str, Recipe]]:

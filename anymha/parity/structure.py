@@ -44,3 +44,18 @@ def distance(one: np.ndarray, other: np.ndarray, stage: str = "") -> np.ndarray:
     if stage == "masked_logits":
         same |= _masked(one) & _masked(other)
     return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
+
+
+def like_rounding(found: np.ndarray | None, exact: np.ndarray) -> bool:
+    """Whether errors are spread over all numbers and have no direction, as those of roundings."""
+    if found is None or found.shape != exact.shape:
+        return found is None
+    numbers = np.isfinite(found) & np.isfinite(exact)
+    error, value = (found - exact)[numbers], exact[numbers]
+    most = float(np.max(np.abs(error), initial=0.0))
+    if most == 0:
+        return True
+    size = float(np.sqrt(np.mean(error**2)))
+    along = float(np.abs(error @ value)) / (np.linalg.norm(error) * np.linalg.norm(value) or 1.0)
+    spread = float(np.mean(np.abs(error) > most / 50))
+    return bool(along < 0.9 and abs(float(error.mean())) < 0.9 * size and spread > 0.2)
