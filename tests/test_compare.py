@@ -406,3 +406,19 @@ def test_a_bias_that_only_one_has_is_told(layer) -> None:
 def test_a_function_that_returns_something_else_is_told(layer, result) -> None:
     with pytest.raises(ArgumentError, match="must return the output"):
         compare(layer, lambda query: result, QUERY)
+
+
+def test_nothing_is_no_proof(layer) -> None:
+    with pytest.raises(ArgumentError, match=r"`query` is empty, .* shape \(0, 5, 8\)"):
+        compare(layer, layer, QUERY[:0])
+
+
+def test_an_error_says_whose_it_is(layer) -> None:
+    def broken(query):
+        raise KeyError("its own")
+
+    for inputs in ((layer, broken), (broken, layer)):
+        with pytest.raises(KeyError, match="its own") as failure:
+            compare(*inputs, QUERY)
+        role = "candidate" if inputs[0] is layer else "reference"
+        assert f"as the {role} was called" in failure.value.__notes__[0]

@@ -26,7 +26,7 @@ from anymha.parity.stagewise import (
 )
 from anymha.parity.subjects import subject
 from anymha.parity.tolerance import tolerance
-from anymha.parity.trace import STAGES, Request, Trace, make_request, problem_of
+from anymha.parity.trace import STAGES, Request, Subject, Trace, make_request, problem_of
 from anymha.parity.truth import Folded, expected, fold
 from anymha.parity.units import eps, longest_sum, smallest
 
@@ -72,11 +72,21 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     """
     request = make_request(inputs, call)
     one, other = subject(reference), subject(candidate)
-    first, cotangent = one.trace(request, None), None
+    first, cotangent = _traced("reference", one, request, None), None
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
-        first = one.trace(request, cotangent)
-    return judged(request, first, other.trace(request, cotangent), cotangent)
+        first = _traced("reference", one, request, cotangent)
+    second = _traced("candidate", other, request, cotangent)
+    return judged(request, first, second, cotangent)
+
+
+def _traced(role: str, asked: Subject, request: Request, cotangent: np.ndarray | None) -> Trace:
+    """What one of both gave; its own error says whose it is."""
+    try:
+        return asked.trace(request, cotangent)
+    except Exception as error:
+        error.add_note(f"It was raised as the {role} was called: {asked.name}.")
+        raise
 
 
 def judged(

@@ -95,6 +95,9 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
         )
     # Copies: what a careless function writes into its inputs shall not change what is right.
     arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}
+    for name, array in arrays.items():
+        if array.size == 0:
+            raise ArgumentError(f"`{name}` is empty, and nothing to compare: shape {array.shape}.")
     return Request(
         {name: arrays[name] for name in INPUTS if name in arrays},
         {name: _boolean(name, arrays[name]) for name in MASKS if name in arrays},
