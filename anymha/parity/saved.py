@@ -86,7 +86,7 @@ def case_bytes(request: Request, traces: tuple[Trace, Trace]) -> bytes:
     arrays["bfloat16"] = np.asarray(json.dumps(narrow))
     arrays["framework"] = np.asarray(_framework(request))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
 
