@@ -88,7 +88,7 @@ def lowest(session: nox.Session) -> None:
     tools = [
         line for line in Path(CONSTRAINTS).read_text().splitlines() if not line.startswith(pinned)
     ]
-    constraints = Path(session.create_tmp()) / "lowest.txt"
+    constraints = session.cache_dir.resolve() / "lowest.txt"  # `create_tmp` would set TMPDIR
     constraints.write_text("\n".join([*pins, *tools]))
     install(session, *groups("test"), constraints=str(constraints))
     run_pytest(session, "numpy")

@@ -65,6 +65,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(source: str, *options: str) -> pytest.RunResult:
+        pytester.makeini("[pytest]")  # so that its own folder is the root
         pytester.makepyfile(source)
         plain = ("-p", "anymha.pytest_plugin", "-p", "no:cacheprovider", "--color=no", "-ra",
                  "--strict-markers")  # fmt: skip
