@@ -153,7 +153,7 @@ def _staged(
         tuple(stages),
         divergence,
         diagnosis,
-        (*untested(meant.recipe, honest), *_undecided(stages)),
+        (*untested(meant.recipe, honest), *_undecided(stages, computed_dtype(first))),
         tuple(notes),
         request,
         traces,
@@ -202,15 +202,13 @@ def _outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -
     )  # fmt: skip
 
 
-def _undecided(stages: list[Stage]) -> list[str]:
+def _undecided(stages: list[Stage], dtype: str) -> list[str]:
     """Where rounding explains errors as great as the numbers themselves."""
-    for stage in stages:
-        if stage.name == "output" and stage.values is not None:
-            size = stage.unit * stage.budget
-            if not math.isfinite(stage.values[0]) or size >= abs(stage.values[0]) > 0:
-                return ["the output's numbers: rounding explains any value, as great as the logits "
-                        "are"]  # fmt: skip
-    return []
+    outputs = [stage for stage in stages if stage.name == "output" and stage.values is not None]
+    finite = all(math.isfinite(stage.values[0]) for stage in outputs if stage.values)
+    if finite and all(stage.budget * eps(dtype) < 1 for stage in outputs):
+        return []
+    return ["the output's numbers: rounding explains any value, as great as the logits are"]
 
 
 def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarray) -> list[Stage]:
