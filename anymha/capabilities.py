@@ -35,6 +35,19 @@ class Compiling(Planning, Protocol):
         ...
 
 
+class Replaying(Planning, Protocol):
+    """The functions of a backend whose calls are slow for what Python does between its functions.
+
+    A small call of kinds of arrays that came before does again what the functions were called with
+    then: which they are, and what they are given beside arrays, must follow from the kinds and the
+    situation. `in_float64` must be just a call.
+    """
+
+    def situation(self) -> Any:
+        """All beside a call's arrays that decides what is computed, hashable."""
+        ...
+
+
 class Looping(Ops, Protocol):
     """The functions of a backend that computes block after block."""
 
@@ -91,7 +104,7 @@ class Faster(Ops, Protocol):
     """`bitwise_and` and `bitwise_xor` that may write into their first argument."""
 
     def linear(self, x: Array, matrix: Array, bias: Array | None, /) -> Array:
-        """``x . matrix + bias`` of `x` (B, T, D), of shape (B, T, W) or (B*T, W)."""
+        """``x . matrix + bias`` of matrices (N, D) and (D, W)."""
         ...
 
     def softmax(self, x: Array, /) -> Array:

@@ -156,6 +156,8 @@ def check_offset(ops: Ops, offset: Any, batch: Dim) -> Any:
         ArgumentError: it is neither.
         ShapeError: it has another shape.
     """
+    if type(offset) is int:
+        return offset
     if ops.is_array(offset) and "int" in dtype_name(offset.dtype):
         check_broadcast(offset, (batch,), "query_offset")
         return offset

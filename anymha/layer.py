@@ -109,6 +109,9 @@ def multi_head_attention(
             arrays[name] = array
     if plan.run is not None and observe is unobserved:
         return plan.run(arrays | as_arrays(ops, query_offset, seed))
+    simple = seed is None and type(query_offset) is int and query_offset == 0
+    if plan.replayed is not None and simple and observe is unobserved:
+        return plan.replayed(arrays)
     if ops.is_array(query_offset):
         arrays["query_offset"] = query_offset
     if ops.is_array(seed):
@@ -217,13 +220,15 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, *, contracted
     inner = shape[0] if contracted == 1 else shape[0] * shape[1]
     width = outer[0] if len(outer) == 1 else product(outer)
     batch, length, *_ = ops.shape(x)
-    if contracted != 1:
+    linear = getattr(ops, "linear", None)
+    if linear is not None:
+        x = ops.reshape(x, (product((batch, length)), inner))
+    elif contracted != 1:
         x = ops.reshape(x, (batch, length, inner))
     if len(shape) != 2 or contracted != 1:
         kernel = ops.reshape(kernel, (inner, width))
     if bias is not None and len(outer) != 1:
         bias = ops.reshape(bias, (width,))
-    linear = getattr(ops, "linear", None)
     if linear is not None:
         y = linear(x, kernel, bias)
     else:

@@ -19,6 +19,7 @@ from anymha.frame import Frame
 from anymha.masks import visibility
 from anymha.ops import Array, Dim, Ops
 from anymha.paths import AttentionCall, are_told
+from anymha.recorded import Replayed
 
 INPUTS = ("query", "value", "key")
 OPTIONAL = ("attention_mask", "attention_bias", "query_mask", "value_mask", "key_mask")
@@ -57,7 +58,8 @@ class Plan:
         lossless: Whether the first of these is the second.
         result: The dtype of the results.
         double: Whether all is computed in float64.
-        run: Computes the call from its arrays by name, maybe compiled.
+        run: Computes the call from its arrays by name, compiled.
+        replayed: Computes a simple call from its arrays by name, after a while by a program.
     """
 
     frame: Frame
@@ -71,6 +73,7 @@ class Plan:
     result: Any
     double: bool
     run: Callable[[Mapping[str, Array]], Any] | None = None
+    replayed: Callable[[Mapping[str, Array]], Any] | None = None
 
 
 def plan_call(
@@ -101,7 +104,9 @@ def plan_call(
         return _checked(ops, config, weights, inputs, optional, flags)
     plans = config.plans
     try:
-        signature = (ops, *_kinds(kind, weights, inputs, optional), flags)
+        situation = getattr(ops, "situation", None)
+        state = None if situation is None else situation()
+        signature = (ops, *_kinds(kind, weights, inputs, optional), flags, state)
         plan = plans.get(signature)
     except (AttributeError, TypeError):  # not arrays: the checks tell what is wrong
         return _checked(ops, config, weights, inputs, optional, flags)
@@ -112,12 +117,21 @@ def plan_call(
         compiled = getattr(ops, "compiled", None)
         if compiled is not None and not plan.double:
             plan = replace(plan, run=compiled(_once(compute, plan)))
+        if situation is not None and not (flags.dropping or flags.activity):
+            plan = replace(plan, replayed=Replayed(ops, _with_ops(compute, plan)))
         plans[signature] = plan
     return plan
 
 
 def _once(compute: Callable[..., Any], plan: Plan) -> Callable[[Mapping[str, Array]], Any]:
     return lambda arrays: compute(plan, arrays)
+
+
+def _with_ops(compute: Callable[..., Any], plan: Plan) -> Callable[[Any, Mapping[str, Array]], Any]:
+    def function(ops: Any, arrays: Mapping[str, Array]) -> Any:
+        return compute(replace(plan, frame=replace(plan.frame, ops=ops)), arrays)
+
+    return function
 
 
 def _kinds(
@@ -136,6 +150,7 @@ def _kinds(
         kind(weights["query.kernel"]),
         weights["value.kernel"].shape,
         weights["key.kernel"].shape,
+        kind(weights["key.bias"]) if "key.bias" in weights else None,
     )
 
 

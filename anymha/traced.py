@@ -64,8 +64,8 @@ class Traced:
         result = self
         for axis, part in enumerate(slices, len(self.shape) - len(slices)):
             if part != slice(None):
-                length = part.stop - part.start
-                result = self.tape.narrow(result, part.start, length, axis=axis)
+                start, stop, _ = part.indices(self.shape[axis])
+                result = self.tape.narrow(result, start, stop - start, axis=axis)
         return result
 
     def __lt__(self, other: Any) -> Array:

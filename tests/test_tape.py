@@ -142,3 +142,22 @@ def test_training_by_vjp_lowers_the_loss() -> None:
         gradients = pullback(2 * (output - target) / output.size)
         layer.weights = {n: w - 2.0 * gradients[n] for n, w in layer.weights.items()}
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_vjp_goes_through_a_dropout_mask_that_is_made_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = MultiHeadAttention(4, 4, query_features=8, seed=0, dropout=0.3)
+    x = np.random.default_rng(0).standard_normal((2, 200, 8)).astype("float32")
+
+    def found() -> tuple[Any, dict[str, Any]]:
+        output, pullback = layer.vjp(x, training=True, seed=3)
+        return output, pullback(np.ones_like(output))
+
+    assert ops.step(None) < 2 * 4 * 100 * 200  # of so many words, one for two rows
+    output, gradients = found()
+    monkeypatch.setattr(ops, "step", lambda device: None)
+    whole, expected = found()
+    np.testing.assert_array_equal(output, whole)
+    for name, gradient in expected.items():
+        np.testing.assert_array_equal(gradients[name], gradient)

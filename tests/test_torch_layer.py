@@ -525,3 +525,32 @@ def test_set_weights_of_another_width_leaves_the_layer(x):
     with pytest.raises(WeightsError, match=r"`query\.kernel` must have shape \(8, 2, 4\)\. Rec"):
         anymha.set_weights(layer, anymha.get_weights(make(query_features=6)))
     assert torch.equal(layer(x), make()(x))
+
+
+def test_gradients_flow_through_a_program_and_depend_on_who_asks_for_them():
+    layer, query, value = make(), numbers(2, 3, 8), numbers(2, 5, 8, seed=1)
+    gradients = []
+    for _ in range(3):
+        with torch.no_grad():
+            assert not layer(query, value).requires_grad
+        layer.zero_grad()
+        layer(query, value).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in layer.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[2][name])
+    assert not gradients[2]["key.bias"].any()
+    bias = torch.zeros(3, 5, requires_grad=True)
+    for _ in range(3):
+        (own,) = torch.autograd.grad(layer(query, value, attention_bias=bias).square().sum(), bias)
+        assert own.any()
+
+
+def test_autocast_and_transforms_do_not_get_another_calls_program():
+    layer, query, value = make(), numbers(2, 3, 8), numbers(2, 5, 8, seed=1)
+    *_, expected = (layer(query, value) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        *_, half = (layer(query, value) for _ in range(3))
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, expected)
+    mapped = torch.func.vmap(lambda q: layer(q, value))(torch.stack([query, 2 * query]))
+    torch.testing.assert_close(mapped[0], expected)

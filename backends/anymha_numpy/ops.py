@@ -93,12 +93,16 @@ def is_tracing():
     return False
 
 
+def situation():
+    return None
+
+
 def is_differentiated(x, /):
     return False
 
 
 def linear(x, matrix, bias, /):
-    y = np.matmul(x.reshape(-1, matrix.shape[0]), matrix)
+    y = np.matmul(x, matrix)
     if bias is not None:
         y += bias
     return y

@@ -104,11 +104,16 @@ overwriting = SimpleNamespace(
 
 
 def kind(x, /):
-    return x.__class__, x.shape, x.dtype
+    return x.__class__, x.shape, x.dtype, x.device, x.requires_grad
 
 
 def is_tracing():
-    return torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or transformed()
+
+
+def situation():
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return torch.is_grad_enabled(), *autocast
 
 
 def is_differentiated(x, /):
@@ -116,7 +121,6 @@ def is_differentiated(x, /):
 
 
 def linear(x, matrix, bias, /):
-    x = x.reshape(-1, matrix.shape[0])
     y = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # as above
 
