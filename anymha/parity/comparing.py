@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from anymha.parity.beside import gradients_compared, weights_compared
 from anymha.parity.causes import Diagnosis
 from anymha.parity.features import untested
 from anymha.parity.limits import computed_dtype
-from anymha.parity.meaning import meaning_of
+from anymha.parity.meaning import Meaning, meaning_of
 from anymha.parity.recipe import Arrays
 from anymha.parity.report import Comparison
 from anymha.parity.stagewise import (
@@ -105,7 +107,7 @@ def judged(
         if basis.weights is None or basis.config is None:
             return _outputs_alone(request, first, second)
         folded = fold(problem_of(basis.config, basis.weights, request))
-        return _staged(request, folded, first, second, cotangent)
+        return Standard(request, folded, first).judge(second, cotangent)
 
 
 def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> None:
@@ -125,41 +127,62 @@ def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> N
         raise ParityError(report.to_text())
 
 
-def _staged(
-    request: Request,
-    folded: Folded,
-    first: Trace,
-    second: Trace,
-    cotangent: np.ndarray | None,
-) -> Comparison:
-    notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
-    traces = (first, second)
-    told = _told(first, folded), _told(second, folded)
-    meant = meaning_of(folded.recipe, first, told[0])
-    notes += meant.notes
-    if meant.recipe is None:
-        return _outputs_alone(request, first, second, *notes)
-    honest = meant.stages()
-    stages = compared(meant.recipe, honest, traces, told)
-    stages += weights_compared(first, second)
-    if cotangent is not None and first.gradients and second.gradients:
-        stages += _gradients(folded, traces, cotangent)
-    wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
-    diagnosis = meant.diagnosed(second, told[1], wrong)
-    divergence = _first_divergence(stages, told[1], diagnosis)
-    return Comparison(
-        first.name,
-        second.name,
-        tuple(stages),
-        divergence,
-        diagnosis,
-        (*untested(meant.recipe, honest), *_undecided(stages, computed_dtype(first))),
-        tuple(notes),
-        request,
-        traces,
-        honest,
-        told[1],
-    )
+@dataclass(frozen=True)
+class Standard:
+    """What candidates are held against: a reference's trace, and all that follows from it alone.
+
+    Args:
+        request: The call.
+        folded: What anymha means by the weights that are compared.
+        trace: What the reference gave.
+    """
+
+    request: Request
+    folded: Folded
+    trace: Trace
+
+    @cached_property
+    def told(self) -> Arrays:
+        """What the reference told, by stage."""
+        return _told(self.trace, self.folded)
+
+    @cached_property
+    def meant(self) -> Meaning:
+        """What the reference computes."""
+        return meaning_of(self.folded.recipe, self.trace, self.told)
+
+    @cached_property
+    def untested(self) -> list[str]:
+        """The features of the call that change nothing."""
+        return [] if self.meant.recipe is None else untested(self.meant.recipe)
+
+    def judge(self, second: Trace, cotangent: np.ndarray | None = None) -> Comparison:
+        """The comparison with what a candidate gave; `cotangent` as for `judged`."""
+        first, meant = self.trace, self.meant
+        notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
+        notes += meant.notes
+        if meant.recipe is None:
+            return _outputs_alone(self.request, first, second, *notes)
+        traces, honest, told = (first, second), meant.stages(), _told(second, self.folded)
+        stages = compared(meant.recipe, honest, traces, (self.told, told))
+        stages += weights_compared(first, second)
+        if cotangent is not None and first.gradients and second.gradients:
+            stages += _gradients(self.folded, traces, cotangent)
+        wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
+        diagnosis = meant.diagnosed(second, told, wrong)
+        return Comparison(
+            first.name,
+            second.name,
+            tuple(stages),
+            _first_divergence(stages, told, diagnosis),
+            diagnosis,
+            (*self.untested, *_undecided(stages, computed_dtype(first))),
+            tuple(notes),
+            self.request,
+            traces,
+            honest,
+            told,
+        )
 
 
 def _told(trace: Trace, folded: Folded) -> Arrays:

@@ -12,7 +12,7 @@ from anymha.parity.causes import Cause, Diagnosis
 from anymha.parity.limits import Tolerances, computed_dtype, shares_of
 from anymha.parity.mistaken_attention import PRECISIONS, precision
 from anymha.parity.mistakes import CATALOGUE, Mistake
-from anymha.parity.recipe import Arrays, Recipe, run
+from anymha.parity.recipe import Arrays, Recipe
 from anymha.parity.stagewise import OBSERVED
 from anymha.parity.structure import distance, like_rounding
 from anymha.parity.trace import STAGES, Trace
@@ -70,7 +70,7 @@ class Search:
 
     def fits(self) -> bool:
         """Whether the recipe itself gives what was observed."""
-        return max(self._errors(self.recipe, self.honest).values()) <= 1
+        return max(self._errors(self.recipe).values()) <= 1
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
         """The mistakes that explain what was observed; one alone without `pairs`."""
@@ -82,7 +82,7 @@ class Search:
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.honest["logits"].size > LARGE:
             return self._of_one(pairs)
-        singles = list(_in_time(self._tried(self.recipe, self.honest), 3 * SECONDS))
+        singles = list(_in_time(self._tried(self.recipe), 3 * SECONDS))
         best = self._fitting(singles)
         if best is not None:
             return best
@@ -121,7 +121,7 @@ class Search:
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
         """One mistake after another: each must make the told stages fit further than before."""
         causes: list[Cause] = []
-        honest = self._errors(self.recipe, self.honest)
+        honest = self._errors(self.recipe)
         reached = next((i for i, error in enumerate(honest.values()) if not error <= 1), 0)
         tried = singles
         while tried:
@@ -132,15 +132,14 @@ class Search:
             reached = best.prefix()
             if best.worst <= 1:
                 return Diagnosis(tuple(causes), best.worst, (), best.recipe)
-            tried = list(self._tried(best.recipe, run(best.recipe)))
+            tried = list(self._tried(best.recipe))
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
         """Two mistakes together."""
         until = time.monotonic() + SECONDS
         for first in singles:
-            stages = run(first.recipe)
-            for second in self._tried(first.recipe, stages, skip=first.cause.name):
+            for second in self._tried(first.recipe, skip=first.cause.name):
                 if second.worst <= 1:
                     pair = sorted((first.cause, second.cause), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(pair), second.worst, (), second.recipe)
@@ -154,12 +153,12 @@ class Search:
         mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.honest).items()}
         if not like_rounding(self.found.get("output"), self.honest["output"]):
             return None
-        right = self._errors(self.recipe, self.honest)
+        right = self._errors(self.recipe)
         for dtype in PRECISIONS:
             if eps(dtype) <= eps(given):
                 continue
             [(_, rounded)] = precision(self.recipe, dtype)
-            results = run(rounded)
+            results = rounded.stages
             usual = {n: float(np.max(distance(a, self.honest[n], n))) for n, a in results.items()}
             usual["scores"] = usual["probabilities"]
             wrong = [name for name in mine if not right[name] <= 1]
@@ -186,25 +185,26 @@ class Search:
                 distances[name] = distance(got, exact, name) if fits else np.full(1, np.inf)
         return distances
 
-    def _tried(self, recipe: Recipe, stages: Arrays, skip: str | None = None) -> Iterator[_Tried]:
+    def _tried(self, recipe: Recipe, skip: str | None = None) -> Iterator[_Tried]:
         for mistake, detail, wrong in _variants(recipe, skip):
             with np.errstate(all="ignore"):
-                results = run(wrong)
-            stage = _first_change(stages, results)
+                stage = _first_change(recipe.stages, wrong.stages)
             if stage is not None:
                 cause = Cause(mistake.name, detail, stage, mistake.cure)
-                yield _Tried(cause, wrong, self._errors(wrong, results, hasty=True))
+                errors = self._errors(wrong, hasty=True)
+                yield _Tried(cause, wrong.but(), errors)  # a copy, which does not keep its stages
 
-    def _errors(self, recipe: Recipe, results: Arrays, hasty: bool = False) -> dict[str, float]:
+    def _errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
         """How far what was observed is from a recipe's results, over what rounding explains.
 
         In haste, a great error is not asked how great it may be.
         """
+        results = recipe.stages
         distances = self._distances(results)
         far = FAR * eps(computed_dtype(self.trace)) * float(np.max(np.abs(results["output"])))
         if hasty and len(distances) <= FEW and np.any(distances.get("output", 0.0) > far):
             return dict.fromkeys(distances, np.inf)
-        tolerances = Tolerances(recipe, results, self.reference)
+        tolerances = Tolerances(recipe, self.reference)
         return {
             name: float(np.max(shares_of(apart, tolerances.of(name, self.trace)), initial=0.0))
             for name, apart in distances.items()

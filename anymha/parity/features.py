@@ -6,26 +6,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from anymha.parity.recipe import Arrays, Recipe, run
+from anymha.parity.recipe import Recipe
 
 LARGE = 1 << 20
 """Of how many logits nothing is computed again without each feature."""
 
 
-def untested(recipe: Recipe, honest: Arrays) -> list[str]:
+def untested(recipe: Recipe) -> list[str]:
     """Features that change nothing when they are switched off, in words.
 
     Args:
         recipe: What is computed.
-        honest: Its stages.
     """
-    if honest["logits"].size > LARGE:
+    if recipe.stages["logits"].size > LARGE:
         return ["whether each feature matters: there is too much to compute it without each"]
-    wanted = honest["output"]
+    wanted = recipe.stages["output"]
     size = float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0))
     found = []
     for words, without in _switched_off(recipe):
-        output = run(without)["output"]
+        output = without.stages["output"]
         if np.allclose(output, wanted, rtol=0, atol=1e-6 * size, equal_nan=True):
             found.append(words)
     batch, queries, keys = recipe.lengths

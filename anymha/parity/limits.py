@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from anymha.parity.recipe import Arrays, Recipe, sizes
+from anymha.parity.recipe import Recipe
 from anymha.parity.tolerance import tolerance
 from anymha.parity.trace import Trace, name_of_dtype
 from anymha.parity.units import eps, smallest
@@ -15,14 +15,11 @@ class Tolerances:
 
     Args:
         recipe: What is computed.
-        stages: Its stages in float64.
         reference: The reference's trace, in whose dtype a candidate has to compute.
     """
 
-    def __init__(self, recipe: Recipe, stages: Arrays, reference: Trace | None = None) -> None:
-        self.reference = reference
-        known = stages.get("output") is recipe.__dict__.get("stages", {}).get("output", 0)
-        self.sizes = recipe.sizes if known else sizes(recipe, stages)
+    def __init__(self, recipe: Recipe, reference: Trace | None = None) -> None:
+        self.reference, self.sizes = reference, recipe.sizes
         widths = [array.shape[-1] for array in recipe.inputs.values()]
         widths += [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
         heads, width, _ = recipe.weights["output.kernel"].shape

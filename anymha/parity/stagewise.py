@@ -95,7 +95,7 @@ def compared(
         traces: The reference's and the candidate's.
         told: What both told, by stage.
     """
-    tolerances = Tolerances(recipe, honest, traces[0])
+    tolerances = Tolerances(recipe, traces[0])
     wanted, found = told
     own: Arrays = {}  # the candidate's stages, filled up by the reference's steps
     stages = []

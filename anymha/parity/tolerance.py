@@ -6,6 +6,7 @@ Everything that compares numbers asks here, so that no comparison is loosened on
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import ml_dtypes
 
@@ -60,6 +61,7 @@ def tolerance(
     return magnitude * (rounded + summed)
 
 
+@cache
 def _eps(dtype_name: str) -> float:
     """The distance from 1 to the next number."""
     return float(ml_dtypes.finfo(dtype_name).eps)

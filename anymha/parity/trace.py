@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -209,4 +210,9 @@ def _scores(config: AttentionConfig, query: np.ndarray, value: np.ndarray) -> tu
 
 def name_of_dtype(array: np.ndarray) -> str:
     """The name of an array's dtype, "bfloat16" included."""
-    return "bfloat16" if array.dtype == ml_dtypes.bfloat16 else array.dtype.name
+    return _name(array.dtype)
+
+
+@cache
+def _name(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.name

@@ -13,6 +13,7 @@ these cancel. One unit is this over ``1/2 + sums``: so every quantity of a probl
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -54,11 +55,13 @@ def longest_sum(problem: Problem) -> int:
     return max(*sides, *positions)
 
 
+@cache
 def eps(dtype: str) -> float:
     """The distance from 1 to the next number."""
     return float(ml_dtypes.finfo(dtype).eps)
 
 
+@cache
 def smallest(dtype: str) -> float:
     """The smallest positive number, below which nothing is told apart."""
     return float(ml_dtypes.finfo(dtype).smallest_subnormal)

@@ -14,7 +14,7 @@ from anymha.interchange.layers import get_weights
 from anymha.interchange.layouts import get_layout, to_canonical
 from anymha.interchange.libraries import opened
 from anymha.interchange.weights import Weights
-from anymha.parity.recipe import Arrays, Recipe, allowed, run
+from anymha.parity.recipe import Arrays, Recipe, allowed
 from anymha.parity.trace import (
     STAGES,
     Request,
@@ -181,7 +181,7 @@ def settled(stages: Arrays, recipe: Recipe) -> Arrays:
     batch, queries, length = recipe.lengths
     seen = np.logical_and.reduce([np.ones((batch, 1, 1, length), bool), *keys])  # (B, 1, 1, S)
     asking = np.ones((batch, 1, queries, 1), bool) if rows is None else rows  # (B, 1, T, 1)
-    own = run(recipe)
+    own = recipe.stages
     places = {"query": asking[:, 0, :, :, None], "logits": seen & asking}
     places |= dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None])
     for name, place in places.items():
