@@ -12,8 +12,21 @@ from safetensors.numpy import load_file
 
 import anymha
 from anymha.interchange.layers import set_weights
+from anymha.parity.bits import count_differing
+from anymha.parity.tolerance import tolerance
 from anymha.registry import Backend
-from tests.support import Problem, Result, bits, check, longest_sum, make, native, normal, run
+from tests.support import (
+    Problem,
+    Result,
+    bits,
+    check,
+    longest_sum,
+    make,
+    native,
+    normal,
+    run,
+    truth,
+)
 
 DATA = Path(__file__).parent / "data"
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -254,4 +267,12 @@ def test_reproducible_mode_on_a_million_outputs(installed: list[Backend]) -> Non
     assert problem.d_output.size >= 1_000_000
     assert longest_sum(problem) >= 2048
     results = [run(backend, problem) for backend in installed]
-    assert _differing(results)[0] == 0
+    # Where the exact value lies half way between two numbers, it may be rounded to either.
+    exact = truth(problem, allowed=np.tri(problem.d_output.shape[1], dtype=bool))
+    wanted = {"output": exact.output, "scores": exact.scores, **exact.gradients}
+    may = {
+        name: tolerance("float64", longest_sum(problem), float(np.max(array)))
+        for name, array in exact.magnitudes.items()
+    }
+    differing, ties, compared = count_differing([result.all for result in results], wanted, may)
+    assert differing == ties <= compared / 1_000_000

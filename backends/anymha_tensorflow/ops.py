@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import tensorflow as tf
 from tensorflow import abs, bool, broadcast_to, exp, float32, float64, int32, reshape, sqrt, tanh
 
@@ -98,11 +100,28 @@ def is_tracing():
 
 
 def compiled(function, /):
-    return tf.function(function, autograph=False)
+    whole, made = tf.function(function, autograph=False), {}
+
+    # What is called is known by the plan, and need not be found out for each array again.
+    def call(arrays):
+        known = made.get(len(arrays))
+        if known is not None and not tf.config.functions_run_eagerly():
+            with contextlib.suppress(TypeError):  # an offset or a seed of another kind
+                return known(arrays)
+        if len(arrays) not in made:
+            made[len(arrays)] = whole.get_concrete_function(arrays)
+        return whole(arrays)
+
+    return call
 
 
 def seed_array(seed, /):
     return tf.constant((seed + 2**63) % 2**64 - 2**63, tf.int64)
+
+
+def linear(x, matrix, bias, /):
+    y = tf.matmul(x, matrix)
+    return y if bias is None else tf.nn.bias_add(y, bias)  # which TensorFlow joins with the product
 
 
 def softmax(x, /):
