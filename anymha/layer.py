@@ -176,15 +176,12 @@ def _layer(
 
     rows, columns = frame.padding(arrays)
     query, key, value = frame.inputs({name: real(name) for name in INPUTS}, rows, columns)
-    q = projected(query, "query", real("query.bias"))  # [B, T, H, d_k]
-    k = projected(key, "key", without_gradient(ops, real("key.bias")))  # [B, S, K, d_k]
-    v = projected(value, "value", real("value.bias"))  # [B, S, K, d_v]
-    context, scores = attend(  # [B, T, H, d_v], [B, H, T, S]
+    context, scores = attend(  # [B, T, H, d_v], [B, H, T, S]; the projections live no longer
         ops,
         options,
-        q,
-        k,
-        v,
+        projected(query, "query", real("query.bias")),  # [B, T, H, d_k]
+        projected(key, "key", without_gradient(ops, real("key.bias"))),  # [B, S, K, d_k]
+        projected(value, "value", real("value.bias")),  # [B, S, K, d_v]
         masks=[frame.attention_mask(arrays), rows, columns],
         bias=frame.attention_bias(real("attention_bias")),
         observe=observe,

@@ -12,7 +12,7 @@ import pytest
 
 import anymha
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
-from anymha_numpy import MultiHeadAttention
+from anymha_numpy import MultiHeadAttention, ops
 
 NAMES = [
     f"{projection}.{part}"
@@ -173,3 +173,21 @@ def test_set_weights_that_do_not_fit_leaves_the_layer(x):
         f"Weights must have the names {', '.join(NAMES)}. Missing: key.bias. Unknown: gate.kernel."
     )
     np.testing.assert_array_equal(layer(x), make()(x))
+
+
+@pytest.mark.parametrize("great", [1.0, 500.0, np.inf, -np.inf, np.nan])
+def test_masked_exponentials_are_those_of_what_is_seen(great: float) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 6, 5)).astype(np.float32)
+    mask = rng.random((2, 1, 6, 5)) < 0.5
+    mask[:, :, 0], mask[:, :, 1] = False, True
+    x[:, :, 2:, 3] = great
+    mask[:, :, 2:, 3] = False
+    with np.errstate(all="ignore"):
+        weights, total = ops.masked_exp_and_sum(x.copy(), mask)
+    seen = np.where(mask, x.astype(np.float64), -np.inf)
+    expected = np.exp(seen - np.max(seen, axis=-1, keepdims=True, initial=-100.0))
+    share = expected / np.maximum(expected.sum(axis=-1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(weights / np.where(total > 0, total, 1), share, rtol=1e-5)
+    assert not weights[~np.broadcast_to(mask, x.shape)].any()
+    assert not total[:, :, 0].any()

@@ -56,7 +56,7 @@ def gradients_compared(
                 got.astype(np.float64),
                 wanted.astype(np.float64),
                 exact[name],
-                2 * allowed[name],
+                allowed[name],
                 dtype,
             )
         )

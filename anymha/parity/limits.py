@@ -31,7 +31,9 @@ class Tolerances:
         if meant is not None and eps(computed_dtype(trace)) > eps(computed_dtype(meant)):
             trace = meant
         dtype, size = computed_dtype(trace), self.sizes[stage]
-        relative = tolerance(dtype, self.length, 1.0, accumulated=trace.accumulated)
+        relative = tolerance(
+            dtype, self.length, 1.0, accumulated=trace.accumulated, held=trace.held
+        )
         return relative * size + smallest(dtype) * self.length
 
 

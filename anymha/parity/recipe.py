@@ -194,7 +194,8 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     """How great the numbers are that each stage is made of, however much they cancel.
 
     A sum has the root of the sum of its squared terms, or its own value where that is greater, as
-    rounding errors have random signs. What comes after the logits is that much more uncertain.
+    rounding errors have random signs. What comes after the logits has the size of what their errors
+    make of it.
 
     Returns:
         By stage, and for "scores", an array that broadcasts to it: one size for each position of
@@ -216,20 +217,21 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     products = _squared("bthk,bshk->bhts", found["query"], found["key"][:, :, heads])
     logits = size(recipe.scale**2 * products, stages["logits"])
     found["logits"] = logits
-    found["masked_logits"] = size(np.square(logits), stages["masked_logits"])
-    peak = np.maximum(1.0, _rows(logits, (1, 3)))  # (B, 1, T, 1)
-    found["probabilities"] = peak * size(np.zeros(1), stages["probabilities"])
-    dropped = size(np.zeros(1), stages["dropped_probabilities"])
-    found["dropped_probabilities"] = peak * dropped
-    values = found["value"][:, :, heads]
-    context = size(_squared("bhts,bshv->bthv", dropped, values), stages["context"])
-    peak = np.swapaxes(peak, 1, 2)  # (B, T, 1, 1)
-    found["context"] = peak * context
-    last = size(
-        _squared("bthv,hvo->bto", context, recipe.weights["output.kernel"]), stages["output"]
+    masked = found["masked_logits"] = size(np.square(logits), stages["masked_logits"])
+    shares = size(np.zeros(1), stages["probabilities"])
+    # A logit that is off by d changes its share p by p (1 - p) d, and each other share q by q p d.
+    others = np.sum(np.square(shares * masked), axis=-1, keepdims=True)
+    spread = np.sqrt(1 + np.square(masked) + others)
+    found["probabilities"] = shares * spread
+    dropped = found["dropped_probabilities"] = spread * size(
+        np.zeros(1), stages["dropped_probabilities"]
     )
-    fits = last.shape[:2] == peak.shape[:2]
-    found["output"] = (peak[..., 0] if fits else peak.max(initial=1.0)) * last
+    values = found["value"][:, :, heads]
+    found["context"] = size(_squared("bhts,bshv->bthv", dropped, values), stages["context"])
+    found["output"] = size(
+        _squared("bthv,hvo->bto", found["context"], recipe.weights["output.kernel"]),
+        stages["output"],
+    )
     axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
     rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in found.items()}
     return {**rows, "scores": rows["probabilities"]}

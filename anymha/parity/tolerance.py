@@ -24,25 +24,33 @@ sqrt(8).
 
 
 def tolerance(
-    dtype_name: str, reduction_length: int, magnitude: float, *, accumulated: str | None = None
+    dtype_name: str,
+    reduction_length: int,
+    magnitude: float,
+    *,
+    accumulated: str | None = None,
+    held: str | None = None,
 ) -> float:
     """The greatest absolute error that rounding explains.
 
         magnitude * (eps(dtype) / 2
-                     + SUMS * (eps(accumulation dtype) + eps(float64)) * sqrt(reduction_length))
+                     + SUMS * (eps(accumulated) + eps(float64)) * sqrt(reduction_length)
+                     + SUMS * eps(held))
 
     The first term is the one rounding of the exact result to its dtype. The second is what the
     sums on the way to it lose; they run in float64 for float64 and in float32 for everything else,
-    so half precision pays little for them. The last is what the sums of the float64 oracle lose,
-    with which the result is compared; it counts for float64 alone.
+    so half precision pays little for them; beside it stands what the sums of the float64 oracle
+    lose, with which the result is compared. The third is there where the result of each sum is
+    rounded before the next one takes it.
 
     Args:
         dtype_name: Dtype of the result: "float16", "bfloat16", "float32" or "float64".
         reduction_length: The longest sum on the way: features, keys, or positions of a batch.
         magnitude: The greatest size of the result and of the sums that it is made of, as in
             `anymha.parity.oracle.Truth.magnitudes`: terms that cancel leave their errors.
-        accumulated: The dtype in which the sums run, where it is another: layers of other
-            libraries add half precision in half precision.
+        accumulated: The dtype in which the sums run, where it is another than anymha's.
+        held: The dtype in which the results of the sums are held, where it is coarser than that in
+            which they run: layers of other libraries round each of their steps to half precision.
 
     Returns:
         The tolerance, in the units of the result.
@@ -56,8 +64,10 @@ def tolerance(
         the square root.
     """
     rounded = _eps(dtype_name) / 2
-    working = _eps(accumulated or accumulation_dtype(dtype_name)) + _eps("float64")
-    summed = SUMS * working * math.sqrt(reduction_length)
+    accumulated = accumulated or accumulation_dtype(dtype_name)
+    summed = SUMS * (_eps(accumulated) + _eps("float64")) * math.sqrt(reduction_length)
+    if held is not None and _eps(held) > _eps(accumulated):
+        summed += SUMS * _eps(held)
     return magnitude * (rounded + summed)
 
 

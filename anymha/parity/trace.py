@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from anymha.config import AttentionConfig
+from anymha.dtypes import accumulation_dtype
 from anymha.errors import ArgumentError, DtypeError
 from anymha.parity.cases import Case, Problem
 from anymha.parity.recipe import STEPS
@@ -124,9 +125,10 @@ def unsteady(found: np.ndarray, again: np.ndarray) -> bool:
         return True
     one, other = found.astype(np.float64), again.astype(np.float64)
     size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
-    floating = "float" in name_of_dtype(found)
-    near = 256 * float(ml_dtypes.finfo(found.dtype).eps) * size if floating else 0.0
-    return not np.allclose(one, other, rtol=0, atol=near, equal_nan=True)
+    dtype = name_of_dtype(found)
+    working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
+    near = 2 * float(ml_dtypes.finfo(found.dtype).eps) + 256 * working
+    return not np.allclose(one, other, rtol=0, atol=near * size, equal_nan=True)
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -152,6 +154,7 @@ class Trace:
         weights: Its canonical weights, where it tells them.
         config: Its options, where it tells them.
         accumulated: The dtype of its sums; None: that which anymha would take.
+        held: The dtype in which it holds what the sums give; None: that of the sums.
         random: Whether two calls gave two results.
         notes: What its users should know.
     """
@@ -164,6 +167,7 @@ class Trace:
     weights: Arrays | None = None
     config: AttentionConfig | None = None
     accumulated: str | None = None
+    held: str | None = None
     random: bool = False
     notes: tuple[str, ...] = ()
 

@@ -109,7 +109,7 @@ def linear(x, matrix, bias, /):
 
 
 def block(device, /):
-    return 1 << 18
+    return 1 << 20
 
 
 unrolls = True
@@ -133,7 +133,26 @@ def narrow(x, start, length, /, *, axis):
 def exp_and_sum(x, peak, /):
     np.subtract(x, peak, out=x)
     np.exp(x, out=x)
-    return x, np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
+    return x, _row_sums(x)
+
+
+# Zeros are multiplied into the exponentials, which takes a tenth of the time of -inf put into the
+# logits. What is masked may then be the greatest of its row, so all must be near to one another.
+def masked_exp_and_sum(x, mask, /):
+    peak = max(x, axis=-1, keepdims=True)
+    span = float(np.max(peak, initial=-np.inf)) - float(np.min(x, initial=np.inf))
+    if not span <= 30:  # also where something is not finite
+        x = np.where(mask, x, -np.inf)
+        peak = max(x, axis=-1, keepdims=True)
+        return exp_and_sum(x, np.where(peak > -np.inf, peak, 0.0))
+    np.subtract(x, peak, out=x)
+    np.exp(x, out=x)
+    np.multiply(x, mask, out=x)
+    return x, _row_sums(x)
+
+
+def _row_sums(x):
+    return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
 
 
 def to_numpy(x, /):

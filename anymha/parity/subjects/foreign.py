@@ -26,6 +26,9 @@ from anymha.parity.trace import (
 )
 from anymha.parity.truth import fold
 
+COARSE = {("tensorflow", "float16")}
+"""Frameworks whose products of matrices add a dtype in itself; others add halves in float32."""
+
 
 @dataclass(frozen=True)
 class Known:
@@ -136,6 +139,7 @@ def finished(
     told: Known | None,
     gradients: Arrays | None = None,
     notes: tuple[str, ...] = (),
+    framework: str = "",
 ) -> Trace:
     """The trace of a layer that is called twice, to see whether it gives the same.
 
@@ -146,10 +150,12 @@ def finished(
         told: What it tells of itself.
         gradients: By canonical name.
         notes: What its users should know.
+        framework: Whose operations it is made of, where these add half precision as they hold it.
     """
     found, again = call(), call()
     found = {n: a.astype(np.float64) if n in STAGES[:-1] else a for n, a in found.items()}
     output, scores = found.pop("output"), found.pop("scores", None)
+    held = name_of_dtype(output)
     return Trace(
         name,
         output,
@@ -158,7 +164,8 @@ def finished(
         gradients or {},
         None if told is None else told.weights,
         None if told is None else told.config,
-        name_of_dtype(output),
+        held if (framework, held) in COARSE else None,
+        held,
         unsteady(output, again["output"]),
         (*(told.notes if told is not None else ()), *notes),
     )

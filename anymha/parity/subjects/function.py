@@ -44,7 +44,7 @@ class Function:
             found = named(self.function(*copies, **arguments), self.name)
             return {name: as_numpy(array) for name, array in found.items()}
 
-        return finished(self.name, request, call, self.told)
+        return finished(self.name, request, call, self.told, framework=ops.name)
 
 
 def named(result: Any, name: str) -> dict[str, Any]:

@@ -54,7 +54,10 @@ class KerasLayer:
             gradients: Arrays = {}
             if cotangent is not None:
                 gradients = _gradients(keras, layer, output, given, cotangent, told)
-            return finished(self.name, request, call, told, gradients)
+            framework = keras.backend.backend()
+            return finished(
+                self.name, request, call, told, gradients, framework=framework
+            )
 
 
 def _arguments(keras: Any, layer: Any, request: Request) -> dict[str, Any]:
