@@ -554,3 +554,12 @@ def test_autocast_and_transforms_do_not_get_another_calls_program():
     assert not torch.equal(half, expected)
     mapped = torch.func.vmap(lambda q: layer(q, value))(torch.stack([query, 2 * query]))
     torch.testing.assert_close(mapped[0], expected)
+
+
+def test_a_second_pass_back_drops_the_same_elements():
+    layer = make(dropout=0.5, memory_budget=1024)
+    x = numbers(2, 40, 8).requires_grad_()
+    output = layer(x, training=True, seed=3)
+    gradients = [torch.autograd.grad(output.sum(), x, retain_graph=True)[0] for _ in range(3)]
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])

@@ -101,6 +101,9 @@ class MultiHeadAttention:
         leaves = [(jax.tree_util.DictKey(name), self.weights[name]) for name in names]
         return leaves, (self._static, names)
 
+    def tree_flatten(self) -> tuple[Any, Any]:  # JAX would make the keys, and drop them
+        return tuple(self.weights.values()), (self._static, tuple(self.weights))
+
     @classmethod
     def tree_unflatten(cls, auxiliary: Any, leaves: Any) -> MultiHeadAttention:
         config, names = auxiliary

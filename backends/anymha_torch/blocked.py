@@ -30,7 +30,7 @@ BLOCK = 1 << 18
 """Logits in a block: so many stay in the cache."""
 
 REMEMBERED = 1 << 25
-"""Up to so many decisions what is kept are remembered for the backward pass, a byte for each."""
+"""Up to so many decisions what is kept are remembered for a backward pass, a byte for each."""
 
 
 def attention(ops: Any, call: AttentionCall, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -42,7 +42,7 @@ def attention(ops: Any, call: AttentionCall, arrays: Mapping[str, torch.Tensor])
         arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), "value" (B, K, S, d_v), maybe "mask"
             and "bias", which broadcast to (B, H, T, S); the bias gets no gradient.
     """
-    query, key, value = (arrays[name].contiguous() for name in ("query", "key", "value"))
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
     rest = {name: arrays[name] for name in ("mask", "bias") if name in arrays}
     return _Attention.apply(ops, call, rest, query, key, value)
 
@@ -54,13 +54,14 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         query, key, value = arrays
         blocks = _Blocks(ops, call, rest, query, key)
-        context = query.new_empty((*query.shape[:3], value.shape[3]))
+        batch, heads, queries, _ = query.shape
+        context = query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
         remember = query[..., 0].numel() * key.shape[2] <= REMEMBERED
-        ctx.kept = []
-        for block in blocks:
+        ctx.kept = {}
+        for number, block in enumerate(blocks):
             weights, keep = blocks.weights(block), blocks.keep(block)
             if remember:
-                ctx.kept.append(keep)
+                ctx.kept[number] = keep
             torch.mm(weights.mul_(keep), value[block.columns], out=context[block.rows])
         ctx.call, ctx.rest, ctx.blocks = call, rest, blocks
         context.mul_(call.dropout.factor)  # pyright: ignore[reportOptionalMemberAccess]
@@ -75,16 +76,16 @@ class _Attention(torch.autograd.Function):
             ops, call, rest = ctx.blocks.ops, ctx.call, ctx.rest
             return None, None, None, *_differentiable(ops, call, rest, arrays, cotangent)
         query, key, value = arrays
-        call, blocks, kept = ctx.call, ctx.blocks, iter(ctx.kept)
+        call, blocks = ctx.call, ctx.blocks
         factor = call.dropout.factor
-        cotangent = cotangent.contiguous()
         balance = (context * cotangent).sum(-1, keepdim=True)
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
-        for block in blocks:
+        for number, block in enumerate(blocks):
             rows, columns = block.rows, block.columns
             weights = blocks.weights(block)
-            keep = next(kept) if ctx.kept else blocks.keep(block)
+            keep = ctx.kept.pop(number, None)  # a second pass back makes it again
+            keep = blocks.keep(block) if keep is None else keep
             scaled = cotangent[rows] * factor
             d_value[columns].addmm_((weights * keep).t(), scaled)
             d_weights = torch.mm(scaled, value[columns].t()).mul_(keep)
