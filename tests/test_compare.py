@@ -150,6 +150,31 @@ def test_integers_are_compared_exactly() -> None:
     assert not compare(lambda x: 2 * x, lambda x: 2 * x + (x == 7), whole).passed
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "object", "str"])
+def test_results_that_are_no_real_numbers_are_refused_in_words(layer, dtype) -> None:
+    def strange(query):
+        return layer(query).astype(dtype)
+
+    for pair, role in (((strange, layer), "reference"), ((layer, strange), "candidate")):
+        with pytest.raises(DtypeError, match=r"The output of `.*strange` must be real num") as told:
+            compare(*pair, QUERY)
+        assert f"as the {role} was called" in told.value.__notes__[0]
+    with pytest.raises(DtypeError, match=r"The scores of `.*` must be real numbers"):
+        compare(layer, lambda query: (layer(query), np.ones((2, 2, 5, 5)).astype(dtype)), QUERY)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool"])
+def test_integers_beside_floating_numbers_are_told_by_their_dtype(layer, dtype) -> None:
+    report = compare(layer, lambda query: layer(query).astype(dtype), QUERY)
+    [output] = [stage for stage in report.stages if stage.name == "output"]
+    assert output.faults == (f"dtype {dtype}, not float32",)
+
+
+def test_a_reference_of_another_shape_is_told_so(layer) -> None:
+    report = compare(lambda query: layer(query)[0], layer, QUERY)
+    assert "shape (2, 5, 8), not (5, 8)" in report.to_text()
+
+
 def test_causes_are_found_where_there_is_much_to_compute(layer) -> None:
     rng = np.random.default_rng(2)
     x = rng.standard_normal((3, 160, 8)).astype("float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from anymha.parity.mistakes import CATALOGUE
 from anymha.parity.planted import PLANTS
 from anymha.parity.selftest import DTYPES, goes_together, honest, try_planted
 from anymha.registry import Backend, get_backend
+from tests.frameworks import skip_or_fail
 
 
 def test_every_mistake_of_the_catalogue_is_planted() -> None:
@@ -50,12 +52,39 @@ def test_honest_layers_are_not_blamed(dtype: str, installed: list[Backend]) -> N
         assert not alarms, alarms[0].told
 
 
+SUBTLE = ("scale by the value's width", "output bias left out", "window wider", "rotary pairs",
+          "value bias of the key", "no softmax", "next key seen")  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("wrong", SUBTLE)
+def test_a_planted_mistake_is_caught_in_half_precision(wrong, dtype) -> None:
+    torch = get_backend("torch")
+    if not torch.installed:
+        skip_or_fail("torch", "torch is not installed")
+    [plant] = [plant for plant in PLANTS if plant.wrong == wrong]
+    half = dataclasses.replace(plant, dtype=dtype)
+    for tells in (True, False):
+        found = try_planted(torch, (half,), tells)
+        assert (found.caught, found.stage, found.cause) == (True, True, True), found.told
+
+
 def test_the_command_passes_and_writes_what_it_found(tmp_path, monkeypatch, capsys) -> None:
     few = PLANTS[:2]
     monkeypatch.setattr(command, "PLANTS", few)
     monkeypatch.setattr(selftest, "PLANTS", few)
     path = tmp_path / "selftest.json"
-    call = ["selftest", "--backends", "numpy", "--honest", "2", "--json", str(path)]
+    call = [
+        "selftest",
+        "--backends",
+        "numpy",
+        "--honest",
+        "2",
+        "--dtypes",
+        "float16",
+        "--json",
+        str(path),
+    ]
     assert main(call) == 0
     told = capsys.readouterr().out
     assert "4 of 4 caught, the first stage right in 4, the cause in 4." in told
@@ -85,6 +114,7 @@ def test_the_command_fails_where_an_honest_layer_is_blamed(monkeypatch, capsys) 
     ("call", "words"),
     [
         (["--backends", "nothing"], "nothing"),
+        (["--dtypes", "float32,int8"], "`--dtypes` are of float32, float64, float16, bfloat16."),
         (["--honest", "-1"], "`--honest` must be 0 or more. Received: -1."),
         (["--backends", "numpy", "--json", "."], "cannot be written: it is a folder"),
     ],

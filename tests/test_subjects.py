@@ -107,7 +107,7 @@ def test_a_library_s_layer_with_our_weights_agrees_in_each_stage_and_gradient(ki
     [
         *((kind, d) for kind in ("torch", "keras") for d in ("float64", "float16", "bfloat16")),
         ("nnx", "float64"),
-        ("equinox", "bfloat16"),
+        *((kind, d) for kind in ("nnx", "equinox") for d in ("float16", "bfloat16")),
     ],
 )
 def test_layers_of_other_dtypes_agree_within_their_own_rounding(kind, dtype) -> None:

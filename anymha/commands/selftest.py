@@ -37,6 +37,7 @@ def selftest(options: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     found = _chosen(options.backends)
+    dtypes = _dtypes(options.dtypes)
     if options.honest < 0:
         raise UsageError(f"`--honest` must be 0 or more. Received: {options.honest}.")
     if options.json is not None:
@@ -45,20 +46,21 @@ def selftest(options: argparse.Namespace, console: Console) -> int:
         f"anymha {__version__}: {len(PLANTS)} mistakes in {', '.join(b.name for b in found)}",
         highlight=False,
     )
-    steps = len(PLANTS) * len(found) + options.honest * len(DTYPES)
+    steps = len(PLANTS) * len(found) + options.honest * len(dtypes)
     with progress_bar(console, steps) as progress:
         singles = list(plant_all(found, progress))
         pairs = list(plant_pairs(found[:1], progress)) if options.pairs else []
-        alarms = [a for several in honest(found, options.honest, DTYPES, progress) for a in several]
+        alarms = [a for several in honest(found, options.honest, dtypes, progress) for a in several]
     console.print(_table(found, singles))
-    lines, passed = _verdict(found, singles, pairs, alarms, options.honest)
+    lines, passed = _verdict(found, singles, pairs, alarms, (options.honest, dtypes))
     for line in lines:
         console.print(line, highlight=False, markup=False)
     if options.json is not None:
         report = {
             "schema": SCHEMA, "passed": passed, "backends": [b.name for b in found],
             "planted": [asdict(one) for one in singles], "pairs": [asdict(one) for one in pairs],
-            "honest": options.honest, "alarms": [asdict(alarm) for alarm in alarms],
+            "honest": options.honest, "dtypes": dtypes,
+            "alarms": [asdict(alarm) for alarm in alarms],
             "seconds": round(time.perf_counter() - began, 1),
         }  # fmt: skip
         write_whole(options.json, json.dumps(report, indent=1) + "\n")
@@ -74,6 +76,15 @@ def _chosen(names: str | None) -> list[Backend]:
     chosen = [get_backend(name) for name in dict.fromkeys(names.replace(" ", "").split(","))]
     for backend in chosen:
         _ = backend.ops  # says which extra installs it
+    return chosen
+
+
+def _dtypes(names: str | None) -> list[str]:
+    if names is None:
+        return list(DTYPES)
+    chosen = list(dict.fromkeys(names.replace(" ", "").split(",")))
+    if unknown := [name for name in chosen if name not in DTYPES]:
+        raise UsageError(f"`--dtypes` are of {', '.join(DTYPES)}. Received: {', '.join(unknown)}.")
     return chosen
 
 
@@ -108,7 +119,7 @@ def _verdict(
     singles: Sequence[Found],
     pairs: Sequence[Found],
     alarms: Sequence[Alarm],
-    count: int,
+    honestly: tuple[int, Sequence[str]],
 ) -> tuple[list[str], bool]:
     """What was found, in words, and whether it is enough."""
     total = len(singles)
@@ -122,10 +133,11 @@ def _verdict(
         lines.append(f"Two together: {named} of {len(pairs)} with the first named, {both} with "
                      "both.")  # fmt: skip
         passed = passed and named == len(pairs)
+    count, dtypes = honestly
     if count:
         ways = max(len(found) * (len(found) - 1), 1)
         lines.append(f"Honest layers: {len(alarms)} false alarms in {count} configurations, "
-                     f"{len(DTYPES)} dtypes, {ways} pairs of frameworks.")  # fmt: skip
+                     f"{', '.join(dtypes)}, {ways} pairs of frameworks.")  # fmt: skip
         passed = passed and not alarms
     for one in singles:
         if not all(_three(one)):
@@ -143,6 +155,11 @@ def add_command(commands: Any) -> None:
     command.add_argument("--backends", metavar="A,B", help="default: all that are installed")
     command.add_argument(
         "--honest", type=int, default=10, metavar="N", help="random configurations; default: 10"
+    )
+    command.add_argument(
+        "--dtypes",
+        metavar="A,B",
+        help="of the honest configurations; default: " + ", ".join(DTYPES),
     )
     command.add_argument("--pairs", action="store_true", help="two mistakes together, too")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every result")

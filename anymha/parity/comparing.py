@@ -78,7 +78,7 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
-    second = _traced("candidate", other, request, cotangent)
+    second = _traced("candidate", other, request, cotangent if first.gradients else None)
     return judged(request, first, second, cotangent)
 
 

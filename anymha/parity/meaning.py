@@ -177,7 +177,8 @@ def _of_another_dtype(
 ) -> Diagnosis:
     """Right values in a wider dtype than was meant; else what was found."""
     names = name_of_dtype(meant.output), name_of_dtype(trace.output)
-    if names[0] == names[1] or set(wrong) - {"output"} or found.causes:
+    alike = names[0] == names[1] or meant.output.shape != trace.output.shape
+    if alike or set(wrong) - {"output"} or found.causes:
         return found
     cure = f"Return the output in {names[0]}, that of the inputs."
     return Diagnosis((Cause(f"returned in {names[1]}", "", "output", cure),), 0.0)

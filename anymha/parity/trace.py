@@ -125,10 +125,31 @@ def unsteady(found: np.ndarray, again: np.ndarray) -> bool:
         return True
     one, other = found.astype(np.float64), again.astype(np.float64)
     size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
-    dtype = name_of_dtype(found)
-    working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
-    near = 2 * float(ml_dtypes.finfo(found.dtype).eps) + 256 * working
+    dtype, near = name_of_dtype(found), 0.0
+    if "float" in dtype:
+        working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
+        near = 2 * float(ml_dtypes.finfo(found.dtype).eps) + 256 * working
     return not np.allclose(one, other, rtol=0, atol=near * size, equal_nan=True)
+
+
+def need_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
+    """Say which result of an implementation cannot be compared.
+
+    Args:
+        name: The implementation.
+        results: What it gave, by name.
+
+    Raises:
+        DtypeError: a result is not of real numbers.
+    """
+    for which, array in results.items():
+        dtype = name_of_dtype(array)
+        if array.dtype.kind not in "fiub" and "float" not in dtype:
+            raise DtypeError(
+                f"The {which} of `{name}` must be real numbers, floating or integers. Received: "
+                f"shape {array.shape}, dtype {dtype}. Cast it, or return real and imaginary parts "
+                "by themselves."
+            )
 
 
 def as_numpy(array: Any) -> np.ndarray:

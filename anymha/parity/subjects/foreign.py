@@ -21,6 +21,7 @@ from anymha.parity.trace import (
     Trace,
     as_numpy,
     name_of_dtype,
+    need_numbers,
     problem_of,
     unsteady,
 )
@@ -153,9 +154,11 @@ def finished(
         framework: Whose operations it is made of, where these add half precision as they hold it.
     """
     found, again = call(), call()
+    need_numbers(name, found)
     found = {n: a.astype(np.float64) if n in STAGES[:-1] else a for n, a in found.items()}
     output, scores = found.pop("output"), found.pop("scores", None)
-    held = name_of_dtype(output)
+    dtype = name_of_dtype(output)
+    held = dtype if "float" in dtype else None
     return Trace(
         name,
         output,

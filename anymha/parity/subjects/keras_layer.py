@@ -55,9 +55,7 @@ class KerasLayer:
             if cotangent is not None:
                 gradients = _gradients(keras, layer, output, given, cotangent, told)
             framework = keras.backend.backend()
-            return finished(
-                self.name, request, call, told, gradients, framework=framework
-            )
+            return finished(self.name, request, call, told, gradients, framework=framework)
 
 
 def _arguments(keras: Any, layer: Any, request: Request) -> dict[str, Any]:
