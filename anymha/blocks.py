@@ -16,6 +16,9 @@ from anymha.masks import Visibility
 SEGMENTS = 8
 """How many pieces of code a compiled loop may have for blocks that see different keys."""
 
+ENOUGH = 128
+"""Rows with which a matrix product is about as fast as with more; fewer see fewer keys in vain."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -56,10 +59,9 @@ def plan_runs(
     """
     if not isinstance(visible.offset, int) or visible.everything:
         return tuple(_split(0, queries, (0, keys), elements))
+    length = _even(math.ceil(queries / SEGMENTS))
     if unrolled:
-        length = _rows(_span(visible, keys), elements)
-    else:
-        length = _even(math.ceil(queries / SEGMENTS))
+        length = min(_rows(_span(visible, keys), elements), max(length, ENOUGH))
     runs: list[Run] = []
     for start in range(0, queries, length):
         stop = min(start + length, queries)

@@ -23,7 +23,6 @@ from jax.numpy import (
     stack,
     sum,
     tanh,
-    tensordot,
     where,
 )
 from jax.numpy import right_shift as bitwise_right_shift
@@ -87,8 +86,20 @@ def seed_array(seed, /):
 
 # One head after another is no work for an accelerator, or for several devices.
 def block(device, /):
-    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return 1 << 20 if alone else 1 << 28
+    return 1 << 20 if _is_one_cpu() else 1 << 28
+
+
+# The product of a matrix has gradients that XLA computes on a processor without copies. Among
+# several devices an axis that is shared out must stay what it is.
+def tensordot(x1, x2, /, *, axes):
+    if axes != 1 or x2.ndim != 2 or not _is_one_cpu():
+        return jnp.tensordot(x1, x2, axes=axes)
+    product = jnp.matmul(jnp.reshape(x1, (-1, x1.shape[-1])), x2)
+    return jnp.reshape(product, (*x1.shape[:-1], *x2.shape[1:]))
+
+
+def _is_one_cpu():
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 unrolls = False
