@@ -146,7 +146,8 @@ def map(function, count, mapped, constant, results, /):
     def at(index):
         return body(index, *[x[index] for x in mapped.values()], *constant.values())
 
-    if isinstance(count, int) and count <= 16:
+    # A few rounds are faster one by one; of many, XLA would hold all the logits at a time.
+    if isinstance(count, int) and count <= 4:
         found = [at(tf.constant(i)) for i in range(count)]
         return {name: tf.stack([each[name] for each in found]) for name in results}
     indices = tf.range(count)
