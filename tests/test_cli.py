@@ -530,3 +530,14 @@ def test_info_tells_versions_and_what_is_not_installed(command: Run) -> None:
 
 def test_version_is_told(command: Run) -> None:
     assert command("--version")[:2] == (0, f"anymha {__version__}\n")
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    for arguments, status, words in (
+        (["--version"], 0, f"anymha {__version__}\n"),
+        (["selftest", "--honest", "-1"], 2, "`--honest` must be 0 or more"),
+    ):
+        run = [sys.executable, "-m", "anymha", *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        assert words in (done.stderr if status else done.stdout)

@@ -170,6 +170,16 @@ def test_integers_beside_floating_numbers_are_told_by_their_dtype(layer, dtype) 
     assert output.faults == (f"dtype {dtype}, not float32",)
 
 
+def test_nan_that_limits_the_comparison_of_gradients_is_told(layer) -> None:
+    x = QUERY.copy()
+    x[1, 2, 3] = np.nan
+    report = compare(layer, layer, x)
+    [note] = [note for note in report.notes if "NaN or infinity limits" in note]
+    assert "gradient of query.kernel (64 of 64)" in note
+    assert note in report.to_text()
+    assert not compare(layer, layer, QUERY).notes
+
+
 def test_a_reference_of_another_shape_is_told_so(layer) -> None:
     report = compare(lambda query: layer(query)[0], layer, QUERY)
     assert "shape (2, 5, 8), not (5, 8)" in report.to_text()

@@ -6,16 +6,19 @@ import doctest
 import importlib
 import pkgutil
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import anymha
 from anymha.registry import BUILT_IN, LAYERS
+from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
+PEERS = ("haiku",)  # imported by pages of their own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BACKENDS = [*BUILT_IN, *(layer for layer in LAYERS if f"{layer.name}.md" not in ELSEWHERE)]
 NEEDS = {b.name: re.compile(rf"\b(anymha_)?{b.name}\b") for b in (*BUILT_IN, *LAYERS)}
@@ -31,6 +34,9 @@ def skip_without(text: str) -> None:
     for backend in (*BUILT_IN, *LAYERS):
         if NEEDS[backend.name].search(text) and not backend.installed:
             pytest.skip(f"{backend.framework} is not installed")
+    for name in PEERS:
+        if re.search(rf"^import {name}\b", text, re.MULTILINE) and not find_spec(name):
+            skip_or_fail(name, f"{name} is not installed")
 
 
 @pytest.mark.parametrize(

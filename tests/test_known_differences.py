@@ -7,6 +7,7 @@ import pytest
 
 import anymha
 from anymha.parity import compare
+from tests.peer_layers import need
 from tests.test_subjects import CALLS, KEY, QUERY, VALUE, converted, reference
 
 PAIRS = [("torch", "keras"), ("keras", "nnx"), ("nnx", "torch"), ("linen", "equinox")]
@@ -46,7 +47,7 @@ def test_a_reference_that_fills_such_rows_is_told_to_do_so() -> None:
 
 def test_scores_averaged_over_heads_are_named() -> None:
     layer = converted(reference(), "torch")
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
 
     def usual(query, value, key):
         return layer(*map(torch.as_tensor, (query, key, value)))

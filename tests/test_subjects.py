@@ -484,6 +484,48 @@ def test_a_function_may_come_with_weights_of_a_library() -> None:
     assert "masked_logits" in {stage.name for stage in report.stages}  # causes can be looked for
 
 
+def haiku_s() -> tuple[Any, Any]:
+    """Haiku's layer as `haiku.transform` gives it, and parameters."""
+    haiku, jax = need("haiku"), importlib.import_module("jax")
+
+    def forward(query: Any, key: Any, value: Any, mask: Any = None) -> Any:
+        draw = haiku.initializers.RandomNormal(0.5)
+        module = haiku.MultiHeadAttention(2, 4, w_init=draw, b_init=draw, model_size=8)
+        return module(query, key, value, mask)
+
+    transformed = haiku.transform(forward)
+    return transformed, transformed.init(jax.random.key(0), QUERY, KEY, VALUE)
+
+
+@pytest.mark.parametrize("other", ["numpy", "torch", "keras", "nnx"])
+@pytest.mark.parametrize("call", CALLS)
+def test_haiku_s_layer_agrees_with_others_in_each_stage_and_gradient(call, other) -> None:
+    transformed, params = haiku_s()
+    inputs, others = CALLS[call]
+    layer = anymha.convert(params, to="numpy", num_heads=2)
+    layer = layer if other == "numpy" else converted(layer, other)
+    report = compare(declare(transformed, params, num_heads=2), layer, inputs, **others)
+    assert report.passed, report.to_text()
+    told = {stage.name for stage in report.stages}
+    whole = other == "torch" and call in ("self", "causal")  # a kernel that tells no stages
+    assert told >= ({"output"} if whole else PROJECTED)
+    if gradients_there(other):
+        assert told >= {"gradient of query", "gradient of key.kernel", "gradient of output.bias"}
+
+
+def test_a_mistake_beside_haiku_s_layer_is_named() -> None:
+    transformed, params = haiku_s()
+    layer = anymha.convert(params, to="numpy", num_heads=2)
+    report = compare(
+        declare(transformed, params, num_heads=2), lambda query, value, attention_mask:
+        layer(query, value, attention_mask=~attention_mask), [QUERY, VALUE], attention_mask=SEEN
+    )  # fmt: skip
+    assert "inverted mask" in str(report.diagnosis)
+    with pytest.raises(LayoutError, match="Haiku cannot be compared with `attention_bias`"):
+        compare(layer, declare(transformed, params, num_heads=2), [QUERY, VALUE],
+                attention_bias=np.zeros((5, 6), "float32"))  # fmt: skip
+
+
 def test_weights_that_are_declared_may_be_canonical() -> None:
     layer = reference()
     shifted = declare(lambda query: layer(query) + 1, anymha.get_weights(layer), "anymha")

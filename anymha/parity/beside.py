@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -61,3 +61,24 @@ def gradients_compared(
             )
         )
     return stages
+
+
+def limited(reference: Trace, stages: Sequence[Stage]) -> list[str]:
+    """Which gradients hold what no number can be held against, in words.
+
+    Args:
+        reference: The reference's trace.
+        stages: Its gradients, compared.
+    """
+    found = []
+    for stage in stages:
+        wanted = reference.gradients[stage.name.removeprefix("gradient of ")].astype(np.float64)
+        known = int(np.isfinite(wanted).sum()) if math.isfinite(stage.budget) else 0
+        if known < wanted.size:
+            found.append(f"{stage.name} ({wanted.size - known} of {wanted.size})")
+    if not found:
+        return []
+    return [
+        "NaN or infinity limits what can be compared: of these numbers it is only known that both "
+        f"implementations have NaN at the same places: {', '.join(found)}."
+    ]

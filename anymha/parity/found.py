@@ -160,7 +160,7 @@ def short(number: float | None) -> str:
     """A number in a few signs."""
     if number is None:
         return "-"
-    return f"{number:.3g}"
+    return "0" if abs(number) < 1e-12 else f"{number:.3g}"
 
 
 def call_in_words(request: Request) -> dict[str, str]:

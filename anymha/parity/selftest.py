@@ -12,7 +12,7 @@ import numpy as np
 
 from anymha.interchange.layers import set_weights
 from anymha.parity.cases import Arrays, numpy_dtype
-from anymha.parity.comparing import Standard, compare
+from anymha.parity.comparing import compare
 from anymha.parity.planted import (
     BATCH,
     FEATURES,
@@ -27,6 +27,7 @@ from anymha.parity.planted import (
 )
 from anymha.parity.port import Port
 from anymha.parity.report import Comparison
+from anymha.parity.standard import Standard
 from anymha.parity.subjects import subject
 from anymha.parity.trace import Request, Trace, problem_of
 from anymha.parity.truth import fold

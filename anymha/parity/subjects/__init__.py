@@ -44,7 +44,8 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
     """An implementation whose weights are known beside it, so that causes are found in its stages.
 
     Args:
-        implementation: A function, or a `torch.nn.Module` of one's own.
+        implementation: A function; a `torch.nn.Module` of one's own; or what `haiku.transform`
+            made of Haiku's layer, a function of `query`, `key`, `value` and `mask` by name.
         weights: What holds its weights, as `anymha.get_weights` takes it: a live layer, or the
             parameters of linen or Haiku; or the canonical weights with `layout` "anymha". Default:
             the module's own state.
@@ -119,6 +120,8 @@ def _declared(made: Declared) -> Subject:
         told = foreign.by_layout(made.layer, made.layout, made.sizes)
     if ("torch", "Module") in bases:
         return _module("torch_module").opened(implementation, told, False)
+    if ("haiku", "Transformed") in bases:
+        return _module("haiku_layer").opened(implementation, made.layer, told)
     return _module("function").opened(implementation, told)
 
 

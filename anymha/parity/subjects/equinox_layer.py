@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from anymha.interchange.libraries import opened as arrays_in
-from anymha.parity.subjects.foreign import dense_mask, finished, known, refuse, trio
-from anymha.parity.subjects.jax_tools import arrays_of, precise, pulled
+from anymha.parity.subjects.foreign import finished, known, refuse, trio
+from anymha.parity.subjects.jax_tools import arrays_of, gradients_of, mask_of, numpy_of, precise
 from anymha.parity.trace import Arrays, Request, Trace
 
 
@@ -33,9 +32,7 @@ class EquinoxLayer:
         with precise(told.weights):
             jax: Any = importlib.import_module("jax")
             equinox: Any = importlib.import_module("equinox")
-            seen = dense_mask(told.recipe(request))
-            mask = None if seen is None else jax.numpy.asarray(seen)
-            given = arrays_of(request.inputs)
+            mask, given = mask_of(told.recipe(request)), arrays_of(request.inputs)
             drawn = iter(range(8))
 
             def output(layer: Any, given: Any, heads: bool = False) -> Any:
@@ -64,20 +61,19 @@ class EquinoxLayer:
             width = told.config.key_dim if told.config.value_dim is None else told.config.value_dim
 
             def call() -> Arrays:
-                found = {name: np.asarray(x) for name, x in output(self.layer, given, True).items()}
+                found = numpy_of(output(self.layer, given, True))
                 if request.training:
                     return {"output": found["output"]}
                 context = np.asarray(output(bare, given))
                 shape = (*context.shape[:2], told.config.num_heads, width)
                 return {**found, "context": context.reshape(shape)}
 
-            gradients: Arrays = {}
-            if cotangent is not None:
-                held, rest = equinox.partition(self.layer, equinox.is_inexact_array)
-                ours, theirs = pulled(
-                    lambda held, given: output(equinox.combine(held, rest), given),
-                    held, given, cotangent,
-                )  # fmt: skip
-                arrays = arrays_in(equinox.combine(ours, rest)).arrays
-                gradients = {**told.canonical(arrays), **theirs}
+            held, rest = equinox.partition(self.layer, equinox.is_inexact_array)
+
+            def whole(held: Any) -> Any:
+                return equinox.combine(held, rest)
+
+            gradients = gradients_of(
+                told, lambda held, given: output(whole(held), given), held, given, cotangent, whole
+            )
             return finished(self.name, request, call, told, gradients)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from anymha.interchange.libraries import opened as arrays_in
-from anymha.parity.subjects.foreign import dense_mask, finished, known, refuse, trio
-from anymha.parity.subjects.jax_tools import arrays_of, precise, pulled
+from anymha.parity.subjects.foreign import finished, known, refuse, trio
+from anymha.parity.subjects.jax_tools import arrays_of, gradients_of, mask_of, numpy_of, precise
 from anymha.parity.trace import Arrays, Request, Trace
 
 
@@ -45,9 +44,7 @@ class FlaxLayer:
         with precise(told.weights):
             nnx: Any = importlib.import_module("flax.nnx")
             jax: Any = importlib.import_module("jax")
-            seen = dense_mask(told.recipe(request))
-            mask = None if seen is None else jax.numpy.asarray(seen)
-            given = arrays_of(request.inputs)
+            mask, given = mask_of(told.recipe(request)), arrays_of(request.inputs)
             graph, params, rest = nnx.split(self.layer, nnx.Param, ...)
             copied = jax.tree.map(lambda leaf: leaf, rest)
             running = nnx.merge(graph, params, copied)
@@ -79,14 +76,13 @@ class FlaxLayer:
                 finally:
                     layer.attention_fn = own
                 heard["scores"] = sown.weights
-                return {n: np.asarray(x) for n, x in heard.items() if x is not None}
+                return numpy_of(heard)
 
-            gradients: Arrays = {}
-            if cotangent is not None:
-                ours, theirs = pulled(
-                    lambda held, given: output(nnx.merge(graph, held, copied), given),
-                    params, given, cotangent,
-                )  # fmt: skip
-                merged = arrays_in(nnx.merge(graph, ours, copied)).arrays
-                gradients = {**told.canonical(merged), **theirs}
+            def merged(held: Any) -> Any:
+                return nnx.merge(graph, held, copied)
+
+            gradients = gradients_of(
+                told, lambda held, given: output(merged(held), given), params, given, cotangent,
+                merged,
+            )  # fmt: skip
             return finished(self.name, request, call, told, gradients)

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.recipe import Arrays
+from anymha.interchange.libraries import opened
+from anymha.parity.recipe import Arrays, Recipe
+from anymha.parity.subjects.foreign import Known, dense_mask
 
 
 def precise(*groups: Mapping[str, np.ndarray]) -> AbstractContextManager[Any]:
@@ -23,6 +25,42 @@ def arrays_of(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Inputs as they are, by name."""
     jnp: Any = importlib.import_module("jax.numpy")
     return {name: jnp.asarray(array) for name, array in inputs.items()}
+
+
+def numpy_of(heard: Mapping[str, Any]) -> Arrays:
+    """What was heard, in NumPy."""
+    return {name: np.asarray(x) for name, x in heard.items() if x is not None}
+
+
+def mask_of(recipe: Recipe) -> Any:
+    """What may be attended to, (B, H, T, S); None where everything may."""
+    jnp: Any = importlib.import_module("jax.numpy")
+    seen = dense_mask(recipe)
+    return None if seen is None else jnp.asarray(seen)
+
+
+def gradients_of(
+    told: Known,
+    function: Callable[[Any, Any], Any],
+    held: Any,
+    given: Mapping[str, Any],
+    cotangent: np.ndarray | None,
+    whole: Callable[[Any], Any] = lambda held: held,
+) -> Arrays:
+    """Gradients of a layer's weights and inputs by canonical name; none without a cotangent.
+
+    Args:
+        told: What the layer tells of itself.
+        function: ``function(held, given)`` gives its output.
+        held: Its weights, nested.
+        given: Its inputs.
+        cotangent: Of its output.
+        whole: Makes of such weights what holds its arrays by the names of its layout.
+    """
+    if cotangent is None:
+        return {}
+    ours, theirs = pulled(function, held, given, cotangent)
+    return {**told.canonical(opened(whole(ours)).arrays), **theirs}
 
 
 def pulled(

@@ -10,9 +10,8 @@ import numpy as np
 
 from anymha.dtypes import FLOATING, dtype_name
 from anymha.errors import ArgumentError
-from anymha.interchange.libraries import opened as arrays_in
-from anymha.parity.subjects.foreign import Known, dense_mask, finished, known, refuse, trio
-from anymha.parity.subjects.jax_tools import arrays_of, precise, pulled
+from anymha.parity.subjects.foreign import Known, finished, known, refuse, trio
+from anymha.parity.subjects.jax_tools import arrays_of, gradients_of, mask_of, numpy_of, precise
 from anymha.parity.trace import Arrays, Request, Trace
 
 
@@ -44,9 +43,8 @@ class LinenLayer:
         with precise(told.weights):
             jax: Any = importlib.import_module("jax")
             linen: Any = importlib.import_module("flax.linen")
-            seen = dense_mask(told.recipe(request))
-            mask = None if seen is None else jax.numpy.asarray(seen)
-            given, module = arrays_of(request.inputs), self.module
+            mask, given = mask_of(told.recipe(request)), arrays_of(request.inputs)
+            module = self.module
             drawn = iter(range(8))
 
             def output(variables: Any, given: Any, **options: Any) -> Any:
@@ -73,15 +71,12 @@ class LinenLayer:
                     heard["output"] = output(self.variables, given)
                 sown = output(self.variables, given, sow_weights=True, mutable=["intermediates"])
                 heard["scores"] = sown[1]["intermediates"]["attention_weights"][0]
-                return {name: np.asarray(x) for name, x in heard.items()}
+                return numpy_of(heard)
 
-            gradients: Arrays = {}
-            if cotangent is not None:
-                ours, theirs = pulled(
-                    lambda held, given: output({**self.variables, "params": held}, given),
-                    self.variables["params"], given, cotangent,
-                )  # fmt: skip
-                gradients = {**told.canonical(arrays_in(ours).arrays), **theirs}
+            gradients = gradients_of(
+                told, lambda held, given: output({**self.variables, "params": held}, given),
+                self.variables["params"], given, cotangent,
+            )  # fmt: skip
             return finished(self.name, request, call, told, gradients)
 
     def _told(self) -> Known:

@@ -1,0 +1,8 @@
+"""``python -m anymha``: the command `anymha`."""
+
+import sys
+
+from anymha.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
