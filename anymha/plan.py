@@ -105,7 +105,7 @@ def plan_call(
     plans = config.plans
     try:
         situation = getattr(ops, "situation", None)
-        state = None if situation is None else situation()
+        state = None if situation is None else (situation(), *_held(weights))
         signature = (ops, *_kinds(kind, weights, inputs, optional), flags, state)
         plan = plans.get(signature)
     except (AttributeError, TypeError):  # not arrays: the checks tell what is wrong
@@ -121,6 +121,11 @@ def plan_call(
             plan = replace(plan, replayed=Replayed(ops, _with_ops(compute, plan)))
         plans[signature] = plan
     return plan
+
+
+def _held(weights: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which weights there are, and what a program that was recorded with them knows of them."""
+    return (tuple(weights), *[array.dtype for array in weights.values()])
 
 
 def _once(compute: Callable[..., Any], plan: Plan) -> Callable[[Mapping[str, Array]], Any]:

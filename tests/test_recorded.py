@@ -95,6 +95,20 @@ def test_calls_of_other_kinds_are_not_mixed_up() -> None:
             np.testing.assert_array_equal(layer(*args, **call), fresh(*args, **call))
 
 
+def test_other_weights_with_the_same_options_are_not_mixed_up() -> None:
+    layer, query, value = made()
+    weights = layer.canonical_weights()
+    less = {name: x for name, x in weights.items() if name != "query.bias"}
+    wide = weights | {"value.kernel": weights["value.kernel"].astype(np.float64)}
+    for held in (weights, less, wide):
+        first, *others = (
+            anymha.multi_head_attention(held, query, value, config=layer.config) for _ in range(4)
+        )
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+            assert first.dtype == other.dtype == np.float32
+
+
 def test_dropout_draws_anew_in_each_call() -> None:
     layer, query, value = made(dropout=0.5)
     seeds = [layer(query, value, training=True, seed=seed) for seed in (0, 0, 0, 1, 1)]
