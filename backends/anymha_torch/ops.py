@@ -30,6 +30,7 @@ from anymha.dropout import keep_mask as made_of_ops
 from anymha_torch import blocked, fused, mkl
 from anymha_torch.autograd import map, vjp
 from anymha_torch.fused import fused_refusal, transformed
+from anymha_torch.native import native_keep_mask, seed_tensor
 
 bool = torch.bool
 name = "torch"
@@ -203,7 +204,7 @@ def initialize(function, shape, dtype, seed, /):
 # compiler sees one operation that runs as in eager mode.
 def keep_mask(seed, threshold, shape, place=None, /, *, device):
     if torch.compiler.is_compiling() and _is_first(place):
-        return _keep_mask(_seed_tensor(seed), threshold, shape, device)
+        return _keep_mask(seed_tensor(seed), threshold, shape, device)
     return made_of_ops(_these, seed, threshold, shape, place, device=device)
 
 
@@ -222,33 +223,3 @@ def _keep_mask(
 @_keep_mask.register_fake
 def _(seed, threshold, shape, device):
     return torch.empty(shape, dtype=torch.bool, device=device)
-
-
-def _seed_tensor(seed):
-    if isinstance(seed, torch.Tensor):
-        return seed.to(torch.int64)
-    if not -(2**63) <= seed < 2**63:
-        seed = (seed + 2**63) % 2**64 - 2**63
-    return torch.full((), seed, dtype=torch.int64)
-
-
-def native_keep_mask(seed, shape, keep, device, /):
-    if torch.compiler.is_compiling():
-        return _seeded_uniform(_seed_tensor(seed), shape, device) < keep
-    return _uniform(int(seed), shape, device) < keep
-
-
-def _uniform(seed, shape, device):
-    generator = torch.Generator(device=device).manual_seed(seed % 2**63)
-    return torch.rand(shape, generator=generator, device=device)
-
-
-@torch.library.custom_op("anymha::seeded_uniform", mutates_args=())
-def _seeded_uniform(seed: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """`_uniform` as one operation, since a compiled program cannot make a generator."""
-    return _uniform(int(seed), shape, device)
-
-
-@_seeded_uniform.register_fake
-def _(seed, shape, device):
-    return torch.empty(shape, device=device)
