@@ -99,13 +99,14 @@ class Case:
 
 
 CAUSAL, DROPOUT = Visibility(right=0), Dropout(20000, 11)
+BY_BATCH = Visibility(right=0, offset=np.array([3, -2], np.int32))
 FULL = BOOLEANS.random((B, H, T, S)) > 0.3  # some rows of it are False throughout
 CASES = {
     "plain": Case(),
     "no heads shared, other value width": Case(shape=(B, T, S, H, H, 4, 3)),
     "many heads": Case((BOOLEANS.random((9, 1, 5, 3)) > 0.4,), shape=(9, 5, 3, 2, 2, 4, 4)),
     "causal": Case(visible=CAUSAL),
-    "offset by batch": Case(visible=Visibility(right=0, offset=np.array([3, -2], np.int32))),
+    "offset by batch": Case(visible=BY_BATCH),
     "window": Case(visible=Visibility(2, 1, offset=-1)),
     "open window": Case(visible=Visibility(right=2, offset=-4)),
     "window behind": Case(visible=Visibility(left=1, offset=3)),
@@ -121,8 +122,8 @@ CASES = {
     "bias (B, H, T, S)": Case((FULL[:, :1],), bias=(B, H, T, S)),
     "softcap": Case(softcap=1.5),
     "dropout": Case(dropout=DROPOUT),
-    "dropout, window": Case(visible=Visibility(2, 1, offset=1), dropout=DROPOUT),
-    "dropout, mask, bias": Case((FULL,), (1, H, T, S), CAUSAL, dropout=DROPOUT),
+    "dropout, mask, window": Case((FULL[0],), visible=Visibility(2, 1, 1), dropout=DROPOUT),
+    "dropout, mask, bias": Case((FULL,), (1, H, T, S), BY_BATCH, dropout=DROPOUT),
     "all": Case(
         (FULL[:, :1], FULL[0]), (H, T, S), Visibility(4, 1), 2.0, DROPOUT, (B, T, S, H, 2, 4, 3)
     ),
