@@ -54,12 +54,7 @@ def _is_slow(backend: Backend) -> bool:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_blocks_of_each_size_give_what_one_piece_gives(
-    name: str, unfused: Backend, request: pytest.FixtureRequest
-) -> None:
-    if (unfused.name, name) == ("tensorflow", "mask (S,)"):
-        why = "TensorFlow adds up what it takes for gradients of a mask that all blocks share"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+def test_blocks_of_each_size_give_what_one_piece_gives(name: str, unfused: Backend) -> None:
     budgets = _budgets(CASES[name])
     if _is_slow(unfused):
         budgets = budgets[:3:2] if name in FEW else [SMALL]

@@ -136,15 +136,18 @@ unrolls = False
 
 
 def map(function, count, mapped, constant, results, /):
-    names = [*mapped, *constant]
+    # Masks stay outside: TensorFlow would add up their gradients, and cannot add booleans.
+    fixed = {name: x for name, x in constant.items() if not x.dtype.is_floating}
+    moving = {name: x for name, x in constant.items() if name not in fixed}
+    names = [*mapped, *moving]
 
     # Only what goes into a block is kept for differentiation, which computes the block again.
     @tf.recompute_grad
     def body(index, *arrays):
-        return function(index, dict(zip(names, arrays, strict=True)))
+        return function(index, dict(zip(names, arrays, strict=True)) | fixed)
 
     def at(index):
-        return body(index, *[x[index] for x in mapped.values()], *constant.values())
+        return body(index, *[x[index] for x in mapped.values()], *moving.values())
 
     # A few rounds are faster one by one; of many, XLA would hold all the logits at a time.
     if isinstance(count, int) and count <= 4:

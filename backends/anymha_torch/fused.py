@@ -37,14 +37,14 @@ def fused_refusal(call: Any, arrays: Mapping[str, torch.Tensor], /) -> str | Non
 
 def attention(call: Any, arrays: Mapping[str, torch.Tensor], causal: bool) -> torch.Tensor:
     """The context (B, H, T, d_v) by the kernel."""
-    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    query, key = arrays["query"], arrays["key"]
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
-        value,
+        arrays["value"],
         attn_mask=mask,
         is_causal=causal,
         scale=call.scale,

@@ -25,6 +25,7 @@ from torch import (
     tanh,
     where,
 )
+from torch import permute as permute_dims
 
 from anymha.dropout import keep_mask as made_of_ops
 from anymha_torch import blocked, fused, mkl
@@ -49,10 +50,6 @@ def astype(x, dtype, /):
 
 def arange(start, /, stop, *, dtype, device=None):
     return torch.arange(start, stop, dtype=dtype, device=device)
-
-
-def permute_dims(x, /, axes):
-    return torch.permute(x, axes)
 
 
 def stack(arrays, /, *, axis=0):
