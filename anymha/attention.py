@@ -198,10 +198,6 @@ def _softmax(
         any_seen = ops.max(ops.astype(mask, logits.dtype), axis=-1, keepdims=True) > 0
         one = ops.asarray(1.0, dtype=logits.dtype, device=ops.device(logits))
         return own(ops.where(mask, logits, lowest)), ops.where(any_seen, one, math.inf)
-    both = getattr(ops, "masked_exp_and_sum", None)
-    if both is not None and mask is not None and unseen and not exact and logits.shape[-1] != 0:
-        weights, total = both(logits, mask)
-        return weights, ops.where(total > 0, total, 1.0)
     if mask is not None:
         logits = ops.where(mask, logits, -math.inf)
     observe("masked_logits", logits)

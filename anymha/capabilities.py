@@ -115,10 +115,6 @@ class Faster(Ops, Protocol):
         """``exp(x - peak)`` and its sums over the last axis, kept as 1; may write into `x`."""
         ...
 
-    def masked_exp_and_sum(self, x: Array, mask: Array, /) -> tuple[Array, Array]:
-        """As `exp_and_sum`, zero where `mask` is False, for any `x`; a sum may be zero."""
-        ...
-
     def is_differentiated(self, x: Array, /) -> bool:
         """Whether a gradient of `x` may be asked for."""
         ...

@@ -5,6 +5,7 @@ Half precision never reaches these functions: the core computes it in float32.
 
 from __future__ import annotations
 
+from math import inf
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,6 @@ from numpy import (
     stack,
     tanh,
     tensordot,
-    where,
 )
 
 bool = np.bool
@@ -45,6 +45,26 @@ def reshape(x, shape, /):
 
 def permute_dims(x, axes, /):
     return x.transpose(axes)
+
+
+def where(condition, x1, x2, /):
+    if isinstance(x2, float) and x2 == -inf and getattr(x1, "dtype", None) == float32:
+        return _masked(condition, x1)
+    return np.where(condition, x1, x2)
+
+
+# Five times as fast as NumPy's `where`: -0.0 is added where the mask holds, which changes nothing,
+# and -inf elsewhere, which leaves NaN and inf; where there are such, NumPy's own must do it.
+def _masked(mask, x):
+    added = np.multiply(mask, _BITS[1] - _BITS[0], dtype=int32)
+    added += _BITS[0]
+    with np.errstate(invalid="ignore"):
+        found = x + added.view(float32)
+    return np.where(mask, x, -inf) if np.isnan(np.max(found, initial=-inf)) else found
+
+
+_BITS = np.array([-np.inf, -0.0], float32).view(int32)
+"""What is added to a logit that is masked, and to one that is not."""
 
 
 def max(x, /, *, axis, keepdims):
@@ -133,26 +153,7 @@ def narrow(x, start, length, /, *, axis):
 def exp_and_sum(x, peak, /):
     np.subtract(x, peak, out=x)
     np.exp(x, out=x)
-    return x, _row_sums(x)
-
-
-# Zeros are multiplied into the exponentials, which takes a tenth of the time of -inf put into the
-# logits. What is masked may then be the greatest of its row, so all must be near to one another.
-def masked_exp_and_sum(x, mask, /):
-    peak = max(x, axis=-1, keepdims=True)
-    span = float(np.max(peak, initial=-np.inf)) - float(np.min(x, initial=np.inf))
-    if not span <= 30:  # also where something is not finite
-        x = np.where(mask, x, -np.inf)
-        peak = max(x, axis=-1, keepdims=True)
-        return exp_and_sum(x, np.where(peak > -np.inf, peak, 0.0))
-    np.subtract(x, peak, out=x)
-    np.exp(x, out=x)
-    np.multiply(x, mask, out=x)
-    return x, _row_sums(x)
-
-
-def _row_sums(x):
-    return np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
+    return x, np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
 
 
 def to_numpy(x, /):
