@@ -53,7 +53,7 @@ def where(condition, x1, x2, /):
     return np.where(condition, x1, x2)
 
 
-# Five times as fast as NumPy's `where`: -0.0 is added where the mask holds, which changes nothing,
+# Faster than NumPy's `where`: -0.0 is added where the mask holds, which changes nothing,
 # and -inf elsewhere, which leaves NaN and inf; where there are such, NumPy's own must do it.
 def _masked(mask, x):
     added = np.multiply(mask, _BITS[1] - _BITS[0], dtype=int32)
