@@ -118,6 +118,13 @@ def minilm(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Time the layer beside the frameworks' own, the same values first; see docs/benchmarks.md."""
+    install(session, *EVERYTHING, *groups("peers"), extras="[report]")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format, types (against the frameworks' own) and who imports whom."""
     install(session, *EVERYTHING, *groups("lint", "test"), "nox", extras="[report]")

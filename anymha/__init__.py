@@ -44,7 +44,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """All names at the first use of one: every run of pytest imports the package, for its plugin.
 
-    The modules that they are in (`anymha.errors`, `anymha.registry`) are then there too.
+    The modules that they are in (`anymha.errors`, `anymha.options`) are then there too.
     """
     if not name.startswith("__"):
         import importlib  # noqa: PLC0415

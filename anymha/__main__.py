@@ -2,7 +2,7 @@
 
 import sys
 
-from anymha.cli import main
+from anymha.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

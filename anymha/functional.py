@@ -6,25 +6,25 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from anymha.attention import attend
-from anymha.axes import check_broadcast, described, is_known, show
-from anymha.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
-from anymha.config import AttentionConfig
-from anymha.dropout import Dropout, rate_threshold
-from anymha.dtypes import accumulation_dtype, dtype_name
+from anymha.attention.dropout import Dropout, rate_threshold
+from anymha.attention.masks import visibility
+from anymha.attention.spec import AttentionCall
 from anymha.errors import DtypeError, ShapeError
-from anymha.layer import multi_head_attention as _multi_head_attention
-from anymha.masks import visibility
-from anymha.ops import Array, Ops
-from anymha.options import (
+from anymha.execution.attend import attend
+from anymha.framework.dtypes import accumulation_dtype, dtype_name
+from anymha.framework.protocol import Array, Ops
+from anymha.framework.registry import common_ops
+from anymha.framework.shapes import check_broadcast, described, is_known, show
+from anymha.framework.validation import (
     checked_rate,
     checked_scale,
     checked_size,
     checked_softcap,
     checked_window,
 )
-from anymha.paths import AttentionCall
-from anymha.registry import common_ops
+from anymha.layer.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
+from anymha.layer.forward import multi_head_attention as _multi_head_attention
+from anymha.options.config import AttentionConfig
 
 
 def dot_product_attention(

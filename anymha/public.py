@@ -1,13 +1,13 @@
 """The names of `anymha`, loaded together where the first of them is used."""
 
-from anymha.config import AttentionConfig
 from anymha.errors import AnymhaError
+from anymha.execution.path import explain
 from anymha.functional import dot_product_attention, multi_head_attention
+from anymha.interchange.anymha_files import load, save
 from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.layers import new_layer as MultiHeadAttention
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
-from anymha.interchange.own import load, save
-from anymha.paths import explain
+from anymha.options.config import AttentionConfig
 
 __all__ = [
     "AnymhaError",

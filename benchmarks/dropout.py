@@ -21,8 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from anymha.dropout import Dropout
-from anymha.registry import get_backend
+from anymha.attention.dropout import Dropout
+from anymha.framework.registry import get_backend
 
 SHAPE = (4, 8, 512, 1024)
 LARGE = (2, 4, 2501, 5003)
@@ -46,7 +46,7 @@ def candidates(name: str) -> dict[str, Callable[[], Any]]:
             "Generator.random(float32) >= p": lambda: rng.random(SHAPE, np.float32) >= RATE,
         }
     if name == "torch":
-        import torch  # noqa: PLC0415
+        import torch
 
         x = torch.ones(SHAPE)
         compiled = torch.compile(lambda seed: keep_mask(ops, seed))
@@ -58,7 +58,7 @@ def candidates(name: str) -> dict[str, Callable[[], Any]]:
             "bernoulli_": lambda: torch.empty(SHAPE).bernoulli_(1 - RATE),
         }
     if name == "jax":
-        import jax  # noqa: PLC0415
+        import jax
 
         ours = jax.jit(lambda seed: keep_mask(ops, seed))
         own = jax.jit(lambda key: jax.random.bernoulli(key, 1 - RATE, SHAPE))
@@ -66,7 +66,7 @@ def candidates(name: str) -> dict[str, Callable[[], Any]]:
             "anymha, jit": lambda: ours(1).block_until_ready(),
             "jax.random.bernoulli, jit": lambda: own(jax.random.key(1)).block_until_ready(),
         }
-    import tensorflow as tf  # noqa: PLC0415
+    import tensorflow as tf
 
     x, seed = tf.ones(SHAPE), tf.constant(1)
 
@@ -137,14 +137,14 @@ def compilers(name: str) -> dict[str, Callable[[Any], Any]]:
     """The ways in which a framework can run a function."""
     eager = {"eager": lambda function: function}
     if name == "torch":
-        import torch  # noqa: PLC0415
+        import torch
 
         return eager | {"compiled": torch.compile}
     if name == "jax":
-        import jax  # noqa: PLC0415
+        import jax
 
         return eager | {"jit": jax.jit}
-    import tensorflow as tf  # noqa: PLC0415
+    import tensorflow as tf
 
     return eager | {
         "tf.function": lambda function: tf.function(function, autograph=False),

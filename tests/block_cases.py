@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from anymha import tape
-from anymha.attention import attend, unobserved
-from anymha.dropout import Dropout
-from anymha.masks import Visibility
-from anymha.parity.tolerance import tolerance
-from anymha.paths import AttentionCall, Path, told_paths
-from anymha.registry import Backend, get_backend
+from anymha.attention.dropout import Dropout
+from anymha.attention.formula import unobserved
+from anymha.attention.masks import Visibility
+from anymha.attention.spec import AttentionCall
+from anymha.execution.attend import attend
+from anymha.execution.path import Path, told_paths
+from anymha.framework import autodiff as tape
+from anymha.framework.registry import Backend, get_backend
+from anymha.parity.stages.tolerance import tolerance
 from tests.support import Arrays, close, native, normal
 
 B, T, S, H = 2, 9, 7, 4
@@ -192,10 +194,10 @@ def _differentiated(backend: Backend, function: Any, arrays: Any, cotangents: An
 def agree(case: Case, one: Arrays, other: Arrays, dtype: str = "float32") -> None:
     """Fail unless two results, or as many of them as `other` has, differ by rounding alone.
 
-    The margin is the project's (`anymha.parity.tolerance`): ``eps * magnitude`` times the root of
-    the length of the longest sum on the way, for each of the two. The magnitude is the greatest
-    size of the result, times that of the logits where they are above 1: an exponential's relative
-    error is its argument's absolute one.
+    The margin is the project's (`anymha.parity.stages.tolerance`): ``eps * magnitude`` times the
+    root of the length of the longest sum on the way, for each of the two. The magnitude is the
+    greatest size of the result, times that of the logits where they are above 1: an exponential's
+    relative error is its argument's absolute one.
     """
     batch, queries, keys, heads, shared, d_k, _ = case.shape
     lengths = dict.fromkeys(("gradient of key", "gradient of value"), queries * heads // shared)

@@ -17,7 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ and "PYTEST_XDIST_WORKER" in os.env
 import pytest
 from hypothesis import settings
 
-from anymha.registry import Backend, get_backend
+from anymha.framework.registry import Backend, get_backend
 from tests.frameworks import EXPECTED, skip_or_fail
 
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")

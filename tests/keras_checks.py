@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 import anymha
-import anymha_keras.module
+import anymha_keras.layer
 from anymha.errors import ConfigError, DtypeError, ShapeError, WeightsError
+from anymha.interchange.convert_model import convert_file
+from anymha.interchange.detect import find
 from anymha.interchange.files.formats import format_of, open_file
-from anymha.interchange.found import find
-from anymha.interchange.models import convert_file
-from anymha.parity.tolerance import tolerance
+from anymha.parity.stages.tolerance import tolerance
 from anymha_keras import MultiHeadAttention
 from anymha_numpy import MultiHeadAttention as NumpyLayer
 
@@ -674,7 +674,7 @@ def test_python_blocks_of_the_page_run_in_order() -> None:
 
 
 def test_examples_of_the_docstrings_give_what_they_show() -> None:
-    assert doctest.testmod(anymha_keras.module) == (0, 4)
+    assert doctest.testmod(anymha_keras.layer) == (0, 4)
 
 
 if __name__ == "__main__":

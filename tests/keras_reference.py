@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.objects import described
-from anymha.training import OBJECTS, checked_object
+from anymha.options.serialization import described
+from anymha.options.training import OBJECTS, checked_object
 
 ROOT = Path(__file__).parent.parent
 

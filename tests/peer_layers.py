@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.registry import backend_of
+from anymha.framework.registry import backend_of
 from tests.frameworks import skip_or_fail
 
 LIBRARIES = {

@@ -13,13 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anymha import tape
-from anymha.config import AttentionConfig
-from anymha.dtypes import accumulation_dtype, output_dtype
-from anymha.layer import multi_head_attention
-from anymha.parity.oracle import Truth, attention_oracle
-from anymha.parity.tolerance import tolerance
-from anymha.registry import Backend
+from anymha.framework import autodiff as tape
+from anymha.framework.dtypes import accumulation_dtype, output_dtype
+from anymha.framework.registry import Backend
+from anymha.layer.forward import multi_head_attention
+from anymha.options.config import AttentionConfig
+from anymha.parity.oracle.oracle import Truth, attention_oracle
+from anymha.parity.stages.tolerance import tolerance
 
 Arrays = dict[str, np.ndarray]
 

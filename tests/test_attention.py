@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.attention import softmax
-from anymha.dropout import keep_mask, rate_threshold
-from anymha.parity.oracle import attention_oracle
-from anymha.parity.tolerance import tolerance
-from anymha.registry import Backend, get_backend
+from anymha.attention.dropout import keep_mask, rate_threshold
+from anymha.attention.formula import softmax
+from anymha.framework.registry import Backend, get_backend
+from anymha.parity.oracle.oracle import attention_oracle
+from anymha.parity.stages.tolerance import tolerance
 from tests.support import Arrays, close, native, normal, np_dtype
 
 B, T, S, H = 2, 5, 6, 4

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.axes import Axes, resolve_axes
-from anymha.parity.oracle import Truth
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
+from anymha.layer.axes import Axes, resolve_axes
+from anymha.parity.oracle.oracle import Truth
 from tests.support import Arrays, Problem, agree, check, make, normal, run, truth
 
 H = 4

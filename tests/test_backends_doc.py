@@ -119,7 +119,7 @@ def test_kit_fails_as_the_page_shows_in_half_precision(project: Path) -> None:
 
 FIND = """
 import sys, anymha
-from anymha.registry import backends, get_backend
+from anymha.framework.registry import backends, get_backend
 import numpy as np
 anymha.dot_product_attention(*[np.ones((1, 2, 1, 2))] * 3)
 print("strict" in backends.__wrapped__() if {ask} else "anymha_strict" in sys.modules)
@@ -133,7 +133,10 @@ def test_plug_in_is_not_imported_for_arrays_of_a_built_in_backend(project: Path)
 
 def test_plug_in_that_cannot_be_imported_is_named(project: Path) -> None:
     (project / "anymha_strict" / "ops.py").write_text("import a_framework_that_is_not_there\n")
-    code = "from anymha.registry import get_backend as g; print(g('numpy').name); g('strict')"
+    code = (
+        "from anymha.framework.registry import get_backend as g\n"
+        "print(g('numpy').name); g('strict')"
+    )
     done = python(project, "-c", code)
     assert done.stdout == "numpy\n"
     assert done.stderr.splitlines()[-1] == (
@@ -144,7 +147,7 @@ def test_plug_in_that_cannot_be_imported_is_named(project: Path) -> None:
 
 
 def test_unknown_name_is_refused_with_the_names_that_there_are(project: Path) -> None:
-    done = python(project, "-c", "import anymha.registry as r; r.get_backend('theano')")
+    done = python(project, "-c", "import anymha.framework.registry as r; r.get_backend('theano')")
     assert done.stderr.splitlines()[-1] == (
         "anymha.errors.UnknownBackendError: `backend` must be one of 'numpy', 'torch', "
         "'tensorflow', 'jax', 'strict'. Received: 'theano'."

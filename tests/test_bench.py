@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import anymha.bench.measure as measure
-import anymha.bench.worker as worker
-from anymha.bench.cases import CASES, MASKS, Case, make_problem
-from anymha.bench.check import allowed, change, drops_as, error_beside, error_of
-from anymha.bench.entries import (
+import benchmarks.measure as measure
+import benchmarks.worker as worker
+from anymha.framework.registry import BUILT_IN
+from anymha.parity.oracle.oracle import attention_oracle
+from benchmarks.cases import CASES, MASKS, Case, make_problem
+from benchmarks.check import allowed, change, drops_as, error_beside, error_of
+from benchmarks.entries import (  # fmt: skip
     EXACT,
     NATIVE,
     Entry,
@@ -30,17 +32,15 @@ from anymha.bench.entries import (
     pack,
     to_linear,
     unpack,
-)  # fmt: skip
-from anymha.bench.frameworks import numpy as numpy_layers
-from anymha.bench.goals import GOALS, Goal, judge
-from anymha.bench.measure import FOREIGN, Sample, interleaved, peak_memory
-from anymha.bench.processes import run_framework
-from anymha.bench.reference import make_reference
-from anymha.bench.results import CaseResult, Timing, from_dict, ratio, spread
-from anymha.bench.terminal import duration
-from anymha.bench.worker import run_case
-from anymha.parity.oracle import attention_oracle
-from anymha.registry import BUILT_IN
+)
+from benchmarks.frameworks import numpy as numpy_layers
+from benchmarks.goals import GOALS, Goal, judge
+from benchmarks.measure import FOREIGN, Sample, interleaved, peak_memory
+from benchmarks.processes import run_framework
+from benchmarks.reference import make_reference
+from benchmarks.results import CaseResult, Timing, from_dict, ratio, spread
+from benchmarks.terminal import duration
+from benchmarks.worker import run_case
 from tests.frameworks import skip_or_fail
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 8, "features": 16, "heads": 2}

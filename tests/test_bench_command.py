@@ -11,18 +11,18 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-import anymha.bench.command
-from anymha.bench import processes
-from anymha.bench.cases import CASES, Case, choose, series
-from anymha.bench.command import SCHEMA
-from anymha.bench.entries import EXACT
-from anymha.bench.goals import GOALS
-from anymha.bench.processes import WorkerError, run_framework
-from anymha.bench.results import CaseResult, Report, Timing
-from anymha.bench.terminal import print_report, print_verdict
-from anymha.cli import main
+import benchmarks.command
+from anymha.cli.main import main
 from anymha.errors import UsageError
-from anymha.registry import BUILT_IN, Backend
+from anymha.framework.registry import BUILT_IN, Backend
+from benchmarks import processes
+from benchmarks.cases import CASES, Case, choose, series
+from benchmarks.command import SCHEMA
+from benchmarks.entries import EXACT
+from benchmarks.goals import GOALS
+from benchmarks.processes import WorkerError, run_framework
+from benchmarks.results import CaseResult, Report, Timing
+from benchmarks.terminal import print_report, print_verdict
 from tests.test_import import loaded_by
 
 NUMPY = ("bench", "--backends=numpy", "--repeats=1")
@@ -60,7 +60,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             peer = Timing("torch.nn.MultiheadAttention", "", "", (4.0,) * 3, [0.5] * 3, None, 0.2)
             results.append(CaseResult(framework, case, [ours, peer]))
 
-    monkeypatch.setattr(anymha.bench.command, "run_framework", run)
+    monkeypatch.setattr(benchmarks.command, "run_framework", run)
     return asked
 
 
@@ -102,7 +102,7 @@ def test_wrong_values_of_ours_end_with_status_1(
         bad = Timing("anymha", error=9.0, fault="other values: [so] many")
         results.append(CaseResult(framework, cases[0], [bad]))
 
-    monkeypatch.setattr(anymha.bench.command, "run_framework", run)
+    monkeypatch.setattr(benchmarks.command, "run_framework", run)
     status, out, _ = command(*NUMPY, "--cases=m1k")
     assert status == 1
     assert "✗ numpy, m1k, anymha: not timed: other values: [so] many" in out
@@ -250,4 +250,4 @@ def test_cases_and_goals_have_one_name_each() -> None:
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "tensorflow", "jax", "jax_libraries", "keras"])
 def test_module_of_a_frameworks_layers_imports_no_framework(name: str) -> None:
-    assert loaded_by(f"import anymha.bench.command, anymha.bench.frameworks.{name}") == set()
+    assert loaded_by(f"import benchmarks.command, benchmarks.frameworks.{name}") == set()

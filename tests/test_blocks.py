@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha import blocks, paths
-from anymha.blocks import plan_runs, seen_keys
-from anymha.dropout import Dropout, Place
-from anymha.masks import Visibility
-from anymha.parity.tolerance import tolerance
-from anymha.registry import Backend, get_backend
+from anymha.attention.dropout import Dropout, Place
+from anymha.attention.masks import Visibility
+from anymha.execution import path as paths
+from anymha.execution import tiling as blocks
+from anymha.execution.tiling import plan_runs, seen_keys
+from anymha.framework.registry import Backend, get_backend
+from anymha.parity.stages.tolerance import tolerance
 from tests.block_cases import CASES, LARGE, B, Case, T, agree, found, kept
 from tests.conftest import usable
 from tests.support import close, normal

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from anymha import pytest_plugin
+from anymha.testing import pytest_plugin
 
 FOLDER = Path(__file__).parents[1] / "docs/examples/ci"
 NOXFILE, WORKFLOW = FOLDER / "noxfile.py", FOLDER / "parity.yml"

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import anymha.cli
-from anymha.cli import main
+import anymha.cli.main
+from anymha.cli.main import main
+from anymha.framework.registry import BUILT_IN, backends, get_backend
 from anymha.interchange.layouts import layouts
-from anymha.parity.cases import MATRIX
-from anymha.registry import BUILT_IN, backends, get_backend
+from anymha.parity.oracle.cases import MATRIX
 from anymha.version import __version__
 from tests.conftest import usable
 
@@ -42,13 +42,13 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix with a few cases, which together use every op."""
-    monkeypatch.setattr(anymha.cli, "MATRIX", tuple(c for c in MATRIX if c.name in FEW))
+    monkeypatch.setattr(anymha.cli.main, "MATRIX", tuple(c for c in MATRIX if c.name in FEW))
 
 
 @pytest.fixture
 def one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix with one case."""
-    monkeypatch.setattr(anymha.cli, "MATRIX", MATRIX[:1])
+    monkeypatch.setattr(anymha.cli.main, "MATRIX", MATRIX[:1])
 
 
 @pytest.fixture
@@ -145,12 +145,12 @@ def test_broken_function_fails_and_is_told(
 
 @pytest.mark.usefixtures("few")
 def test_other_dropout_of_the_core_fails(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = anymha.dropout.keep_mask
+    sound = anymha.attention.dropout.keep_mask
 
     def shifted(*args: Any, **options: Any) -> Any:
         return np.roll(sound(*args, **options), 1, axis=-1)
 
-    monkeypatch.setattr("anymha.dropout.keep_mask", shifted)
+    monkeypatch.setattr("anymha.attention.dropout.keep_mask", shifted)
     status, out, _ = command("parity", "--backends", "numpy")
     assert status == 1
     assert out.splitlines()[-1].endswith("fail: dropout")
@@ -255,7 +255,7 @@ def test_real_weights_pass_and_are_drawn(command: Run, tmp_path: Path, one: None
 def broken_process(*arguments: str, fault: str = "") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, with a few cases and a fault planted before."""
     code = (
-        "import anymha_numpy.ops as o, anymha.cli as c, numpy as np\n"
+        "import anymha_numpy.ops as o, anymha.cli.main as c, numpy as np\n"
         f"{fault}\nc.MATRIX = c.MATRIX[:3]\n"
         f"raise SystemExit(c.main({['parity', *arguments]!r}))"
     )
@@ -279,7 +279,10 @@ def test_process_ends_with_1_where_a_backend_is_broken_and_0_where_not() -> None
 
 
 def test_process_writes_what_its_encoding_has() -> None:
-    code = "import anymha.cli as c; c.MATRIX = c.MATRIX[:1]; c.main(['parity', '--backends=numpy'])"
+    code = (
+        "import anymha.cli.main as c\n"
+        "c.MATRIX = c.MATRIX[:1]; c.main(['parity', '--backends=numpy'])"
+    )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, timeout=120, check=False,
@@ -299,7 +302,7 @@ def test_numpy_alone_runs_and_tells_what_adds_the_others(
         importlib.util, "find_spec", lambda name, *a: None if name in absent else sound(name, *a)
     )
     only = {name: b for name, b in backends().items() if b in BUILT_IN}
-    monkeypatch.setattr(anymha.cli, "backends", lambda: only)
+    monkeypatch.setattr(anymha.cli.main, "backends", lambda: only)
     status, out, _ = command("parity")
     assert status == 0
     lines = out.splitlines()
@@ -326,7 +329,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> Any:
         raise AssertionError("the matrix ran")
 
-    monkeypatch.setattr(anymha.cli, "run_matrix", never)
+    monkeypatch.setattr(anymha.cli.main, "run_matrix", never)
 
 
 @pytest.mark.usefixtures("no_run", "absent_torch")
@@ -447,7 +450,7 @@ def test_html_without_its_packages_is_told_before_anything_runs(
 ) -> None:
     for needed in {"jinja2", "matplotlib"} - {package}:
         pytest.importorskip(needed, reason=f"the message about {package} comes with {needed}")
-    monkeypatch.delitem(sys.modules, "anymha.parity.html", raising=False)
+    monkeypatch.delitem(sys.modules, "anymha.parity.matrix.html", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
     assert command("parity", "--html", str(page), "--json", str(numbers)) == (

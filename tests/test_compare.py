@@ -10,11 +10,11 @@ import pytest
 import anymha
 from anymha.errors import ArgumentError, DtypeError
 from anymha.parity import ParityError, assert_parity, compare
-from anymha.parity.recipe import STEPS, run, sizes
-from anymha.parity.structure import distance, structure
-from anymha.parity.subjects import ours
-from anymha.parity.trace import make_request, problem_of
-from anymha.parity.truth import fold
+from anymha.parity.adapters import ours
+from anymha.parity.oracle.recipe import STEPS, run, sizes
+from anymha.parity.oracle.truth import fold
+from anymha.parity.stages.structure import distance, structure
+from anymha.parity.stages.trace import make_request, problem_of
 
 RNG = np.random.default_rng(0)
 QUERY = RNG.standard_normal((2, 5, 8)).astype("float32")

@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-import anymha.commands.named
-from anymha.cli import main
-from anymha.commands.given import CASES, made_cases
-from anymha.commands.named import LIVE, settle_keras_backend
+import anymha.cli.names
+from anymha.cli.inputs import CASES, made_cases
+from anymha.cli.main import main
+from anymha.cli.names import LIVE, settle_keras_backend
 from tests.conftest import usable
 from tests.frameworks import required
 
@@ -94,7 +94,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    monkeypatch.setattr("anymha.parity.diagnosis.SECONDS", 0.1)
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.1)
     (tmp_path / "port.py").write_text(PORT)
     importlib.invalidate_caches()
     yield tmp_path
@@ -362,7 +362,7 @@ def test_keras_runs_on_what_is_installed(
         monkeypatch.delenv("KERAS_BACKEND")
     if configured is not None:
         (folder / "keras.json").write_text(json.dumps({"backend": configured}))
-    found = anymha.commands.named.importlib.util
+    found = anymha.cli.names.importlib.util
     monkeypatch.setattr(found, "find_spec", lambda name: name if name in installed else None)
     settle_keras_backend()
     assert os.environ.get("KERAS_BACKEND") == wanted
@@ -390,7 +390,7 @@ def test_layers_of_three_libraries_are_compared_in_one_command(folder: Path) -> 
     }  # fmt: skip
     names = [name for name in LIVE if name.split(".")[0] in ("torch", "flax")]
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "anymha.cli", "compare", *names,
+        [sys.executable, "-W", "ignore", "-m", "anymha.cli.main", "compare", *names,
          "keras.MultiHeadAttention", "--json", "all.json"],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -19,15 +19,15 @@ from rich.console import Console
 
 import anymha
 from anymha.errors import FileError
-from anymha.layer import multi_head_attention
+from anymha.layer.forward import multi_head_attention
 from anymha.parity import compare
-from anymha.parity.environment import FLAGS, environment
-from anymha.parity.report import Comparison
+from anymha.parity.reports.environment import FLAGS, environment
 from anymha.parity.reports.markdown import to_markdown
 from anymha.parity.reports.outcome import Outcome, passed, to_dict, verdict
 from anymha.parity.reports.pictures import heat_map, heat_maps, histogram
+from anymha.parity.reports.report import Comparison
 from anymha.parity.reports.terminal import print_comparison, print_outcomes
-from anymha.parity.saved import load_case
+from anymha.parity.stages.saved_case import load_case
 from anymha_numpy import ops
 
 HOSTILE = "<script>alert(1)</script> | [bold]`x`[/nothing] & \"'\x00"
@@ -61,7 +61,7 @@ def port(own: Any, *told: str, **wrong: Any) -> Callable[..., dict[str, np.ndarr
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """What no mistake explains is given up early."""
-    monkeypatch.setattr("anymha.parity.diagnosis.SECONDS", 0.1)
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")

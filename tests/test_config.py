@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.config import AttentionConfig
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
+from anymha.options.config import AttentionConfig
 
 
 def test_defaults() -> None:

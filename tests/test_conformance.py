@@ -8,7 +8,7 @@ import array_api_strict
 import numpy as np
 import pytest
 
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
 from anymha.testing import Conformance
 from anymha.testing.known import KNOWN_MASKS, KnownMask
 from tests.backends.anymha_strict import ops as strict

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from anymha.registry import get_backend
+from anymha.framework.registry import get_backend
 from anymha.testing import Conformance
 from tests.backends.faults import FAULTS, FUNCTIONS, Fault, refuse
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.constraints import MaxNorm, MinMaxNorm, NonNeg, UnitNorm
 from anymha.errors import ConfigError, WeightsError
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
+from anymha.options.constraints import MaxNorm, MinMaxNorm, NonNeg, UnitNorm
 from tests import keras_reference as reference
 from tests.keras_reference import CONSTRAINTS, OPTIONS, WIDTHS
 from tests.test_regularizers import layer_of

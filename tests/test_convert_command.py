@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import anymha
-import anymha.commands.verify
-from anymha.cli import main
-from anymha.commands.peers import FAMILIES
+import anymha.cli.verify
+from anymha.cli.main import main
+from anymha.cli.peers import FAMILIES
 from anymha.errors import UsageError
+from anymha.framework.registry import Backend, get_backend
+from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.formats import open_file
-from anymha.interchange.models import convert_file
-from anymha.registry import Backend, get_backend
 from tests.conftest import usable
 from tests.file_samples import Arrays, same, write
 from tests.frameworks import required
@@ -299,7 +299,7 @@ def one_bit_off(self: Any, array: np.ndarray, sizes: Any) -> Any:
     return found
 
 
-READ = anymha.interchange.pieces.Piece.read
+READ = anymha.interchange.packing.Piece.read
 
 
 @pytest.mark.parametrize("fault", ["output", "bit"])
@@ -307,10 +307,10 @@ def test_fault_is_found_and_nothing_is_written(
     tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     if fault == "output":
-        monkeypatch.setattr(anymha.commands.verify, "_ours", off_by_a_little)
+        monkeypatch.setattr(anymha.cli.verify, "_ours", off_by_a_little)
         told = "anymha: '0.' gives another output in anymha in numpy: it is "
     else:
-        monkeypatch.setattr(anymha.interchange.pieces.Piece, "read", one_bit_off)
+        monkeypatch.setattr(anymha.interchange.packing.Piece, "read", one_bit_off)
         told = "anymha: '0.' does not come back from transformers.bert bit for bit: output.dense.w"
     source, target = tmp_path / "a.safetensors", tmp_path / "b.npz"
     write(source, bert("0."))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import anymha
-from anymha.registry import BUILT_IN, LAYERS
+from anymha.framework.registry import BUILT_IN, LAYERS
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anymha
-from anymha.dropout import STEPS, Dropout, keep_mask, rate_threshold
-from anymha.registry import Backend, get_backend
+from anymha.attention.dropout import STEPS, Dropout, keep_mask, rate_threshold
+from anymha.framework.registry import Backend, get_backend
 from tests.support import compilers, make, normal, run
 
 SHAPE = (2, 3, 5, 7)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha import errors, registry
-from anymha.registry import Backend, get_backend
+from anymha import errors
+from anymha.framework import registry
+from anymha.framework.registry import Backend, get_backend
 from tests.support import bits, native
 
 SIZES: dict[str, Any] = {"num_heads": 2, "key_dim": 3, "query_features": 8}
@@ -50,7 +51,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the computation was entered")
 
-    monkeypatch.setattr("anymha.layer._forward", computed)
+    monkeypatch.setattr("anymha.layer.forward._forward", computed)
     monkeypatch.setattr("anymha.functional._attend", computed)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from anymha.cli import main
+from anymha.cli.main import main
+from anymha.framework.registry import BUILT_IN
 from anymha.interchange.files.formats import FOLDER, FORMATS
-from anymha.registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/files.md").read_text(encoding="utf-8")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anymha.interchange.detect import Group, find, matches, numbers_of, pattern_of
 from anymha.interchange.files.formats import FORMATS, Format, format_of, open_file
 from anymha.interchange.files.reader import Tensor
-from anymha.interchange.found import Group, find, matches, numbers_of, pattern_of
 
 DATA = Path(__file__).parent / "data"
 PLAIN, HDF5 = FORMATS[0], format_of(Path("a.weights.h5"))

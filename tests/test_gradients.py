@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
 from tests.support import Arrays, Problem, make, native, normal, run
 
 B, T, S, H = 2, 5, 6, 4

@@ -12,7 +12,8 @@ import pytest
 
 import anymha
 from anymha.errors import ConfigError
-from anymha.initializers import (
+from anymha.framework.registry import Backend
+from anymha.options.initializers import (
     Constant,
     Identity,
     Orthogonal,
@@ -21,8 +22,7 @@ from anymha.initializers import (
     TruncatedNormal,
     VarianceScaling,
 )
-from anymha.registry import Backend
-from anymha.scaling import TRUNCATED_STD
+from anymha.options.variance_scaling import TRUNCATED_STD
 from tests.support import np_dtype
 
 SIZES: dict[str, Any] = {
@@ -164,7 +164,7 @@ def test_variance_follows_the_fans_of_the_matrix(initializer: str, name: str) ->
     fan_in, fan_out = FANS[name]
     std = math.sqrt(scale / (fan_in if mode == "in" else (fan_in + fan_out) / 2))
     ends = std * (math.sqrt(3) if distribution == "uniform" else CUT)
-    numpy = anymha.registry.get_backend("numpy")
+    numpy = anymha.framework.registry.get_backend("numpy")
     _spread(_weights(numpy, kernel_initializer=initializer, dtype="float64")[name], std, ends)
 
 
@@ -190,7 +190,7 @@ KINDS: dict[str, tuple[Any, float, float, float]] = {
 def test_distribution_of_the_other_kinds(
     initializer: Any, std: float, ends: float, mean: float
 ) -> None:
-    numpy = anymha.registry.get_backend("numpy")
+    numpy = anymha.framework.registry.get_backend("numpy")
     kernel = _weights(numpy, kernel_initializer=initializer, dtype="float64")["query.kernel"]
     if ends == 5.5 * std:  # has no ends; of 2560 values none is as far out
         assert np.abs(kernel - mean).max() > 3 * std
@@ -221,7 +221,7 @@ def test_orthogonal_has_orthonormal_columns_or_rows(backend: Backend) -> None:
 
 
 def test_orthogonal_favours_no_sign() -> None:
-    numpy = anymha.registry.get_backend("numpy")
+    numpy = anymha.framework.registry.get_backend("numpy")
     corners = [
         _weights(numpy, kernel_initializer="orthogonal", seed=seed)["query.kernel"][0, 0, 0] > 0
         for seed in range(100)

@@ -9,7 +9,7 @@ import pytest
 
 import anymha
 from anymha.errors import ArgumentError, WeightsError
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
 from tests.support import bits, np_dtype
 
 SIZES = {"query_features": 8, "value_features": 7, "key_features": 6}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from anymha.errors import UnknownBackendError
-from anymha.registry import LAYERS, get_backend, get_layer
+from anymha.framework.registry import LAYERS, get_backend, get_layer
 from tests.conftest import BACKENDS
 from tests.frameworks import skip_or_fail
 

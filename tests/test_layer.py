@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import anymha
+from anymha.framework.registry import Backend
 from anymha.interchange.layers import set_weights
-from anymha.parity.bits import count_differing
-from anymha.parity.tolerance import tolerance
-from anymha.registry import Backend
+from anymha.parity.stages.bits import count_differing
+from anymha.parity.stages.tolerance import tolerance
 from tests.support import (
     Problem,
     Result,

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anymha.config import AttentionConfig
 from anymha.errors import (
     ArgumentError,
     BiasWarning,
@@ -23,13 +22,14 @@ from anymha.errors import (
     UnknownLayoutError,
     WeightsError,
 )
+from anymha.framework.registry import get_backend
 from anymha.interchange import layouts as module
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
 from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
 from anymha.interchange.weights import Weights
-from anymha.layer import multi_head_attention
-from anymha.registry import get_backend
+from anymha.layer.forward import multi_head_attention
+from anymha.options.config import AttentionConfig
 from tests.layout_samples import SAMPLES, Sample, Size, by_name, label
 
 BERT = "transformers.bert"

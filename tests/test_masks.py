@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
 from tests.support import Problem, check, make, normal, run
 
 B, T, S, H = 2, 5, 6, 4

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import anymha
+from anymha.framework.registry import Backend
 from anymha.interchange.files.formats import open_file
-from anymha.registry import Backend
 from tests.file_samples import same
 
 ROOT = Path(__file__).parents[1]

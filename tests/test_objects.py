@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import anymha
-from anymha.constraints import MaxNorm, UnitNorm
 from anymha.errors import ConfigError
-from anymha.initializers import Constant, GlorotUniform, HeNormal, Identity, VarianceScaling
-from anymha.objects import described
-from anymha.regularizers import L1, L1L2, L2, OrthogonalRegularizer
-from anymha.training import OBJECTS, checked_object
+from anymha.options.constraints import MaxNorm, UnitNorm
+from anymha.options.initializers import Constant, GlorotUniform, HeNormal, Identity, VarianceScaling
+from anymha.options.regularizers import L1, L1L2, L2, OrthogonalRegularizer
+from anymha.options.serialization import described
+from anymha.options.training import OBJECTS, checked_object
 from tests.keras_reference import keras_values
 
 KINDS = ("initializer", "regularizer", "constraint")

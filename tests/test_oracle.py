@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.parity.oracle import Truth, attention_oracle
+from anymha.parity.oracle.oracle import Truth, attention_oracle
 from tests.support import Arrays, normal
 
 B, T, S, H, K, D = 2, 3, 4, 4, 2, 3

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import anymha
 from anymha.errors import ArgumentError, ConfigError, FileError, WeightsError
-from anymha.registry import get_backend
+from anymha.framework.registry import get_backend
 from tests.conftest import BACKENDS, usable
 from tests.file_samples import same, write
 from tests.frameworks import required

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.parity.cases import MATRIX, Case, Problem, make_problem, numpy_dtype
-from anymha.parity.truth import expected
+from anymha.parity.oracle.cases import MATRIX, Case, Problem, make_problem, numpy_dtype
+from anymha.parity.oracle.truth import expected
 
 BY_NAME = {case.name: case for case in MATRIX}
 NAMES = list(BY_NAME)

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from anymha.errors import FileError, UsageError
-from anymha.parity.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
-from anymha.parity.run import run
-from anymha.parity.truth import expected
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
+from anymha.parity.matrix.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
+from anymha.parity.matrix.run import run
+from anymha.parity.oracle.truth import expected
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS, TEXT = DATA / "minilm_attention.safetensors", DATA / "minilm_text.npz"

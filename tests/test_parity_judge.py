@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.parity.bits import count_differing
-from anymha.parity.cases import MATRIX, Problem, make_problem, numpy_dtype
-from anymha.parity.checkpoint import RealProblem, Recorded, real_problems
-from anymha.parity.judge import Row, judge
-from anymha.parity.oracle import Truth
-from anymha.parity.run import Result, run
-from anymha.parity.truth import expected
-from anymha.parity.units import longest_sum, units_of
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
+from anymha.parity.matrix.checkpoint import RealProblem, Recorded, real_problems
+from anymha.parity.matrix.judge import Row, judge
+from anymha.parity.matrix.run import Result, run
+from anymha.parity.oracle.cases import MATRIX, Problem, make_problem, numpy_dtype
+from anymha.parity.oracle.oracle import Truth
+from anymha.parity.oracle.truth import expected
+from anymha.parity.stages.bits import count_differing
+from anymha.parity.stages.units import longest_sum, units_of
 
 DATA = Path(__file__).parent / "data"
 SMALL = [case.name for case in MATRIX if "2^20" not in case.name]

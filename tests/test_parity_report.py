@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console
 
 from anymha.errors import FileError
-from anymha.interchange.files.whole import check_writable, write_whole
-from anymha.parity.cases import MATRIX
-from anymha.parity.judge import Cell, Row
-from anymha.parity.matrix import AttentionMap, Report, versions
-from anymha.parity.terminal import print_report, print_verdict, progress_bar
-from anymha.registry import Backend
+from anymha.framework.registry import Backend
+from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.parity.matrix.judge import Cell, Row
+from anymha.parity.matrix.matrix import AttentionMap, Report, versions
+from anymha.parity.matrix.terminal import print_report, print_verdict, progress_bar
+from anymha.parity.oracle.cases import MATRIX
 
 FOUR = ("numpy", "torch", "tensorflow", "jax")
 HOSTILE = "<script>alert(1)</script> [bold]$x_1$[/nothing] & \"'"
@@ -248,7 +248,7 @@ def page(found: Report) -> tuple[str, _Page]:
         pytest.importorskip(needed, reason=f"the HTML report needs {needed}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib's imports
-        from anymha.parity.html import to_html  # noqa: PLC0415
+        from anymha.parity.matrix.html import to_html  # noqa: PLC0415
 
     text = to_html(found)
     return text, _Page(text)

@@ -38,7 +38,7 @@ def sample(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Sample
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*options: str) -> tuple[pytest.RunResult, dict[str, Any]]:
-        ours = ("-p", "anymha.pytest_plugin", "-p", "no:cacheprovider", "--color=no")
+        ours = ("-p", "anymha.testing.pytest_plugin", "-p", "no:cacheprovider", "--color=no")
         report = "--parity-report=report.json"
         result = pytester.runpytest_subprocess(*ours, report, *options, timeout=120)
         told = json.loads((pytester.path / "report.json").read_text("utf-8"))
@@ -101,7 +101,15 @@ def test_the_page_leads_from_red_to_green(sample: Sample, pytester: pytest.Pytes
 def test_a_saved_case_is_repeated_by_the_command(sample: Sample, pytester: Any) -> None:
     sample("-k", "self and anymha", "--parity-save=cases")
     (case,) = pytester.path.glob("cases/*.npz")
-    command = ("-m", "anymha.cli", "compare", "numpy", "test_port:ported", "--inputs", str(case))
+    command = (
+        "-m",
+        "anymha.cli.main",
+        "compare",
+        "numpy",
+        "test_port:ported",
+        "--inputs",
+        str(case),
+    )
     again = pytester.run(sys.executable, *command, timeout=120)
     assert again.ret == 1
     again.stdout.fnmatch_lines([f"PARITY DOES NOT HOLD: ported and * part at query: {SPLIT} *"])

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from anymha.parity.saved import load_case
+from anymha.parity.stages.saved_case import load_case
 
 pytest_plugins = ["pytester"]
 
@@ -67,8 +67,10 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(source: str, *options: str) -> pytest.RunResult:
         pytester.makeini("[pytest]")  # so that its own folder is the root
         pytester.makepyfile(source)
-        plain = ("-p", "anymha.pytest_plugin", "-p", "no:cacheprovider", "--color=no", "-ra",
-                 "--strict-markers")  # fmt: skip
+        plain = [
+            "-p", "anymha.testing.pytest_plugin", "-p", "no:cacheprovider", "--color=no", "-ra",
+            "--strict-markers",
+        ]  # fmt: skip
         return pytester.runpytest_subprocess(*plain, *options, timeout=120)
 
     return run
@@ -76,7 +78,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_the_plugin_imports_pytest_alone() -> None:
     source = (
-        "import pytest, sys; before = set(sys.modules); import anymha.pytest_plugin\n"
+        "import pytest, sys; before = set(sys.modules); import anymha.testing.pytest_plugin\n"
         "print(*sorted(m for m in set(sys.modules) - before if m.split('.')[0] != 'anymha'))\n"
         "print(*sorted(m for m in sys.modules if m.split('.')[0] == 'anymha'))"
     )
@@ -85,7 +87,8 @@ def test_the_plugin_imports_pytest_alone() -> None:
     )
     others, own = output.splitlines()
     assert others == ""
-    assert own.split() == ["anymha", "anymha.pytest_plugin", "anymha.version"]
+    packages = ["anymha", "anymha.testing", "anymha.testing.pytest_plugin", "anymha.version"]
+    assert own.split() == packages
 
 
 def test_a_run_that_compares_nothing_imports_nothing_and_tells_nothing(run: Run) -> None:
@@ -324,4 +327,4 @@ def test_a_marker_that_is_used_wrongly_says_what_it_takes(run: Run, wrong: str) 
 def test_the_plugin_is_found_where_the_library_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (entry,) = project["entry-points"]["pytest11"].items()
-    assert entry == ("anymha.pytest_plugin", "anymha.pytest_plugin")
+    assert entry == ("anymha.testing.pytest_plugin", "anymha.testing.pytest_plugin")

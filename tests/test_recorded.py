@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.recorded import Recorder, Replayed, Unrecordable, record
-from anymha.registry import Backend, get_backend
+from anymha.framework.registry import Backend, get_backend
+from anymha.layer.recorded import Recorder, Replayed, Unrecordable, record
 
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha import registry
 from anymha.errors import (
     AnymhaError,
     ArgumentError,
@@ -19,7 +18,8 @@ from anymha.errors import (
     MixedBackendsError,
     UnknownBackendError,
 )
-from anymha.registry import Backend
+from anymha.framework import registry
+from anymha.framework.registry import Backend
 
 BUILT_IN = ("numpy", "torch", "tensorflow", "jax")
 

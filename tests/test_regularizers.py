@@ -12,10 +12,10 @@ import pytest
 
 import anymha
 from anymha.errors import ConfigError, WeightsError
-from anymha.layer import multi_head_attention
-from anymha.registry import Backend
-from anymha.tape import vjp
-from anymha.weights import regularization_loss
+from anymha.framework.autodiff import vjp
+from anymha.framework.registry import Backend
+from anymha.layer.forward import multi_head_attention
+from anymha.layer.weights import regularization_loss
 from tests import keras_reference as reference
 from tests.keras_reference import ACTIVITY, AXES, OPTIONS, REGULARIZERS, WIDTHS
 
@@ -206,7 +206,7 @@ def test_gradient_of_the_weights_penalty_is_the_slope(backend: Backend, name: st
     every = {n: w.astype("float64") for n, w in reference.weights().items()}
     kernels = {n: w for n, w in every.items() if n.endswith("kernel")}
     found = gradients(backend, lambda ops, w: regularization_loss(ops, config, w), kernels)
-    ops = anymha.registry.get_backend("numpy").ops
+    ops = anymha.framework.registry.get_backend("numpy").ops
     rng = np.random.default_rng(2)
     for kernel, array in kernels.items():
         direction, h = rng.standard_normal(array.shape), 1e-6
@@ -238,7 +238,7 @@ def test_activity_penalty_gives_every_weight_its_gradient(backend: Backend) -> N
         return call(ops, config, weights, *arrays, return_activity_loss=True)[1]
 
     found = gradients(backend, loss, weights)
-    ops = anymha.registry.get_backend("numpy").ops
+    ops = anymha.framework.registry.get_backend("numpy").ops
     arrays = [inputs[n] for n in ("query", "value", "key")]
     rng = np.random.default_rng(3)
     for name, array in weights.items():  # the key's bias among them, which attention ignores

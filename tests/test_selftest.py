@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from anymha.cli import main
-from anymha.commands import selftest as command
-from anymha.parity import planted, selftest
-from anymha.parity.mistakes import CATALOGUE
-from anymha.parity.planted import PLANTS
-from anymha.parity.selftest import DTYPES, goes_together, honest, try_planted
-from anymha.registry import Backend, get_backend
+from anymha.cli import selftest as command
+from anymha.cli.main import main
+from anymha.framework.registry import Backend, get_backend
+from anymha.parity.diagnose.mistakes import CATALOGUE
+from anymha.parity.selftest import injected_faults as planted
+from anymha.parity.selftest import selftest
+from anymha.parity.selftest.injected_faults import PLANTS
+from anymha.parity.selftest.selftest import DTYPES, goes_together, honest, try_planted
 from tests.frameworks import skip_or_fail
 
 

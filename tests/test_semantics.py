@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anymha.dropout import keep_mask, rate_threshold
+from anymha.attention.dropout import keep_mask, rate_threshold
+from anymha.framework.registry import Backend, get_backend
 from anymha.interchange.layers import set_weights
-from anymha.registry import Backend, get_backend
 from tests.support import Arrays, Problem, Result, bits, check, compilers, make, native, normal, run
 
 B, T, S, H = 2, 5, 6, 4

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.commands.peers import FAMILIES
+from anymha.cli.peers import FAMILIES
 from anymha.errors import ArgumentError, LayoutError
+from anymha.framework.registry import get_backend
 from anymha.parity import compare
-from anymha.parity.recipe import run
-from anymha.parity.subjects import declare, subject
-from anymha.parity.trace import as_numpy, make_request, name_of_dtype, problem_of
-from anymha.parity.truth import fold
-from anymha.registry import get_backend
+from anymha.parity.adapters import declare, subject
+from anymha.parity.oracle.recipe import run
+from anymha.parity.oracle.truth import fold
+from anymha.parity.stages.trace import as_numpy, make_request, name_of_dtype, problem_of
 from tests.frameworks import skip_or_fail
 from tests.peer_layers import need
 from tests.test_keras_layer import pytest_in

@@ -11,12 +11,12 @@ import pytest
 
 import anymha
 import anymha_numpy.ops as ops
-from anymha.parity.cases import MATRIX, Case, make_problem
-from anymha.parity.judge import judge
-from anymha.parity.run import run
-from anymha.parity.truth import expected
-from anymha.registry import Backend, get_backend
-from anymha.tape import vjp
+from anymha.framework.autodiff import vjp
+from anymha.framework.registry import Backend, get_backend
+from anymha.parity.matrix.judge import judge
+from anymha.parity.matrix.run import run
+from anymha.parity.oracle.cases import MATRIX, Case, make_problem
+from anymha.parity.oracle.truth import expected
 from anymha_numpy import MultiHeadAttention
 
 RNG = np.random.default_rng(0)

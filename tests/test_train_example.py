@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anymha.registry import BUILT_IN
+from anymha.framework.registry import BUILT_IN
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]

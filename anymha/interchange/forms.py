@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anymha.interchange.pieces import Piece
+from anymha.interchange.packing import Piece
 
 
 @dataclass(frozen=True)

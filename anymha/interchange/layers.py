@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import ArgumentError, LayoutError, WeightsError
+from anymha.framework.registry import backend_of, get_layer
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.libraries import made, opened
-from anymha.interchange.opened import Opened
+from anymha.interchange.live_layer import Opened
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, checked, matched
-from anymha.registry import backend_of, get_layer
+from anymha.options.config import AttentionConfig
 
 
 def new_layer(*args: Any, backend: str, **options: Any) -> Any:
@@ -138,7 +138,7 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
         >>> import anymha
         >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
         >>> type(convert(layer, to="numpy")).__module__
-        'anymha_numpy.module'
+        'anymha_numpy.layer'
     """
     weights = get_weights(layer, **sizes)
     needs = weights.needs if isinstance(weights, Weights) else ()

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import LayoutError, WeightsError
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.limits import Limit, check_scale, form_for, same_heads, same_widths
-from anymha.interchange.pieces import Arrays, Sizes
+from anymha.interchange.packing import Arrays, Sizes
 from anymha.interchange.reading import check_floats, config_of, form_of
 from anymha.interchange.sizes import Shapes, Told, possible_heads, solve
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy, balanced, check_biases, checked
-from anymha.weights import NAMES
+from anymha.layer.weights import NAMES
+from anymha.options.config import AttentionConfig
 
 
 @dataclass(frozen=True)

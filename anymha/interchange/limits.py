@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import LayoutError
 from anymha.interchange.forms import Form
-from anymha.interchange.pieces import CODEGEN_BLOCKS, QKV, Sizes
+from anymha.interchange.packing import CODEGEN_BLOCKS, QKV, Sizes
+from anymha.options.config import AttentionConfig
 
 Limit = Callable[[Sizes, Mapping[str, np.ndarray]], str | None]
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from anymha.config import PROJECTIONS, AttentionConfig
-from anymha.dtypes import FLOATING
 from anymha.errors import LayoutError, WeightsError
+from anymha.framework.dtypes import FLOATING
 from anymha.interchange.forms import Extra, Form
-from anymha.interchange.pieces import Arrays
+from anymha.interchange.packing import Arrays
 from anymha.interchange.sizes import Shapes
+from anymha.options.config import PROJECTIONS, AttentionConfig
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj")
 """Names of multi-head latent attention."""

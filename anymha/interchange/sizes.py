@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anymha.errors import WeightsError
-from anymha.interchange.pieces import CODEGEN_BLOCKS, QKV, Piece, Sizes
+from anymha.interchange.packing import CODEGEN_BLOCKS, QKV, Piece, Sizes
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

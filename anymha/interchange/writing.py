@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import PROJECTIONS
 from anymha.errors import BiasWarning, LayoutError, WeightsError
-from anymha.interchange.pieces import Arrays, Piece, Sizes
-from anymha.registry import backend_of
-from anymha.weights import NAMES
+from anymha.framework.registry import backend_of
+from anymha.interchange.packing import Arrays, Piece, Sizes
+from anymha.layer.weights import NAMES
+from anymha.options.config import PROJECTIONS
 
 
 def as_numpy(array: Any) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anymha.parity.comparing import ParityError, assert_parity, compare
-    from anymha.parity.report import Comparison
-    from anymha.parity.subjects import declare
+    from anymha.parity.adapters import declare
+    from anymha.parity.comparison.compare import ParityError, assert_parity, compare
+    from anymha.parity.reports.report import Comparison
 
 __all__ = ["Comparison", "ParityError", "assert_parity", "compare", "declare"]
 
@@ -16,7 +16,8 @@ def __getattr__(name: str) -> Any:
     """Loaded when asked for: the pytest plugin is imported by every run of pytest."""
     import importlib  # noqa: PLC0415
 
-    places = dict.fromkeys(__all__, "comparing") | {"Comparison": "report", "declare": "subjects"}
+    places = dict.fromkeys(__all__, "comparison.compare")
+    places |= {"Comparison": "reports.report", "declare": "adapters"}
     if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)

@@ -1,4 +1,4 @@
-"""Conformance tests for backends: every function and every rule of the layer, under pytest.
+"""Conformance tests for backends, and the pytest plugin.
 
 In the tests of a project that brings a backend of its own:
 
@@ -12,29 +12,25 @@ Each check is a test of its own; its name says which function it is about. What 
 (see `anymha.testing.capabilities`) is skipped with a printed reason.
 """
 
-from anymha.testing.arithmetic import ArithmeticTests
-from anymha.testing.arrays import ArrayTests
-from anymha.testing.capabilities import CAPABILITIES
-from anymha.testing.framework import FrameworkTests
-from anymha.testing.gradients import GradientTests
-from anymha.testing.layer import LayerTests
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anymha.testing.conformance import (
+        CAPABILITIES,
+        Conformance,
+        FunctionTests,
+        SemanticsTests,
+    )
 
 __all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
 
 
-# pytest runs the tests of the last base first: functions before the layer, which breaks with them.
-class FunctionTests(FrameworkTests, ArithmeticTests, ArrayTests):
-    """Every function of `anymha.ops.Ops`, against NumPy."""
+def __getattr__(name: str) -> Any:
+    """Import a class at its first use: every run of pytest imports this package, for its plugin."""
+    import importlib  # noqa: PLC0415
 
-
-class SemanticsTests(GradientTests, LayerTests):
-    """Every rule of the layer, against the float64 oracle."""
-
-
-class Conformance(SemanticsTests, FunctionTests):
-    """All tests of a backend. Name it in `backend`, in a class whose name begins with Test.
-
-    Attributes:
-        backend: The module of functions. Or override the fixture `ops`, which gives it.
-        requires: Names out of `CAPABILITIES`; what is named here and lacking is a failure.
-    """
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.conformance"), name)

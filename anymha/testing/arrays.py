@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.dtypes import dtype_name
-from anymha.registry import BUILT_IN
+from anymha.framework.dtypes import dtype_name
+from anymha.framework.registry import BUILT_IN
 from anymha.testing.calls import call, must, numpy_dtype, values, words
 from anymha.testing.capabilities import BackendTests
 

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anymha.ops import Ops
+from anymha.framework.protocol import Ops
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anymha.errors import ArgumentError
-from anymha.ops import Ops
+from anymha.framework.protocol import Ops
 
 
 def _dtype(ops: Ops, name: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.dropout import keep_mask
+from anymha.attention.dropout import keep_mask
 from anymha.testing.calls import Returned, call, must, values
 from anymha.testing.capabilities import BackendTests
 from anymha.testing.known import KNOWN_MASKS, KnownMask

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.parity.truth import expected
+from anymha.parity.oracle.truth import expected
 from anymha.testing.calls import must
 from anymha.testing.capabilities import BackendTests
 from anymha.testing.layer import CROSS, REAL, by_case

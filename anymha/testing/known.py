@@ -1,7 +1,7 @@
 """Known answers of the dropout's generator: which elements stay, for some seeds.
 
-They were computed from the formula in `anymha.dropout` by another program, in whole numbers of any
-size.
+They were computed from the formula in `anymha.attention.dropout` by another program, in whole
+numbers of any size.
 """
 
 from __future__ import annotations

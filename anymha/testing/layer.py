@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.attention import AttentionCall, attend
+from anymha.attention.formula import AttentionCall
+from anymha.attention.masks import Visibility
 from anymha.errors import DtypeError, MixedBackendsError
-from anymha.masks import Visibility
-from anymha.parity.tolerance import tolerance
-from anymha.registry import get_backend
+from anymha.execution.attend import attend
+from anymha.framework.registry import get_backend
+from anymha.parity.stages.tolerance import tolerance
 from anymha.testing.calls import Returned, must, values
 from anymha.testing.capabilities import BackendTests
 from anymha.testing.problems import (

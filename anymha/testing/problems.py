@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from anymha.layer import multi_head_attention
-from anymha.ops import Ops
-from anymha.parity.cases import MATRIX, Arrays, Case, Problem, make_problem
-from anymha.parity.judge import judge
-from anymha.parity.run import Result
-from anymha.parity.truth import expected
-from anymha.tape import vjp
+from anymha.framework.autodiff import vjp
+from anymha.framework.protocol import Ops
+from anymha.layer.forward import multi_head_attention
+from anymha.parity.matrix.judge import judge
+from anymha.parity.matrix.run import Result
+from anymha.parity.oracle.cases import MATRIX, Arrays, Case, Problem, make_problem
+from anymha.parity.oracle.truth import expected
 from anymha.testing.calls import Returned, must
 
 CASES = tuple(case for case in MATRIX if math.prod(case.query) < 1000)

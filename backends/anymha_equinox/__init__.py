@@ -1,5 +1,5 @@
 """anymha for Equinox."""
 
-from anymha_equinox.module import MultiHeadAttention
+from anymha_equinox.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

@@ -1,5 +1,5 @@
 """anymha for Flax NNX."""
 
-from anymha_flax.module import MultiHeadAttention
+from anymha_flax.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

@@ -1,5 +1,5 @@
 """anymha for JAX."""
 
-from anymha_jax.module import MultiHeadAttention
+from anymha_jax.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from anymha.config import AttentionConfig
 from anymha.errors import ArgumentError, ConfigError
-from anymha.shell import first_weights
+from anymha.layer.native import first_weights
+from anymha.options.config import AttentionConfig
 from anymha_jax import ops
 
 

@@ -1,5 +1,5 @@
 """anymha for Keras, on whichever of its backends is set."""
 
-from anymha_keras.module import MultiHeadAttention
+from anymha_keras.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

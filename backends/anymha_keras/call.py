@@ -11,9 +11,9 @@ import numpy as np
 # Keras has no public names for these, by which its own attention layer reads and passes on masks.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
-from anymha.checks import check_inputs, check_masks, unpack_inputs
-from anymha.config import AttentionConfig
 from anymha.errors import DtypeError
+from anymha.layer.checks import check_inputs, check_masks, unpack_inputs
+from anymha.options.config import AttentionConfig
 
 Shape = tuple[int | None, ...]
 MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask")

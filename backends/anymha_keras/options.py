@@ -11,9 +11,9 @@ from typing import Any
 
 import keras
 
-from anymha.config import AttentionConfig
-from anymha.dtypes import checked_dtype_name, output_dtype
 from anymha.errors import ConfigError
+from anymha.framework.dtypes import checked_dtype_name, output_dtype
+from anymha.options.config import AttentionConfig
 
 INITIALIZERS = ("kernel_initializer", "bias_initializer")
 OBJECTS = {

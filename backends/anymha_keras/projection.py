@@ -10,9 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from anymha.config import AttentionConfig
-from anymha.dtypes import dtype_name
-from anymha.objects import described
+from anymha.framework.dtypes import dtype_name
+from anymha.options.config import AttentionConfig
+from anymha.options.serialization import described
 from anymha_keras.options import refuse_quantised
 
 

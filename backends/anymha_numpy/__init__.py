@@ -1,5 +1,5 @@
 """anymha for NumPy."""
 
-from anymha_numpy.module import MultiHeadAttention
+from anymha_numpy.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

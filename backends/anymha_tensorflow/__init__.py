@@ -1,5 +1,5 @@
 """anymha for TensorFlow."""
 
-from anymha_tensorflow.module import MultiHeadAttention
+from anymha_tensorflow.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

@@ -1,5 +1,5 @@
 """anymha for PyTorch."""
 
-from anymha_torch.module import MultiHeadAttention
+from anymha_torch.layer import MultiHeadAttention
 
 __all__ = ["MultiHeadAttention"]

@@ -109,7 +109,7 @@ def map(
     results: Mapping[str, Any],
     /,
 ) -> dict[str, torch.Tensor]:
-    """``function(i, tensors)`` for each i below `count`; see `anymha.capabilities.Looping`."""
+    """``function(i, tensors)`` for each i below `count`; see `anymha.framework.capabilities`."""
     loop = Loop(function, count, mapped, constant, results)
     arrays = [*mapped.values(), *constant.values()]
     if torch.compiler.is_compiling() or transformed():
@@ -128,7 +128,7 @@ def vjp(
     cotangents: Any,
     /,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The value and the gradients of a function; see `anymha.ops.Differentiable`."""
+    """The value and the gradients of a function; see `anymha.framework.protocol.Differentiable`."""
     leaves = {name: array.detach().requires_grad_() for name, array in arrays.items()}
     outputs = function(leaves)
     pulled = torch.autograd.grad(_as_tuple(outputs), list(leaves.values()), _as_tuple(cotangents))

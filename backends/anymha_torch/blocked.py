@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from anymha.attention import written
-from anymha.blocks import Run, plan_runs
-from anymha.dropout import Place
-from anymha.masks import all_of
-from anymha.paths import AttentionCall
+from anymha.attention.dropout import Place
+from anymha.attention.masks import all_of
+from anymha.attention.spec import AttentionCall
+from anymha.execution.attend import written
+from anymha.execution.tiling import Run, plan_runs
 
 BLOCK = 1 << 18
 """Logits in a block: so many stay in the cache."""

@@ -18,7 +18,7 @@ def seed_tensor(seed: Any) -> torch.Tensor:
 
 
 def native_keep_mask(seed: Any, shape: Sequence[int], keep: float, device: Any, /) -> torch.Tensor:
-    """Booleans, True with probability `keep`; see `anymha.ops.Ops`."""
+    """Booleans, True with probability `keep`; see `anymha.framework.protocol.Ops`."""
     if torch.compiler.is_compiling():
         return _seeded_uniform(seed_tensor(seed), shape, device) < keep
     return _uniform(int(seed), shape, device) < keep

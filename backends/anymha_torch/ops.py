@@ -27,7 +27,7 @@ from torch import (
 )
 from torch import permute as permute_dims
 
-from anymha.dropout import keep_mask as made_of_ops
+from anymha.attention.dropout import keep_mask as made_of_ops
 from anymha_torch import blocked, fused, mkl
 from anymha_torch.autograd import map, vjp
 from anymha_torch.fused import fused_refusal, transformed

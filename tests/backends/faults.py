@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from anymha import capabilities
-from anymha.ops import Differentiable
-from anymha.registry import get_backend
+from anymha.framework import capabilities
+from anymha.framework.protocol import Differentiable
+from anymha.framework.registry import get_backend
 
 FUNCTIONS = [
     name

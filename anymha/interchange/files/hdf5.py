@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from anymha.errors import FileError
+from anymha.interchange.files.atomic_write import whole_file
 from anymha.interchange.files.optional import library
 from anymha.interchange.files.reader import (
     Reader,
@@ -28,7 +29,6 @@ from anymha.interchange.files.reader import (
     fits_memory,
     open_stream,
 )
-from anymha.interchange.files.whole import whole_file
 
 KIND = "an HDF5"
 KINDS = "biufc"

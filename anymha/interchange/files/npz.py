@@ -18,8 +18,8 @@ from numpy.lib import format as npy
 
 from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
+from anymha.interchange.files.atomic_write import whole_file
 from anymha.interchange.files.reader import Reader, Tensor, check_all_written, checked_array
-from anymha.interchange.files.whole import whole_file
 
 KIND = "an .npz"
 SUFFIX = ".npy"

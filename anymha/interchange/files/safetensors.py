@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from anymha.errors import FileError
+from anymha.interchange.files.atomic_write import whole_file
 from anymha.interchange.files.reader import (
     Reader,
     Tensor,
@@ -30,7 +31,6 @@ from anymha.interchange.files.reader import (
     open_stream,
     raw,
 )
-from anymha.interchange.files.whole import whole_file
 
 KIND = "a safetensors"
 MOST_HEADER = 100_000_000  # the format's own limit

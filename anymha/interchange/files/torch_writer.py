@@ -16,9 +16,9 @@ from typing import BinaryIO
 import numpy as np
 
 from anymha.errors import FileError
+from anymha.interchange.files.atomic_write import whole_file
 from anymha.interchange.files.reader import Tensor, check_all_written, checked_array, raw
 from anymha.interchange.files.torch_reader import STORAGES, UNTYPED
-from anymha.interchange.files.whole import whole_file
 
 ALIGNMENT = 64
 _HEADER = 30  # bytes of a zip member's header before its name

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
 from anymha.interchange.layout import Layout
 from anymha.interchange.reading import MLA_REASON
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy
+from anymha.options.config import AttentionConfig
 
 ENTRY_POINTS = "anymha.layouts"
 FAMILIES = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads
-from anymha.interchange.pieces import fused, linear
+from anymha.interchange.packing import fused, linear
 
 BUFFERS = (Extra("bias"), Extra("masked_bias"))  # causal masks that old files hold
 

@@ -7,11 +7,11 @@ References:
 
 from __future__ import annotations
 
+from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads
-from anymha.interchange.pieces import Piece, linear
-from anymha.options import PROJECTIONS
+from anymha.interchange.packing import Piece, linear
 
 
 def four(*names: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Piece, ...]:

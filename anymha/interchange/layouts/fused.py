@@ -13,7 +13,7 @@ from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.rotary import HALVES, PAIRS
 from anymha.interchange.limits import same_heads
-from anymha.interchange.pieces import fused, linear
+from anymha.interchange.packing import fused, linear
 
 LAYOUTS = (
     Layout(

@@ -7,11 +7,11 @@ References:
 
 from __future__ import annotations
 
+from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import one_memory, same_heads, same_widths, vector_output
-from anymha.interchange.pieces import QKV, Piece, linear
-from anymha.options import PROJECTIONS
+from anymha.interchange.packing import QKV, Piece, linear
 
 
 def pieces(names: tuple[str, ...], form: str, parts: tuple[str, str]) -> tuple[Piece, ...]:

@@ -7,11 +7,11 @@ References:
 
 from __future__ import annotations
 
+from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import output_as_query, same_heads, same_widths, vector_output
-from anymha.interchange.pieces import QKV, linear
-from anymha.options import PROJECTIONS
+from anymha.interchange.packing import QKV, linear
 
 NAMES = dict(zip(PROJECTIONS, (*QKV, "attention_output"), strict=True))
 PIECES = tuple(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads
-from anymha.interchange.pieces import QKV, Piece, fused, linear
+from anymha.interchange.packing import QKV, Piece, fused, linear
 
 # Query heads are dealt out to the key heads one by one, so that h belongs to h % K.
 X_TRANSFORMERS = (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Form
 from anymha.interchange.layout import Layout
-from anymha.interchange.pieces import linear
-from anymha.options import PROJECTIONS
+from anymha.interchange.packing import linear
 
 PIECES = tuple(
     piece
@@ -13,4 +13,4 @@ PIECES = tuple(
     for piece in linear(name, name, form="heads", parts=(".kernel", ".bias"))
 )
 
-LAYOUTS = (Layout("anymha", (Form(PIECES),), scale="free", reference="anymha/config.py"),)
+LAYOUTS = (Layout("anymha", (Form(PIECES),), scale="free", reference="anymha/options/config.py"),)

@@ -6,11 +6,11 @@ References:
 
 from __future__ import annotations
 
+from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import projections
 from anymha.interchange.limits import same_heads
-from anymha.options import PROJECTIONS
 
 HALVES = (
     "rotary positions on queries and keys, where element i of a head turns with element i + half "

@@ -6,11 +6,11 @@ References:
 
 from __future__ import annotations
 
+from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads, same_widths, square
-from anymha.interchange.pieces import QKV, Piece, linear
-from anymha.options import PROJECTIONS
+from anymha.interchange.packing import QKV, Piece, linear
 
 BIAS = Piece("in_proj_bias", QKV, "bias")
 OUTPUT = linear("output", "out_proj")

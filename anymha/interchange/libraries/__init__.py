@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
-from anymha.interchange.opened import Opened
+from anymha.interchange.live_layer import Opened
+from anymha.options.config import AttentionConfig
 
 CLASSES: dict[tuple[str, str], tuple[str, str]] = {
     ("torch", "MultiheadAttention"): ("torch", "torch.MultiheadAttention"),

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
-from anymha.dtypes import FLOATING, dtype_name
 from anymha.errors import LayoutError
-from anymha.interchange.opened import Opened, check_options, like
+from anymha.framework.dtypes import FLOATING, dtype_name
+from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.options.config import AttentionConfig
 
 PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
-from anymha.dtypes import FLOATING
 from anymha.errors import LayoutError
-from anymha.interchange.opened import Opened, check_options
+from anymha.framework.dtypes import FLOATING
+from anymha.interchange.live_layer import Opened, check_options
 from anymha.interchange.writing import as_numpy
-from anymha.training import OBJECTS
+from anymha.options.config import AttentionConfig
+from anymha.options.training import OBJECTS
 
 
 def opened(layer: Any, layout: str) -> Opened:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anymha.interchange.libraries.torch import arrays_of, writer
-from anymha.interchange.opened import Opened
+from anymha.interchange.live_layer import Opened
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "attn_pdrop", "dropout")

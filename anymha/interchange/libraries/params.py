@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import WeightsError
+from anymha.framework.registry import get_backend
 from anymha.interchange.layouts import get_layout
-from anymha.interchange.opened import Opened, check_options, like
-from anymha.registry import get_backend
+from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.options.config import AttentionConfig
 
 LAYOUTS = ("flax.linen.MultiHeadDotProductAttention", "haiku.MultiHeadAttention")
 MODULE = "multi_head_attention"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from anymha.config import AttentionConfig
 from anymha.errors import WeightsError
-from anymha.interchange.opened import Opened, check_options, like
+from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.options.config import AttentionConfig
 
 
 def opened(layer: Any, layout: str) -> Opened:

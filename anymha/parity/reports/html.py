@@ -9,13 +9,13 @@ from importlib.resources import files
 from typing import Any
 
 from anymha.errors import UsageError
-from anymha.parity.environment import Environment
-from anymha.parity.found import Found, call_in_words, short, shown_stages, state_of
+from anymha.parity.reports.environment import Environment
 from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, verdict
 from anymha.parity.reports.pictures import heat_maps, histogram
-from anymha.parity.saved import case_bytes
-from anymha.parity.stagewise import Stage
-from anymha.parity.trace import STAGES
+from anymha.parity.reports.result import Found, call_in_words, short, shown_stages, state_of
+from anymha.parity.stages.saved_case import case_bytes
+from anymha.parity.stages.stagewise import Stage
+from anymha.parity.stages.trace import STAGES
 
 try:
     import jinja2

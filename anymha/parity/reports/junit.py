@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from anymha.parity.found import Found, short, shown_stages
 from anymha.parity.reports.outcome import Outcome, stage_words
+from anymha.parity.reports.result import Found, short, shown_stages
 
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML cannot hold, not even escaped."""

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from anymha.parity.found import Found, short, shown_stages
 from anymha.parity.reports.outcome import Outcome, pairs, stage_words, verdict
+from anymha.parity.reports.result import Found, short, shown_stages
 
 SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪"}
 

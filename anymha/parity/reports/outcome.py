@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anymha.parity.found import Found, state_of
+from anymha.parity.reports.result import Found, state_of
 
 SCHEMA = "anymha.comparisons/1"
 

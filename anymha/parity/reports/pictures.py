@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anymha.parity.found import Found
-from anymha.parity.stagewise import distance
-from anymha.parity.trace import name_of_dtype
-from anymha.parity.units import eps
+from anymha.parity.reports.result import Found
+from anymha.parity.stages.stagewise import distance
+from anymha.parity.stages.trace import name_of_dtype
+from anymha.parity.stages.units import eps
 
 ATTENTION = ("logits", "masked_logits", "probabilities", "dropped_probabilities", "scores")
 """Stages of shape (B, H, T, S): two before the softmax, then what it gives."""

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anymha.parity.found import Found, short, shown_stages, state_of
 from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, verdict
+from anymha.parity.reports.result import Found, short, shown_stages, state_of
 
 STYLES = {"agrees": "green", "differs": "bold red", "error": "bold red", "not run": "dim"}
 ROWS = {"first": "bold red", "own": "red", "carried": "yellow", "untold": "dim", "good": ""}

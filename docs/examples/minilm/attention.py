@@ -11,7 +11,7 @@ import numpy as np
 from model import HEADS, LAYERS, Attention
 
 import anymha
-from anymha.interchange.models import convert_file
+from anymha.interchange.convert_model import convert_file
 
 LAYOUT = "transformers.bert"
 

@@ -1,0 +1,114 @@
+"""Boolean masks: which key a query may attend to. True = may attend, everywhere.
+
+Masks stay in their small shapes (padding is (B, 1, 1, S), causality is (1, 1, T, S)) and are only
+broadcast where they meet the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from anymha.errors import DtypeError
+from anymha.framework.dtypes import dtype_name
+from anymha.framework.protocol import Array, Dim, Ops
+from anymha.framework.shapes import described
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees by its position alone.
+
+    Query i of batch b stands at ``p = i + offset[b]`` and sees key j when
+    ``p - left <= j <= p + right``; None leaves that side open.
+
+    Args:
+        left: Keys visible before the query's own position, or None for all.
+        right: Keys visible after it, or None for all. Causal attention is ``right=0``.
+        offset: Position of the first query among the keys: an int, or integers (B,).
+    """
+
+    left: int | None = None
+    right: int | None = None
+    offset: Any = 0
+
+    @property
+    def everything(self) -> bool:
+        """Whether every query sees every key."""
+        return self.left is None and self.right is None
+
+    def of_batch(self, ops: Any, index: Any) -> Visibility:
+        """What the queries of one member of the batch see; `ops` has `narrow`."""
+        offset = self.offset
+        if isinstance(offset, int) or not len(offset.shape) or offset.shape[0] == 1:
+            return self
+        return replace(self, offset=ops.narrow(offset, index, 1, axis=0))
+
+    def mask(
+        self, ops: Ops, start: Any, queries: Dim, keys: Dim, *, beside: Array, column: int = 0
+    ) -> Array | None:
+        """Booleans for the queries from `start` on and the keys from `column` on.
+
+        None where all see all.
+
+        Args:
+            ops: The backend.
+            start: The first query's index.
+            queries: Number of queries T.
+            keys: Number of keys S.
+            beside: An array on whose device the mask is made.
+            column: The first key's index.
+
+        Returns:
+            (1 or B, 1, T, S) booleans.
+        """
+        if self.everything:
+            return None
+        device = ops.device(beside)
+        rows = ops.arange(0, queries, dtype=ops.int32, device=device)
+        columns = ops.arange(0, keys, dtype=ops.int32, device=device)
+        rows = ops.reshape(rows, (1, 1, -1, 1)) + start
+        columns = ops.reshape(columns, (1, 1, 1, -1))
+        offset = self.offset
+        if not isinstance(offset, int):
+            offset = ops.reshape(ops.astype(offset, ops.int32), (-1, 1, 1, 1))
+        distance = columns + column - (rows + offset)  # [1 or B, 1, T, S]
+        sides = []
+        if self.left is not None:
+            sides.append(distance >= -self.left)
+        if self.right is not None:
+            sides.append(distance <= self.right)
+        return reduce(ops.logical_and, sides)
+
+
+def visibility(
+    is_causal: bool, window: tuple[int | None, int | None] | None, offset: Any
+) -> Visibility:
+    """The `Visibility` of a causal flag and a window of keys to the left and right."""
+    left, right = (None, None) if window is None else window
+    return Visibility(left, 0 if is_causal else right, offset)
+
+
+def all_of(ops: Ops, masks: Iterable[Array | None]) -> Array | None:
+    """The AND of those masks that are there, broadcast; None where none is."""
+    present = [mask for mask in masks if mask is not None]
+    return reduce(ops.logical_and, present) if present else None
+
+
+def check_boolean(mask: Array, name: str) -> None:
+    """Refuse a mask that is not boolean.
+
+    A float mask in a boolean's place is silently inverted by several libraries (0 becomes False);
+    here it is an error.
+
+    Raises:
+        DtypeError: `mask` is not boolean; the message says what to pass instead.
+    """
+    if dtype_name(mask.dtype) not in ("bool", "bool_"):
+        raise DtypeError(
+            f"`{name}` must be boolean, True = may attend. Received: {described(mask)}. "
+            "Pass an additive mask as `attention_bias` (`bias` in `dot_product_attention`), "
+            f"and a 0/1 mask as booleans, `{name}.astype(bool)`."
+        )

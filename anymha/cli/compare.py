@@ -1,0 +1,227 @@
+"""The command `anymha compare`: implementations held against each other, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from anymha.cli.inputs import CASES, FEATURES, Given, fitted, made_cases, made_layer
+from anymha.cli.names import Named, named
+from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
+from anymha.framework.registry import get_backend
+from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.parity.comparison.compare import compare as compare_two
+from anymha.parity.reports.junit import to_junit
+from anymha.parity.reports.markdown import to_markdown
+from anymha.parity.reports.outcome import Outcome, passed, to_dict
+from anymha.parity.reports.report import Comparison
+from anymha.parity.reports.terminal import print_outcomes
+from anymha.parity.stages.saved_case import Layer, SavedCase, load_case
+from anymha.parity.stages.trace import as_numpy, name_of_dtype
+
+FILES = ("html", "json", "junit", "markdown", "save")
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser's commands."""
+    command = commands.add_parser(
+        "compare",
+        help="find the stage where two implementations part, and why",
+        description=compare.__doc__,
+    )
+    command.add_argument("reference", metavar="REFERENCE",
+                         help="what is right: MODULE:OBJECT, FILE.onnx, a backend (numpy, torch, "
+                         "...) or a library's layer (torch.MultiheadAttention, ...)")  # fmt: skip
+    command.add_argument("candidates", nargs="+", metavar="CANDIDATE",
+                         help="what is judged, likewise; several: all pairs are compared"
+                         )  # fmt: skip
+    command.add_argument("--inputs", type=Path, metavar="FILE",
+                         help="an .npz file with query, value, key, masks; or a saved case; "
+                         "default: inputs are made")  # fmt: skip
+    command.add_argument("--cases", metavar="A,B",
+                         help=f"which inputs are made; default {','.join(CASES)}")  # fmt: skip
+    command.add_argument("--arrays", metavar="BACKEND",
+                         help="whose arrays plain functions get; default numpy, or as saved"
+                         )  # fmt: skip
+    for name, words in {
+        "html": "write a page with pictures", "json": "write every number",
+        "junit": "write JUnit's XML, a test case for each stage",
+        "markdown": "write a summary for a CI job",
+        "save": "write the first case that differs, else the first, as an .npz file",
+    }.items():  # fmt: skip
+        command.add_argument(f"--{name}", type=Path, metavar="FILE", help=words)
+    command.set_defaults(run=compare)
+
+
+def compare(options: argparse.Namespace, console: Console) -> int:
+    """Hold implementations against each other on the same inputs, and say where and why they part.
+
+    Of a backend or a library's layer one is made with the weights of the first implementation that
+    tells its own; where none does, with random weights.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    names = _cases(options)
+    _check_files(options)
+    saved = None if options.inputs is None else load_case(options.inputs, options.arrays)
+    if options.arrays is not None:
+        _ = get_backend(options.arrays).ops  # says what there is, and which extra installs it
+    every = [named(name) for name in (options.reference, *options.candidates)]
+    outcomes = list(_outcomes(every, names, saved, options))
+    print_outcomes(console, outcomes)
+    _write(options, outcomes, console)
+    return 0 if passed(outcomes) else 1
+
+
+def _cases(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.cases is None:
+        return CASES
+    if options.inputs is not None:
+        raise UsageError("`--cases` says which inputs are made, `--inputs` has them: give one.")
+    names = tuple(name.strip() for name in options.cases.split(","))
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise UsageError(f"`--cases` is some of {', '.join(CASES)}. Received: {options.cases}.")
+    return names
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """All that may hinder writing is told now."""
+    paths = {name: getattr(options, name) for name in FILES if getattr(options, name) is not None}
+    for name, path in paths.items():
+        check_writable(path)
+        twice = [other for other, where in paths.items() if other != name and where == path]
+        if twice:
+            raise UsageError(f"`--{name}` and `--{twice[0]}` must be two files. Received: {path}.")
+    if options.save is not None and options.save.suffix != ".npz":
+        raise FileError(f"A case is saved as an .npz file. Received: {options.save}.")
+    if options.html is not None:
+        _html()
+
+
+def _html() -> Any:
+    """What makes the HTML.
+
+    Raises:
+        UsageError: the extra "report" is not installed.
+    """
+    from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs the extra "report"
+
+    return to_html
+
+
+def _outcomes(
+    every: Sequence[Named],
+    names: Sequence[str],
+    saved: SavedCase | None,
+    options: argparse.Namespace,
+) -> Iterator[Outcome]:
+    held = next((one.held for one in every if one.held is not None), None)
+    other = None
+    if saved is not None:
+        several = len(every) > 2
+        cases = [Given(options.inputs.stem if several else "", saved.inputs, saved.call)]
+        known = saved.layers.get("reference") or held
+        known = known or _random_layer(every, *_shape_of(saved.inputs))
+        other = saved.layers.get("candidate") if not several else None
+    else:
+        if held is None and all(one.implementation is not None for one in every):
+            raise UsageError(
+                "None of these tells the widths of its inputs: give inputs with `--inputs`."
+            )
+        known = held or _random_layer(every, (FEATURES, FEATURES, FEATURES))
+        widths = [known.weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
+        dtype = known.weights["query.kernel"].dtype
+        cases = made_cases(names, (widths[0], widths[1], widths[2]), dtype)
+    layers = [other if i and other is not None else known for i in range(len(every))]
+    live = [one.made(layer) for one, layer in zip(every, layers, strict=True)]
+    for (i, one), (j, two) in itertools.combinations(enumerate(every), 2):
+        for case in cases:
+            yield _outcome(case, (one, two), (live[i], live[j]), options.arrays)
+
+
+def _random_layer(
+    every: Sequence[Named], widths: tuple[int, int, int], dtype: str = "float32"
+) -> Layer:
+    """Random weights, where no one holds other ones.
+
+    Raises:
+        UsageError: someone does, and does not tell them.
+    """
+    silent = [one.name for one in every if one.implementation is not None]
+    named_alone = [one.name for one in every if one.implementation is None]
+    if silent and named_alone:
+        raise UsageError(
+            f"A layer of {named_alone[0]} must get the weights that {silent[0]} has, which does "
+            "not tell them. Name a layer, or what `anymha.parity.declare` makes, or a saved case."
+        )
+    return made_layer(widths, dtype)
+
+
+def _shape_of(inputs: dict[str, Any]) -> tuple[tuple[int, int, int], str]:
+    """The widths and the dtype of a file's inputs."""
+    query = as_numpy(inputs["query"])
+    value = as_numpy(inputs.get("value", query))
+    key = as_numpy(inputs.get("key", value))
+    dtype = name_of_dtype(query)
+    widths = (query.shape[-1], value.shape[-1], key.shape[-1])
+    return widths, dtype if dtype in ("float64", "float16", "bfloat16") else "float32"
+
+
+def _outcome(
+    given: Given, pair: tuple[Named, Named], live: tuple[Any, Any], arrays: str | None
+) -> Outcome:
+    """One comparison: found, raised, or not possible."""
+    names = (pair[0].name, pair[1].name)
+    functions = [one.function for one in pair if one.function is not None]
+    fits = fitted(given, functions)
+    if isinstance(fits, str):
+        return Outcome(given.name, *names, reason=fits)
+    if arrays is not None:
+        ops = get_backend(arrays).ops
+        inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in fits.inputs.items()}
+        fits = dataclasses.replace(fits, inputs=inputs)
+    try:
+        found: Comparison = compare_two(*live, fits.inputs, **fits.call)
+    except LayoutError as error:
+        return Outcome(given.name, *names, reason=str(error))
+    except AnymhaError:
+        raise
+    except Exception as error:  # whatever an implementation raises is its result
+        return Outcome(given.name, *names, error=f"{type(error).__name__}: {error}")
+    return Outcome(given.name, *names, found=dataclasses.replace(found, named=names))
+
+
+def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Console) -> None:
+    texts = {
+        "html": lambda: _html()(outcomes),
+        "json": lambda: json.dumps(to_dict(outcomes), indent=1, allow_nan=False) + "\n",
+        "junit": lambda: to_junit(outcomes),
+        "markdown": lambda: to_markdown(outcomes),
+    }
+    for name, text in texts.items():
+        path = getattr(options, name)
+        if path is not None:
+            write_whole(path, text())
+            _say(console, f"{name}: {path}")
+    if options.save is None:
+        return
+    done = [(one.case, one.found) for one in outcomes if isinstance(one.found, Comparison)]
+    if not done:
+        _say(console, "Nothing was saved: no comparison could be run to its end.")
+        return
+    case, first = min(done, key=lambda one: one[1].passed)
+    first.save(options.save)
+    on = f" ({case})" if case else ""
+    _say(console, f"Saved{on}; repeat it with: {first.repeated(str(options.save))}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

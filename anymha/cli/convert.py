@@ -1,0 +1,89 @@
+"""`anymha convert`: the attention layers of a model's file into another layout, and proof."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from anymha.cli.progress import layer_bar
+from anymha.cli.verify import Mismatch, Verifier
+from anymha.interchange.convert_model import convert_file
+from anymha.interchange.files.atomic_write import check_writable
+
+SHOWN_LEFT = 3
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser's commands."""
+    command = commands.add_parser(
+        "convert",
+        help="convert the attention layers of a file to another layout",
+        description=convert.__doc__,
+    )
+    command.add_argument("source", type=Path, metavar="SRC", help="a file of any known format")
+    command.add_argument("target", type=Path, metavar="DST",
+                         help="the new file: .safetensors, .npz, .pt or .weights.h5")  # fmt: skip
+    command.add_argument("--from", dest="layout", required=True, metavar="LAYOUT",
+                         help="the layout of its layers; see `anymha inspect SRC`")  # fmt: skip
+    command.add_argument("--to", required=True, metavar="LAYOUT",
+                         help="the new layout; `anymha` for `anymha.load`")  # fmt: skip
+    command.add_argument("--prefix", default="", metavar="P",
+                         help="only layers whose names begin so; {i}: a number, *: any text",
+                         )  # fmt: skip
+    command.add_argument("--to-prefix", metavar="Q",
+                         help="what their names begin with in DST; default as in SRC")  # fmt: skip
+    command.add_argument("--num-heads", type=int, metavar="H", help="query heads")
+    command.add_argument("--num-key-value-heads", type=int, metavar="K", help="default H")
+    command.add_argument("--head-dim", type=int, metavar="D", help="instead of --num-heads")
+    command.add_argument("--scale", type=float, metavar="S", help="of the logits")
+    command.add_argument("--sliding-window", type=int, metavar="W", help="default none")
+    command.add_argument("--others", action="store_true", help="copy the other tensors too")
+    command.add_argument("--verify", action="store_true",
+                         help="convert back, run the layers, and report the errors")  # fmt: skip
+    command.set_defaults(run=convert)
+
+
+def convert(options: argparse.Namespace, console: Console) -> int:
+    """Convert all attention layers of a file to another layout, one layer at a time.
+
+    The new file is written whole or not at all. With --verify each layer is converted back, and
+    run in every installed framework and, where it is installed, in the layouts' own libraries.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    check_writable(options.target)
+    names = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
+    sizes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
+    with layer_bar(console) as progress:
+        try:
+            done = convert_file(
+                options.source, options.target, options.layout, options.to,
+                prefix=options.prefix, to_prefix=options.to_prefix, others=options.others,
+                told=progress, check=verifier.check if verifier else lambda layer: None, **sizes,
+            )  # fmt: skip
+        except Mismatch as error:
+            console.print(f"anymha: {error} Nothing was written.", style="bold red", markup=False,
+                          highlight=False, soft_wrap=True)  # fmt: skip
+            return 1
+    lines = [f"{start or '(no prefix)'} -> {end or '(no prefix)'}" for start, end in
+             done.layers.items() if start != end]  # fmt: skip
+    lines += done.notes
+    if done.left:
+        shown = ", ".join(done.left[:SHOWN_LEFT]) + (", ..." * (len(done.left) > SHOWN_LEFT))
+        lines.append(
+            f"{len(done.left)} other tensors were left out ({shown}); `--others` copies them."
+        )
+    if verifier:
+        lines += verifier.lines()
+    count = len(done.layers)
+    lines.append(
+        f"{options.target}: {count} layer{'s' * (count != 1)} of {options.layout} as {options.to}, "
+        f"{len(done.tensors)} tensors, {sum(t.bytes for t in done.tensors.values()):,} bytes"
+    )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0

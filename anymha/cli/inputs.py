@@ -1,0 +1,128 @@
+"""Inputs for a comparison that make every feature of the call matter, and layers to be fed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anymha.options.config import AttentionConfig
+from anymha.parity.oracle.cases import Case as Problem
+from anymha.parity.oracle.cases import make_problem
+from anymha.parity.stages.saved_case import Layer
+
+CASES = ("self", "cross", "causal", "padded")
+BATCH, QUERIES, KEYS = 2, 5, 7
+FEATURES = 32
+
+
+@dataclass(frozen=True)
+class Given:
+    """The inputs of one comparison.
+
+    Args:
+        name: What they are called.
+        inputs: "query", and "value" and "key" where they are given.
+        call: The call's other arguments.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    call: dict[str, Any]
+
+
+def made_cases(
+    names: Collection[str], widths: tuple[int, int, int], dtype: Any = np.float32
+) -> list[Given]:
+    """The cases by name.
+
+    Args:
+        names: Some of `CASES`: "self" has one input, the others a query (2, 5, D) and a value and
+            a key (2, 7, D); "causal" the causal mask; "padded" a mask of its own for each query, of
+            which one sees nothing, and a second key sequence that is shorter.
+        widths: Of query, value and key.
+        dtype: Of the inputs.
+    """
+    rng = np.random.default_rng(20170612)
+
+    def normal(length: int, width: int) -> np.ndarray:
+        return rng.standard_normal((BATCH, length, width)).astype(dtype)
+
+    arrays = map(normal, (QUERIES, KEYS, KEYS), widths)
+    cross: dict[str, Any] = dict(zip(("query", "value", "key"), arrays, strict=True))
+    mask = rng.random((BATCH, QUERIES, KEYS)) < 0.6
+    mask[:, :, 0] = True  # so that no row is empty but the one
+    mask[0, 1] = False
+    padding = np.arange(KEYS) < np.array([[KEYS - 1], [KEYS - 3]])
+    every = {
+        "self": Given("self", {"query": normal(KEYS, widths[0])}, {}),
+        "cross": Given("cross", cross, {}),
+        "causal": Given("causal", cross, {"use_causal_mask": True}),
+        "padded": Given("padded", cross, {"attention_mask": mask, "value_mask": padding}),
+    }
+    return [every[name] for name in CASES if name in names]
+
+
+def made_layer(widths: tuple[int, int, int], dtype: str = "float32") -> Layer:
+    """Options and random weights, biases too, for inputs of these widths.
+
+    Args:
+        widths: Of query, value and key.
+        dtype: Of the weights.
+    """
+    heads = next(count for count in (4, 2, 1) if widths[0] % count == 0)
+    options = {"num_heads": heads, "key_dim": widths[0] // heads, "dtype": dtype}
+    problem = make_problem(Problem("compare", options, {}, widths=widths))
+    names = ("query_features", "value_features", "key_features")
+    config = AttentionConfig(**options, **dict(zip(names, widths, strict=True)))
+    return Layer(config, problem.weights)
+
+
+def fitted(given: Given, functions: Sequence[Callable[..., Any]]) -> Given | str:
+    """The inputs as plain functions can take them; or why they cannot.
+
+    A function that must have a value and a key gets them for self-attention too; one that takes no
+    key gets none, and the value is the key.
+    """
+    least, most = len(given.inputs) if len(given.inputs) == 1 else 2, 3
+    for function in functions:
+        name = getattr(function, "__qualname__", "the function")
+        needs, takes, names = _taken(function)
+        lacking = [f"`{n}`" for n in given.call if names is not None and n not in names]
+        if lacking:
+            return f"{name} does not take {', '.join(lacking)}"
+        least, most = max(least, needs), min(most, takes)
+        if most < least:
+            counts = ("nothing", "one input alone", "two inputs alone")
+            return f"{name} takes {counts[most]}" if takes == most else f"{name} needs {needs}"
+    inputs = dict(given.inputs)
+    for name in ("value", "key")[: least - 1]:
+        inputs.setdefault(name, inputs["query"])
+    if most < 3 and "key" in inputs:
+        key = inputs.pop("key")
+        if key.shape[-1] != inputs["value"].shape[-1]:
+            return "a function takes no key, and keys are of another width than values"
+    return Given(given.name, inputs, given.call)
+
+
+def _taken(function: Callable[..., Any]) -> tuple[int, int, set[str] | None]:
+    """How many inputs a function must have and may have, and the names it takes; None: any."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of some functions that are written in C
+        return 1, 3, None
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    inputs = [p for i, p in enumerate(places) if i < 3 and not _is_option(p.name)]
+    least = sum(p.default is p.empty for p in inputs)
+    most = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(inputs)
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return least, most, None if anything else names
+
+
+def _is_option(name: str) -> bool:
+    """Whether a parameter is one of the call's other arguments."""
+    return name.endswith(("mask", "bias")) or name in ("training", "query_offset", "seed")

@@ -1,0 +1,150 @@
+"""`anymha inspect`: the attention layers of a file, the layouts that fit, and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from anymha.interchange.anymha_files import ENTRY, configs_of
+from anymha.interchange.detect import Group, find, numbers_of, pattern_of
+from anymha.interchange.files.formats import format_of, open_file
+from anymha.interchange.files.reader import Reader, Tensor
+from anymha.options.config import AttentionConfig
+
+SHOWN_NAMES = 12
+SHOWN_MISFITS = 4
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser's commands."""
+    command = commands.add_parser(
+        "inspect",
+        help="list the attention layers of a file, and the layouts that fit",
+        description=inspect.__doc__,
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="of any format; see docs/files.md")
+    command.set_defaults(run=inspect)
+
+
+def inspect(options: argparse.Namespace, console: Console) -> int:
+    """List the attention layers of a file, the layouts that fit, and what the shapes tell."""
+    with open_file(options.file) as reader:
+        lines = list(report(reader))
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def report(reader: Reader) -> Iterable[str]:
+    """The lines that tell of a file."""
+    one = format_of(reader.path)
+    tensors = reader.tensors
+    size = sum(tensor.bytes for tensor in tensors.values())
+    dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
+    held = f"{len(tensors)} tensors of {dtypes or 'nothing'}, {size:,} bytes"
+    yield f"{reader.path}: {one.name}, {held}"
+    if ENTRY in reader.metadata:
+        count = len(configs_of(reader))
+        yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
+    groups = find(tensors, one)
+    for group in groups:
+        yield ""
+        yield from _group(reader.path, group)
+    if not groups:
+        yield ""
+        yield "No attention layer of a known layout. Its names:"
+        yield from _names(tensors)
+
+
+def _group(path: Path, group: Group) -> Iterable[str]:
+    count = len(group.prefixes)
+    numbers = _numbers(group.prefixes) if count > 1 else ""
+    yield f"{group.pattern if count > 1 else group.prefixes[0] or '(no prefix)'}{numbers}"
+    for name, tensor in group.tensors.items():
+        yield f"  {name:28} {tensor.dtype} {_shape(tensor)}"
+    names = [one.name for one in group.fits]
+    if not names:
+        yield "  No layout fits:"
+    elif len(names) == 1:
+        yield f"  Layout: {names[0]} (all its names and shapes fit, and no other layout does)."
+    else:
+        yield f"  Layouts that fit: {', '.join(names)}."
+        yield (
+            "  They have these names and shapes in common and may mean different things by them, "
+            "as the order of rows in a fused kernel: name the one that the model has."
+        )
+    for name, reason in list(group.misfits.items())[:SHOWN_MISFITS]:
+        yield f"  Not {name}: {reason}"
+    if names:
+        yield from _sizes(group)
+        yield from _next(path, group)
+
+
+def _sizes(group: Group) -> Iterable[str]:
+    """What the shapes tell."""
+    config = group.config
+    if config is None:
+        yield (
+            "  Heads: their number is not in the shapes. It stands in the model's configuration, "
+            "often as num_attention_heads."
+        )
+        return
+    told = [f"num_heads={config.num_heads}", f"key_dim={config.key_dim}"]
+    if config.value_dim != config.key_dim:
+        told.append(f"value_dim={config.value_dim}")
+    if config.num_key_value_heads != config.num_heads:
+        told.append(f"num_key_value_heads={config.num_key_value_heads}")
+    yield f"  Sizes: {', '.join(told)}; {_widths(config)}."
+
+
+def _widths(config: AttentionConfig) -> str:
+    widths = [config.query_features, config.value_features, config.key_features]
+    if len(set(widths)) == 1:
+        return f"inputs of width {widths[0]}"
+    return "query, value and key of widths " + ", ".join(map(str, widths))
+
+
+def _next(path: Path, group: Group) -> Iterable[str]:
+    """The command that converts the layers."""
+    layout = group.fits[0].name if len(group.fits) == 1 else "LAYOUT"
+    heads = " --num-heads H" if group.config is None else ""
+    prefix = f" --prefix '{group.pattern}'" if group.pattern else ""
+    yield f"  To convert: anymha convert {path} DST --from {layout} --to LAYOUT{heads}{prefix}"
+
+
+def _numbers(prefixes: Sequence[str]) -> str:
+    """The numbers of the layers, by letter: ``  i = 0-5``."""
+    found: dict[str, set[int]] = {}
+    for prefix in prefixes:
+        for letter, number in numbers_of(prefix).items():
+            found.setdefault(letter, set()).add(int(number))
+    told = ", ".join(f"{letter} = {_ranges(sorted(ns))}" for letter, ns in found.items())
+    return f"  x {len(prefixes)}  ({told})"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def _names(tensors: dict[str, Tensor] | Any) -> Iterable[str]:
+    patterns: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        patterns.setdefault(pattern_of(name), tensor)
+    for name, tensor in list(patterns.items())[:SHOWN_NAMES]:
+        yield f"  {name}  {tensor.dtype} {_shape(tensor)}"
+    if len(patterns) > SHOWN_NAMES:
+        yield f"  and {len(patterns) - SHOWN_NAMES} more"
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"

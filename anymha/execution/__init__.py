@@ -1,0 +1,1 @@
+"""How the formula is run: in one piece, tile after tile, or by a fused kernel."""

@@ -1,0 +1,1 @@
+"""The ops protocol, and what is known of frameworks without importing them."""

@@ -1,0 +1,49 @@
+"""Shapes, whose lengths a traced program may not know: products, broadcasting, error messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from anymha.errors import ShapeError
+from anymha.framework.dtypes import dtype_name
+from anymha.framework.protocol import Array, Dim
+
+
+def check_broadcast(x: Array, lengths: Sequence[Dim], name: str) -> None:
+    """Refuse an array whose axes are neither of these lengths nor 1, aligned at the end.
+
+    Raises:
+        ShapeError: with the expected and the received shape.
+    """
+    own = tuple(x.shape)
+    fits = len(own) <= len(lengths) and all(
+        not is_known(n) or not is_known(m) or n in (1, m)
+        for n, m in zip(reversed(own), reversed(lengths), strict=False)
+    )
+    if not fits:
+        raise ShapeError(
+            f"`{name}` must broadcast to shape {show(lengths)}. Received: {described(x)}. "
+            "Give each axis that length, or 1."
+        )
+
+
+def is_known(length: Dim) -> bool:
+    """Whether a length is a number now, and not a symbol of a traced program."""
+    return isinstance(length, int)
+
+
+def show(shape: Sequence[Dim]) -> str:
+    """A shape for an error message; lengths not known yet are ``?``."""
+    sizes = [str(n) if is_known(n) else "?" for n in shape]
+    return "(" + ", ".join(sizes) + ("," if len(sizes) == 1 else "") + ")"
+
+
+def described(array: Array) -> str:
+    """An array's shape and dtype, for an error message."""
+    return f"shape {show(array.shape)}, dtype {dtype_name(array.dtype)}"
+
+
+def product(lengths: Sequence[Dim]) -> Dim:
+    """The product, also of symbolic lengths."""
+    return math.prod(lengths)

@@ -1,0 +1,196 @@
+"""anymha's own files: safetensors with canonical names, and the configuration in the metadata.
+
+The metadata has one entry, ``"anymha"``, JSON: ``{"format": 1, "layers": {PREFIX: OPTIONS}}``,
+where the names of a layer's weights begin with its prefix and its options are those of
+`anymha.AttentionConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import AnymhaError, ConfigError, DtypeError, FileError
+from anymha.framework.registry import get_layer
+from anymha.interchange.files.formats import create_file, format_of, open_file
+from anymha.interchange.files.reader import Reader, Tensor
+from anymha.interchange.layers import convert, get_weights, set_weights
+from anymha.options.config import AttentionConfig
+
+ENTRY = "anymha"
+FORMAT = 1
+SUFFIX = ".safetensors"
+_UNREADABLE = (
+    ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+
+
+def save(path: str | os.PathLike[str], layer: Any) -> None:
+    """Write a layer to a ``.safetensors`` file: its weights, bit for bit, and its configuration.
+
+    The file is written whole or not at all.
+
+    Args:
+        path: The file; its folder is made where there is none.
+        layer: A layer of anymha in any framework, or one that `anymha.convert` takes.
+
+    Raises:
+        ArgumentError: `layer` is not such a layer.
+        WeightsError: the layer has no weights yet.
+        ConfigError: an option is a function or an object of a framework, which a file cannot hold.
+        FileError: the file cannot be written.
+
+    Example:
+        >>> import anymha, tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "layer.safetensors"
+        >>> save(path, anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy"))
+        >>> load(path, backend="numpy").config.key_dim
+        4
+    """
+    where = Path(path)
+    if not where.name.endswith(SUFFIX):
+        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
+    plain = convert(layer, to="numpy")
+    weights = get_weights(plain)
+    tensors = {name: Tensor(array.shape, array.dtype) for name, array in weights.items()}
+    with create_file(where, tensors, entry({"": plain.config})) as writer:
+        for name, array in weights.items():
+            writer.write(name, array)
+
+
+def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = "") -> Any:
+    """The layer of a file that `save` wrote, in any framework, bit for bit.
+
+    Args:
+        path: The file.
+        backend: "numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox", or the name of
+            a backend of others.
+        prefix: What the names of the layer's weights begin with, where the file has several
+            layers, as ``anymha convert --to anymha`` writes them.
+
+    Returns:
+        The native layer, with the configuration and the dtype with which it was saved.
+
+    Raises:
+        FileError: the file cannot be read or is broken, or holds no layer of anymha with that
+            prefix, or was written by a later anymha.
+        ConfigError: its configuration has a value that it cannot have.
+        DtypeError: the framework, as it is set up, cannot hold the weights' dtype.
+        UnknownBackendError: no backend has this name.
+        BackendNotInstalledError: its framework is not installed.
+    """
+    where = Path(path)
+    make = get_layer(backend)
+    if where.exists() and not format_of(where).metadata:
+        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
+    with open_file(where) as reader:
+        configs = configs_of(reader)
+        if prefix not in configs:
+            known = ", ".join(map(repr, configs))
+            raise FileError(
+                f"{where} holds no layer with the prefix {prefix!r}. Pass `prefix` as one of: "
+                f"{known}."
+            )
+        others = [one for one in configs if one != prefix and one.startswith(prefix)]
+        weights = _weights(reader, prefix, others)
+    config = configs[prefix]
+    _check_fit(where, config, weights)
+    layer = set_weights(make(**config.to_dict()), weights)
+    held = get_weights(layer)["query.kernel"].dtype.name
+    if held != config.dtype:
+        raise DtypeError(
+            f"{where} has weights of {config.dtype}, and the layer of {backend!r} can only hold "
+            f"{held} as its framework is set up. Load it in another, or allow {config.dtype} "
+            "first; in JAX with `jax.config.update('jax_enable_x64', True)`."
+        )
+    return layer
+
+
+def entry(configs: Mapping[str, AttentionConfig]) -> dict[str, str]:
+    """The metadata of a file with these layers by prefix.
+
+    Raises:
+        ConfigError: an option is a function or an object, which a file cannot hold.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for prefix, config in configs.items():
+        layers[prefix] = config.to_dict()
+        for name, value in layers[prefix].items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"`{name}` must be a name, a config dict or an object that has one, to be "
+                    f"saved in a file. Received: {value!r}."
+                ) from error
+    return {ENTRY: json.dumps({"format": FORMAT, "layers": layers})}
+
+
+def configs_of(reader: Reader) -> dict[str, AttentionConfig]:
+    """The configurations in a file of anymha by the layers' prefixes.
+
+    Raises:
+        FileError: there are none, or they were written by a later anymha.
+        ConfigError: an option has a value that it cannot have.
+    """
+    path = reader.path
+    if ENTRY not in reader.metadata:
+        raise FileError(
+            f"{path} was not written by anymha: its metadata has no {ENTRY!r}. To convert weights "
+            "of other libraries: anymha inspect FILE, then anymha convert."
+        )
+    try:
+        found = json.loads(reader.metadata[ENTRY])
+        version, layers = found["format"], found["layers"]
+        if type(version) is int and version > FORMAT:
+            raise FileError(
+                f"{path} has the format {version}, and this anymha reads {FORMAT}. Install a later "
+                "anymha."
+            )
+        if version != FORMAT or not all(isinstance(one, dict) for one in layers.values()):
+            raise ValueError("it has another form")
+        return {prefix: AttentionConfig.from_dict(options) for prefix, options in layers.items()}
+    except AnymhaError as error:
+        if isinstance(error, FileError):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except _UNREADABLE as error:
+        raise FileError(
+            f"{path} is broken: its entry {ENTRY!r} cannot be read ({error})."
+        ) from error
+
+
+def _weights(reader: Reader, prefix: str, others: list[str]) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): reader.read(name)
+        for name in reader.tensors
+        if name.startswith(prefix) and not any(name.startswith(one) for one in others)
+    }
+
+
+def _check_fit(path: Path, config: AttentionConfig, weights: Mapping[str, np.ndarray]) -> None:
+    """That the weights have the names, shapes and dtype of the configuration.
+
+    Raises:
+        FileError: they have not.
+    """
+    shapes = config.weight_shapes()
+    missing = [name for name in shapes if name not in weights]
+    unknown = [name for name in weights if name not in shapes]
+    if missing or unknown:
+        raise FileError(
+            f"{path} does not hold the weights of its configuration. Missing: "
+            f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+        )
+    for name, shape in shapes.items():
+        array = weights[name]
+        if array.shape != shape or array.dtype.name != config.dtype:
+            raise FileError(
+                f"{path} does not fit its configuration: `{name}` must be {config.dtype} of shape "
+                f"{shape}. Received: {array.dtype} of shape {array.shape}."
+            )

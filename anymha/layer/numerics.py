@@ -1,0 +1,36 @@
+"""What keeps results and gradients equal to the last bit in every framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anymha.framework.protocol import Array, Ops
+
+
+def without_subnormals(ops: Ops, x: Array) -> Array:
+    """`x` with zero for what float32 holds only as a subnormal number; gradients pass as if not.
+
+    On the way to float32 some frameworks keep such numbers and some make them zero.
+    """
+    smallest = 2.0**-126
+    small = ops.logical_and(x < smallest, x > -smallest)
+    return x + ops.stop_gradient(ops.where(small, 0.0 - x, 0.0))
+
+
+def without_gradient(ops: Any, array: Array | None) -> Array | None:
+    """The array with a gradient of exactly zero: the key's bias.
+
+    It adds one number to all logits of a query, to which the softmax is indifferent: its gradient
+    is zero. Summed up in floating point it would be noise, of other bits in every framework, which
+    an optimiser like Adam scales up to full steps.
+    """
+    differentiated = getattr(ops, "is_differentiated", None)
+    if array is None or (differentiated is not None and not differentiated(array)):
+        return array
+    never = ops.asarray(False, dtype=ops.bool, device=ops.device(array))
+    return ops.where(never, array, ops.stop_gradient(array))
+
+
+def cast(ops: Ops, x: Array, dtype: Any) -> Array:
+    """`x` in that dtype; `x` itself where it has it."""
+    return x if x.dtype == dtype else ops.astype(x, dtype)

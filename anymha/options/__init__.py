@@ -1,0 +1,1 @@
+"""The layer's options: the config, initialisers, regularisers, constraints."""

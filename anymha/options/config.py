@@ -1,0 +1,250 @@
+"""`AttentionConfig`: every option of the layer, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from anymha.errors import ConfigError
+from anymha.framework.dtypes import checked_dtype_name
+from anymha.framework.validation import (
+    PROJECTIONS,
+    checked_axes,
+    checked_biases,
+    checked_choice,
+    checked_rate,
+    checked_scale,
+    checked_seed,
+    checked_shape,
+    checked_size,
+)
+from anymha.options.serialization import described
+from anymha.options.training import OBJECTS, check_ranks, checked_object
+
+DROPOUT_RNGS = ("portable", "native")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The options of a multi-head attention layer; frozen, hashable, and valid once it exists.
+
+    Args:
+        num_heads: Query heads H, at least 1.
+        key_dim: Width d_k of each query and key head.
+        value_dim: Width d_v of each value head; default `key_dim`.
+        dropout: Share of the probabilities that training drops, in [0, 1).
+        use_bias: Whether the four projections add a bias; or the names of those that do, e.g.
+            ``("query", "value", "output")`` for Whisper, whose keys have none.
+        output_shape: Shape O of each output vector, an int or a tuple; default the query's width.
+        attention_axes: Axes of the inputs over which attention runs, an int or a tuple; negative
+            ones count from the end. Default: all but the first and the last.
+        kernel_initializer: How kernels start: a name, a config dict, an object of
+            `anymha.options.initializers` or of Keras, or a callable.
+        bias_initializer: How biases start.
+        kernel_regularizer: Penalty of the kernels, in `layer.regularization_loss()`; default none.
+        bias_regularizer: Penalty of the biases.
+        activity_regularizer: Penalty of the outputs of the four projections, in the call's
+            `return_activity_loss`.
+        kernel_constraint: What `layer.apply_constraints()` makes of kernels; default nothing.
+        bias_constraint: What it makes of biases.
+        query_features: Width D_q of the query input. Given, the weights exist at once; otherwise
+            they are made at the first call.
+        value_features: Width D_v of the value input; default `query_features`.
+        key_features: Width D_k of the key input; default `value_features`.
+        num_key_value_heads: Key and value heads K, a divisor of H; default H.
+        sliding_window: Keys to a side that a query sees, its own counted; default all.
+        scale: Factor of the logits; default ``1/sqrt(key_dim)``.
+        dropout_rng: "portable" (the same elements in every framework) or "native" (the
+            framework's own generator).
+        dtype: Dtype of the weights.
+        compute_dtype: Dtype in which the layer computes; default the weights' dtype.
+        seed: Seed of the initial weights; default one from the framework's own generator.
+        name: A name for the layer.
+        memory_budget: Bytes that the logits of one block of queries may take, for long sequences;
+            default what the backend is fastest with. The results mean the same for any.
+
+    Raises:
+        ConfigError: an option has a value that it cannot have.
+
+    Example:
+        >>> config = AttentionConfig(num_heads=2, key_dim=3, query_features=8)
+        >>> config.weight_shapes()["query.kernel"]
+        (8, 2, 3)
+    """
+
+    num_heads: int
+    key_dim: int
+    value_dim: int | None = None
+    dropout: float = 0.0
+    use_bias: bool | tuple[str, ...] = True
+    output_shape: int | tuple[int, ...] | None = None
+    attention_axes: int | tuple[int, ...] | None = None
+    kernel_initializer: Any = "glorot_uniform"
+    bias_initializer: Any = "zeros"
+    kernel_regularizer: Any = None
+    bias_regularizer: Any = None
+    activity_regularizer: Any = None
+    kernel_constraint: Any = None
+    bias_constraint: Any = None
+    _: KW_ONLY
+    query_features: int | None = None
+    value_features: int | None = None
+    key_features: int | None = None
+    num_key_value_heads: int | None = None
+    sliding_window: int | None = None
+    scale: float | None = None
+    dropout_rng: str = "portable"
+    dtype: Any = "float32"
+    compute_dtype: Any = None
+    seed: int | None = None
+    name: str | None = None
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        def store(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("num_heads", "key_dim"):
+            store(name, checked_size(getattr(self, name), name))
+        store("value_dim", checked_size(_or(self.value_dim, self.key_dim), "value_dim"))
+        groups = _or(self.num_key_value_heads, self.num_heads)
+        store("num_key_value_heads", checked_size(groups, "num_key_value_heads"))
+        for name in (
+            "query_features",
+            "value_features",
+            "key_features",
+            "sliding_window",
+            "memory_budget",
+        ):
+            if getattr(self, name) is not None:
+                store(name, checked_size(getattr(self, name), name))
+        store("output_shape", checked_shape(self.output_shape, "output_shape"))
+        store("attention_axes", checked_axes(self.attention_axes, "attention_axes"))
+        store("use_bias", checked_biases(self.use_bias, "use_bias"))
+        store("dropout", checked_rate(self.dropout, "dropout"))
+        store("dropout_rng", checked_choice(self.dropout_rng, DROPOUT_RNGS, "dropout_rng"))
+        store("scale", checked_scale(self.scale, "scale"))
+        store("seed", checked_seed(self.seed, "seed"))
+        store("dtype", checked_dtype_name(self.dtype, "dtype"))
+        for name in OBJECTS:
+            store(name, checked_object(getattr(self, name), name))
+        if self.compute_dtype is not None:
+            store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
+        self._check_together()
+
+    @functools.cached_property
+    def plans(self) -> dict[Any, Any]:
+        """What was found out about calls with these options; see `anymha.layer.plan`."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "plans"}
+
+    def _check_together(self) -> None:
+        if self.num_heads % self.key_value_heads:
+            raise ConfigError(
+                "`num_heads` must be a multiple of `num_key_value_heads`. Received: "
+                f"num_heads={self.num_heads}, num_key_value_heads={self.num_key_value_heads}. "
+                "Pass a divisor of `num_heads`."
+            )
+        if self.query_features is None and (self.value_features or self.key_features):
+            raise ConfigError(
+                "`value_features` and `key_features` need `query_features` beside them. Received: "
+                f"query_features=None, value_features={self.value_features}, "
+                f"key_features={self.key_features}. Pass `query_features` too, or none of them."
+            )
+
+        output: Any = self.output_shape
+        objects = {name: getattr(self, name) for name in OBJECTS}
+        check_ranks(objects, 1 if output is None else len(output), self.biased)
+
+    @property
+    def key_value_heads(self) -> int:
+        """K, the number of key and value heads."""
+        return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The names of the projections that have a bias."""
+        if isinstance(self.use_bias, tuple):
+            return self.use_bias
+        return PROJECTIONS if self.use_bias else ()
+
+    @property
+    def scale_value(self) -> float:
+        """The factor of the logits."""
+        return 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale
+
+    def weight_shapes(
+        self,
+        query_features: int | None = None,
+        value_features: int | None = None,
+        key_features: int | None = None,
+    ) -> dict[str, tuple[int, ...]]:
+        """The canonical names of the weights and their shapes, in the canonical order.
+
+        Args:
+            query_features: Width D_q of the query input; default the config's own.
+            value_features: Width D_v; default the config's own, else `query_features`.
+            key_features: Width D_k; default the config's own, else `value_features`.
+
+        Raises:
+            ConfigError: no width of the query is known.
+        """
+        d_q = _or(query_features, self.query_features)
+        if d_q is None:
+            raise ConfigError(
+                "`query_features`, the width of the query input, is needed to know the shapes of "
+                "the weights. Received: None. Pass it here or to the constructor."
+            )
+        d_v = _or(_or(value_features, self.value_features), d_q)
+        d_k = _or(_or(key_features, self.key_features), d_v)
+        heads, shared = self.num_heads, self.key_value_heads
+        out: Any = (d_q,) if self.output_shape is None else self.output_shape
+        kernels = {
+            "query": (d_q, heads, self.key_dim),
+            "key": (d_k, shared, self.key_dim),
+            "value": (d_v, shared, self.value_dim),
+            "output": (heads, self.value_dim, *out),
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, kernel in kernels.items():
+            shapes[f"{name}.kernel"] = kernel
+            if name in self.biased:
+                shapes[f"{name}.bias"] = out if name == "output" else kernel[1:]
+        return shapes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options by name, for JSON (but for callables); `from_dict` gives the config back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else described(value)
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> AttentionConfig:
+        """The config with these options.
+
+        Raises:
+            ConfigError: an option is unknown, or has a value that it cannot have.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigError(
+                f"Unknown options: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}."
+            )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+        }
+        return cls(**values)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

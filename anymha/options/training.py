@@ -1,0 +1,61 @@
+"""The options of training: which objects each may be, and whether these fit the layer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from anymha.errors import ConfigError
+from anymha.options.constraints import CONSTRAINTS
+from anymha.options.initializers import INITIALIZERS
+from anymha.options.regularizers import REGULARIZERS
+from anymha.options.serialization import ConfigObject, resolved
+
+OBJECTS = {
+    "kernel_initializer": INITIALIZERS,
+    "bias_initializer": INITIALIZERS,
+    "kernel_regularizer": REGULARIZERS,
+    "bias_regularizer": REGULARIZERS,
+    "activity_regularizer": REGULARIZERS,
+    "kernel_constraint": CONSTRAINTS,
+    "bias_constraint": CONSTRAINTS,
+}
+"""The options that are objects, and what each may be by name."""
+
+
+def checked_object(value: Any, argument: str) -> Any:
+    """The option `argument` in its one form; None stays None but for initialisers.
+
+    Raises:
+        ConfigError: the value is of no kind that the option may be.
+    """
+    known = OBJECTS[argument]
+    return resolved(value, known, argument, optional=known is not INITIALIZERS)
+
+
+def check_ranks(objects: Mapping[str, Any], output_rank: int, biased: Collection[str]) -> None:
+    """Each object can act on all the arrays that it meets, which differ in rank.
+
+    Args:
+        objects: The options of `OBJECTS`.
+        output_rank: Number of axes of the output's shape O.
+        biased: The projections that have a bias.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    met = {
+        "kernel": {3, 2 + output_rank},
+        "bias": {output_rank if name == "output" else 2 for name in biased},
+        "activity": {4, 2 + output_rank},
+    }
+    for name, value in objects.items():
+        part = name.partition("_")[0]
+        if isinstance(value, ConfigObject):
+            as_matrix = part == "kernel" and getattr(value, "as_matrix", False)
+            for rank in {2} if as_matrix else met[part]:
+                if reason := value.refusal(rank):
+                    raise ConfigError(
+                        f"`{name}` must fit arrays of {rank} axes, which this layer has. "
+                        f"Received: {value}; {reason}."
+                    )

@@ -1,0 +1,93 @@
+"""Models of ONNX through onnxruntime: a session, or the path of a file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import ArgumentError, BackendNotInstalledError
+from anymha.parity.adapters.foreign import finished
+from anymha.parity.stages.trace import STAGES, Arrays, Request, Trace
+
+DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+
+
+def opened(model: Any) -> Session:
+    """An `onnxruntime.InferenceSession`, or the path of a model.
+
+    Raises:
+        ArgumentError: there is no such file.
+        BackendNotInstalledError: onnxruntime is not installed.
+    """
+    if not isinstance(model, (str, Path)):
+        return Session(model, "the model of ONNX")
+    path = Path(model)
+    if not path.is_file():
+        raise ArgumentError(f"A model of ONNX is a file. Received: {path}, which is none.")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendNotInstalledError(
+            "A model of ONNX is run by onnxruntime, which is not installed. Install it with: pip "
+            "install onnxruntime."
+        )
+    runtime: Any = importlib.import_module("onnxruntime")
+    return Session(runtime.InferenceSession(path, providers=["CPUExecutionProvider"]), path.name)
+
+
+class Session:
+    """A session, whose inputs are named as the arguments of anymha's layer.
+
+    Its output is the one called "output", else the first; others count where they are called
+    "scores" or as a stage.
+    """
+
+    def __init__(self, session: Any, name: str) -> None:
+        self.session, self.name = session, name
+
+    def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
+        """See `anymha.parity.stages.trace.Subject`."""
+        del cotangent  # it has no gradients
+        feed = self._feed(request)
+        outputs = [output.name for output in self.session.get_outputs()]
+        if "output" in outputs:
+            names = dict.fromkeys(outputs)
+        else:
+            names = dict(zip(outputs, ("output", *outputs[1:]), strict=True))
+
+        def call() -> Arrays:
+            found = dict(zip(outputs, self.session.run(None, feed), strict=True))
+            told = {names[name] or name: np.asarray(array) for name, array in found.items()}
+            return {n: a for n, a in told.items() if n in (*STAGES, "scores")}
+
+        return finished(self.name, request, call, None)
+
+    def _feed(self, request: Request) -> Arrays:
+        """The model's inputs by name.
+
+        Raises:
+            ArgumentError: it has others than the call.
+        """
+        query, value, key = request.three
+        given = {**request.arguments(), "query": query, "value": value, "key": key}
+        places = {place.name: place.type for place in self.session.get_inputs()}
+        needed = {*request.inputs, *request.masks} | {
+            name
+            for name, value in request.arguments().items()
+            if isinstance(value, np.ndarray) or (name != "training" and value)
+        }
+        lacking, unknown = sorted(needed - set(places)), sorted(set(places) - set(given))
+        if lacking or unknown:
+            raise ArgumentError(
+                f"The inputs of {self.name} must be named as the arguments of anymha's layer. It "
+                f"has: {', '.join(places)}. It lacks: {', '.join(lacking) or 'none'}. The call "
+                f"lacks: {', '.join(unknown) or 'none'}."
+            )
+        return {
+            name: np.asarray(given[name]).astype(DTYPES[kind])
+            if kind in DTYPES
+            else np.asarray(given[name])
+            for name, kind in places.items()
+        }

@@ -1,0 +1,1 @@
+"""`compare` and `assert_parity`: two implementations, one call, and where and why they part."""

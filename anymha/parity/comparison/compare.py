@@ -1,0 +1,106 @@
+"""`compare` and `assert_parity`: two implementations, one call, and where and why they part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import AnymhaError
+from anymha.parity.adapters import subject
+from anymha.parity.comparison.baseline import Standard, outputs_alone
+from anymha.parity.oracle.truth import fold
+from anymha.parity.reports.report import Comparison
+from anymha.parity.stages.trace import Request, Subject, Trace, make_request, problem_of
+
+
+class ParityError(AnymhaError, AssertionError):
+    """Two implementations do not agree; the message says where and why."""
+
+
+def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
+    """Two implementations on the same inputs, stage by stage.
+
+    Args:
+        reference: What is right: a layer of anymha in any framework; a live layer of torch, Keras,
+            Flax or Equinox; or a function of query, value and key, which returns the output, or the
+            output and the scores, or a dict of stages.
+        candidate: What is judged; likewise.
+        inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
+            name; arrays of NumPy or of any framework.
+        **call: The call's other arguments by the names of anymha's layer: masks, True = may attend,
+            `use_causal_mask`, `attention_bias`, `training`, `seed`. Each library gets them as it
+            takes them.
+
+    Returns:
+        The comparison: `passed`, `first_divergence`, `stages`, `diagnosis`, and reports.
+
+    Raises:
+        ArgumentError: an implementation or an argument is not known.
+        LayoutError: a library's layer cannot do what the call asks for.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> from anymha.parity import compare
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+        >>> compare(layer, layer, x, use_causal_mask=True).passed
+        True
+        >>> forgot = lambda query, use_causal_mask: layer(query)
+        >>> report = compare(layer, forgot, x, use_causal_mask=True)
+        >>> report.first_divergence, str(report.diagnosis)
+        ('masked_logits', 'causal mask ignored')
+    """
+    request = make_request(inputs, call)
+    one, other = subject(reference), subject(candidate)
+    first, cotangent = _traced("reference", one, request, None), None
+    if not request.training:
+        cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
+        first = _traced("reference", one, request, cotangent)
+    second = _traced("candidate", other, request, cotangent if first.gradients else None)
+    return judged(request, first, second, cotangent)
+
+
+def _traced(role: str, asked: Subject, request: Request, cotangent: np.ndarray | None) -> Trace:
+    """What one of both gave; its own error says whose it is."""
+    try:
+        return asked.trace(request, cotangent)
+    except Exception as error:
+        error.add_note(f"It was raised as the {role} was called: {asked.name}.")
+        raise
+
+
+def judged(
+    request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None = None
+) -> Comparison:
+    """What two traces of one call show.
+
+    Args:
+        request: The call.
+        first: What the reference gave.
+        second: What the candidate gave.
+        cotangent: Of the output, where both gave gradients.
+    """
+    basis = first if first.weights is not None else second
+    with np.errstate(all="ignore"):  # what overflows, or is NaN, is told by the comparison
+        if basis.weights is None or basis.config is None:
+            return outputs_alone(request, first, second)
+        folded = fold(problem_of(basis.config, basis.weights, request))
+        return Standard(request, folded, first).judge(second, cotangent)
+
+
+def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> None:
+    """Fail unless two implementations agree; the message says at which stage they part, and why.
+
+    Args:
+        reference: As for `compare`.
+        candidate: As for `compare`.
+        inputs: As for `compare`.
+        **call: As for `compare`.
+
+    Raises:
+        ParityError: they do not agree; it is an AssertionError too.
+    """
+    report = compare(reference, candidate, inputs, **call)
+    if not report.passed:
+        raise ParityError(report.to_text())

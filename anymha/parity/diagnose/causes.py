@@ -1,0 +1,66 @@
+"""Why a candidate differs: known mistakes, and how well they explain it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from anymha.parity.oracle.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A mistake that was found.
+
+    Args:
+        name: Its name in the catalogue.
+        detail: Which variant.
+        stage: The first stage that it changes.
+        cure: What to do.
+    """
+
+    name: str
+    detail: str
+    stage: str
+    cure: str
+
+    @property
+    def known(self) -> tuple[str, str]:
+        """What it is in the catalogue."""
+        return self.name, self.detail
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.detail})" if self.detail else self.name
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a candidate differs.
+
+    Args:
+        causes: The mistakes, the first one first; none where no known mistake explains it.
+        remaining: The greatest error that is left once they are made too, over what rounding
+            explains; infinite without causes.
+        alternatives: Other mistakes that give the same numbers for these inputs.
+        recipe: What has these mistakes, and gives what was observed; None if nothing does.
+    """
+
+    causes: tuple[Cause, ...] = ()
+    remaining: float = np.inf
+    alternatives: tuple[str, ...] = ()
+    recipe: Recipe | None = field(default=None, repr=False)
+
+    @property
+    def explained(self) -> bool:
+        """Whether the causes close the gap."""
+        return bool(self.causes) and self.remaining <= 1
+
+    def __str__(self) -> str:
+        if not self.causes:
+            return "no known mistake, nor any two of them, explains the difference"
+        told = " and ".join(map(str, self.causes))
+        if not self.explained:
+            return f"{told}; something else beside"
+        also = f" (or: {'; '.join(self.alternatives)})" if self.alternatives else ""
+        return told + also

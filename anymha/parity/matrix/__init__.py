@@ -1,0 +1,1 @@
+"""The main job: every case on every backend, judged against the oracle."""

@@ -1,0 +1,221 @@
+"""Results held against the oracle and against each other; units: `anymha.parity.stages.units`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anymha.framework.dtypes import output_dtype
+from anymha.parity.matrix.checkpoint import Recorded
+from anymha.parity.matrix.run import Result
+from anymha.parity.oracle.cases import Arrays, Problem
+from anymha.parity.oracle.oracle import Truth
+from anymha.parity.stages.bits import count_differing
+from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.units import longest_sum, units_of
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One backend on one case.
+
+    Args:
+        units: The greatest error of any quantity, in its units.
+        worst: The quantity that has it.
+        errors: The error of each quantity, in its units.
+        faults: What is wrong, in words; empty where the cell passes.
+        gradients: Whether gradients were compared.
+    """
+
+    units: float
+    worst: str
+    errors: Mapping[str, float]
+    faults: tuple[str, ...]
+    gradients: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case on all backends.
+
+    Args:
+        name: The case.
+        dtype: Its dtypes, e.g. "float32" or "float32 in float64".
+        budget: The greatest error allowed, in units.
+        cells: By backend; a backend that raised has a cell with that fault.
+        elements: How many elements each backend gave: outputs, scores and gradients.
+        differing: How many of them differ in any bit between some two backends.
+        ties: How many of those lie, exactly computed, so close to the middle between two numbers
+            of their dtype that float64 does not tell to which to round.
+        compared: How many were compared between backends.
+        reproducible: Whether none may differ.
+        faults: What is wrong between backends, in words.
+    """
+
+    name: str
+    dtype: str
+    budget: float
+    cells: Mapping[str, Cell]
+    elements: int
+    differing: int
+    ties: int
+    compared: int
+    reproducible: bool
+    faults: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every backend passes, and they agree."""
+        return not self.faults and all(cell.passed for cell in self.cells.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON; an infinite error is null."""
+        plain: dict[str, Any] = dataclasses.asdict(self)
+        plain |= {"faults": list(self.faults), "passed": self.passed}
+        for name, cell in plain["cells"].items():
+            cell["faults"] = list(cell["faults"])
+            cell["passed"] = self.cells[name].passed
+            cell["units"] = _finite(cell["units"])
+            cell["errors"] = {k: _finite(v) for k, v in cell["errors"].items()}
+        return plain
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def judge(
+    problem: Problem,
+    truth: Truth,
+    results: Mapping[str, Result | Exception],
+    recorded: Recorded | None = None,
+) -> Row:
+    """The verdict on each backend's results, and on their agreement.
+
+    Args:
+        problem: The problem.
+        truth: The oracle's answer.
+        results: Each backend's results, or what it raised.
+        recorded: What another implementation returned, to be compared with too.
+    """
+    config = problem.case.config
+    computed = config.compute_dtype or config.dtype
+    narrow = output_dtype(config.dtype, computed)
+    exact = {"output": truth.output, "scores": truth.scores, **truth.gradients}
+    budget, units = units_of(problem, truth)
+    recorded_units = _recorded_units(problem, truth, recorded, units) if recorded else {}
+    ran = {name: result for name, result in results.items() if isinstance(result, Result)}
+    cells = {}
+    for name, result in results.items():
+        if isinstance(result, Result):
+            errors, faults = _errors(result, exact, units, problem, narrow)
+            if recorded:
+                errors |= _recorded_errors(result, recorded, recorded_units)
+            cells[name] = _cell(errors, faults, budget, bool(result.gradients))
+        else:
+            fault = f"raised {type(result).__name__}: {result}"
+            cells[name] = Cell(math.inf, "", {}, (fault,), False)
+    close = {
+        name: tolerance(computed, longest_sum(problem), float(np.max(array, initial=0.0)))
+        for name, array in truth.magnitudes.items()
+    }
+    every = [{**result.forward, **result.gradients} for result in ran.values()]
+    reproducible = computed == "float64" and config.dtype == "float32"
+    differing, ties, compared = count_differing(every, exact, close if reproducible else None)
+    faults = ()
+    if reproducible and differing > ties:
+        faults = (f"{differing - ties} of {compared} elements differ between backends, 0 may",)
+    return Row(
+        problem.case.name,
+        config.dtype + (f" in {config.compute_dtype}" if config.compute_dtype else ""),
+        budget,
+        cells,
+        sum(array.size for array in exact.values()),
+        differing,
+        ties,
+        compared,
+        reproducible,
+        faults,
+    )
+
+
+def _cell(errors: Mapping[str, float], faults: list[str], budget: float, gradients: bool) -> Cell:
+    for name, error in errors.items():
+        if not error <= budget:
+            faults.append(f"{name} is off by {error:.3g} units, {budget:.3g} may")
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return Cell(errors.get(worst, math.inf), worst, errors, tuple(faults), gradients)
+
+
+def _errors(
+    result: Result, exact: Arrays, units: Mapping[str, float], problem: Problem, narrow: str
+) -> tuple[dict[str, float], list[str]]:
+    """The error of each quantity in its units, and what is wrong beside numbers."""
+    errors, faults = {}, []
+    if result.flag_matters:
+        faults.append("the output changes with `return_attention_scores`")
+    got = {**result.forward, **result.gradients}
+    given = {**problem.weights, **problem.inputs}
+    wanted = exact if result.gradients else ("output", "scores")
+    faults += [f"{name} is missing" for name in wanted if name not in got]
+    for name, array in got.items():
+        if name not in exact:
+            faults.append(f"{name} should not be there")
+            continue
+        dtype = given[name].dtype.name if name in given else narrow
+        if array.dtype.name != dtype:
+            faults.append(f"{name} is {array.dtype.name}, not {dtype}")
+        if array.shape != exact[name].shape:
+            faults.append(f"{name} has shape {array.shape}, not {exact[name].shape}")
+        else:
+            errors[name] = _error(array, exact[name], units[name])
+    return errors, faults
+
+
+def _recorded_errors(
+    result: Result, recorded: Recorded, units: Mapping[str, float]
+) -> dict[str, float]:
+    """The errors against what another implementation returned, where that means something."""
+    errors = {}
+    for name, array in recorded.results.items():
+        got, counts = result.forward.get(name, array[:0]), recorded.counts
+        if got.shape != array.shape:
+            continue  # is a fault already
+        if name == "scores":  # (B, H, T, S), of which the queries may be padding
+            got, array = got.swapaxes(1, 2), array.swapaxes(1, 2)
+        errors[f"recorded {name}"] = _error(got[counts], array[counts], units[name])
+    return errors
+
+
+def _recorded_units(
+    problem: Problem, truth: Truth, recorded: Recorded, units: Mapping[str, float]
+) -> dict[str, float]:
+    """Units for the errors against recorded results, which had roundings of their own.
+
+    So the unit is that of the coarser of both, the recorded one computed in its own dtype.
+    """
+    budget, length = units_of(problem, truth)[0], longest_sum(problem)
+    found = {}
+    for name, array in recorded.results.items():
+        size = float(np.max(truth.magnitudes[name], initial=0.0))
+        found[name] = max(units[name], tolerance(array.dtype.name, length, size) / budget)
+    return found
+
+
+def _error(got: np.ndarray, exact: np.ndarray, unit: float) -> float:
+    """The greatest error in units; NaN or infinity where the other has a number is infinite."""
+    got, exact = got.astype(np.float64), exact.astype(np.float64)
+    if not np.array_equal(np.isfinite(got), np.isfinite(exact)):
+        return math.inf
+    error = float(np.max(np.abs(np.nan_to_num(got) - np.nan_to_num(exact)), initial=0.0))
+    return 0.0 if error == 0 else error / unit if unit else math.inf

@@ -1,0 +1,149 @@
+"""The main job: every case on every backend, judged, as one report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anymha.framework.registry import Backend
+from anymha.parity.matrix.checkpoint import RealProblem
+from anymha.parity.matrix.judge import Row, judge
+from anymha.parity.matrix.run import Result, run
+from anymha.parity.oracle.cases import Problem
+from anymha.parity.oracle.truth import expected
+from anymha.version import __version__
+
+Progress = Callable[[str, str], None]
+"""Is told the case and the backend that come next."""
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Who looks at whom in a real sentence.
+
+    Args:
+        layer: The layer.
+        tokens: The T tokens.
+        scores: (H, T, T) probabilities.
+    """
+
+    layer: str
+    tokens: Sequence[str]
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the main job found.
+
+    Args:
+        backends: The backends that ran.
+        missing: Backends that are not installed.
+        rows: The cases of the matrix.
+        real: The layers of the checkpoint.
+        maps: Attention maps of the real sentence.
+        seconds: How long it took.
+        versions: By package.
+    """
+
+    backends: Sequence[str]
+    missing: Sequence[str]
+    rows: Sequence[Row]
+    real: Sequence[Row] = ()
+    maps: Sequence[AttentionMap] = ()
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are cases, and every one passes on every backend."""
+        every = [*self.rows, *self.real]
+        return bool(every) and all(row.passed for row in every)
+
+    @property
+    def verdict(self) -> str:
+        """One line that says how it went."""
+        every = [*self.rows, *self.real]
+        failed = [row.name for row in every if not row.passed]
+        where = f"{counted_cases(len(every))} on {', '.join(self.backends)}"
+        if failed:
+            named = "; ".join(failed[:5]) + (f" and {len(failed) - 5} more" if failed[5:] else "")
+            return f"PARITY DOES NOT HOLD: {len(failed)} of {where} fail: {named}"
+        exact = [row for row in every if row.reproducible]
+        differing, compared = sum(r.differing for r in exact), sum(r.compared for r in exact)
+        tied = f", {'a tie' if differing == 1 else 'ties'}" if differing else ""
+        same = f"; in reproducible mode {differing:,} of {compared:,} elements differ{tied}"
+        return f"PARITY HOLDS: {where}" + (same if compared else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the maps, for JSON."""
+        return {
+            "schema": "anymha.parity/1",
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "backends": list(self.backends),
+            "missing": list(self.missing),
+            "versions": self.versions,
+            "seconds": round(self.seconds, 1),
+            "cases": [row.to_dict() for row in self.rows],
+            "checkpoint": [row.to_dict() for row in self.real],
+        }
+
+
+def counted_cases(number: int) -> str:
+    """How many cases, in words: "1 case", "2 cases"."""
+    return f"{number} case" if number == 1 else f"{number} cases"
+
+
+def run_case(backends: Sequence[Backend], problem: Problem, progress: Progress) -> dict[str, Any]:
+    """The results of each backend, or what it raised."""
+    results: dict[str, Result | Exception] = {}
+    for backend in backends:
+        progress(problem.case.name, backend.name)
+        try:
+            results[backend.name] = run(backend, problem)
+        except Exception as error:  # a broken backend fails its cell, not the run
+            results[backend.name] = error
+    return results
+
+
+def run_matrix(
+    backends: Sequence[Backend], problems: Iterable[Problem | RealProblem], progress: Progress
+) -> list[Row]:
+    """Each problem on each backend, judged."""
+    rows = []
+    for item in problems:
+        problem = item.problem if isinstance(item, RealProblem) else item
+        recorded = item.recorded if isinstance(item, RealProblem) else None
+        results = run_case(backends, problem, progress)
+        rows.append(judge(problem, expected(problem), results, recorded))
+    return rows
+
+
+def attention_map(real: RealProblem, tokens: Sequence[str], sentence: int) -> AttentionMap:
+    """The oracle's attention map of one sentence."""
+    scores = expected(real.problem).scores[sentence, :, : len(tokens), : len(tokens)]
+    return AttentionMap(real.layer, tokens, scores)
+
+
+def versions(backends: Sequence[Backend]) -> dict[str, str]:
+    """The versions of anymha, Python and the frameworks."""
+    found = {
+        "anymha": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+    for backend in backends:
+        for name in (backend.framework, f"{backend.framework}-cpu"):
+            try:
+                found[backend.framework] = importlib.metadata.version(name)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return found

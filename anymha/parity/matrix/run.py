@@ -1,0 +1,84 @@
+"""A problem on a backend: forward through the native layer, gradients through its autodiff.
+
+Where the backend has none, as NumPy, `anymha.framework.autodiff` gives the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from anymha.framework.autodiff import vjp
+from anymha.framework.registry import Backend
+from anymha.interchange.layers import set_weights
+from anymha.layer.forward import multi_head_attention
+from anymha.parity.oracle.cases import Arrays, Problem
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a backend computed, as NumPy arrays of the dtypes it gave.
+
+    Args:
+        forward: "output" and "scores".
+        gradients: By the names of weights and inputs.
+        flag_matters: Whether the output changes, in any bit, with `return_attention_scores`.
+    """
+
+    forward: Arrays
+    gradients: Arrays
+    flag_matters: bool
+
+
+def run(backend: Backend, problem: Problem) -> Result:
+    """The problem's results on a backend."""
+    ops, config = backend.ops, problem.case.config
+    weights = _native(ops, problem.weights)
+    inputs = _native(ops, problem.inputs)
+    others = _native(ops, problem.masks) | {
+        name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in problem.case.call.items()
+    }
+    parts = ("query", "value", "key")
+
+    def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
+        named = {name: array for name, array in arrays.items() if name not in weights}
+        given = [named.pop(name, None) for name in parts]
+        held = {name: arrays[name] for name in weights}
+        return multi_head_attention(
+            ops, config, held, *given, **named, **others, return_attention_scores=True
+        )
+
+    if backend.has_layer:
+        layer = set_weights(backend.layer(**config.to_dict()), problem.weights)
+        named = {name: array for name, array in inputs.items() if name not in parts}
+        given = [inputs.get(name) for name in parts]
+        forward = layer(*given, **named, **others, return_attention_scores=True)
+        alone = layer(*given, **named, **others)
+    else:
+        forward = function(ops, weights | inputs)
+        alone = forward[0]
+    cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
+    if hasattr(ops, "vjp"):
+        gradients = ops.vjp(partial(function, ops), weights | inputs, cotangents)[1]
+    else:
+        gradients = vjp(ops, function, weights | inputs)[1](cotangents)
+    output, scores = (ops.to_numpy(array) for array in forward)
+    return Result(
+        {"output": output, "scores": scores},
+        {name: ops.to_numpy(array) for name, array in gradients.items()},
+        not np.array_equal(_bits(output), _bits(ops.to_numpy(alone))),
+    )
+
+
+def _native(ops: Any, arrays: Arrays) -> dict[str, Any]:
+    return {name: ops.from_numpy(array) for name, array in arrays.items()}
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The array's bytes, so that NaN equals itself and -0 differs from 0."""
+    return np.ascontiguousarray(array).view(np.uint8)

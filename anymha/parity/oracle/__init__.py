@@ -1,0 +1,1 @@
+"""The independent float64 oracle, and the problems that it answers."""

@@ -1,0 +1,231 @@
+"""The matrix of cases: small problems, each of which makes one feature of the layer matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from anymha.options.config import AttentionConfig
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: options, sizes, and what the call adds.
+
+    Args:
+        name: Its name, unique in the matrix.
+        options: Options of the config beside its defaults.
+        call: Arguments of the call; arrays among them are made from `inputs`.
+        query: Shape of the query without its features.
+        value: Shape of key and value without their features; None: the query is all three.
+        widths: Widths D_q, D_v, D_k.
+        inputs: Which further arrays the call gets: names of masks, "attention_bias", "nan" (NaN
+            where padding masks exclude).
+        without: What to change so that the feature is off; the result must then differ.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+    query: tuple[int, ...] = (2, 7)
+    value: tuple[int, ...] | None = None
+    widths: tuple[int, int, int] = (12, 12, 12)
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    without: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> AttentionConfig:
+        """The layer's options, weights' widths included."""
+        names = ("query_features", "value_features", "key_features")
+        widths = dict(zip(names, self.widths, strict=True))
+        return AttentionConfig(**{"num_heads": 4, "key_dim": 6, **widths, **self.options})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with its numbers, all NumPy arrays in the dtype of the case.
+
+    Args:
+        case: The case.
+        weights: Canonical weights.
+        inputs: "query", and "value", "key" and "attention_bias" where they are given.
+        masks: Boolean masks by argument.
+        d_output: Cotangent of the output, for gradients.
+        d_scores: Cotangent of the scores.
+    """
+
+    case: Case
+    weights: Arrays
+    inputs: Arrays
+    masks: Arrays
+    d_output: np.ndarray
+    d_scores: np.ndarray
+
+
+def make_problem(case: Case, seed: int = 0) -> Problem:
+    """The case's numbers: weights and inputs for which the logits are of order one."""
+    config = case.config
+    dtype = numpy_dtype(config.dtype)
+
+    def rng(name: str) -> np.random.Generator:  # one for each array: none depends on another
+        return np.random.default_rng([seed, *case.name.encode(), *name.encode()])
+
+    def normal(name: str, shape: tuple[int, ...], spread: float = 1.0) -> np.ndarray:
+        return (spread * rng(name).standard_normal(shape)).astype(dtype)
+
+    spread = 1.5 / np.sqrt(case.widths[0])
+    weights = {
+        name: normal(name, shape, 0.5 if name.endswith("bias") else spread)
+        for name, shape in config.weight_shapes().items()
+    }
+    inputs = {"query": normal("query", (*case.query, case.widths[0]))}
+    if case.value is not None:
+        inputs["value"] = normal("value", (*case.value, case.widths[1]))
+        inputs["key"] = normal("key", (*case.value, case.widths[2]))
+    masks = {}
+    for name, shape in case.inputs.items():
+        if name == "attention_bias":
+            inputs[name] = normal(name, shape, 2.0)
+        elif name != "nan":
+            masks[name] = _mask(rng(name), name, shape)
+    if "nan" in case.inputs:
+        seen = masks["value_mask"][..., None]
+        inputs |= {n: np.where(seen, inputs[n], np.nan).astype(dtype) for n in ("value", "key")}
+    output, scores = _result_shapes(case, config)
+    names = (config.dtype, config.compute_dtype or config.dtype)
+    narrow = min(map(numpy_dtype, names), key=lambda dtype: dtype.itemsize)
+    d_output = rng("d_output").standard_normal(output).astype(narrow)
+    d_scores = rng("d_scores").standard_normal(scores).astype(narrow)
+    return Problem(case, weights, inputs, masks, d_output, d_scores)
+
+
+def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name == "attention_mask":
+        mask = rng.random(shape) < 0.6
+        mask[..., 0, :] = False  # the first query attends to nothing
+        return mask
+    # Padding: the first n positions count; at least half, or no softmax is left to differentiate.
+    lengths = rng.integers((shape[-1] + 1) // 2, shape[-1], size=shape[:-1])
+    return np.arange(shape[-1]) < lengths[..., None]
+
+
+def _result_shapes(case: Case, config: AttentionConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    rank = len(case.query) + 1
+    named: Any = config.attention_axes or range(1, rank - 1)
+    attention = [axis % rank for axis in named]
+    batch = [axis for axis in range(rank - 1) if axis not in attention]
+    keys = case.value or case.query
+    scores = (
+        *(case.query[i] for i in batch), config.num_heads,
+        *(case.query[i] for i in attention), *(keys[i] for i in attention),
+    )  # fmt: skip
+    features: Any = case.widths[:1] if config.output_shape is None else config.output_shape
+    return (*case.query, *features), scores
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of that name, "bfloat16" included."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+_CROSS: dict[str, Any] = {"value": (2, 9), "widths": (12, 10, 8)}
+_PADDED = {"query_mask": (2, 7), "value_mask": (2, 9)}
+_EVERYTHING: dict[str, Any] = {
+    **_CROSS,
+    "options": {"num_key_value_heads": 2, "value_dim": 5, "output_shape": (3, 2)},
+    "call": {"use_causal_mask": True, "query_offset": 2},
+    "inputs": {**_PADDED, "attention_mask": (2, 4, 7, 9), "attention_bias": (4, 7, 9)},
+}
+
+
+def _typed(dtype: str, **options: Any) -> dict[str, Any]:
+    return {**_EVERYTHING, "options": {**_EVERYTHING["options"], "dtype": dtype, **options}}
+
+
+MATRIX: tuple[Case, ...] = (
+    Case("self", without={"widths": (12, 12, 12), "options": {"scale": 0.0}}),
+    Case("cross", **_CROSS, without={"options": {"scale": 0.0}}),
+    Case("value_dim", {"value_dim": 5}, without={"options": {"scale": 0.0, "value_dim": 5}}),
+    Case("causal", call={"use_causal_mask": True}, without={"call": {}}),
+    Case(
+        "causal, offset", call={"use_causal_mask": True, "query_offset": 2}, **_CROSS,
+        without={"call": {"use_causal_mask": True}},
+    ),
+    Case(
+        "causal, offset per batch", **_CROSS,
+        call={"use_causal_mask": True, "query_offset": np.array([0, 3], np.int32)},
+        without={"call": {"use_causal_mask": True}},
+    ),
+    Case("window", {"sliding_window": 2}, without={"options": {}}),
+    Case(
+        "window, causal", {"sliding_window": 3}, {"use_causal_mask": True},
+        without={"options": {}},
+    ),
+    Case("padding", **_CROSS, inputs=_PADDED, without={"inputs": {}}),
+    Case(
+        "padding holds NaN", **_CROSS, inputs={"value_mask": (2, 9), "nan": ()},
+        without={"inputs": {}},
+    ),
+    Case("key mask", **_CROSS, inputs={"key_mask": (2, 9)}, without={"inputs": {}}),
+    Case("mask (T, S)", inputs={"attention_mask": (7, 7)}, without={"inputs": {}}),
+    Case("mask (B, T, S)", inputs={"attention_mask": (2, 7, 7)}, without={"inputs": {}}),
+    Case("mask (B, H, T, S)", inputs={"attention_mask": (2, 4, 7, 7)}, without={"inputs": {}}),
+    Case("every row masked", inputs={"attention_mask": (1, 7)}, without={"inputs": {}}),
+    Case("bias (H, T, S)", inputs={"attention_bias": (4, 7, 7)}, without={"inputs": {}}),
+    Case("bias (B, 1, 1, S)", inputs={"attention_bias": (2, 1, 1, 7)}, without={"inputs": {}}),
+    Case(
+        "N-D, two axes", query=(2, 3, 4), value=(2, 2, 5),
+        inputs={"attention_mask": (2, 3, 4, 2, 5), "value_mask": (2, 2, 5)},
+        without={"inputs": {}},
+    ),
+    Case(
+        "N-D, one axis of two", {"attention_axes": (1,)}, {"use_causal_mask": True},
+        query=(2, 5, 3), without={"options": {"attention_axes": (2,)}},
+    ),
+    Case(
+        "N-D, negative axes", {"attention_axes": (-2, -4)}, query=(3, 2, 4),
+        without={"options": {"attention_axes": (-2,)}},
+    ),
+    Case(
+        "grouped heads", {"num_key_value_heads": 2},
+        without={"options": {"num_key_value_heads": 2, "scale": 0.0}},
+    ),
+    Case(
+        "one key head", {"num_key_value_heads": 1},
+        without={"options": {"num_key_value_heads": 1, "scale": 0.0}},
+    ),
+    Case(
+        "output shape", {"output_shape": (2, 3)},
+        without={"options": {"output_shape": (2, 3), "scale": 0.0}},
+    ),
+    Case("scale", {"scale": 0.9}, without={"options": {}}),
+    Case("large logits", {"scale": 8.0}, without={"options": {}}),  # their exp is infinite
+    Case("no bias", {"use_bias": False}, without={"options": {"use_bias": False, "scale": 0.0}}),
+    Case(
+        "two biases of four", {"use_bias": ("query", "value")}, without={"options": {}},
+    ),
+    Case("dropout", {"dropout": 0.3}, {"training": True, "seed": 11}, without={"call": {}}),
+    Case("everything", **_EVERYTHING, without={"inputs": {}}),
+    Case("float16", **_typed("float16"), without={"inputs": {}}),
+    Case("bfloat16", **_typed("bfloat16"), without={"inputs": {}}),
+    Case("float64", **_typed("float64"), without={"inputs": {}}),
+    Case("float32 in bfloat16", **_typed("float32", compute_dtype="bfloat16"),
+         without={"inputs": {}}),
+    Case("reproducible", **_typed("float32", compute_dtype="float64"), without={"inputs": {}}),
+    Case(
+        "reproducible, dropout", {"dropout": 0.1, "compute_dtype": "float64"},
+        {"training": True, "seed": 5, "use_causal_mask": True}, without={"call": {}},
+    ),
+    Case(
+        "reproducible, 2^20 outputs",
+        {"num_heads": 2, "key_dim": 16, "compute_dtype": "float64"},
+        {"use_causal_mask": True}, query=(64, 64), widths=(256, 256, 256),
+        without={"call": {}},
+    ),
+)  # fmt: skip

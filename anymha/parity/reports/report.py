@@ -1,0 +1,125 @@
+"""What a comparison found, and the forms in which it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from anymha.interchange.files.atomic_write import write_whole
+from anymha.parity.reports.outcome import Outcome
+from anymha.parity.reports.result import Found
+from anymha.parity.stages.saved_case import save_case
+
+
+@dataclass(frozen=True)
+class Comparison(Found):
+    """Two implementations on the same inputs.
+
+    Args:
+        reference: The name of what is right.
+        candidate: The name of what is judged.
+        stages: What was compared, in order: stages, scores, weights, gradients.
+        first_divergence: The first stage that is wrong itself; None where all agree.
+        diagnosis: Why they differ; None where they do not.
+        untested: Features of the call that change nothing with these inputs.
+        notes: What a reader should know.
+        request: The call.
+        traces: What both gave.
+        honest: The reference's stages in float64.
+        told: The candidate's, as far as it told them.
+        named: What the command line calls both, where they come from there.
+        environment: The versions and switches under which it ran.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> from anymha.parity import compare
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+        >>> def port(query, use_causal_mask):
+        ...     return layer(query)
+        >>> report = compare(layer, port, x, use_causal_mask=True)
+        >>> report.passed, report.first_divergence
+        (False, 'masked_logits')
+        >>> print(report.to_markdown().splitlines()[0])
+        ### ❌ port against anymha in numpy
+    """
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything but the arrays as JSON; docs/compare.md has the schema.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        write_whole(Path(path), text + "\n")
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one HTML file that loads nothing: verdict, stages, pictures, cause, how to repeat.
+
+        Args:
+            path: The file.
+
+        Raises:
+            UsageError: the extra "report" is not installed.
+            FileError: it cannot be written.
+        """
+        from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs the extra "report"
+
+        write_whole(Path(path), to_html([self._outcome()]))
+
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """The report as Markdown, for the summary of a CI job.
+
+        Args:
+            path: Where to write it too.
+
+        Returns:
+            The text.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        from anymha.parity.reports.markdown import to_markdown  # noqa: PLC0415  when asked for
+
+        text = to_markdown([self._outcome()])
+        if path is not None:
+            write_whole(Path(path), text)
+        return text
+
+    def to_junit(self, path: str | Path) -> None:
+        """Write JUnit's XML: a test case for each stage.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        from anymha.parity.reports.junit import to_junit  # noqa: PLC0415  when asked for
+
+        write_whole(Path(path), to_junit([self._outcome()]))
+
+    def save(self, path: str | Path) -> None:
+        """Write inputs, masks, call, and both weights as they are known, into an ``.npz`` file.
+
+        ``anymha compare REFERENCE CANDIDATE --inputs case.npz`` repeats the case.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: it cannot be written, or does not end in ``.npz``.
+        """
+        save_case(Path(path), self.request, self.traces)
+
+    def noting(self, *notes: str) -> Comparison:
+        """The same with further notes."""
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+    def _outcome(self) -> Outcome:
+        return Outcome("", self.reference, self.candidate, self)

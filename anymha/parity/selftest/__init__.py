@@ -1,0 +1,1 @@
+"""The parity tool tested with itself: injected faults must be named, honest layers passed."""

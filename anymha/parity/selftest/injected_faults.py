@@ -1,0 +1,178 @@
+"""The mistakes that the self-test plants: how each is told, where it shows, and a call where."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anymha.parity.oracle.cases import Arrays
+
+BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 7, 9, 4, 6
+FEATURES = HEADS * WIDTH
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One mistake.
+
+    Args:
+        wrong: Its name in `anymha.parity.selftest.port`.
+        cause: Its name in the catalogue.
+        stage: The first stage that is wrong.
+        case: What the call must have for it to matter: see `planted_call`.
+        options: Options of the layer.
+        dtype: Of weights and inputs.
+    """
+
+    wrong: str
+    cause: str
+    stage: str
+    case: tuple[str, ...] = ("mask",)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+
+
+GROUPED = {"num_key_value_heads": 2}
+DROPPING = {"dropout": 0.3}
+PLANTS = (
+    Plant("mask inverted", "inverted mask", "masked_logits"),
+    Plant("mask ignored", "ignored mask", "masked_logits"),
+    Plant("mask added", "additive mask", "masked_logits"),
+    Plant("mask transposed", "transposed mask", "masked_logits", ("mask", "square")),
+    Plant("mask of the heads", "mask of batch and heads exchanged", "masked_logits",
+          ("mask", "four")),
+    Plant("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
+    Plant("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
+    Plant("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
+    Plant("next key seen", "causal mask off by one", "masked_logits", ("causal",)),
+    Plant("own key not seen", "causal mask off by one", "masked_logits", ("causal",)),
+    Plant("causal reversed", "causal mask reversed", "masked_logits", ("causal",)),
+    Plant("offset ignored", "query offset ignored", "masked_logits", ("causal", "offset")),
+    Plant("window wider", "window off by one", "masked_logits", (), {"sliding_window": 3}),
+    Plant("window narrower", "window off by one", "masked_logits", (), {"sliding_window": 3}),
+    Plant("window ignored", "window ignored", "masked_logits", (), {"sliding_window": 3}),
+    Plant("window of one side", "window of one side", "masked_logits", (), {"sliding_window": 3}),
+    Plant("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
+    Plant("bias doubled", "wrong attention bias", "masked_logits", ("mask", "bias")),
+    Plant("rows mean", "fully masked rows give the mean of the values", "probabilities",
+          ("mask", "empty")),
+    Plant("rows NaN", "fully masked rows give NaN", "probabilities", ("mask", "empty")),
+    Plant("rows unmasked", "fully masked rows are not masked", "probabilities",
+          ("mask", "empty")),
+    Plant("scale missing", "wrong scale", "logits"),
+    Plant("scale twice", "wrong scale", "logits"),
+    Plant("scale by the model's width", "wrong scale", "logits"),
+    Plant("scale by the value's width", "wrong scale", "logits", ("mask",), {"value_dim": 5}),
+    Plant("softmax over queries", "softmax over another axis", "probabilities"),
+    Plant("softmax over heads", "softmax over another axis", "probabilities"),
+    Plant("no softmax", "no softmax", "probabilities"),
+    Plant("grouped heads tiled", "grouped heads tiled", "logits", ("mask",), GROUPED),
+    Plant("key and value exchanged", "inputs exchanged", "key", ("mask", "three")),
+    Plant("batch and time exchanged", "batch and time exchanged", "query", ("square",)),
+    Plant("rotary halves", "rotary positions, by halves", "query"),
+    Plant("rotary pairs", "rotary positions, by pairs", "query"),
+    Plant("dropout left on", "dropout left on", "dropped_probabilities"),
+    Plant("dropout does not act", "wrong dropout", "dropped_probabilities",
+          ("mask", "training"), DROPPING),
+    Plant("dropout not scaled", "wrong dropout", "dropped_probabilities",
+          ("mask", "training"), DROPPING),
+    Plant("heads merged without exchange", "heads merged wrongly", "context"),
+    Plant("heads split without exchange", "heads split wrongly", "query"),
+    Plant("query transposed", "transposed kernel", "query"),
+    Plant("value transposed", "transposed kernel", "value"),
+    Plant("packed in another order", "packed weights in another order", "query"),
+    Plant("packed by head", "packed weights split wrongly", "query"),
+    Plant("heads interleaved", "heads interleaved", "query"),
+    Plant("query bias left out", "missing bias", "query"),
+    Plant("value bias left out", "missing bias", "value"),
+    Plant("output bias left out", "missing bias", "output"),
+    Plant("value bias doubled", "doubled bias", "value"),
+    Plant("output bias for each head", "doubled bias", "output"),
+    Plant("value bias of the key", "bias of another projection", "value"),
+    Plant("output interleaved", "output kernel interleaved", "output"),
+    Plant("output by the first head", "output projection not applied by head", "output"),
+    Plant("output left out", "output projection not applied by head", "output"),
+    Plant("heads in another order", "heads permuted", "output"),
+    Plant("bfloat16", "computed in bfloat16", "query"),
+    Plant("float32", "computed in float32", "query", ("mask",), {}, "float64"),
+    Plant("scores averaged", "in the returned scores: averaged over the heads", "scores"),
+    Plant("scores after dropout", "in the returned scores: taken after dropout", "scores",
+          ("mask", "training"), DROPPING),
+)  # fmt: skip
+"""Every mistake of the catalogue at least once."""
+
+
+def planted_call(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, dict[str, Any]]:
+    """Inputs and arguments of a call that has these features.
+
+    Args:
+        case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
+            "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch).
+        dtype: Of the inputs.
+        seed: Of all numbers.
+    """
+    rng = np.random.default_rng([seed, *".".join(case).encode()])
+    batch = HEADS if "four" in case else BATCH
+    queries = KEYS if "square" in case else QUERIES
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    inputs = {"query": normal(batch, queries, FEATURES), "value": normal(batch, KEYS, FEATURES)}
+    if "three" in case:
+        inputs["key"] = normal(batch, KEYS, FEATURES)
+    call: dict[str, Any] = {}
+    if "mask" in case:
+        mask = rng.random((batch, queries, KEYS)) < 0.6
+        mask[..., 0] |= ~mask.any(-1)
+        if "empty" in case:
+            mask[0, 3] = False
+        call["attention_mask"] = mask
+    if "bias" in case:
+        call["attention_bias"] = normal(HEADS, queries, KEYS)
+    if "causal" in case:
+        call["use_causal_mask"] = True
+    if "training" in case:
+        call |= {"training": True, "seed": 5}
+    if "offset" in case:
+        call["query_offset"] = 2
+    return inputs, call
+
+
+def misloaded(weights: Mapping[str, np.ndarray], wrong: Collection[str]) -> Arrays:
+    """The weights as a port with these mistakes loads them."""
+    w = dict(weights)
+    features, heads, width = w["query.kernel"].shape
+    for name in ("query", "key", "value"):
+        if f"{name} transposed" in wrong:
+            square = w[f"{name}.kernel"].reshape(features, heads * width)
+            w[f"{name}.kernel"] = square.T.reshape(features, heads, width)
+        if "heads interleaved" in wrong:
+            for part in ("kernel", "bias"):
+                flat = w[f"{name}.{part}"].reshape(*w[f"{name}.{part}"].shape[:-2], width, -1)
+                w[f"{name}.{part}"] = np.moveaxis(flat, -1, -2)
+    if "packed in another order" in wrong:
+        for part in ("kernel", "bias"):
+            q, k, v = (weights[f"{name}.{part}"] for name in ("query", "key", "value"))
+            w |= {f"query.{part}": k, f"key.{part}": v, f"value.{part}": q}
+    if "packed by head" in wrong:
+        block = np.concatenate(
+            [weights[f"{n}.kernel"].reshape(features, -1) for n in ("query", "key", "value")], 1
+        ).reshape(features, heads, 3, width)
+        biases = np.concatenate(
+            [weights[f"{n}.bias"].reshape(-1) for n in ("query", "key", "value")]
+        ).reshape(heads, 3, width)
+        for i, name in enumerate(("query", "key", "value")):
+            w[f"{name}.kernel"], w[f"{name}.bias"] = block[:, :, i], biases[:, i]
+    if "value bias of the key" in wrong:
+        w["value.bias"] = weights["key.bias"]
+    if "output interleaved" in wrong:
+        kernel = weights["output.kernel"]
+        parts = kernel.reshape(width, heads, -1)
+        w["output.kernel"] = np.stack([parts[:, h] for h in range(heads)])
+    if "heads in another order" in wrong:
+        w["output.kernel"] = np.roll(weights["output.kernel"], 1, axis=0)
+    return {name: np.ascontiguousarray(array) for name, array in w.items()}

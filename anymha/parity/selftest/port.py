@@ -1,0 +1,243 @@
+"""A layer as people port it, step by step in any framework, into which mistakes can be planted.
+
+It is written apart from the layer, the oracle and the catalogue, so that what finds mistakes is not
+tested with what makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from anymha.attention.dropout import Dropout, rate_threshold
+from anymha.parity.oracle.cases import Arrays
+
+RATE = 0.3
+"""Of the dropout that somebody forgot to switch off."""
+
+
+@dataclass
+class Port:
+    """A function of query, value and key, to be compared.
+
+    Args:
+        ops: The framework.
+        weights: Canonical weights in NumPy.
+        wrong: The mistakes in it, by the names of `anymha.parity.selftest.injected_faults`.
+        tells: Whether it tells its stages, or returns the output and the scores alone.
+        window: Its window.
+        dropout: Its share of dropped probabilities.
+    """
+
+    ops: Any
+    weights: Arrays
+    wrong: Collection[str] = ()
+    tells: bool = True
+    window: int | None = None
+    dropout: float = 0.0
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def __call__(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        *,
+        attention_mask: Any = None,
+        attention_bias: Any = None,
+        use_causal_mask: bool = False,
+        query_offset: int = 0,
+        training: bool = False,
+        seed: int = 0,
+    ) -> Any:
+        """The stages by name, or output and scores."""
+        ops, wrong = self.ops, self.wrong
+        value = query if value is None else value
+        key = value if key is None else key
+        if "key and value exchanged" in wrong:
+            key, value = value, key
+        if "batch and time exchanged" in wrong:
+            query, key, value = (ops.permute_dims(x, (1, 0, 2)) for x in (query, key, value))
+        dtype = query.dtype
+        for narrow in ("float32", "bfloat16"):
+            if narrow in wrong:
+                query, key, value = (
+                    ops.astype(ops.astype(x, ops.dtype(narrow)), dtype) for x in (query, key, value)
+                )
+        q, k, v = (self._heads(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
+        for pairs in ("rotary halves", "rotary pairs"):
+            if pairs in wrong:
+                q, k = self._rotated(q, pairs), self._rotated(k, pairs)
+        told = {"query": q, "key": k, "value": v}
+        group = q.shape[2] // k.shape[2]
+        keys, values = self._repeated(k, group), self._repeated(v, group)
+
+        q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
+        scale = self._scale(q.shape[-1], v.shape[-1])
+        logits = ops.matmul(q * scale, ops.permute_dims(keys, (0, 1, 3, 2)))
+        told["logits"] = logits
+        raw = logits
+        if attention_bias is not None and "bias left out" not in wrong:
+            logits = logits + attention_bias * (2.0 if "bias doubled" in wrong else 1.0)
+        seen = self._seen(attention_mask, use_causal_mask, query_offset, logits)
+        if "mask added" in wrong:
+            number = ops.astype(self._mask(attention_mask), dtype)
+            logits = logits + number
+        masked = ops.where(seen, logits, -math.inf)
+        told["masked_logits"] = masked
+        scores = self._softmax(masked, raw)
+        told["probabilities"] = scores
+        kept = scores
+        if "dropout left on" in wrong:
+            keep = ops.from_numpy(self.rng.random(tuple(scores.shape)) >= RATE)
+            kept = ops.where(keep, scores / (1 - RATE), 0.0)
+        if training and self.dropout and "dropout does not act" not in wrong:
+            drop = Dropout(rate_threshold(self.dropout), seed)
+            factor = 1.0 if "dropout not scaled" in wrong else drop.factor
+            keep = drop.keep(ops, tuple(scores.shape), beside=scores)
+            kept = ops.where(keep, scores * factor, 0.0)
+        told["dropped_probabilities"] = kept
+        context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))
+        if "heads merged without exchange" in wrong:
+            shape = tuple(context.shape)
+            context = ops.reshape(ops.permute_dims(context, (0, 2, 1, 3)), shape)
+        told["context"] = context
+        output = self._output(context)
+        if "batch and time exchanged" in wrong:
+            output = ops.permute_dims(output, (1, 0, 2))
+        returned = scores
+        if "scores averaged" in wrong:
+            returned = ops.sum(scores, axis=1, keepdims=False) / scores.shape[1]
+        if "scores after dropout" in wrong:
+            returned = kept
+        if "batch and time exchanged" in wrong:
+            return output
+        return {**told, "output": output, "scores": returned} if self.tells else (output, returned)
+
+    def _heads(self, x: Any, name: str) -> Any:
+        """(B, T, H, d)."""
+        ops = self.ops
+        kernel = self.weights[f"{name}.kernel"]
+        _, heads, width = kernel.shape
+        flat = ops.from_numpy(np.ascontiguousarray(kernel.reshape(kernel.shape[0], -1)))
+        y = ops.tensordot(x, flat, axes=1)
+        bias = self.weights.get(f"{name}.bias")
+        if bias is not None and f"{name} bias left out" not in self.wrong:
+            factor = 2.0 if f"{name} bias doubled" in self.wrong else 1.0
+            y = y + ops.from_numpy(np.ascontiguousarray(bias.reshape(-1))) * factor
+        batch, length, _ = y.shape
+        if "heads split without exchange" in self.wrong:
+            split = ops.reshape(y, (batch, heads, length, width))
+            return ops.permute_dims(split, (0, 2, 1, 3))
+        return ops.reshape(y, (batch, length, heads, width))
+
+    def _repeated(self, x: Any, group: int) -> Any:
+        """Key or value heads for every query head."""
+        if group == 1:
+            return x
+        ops, (batch, length, shared, width) = self.ops, x.shape
+        if "grouped heads tiled" in self.wrong:
+            return ops.concat([x] * group, axis=2)
+        many = ops.stack([x] * group, axis=3)
+        return ops.reshape(many, (batch, length, shared * group, width))
+
+    def _rotated(self, x: Any, kind: str) -> Any:
+        ops, (batch, length, heads, width) = self.ops, tuple(x.shape)
+        half = width // 2
+        angle = np.outer(np.arange(length), 10_000.0 ** (-np.arange(half) / half))
+        cos, sin = (
+            ops.from_numpy(f(angle)[:, None, :].astype(ops.to_numpy(x).dtype))
+            for f in (np.cos, np.sin)
+        )
+        last = 3 if kind == "rotary halves" else 4
+        parts = (2, half) if kind == "rotary halves" else (half, 2)
+        both = ops.reshape(x, (batch, length, heads, *parts))
+        one, two = (both[..., 0, :], both[..., 1, :]) if last == 3 else (both[..., 0], both[..., 1])
+        turned = [one * cos - two * sin, one * sin + two * cos]
+        return ops.reshape(ops.stack(turned, axis=last), (batch, length, heads, width))
+
+    def _scale(self, width: int, value_width: int) -> float:
+        factors = {
+            "scale missing": 1.0,
+            "scale twice": 1 / width,
+            "scale by the model's width": 1 / math.sqrt(self.weights["query.kernel"].shape[0]),
+            "scale by the value's width": 1 / math.sqrt(value_width),
+        }
+        own = [factor for name, factor in factors.items() if name in self.wrong]
+        return own[0] if own else 1 / math.sqrt(width)
+
+    def _mask(self, mask: Any) -> Any:
+        """With all axes."""
+        ops, rank = self.ops, len(mask.shape)
+        shape = tuple(mask.shape)
+        if rank == 2:
+            return ops.reshape(mask, (1, 1, *shape))
+        if rank == 3 and "mask of the heads" in self.wrong:
+            return ops.reshape(mask, (1, *shape))
+        return ops.reshape(mask, (shape[0], 1, *shape[1:])) if rank == 3 else mask
+
+    def _seen(self, mask: Any, causal: bool, offset: int, logits: Any) -> Any:
+        ops, wrong = self.ops, self.wrong
+        queries, keys = logits.shape[2:]
+        i, j = np.arange(queries)[:, None], np.arange(keys)[None]
+        shift = 0 if "offset ignored" in wrong else offset
+        if "other corner" in wrong:
+            shift += keys - queries
+        seen = np.ones((1, 1, queries, keys), bool)
+        if (causal and "causal ignored" not in wrong) or "causal not asked for" in wrong:
+            distance = j - i - shift
+            late = 1 if "next key seen" in wrong else -1 if "own key not seen" in wrong else 0
+            seen = seen & (distance >= 0 if "causal reversed" in wrong else distance <= late)
+        if self.window is not None and "window ignored" not in wrong:
+            size = self.window + ("window wider" in wrong) - ("window narrower" in wrong)
+            seen = seen & (np.abs(j - i - shift) < size)
+            if "window of one side" in wrong:
+                seen = seen & (j <= i + shift)
+        seen = ops.from_numpy(seen)
+        if mask is None or "mask ignored" in wrong or "mask added" in wrong:
+            return seen
+        mask = self._mask(mask)
+        if "mask transposed" in wrong:
+            mask = ops.permute_dims(mask, (0, 1, 3, 2))
+        if "mask inverted" in wrong:
+            mask = ops.logical_and(ops.from_numpy(np.ones((1, 1, 1, 1), bool)), mask == False)  # noqa: E712
+        return ops.logical_and(seen, mask)
+
+    def _softmax(self, logits: Any, raw: Any) -> Any:
+        ops, wrong = self.ops, self.wrong
+        axis = 2 if "softmax over queries" in wrong else 1 if "softmax over heads" in wrong else -1
+        if "no softmax" in wrong:
+            return ops.where(logits > -math.inf, logits, 0.0)
+        peak = ops.max(logits, axis=axis, keepdims=True)
+        empty = peak == -math.inf
+        safe = ops.where(empty, 0.0, logits) if "rows NaN" not in wrong else logits
+        peak = ops.where(empty, 0.0, peak) if "rows NaN" not in wrong else peak
+        weights = ops.exp(safe - peak)
+        even = weights / ops.sum(weights, axis=axis, keepdims=True)
+        if "rows NaN" in wrong or "rows mean" in wrong:
+            return even
+        if "rows unmasked" in wrong:
+            top = ops.exp(raw - ops.max(raw, axis=-1, keepdims=True))
+            return ops.where(empty, top / ops.sum(top, axis=-1, keepdims=True), even)
+        return ops.where(empty, 0.0, even)
+
+    def _output(self, context: Any) -> Any:
+        ops, kernel = self.ops, self.weights["output.kernel"]
+        heads, width, features = kernel.shape
+        if "output by the first head" in self.wrong:
+            kernel = np.repeat(kernel[:1], heads, axis=0)
+        batch, length, *_ = context.shape
+        y = ops.reshape(context, (batch, length, heads * width))
+        if "output left out" in self.wrong:
+            return y
+        flat = np.ascontiguousarray(kernel.reshape(heads * width, features))
+        y = ops.tensordot(y, ops.from_numpy(flat), axes=1)
+        bias = self.weights.get("output.bias")
+        if bias is None or "output bias left out" in self.wrong:
+            return y
+        often = heads if "output bias for each head" in self.wrong else 1
+        return y + ops.from_numpy(bias) * float(often)

@@ -1,0 +1,1 @@
+"""Two implementations held against each other stage by stage, and how far they may be apart."""

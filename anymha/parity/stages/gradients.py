@@ -1,0 +1,84 @@
+"""What is compared beside the stages: dtypes, weights, gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.stagewise import Stage, staged
+from anymha.parity.stages.trace import Trace, name_of_dtype
+from anymha.parity.stages.units import eps
+
+
+def weights_compared(first: Trace, second: Trace) -> list[Stage]:
+    """The weights that both told and that differ: the first thing to mend."""
+    if first.weights is None or second.weights is None:
+        return []
+    stages = []
+    for name in {**first.weights, **second.weights}:
+        wanted, got = first.weights.get(name), second.weights.get(name)
+        only = next((a for a in (wanted, got) if wanted is None or got is None), None)
+        if only is not None and name.endswith(".bias") and not np.any(only):
+            continue  # a bias of zeros is as none
+        if wanted is None or got is None or got.shape != wanted.shape:
+            have, other = (f"shape {a.shape}" if a is not None else "none" for a in (got, wanted))
+            fault = f"the weight has {have}, not {other}"
+            stages.append(Stage(f"weight {name}", True, math.inf, math.inf, 1.0, 0.0, None,
+                                (fault,)))  # fmt: skip
+            continue
+        one, other = wanted.astype(np.float64), got.astype(np.float64)
+        unit = max(eps(name_of_dtype(wanted)), eps(name_of_dtype(got)))
+        unit *= float(np.max(np.abs(one), initial=0.0)) or 1.0
+        error = float(np.max(np.abs(one - other), initial=0.0))
+        if not error <= unit:
+            stages.append(Stage(f"weight {name}", True, error, error, unit, 1.0))
+    return stages
+
+
+def gradients_compared(
+    traces: tuple[Trace, Trace], exact: Mapping[str, np.ndarray], allowed: Mapping[str, float]
+) -> list[Stage]:
+    """The gradients that both have; `exact` and `allowed` by name."""
+    reference, candidate = traces
+    dtype = max(map(computed_dtype, traces), key=eps)
+    stages = []
+    for name, wanted in reference.gradients.items():
+        got = candidate.gradients.get(name)
+        if got is None or name not in exact:
+            continue
+        stages.append(
+            staged(
+                f"gradient of {name}",
+                wanted.astype(np.float64),
+                got.astype(np.float64),
+                wanted.astype(np.float64),
+                exact[name],
+                allowed[name],
+                dtype,
+            )
+        )
+    return stages
+
+
+def limited(reference: Trace, stages: Sequence[Stage]) -> list[str]:
+    """Which gradients hold what no number can be held against, in words.
+
+    Args:
+        reference: The reference's trace.
+        stages: Its gradients, compared.
+    """
+    found = []
+    for stage in stages:
+        wanted = reference.gradients[stage.name.removeprefix("gradient of ")].astype(np.float64)
+        known = int(np.isfinite(wanted).sum()) if math.isfinite(stage.budget) else 0
+        if known < wanted.size:
+            found.append(f"{stage.name} ({wanted.size - known} of {wanted.size})")
+    if not found:
+        return []
+    return [
+        "NaN or infinity limits what can be compared: of these numbers it is only known that both "
+        f"implementations have NaN at the same places: {', '.join(found)}."
+    ]

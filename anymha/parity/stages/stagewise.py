@@ -1,0 +1,198 @@
+"""Two traces held against each other, stage by stage: structure first, then numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from anymha.parity.oracle.recipe import Arrays, Recipe
+from anymha.parity.stages.bits import count_differing
+from anymha.parity.stages.limits import Tolerances, computed_dtype, reproducible, shares_of
+from anymha.parity.stages.structure import distance, structure
+from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.trace import STAGES, Trace, name_of_dtype
+from anymha.parity.stages.units import eps
+
+OBSERVED = (*STAGES, "scores")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the candidate beside the reference's.
+
+    Args:
+        name: The stage, "scores", or "gradient of NAME".
+        told: Whether the candidate told it; else it was computed from its weights, or not known.
+        error: The greatest difference from the reference, built up over all stages before.
+        own_error: The difference that is this stage's own: from what the reference's step makes of
+            the candidate's own earlier stages.
+        unit: ``eps * max |reference|`` of the stage: the rounding of its greatest number.
+        budget: How many units rounding explains.
+        ratio: The candidate's error against float64 over the reference's; None where unknown.
+        faults: What is wrong beside numbers, in words.
+        at: Where the greatest difference is.
+        values: The reference's and the candidate's number there.
+    """
+
+    name: str
+    told: bool
+    error: float
+    own_error: float
+    unit: float
+    budget: float
+    ratio: float | None = None
+    faults: tuple[str, ...] = ()
+    at: tuple[int, ...] = ()
+    values: tuple[float, float] | None = None
+
+    @property
+    def units(self) -> float:
+        """The error in units."""
+        return in_units(self.error, self.unit)
+
+    @property
+    def own_units(self) -> float:
+        """The stage's own error in units."""
+        return in_units(self.own_error, self.unit)
+
+    @property
+    def passed(self) -> bool:
+        """Whether rounding explains the error."""
+        return not self.faults and self.units <= self.budget
+
+    @property
+    def culprit(self) -> bool:
+        """Whether the stage itself is wrong, whatever came before it."""
+        return bool(self.faults) or not self.own_units <= self.budget
+
+
+def in_units(error: float, unit: float) -> float:
+    """An error in units, of which there may be none."""
+    return 0.0 if error == 0 else error / unit if unit else math.inf
+
+
+def observed(trace: Trace, output: np.ndarray) -> Arrays:
+    """What a trace told, by stage, the output flat (B, T, O)."""
+    found = {**trace.stages, "output": output}
+    if trace.scores is not None:
+        found["scores"] = trace.scores
+    return {name: found[name].astype(np.float64) for name in OBSERVED if name in found}
+
+
+def compared(
+    recipe: Recipe,
+    honest: Arrays,
+    traces: tuple[Trace, Trace],
+    told: tuple[Arrays, Arrays],
+) -> list[Stage]:
+    """Every stage that the candidate told, and its projections where it told its weights.
+
+    Args:
+        recipe: What the reference computes.
+        honest: Its stages in float64, and the "scores" that it returns.
+        traces: The reference's and the candidate's.
+        told: What both told, by stage.
+    """
+    tolerances = Tolerances(recipe, traces[0])
+    wanted, found = told
+    own: Arrays = {}  # the candidate's stages, filled up by the reference's steps
+    stages = []
+    for name in OBSERVED:
+        expected = honest[name]
+        reference = wanted.get(name, expected)
+        if name == "scores":
+            fed = own["probabilities"]
+        else:
+            fed = recipe.steps[name](recipe, own) if _fits(own, honest) else expected
+        candidate = found.get(name)
+        if candidate is not None:
+            allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
+            dtype = computed_dtype(traces[0])
+            stages.append(staged(name, reference, candidate, fed, expected, allowed, dtype))
+            if name == "output":
+                stages[-1] = faulted(stages[-1], *beside_numbers(traces))
+            if name in ("output", "scores") and all(map(reproducible, traces)):
+                close = tolerance("float64", tolerances.length, tolerances.sizes[name].max())
+                stages[-1] = faulted(stages[-1], *_bits(reference, candidate, expected, close))
+        own[name] = fed if candidate is None else candidate
+    return stages
+
+
+def _fits(own: Arrays, honest: Arrays) -> bool:
+    """Whether the candidate's stages so far have the right shapes to compute with."""
+    return all(array.shape == honest[name].shape for name, array in own.items())
+
+
+def staged(
+    name: str,
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    fed: np.ndarray,
+    exact: np.ndarray,
+    allowed: np.ndarray | float,
+    dtype: str,
+) -> Stage:
+    """The position whose error is the greatest of what rounding explains there."""
+    limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
+    sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
+    axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
+    faults = tuple(structure(name, reference, candidate))
+    if candidate.shape != reference.shape or not reference.size:
+        unit = eps(dtype) * float(np.max(sizes_of, initial=0.0)) or eps(dtype)
+        budget, error = float(np.max(limits, initial=0.0)) / unit, math.inf if faults else 0.0
+        return Stage(name, True, error, error, unit, budget, None, faults)
+    apart = distance(candidate, reference, name)
+    own = distance(candidate, fed, name) if fed.shape == candidate.shape else apart
+    shares = shares_of(apart, limits)
+    at = np.unravel_index(int(np.argmax(shares)), apart.shape)
+    limit = float(np.broadcast_to(limits, apart.shape)[at])
+    largest = np.max(sizes_of, axis=axes, keepdims=True)
+    unit = eps(dtype) * float(np.broadcast_to(largest, apart.shape)[at])
+    unit = unit or eps(dtype) * float(np.max(sizes_of)) or eps(dtype)
+    mine, theirs = distance(candidate, exact, name), distance(reference, exact, name)
+    ratio = float(mine.max() / theirs.max()) if theirs.max() > 0 else None
+    return Stage(
+        name,
+        True,
+        float(apart[at]),
+        _own_error(shares_of(own, limits), limit, own[at]),
+        unit,
+        limit / unit,
+        ratio if ratio is not None and math.isfinite(ratio) else None,
+        faults,
+        tuple(int(i) for i in at),
+        (float(reference[at]), float(candidate[at])),
+    )
+
+
+def _own_error(shares: np.ndarray, limit: float, own: float) -> float:
+    """The worst of a stage's own errors, on the scale of the limit at the shown position."""
+    worst = float(shares.max())
+    return worst * limit if math.isfinite(limit) and worst > 0 else float(own)
+
+
+def beside_numbers(traces: tuple[Trace, Trace]) -> list[str]:
+    """What is wrong with the candidate's output whatever its numbers are."""
+    names = [name_of_dtype(trace.output) for trace in traces]
+    faults = [] if names[0] == names[1] else [f"dtype {names[1]}, not {names[0]}"]
+    if traces[1].random and not traces[0].random:
+        faults.append("two calls gave two results")
+    return faults
+
+
+def faulted(stage: Stage, *faults: str) -> Stage:
+    """The stage with further faults."""
+    return replace(stage, faults=(*stage.faults, *faults))
+
+
+def _bits(
+    reference: np.ndarray, candidate: np.ndarray, exact: np.ndarray, close: float
+) -> list[str]:
+    """What differs in reproducible mode, where ties alone may."""
+    both = [{"it": array.astype(np.float32)} for array in (reference, candidate)]
+    differing, ties, compared = count_differing(both, {"it": exact}, {"it": close})
+    if differing <= ties:
+        return []
+    return [f"{differing - ties} of {compared} elements differ in a bit, 0 may if reproducible"]

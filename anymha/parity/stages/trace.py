@@ -1,0 +1,243 @@
+"""What is asked of an implementation, and what it gave: as NumPy arrays, of any framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from anymha.errors import ArgumentError, DtypeError
+from anymha.framework.dtypes import accumulation_dtype
+from anymha.framework.registry import backend_of
+from anymha.options.config import AttentionConfig
+from anymha.parity.oracle.cases import Case, Problem
+from anymha.parity.oracle.recipe import STEPS
+
+Arrays = dict[str, np.ndarray]
+
+STAGES = tuple(STEPS)
+"""The stages in order."""
+
+INPUTS = ("query", "value", "key")
+MASKS = ("attention_mask", "query_mask", "value_mask", "key_mask")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, in NumPy.
+
+    Args:
+        inputs: "query", and "value" and "key" where they are given; features last.
+        masks: Boolean masks by argument.
+        bias: The attention bias.
+        call: The call's other arguments, as anymha's layer takes them.
+        given: The inputs as the caller gave them, for plain functions.
+    """
+
+    inputs: Arrays
+    masks: Arrays = field(default_factory=dict)
+    bias: np.ndarray | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def three(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, value and key, each there."""
+        query = self.inputs["query"]
+        value = self.inputs.get("value", query)
+        return query, value, self.inputs.get("key", value)
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout acts."""
+        return bool(self.call.get("training"))
+
+    def arguments(self) -> dict[str, Any]:
+        """What anymha's layer takes beside the inputs, in NumPy."""
+        bias = {} if self.bias is None else {"attention_bias": self.bias}
+        return {**self.masks, **bias, **self.call}
+
+
+def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
+    """The request for what a user passed.
+
+    Args:
+        inputs: An array, a sequence of query, value and key, or a mapping of them by name.
+        call: Arguments of the call by the names of anymha's layer.
+
+    Raises:
+        ArgumentError: there is no query, or a name is not known.
+    """
+    if isinstance(inputs, Mapping):
+        named = dict(inputs)
+    elif isinstance(inputs, Sequence) and not hasattr(inputs, "shape"):
+        named = dict(zip(INPUTS, inputs, strict=False))
+        if len(inputs) > 3:
+            raise ArgumentError(f"`inputs` has at most query, value, key. Received: {len(inputs)}.")
+    else:
+        named = {"query": inputs}
+    named |= dict(call)
+    rest = {name: named.pop(name) for name in list(named) if name not in (*INPUTS, *MASKS)}
+    bias = rest.pop("attention_bias", None)
+    named = {name: array for name, array in named.items() if array is not None}
+    if "query" not in named:
+        raise ArgumentError(
+            f"`inputs` must have a 'query'. Received: {', '.join(named) or 'nothing'}."
+        )
+    unknown = sorted(set(rest) - {"training", "use_causal_mask", "query_offset", "seed"})
+    if unknown:
+        raise ArgumentError(
+            f"The call of a layer has no argument {', '.join(map(repr, unknown))}. It has: "
+            f"{', '.join((*MASKS, 'attention_bias', 'training', 'use_causal_mask'))}, "
+            "query_offset, seed."
+        )
+    # Copies: what a careless function writes into its inputs shall not change what is right.
+    arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}
+    for name, array in arrays.items():
+        if array.size == 0:
+            raise ArgumentError(f"`{name}` is empty, and nothing to compare: shape {array.shape}.")
+    return Request(
+        {name: arrays[name] for name in INPUTS if name in arrays},
+        {name: _boolean(name, arrays[name]) for name in MASKS if name in arrays},
+        None if bias is None else as_numpy(bias),
+        {n: as_numpy(v) if hasattr(v, "shape") else v for n, v in rest.items()},
+        {name: named[name] for name in INPUTS if name in named},
+    )
+
+
+def _boolean(name: str, mask: np.ndarray) -> np.ndarray:
+    if mask.dtype != np.bool_:
+        raise DtypeError(
+            f"`{name}` must be boolean, True = may attend. Received: {mask.dtype.name}. "
+            "An additive mask is an `attention_bias`; one of 0 and 1 becomes boolean by "
+            "`.astype(bool)`."
+        )
+    return mask
+
+
+def unsteady(found: np.ndarray, again: np.ndarray) -> bool:
+    """Whether two calls gave two results, by more than the order of sums explains."""
+    if found.shape != again.shape:
+        return True
+    one, other = found.astype(np.float64), again.astype(np.float64)
+    size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
+    dtype, near = name_of_dtype(found), 0.0
+    if "float" in dtype:
+        working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
+        near = 2 * float(ml_dtypes.finfo(found.dtype).eps) + 256 * working
+    return not np.allclose(one, other, rtol=0, atol=near * size, equal_nan=True)
+
+
+def need_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
+    """Say which result of an implementation cannot be compared.
+
+    Args:
+        name: The implementation.
+        results: What it gave, by name.
+
+    Raises:
+        DtypeError: a result is not of real numbers.
+    """
+    for which, array in results.items():
+        dtype = name_of_dtype(array)
+        if array.dtype.kind not in "fiub" and "float" not in dtype:
+            raise DtypeError(
+                f"The {which} of `{name}` must be real numbers, floating or integers. Received: "
+                f"shape {array.shape}, dtype {dtype}. Cast it, or return real and imaginary parts "
+                "by themselves."
+            )
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of any framework in NumPy; what is no array of one becomes NumPy's."""
+    if isinstance(array, (np.ndarray, float, int, list)):
+        return np.asarray(array)
+    if hasattr(array, "value") and not hasattr(array, "__array__"):
+        array = array.value  # a variable of Keras, or of Flax
+    return np.asarray(backend_of(array).ops.to_numpy(array))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an implementation gave.
+
+    Args:
+        name: What it is.
+        output: Its output, in the caller's shape.
+        scores: Its probabilities (B, H, T, S), where it returns them.
+        stages: What it computed on the way, by stage, in the shapes of the recipe.
+        gradients: Of the sum of the output times a fixed cotangent, by canonical name; empty where
+            it has none.
+        weights: Its canonical weights, where it tells them.
+        config: Its options, where it tells them.
+        accumulated: The dtype of its sums; None: that which anymha would take.
+        held: The dtype in which it holds what the sums give; None: that of the sums.
+        random: Whether two calls gave two results.
+        notes: What its users should know.
+    """
+
+    name: str
+    output: np.ndarray
+    scores: np.ndarray | None = None
+    stages: Arrays = field(default_factory=dict)
+    gradients: Arrays = field(default_factory=dict)
+    weights: Arrays | None = None
+    config: AttentionConfig | None = None
+    accumulated: str | None = None
+    held: str | None = None
+    random: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Subject(Protocol):
+    """An implementation that can be asked."""
+
+    name: str
+
+    def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
+        """What it gives; with a cotangent of the output, the gradients too, where it has them."""
+        ...
+
+
+def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> Problem:
+    """The request to a layer with these options and weights, for the oracle."""
+    query, value, key = request.three
+    widths = (query.shape[-1], value.shape[-1], key.shape[-1])
+    options = config.to_dict()
+    for name in ("query_features", "value_features", "key_features"):
+        options.pop(name, None)
+    inputs = dict(request.inputs)
+    if request.bias is not None:
+        inputs["attention_bias"] = request.bias
+    own = None if set(request.inputs) == {"query"} else value.shape[:-1]
+    if own is not None:
+        inputs |= {"value": value, "key": key}
+    case = Case("compare", options, dict(request.call), query.shape[:-1], own, widths)
+    output = weights["output.kernel"].shape[2:]
+    return Problem(
+        case, weights, inputs, request.masks,
+        np.zeros((*query.shape[:-1], *output)), np.zeros(_scores(config, query, value)),
+    )  # fmt: skip
+
+
+def _scores(config: AttentionConfig, query: np.ndarray, value: np.ndarray) -> tuple[int, ...]:
+    rank = query.ndim
+    named: Any = config.attention_axes or range(1, rank - 1)
+    attention = [axis % rank for axis in named]
+    batch = [query.shape[i] for i in range(rank - 1) if i not in attention]
+    lengths = [array.shape[i] for array in (query, value) for i in attention]
+    return (*batch, config.num_heads, *lengths)
+
+
+def name_of_dtype(array: np.ndarray) -> str:
+    """The name of an array's dtype, "bfloat16" included."""
+    return _name(array.dtype)
+
+
+@cache
+def _name(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.name

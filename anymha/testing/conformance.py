@@ -1,0 +1,28 @@
+"""The conformance tests of a backend: every function and every rule of the layer."""
+
+from anymha.testing.arithmetic import ArithmeticTests
+from anymha.testing.arrays import ArrayTests
+from anymha.testing.capabilities import CAPABILITIES
+from anymha.testing.framework import FrameworkTests
+from anymha.testing.gradients import GradientTests
+from anymha.testing.layer import LayerTests
+
+__all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
+
+
+# pytest runs the tests of the last base first: functions before the layer, which breaks with them.
+class FunctionTests(FrameworkTests, ArithmeticTests, ArrayTests):
+    """Every function of `anymha.framework.protocol.Ops`, against NumPy."""
+
+
+class SemanticsTests(GradientTests, LayerTests):
+    """Every rule of the layer, against the float64 oracle."""
+
+
+class Conformance(SemanticsTests, FunctionTests):
+    """All tests of a backend. Name it in `backend`, in a class whose name begins with Test.
+
+    Attributes:
+        backend: The module of functions. Or override the fixture `ops`, which gives it.
+        requires: Names out of `CAPABILITIES`; what is named here and lacking is a failure.
+    """

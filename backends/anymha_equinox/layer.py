@@ -1,0 +1,130 @@
+"""The layer for Equinox: an `eqx.Module` whose array leaves are the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from anymha.errors import ArgumentError
+from anymha.framework.registry import get_backend
+from anymha.layer.forward import multi_head_attention
+from anymha.layer.native import CallOptions, checked_values, takes_call, takes_options
+from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.options.config import PROJECTIONS, AttentionConfig
+
+_jax = get_backend("jax")
+
+
+class _Projection(eqx.Module):
+    """Holds one kernel and, maybe, one bias, so that they get their canonical names."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+class MultiHeadAttention(eqx.Module):
+    """Multi-head attention as an `eqx.Module`.
+
+    The constructor takes the options of `anymha.AttentionConfig`, of which `query_features` is
+    needed, and of Equinox
+
+    * `key`: gives the initial values where `seed` is not given; ``key=jax.random.key(7)`` gives
+      those of ``seed=7``.
+    * `inference`: whether dropout is off; `eqx.nn.inference_mode` sets it.
+
+    The call takes the arguments of `anymha.multi_head_attention`, where ``training=None``
+    means ``not layer.inference``, and Equinox's `inference`, which goes before the layer's own.
+    There `key` is the attention's; dropout takes its key as `seed`. The weights are leaves at
+    their canonical names (``layer.query.kernel``). ``layer.config`` holds no `seed`, so that
+    layers of different first values are of one tree structure.
+
+    Differs from:
+        `equinox.nn.MultiheadAttention`: inputs have a batch axis, where Equinox has one example
+        under `jax.vmap`; the call is ``(query, value, key)``; scores may be asked for; biases
+        are there by default.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> from anymha_equinox import MultiHeadAttention
+        >>> layer = MultiHeadAttention(2, 4, query_features=8, key=jax.random.key(0))
+        >>> eqx.filter_jit(layer)(jnp.ones((1, 3, 8)), use_causal_mask=True).shape
+        (1, 3, 8)
+    """
+
+    query: _Projection
+    key: _Projection
+    value: _Projection
+    output: _Projection
+    inference: bool  # a leaf, so that `eqx.tree_at` can set it
+    config: AttentionConfig = eqx.field(static=True)
+
+    @takes_options
+    def __init__(
+        self, config: AttentionConfig, *, key: jax.Array | None = None, inference: bool = False
+    ) -> None:
+        weights = _jax.layer(**config.to_dict(), key=key).weights
+        for name in PROJECTIONS:
+            held = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
+            setattr(self, name, held)
+        self.inference = inference
+        self.config = dataclasses.replace(config, seed=None)
+
+    @takes_call
+    def __call__(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        *,
+        inference: bool | None = None,
+        **call: Unpack[CallOptions],
+    ) -> Any:
+        if call.get("training") is None:
+            off = self.inference if inference is None else inference
+            # Without dropout the flag does not matter, and may be traced.
+            call["training"] = self.config.dropout > 0 and not off
+        elif inference is not None:
+            raise ArgumentError(
+                "`training` and `inference` say the same; pass one. Received: "
+                f"training={call.get('training')!r}, inference={inference!r}."
+            )
+        weights = self.canonical_weights()
+        return multi_head_attention(_jax.ops, self.config, weights, query, value, key, **call)
+
+    def regularization_loss(self) -> jax.Array:
+        """The sum of the penalties of all weights; 0 where there are no regularisers."""
+        return regularization_loss(_jax.ops, self.config, self.canonical_weights())
+
+    def apply_constraints(self) -> MultiHeadAttention:
+        """A new layer of the same options, its weights what the constraints want."""
+        mine = self.canonical_weights()
+        return self._with(mine | constrained_weights(_jax.ops, self.config, mine))
+
+    def canonical_weights(self) -> dict[str, jax.Array]:
+        """The weights by canonical name."""
+        named = {
+            f"{name}.{part}": getattr(getattr(self, name), part)
+            for name in PROJECTIONS
+            for part in ("kernel", "bias")
+        }
+        return {name: array for name, array in named.items() if array is not None}
+
+    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
+        """A new layer of the same options with these weights, in its own dtype.
+
+        Raises:
+            WeightsError: names or shapes do not fit.
+        """
+        mine = self.canonical_weights()
+        values = checked_values(self.config, mine, weights)
+        return self._with({n: _jax.ops.from_numpy(values[n].astype(mine[n].dtype)) for n in mine})
+
+    def _with(self, arrays: Mapping[str, jax.Array]) -> MultiHeadAttention:
+        """A new layer with these arrays, in the canonical order."""
+        order = [arrays[name] for name in self.canonical_weights()]
+        return eqx.tree_at(lambda layer: [*layer.canonical_weights().values()], self, order)

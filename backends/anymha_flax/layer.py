@@ -1,0 +1,185 @@
+"""The layer for Flax: an `nnx.Module` whose `nnx.Param`s are the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import jax
+import numpy as np
+from flax import nnx
+
+from anymha.errors import ArgumentError
+from anymha.framework.registry import get_backend
+from anymha.layer.forward import multi_head_attention
+from anymha.layer.native import CallOptions, checked_values, takes_call, takes_options
+from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.options.config import PROJECTIONS, AttentionConfig
+
+_jax = get_backend("jax")
+
+
+class _Projection(nnx.Module):
+    """Holds one kernel and, maybe, one bias, so that they get their canonical names."""
+
+    kernel: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array] | None
+
+    def __init__(self, kernel: jax.Array, bias: jax.Array | None) -> None:
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention as an `nnx.Module`.
+
+    The constructor takes the options of `anymha.AttentionConfig`, of which `query_features` is
+    needed, and of Flax
+
+    * `rngs`: an `nnx.Rngs` or one of its streams. Where `seed` is not given, the stream "params"
+      gives the initial values; where there is dropout, a fork of the stream "dropout" is kept as
+      `layer.rngs` and gives the seed of each call. An `nnx.Rngs` without such a stream gives its
+      "default".
+    * `deterministic`: whether dropout is off; `layer.eval()` and `layer.train()` set it.
+
+    The call takes the arguments of `anymha.multi_head_attention`, where ``training=None``
+    means ``not layer.deterministic``, and Flax's `deterministic` and `rngs` (or one key), which
+    go before the layer's own. The weights are `nnx.Param`s at their canonical names
+    (``layer.query.kernel``).
+
+    Differs from:
+        `flax.nnx.MultiHeadAttention`: the call is ``(query, value, key)``; dropout draws for each
+        element where Flax by default draws one mask for the whole batch.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from anymha_flax import MultiHeadAttention
+        >>> layer = MultiHeadAttention(num_heads=2, key_dim=4, query_features=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((1, 3, 8)), use_causal_mask=True).shape
+        (1, 3, 8)
+    """
+
+    query: _Projection
+    key: _Projection
+    value: _Projection
+    output: _Projection
+    config: AttentionConfig
+    deterministic: bool
+    rngs: nnx.RngStream | None
+
+    @takes_options
+    def __init__(
+        self,
+        config: AttentionConfig,
+        *,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        draws = rngs is not None and config.seed is None
+        key = _stream(rngs, "params")() if draws else None
+        weights = _jax.layer(**config.to_dict(), key=key).weights
+        self.config = config
+        self.deterministic = deterministic
+        for name in PROJECTIONS:
+            held = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
+            setattr(self, name, held)
+        keeps = rngs is not None and config.dropout > 0
+        self.rngs = nnx.data(_stream(rngs, "dropout").fork() if keeps else None)
+
+    @takes_call
+    def __call__(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        **call: Unpack[CallOptions],
+    ) -> Any:
+        if call.get("training") is None:
+            off = self.deterministic if deterministic is None else deterministic
+            call["training"] = not off
+        elif deterministic is not None:
+            raise ArgumentError(
+                "`training` and `deterministic` say the same; pass one. Received: "
+                f"training={call.get('training')!r}, deterministic={deterministic!r}."
+            )
+        if call.get("seed") is None:
+            rngs = self.rngs if rngs is None else rngs
+            call["seed"] = rngs if isinstance(rngs, jax.Array) else lambda: _dropout_key(rngs)
+        weights = self.canonical_weights()
+        return multi_head_attention(_jax.ops, self.config, weights, query, value, key, **call)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def regularization_loss(self) -> jax.Array:
+        """The sum of the penalties of all weights; 0 where there are no regularisers."""
+        return regularization_loss(_jax.ops, self.config, self.canonical_weights())
+
+    def apply_constraints(self) -> MultiHeadAttention:
+        """This layer, its weights changed to what the constraints want."""
+        params = self._params()
+        changed = constrained_weights(_jax.ops, self.config, self.canonical_weights())
+        for name, array in changed.items():
+            params[name][...] = array
+        return self
+
+    def canonical_weights(self) -> dict[str, jax.Array]:
+        """The weights by canonical name."""
+        return {name: param[...] for name, param in self._params().items()}
+
+    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
+        """This layer, now with these weights, in its own dtype.
+
+        Raises:
+            WeightsError: names or shapes do not fit; the layer is left as it was.
+        """
+        params = self._params()
+        values = checked_values(self.config, params, weights)
+        for name, value in values.items():
+            params[name][...] = _jax.ops.from_numpy(value.astype(params[name].dtype))
+        return self
+
+    def _params(self) -> dict[str, Any]:
+        named = {
+            f"{name}.{part}": getattr(getattr(self, name), part)
+            for name in PROJECTIONS
+            for part in ("kernel", "bias")
+        }
+        return {name: param for name, param in named.items() if param is not None}
+
+
+def _stream(rngs: Any, name: str) -> nnx.RngStream:
+    """The stream of that name; a stream is itself.
+
+    Raises:
+        ArgumentError: `rngs` is neither an `nnx.Rngs` nor a stream.
+    """
+    if isinstance(rngs, nnx.Rngs):
+        return rngs[name]
+    if isinstance(rngs, nnx.RngStream):
+        return rngs
+    raise ArgumentError(
+        "`rngs` must be an nnx.Rngs or one of its streams. Received: "
+        f"{type(rngs).__module__}.{type(rngs).__qualname__}. Pass e.g. rngs=nnx.Rngs(0)."
+    )
+
+
+def _dropout_key(rngs: Any) -> jax.Array:
+    """The next key for dropout.
+
+    Raises:
+        ArgumentError: there is nothing to draw it from.
+    """
+    if rngs is None:
+        raise ArgumentError(
+            "`rngs` are needed for dropout in training. Received: None. Pass rngs=nnx.Rngs(...) to "
+            "the constructor or to the call, or an int or a key as `seed`; or switch dropout off "
+            "with `layer.eval()`."
+        )
+    return _stream(rngs, "dropout")()

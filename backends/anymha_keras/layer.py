@@ -1,0 +1,242 @@
+"""The layer for Keras: a `keras.layers.Layer`, on whichever of Keras's backends is set."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from anymha.framework.registry import get_backend
+from anymha.layer.checks import unpack_inputs
+from anymha.layer.forward import multi_head_attention
+from anymha.layer.native import checked_values, first_weights, widths_of
+from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
+from anymha_keras.options import Given, core_dtypes, saved, takes_options
+from anymha_keras.projection import Projection, Values, copied, make_projection, rounded
+
+
+@keras.saving.register_keras_serializable(package="anymha")
+class MultiHeadAttention(keras.layers.Layer):
+    """Multi-head attention as a Keras layer, in the place of `keras.layers.MultiHeadAttention`.
+
+    The constructor takes the options of `anymha.AttentionConfig` and the arguments of every Keras
+    layer, of which `dtype` may be a policy; the call the arguments of
+    `anymha.multi_head_attention`. Masks that Keras's layers attach to their outputs count
+    where none is passed. Weights have the names, the order and the shapes of Keras's layer.
+
+    Initial values are anymha's, and from the same `seed` the same in every framework; but for an
+    instance of Keras's initialisers they are that object's own. Penalties and constraints go
+    Keras's way: `layer.losses`, and the variables' constraints.
+
+    Differs from:
+        `keras.layers.MultiHeadAttention`: a row whose keys are all masked gives exactly the
+        output's bias; scores have their shape in the functional API where key and query differ in
+        length; a `query_mask` that is passed counts; the order of the options after
+        `attention_axes`; `use_gate`, `flash_attention=True` and quantisation are refused.
+
+    Example:
+        >>> import keras
+        >>> from anymha_keras import MultiHeadAttention
+        >>> layer = MultiHeadAttention(num_heads=2, key_dim=4, seed=0)
+        >>> tuple(layer(keras.ops.ones((1, 3, 8))).shape)
+        (1, 3, 8)
+    """
+
+    @takes_options
+    def __init__(self, given: Given) -> None:
+        config = given.config
+        super().__init__(dtype=given.policy, name=config.name, **given.of_layer)
+        self.supports_masking = True
+        self.seed = config.seed
+        self._config = config
+        self._own_compute_dtype = given.compute_dtype
+        self._own_initializers = given.initializers
+        self._dropout_layer = keras.layers.Dropout(
+            config.dropout,
+            seed=None if config.seed is None else config.seed % 2**31,
+            dtype=self.dtype_policy,
+        )
+        if config.query_features is not None:
+            shapes = config.weight_shapes()
+            self._build_of([shapes[f"{name}.kernel"][0] for name in ("query", "value", "key")])
+
+    num_heads = property(lambda self: self._config.num_heads)
+    key_dim = property(lambda self: self._config.key_dim)
+    value_dim = property(lambda self: self._config.value_dim)
+    dropout = property(lambda self: self._config.dropout)
+    use_bias = property(lambda self: self._config.use_bias)
+    attention_axes = property(lambda self: self._config.attention_axes)
+    sliding_window = property(lambda self: self._config.sliding_window)
+    query_dense = property(lambda self: self._query_dense)
+    key_dense = property(lambda self: self._key_dense)
+    value_dense = property(lambda self: self._value_dense)
+    output_dense = property(lambda self: self._output_dense)
+
+    @property
+    def config(self) -> AttentionConfig:
+        """The options, with the dtypes of the layer's policy."""
+        dtypes = core_dtypes(self, self._own_compute_dtype)
+        if any(getattr(self._config, name) != dtype for name, dtype in dtypes.items()):
+            self._config = dataclasses.replace(self._config, **dtypes)
+        return self._config
+
+    @property
+    def _ops(self) -> Any:
+        return get_backend(keras.config.backend()).ops
+
+    def build(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, query_shape: Any, value_shape: Any = None, key_shape: Any = None
+    ) -> None:
+        if self.built:
+            return
+        config = self.config
+        shapes = unpack_shapes(query_shape, value_shape, key_shape)
+        names = ("query_features", "value_features", "key_features")
+        result_shapes(config, shapes, [getattr(config, name) for name in names], {})
+        widths = [shape[-1] for shape in shapes]
+        plain = dict.fromkeys(self._own_initializers, "zeros")  # not drawn twice
+        values = first_weights(
+            dataclasses.replace(config, **plain), widths, lambda: random.randrange(2**31), self._ops
+        )
+
+        def initializer(name: str) -> Any:
+            own = self._own_initializers.get(f"{name.partition('.')[2]}_initializer")
+            return Values(values[name]) if own is None else copied(own)
+
+        heads = (config.num_heads, config.value_dim)
+        query, value, key = shapes
+        ends = {"query": query, "key": key, "value": value, "output": (*query[:-1], *heads)}
+        for name in PROJECTIONS:
+            kernel = values[f"{name}.kernel"].shape
+            dense = make_projection(config, name, kernel, initializer, self.dtype_policy)
+            setattr(self, f"_{name}_dense", dense)
+            dense.build(ends[name])
+        if keras.config.backend() == "numpy":  # where an initialiser's float64 becomes float32
+            self._assign({n: v for n, v in values.items() if isinstance(initializer(n), Values)})
+
+    def _build_of(self, widths: Sequence[int]) -> None:
+        """Build for inputs of these widths: query, value, key."""
+        self.build(*(any_shape(self._config, width) for width in widths))
+
+    def call(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        *,
+        attention_mask: Any = None,
+        attention_bias: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+        query_offset: Any = 0,
+        seed: Any = None,
+    ) -> Any:
+        query, value, key = unpack_inputs(query, value, key)
+        passed = (query_mask, value_mask, key_mask, attention_mask)
+        masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
+        penalised = self._config.activity_regularizer is not None
+        result = multi_head_attention(
+            self._ops,
+            self.config,
+            self.canonical_weights(),
+            query,
+            value,
+            key,
+            **masks,
+            attention_bias=attention_bias,
+            return_attention_scores=return_attention_scores,
+            return_activity_loss=penalised,
+            training=training,
+            use_causal_mask=use_causal_mask,
+            query_offset=query_offset,
+            seed=self._draw_seed if seed is None else seed,
+        )
+        if penalised:
+            *results, loss = result
+            self.add_loss(loss)
+            result = tuple(results) if return_attention_scores else results[0]
+        return with_mask(result, masks["query_mask"])
+
+    def _draw_seed(self) -> Any:
+        state = self._dropout_layer.seed_generator.next()
+        if keras.config.backend() == "jax":  # which takes the words of a key, and has no int64
+            return state
+        words: Any = keras.ops.cast(state, "int64")
+        return words[0] * 2**32 + words[1]
+
+    def compute_output_shape(
+        self, query_shape: Any, value_shape: Any = None, key_shape: Any = None
+    ) -> tuple[int | None, ...]:
+        shapes = unpack_shapes(query_shape, value_shape, key_shape)
+        return result_shapes(self._config, shapes, self._widths, {})[0]
+
+    def compute_output_spec(
+        self, query: Any, value: Any = None, key: Any = None, **call: Any
+    ) -> Any:
+        query, value, key = unpack_inputs(query, value, key)
+        masks = all_masks({name: call.get(name) for name in MASKS}, query, value, key)
+        extra = {**masks, "attention_bias": call.get("attention_bias")}
+        given = {name: array for name, array in extra.items() if array is not None}
+        shapes = result_shapes(
+            self._config, [query.shape, value.shape, key.shape], self._widths, given
+        )
+        output, scores = (keras.KerasTensor(shape, self.compute_dtype) for shape in shapes)
+        result = (output, scores) if call.get("return_attention_scores") else output
+        return with_mask(result, masks["query_mask"])
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        """The query's mask."""
+        return previous_mask[0] if isinstance(previous_mask, (list, tuple)) else previous_mask
+
+    @property
+    def _widths(self) -> tuple[int | None, ...]:
+        if not self.built:
+            return (None, None, None)
+        return widths_of({f"{name}.kernel": p.kernel for name, p in self._projections().items()})
+
+    def _projections(self) -> dict[str, Projection]:
+        return {name: getattr(self, f"_{name}_dense") for name in PROJECTIONS}
+
+    def canonical_weights(self) -> dict[str, Any]:
+        """The weights by canonical name, as tensors of Keras's backend."""
+        if not self.built:
+            return {}
+        found = {}
+        for name, dense in self._projections().items():
+            found[f"{name}.kernel"] = dense.kernel
+            if dense.bias is not None:
+                found[f"{name}.bias"] = dense.bias
+        return {name: keras.ops.convert_to_tensor(weight) for name, weight in found.items()}
+
+    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
+        """This layer, now with these weights, in its own dtype.
+
+        Raises:
+            WeightsError: names or shapes do not fit; the layer is left as it was.
+        """
+        values = checked_values(self.config, self.canonical_weights(), weights)
+        if not self.built:
+            self._build_of(widths_of(values))
+        self._assign(values)
+        return self
+
+    def _assign(self, values: Mapping[str, np.ndarray]) -> None:
+        for name, value in values.items():
+            projection, _, part = name.partition(".")
+            variable = getattr(self._projections()[projection], part)
+            variable.assign(rounded(value, self.variable_dtype))
+
+    def get_config(self) -> dict[str, Any]:
+        found = {**super().get_config(), **saved(self._config, self._own_initializers)}
+        if self._own_compute_dtype is not None:
+            found["compute_dtype"] = self._own_compute_dtype
+        return found
