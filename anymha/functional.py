@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymha.attention.dropout import Dropout, rate_threshold
+from anymha.attention.features.softcap import Softcap
 from anymha.attention.masks import visibility
 from anymha.attention.spec import AttentionCall
 from anymha.errors import DtypeError, ShapeError
@@ -19,7 +20,6 @@ from anymha.framework.validation import (
     checked_rate,
     checked_scale,
     checked_size,
-    checked_softcap,
     checked_window,
 )
 from anymha.layer.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
@@ -106,7 +106,8 @@ def dot_product_attention(
     _check_masks(arrays)
     query_offset = check_offset(ops, query_offset, query.shape[0])
     left, right = checked_window(window, "window")
-    scale, softcap = checked_scale(scale, "scale"), checked_softcap(softcap, "softcap")
+    scale, softcap = checked_scale(scale, "scale"), Softcap.checked(softcap)
+    features = () if softcap is None else (Softcap(softcap),)
     if memory_budget is not None:
         memory_budget = checked_size(memory_budget, "memory_budget")
     threshold = rate_threshold(checked_rate(dropout, "dropout"))
@@ -119,7 +120,7 @@ def dot_product_attention(
     def forward(arrays: Mapping[str, Array]) -> Any:
         options = AttentionCall(
             1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            softcap,
+            features,
             visibility(is_causal, (left, right), arrays.get("query_offset", query_offset)),
             Dropout(threshold, arrays.get("seed", seed)) if threshold else None,
             memory_budget,

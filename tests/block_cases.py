@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from anymha.attention.dropout import Dropout
+from anymha.attention.features.softcap import Softcap
 from anymha.attention.formula import unobserved
 from anymha.attention.masks import Visibility
 from anymha.attention.spec import AttentionCall
@@ -92,7 +93,8 @@ class Case:
         if isinstance(offset, np.ndarray):
             offset = ops.from_numpy(offset)
         seen = replace(self.visible, offset=offset)
-        return AttentionCall(0.6, self.softcap, seen, self.dropout, budget)
+        features = () if self.softcap is None else (Softcap(self.softcap),)
+        return AttentionCall(0.6, features, seen, self.dropout, budget)
 
     def budget(self, rows: int, dtype: str) -> int:
         """Bytes for so many queries of the heads that share a key head."""

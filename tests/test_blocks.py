@@ -290,7 +290,7 @@ def test_explain_says_which_way_and_why_not_fused() -> None:
     ("call", "told"),
     [
         ({}, "fused: the framework's kernel has the written meaning"),
-        ({"softcap": 2.0}, "Not fused: torch's kernel has no softcap"),
+        ({"softcap": 2.0}, "Not fused: the kernel has no softcap"),
         ({"dropout": 0.5, "seed": 1}, "Not fused: the probabilities are few enough to be kept"),
         (
             {"dropout": 0.5, "seed": 1, "memory_budget": 64},

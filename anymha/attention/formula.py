@@ -68,8 +68,8 @@ def formula(
     key = ops.permute_dims(key, (0, 1, 3, 2))  # [B, K, d_k, S]
     logits = ops.matmul(query * call.scale, key)  # [B, K, (H/K)*T, S]
     logits = ops.reshape(logits, (batch, heads, queries, keys))
-    if call.softcap is not None:
-        logits = ops.tanh(logits / call.softcap) * call.softcap
+    for feature in call.features:
+        logits = feature.logits(ops, logits)
     observe("logits", logits)
     if "bias" in arrays:
         logits = logits + arrays["bias"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anymha.attention.dropout import Dropout
+from anymha.attention.features import Feature
 from anymha.attention.masks import Visibility
 
 
@@ -14,7 +15,7 @@ class AttentionCall:
 
     Args:
         scale: Factor of the logits.
-        softcap: ``c``: logits become ``c * tanh(logits / c)``; None leaves them.
+        features: The options of today's models that are switched on.
         visibility: What a query sees by its position: causality and window.
         dropout: Dropout of the probabilities, or None.
         memory_budget: How many bytes the logits of one block may take; None leaves it to the
@@ -22,7 +23,7 @@ class AttentionCall:
     """
 
     scale: float
-    softcap: float | None
+    features: tuple[Feature, ...]
     visibility: Visibility
     dropout: Dropout | None = None
     memory_budget: int | None = None

@@ -87,22 +87,6 @@ def checked_scale(value: Any, argument: str) -> float | None:
     return scale
 
 
-def checked_softcap(value: Any, argument: str) -> float | None:
-    """`value` as a finite float above 0; None stays None."""
-    if value is None:
-        return None
-    try:
-        softcap = float(value)
-    except (TypeError, ValueError):
-        softcap = math.nan
-    if not (math.isfinite(softcap) and softcap > 0):
-        raise ConfigError(
-            f"`{argument}` must be a finite number above 0, or None for no cap. "
-            f"Received: {value!r}."
-        )
-    return softcap
-
-
 def checked_window(value: Any, argument: str) -> tuple[int | None, int | None]:
     """`value` as (left, right), each None or an int of at least 0; None is open on both sides."""
     if value is None:

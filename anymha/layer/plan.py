@@ -204,7 +204,9 @@ def attention_call(config: AttentionConfig, causal: bool, offset: Any, seed: Any
         native = config.dropout_rng == "native"
         dropout = Dropout(rate_threshold(config.dropout), seed, native)
     visible = visibility(causal, (side, side), offset)
-    return AttentionCall(config.scale_value, None, visible, dropout, config.memory_budget)
+    return AttentionCall(
+        config.scale_value, config.features, visible, dropout, config.memory_budget
+    )
 
 
 def as_arrays(ops: Any, offset: Any, seed: Any) -> dict[str, Array]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from anymha.attention.features import FEATURES, Feature
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name
 from anymha.framework.validation import (
@@ -132,6 +133,8 @@ class AttentionConfig:
         store("dtype", checked_dtype_name(self.dtype, "dtype"))
         for name in OBJECTS:
             store(name, checked_object(getattr(self, name), name))
+        for kind in FEATURES:
+            store(kind.option, kind.checked(getattr(self, kind.option)))
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
         self._check_together()
@@ -141,8 +144,15 @@ class AttentionConfig:
         """What was found out about calls with these options; see `anymha.layer.plan`."""
         return {}
 
+    @functools.cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """The features that are switched on, in the order in which a call meets them."""
+        made = [kind.from_config(self) for kind in FEATURES]
+        return tuple(feature for feature in made if feature is not None)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "plans"}
+        fields = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in fields}
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:

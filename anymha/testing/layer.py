@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anymha.attention.features.softcap import Softcap
 from anymha.attention.formula import AttentionCall
 from anymha.attention.masks import Visibility
 from anymha.errors import DtypeError, MixedBackendsError
@@ -181,6 +182,6 @@ def _attend(
     ops: Any, visibility: Visibility, softcap: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Context and scores of attention without projections, with a scale of 0.5."""
-    call = AttentionCall(0.5, softcap, visibility)
+    call = AttentionCall(0.5, () if softcap is None else (Softcap(softcap),), visibility)
     found = attend(ops, call, *map(ops.from_numpy, _heads()))
     return ops.to_numpy(found[0]), ops.to_numpy(found[1])

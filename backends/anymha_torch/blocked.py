@@ -38,7 +38,7 @@ def attention(ops: Any, call: AttentionCall, arrays: Mapping[str, torch.Tensor])
 
     Args:
         ops: The ops of PyTorch.
-        call: The options, with portable dropout and without a softcap.
+        call: The options, with portable dropout and without features.
         arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), "value" (B, K, S, d_v), maybe "mask"
             and "bias", which broadcast to (B, H, T, S); the bias gets no gradient.
     """

@@ -24,8 +24,9 @@ def fused_refusal(call: Any, arrays: Mapping[str, torch.Tensor], /) -> str | Non
         return "torch's kernel has no dropout of that kind"
     if call.dropout is not None and torch.compiler.is_compiling():
         return "the blocks with dropout are no program for torch's compiler"
-    if call.softcap is not None:
-        return "torch's kernel has no softcap"
+    for feature in call.features:
+        if reason := feature.why_not_fused():
+            return reason
     if call.dropout is None and arrays["value"].shape[3] != query.shape[3]:
         return "torch's kernel wants `value_dim` equal to `key_dim`"
     if bias is not None and bias.requires_grad:

@@ -1,0 +1,8 @@
+"""The options of today's models, one file each; see `anymha.attention.features.base`."""
+
+from anymha.attention.features.base import Feature
+
+__all__ = ["FEATURES", "Feature"]
+
+FEATURES: tuple[type[Feature], ...] = ()
+"""The features of the layer, in the order in which a call meets them."""
