@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.features.softcap import Softcap
-from anymha.attention.masks import visibility
-from anymha.attention.spec import AttentionCall
+from anymha.attention.masks import all_of, position_mask
+from anymha.attention.spec import AttentionSpec
 from anymha.errors import DtypeError, ShapeError
+from anymha.execution import path as paths
 from anymha.execution.attend import attend
+from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import common_ops
@@ -23,7 +26,8 @@ from anymha.framework.validation import (
     checked_window,
 )
 from anymha.layer.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
-from anymha.layer.forward import multi_head_attention as _multi_head_attention
+from anymha.layer.forward import multi_head_attention as call_layer
+from anymha.layer.plan import Plans, plans_unless_tracing
 from anymha.options.config import AttentionConfig
 
 
@@ -95,11 +99,11 @@ def dot_product_attention(
     References:
         A. Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
     """
-    given = {
+    named = {
         "query": query, "key": key, "value": value, "mask": mask, "bias": bias,
         "query_mask": query_mask, "value_mask": value_mask,
     }  # fmt: skip
-    arrays = {name: array for name, array in given.items() if array is not None}
+    arrays = {name: array for name, array in named.items() if array is not None}
     ops = common_ops(arrays.items())
     check_arrays(ops, arrays)
     _check_heads(arrays)
@@ -107,51 +111,87 @@ def dot_product_attention(
     query_offset = check_offset(ops, query_offset, query.shape[0])
     left, right = checked_window(window, "window")
     scale, softcap = checked_scale(scale, "scale"), Softcap.checked(softcap)
-    features = () if softcap is None else (Softcap(softcap),)
     if memory_budget is not None:
         memory_budget = checked_size(memory_budget, "memory_budget")
     threshold = rate_threshold(checked_rate(dropout, "dropout"))
     seed = check_seed(ops, seed)
     if threshold and seed is None:
         seed = ops.draw_seed()
-    traced = {"query_offset": query_offset, "seed": seed if threshold else None}
-    arrays |= {name: value for name, value in traced.items() if ops.is_array(value)}
+    if not threshold:
+        seed = None
+    dtype = dtype_name(query.dtype)
+    spec = AttentionSpec(
+        1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        () if softcap is None else (Softcap(softcap),),
+        position_mask(is_causal, (left, right), query_offset),
+        Dropout(threshold, seed) if threshold else None,
+        memory_budget,
+    )
+    shape = _attention_shape(ops, arrays, ops.dtype(accumulation_dtype(dtype)))
+    path = choose_path(ops, spec, shape, observed=False, with_scores=return_scores)
+    if paths.explaining:
+        paths.report(path)
+    values = {"query_offset": query_offset, "seed": seed}
+    arrays |= {name: x for name, x in values.items() if x is not None and ops.is_array(x)}
 
     def forward(arrays: Mapping[str, Array]) -> Any:
-        options = AttentionCall(
-            1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-            features,
-            visibility(is_causal, (left, right), arrays.get("query_offset", query_offset)),
-            Dropout(threshold, arrays.get("seed", seed)) if threshold else None,
-            memory_budget,
-        )
-        context, scores = _attend(ops, options, arrays, return_scores)
+        positions = replace(spec.position_mask, offset=arrays.get("query_offset", query_offset))
+        drop = spec.dropout and replace(spec.dropout, seed=arrays.get("seed", seed))
+        own = replace(spec, position_mask=positions, dropout=drop)
+        context, scores = _attend(ops, own, path, arrays, return_scores)
         return (context, scores) if return_scores else context
 
-    if dtype_name(query.dtype) == "float64":
-        return ops.in_float64(forward, arrays)
-    return forward(arrays)
+    return ops.in_float64(forward, arrays) if dtype == "float64" else forward(arrays)
+
+
+def _attention_shape(ops: Ops, arrays: Mapping[str, Array], working: Any) -> AttentionShape:
+    """What the path is chosen by."""
+    query, value = arrays["query"], arrays["value"]
+    batch, queries, heads, key_dim = query.shape
+    _, keys, key_heads, value_dim = value.shape
+    bias = arrays.get("bias")
+    differentiated = ops.capabilities.is_differentiated
+    return AttentionShape(
+        batch, heads, key_heads, queries, keys, key_dim, value_dim, working, ops.device(query),
+        has_mask=any(name in arrays for name in ("mask", "query_mask", "value_mask")),
+        has_bias=bias is not None,
+        per_query="query_mask" in arrays
+        or any(
+            name in arrays and len(arrays[name].shape) > 1 and arrays[name].shape[-2] != 1
+            for name in ("mask", "bias")
+        ),
+        bias_differentiated=(
+            bias is not None and differentiated is not None and differentiated(bias)
+        ),
+    )  # fmt: skip
 
 
 def _attend(
-    ops: Ops, options: AttentionCall, arrays: Mapping[str, Array], with_scores: bool
+    ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array], with_scores: bool
 ) -> tuple[Array, Array | None]:
     dtype = arrays["query"].dtype
     working = ops.dtype(accumulation_dtype(dtype_name(dtype)))
     q, k, v = (ops.astype(arrays[name], working) for name in ("query", "key", "value"))
-    rows = columns = None
+    query_mask = key_mask = None
     if "query_mask" in arrays:
         batch, length = ops.shape(arrays["query_mask"])
-        rows = ops.reshape(arrays["query_mask"], (batch, 1, length, 1))
-        q = ops.where(ops.reshape(rows, (batch, length, 1, 1)), q, 0.0)
+        query_mask = ops.reshape(arrays["query_mask"], (batch, 1, length, 1))
+        q = ops.where(ops.reshape(query_mask, (batch, length, 1, 1)), q, 0.0)
     if "value_mask" in arrays:
         batch, length = ops.shape(arrays["value_mask"])
-        columns = ops.reshape(arrays["value_mask"], (batch, 1, 1, length))
-        seen = ops.reshape(columns, (batch, length, 1, 1))
+        key_mask = ops.reshape(arrays["value_mask"], (batch, 1, 1, length))
+        seen = ops.reshape(key_mask, (batch, length, 1, 1))
         k, v = ops.where(seen, k, 0.0), ops.where(seen, v, 0.0)
-    bias = ops.astype(arrays["bias"], working) if "bias" in arrays else None
-    masks = [arrays.get("mask"), rows, columns]
-    context, scores = attend(ops, options, q, k, v, masks=masks, bias=bias, with_scores=with_scores)
+    for feature in spec.features:
+        q, k = feature.heads(ops, q, k)
+    context, scores = attend(
+        ops, spec, path, q, k, v,
+        mask=all_of(ops, [arrays.get("mask"), query_mask, key_mask]),
+        bias=ops.astype(arrays["bias"], working) if "bias" in arrays else None,
+        with_scores=with_scores,
+    )  # fmt: skip
+    for feature in spec.features:
+        context = feature.context(ops, context)
     return ops.astype(context, dtype), None if scores is None else ops.astype(scores, dtype)
 
 
@@ -243,4 +283,18 @@ def multi_head_attention(
     named = {"query": query, "value": value, "key": key, **weights}
     ops = common_ops(named.items())
     check_weights(ops, config, weights)
-    return _multi_head_attention(ops, config, weights, query, value, key, **call)
+    plans = plans_unless_tracing(ops, _plans_of(config))
+    return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
+
+
+_PLANS: dict[AttentionConfig, Plans] = {}
+
+
+def _plans_of(config: AttentionConfig) -> Plans:
+    """The plans of calls with these options, of which the latest few are kept."""
+    plans = _PLANS.get(config)
+    if plans is None:
+        if len(_PLANS) >= 16:
+            _PLANS.clear()
+        plans = _PLANS[config] = Plans()
+    return plans

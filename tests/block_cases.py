@@ -11,11 +11,10 @@ import numpy as np
 
 from anymha.attention.dropout import Dropout
 from anymha.attention.features.softcap import Softcap
-from anymha.attention.formula import unobserved
-from anymha.attention.masks import Visibility
-from anymha.attention.spec import AttentionCall
+from anymha.attention.masks import PositionMask, all_of
+from anymha.attention.spec import AttentionSpec
 from anymha.execution.attend import attend
-from anymha.execution.path import Path, told_paths
+from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework import autodiff as tape
 from anymha.framework.registry import Backend, get_backend
 from anymha.parity.stages.tolerance import tolerance
@@ -26,7 +25,7 @@ BOOLEANS = np.random.default_rng(5)
 LARGE = 1 << 30
 """Bytes for all logits at once."""
 
-EVERYTHING = Visibility()
+EVERYTHING = PositionMask()
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Case:
 
     masks: tuple[np.ndarray, ...] = ()
     bias: tuple[int, ...] | None = None
-    visible: Visibility = EVERYTHING
+    visible: PositionMask = EVERYTHING
     softcap: float | None = None
     dropout: Dropout | None = None
     shape: tuple[int, int, int, int, int, int, int] = (B, T, S, H, 2, 4, 4)
@@ -85,16 +84,20 @@ class Case:
         found: Arrays = {}
         ops, arrays = get_backend("numpy").ops, dict(self.arrays)
         parts = [arrays.pop(name) for name in ("query", "key", "value")]
-        attend(ops, self.call(ops), *parts, **arrays, masks=self.masks, observe=found.__setitem__)
+        path = Path("whole", "each stage is observed")
+        attend(
+            ops, self.call(ops), path, *parts, **arrays,
+            mask=all_of(ops, self.masks), observe=found.__setitem__,
+        )  # fmt: skip
         return found
 
-    def call(self, ops: Any, budget: int | None = None) -> AttentionCall:
+    def call(self, ops: Any, budget: int | None = None) -> AttentionSpec:
         offset = self.visible.offset
         if isinstance(offset, np.ndarray):
             offset = ops.from_numpy(offset)
         seen = replace(self.visible, offset=offset)
         features = () if self.softcap is None else (Softcap(self.softcap),)
-        return AttentionCall(0.6, features, seen, self.dropout, budget)
+        return AttentionSpec(0.6, features, seen, self.dropout, budget)
 
     def budget(self, rows: int, dtype: str) -> int:
         """Bytes for so many queries of the heads that share a key head."""
@@ -102,8 +105,8 @@ class Case:
         return np.dtype(dtype).itemsize * heads // shared * rows * keys
 
 
-CAUSAL, DROPOUT = Visibility(right=0), Dropout(20000, 11)
-BY_BATCH = Visibility(right=0, offset=np.array([3, -2], np.int32))
+CAUSAL, DROPOUT = PositionMask(right=0), Dropout(20000, 11)
+BY_BATCH = PositionMask(right=0, offset=np.array([3, -2], np.int32))
 FULL = BOOLEANS.random((B, H, T, S)) > 0.3  # some rows of it are False throughout
 CASES = {
     "plain": Case(),
@@ -111,9 +114,9 @@ CASES = {
     "many heads": Case((BOOLEANS.random((9, 1, 5, 3)) > 0.4,), shape=(9, 5, 3, 2, 2, 4, 4)),
     "causal": Case(visible=CAUSAL),
     "offset by batch": Case(visible=BY_BATCH),
-    "window": Case(visible=Visibility(2, 1, offset=-1)),
-    "open window": Case(visible=Visibility(right=2, offset=-4)),
-    "window behind": Case(visible=Visibility(left=1, offset=3)),
+    "window": Case(visible=PositionMask(2, 1, offset=-1)),
+    "open window": Case(visible=PositionMask(right=2, offset=-4)),
+    "window behind": Case(visible=PositionMask(left=1, offset=3)),
     "mask (S,)": Case((FULL[0, 0, 0],)),
     "mask (T, S)": Case((FULL[0, 0],)),
     "mask (H, T, 1)": Case((FULL[0, :, :, :1],)),
@@ -126,10 +129,10 @@ CASES = {
     "bias (B, H, T, S)": Case((FULL[:, :1],), bias=(B, H, T, S)),
     "softcap": Case(softcap=1.5),
     "dropout": Case(dropout=DROPOUT),
-    "dropout, mask, window": Case((FULL[0],), visible=Visibility(2, 1, 1), dropout=DROPOUT),
+    "dropout, mask, window": Case((FULL[0],), visible=PositionMask(2, 1, 1), dropout=DROPOUT),
     "dropout, mask, bias": Case((FULL,), (1, H, T, S), BY_BATCH, dropout=DROPOUT),
     "all": Case(
-        (FULL[:, :1], FULL[0]), (H, T, S), Visibility(4, 1), 2.0, DROPOUT, (B, T, S, H, 2, 4, 3)
+        (FULL[:, :1], FULL[0]), (H, T, S), PositionMask(4, 1), 2.0, DROPOUT, (B, T, S, H, 2, 4, 3)
     ),
 }  # fmt: skip
 
@@ -159,6 +162,10 @@ def found(
     arrays = native(ops, {name: x.astype(dtype) for name, x in case.arrays.items()})
     cotangents = tuple(ops.from_numpy(x.astype(dtype)) for x in case.cotangents[: 1 + scores])
     masks = [ops.from_numpy(mask) for mask in case.masks]
+    path = choose_path(
+        ops, case.call(ops, budget), _shape_of(ops, case, arrays, fixed),
+        observed=observed, with_scores=scores,
+    )  # fmt: skip
     held = {name: arrays.pop(name) for name in fixed}
 
     def function(ops: Any, arrays: Any) -> Any:
@@ -166,25 +173,38 @@ def found(
             parts = {**held, **arrays}
             parts = [parts.pop(name) for name in ("query", "key", "value")] + [parts.get("bias")]
             context, probabilities = attend(
-                ops, case.call(ops, budget), *parts[:3], bias=parts[3], masks=masks,
-                observe=(lambda *_: None) if observed else unobserved, with_scores=scores,
+                ops, case.call(ops, budget), path, *parts[:3], bias=parts[3],
+                mask=all_of(ops, masks),
+                observe=(lambda *_: None) if observed else None, with_scores=scores,
             )  # fmt: skip
             return (context, probabilities) if scores else (context,)
 
         return ops.in_float64(inside, arrays) if dtype == "float64" else inside(arrays)
 
-    with told_paths() as paths:
-        results, gradients = _differentiated(backend, function, arrays, cotangents)
+    results, gradients = _differentiated(backend, function, arrays, cotangents)
     named = dict(zip(("context", "scores"), results, strict=False))
     named |= {f"gradient of {name}": x for name, x in gradients.items()}
-    return {name: ops.to_numpy(x) for name, x in named.items()}, paths[0]
+    return {name: ops.to_numpy(x) for name, x in named.items()}, path
+
+
+def _shape_of(ops: Any, case: Case, arrays: Any, fixed: Any) -> AttentionShape:
+    batch, queries, keys, heads, shared, d_k, d_v = case.shape
+    tall = [x for x in (*case.masks, *([arrays["bias"]] if case.bias else [])) if len(x.shape) > 1]
+    return AttentionShape(
+        batch, heads, shared, queries, keys, d_k, d_v, arrays["query"].dtype,
+        ops.device(arrays["query"]),
+        has_mask=bool(case.masks),
+        has_bias=case.bias is not None,
+        per_query=any(x.shape[-2] != 1 for x in tall),
+        bias_differentiated=case.bias is not None and "bias" not in fixed,
+    )  # fmt: skip
 
 
 def _differentiated(backend: Backend, function: Any, arrays: Any, cotangents: Any) -> Any:
     ops: Any = backend.ops
-    if not hasattr(ops, "vjp"):  # its results come from its own functions, not from the tape's
+    if ops.capabilities.vjp is None:  # its results come from its own functions, not from the tape's
         return function(ops, arrays), tape.vjp(ops, function, arrays)[1](cotangents)
-    differentiate = partial(ops.vjp, partial(function, ops))
+    differentiate = partial(ops.capabilities.vjp, partial(function, ops))
     if backend.name == "jax":  # op by op it would compile for longer
         jax = importlib.import_module("jax")
         differentiate = jax.jit(

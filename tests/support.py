@@ -154,8 +154,8 @@ def run(
 
     if not gradients:
         (output, scores), pulled = function(ops, arrays), {}
-    elif hasattr(ops, "vjp"):
-        differentiate = partial(ops.vjp, partial(function, ops))
+    elif ops.capabilities.vjp is not None:
+        differentiate = partial(ops.capabilities.vjp, partial(function, ops))
         if compiled and backend.name == "jax":
             differentiate = importlib.import_module("jax").jit(differentiate)
         (output, scores), pulled = differentiate(arrays, cotangents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.attention.dropout import Dropout, Place
-from anymha.attention.masks import Visibility
+from anymha.attention.dropout import Dropout
+from anymha.attention.masks import PositionMask, TileOrigin
 from anymha.execution import path as paths
-from anymha.execution import tiling as blocks
-from anymha.execution.tiling import plan_runs, seen_keys
+from anymha.execution import tiling
+from anymha.execution.tiling import plan_tiles, seen_keys
 from anymha.framework.registry import Backend, get_backend
 from anymha.parity.stages.tolerance import tolerance
 from tests.block_cases import CASES, LARGE, B, Case, T, agree, found, kept
@@ -30,13 +31,16 @@ FEW = ("many heads", "window")
 @pytest.fixture(autouse=True)
 def _two_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few pieces of code for compiled loops, so that few queries make loops of several rounds."""
-    monkeypatch.setattr(blocks, "SEGMENTS", 2)
+    monkeypatch.setattr(tiling, "SEGMENTS", 2)
 
 
 @pytest.fixture
 def unfused(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Each backend, with no fused kernel."""
-    monkeypatch.setattr(backend.ops, "fused_refusal", lambda *_: "the test's", raising=False)
+    own = backend.ops.capabilities
+    if own.fused_attention is not None:
+        refusing = dataclasses.replace(own, why_not_fused=lambda *_: "the test's")
+        monkeypatch.setattr(backend.ops, "capabilities", refusing)
     return backend
 
 
@@ -47,7 +51,7 @@ def _budgets(case: Case, dtype: str = "float32") -> list[int]:
 
 
 def _count(path: paths.Path) -> int:
-    return sum(run.count for run in path.runs)
+    return sum(tiles.count for tiles in path.tiles)
 
 
 def _is_slow(backend: Backend) -> bool:
@@ -79,7 +83,7 @@ def _check_sizes(backend: Backend, case: Case, dtype: str, budgets: list[int]) -
     some, counts = {}, []
     for budget in budgets:
         some, path = found(backend, case, dtype, budget=budget)
-        assert path.kernel == "blocks"
+        assert path.kernel == "tiles"
         assert not path.together
         counts.append(_count(path))
         agree(case, one, some, dtype)
@@ -122,7 +126,7 @@ def test_kernels_of_torch_give_what_the_formula_gives(name: str, scores: bool) -
     how: dict[str, Any] = {"fixed": ("bias",) if case.bias else (), "scores": scores}
     why = "the framework's kernel has the written meaning"
     if case.dropout is not None:
-        why = "the backend's own blocks with dropout"
+        why = "the backend's own tiles with dropout"
     one, path = found(backend, case, observed=True, **how)
     assert path.kernel == "whole"
     for budget in _budgets(case) + [LARGE] * (case.dropout is None):
@@ -137,7 +141,7 @@ WIDE = (B, T, 7, 4, 2, 4, 2 * T)
 TELLING = {
     "everywhere": Case(dropout=Dropout(20000, 11), shape=WIDE, telling=True),
     "window": Case(
-        visible=Visibility(3, 1, 1), dropout=Dropout(30000, -5), shape=WIDE, telling=True
+        visible=PositionMask(3, 1, 1), dropout=Dropout(30000, -5), shape=WIDE, telling=True
     ),
 }
 
@@ -147,7 +151,7 @@ def _expected(case: Case) -> np.ndarray:
     ops: Any = get_backend("numpy").ops
     scores = case.stages["probabilities"]
     assert case.dropout is not None
-    keep = case.dropout.keep(ops, scores.shape, beside=scores)
+    keep = case.dropout.keep(ops, scores.shape, like=scores)
     np.testing.assert_array_equal(case.stages["dropped_probabilities"] != 0, keep & (scores != 0))
     assert np.any(~keep & (scores != 0))
     return keep & (scores != 0)
@@ -161,7 +165,7 @@ def test_dropout_drops_the_same_elements_in_one_piece_and_in_blocks(
     budgets = [SMALL, LARGE] if _is_slow(unfused) else [*_budgets(case), LARGE]
     for budget in budgets:
         some, path = found(unfused, case, budget=budget, scores=False)
-        assert path.kernel == ("whole" if budget == LARGE else "blocks")
+        assert path.kernel == ("whole" if budget == LARGE else "tiles")
         for bits in kept(case, some):
             np.testing.assert_array_equal(bits, _expected(case))
 
@@ -173,7 +177,7 @@ def test_dropout_drops_the_same_elements_in_torchs_blocks(
 ) -> None:
     backend, case = usable("torch"), TELLING[name]
     if not remembered:
-        monkeypatch.setattr(importlib.import_module("anymha_torch.blocked"), "REMEMBERED", 0)
+        monkeypatch.setattr(importlib.import_module("anymha_torch.tiled_dropout"), "REMEMBERED", 0)
     for budget in _budgets(case):
         some, path = found(backend, case, budget=budget, scores=False)
         assert path.kernel == "fused"
@@ -213,7 +217,7 @@ def test_a_layer_of_each_backend_takes_a_budget(backend: Backend) -> None:
             4, 8, backend=backend.name, query_features=12, seed=1, memory_budget=budget
         )
         told = anymha.explain(layer, x, use_causal_mask=True, return_attention_scores=True)
-        assert ("blocks" in told) == (budget == SMALL)
+        assert ("tiles" in told) == (budget == SMALL)
         outputs.append(ops.to_numpy(layer(x, use_causal_mask=True)))
         assert layer.config.to_dict()["memory_budget"] == budget
     _agree(outputs[1], outputs[0])
@@ -235,55 +239,56 @@ def test_a_gradient_through_blocks_can_be_differentiated_again() -> None:
 @pytest.mark.parametrize("start", [(0, 0, 0, 0), (1, 2, 4, 3), (0, 1, 6, 0)])
 def test_dropout_at_a_place_is_that_part_of_the_whole(start: tuple[int, int, int, int]) -> None:
     ops = usable("torch").ops
-    dropout, beside = Dropout(20000, 7), ops.from_numpy(np.ones(1, np.float32))
-    whole = ops.to_numpy(dropout.keep(ops, (2, 4, 12, 9), beside=beside))
-    part = ops.to_numpy(dropout.keep(ops, (1, 2, 5, 6), Place(*start), beside=beside))
+    dropout, like = Dropout(20000, 7), ops.from_numpy(np.ones(1, np.float32))
+    whole = ops.to_numpy(dropout.keep(ops, (2, 4, 12, 9), like=like))
+    part = ops.to_numpy(dropout.keep(ops, (1, 2, 5, 6), TileOrigin(*start), like=like))
     b, h, t, s = start
     np.testing.assert_array_equal(part, whole[b : b + 1, h : h + 2, t : t + 5, s : s + 6])
 
 
-@pytest.mark.parametrize("unrolled", [True, False])
+@pytest.mark.parametrize("eager_loop", [True, False])
 @pytest.mark.parametrize("visible", [
-    Visibility(), Visibility(right=0), Visibility(right=0, offset=5),
-    Visibility(right=0, offset=-9),
-    Visibility(left=3, right=2), Visibility(left=0, right=0, offset=30), Visibility(left=2),
+    PositionMask(), PositionMask(right=0), PositionMask(right=0, offset=5),
+    PositionMask(right=0, offset=-9),
+    PositionMask(left=3, right=2), PositionMask(left=0, right=0, offset=30), PositionMask(left=2),
 ])  # fmt: skip
 @pytest.mark.parametrize("elements", [1, 64, 300, 10**6])
 def test_runs_hold_each_row_once_and_each_key_that_it_sees(
-    visible: Visibility, unrolled: bool, elements: int
+    visible: PositionMask, eager_loop: bool, elements: int
 ) -> None:
     queries, keys = 37, 20
-    runs = plan_runs(visible, queries, keys, elements, unrolled=unrolled)
+    runs = plan_tiles(visible, queries, keys, elements, eager_loop=eager_loop)
     assert [run.start for run in runs] == [0, *[run.stop for run in runs[:-1]]]
     assert runs[-1].stop == queries
     for run in runs:
         assert run.start % 2 == 0
-        assert 0 <= run.low < run.high <= keys
+        assert 0 <= run.key_start < run.key_stop <= keys
         for row in range(run.start, run.stop):
             low, high = seen_keys(visible, row, row + 1, keys)
             nothing = row + visible.offset - (visible.left or 0) >= keys or (
                 visible.right is not None and row + visible.offset + visible.right < 0
             )
-            assert nothing or (run.low <= low and high <= run.high)
-        if run.count > 1 or run.rows > 2:
-            assert run.rows * (run.high - run.low) <= 2 * max(elements, 2 * keys)
+            assert nothing or (run.key_start <= low and high <= run.key_stop)
+        if run.count > 1 or run.height > 2:
+            assert run.height * (run.key_stop - run.key_start) <= 2 * max(elements, 2 * keys)
 
 
 def test_a_window_leaves_out_what_no_query_sees() -> None:
-    runs = plan_runs(Visibility(left=63, right=0), 4096, 4096, 1 << 18, unrolled=True)
-    assert sum(run.count * run.rows * (run.high - run.low) for run in runs) < 4096 * 1024
+    runs = plan_tiles(PositionMask(left=63, right=0), 4096, 4096, 1 << 18, eager_loop=True)
+    assert (
+        sum(run.count * run.height * (run.key_stop - run.key_start) for run in runs) < 4096 * 1024
+    )
 
 
 def test_explain_says_which_way_and_why_not_fused() -> None:
     layer = anymha.MultiHeadAttention(2, 4, backend="numpy", query_features=8, seed=0)
     x = normal((1, 3, 8), "x")
     assert anymha.explain(layer, x) == (
-        "whole: it fits into one block. Not fused: numpy has no kernel here with the written "
-        "meaning"
+        "whole: it fits into one tile. Not fused: numpy has no kernel here with the written meaning"
     )
     q = normal((1, 700, 2, 8), "q")
     told = anymha.explain(anymha.dot_product_attention, q, q, q, memory_budget=1 << 20)
-    assert told.startswith("blocks: small blocks stay in the cache; 4 blocks of up to 188 queries")
+    assert told.startswith("tiles: small tiles stay in the cache; 4 tiles of up to 188 queries")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +299,7 @@ def test_explain_says_which_way_and_why_not_fused() -> None:
         ({"dropout": 0.5, "seed": 1}, "Not fused: the probabilities are few enough to be kept"),
         (
             {"dropout": 0.5, "seed": 1, "memory_budget": 64},
-            "fused: the backend's own blocks with dropout",
+            "fused: the backend's own tiles with dropout",
         ),
         ({"return_scores": True}, "Not fused: the scores are asked for"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -189,13 +190,14 @@ def test_wrong_gradient_fails_where_the_forward_pass_is_right(
     command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ops = usable("torch").ops
-    sound = ops.vjp
+    sound = ops.capabilities.vjp
 
     def stale(*args: Any) -> Any:
         outputs, gradients = sound(*args)
         return outputs, {**gradients, "key.kernel": 0 * gradients["key.kernel"]}
 
-    monkeypatch.setattr(ops, "vjp", stale)
+    stale_capabilities = dataclasses.replace(ops.capabilities, vjp=stale)
+    monkeypatch.setattr(ops, "capabilities", stale_capabilities)
     status, out, _ = command("parity", "--backends", "torch")
     assert status == 1
     faults = [line for line in out.splitlines() if line.startswith("✗ self")]

@@ -310,7 +310,7 @@ def test_mask_is_the_same_under_inductor_with_a_traced_seed() -> None:
 
     @torch.compile(fullgraph=True)
     def masked(seed: Any) -> Any:
-        return Dropout(20000, seed).keep(backend.ops, SHAPE, beside=ones)
+        return Dropout(20000, seed).keep(backend.ops, SHAPE, like=ones)
 
     for seed in (5, -1):
         got = masked(torch.tensor(seed, dtype=torch.int32)).numpy()

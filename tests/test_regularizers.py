@@ -189,8 +189,8 @@ def gradients(
     ops = backend.ops
     native = {name: ops.from_numpy(array) for name, array in arrays.items()}
     one = ops.from_numpy(np.ones((), next(iter(arrays.values())).dtype))
-    if hasattr(ops, "vjp"):
-        found = ops.vjp(functools.partial(function, ops), native, one)[1]
+    if ops.capabilities.vjp is not None:
+        found = ops.capabilities.vjp(functools.partial(function, ops), native, one)[1]
     else:
         found = vjp(ops, function, native)[1](one)
     return {name: ops.to_numpy(gradient) for name, gradient in found.items()}

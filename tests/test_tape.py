@@ -154,7 +154,7 @@ def test_vjp_goes_through_a_dropout_mask_that_is_made_in_pieces(
         output, pullback = layer.vjp(x, training=True, seed=3)
         return output, pullback(np.ones_like(output))
 
-    assert ops.step(None) < 2 * 4 * 100 * 200  # of so many words, one for two rows
+    assert ops.chunk_size(None) < 2 * 4 * 100 * 200  # of so many words, one for two rows
     output, gradients = found()
     monkeypatch.setattr(ops, "step", lambda device: None)
     whole, expected = found()

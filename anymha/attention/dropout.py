@@ -33,27 +33,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from anymha.attention.masks import TileOrigin
 from anymha.framework.protocol import Array, Dim, Ops
 
 STEPS = 1 << 16
 """The rate of dropout is held as a multiple of 1/STEPS."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where some queries and keys stand among all: the first's index on each axis of (B, H, T, S).
-
-    Args:
-        batch: Index on the batch axis.
-        head: Index on the axis of query heads.
-        row: Index on the axis of queries, an even number.
-        column: Index on the axis of keys.
-    """
-
-    batch: Any = 0
-    head: Any = 0
-    row: Any = 0
-    column: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,13 +60,20 @@ class Dropout:
         return STEPS / (STEPS - self.threshold)
 
     def keep(
-        self, ops: Ops, shape: Sequence[Dim], place: Place | None = None, *, beside: Array
+        self, ops: Ops, shape: Sequence[Dim], origin: TileOrigin | None = None, *, like: Array
     ) -> Array:
-        """Booleans (B, H, T, S), True where the element stays, of what begins at a place."""
+        """Booleans (B, H, T, S), True where the element of a tile stays.
+
+        Args:
+            ops: The backend.
+            shape: The shape of the tile.
+            origin: Where the tile begins; default at the first of all.
+            like: An array on whose device the mask is made.
+        """
         if self.native:
-            return ops.native_keep_mask(self.seed, shape, 1.0 / self.factor, ops.device(beside))
-        make = getattr(ops, "keep_mask", None) or partial(keep_mask, ops)
-        return make(self.seed, self.threshold, shape, place, device=ops.device(beside))
+            return ops.native_keep_mask(self.seed, shape, 1.0 / self.factor, ops.device(like))
+        make = ops.capabilities.keep_mask or partial(keep_mask, ops)
+        return make(self.seed, self.threshold, shape, origin, device=ops.device(like))
 
 
 def rate_threshold(rate: float) -> int:
@@ -95,7 +86,7 @@ def keep_mask(
     seed: Any,
     threshold: int,
     shape: Sequence[Dim],
-    place: Place | None = None,
+    origin: TileOrigin | None = None,
     *,
     device: Any = None,
 ) -> Array:
@@ -106,14 +97,14 @@ def keep_mask(
         seed: An int of up to 64 bits, or an array that the backend's `seed_words` takes.
         threshold: The share that is dropped, in units of 1/65536.
         shape: (B, H, T, S).
-        place: Where the first element stands; default at the first of all.
+        origin: Where the first element stands; default at the first of all.
         device: Where the mask is made.
 
     Returns:
         (B, H, T, S) booleans.
     """
     batch, heads, queries, keys = shape
-    place = place or Place()
+    origin = origin or TileOrigin()
     low, high = _seed_words(ops, seed, device)
 
     def counter(count: Dim, axis: int, first: Any) -> Array:
@@ -123,12 +114,14 @@ def keep_mask(
     xor, pairs = ops.bitwise_xor, (queries + 1) // 2
     first = _mix(ops, xor(_mix(ops, low + _signed(0x9E3779B9)), high))
     second = _mix(ops, xor(_mix(ops, high + _signed(0x85EBCA6B)), low))
-    counted = ((batch, place.batch), (heads, place.head), (pairs, place.row // 2))
+    counted = ((batch, origin.batch), (heads, origin.head), (pairs, origin.query // 2))
     for axis, (count, start) in enumerate(counted):
         here = counter(count, axis, start)
         first, second = _mix(ops, first + here), _mix(ops, xor(second, here))
-    columns = counter(keys, 3, place.column)
-    kept = _kept(ops, first, second, columns, threshold, ops.step(device))
+    columns = counter(keys, 3, origin.key)
+    chunk_size = ops.capabilities.chunk_size
+    step = None if chunk_size is None else chunk_size(device)
+    kept = _kept(ops, first, second, columns, threshold, step)
     return ops.reshape(kept, (batch, heads, pairs * 2, keys))[..., :queries, :]
 
 
@@ -158,7 +151,7 @@ def _kept(
     word = _mix(ops, first + columns, second)  # [B, H, ceil(T/2), S]
     even = ops.bitwise_and(word, STEPS - 1) >= threshold
     # Unsigned order is signed order with the highest bit turned over.
-    odd = _fresh(ops).bitwise_xor(word, -(2**31)) >= threshold * STEPS - 2**31
+    odd = _xor(ops, word, -(2**31)) >= threshold * STEPS - 2**31
     if step is not None:
         return ops.stack([even, odd], axis=-2)
     # Joined by `stack` instead, XLA takes a hundred times as long to compile the generator.
@@ -168,9 +161,14 @@ def _kept(
     return ops.where(ops.reshape(first_of_two, (1, 1, 1, 2, 1)), even, odd)
 
 
-def _fresh(ops: Ops) -> Any:
-    """The bitwise functions, overwriting their first argument where the backend has such."""
-    return getattr(ops, "overwriting", ops)
+def _xor(ops: Ops, x: Array, y: Any) -> Array:
+    """``x ^ y``; `x` may be overwritten."""
+    return (ops.capabilities.bitwise_xor_inplace or ops.bitwise_xor)(x, y)
+
+
+def _and(ops: Ops, x: Array, y: Any) -> Array:
+    """``x & y``; `x` may be overwritten."""
+    return (ops.capabilities.bitwise_and_inplace or ops.bitwise_and)(x, y)
 
 
 _ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
@@ -180,7 +178,7 @@ def _mix(ops: Ops, x: Array, key: Array | None = None) -> Array:
     """A bijection of the 32-bit integers in which each input bit changes half of the output's."""
     for number, (shift, factor) in enumerate(_ROUNDS):
         if number == 2 and key is not None:
-            x = _fresh(ops).bitwise_xor(x, key)
+            x = _xor(ops, x, key)
         x = _folded(ops, x, shift)
         x *= _signed(factor)
     return _folded(ops, x, 14)
@@ -189,8 +187,8 @@ def _mix(ops: Ops, x: Array, key: Array | None = None) -> Array:
 def _folded(ops: Ops, x: Array, shift: int) -> Array:
     """``x ^ (x >> shift)``, `>>` filling with zeros; `x` may be overwritten."""
     # In int32 `>>` copies the sign; the mask takes the copies away.
-    shifted = _fresh(ops).bitwise_and(ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
-    return _fresh(ops).bitwise_xor(x, shifted)
+    shifted = _and(ops, ops.bitwise_right_shift(x, shift), (1 << (32 - shift)) - 1)
+    return _xor(ops, x, shifted)
 
 
 def _signed(word: int) -> int:

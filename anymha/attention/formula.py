@@ -1,6 +1,6 @@
 """Scaled dot-product attention, written once for every framework.
 
-    scores  = softmax(mask(softcap(scale * query . key) + bias))
+    scores  = softmax(mask(features(scale * query . key) + bias))
     context = dropout(scores) . value
 
 `formula` is that. `anymha.execution` gives it all queries at once, or tile after tile, or calls a
@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
-from anymha.attention.dropout import Place
-from anymha.attention.masks import all_of
-from anymha.attention.spec import AttentionCall
+from anymha.attention.masks import TileOrigin, all_of
+from anymha.attention.spec import AttentionSpec
 from anymha.framework.dtypes import dtype_name
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known
@@ -31,28 +29,23 @@ Observer = Callable[[str, Array], None]
 """Is told the name and the value of each stage of the computation."""
 
 
-def unobserved(stage: str, value: Array) -> None:
-    """The observer that looks away."""
-    del stage, value  # TensorFlow's AutoGraph cannot convert a body of a docstring alone
-
-
 def formula(
     ops: Ops,
-    call: AttentionCall,
+    spec: AttentionSpec,
     arrays: Mapping[str, Array],
-    place: Place,
-    observe: Observer,
+    origin: TileOrigin,
+    observe: Observer | None,
     with_scores: bool,
 ) -> dict[str, Array]:
-    """Attention of all queries that are given over all keys that are given.
+    """Attention of a tile: some queries over some keys.
 
     Args:
         ops: The backend.
-        call: The options.
+        spec: The options.
         arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), maybe "value" (B, K, S, d_v), "mask"
             and "bias", which broadcast to (B, H, T, S).
-        place: Where these stand among all queries and keys.
-        observe: Is told each stage.
+        origin: Where the tile begins among all queries and keys.
+        observe: Is told each stage; None for nobody.
         with_scores: Whether the scores are wanted.
 
     Returns:
@@ -66,33 +59,51 @@ def formula(
     if heads != shared:
         query = ops.reshape(query, (batch, shared, rows, d_k))
     key = ops.permute_dims(key, (0, 1, 3, 2))  # [B, K, d_k, S]
-    logits = ops.matmul(query * call.scale, key)  # [B, K, (H/K)*T, S]
-    logits = ops.reshape(logits, (batch, heads, queries, keys))
-    for feature in call.features:
-        logits = feature.logits(ops, logits)
-    observe("logits", logits)
-    if "bias" in arrays:
+    logits = ops.matmul(query * spec.scale, key)  # [B, K, (H/K)*T, S]
+    if heads != shared:
+        logits = ops.reshape(logits, (batch, heads, queries, keys))
+    for feature in spec.features:
+        logits = feature.logits(ops, logits, origin)
+    if observe is not None:
+        observe("logits", logits)
+    biased = "bias" in arrays
+    if biased:
         logits = logits + arrays["bias"]
-    seen = call.visibility.mask(ops, place.row, queries, keys, beside=logits, column=place.column)
-    mask = all_of(ops, [arrays.get("mask"), seen])
-    weights, total = _softmax(ops, logits, mask, "bias" in arrays, observe)
-    found = {}
-    if with_scores or observe is not unobserved:
-        found["scores"] = _divided(weights, total)
-        observe("probabilities", found["scores"])
+    mask = _visible(ops, spec, arrays, origin, logits)
+    weights, total = _softmax(ops, logits, mask, biased, observe)
+    results = {}
+    if with_scores or observe is not None:
+        results["scores"] = _divided(weights, total)
+        if observe is not None:
+            observe("probabilities", results["scores"])
     if value is None:
-        return found
-    if call.dropout is not None:
-        keep = call.dropout.keep(ops, (batch, heads, queries, keys), place, beside=weights)
-        weights = ops.where(keep, weights * call.dropout.factor, 0.0)
-        if observe is not unobserved:
+        return results
+    if spec.dropout is not None:
+        keep = spec.dropout.keep(ops, (batch, heads, queries, keys), origin, like=weights)
+        weights = ops.where(keep, weights * spec.dropout.factor, 0.0)
+        if observe is not None:
             observe("dropped_probabilities", _divided(weights, total))
     if heads != shared:
         weights = ops.reshape(weights, (batch, shared, rows, keys))
     context = ops.matmul(weights, value)  # [B, K, (H/K)*T, d_v]
-    context = ops.reshape(context, (batch, heads, queries, ops.shape(value)[3]))
+    if heads != shared:
+        context = ops.reshape(context, (batch, heads, queries, ops.shape(value)[3]))
     # Divided last: a row of context is much shorter than a row of weights.
-    return {"context": _divided(context, total), **found}
+    results["context"] = _divided(context, total)
+    return results
+
+
+def _visible(
+    ops: Ops, spec: AttentionSpec, arrays: Mapping[str, Array], origin: TileOrigin, logits: Array
+) -> Array | None:
+    """The AND of all masks, which broadcasts to the logits' shape; None where all see all."""
+    mask, positions = arrays.get("mask"), spec.position_mask
+    if spec.features or positions.left is not None or positions.right is not None:
+        _, _, queries, keys = ops.shape(logits)
+        masks = [mask, positions.mask(ops, origin, queries, keys, like=logits)]
+        masks += [f.visible(ops, origin, queries, keys, logits) for f in spec.features]
+        mask = all_of(ops, masks)
+    return mask
 
 
 def softmax(ops: Ops, logits: Array) -> Array:
@@ -102,7 +113,7 @@ def softmax(ops: Ops, logits: Array) -> Array:
 
 
 def _softmax(
-    ops: Any, logits: Array, mask: Array | None, biased: bool, observe: Observer
+    ops: Ops, logits: Array, mask: Array | None, biased: bool, observe: Observer | None
 ) -> tuple[Array, Array | None]:
     """Weights, and by what their rows must be divided to be the masked softmax; None for nothing.
 
@@ -113,8 +124,8 @@ def _softmax(
         biased: Whether a logit may be -inf already.
         observe: Is told the masked logits.
     """
-    unseen, exact = observe is unobserved, logits.dtype == ops.float64
-    own = getattr(ops, "softmax", None)
+    unseen, exact = observe is None, logits.dtype == ops.float64
+    own = ops.capabilities.softmax
     if own is not None and unseen and not (exact or biased) and logits.shape[-1] != 0:
         if mask is None:
             return own(logits), None
@@ -125,7 +136,8 @@ def _softmax(
         return own(ops.where(mask, logits, lowest)), ops.where(any_seen, one, math.inf)
     if mask is not None:
         logits = ops.where(mask, logits, -math.inf)
-    observe("masked_logits", logits)
+    if observe is not None:
+        observe("masked_logits", logits)
     maskable = biased or mask is not None
     weights, total = _exponentials(ops, logits, maskable=maskable, may_overwrite=unseen)
     if exact:  # where a query sees one key, its gradient is zero to the last bit only so
@@ -134,7 +146,7 @@ def _softmax(
 
 
 def _exponentials(
-    ops: Any, logits: Array, *, maskable: bool, may_overwrite: bool
+    ops: Ops, logits: Array, *, maskable: bool, may_overwrite: bool
 ) -> tuple[Array, Array | None]:
     """``exp(logits - c)`` and its sums over the last axis, c the greatest of each row.
 
@@ -147,9 +159,9 @@ def _exponentials(
     peak = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
     if maskable:
         peak = ops.where(peak > -math.inf, peak, 0.0)
-    overwriting = getattr(ops, "exp_and_sum", None) if may_overwrite else None
-    if overwriting is not None:
-        weights, total = overwriting(logits, peak)
+    exp_and_sum = ops.capabilities.exp_and_sum
+    if exp_and_sum is not None and may_overwrite:
+        weights, total = exp_and_sum(logits, peak)
     else:
         weights = ops.exp(logits - peak)
         total = ops.sum(weights, axis=-1, keepdims=True)

@@ -7,7 +7,7 @@ broadcast where they meet the logits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -16,9 +16,32 @@ from anymha.framework.dtypes import dtype_name
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import described
 
+SMALL = 1 << 14
+"""Masks of up to so many elements are kept where calls repeat,"""
+
+MOST_KEPT = 32
+"""and so many of them."""
+
 
 @dataclass(frozen=True)
-class Visibility:
+class TileOrigin:
+    """Where a tile of the logits begins: the index of its first element on each of (B, H, T, S).
+
+    Args:
+        batch: Index on the batch axis.
+        head: Index on the axis of query heads.
+        query: Index on the axis of queries, an even number.
+        key: Index on the axis of keys.
+    """
+
+    batch: Any = 0
+    head: Any = 0
+    query: Any = 0
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class PositionMask:
     """Which keys a query sees by its position alone.
 
     Query i of batch b stands at ``p = i + offset[b]`` and sees key j when
@@ -28,53 +51,62 @@ class Visibility:
         left: Keys visible before the query's own position, or None for all.
         right: Keys visible after it, or None for all. Causal attention is ``right=0``.
         offset: Position of the first query among the keys: an int, or integers (B,).
+        kept: Where masks of small tiles are kept for the next call; None for nowhere.
     """
 
     left: int | None = None
     right: int | None = None
     offset: Any = 0
+    kept: dict[Any, Array] | None = field(default=None, compare=False, repr=False)
 
     @property
-    def everything(self) -> bool:
+    def is_open(self) -> bool:
         """Whether every query sees every key."""
         return self.left is None and self.right is None
 
-    def of_batch(self, ops: Any, index: Any) -> Visibility:
-        """What the queries of one member of the batch see; `ops` has `narrow`."""
+    def of_batch(self, ops: Ops, index: Any) -> PositionMask:
+        """The mask of one member of the batch; `ops` has `narrow`."""
         offset = self.offset
         if isinstance(offset, int) or not len(offset.shape) or offset.shape[0] == 1:
             return self
-        return replace(self, offset=ops.narrow(offset, index, 1, axis=0))
+        return replace(self, offset=ops.capabilities.narrow(offset, index, 1, axis=0))
 
     def mask(
-        self, ops: Ops, start: Any, queries: Dim, keys: Dim, *, beside: Array, column: int = 0
+        self, ops: Ops, origin: TileOrigin, queries: Dim, keys: Dim, *, like: Array
     ) -> Array | None:
-        """Booleans for the queries from `start` on and the keys from `column` on.
-
-        None where all see all.
+        """Booleans for a tile of queries and keys, or None where all see all.
 
         Args:
             ops: The backend.
-            start: The first query's index.
+            origin: Where the tile begins; its batch and head do not matter.
             queries: Number of queries T.
             keys: Number of keys S.
-            beside: An array on whose device the mask is made.
-            column: The first key's index.
+            like: An array on whose device the mask is made.
 
         Returns:
             (1 or B, 1, T, S) booleans.
         """
-        if self.everything:
+        if self.left is None and self.right is None:
             return None
-        device = ops.device(beside)
+        kept, offset = self.kept, self.offset
+        if kept is None or type(offset) is not int or queries * keys > SMALL:
+            return self._made(ops, origin, queries, keys, ops.device(like))
+        place = (offset, origin.query, origin.key, queries, keys, ops.device(like))
+        if place not in kept:
+            if len(kept) >= MOST_KEPT:
+                kept.clear()
+            kept[place] = self._made(ops, origin, queries, keys, ops.device(like))
+        return kept[place]
+
+    def _made(self, ops: Ops, origin: TileOrigin, queries: Dim, keys: Dim, device: Any) -> Array:
         rows = ops.arange(0, queries, dtype=ops.int32, device=device)
         columns = ops.arange(0, keys, dtype=ops.int32, device=device)
-        rows = ops.reshape(rows, (1, 1, -1, 1)) + start
+        rows = ops.reshape(rows, (1, 1, -1, 1)) + origin.query
         columns = ops.reshape(columns, (1, 1, 1, -1))
         offset = self.offset
         if not isinstance(offset, int):
             offset = ops.reshape(ops.astype(offset, ops.int32), (-1, 1, 1, 1))
-        distance = columns + column - (rows + offset)  # [1 or B, 1, T, S]
+        distance = columns + origin.key - (rows + offset)  # [1 or B, 1, T, S]
         sides = []
         if self.left is not None:
             sides.append(distance >= -self.left)
@@ -83,12 +115,12 @@ class Visibility:
         return reduce(ops.logical_and, sides)
 
 
-def visibility(
+def position_mask(
     is_causal: bool, window: tuple[int | None, int | None] | None, offset: Any
-) -> Visibility:
-    """The `Visibility` of a causal flag and a window of keys to the left and right."""
+) -> PositionMask:
+    """The `PositionMask` of a causal flag and a window of keys to the left and right."""
     left, right = (None, None) if window is None else window
-    return Visibility(left, 0 if is_causal else right, offset)
+    return PositionMask(left, 0 if is_causal else right, offset)
 
 
 def all_of(ops: Ops, masks: Iterable[Array | None]) -> Array | None:

@@ -1,4 +1,4 @@
-"""What one call of attention does beside its arrays."""
+"""What one call of attention computes, beside its arrays."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from dataclasses import dataclass
 
 from anymha.attention.dropout import Dropout
 from anymha.attention.features import Feature
-from anymha.attention.masks import Visibility
+from anymha.attention.masks import PositionMask
 
 
 @dataclass(frozen=True)
-class AttentionCall:
-    """What one call of attention does beside its arrays.
+class AttentionSpec:
+    """The options of one call of attention.
 
     Args:
         scale: Factor of the logits.
         features: The options of today's models that are switched on.
-        visibility: What a query sees by its position: causality and window.
+        position_mask: What a query sees by its position: causality and window.
         dropout: Dropout of the probabilities, or None.
-        memory_budget: How many bytes the logits of one block may take; None leaves it to the
+        memory_budget: How many bytes the logits of one tile may take; None leaves it to the
             backend. The results mean the same for any.
     """
 
     scale: float
     features: tuple[Feature, ...]
-    visibility: Visibility
+    position_mask: PositionMask
     dropout: Dropout | None = None
     memory_budget: int | None = None

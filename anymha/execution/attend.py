@@ -1,95 +1,103 @@
-"""Attention of all queries: a kernel of the framework's, tile after tile, or in one piece.
-
-`anymha.execution.path` says which.
-"""
+"""Attention of all queries: by a kernel of the framework's, tile after tile, or in one piece."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from anymha.attention.dropout import Place
-from anymha.attention.formula import Observer, formula, unobserved
-from anymha.attention.masks import all_of
-from anymha.attention.spec import AttentionCall
-from anymha.execution.loops import by_blocks, by_fused_kernel, by_rows
-from anymha.execution.path import Path, choose_path
+from anymha.attention.formula import Observer, formula
+from anymha.attention.masks import TileOrigin
+from anymha.attention.spec import AttentionSpec
+from anymha.execution.loops import all_heads_by_tiles, each_head_by_tiles, fused_by_tiles
+from anymha.execution.path import Path
 from anymha.framework.protocol import Array, Ops
+
+HEADS_FIRST = (0, 2, 1, 3)
+FIRST = TileOrigin()
 
 
 def attend(
     ops: Ops,
-    call: AttentionCall,
+    spec: AttentionSpec,
+    path: Path,
     query: Array,
     key: Array,
     value: Array,
     *,
-    masks: Sequence[Array | None] = (),
+    mask: Array | None = None,
     bias: Array | None = None,
-    observe: Observer = unobserved,
-    with_scores: bool = True,
+    observe: Observer | None = None,
+    with_scores: bool = False,
 ) -> tuple[Array, Array | None]:
     """The context of each query head, and the probabilities.
 
     Args:
         ops: The backend.
-        call: The options.
+        spec: The options.
+        path: The way to take, from `anymha.execution.path.choose_path`.
         query: (B, T, H, d_k) in the accumulation dtype.
         key: (B, S, K, d_k); K divides H, and query head h reads key head ``h // (H // K)``.
         value: (B, S, K, d_v).
-        masks: Booleans that broadcast to (B, H, T, S), True = may attend; their AND holds.
+        mask: Booleans that broadcast to (B, H, T, S), True = may attend.
         bias: Added to the logits; broadcasts to (B, H, T, S).
-        observe: Is told each stage.
+        observe: Is told each stage; None for nobody.
         with_scores: Whether the probabilities are wanted; the context has the same bits without.
 
     Returns:
         The context (B, T, H, d_v), and the probabilities before dropout (B, H, T, S) or None.
     """
-    heads_first = (0, 2, 1, 3)
     arrays = {
-        "query": ops.permute_dims(query, heads_first),  # [B, H, T, d_k]
-        "key": ops.permute_dims(key, heads_first),  # [B, K, S, d_k]
-        "value": ops.permute_dims(value, heads_first),  # [B, K, S, d_v]
+        "query": ops.permute_dims(query, HEADS_FIRST),  # [B, H, T, d_k]
+        "key": ops.permute_dims(key, HEADS_FIRST),  # [B, K, S, d_k]
+        "value": ops.permute_dims(value, HEADS_FIRST),  # [B, K, S, d_v]
     }
-    mask = all_of(ops, masks)
     if mask is not None:
         arrays["mask"] = _of_rank_4(ops, mask)
     if bias is not None:
         arrays["bias"] = _of_rank_4(ops, bias)
-    path = choose_path(ops, call, arrays, observed=observe is not unobserved)
     if path.kernel == "fused":
-        found = {"context": by_fused_kernel(ops, call, path.runs, arrays)}
+        results = {"context": _fused(ops, spec, path, arrays)}
         if with_scores:  # in a second pass, so that the context has the same bits
             del arrays["value"]
-            path = choose_path(ops, call, arrays, fused=False)
-            found |= written(ops, call, path, arrays, observe, True)
+            results |= written(ops, spec, path.for_scores, arrays, observe, True)
     else:
-        found = written(ops, call, path, arrays, observe, with_scores)
-    context = ops.permute_dims(found["context"], heads_first)  # [B, T, H, d_v]
-    observe("context", context)
-    return context, found.get("scores")
+        results = written(ops, spec, path, arrays, observe, with_scores)
+    context = ops.permute_dims(results["context"], HEADS_FIRST)  # [B, T, H, d_v]
+    if observe is not None:
+        observe("context", context)
+    return context, results.get("scores")
+
+
+def _fused(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array]) -> Array:
+    positions = spec.position_mask
+    is_open = positions.left is None and positions.right is None
+    if spec.dropout is None and (path.tiles or not (path.causal_kernel or is_open)):
+        return fused_by_tiles(ops, spec, path.tiles, arrays)
+    kernel: Any = ops.capabilities.fused_attention  # with dropout it has its own tiles
+    return kernel(spec, arrays, causal=path.causal_kernel)
 
 
 def written(
     ops: Ops,
-    call: AttentionCall,
+    spec: AttentionSpec,
     path: Path | None,
     arrays: Mapping[str, Array],
-    observe: Observer = unobserved,
+    observe: Observer | None = None,
     with_scores: bool = False,
 ) -> dict[str, Array]:
     """The context (B, H, T, d_v) and the scores (B, H, T, S), as far as wanted, by the formula."""
+    if path is None or not path.tiles:
+        return formula(ops, spec, arrays, FIRST, observe, with_scores)
 
-    def of_place(
-        call: AttentionCall, arrays: Mapping[str, Array], place: Place
+    def of_tile(
+        spec: AttentionSpec, arrays: Mapping[str, Array], origin: TileOrigin
     ) -> dict[str, Array]:
-        return formula(ops, call, arrays, place, observe, with_scores)
+        return formula(ops, spec, arrays, origin, observe, with_scores)
 
-    if path is not None and path.together:
-        return by_rows(ops, call, path.runs, arrays, of_place)
-    if path is not None and path.runs:
-        wanted = ["context"] * ("value" in arrays) + ["scores"] * with_scores
-        return by_blocks(ops, call, path.runs, arrays, of_place, wanted)
-    return of_place(call, arrays, Place())
+    if path.together:
+        return all_heads_by_tiles(ops, spec, path.tiles, arrays, of_tile)
+    wanted = ["context"] * ("value" in arrays) + ["scores"] * with_scores
+    return each_head_by_tiles(ops, spec, path.tiles, arrays, of_tile, wanted)
 
 
 def _of_rank_4(ops: Ops, x: Array) -> Array:

@@ -1,18 +1,57 @@
-"""Which way a call of attention takes, and why: a fused kernel, blocks of queries, or one piece."""
+"""Which way a call of attention takes, and why: a fused kernel, tiles of queries, or one piece.
+
+The path follows from shapes, dtypes and options alone, and is chosen before anything is computed.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from anymha.attention.spec import AttentionCall
-from anymha.execution.tiling import Run, plan_runs
-from anymha.framework.dtypes import dtype_name
-from anymha.framework.protocol import Array, Ops
-from anymha.framework.shapes import is_known
+from anymha.attention.spec import AttentionSpec
+from anymha.execution.tiling import Tiles, plan_tiles
+from anymha.framework.protocol import Dim, Ops
+
+WORTHWHILE = 256
+"""From so many queries on, leaving out the keys that some do not see saves time."""
+
+
+class AttentionShape(NamedTuple):
+    """All that is known of a call of attention before its values are.
+
+    Args:
+        batch: B.
+        heads: Query heads H.
+        key_heads: Key and value heads K.
+        queries: T.
+        keys: S.
+        key_dim: d_k.
+        value_dim: d_v.
+        dtype: The dtype in which attention is computed.
+        device: Where.
+        has_mask: Whether there is a mask beside that of positions.
+        has_bias: Whether there is a bias.
+        per_query: Whether a mask or the bias differs from query to query.
+        bias_differentiated: Whether a gradient of the bias may be asked for.
+    """
+
+    batch: Dim
+    heads: Dim
+    key_heads: Dim
+    queries: Dim
+    keys: Dim
+    key_dim: Dim
+    value_dim: Dim
+    dtype: Any
+    device: Any
+    has_mask: bool = False
+    has_bias: bool = False
+    per_query: bool = False
+    bias_differentiated: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,44 +59,57 @@ class Path:
     """The way that a call takes.
 
     Args:
-        kernel: "fused" for a kernel of the framework's, "blocks" for the written formula block
-            after block of queries, "whole" for the written formula in one piece.
+        kernel: "fused" for a kernel of the framework's, "tiles" for the written formula tile after
+            tile of queries, "whole" for the written formula in one piece.
         why: The reason.
-        runs: The blocks of each head; none where there is one piece.
-        together: Whether a block has the rows of all heads.
+        tiles: The tiles of each head; none where there is one piece.
+        together: Whether a tile has the queries of all heads.
+        causal_kernel: Whether the fused kernel masks by causality itself.
         why_not_fused: Why no fused kernel is taken; empty where one is.
+        for_scores: The path of the second pass that gives the scores beside a fused kernel.
+        most_queries: Calls that differ in their lengths alone take this path too, if they have at
+            most so many queries,
+        most_logits: and so many logits; 0 where only the same lengths do.
     """
 
     kernel: str
     why: str
-    runs: tuple[Run, ...] = ()
-    why_not_fused: str = ""
+    tiles: tuple[Tiles, ...] = ()
     together: bool = False
+    causal_kernel: bool = False
+    why_not_fused: str = ""
+    for_scores: Path | None = None
+    most_queries: float = 0
+    most_logits: float = 0
 
     def __str__(self) -> str:
-        blocks = sum(run.count for run in self.runs)
-        told = f"{self.kernel}: {self.why}"
-        if blocks > 1:
-            told += f"; {blocks} blocks of up to {max(run.rows for run in self.runs)} queries"
-        return told + (f". Not fused: {self.why_not_fused}" if self.why_not_fused else "")
+        count = sum(tiles.count for tiles in self.tiles)
+        text = f"{self.kernel}: {self.why}"
+        if count > 1:
+            text += f"; {count} tiles of up to {max(t.height for t in self.tiles)} queries"
+        return text + (f". Not fused: {self.why_not_fused}" if self.why_not_fused else "")
 
 
-_told: list[Path] | None = None
+_REPORT: ContextVar[list[Path] | None] = ContextVar("anymha_path_report", default=None)
+"""The list into which `explain` collects the paths of the call that it makes."""
+
+_LOCK = threading.Lock()
+
+explaining = 0
+"""How many calls of `explain` run now, in all threads: while there is none, nobody asks further."""
 
 
-@contextlib.contextmanager
-def told_paths() -> Iterator[list[Path]]:
-    """The paths that are taken inside of the `with`, in a list."""
-    global _told
-    before, _told = _told, []
-    try:
-        yield _told
-    finally:
-        _told = before
+def report(path: Path) -> None:
+    """Tell the `explain` of this thread or task, if there is one, which way a call takes."""
+    paths = _REPORT.get()
+    if paths is not None:
+        paths += [path] if path.for_scores is None else [path, path.for_scores]
 
 
 def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
-    """Which way a call takes through the attention, and why: the call is made, and told of.
+    """Make a call, and say which way it takes through the attention, and why.
+
+    Other calls, of other threads or tasks, are not reported.
 
     Args:
         function: A layer of anymha, `anymha.dot_product_attention`, or what calls such.
@@ -66,134 +118,144 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
 
     Returns:
         A line for each attention that was computed: "fused" is a kernel of the framework's,
-        "blocks" the written formula block after block of queries, "whole" the formula in one
-        piece; then why, and why not a fused kernel.
+        "tiles" the written formula tile after tile of queries, "whole" the formula in one piece;
+        then why, and why not a fused kernel.
 
     Example:
         >>> import anymha, numpy as np
         >>> layer = anymha.MultiHeadAttention(2, 4, backend="numpy", query_features=8)
         >>> print(anymha.explain(layer, np.ones((1, 3, 8), dtype="float32")))
-        whole: it fits into one block. Not fused: numpy has no kernel here with the written meaning
+        whole: it fits into one tile. Not fused: numpy has no kernel here with the written meaning
     """
-    with told_paths() as paths:
+    global explaining
+    paths: list[Path] = []
+    token = _REPORT.set(paths)
+    with _LOCK:
+        explaining += 1
+    try:
         function(*args, **call)
+    finally:
+        with _LOCK:
+            explaining -= 1
+        _REPORT.reset(token)
     return "\n".join(map(str, paths))
 
 
-def are_told() -> bool:
-    """Whether somebody listens; then nothing that was planned before is used."""
-    return _told is not None
-
-
 def choose_path(
-    ops: Ops,
-    call: AttentionCall,
-    arrays: Mapping[str, Array],
-    *,
-    observed: bool = False,
-    fused: bool = True,
+    ops: Ops, spec: AttentionSpec, shape: AttentionShape, *, observed: bool, with_scores: bool
 ) -> Path:
     """The path of a call.
 
     Args:
         ops: The backend.
-        call: The options.
-        arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), maybe "mask" and "bias", which
-            broadcast to (B, H, T, S).
+        spec: The options.
+        shape: What is known of the arrays.
         observed: Whether each stage is to be seen.
-        fused: Whether a fused kernel may be taken.
+        with_scores: Whether the scores are wanted.
     """
     if observed:
-        return _tell(Path("whole", "each stage is observed"))
-    lengths = (*arrays["query"].shape, *arrays["key"].shape)
-    if any(is_known(n) and n == 0 for n in lengths):
-        return _tell(Path("whole", "there is nothing to attend to"))
-    refusal = _refusal(ops, call, arrays) if fused else "the scores are asked for"
-    if refusal is None and call.dropout is not None and _fits(ops, call, arrays):
-        refusal = "the probabilities are few enough to be kept"
-    if refusal is None:
-        return _tell(_fused_path(ops, call, arrays))
-    return _tell(_written_path(ops, call, arrays, refusal))
-
-
-def _tell(path: Path) -> Path:
-    if _told is not None:
-        _told.append(path)
+        return Path("whole", "each stage is observed")
+    lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
+    if any(isinstance(n, int) and n == 0 for n in lengths):
+        return Path("whole", "there is nothing to attend to")
+    reason = _why_not_fused(ops, spec, shape)
+    if reason is None and spec.dropout is not None and _fits(ops, spec, shape):
+        reason = "the probabilities are few enough to be kept"
+    if reason is not None:
+        return _written_path(ops, spec, shape, reason)
+    path = _fused_path(ops, spec, shape)
+    if with_scores:
+        second = _written_path(ops, spec, shape, "the scores are asked for")
+        path = replace(
+            path,
+            for_scores=second,
+            most_queries=min(path.most_queries, second.most_queries),
+            most_logits=min(path.most_logits, second.most_logits),
+        )
     return path
 
 
-def _refusal(ops: Any, call: AttentionCall, arrays: Mapping[str, Array]) -> str | None:
-    refusal = getattr(ops, "fused_refusal", None)
-    if refusal is None:
+def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str | None:
+    why_not_fused = ops.capabilities.why_not_fused
+    if why_not_fused is None:
         return f"{ops.name} has no kernel here with the written meaning"
-    return refusal(call, arrays)
+    for feature in spec.features:
+        if reason := feature.why_not_fused():
+            return reason
+    return why_not_fused(spec, shape)
 
 
-def _fused_path(ops: Any, call: AttentionCall, arrays: Mapping[str, Array]) -> Path:
+def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
+    if spec.dropout is not None:
+        return Path("fused", "the backend's own tiles with dropout")
     why = "the framework's kernel has the written meaning"
-    visible, query = call.visibility, arrays["query"]
-    tall = [name for name in ("mask", "bias") if name in arrays and arrays[name].shape[2] != 1]
-    if call.dropout is not None:
-        return Path("fused", "the backend's own blocks with dropout")
-    if is_plain_causal(call, arrays) or (visible.everything and not tall):
+    positions = spec.position_mask
+    is_open = positions.left is None and positions.right is None
+    causal = _is_plain_causal(spec, shape)
+    if causal or (is_open and not shape.per_query):
+        return Path("fused", why, causal_kernel=causal, most_queries=math.inf, most_logits=math.inf)
+    batch, queries, keys = shape.batch, shape.queries, shape.keys
+    if not all(isinstance(n, int) for n in (batch, queries, keys)):
         return Path("fused", why)
-    batch, _, queries, _ = query.shape
-    keys = arrays["key"].shape[2]
-    if not all(map(is_known, (batch, queries, keys))):
-        return Path("fused", why)
-    most = _most(ops, call, query)
-    if visible.everything and batch * queries * keys <= most:
-        return Path("fused", why)
+    most = _most(ops, spec, shape)
+    if is_open and batch * queries * keys <= most:
+        return Path("fused", why, most_queries=math.inf, most_logits=most)
     elements = max(most // batch, 1)
-    return Path("fused", why, plan_runs(visible, queries, keys, elements, unrolled=True))
+    return Path("fused", why, plan_tiles(positions, queries, keys, elements, eager_loop=True))
 
 
-def is_plain_causal(call: AttentionCall, arrays: Mapping[str, Array]) -> bool:
+def _is_plain_causal(spec: AttentionSpec, shape: AttentionShape) -> bool:
     """Whether nothing is masked but what causality masks, query 0 standing at key 0."""
-    visible = call.visibility
-    causal = visible.left is None and visible.right == 0
-    first = isinstance(visible.offset, int) and visible.offset == 0
-    return causal and first and "mask" not in arrays and "bias" not in arrays
+    positions = spec.position_mask
+    causal = positions.left is None and positions.right == 0
+    first = isinstance(positions.offset, int) and positions.offset == 0
+    return causal and first and not shape.has_mask and not shape.has_bias
 
 
-WORTHWHILE = 256
-"""From so many queries on, leaving out the keys that some do not see saves time."""
+def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: str) -> Path:
+    def whole(why: str, queries: float = 0, logits: float = 0) -> Path:
+        return Path("whole", why, why_not_fused=reason, most_queries=queries, most_logits=logits)
 
-
-def _written_path(ops: Any, call: AttentionCall, arrays: Mapping[str, Array], refusal: str) -> Path:
-    def whole(why: str) -> Path:
-        return Path("whole", why, (), refusal)
-
-    if not hasattr(ops, "block"):
-        return whole(f"{ops.name} has no loop")
-    if call.dropout is not None and call.dropout.native:
-        return whole("the framework's generator makes the dropout's mask in one piece")
-    query = arrays["query"]
-    _, heads, queries, _ = query.shape
-    _, shared, keys, _ = arrays["key"].shape
-    if not all(map(is_known, (heads, queries, shared, keys))):
+    capabilities, positions = ops.capabilities, spec.position_mask
+    if capabilities.loop is None:
+        return whole(f"{ops.name} has no loop", math.inf, math.inf)
+    if spec.dropout is not None and spec.dropout.native:
+        why = "the framework's generator makes the dropout's mask in one piece"
+        return whole(why, math.inf, math.inf)
+    queries, keys = shape.queries, shape.keys
+    if not all(isinstance(n, int) for n in (shape.heads, queries, shape.key_heads, keys)):
         return whole("the lengths are not known before the program runs")
-    if _fits(ops, call, arrays):
-        visible = call.visibility
-        if queries < WORTHWHILE or visible.everything or not isinstance(visible.offset, int):
-            return whole("it fits into one block")
-        runs = plan_runs(visible, queries, keys, queries * keys, unrolled=False)
-        return Path("blocks", "each leaves out keys that it does not see", runs, refusal, True)
-    elements = max(_most(ops, call, query) // (heads // shared), 1)
-    runs = plan_runs(call.visibility, queries, keys, elements, unrolled=ops.unrolls)
-    return Path("blocks", "small blocks stay in the cache", runs, refusal)
+    is_open = positions.left is None and positions.right is None
+    if _fits(ops, spec, shape):
+        most = _most_whole(ops, spec, shape)
+        if is_open or not isinstance(positions.offset, int):
+            return whole("it fits into one tile", math.inf, most)
+        if queries < WORTHWHILE:
+            return whole("it fits into one tile", WORTHWHILE - 1, most)
+        tiles = plan_tiles(positions, queries, keys, queries * keys, eager_loop=False)
+        return Path("tiles", "each leaves out keys that it does not see", tiles, True,
+                    why_not_fused=reason)  # fmt: skip
+    elements = max(_most(ops, spec, shape) // (shape.heads // shape.key_heads), 1)
+    tiles = plan_tiles(positions, queries, keys, elements, eager_loop=capabilities.eager_loop)
+    return Path("tiles", "small tiles stay in the cache", tiles, why_not_fused=reason)
 
 
-def _fits(ops: Any, call: AttentionCall, arrays: Mapping[str, Array]) -> bool:
+def _fits(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
     """Whether all logits are few enough to be computed in one piece."""
-    lengths = (*arrays["query"].shape[:3], arrays["key"].shape[2])
-    logits = math.prod([n for n in lengths if is_known(n)])
-    most = _most(ops, call, arrays["query"])
-    return logits <= (most if call.memory_budget is not None else 4 * most)
+    lengths = (shape.batch, shape.heads, shape.queries, shape.keys)
+    logits = math.prod([n for n in lengths if isinstance(n, int)])
+    return logits <= _most_whole(ops, spec, shape)
 
 
-def _most(ops: Any, call: AttentionCall, query: Array) -> int:
-    """How many logits a block may have."""
-    if call.memory_budget is None:
-        return ops.block(ops.device(query))
-    return call.memory_budget // (8 if dtype_name(query.dtype) == "float64" else 4)
+def _most_whole(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> int:
+    """How many logits are computed in one piece."""
+    most = _most(ops, spec, shape)
+    return most if spec.memory_budget is not None else 4 * most
+
+
+def _most(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> int:
+    """How many logits a tile may have."""
+    if spec.memory_budget is not None:
+        return spec.memory_budget // (8 if shape.dtype == ops.float64 else 4)
+    tile_size = ops.capabilities.tile_size
+    return 1 << 62 if tile_size is None else tile_size(shape.device)

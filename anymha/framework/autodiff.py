@@ -1,6 +1,6 @@
 """Gradients for backends without autodiff: a tape over the functions of `Ops`.
 
-The core runs unchanged on `Traced` arrays through `TapeOps`, which notes of every function how a
+The core runs unchanged on `Variable` arrays through `Tape`, which notes of every function how a
 gradient goes back through it. So NumPy, and any backend of functions alone, has exact gradients of
 the one written formula, and there is no second, differentiated copy of it to keep.
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
 
 from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
-from anymha.framework.variables import Pull, TapeOps, Traced, plain
+from anymha.framework.variables import Pull, Tape, Variable, plain
 
 
 def vjp(
@@ -40,9 +41,9 @@ def vjp(
         >>> pullback(np.ones(2))["x"].tolist()
         [2.0, 2.0]
     """
-    tape = _Recomputing(ops)
+    tape = _RecomputingTape(ops)
     leaves = {
-        name: Traced(tape, array) if is_floating(dtype_name(array.dtype)) else array
+        name: Variable(tape, array) if is_floating(dtype_name(array.dtype)) else array
         for name, array in arrays.items()
     }
     results = function(cast(Ops, tape), dict(leaves))
@@ -54,12 +55,23 @@ def vjp(
     return tuple(map(plain, results)) if several else plain(results), pullback
 
 
-class _Recomputing(TapeOps):
-    """A tape with slices and loops, of which it keeps no more than what goes into them."""
+class _RecomputingTape(Tape):
+    """A tape with slices and loops; it keeps no more of a loop than what goes into it."""
+
+    def __init__(self, ops: Ops) -> None:
+        super().__init__(ops)
+        own = ops.capabilities
+        if own.loop is not None and own.eager_loop:
+            self.capabilities = replace(
+                self.capabilities,
+                tile_size=own.tile_size,
+                loop=self.loop,
+                eager_loop=True,
+                narrow=self.narrow,
+            )
 
     def narrow(self, x: Any, start: Any, length: int, /, *, axis: int) -> Any:
-        ops: Any = self.ops
-        own = self.shape(x)
+        ops, own = self.ops, self.shape(x)
 
         def pull(g: Array) -> Array:
             zero = ops.asarray(0, dtype=g.dtype, device=ops.device(g))
@@ -69,23 +81,22 @@ class _Recomputing(TapeOps):
             ]
             return ops.concat([around[0], g, around[1]], axis=axis)
 
-        return self._unary(x, ops.narrow(plain(x), start, length, axis=axis), pull)
+        return self._unary(x, _narrowed(plain(x), start, length, axis), pull)
 
     def concat(self, arrays: list[Any], /, *, axis: int) -> Any:
-        ops: Any = self.ops
         lengths = [self.shape(x)[axis] for x in arrays]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
 
         def pull(start: int, length: int) -> Pull:
-            return lambda g: ops.narrow(g, start, length, axis=axis)
+            return lambda g: _narrowed(g, start, length, axis)
 
         pulls = list(map(pull, starts, lengths))
         value = self.ops.concat([plain(x) for x in arrays], axis=axis)
-        if not any(isinstance(x, Traced) for x in arrays):
+        if not any(isinstance(x, Variable) for x in arrays):
             return value
-        return Traced(self, value, *zip(arrays, pulls, strict=True))
+        return Variable(self, value, *zip(arrays, pulls, strict=True))
 
-    def map(
+    def loop(
         self,
         function: Callable[[int, dict[str, Any]], dict[str, Any]],
         count: int,
@@ -98,7 +109,7 @@ class _Recomputing(TapeOps):
 
         def at(x: Array, index: int) -> Array:
             shape = ops.shape(x)
-            return ops.reshape(ops.narrow(x, index, 1, axis=0), shape[1:])
+            return ops.reshape(_narrowed(x, index, 1, 0), shape[1:])
 
         def own(index: int) -> dict[str, Any]:
             parts = {name: at(plain(x), index) for name, x in mapped.items()}
@@ -122,7 +133,7 @@ class _Recomputing(TapeOps):
             every = []
             for index in range(count):
                 leaves = {
-                    name: Traced(self, x) if is_floating(dtype_name(x.dtype)) else x
+                    name: Variable(self, x) if is_floating(dtype_name(x.dtype)) else x
                     for name, x in own(index).items()
                 }
                 value = function(index, dict(leaves))[result]
@@ -136,7 +147,7 @@ class _Recomputing(TapeOps):
 
         arrays = {**mapped, **constant}
         return {
-            name: Traced(
+            name: Variable(
                 self,
                 ops.stack([each[name] for each in found]),
                 *((x, pull(name, source)) for source, x in arrays.items()),
@@ -145,22 +156,28 @@ class _Recomputing(TapeOps):
         }
 
 
+def _narrowed(x: Array, start: int, length: int, axis: int) -> Array:
+    """`length` places of an array along an axis, from `start` on."""
+    rest = [slice(None)] * (len(x.shape) - axis - 1)
+    return x[(..., slice(start, start + length), *rest)]
+
+
 def _pulled(
     ops: Ops, results: tuple[Any, ...], leaves: Mapping[str, Any], cotangents: Any
 ) -> dict[str, Array]:
     gradients: dict[int, Array] = {}
-    nodes: dict[int, Traced] = {}
+    nodes: dict[int, Variable] = {}
 
-    def give(node: Traced, gradient: Array) -> None:
+    def give(node: Variable, gradient: Array) -> None:
         before = gradients.get(node.number)
         nodes[node.number] = node
         gradients[node.number] = gradient if before is None else before + gradient
 
     given = cotangents if isinstance(cotangents, tuple) else (cotangents,)
     for result, cotangent in zip(results, given, strict=True):
-        if isinstance(result, Traced):
+        if isinstance(result, Variable):
             give(result, cotangent)
-    own = {leaf.number for leaf in leaves.values() if isinstance(leaf, Traced)}
+    own = {leaf.number for leaf in leaves.values() if isinstance(leaf, Variable)}
     while len(nodes) > len(nodes.keys() & own):  # the latest first: all its users have given
         number = max(nodes.keys() - own)
         gradient = gradients.pop(number)
@@ -171,5 +188,5 @@ def _pulled(
         if leaf.number in gradients
         else ops.broadcast_to(ops.asarray(0, dtype=leaf.dtype), ops.shape(leaf.value))
         for name, leaf in leaves.items()
-        if isinstance(leaf, Traced)
+        if isinstance(leaf, Variable)
     }

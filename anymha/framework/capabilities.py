@@ -1,120 +1,113 @@
 """What a backend may have beside `Ops`: functions that make it faster and change no meaning.
 
-The core asks for each by name, and does without it where there is none.
+A backend declares them by one object, `capabilities = Capabilities(linear=linear, ...)` in its
+module; what is not named there, the core does without. A name that does not exist is an error where
+the backend is imported. The conformance tests compare each with the core's general way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
 
-from anymha.framework.protocol import Array, Dim, Ops
+from anymha.errors import ConfigError
+from anymha.framework.protocol import Array
 
+Function = Callable[..., Any]
 
-class Planning(Ops, Protocol):
-    """The functions of a backend whose calls are checked once for arrays of the same kinds."""
-
-    def kind(self, x: Array, /) -> Any:
-        """All that is known of `x` but its values, hashable: class, shape and dtype."""
-        ...
-
-    def is_tracing(self) -> bool:
-        """Whether a compiler runs the call now, for which nothing is to be kept."""
-        ...
-
-
-class Compiling(Planning, Protocol):
-    """The functions of a backend whose single functions are slow, and compiled ones fast."""
-
-    def compiled(self, function: Callable[[Mapping[str, Array]], Any], /) -> Callable[..., Any]:
-        """The same function, compiled where it is not inside of a compiled one already."""
-        ...
-
-    def seed_array(self, seed: int, /) -> Array:
-        """An array of which `seed_words` are those of an int."""
-        ...
+TOGETHER = (
+    ("compile", "array_key"),
+    ("compile", "seed_array"),
+    ("loop", "tile_size"),
+    ("loop", "narrow"),
+    ("fused_attention", "why_not_fused"),
+    ("bitwise_and_inplace", "bitwise_xor_inplace"),
+    ("initialize", "initializer_style"),
+)
+"""The capability in the first place needs the one in the second."""
 
 
-class Replaying(Planning, Protocol):
-    """The functions of a backend whose calls are slow for what Python does between its functions.
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """The optional functions of a backend; None where it does not have one.
 
-    A small call of kinds of arrays that came before does again what the functions were called with
-    then: which they are, and what they are given beside arrays, must follow from the kinds and the
-    situation. `in_float64` must be just a call.
+    Args:
+        array_key: ``array_key(x)`` is all that is known of an array but its shape and its values,
+            hashable: class, dtype, device. Calls of equal keys and shapes are checked once.
+        is_tracing: ``is_tracing()``: whether a compiler runs the call now, for which nothing is to
+            be kept.
+        compile: ``compile(function)`` of a function of a dict of arrays is the same function,
+            compiled; for backends whose single functions are slow.
+        seed_array: ``seed_array(seed)`` of an int is an array that `seed_words` turns into the
+            words of that int.
+        vjp: ``vjp(function, arrays, cotangents)`` is the value of ``function(arrays)``, an array
+            or a tuple, and by the names of `arrays`, a dict of floating arrays, the gradients of
+            ``sum(cotangents * value)``.
+        keep_mask: `anymha.attention.dropout.keep_mask` in the backend's own way, without `ops`.
+        chunk_size: ``chunk_size(device)``: how many random words to make at a time where each
+            function runs by itself, since so many stay in the processor's cache; None for all.
+        bitwise_and_inplace: `bitwise_and` that may write into its first argument.
+        bitwise_xor_inplace: `bitwise_xor` that may write into its first argument.
+        tile_size: ``tile_size(device)``: the number of logits of a tile with which the backend is
+            fastest.
+        loop: ``loop(function, count, mapped, constant, results)`` is ``function(i, arrays)`` for
+            each i below `count`, the results stacked. `function` takes the number of the round (an
+            int or an int32 array) and a dict of arrays: of the arrays (count, ..) in `mapped` the
+            i-th part, those in `constant` whole. `results` has the names of what it gives and
+            their dtypes. For differentiation nothing of a round is kept but its arrays: the round
+            is computed again.
+        eager_loop: Whether `loop` is an ordinary loop, so that each tile may have its own lengths.
+        narrow: ``narrow(x, start, length, axis=axis)``: `length` places along an axis, from
+            `start` on, an int or an int32 array.
+        fused_attention: ``fused_attention(spec, arrays, causal=flag)`` is the context
+            (B, H, T, d_v) by a kernel with exactly the written meaning; masks of positions are in
+            "mask", or `causal` says them.
+        why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
+            `anymha.execution.path.AttentionShape`; None where it can.
+        linear: ``linear(x, matrix, bias)`` is ``x . matrix + bias`` of (N, D) and (D, W).
+        softmax: ``softmax(x)`` over the last axis, of finite numbers.
+        exp_and_sum: ``exp_and_sum(x, peak)`` is ``exp(x - peak)`` and its sums over the last axis,
+            kept as 1; it may write into `x`.
+        is_differentiated: ``is_differentiated(x)``: whether a gradient of `x` may be asked for.
+        initialize: ``initialize(function, shape, dtype, seed)`` is what an initialiser in the
+            style of the framework's users gives; `seed` has 31 bits.
+        initializer_style: "key" for ``f(key, shape, dtype)``, "in place" for ``f(array)``.
     """
 
-    def situation(self) -> Any:
-        """All beside a call's arrays that decides what is computed, hashable."""
-        ...
+    array_key: Callable[[Array], Hashable] | None = None
+    is_tracing: Callable[[], bool] | None = None
+    compile: Function | None = None
+    seed_array: Callable[[int], Array] | None = None
+    vjp: Function | None = None
+    keep_mask: Function | None = None
+    chunk_size: Callable[[Any], int | None] | None = None
+    bitwise_and_inplace: Function | None = None
+    bitwise_xor_inplace: Function | None = None
+    tile_size: Callable[[Any], int] | None = None
+    loop: Function | None = None
+    eager_loop: bool = False
+    narrow: Function | None = None
+    fused_attention: Function | None = None
+    why_not_fused: Callable[[Any, Any], str | None] | None = None
+    linear: Function | None = None
+    softmax: Callable[[Array], Array] | None = None
+    exp_and_sum: Function | None = None
+    is_differentiated: Callable[[Array], bool] | None = None
+    initialize: Function | None = None
+    initializer_style: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, other in TOGETHER:
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise ConfigError(
+                    f"A backend that has the capability `{name}` needs `{other}` too. "
+                    f"Received: {', '.join(self.names) or 'none'}. Pass both, or neither."
+                )
 
-class Looping(Ops, Protocol):
-    """The functions of a backend that computes block after block."""
-
-    unrolls: bool
-    """Whether `map` is an ordinary loop, so that each block may have lengths of its own."""
-
-    def block(self, device: Any, /) -> int:
-        """How many logits a block has for which the backend is fastest."""
-        ...
-
-    def map(
-        self,
-        function: Callable[[Any, dict[str, Array]], dict[str, Array]],
-        count: Dim,
-        mapped: Mapping[str, Array],
-        constant: Mapping[str, Array],
-        results: Mapping[str, Any],
-        /,
-    ) -> dict[str, Array]:
-        """``function(i, arrays)`` for each i below `count`, the results behind one another.
-
-        For differentiation nothing of a round is kept but its arrays: it is computed again.
-
-        Args:
-            function: Takes the number of the round, an int or an int32 array, and arrays by name.
-            count: How many rounds, at least 1.
-            mapped: Arrays (count, ..), of which the i-th round gets the i-th part.
-            constant: Arrays that each round gets whole.
-            results: The names of what the function gives, and their dtypes.
-        """
-        ...
-
-    def narrow(self, x: Array, start: Any, length: int, /, *, axis: int) -> Array:
-        """`length` places along an axis, from `start` on, an int or an int32 array."""
-        ...
-
-
-class Fusing(Ops, Protocol):
-    """The functions of a backend that has a kernel with exactly the written meaning."""
-
-    def fused_refusal(self, call: Any, arrays: Mapping[str, Array], /) -> str | None:
-        """Why the kernel cannot do a call, or None where it can; see `anymha.attention.formula`."""
-        ...
-
-    def fused_attention(self, call: Any, arrays: Mapping[str, Array], /, *, causal: bool) -> Array:
-        """The context (B, H, T, d_v); masks of positions are in "mask", or `causal` says them."""
-        ...
-
-
-class Faster(Ops, Protocol):
-    """Functions that a backend may have because they are faster than those they stand for."""
-
-    overwriting: Any
-    """`bitwise_and` and `bitwise_xor` that may write into their first argument."""
-
-    def linear(self, x: Array, matrix: Array, bias: Array | None, /) -> Array:
-        """``x . matrix + bias`` of matrices (N, D) and (D, W)."""
-        ...
-
-    def softmax(self, x: Array, /) -> Array:
-        """The softmax over the last axis, of finite numbers."""
-        ...
-
-    def exp_and_sum(self, x: Array, peak: Array, /) -> tuple[Array, Array]:
-        """``exp(x - peak)`` and its sums over the last axis, kept as 1; may write into `x`."""
-        ...
-
-    def is_differentiated(self, x: Array, /) -> bool:
-        """Whether a gradient of `x` may be asked for."""
-        ...
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the capabilities that are there."""
+        fields = dataclasses.fields(self)
+        return tuple(f.name for f in fields if getattr(self, f.name) not in (None, False))

@@ -7,7 +7,7 @@ from typing import Any
 from anymha.errors import ConfigError
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
-_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 
 
 def dtype_name(dtype: Any) -> str:
@@ -44,4 +44,4 @@ def output_dtype(weights: str, compute: str) -> str:
     Float32 weights computed in bfloat16 give bfloat16 (mixed precision); computed in float64 they
     give float32, rounded once (reproducible mode).
     """
-    return compute if _BITS[compute] <= _BITS[weights] else weights
+    return compute if BITS[compute] <= BITS[weights] else weights

@@ -30,6 +30,7 @@ class Ops(Protocol):
     """
 
     name: str
+    capabilities: Any  # an `anymha.framework.capabilities.Capabilities`
     float32: Any
     float64: Any
     int32: Any
@@ -69,14 +70,6 @@ class Ops(Protocol):
 
     def device(self, x: Array, /) -> Any:
         """What `arange` and `asarray` take as ``device`` to make an array beside `x`, or None."""
-        ...
-
-    def step(self, device: Any, /) -> int | None:
-        """How many elements to work on at a time where each function runs by itself.
-
-        Some ten thousand stay in the processor's cache from one function to the next. None where
-        a compiler joins the functions, or where `device` has enough at once.
-        """
         ...
 
     def dtype(self, name: str, /) -> Any:
@@ -127,52 +120,5 @@ class Ops(Protocol):
 
         Raises:
             ArgumentError: the framework has none.
-        """
-        ...
-
-
-class Masking(Ops, Protocol):
-    """The functions of a backend whose framework's compiler must not look into the generator."""
-
-    def keep_mask(
-        self, seed: Any, threshold: int, shape: Sequence[Dim], /, *, device: Any
-    ) -> Array:
-        """What `anymha.attention.dropout.keep_mask` gives, in the backend's own way."""
-        ...
-
-
-class Initializing(Ops, Protocol):
-    """The functions of a backend whose framework has initialisers of its own style."""
-
-    initializer_style: str
-    """"key" for ``f(key, shape, dtype)``, "in place" for ``f(array)``."""
-
-    def initialize(
-        self, function: Callable[..., Any], shape: tuple[int, ...], dtype: str, seed: int, /
-    ) -> Any:
-        """What an initialiser of the framework's users gives; `seed` is one of 31 bits."""
-        ...
-
-
-class Differentiable(Ops, Protocol):
-    """The functions of a backend that differentiates; testing and `anymha.parity` ask for it."""
-
-    def vjp(
-        self,
-        function: Callable[[dict[str, Array]], Any],
-        arrays: Mapping[str, Array],
-        cotangents: Any,
-        /,
-    ) -> tuple[Any, dict[str, Array]]:
-        """The value of a function, and the gradients of ``sum(cotangents * value)``.
-
-        Args:
-            function: Takes `arrays` and gives an array, or a tuple of arrays.
-            arrays: Floating arrays by name, each of which matters to the value.
-            cotangents: An array of the value's shape and dtype, or a tuple of such arrays.
-
-        Returns:
-            ``function(arrays)``, and a gradient for each name in `arrays`, of the shape and the
-            dtype of the array.
         """
         ...

@@ -1,6 +1,6 @@
 """Arrays that remember how they came about, and a backend's functions on them.
 
-`TapeOps` notes how a gradient goes back through each; see `anymha.framework.autodiff`.
+`Tape` notes how a gradient goes back through each; see `anymha.framework.autodiff`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from anymha.framework.capabilities import Capabilities
 from anymha.framework.protocol import Array, Ops
 
 Pull = Callable[[Array], Array]
@@ -19,14 +20,14 @@ Pull = Callable[[Array], Array]
 _numbers = itertools.count()
 
 
-class Traced:
+class Variable:
     """An array and how it came about; of it the core uses operators, `dtype` and `shape` only."""
 
     __array_ufunc__ = None  # NumPy leaves its operators to this class
 
-    def __init__(self, tape: TapeOps, value: Array, *sources: tuple[Any, Pull]) -> None:
+    def __init__(self, tape: Tape, value: Array, *sources: tuple[Any, Pull]) -> None:
         self.tape, self.value, self.number = tape, value, next(_numbers)
-        self.sources = [(one, pull) for one, pull in sources if isinstance(one, Traced)]
+        self.sources = [(one, pull) for one, pull in sources if isinstance(one, Variable)]
 
     @property
     def dtype(self) -> Any:
@@ -38,20 +39,20 @@ class Traced:
         """The shape of the array."""
         return self.value.shape
 
-    def __add__(self, other: Any) -> Traced:
+    def __add__(self, other: Any) -> Variable:
         return self.tape.broadcasting(operator.add, self, other, lambda g: g, lambda g: g)
 
-    def __sub__(self, other: Any) -> Traced:
+    def __sub__(self, other: Any) -> Variable:
         return self.tape.broadcasting(operator.sub, self, other, lambda g: g, lambda g: 0.0 - g)
 
-    def __rsub__(self, other: Any) -> Traced:
+    def __rsub__(self, other: Any) -> Variable:
         return self.tape.broadcasting(operator.sub, other, self, lambda g: g, lambda g: 0.0 - g)
 
-    def __mul__(self, other: Any) -> Traced:
+    def __mul__(self, other: Any) -> Variable:
         a, b = plain(self), plain(other)
         return self.tape.broadcasting(operator.mul, self, other, lambda g: g * b, lambda g: g * a)
 
-    def __truediv__(self, other: Any) -> Traced:
+    def __truediv__(self, other: Any) -> Variable:
         a, b = plain(self), plain(other)
         return self.tape.broadcasting(
             operator.truediv, self, other, lambda g: g / b, lambda g: 0.0 - g * (a / b) / b
@@ -59,7 +60,7 @@ class Traced:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    def __getitem__(self, index: Any) -> Traced:
+    def __getitem__(self, index: Any) -> Variable:
         _, *slices = index  # an Ellipsis, and a slice for each of the last axes
         result = self
         for axis, part in enumerate(slices, len(self.shape) - len(slices)):
@@ -76,38 +77,43 @@ class Traced:
 
 
 def plain(x: Any) -> Any:
-    """The array of a traced one; anything else as it is."""
-    return x.value if isinstance(x, Traced) else x
+    """The array of a variable; anything else as it is."""
+    return x.value if isinstance(x, Variable) else x
 
 
-class TapeOps:
-    """The functions of a backend, on its arrays and on traced ones.
+class Tape:
+    """The functions of a backend, on its arrays and on variables.
 
-    Those that are not written here are the backend's own, and see plain arrays only.
+    Those that are not written here are the backend's own, and see plain arrays only. Of the
+    backend's capabilities it has those alone that are written here.
     """
-
-    linear = is_differentiated = kind = softmax = None
 
     def __init__(self, ops: Ops) -> None:
         self.ops = ops
-        if not hasattr(ops, "exp_and_sum"):
-            self.exp_and_sum: Any = None
+        own = ops.capabilities
+        self.capabilities = Capabilities(
+            exp_and_sum=None if own.exp_and_sum is None else self.exp_and_sum,
+            keep_mask=own.keep_mask,
+            chunk_size=own.chunk_size,
+            bitwise_and_inplace=own.bitwise_and_inplace,
+            bitwise_xor_inplace=own.bitwise_xor_inplace,
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
 
     def broadcasting(
         self, function: Callable[[Any, Any], Array], a: Any, b: Any, pull_a: Pull, pull_b: Pull
-    ) -> Traced:
+    ) -> Variable:
         """``function(a, b)``, whose gradients are summed to the shapes of `a` and `b`."""
-        return Traced(
+        return Variable(
             self,
             function(plain(a), plain(b)),
             (a, lambda g: self._summed(pull_a(g), a)),
             (b, lambda g: self._summed(pull_b(g), b)),
         )
 
-    def _summed(self, gradient: Array, like: Traced) -> Array:
+    def _summed(self, gradient: Array, like: Variable) -> Array:
         """`gradient`, summed over the axes along which `like` was broadcast."""
         ops = self.ops
         shape, full = ops.shape(like.value), ops.shape(gradient)
@@ -118,11 +124,11 @@ class TapeOps:
         return gradient if padded == shape else ops.reshape(gradient, shape)
 
     def _unary(self, x: Any, value: Array, pull: Pull) -> Any:
-        return Traced(self, value, (x, pull)) if isinstance(x, Traced) else value
+        return Variable(self, value, (x, pull)) if isinstance(x, Variable) else value
 
     # --- the protocol, as far as gradients go through it ----------------------------------------
     def is_array(self, x: Any, /) -> bool:
-        return isinstance(x, Traced) or self.ops.is_array(x)
+        return isinstance(x, Variable) or self.ops.is_array(x)
 
     def shape(self, x: Any, /) -> tuple[Any, ...]:
         return self.ops.shape(plain(x))
@@ -166,9 +172,10 @@ class TapeOps:
         value = self.ops.exp(plain(x))
         return self._unary(x, value, lambda g: g * value)
 
-    def exp_and_sum(self, x: Any, peak: Any, /) -> Any:  # pyright: ignore
+    def exp_and_sum(self, x: Any, peak: Any, /) -> Any:
         ops: Any = self.ops
-        weights, total = ops.exp_and_sum(plain(x) + 0.0, plain(peak))  # it may overwrite
+        # The capability may overwrite its argument.
+        weights, total = ops.capabilities.exp_and_sum(plain(x) + 0.0, plain(peak))
         result = self._unary(x, weights, lambda g: g * weights)
         full = ops.shape(weights)
         return result, self._unary(result, total, lambda g: ops.broadcast_to(g, full))
@@ -197,7 +204,7 @@ class TapeOps:
 
     def where(self, condition: Any, x1: Any, x2: Any, /) -> Any:
         ops = self.ops
-        if not isinstance(x1, Traced) and not isinstance(x2, Traced):
+        if not isinstance(x1, Variable) and not isinstance(x2, Variable):
             return ops.where(condition, x1, x2)
         return self.broadcasting(
             lambda a, b: ops.where(condition, a, b),
@@ -214,7 +221,7 @@ class TapeOps:
             axes = tuple(range(len(ops.shape(x))))
             return ops.permute_dims(x, (*axes[:-2], axes[-1], axes[-2]))
 
-        return Traced(
+        return Variable(
             self,
             ops.matmul(a, b),
             (x1, lambda g: self._summed(ops.matmul(g, turned(b)), x1)),
@@ -231,7 +238,7 @@ class TapeOps:
             tall = ops.permute_dims(ops.reshape(a, (rows, inner)), (1, 0))
             return ops.matmul(tall, ops.reshape(g, (rows, outer)))
 
-        return Traced(
+        return Variable(
             self,
             ops.tensordot(a, b, axes=axes),
             (x1, lambda g: ops.tensordot(g, ops.permute_dims(b, (1, 0)), axes=1)),

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymha.attention.formula import Observer
-from anymha.framework.protocol import Array
+from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known, product
 from anymha.layer.axes import unfold
-from anymha.layer.call_shape import Frame
+from anymha.layer.call_shape import CallShape
 from anymha.options.config import PROJECTIONS, AttentionConfig
 from anymha.options.regularizers import penalty
 
@@ -22,17 +22,21 @@ class Activity:
 
     Args:
         config: The layer's options.
-        frame: The call's lengths and axes.
+        ops: The backend.
+        shape: The call's lengths and axes.
         observe: Is told each stage too.
     """
 
-    def __init__(self, config: AttentionConfig, frame: Frame, observe: Observer) -> None:
-        self._config, self._frame, self._observe = config, frame, observe
+    def __init__(
+        self, config: AttentionConfig, ops: Ops, shape: CallShape, observe: Observer | None
+    ) -> None:
+        self._config, self._ops, self._shape, self._observe = config, ops, shape, observe
         self._outputs: dict[str, Array] = {}
 
     def __call__(self, stage: str, value: Array) -> None:
         """Keep the value, if the stage is a projection."""
-        self._observe(stage, value)
+        if self._observe is not None:
+            self._observe(stage, value)
         if stage in PROJECTIONS:
             self._outputs[stage] = value
 
@@ -45,20 +49,21 @@ class Activity:
             arrays: The call's arrays by name, weights and masks among them.
             dtype: The dtype of the result.
         """
-        ops, regularizer = self._frame.ops, self._config.activity_regularizer
+        ops, regularizer = self._ops, self._config.activity_regularizer
+        free = self._config.ignores_a_constant
         output = self._outputs["output"]
         loss = ops.asarray(0.0, dtype=output.dtype, device=ops.device(output))
         if regularizer is not None:
-            rows, columns = self._frame.padding(arrays)
+            rows, columns = self._shape.padding(ops, arrays)
             for stage, value in self._outputs.items():
                 own = stage in ("query", "output")
-                if stage == "key" and "key.bias" in arrays:
+                if stage == "key" and free and "key.bias" in arrays:
                     # Attention is indifferent to this bias and passes it no gradient; this is not.
                     bias = ops.astype(arrays["key.bias"], value.dtype)
                     value = value + (bias - ops.stop_gradient(bias))
-                lengths = self._frame.queries if own else self._frame.keys
+                lengths = self._shape.queries if own else self._shape.keys
                 value = self._seen(value, rows if own else columns)
-                value = unfold(ops, value, self._frame.axes, (*self._frame.batch, *lengths))
+                value = unfold(ops, value, self._shape.axes, (*self._shape.batch, *lengths))
                 found = penalty(ops, regularizer, value, "activity_regularizer")
                 loss = loss + self._averaged(found, ops.shape(value)[0], output.dtype)
         return ops.astype(loss, dtype)
@@ -67,14 +72,14 @@ class Activity:
         """`value` (B, length, ...), zero where a mask (B, 1, T, 1) or (B, 1, 1, S) is False."""
         if mask is None:
             return value
-        ops = self._frame.ops
+        ops = self._ops
         batch, _, *lengths = ops.shape(mask)
         ones = (1,) * (len(value.shape) - 2)
         return ops.where(ops.reshape(mask, (batch, product(lengths), *ones)), value, 0.0)
 
     def _averaged(self, found: Any, count: Any, dtype: Any) -> Any:
         """A penalty over the batch size, of which a traced program may not know the number."""
-        ops = self._frame.ops
+        ops = self._ops
         if is_known(count):
             return found / max(count, 1)
         count = ops.astype(ops.asarray(count, dtype=ops.int32), dtype)

@@ -28,7 +28,7 @@ class Axes:
     @property
     def plain(self) -> bool:
         """Whether the inputs are (B, T, D) as they are."""
-        return self.batch == (0,) and self.attention == (1,)
+        return self is PLAIN
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -38,6 +38,10 @@ class Axes:
     def split(self, shape: Sequence[Dim]) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
         """The lengths of the batch axes and of the attention axes."""
         return tuple(shape[i] for i in self.batch), tuple(shape[i] for i in self.attention)
+
+
+PLAIN = Axes((0,), (1,))
+"""The axes of (B, T, D)."""
 
 
 def resolve_axes(attention_axes: tuple[int, ...] | None, rank: int) -> Axes:
@@ -52,14 +56,15 @@ def resolve_axes(attention_axes: tuple[int, ...] | None, rank: int) -> Axes:
                 "`query` must have at least 3 axes, (batch, length, features). Received: "
                 f"{rank} axes. Add the axis, or name the axes with `attention_axes`."
             )
-        return Axes((0,), tuple(range(1, rank - 1)))
+        return PLAIN if rank == 3 else Axes((0,), tuple(range(1, rank - 1)))
     attention = tuple(axis + rank if axis < 0 else axis for axis in attention_axes)
     if not all(0 <= axis < rank - 1 for axis in attention) or len(set(attention)) < len(attention):
         raise ShapeError(
             f"`attention_axes` must name different axes of the inputs, not the last, which holds "
             f"the features. Received: {attention_axes}, and inputs of {rank} axes."
         )
-    return Axes(tuple(a for a in range(rank - 1) if a not in attention), attention)
+    axes = Axes(tuple(a for a in range(rank - 1) if a not in attention), attention)
+    return PLAIN if axes == PLAIN else axes
 
 
 def fold(ops: Ops, x: Array, axes: Axes) -> Array:

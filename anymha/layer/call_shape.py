@@ -5,96 +5,110 @@ Inputs become (B, length, D), masks and bias something that broadcasts to (B, H,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from anymha.attention.masks import all_of
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import product
-from anymha.layer.axes import Axes, fold, fold_mask
+from anymha.layer.arguments import BY_NAME, PLACES, Kind
+from anymha.layer.axes import PLAIN, Axes, fold, fold_mask
+
+PADDING = ("query_mask", "value_mask", "key_mask")
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What is known of a call before its values are.
+class CallShape:
+    """The lengths of a call.
 
     Args:
-        ops: The backend.
         axes: Which axes of the inputs are batch, and which are attended over.
         batch: Lengths of the batch axes.
         heads: Number of query heads H.
         queries: Lengths of the attention axes of the query.
         keys: Lengths of the attention axes of key and value.
-        source: Which array each of query, key and value is.
+        is_plain: Whether inputs are (B, T, D) as they are, and nothing is masked but by position.
     """
 
-    ops: Ops
     axes: Axes
     batch: tuple[Dim, ...]
     heads: int
     queries: tuple[Dim, ...]
     keys: tuple[Dim, ...]
-    source: Mapping[str, str]
+    is_plain: bool
+
+    @property
+    def folded_lengths(self) -> tuple[Dim, Dim, Dim]:
+        """B, T and S."""
+        if len(self.batch) == 1 and len(self.queries) == 1 and len(self.keys) == 1:
+            return self.batch[0], self.queries[0], self.keys[0]
+        return product(self.batch), product(self.queries), product(self.keys)
 
     def inputs(
-        self, arrays: Mapping[str, Array], rows: Array | None, columns: Array | None
+        self,
+        ops: Ops,
+        arrays: Mapping[str, Array],
+        query_mask: Array | None,
+        key_mask: Array | None,
     ) -> tuple[Array, Array, Array]:
         """Query, key and value (B, length, D), zero where padding masks exclude the position.
 
         An excluded position must not influence anything, and ``0 * NaN`` is NaN: the values
         themselves go, not only their probabilities.
+
+        Args:
+            ops: The backend.
+            arrays: "query", "key" and "value".
+            query_mask: (B, 1, T, 1) booleans, or None.
+            key_mask: (B, 1, 1, S) booleans, or None.
         """
-        ops, source = self.ops, self.source
-        if rows is None and columns is None and self.axes.plain:
-            return arrays[source["query"]], arrays[source["key"]], arrays[source["value"]]
-        folded = {name: fold(ops, arrays[name], self.axes) for name in set(source.values())}
-        query = _kept(ops, folded[source["query"]], rows)
-        value = _kept(ops, folded[source["value"]], columns)
-        if source["key"] == source["value"]:
-            return query, value, value
-        return query, _kept(ops, folded[source["key"]], columns), value
+        query, key, value = (arrays[name] for name in ("query", "key", "value"))
+        is_open = query_mask is None and key_mask is None
+        folded_query = _kept(ops, fold(ops, query, self.axes), query_mask)
+        if value is query and is_open:
+            folded_value = folded_query
+        else:
+            folded_value = _kept(ops, fold(ops, value, self.axes), key_mask)
+        if key is value:
+            return folded_query, folded_value, folded_value
+        return folded_query, _kept(ops, fold(ops, key, self.axes), key_mask), folded_value
 
-    def padding(self, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
+    def padding(self, ops: Ops, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """Which queries and which keys count: (B, 1, T, 1) and (B, 1, 1, S) booleans."""
-        if not any(name in arrays for name in ("query_mask", "value_mask", "key_mask")):
-            return None, None
+        query_mask, value_mask, key_mask = [
+            self.folded(ops, name, arrays[name]) if name in arrays else None for name in PADDING
+        ]
+        if value_mask is None or key_mask is None:
+            return query_mask, key_mask if value_mask is None else value_mask
+        return query_mask, ops.logical_and(value_mask, key_mask)
 
-        def spread(name: str, lengths: Sequence[Dim], place: int) -> Array | None:
-            if name not in arrays:
-                return None
-            return fold_mask(self.ops, arrays[name], (self.batch, lengths), (0, place))
+    def folded(self, ops: Ops, name: str, array: Array) -> Array:
+        """A mask or a bias spread over (B, H, T, S); its rank tells which axes it has."""
+        argument = BY_NAME[name]
+        *_, form = argument.axes
+        if self.axes is PLAIN:
+            if argument.kind is Kind.BIAS or len(array.shape) == 4:
+                return array
+            shape = [1, 1, 1, 1]
+            form = argument.form_of_rank(len(array.shape))
+            for axis, length in zip(form, ops.shape(array), strict=True):
+                shape[PLACES[axis]] = length
+            return ops.reshape(array, tuple(shape))
+        lengths = {"B": self.batch, "H": (self.heads,), "T": self.queries, "S": self.keys}
+        if argument.kind is Kind.BIAS:
+            lacking = sum(len(lengths[axis]) for axis in form) - len(array.shape)
+            array = ops.reshape(array, (*[1] * lacking, *ops.shape(array)))
+        else:
+            rank = len(array.shape)
+            fits = (f for f in argument.axes if sum(len(lengths[a]) for a in f) == rank)
+            form = next(fits, form)
+        groups = [lengths[axis] for axis in form]
+        return fold_mask(ops, array, groups, [PLACES[axis] for axis in form])
 
-        keys = [spread(name, self.keys, 3) for name in ("value_mask", "key_mask")]
-        return spread("query_mask", self.queries, 2), all_of(self.ops, keys)
-
-    def attention_mask(self, arrays: Mapping[str, Array]) -> Array | None:
-        """The attention mask spread over (B, H, T, S); its rank tells which axes it has."""
-        if "attention_mask" not in arrays:
-            return None
-        mask = arrays["attention_mask"]
-        lengths = (self.queries, self.keys)
-        extra = len(mask.shape) - len(self.queries) - len(self.keys)
-        if extra == 0:
-            return fold_mask(self.ops, mask, lengths, (2, 3))
-        if extra == len(self.batch):
-            return fold_mask(self.ops, mask, (self.batch, *lengths), (0, 2, 3))
-        return fold_mask(self.ops, mask, (self.batch, (self.heads,), *lengths), (0, 1, 2, 3))
-
-    def attention_bias(self, bias: Array | None) -> Array | None:
-        """The bias spread over (B, H, T, S)."""
-        if bias is None or self.axes.plain:
-            return bias
-        groups = (self.batch, (self.heads,), self.queries, self.keys)
-        lacking = sum(map(len, groups)) - len(bias.shape)
-        bias = self.ops.reshape(bias, (*[1] * lacking, *self.ops.shape(bias)))
-        return fold_mask(self.ops, bias, groups, (0, 1, 2, 3))
-
-    def scores(self, scores: Array) -> Array:
+    def unfolded_scores(self, ops: Ops, scores: Array) -> Array:
         """Scores (B, H, T, S) with each axis of the groups on its own."""
         if self.axes.plain:
             return scores
-        lengths = (*self.batch, self.heads, *self.queries, *self.keys)
-        return self.ops.reshape(scores, lengths)
+        return ops.reshape(scores, (*self.batch, self.heads, *self.queries, *self.keys))
 
 
 def _kept(ops: Ops, x: Array, mask: Array | None) -> Array:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from anymha.attention.masks import check_boolean
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
-from anymha.framework.dtypes import dtype_name, is_floating
+from anymha.framework.dtypes import FLOATING, dtype_name, is_floating
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
-from anymha.layer.axes import Axes, resolve_axes
+from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
+from anymha.layer.axes import PLAIN, Axes, resolve_axes
 from anymha.options.config import AttentionConfig
 
-BOOLEAN = ("attention_mask", "query_mask", "value_mask", "key_mask", "mask")
-FLOATING = ("query", "key", "value", "attention_bias", "bias")
+_FLOATING = (Kind.INPUT, Kind.BIAS)
+_OTHER = {"mask": Kind.MASK, "bias": Kind.BIAS}
+"""The arrays of `dot_product_attention` that a layer's call does not have."""
 
 
 def unpack_inputs(query: Any, value: Any, key: Any) -> tuple[Any, Any, Any]:
@@ -36,6 +38,79 @@ def unpack_inputs(query: Any, value: Any, key: Any) -> tuple[Any, Any, Any]:
     return query, value, value if key is None else key
 
 
+class Lengths(NamedTuple):
+    """The axes of a call's inputs, and the lengths of these.
+
+    Args:
+        axes: Which axes are batch, and which are attended over.
+        batch: Lengths of the batch axes.
+        queries: Lengths of the attention axes of the query.
+        keys: Lengths of the attention axes of key and value.
+    """
+
+    axes: Axes
+    batch: tuple[Dim, ...]
+    queries: tuple[Dim, ...]
+    keys: tuple[Dim, ...]
+
+
+def check_call(
+    ops: Ops,
+    config: AttentionConfig,
+    widths: Sequence[int | None],
+    inputs: tuple[Any, Any, Any],
+    masks: Mapping[str, Any],
+) -> Lengths:
+    """Everything that is checked of a call's arrays.
+
+    Args:
+        ops: The backend.
+        config: The layer's options.
+        widths: As for `check_inputs`.
+        inputs: Query, value and key.
+        masks: The masks and the bias by name.
+
+    Raises:
+        AnymhaError: as `check_arrays`, `check_inputs` and `check_masks` say.
+    """
+    query, value, key = inputs
+    arrays = {"query": query}
+    if value is not query:
+        arrays["value"] = value
+    if key is not query and key is not value:
+        arrays["key"] = key
+    check_arrays(ops, {**arrays, **masks})
+    return check_shapes(ops, config, widths, inputs, masks)
+
+
+def check_shapes(
+    ops: Ops,
+    config: AttentionConfig,
+    widths: Sequence[int | None],
+    inputs: tuple[Any, Any, Any],
+    masks: Mapping[str, Any],
+) -> Lengths:
+    """What is checked of a call whose arrays have the dtypes of one that was good.
+
+    Raises:
+        ShapeError: as `check_inputs` and `check_masks` say.
+    """
+    query, value, key = inputs
+    lengths = lengths_of(ops, check_inputs(config, query, value, key, widths), query, value)
+    if masks:
+        check_masks(masks, lengths.batch, config.num_heads, lengths.queries, lengths.keys)
+    return lengths
+
+
+def lengths_of(ops: Ops, axes: Axes, query: Array, value: Array) -> Lengths:
+    """The lengths of inputs that fit each other."""
+    shape, other = ops.shape(query), ops.shape(value)
+    if axes is PLAIN:
+        return Lengths(axes, (shape[0],), (shape[1],), (other[1],))
+    batch, queries = axes.split(shape)
+    return Lengths(axes, batch, queries, axes.split(other)[1])
+
+
 def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
     """Each array is of this framework, masks are boolean, inputs, biases and weights floating.
 
@@ -52,13 +127,22 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
                 f"Received: {_kind(array)}. Convert it first: one call takes arrays of one "
                 "framework."
             )
-        if name in BOOLEAN:
+        argument = BY_NAME.get(name)
+        kind = _OTHER.get(name, Kind.INPUT) if argument is None else argument.kind
+        if kind is Kind.MASK:
             check_boolean(array, name)
-        elif (name in FLOATING or "." in name) and not is_floating(dtype_name(array.dtype)):
+        elif (kind in _FLOATING or "." in name) and not _is_floating(array):
             raise DtypeError(
                 f"`{name}` must be floating (float16, bfloat16, float32 or float64). "
                 f"Received: {described(array)}. Cast it first."
             )
+
+
+_KNOWN = {f"{prefix}{name}" for prefix in ("", "torch.") for name in FLOATING}
+
+
+def _is_floating(array: Array) -> bool:
+    return str(array.dtype) in _KNOWN or is_floating(dtype_name(array.dtype))
 
 
 def check_inputs(
@@ -76,28 +160,35 @@ def check_inputs(
     Raises:
         ShapeError: ranks, batch axes, lengths or widths do not fit.
     """
-    named_axes: Any = config.attention_axes  # a tuple or None, once the config has checked it
-    axes = resolve_axes(named_axes, len(query.shape))
+    shape = query.shape
+    if config.attention_axes is None and len(shape) == 3:
+        axes = PLAIN
+        if value is query and key is query and tuple(widths) == (shape[2],) * 3:
+            return axes
+    else:
+        named_axes: Any = config.attention_axes  # a tuple or None, once the config has checked it
+        axes = resolve_axes(named_axes, len(shape))
     named = {"query": query, "value": value, "key": key}
     for (name, array), width in zip(named.items(), widths, strict=True):
-        if len(array.shape) != len(query.shape):
+        own = array.shape
+        if len(own) != len(shape):
             raise ShapeError(
                 f"`{name}` must have as many axes as `query`. Received: `{name}` of "
                 f"{described(array)}, and `query` of {described(query)}. Add or take away axes."
             )
-        if _differ(array.shape[-1], width):
+        if width is not None and own[-1] != width and _differ(own[-1], width):
             raise ShapeError(
                 f"`{name}` must have {width} features in its last axis, as the layer's weights "
                 f"have. Received: {described(array)}. Pass such an array, or make a layer of "
                 f"`{name}_features={array.shape[-1]}`."
             )
-        if any(_differ(array.shape[i], query.shape[i]) for i in axes.batch):
+        if any(own[i] != shape[i] and _differ(own[i], shape[i]) for i in axes.batch):
             raise ShapeError(
                 f"`{name}` must have the lengths of `query` in the batch axes, "
                 f"{', '.join(map(str, axes.batch))}. Received: `{name}` of {described(array)}, "
                 f"and `query` of {described(query)}. Repeat the shorter one."
             )
-    if any(_differ(key.shape[i], value.shape[i]) for i in axes.attention):
+    if key is not value and any(_differ(key.shape[i], value.shape[i]) for i in axes.attention):
         raise ShapeError(
             "`key` and `value` must have the same length. Received: `key` of "
             f"{described(key)}, and `value` of {described(value)}. Each key needs its value."
@@ -117,35 +208,32 @@ def check_masks(
     Raises:
         ShapeError: with the expected and the received shape.
     """
-    if "attention_mask" in arrays:
-        mask = arrays["attention_mask"]
-        ranks = {
-            len(queries) + len(keys): (*queries, *keys),
-            len(batch) + len(queries) + len(keys): (*batch, *queries, *keys),
-            len(batch) + 1 + len(queries) + len(keys): (*batch, heads, *queries, *keys),
-        }
-        if len(mask.shape) not in ranks:
-            raise ShapeError(
-                f"`attention_mask` must have shape {' or '.join(map(show, ranks.values()))}: "
-                "queries and keys; batch before them; heads between. "
-                f"Received: {described(mask)}. Add axes of length 1 to broadcast."
-            )
-        check_broadcast(mask, ranks[len(mask.shape)], "attention_mask")
-    for name, lengths in (("query_mask", queries), ("value_mask", keys), ("key_mask", keys)):
-        if name in arrays:
-            if len(arrays[name].shape) != len(batch) + len(lengths):
+    lengths = {"B": tuple(batch), "H": (heads,), "T": tuple(queries), "S": tuple(keys)}
+    for argument in ARRAYS:
+        if argument.name not in arrays:
+            continue
+        array = arrays[argument.name]
+        forms = [sum((lengths[axis] for axis in form), ()) for form in argument.axes]
+        shape = forms[0]
+        if argument.kind is Kind.MASK:
+            shape = next((form for form in forms if len(form) == len(array.shape)), None)
+            if shape is None:
+                several = len(forms) > 1
+                order = ": queries and keys; batch before them; heads between" if several else ""
                 raise ShapeError(
-                    f"`{name}` must have shape {show((*batch, *lengths))}. Received: "
-                    f"{described(arrays[name])}. Pass what has more axes as `attention_mask`."
+                    f"`{argument.name}` must have shape {' or '.join(map(show, forms))}{order}. "
+                    f"Received: {described(array)}. {argument.hint}"
                 )
-            check_broadcast(arrays[name], (*batch, *lengths), name)
-    if "attention_bias" in arrays:
-        full = (*batch, heads, *queries, *keys)
-        check_broadcast(arrays["attention_bias"], full, "attention_bias")
+        check_broadcast(array, shape, argument.name)
 
 
-def check_offset(ops: Ops, offset: Any, batch: Dim) -> Any:
+def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:
     """The query offset of a call: an int, or an integer array of rank 0 or of shape (B,).
+
+    Args:
+        ops: The backend.
+        offset: The offset.
+        batch: B; None where it is not known yet.
 
     Raises:
         ArgumentError: it is neither.
@@ -154,7 +242,8 @@ def check_offset(ops: Ops, offset: Any, batch: Dim) -> Any:
     if type(offset) is int:
         return offset
     if ops.is_array(offset) and "int" in dtype_name(offset.dtype):
-        check_broadcast(offset, (batch,), "query_offset")
+        if batch is not None:
+            check_broadcast(offset, (batch,), "query_offset")
         return offset
     if not isinstance(offset, bool) and is_integer(offset):
         return offset if isinstance(offset, int) else operator.index(offset)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from typing import Any, ClassVar, ParamSpec, Self, TypedDict, TypeVar
 
 import numpy as np
 
 from anymha.errors import ShapeError, WeightsError
 from anymha.framework.protocol import Array, Dim
 from anymha.framework.shapes import is_known, show
-from anymha.layer.forward import multi_head_attention
-from anymha.layer.weights import initial_weights
+from anymha.layer.arguments import call_parameters
+from anymha.layer.plan import Plans
+from anymha.layer.weights import constrained_weights, initial_weights, regularization_loss
 from anymha.options.config import AttentionConfig
 
 P = ParamSpec("P")
@@ -60,11 +61,62 @@ def takes_call(function: F) -> F:
     Keyword arguments that the call itself has, as Flax's `deterministic`, are shown after them.
     """
     itself, *mine = inspect.signature(function).parameters.values()
-    _, _, _, *call = inspect.signature(multi_head_attention).parameters.values()
     own = [p for p in mine if p.kind is p.KEYWORD_ONLY]
-    shown = [p for p in call if p.name != "observe"] + own
-    function.__signature__ = inspect.Signature([itself, *shown])  # pyright: ignore
+    shown = [itself, *call_parameters(), *own]
+    function.__signature__ = inspect.Signature(shown)  # pyright: ignore
     return function
+
+
+class NativeLayer:
+    """What the layers of all frameworks share.
+
+    A native layer has the attributes `config`, `ops` and `plans` (see `anymha.layer.plan.Plans`),
+    and two primitives: `canonical_weights`, which reads its weights, and `_assigned`.
+    """
+
+    config: Any
+    ops: ClassVar[Any]
+    plans: Plans
+
+    def canonical_weights(self) -> dict[str, Array]:
+        """The weights by canonical name; none where they are not made yet."""
+        raise NotImplementedError
+
+    def _assigned(self, values: Mapping[str, Any]) -> Self:
+        """The layer with other values of some weights: itself, or a new one where it is frozen.
+
+        Args:
+            values: By canonical name arrays of NumPy, to be rounded to the layer's dtype, or of
+                the framework.
+        """
+        raise NotImplementedError
+
+    def with_canonical_weights(self, weights: Mapping[str, Any]) -> Self:
+        """The layer with these weights, in its own dtype: itself, or a new one where it is frozen.
+
+        Args:
+            weights: Arrays by canonical name, one for each weight of the layer.
+
+        Raises:
+            WeightsError: names or shapes do not fit; the layer is left as it was.
+        """
+        return self._assigned(checked_values(self.config, self.canonical_weights(), weights))
+
+    def regularization_loss(self) -> Any:
+        """The sum of the penalties of all weights; 0 where there are no regularisers.
+
+        Raises:
+            WeightsError: there are no weights yet.
+        """
+        return regularization_loss(self.ops, self.config, self.canonical_weights())
+
+    def apply_constraints(self) -> Self:
+        """The layer with the weights that the constraints make: itself, or a new one if frozen.
+
+        Raises:
+            WeightsError: there are no weights yet.
+        """
+        return self._assigned(constrained_weights(self.ops, self.config, self.canonical_weights()))
 
 
 def first_weights(
@@ -95,19 +147,19 @@ def first_weights(
 
 
 def checked_values(
-    config: AttentionConfig, held: Mapping[str, Any], weights: Mapping[str, Any]
+    config: AttentionConfig, stored: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """`weights` as NumPy arrays, if they have the names and shapes of the layer's own.
 
     Args:
         config: The layer's options.
-        held: The layer's weights; none where it has none yet, and any widths fit.
+        stored: The layer's weights; none where it has none yet, and any widths fit.
         weights: The new values by canonical name.
 
     Raises:
         WeightsError: a name is missing or unknown, or a shape is another.
     """
-    shapes = {name: tuple(array.shape) for name, array in held.items()}
+    shapes = {name: tuple(array.shape) for name, array in stored.items()}
     shapes = shapes or config.weight_shapes(*widths_of(weights))
     missing = [name for name in shapes if name not in weights]
     unknown = [name for name in weights if name not in shapes]

@@ -17,14 +17,14 @@ def without_subnormals(ops: Ops, x: Array) -> Array:
     return x + ops.stop_gradient(ops.where(small, 0.0 - x, 0.0))
 
 
-def without_gradient(ops: Any, array: Array | None) -> Array | None:
+def without_gradient(ops: Ops, array: Array | None) -> Array | None:
     """The array with a gradient of exactly zero: the key's bias.
 
     It adds one number to all logits of a query, to which the softmax is indifferent: its gradient
     is zero. Summed up in floating point it would be noise, of other bits in every framework, which
     an optimiser like Adam scales up to full steps.
     """
-    differentiated = getattr(ops, "is_differentiated", None)
+    differentiated = ops.capabilities.is_differentiated
     if array is None or (differentiated is not None and not differentiated(array)):
         return array
     never = ops.asarray(False, dtype=ops.bool, device=ops.device(array))

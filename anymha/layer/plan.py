@@ -1,31 +1,30 @@
-"""What is found out about a call once, for all calls with arrays of the same kinds.
+"""Plans: all of a call that follows from shapes, dtypes and options, found before it is computed.
 
-All that is checked of a call, and how its axes fold, follows from shapes, dtypes and flags, and not
-from values: it is kept with the config, so that a small call does not cost more than its products.
+A call is checked, planned, executed. A `Plan` belongs to calls that differ in their lengths alone;
+a `PlannedCall` has the lengths and the path too. A layer keeps both in its `Plans`: calls with the
+same shapes are checked once, calls with ever new lengths share a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from anymha.attention.dropout import Dropout, rate_threshold
-from anymha.attention.masks import visibility
-from anymha.attention.spec import AttentionCall
-from anymha.execution.path import are_told
-from anymha.framework.dtypes import accumulation_dtype, dtype_name, output_dtype
-from anymha.framework.protocol import Array, Dim, Ops
-from anymha.framework.shapes import product
-from anymha.layer.call_shape import Frame
-from anymha.layer.checks import check_arrays, check_inputs, check_masks
-from anymha.layer.recorded import Replayed
+from anymha.attention.masks import PositionMask
+from anymha.attention.spec import AttentionSpec
+from anymha.execution.path import AttentionShape, Path, choose_path
+from anymha.framework.dtypes import BITS, dtype_name
+from anymha.framework.protocol import Array, Ops
+from anymha.layer.arguments import BY_NAME, Kind
+from anymha.layer.axes import PLAIN, Axes
+from anymha.layer.call_shape import CallShape
+from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.options.config import AttentionConfig
 
-INPUTS = ("query", "value", "key")
-OPTIONAL = ("attention_mask", "attention_bias", "query_mask", "value_mask", "key_mask")
-MOST = 256
-"""How many plans a config keeps; lengths that always differ must not fill the memory."""
+MOST = 128
+"""How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
 
 
 class Flags(NamedTuple):
@@ -36,192 +35,353 @@ class Flags(NamedTuple):
         activity: Whether to return the activity penalty.
         causal: Whether a query sees no later keys.
         dropping: Whether dropout acts.
+        observed: Whether each stage is to be seen.
     """
 
-    scores: bool
-    activity: bool
-    causal: bool
-    dropping: bool
+    scores: bool = False
+    activity: bool = False
+    causal: bool = False
+    dropping: bool = False
+    observed: bool = False
+
+
+class WeightsKind(NamedTuple):
+    """What a plan depends on of the weights.
+
+    Args:
+        dtype: Their dtype, or its name.
+        widths: The widths D_q, D_v and D_k that the kernels take; None where there is none yet.
+        key: What else tells them apart, hashable.
+    """
+
+    dtype: Any
+    widths: tuple[int | None, ...]
+    key: Hashable = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked call, but for the values of its arrays.
-
-    Args:
-        frame: Lengths and axes.
-        flags: What is asked for.
-        inputs: For query, value and key the name of the array that it is.
-        size: The product of the batch axes.
-        simple: What attention is asked for where there is no offset and no dropout.
-        exact: The dtype to which weights and inputs are rounded.
-        working: The dtype in which is computed.
-        lossless: Whether the first of these is the second.
-        result: The dtype of the results.
-        double: Whether all is computed in float64.
-        run: Computes the call from its arrays by name, compiled.
-        replayed: Computes a simple call from its arrays by name, after a while by a program.
-    """
-
-    frame: Frame
-    flags: Flags
-    inputs: tuple[str, ...]
-    size: Dim
-    simple: AttentionCall
-    exact: Any
-    working: Any
-    lossless: bool
-    result: Any
-    double: bool
-    run: Callable[[Mapping[str, Array]], Any] | None = None
-    replayed: Callable[[Mapping[str, Array]], Any] | None = None
-
-
-def plan_call(
-    ops: Any,
-    config: AttentionConfig,
-    weights: Any,
-    inputs: Sequence[Any],
-    optional: Sequence[Any],
-    flags: Flags,
-    compute: Callable[[Plan, Mapping[str, Array]], Any],
-) -> Plan:
-    """The plan of a call, made where there is none yet.
+    """What calls that differ in their lengths alone have in common.
 
     Args:
         ops: The backend.
         config: The layer's options.
-        weights: The canonical weights; a function that makes them where there are none yet.
-        inputs: Query, value and key.
-        optional: The arrays of the names `OPTIONAL`, or None.
         flags: What is asked for.
-        compute: Computes a planned call.
-
-    Raises:
-        AnymhaError: as `anymha.multi_head_attention` says.
+        axes: Which axes of the inputs are batch, and which are attended over.
+        sources: For query, value and key the name of the array that it is.
+        spec: What attention computes where there is neither offset nor dropout.
+        compute_dtype: The dtype to which weights and inputs are rounded.
+        working: The dtype in which the layer computes.
+        result: The dtype of the results.
+        rounds: Whether `compute_dtype` is narrower than `working`.
+        double: Whether all is computed in float64.
+        free_key_bias: Whether the key's bias has a gradient of exactly zero, since all that
+            follows ignores one number added to all logits of a row.
+        paths: Paths that calls of several lengths take, by what else they depend on.
+        heads: The number and the width of the heads of query, key and value.
+        run: Computes the call from its arrays by name, compiled; None where it is not.
     """
-    kind = getattr(ops, "kind", None)
-    if kind is None or ops.is_tracing() or callable(weights) or are_told():
-        return _checked(ops, config, weights, inputs, optional, flags)
-    plans = config.plans
-    try:
-        situation = getattr(ops, "situation", None)
-        state = None if situation is None else (situation(), *_held(weights))
-        signature = (ops, *_kinds(kind, weights, inputs, optional), flags, state)
-        plan = plans.get(signature)
-    except (AttributeError, TypeError):  # not arrays: the checks tell what is wrong
-        return _checked(ops, config, weights, inputs, optional, flags)
-    if plan is None:
-        if len(plans) >= MOST:
-            plans.clear()
-        plan = _checked(ops, config, weights, inputs, optional, flags)
-        compiled = getattr(ops, "compiled", None)
-        if compiled is not None and not plan.double:
-            plan = replace(plan, run=compiled(_once(compute, plan)))
-        if situation is not None and not (flags.dropping or flags.activity):
-            plan = replace(plan, replayed=Replayed(ops, _with_ops(compute, plan)))
-        plans[signature] = plan
-    return plan
+
+    ops: Ops
+    config: AttentionConfig
+    flags: Flags
+    axes: Axes
+    sources: tuple[str, str, str]
+    spec: AttentionSpec
+    compute_dtype: Any
+    working: Any
+    result: Any
+    rounds: bool
+    double: bool
+    free_key_bias: bool
+    paths: dict[Any, Path]
+    heads: Mapping[str, tuple[int, int]]
+    run: Callable[[Mapping[str, Array]], Any] | None = None
 
 
-def _held(weights: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Which weights there are, and what a program that was recorded with them knows of them."""
-    return (tuple(weights), *[array.dtype for array in weights.values()])
+class PlannedCall(NamedTuple):
+    """A checked call, but for the values of its arrays.
+
+    Args:
+        plan: What it has in common with calls of other lengths.
+        shape: Its lengths.
+        path: The way that attention takes.
+    """
+
+    plan: Plan
+    shape: CallShape
+    path: Path
 
 
-def _once(compute: Callable[..., Any], plan: Plan) -> Callable[[Mapping[str, Array]], Any]:
-    return lambda arrays: compute(plan, arrays)
+class Plans:
+    """The plans of a layer, and what else its home has prepared for calls.
+
+    All are equal and hash alike, so that they may be static metadata of a pytree; a copy, pickled
+    or deep, is empty.
+    """
+
+    def __init__(self) -> None:
+        self.config: AttentionConfig | None = None
+        self.calls: dict[Any, PlannedCall] = {}
+        self.plans: dict[Any, Plan] = {}
+        self.seen_once: set[int] = set()
+        self.prepared: Any = None
+
+    def begin(self, config: AttentionConfig) -> None:
+        """Forget the plans of other options."""
+        self.__init__()
+        self.config = config
+
+    def keep(self, signature: Hashable, call: PlannedCall) -> None:
+        """Keep a call, if it is not the first of its shapes."""
+        number = hash(signature)
+        if number in self.seen_once:
+            self.seen_once.discard(number)
+            if len(self.calls) >= MOST:
+                self.calls.clear()
+            self.calls[signature] = call
+        else:
+            if len(self.seen_once) >= 4 * MOST:
+                self.seen_once.clear()
+            self.seen_once.add(number)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plans)
+
+    def __hash__(self) -> int:
+        return hash(Plans)
+
+    def __reduce__(self) -> Any:
+        return Plans, ()
+
+    def __deepcopy__(self, memo: Any) -> Plans:
+        return Plans()
 
 
-def _with_ops(compute: Callable[..., Any], plan: Plan) -> Callable[[Any, Mapping[str, Array]], Any]:
-    def function(ops: Any, arrays: Mapping[str, Array]) -> Any:
-        return compute(replace(plan, frame=replace(plan.frame, ops=ops)), arrays)
-
-    return function
-
-
-def _kinds(
-    kind: Callable[[Any], Any],
-    weights: Mapping[str, Any],
-    inputs: Sequence[Any],
-    optional: Sequence[Any],
-) -> tuple[Any, ...]:
-    """All that a plan may depend on of a call's arrays."""
-    query, value, key = inputs
-    return (
-        kind(query),
-        None if value is query else kind(value),
-        None if key is value else 0 if key is query else kind(key),
-        *[None if x is None else kind(x) for x in optional],
-        kind(weights["query.kernel"]),
-        weights["value.kernel"].shape,
-        weights["key.kernel"].shape,
-        kind(weights["key.bias"]) if "key.bias" in weights else None,
-    )
+def plans_unless_tracing(ops: Ops, plans: Plans) -> Plans | None:
+    """Where plans are kept: nowhere while a compiler runs the call."""
+    is_tracing = ops.capabilities.is_tracing
+    return None if is_tracing is not None and is_tracing() else plans
 
 
-def _checked(
+def plan_call(
+    plans: Plans | None,
     ops: Ops,
     config: AttentionConfig,
-    weights: Any,
-    inputs: Sequence[Any],
-    optional: Sequence[Any],
+    weights: WeightsKind,
+    inputs: tuple[Any, Any, Any],
+    masks: Mapping[str, Any],
     flags: Flags,
-) -> Plan:
-    named = dict(zip(INPUTS, inputs, strict=True))
-    extra = {n: x for n, x in zip(OPTIONAL, optional, strict=True) if x is not None}
-    check_arrays(ops, {**named, **extra})
-    built = isinstance(weights, Mapping)
-    widths = [weights[f"{name}.kernel"].shape[0] if built else None for name in named]
+    offset: Any,
+    compute: Callable[[Plan, Mapping[str, Array]], Any] | None,
+) -> PlannedCall:
+    """The checked and planned call.
+
+    Args:
+        plans: Where plans are kept; None for nowhere, as while a compiler runs the call.
+        ops: The backend.
+        config: The layer's options.
+        weights: What is known of the weights.
+        inputs: Query, value and key.
+        masks: The masks and the bias by name.
+        flags: What is asked for.
+        offset: The query offset: an int, or an array.
+        compute: Computes a planned call from its arrays, to be compiled; None for no compiling.
+
+    Raises:
+        AnymhaError: as `anymha.layer.forward.multi_head_attention` says.
+    """
+    capabilities = ops.capabilities
+    array_key = capabilities.array_key
+    if plans is None or array_key is None:
+        checked = check_call(ops, config, weights.widths, inputs, masks)
+        plan = _make_plan(ops, config, weights, inputs, flags, checked.axes)
+        return _with_lengths(plan, inputs, masks, checked, offset)
+    if plans.config is not config:
+        plans.begin(config)
     query, value, key = inputs
-    axes = check_inputs(config, query, value, key, widths)
-    batch, queries = axes.split(ops.shape(inputs[0]))
-    keys = axes.split(ops.shape(inputs[1]))[1]
-    check_masks(extra, batch, config.num_heads, queries, keys)
-    source = {name: next(n for n in named if named[n] is named[name]) for name in named}
-    dtype = dtype_name(weights["query.kernel"].dtype) if built else config.dtype
-    compute = config.compute_dtype or dtype
-    working = accumulation_dtype(compute)
-    return Plan(
-        Frame(ops, axes, batch, config.num_heads, queries, keys, source),
-        flags,
-        tuple(source.values()),
-        product(batch),
-        attention_call(config, flags.causal, 0, None),
-        ops.dtype(compute),
-        ops.dtype(working),
-        compute == working,
-        ops.dtype(output_dtype(dtype, compute)),
-        compute == "float64",
+    offset_kind = offset if offset is None else _offset_kind(offset)
+    try:
+        kinds = (
+            array_key(query),
+            None if value is query else array_key(value),
+            None if key is value else 0 if key is query else array_key(key),
+        )
+        shapes = (query.shape, value.shape, key.shape)
+        others = _mask_kinds(ops, masks) if masks else ()
+        signature = (flags, weights, kinds, shapes, offset_kind, others)
+        call = plans.calls.get(signature)
+    except (AttributeError, TypeError):  # not arrays: the checks say what is wrong
+        check_call(ops, config, weights.widths, inputs, masks)
+        raise
+    if call is not None:
+        return call
+    ranks = tuple([len(shape) for shape in shapes])
+    structure = (flags, weights, kinds, ranks, *[(*kind, len(shape)) for kind, shape in others])
+    plan = plans.plans.get(structure)
+    if plan is None:
+        checked = check_call(ops, config, weights.widths, inputs, masks)
+        plan = _make_plan(ops, config, weights, inputs, flags, checked.axes, compute)
+        if len(plans.plans) >= MOST:
+            plans.plans.clear()
+        plans.plans[structure] = plan
+    else:
+        checked = check_shapes(ops, config, weights.widths, inputs, masks)
+    call = _with_lengths(plan, inputs, masks, checked, offset)
+    if offset_kind != 1 or call.path.most_queries:
+        plans.keep(signature, call)
+    return call
+
+
+def plan_lengths(
+    plan: Plan, inputs: tuple[Any, Any, Any], masks: Mapping[str, Any], offset: Any
+) -> PlannedCall:
+    """The call that a plan makes of arrays that are checked, as a compiler shows them."""
+    lengths = lengths_of(plan.ops, plan.axes, *inputs[:2])
+    return _with_lengths(plan, inputs, masks, lengths, offset)
+
+
+def _offset_kind(offset: Any) -> int:
+    """0 for the offset 0, 1 for another int, 2 for an array."""
+    if type(offset) is int:
+        return 0 if offset == 0 else 1
+    return 2
+
+
+def _mask_kinds(ops: Ops, masks: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a plan depends on of each mask or bias, and its shape."""
+    array_key: Any = ops.capabilities.array_key
+    return tuple(
+        [((name, array_key(x), _is_differentiated(ops, name, x)), x.shape)
+         for name, x in masks.items()]
+    )  # fmt: skip
+
+
+def _is_differentiated(ops: Ops, name: str, array: Any) -> bool:
+    if BY_NAME[name].kind is not Kind.BIAS:
+        return False
+    differentiated = ops.capabilities.is_differentiated
+    return differentiated is not None and differentiated(array)
+
+
+def _make_plan(
+    ops: Ops,
+    config: AttentionConfig,
+    weights: WeightsKind,
+    inputs: tuple[Any, Any, Any],
+    flags: Flags,
+    axes: Axes,
+    compute: Callable[[Plan, Mapping[str, Array]], Any] | None = None,
+) -> Plan:
+    query, value, key = inputs
+    value_source = "query" if value is query else "value"
+    key_source = "query" if key is query else value_source if key is value else "key"
+    dtype = weights.dtype if isinstance(weights.dtype, str) else dtype_name(weights.dtype)
+    compute_dtype = config.compute_dtype or dtype
+    working = "float64" if compute_dtype == "float64" else "float32"
+    result = compute_dtype if BITS[compute_dtype] <= BITS[dtype] else dtype
+    plan = Plan(
+        ops=ops,
+        config=config,
+        flags=flags,
+        axes=axes,
+        sources=("query", value_source, key_source),
+        spec=attention_spec(config, flags.causal, 0, 0 if flags.dropping else None),
+        compute_dtype=ops.dtype(compute_dtype),
+        working=ops.dtype(working),
+        result=ops.dtype(result),
+        rounds=compute_dtype != working,
+        double=compute_dtype == "float64",
+        free_key_bias=config.ignores_a_constant,
+        paths={},
+        heads={
+            "query": (config.num_heads, config.key_dim),
+            "key": (config.key_value_heads, config.key_dim),
+            "value": (config.key_value_heads, config.value_dim),
+        },
     )
+    compile = ops.capabilities.compile
+    if compute is not None and compile is None:  # kept, and computed eagerly
+        positions = replace(plan.spec.position_mask, kept={})
+        plan = replace(plan, spec=replace(plan.spec, position_mask=positions))
+    if compute is None or compile is None or plan.double or flags.observed:
+        return plan
+    return replace(plan, run=compile(lambda arrays: compute(plan, arrays)))
 
 
-def attention_call(config: AttentionConfig, causal: bool, offset: Any, seed: Any) -> AttentionCall:
-    """What `attend` is asked for; dropout acts where there is a seed."""
+def _with_lengths(
+    plan: Plan,
+    inputs: tuple[Any, Any, Any],
+    masks: Mapping[str, Any],
+    lengths: Lengths,
+    offset: Any,
+) -> PlannedCall:
+    axes, batch, queries, keys = lengths
+    config, ops, flags = plan.config, plan.ops, plan.flags
+    shape = CallShape(axes, batch, config.num_heads, queries, keys, axes is PLAIN and not masks)
+    per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
+    known = plan.paths.get((_offset_kind(offset), per_query))
+    if axes is PLAIN:
+        b, t, s = batch[0], queries[0], keys[0]
+    else:
+        b, t, s = shape.folded_lengths
+    if (
+        known is not None
+        and isinstance(b, int) and isinstance(t, int) and isinstance(s, int)
+        and 0 < t <= known.most_queries
+        and 0 < b * t * s * config.num_heads <= known.most_logits
+    ):  # fmt: skip
+        return PlannedCall(plan, shape, known)
+    spec = plan.spec
+    if type(offset) is not int or offset:
+        spec = replace(spec, position_mask=replace(spec.position_mask, offset=offset))
+    bias = masks.get("attention_bias")
+    path = choose_path(
+        ops,
+        spec,
+        AttentionShape(
+            b, config.num_heads, config.key_value_heads, t, s, config.key_dim, config.value_dim,
+            plan.working, ops.device(inputs[0]),
+            has_mask=len(masks) > (bias is not None),
+            has_bias=bias is not None,
+            per_query=per_query,
+            bias_differentiated=(
+                bias is not None and _is_differentiated(ops, "attention_bias", bias)
+            ),
+        ),
+        observed=flags.observed,
+        with_scores=flags.scores,
+    )  # fmt: skip
+    if path.most_queries and not flags.observed:
+        plan.paths[(_offset_kind(offset), per_query)] = path
+    return PlannedCall(plan, shape, path)
+
+
+def _differs_by_query(masks: Mapping[str, Any], queries: int, keys: int) -> bool:
+    """Whether a mask or the bias has a query axis of more than one place.
+
+    Args:
+        masks: Masks and bias by name.
+        queries: Number of attention axes of the query.
+        keys: Number of those of the key.
+    """
+    for name, array in masks.items():
+        lengths = tuple(array.shape)
+        form = BY_NAME[name].axes[-1]
+        if "T" in form:
+            stop = len(lengths) - (keys if "S" in form else 0)
+            if any(n != 1 for n in lengths[max(stop - queries, 0) : stop]):
+                return True
+    return False
+
+
+def attention_spec(config: AttentionConfig, causal: bool, offset: Any, seed: Any) -> AttentionSpec:
+    """What `attend` computes; dropout acts where there is a seed."""
     side = None if config.sliding_window is None else config.sliding_window - 1
     dropout = None
     if seed is not None:
-        native = config.dropout_rng == "native"
-        dropout = Dropout(rate_threshold(config.dropout), seed, native)
-    visible = visibility(causal, (side, side), offset)
-    return AttentionCall(
-        config.scale_value, config.features, visible, dropout, config.memory_budget
+        dropout = Dropout(rate_threshold(config.dropout), seed, config.dropout_rng == "native")
+    positions = PositionMask(side, 0 if causal else side, offset)
+    return AttentionSpec(
+        config.scale_value, config.features, positions, dropout, config.memory_budget
     )
-
-
-def as_arrays(ops: Any, offset: Any, seed: Any) -> dict[str, Array]:
-    """An offset and a seed as arrays, so that a compiled call serves all of them.
-
-    Args:
-        ops: A backend that compiles.
-        offset: An int, of which 0 is known to the compiled call, or an array.
-        seed: An int, an array, or None.
-    """
-    found = {}
-    if ops.is_array(offset):
-        found["query_offset"] = offset
-    elif offset:
-        found["query_offset"] = ops.asarray(offset, dtype=ops.int32)
-    if seed is not None:
-        found["seed"] = seed if ops.is_array(seed) else ops.seed_array(seed)
-    return found

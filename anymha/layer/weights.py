@@ -183,13 +183,13 @@ def _called(
 ) -> np.ndarray:  # fmt: skip
     """What an initialiser of the user's gives; its parameters' names tell its style."""
     style, takes_dtype = _style(function)
-    own = getattr(ops, "initializer_style", None)
+    own = None if ops is None else ops.capabilities.initializer_style
     if style == "shape":
         expected = shape
         found = function(shape, dtype=dtype) if takes_dtype else function(shape)
     elif style == own:
         expected = matrix
-        found = ops.initialize(function, matrix, dtype, seed)
+        found = ops.capabilities.initialize(function, matrix, dtype, seed)
     else:
         also = f", or as {STYLES[own]}" if own else ""
         raise ConfigError(

@@ -138,17 +138,22 @@ class AttentionConfig:
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
         self._check_together()
-
-    @functools.cached_property
-    def plans(self) -> dict[Any, Any]:
-        """What was found out about calls with these options; see `anymha.layer.plan`."""
-        return {}
+        # A call that is small enough feels it where these are first worked out.
+        _ = self.scale_value, self.key_value_heads, self.ignores_a_constant
 
     @functools.cached_property
     def features(self) -> tuple[Feature, ...]:
         """The features that are switched on, in the order in which a call meets them."""
         made = [kind.from_config(self) for kind in FEATURES]
         return tuple(feature for feature in made if feature is not None)
+
+    @functools.cached_property
+    def ignores_a_constant(self) -> bool:
+        """Whether one number added to all logits of a row changes no probability.
+
+        Then the key's bias, which adds such a number, has a gradient of exactly zero.
+        """
+        return all(feature.ignores_a_constant for feature in self.features)
 
     def __getstate__(self) -> dict[str, Any]:
         fields = [field.name for field in dataclasses.fields(self)]
@@ -172,19 +177,19 @@ class AttentionConfig:
         objects = {name: getattr(self, name) for name in OBJECTS}
         check_ranks(objects, 1 if output is None else len(output), self.biased)
 
-    @property
+    @functools.cached_property
     def key_value_heads(self) -> int:
         """K, the number of key and value heads."""
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
-    @property
+    @functools.cached_property
     def biased(self) -> tuple[str, ...]:
         """The names of the projections that have a bias."""
         if isinstance(self.use_bias, tuple):
             return self.use_bias
         return PROJECTIONS if self.use_bias else ()
 
-    @property
+    @functools.cached_property
     def scale_value(self) -> float:
         """The factor of the logits."""
         return 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale

@@ -209,15 +209,6 @@ class ArrayTests(BackendTests):
         x, y = words(2, 3, 4, seed=1) > 0, words(2, 3, 4, seed=2) > 0
         call(ops, "concat", [x, y], axis=axis).equals(np.concatenate([x, y], axis=axis))
 
-    def test_step_is_a_number_of_elements_or_none(self, ops: Any) -> None:
-        """Of the device that `device` gives, and of None."""
-        for device in (None, ops.device(ops.from_numpy(values(2)))):
-            step = ops.step(device)
-            must(
-                step is None or (isinstance(step, int) and step > 0),
-                f"`step` must give a positive int or None. Received: {step!r}.",
-            )
-
     def test_slice_of_an_axis_after_an_ellipsis(self, ops: Any) -> None:
         """``x[..., a:b]``, ``x[..., a:b, :]`` are the only ways in which the core slices."""
         x = values(2, 5, 6)

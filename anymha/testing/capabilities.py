@@ -24,6 +24,11 @@ def _function(ops: Ops, name: str) -> str | None:
     return None if hasattr(ops, name) else f"there is no function `{name}`"
 
 
+def _declared(ops: Ops, name: str) -> str | None:
+    lacks = getattr(ops.capabilities, name) is None
+    return f"`capabilities` does not name `{name}`" if lacks else None
+
+
 def _draw_seed(ops: Ops, name: str) -> str | None:
     return _function(ops, name) or _refused(name, lambda: ops.draw_seed())
 
@@ -47,7 +52,7 @@ CAPABILITIES: dict[str, Callable[[Ops, str], str | None]] = {
     "float16": _dtype,
     "bfloat16": _dtype,
     "float64": _dtype,
-    "vjp": _function,
+    "vjp": _declared,
     "draw_seed": _draw_seed,
     "native_keep_mask": _native_keep_mask,
 }

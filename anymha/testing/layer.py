@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from anymha.attention.features.softcap import Softcap
-from anymha.attention.formula import AttentionCall
-from anymha.attention.masks import Visibility
+from anymha.attention.masks import PositionMask
+from anymha.attention.spec import AttentionSpec
 from anymha.errors import DtypeError, MixedBackendsError
 from anymha.execution.attend import attend
+from anymha.execution.path import Path
 from anymha.framework.registry import get_backend
 from anymha.parity.stages.tolerance import tolerance
 from anymha.testing.calls import Returned, must, values
@@ -117,7 +118,7 @@ class LayerTests(BackendTests):
 
     def test_window_of_unequal_sides(self, ops: Any) -> None:
         """One key to the left and two to the right of the query's own position are seen."""
-        scores = _attend(ops, Visibility(left=1, right=2))[1]
+        scores = _attend(ops, PositionMask(left=1, right=2))[1]
         near = np.arange(6) - np.arange(4)[:, None]
         seen = np.broadcast_to((near >= -1) & (near <= 2), scores.shape)
         same_bits("scores above zero", scores > 0, seen)
@@ -128,7 +129,7 @@ class LayerTests(BackendTests):
         logits = np.einsum("bthd,bshd->bhts", query, np.repeat(key, 2, 2)).astype(np.float64)
         capped = np.exp(0.7 * np.tanh(0.5 * logits / 0.7))
         expected = capped / capped.sum(-1, keepdims=True)
-        got = Returned("the scores under softcap", _attend(ops, Visibility(), softcap=0.7)[1])
+        got = Returned("the scores under softcap", _attend(ops, PositionMask(), softcap=0.7)[1])
         got.has_form("float32", expected.shape)
         got.is_near(expected, tolerance("float32", 6, 1.0))
 
@@ -179,9 +180,11 @@ def _heads() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _attend(
-    ops: Any, visibility: Visibility, softcap: float | None = None
+    ops: Any, position_mask: PositionMask, softcap: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Context and scores of attention without projections, with a scale of 0.5."""
-    call = AttentionCall(0.5, () if softcap is None else (Softcap(softcap),), visibility)
-    found = attend(ops, call, *map(ops.from_numpy, _heads()))
-    return ops.to_numpy(found[0]), ops.to_numpy(found[1])
+    spec = AttentionSpec(0.5, () if softcap is None else (Softcap(softcap),), position_mask)
+    path = Path("whole", "the test's")
+    arrays = map(ops.from_numpy, _heads())
+    context, scores = attend(ops, spec, path, *arrays, with_scores=True)
+    return ops.to_numpy(context), ops.to_numpy(scores)

@@ -50,8 +50,8 @@ def gradients(ops: Any, problem: Problem) -> Arrays:
     """
     layer, arrays = _layer(ops, problem, scores=True)
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-    if hasattr(ops, "vjp"):
-        pulled = ops.vjp(partial(layer, ops), arrays, cotangents)[1]
+    if ops.capabilities.vjp is not None:
+        pulled = ops.capabilities.vjp(partial(layer, ops), arrays, cotangents)[1]
     else:
         pulled = vjp(ops, layer, arrays)[1](cotangents)
     return {name: ops.to_numpy(array) for name, array in pulled.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import equinox as eqx
 import jax
@@ -13,8 +13,8 @@ import numpy as np
 from anymha.errors import ArgumentError
 from anymha.framework.registry import get_backend
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, checked_values, takes_call, takes_options
-from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
+from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
 _jax = get_backend("jax")
@@ -27,7 +27,7 @@ class _Projection(eqx.Module):
     bias: jax.Array | None
 
 
-class MultiHeadAttention(eqx.Module):
+class MultiHeadAttention(NativeLayer, eqx.Module):
     """Multi-head attention as an `eqx.Module`.
 
     The constructor takes the options of `anymha.AttentionConfig`, of which `query_features` is
@@ -62,6 +62,8 @@ class MultiHeadAttention(eqx.Module):
     output: _Projection
     inference: bool  # a leaf, so that `eqx.tree_at` can set it
     config: AttentionConfig = eqx.field(static=True)
+    plans: Plans = eqx.field(static=True)
+    ops: ClassVar[Any] = _jax.ops
 
     @takes_options
     def __init__(
@@ -73,6 +75,7 @@ class MultiHeadAttention(eqx.Module):
             setattr(self, name, held)
         self.inference = inference
         self.config = dataclasses.replace(config, seed=None)
+        self.plans = Plans()
 
     @takes_call
     def __call__(
@@ -93,17 +96,10 @@ class MultiHeadAttention(eqx.Module):
                 "`training` and `inference` say the same; pass one. Received: "
                 f"training={call.get('training')!r}, inference={inference!r}."
             )
-        weights = self.canonical_weights()
-        return multi_head_attention(_jax.ops, self.config, weights, query, value, key, **call)
-
-    def regularization_loss(self) -> jax.Array:
-        """The sum of the penalties of all weights; 0 where there are no regularisers."""
-        return regularization_loss(_jax.ops, self.config, self.canonical_weights())
-
-    def apply_constraints(self) -> MultiHeadAttention:
-        """A new layer of the same options, its weights what the constraints want."""
-        mine = self.canonical_weights()
-        return self._with(mine | constrained_weights(_jax.ops, self.config, mine))
+        return multi_head_attention(
+            _jax.ops, self.config, self.canonical_weights(), query, value, key,
+            plans=self.plans, **call,
+        )  # fmt: skip
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
@@ -114,17 +110,15 @@ class MultiHeadAttention(eqx.Module):
         }
         return {name: array for name, array in named.items() if array is not None}
 
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """A new layer of the same options with these weights, in its own dtype.
-
-        Raises:
-            WeightsError: names or shapes do not fit.
-        """
+    def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         mine = self.canonical_weights()
-        values = checked_values(self.config, mine, weights)
-        return self._with({n: _jax.ops.from_numpy(values[n].astype(mine[n].dtype)) for n in mine})
-
-    def _with(self, arrays: Mapping[str, jax.Array]) -> MultiHeadAttention:
-        """A new layer with these arrays, in the canonical order."""
-        order = [arrays[name] for name in self.canonical_weights()]
+        arrays = {name: _like(value, mine[name]) for name, value in values.items()}
+        order = [{**mine, **arrays}[name] for name in mine]
         return eqx.tree_at(lambda layer: [*layer.canonical_weights().values()], self, order)
+
+
+def _like(value: Any, stored: jax.Array) -> jax.Array:
+    """A new value of a weight as an array of the dtype of the one that is there."""
+    if isinstance(value, np.ndarray):
+        return _jax.ops.from_numpy(value.astype(stored.dtype))
+    return value

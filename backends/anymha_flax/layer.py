@@ -12,8 +12,8 @@ from flax import nnx
 from anymha.errors import ArgumentError
 from anymha.framework.registry import get_backend
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, checked_values, takes_call, takes_options
-from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
+from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
 _jax = get_backend("jax")
@@ -30,7 +30,7 @@ class _Projection(nnx.Module):
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(NativeLayer, nnx.Module):
     """Multi-head attention as an `nnx.Module`.
 
     The constructor takes the options of `anymha.AttentionConfig`, of which `query_features` is
@@ -67,6 +67,7 @@ class MultiHeadAttention(nnx.Module):
     config: AttentionConfig
     deterministic: bool
     rngs: nnx.RngStream | None
+    ops = _jax.ops
 
     @takes_options
     def __init__(
@@ -80,6 +81,7 @@ class MultiHeadAttention(nnx.Module):
         key = _stream(rngs, "params")() if draws else None
         weights = _jax.layer(**config.to_dict(), key=key).weights
         self.config = config
+        self.plans = Plans()
         self.deterministic = deterministic
         for name in PROJECTIONS:
             held = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
@@ -109,40 +111,26 @@ class MultiHeadAttention(nnx.Module):
         if call.get("seed") is None:
             rngs = self.rngs if rngs is None else rngs
             call["seed"] = rngs if isinstance(rngs, jax.Array) else lambda: _dropout_key(rngs)
-        weights = self.canonical_weights()
-        return multi_head_attention(_jax.ops, self.config, weights, query, value, key, **call)
+        return multi_head_attention(
+            _jax.ops, self.config, self.canonical_weights(), query, value, key,
+            plans=self.plans, **call,
+        )  # fmt: skip
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls."""
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def regularization_loss(self) -> jax.Array:
-        """The sum of the penalties of all weights; 0 where there are no regularisers."""
-        return regularization_loss(_jax.ops, self.config, self.canonical_weights())
-
-    def apply_constraints(self) -> MultiHeadAttention:
-        """This layer, its weights changed to what the constraints want."""
-        params = self._params()
-        changed = constrained_weights(_jax.ops, self.config, self.canonical_weights())
-        for name, array in changed.items():
-            params[name][...] = array
-        return self
-
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
         return {name: param[...] for name, param in self._params().items()}
 
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """This layer, now with these weights, in its own dtype.
-
-        Raises:
-            WeightsError: names or shapes do not fit; the layer is left as it was.
-        """
+    def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         params = self._params()
-        values = checked_values(self.config, params, weights)
         for name, value in values.items():
-            params[name][...] = _jax.ops.from_numpy(value.astype(params[name].dtype))
+            if isinstance(value, np.ndarray):
+                value = _jax.ops.from_numpy(value.astype(params[name].dtype))
+            params[name][...] = value
         return self
 
     def _params(self) -> dict[str, Any]:

@@ -8,26 +8,25 @@ from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from anymha.errors import ConfigError
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, checked_values, takes_call, takes_options
-from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
+from anymha.layer.plan import Plans
 from anymha.options.config import AttentionConfig
 from anymha_jax import float64, ops
 from anymha_jax.initial import first_values
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class MultiHeadAttention:
+class MultiHeadAttention(NativeLayer):
     """Multi-head attention as a frozen pytree; its leaves are the weights, in `weights`.
 
     The constructor takes the options of `anymha.AttentionConfig`, of which `query_features` is
     needed: a pytree cannot grow weights at a call; and a JAX `key`, which gives the initial values
     where `seed` is not given, traced or not: ``key=jax.random.key(7)`` gives those of ``seed=7``.
-    The call takes the arguments of `anymha.multi_head_attention`; there `key` is the
-    attention's, and dropout needs its `seed`, an int or a key.
+    The call takes the arguments of `anymha.multi_head_attention`; there `key` is the attention's,
+    and dropout needs its `seed`, an int or a key.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -37,9 +36,9 @@ class MultiHeadAttention:
         (1, 3, 8)
     """
 
-    config: AttentionConfig
+    ops = ops
     weights: dict[str, jax.Array]
-    _static: AttentionConfig
+    _static: tuple[AttentionConfig, Plans]
 
     @takes_options
     def __init__(self, config: AttentionConfig, *, key: jax.Array | None = None) -> None:
@@ -48,12 +47,12 @@ class MultiHeadAttention:
                 "`query_features`, the width of the query input, is needed: a pytree cannot grow "
                 "weights at a call. Received: None. Pass it to the constructor."
             )
-        self._set(config, _arrays(config, first_values(config, key)))
-
-    def _set(self, config: AttentionConfig, weights: Mapping[str, Any]) -> Self:
         # Layers that differ in nothing but their first values have one tree structure.
         static = config if config.seed is None else dataclasses.replace(config, seed=None)
-        vars(self).update(config=config, weights=weights, _static=static)
+        self._set(config, (static, Plans()), _arrays(config, first_values(config, key)))
+
+    def _set(self, config: AttentionConfig, static: Any, weights: Mapping[str, Any]) -> Self:
+        vars(self).update(config=config, weights=weights, plans=static[1], _static=static)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -66,30 +65,17 @@ class MultiHeadAttention:
     def __call__(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
-        return multi_head_attention(ops, self.config, self.weights, query, value, key, **call)
-
-    def regularization_loss(self) -> jax.Array:
-        """The sum of the penalties of all weights; 0 where there are no regularisers."""
-        return regularization_loss(ops, self.config, self.weights)
-
-    def apply_constraints(self) -> MultiHeadAttention:
-        """A new layer of the same options, its weights what the constraints want."""
-        changed = constrained_weights(ops, self.config, self.weights)
-        return object.__new__(type(self))._set(self.config, self.weights | changed)
+        return multi_head_attention(
+            ops, self._static[0], self.weights, query, value, key, plans=self.plans, **call
+        )
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
         return dict(self.weights)
 
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """A new layer of the same options with these weights.
-
-        Raises:
-            WeightsError: names or shapes do not fit.
-        """
-        values = checked_values(self.config, self.weights, weights)
-        new = object.__new__(type(self))
-        return new._set(self.config, _arrays(self.config, values))
+    def _assigned(self, values: Mapping[str, Any]) -> Self:
+        arrays = self.weights | _arrays(self.config, values)
+        return object.__new__(type(self))._set(self.config, self._static, arrays)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         names = tuple(self.weights)
@@ -101,8 +87,9 @@ class MultiHeadAttention:
 
     @classmethod
     def tree_unflatten(cls, auxiliary: Any, leaves: Any) -> MultiHeadAttention:
-        config, names = auxiliary
-        return object.__new__(cls)._set(config, dict(zip(names, leaves, strict=True)))
+        static, names = auxiliary
+        weights = dict(zip(names, leaves, strict=True))
+        return object.__new__(cls)._set(static[0], static, weights)
 
     def __repr__(self) -> str:
         shapes = {name: jnp.shape(leaf) for name, leaf in self.weights.items()}

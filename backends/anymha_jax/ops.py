@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +30,12 @@ from jax.numpy import (
 from jax.numpy import right_shift as bitwise_right_shift
 
 from anymha.errors import ArgumentError
+from anymha.framework.capabilities import Capabilities
 from anymha_jax import float64 as x64
 from anymha_jax.float64 import in_float64
 
 bool = jnp.bool
 name = "jax"
-initializer_style = "key"
 
 
 def asarray(obj, /, *, dtype=None, device=None):
@@ -64,19 +66,7 @@ def device(x, /):
     return None
 
 
-def step(device, /):
-    return None
-
-
-def kind(x, /):
-    return x.__class__, x.shape, x.dtype
-
-
-def is_tracing():
-    return False
-
-
-def compiled(function, /):
+def compile(function, /):
     return jax.jit(function, inline=True)
 
 
@@ -85,7 +75,7 @@ def seed_array(seed, /):
 
 
 # One head after another is no work for an accelerator, or for several devices.
-def block(device, /):
+def tile_size(device, /):
     return 1 << 20 if _is_one_cpu() else 1 << 28
 
 
@@ -102,10 +92,7 @@ def _is_one_cpu():
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
-unrolls = False
-
-
-def map(function, count, mapped, constant, results, /):
+def loop(function, count, mapped, constant, results, /):
     # Only what goes into a block is kept for differentiation, which computes the block again.
     @jax.checkpoint
     def body(index, own):
@@ -172,3 +159,16 @@ def native_keep_mask(seed, shape, keep, device, /):
 def vjp(function, arrays, cotangents, /):
     outputs, pullback = jax.vjp(function, dict(arrays))
     return outputs, pullback(cotangents)[0]
+
+
+capabilities = Capabilities(
+    array_key=attrgetter("__class__", "dtype"),
+    compile=compile,
+    seed_array=seed_array,
+    vjp=vjp,
+    tile_size=tile_size,
+    loop=loop,
+    narrow=narrow,
+    initialize=initialize,
+    initializer_style="key",
+)

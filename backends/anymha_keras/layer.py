@@ -12,16 +12,26 @@ import numpy as np
 
 from anymha.framework.registry import get_backend
 from anymha.layer.checks import unpack_inputs
-from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import checked_values, first_weights, widths_of
+from anymha.layer.forward import Projections, multi_head_attention
+from anymha.layer.native import NativeLayer, first_weights, widths_of
+from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
 from anymha.options.config import PROJECTIONS, AttentionConfig
 from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
 from anymha_keras.options import Given, core_dtypes, saved, takes_options
-from anymha_keras.projection import Projection, Values, copied, make_projection, rounded
+from anymha_keras.projection import (
+    Projection,
+    Values,
+    check_readable,
+    check_writable,
+    copied,
+    is_plain,
+    make_projection,
+    rounded,
+)
 
 
 @keras.saving.register_keras_serializable(package="anymha")
-class MultiHeadAttention(keras.layers.Layer):
+class MultiHeadAttention(NativeLayer, keras.layers.Layer):
     """Multi-head attention as a Keras layer, in the place of `keras.layers.MultiHeadAttention`.
 
     The constructor takes the options of `anymha.AttentionConfig` and the arguments of every Keras
@@ -54,6 +64,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.supports_masking = True
         self.seed = config.seed
         self._config = config
+        self.plans = Plans()
         self._own_compute_dtype = given.compute_dtype
         self._own_initializers = given.initializers
         self._dropout_layer = keras.layers.Dropout(
@@ -86,7 +97,8 @@ class MultiHeadAttention(keras.layers.Layer):
         return self._config
 
     @property
-    def _ops(self) -> Any:
+    def ops(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The functions of Keras's backend."""
         return get_backend(keras.config.backend()).ops
 
     def build(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -101,7 +113,7 @@ class MultiHeadAttention(keras.layers.Layer):
         widths = [shape[-1] for shape in shapes]
         plain = dict.fromkeys(self._own_initializers, "zeros")  # not drawn twice
         values = first_weights(
-            dataclasses.replace(config, **plain), widths, lambda: random.randrange(2**31), self._ops
+            dataclasses.replace(config, **plain), widths, lambda: random.randrange(2**31), self.ops
         )
 
         def initializer(name: str) -> Any:
@@ -145,12 +157,13 @@ class MultiHeadAttention(keras.layers.Layer):
         masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
         penalised = self._config.activity_regularizer is not None
         result = multi_head_attention(
-            self._ops,
+            self.ops,
             self.config,
-            self.canonical_weights(),
+            self._weights_of_call(),
             query,
             value,
             key,
+            plans=plans_unless_tracing(self.ops, self.plans),
             **masks,
             attention_bias=attention_bias,
             return_attention_scores=return_attention_scores,
@@ -201,7 +214,9 @@ class MultiHeadAttention(keras.layers.Layer):
     def _widths(self) -> tuple[int | None, ...]:
         if not self.built:
             return (None, None, None)
-        return widths_of({f"{name}.kernel": p.kernel for name, p in self._projections().items()})
+        dense = self._projections()
+        kernels = [getattr(dense[name], "kernel", None) for name in ("query", "value", "key")]
+        return tuple(None if kernel is None else kernel.shape[0] for kernel in kernels)
 
     def _projections(self) -> dict[str, Projection]:
         return {name: getattr(self, f"_{name}_dense") for name in PROJECTIONS}
@@ -212,28 +227,50 @@ class MultiHeadAttention(keras.layers.Layer):
             return {}
         found = {}
         for name, dense in self._projections().items():
+            check_readable(name, dense)
             found[f"{name}.kernel"] = dense.kernel
             if dense.bias is not None:
                 found[f"{name}.bias"] = dense.bias
         return {name: keras.ops.convert_to_tensor(weight) for name, weight in found.items()}
 
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """This layer, now with these weights, in its own dtype.
+    def _weights_of_call(self) -> Any:
+        """The weights, where all projections are plain; else the projections, which are called."""
+        dense = self._projections()
+        if all(is_plain(one) for one in dense.values()):
+            return self.canonical_weights()
+        heads, width = self._config.num_heads, self._config.value_dim
 
-        Raises:
-            WeightsError: names or shapes do not fit; the layer is left as it was.
-        """
-        values = checked_values(self.config, self.canonical_weights(), weights)
+        def function(name: str) -> Any:
+            one, merged = dense[name], name == "output"
+
+            def called(x: Any) -> Any:
+                batch, length, *_ = keras.ops.shape(x)
+                if merged:
+                    x = keras.ops.reshape(x, (batch, length, heads, width))
+                y = one(x)
+                rank = len(y.shape)
+                return y if rank == 3 else keras.ops.reshape(y, (batch, length, -1))
+
+            return called
+
+        kind = WeightsKind(self.config.dtype, self._widths, "called")
+        return Projections({name: function(name) for name in PROJECTIONS}, kind)
+
+    def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         if not self.built:
             self._build_of(widths_of(values))
+        for name, dense in self._projections().items():
+            check_writable(name, dense)
         self._assign(values)
         return self
 
-    def _assign(self, values: Mapping[str, np.ndarray]) -> None:
+    def _assign(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             projection, _, part = name.partition(".")
             variable = getattr(self._projections()[projection], part)
-            variable.assign(rounded(value, self.variable_dtype))
+            if isinstance(value, np.ndarray):
+                value = rounded(value, self.variable_dtype)
+            variable.assign(value)
 
     def get_config(self) -> dict[str, Any]:
         found = {**super().get_config(), **saved(self._config, self._own_initializers)}

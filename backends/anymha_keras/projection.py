@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from anymha.errors import WeightsError
 from anymha.framework.dtypes import dtype_name
 from anymha.options.config import AttentionConfig
 from anymha.options.serialization import described
@@ -19,7 +20,8 @@ from anymha_keras.options import refuse_quantised
 class Projection(keras.layers.EinsumDense):
     """A kernel and, maybe, a bias, where `keras.layers.MultiHeadAttention` has them.
 
-    It can be called, and takes LoRA; the attention layer reads its weights only.
+    It can be called, and takes LoRA. The attention layer calls it, unless it is plain: then the
+    layer computes the same from its kernel and bias.
     """
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
@@ -29,6 +31,50 @@ class Projection(keras.layers.EinsumDense):
     def quantized_build(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what a map of policies says of this projection."""
         refuse_quantised(self)
+
+
+_CALL = keras.layers.EinsumDense.call
+
+
+def is_plain(dense: Any) -> bool:
+    """Whether calling a projection is no more than one product with its kernel and its bias.
+
+    LoRA is: it makes the kernel another one.
+    """
+    return (
+        type(dense) is Projection
+        and Projection.call is _CALL
+        and "call" not in vars(dense)
+        and dense.quantization_mode is None
+    )
+
+
+def check_readable(name: str, dense: Any) -> None:
+    """Refuse the weights of what stands in the place of a projection.
+
+    Raises:
+        WeightsError: it is no projection of ours.
+    """
+    if not isinstance(dense, Projection):
+        raise WeightsError(
+            f"`{name}` must be the layer's own projection for its weights to be read or written. "
+            f"Received: {type(dense).__module__}.{type(dense).__qualname__} in its place."
+        )
+
+
+def check_writable(name: str, dense: Any) -> None:
+    """Refuse to set the weights of a projection that are not its variables.
+
+    Raises:
+        WeightsError: it has LoRA, or is no projection of ours any more.
+    """
+    check_readable(name, dense)
+    if getattr(dense, "lora_enabled", False):
+        raise WeightsError(
+            f"The kernel of `{name}` cannot be set: LoRA is enabled, and makes it of three "
+            "variables at each call. Set the weights before `enable_lora`, or save and load the "
+            "layer, which merges them."
+        )
 
 
 def make_projection(

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import is_
 from typing import Any, Unpack
 
 import numpy as np
 
 from anymha.framework.autodiff import vjp
 from anymha.layer.checks import unpack_inputs
-from anymha.layer.forward import multi_head_attention
+from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
     CallOptions,
-    checked_values,
+    NativeLayer,
     first_weights,
     takes_call,
     takes_options,
+    widths_of,
 )
-from anymha.layer.weights import constrained_weights, regularization_loss
-from anymha.options.config import AttentionConfig
+from anymha.layer.plan import Plans, WeightsKind
+from anymha.options.config import PROJECTIONS, AttentionConfig
 from anymha_numpy import ops
 
+EXACT = ("float32", "float64")
+"""The dtypes of weights that are computed with as they are."""
 
-class MultiHeadAttention:
+
+class MultiHeadAttention(NativeLayer):
     """Multi-head attention on NumPy arrays.
 
     The constructor takes the options of `anymha.AttentionConfig`, the call the arguments of
-    `anymha.multi_head_attention`. The weights are in `weights`, a dict of arrays by
-    canonical name, empty until they exist.
+    `anymha.multi_head_attention`. The weights are in `weights`, a dict of arrays by canonical
+    name, empty until they exist.
 
     Example:
         >>> import numpy as np
@@ -37,27 +43,52 @@ class MultiHeadAttention:
         (1, 3, 8)
     """
 
+    ops = ops
+
     @takes_options
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
+        self.plans = Plans()
         self.weights: dict[str, np.ndarray] = {}
         if config.query_features is not None:
             self._build()
 
-    def _build(self, widths: Sequence[int] = ()) -> dict[str, np.ndarray]:
-        self._hold(first_weights(self.config, widths, ops.draw_seed, ops))
+    def _build(self, widths: Any = ()) -> dict[str, np.ndarray]:
+        self._assigned(first_weights(self.config, widths, ops.draw_seed, ops))
         return self.weights
-
-    def _hold(self, values: Mapping[str, np.ndarray]) -> None:
-        dtype = ops.dtype(self.config.dtype)
-        self.weights = {name: np.array(value, dtype) for name, value in values.items()}
 
     @takes_call
     def __call__(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
-        weights = self.weights or self._build
-        return multi_head_attention(ops, self.config, weights, query, value, key, **call)
+        weights: Any = self._prepared() if self.weights else self._build
+        return multi_head_attention(
+            ops, self.config, weights, query, value, key, plans=self.plans, **call
+        )
+
+    def _prepared(self) -> Projections | dict[str, np.ndarray]:
+        """Projections on views of the weights, kept as long as these are the same arrays.
+
+        The weights themselves where they are rounded for the computation, or have no such views.
+        """
+        arrays, kept = list(self.weights.values()), self.plans.prepared
+        if kept is not None and len(kept[0]) == len(arrays) and all(map(is_, kept[0], arrays)):
+            return kept[1]
+        config, dtype = self.config, ops.dtype(self.config.dtype)
+        exact = config.dtype in EXACT and config.compute_dtype in (None, config.dtype)
+        if not exact or any(w.dtype != dtype or not w.flags.c_contiguous for w in arrays):
+            return self.weights
+        functions = {}
+        for name in PROJECTIONS:
+            kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
+            inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
+            matrix = kernel.reshape(inner, -1)
+            functions[name] = partial(_product, matrix, None if bias is None else bias.reshape(-1))
+        query, value, key = widths_of(self.weights)
+        kind = WeightsKind(config.dtype, (query, value, key))
+        projections = Projections(functions, kind, self.weights.get("key.bias"))
+        self.plans.prepared = arrays, projections
+        return projections
 
     def vjp(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
@@ -87,42 +118,36 @@ class MultiHeadAttention:
         if not self.weights:
             self(query, value, key, **call)
         query, value, key = unpack_inputs(query, value, key)
-        inputs = {"query": query, "value": value, "key": key}
         rest: dict[str, Any] = {**call}
-        given = {"attention_bias": rest.pop("attention_bias", None)}
-        given |= {n: x for n, x in inputs.items() if n == "query" or x is not query}
-        if key is value:
-            given.pop("key", None)
-        arrays = {name: x for name, x in given.items() if x is not None} | self.weights
+        arrays = {"query": query, "attention_bias": rest.pop("attention_bias", None)}
+        if value is not query:
+            arrays["value"] = value
+        if key is not query and key is not value:
+            arrays["key"] = key
+        arrays = {name: x for name, x in arrays.items() if x is not None} | self.weights
 
-        def function(tape: Any, traced: dict[str, Any]) -> Any:
-            weights = {name: traced.pop(name) for name in self.weights}
-            bias = traced.pop("attention_bias", None)
-            return multi_head_attention(
-                tape, self.config, weights, **traced, attention_bias=bias, **rest
-            )
+        def function(tape: Any, variables: dict[str, Any]) -> Any:
+            weights = {name: variables.pop(name) for name in self.weights}
+            if key is query and value is not query:
+                variables["key"] = variables["query"]
+            return multi_head_attention(tape, self.config, weights, **variables, **rest)
 
         return vjp(ops, function, arrays)
 
     def regularization_loss(self) -> np.ndarray:
         """The sum of the penalties of all weights; 0 where there are no regularisers."""
-        return np.asarray(regularization_loss(ops, self.config, self.weights))
-
-    def apply_constraints(self) -> MultiHeadAttention:
-        """This layer, its weights changed to what the constraints want."""
-        for name, value in constrained_weights(ops, self.config, self.weights).items():
-            self.weights[name][...] = value
-        return self
+        return np.asarray(super().regularization_loss())
 
     def canonical_weights(self) -> dict[str, np.ndarray]:
         """The weights by canonical name."""
         return dict(self.weights)
 
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """This layer, now with these weights, in its own dtype.
-
-        Raises:
-            WeightsError: names or shapes do not fit; the layer is left as it was.
-        """
-        self._hold(checked_values(self.config, self.weights, weights))
+    def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
+        dtype = ops.dtype(self.config.dtype)
+        self.weights |= {name: np.array(value, dtype) for name, value in values.items()}
         return self
+
+
+def _product(matrix: np.ndarray, bias: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    """``x . matrix + bias`` of (.., D), as (rows, W)."""
+    return ops.linear(x.reshape(-1, matrix.shape[0]), matrix, bias)

@@ -6,7 +6,7 @@ Half precision never reaches these functions: the core computes it in float32.
 from __future__ import annotations
 
 from math import inf
-from types import SimpleNamespace
+from operator import attrgetter
 
 import numpy as np
 from numpy import (
@@ -30,6 +30,8 @@ from numpy import (
     tensordot,
 )
 
+from anymha.framework.capabilities import Capabilities
+
 bool = np.bool
 name = "numpy"
 
@@ -39,12 +41,8 @@ def astype(x, dtype, /):
 
 
 # Methods: NumPy's functions of these names take longer to find them than a small array takes.
-def reshape(x, shape, /):
-    return x.reshape(shape)
-
-
-def permute_dims(x, axes, /):
-    return x.transpose(axes)
+reshape = np.ndarray.reshape
+permute_dims = np.ndarray.transpose
 
 
 def where(condition, x1, x2, /):
@@ -79,22 +77,23 @@ def is_array(x, /):
     return isinstance(x, (np.ndarray, np.generic))
 
 
-def shape(x, /):
-    return x.shape
+shape = attrgetter("shape")  # written in C
 
 
 def device(x, /):
     return None
 
 
-def step(device, /):
+def chunk_size(device, /):
     return 1 << 16
 
 
-overwriting = SimpleNamespace(
-    bitwise_and=lambda x1, x2: np.bitwise_and(x1, x2, out=x1),
-    bitwise_xor=lambda x1, x2: np.bitwise_xor(x1, x2, out=x1),
-)
+def bitwise_and_inplace(x1, x2, /):
+    return np.bitwise_and(x1, x2, out=x1)
+
+
+def bitwise_xor_inplace(x1, x2, /):
+    return np.bitwise_xor(x1, x2, out=x1)
 
 
 def dtype(name, /):
@@ -103,18 +102,6 @@ def dtype(name, /):
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
-
-
-def kind(x, /):
-    return x.__class__, x.shape, x.dtype
-
-
-def is_tracing():
-    return False
-
-
-def situation():
-    return None
 
 
 def is_differentiated(x, /):
@@ -128,14 +115,11 @@ def linear(x, matrix, bias, /):
     return y
 
 
-def block(device, /):
+def tile_size(device, /):
     return 1 << 20
 
 
-unrolls = True
-
-
-def map(function, count, mapped, constant, results, /):
+def loop(function, count, mapped, constant, results, /):
     gathered = {}
     for i in range(count):
         found = function(i, {name: x[i] for name, x in mapped.items()} | constant)
@@ -186,3 +170,18 @@ def draw_seed():
 
 def native_keep_mask(seed, shape, keep, device, /):
     return np.random.default_rng(int(seed) % 2**64).random(shape, dtype=np.float32) < keep
+
+
+capabilities = Capabilities(
+    array_key=attrgetter("__class__", "dtype"),
+    chunk_size=chunk_size,
+    bitwise_and_inplace=bitwise_and_inplace,
+    bitwise_xor_inplace=bitwise_xor_inplace,
+    tile_size=tile_size,
+    loop=loop,
+    eager_loop=True,
+    narrow=narrow,
+    linear=linear,
+    exp_and_sum=exp_and_sum,
+    is_differentiated=is_differentiated,
+)

@@ -9,14 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import (
-    CallOptions,
-    checked_values,
-    first_weights,
-    takes_call,
-    takes_options,
-)
-from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.layer.native import CallOptions, NativeLayer, first_weights, takes_call, takes_options
+from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig
 from anymha_tensorflow import ops
 
@@ -28,7 +22,7 @@ class _Projection(tf.Module):
     bias: tf.Variable | None = None
 
 
-class MultiHeadAttention(tf.Module):
+class MultiHeadAttention(NativeLayer, tf.Module):
     """Multi-head attention as a `tf.Module`.
 
     The constructor takes the options of `anymha.AttentionConfig`, the call the arguments of
@@ -43,10 +37,13 @@ class MultiHeadAttention(tf.Module):
         (1, 3, 8)
     """
 
+    ops = ops
+
     @takes_options
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(name=config.name)
         self.config = config
+        self.plans = Plans()
         self.query, self.key, self.value, self.output = (_Projection(n) for n in PROJECTIONS)
         if config.query_features is not None:
             self._build()
@@ -58,10 +55,10 @@ class MultiHeadAttention(tf.Module):
 
     def _build(self, widths: Sequence[int] = ()) -> dict[str, tf.Variable]:
         with tf.init_scope():  # also at a first call inside tf.function
-            self._hold(first_weights(self.config, widths, ops.draw_seed, ops))
+            self._make_variables(first_weights(self.config, widths, ops.draw_seed, ops))
         return self.canonical_weights()
 
-    def _hold(self, values: Mapping[str, np.ndarray]) -> None:
+    def _make_variables(self, values: Mapping[str, np.ndarray]) -> None:
         dtype = ops.dtype(self.config.dtype).as_numpy_dtype
         tensors = {name: value.astype(dtype) for name, value in values.items()}
         for name, tensor in tensors.items():
@@ -76,18 +73,10 @@ class MultiHeadAttention(tf.Module):
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
         weights = self.canonical_weights() or self._build
-        return multi_head_attention(ops, self.config, weights, query, value, key, **call)
-
-    def regularization_loss(self) -> tf.Tensor:
-        """The sum of the penalties of all weights; 0 where there are no regularisers."""
-        return regularization_loss(ops, self.config, self.canonical_weights())
-
-    def apply_constraints(self) -> MultiHeadAttention:
-        """This layer, its weights changed to what the constraints want."""
-        mine = self.canonical_weights()
-        for name, value in constrained_weights(ops, self.config, mine).items():
-            mine[name].assign(value)
-        return self
+        plans = self.plans if tf.executing_eagerly() else None
+        return multi_head_attention(
+            ops, self.config, weights, query, value, key, plans=plans, **call
+        )
 
     def canonical_weights(self) -> dict[str, tf.Variable]:
         """The variables by canonical name."""
@@ -98,16 +87,13 @@ class MultiHeadAttention(tf.Module):
         }
         return {name: variable for name, variable in named.items() if variable is not None}
 
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """This layer, now with these weights, in its own dtype.
-
-        Raises:
-            WeightsError: names or shapes do not fit; the layer is left as it was.
-        """
+    def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         mine = self.canonical_weights()
-        values = checked_values(self.config, mine, weights)
         if not mine:
-            self._hold(values)
-        for name, variable in mine.items():
-            variable.assign(values[name].astype(variable.dtype.as_numpy_dtype))
+            self._make_variables(values)
+        for name in mine.keys() & values.keys():
+            value, variable = values[name], mine[name]
+            if isinstance(value, np.ndarray):
+                value = value.astype(variable.dtype.as_numpy_dtype)
+            variable.assign(value)
         return self

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+from operator import attrgetter
 
 import tensorflow as tf
 from tensorflow import abs, bool, broadcast_to, exp, float32, float64, int32, reshape, sqrt, tanh
+
+from anymha.framework.capabilities import Capabilities
+from anymha_tensorflow.compiled import CompiledCall
 
 name = "tensorflow"
 
@@ -87,32 +90,12 @@ def device(x, /):
     return None
 
 
-def step(device, /):
-    return None
-
-
-def kind(x, /):
-    return x.__class__, tuple(x.shape), x.dtype
-
-
 def is_tracing():
     return not tf.executing_eagerly()
 
 
-def compiled(function, /):
-    whole, made = tf.function(function, autograph=False), {}
-
-    # What is called is known by the plan, and need not be found out for each array again.
-    def call(arrays):
-        known = made.get(len(arrays))
-        if known is not None and not tf.config.functions_run_eagerly():
-            with contextlib.suppress(TypeError):  # an offset or a seed of another kind
-                return known(arrays)
-        if len(arrays) not in made:
-            made[len(arrays)] = whole.get_concrete_function(arrays)
-        return whole(arrays)
-
-    return call
+def compile(function, /):
+    return CompiledCall(function)
 
 
 def seed_array(seed, /):
@@ -128,14 +111,11 @@ def softmax(x, /):
     return tf.nn.softmax(x)
 
 
-def block(device, /):
+def tile_size(device, /):
     return 1 << 22
 
 
-unrolls = False
-
-
-def map(function, count, mapped, constant, results, /):
+def loop(function, count, mapped, constant, results, /):
     # Masks stay outside: TensorFlow would add up their gradients, and cannot add booleans.
     fixed = {name: x for name, x in constant.items() if not x.dtype.is_floating}
     moving = {name: x for name, x in constant.items() if name not in fixed}
@@ -208,3 +188,17 @@ def vjp(function, arrays, cotangents, /):
         tape.watch(list(arrays.values()))
         outputs = function(arrays)
     return outputs, tape.gradient(outputs, arrays, output_gradients=cotangents)
+
+
+capabilities = Capabilities(
+    array_key=attrgetter("__class__", "dtype"),
+    is_tracing=is_tracing,
+    compile=compile,
+    seed_array=seed_array,
+    vjp=vjp,
+    tile_size=tile_size,
+    loop=loop,
+    narrow=narrow,
+    linear=linear,
+    softmax=softmax,
+)

@@ -101,7 +101,7 @@ class Recomputed(torch.autograd.Function):
         return None, *ctx.loop.gradients(ctx.saved_tensors, cotangents, needed)
 
 
-def map(
+def loop(
     function: Callable[[int, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     count: int,
     mapped: Mapping[str, Any],
@@ -110,16 +110,16 @@ def map(
     /,
 ) -> dict[str, torch.Tensor]:
     """``function(i, tensors)`` for each i below `count`; see `anymha.framework.capabilities`."""
-    loop = Loop(function, count, mapped, constant, results)
+    rounds = Loop(function, count, mapped, constant, results)
     arrays = [*mapped.values(), *constant.values()]
     if torch.compiler.is_compiling() or transformed():
-        rounds = zip(*(loop.round(index, arrays) for index in range(count)), strict=True)
-        found = [torch.stack(x) for x in rounds]
+        parts = zip(*(rounds.round(index, arrays) for index in range(count)), strict=True)
+        stacked = [torch.stack(x) for x in parts]
     elif torch.is_grad_enabled() and any_differentiated(arrays):
-        found = Recomputed.apply(loop, *arrays)
+        stacked = Recomputed.apply(rounds, *arrays)
     else:
-        found = loop.results(arrays)
-    return dict(zip(results, found, strict=True))
+        stacked = rounds.results(arrays)
+    return dict(zip(results, stacked, strict=True))
 
 
 def vjp(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from anymha.attention.spec import AttentionSpec
+from anymha.execution.path import AttentionShape
+from anymha_torch import tiled_dropout
 
 
 def transformed() -> bool:
@@ -15,29 +18,30 @@ def transformed() -> bool:
     return functorch or forward_ad._current_level >= 0
 
 
-def fused_refusal(call: Any, arrays: Mapping[str, torch.Tensor], /) -> str | None:
+def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
     """Why the kernel cannot do a call, or None where it can."""
-    query, bias = arrays["query"], arrays.get("bias")
-    if query.dtype != torch.float32:
-        return f"torch's kernel is taken for float32, not for {query.dtype}"
-    if call.dropout is not None and (call.dropout.native or query.device.type != "cpu"):
-        return "torch's kernel has no dropout of that kind"
-    if call.dropout is not None and torch.compiler.is_compiling():
-        return "the blocks with dropout are no program for torch's compiler"
-    for feature in call.features:
-        if reason := feature.why_not_fused():
-            return reason
-    if call.dropout is None and arrays["value"].shape[3] != query.shape[3]:
+    if shape.dtype != torch.float32:
+        return f"torch's kernel is taken for float32, not for {shape.dtype}"
+    if spec.dropout is not None:
+        if spec.dropout.native or shape.device.type != "cpu":
+            return "torch's kernel has no dropout of that kind"
+        if torch.compiler.is_compiling():
+            return "the tiles with dropout are no program for torch's compiler"
+    elif shape.value_dim != shape.key_dim:
         return "torch's kernel wants `value_dim` equal to `key_dim`"
-    if bias is not None and bias.requires_grad:
+    if shape.bias_differentiated:
         return "torch's kernel gives no gradient to a bias"
     if not torch.compiler.is_compiling() and transformed():
         return "torch's kernel cannot be transformed by `torch.func`"
     return None
 
 
-def attention(call: Any, arrays: Mapping[str, torch.Tensor], causal: bool) -> torch.Tensor:
-    """The context (B, H, T, d_v) by the kernel."""
+def fused_attention(
+    spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /, *, causal: bool
+) -> torch.Tensor:
+    """The context (B, H, T, d_v) by the kernel; with dropout tile after tile."""
+    if spec.dropout is not None:
+        return tiled_dropout.attention(spec, arrays)
     query, key = arrays["query"], arrays["key"]
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
@@ -48,6 +52,6 @@ def attention(call: Any, arrays: Mapping[str, torch.Tensor], causal: bool) -> to
         arrays["value"],
         attn_mask=mask,
         is_causal=causal,
-        scale=call.scale,
+        scale=spec.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

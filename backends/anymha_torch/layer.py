@@ -1,4 +1,4 @@
-"""The layer for PyTorch: a `torch.nn.Module` that holds the parameters."""
+"""The layer for PyTorch: a `torch.nn.Module` whose projections are `torch.nn.Linear`s."""
 
 from __future__ import annotations
 
@@ -9,44 +9,48 @@ import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from anymha.errors import WeightsError
-from anymha.framework.dtypes import dtype_name
-from anymha.layer.forward import multi_head_attention
+from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
     CallOptions,
-    checked_values,
+    NativeLayer,
     first_weights,
     takes_call,
     takes_options,
     widths_of,
 )
-from anymha.layer.weights import constrained_weights, regularization_loss
+from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig
 from anymha_torch import ops
+from anymha_torch.projection import (
+    NAMES,
+    check_writable,
+    dtype_of,
+    effective,
+    empty_linear,
+    linear_shape,
+    projections_of,
+    to_canonical,
+    write,
+)
 
-_NAMES = [(f"{name}.{part}", name, part) for name in PROJECTIONS for part in ("kernel", "bias")]
+PARTS = {"kernel": "weight", "bias": "bias"}
+"""The names of a linear layer's parameters by the canonical ones."""
 
 
-class _Projection(nn.Module):
-    """Holds one kernel and, maybe, one bias, so that they get their canonical names."""
-
-    kernel: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("kernel", None)
-        self.register_parameter("bias", None)
-
-
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(NativeLayer, nn.Module):
     """Multi-head attention as a `torch.nn.Module`, batch first.
 
     The constructor takes the options of `anymha.AttentionConfig` and torch's `device`; the call
     the arguments of `anymha.multi_head_attention`, where ``training=None`` means
-    ``module.training``. Parameters have the canonical names (``query.kernel``). Without
-    `query_features` they are made at the first call, or by `load_state_dict`.
+    ``module.training``. The projections `query`, `key`, `value` and `output` are
+    `torch.nn.Linear`s: hooks, pruning, parametrisations, adapters, quantisation and whatever
+    stands in their place act as on any layer. Without `query_features` their weights are made at
+    the first call, or by `load_state_dict`.
 
     Differs from:
         `torch.nn.MultiheadAttention`: the call is ``(query, value, key)``; a boolean mask is True
@@ -58,17 +62,26 @@ class MultiHeadAttention(nn.Module):
         >>> layer = MultiHeadAttention(num_heads=2, key_dim=4, query_features=8, seed=0)
         >>> tuple(layer(torch.ones(1, 3, 8)).shape)
         (1, 3, 8)
+        >>> {name: tuple(tensor.shape) for name, tensor in layer.query.state_dict().items()}
+        {'weight': (8, 8), 'bias': (8,)}
     """
 
+    ops = ops
     config: AttentionConfig
     _like: torch.Tensor
 
     @takes_options
     def __init__(self, config: AttentionConfig, *, device: Any = None) -> None:
         super().__init__()
+        # `torch.fx` takes modules of this name for leaves, and does not look into their calls.
+        self.__module__ = "torch.nn"
         self.config = config
+        self.plans = Plans()
+        dtype, compute = config.dtype, config.compute_dtype or config.dtype
+        rounds = compute != dtype or compute in ("float16", "bfloat16")
+        self._rounding_dtype = ops.dtype(compute) if rounds else None
         for name in PROJECTIONS:
-            self.add_module(name, _Projection())
+            self.add_module(name, empty_linear(self._rounding_dtype))
         # What `.to()` or `.double()` says before the weights exist holds for them once they do.
         like = torch.empty(0, dtype=ops.dtype(config.dtype), device=device)
         self.register_buffer("_like", like, persistent=False)
@@ -80,116 +93,143 @@ class MultiHeadAttention(nn.Module):
         """Whether the weights exist."""
         return "_like" not in self._buffers
 
-    def _build(self, widths: Sequence[int] = (), device: Any = None) -> dict[str, torch.Tensor]:
+    def _build(self, widths: Sequence[int] = (), device: Any = None) -> Projections:
         meta = (self._like if device is None else torch.empty(0, device=device)).is_meta
         values = {} if meta else first_weights(self.config, widths, ops.draw_seed, ops)
         self._allocate(self.config.weight_shapes(*widths), device)
-        self._fill(values)
-        return self.canonical_weights()
+        self._assigned(values)
+        return projections_of(self._modules, self.config, self._rounding_dtype)
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]], device: Any = None) -> None:
         like = self._like
         del self._like
-        for name, shape in shapes.items():
-            projection, _, part = name.partition(".")
-            tensor = like.new_empty(shape, device=device)
-            self.get_submodule(projection).register_parameter(part, nn.Parameter(tensor))
-
-    @torch.no_grad()
-    def _fill(self, values: Mapping[str, np.ndarray]) -> None:
-        mine = self.canonical_weights()
-        # NumPy rounds, since torch goes from float64 to half precision by way of float32.
-        rounded = {
-            name: value.astype(dtype_name(mine[name].dtype)) for name, value in values.items()
-        }
-        for name, value in rounded.items():
-            mine[name].copy_(ops.from_numpy(value))
+        for full, shape in shapes.items():
+            name, _, part = full.partition(".")
+            module: Any = self._modules[name]
+            tensor = like.new_empty(linear_shape(name, part, shape), device=device)
+            setattr(module, PARTS[part], nn.Parameter(tensor))
+            if part == "kernel":
+                module.out_features, module.in_features = tensor.shape
 
     def reset_parameters(self) -> None:
         """Give the weights initial values, as at the start; after `to_empty`, for example."""
         mine = self.canonical_weights()
         if mine:
-            self._fill(first_weights(self.config, widths_of(mine), ops.draw_seed, ops))
+            self._assigned(first_weights(self.config, widths_of(mine), ops.draw_seed, ops))
 
     @takes_call
     def forward(
         self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
     ) -> Any:
-        if call.get("training") is None:
+        """The layer's output; see `anymha.multi_head_attention`."""
+        if self.config.dropout and call.get("training") is None:
             call["training"] = self.training
-        weights = self.canonical_weights() or (lambda w: self._build(w, _first(query).device))
-        return multi_head_attention(ops, self.config, weights, query, value, key, **call)
+        if "_like" in self._buffers:
 
-    def regularization_loss(self) -> torch.Tensor:
-        """The sum of the penalties of all weights; 0 where there are no regularisers."""
-        return regularization_loss(ops, self.config, self.canonical_weights())
-
-    @torch.no_grad()
-    def apply_constraints(self) -> MultiHeadAttention:
-        """This layer, its weights changed to what the constraints want."""
-        mine = self.canonical_weights()
-        for name, value in constrained_weights(ops, self.config, mine).items():
-            mine[name].copy_(value)
-        return self
+            def projections(widths: Any) -> Projections:
+                first = query[0] if isinstance(query, (list, tuple)) else query
+                return self._build(widths, first.device)
+        else:
+            projections = projections_of(self._modules, self.config, self._rounding_dtype)
+        # Nothing is kept of a call that a compiler or a transformation runs.
+        tracing = (
+            is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        )
+        return multi_head_attention(
+            ops, self.config, projections, query, value, key,
+            plans=None if tracing else self.plans, **call,
+        )  # fmt: skip
 
     def canonical_weights(self) -> dict[str, torch.Tensor]:
-        """The parameters by canonical name."""
-        modules: Any = self._modules  # torch's own `getattr` takes as long as a small product
-        found = {}
-        for full, name, part in _NAMES:
-            held = modules[name]._parameters
-            tensor = held[part] if part in held else getattr(modules[name], part)
-            if tensor is not None:
-                found[full] = tensor
-        return found
-
-    def with_canonical_weights(self, weights: Mapping[str, np.ndarray]) -> MultiHeadAttention:
-        """This layer, now with these weights, in its own dtype and on its own device.
+        """The weights by canonical name, as views of those of the linear layers.
 
         Raises:
-            WeightsError: names or shapes do not fit; the layer is left as it was.
+            WeightsError: something else than a linear layer stands in the place of a projection.
         """
-        mine = self.canonical_weights()
-        values = checked_values(self.config, mine, weights)
-        if not mine:
-            self._allocate({name: value.shape for name, value in values.items()})
-        if any(tensor.is_meta for tensor in self.parameters()):
+        if not self.built:
+            return {}
+        modules: Any = self._modules
+        widths = [getattr(modules[n], "in_features", None) for n in ("query", "value", "key")]
+        arrays = {}
+        for full, shape in self.config.weight_shapes(*widths).items():
+            name, _, part = full.partition(".")
+            weight = effective(name, modules[name], PARTS[part])
+            if weight is not None:
+                arrays[full] = to_canonical(weight, part, shape)
+        return arrays
+
+    @torch.no_grad()
+    def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
+        modules: Any = self._modules
+        if not self.built:
+            self._allocate({name: tuple(value.shape) for name, value in values.items()})
+        tensors = []
+        for full, value in values.items():
+            name, _, part = full.partition(".")
+            check_writable(name, modules[name], PARTS[part])
+            tensors.append((name, PARTS[part], value))
+        if any(tensor.is_meta for tensor in self.parameters()) and values:
             self.to_empty(device=torch.get_default_device())
-        self._fill(values)
+        values_by_part = []
+        for name, part, value in tensors:
+            if isinstance(value, np.ndarray):
+                # NumPy rounds: torch goes from float64 to half precision by way of float32.
+                dtype = dtype_of(modules[name]) or ops.dtype(self.config.dtype)
+                value = ops.from_numpy(value.astype(NAMES[dtype]))
+            shape = linear_shape(name, "bias" if part == "bias" else "kernel", value.shape)
+            value = value.reshape(shape) if part == "bias" else value.reshape(shape[::-1]).t()
+            value = value.contiguous()  # a parametrisation may keep it as it lies
+            values_by_part.append((name, part, value))
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        try:
+            for name, part, value in values_by_part:
+                write(name, modules[name], part, value)
+        except WeightsError:
+            self.load_state_dict(before)
+            raise
         return self
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Any, prefix: str, *args: Any
     ) -> None:
-        names = self.config.weight_shapes(1)
-        found = {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}
-        if found and not self.built:
+        if not self.built:
             try:
-                self._allocate(_fitting_shapes(self.config, found))
+                self._allocate_for(state_dict, prefix)
             except WeightsError as error:
                 errors: list[str] = args[-1]
                 errors.append(str(error))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _allocate_for(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Make the weights that a state dict has, if it has any of this layer's.
+
+        Raises:
+            WeightsError: they are not those that the config wants.
+        """
+        tensors = {
+            f"{name}.{part}": state_dict[f"{prefix}{name}.{PARTS[part]}"]
+            for name in PROJECTIONS
+            for part in PARTS
+            if f"{prefix}{name}.{PARTS[part]}" in state_dict
+        }
+        if not tensors:
+            return
+        missing = [f"{n}.weight" for n in PROJECTIONS if f"{n}.kernel" not in tensors]
+        if missing:
+            received = ", ".join(n.replace("kernel", "weight") for n in tensors)
+            raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {received}.")
+        widths = [tensors[f"{n}.kernel"].shape[-1] for n in ("query", "value", "key")]
+        shapes = self.config.weight_shapes(*widths)
+        for full, shape in shapes.items():
+            name, _, part = full.partition(".")
+            wanted = linear_shape(name, part, shape)
+            received = tuple(tensors[full].shape) if full in tensors else None
+            if received != wanted:
+                raise WeightsError(
+                    f"`{name}.{PARTS[part]}` must have shape {wanted}. Received: {received}."
+                )
+        self._allocate(shapes)
+
     def extra_repr(self) -> str:
+        """The options in `print(layer)`."""
         return f"num_heads={self.config.num_heads}, key_dim={self.config.key_dim}"
-
-
-def _first(query: Any) -> torch.Tensor:
-    return query[0] if isinstance(query, (list, tuple)) else query
-
-
-def _fitting_shapes(
-    config: AttentionConfig, weights: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights of a state dict.
-
-    Raises:
-        WeightsError: they are not those that the config gives them.
-    """
-    shapes = config.weight_shapes(*widths_of(weights))
-    for name, shape in shapes.items():
-        received = tuple(weights[name].shape) if name in weights else None
-        if received != shape:
-            raise WeightsError(f"`{name}` must have shape {shape}. Received: {received}.")
-    return shapes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from types import SimpleNamespace
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,16 @@ from torch import (
 from torch import permute as permute_dims
 
 from anymha.attention.dropout import keep_mask as made_of_ops
-from anymha_torch import blocked, fused, mkl
-from anymha_torch.autograd import map, vjp
-from anymha_torch.fused import fused_refusal, transformed
+from anymha.errors import WeightsError
+from anymha.framework.capabilities import Capabilities
+from anymha_torch import mkl
+from anymha_torch.autograd import loop, vjp
+from anymha_torch.fused import fused_attention, transformed, why_not_fused
 from anymha_torch.native import native_keep_mask, seed_tensor
 
 bool = torch.bool
 name = "torch"
 _these: Any = sys.modules[__name__]
-initializer_style = "in place"
 mkl.settle(exp, sqrt, tanh)
 
 
@@ -44,8 +46,7 @@ def asarray(obj, /, *, dtype=None, device=None):
     return torch.as_tensor(obj, dtype=dtype, device=device)
 
 
-def astype(x, dtype, /):
-    return x.to(dtype)
+astype = torch.Tensor.to
 
 
 def arange(start, /, stop, *, dtype, device=None):
@@ -77,41 +78,21 @@ def sum(x, /, *, axis, keepdims):
     return torch.sum(x, dim=axis, keepdim=keepdims)
 
 
-def is_array(x, /):
-    return isinstance(x, torch.Tensor)
+# Getters written in C, since a call of a Python function takes as long as a small product.
+is_array = torch.is_tensor
+shape = torch.Tensor.size
+device = torch.Tensor.device.__get__
+dtype = partial(getattr, torch)
 
 
-def shape(x, /):
-    return tuple(x.shape)
-
-
-def device(x, /):
-    return x.device
-
-
-def step(device, /):
+def chunk_size(device, /):
     compiled = torch.compiler.is_compiling()
     on_cpu = device is None or torch.device(device).type == "cpu"
     return 1 << 18 if on_cpu and not compiled else None
 
 
-overwriting = SimpleNamespace(
-    bitwise_and=lambda x1, x2: x1.bitwise_and_(x2),
-    bitwise_xor=lambda x1, x2: x1.bitwise_xor_(x2),
-)
-
-
-def kind(x, /):
-    return x.__class__, x.shape, x.dtype, x.device, x.requires_grad
-
-
 def is_tracing():
     return torch.compiler.is_compiling() or transformed()
-
-
-def situation():
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return torch.is_grad_enabled(), *autocast
 
 
 def is_differentiated(x, /):
@@ -123,11 +104,8 @@ def linear(x, matrix, bias, /):
     return y if y.dtype == x.dtype else y.to(x.dtype)  # as above
 
 
-def block(device, /):
+def tile_size(device, /):
     return 1 << 20 if device.type == "cpu" else 1 << 26
-
-
-unrolls = True
 
 
 def softmax(x, /):
@@ -138,17 +116,12 @@ def narrow(x, start, length, /, *, axis):
     return x.narrow(axis, start, length)
 
 
-def fused_attention(call, arrays, /, *, causal):
-    if call.dropout is not None:
-        return blocked.attention(_these, call, arrays)
-    return fused.attention(call, arrays, causal)
-
-
-def dtype(name, /):
-    return getattr(torch, name)
-
-
 def to_numpy(x, /):
+    if x.is_meta:
+        raise WeightsError(
+            "A tensor on the meta device has no values. Received: "
+            f"shape {tuple(x.shape)}. Load or make the weights first."
+        )
     x = x.detach().cpu().resolve_conj().resolve_neg()
     if x.dtype == torch.bfloat16:
         import ml_dtypes
@@ -199,14 +172,14 @@ def initialize(function, shape, dtype, seed, /):
 # Inductor takes minutes for the generator, since it doubles the expression at each use of a word,
 # and the C++ that it writes overflows where the language does not say what comes of it. So the
 # compiler sees one operation that runs as in eager mode.
-def keep_mask(seed, threshold, shape, place=None, /, *, device):
-    if torch.compiler.is_compiling() and _is_first(place):
+def keep_mask(seed, threshold, shape, origin=None, /, *, device):
+    if torch.compiler.is_compiling() and _is_first(origin):
         return _keep_mask(seed_tensor(seed), threshold, shape, device)
-    return made_of_ops(_these, seed, threshold, shape, place, device=device)
+    return made_of_ops(_these, seed, threshold, shape, origin, device=device)
 
 
-def _is_first(place):
-    return place is None or [place.batch, place.head, place.row, place.column] == [0, 0, 0, 0]
+def _is_first(origin):
+    return origin is None or [origin.batch, origin.head, origin.query, origin.key] == [0, 0, 0, 0]
 
 
 @torch.library.custom_op("anymha::keep_mask", mutates_args=())
@@ -220,3 +193,25 @@ def _keep_mask(
 @_keep_mask.register_fake
 def _(seed, threshold, shape, device):
     return torch.empty(shape, dtype=torch.bool, device=device)
+
+
+capabilities = Capabilities(
+    array_key=attrgetter("__class__", "dtype", "device", "requires_grad"),
+    is_tracing=is_tracing,
+    vjp=vjp,
+    keep_mask=keep_mask,
+    chunk_size=chunk_size,
+    bitwise_and_inplace=torch.Tensor.bitwise_and_,
+    bitwise_xor_inplace=torch.Tensor.bitwise_xor_,
+    tile_size=tile_size,
+    loop=loop,
+    eager_loop=True,
+    narrow=narrow,
+    fused_attention=fused_attention,
+    why_not_fused=why_not_fused,
+    linear=linear,
+    softmax=softmax,
+    is_differentiated=is_differentiated,
+    initialize=initialize,
+    initializer_style="in place",
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from anymha.framework import capabilities
-from anymha.framework.protocol import Differentiable
+from anymha.framework.capabilities import Capabilities
+from anymha.framework.protocol import Ops
 from anymha.framework.registry import get_backend
 
 FUNCTIONS = [
-    name
-    for kind in inspect.getmro(Differentiable)
-    for name, member in vars(kind).items()
-    if callable(member) and not name.startswith("_")
+    *[name for name in vars(Ops) if callable(vars(Ops)[name]) and not name.startswith("_")],
+    "vjp",
 ]
-
-
-FASTER = {
-    name
-    for kind in vars(capabilities).values()
-    if inspect.isclass(kind) and kind.__module__ == capabilities.__name__
-    for name in [*vars(kind), *vars(kind).get("__annotations__", {})]
-    if not name.startswith("_")
-}
-"""What stands for other functions, whose faults would not be seen."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +39,11 @@ class Fault:
     @property
     def backend(self) -> Any:
         right = get_backend(self.base).ops
-        plain = {name: value for name, value in vars(right).items() if name not in FASTER}
-        return SimpleNamespace(**{**plain, **self.make(right)})
+        changed = self.make(right)
+        # What stands for other functions would hide their faults.
+        vjp = changed.pop("vjp", right.capabilities.vjp)
+        capabilities = Capabilities(vjp=vjp)
+        return SimpleNamespace(**{**vars(right), **changed, "capabilities": capabilities})
 
 
 def arrays(**methods: Any) -> Callable[[Any], dict[str, Any]]:
@@ -132,7 +122,7 @@ def refuse(name: str) -> Callable[[Any], dict[str, Any]]:
 
 def scaled_vjp(ops: Any) -> dict[str, Any]:
     def wrong(function: Any, given: Any, cotangents: Any) -> Any:
-        value, pulled = ops.vjp(function, given, cotangents)
+        value, pulled = ops.capabilities.vjp(function, given, cotangents)
         return value, {name: gradient * 1.001 for name, gradient in pulled.items()}
 
     return {"vjp": wrong}
@@ -141,8 +131,8 @@ def scaled_vjp(ops: Any) -> dict[str, Any]:
 def first_result_only(ops: Any) -> dict[str, Any]:
     def wrong(function: Any, given: Any, cotangents: Any) -> Any:
         if not isinstance(cotangents, tuple):
-            return ops.vjp(function, given, cotangents)
-        return ops.vjp(lambda given: function(given)[0], given, cotangents[0])
+            return ops.capabilities.vjp(function, given, cotangents)
+        return ops.capabilities.vjp(lambda given: function(given)[0], given, cotangents[0])
 
     return {"vjp": wrong}
 

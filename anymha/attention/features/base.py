@@ -10,10 +10,10 @@ The order of the hooks in a call:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from anymha.framework.protocol import Array, Ops
+from anymha.attention.masks import TileOrigin
+from anymha.framework.protocol import Array, Dim, Ops
 
 
 class Feature:
@@ -45,20 +45,22 @@ class Feature:
         """The feature of a config, or None where the option is switched off."""
         raise NotImplementedError
 
-    def weight_shapes(self, config: Any, query_features: int) -> Mapping[str, tuple[int, ...]]:
-        """The canonical names and the shapes of the feature's own weights."""
-        return {}
-
     def heads(self, ops: Ops, query: Array, key: Array) -> tuple[Array, Array]:
-        """Queries (B, T, H, d_k) and keys (B, S, K, d_k) as the products take them."""
+        """Queries (B, T, H, d_k) and keys (B, S, K, d_k), once for a call, before the products."""
         return query, key
 
-    def logits(self, ops: Ops, logits: Array) -> Array:
-        """The scaled logits (B, H, T, S), before bias and masks."""
+    def logits(self, ops: Ops, logits: Array, origin: TileOrigin) -> Array:
+        """The scaled logits (B, H, T, S) of a tile that begins at `origin`, before the bias."""
         return logits
 
+    def visible(
+        self, ops: Ops, origin: TileOrigin, queries: Dim, keys: Dim, like: Array
+    ) -> Array | None:
+        """Booleans that broadcast to (B, H, T, S) of a tile, True = may attend; None for all."""
+        return None
+
     def context(self, ops: Ops, context: Array) -> Array:
-        """The context (B, H, T, d_v), before the output projection."""
+        """The context (B, T, H, d_v), once for a call, before the output projection."""
         return context
 
     def why_not_fused(self) -> str | None:

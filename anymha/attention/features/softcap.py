@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from anymha.attention.features.base import Feature
+from anymha.attention.masks import TileOrigin
 from anymha.errors import ConfigError
 from anymha.framework.protocol import Array, Ops
 
@@ -54,6 +55,6 @@ class Softcap(Feature):
         """The feature where the config has a softcap."""
         return None if config.softcap is None else cls(config.softcap)
 
-    def logits(self, ops: Ops, logits: Array) -> Array:
+    def logits(self, ops: Ops, logits: Array, origin: TileOrigin) -> Array:
         """The logits between ``-c`` and ``c``."""
         return ops.tanh(logits / self.cap) * self.cap

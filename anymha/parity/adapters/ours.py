@@ -94,8 +94,8 @@ class Ours:
 
         arrays = {**weights, **inputs, **bias}
         to = ops.from_numpy(cotangent.astype(dtype))
-        if hasattr(ops, "vjp"):
-            pulled = ops.vjp(lambda arrays: function(ops, arrays), arrays, to)[1]
+        if ops.capabilities.vjp is not None:
+            pulled = ops.capabilities.vjp(lambda arrays: function(ops, arrays), arrays, to)[1]
         else:
             pulled = vjp(ops, function, arrays)[1](to)
         return {name: as_numpy(array) for name, array in pulled.items()}

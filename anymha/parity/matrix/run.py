@@ -63,8 +63,8 @@ def run(backend: Backend, problem: Problem) -> Result:
         forward = function(ops, weights | inputs)
         alone = forward[0]
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-    if hasattr(ops, "vjp"):
-        gradients = ops.vjp(partial(function, ops), weights | inputs, cotangents)[1]
+    if ops.capabilities.vjp is not None:
+        gradients = ops.capabilities.vjp(partial(function, ops), weights | inputs, cotangents)[1]
     else:
         gradients = vjp(ops, function, weights | inputs)[1](cotangents)
     output, scores = (ops.to_numpy(array) for array in forward)

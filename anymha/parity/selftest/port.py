@@ -98,7 +98,7 @@ class Port:
         if training and self.dropout and "dropout does not act" not in wrong:
             drop = Dropout(rate_threshold(self.dropout), seed)
             factor = 1.0 if "dropout not scaled" in wrong else drop.factor
-            keep = drop.keep(ops, tuple(scores.shape), beside=scores)
+            keep = drop.keep(ops, tuple(scores.shape), like=scores)
             kept = ops.where(keep, scores * factor, 0.0)
         told["dropped_probabilities"] = kept
         context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))

@@ -32,9 +32,11 @@ from array_api_strict import (
 )
 
 from anymha.errors import ArgumentError, DtypeError
+from anymha.framework.capabilities import Capabilities
 
 name = "strict"
 array_modules = ("array_api_strict",)
+capabilities = Capabilities()
 Array = type(xp.empty(0))
 
 
@@ -48,10 +50,6 @@ def shape(x, /):
 
 def device(x, /):
     return x.device
-
-
-def step(device, /):
-    return None
 
 
 def dtype(name, /):

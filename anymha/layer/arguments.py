@@ -1,0 +1,154 @@
+"""The arguments of a layer's call, as data: signatures, checks and folding are made from it.
+
+An argument is declared here once. Its axes are named by letters: B the batch axes, H the query
+heads, T the query's attention axes, S the key's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from anymha.errors import ArgumentError
+
+
+class Kind(Enum):
+    """What an argument of the call is."""
+
+    INPUT = "input"
+    MASK = "mask"
+    BIAS = "bias"
+    FLAG = "flag"
+    OFFSET = "offset"
+    SEED = "seed"
+
+
+@dataclass(frozen=True)
+class CallArgument:
+    """One argument of the call.
+
+    Args:
+        name: Its name.
+        kind: What it is: inputs and biases are floating, masks boolean, True = may attend.
+        meaning: What it means, a sentence.
+        axes: The forms that an array may have, each the letters of its axes; of a bias the full
+            form, to which it broadcasts.
+        default: The value where it is left out.
+        hint: What to do about an array of another rank.
+    """
+
+    name: str
+    kind: Kind
+    meaning: str
+    axes: tuple[str, ...] = ()
+    default: Any = None
+    hint: str = ""
+
+    def form_of_rank(self, rank: int) -> str:
+        """The form of arrays with so many axes, where B, T and S are one axis each."""
+        return next(form for form in self.axes if len(form) == rank)
+
+
+_MORE_AXES = "Pass what has more axes as `attention_mask`."
+
+INPUTS = (
+    CallArgument(
+        "query", Kind.INPUT,
+        "(B, T, D_q) floating; or a list ``[query, value]`` or ``[query, value, key]``. With "
+        "`attention_axes`, any axes, features last.",
+        axes=("BT",),
+    ),
+    CallArgument("value", Kind.INPUT, "(B, S, D_v) floating; default `query`.", axes=("BS",)),
+    CallArgument("key", Kind.INPUT, "(B, S, D_k) floating; default `value`.", axes=("BS",)),
+)  # fmt: skip
+
+ARRAYS = (
+    CallArgument(
+        "attention_mask", Kind.MASK,
+        "(T, S), (B, T, S) or (B, H, T, S) booleans, True = may attend.",
+        axes=("TS", "BTS", "BHTS"),
+        hint="Add axes of length 1 to broadcast.",
+    ),
+    CallArgument(
+        "attention_bias", Kind.BIAS,
+        "Floating, added to the logits; broadcasts to (B, H, T, S).",
+        axes=("BHTS",),
+    ),
+    CallArgument(
+        "query_mask", Kind.MASK,
+        "(B, T) booleans; a query that is False attends to nothing.",
+        axes=("BT",), hint=_MORE_AXES,
+    ),
+    CallArgument(
+        "value_mask", Kind.MASK,
+        "(B, S) booleans; a position that is False does not influence anything.",
+        axes=("BS",), hint=_MORE_AXES,
+    ),
+    CallArgument(
+        "key_mask", Kind.MASK, "(B, S) booleans, as `value_mask`.", axes=("BS",), hint=_MORE_AXES
+    ),
+)  # fmt: skip
+
+OPTIONS = (
+    CallArgument(
+        "return_attention_scores", Kind.FLAG, "Whether to return the probabilities too.",
+        default=False,
+    ),
+    CallArgument(
+        "return_activity_loss", Kind.FLAG,
+        "Whether to return, last, the penalty of the activity regulariser.",
+        default=False,
+    ),
+    CallArgument(
+        "training", Kind.FLAG,
+        "Whether dropout acts; default the framework's own mode, else False.",
+    ),
+    CallArgument(
+        "use_causal_mask", Kind.FLAG,
+        "Whether query i sees only keys ``j <= i + query_offset``.",
+        default=False,
+    ),
+    CallArgument(
+        "query_offset", Kind.OFFSET,
+        "Position of the first query among the keys: an int, or integers (B,).",
+        default=0,
+    ),
+    CallArgument(
+        "seed", Kind.SEED, "Seed of the dropout; default one of the framework's own generator."
+    ),
+)  # fmt: skip
+
+CALL_ARGUMENTS: tuple[CallArgument, ...] = (*INPUTS, *ARRAYS, *OPTIONS)
+"""All of them, in the order of the signature; those behind the inputs are keyword-only."""
+
+BY_NAME = {argument.name: argument for argument in CALL_ARGUMENTS}
+KEYWORDS = {argument.name: argument for argument in (*ARRAYS, *OPTIONS)}
+
+PLACES = {"B": 0, "H": 1, "T": 2, "S": 3}
+"""The place of each letter in (B, H, T, S)."""
+
+
+def call_parameters() -> list[inspect.Parameter]:
+    """The parameters of a layer's call, behind `self`."""
+    kinds = inspect.Parameter
+    return [
+        kinds(
+            argument.name,
+            kinds.POSITIONAL_OR_KEYWORD if argument.kind is Kind.INPUT else kinds.KEYWORD_ONLY,
+            default=kinds.empty if argument.name == "query" else argument.default,
+        )
+        for argument in CALL_ARGUMENTS
+    ]
+
+
+def call_documentation() -> str:
+    """The section "Args" of a layer's call."""
+    return "\n".join(f"{argument.name}: {argument.meaning}" for argument in CALL_ARGUMENTS)
+
+
+def unexpected(name: str) -> ArgumentError:
+    """The error for a keyword argument that the call does not have."""
+    known = ", ".join(argument.name for argument in CALL_ARGUMENTS)
+    return ArgumentError(f"The call has no argument `{name}`. It takes: {known}.")

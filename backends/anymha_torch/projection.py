@@ -1,0 +1,247 @@
+"""A projection as a `torch.nn.Linear`: how it is made, computed, read and written.
+
+The canonical kernel (D, H, d) is the transposed weight (H * d, D) with its last axis split; that of
+the output (H, d_v, *O) is the transposed weight (prod(O), H * d_v).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.nn.modules import module as torch_modules
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from anymha.errors import WeightsError
+from anymha.layer.forward import Projections
+from anymha.layer.plan import WeightsKind
+from anymha.options.config import PROJECTIONS, AttentionConfig
+
+NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+
+GLOBAL_HOOKS = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
+
+
+_FORWARD = nn.Linear.forward
+
+
+class WorkingLinear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever that of its weights.
+
+    Attributes:
+        rounding_dtype: The dtype to which weights are rounded first; None for their own. (By the
+            name `compute_dtype`, peft would take it for the dtype of its adapters.)
+    """
+
+    rounding_dtype: torch.dtype | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input . weight^T + bias`` in the dtype of the input."""
+        return in_dtype_of_input(input, self.weight, self.bias, self.rounding_dtype)
+
+
+def in_dtype_of_input(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rounding_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """``x . weight^T + bias`` in the dtype of `x`, weights rounded to `rounding_dtype` first."""
+    rounded = rounding_dtype or weight.dtype
+    weight = weight.to(rounded).to(x.dtype)
+    bias = None if bias is None else bias.to(rounded).to(x.dtype)
+    return linear(x, weight, bias)
+
+
+def empty_linear(rounding_dtype: torch.dtype | None) -> nn.Linear:
+    """A linear layer that has no weights yet."""
+    cls = nn.Linear if rounding_dtype is None else WorkingLinear
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.in_features = module.out_features = 0
+    module.register_parameter("weight", None)
+    module.register_parameter("bias", None)
+    if isinstance(module, WorkingLinear):
+        module.rounding_dtype = rounding_dtype
+    return module
+
+
+def is_plain(module: Any) -> bool:
+    """Whether calling a projection is no more than one product with its two parameters."""
+    kind = type(module)
+    return (
+        ((kind is nn.Linear and kind.forward is _FORWARD) or kind is WorkingLinear)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and "weight" in module._parameters
+    )
+
+
+def projections_of(
+    modules: Mapping[str, Any],
+    config: AttentionConfig,
+    rounding_dtype: torch.dtype | None,
+) -> Projections:
+    """What computes the projections of a call.
+
+    A plain linear layer is computed from its parameters; any other is called, so that hooks,
+    parametrisations, adapters, and whatever stands in its place, act.
+
+    Args:
+        modules: The projections by name.
+        config: The layer's options.
+        rounding_dtype: The dtype to which weights are rounded first; None for their own.
+    """
+    hooked = any(GLOBAL_HOOKS)
+    dtype = dtype_of(modules["query"]) or getattr(torch, config.dtype)
+    working = rounding_dtype or dtype
+    if working is not torch.float64:
+        working = torch.float32
+    if rounding_dtype is None and dtype is not working:
+        rounding_dtype = dtype
+    functions, widths, key_bias = {}, [], None
+    for name in PROJECTIONS:
+        module = modules[name]
+        if name != "output":
+            widths.append(getattr(module, "in_features", None))
+        if hooked or not is_plain(module):
+            functions[name] = (
+                module
+                if isinstance(module, WorkingLinear)
+                else partial(_called, module, dtype_of(module) or working)
+            )
+            continue
+        parameters = module._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if name == "key" and bias is not None and config.ignores_a_constant:
+            key_bias = bias
+            if bias.requires_grad and torch.is_grad_enabled():
+                # A gradient of exactly zero: see `anymha.layer.numerics.without_gradient`.
+                never = torch.zeros_like(bias, dtype=torch.bool)
+                bias = torch.where(never, bias, bias.detach())
+        if rounding_dtype is None and weight.dtype is working:
+            functions[name] = partial(linear, weight=weight, bias=bias)
+        else:
+            functions[name] = partial(
+                in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype
+            )
+    query, key, value = widths
+    kind = WeightsKind(NAMES[dtype], (query, value, key))
+    return Projections(functions, kind, key_bias if config.activity_regularizer else None)
+
+
+def _called(module: Any, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    return module(x if x.dtype == dtype else x.to(dtype))
+
+
+def dtype_of(module: Any) -> torch.dtype | None:
+    """The dtype of a projection's weights; None where it has no floating parameter."""
+    parameter = module._parameters.get("weight")
+    if parameter is None:
+        parameter = next(module.parameters(), None)
+    if parameter is None or not parameter.dtype.is_floating_point:
+        return None
+    return parameter.dtype
+
+
+def effective(name: str, module: Any, part: str) -> torch.Tensor | None:
+    """The weight or the bias that a call of a projection multiplies with or adds now.
+
+    Args:
+        name: The projection's name, for error messages.
+        module: The projection.
+        part: "weight" or "bias".
+
+    Raises:
+        WeightsError: the projection is no linear layer any more.
+    """
+    forward = getattr(type(module), "forward", None)
+    if forward not in (_FORWARD, WorkingLinear.forward) or "forward" in module.__dict__:
+        raise WeightsError(
+            f"`{name}` must compute as a torch.nn.Linear for its weights to be read or written. "
+            f"Received: {type(module).__module__}.{type(module).__qualname__} with a `forward` of "
+            "its own. Merge or remove what wraps it first (`merge_and_unload` of peft, "
+            "`remove_hook_from_module` of accelerate), or put a torch.nn.Linear there."
+        )
+    for hook in module._forward_pre_hooks.values():
+        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) != part:
+            continue
+        if isinstance(hook, prune.BasePruningMethod):
+            return hook.apply_mask(module)
+        if isinstance(hook, WeightNorm):
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm):
+            return hook.compute_weight(module, do_power_iteration=False)
+    return getattr(module, part)
+
+
+def check_writable(name: str, module: Any, part: str) -> None:
+    """Refuse a weight that is not a parameter, nor made by a parametrisation.
+
+    Raises:
+        WeightsError: the projection is no linear layer any more, or a hook makes the weight.
+    """
+    effective(name, module, part)
+    if part in module._parameters or parametrize.is_parametrized(module, part):
+        return
+    raise WeightsError(
+        f"`{name}.{part}` cannot be set: a hook makes it of other parameters at each call, as "
+        "`prune`, `weight_norm` and `spectral_norm` do. Remove it first: `prune.remove`, "
+        "`remove_weight_norm`, `remove_spectral_norm`."
+    )
+
+
+def write(name: str, module: Any, part: str, value: torch.Tensor) -> None:
+    """Set a weight; through a parametrisation by its right inverse.
+
+    Raises:
+        WeightsError: the parametrisation does not give the value.
+    """
+    if not parametrize.is_parametrized(module, part):
+        module._parameters[part].copy_(value)
+        return
+    try:
+        setattr(module, part, value)
+        written = getattr(module, part)
+        close = torch.allclose(written, value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+        problem = "" if close else "it gives another value"
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise WeightsError(
+            f"`{name}.{part}` cannot be set through its parametrisation: {problem}. Remove it "
+            "first with `torch.nn.utils.parametrize.remove_parametrizations`."
+        )
+
+
+def to_canonical(weight: torch.Tensor, part: str, shape: Sequence[int]) -> torch.Tensor:
+    """A view of a weight or a bias in its canonical shape."""
+    return weight.reshape(shape) if part == "bias" else weight.t().reshape(shape)
+
+
+def linear_shape(name: str, part: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a weight or a bias of a canonical shape in its linear layer."""
+    if part == "bias":
+        return (math.prod(shape),)
+    split = 2 if name == "output" else 1
+    return math.prod(shape[split:]), math.prod(shape[:split])
