@@ -24,6 +24,7 @@ from anymha.errors import (
 )
 from anymha.framework.registry import get_backend
 from anymha.interchange import layouts as module
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
 from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
@@ -43,7 +44,8 @@ NAMED = [
     *("timm.vit", "onnxruntime.MultiHeadAttention"),
     *("transformers.bert", "transformers.gpt2", "transformers.vit", "transformers.clip"),
     *("transformers.t5", "transformers.whisper", "transformers.llama", "transformers.mistral"),
-    *("transformers.qwen2", "transformers.qwen3", "transformers.gemma", "transformers.gemma3"),
+    *("transformers.qwen2", "transformers.qwen3"),
+    *("transformers.gemma", "transformers.gemma2", "transformers.gemma3"),
     *("transformers.gpt_neox", "transformers.bloom", "transformers.falcon", "transformers.phi3"),
     *("transformers.gpt_bigcode", "transformers.codegen", "transformers.gptj"),
     *("transformers.gpt_oss", "transformers.opt", "transformers.bart"),
@@ -418,6 +420,7 @@ NEEDS = {
     "transformers.llama": ["rotary"],
     "transformers.gptj": ["element 2i of a head turns with element 2i \\+ 1", "rotary_dim"],
     "transformers.qwen3": ["rotary", "RMS norm of each query head, times `q_norm.weight`"],
+    "transformers.gemma2": ["rotary", "c \\* tanh", "query_pre_attn_scalar"],
     "transformers.gemma3": ["times 1 \\+ `k_norm.weight`", "query_pre_attn_scalar"],
     "transformers.bloom": ["ALiBi"],
     "transformers.t5": ["bias of relative positions"],
@@ -763,8 +766,8 @@ def test_sizes_that_are_not_known_are_told() -> None:
     with pytest.raises(ArgumentError) as error:
         to_canonical(draw_arrays(SIZES), BERT, heads=4)
     assert message(error) == (
-        "Sizes are num_heads, num_key_value_heads, head_dim, scale, sliding_window. Received: "
-        "'heads'."
+        f"Sizes are num_heads, num_key_value_heads, head_dim, {', '.join(result_options())}. "
+        "Received: 'heads'."
     )
 
 

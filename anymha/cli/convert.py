@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from anymha.cli.progress import layer_bar
 from anymha.cli.verify import Mismatch, Verifier
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.atomic_write import check_writable
 
@@ -41,10 +43,28 @@ def add_command(commands: Any) -> None:
     command.add_argument("--head-dim", type=int, metavar="D", help="instead of --num-heads")
     command.add_argument("--scale", type=float, metavar="S", help="of the logits")
     command.add_argument("--sliding-window", type=int, metavar="W", help="default none")
+    for name in _further_options():
+        command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE",
+                             type=_option_value, default=argparse.SUPPRESS,
+                             help=f"`{name}` of the layers, as JSON; null for none")  # fmt: skip
     command.add_argument("--others", action="store_true", help="copy the other tensors too")
     command.add_argument("--verify", action="store_true",
                          help="convert back, run the layers, and report the errors")  # fmt: skip
     command.set_defaults(run=convert)
+
+
+def _further_options() -> tuple[str, ...]:
+    """The options that change a call's results and have no argument of their own above."""
+    own = ("scale", "sliding_window", "attention_axes")
+    return tuple(name for name in result_options() if name not in own)
+
+
+def _option_value(text: str) -> Any:
+    """An option's value: JSON, or a plain word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def convert(options: argparse.Namespace, console: Console) -> int:
@@ -56,7 +76,9 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     check_writable(options.target)
     names = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
-    sizes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    stated = vars(options)
+    sizes = {name: stated[name] for name in names if stated[name] is not None}
+    sizes |= {name: stated[name] for name in _further_options() if name in stated}
     verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
     with layer_bar(console) as progress:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import BackendNotInstalledError, BiasWarning, LayoutError
+from anymha.interchange.compared_options import changed_options, show_options
 from anymha.interchange.layers import set_weights
 from anymha.options.config import AttentionConfig
 
@@ -89,11 +90,12 @@ def run(
     """
     heads = config.num_heads
     square = len({query.shape[-1], heads * config.key_dim, *_widths(weights)}) == 1
-    plain = config.scale is None and config.sliding_window is None and query.dtype.itemsize > 2
-    if not square or not plain:
+    changed = changed_options(config)
+    if not square or changed or query.dtype.itemsize <= 2:
+        received = f" Received: {show_options(config, changed)}." if changed else ""
         raise LayoutError(
             "a layer of that family is as wide as its heads together, and is run here in float32 "
-            "and float64, without a window and with the default scale"
+            f"and float64, with all other options at their defaults.{received}"
         )
     try:
         torch: Any = importlib.import_module("torch")

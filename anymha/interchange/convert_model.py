@@ -56,7 +56,7 @@ def convert_file(
         told: Is called before each layer with how many are done, how many there are, and its
             prefix.
         check: Is called with each layer; what it raises ends the conversion without a file.
-        **sizes: What the shapes do not tell, as `anymha.to_canonical` takes it.
+        **sizes: What the shapes do not show, as `anymha.to_canonical` takes it.
 
     Raises:
         UsageError: there is no such layer, or it cannot be converted.

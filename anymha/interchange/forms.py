@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.packing import Piece
 
 
@@ -23,6 +24,31 @@ class Extra:
     need: str | None = None
     required: bool = False
     tells: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the forward pass of a family's layers needs beside plain attention, whatever the arrays.
+
+    A need is an option of `AttentionConfig` where it has one of that name: then the caller, or the
+    live layer, states its value, and the converted layer has it. Until then it stays in words.
+
+    Args:
+        option: The option's name, which may be one that `AttentionConfig` does not have yet.
+        text: The need in words.
+        key: The name of its value in the family's `config.json` and its live layers.
+    """
+
+    option: str
+    text: str
+    key: str = ""
+
+    def words(self) -> str:
+        """The need in words, and how to meet it where that is possible."""
+        if self.option not in result_options():
+            return self.text
+        source = f", which is `{self.key}` in the model's config.json" if self.key else ""
+        return f"{self.text} (pass `{self.option}=...`{source})"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,16 @@ import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, WeightsError
 from anymha.framework.registry import backend_of, get_layer
+from anymha.interchange.compared_options import check_same_results
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.libraries import made, opened
 from anymha.interchange.live_layer import Opened
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, checked, matched
 from anymha.options.config import AttentionConfig
+
+OWN = "anymha"
+"""The layout of anymha's own layers."""
 
 
 def new_layer(*args: Any, backend: str, **options: Any) -> Any:
@@ -36,7 +40,7 @@ def new_layer(*args: Any, backend: str, **options: Any) -> Any:
     return get_layer(backend)(*args, **options)
 
 
-def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
+def get_weights(layer: Any, **sizes: Any) -> Weights:
     """The layer's weights as NumPy arrays by canonical name, in the layer's dtype.
 
     Args:
@@ -48,9 +52,10 @@ def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
             Haiku.
 
     Returns:
-        A dict; of another library's layer with the attributes of
-        `anymha.interchange.weights.Weights`: its `config`, what its forward pass `needs` beside
-        plain attention, and its arrays that the canonical form has no place for.
+        A dict with the attributes of `anymha.interchange.weights.Weights`: the layer's `config`,
+        by which `set_weights` sees that another layer would compute something else; and of another
+        library's layer what its forward pass `needs` beside plain attention, and its arrays that
+        the canonical form has no place for.
 
     Raises:
         ArgumentError: `layer` is not such a layer.
@@ -69,7 +74,10 @@ def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
             "The layer has no weights yet. Call it once, or pass `query_features` to its "
             "constructor."
         )
-    return {name: np.array(backend_of(array).ops.to_numpy(array)) for name, array in arrays.items()}
+    values = {
+        name: np.array(backend_of(array).ops.to_numpy(array)) for name, array in arrays.items()
+    }
+    return Weights(values, layout=OWN, config=layer.config)
 
 
 def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
@@ -78,7 +86,9 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     Args:
         layer: A layer, as `get_weights` takes it.
         weights: Arrays by canonical name, one for each weight of the layer. Another library's
-            layer gets zeros for biases that the weights do not have.
+            layer gets zeros for biases that the weights do not have. Weights of `get_weights` and
+            `to_canonical` bring the options of their layer, which are compared with this one's;
+            ``dict(weights)`` sets the arrays alone.
         **sizes: What another library's layer does not tell, as for `get_weights`.
 
     Returns:
@@ -95,7 +105,7 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     source = weights if isinstance(weights, Weights) else None
     if _is_ours(layer):
         if source is not None and source.config is not None:
-            _check_scale("the layer", layer.config, source.config)
+            check_same_results("the layer", layer.config, source.config, unknown=source.unknown)
         return layer.with_canonical_weights(weights)
     live = opened(layer)
     held = _read(live, sizes)
@@ -109,7 +119,12 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
                 f"Received: shape {value.shape}."
             )
     if source is not None and source.config is not None:
-        _check_scale(f"the layer of {live.layout}", held.config, source.config)
+        check_same_results(
+            f"the layer of {live.layout}",
+            held.config,
+            source.config,
+            unknown=(*source.unknown, *held.unknown),
+        )
     values = Weights(values, layout=live.layout, form=held.form, config=held.config)
     arrays = get_layout(live.layout).from_canonical(values, extras=_extras(live, held, source))
     return live.write({name: array for name, array in arrays.items() if name in live.arrays})
@@ -141,13 +156,13 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
         'anymha_numpy.layer'
     """
     weights = get_weights(layer, **sizes)
-    needs = weights.needs if isinstance(weights, Weights) else ()
+    needs = weights.needs
     if needs and not weights_only:
         raise LayoutError(
             f"The {type(layer).__name__} computes more than attention: {'; '.join(needs)}. The new "
             "layer would lack it. Pass `weights_only=True` to convert the projections all the same."
         )
-    options = (weights.config if isinstance(weights, Weights) else layer.config).to_dict()
+    options = weights.config.to_dict()
     names = {"query_features": "query", "value_features": "value", "key_features": "key"}
     options |= {option: weights[f"{name}.kernel"].shape[0] for option, name in names.items()}
     options["dtype"] = weights["query.kernel"].dtype.name
@@ -174,16 +189,6 @@ def _read(live: Opened, sizes: Mapping[str, Any]) -> Weights:
     weights.config = config
     weights.needs = (*weights.needs, *live.needs)
     return weights
-
-
-def _check_scale(target: str, config: AttentionConfig, wanted: AttentionConfig) -> None:
-    """That a layer multiplies the logits as the one does that the weights are from."""
-    if not math.isclose(config.scale_value, wanted.scale_value, rel_tol=1e-6):
-        raise LayoutError(
-            f"The weights are of a layer whose `scale` is {wanted.scale_value:g}; that of {target} "
-            f"is {config.scale_value:g}, and the results would differ. Make the layer with "
-            f"`scale={wanted.scale_value:g}`, or pass `dict(weights)` to set them all the same."
-        )
 
 
 def _extras(live: Opened, held: Weights, source: Weights | None) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import LayoutError, WeightsError
-from anymha.interchange.forms import Extra, Form
+from anymha.interchange.compared_options import check_supported, result_options
+from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.limits import Limit, check_scale, form_for, same_heads, same_widths
 from anymha.interchange.packing import Arrays, Sizes
 from anymha.interchange.reading import check_floats, config_of, form_of
@@ -28,9 +29,12 @@ class Layout:
         name: Its name, as ``"torch.MultiheadAttention"``.
         forms: Its forms; the first that can hold the weights is written.
         extras: Arrays beside the projections.
-        needs: What the forward pass needs beside plain attention, whatever the arrays.
+        needs: What the forward pass needs beside plain attention, whatever the arrays: in words,
+            or as a `Need` where an option of `AttentionConfig` is or will be that.
         limits: Rules of `anymha.interchange.limits` that its layers obey.
         together: Projections whose biases are all there or none; beside those of one array.
+        options: Options that its layers have beside those that the arrays show and those of
+            `needs`: names of `AttentionConfig`'s fields.
         scale: Factor of the logits: None for ``1/sqrt(key_dim)``, a number, or "free" where it
             stands in the model's configuration alone.
         refused: Names that some of its layers have, and why such a layer cannot be converted.
@@ -41,13 +45,19 @@ class Layout:
     name: str
     forms: tuple[Form, ...]
     extras: tuple[Extra, ...] = ()
-    needs: tuple[str, ...] = ()
+    needs: tuple[Need | str, ...] = ()
     limits: tuple[Limit, ...] = ()
     together: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     scale: float | str | None = None
     refused: Mapping[str, str] | None = None
     reference: str = ""
     separator: str = "."
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        """All options that its layers have beside those that the arrays show."""
+        return (*self.options, *(need.option for need in self.needs if isinstance(need, Need)))
 
     def names(self) -> tuple[str, ...]:
         """All names that a layer of this layout may have, relative to the layer's prefix."""
@@ -109,8 +119,7 @@ class Layout:
         num_heads: int | None = None,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
-        scale: float | None = None,
-        sliding_window: int | None = None,
+        **options: Any,
     ) -> tuple[Weights, AttentionConfig]:
         """The canonical weights and the config that they fit; see `anymha.to_canonical`."""
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -125,11 +134,13 @@ class Layout:
             if piece.array in arrays:
                 read |= piece.read(arrays[piece.array], sizes)
         values = {name: read[name] for name in NAMES if name in read}
-        if scale is None and isinstance(self.scale, float):
-            scale = self.scale
-        config = config_of(values, scale, sliding_window)
+        if options.get("scale") is None and isinstance(self.scale, float):
+            options["scale"] = self.scale
+        config = config_of(values, options)
         held = {e.array: np.array(arrays[e.array]) for e in self.extras if e.array in arrays}
-        needs = (*self.needs, *(e.need for e in self.extras if e.need and e.array in held))
+        unmet = [n for n in self.needs if isinstance(n, str) or n.option not in options]
+        needs = [need if isinstance(need, str) else need.words() for need in unmet]
+        needs += [e.need for e in self.extras if e.need and e.array in held]
         return (
             Weights(
                 values,
@@ -137,7 +148,10 @@ class Layout:
                 form=form.name,
                 extras=held,
                 lost=tuple(e.array for e in self.extras if e.need and e.array in held),
-                needs=needs,
+                needs=tuple(needs),
+                unknown=tuple(
+                    n.option for n in unmet if isinstance(n, Need) and n.option in result_options()
+                ),
                 config=config,
             ),
             config,
@@ -153,7 +167,7 @@ class Layout:
     ) -> Weights:
         """The arrays of this layout that hold canonical weights; see `anymha.from_canonical`."""
         source = weights if isinstance(weights, Weights) else None
-        needs = source.needs if source is not None else ()
+        needs, unknown = (source.needs, source.unknown) if source is not None else ((), ())
         beside = self._extras(source, extras)
         if config is None and source is not None:
             config = source.config
@@ -163,7 +177,9 @@ class Layout:
             form = source.form
         chosen = form_for(self.name, self.forms, self.limits, values, sizes, form)
         check_biases(values)
-        check_scale(self.name, self.scale, sizes, config)
+        if config is not None:
+            check_supported(self.name, config, self.supported)
+            check_scale(self.name, self.scale, sizes, config)
         values = balanced(self.name, chosen.pieces, self.together, values)
         arrays = {
             piece.array: piece.write(values, sizes)
@@ -171,7 +187,14 @@ class Layout:
             if piece.names[0] in values
         }
         arrays |= {name: np.array(as_numpy(array)) for name, array in beside.items()}
-        return Weights(arrays, layout=self.name, form=chosen.name, needs=needs, config=config)
+        return Weights(
+            arrays,
+            layout=self.name,
+            form=chosen.name,
+            needs=needs,
+            unknown=unknown,
+            config=config,
+        )
 
     def _told(
         self, shapes: Shapes, heads: int | None, shared: int | None, head_dim: int | None

@@ -143,14 +143,14 @@ def form_for(
 
 
 def check_scale(
-    layout: str, own: float | str | None, sizes: Sizes, config: AttentionConfig | None
+    layout: str, own: float | str | None, sizes: Sizes, config: AttentionConfig
 ) -> None:
     """That the layout's layers scale the logits as the config says.
 
     Raises:
         LayoutError: they do not, and results would change.
     """
-    if config is None or isinstance(own, str):
+    if isinstance(own, str):
         return
     theirs = 1 / math.sqrt(sizes.key_dim) if own is None else own
     if not math.isclose(config.scale_value, theirs, rel_tol=1e-6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,10 +71,8 @@ def check_floats(arrays: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def config_of(
-    weights: Arrays, scale: float | None, sliding_window: int | None
-) -> AttentionConfig:  # fmt: skip
-    """The config of canonical weights."""
+def config_of(weights: Arrays, options: Mapping[str, Any]) -> AttentionConfig:
+    """The config of canonical weights, and of the options that they do not show."""
     query, key = weights["query.kernel"], weights["key.kernel"]
     value, output = weights["value.kernel"], weights["output.kernel"]
     return AttentionConfig(
@@ -86,7 +85,6 @@ def config_of(
         value_features=value.shape[0],
         key_features=key.shape[0],
         num_key_value_heads=key.shape[1],
-        sliding_window=sliding_window,
-        scale=scale,
         dtype=query.dtype,
+        **options,
     )

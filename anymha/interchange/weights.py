@@ -22,7 +22,9 @@ class Weights(dict[str, np.ndarray]):
         lost: The names of those without which the layer computes something else.
         needs: What the layer's forward pass needs beside plain attention, in words. Empty where
             anymha's layer with these weights computes what the foreign one computes.
-        config: The config that came with them.
+        unknown: Options of `anymha.AttentionConfig` among these needs: the layer may have them, but
+            nothing states their values.
+        config: The options of the layer that they are from.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Weights(dict[str, np.ndarray]):
         extras: Mapping[str, np.ndarray] | None = None,
         lost: tuple[str, ...] = (),
         needs: tuple[str, ...] = (),
+        unknown: tuple[str, ...] = (),
         config: Any = None,
     ) -> None:
         super().__init__(values)
@@ -42,6 +45,7 @@ class Weights(dict[str, np.ndarray]):
         self.extras = dict(extras or {})
         self.lost = lost
         self.needs = needs
+        self.unknown = unknown
         self.config = config
 
     def __repr__(self) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.reading import MLA_REASON
 from anymha.interchange.weights import Weights
@@ -31,8 +32,8 @@ FAMILIES = (
     "own", "keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused",
 )  # fmt: skip
 """Modules of this package, each with a tuple `LAYOUTS`."""
-SIZES = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
-"""What `to_canonical` takes beside the arrays."""
+SIZES = ("num_heads", "num_key_value_heads", "head_dim")
+"""What `to_canonical` takes beside the arrays and the options that change a call's results."""
 LATENT = ("transformers.deepseek_v2", "transformers.deepseek_v3", "transformers.minicpm3")
 """Families of multi-head latent attention, which are refused with the reason."""
 
@@ -55,8 +56,8 @@ def get_layout(name: str) -> Layout:
         LayoutError: the family's attention cannot be converted.
 
     Example:
-        >>> get_layout("transformers.bloom").needs
-        ('ALiBi: slope * key position added to the logits (pass it as `attention_bias`)',)
+        >>> [need.text for need in get_layout("transformers.bloom").needs]
+        ['ALiBi: slope * key position added to the logits (pass it as `attention_bias`)']
     """
     found = _built_in().get(name)
     if found is not None:
@@ -80,8 +81,9 @@ def to_canonical(
             layer's prefix; nested dicts, as Flax's and Haiku's parameters, are taken too.
         layout: The layout's name; see `layouts`.
         **sizes: What the shapes do not tell: `num_heads` (query heads H) or `head_dim` (the width
-            d_k of each); `num_key_value_heads` (K), `scale` (of the logits) and `sliding_window`
-            where they are other than the shapes or the layout tell.
+            d_k of each); `num_key_value_heads` (K) where it is another than the shapes show; and
+            options of `anymha.AttentionConfig` that change a call's results, as `scale` and
+            `sliding_window`, with the values that the layer's own model has.
 
     Returns:
         The canonical weights, bit for bit, in a dict that has beside them the attributes of
@@ -103,10 +105,11 @@ def to_canonical(
         ((8, 2, 4), False, ())
     """
     found = get_layout(layout)
-    unknown = [name for name in sizes if name not in SIZES]
+    known = (*SIZES, *result_options())
+    unknown = [name for name in sizes if name not in known]
     if unknown:
         raise ArgumentError(
-            f"Sizes are {', '.join(SIZES)}. Received: {', '.join(map(repr, unknown))}."
+            f"Sizes are {', '.join(known)}. Received: {', '.join(map(repr, unknown))}."
         )
     for name in ("num_heads", "num_key_value_heads", "head_dim"):
         if not isinstance(sizes.get(name, 1), (int, np.integer, type(None))):
@@ -127,8 +130,8 @@ def from_canonical(
     Args:
         weights: Canonical weights, of any framework.
         layout: The layout's name; see `layouts`.
-        config: The layer's options; where its `scale` is not the one that the layout's layers
-            have, the weights are refused. Default: the one that came with the weights.
+        config: The layer's options; where the layout's layers lack one of them, or have another
+            `scale`, the weights are refused. Default: the config that came with the weights.
         extras: Arrays that the layout has beside the projections, by name, as norms of queries and
             keys. Default: those that came with the weights, if it was from this layout.
         form: Which of the layout's forms, by name, where it has several. Default: the one from

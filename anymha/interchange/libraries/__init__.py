@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
+from anymha.interchange.compared_options import check_supported
+from anymha.interchange.layouts import get_layout
 from anymha.interchange.live_layer import Opened
 from anymha.options.config import AttentionConfig
 
@@ -29,7 +31,8 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
         ("transformers", f"{name}Attention"): ("modules", f"transformers.{layout}")
         for name, layout in {
             "Bart": "bart", "Bert": "bert", "Bloom": "bloom", "CLIP": "clip", "CodeGen": "codegen",
-            "Falcon": "falcon", "Gemma": "gemma", "Gemma3": "gemma3", "GPT2": "gpt2",
+            "Falcon": "falcon", "Gemma": "gemma", "Gemma2": "gemma2",
+            "Gemma3": "gemma3", "GPT2": "gpt2",
             "GPTBigCode": "gpt_bigcode", "GPTJ": "gptj", "GPTNeoX": "gpt_neox",
             "GptOss": "gpt_oss", "Llama": "llama", "Mistral": "mistral", "OPT": "opt",
             "Phi3": "phi3", "Qwen2": "qwen2", "Qwen3": "qwen3", "T5": "t5", "ViT": "vit",
@@ -111,6 +114,7 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
             f"A layer of {layout} needs {library}, which is not installed. Install it with: pip "
             f"install {library}."
         )
+    check_supported(layout, config, get_layout(layout).supported, training=True)
     return _module(module).made(layout, arrays, config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from anymha.framework.validation import PROJECTIONS
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import Opened, like
 from anymha.options.config import AttentionConfig
 
 
@@ -38,7 +38,6 @@ def opened(layer: Any, layout: str) -> Opened:
 
 def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new `eqx.nn.MultiheadAttention`."""
-    check_options(layout, config)
     equinox: Any = importlib.import_module("equinox")
     jax: Any = importlib.import_module("jax")
     with jax.enable_x64(config.dtype == "float64" or jax.config.jax_enable_x64):

@@ -11,7 +11,7 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.framework.dtypes import FLOATING, dtype_name
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import Opened, like
 from anymha.options.config import AttentionConfig
 
 PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
@@ -37,7 +37,6 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
     """A new `nnx.MultiHeadAttention`."""
     nnx: Any = importlib.import_module("flax.nnx")
     jax: Any = importlib.import_module("jax")
-    check_options(layout, config, "compute_dtype")
     grouped = config.key_value_heads != config.num_heads
     if grouped and "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention).parameters:
         raise LayoutError(

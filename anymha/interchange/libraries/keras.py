@@ -10,7 +10,7 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.framework.dtypes import FLOATING
-from anymha.interchange.live_layer import Opened, check_options
+from anymha.interchange.live_layer import Opened
 from anymha.interchange.writing import as_numpy
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
@@ -38,7 +38,6 @@ def opened(layer: Any, layout: str) -> Opened:
 def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new layer of Keras, built."""
     keras: Any = importlib.import_module("keras")
-    check_options(layout, config, "attention_axes", "sliding_window", "compute_dtype", *OBJECTS)
     found = config.to_dict()
     options = {name: found[name] for name in OBJECTS if found[name] is not None}
     options |= {"dropout": config.dropout, "use_bias": bool(config.biased)}
@@ -47,7 +46,6 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
     options["dtype"] = _policy(keras, config)
     rank = 3
     if layout == "keras.GroupQueryAttention":
-        check_options(layout, config, "sliding_window", "compute_dtype", *OBJECTS)
         layer = keras.layers.GroupQueryAttention(
             config.key_dim, config.num_heads, config.key_value_heads, **options
         )
@@ -92,7 +90,11 @@ def _policy(keras: Any, config: AttentionConfig) -> Any:
         return config.dtype
     pair = (config.dtype, config.compute_dtype)
     if pair not in pairs:
-        check_options(str(keras.__name__), config, "attention_axes", "sliding_window", *OBJECTS)
+        raise LayoutError(
+            f"Keras has no layer with dtype={config.dtype!r} and compute_dtype="
+            f"{config.compute_dtype!r}. Make a layer without, for example with "
+            "`dataclasses.replace(config, compute_dtype=None)`."
+        )
     return pairs[pair]
 
 

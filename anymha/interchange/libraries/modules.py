@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from anymha.interchange.compared_options import result_options
+from anymha.interchange.forms import Need
+from anymha.interchange.layouts import get_layout
 from anymha.interchange.libraries.torch import arrays_of, writer
 from anymha.interchange.live_layer import Opened
 
@@ -33,10 +36,24 @@ def opened(layer: Any, layout: str) -> Opened:
         layout,
         arrays_of(layer),
         writer(layer),
-        {name: value for name, value in sizes.items() if value is not None},
+        {n: value for n, value in sizes.items() if value is not None}
+        | _needed_options(layout, [layer, *configs]),
         {"dropout": _number(getattr(dropout, "p", dropout)) or 0.0},
         _x_transformers(layer) if layout.startswith("x_transformers") else (),
     )
+
+
+def _needed_options(layout: str, places: list[Any]) -> dict[str, Any]:
+    """The options that the family's forward pass needs, where the layer or its config has them.
+
+    The value may be None, where this layer does without.
+    """
+    needs = [need for need in get_layout(layout).needs if isinstance(need, Need) and need.key]
+    return {
+        need.option: next(getattr(place, need.key) for place in places if hasattr(place, need.key))
+        for need in needs
+        if need.option in result_options() and any(hasattr(p, need.key) for p in places)
+    }
 
 
 def _found(places: list[Any], names: tuple[str, ...]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from anymha.errors import WeightsError
 from anymha.framework.registry import get_backend
 from anymha.interchange.layouts import get_layout
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import Opened, like
 from anymha.options.config import AttentionConfig
 
 LAYOUTS = ("flax.linen.MultiHeadDotProductAttention", "haiku.MultiHeadAttention")
@@ -49,7 +49,6 @@ def opened(params: Mapping[str, Any]) -> Opened:
 
 def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> dict[str, Any]:
     """New parameters, as JAX's arrays: of Haiku under its name for the module."""
-    check_options(layout, config)
     ops = get_backend("jax").ops
     found: dict[str, Any] = {}
     for name, array in arrays.items():

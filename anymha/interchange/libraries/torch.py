@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import WeightsError
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import Opened, like
 from anymha.options.config import AttentionConfig
 
 
@@ -56,7 +56,6 @@ def writer(module: Any) -> Any:
 
 def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new `torch.nn.MultiheadAttention`, batch first as anymha's layer."""
-    check_options(layout, config)
     torch: Any = importlib.import_module("torch")
     layer = torch.nn.MultiheadAttention(
         config.query_features,
