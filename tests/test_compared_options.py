@@ -174,6 +174,16 @@ def test_weights_of_our_layers_can_be_copied() -> None:
     assert weights.needs == weights.unknown == ()
 
 
+def test_weights_are_a_pytree_of_jax() -> None:
+    jax = need("jax")
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="jax")
+    weights = anymha.get_weights(layer)
+    doubled = jax.jit(lambda arrays: jax.tree.map(lambda array: 2 * array, arrays))(weights)
+    assert type(doubled) is dict
+    assert set(doubled) == set(weights)
+    np.testing.assert_array_equal(doubled["query.kernel"], 2 * weights["query.kernel"])
+
+
 def test_library_layer_takes_no_weights_of_other_options() -> None:
     torch = need("torch")
     layer = torch.nn.MultiheadAttention(16, 4)

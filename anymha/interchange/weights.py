@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class Weights(dict[str, np.ndarray]):
         config: Any = None,
     ) -> None:
         super().__init__(values)
+        _register_with_jax()
         self.layout = layout
         self.form = form
         self.extras = dict(extras or {})
@@ -53,3 +55,23 @@ class Weights(dict[str, np.ndarray]):
         told = "".join(f"; needs {need}" for need in self.needs)
         more = f"; extras {', '.join(self.extras)}" if self.extras else ""
         return f"<Weights from {self.layout}: {held}{more}{told}>"
+
+
+def _register_with_jax() -> None:
+    """Make `Weights` a pytree like any dict, where JAX is imported; its copies are plain dicts."""
+    tree_util: Any = sys.modules.get("jax.tree_util")
+    if tree_util is None or _REGISTERED:
+        return
+
+    def flatten(weights: Weights) -> tuple[list[tuple[Any, np.ndarray]], tuple[str, ...]]:
+        names = sorted(weights)
+        return [(tree_util.DictKey(name), weights[name]) for name in names], tuple(names)
+
+    def unflatten(names: tuple[str, ...], arrays: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip(names, arrays, strict=True))
+
+    tree_util.register_pytree_with_keys(Weights, flatten, unflatten)
+    _REGISTERED.append(True)
+
+
+_REGISTERED: list[bool] = []
