@@ -202,7 +202,7 @@ def test_what_changes_is_told(tmp_path: Path, command: Run) -> None:
         *("transformers.llama", "--to", "anymha", "--num-heads", 2),
     )
     assert status == 0
-    assert "Beside attention, the forward pass needs rotary" in out
+    assert "Besides attention, the forward pass needs rotary" in out
     assert "b.npz has no place for the configuration: `anymha.load` will not read it." in out
 
 
@@ -384,7 +384,7 @@ def test_python_s_function_says_the_same(tmp_path: Path) -> None:
     steps: list[Any] = []
     done = convert_file(
         MINILM, tmp_path / "a.npz", BERT, "timm.vit", num_heads=12,
-        told=lambda *step: steps.append(step),
+        on_layer=lambda *step: steps.append(step),
     )  # fmt: skip
     starts = [f"encoder.layer.{i}.attention." for i in (0, 5)]
     assert steps == [(0, 2, starts[0]), (1, 2, starts[1])]

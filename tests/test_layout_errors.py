@@ -19,7 +19,7 @@ import anymha
 from anymha.errors import ArgumentError, LayoutError
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
-from anymha.interchange.libraries import opened
+from anymha.interchange.libraries import open_layer
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def test_options_that_a_family_needs_are_read_from_its_module(
     monkeypatch.setattr("anymha.interchange.libraries.modules.result_options", lambda: options)
     for cap in (2.0, None):
         layer.attn_logit_softcapping = cap
-        assert opened(layer).sizes["softcap"] == cap
+        assert open_layer(layer).sizes["softcap"] == cap
 
 
 def test_window_is_that_of_the_layer_not_of_the_model(families: Any) -> None:

@@ -366,9 +366,9 @@ def test_heads_of_haiku_are_asked_for() -> None:
         anymha.get_weights(theirs.layer)
 
 
-def test_our_layers_are_not_told_sizes() -> None:
+def test_our_layers_take_no_sizes() -> None:
     layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
-    with pytest.raises(ArgumentError, match="tells its sizes itself"):
+    with pytest.raises(ArgumentError, match="knows its sizes"):
         anymha.get_weights(layer, num_heads=2)
 
 

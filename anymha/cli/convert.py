@@ -70,8 +70,8 @@ def _option_value(text: str) -> Any:
 def convert(options: argparse.Namespace, console: Console) -> int:
     """Convert all attention layers of a file to another layout, one layer at a time.
 
-    The new file is written whole or not at all. With --verify each layer is converted back, and
-    run in every installed framework and, where it is installed, in the layouts' own libraries.
+    The new file is written as a whole or not at all. With --verify each layer is converted back,
+    and run in every installed framework and, where it is installed, in the layouts' own libraries.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     check_writable(options.target)
@@ -82,29 +82,33 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
     with layer_bar(console) as progress:
         try:
-            done = convert_file(
+            conversion = convert_file(
                 options.source, options.target, options.layout, options.to,
                 prefix=options.prefix, to_prefix=options.to_prefix, others=options.others,
-                told=progress, check=verifier.check if verifier else lambda layer: None, **sizes,
+                on_layer=progress,
+                check=verifier.check if verifier else lambda layer: None, **sizes,
             )  # fmt: skip
         except Mismatch as error:
             console.print(f"anymha: {error} Nothing was written.", style="bold red", markup=False,
                           highlight=False, soft_wrap=True)  # fmt: skip
             return 1
     lines = [f"{start or '(no prefix)'} -> {end or '(no prefix)'}" for start, end in
-             done.layers.items() if start != end]  # fmt: skip
-    lines += done.notes
-    if done.left:
-        shown = ", ".join(done.left[:SHOWN_LEFT]) + (", ..." * (len(done.left) > SHOWN_LEFT))
+             conversion.layers.items() if start != end]  # fmt: skip
+    lines += conversion.notes
+    if conversion.left:
+        shown = ", ".join(conversion.left[:SHOWN_LEFT]) + (
+            ", ..." * (len(conversion.left) > SHOWN_LEFT)
+        )
         lines.append(
-            f"{len(done.left)} other tensors were left out ({shown}); `--others` copies them."
+            f"{len(conversion.left)} other tensors were left out ({shown}); `--others` copies them."
         )
     if verifier:
         lines += verifier.lines()
-    count = len(done.layers)
+    count = len(conversion.layers)
+    size = sum(tensor.bytes for tensor in conversion.tensors.values())
     lines.append(
         f"{options.target}: {count} layer{'s' * (count != 1)} of {options.layout} as {options.to}, "
-        f"{len(done.tensors)} tensors, {sum(t.bytes for t in done.tensors.values()):,} bytes"
+        f"{len(conversion.tensors)} tensors, {size:,} bytes"
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Layers of transformers' own, made for a layout whose forward pass is plain attention."""
+"""Attention layers of transformers, for the families whose forward pass is plain attention."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Family:
     Args:
         module: Its module there.
         config: The class of its configuration.
-        names: What the width of its inputs and the number of its heads are called there.
+        names: The configuration's names of the input width and of the number of heads.
         layer: The class of its attention.
         sized: Whether the layer takes the width and the heads before its configuration.
         indexed: Whether it takes its place in the model.
-        call: Its output, for the layer and its input.
+        call: Calls the layer on its input, and returns the output.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Family:
     indexed: bool = False
     call: Callable[[Any, Any], Any] = lambda layer, x: layer(x)
 
-    def made(self, width: int, heads: int) -> Any:
+    def make_layer(self, width: int, heads: int) -> Any:
         """A new layer."""
         path = f"transformers.models.{self.module}"
         configs: Any = importlib.import_module(f"{path}.configuration_{self.module}")
@@ -101,7 +101,7 @@ def run(
         torch: Any = importlib.import_module("torch")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of transformers, while it is imported
-            layer = FAMILIES[layout].made(heads * config.key_dim, heads)
+            layer = FAMILIES[layout].make_layer(heads * config.key_dim, heads)
     except ImportError as error:
         raise BackendNotInstalledError(f"it is not installed ({error})") from error
     layer = layer.eval().to(getattr(torch, config.dtype))
@@ -109,8 +109,8 @@ def run(
         warnings.simplefilter("ignore", BiasWarning)  # zeros change nothing here
         layer = set_weights(layer, dict(weights))
     with torch.no_grad():
-        found = FAMILIES[layout].call(layer, torch.from_numpy(query))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
+        output = FAMILIES[layout].call(layer, torch.from_numpy(query))
+    return (output[0] if isinstance(output, tuple) else output).numpy()
 
 
 def _widths(weights: Mapping[str, np.ndarray]) -> list[int]:

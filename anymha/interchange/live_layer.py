@@ -1,4 +1,4 @@
-"""`Opened`: a live layer of another library as arrays of its layout, and what it says of itself."""
+"""`LiveLayer`: a live layer of another library as arrays of its layout, with its options."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from anymha.interchange.writing import as_numpy
 
 
 @dataclass(frozen=True)
-class Opened:
+class LiveLayer:
     """A live layer of another library.
 
     Args:
         layout: The name of its layout.
         arrays: Its arrays by their names there; none where the layer has no weights yet.
-        write: Gives the layer with new values of these arrays: itself, or a new one where layers
-            are frozen. The values have the arrays' names, shapes and dtypes.
-        sizes: What it tells of itself, as `to_canonical` takes it.
+        write: Writes new values of these arrays and returns the layer: itself, or a new one where
+            layers are frozen. The values have the arrays' names, shapes and dtypes.
+        sizes: Sizes and options that the layer states, as `to_canonical` takes them.
         options: Further options of its configuration.
-        needs: What its forward pass needs that anymha's layer lacks, beside what its layout says.
+        needs: Further steps of its forward pass that anymha's layer lacks, in words.
     """
 
     layout: str

@@ -1,4 +1,4 @@
-"""`Weights`: weights by name that remember what their form does not hold."""
+"""`Weights`: weights by name, with the options and the other arrays of their layer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 
 class Weights(dict[str, np.ndarray]):
-    """Weights by name, a dict; and what their layer has beside them.
+    """A dict of weights by name, with the options and the other arrays of their layer.
 
-    `to_canonical` gives canonical weights so, `from_canonical` those of a layout. Nothing of it
-    changes what the dict holds: where only the weights count, ``dict(weights)`` has them alone.
+    `get_weights` and `to_canonical` return canonical weights so, `from_canonical` the arrays of a
+    layout. ``dict(weights)`` has the weights alone.
 
     Attributes:
-        layout: The layout from which, or into which, they were converted.
-        form: Which of the layout's forms, where it has several.
+        layout: The layout that they were converted from, or into.
+        form: The name of the layout's form, where it has several.
         extras: Arrays that the canonical form has no place for, by their names in the layout, bit
-            for bit: norms of queries and keys, sinks, buffers. `from_canonical` gives them back.
-        lost: The names of those without which the layer computes something else.
-        needs: What the layer's forward pass needs beside plain attention, in words. Empty where
+            for bit: norms of queries and keys, sinks, buffers. `from_canonical` writes them back.
+        lost: The names of the extras without which the layer computes something else.
+        needs: What the layer's forward pass needs besides plain attention, in words. Empty where
             anymha's layer with these weights computes what the foreign one computes.
         unknown: Options of `anymha.AttentionConfig` among these needs: the layer may have them, but
             nothing states their values.
@@ -51,10 +51,10 @@ class Weights(dict[str, np.ndarray]):
         self.config = config
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{name} {array.shape}" for name, array in self.items())
-        told = "".join(f"; needs {need}" for need in self.needs)
+        arrays = ", ".join(f"{name} {array.shape}" for name, array in self.items())
+        needs = "".join(f"; needs {need}" for need in self.needs)
         more = f"; extras {', '.join(self.extras)}" if self.extras else ""
-        return f"<Weights from {self.layout}: {held}{more}{told}>"
+        return f"<Weights from {self.layout}: {arrays}{more}{needs}>"
 
 
 def _register_with_jax() -> None:

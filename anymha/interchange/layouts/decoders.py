@@ -60,7 +60,7 @@ LAYOUTS = (
             Extra(
                 "relative_attention_bias.weight",
                 "`relative_attention_bias.weight`, that bias, for all layers of the stack",
-                tells=("num_heads", 1),
+                shows=("num_heads", 1),
             ),
         ),
         needs=(

@@ -1,7 +1,7 @@
 """Families of transformers with rotary positions and one kernel for query, key and value.
 
-Packings that look alike mean different things: GPT-NeoX's has query, key and value of each head
-beside one another, Phi-3's all queries first.
+Packings of one shape differ in their order: GPT-NeoX's rows are query, key and value of each head
+in turn, Phi-3's are all queries first.
 
 References:
     transformers 5.23, ``models/<family>/modeling_<family>.py``.

@@ -32,7 +32,7 @@ def norms(how: str) -> tuple[Extra, ...]:
             f"{name[0]}_norm.weight",
             f"an RMS norm of each {name} head, {how} `{name[0]}_norm.weight`, before it is rotated",
             required=True,
-            tells=("head_dim", 0),
+            shows=("head_dim", 0),
         )
         for name in ("query", "key")
     )
@@ -93,7 +93,7 @@ LAYOUTS = (
                 "sinks",
                 "a sink: one more logit per head, `sinks`, in the softmax's sum but of no value",
                 required=True,
-                tells=("num_heads", 0),
+                shows=("num_heads", 0),
             ),
         ),
         options=("sliding_window",),

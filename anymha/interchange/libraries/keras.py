@@ -10,13 +10,13 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.framework.dtypes import FLOATING
-from anymha.interchange.live_layer import Opened
+from anymha.interchange.live_layer import LiveLayer
 from anymha.interchange.writing import as_numpy
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
 
 
-def opened(layer: Any, layout: str) -> Opened:
+def open_layer(layer: Any, layout: str) -> LiveLayer:
     """A layer of Keras; without arrays where it is not built."""
     variables = {_name(variable): variable for variable in layer.weights}
     config = layer.get_config()
@@ -32,14 +32,14 @@ def opened(layer: Any, layout: str) -> Opened:
         return layer
 
     arrays = {name: variable.value for name, variable in variables.items()}
-    return Opened(layout, arrays, write, {}, options)
+    return LiveLayer(layout, arrays, write, {}, options)
 
 
-def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new layer of Keras, built."""
     keras: Any = importlib.import_module("keras")
-    found = config.to_dict()
-    options = {name: found[name] for name in OBJECTS if found[name] is not None}
+    values = config.to_dict()
+    options = {name: values[name] for name in OBJECTS if values[name] is not None}
     options |= {"dropout": config.dropout, "use_bias": bool(config.biased)}
     if config.sliding_window is not None:
         options["sliding_window"] = config.sliding_window
@@ -60,19 +60,19 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
     widths = (config.query_features, config.value_features, config.key_features)
     layer.build(*((None,) * (rank - 1) + (width,) for width in widths))
     variables = {_name(variable): variable for variable in layer.weights}
-    held = as_numpy(variables["query/kernel"].value).dtype.name
-    if held != config.dtype:
+    dtype = as_numpy(variables["query/kernel"].value).dtype.name
+    if dtype != config.dtype:
         raise LayoutError(
-            f"Keras on {keras.backend.backend()} holds {config.dtype} as {held}. Call "
+            f"Keras on {keras.backend.backend()} holds {config.dtype} as {dtype}. Call "
             "`jax.config.update('jax_enable_x64', True)` first, or convert a layer of "
-            f"dtype={held!r}."
+            f"dtype={dtype!r}."
         )
     _assign(variables, arrays)
     return layer
 
 
 def _axes(layer: Any, axes: Any) -> Any:
-    """The attention axes; None where building the layer for (B, T, D) has filled them in."""
+    """The attention axes; None where building the layer for (B, T, D) has read_array them in."""
     if axes is None:
         return None
     rank = len(layer._query_dense.equation.partition(",")[0]) if layer.built else None
