@@ -14,7 +14,7 @@ from rich.console import Console
 
 from anymha.errors import AnymhaError, UsageError
 from anymha.framework.registry import BUILT_IN, Backend, get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.matrix import counted_cases, versions
 from anymha.version import __version__
 from benchmarks.cases import MODES, SERIES, Case, choose, series
@@ -57,10 +57,10 @@ def bench(options: argparse.Namespace, console: Console) -> int:
     print_report(console, report, whole=options.all or options.cases is not None)
     if options.json is not None:
         text = json.dumps(to_dict(report), indent=1, allow_nan=False)
-        write_whole(options.json, text + "\n")
+        write_atomically(options.json, text + "\n")
         console.print(f"JSON: {options.json}", markup=False, highlight=False, soft_wrap=True)
     if to_svg is not None and any(one.case.series for one in results):
-        write_whole(options.image, to_svg(results))
+        write_atomically(options.image, to_svg(results))
         console.print(f"Picture: {options.image}", markup=False, highlight=False, soft_wrap=True)
     print_verdict(console, report)
     return 0 if report.sound else 1

@@ -24,7 +24,7 @@ import anymha
 import anymha_keras.layer
 from anymha.errors import ConfigError, DtypeError, ShapeError, WeightsError
 from anymha.interchange.convert_model import convert_file
-from anymha.interchange.detect import find
+from anymha.interchange.detect import find_layer_groups
 from anymha.interchange.files.formats import format_of, open_file
 from anymha.parity.stages.tolerance import tolerance
 from anymha_keras import MultiHeadAttention
@@ -630,7 +630,7 @@ def test_layers_in_a_file_of_keras_are_found_and_converted(tmp_path: Path, suffi
     kinds = {"first": "keras.MultiHeadAttention", "second": "keras.MultiHeadAttention",
              "grouped": "keras.GroupQueryAttention"}  # fmt: skip
     with open_file(path) as reader:
-        groups = find(reader.tensors, format_of(path))
+        groups = find_layer_groups(reader.tensors, format_of(path))
     held = {prefix: [one.name for one in g.fits] for g in groups for prefix in g.prefixes}
     # Keras names the groups of a file by the layers' classes.
     parts = ("multi_head_attention", "multi_head_attention_1", "grouped_query_attention")

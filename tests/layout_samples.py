@@ -254,6 +254,7 @@ SAMPLES = (
     family("qwen2", no("o_proj")(linear(*O_PROJ))),
     family("qwen3", linear(*O_PROJ), extras=NORMS, asks=False),
     family("gemma", linear(*O_PROJ)),
+    family("gemma2", linear(*O_PROJ)),
     family("gemma3", linear(*O_PROJ), extras=NORMS, asks=False),
     family("gpt_oss", linear(*O_PROJ), extras=lambda s: {"sinks": (s.H,)}, asks=False),
     family("gptj", no(*OUT_PROJ)(linear(*OUT_PROJ)), same="K=H", optional=buffers),

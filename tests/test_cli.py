@@ -393,7 +393,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "text for weights": (
         ["--checkpoint", str(ROOT / "LICENSE"), *REAL[2:]],
-        f"{ROOT / 'LICENSE'} has no name that tells its format. Known are: ",
+        f"{ROOT / 'LICENSE'} has a name of no known format. Known are: ",
     ),
     "text for inputs": (
         [*REAL[:7], str(ROOT / "LICENSE")],

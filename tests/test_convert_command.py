@@ -17,6 +17,8 @@ from anymha.cli.main import main
 from anymha.cli.peers import FAMILIES
 from anymha.errors import UsageError
 from anymha.framework.registry import Backend, get_backend
+from anymha.interchange.compared_options import result_options
+from anymha.interchange.conversion_plan import Conversion
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.formats import open_file
 from tests.conftest import usable
@@ -202,7 +204,7 @@ def test_what_changes_is_told(tmp_path: Path, command: Run) -> None:
         *("transformers.llama", "--to", "anymha", "--num-heads", 2),
     )
     assert status == 0
-    assert "Beside attention, the forward pass needs rotary" in out
+    assert "Besides attention, the forward pass needs rotary" in out
     assert "b.npz has no place for the configuration: `anymha.load` will not read it." in out
 
 
@@ -384,7 +386,7 @@ def test_python_s_function_says_the_same(tmp_path: Path) -> None:
     steps: list[Any] = []
     done = convert_file(
         MINILM, tmp_path / "a.npz", BERT, "timm.vit", num_heads=12,
-        told=lambda *step: steps.append(step),
+        on_layer=lambda *step: steps.append(step),
     )  # fmt: skip
     starts = [f"encoder.layer.{i}.attention." for i in (0, 5)]
     assert steps == [(0, 2, starts[0]), (1, 2, starts[1])]
@@ -426,3 +428,36 @@ def test_inspect_of_what_is_no_file_ends_with_2(tmp_path: Path, command: Run) ->
         assert (status, out) == (2, "")
         assert err.startswith(f"anymha: {tmp_path / name} ")
         assert len(err.splitlines()) == 1
+
+
+def test_options_of_a_family_are_passed_as_json(
+    tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each option that changes results and has no argument of its own becomes one."""
+    passed: list[dict[str, Any]] = []
+
+    def convert(*arguments: Any, on_layer: Any, check: Any, **options: Any) -> Conversion:
+        passed.append({name: options[name] for name in ("tilt", "num_heads") if name in options})
+        return Conversion({}, {}, [], [])
+
+    options = (*result_options(), "tilt")
+    monkeypatch.setattr("anymha.cli.convert.result_options", lambda: options)
+    monkeypatch.setattr("anymha.cli.convert.convert_file", convert)
+    for more in ((), ("--tilt", "2.5"), ("--tilt", "null"), ("--tilt", "steep")):
+        status, *_ = command(
+            *("convert", MINILM, tmp_path / "a.safetensors", "--from", BERT, "--to", "anymha"),
+            *("--num-heads", 12, *more),
+        )
+        assert status == 0
+    values = [one.get("tilt", "not stated") for one in passed]
+    assert values == ["not stated", 2.5, None, "steep"]
+
+
+def test_option_that_the_new_layout_lacks_is_refused(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", llama("0."))
+    told = wrong(
+        command, tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", "transformers.mistral",
+        "--to", "equinox.MultiheadAttention", "--num-heads", 2, "--sliding-window", 3,
+    )  # fmt: skip
+    assert "A layer of equinox.MultiheadAttention has no option for sliding_window=3." in told
+    assert not (tmp_path / "b.npz").exists()

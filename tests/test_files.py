@@ -174,7 +174,7 @@ def test_the_format_is_told_by_the_name() -> None:
     assert format_of(Path("A.SAFETENSORS")).metadata
     assert format_of(Path("model.safetensors.index.json")).name == "sharded safetensors"
     assert format_of(DATA).name == "Orbax checkpoint"
-    with pytest.raises(FileError, match="has no name that tells its format"):
+    with pytest.raises(FileError, match="has a name of no known format"):
         format_of(Path("weights.dat"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anymha.interchange.detect import Group, find, matches, numbers_of, pattern_of
+from anymha.interchange.detect import LayerGroup, find_layer_groups, matches, numbers_of, pattern_of
 from anymha.interchange.files.formats import FORMATS, Format, format_of, open_file
 from anymha.interchange.files.reader import Tensor
 
@@ -16,12 +16,12 @@ PLAIN, HDF5 = FORMATS[0], format_of(Path("a.weights.h5"))
 D, H = 8, 2
 
 
-def found(shapes: dict[str, tuple[int, ...]], one: Format = PLAIN) -> list[Group]:
+def found(shapes: dict[str, tuple[int, ...]], one: Format = PLAIN) -> list[LayerGroup]:
     dtype = np.dtype(np.float32)
-    return find({name: Tensor(shape, dtype) for name, shape in shapes.items()}, one)
+    return find_layer_groups({name: Tensor(shape, dtype) for name, shape in shapes.items()}, one)
 
 
-def names(group: Group) -> list[str]:
+def names(group: LayerGroup) -> list[str]:
     return [one.name for one in group.fits]
 
 
@@ -33,7 +33,7 @@ def linear(prefix: str, *layers: str, **others: tuple[int, ...]) -> dict[str, tu
 def test_layers_of_a_real_file_are_one_group() -> None:
     path = DATA / "minilm_attention.safetensors"
     with open_file(path) as reader:
-        (group,) = find(reader.tensors, format_of(path))
+        (group,) = find_layer_groups(reader.tensors, format_of(path))
     assert group.pattern == "encoder.layer.{i}.attention."
     assert group.prefixes == ["encoder.layer.0.attention.", "encoder.layer.5.attention."]
     assert names(group) == ["transformers.bert"]
@@ -132,7 +132,7 @@ def test_shapes_that_no_memory_holds_take_no_time() -> None:
     shapes = linear("a.", "to_q", "to_k", "to_v", "to_out")
     (group,) = found(dict.fromkeys(shapes, (2**62, 0)))
     assert names(group) == []
-    assert "takes no layer of attention" in group.misfits["x_transformers.Attention"]
+    assert "no attention layer has an array as large" in group.misfits["x_transformers.Attention"]
 
 
 def test_numbers_in_names_are_letters_in_patterns() -> None:

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from anymha.errors import AnymhaError, FileError
 from anymha.interchange.files.formats import create_file, open_file
-from anymha.interchange.files.pickles import Machine, Refused
-from anymha.interchange.files.reader import MOST_ROOM, Tensor
+from anymha.interchange.files.pickles import PickleMachine, RefusedPickle
+from anymha.interchange.files.reader import SAFE_BYTES, Tensor
 from tests.file_samples import DATA, WRITTEN, announced, same, sample, save_orbax, write
 from tests.frameworks import required
 
@@ -118,7 +118,7 @@ def test_shard_elsewhere_is_refused(tmp_path: Path, place: Any) -> None:
     write(tmp_path / "secret.safetensors", {"a": FLOATS})
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": place}}))
-    assert f"it names {place!r}, which is no file beside it" in refused(path)
+    assert f"it names {place!r}, which is no file next to it" in refused(path)
 
 
 def test_index_that_does_not_fit_its_shards_is_told(tmp_path: Path) -> None:
@@ -252,12 +252,12 @@ def bomb(path: Path, member: str, size: int) -> Path:
     [("a.npz", "a.npy"), ("a.pt", "a/data.pkl"), ("a.keras", "model.weights.h5")],
 )
 def test_archive_that_swells_takes_no_memory(tmp_path: Path, name: str, member: str) -> None:
-    path = bomb(tmp_path / name, member, 2 * MOST_ROOM)
+    path = bomb(tmp_path / name, member, 2 * SAFE_BYTES)
     tracemalloc.start()
     told = refused(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert f"its member {member!r} claims {2 * MOST_ROOM} bytes in " in told
+    assert f"its member {member!r} claims {2 * SAFE_BYTES} bytes in " in told
     assert peak < 4 * 2**20
 
 
@@ -443,7 +443,7 @@ def test_onnx_elements_elsewhere_are_refused(tmp_path: Path) -> None:
     place = b"external.onnx.data"
     other = b"../../../etc/passw"
     path = onnx(tmp_path, lambda content: content.replace(place, other))
-    assert f"the elements of 'a' lie in {other.decode()!r}, not beside the file" in refused(path)
+    assert f"the elements of 'a' lie in {other.decode()!r}, not next to the file" in refused(path)
     path = onnx(tmp_path, lambda content: content)
     (tmp_path / "external.onnx.data").write_bytes(bytes(143))
     assert "'b' reaches beyond the file that holds it" in refused(path)
@@ -507,8 +507,8 @@ def test_damaged_file_gives_arrays_or_an_error_of_anymha(
 
 @given(program=st.binary(max_size=200))
 def test_any_bytes_as_a_pickle_are_refused_or_plain(program: bytes) -> None:
-    with suppress(Refused):
-        Machine(b"\x80\x02" + program).run()
+    with suppress(RefusedPickle):
+        PickleMachine(b"\x80\x02" + program).run()
 
 
 def test_unreadable_files_are_told(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ import pytest
 
 import anymha
 from anymha.errors import ArgumentError, LayoutError
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
+from anymha.interchange.libraries import open_layer
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +28,8 @@ BOUND = 1e-6
 """Of the largest output: the families that compute their softmax in float32."""
 
 PLAIN = ["bert", "vit", "clip", "opt", "bart", "whisper", "gpt2", "gpt2, across"]
-NEEDING = ["t5", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gpt_oss"]
-FUSED = ["gpt_neox", "phi3", "codegen", "gptj"]
+NEEDING = ["t5", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+FUSED = ["gpt_oss", "gpt_neox", "phi3", "codegen", "gptj"]
 KINDS = [
     *("gpt_bigcode, one key head", "gpt_bigcode, a key head each", "llama, with biases"),
     *("falcon, a key head each", "falcon, one key head", "falcon, grouped"),
@@ -78,7 +80,8 @@ def test_family_gives_the_output_of_ours_and_takes_weights_back(families: Any, n
     weights = anymha.get_weights(layer)
     assert weights.layout == f"transformers.{name.partition(',')[0]}"
     assert bits(from_canonical(weights, weights.layout)) == bits(state)
-    told = {"num_heads": families.H, "scale": weights.config.scale}
+    told = {"num_heads": families.H}
+    told |= {option: getattr(weights.config, option) for option in result_options()}
     again, _ = to_canonical(state, weights.layout, **told)
     assert bits(again) == bits(weights)
     rng = np.random.default_rng(7)
@@ -98,6 +101,7 @@ def test_options_of_a_module_come_with_its_weights(families: Any) -> None:
     configs = {
         "mistral": {"sliding_window": 3},
         "gemma3": {"scale": 20**-0.5},
+        "gemma2": {"scale": 20**-0.5, "sliding_window": 3},
         "t5": {"scale": 1.0, "dropout": 0.1},
         "bert": {"dropout": 0.1, "scale": None},
         "gpt2": {"dropout": 0.1, "scale": None, "sliding_window": None},
@@ -110,6 +114,22 @@ def test_options_of_a_module_come_with_its_weights(families: Any) -> None:
         layer, _, _ = quiet(families.FAMILIES[name])
         config = anymha.get_weights(layer).config
         assert {option: getattr(config, option) for option in options} == options, name
+
+
+def test_options_that_a_family_needs_are_read_from_its_module(
+    families: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, _, _ = quiet(families.FAMILIES["gemma2"])
+    weights = anymha.get_weights(layer)
+    if "softcap" in result_options():
+        assert weights.config.softcap == 2.0
+    assert any("tanh" in need for need in weights.needs) == ("softcap" not in result_options())
+    # As when the config has the option: the module states it, under the family's own name.
+    options = (*result_options(), "softcap")
+    monkeypatch.setattr("anymha.interchange.libraries.modules.result_options", lambda: options)
+    for cap in (2.0, None):
+        layer.attn_logit_softcapping = cap
+        assert open_layer(layer).sizes["softcap"] == cap
 
 
 def test_window_is_that_of_the_layer_not_of_the_model(families: Any) -> None:

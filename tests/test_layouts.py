@@ -24,6 +24,7 @@ from anymha.errors import (
 )
 from anymha.framework.registry import get_backend
 from anymha.interchange import layouts as module
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
 from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
@@ -43,7 +44,8 @@ NAMED = [
     *("timm.vit", "onnxruntime.MultiHeadAttention"),
     *("transformers.bert", "transformers.gpt2", "transformers.vit", "transformers.clip"),
     *("transformers.t5", "transformers.whisper", "transformers.llama", "transformers.mistral"),
-    *("transformers.qwen2", "transformers.qwen3", "transformers.gemma", "transformers.gemma3"),
+    *("transformers.qwen2", "transformers.qwen3"),
+    *("transformers.gemma", "transformers.gemma2", "transformers.gemma3"),
     *("transformers.gpt_neox", "transformers.bloom", "transformers.falcon", "transformers.phi3"),
     *("transformers.gpt_bigcode", "transformers.codegen", "transformers.gptj"),
     *("transformers.gpt_oss", "transformers.opt", "transformers.bart"),
@@ -166,7 +168,7 @@ def test_heads_that_the_shapes_do_not_tell_are_asked_for(sample: Sample) -> None
         to_canonical(sample.arrays(Size()), sample.layout)
     assert message(error) == (
         f"{sample.layout} needs `num_heads`, the number of query heads (or `head_dim`, the width "
-        "of each): its shapes do not tell it. It stands in the model's configuration."
+        "of each): its shapes do not show it. It is in the model's configuration."
     )
     weights, _ = to_canonical(sample.arrays(Size()), sample.layout, head_dim=3)
     assert weights["query.kernel"].shape[1:] == (sample.size(Size()).H, 3)
@@ -403,14 +405,14 @@ def test_scale_that_the_target_does_not_have_is_refused() -> None:
         with pytest.raises(LayoutError) as error:
             from_canonical(one, "equinox.MultiheadAttention", config=config)
         assert message(error) == (
-            "A layer of equinox.MultiheadAttention multiplies the logits by 0.5; by the config it "
-            "is `scale` 1, and the results would change. Multiply `query.kernel` and `query.bias` "
+            "A layer of equinox.MultiheadAttention multiplies the logits by 0.5; the config has "
+            "`scale` 1, and the results would change. Multiply `query.kernel` and `query.bias` "
             "by 2 first, and pass a config with `scale` 0.5."
         )
     with pytest.raises(LayoutError, match=r"multiplies the logits by 0\.5"):
         from_canonical(weights, "equinox.MultiheadAttention")  # the config came with the weights
     plain = AttentionConfig(4, 4)
-    with pytest.raises(LayoutError, match="multiplies the logits by 1; by the config"):
+    with pytest.raises(LayoutError, match="multiplies the logits by 1; the config has"):
         from_canonical(weights, "transformers.t5", config=plain)
 
 
@@ -418,6 +420,7 @@ NEEDS = {
     "transformers.llama": ["rotary"],
     "transformers.gptj": ["element 2i of a head turns with element 2i \\+ 1", "rotary_dim"],
     "transformers.qwen3": ["rotary", "RMS norm of each query head, times `q_norm.weight`"],
+    "transformers.gemma2": ["rotary", "c \\* tanh", "query_pre_attn_scalar"],
     "transformers.gemma3": ["times 1 \\+ `k_norm.weight`", "query_pre_attn_scalar"],
     "transformers.bloom": ["ALiBi"],
     "transformers.t5": ["bias of relative positions"],
@@ -455,14 +458,14 @@ def test_arrays_that_another_layout_has_no_place_for_are_not_dropped_silently() 
         from_canonical(weights, "transformers.llama", config=config)
     assert message(error) == (
         "transformers.llama has no place for q_norm.weight, k_norm.weight, which the layer of "
-        "transformers.qwen3 has beside the projections. Pass `dict(weights)` to convert the "
+        "transformers.qwen3 has besides the projections. Pass `dict(weights)` to convert the "
         "projections alone."
     )
     assert "q_proj.weight" in from_canonical(dict(weights), "transformers.llama", config=config)
     with pytest.raises(LayoutError) as error:
         from_canonical(dict(weights), "transformers.qwen3", config=config)
     assert message(error) == (
-        "transformers.qwen3 has q_norm.weight, k_norm.weight, rotary_emb.inv_freq beside the "
+        "transformers.qwen3 has q_norm.weight, k_norm.weight, rotary_emb.inv_freq besides the "
         "projections. Missing: q_norm.weight, k_norm.weight. Unknown: none. Pass them by name as "
         "`extras`."
     )
@@ -763,8 +766,8 @@ def test_sizes_that_are_not_known_are_told() -> None:
     with pytest.raises(ArgumentError) as error:
         to_canonical(draw_arrays(SIZES), BERT, heads=4)
     assert message(error) == (
-        "Sizes are num_heads, num_key_value_heads, head_dim, scale, sliding_window. Received: "
-        "'heads'."
+        f"Sizes are num_heads, num_key_value_heads, head_dim, {', '.join(result_options())}. "
+        "Received: 'heads'."
     )
 
 

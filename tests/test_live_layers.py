@@ -112,7 +112,7 @@ def test_layers_of_ours_and_theirs_become_one_another(backend: str, library: str
     for name in {"flax": ("flax", "jax"), "equinox": ("equinox", "jax")}.get(backend, (backend,)):
         need(name)
     ours = anymha.convert(theirs.layer, to=backend, **theirs.sizes)
-    assert type(ours).__module__ == f"anymha_{backend}.module"
+    assert type(ours).__module__ == f"anymha_{backend}.layer"
     weights = anymha.get_weights(theirs.layer, **theirs.sizes)
     assert bits(anymha.get_weights(ours)) == bits(weights)
     again = anymha.convert(ours, to=LIBRARIES[library])
@@ -187,8 +187,8 @@ def test_scale_of_another_layer_is_not_taken_silently() -> None:
     with pytest.raises(LayoutError) as error:
         anymha.set_weights(plain, weights)
     assert str(error.value) == (
-        "The weights are of a layer whose `scale` is 1; that of the layer is 0.5, and the results "
-        "would differ. Make the layer with `scale=1`, or pass `dict(weights)` to set them all the "
+        "The weights are of a layer with scale=1.0; the layer has scale=0.5, and the results would "
+        "differ. Make the layer with scale=1.0, or pass `dict(weights)` to set the arrays all the "
         "same."
     )
     anymha.set_weights(plain, dict(weights))
@@ -206,7 +206,7 @@ def test_options_that_a_library_lacks_are_refused() -> None:
     assert str(error.value) == (
         "A layer of torch.MultiheadAttention has no option for sliding_window=3. Make a layer "
         "without, for example with `dataclasses.replace(config, sliding_window=None)`; or convert "
-        "the weights alone, with `anymha.from_canonical`."
+        "the arrays alone, with `anymha.from_canonical(dict(weights), ...)` and no config."
     )
 
 
@@ -366,9 +366,9 @@ def test_heads_of_haiku_are_asked_for() -> None:
         anymha.get_weights(theirs.layer)
 
 
-def test_our_layers_are_not_told_sizes() -> None:
+def test_our_layers_take_no_sizes() -> None:
     layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
-    with pytest.raises(ArgumentError, match="tells its sizes itself"):
+    with pytest.raises(ArgumentError, match="knows its sizes"):
         anymha.get_weights(layer, num_heads=2)
 
 

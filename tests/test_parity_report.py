@@ -15,7 +15,7 @@ from rich.console import Console
 
 from anymha.errors import FileError
 from anymha.framework.registry import Backend
-from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.judge import Cell, Row
 from anymha.parity.matrix.matrix import AttentionMap, Report, versions
 from anymha.parity.matrix.terminal import print_report, print_verdict, progress_bar
@@ -320,9 +320,9 @@ def test_file_is_written_whole_with_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "file.json"
     check_writable(path)
     assert not path.parent.exists(), "checking writes nothing"
-    write_whole(path, "é\n")
+    write_atomically(path, "é\n")
     assert path.read_text(encoding="utf-8") == "é\n"
-    write_whole(path, "other")
+    write_atomically(path, "other")
     assert path.read_text(encoding="utf-8") == "other"
     assert [one.name for one in path.parent.iterdir()] == ["file.json"]
 
@@ -331,7 +331,7 @@ def test_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path: Path) -> 
     path = tmp_path / "file.json"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new \ud800")
+        write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["file.json"]
 
@@ -340,11 +340,11 @@ def test_link_is_followed_and_device_is_not_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
-    write_whole(link, "new")
+    write_atomically(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
     check_writable(Path("/dev/null"))
-    write_whole(Path("/dev/null"), "text")
+    write_atomically(Path("/dev/null"), "text")
     assert Path("/dev/null").is_char_device()
 
 
@@ -361,7 +361,7 @@ def test_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             check_writable(path)
         assert str(error.value) == told
     with pytest.raises(FileError, match=r"file/new cannot be written: "):
-        write_whole(tmp_path / "file" / "new", "text")
+        write_atomically(tmp_path / "file" / "new", "text")
 
 
 def test_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

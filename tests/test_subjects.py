@@ -287,7 +287,7 @@ def family(layout: str) -> Any:
     need("transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers, while it is imported
-        layer = FAMILIES[layout].made(8, 2)
+        layer = FAMILIES[layout].make_layer(8, 2)
     return _random(layer).eval()
 
 

@@ -17,7 +17,7 @@ from anymha.cli.inputs import CASES, FEATURES, Given, fitted, made_cases, made_l
 from anymha.cli.names import Named, named
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.comparison.compare import compare as compare_two
 from anymha.parity.reports.junit import to_junit
 from anymha.parity.reports.markdown import to_markdown
@@ -209,7 +209,7 @@ def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Co
     for name, text in texts.items():
         path = getattr(options, name)
         if path is not None:
-            write_whole(path, text())
+            write_atomically(path, text())
             _say(console, f"{name}: {path}")
     if options.save is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from anymha.cli.progress import layer_bar
 from anymha.cli.verify import Mismatch, Verifier
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.atomic_write import check_writable
 
@@ -41,48 +43,72 @@ def add_command(commands: Any) -> None:
     command.add_argument("--head-dim", type=int, metavar="D", help="instead of --num-heads")
     command.add_argument("--scale", type=float, metavar="S", help="of the logits")
     command.add_argument("--sliding-window", type=int, metavar="W", help="default none")
+    for name in _further_options():
+        command.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE",
+                             type=_option_value, default=argparse.SUPPRESS,
+                             help=f"`{name}` of the layers, as JSON; null for none")  # fmt: skip
     command.add_argument("--others", action="store_true", help="copy the other tensors too")
     command.add_argument("--verify", action="store_true",
                          help="convert back, run the layers, and report the errors")  # fmt: skip
     command.set_defaults(run=convert)
 
 
+def _further_options() -> tuple[str, ...]:
+    """The options that change a call's results and have no argument of their own above."""
+    own = ("scale", "sliding_window", "attention_axes")
+    return tuple(name for name in result_options() if name not in own)
+
+
+def _option_value(text: str) -> Any:
+    """An option's value: JSON, or a plain word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def convert(options: argparse.Namespace, console: Console) -> int:
     """Convert all attention layers of a file to another layout, one layer at a time.
 
-    The new file is written whole or not at all. With --verify each layer is converted back, and
-    run in every installed framework and, where it is installed, in the layouts' own libraries.
+    The new file is written as a whole or not at all. With --verify each layer is converted back,
+    and run in every installed framework and, where it is installed, in the layouts' own libraries.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     check_writable(options.target)
     names = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
-    sizes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    stated = vars(options)
+    sizes = {name: stated[name] for name in names if stated[name] is not None}
+    sizes |= {name: stated[name] for name in _further_options() if name in stated}
     verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
     with layer_bar(console) as progress:
         try:
-            done = convert_file(
+            conversion = convert_file(
                 options.source, options.target, options.layout, options.to,
                 prefix=options.prefix, to_prefix=options.to_prefix, others=options.others,
-                told=progress, check=verifier.check if verifier else lambda layer: None, **sizes,
+                on_layer=progress,
+                check=verifier.check if verifier else lambda layer: None, **sizes,
             )  # fmt: skip
         except Mismatch as error:
             console.print(f"anymha: {error} Nothing was written.", style="bold red", markup=False,
                           highlight=False, soft_wrap=True)  # fmt: skip
             return 1
     lines = [f"{start or '(no prefix)'} -> {end or '(no prefix)'}" for start, end in
-             done.layers.items() if start != end]  # fmt: skip
-    lines += done.notes
-    if done.left:
-        shown = ", ".join(done.left[:SHOWN_LEFT]) + (", ..." * (len(done.left) > SHOWN_LEFT))
+             conversion.layers.items() if start != end]  # fmt: skip
+    lines += conversion.notes
+    if conversion.left:
+        shown = ", ".join(conversion.left[:SHOWN_LEFT]) + (
+            ", ..." * (len(conversion.left) > SHOWN_LEFT)
+        )
         lines.append(
-            f"{len(done.left)} other tensors were left out ({shown}); `--others` copies them."
+            f"{len(conversion.left)} other tensors were left out ({shown}); `--others` copies them."
         )
     if verifier:
         lines += verifier.lines()
-    count = len(done.layers)
+    count = len(conversion.layers)
+    size = sum(tensor.bytes for tensor in conversion.tensors.values())
     lines.append(
         f"{options.target}: {count} layer{'s' * (count != 1)} of {options.layout} as {options.to}, "
-        f"{len(done.tensors)} tensors, {sum(t.bytes for t in done.tensors.values()):,} bytes"
+        f"{len(conversion.tensors)} tensors, {size:,} bytes"
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from anymha.interchange.anymha_files import ENTRY, configs_of
-from anymha.interchange.detect import Group, find, numbers_of, pattern_of
+from anymha.interchange.anymha_files import ENTRY, read_configs
+from anymha.interchange.detect import LayerGroup, find_layer_groups, numbers_of, pattern_of
 from anymha.interchange.files.formats import format_of, open_file
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.options.config import AttentionConfig
@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
 
 
 def inspect(options: argparse.Namespace, console: Console) -> int:
-    """List the attention layers of a file, the layouts that fit, and what the shapes tell."""
+    """List the attention layers of a file, the layouts that fit, and the sizes that shapes show."""
     with open_file(options.file) as reader:
         lines = list(report(reader))
     for line in lines:
@@ -40,17 +40,17 @@ def inspect(options: argparse.Namespace, console: Console) -> int:
 
 
 def report(reader: Reader) -> Iterable[str]:
-    """The lines that tell of a file."""
-    one = format_of(reader.path)
+    """The lines about a file."""
+    file_format = format_of(reader.path)
     tensors = reader.tensors
     size = sum(tensor.bytes for tensor in tensors.values())
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
-    held = f"{len(tensors)} tensors of {dtypes or 'nothing'}, {size:,} bytes"
-    yield f"{reader.path}: {one.name}, {held}"
+    content = f"{len(tensors)} tensors of {dtypes or 'nothing'}, {size:,} bytes"
+    yield f"{reader.path}: {file_format.name}, {content}"
     if ENTRY in reader.metadata:
-        count = len(configs_of(reader))
+        count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
-    groups = find(tensors, one)
+    groups = find_layer_groups(tensors, file_format)
     for group in groups:
         yield ""
         yield from _group(reader.path, group)
@@ -60,13 +60,13 @@ def report(reader: Reader) -> Iterable[str]:
         yield from _names(tensors)
 
 
-def _group(path: Path, group: Group) -> Iterable[str]:
+def _group(path: Path, group: LayerGroup) -> Iterable[str]:
     count = len(group.prefixes)
     numbers = _numbers(group.prefixes) if count > 1 else ""
     yield f"{group.pattern if count > 1 else group.prefixes[0] or '(no prefix)'}{numbers}"
     for name, tensor in group.tensors.items():
         yield f"  {name:28} {tensor.dtype} {_shape(tensor)}"
-    names = [one.name for one in group.fits]
+    names = [fit.name for fit in group.fits]
     if not names:
         yield "  No layout fits:"
     elif len(names) == 1:
@@ -84,21 +84,21 @@ def _group(path: Path, group: Group) -> Iterable[str]:
         yield from _next(path, group)
 
 
-def _sizes(group: Group) -> Iterable[str]:
-    """What the shapes tell."""
+def _sizes(group: LayerGroup) -> Iterable[str]:
+    """The sizes that the shapes show."""
     config = group.config
     if config is None:
         yield (
-            "  Heads: their number is not in the shapes. It stands in the model's configuration, "
+            "  Heads: their number is not in the shapes. It is in the model's configuration, "
             "often as num_attention_heads."
         )
         return
-    told = [f"num_heads={config.num_heads}", f"key_dim={config.key_dim}"]
+    sizes = [f"num_heads={config.num_heads}", f"key_dim={config.key_dim}"]
     if config.value_dim != config.key_dim:
-        told.append(f"value_dim={config.value_dim}")
+        sizes.append(f"value_dim={config.value_dim}")
     if config.num_key_value_heads != config.num_heads:
-        told.append(f"num_key_value_heads={config.num_key_value_heads}")
-    yield f"  Sizes: {', '.join(told)}; {_widths(config)}."
+        sizes.append(f"num_key_value_heads={config.num_key_value_heads}")
+    yield f"  Sizes: {', '.join(sizes)}; {_widths(config)}."
 
 
 def _widths(config: AttentionConfig) -> str:
@@ -108,7 +108,7 @@ def _widths(config: AttentionConfig) -> str:
     return "query, value and key of widths " + ", ".join(map(str, widths))
 
 
-def _next(path: Path, group: Group) -> Iterable[str]:
+def _next(path: Path, group: LayerGroup) -> Iterable[str]:
     """The command that converts the layers."""
     layout = group.fits[0].name if len(group.fits) == 1 else "LAYOUT"
     heads = " --num-heads H" if group.config is None else ""
@@ -118,12 +118,12 @@ def _next(path: Path, group: Group) -> Iterable[str]:
 
 def _numbers(prefixes: Sequence[str]) -> str:
     """The numbers of the layers, by letter: ``  i = 0-5``."""
-    found: dict[str, set[int]] = {}
+    values: dict[str, set[int]] = {}
     for prefix in prefixes:
         for letter, number in numbers_of(prefix).items():
-            found.setdefault(letter, set()).add(int(number))
-    told = ", ".join(f"{letter} = {_ranges(sorted(ns))}" for letter, ns in found.items())
-    return f"  x {len(prefixes)}  ({told})"
+            values.setdefault(letter, set()).add(int(number))
+    ranges = ", ".join(f"{letter} = {_ranges(sorted(ns))}" for letter, ns in values.items())
+    return f"  x {len(prefixes)}  ({ranges})"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

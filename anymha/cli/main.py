@@ -20,7 +20,7 @@ from anymha.cli.inspect import add_command as add_inspect
 from anymha.cli.selftest import add_command as add_selftest
 from anymha.errors import AnymhaError, UsageError
 from anymha.framework.registry import BUILT_IN, Backend, backends, get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.interchange.layouts import layouts
 from anymha.parity.matrix.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
 from anymha.parity.matrix.matrix import (
@@ -84,10 +84,10 @@ def parity(options: argparse.Namespace, console: Console) -> int:
     print_report(console, report)
     if options.json is not None:
         text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
-        write_whole(options.json, text + "\n")
+        write_atomically(options.json, text + "\n")
         console.print(f"JSON: {options.json}", markup=False, highlight=False, soft_wrap=True)
     if to_html is not None:
-        write_whole(options.html, to_html(report))
+        write_atomically(options.html, to_html(report))
         console.print(f"HTML: {options.html}", markup=False, highlight=False, soft_wrap=True)
     print_verdict(console, report)
     return 0 if report.passed else 1

@@ -1,4 +1,4 @@
-"""Layers of transformers' own, made for a layout whose forward pass is plain attention."""
+"""Attention layers of transformers, for the families whose forward pass is plain attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import BackendNotInstalledError, BiasWarning, LayoutError
+from anymha.interchange.compared_options import changed_options, show_options
 from anymha.interchange.layers import set_weights
 from anymha.options.config import AttentionConfig
 
@@ -28,11 +29,11 @@ class Family:
     Args:
         module: Its module there.
         config: The class of its configuration.
-        names: What the width of its inputs and the number of its heads are called there.
+        names: The configuration's names of the input width and of the number of heads.
         layer: The class of its attention.
         sized: Whether the layer takes the width and the heads before its configuration.
         indexed: Whether it takes its place in the model.
-        call: Its output, for the layer and its input.
+        call: Calls the layer on its input, and returns the output.
     """
 
     module: str
@@ -43,7 +44,7 @@ class Family:
     indexed: bool = False
     call: Callable[[Any, Any], Any] = lambda layer, x: layer(x)
 
-    def made(self, width: int, heads: int) -> Any:
+    def make_layer(self, width: int, heads: int) -> Any:
         """A new layer."""
         path = f"transformers.models.{self.module}"
         configs: Any = importlib.import_module(f"{path}.configuration_{self.module}")
@@ -89,17 +90,18 @@ def run(
     """
     heads = config.num_heads
     square = len({query.shape[-1], heads * config.key_dim, *_widths(weights)}) == 1
-    plain = config.scale is None and config.sliding_window is None and query.dtype.itemsize > 2
-    if not square or not plain:
+    changed = changed_options(config)
+    if not square or changed or query.dtype.itemsize <= 2:
+        received = f" Received: {show_options(config, changed)}." if changed else ""
         raise LayoutError(
             "a layer of that family is as wide as its heads together, and is run here in float32 "
-            "and float64, without a window and with the default scale"
+            f"and float64, with all other options at their defaults.{received}"
         )
     try:
         torch: Any = importlib.import_module("torch")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of transformers, while it is imported
-            layer = FAMILIES[layout].made(heads * config.key_dim, heads)
+            layer = FAMILIES[layout].make_layer(heads * config.key_dim, heads)
     except ImportError as error:
         raise BackendNotInstalledError(f"it is not installed ({error})") from error
     layer = layer.eval().to(getattr(torch, config.dtype))
@@ -107,8 +109,8 @@ def run(
         warnings.simplefilter("ignore", BiasWarning)  # zeros change nothing here
         layer = set_weights(layer, dict(weights))
     with torch.no_grad():
-        found = FAMILIES[layout].call(layer, torch.from_numpy(query))
-    return (found[0] if isinstance(found, tuple) else found).numpy()
+        output = FAMILIES[layout].call(layer, torch.from_numpy(query))
+    return (output[0] if isinstance(output, tuple) else output).numpy()
 
 
 def _widths(weights: Mapping[str, np.ndarray]) -> list[int]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from anymha.errors import UsageError
 from anymha.framework.registry import Backend, backends, get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.terminal import progress_bar
 from anymha.parity.selftest.injected_faults import PLANTS
 from anymha.parity.selftest.selftest import DTYPES, Alarm, Found, honest, plant_all, plant_pairs
@@ -63,7 +63,7 @@ def selftest(options: argparse.Namespace, console: Console) -> int:
             "alarms": [asdict(alarm) for alarm in alarms],
             "seconds": round(time.perf_counter() - began, 1),
         }  # fmt: skip
-        write_whole(options.json, json.dumps(report, indent=1) + "\n")
+        write_atomically(options.json, json.dumps(report, indent=1) + "\n")
         console.print(f"JSON: {options.json}", markup=False, highlight=False, soft_wrap=True)
     told = "SELF-TEST PASSES" if passed else "SELF-TEST FAILS"
     console.print(f"[bold {'green' if passed else 'red'}]{told}[/]", highlight=False)

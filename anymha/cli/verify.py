@@ -1,4 +1,4 @@
-"""Proof of a conversion: bits there and back; outputs of ours and of the libraries' own layers."""
+"""Verify a conversion: all bits come back, and anymha's and the libraries' layers agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from anymha.cli.peers import FAMILIES, run
 from anymha.errors import AnymhaError, BackendNotInstalledError, LayoutError
 from anymha.framework.registry import Backend, backends, get_layer
-from anymha.interchange.convert_model import Converted
+from anymha.interchange.convert_model import ConvertedLayer
 from anymha.interchange.layers import convert, set_weights
 from anymha.interchange.layouts import get_layout
 from anymha.parity.oracle.cases import Case, Problem, make_problem
@@ -24,7 +24,7 @@ BATCH, QUERIES, KEYS = 2, 7, 9
 
 
 class Mismatch(AnymhaError):
-    """A converted layer is not the one that it should be."""
+    """A converted layer has other bits, or another output, than it should."""
 
 
 def _torch(layer: Any, query: np.ndarray, value: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -56,72 +56,74 @@ LIBRARIES: dict[str, Callable[..., np.ndarray]] = {
     "flax.nnx.MultiHeadAttention": _flax,
     "equinox.MultiheadAttention": _equinox,
 }
-"""How the layer of each library that can be made here is called."""
+"""A function for each library, which calls the library's layer."""
 
 
 class Verifier:
     """Checks layers one by one, and keeps the greatest errors.
 
     Args:
-        layout: The layout that they have.
-        to: The layout that they get.
-        sizes: What was told of them beside their shapes.
+        layout: Their old layout.
+        to: Their new layout.
+        sizes: Sizes and options that the shapes do not show, as `to_canonical` takes them.
     """
 
     def __init__(self, layout: str, to: str, sizes: Mapping[str, Any]) -> None:
         self._layout, self._to, self._sizes = layout, to, dict(sizes)
         self._errors: dict[str, tuple[float, float, float]] = {}
         self._count = 0
-        self._untried: dict[str, str] = {}
+        self._not_run: dict[str, str] = {}
 
-    def check(self, layer: Converted) -> None:
+    def check(self, layer: ConvertedLayer) -> None:
         """Convert a layer back, and run it.
 
         Raises:
-            Mismatch: a bit or an output is another.
+            Mismatch: a bit or an output differs.
         """
         self._check_bits(layer)
         self._count += 1
         if any(not np.isfinite(array).all() for array in layer.weights.values()):
-            self._untried["all"] = "not all weights are finite"
+            self._not_run["all"] = "not all weights are finite"
             return
         problem = _problem(layer)
-        judged = self._judge(problem)
+        record = self._recorder(problem)
         for backend in backends().values():
             if backend.installed:
-                judged(f"anymha in {backend.name}", _ours(backend, problem))
+                record(f"anymha in {backend.name}", _ours(backend, problem))
         for layout in dict.fromkeys((self._layout, self._to)):
             if layout in FAMILIES:  # its layers attend to their own inputs alone
                 alone = _problem(layer, alone=True)
-                got, told = self._theirs(layout, alone), self._judge(alone)
+                output, record_theirs = self._theirs(layout, alone), self._recorder(alone)
             else:
-                got, told = self._theirs(layout, problem), judged
-            if got is not None:
-                told(f"{layout} itself", got)
+                output, record_theirs = self._theirs(layout, problem), record
+            if output is not None:
+                record_theirs(f"{layout} itself", output)
 
-    def _judge(self, problem: Problem) -> Callable[[str, np.ndarray], None]:
-        """What holds an output against the exact one, and keeps its error."""
+    def _recorder(self, problem: Problem) -> Callable[[str, np.ndarray], None]:
+        """A function that compares an output with the exact one, and keeps its error."""
         truth = expected(problem)
         budget, units = units_of(problem, truth)
         unit = units["output"]
 
-        def judged(name: str, got: np.ndarray) -> None:
-            error = float(np.max(np.abs(np.asarray(got, np.float64) - truth.output), initial=0.0))
-            held = (error / unit if unit else 0.0, error, budget)
-            if not held[0] <= budget:
+        def record(name: str, output: np.ndarray) -> None:
+            difference = np.abs(np.asarray(output, np.float64) - truth.output)
+            error = float(np.max(difference, initial=0.0))
+            units_off = error / unit if unit else 0.0
+            if not units_off <= budget:
                 raise Mismatch(
                     f"{problem.case.name!r} gives another output in {name}: it is {error:.3g} off, "
-                    f"or {held[0]:.3g} units of rounding, of which {budget:.3g} are explained."
+                    f"or {units_off:.3g} units of rounding; rounding explains {budget:.3g}."
                 )
-            self._errors[name] = max(self._errors.get(name, held), held)
+            measured = (units_off, error, budget)
+            self._errors[name] = max(self._errors.get(name, measured), measured)
 
-        return judged
+        return record
 
-    def _check_bits(self, layer: Converted) -> None:
-        """That both layouts give back, bit for bit, what was put into them."""
+    def _check_bits(self, layer: ConvertedLayer) -> None:
+        """Check that the arrays of both layouts come back bit for bit."""
         source, target = get_layout(self._layout), get_layout(self._to)
         plain = copy.copy(layer.weights)
-        plain.config = None  # a scale that was told is no part of the bits
+        plain.config = None  # stated options are no part of the bits
         _compare(layer, self._layout, layer.arrays, source.from_canonical(plain))
         config = layer.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
@@ -145,23 +147,23 @@ class Verifier:
             arrays = (problem.inputs[name] for name in ("query", "value", "key"))
             return LIBRARIES[layout](live, *arrays)
         except BackendNotInstalledError:
-            self._untried[layout] = "it is not installed"
+            self._not_run[layout] = "it is not installed"
         except AnymhaError as error:
-            self._untried[layout] = str(error)
+            self._not_run[layout] = str(error)
         return None
 
     def lines(self) -> list[str]:
-        """What was found, in words."""
-        found = [f"Verified: {self._count} layers, back to {self._layout} and from {self._to} bit "
+        """The results, in words."""
+        lines = [f"Verified: {self._count} layers, back to {self._layout} and from {self._to} bit "
                  "for bit. Greatest errors of the output against float64:"]  # fmt: skip
         for name, (units, error, budget) in self._errors.items():
-            found.append(f"  {name}: {error:.1e}, {units:.2f} units of rounding of {budget:.0f}")
-        for name, reason in self._untried.items():
-            found.append(f"  not run: {name}: {reason}")
-        return found
+            lines.append(f"  {name}: {error:.1e}, {units:.2f} units of rounding of {budget:.0f}")
+        for name, reason in self._not_run.items():
+            lines.append(f"  not run: {name}: {reason}")
+        return lines
 
 
-def _problem(layer: Converted, alone: bool = False) -> Problem:
+def _problem(layer: ConvertedLayer, alone: bool = False) -> Problem:
     """The layer on random inputs; on one, where it attends to its queries alone."""
     config, weights = layer.config, layer.weights
     widths = tuple(weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key"))
@@ -181,7 +183,10 @@ def _ours(backend: Backend, problem: Problem) -> np.ndarray:
 
 
 def _compare(
-    layer: Converted, layout: str, one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
+    layer: ConvertedLayer,
+    layout: str,
+    one: Mapping[str, np.ndarray],
+    other: Mapping[str, np.ndarray],
 ) -> None:
     wrong = [
         name

@@ -33,7 +33,7 @@ _UNREADABLE = (
 def save(path: str | os.PathLike[str], layer: Any) -> None:
     """Write a layer to a ``.safetensors`` file: its weights, bit for bit, and its configuration.
 
-    The file is written whole or not at all.
+    The file is written as a whole or not at all.
 
     Args:
         path: The file; its folder is made where there is none.
@@ -52,13 +52,13 @@ def save(path: str | os.PathLike[str], layer: Any) -> None:
         >>> load(path, backend="numpy").config.key_dim
         4
     """
-    where = Path(path)
-    if not where.name.endswith(SUFFIX):
+    target = Path(path)
+    if not target.name.endswith(SUFFIX):
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
     plain = convert(layer, to="numpy")
     weights = get_weights(plain)
     tensors = {name: Tensor(array.shape, array.dtype) for name, array in weights.items()}
-    with create_file(where, tensors, entry({"": plain.config})) as writer:
+    with create_file(target, tensors, config_metadata({"": plain.config})) as writer:
         for name, array in weights.items():
             writer.write(name, array)
 
@@ -84,34 +84,34 @@ def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = 
         UnknownBackendError: no backend has this name.
         BackendNotInstalledError: its framework is not installed.
     """
-    where = Path(path)
+    source = Path(path)
     make = get_layer(backend)
-    if where.exists() and not format_of(where).metadata:
+    if source.exists() and not format_of(source).metadata:
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
-    with open_file(where) as reader:
-        configs = configs_of(reader)
+    with open_file(source) as reader:
+        configs = read_configs(reader)
         if prefix not in configs:
             known = ", ".join(map(repr, configs))
             raise FileError(
-                f"{where} holds no layer with the prefix {prefix!r}. Pass `prefix` as one of: "
+                f"{source} holds no layer with the prefix {prefix!r}. Pass `prefix` as one of: "
                 f"{known}."
             )
-        others = [one for one in configs if one != prefix and one.startswith(prefix)]
+        others = [other for other in configs if other != prefix and other.startswith(prefix)]
         weights = _weights(reader, prefix, others)
     config = configs[prefix]
-    _check_fit(where, config, weights)
+    _check_fit(source, config, weights)
     layer = set_weights(make(**config.to_dict()), weights)
-    held = get_weights(layer)["query.kernel"].dtype.name
-    if held != config.dtype:
+    dtype = get_weights(layer)["query.kernel"].dtype.name
+    if dtype != config.dtype:
         raise DtypeError(
-            f"{where} has weights of {config.dtype}, and the layer of {backend!r} can only hold "
-            f"{held} as its framework is set up. Load it in another, or allow {config.dtype} "
+            f"{source} has weights of {config.dtype}, and the layer of {backend!r} can only hold "
+            f"{dtype} as its framework is set up. Load it in another, or allow {config.dtype} "
             "first; in JAX with `jax.config.update('jax_enable_x64', True)`."
         )
     return layer
 
 
-def entry(configs: Mapping[str, AttentionConfig]) -> dict[str, str]:
+def config_metadata(configs: Mapping[str, AttentionConfig]) -> dict[str, str]:
     """The metadata of a file with these layers by prefix.
 
     Raises:
@@ -131,7 +131,7 @@ def entry(configs: Mapping[str, AttentionConfig]) -> dict[str, str]:
     return {ENTRY: json.dumps({"format": FORMAT, "layers": layers})}
 
 
-def configs_of(reader: Reader) -> dict[str, AttentionConfig]:
+def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
     """The configurations in a file of anymha by the layers' prefixes.
 
     Raises:
@@ -145,8 +145,8 @@ def configs_of(reader: Reader) -> dict[str, AttentionConfig]:
             "of other libraries: anymha inspect FILE, then anymha convert."
         )
     try:
-        found = json.loads(reader.metadata[ENTRY])
-        version, layers = found["format"], found["layers"]
+        entry = json.loads(reader.metadata[ENTRY])
+        version, layers = entry["format"], entry["layers"]
         if type(version) is int and version > FORMAT:
             raise FileError(
                 f"{path} has the format {version}, and this anymha reads {FORMAT}. Install a later "

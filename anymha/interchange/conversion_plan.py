@@ -1,4 +1,4 @@
-"""What a conversion of a file will give, decided by names and shapes before a value is read."""
+"""Plan the conversion of a file by names and shapes, before any value is read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import AnymhaError, BiasWarning, UsageError
-from anymha.interchange.anymha_files import entry
-from anymha.interchange.detect import Candidate, candidate, find, matches, numbers_of, pattern_of
+from anymha.interchange.anymha_files import config_metadata
+from anymha.interchange.detect import (
+    LayoutFit,
+    find_layer_groups,
+    layout_fit,
+    matches,
+    numbers_of,
+    pattern_of,
+)
 from anymha.interchange.files.formats import format_of
 from anymha.interchange.files.reader import Reader, Tensor
-from anymha.interchange.naming import Spelled
+from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
 
@@ -25,8 +32,8 @@ Signature = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A layer on its way from one layout to another.
+class ConvertedLayer:
+    """A layer in its old layout, in the canonical form, and in its new layout.
 
     Args:
         prefix: What its names begin with in the source.
@@ -45,14 +52,14 @@ class Converted:
 
 @dataclass
 class Conversion:
-    """What was, or will be, converted.
+    """The content of the new file, and notes about it.
 
     Args:
         layers: The prefix of each layer in the target by that in the source.
         tensors: Shape and dtype of all tensors of the target.
         copied: Names of the tensors that are copied as they are.
-        left: Names of those of the source that are left out.
-        notes: What is worth knowing beside: biases that were added, what else the forward pass
+        left: Names of the source's tensors that are left out.
+        notes: Facts that the user should know: biases that were added, what else the forward pass
             needs, values that are not finite.
     """
 
@@ -69,87 +76,109 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Job:
-    """The two layouts, and what the shapes do not tell."""
+class ConversionJob:
+    """A source, its layout and the new layout.
+
+    Args:
+        reader: The source.
+        namings: The names that the source may use for its layout.
+        target: The names in the new file.
+        sizes: Sizes and options that the shapes do not show, as `to_canonical` takes them.
+        configs: The configs that the source states, by prefix.
+    """
 
     reader: Reader
-    source: list[Spelled]
-    target: Spelled
+    namings: list[FileNaming]
+    target: FileNaming
     sizes: Mapping[str, Any]
     configs: Mapping[str, AttentionConfig]
 
-    def converted(self, prefix: str, arrays: Arrays) -> Converted:
-        """A layer, converted."""
-        layout = self.source[0].layout
+    def convert(self, prefix: str, arrays: Arrays) -> ConvertedLayer:
+        """Convert a layer.
+
+        Raises:
+            UsageError: it cannot be converted.
+        """
+        layout = self.namings[0].layout
         try:
             weights, config = layout.to_canonical(arrays, **self.sizes)
             config = self.configs.get(prefix, config)
-            return Converted(
-                prefix, arrays, weights, config, self.target.layout.from_canonical(weights, config)
-            )
+            result = self.target.layout.from_canonical(weights, config)
         except AnymhaError as error:
             raise UsageError(f"{self.reader.path}, layer {prefix!r}: {error}") from error
+        return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
-def chosen_layers(job: Job, pattern: str) -> dict[str, Candidate]:
-    """The layers of the source's layout whose names begin as the pattern says."""
+def choose_layers(job: ConversionJob, pattern: str) -> dict[str, LayoutFit]:
+    """Choose the layers of the source's layout whose names begin with a pattern.
+
+    Raises:
+        UsageError: there is none, or the layout does not fit one of them.
+    """
     tensors, path = job.reader.tensors, job.reader.path
-    layout = job.source[0].layout
-    every = {
-        start: candidate(spelled, tensors, start)
-        for spelled in job.source
-        for start in spelled.prefixes(tensors)
+    layout = job.namings[0].layout
+    layers = {
+        prefix: layout_fit(naming, tensors, prefix)
+        for naming in job.namings
+        for prefix in naming.prefixes(tensors)
     }
-    if not every:
-        marks = " and ".join(repr(job.source[0].names[n]) for n in layout.required()[0])
+    if not layers:
+        marks = " and ".join(repr(job.namings[0].names[name]) for name in layout.required()[0])
         raise UsageError(
             f"{path} holds no layer of the layout {layout.name!r}, whose names end with {marks}. "
             "See what it holds with: anymha inspect FILE."
         )
-    found = {start: one for start, one in every.items() if matches(start, pattern)}
-    if not found:
-        known = ", ".join(dict.fromkeys(repr(pattern_of(start)) for start in every))
+    chosen = {prefix: fit for prefix, fit in layers.items() if matches(prefix, pattern)}
+    if not chosen:
+        known = ", ".join(dict.fromkeys(repr(pattern_of(prefix)) for prefix in layers))
         raise UsageError(
             f"{path} holds no layer whose names begin with {pattern!r}. Its layers begin with "
             f"{known}."
         )
-    for group in find(tensors, format_of(path)):
-        for start in group.prefixes:
-            if start in found and layout.name not in [one.name for one in group.fits]:
+    for group in find_layer_groups(tensors, format_of(path)):
+        for prefix in group.prefixes:
+            if prefix in chosen and layout.name not in [fit.name for fit in group.fits]:
                 reason = group.misfits.get(layout.name, "")
-                raise UsageError(f"{path}, layer {start!r}: {layout.name} does not fit: {reason}")
-    return found
+                raise UsageError(f"{path}, layer {prefix!r}: {layout.name} does not fit: {reason}")
+    return chosen
 
 
-def planned(
-    job: Job, found: Mapping[str, Candidate], to_prefix: str | None, others: bool
+def plan_conversion(
+    job: ConversionJob, layers: Mapping[str, LayoutFit], to_prefix: str | None, others: bool
 ) -> tuple[Conversion, dict[str, str]]:
-    """What the target will hold, from names and shapes alone; and its metadata."""
+    """Plan the content of the new file from names and shapes alone; and its metadata.
+
+    Raises:
+        UsageError: a layer cannot be converted, or two tensors would have one name.
+    """
     tensors = job.reader.tensors
-    used = {start + name for start, one in found.items() for name in one.held.values()}
+    used = {prefix + name for prefix, fit in layers.items() for name in fit.names.values()}
     rest = [name for name in tensors if name not in used]
     plan = Conversion({}, {}, rest if others else [], [] if others else rest)
-    kinds: dict[Signature, Converted] = {}
+    examples: dict[Signature, ConvertedLayer] = {}
     configs = {}
-    for start, one in found.items():
-        signature = tuple((n, t.shape, t.dtype.name) for n, t in _tensors(job, start, one).items())
-        if signature not in kinds or start in job.configs:
-            zeros = {n: np.zeros(t.shape, t.dtype) for n, t in _tensors(job, start, one).items()}
-            with warnings.catch_warnings(record=True) as given:
+    for prefix, fit in layers.items():
+        layer = _layer_tensors(job, prefix, fit)
+        signature = tuple((name, t.shape, t.dtype.name) for name, t in layer.items())
+        if signature not in examples or prefix in job.configs:
+            zeros = {name: np.zeros(t.shape, t.dtype) for name, t in layer.items()}
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", BiasWarning)
-                kinds[signature] = job.converted(start, zeros)
-            for warning in given:
+                examples[signature] = job.convert(prefix, zeros)
+            for warning in caught:
                 plan.note(str(warning.message))
-        kind = kinds[signature]
-        for need in kind.result.needs:
-            plan.note(f"Beside attention, the forward pass needs {need}.")
-        end = _target_prefix(start, to_prefix, job.target.separator)
-        plan.layers[start], configs[end] = end, kind.config
-        for name, array in kind.result.items():
-            _add(plan.tensors, end + job.target.names[name], Tensor(array.shape, array.dtype))
+        example = examples[signature]
+        for need in example.result.needs:
+            plan.note(f"Besides attention, the forward pass needs {need}.")
+        new_prefix = _target_prefix(prefix, to_prefix, job.target.separator)
+        plan.layers[prefix], configs[new_prefix] = new_prefix, example.config
+        for name, array in example.result.items():
+            _add(
+                plan.tensors, new_prefix + job.target.names[name], Tensor(array.shape, array.dtype)
+            )
     for name in plan.copied:
         _add(plan.tensors, name, tensors[name])
-    return plan, entry(configs) if job.target.layout.name == OWN else {}
+    return plan, config_metadata(configs) if job.target.layout.name == OWN else {}
 
 
 def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -161,16 +190,16 @@ def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     tensors[name] = tensor
 
 
-def _tensors(job: Job, start: str, one: Candidate) -> dict[str, Tensor]:
-    return {name: job.reader.tensors[start + place] for name, place in one.held.items()}
+def _layer_tensors(job: ConversionJob, prefix: str, fit: LayoutFit) -> dict[str, Tensor]:
+    return {name: job.reader.tensors[prefix + place] for name, place in fit.names.items()}
 
 
-def _target_prefix(start: str, pattern: str | None, separator: str) -> str:
-    """What a layer's names begin with in the target."""
+def _target_prefix(prefix: str, pattern: str | None, separator: str) -> str:
+    """The prefix of a layer in the target."""
     if pattern is None:
-        end = start.replace("/" if separator == "." else ".", separator)
+        new = prefix.replace("/" if separator == "." else ".", separator)
     else:
-        end = pattern
-        for letter, number in numbers_of(start).items():
-            end = end.replace(f"{{{letter}}}", number)
-    return end + separator if end and not end.endswith((".", "/")) else end
+        new = pattern
+        for letter, number in numbers_of(prefix).items():
+            new = new.replace(f"{{{letter}}}", number)
+    return new + separator if new and not new.endswith((".", "/")) else new

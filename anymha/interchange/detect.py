@@ -1,7 +1,7 @@
-"""The attention layers of a file, found by names and shapes, and the layouts that they may have.
+"""Detect the attention layers of a file, and the layouts that they may have.
 
-Nothing is decided: several layouts may have the same names and shapes and mean different things,
-and then all are given.
+Names and shapes decide. Several layouts may have the same ones and mean different things by them:
+then all of them are listed.
 """
 
 from __future__ import annotations
@@ -16,132 +16,132 @@ from anymha.errors import AnymhaError
 from anymha.interchange.files.formats import Format
 from anymha.interchange.files.reader import Tensor
 from anymha.interchange.layouts import get_layout, layouts
-from anymha.interchange.naming import Spelled, spellings
+from anymha.interchange.naming import FileNaming, file_namings
 from anymha.options.config import AttentionConfig
 
 _NUMBER = re.compile(r"(?<![^./_])\d+(?![^./])")
 _LETTERS = "ijklmnop"
-WIDEST = 2**24
-"""No axis of an attention layer is longer; of hostile shapes no divisors are looked for."""
+MAX_AXIS = 2**24
+"""No axis of an attention layer is longer; hostile shapes must not cost a search for divisors."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LayoutFit:
     """A layout that a layer may have.
 
     Args:
-        spelled: The layout, as the file spells it.
-        held: The names in the file by the names in the layout, without the prefix.
-        shapes: Shapes by the names in the layout.
+        naming: The layout, and its names in the file.
+        names: The file's names by the layout's, without the layer's prefix.
+        shapes: Shapes by the layout's names.
     """
 
-    spelled: Spelled
-    held: Mapping[str, str]
+    naming: FileNaming
+    names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
     def name(self) -> str:
         """The layout's name."""
-        return self.spelled.layout.name
+        return self.naming.layout.name
 
 
 @dataclass
-class Group:
+class LayerGroup:
     """Layers of one kind, whose names differ in numbers alone.
 
     Args:
         pattern: What their names begin with, with letters for the numbers.
         prefixes: What the names of each begin with.
         fits: The layouts that they may have.
-        misfits: Layouts with these names that they cannot have, and why.
+        misfits: The layouts that have these names and do not fit, and the reasons.
         tensors: Shape and dtype of each array of the first layer, by its name there.
     """
 
     pattern: str
     prefixes: list[str]
-    fits: list[Candidate]
+    fits: list[LayoutFit]
     misfits: dict[str, str]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def config(self) -> AttentionConfig | None:
-        """The config that the shapes tell; None where they leave the heads open."""
+        """The config that the shapes show; None where they leave the number of heads open."""
         if not self.fits:
             return None
+        best = self.fits[0]
         try:
-            arrays = {
-                name: np.zeros(shape, np.float16) for name, shape in self.fits[0].shapes.items()
-            }
-            return self.fits[0].spelled.layout.to_canonical(arrays)[1]
+            arrays = {name: np.zeros(shape, np.float16) for name, shape in best.shapes.items()}
+            return best.naming.layout.to_canonical(arrays)[1]
         except AnymhaError:
             return None
 
 
-def find(tensors: Mapping[str, Tensor], one: Format) -> list[Group]:
-    """The attention layers of a file, those that are alike together.
+def find_layer_groups(tensors: Mapping[str, Tensor], file_format: Format) -> list[LayerGroup]:
+    """Find the attention layers of a file, grouped by names that differ in numbers alone.
 
     Args:
         tensors: Shape and dtype of each tensor of the file.
-        one: The file's format.
+        file_format: The file's format.
     """
-    candidates: dict[str, list[Candidate]] = {}
+    candidates: dict[str, list[LayoutFit]] = {}
     for name in layouts():
-        for spelled in spellings(get_layout(name), one):
-            for prefix in spelled.prefixes(tensors):
-                candidates.setdefault(prefix, []).append(candidate(spelled, tensors, prefix))
-    groups: dict[object, Group] = {}
+        for naming in file_namings(get_layout(name), file_format):
+            for prefix in naming.prefixes(tensors):
+                candidates.setdefault(prefix, []).append(layout_fit(naming, tensors, prefix))
+    groups: dict[object, LayerGroup] = {}
     for prefix in sorted(candidates):
-        fits, misfits = sifted(candidates[prefix])
-        held = {n: tensors[prefix + n] for c in candidates[prefix] for n in c.held.values()}
-        key = (pattern_of(prefix), tuple(c.name for c in fits), tuple(held.items()))
-        group = groups.setdefault(key, Group(key[0], [], fits, misfits, held))
+        fits, misfits = select_fits(candidates[prefix])
+        layer = {n: tensors[prefix + n] for c in candidates[prefix] for n in c.names.values()}
+        key = (pattern_of(prefix), tuple(fit.name for fit in fits), tuple(layer.items()))
+        group = groups.setdefault(key, LayerGroup(key[0], [], fits, misfits, layer))
         group.prefixes.append(prefix)
     return list(groups.values())
 
 
-def candidate(spelled: Spelled, tensors: Mapping[str, Tensor], prefix: str) -> Candidate:
-    """What the layer with that prefix has of a layout."""
-    held = spelled.held(tensors, prefix)
-    shapes = {name: tensors[place].shape for name, place in held.items()}
-    return Candidate(spelled, {n: p.removeprefix(prefix) for n, p in held.items()}, shapes)
+def layout_fit(naming: FileNaming, tensors: Mapping[str, Tensor], prefix: str) -> LayoutFit:
+    """The arrays of a layout that the layer with that prefix has."""
+    names = naming.layer_names(tensors, prefix)
+    shapes = {name: tensors[prefix + place].shape for name, place in names.items()}
+    return LayoutFit(naming, names, shapes)
 
 
-def sifted(candidates: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
-    """The layouts that a layer may have; and those that it cannot have, and why.
+def select_fits(candidates: list[LayoutFit]) -> tuple[list[LayoutFit], dict[str, str]]:
+    """Split candidates into the layouts that a layer may have, and the others with the reasons.
 
-    A layout that leaves an array over which another one knows is not the layer's.
+    A layout does not fit where it leaves out an array that another layout knows.
     """
     misfits: dict[str, str] = {}
     fits = []
-    for one in candidates:
-        reason = _impossible(one.shapes) or one.spelled.layout.fits(one.shapes)
+    for candidate in candidates:
+        reason = _oversized(candidate.shapes) or candidate.naming.layout.fits(candidate.shapes)
         if reason is None:
-            fits.append(one)
+            fits.append(candidate)
         else:
-            misfits[one.name] = reason
+            misfits[candidate.name] = reason
     best = []
-    for one in fits:
-        known = set(one.held.values())
-        more = next((c for c in fits if set(c.held.values()) > known), None)
-        if more is None:
-            best.append(one)
+    for fit in fits:
+        known = set(fit.names.values())
+        larger = next((other for other in fits if set(other.names.values()) > known), None)
+        if larger is None:
+            best.append(fit)
         else:
-            left = ", ".join(n for n in more.held.values() if n not in known)
-            misfits[one.name] = f"it has no {left}, as {more.name!r} has."
-    return best, {n: r for n, r in misfits.items() if n not in {c.name for c in best}}
+            left = ", ".join(name for name in larger.names.values() if name not in known)
+            misfits[fit.name] = f"it has no {left}, as {larger.name!r} has."
+    names = {fit.name for fit in best}
+    return best, {name: reason for name, reason in misfits.items() if name not in names}
 
 
-def _impossible(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _oversized(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     for name, shape in shapes.items():
-        if not all(0 < size <= WIDEST for size in shape):
-            return f"`{name}` of shape {shape} takes no layer of attention."
+        if not all(0 < size <= MAX_AXIS for size in shape):
+            return f"no attention layer has an array as large as `{name}` of shape {shape}."
     return None
 
 
 def pattern_of(prefix: str) -> str:
     """The prefix with letters for its numbers: ``encoder.layer.{i}.attention.``."""
     letters = iter(_LETTERS)
-    return _NUMBER.sub(lambda found: f"{{{next(letters, 'q')}}}", prefix)
+    return _NUMBER.sub(lambda match: f"{{{next(letters, 'q')}}}", prefix)
 
 
 def numbers_of(prefix: str) -> dict[str, str]:
@@ -150,7 +150,7 @@ def numbers_of(prefix: str) -> dict[str, str]:
 
 
 def matches(prefix: str, pattern: str) -> bool:
-    """Whether a layer's prefix begins as a pattern says.
+    """Whether a layer's prefix begins with a pattern.
 
     Args:
         prefix: The prefix.
@@ -158,9 +158,8 @@ def matches(prefix: str, pattern: str) -> bool:
             a part of the prefix ends.
     """
     parts = re.split(r"(\{[a-z]\}|\*)", pattern)
-    told = {"*": ".*"}
     text = "".join(
-        r"\d+" if re.fullmatch(r"\{[a-z]\}", part) else told.get(part, re.escape(part))
+        r"\d+" if re.fullmatch(r"\{[a-z]\}", part) else ".*" if part == "*" else re.escape(part)
         for part in parts
     )
     end = "" if pattern.endswith((".", "/", "*")) or not pattern else r"(?=[./]|$)"

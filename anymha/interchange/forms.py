@@ -1,37 +1,63 @@
-"""What a layout is made of: its forms, and the arrays beside the projections."""
+"""The parts of a layout: forms, extra arrays, and needs of the forward pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.packing import Piece
 
 
 @dataclass(frozen=True)
 class Extra:
-    """An array beside the four projections, which the canonical form has no place for.
+    """An array that is no kernel or bias of the four projections: the canonical form lacks it.
 
     Args:
         array: Its name, relative to the layer.
-        need: What the forward pass needs it for; None for a buffer that holds nothing of its own,
-            as a causal mask.
+        need: The step of the forward pass that needs it, in words; None for a buffer that follows
+            from the sizes, as a causal mask.
         required: Whether every layer of the layout has it.
-        tells: What its shape tells, and on which axis: ``("head_dim", 0)``, ``("num_heads", 1)``.
+        shows: A size that its shape shows, and the axis: ``("head_dim", 0)``, ``("num_heads", 1)``.
     """
 
     array: str
     need: str | None = None
     required: bool = False
-    tells: tuple[str, int] | None = None
+    shows: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """A step of a family's forward pass besides plain attention, whatever the arrays.
+
+    A need is an option of `AttentionConfig` where it has one of that name: then the caller, or the
+    live layer, states its value, and the converted layer has it. Until then it stays in words.
+
+    Args:
+        option: The option's name, which may be one that `AttentionConfig` does not have yet.
+        text: The need in words.
+        key: The name of its value in the family's `config.json` and its live layers.
+    """
+
+    option: str
+    text: str
+    key: str = ""
+
+    def words(self) -> str:
+        """The need in words, and how to meet it where that is possible."""
+        if self.option not in result_options():
+            return self.text
+        source = f", which is `{self.key}` in the model's config.json" if self.key else ""
+        return f"{self.text} (pass `{self.option}=...`{source})"
 
 
 @dataclass(frozen=True)
 class Form:
-    """One set of names and shapes; a layout has several where its library has.
+    """One set of names and shapes; a layout has as many as its library.
 
     Args:
         pieces: The arrays.
-        name: What tells it from the layout's other forms.
+        name: A name that tells it from the layout's other forms.
     """
 
     pieces: tuple[Piece, ...]

@@ -11,12 +11,16 @@ import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, WeightsError
 from anymha.framework.registry import backend_of, get_layer
+from anymha.interchange.compared_options import check_same_results
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
-from anymha.interchange.libraries import made, opened
-from anymha.interchange.live_layer import Opened
+from anymha.interchange.libraries import make_layer, open_layer
+from anymha.interchange.live_layer import LiveLayer
 from anymha.interchange.weights import Weights
-from anymha.interchange.writing import check_biases, checked, matched
+from anymha.interchange.writing import check_biases, check_weights, match_biases
 from anymha.options.config import AttentionConfig
+
+OWN = "anymha"
+"""The layout of anymha's own layers."""
 
 
 def new_layer(*args: Any, backend: str, **options: Any) -> Any:
@@ -36,7 +40,7 @@ def new_layer(*args: Any, backend: str, **options: Any) -> Any:
     return get_layer(backend)(*args, **options)
 
 
-def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
+def get_weights(layer: Any, **sizes: Any) -> Weights:
     """The layer's weights as NumPy arrays by canonical name, in the layer's dtype.
 
     Args:
@@ -44,24 +48,25 @@ def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
             Keras's `MultiHeadAttention` and `GroupQueryAttention`, `nnx.MultiHeadAttention`,
             Equinox's `MultiheadAttention`, an attention module of transformers, timm or
             x-transformers, or the parameters of Flax's linen or Haiku, as nested dicts.
-        **sizes: What such a layer does not tell, as `to_canonical` takes it: `num_heads` for
-            Haiku.
+        **sizes: Sizes and options that such a layer does not show, as `to_canonical` takes them:
+            `num_heads` for Haiku.
 
     Returns:
-        A dict; of another library's layer with the attributes of
-        `anymha.interchange.weights.Weights`: its `config`, what its forward pass `needs` beside
-        plain attention, and its arrays that the canonical form has no place for.
+        A dict with the attributes of `anymha.interchange.weights.Weights`: the layer's `config`,
+        by which `set_weights` sees that another layer would compute something else; and of another
+        library's layer what its forward pass `needs` besides plain attention, and its arrays that
+        the canonical form has no place for.
 
     Raises:
         ArgumentError: `layer` is not such a layer.
-        WeightsError: the layer has no weights yet, or does not tell its sizes.
-        LayoutError: it has what cannot be converted.
+        WeightsError: the layer has no weights yet, or does not show its sizes.
+        LayoutError: a part of it cannot be converted.
     """
     if not _is_ours(layer):
-        return _read(opened(layer), sizes)
+        return _read(open_layer(layer), sizes)
     if sizes:
         raise ArgumentError(
-            f"A layer of anymha tells its sizes itself. Received: {', '.join(sizes)}. Leave it out."
+            f"A layer of anymha knows its sizes. Received: {', '.join(sizes)}. Leave it out."
         )
     arrays = layer.canonical_weights()
     if not arrays:
@@ -69,7 +74,10 @@ def get_weights(layer: Any, **sizes: Any) -> dict[str, np.ndarray]:
             "The layer has no weights yet. Call it once, or pass `query_features` to its "
             "constructor."
         )
-    return {name: np.array(backend_of(array).ops.to_numpy(array)) for name, array in arrays.items()}
+    values = {
+        name: np.array(backend_of(array).ops.to_numpy(array)) for name, array in arrays.items()
+    }
+    return Weights(values, layout=OWN, config=layer.config)
 
 
 def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
@@ -78,8 +86,10 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     Args:
         layer: A layer, as `get_weights` takes it.
         weights: Arrays by canonical name, one for each weight of the layer. Another library's
-            layer gets zeros for biases that the weights do not have.
-        **sizes: What another library's layer does not tell, as for `get_weights`.
+            layer gets zeros for biases that the weights do not have. Weights of `get_weights` and
+            `to_canonical` bring the options of their layer, which are compared with this one's;
+            ``dict(weights)`` sets the arrays alone.
+        **sizes: Sizes that another library's layer does not show, as for `get_weights`.
 
     Returns:
         The layer itself; a new one for JAX's and Equinox's layers and for parameters as dicts.
@@ -87,7 +97,7 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     Raises:
         ArgumentError: `layer` is not such a layer.
         WeightsError: names or shapes do not fit; the layer is left as it was.
-        LayoutError: the layer would compute something else than the one that the weights are from.
+        LayoutError: the layer that the weights are from computes something else.
 
     Warns:
         BiasWarning: a bias of zeros was added or left out.
@@ -95,23 +105,28 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     source = weights if isinstance(weights, Weights) else None
     if _is_ours(layer):
         if source is not None and source.config is not None:
-            _check_scale("the layer", layer.config, source.config)
+            check_same_results("the layer", layer.config, source.config, unknown=source.unknown)
         return layer.with_canonical_weights(weights)
-    live = opened(layer)
-    held = _read(live, sizes)
-    values, _ = checked(weights)
+    live = open_layer(layer)
+    current = _read(live, sizes)
+    values, _ = check_weights(weights)
     check_biases(values)
-    values = matched(live.layout, held, values)
+    values = match_biases(live.layout, current, values)
     for name, value in values.items():
-        if value.shape != held[name].shape:
+        if value.shape != current[name].shape:
             raise WeightsError(
-                f"`{name}` must have shape {held[name].shape} in this layer of {live.layout}. "
+                f"`{name}` must have shape {current[name].shape} in this layer of {live.layout}. "
                 f"Received: shape {value.shape}."
             )
     if source is not None and source.config is not None:
-        _check_scale(f"the layer of {live.layout}", held.config, source.config)
-    values = Weights(values, layout=live.layout, form=held.form, config=held.config)
-    arrays = get_layout(live.layout).from_canonical(values, extras=_extras(live, held, source))
+        check_same_results(
+            f"the layer of {live.layout}",
+            current.config,
+            source.config,
+            unknown=(*source.unknown, *current.unknown),
+        )
+    values = Weights(values, layout=live.layout, form=current.form, config=current.config)
+    arrays = get_layout(live.layout).from_canonical(values, extras=_extras(live, current, source))
     return live.write({name: array for name, array in arrays.items() if name in live.arrays})
 
 
@@ -125,8 +140,8 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
             "flax.nnx.MultiHeadAttention", "equinox.MultiheadAttention"; the parameters of
             "flax.linen.MultiHeadDotProductAttention" and "haiku.MultiHeadAttention".
         weights_only: Convert also a layer whose forward pass needs more than attention, as rotary
-            positions, which the new layer then lacks.
-        **sizes: What another library's layer does not tell, as for `get_weights`.
+            positions; the new layer then lacks it.
+        **sizes: Sizes that another library's layer does not show, as for `get_weights`.
 
     Raises:
         ArgumentError: `layer` is not such a layer.
@@ -141,19 +156,19 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
         'anymha_numpy.layer'
     """
     weights = get_weights(layer, **sizes)
-    needs = weights.needs if isinstance(weights, Weights) else ()
+    needs = weights.needs
     if needs and not weights_only:
         raise LayoutError(
             f"The {type(layer).__name__} computes more than attention: {'; '.join(needs)}. The new "
             "layer would lack it. Pass `weights_only=True` to convert the projections all the same."
         )
-    options = (weights.config if isinstance(weights, Weights) else layer.config).to_dict()
+    options = weights.config.to_dict()
     names = {"query_features": "query", "value_features": "value", "key_features": "key"}
     options |= {option: weights[f"{name}.kernel"].shape[0] for option, name in names.items()}
     options["dtype"] = weights["query.kernel"].dtype.name
     config = AttentionConfig.from_dict(options)
     if "." in to:
-        return made(to, from_canonical(dict(weights), to, config=config), config)
+        return make_layer(to, from_canonical(dict(weights), to, config=config), config)
     return set_weights(get_layer(to)(**config.to_dict()), dict(weights))
 
 
@@ -161,7 +176,7 @@ def _is_ours(layer: Any) -> bool:
     return hasattr(layer, "canonical_weights")
 
 
-def _read(live: Opened, sizes: Mapping[str, Any]) -> Weights:
+def _read(live: LiveLayer, sizes: Mapping[str, Any]) -> Weights:
     """The canonical weights of another library's layer, with its config."""
     if not live.arrays:
         raise WeightsError(
@@ -176,34 +191,26 @@ def _read(live: Opened, sizes: Mapping[str, Any]) -> Weights:
     return weights
 
 
-def _check_scale(target: str, config: AttentionConfig, wanted: AttentionConfig) -> None:
-    """That a layer multiplies the logits as the one does that the weights are from."""
-    if not math.isclose(config.scale_value, wanted.scale_value, rel_tol=1e-6):
-        raise LayoutError(
-            f"The weights are of a layer whose `scale` is {wanted.scale_value:g}; that of {target} "
-            f"is {config.scale_value:g}, and the results would differ. Make the layer with "
-            f"`scale={wanted.scale_value:g}`, or pass `dict(weights)` to set them all the same."
-        )
-
-
-def _extras(live: Opened, held: Weights, source: Weights | None) -> dict[str, np.ndarray]:
-    """The arrays beside the projections: the source's where it is of the same layout."""
+def _extras(live: LiveLayer, current: Weights, source: Weights | None) -> dict[str, np.ndarray]:
+    """The arrays other than the projections: the source's where it has the same layout."""
     if source is None:
-        return held.extras
+        return current.extras
     if source.layout != live.layout:
         if source.lost:
             raise LayoutError(
                 f"The layer of {live.layout} has no place for {', '.join(source.lost)}, which the "
                 f"layer of {source.layout} has. Pass `dict(weights)` to set the projections alone."
             )
-        return held.extras
-    lacking = [name for name in source.lost if name not in held.extras]
-    bent = [
-        n for n, a in source.extras.items() if n in held.extras and a.shape != held.extras[n].shape
+        return current.extras
+    lacking = [name for name in source.lost if name not in current.extras]
+    misshapen = [
+        n
+        for n, a in source.extras.items()
+        if n in current.extras and a.shape != current.extras[n].shape
     ]
-    if lacking or bent:
+    if lacking or misshapen:
         raise WeightsError(
-            f"The arrays beside the projections do not fit this layer of {live.layout}. It lacks: "
-            f"{', '.join(lacking) or 'none'}. Of another shape: {', '.join(bent) or 'none'}."
+            f"The arrays besides the projections do not fit this layer of {live.layout}. It lacks: "
+            f"{', '.join(lacking) or 'none'}. Of another shape: {', '.join(misshapen) or 'none'}."
         )
-    return {**held.extras, **{n: a for n, a in source.extras.items() if n in held.extras}}
+    return {**current.extras, **{n: a for n, a in source.extras.items() if n in current.extras}}

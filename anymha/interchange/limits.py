@@ -1,4 +1,4 @@
-"""What a layout cannot hold, as rules: each gives the reason, or None where it can."""
+"""Rules of layouts: each returns the reason why weights do not fit, or None where they do."""
 
 from __future__ import annotations
 
@@ -102,19 +102,19 @@ def _one_width(names: Sequence[str], weights: Mapping[str, np.ndarray]) -> str |
 
 
 def limits_of(form: Form) -> list[Limit]:
-    """What follows from the arrays alone."""
-    found: list[Limit] = []
+    """The rules that follow from a form's arrays."""
+    rules: list[Limit] = []
     for piece in form.pieces:
         if piece.part == "kernel" and len(piece.holds) > 1:
-            found += [one_input if len(piece.holds) == 3 else one_memory, same_widths]
+            rules += [one_input if len(piece.holds) == 3 else one_memory, same_widths]
         if piece.part == "kernel" and piece.packing == "codegen":
-            found += [same_heads, blocks_of_heads]
+            rules += [same_heads, blocks_of_heads]
         if piece.part == "kernel" and piece.holds == ("output",) and piece.form != "heads":
-            found.append(vector_output)
-    return list(dict.fromkeys(found))
+            rules.append(vector_output)
+    return list(dict.fromkeys(rules))
 
 
-def form_for(
+def choose_form(
     layout: str,
     forms: Sequence[Form],
     limits: Sequence[Limit],
@@ -122,7 +122,7 @@ def form_for(
     sizes: Sizes,
     name: str | None,
 ) -> Form:
-    """The form to write: that of the name, or else the first that can hold the weights.
+    """Choose the form to write: the named one, or else the first that can hold the weights.
 
     Raises:
         LayoutError: none can, and why; or the layout has no form of that name.
@@ -143,19 +143,19 @@ def form_for(
 
 
 def check_scale(
-    layout: str, own: float | str | None, sizes: Sizes, config: AttentionConfig | None
+    layout: str, own: float | str | None, sizes: Sizes, config: AttentionConfig
 ) -> None:
-    """That the layout's layers scale the logits as the config says.
+    """Check that the layout's layers scale the logits as the config states.
 
     Raises:
-        LayoutError: they do not, and results would change.
+        LayoutError: they scale otherwise, and results would change.
     """
-    if config is None or isinstance(own, str):
+    if isinstance(own, str):
         return
     theirs = 1 / math.sqrt(sizes.key_dim) if own is None else own
     if not math.isclose(config.scale_value, theirs, rel_tol=1e-6):
         raise LayoutError(
-            f"A layer of {layout} multiplies the logits by {theirs:g}; by the config it is "
+            f"A layer of {layout} multiplies the logits by {theirs:g}; the config has "
             f"`scale` {config.scale_value:g}, and the results would change. Multiply "
             f"`query.kernel` and `query.bias` by {config.scale_value / theirs:g} first, and pass a "
             f"config with `scale` {theirs:g}."

@@ -1,7 +1,7 @@
-"""How the names of a layout are spelled in a file.
+"""The names that files use for the arrays of a layout.
 
-Most files have the names of the layout. Keras's HDF5 files name the variables of a layer by number;
-and names of nested dicts may be joined by dots or by slashes.
+Most files use the layout's own names. Keras's HDF5 files number the variables of a layer, and the
+names of nested dicts are joined by dots or by slashes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PARTS = ("kernel", "bias")
 _GATE = "_gate_dense"
 
 
-def _in_hdf5(mark: str) -> dict[str, str]:
-    """Keras's names in HDF5: of each attribute that holds a layer, its variables by number."""
+def _hdf5_names(mark: str) -> dict[str, str]:
+    """Keras's names in HDF5: the attribute that holds a layer, and the number of the variable."""
     layers = {name: f"{mark}{name.removeprefix('attention_')}_dense" for name in _LAYERS}
     layers["gate"] = _GATE
     return {
@@ -31,14 +31,14 @@ def _in_hdf5(mark: str) -> dict[str, str]:
 
 
 KERAS = {
-    "keras.MultiHeadAttention": _in_hdf5(""),
-    "keras.GroupQueryAttention": _in_hdf5("_"),
+    "keras.MultiHeadAttention": _hdf5_names(""),
+    "keras.GroupQueryAttention": _hdf5_names("_"),
 }
 
 
 @dataclass(frozen=True)
-class Spelled:
-    """A layout as a file spells it.
+class FileNaming:
+    """The names of a layout's arrays in a file.
 
     Args:
         layout: The layout.
@@ -51,32 +51,32 @@ class Spelled:
     separator: str
 
     def prefixes(self, names: Iterable[str]) -> list[str]:
-        """What the names of each layer begin with, in the file's names."""
-        held, found = set(names), {}
+        """The prefix of each layer's names, out of all names in the file."""
+        existing, prefixes = set(names), {}
         for required in self.layout.required():
             mark, *others = (self.names[name] for name in required)
-            for name in held:
-                start = name.removesuffix(mark)
-                whole = name.endswith(mark) and start[-1:] in ("", ".", "/")
-                if whole and all(start + one in held for one in others):
-                    found[start] = None
-        return sorted(found, key=_natural)
+            for name in existing:
+                prefix = name.removesuffix(mark)
+                is_part = name.endswith(mark) and prefix[-1:] in ("", ".", "/")
+                if is_part and all(prefix + other in existing for other in others):
+                    prefixes[prefix] = None
+        return sorted(prefixes, key=_natural)
 
-    def held(self, names: Container[str], prefix: str) -> dict[str, str]:
-        """The names in the file of one layer's arrays, by their names in the layout."""
-        return {name: prefix + one for name, one in self.names.items() if prefix + one in names}
+    def layer_names(self, names: Container[str], prefix: str) -> dict[str, str]:
+        """The file's names of one layer's arrays by the layout's, without the prefix."""
+        return {name: place for name, place in self.names.items() if prefix + place in names}
 
 
-def spellings(layout: Layout, one: Format) -> list[Spelled]:
-    """How files of a format may spell a layout; a new file has the first."""
-    if one.name in HDF5 and layout.name in KERAS:
-        return [Spelled(layout, KERAS[layout.name], "/")]
+def file_namings(layout: Layout, file_format: Format) -> list[FileNaming]:
+    """The namings that a format's files may have for a layout; new files have the first."""
+    if file_format.name in HDF5 and layout.name in KERAS:
+        return [FileNaming(layout, KERAS[layout.name], "/")]
     other = "." if layout.separator == "/" else "/"
     plain = {name: name for name in layout.names()}
     joined = {name: name.replace(layout.separator, other) for name in plain}
-    return [Spelled(layout, plain, layout.separator), Spelled(layout, joined, other)]
+    return [FileNaming(layout, plain, layout.separator), FileNaming(layout, joined, other)]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts numbers within names by their value."""
+    """A key that sorts numbers within names by their value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

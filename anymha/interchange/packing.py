@@ -1,6 +1,6 @@
-"""One array of a foreign layer: which canonical weights it holds, and how they lie in it.
+"""`Piece`: an array of a foreign layer that packs canonical weights, and the way it packs them.
 
-All ways are slices, transpositions and permutations, so that every bit survives both ways.
+All transforms are slices, transpositions and permutations, so that every bit survives both ways.
 
 Shapes: H query heads, K key and value heads, G = H / K, d the width of a head, D of an input,
 O of the output.
@@ -16,12 +16,12 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 QKV = ("query", "key", "value")
 CODEGEN_BLOCKS = 4
-"""CodeGen was trained on four devices, whose shares its fused kernel still shows."""
+"""CodeGen's fused kernel has the shares of the four devices that trained it."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is needed to take a layer's arrays apart.
+    """The sizes that split a layer's arrays into heads.
 
     Args:
         heads: Query heads H.
@@ -53,9 +53,9 @@ class Piece:
         array: Its name, relative to the layer.
         holds: The projections, of "query", "key", "value", "output".
         part: "kernel" or "bias".
-        form: How a kernel lies: "linear" is (outputs, inputs), as torch's linear layers have it;
+        form: The axes of a kernel: "linear" is (outputs, inputs), as torch's linear layers have it;
             "matrix" is (inputs, outputs); "heads" is the canonical shape.
-        packing: How several lie beside one another, along the outputs: "blocks" (all heads of one,
+        packing: The order of several projections along the outputs: "blocks" (all heads of one,
             then of the next), "groups" (for each key head its G query heads, then key, then value;
             with K = H this is "per head") or "codegen".
         tiled: Query head h belongs to key head ``h % K``, not to ``h // G`` as in most libraries.
@@ -70,19 +70,19 @@ class Piece:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The canonical names of what it holds."""
+        """The canonical names of its weights."""
         return tuple(f"{projection}.{self.part}" for projection in self.holds)
 
     @property
     def rank(self) -> int | None:
-        """The array's rank; None where it may be any."""
+        """The array's rank; None for any."""
         if self.form == "heads":
             return None if self.holds == ("output",) else 3 - (self.part == "bias")
         return 2 - (self.part == "bias")
 
     @property
     def outputs(self) -> int:
-        """The axis along which the heads lie: the outputs, but of the output projection inputs."""
+        """The axis of the heads: the kernel's outputs; the inputs of the output projection."""
         inside = self.holds == ("output",)
         return int((self.form == "matrix") != inside) if self.part == "kernel" else 0
 
@@ -98,22 +98,22 @@ class Piece:
         else:
             rows = array.T if self.outputs else array  # (heads*d, D) or (heads*d,)
             parts = self._unpack(rows, sizes)  # each (heads, d, D) or (heads, d)
-        found = {}
+        weights = {}
         for name, heads in zip(self.names, parts, strict=True):
             if self.tiled and name.startswith(("query", "output")):
                 heads = heads[_tiles(sizes)]
             if self.part == "kernel" and self.holds != ("output",):
                 heads = heads.transpose(2, 0, 1)
-            found[name] = np.array(heads, order="C")
-        return found
+            weights[name] = np.array(heads, order="C")
+        return weights
 
     def write(self, weights: Mapping[str, np.ndarray], sizes: Sizes) -> np.ndarray:
         """The array that holds these canonical weights, C-contiguous and a copy."""
-        held = [weights[name] for name in self.names]
+        values = [weights[name] for name in self.names]
         if self.form == "heads" or self.names == ("output.bias",):
-            return np.array(held[0], order="C")
+            return np.array(values[0], order="C")
         parts = []
-        for name, weight in zip(self.names, held, strict=True):
+        for name, weight in zip(self.names, values, strict=True):
             turned = self.part == "kernel" and self.holds != ("output",)
             heads = weight.transpose(1, 2, 0) if turned else weight
             if self.tiled and name.startswith(("query", "output")):
@@ -173,6 +173,6 @@ def fused(
     name: str, packing: str = "blocks", *, form: str = "linear", bias: bool = True,
     holds: tuple[str, ...] = QKV,
 ) -> tuple[Piece, ...]:  # fmt: skip
-    """The pieces of a layer that gives several projections at once."""
+    """The pieces of one linear layer for several projections."""
     kernel = Piece(f"{name}.weight", holds, "kernel", form, packing)
     return (kernel, Piece(f"{name}.bias", holds, "bias", form, packing)) if bias else (kernel,)

@@ -1,8 +1,9 @@
-"""A foreign layer's arrays on their way in: which form they have, and the config they fit."""
+"""Read a foreign layer's arrays: find their form, check their dtypes, make their config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def form_of(
     refused: Mapping[str, str],
     shapes: Shapes,
 ) -> Form:
-    """The form that has these names.
+    """Find the form that has these names.
 
     Raises:
         LayoutError: the layer has what cannot be converted.
@@ -40,27 +41,27 @@ def form_of(
             raise LayoutError(f"{layout} with `{name}` cannot be converted: {reason}")
     if any(part in MLA for name in shapes for part in name.split(".")):
         raise LayoutError(MLA_REASON)
-    beside = [extra.array for extra in extras]
-    needed = [extra.array for extra in extras if extra.required]
+    allowed = [extra.array for extra in extras]
+    required = [extra.array for extra in extras if extra.required]
     misses = []
     for form in forms:
-        missing = [name for name in (*form.required(), *needed) if name not in shapes]
-        unknown = [name for name in shapes if name not in (*form.names(), *beside)]
+        missing = [name for name in (*form.required(), *required) if name not in shapes]
+        unknown = [name for name in shapes if name not in (*form.names(), *allowed)]
         if not missing and not unknown:
             return form
         misses.append((len(missing) + len(unknown), form, missing, unknown))
     _, form, missing, unknown = min(misses, key=lambda miss: miss[0])
     raise WeightsError(
-        f"The layout has the names {', '.join((*form.names(), *needed))}. Missing: "
+        f"The layout has the names {', '.join((*form.names(), *required))}. Missing: "
         f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
     )
 
 
 def check_floats(arrays: Mapping[str, np.ndarray]) -> None:
-    """That the arrays are of dtypes in which a layer can hold them.
+    """Check that the arrays are of dtypes that a layer can have.
 
     Raises:
-        LayoutError: one is not, as those of quantised layers.
+        LayoutError: one is not, as in quantised layers.
     """
     for name, array in arrays.items():
         if array.dtype.name not in FLOATING:
@@ -70,10 +71,8 @@ def check_floats(arrays: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def config_of(
-    weights: Arrays, scale: float | None, sliding_window: int | None
-) -> AttentionConfig:  # fmt: skip
-    """The config of canonical weights."""
+def config_of(weights: Arrays, options: Mapping[str, Any]) -> AttentionConfig:
+    """The config of canonical weights, with the options that they do not show."""
     query, key = weights["query.kernel"], weights["key.kernel"]
     value, output = weights["value.kernel"], weights["output.kernel"]
     return AttentionConfig(
@@ -86,7 +85,6 @@ def config_of(
         value_features=value.shape[0],
         key_features=key.shape[0],
         num_key_value_heads=key.shape[1],
-        sliding_window=sliding_window,
-        scale=scale,
         dtype=query.dtype,
+        **options,
     )

@@ -1,4 +1,4 @@
-"""How many heads of which width a layer has: from the shapes of its arrays, and what is told."""
+"""The number of heads and their widths, from the shapes of a layer's arrays and stated sizes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the caller says, or an array beside the kernels; None where nobody does."""
+class StatedSizes:
+    """Sizes that the caller states, or an extra array shows; None where unknown."""
 
     num_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
 
 
-def solve(layout: str, pieces: Sequence[Piece], shapes: Shapes, told: Told) -> Sizes:
-    """The sizes with which all shapes fit one another.
+def solve_sizes(layout: str, pieces: Sequence[Piece], shapes: Shapes, stated: StatedSizes) -> Sizes:
+    """Find the sizes with which all shapes fit one another.
 
     Args:
         layout: The layout's name, for messages.
-        pieces: The layout's arrays, of which those in `shapes` are there.
+        pieces: The layout's arrays; the layer has those that `shapes` names.
         shapes: The arrays' shapes by name.
-        told: What is known beside them.
+        stated: Sizes that are known otherwise.
 
     Raises:
-        WeightsError: the shapes do not fit one another or what was told, or do not tell enough.
+        WeightsError: the shapes do not fit one another or the stated sizes, or leave sizes open.
     """
     kernels = {name: p for p in pieces if p.part == "kernel" for name in p.holds}
     for piece in pieces:
@@ -39,23 +39,25 @@ def solve(layout: str, pieces: Sequence[Piece], shapes: Shapes, told: Told) -> S
     if kernels["query"].form == "heads":
         sizes = _of_heads(kernels, shapes)
     else:
-        sizes = _of_matrices(layout, kernels, shapes, told)
-    _check_told(kernels, shapes, sizes, told)
+        sizes = _of_matrices(layout, kernels, shapes, stated)
+    _check_stated(kernels, shapes, sizes, stated)
     for piece in pieces:
         if piece.part == "bias" and piece.array in shapes:
             _check_bias(piece, kernels[piece.holds[0]], shapes, sizes)
     return sizes
 
 
-def possible_heads(pieces: Sequence[Piece], shapes: Shapes) -> list[Told]:
-    """The numbers of query heads that divide the rows in which they lie, where shapes tell none."""
+def possible_heads(pieces: Sequence[Piece], shapes: Shapes) -> list[StatedSizes]:
+    """All numbers of query heads that divide their rows; for shapes that leave the number open."""
     kernels = {name: p for p in pieces if p.part == "kernel" for name in p.holds}
     if kernels["query"].form == "heads":
-        return [Told()]
+        return [StatedSizes()]
     mark = kernels["query"] if kernels["query"].holds == ("query",) else kernels["output"]
     shape = shapes[mark.array]
     rows = shape[mark.outputs] if len(shape) == 2 else 1
-    return [Told(num_heads=heads) for heads in range(1, rows + 1) if rows % heads == 0] or [Told(1)]
+    return [StatedSizes(num_heads=heads) for heads in range(1, rows + 1) if rows % heads == 0] or [
+        StatedSizes(1)
+    ]
 
 
 def _check_rank(piece: Piece, shapes: Shapes) -> None:
@@ -77,32 +79,32 @@ def _of_heads(kernels: Mapping[str, Piece], shapes: Shapes) -> Sizes:
     return sizes
 
 
-def _check_fit(projection: str, shape: Shape, wanted: Shape) -> None:
-    if shape != wanted:
+def _check_fit(projection: str, shape: Shape, expected: Shape) -> None:
+    if shape != expected:
         raise WeightsError(
             f"The layers do not fit one another: `{projection}.kernel` has shape {shape}, "
-            f"the others need {wanted}."
+            f"the others need {expected}."
         )
 
 
 def _of_matrices(
-    layout: str, kernels: Mapping[str, Piece], shapes: Shapes, told: Told
+    layout: str, kernels: Mapping[str, Piece], shapes: Shapes, stated: StatedSizes
 ) -> Sizes:  # fmt: skip
     query, key, output = kernels["query"], kernels["key"], kernels["output"]
     alone = query.holds == ("query",)
-    # Where the query's rows lie among others, the output's inputs are as many.
+    # An array of several projections has more rows than heads; the output has as many inputs.
     mark = query if alone else output
-    heads, head_dim = told.num_heads, told.head_dim
+    heads, head_dim = stated.num_heads, stated.head_dim
     if heads is None and head_dim is None:
         raise WeightsError(
             f"{layout} needs `num_heads`, the number of query heads (or `head_dim`, the width of "
-            "each): its shapes do not tell it. It stands in the model's configuration."
+            "each): its shapes do not show it. It is in the model's configuration."
         )
     if heads is None:
         heads = _rows(mark, shapes, 1) // max(head_dim or 0, 1)
     key_dim = _rows(mark, shapes, heads) // heads
     if key.holds == ("key",):
-        shared = told.num_key_value_heads
+        shared = stated.num_key_value_heads
         if shared is None:
             rows = _rows(key, shapes, 1)
             shared = rows // key_dim if rows % key_dim == 0 and rows else heads
@@ -111,7 +113,7 @@ def _of_matrices(
         _check_fit("key", (inputs, shared, width), (inputs, shared, key_dim))
         value_dim = _rows(kernels["value"], shapes, shared) // shared
     else:
-        shared = _shared_of(key, shapes, heads, key_dim, told.num_key_value_heads)
+        shared = _shared_heads(key, shapes, heads, key_dim, stated.num_key_value_heads)
         value_dim = key_dim
     width = _rows(output, shapes, heads) // heads
     outputs = shapes[output.array][1 - output.outputs]
@@ -125,7 +127,7 @@ def _of_matrices(
 
 
 def _rows(piece: Piece, shapes: Shapes, heads: int) -> int:
-    """The rows (or columns) in which the heads of one projection lie; they must divide them."""
+    """The number of rows (or columns) of one projection; `heads` must divide it."""
     shape = shapes[piece.array]
     rows = shape[piece.outputs] if len(shape) == 2 else -1
     if len(shape) != 2 or heads < 1 or rows % heads or rows < heads:
@@ -137,56 +139,56 @@ def _rows(piece: Piece, shapes: Shapes, heads: int) -> int:
     return rows
 
 
-def _shared_of(piece: Piece, shapes: Shapes, heads: int, width: int, told: int | None) -> int:
-    """Key and value heads, from an array that holds several projections."""
+def _shared_heads(piece: Piece, shapes: Shapes, heads: int, width: int, stated: int | None) -> int:
+    """The number of key and value heads, from an array of several projections."""
     rows = _rows(piece, shapes, 1)
     query = heads * width if "query" in piece.holds else 0
-    shared = (rows - query) // (2 * width) if told is None else told
-    whole = shared >= 1 and rows == query + 2 * shared * width
-    if not whole or (piece.packing == "codegen" and (heads % CODEGEN_BLOCKS or shared != heads)):
+    shared = (rows - query) // (2 * width) if stated is None else stated
+    fits = shared >= 1 and rows == query + 2 * shared * width
+    if not fits or (piece.packing == "codegen" and (heads % CODEGEN_BLOCKS or shared != heads)):
         axis = "columns" if piece.outputs else "rows"
-        held = f"{heads} query heads and " if query else ""
-        count = "K" if told is None else f"{told}"
+        queries = f"{heads} query heads and " if query else ""
+        count = "K" if stated is None else f"{stated}"
         more = f", in {CODEGEN_BLOCKS} equal blocks" if piece.packing == "codegen" else ""
         raise WeightsError(
-            f"`{piece.array}` must be a matrix whose {axis} are {held}2 * {count} key and value "
+            f"`{piece.array}` must be a matrix whose {axis} are {queries}2 * {count} key and value "
             f"heads of width {width}{more}. Received: shape {shapes[piece.array]}. "
             "Check `num_heads` and `num_key_value_heads`."
         )
     return shared
 
 
-def _check_told(
-    kernels: Mapping[str, Piece], shapes: Shapes, sizes: Sizes, told: Told
+def _check_stated(
+    kernels: Mapping[str, Piece], shapes: Shapes, sizes: Sizes, stated: StatedSizes
 ) -> None:  # fmt: skip
-    """That the shapes say nothing else than the caller."""
+    """Check that the shapes agree with the stated sizes."""
     facts = {
         "num_heads": (sizes.heads, "query"),
         "num_key_value_heads": (sizes.shared, "key"),
         "head_dim": (sizes.key_dim, "query"),
     }
-    for name, (found, projection) in facts.items():
-        wanted = getattr(told, name)
-        if wanted is not None and wanted != found:
+    for name, (shown, projection) in facts.items():
+        expected = getattr(stated, name)
+        if expected is not None and expected != shown:
             array = kernels[projection].array
             raise WeightsError(
-                f"`{name}` is {found} by the shapes: `{array}` has shape {shapes[array]}. "
-                f"Received: {name}={wanted}."
+                f"`{name}` is {shown} by the shapes: `{array}` has shape {shapes[array]}. "
+                f"Received: {name}={expected}."
             )
 
 
 def _check_bias(piece: Piece, kernel: Piece, shapes: Shapes, sizes: Sizes) -> None:
-    shape, beside = shapes[piece.array], shapes[kernel.array]
+    shape, kernel_shape = shapes[piece.array], shapes[kernel.array]
     if piece.form == "heads":
-        wanted = beside[2:] if piece.holds == ("output",) else beside[1:]
+        expected = kernel_shape[2:] if piece.holds == ("output",) else kernel_shape[1:]
     elif piece.holds == ("output",):
-        wanted = (beside[1 - kernel.outputs],)
+        expected = (kernel_shape[1 - kernel.outputs],)
     elif piece.holds == kernel.holds:
-        wanted = (beside[kernel.outputs],)
+        expected = (kernel_shape[kernel.outputs],)
     else:
-        wanted = (sizes.rows(piece.holds),)
-    if shape != wanted:
+        expected = (sizes.rows(piece.holds),)
+    if shape != expected:
         raise WeightsError(
-            f"`{piece.array}` must have shape {wanted}, as `{kernel.array}` has shape {beside}. "
-            f"Received: shape {shape}."
+            f"`{piece.array}` must have shape {expected}, as `{kernel.array}` has shape "
+            f"{kernel_shape}. Received: shape {shape}."
         )

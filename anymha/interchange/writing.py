@@ -1,4 +1,4 @@
-"""Canonical weights on their way into another layout: checked, and with the biases it has."""
+"""Prepare canonical weights for another layout: check them, and match its biases."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def as_numpy(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else backend_of(array).ops.to_numpy(array)
 
 
-def checked(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
-    """Canonical weights in NumPy, and their sizes; biases are not checked yet.
+def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
+    """Canonical weights in NumPy, and their sizes; `check_biases` checks the biases.
 
     Raises:
         WeightsError: names or shapes are not canonical, or do not fit one another.
     """
     kernels = [f"{projection}.kernel" for projection in PROJECTIONS]
-    held = {*kernels, *(f"{projection}.bias" for projection in PROJECTIONS)}
+    known = {*kernels, *(f"{projection}.bias" for projection in PROJECTIONS)}
     missing = [name for name in kernels if name not in weights]
-    unknown = [name for name in weights if name not in held]
+    unknown = [name for name in weights if name not in known]
     if missing or unknown:
         raise WeightsError(
             f"Canonical weights are {', '.join(kernels)} and their biases. Missing: "
@@ -54,10 +54,10 @@ def checked(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
 
 
 def check_biases(values: Arrays) -> None:
-    """That the biases fit the kernels.
+    """Check that the biases fit the kernels.
 
     Raises:
-        WeightsError: one does not.
+        WeightsError: one does not fit.
     """
     for projection in PROJECTIONS:
         bias = values.get(f"{projection}.bias")
@@ -71,11 +71,11 @@ def check_biases(values: Arrays) -> None:
 
 def _check_kernel(projection: str, values: Arrays, sizes: Sizes) -> None:
     shape, split = values[f"{projection}.kernel"].shape, sizes.split(projection)
-    wanted = (*split, *shape[2:]) if projection == "output" else (shape[0], *split)
-    if shape != wanted:
+    expected = (*split, *shape[2:]) if projection == "output" else (shape[0], *split)
+    if shape != expected:
         raise WeightsError(
             f"The layers do not fit one another: `{projection}.kernel` has shape {shape}, "
-            f"the others need {wanted}."
+            f"the others need {expected}."
         )
 
 
@@ -84,7 +84,7 @@ def _bias_shape(projection: str, values: Arrays) -> tuple[int, ...]:
     return shape[2:] if projection == "output" else shape[1:]
 
 
-def balanced(
+def with_layout_biases(
     target: str, pieces: Sequence[Piece], together: Sequence[str], values: Mapping[str, np.ndarray]
 ) -> Arrays:  # fmt: skip
     """The weights with the biases that a layout has: zeros added, or left out, with a warning.
@@ -92,27 +92,27 @@ def balanced(
     Args:
         target: Its name, for messages.
         pieces: Its arrays.
-        together: Projections whose biases are all there or none.
+        together: Projections that all have a bias or none of them.
         values: Canonical weights.
 
     Raises:
         LayoutError: a bias that is not zero has no place.
     """
-    held = {name for piece in pieces for name in piece.names}
-    wanted = {name: None for name in values if name in held}
+    known = {name for piece in pieces for name in piece.names}
+    wanted = {name: None for name in values if name in known}
     for group in (together, *(piece.holds for piece in pieces if piece.part == "bias")):
         names = [f"{projection}.bias" for projection in group]
         if any(name in wanted for name in names):
             wanted |= dict.fromkeys(names)
-    return matched(target, wanted, values)
+    return match_biases(target, wanted, values)
 
 
-def matched(target: str, wanted: Iterable[str], values: Mapping[str, np.ndarray]) -> Arrays:
-    """The weights with these biases and no others: zeros added, or left out, with a warning.
+def match_biases(target: str, wanted: Iterable[str], values: Mapping[str, np.ndarray]) -> Arrays:
+    """The weights with the biases of a target: zeros added, or left out, with a warning.
 
     Args:
-        target: What has these, for messages.
-        wanted: The canonical names that it has.
+        target: Its name, for messages.
+        wanted: The canonical names that the target has.
         values: Canonical weights.
 
     Raises:
@@ -126,12 +126,12 @@ def matched(target: str, wanted: Iterable[str], values: Mapping[str, np.ndarray]
             f"{target} has no {' and no '.join(f'`{name}`' for name in full)}; the weights do, and "
             "without it the results would change. Use a layout that holds this bias."
         )
-    found = {name: array for name, array in values.items() if name in wanted}
+    result = {name: array for name, array in values.items() if name in wanted}
     added = [name for name in NAMES if name in wanted and name not in values]
     for name in added:
         projection = name.partition(".")[0]
         dtype = values[f"{projection}.kernel"].dtype
-        found[name] = np.zeros(_bias_shape(projection, found), dtype)
+        result[name] = np.zeros(_bias_shape(projection, result), dtype)
     if homeless or added:
         done = [
             f"{', '.join(names)} {verb}"
@@ -144,4 +144,4 @@ def matched(target: str, wanted: Iterable[str], values: Mapping[str, np.ndarray]
             BiasWarning,
             stacklevel=2,
         )
-    return {name: found[name] for name in NAMES if name in found}
+    return {name: result[name] for name in NAMES if name in result}

@@ -1,4 +1,4 @@
-"""Zip archives: members read from where they lie, within bounds; nothing is ever extracted."""
+"""Zip archives: members are read in place, within bounds; nothing is ever extracted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from anymha.errors import FileError
-from anymha.interchange.files.reader import Tensor, broken, filled, fits_memory, open_stream
+from anymha.interchange.files.reader import Tensor, broken, fits_memory, open_stream, read_array
 
 _WRONG = (
     zipfile.BadZipFile,
@@ -28,7 +28,7 @@ _WRONG = (
     RuntimeError,
     ValueError,
 )
-"""What `zipfile` raises on archives that are broken, encrypted or of a method it does not know."""
+"""The errors of `zipfile` on archives that are broken, encrypted or of an unknown method."""
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -38,7 +38,7 @@ class Archive:
 
     Args:
         path: The file.
-        kind: What the format is called in messages, with its article.
+        kind: The format's name in messages, with its article.
 
     Attributes:
         sizes: The members' sizes by name, as the archive claims them.
@@ -48,7 +48,7 @@ class Archive:
         self.path, self.kind = path, kind
         self._stream, _ = open_stream(path)
         try:
-            with self._guard("it is not a whole zip archive"):
+            with self._guard("it is not a complete zip archive"):
                 self._zip = zipfile.ZipFile(self._stream)
             self._check_members()
         except BaseException:
@@ -85,23 +85,23 @@ class Archive:
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """A member as a stream; at its end its checksum has been held against its bytes."""
+        """A member as a stream; reading to its end checks its checksum."""
         with self._guard(f"its member {name!r} is broken"), self._zip.open(name) as stream:
             yield cast(BinaryIO, stream)
 
     def read(self, name: str) -> bytes:
         """A member's bytes."""
         with self.open(name) as stream:
-            found = stream.read()
-        if len(found) != self.sizes[name]:
+            content = stream.read()
+        if len(content) != self.sizes[name]:
             raise broken(self.path, self.kind, f"its member {name!r} is cut short")
-        return found
+        return content
 
     def array(self, name: str, tensor: Tensor, skip: int = 0) -> np.ndarray:
         """A member's bytes after the first `skip`, all of them, as an array."""
         with self.open(name) as stream:
             stream.read(skip)
-            array = filled(tensor, stream)
+            array = read_array(tensor, stream)
             rest = stream.read(1)  # the checksum is looked at where there is nothing more
         if array is None or rest:
             reason = f"its member {name!r} does not have the length that its array needs"

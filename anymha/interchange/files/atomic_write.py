@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from anymha.errors import FileError
 
 
 def check_writable(path: Path) -> None:
-    """See to it that a file could be written there, without writing anything.
+    """Check that a file can be written there, without writing anything.
 
     Raises:
-        FileError: it could not.
+        FileError: it cannot.
     """
     if path.is_dir():
         raise FileError(f"{path} cannot be written: it is a folder.")
@@ -30,18 +30,18 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file, and its folder where there is none, that takes its place when it is complete.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a new file, and its folder where there is none; it appears once it is complete.
 
-    It is written under another name in the same folder, brought to the disk, and renamed. Where
-    the block raises an error, nothing is left of it, and what was there before stays.
+    It is written under another name in the same folder, flushed to the disk, and renamed. Where
+    the block raises an error, no part of it is left, and an old file stays.
 
     Raises:
         FileError: it cannot be written.
     """
-    whole = path.resolve()
+    target = path.resolve()
     special = _is_special(path)
-    part = path if special else whole.with_name(f".{whole.name}.{secrets.token_hex(4)}.part")
+    part = path if special else target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         if not special:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             if not special:
                 os.fsync(stream.fileno())
         if not special:
-            part.replace(whole)
-            _bring_to_disk(whole.parent)
+            part.replace(target)
+            _flush_folder(target.parent)
     except FileError:
         raise
     except OSError as error:
@@ -63,17 +63,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 part.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, as `whole_file` does.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, as `atomic_file` does.
 
     Raises:
-        FileError: it cannot be written; what was there is left.
+        FileError: it cannot be written; an old file stays.
     """
-    with whole_file(path) as stream:
+    with atomic_file(path) as stream:
         stream.write(text.encode("utf-8"))
 
 
-def _bring_to_disk(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     with suppress(OSError):  # some systems cannot do it for a folder
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -83,5 +83,5 @@ def _bring_to_disk(folder: Path) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is a device or a pipe, as /dev/stdout, which nothing may replace."""
+    """Whether it is a device or a pipe, as /dev/stdout; those must not be replaced."""
     return path.exists() and not path.is_file()

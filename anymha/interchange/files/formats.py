@@ -1,4 +1,4 @@
-"""The formats that are known: a line each."""
+"""The known formats of files, a line each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Format:
     """A format of files.
 
     Args:
-        name: What it is called.
-        suffixes: How its files' names end.
+        name: Its name.
+        suffixes: The ends of its files' names.
         reader: The module and the function that opens a file.
         writer: The module and the function that begins a new one; None where it is only read.
-        separator: What stands between the parts of a tensor's name.
-        metadata: Whether it can hold texts beside the tensors.
+        separator: The text between the parts of a tensor's name.
+        metadata: Whether its files can have texts besides the tensors.
     """
 
     name: str
@@ -64,7 +64,7 @@ def format_of(path: Path) -> Format:
         if path.name.lower().endswith(one.suffixes):
             return one
     raise FileError(
-        f"{path} has no name that tells its format. Known are: {_listed(FORMATS)}, and the "
+        f"{path} has a name of no known format. Known are: {_listed(FORMATS)}, and the "
         "folders of Orbax."
     )
 
@@ -86,9 +86,9 @@ def create_file(
     """A context in which a new file is written, one tensor at a time.
 
     Args:
-        path: The file; its name tells the format.
+        path: The file; the end of its name says the format.
         tensors: Shape and dtype of each tensor that will be written.
-        metadata: Texts beside the tensors, for a format that has them.
+        metadata: Texts besides the tensors, for a format that has them.
 
     Raises:
         FileError: the format is not written, or cannot hold the tensors.
@@ -102,11 +102,13 @@ def writable_format(path: Path) -> Format:
     Raises:
         FileError: no such format is written.
     """
-    found = format_of(path)
-    if found.writer is None:
+    file_format = format_of(path)
+    if file_format.writer is None:
         written = [one for one in FORMATS if one.writer]
-        raise FileError(f"{path}: {found.name} is only read. Written are: {_listed(written)}.")
-    return found
+        raise FileError(
+            f"{path}: {file_format.name} is only read. Written are: {_listed(written)}."
+        )
+    return file_format
 
 
 def _listed(formats: Any) -> str:

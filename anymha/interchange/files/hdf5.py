@@ -19,20 +19,20 @@ import ml_dtypes
 import numpy as np
 
 from anymha.errors import FileError
-from anymha.interchange.files.atomic_write import whole_file
-from anymha.interchange.files.optional import library
+from anymha.interchange.files.atomic_write import atomic_file
+from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import (
     Reader,
     Tensor,
     check_all_written,
-    checked_array,
+    check_array,
     fits_memory,
     open_stream,
 )
 
 KIND = "an HDF5"
 KINDS = "biufc"
-MOST_DEPTH = 32
+MAX_DEPTH = 32
 OPAQUE = {
     name: np.dtype(getattr(ml_dtypes, name))
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -44,13 +44,13 @@ class Hdf5Reader(Reader):
 
     Args:
         path: The file.
-        stream: Where its bytes are; default the file at `path`.
-        kind: What the format is called in messages.
+        stream: A stream of its bytes; default the file at `path`.
+        kind: The format's name in messages.
     """
 
     def __init__(self, path: Path, stream: BinaryIO | None = None, kind: str = KIND) -> None:
         super().__init__(path, kind)
-        self._h5py = library("h5py", path, "hdf5")
+        self._h5py = require_library("h5py", path, "hdf5")
         self._stream = open_stream(path)[0] if stream is None else stream
         self._file: Any = None
         self._datasets: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class Hdf5Reader(Reader):
             with self._guard():
                 self._file = self._h5py.File(self._stream, "r")
                 tensors = dict(self._walk(self._file, ""))
-            self.hold(tensors)
+            self.set_tensors(tensors)
         except BaseException:
             self.close()
             raise
@@ -75,7 +75,7 @@ class Hdf5Reader(Reader):
 
     def _walk(self, group: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         address = self._h5py.h5o.get_info(group.id).addr
-        if address in self._groups or prefix.count("/") > MOST_DEPTH:
+        if address in self._groups or prefix.count("/") > MAX_DEPTH:
             raise self.broken(f"its group {prefix!r} holds itself, or lies too deep")
         self._groups.add(address)
         for key in group:
@@ -111,9 +111,9 @@ class Hdf5Reader(Reader):
     def _opaque(self, item: Any) -> str:
         """The name of an opaque dtype.
 
-        Keras gives it as a text of variable length, which is in another place of the file. That is
-        not read: Keras has it for bfloat16 alone, and HDF5's library can read for ever on a file
-        that was damaged there.
+        Keras stores it as a text of variable length, in another place of the file. That place is
+        not read: Keras has such texts for bfloat16 alone, and HDF5's library can read for ever on
+        a file that is damaged there.
         """
         if "dtype" not in item.attrs:
             return ""
@@ -127,10 +127,10 @@ class Hdf5Reader(Reader):
     def _read(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
         with self._guard():
-            found = np.asarray(self._datasets[name][()])
-            if found.dtype.kind == "V":
-                found = np.ascontiguousarray(found).view(tensor.dtype)
-            return np.ascontiguousarray(found, tensor.dtype).reshape(tensor.shape)
+            array = np.asarray(self._datasets[name][()])
+            if array.dtype.kind == "V":
+                array = np.ascontiguousarray(array).view(tensor.dtype)
+            return np.ascontiguousarray(array, tensor.dtype).reshape(tensor.shape)
 
     def close(self) -> None:
         """Close the file."""
@@ -149,13 +149,13 @@ def open_hdf5(path: Path) -> Hdf5Reader:
     return Hdf5Reader(path)
 
 
-class _Writer:
+class _Hdf5Writer:
     def __init__(self, file: Any, tensors: Mapping[str, Tensor]) -> None:
         self._file, self._tensors, self._missing = file, tensors, set(tensors)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Write a tensor that was announced."""
-        array = checked_array(name, array, self._tensors[name])
+        """Write an announced tensor."""
+        array = check_array(name, array, self._tensors[name])
         opaque = array.dtype.name in OPAQUE
         values = array.view(f"V{array.dtype.itemsize}") if opaque else array
         dataset = self._file.create_dataset(name, data=values)
@@ -165,26 +165,26 @@ class _Writer:
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """See to it that the file is complete."""
+        """Check that the file is complete."""
         check_all_written(self._missing)
 
 
 @contextmanager
 def create_hdf5(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Iterator[_Writer]:
+) -> Iterator[_Hdf5Writer]:
     """A new HDF5 file, which is there once all its datasets are. It has no metadata.
 
     Raises:
         FileError: it cannot be written, or cannot hold a name or a dtype; or h5py is missing.
     """
-    h5py = library("h5py", path, "hdf5")
+    h5py = require_library("h5py", path, "hdf5")
     for name, tensor in tensors.items():
         if tensor.dtype.kind not in KINDS and tensor.dtype.name not in OPAQUE:
             raise FileError(f"An HDF5 file cannot hold `{name}` of dtype {tensor.dtype}.")
         if not all(part.strip(".") for part in name.split("/")):
             raise FileError(f"An HDF5 file cannot hold the name {name!r}.")
-    with whole_file(path) as stream, h5py.File(stream, "w") as file:
-        writer = _Writer(file, tensors)
+    with atomic_file(path) as stream, h5py.File(stream, "w") as file:
+        writer = _Hdf5Writer(file, tensors)
         yield writer
         writer.finish()

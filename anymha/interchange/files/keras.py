@@ -1,4 +1,4 @@
-"""Keras's ``.keras``: a zip archive with the model's weights in HDF5 and its configuration beside.
+"""Keras's ``.keras``: a zip archive with the model's weights in HDF5, and its configuration.
 
 Only the weights are read. Nothing of the configuration is built, so no code of a file runs.
 

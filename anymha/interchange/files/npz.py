@@ -18,8 +18,8 @@ from numpy.lib import format as npy
 
 from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
-from anymha.interchange.files.atomic_write import whole_file
-from anymha.interchange.files.reader import Reader, Tensor, check_all_written, checked_array
+from anymha.interchange.files.atomic_write import atomic_file
+from anymha.interchange.files.reader import Reader, Tensor, check_all_written, check_array
 
 KIND = "an .npz"
 SUFFIX = ".npy"
@@ -43,7 +43,7 @@ class NpzReader(Reader):
         except BaseException:
             self.close()
             raise
-        self.hold(tensors)
+        self.set_tensors(tensors)
 
     def _header(self, member: str) -> tuple[Tensor, tuple[int, bool, np.dtype]]:
         with self._archive.open(member) as stream:
@@ -102,26 +102,26 @@ def open_npz(path: Path) -> NpzReader:
     return NpzReader(path)
 
 
-class _Writer:
+class _NpzWriter:
     def __init__(self, archive: zipfile.ZipFile, tensors: Mapping[str, Tensor]) -> None:
         self._archive, self._tensors, self._missing = archive, tensors, set(tensors)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Write a tensor that was announced."""
-        array = checked_array(name, array, self._tensors[name])
+        """Write an announced tensor."""
+        array = check_array(name, array, self._tensors[name])
         with self._archive.open(name + SUFFIX, "w", force_zip64=True) as stream:
             npy.write_array(stream, array, allow_pickle=False)
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """See to it that the file is complete."""
+        """Check that the file is complete."""
         check_all_written(self._missing)
 
 
 @contextmanager
 def create_npz(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Iterator[_Writer]:
+) -> Iterator[_NpzWriter]:
     """A new ``.npz`` file, which is there once all its arrays are. It holds no metadata.
 
     Raises:
@@ -133,7 +133,7 @@ def create_npz(
                 f"An .npz file cannot hold `{name}` of dtype {tensor.dtype}: NumPy writes it "
                 "without its name. Write a .safetensors file."
             )
-    with whole_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
-        writer = _Writer(archive, tensors)
+    with atomic_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+        writer = _NpzWriter(archive, tensors)
         yield writer
         writer.finish()

@@ -1,7 +1,7 @@
-"""ONNX: the initialisers of a model's graph by name. The graph itself is not looked at.
+"""ONNX: the initialisers of a model's graph by name. The graph itself is not read.
 
-The file is read by this module, so the package onnx is not needed. Elements may lie in another
-file beside it, of a plain name; any other place is refused.
+This module reads the file, so the package onnx is not needed. Elements may lie in another file next
+to it, of a plain name; any other place is refused.
 
 References:
     ONNX 1.23, ``onnx/onnx.proto3``, messages `ModelProto`, `GraphProto` and `TensorProto`.
@@ -16,8 +16,8 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from anymha.interchange.files.protobuf import SPAN, VARINT, Malformed, fields, varints
-from anymha.interchange.files.reader import Reader, Tensor, filled, open_stream
+from anymha.interchange.files.protobuf import SPAN, VARINT, MalformedMessage, fields, varints
+from anymha.interchange.files.reader import Reader, Tensor, open_stream, read_array
 
 KIND = "an ONNX"
 _GRAPH, _INITIALIZER = 7, 5
@@ -54,7 +54,7 @@ DTYPES = {
 
 @dataclass
 class _Initializer:
-    """Where the elements of an initialiser lie: fields of their numbers and spans."""
+    """An initialiser, with the spans of its elements in the file."""
 
     name: str = ""
     dims: list[int] = field(default_factory=list)
@@ -69,12 +69,17 @@ class OnnxReader(Reader):
     def __init__(self, path: Path) -> None:
         super().__init__(path, KIND)
         self._stream, self._size = open_stream(path)
-        self._found: dict[str, _Initializer] = {}
+        self._initializers: dict[str, _Initializer] = {}
         self._files: dict[str, tuple[BinaryIO, int]] = {}
         try:
             self._collect()
-            self.hold({name: self._tensor(one) for name, one in self._found.items()})
-        except Malformed as error:
+            self.set_tensors(
+                {
+                    name: self._tensor(initializer)
+                    for name, initializer in self._initializers.items()
+                }
+            )
+        except MalformedMessage as error:
             self.close()
             raise self.broken(str(error)) from error
         except BaseException:
@@ -88,91 +93,99 @@ class OnnxReader(Reader):
             if number == _GRAPH and wire == SPAN
         ]
         if len(graphs) != 1:
-            raise Malformed(f"it has {len(graphs)} graphs, where a model has one")
+            raise MalformedMessage(f"it has {len(graphs)} graphs, where a model has initializer")
         for number, wire, begin, end in fields(self._stream, *graphs[0]):
             if number == _INITIALIZER and wire == SPAN:
-                one = self._initializer(begin, end)
-                if one.name in self._found:
-                    raise Malformed(f"it has {one.name!r} twice")
-                if one.kind in DTYPES:
-                    self._found[one.name] = one
+                initializer = self._initializer(begin, end)
+                if initializer.name in self._initializers:
+                    raise MalformedMessage(f"it has {initializer.name!r} twice")
+                if initializer.kind in DTYPES:
+                    self._initializers[initializer.name] = initializer
 
     def _initializer(self, begin: int, end: int) -> _Initializer:
-        one, elsewhere = _Initializer(), False
+        initializer, is_external = _Initializer(), False
         for number, wire, start, stop in fields(self._stream, begin, end):
             if number == _DIMS:
-                one.dims += [start] if wire == VARINT else varints(self._bytes(start, stop))
+                initializer.dims += [start] if wire == VARINT else varints(self._bytes(start, stop))
             elif number == _TYPE and wire == VARINT:
-                one.kind = start
+                initializer.kind = start
             elif number == _LOCATION and wire == VARINT:
-                elsewhere = start == 1
+                is_external = start == 1
             elif number == _NAME and wire == SPAN:
-                one.name = _text(self._bytes(start, stop))
+                initializer.name = _text(self._bytes(start, stop))
             elif number == _EXTERNAL and wire == SPAN:
                 pair = {
                     part: _text(self._bytes(a, b))
                     for part, kind, a, b in fields(self._stream, start, stop)
                     if kind == SPAN
                 }
-                one.external[pair.get(1, "")] = pair.get(2, "")
+                initializer.external[pair.get(1, "")] = pair.get(2, "")
             elif number in (*_FIXED, *_VARINTS):
                 if wire != SPAN:
-                    raise Malformed("it has numbers that are not packed")
-                one.contents.append((number, start, stop))
-        if elsewhere != bool(one.external):
-            raise Malformed(f"{one.name!r} does not say where its elements lie")
-        return one
+                    raise MalformedMessage("it has numbers that are not packed")
+                initializer.contents.append((number, start, stop))
+        if is_external != bool(initializer.external):
+            raise MalformedMessage(f"{initializer.name!r} does not say where its elements lie")
+        return initializer
 
     def _bytes(self, begin: int, end: int) -> bytes:
         self._stream.seek(begin)
         return self._stream.read(end - begin)
 
-    def _tensor(self, one: _Initializer) -> Tensor:
-        tensor = Tensor(tuple(one.dims), DTYPES[one.kind])
-        if any(size >= 2**63 for size in one.dims) or len(one.dims) > 64:
-            raise Malformed(f"{one.name!r} has the shape {one.dims!s:.100}")
-        if one.external:
-            offset, held = self._elsewhere(one, tensor)
-            if offset + tensor.bytes > held:
-                raise Malformed(f"{one.name!r} reaches beyond the file that holds it")
+    def _tensor(self, initializer: _Initializer) -> Tensor:
+        tensor = Tensor(tuple(initializer.dims), DTYPES[initializer.kind])
+        if any(size >= 2**63 for size in initializer.dims) or len(initializer.dims) > 64:
+            raise MalformedMessage(f"{initializer.name!r} has the shape {initializer.dims!s:.100}")
+        if initializer.external:
+            offset, stored = self._external_span(initializer, tensor)
+            if offset + tensor.bytes > stored:
+                raise MalformedMessage(
+                    f"{initializer.name!r} reaches beyond the file that holds it"
+                )
             return tensor
-        if len(one.contents) > 1:
-            raise Malformed(f"{one.name!r} has its elements twice")
-        number, begin, end = one.contents[0] if one.contents else (_RAW, 0, 0)
-        held = end - begin
+        if len(initializer.contents) > 1:
+            raise MalformedMessage(f"{initializer.name!r} has its elements twice")
+        number, begin, end = initializer.contents[0] if initializer.contents else (_RAW, 0, 0)
+        stored = end - begin
         if number in _FIXED:
-            fits = held == tensor.bytes and _FIXED[number] in (None, tensor.dtype)
+            fits = stored == tensor.bytes and _FIXED[number] in (None, tensor.dtype)
         else:
-            fits = tensor.size <= held <= 10 * tensor.size and tensor.dtype.kind not in "c"
+            fits = tensor.size <= stored <= 10 * tensor.size and tensor.dtype.kind not in "c"
         if not fits:
-            raise Malformed(f"{one.name!r} takes {tensor.bytes} bytes, but has {held}")
+            raise MalformedMessage(
+                f"{initializer.name!r} takes {tensor.bytes} bytes, but has {stored}"
+            )
         return tensor
 
-    def _elsewhere(self, one: _Initializer, tensor: Tensor) -> tuple[int, int]:
-        """Where the elements begin in the file beside this one, and that file's length."""
-        place = one.external.get("location", "")
-        offset, length = one.external.get("offset", "0"), one.external.get("length")
+    def _external_span(self, initializer: _Initializer, tensor: Tensor) -> tuple[int, int]:
+        """The offset of the elements in the file next to this one, and that file's length."""
+        place = initializer.external.get("location", "")
+        offset, length = initializer.external.get("offset", "0"), initializer.external.get("length")
         if not place.strip(".") or set(place) & set("/\\:\0"):
-            raise Malformed(f"the elements of {one.name!r} lie in {place!r}, not beside the file")
+            raise MalformedMessage(
+                f"the elements of {initializer.name!r} lie in {place!r}, not next to the file"
+            )
         if not (offset.isascii() and offset.isdigit()) or len(offset) > 19:
-            raise Malformed(f"{one.name!r} begins at {offset!r:.30}")
+            raise MalformedMessage(f"{initializer.name!r} begins at {offset!r:.30}")
         if length not in (None, str(tensor.bytes)):
-            raise Malformed(f"{one.name!r} takes {tensor.bytes} bytes, but has {length!r:.30}")
+            raise MalformedMessage(
+                f"{initializer.name!r} takes {tensor.bytes} bytes, but has {length!r:.30}"
+            )
         if place not in self._files:
             self._files[place] = open_stream(self.path.parent / place)
         return int(offset), self._files[place][1]
 
     def _read(self, name: str) -> np.ndarray:
-        one, tensor = self._found[name], self.tensors[name]
-        number, begin, end = one.contents[0] if one.contents else (_RAW, 0, 0)
+        initializer, tensor = self._initializers[name], self.tensors[name]
+        number, begin, end = initializer.contents[0] if initializer.contents else (_RAW, 0, 0)
         if number in _VARINTS:
             return self._counted(name, tensor, self._bytes(begin, end))
         stream = self._stream
-        if one.external:
-            stream = self._files[one.external["location"]][0]
-            begin, _ = self._elsewhere(one, tensor)
+        if initializer.external:
+            stream = self._files[initializer.external["location"]][0]
+            begin, _ = self._external_span(initializer, tensor)
         stream.seek(begin)
-        array = filled(tensor, stream)
+        array = read_array(tensor, stream)
         if array is None:
             raise self.broken(f"it ends within {name!r}")
         return array
@@ -181,7 +194,7 @@ class OnnxReader(Reader):
         """Elements that are written as varints: integers, or the bits of small floats."""
         try:
             numbers = varints(content)
-        except Malformed as error:
+        except MalformedMessage as error:
             raise self.broken(f"{name!r}: {error}") from error
         if len(numbers) != tensor.size:
             raise self.broken(f"{name!r} has {len(numbers)} elements, not {tensor.size}")
@@ -190,7 +203,7 @@ class OnnxReader(Reader):
         return narrow.reshape(-1).view(tensor.dtype).reshape(tensor.shape)
 
     def close(self) -> None:
-        """Close the file, and those beside it."""
+        """Close the file, and those next to it."""
         for stream in (self._stream, *(stream for stream, _ in self._files.values())):
             stream.close()
 
@@ -199,13 +212,13 @@ def _text(content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Malformed("one of its names is not text") from error
+        raise MalformedMessage("initializer of its names is not text") from error
 
 
 def open_onnx(path: Path) -> OnnxReader:
     """The initialisers of an ONNX file.
 
     Raises:
-        FileError: it cannot be read, is broken, or has its elements elsewhere than beside it.
+        FileError: it cannot be read, is broken, or has elements that are not next to it.
     """
     return OnnxReader(path)

@@ -1,4 +1,4 @@
-"""Libraries that only some formats need."""
+"""Import libraries that only some formats need."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from anymha.errors import FileError
 
 
-def library(name: str, path: Path, extra: str) -> Any:
-    """The module `name`, which is needed for the file at `path`.
+def require_library(name: str, path: Path, extra: str) -> Any:
+    """Import the module `name` for the file at `path`.
 
     Raises:
         FileError: it is not installed; the message says which extra of anymha brings it.

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import FileError
-from anymha.interchange.files.optional import library
+from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream
 
 KIND = "an Orbax"
 METADATA = "_METADATA"
-MOST_METADATA = 100_000_000
+MAX_METADATA = 100_000_000
 ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 KINDS = "biufcV"
 
@@ -41,31 +41,31 @@ class OrbaxReader(Reader):
             raise self.broken(f"neither it nor its folder 'default' has a file {METADATA!r}")
         self._folder = folder.resolve()
         self._stores: dict[str, Any] = {}
-        self._held = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+        self._stored_bytes = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
         keys = self._keys()
-        tensorstore = library("tensorstore", path, "orbax")
+        tensorstore = require_library("tensorstore", path, "orbax")
         try:
-            opened = {
+            opening = {
                 name: tensorstore.open(self._spec(parts), open=True, read=True)
                 for name, parts in keys.items()
             }
-            self._stores = {name: future.result() for name, future in opened.items()}
+            self._stores = {name: future.result() for name, future in opening.items()}
         except Exception as error:  # of TensorStore, which raises nearly every kind
             raise self.broken(f"{_short(error)}") from error
-        self.hold({name: self._tensor(name, store) for name, store in self._stores.items()})
+        self.set_tensors({name: self._tensor(name, store) for name, store in self._stores.items()})
 
     def _keys(self) -> dict[str, list[str]]:
         """The keys of each array, by its name."""
         stream, _ = open_stream(self._folder / METADATA)
         with stream:
-            text = stream.read(MOST_METADATA)
+            text = stream.read(MAX_METADATA)
         try:
-            found = json.loads(text.decode("utf-8"))
-            self._database = bool(found.get("use_ocdbt", True))
-            self._driver = "zarr3" if found.get("use_zarr3") else "zarr"
-            self._complete = bool(found.get("store_array_data_equal_to_fill_value"))
+            metadata = json.loads(text.decode("utf-8"))
+            self._database = bool(metadata.get("use_ocdbt", True))
+            self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+            self._complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
             keys = {}
-            for entry in found["tree_metadata"].values():
+            for entry in metadata["tree_metadata"].values():
                 value = entry["value_metadata"]
                 if value["value_type"] in ARRAYS and not value.get("skip_deserialize"):
                     parts = [str(key["key"]) for key in entry["key_metadata"]]
@@ -96,30 +96,30 @@ class OrbaxReader(Reader):
         if dtype.kind not in KINDS:
             raise self.broken(f"{name!r} holds {dtype}, not numbers")
         tensor = Tensor(tuple(int(size) for size in store.shape), dtype)
-        if not fits_memory(tensor.bytes, self._held):
-            raise self.broken(f"{name!r} claims {tensor.bytes} bytes in {self._held}")
+        if not fits_memory(tensor.bytes, self._stored_bytes):
+            raise self.broken(f"{name!r} claims {tensor.bytes} bytes in {self._stored_bytes}")
         return tensor
 
     def _read(self, name: str) -> np.ndarray:
         try:
-            found = np.asarray(self._stores[name].read().result())
+            array = np.asarray(self._stores[name].read().result())
         except Exception as error:  # of TensorStore, which raises nearly every kind
             raise self.broken(f"{name!r}: {_short(error)}") from error
         tensor = self.tensors[name]
-        return np.ascontiguousarray(found, tensor.dtype).reshape(tensor.shape)
+        return np.ascontiguousarray(array, tensor.dtype).reshape(tensor.shape)
 
     def close(self) -> None:
-        """Let go of the arrays."""
+        """Release the arrays."""
         self._stores = {}
 
 
 def _short(error: Exception) -> str:
-    """What TensorStore says, without its specification and its places in the source."""
+    """TensorStore's message, without its specification and its places in the source."""
     return str(error).partition(" [")[0].rstrip(".")
 
 
 def _folder(path: Path) -> Path | None:
-    """The folder of the arrays, which Orbax's manager calls "default"."""
+    """The folder of the arrays: the path, or "default" in it, where Orbax's manager writes."""
     if not path.exists():
         raise FileError(f"{path} cannot be read: there is no such folder.")
     return next((one for one in (path, path / "default") if (one / METADATA).is_file()), None)

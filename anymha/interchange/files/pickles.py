@@ -20,12 +20,12 @@ from typing import Any
 MARK = object()
 
 
-class Refused(ValueError):
+class RefusedPickle(ValueError):
     """A pickle that is broken, or holds more than tensors."""
 
 
 @dataclass(frozen=True)
-class Name:
+class PickledName:
     """The name of a function or class that the pickle mentions."""
 
     module: str
@@ -51,7 +51,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Strided:
+class StridedTensor:
     """A tensor: where its elements lie in a storage.
 
     Args:
@@ -69,21 +69,21 @@ class Strided:
     dtype: str | None = None
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Strided:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StridedTensor:
     sizes = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or len(shape) != len(strides):
-        raise Refused("a tensor has no storage, or not a stride for each axis")
+        raise RefusedPickle("a tensor has no storage, or not a stride for each axis")
     if any(type(size) is not int or not 0 <= size < 2**63 for size in sizes):
-        raise Refused(f"a tensor has the offset, shape and strides {sizes!s:.100}")
-    return Strided(storage, offset, tuple(shape), tuple(strides))
+        raise RefusedPickle(f"a tensor has the offset, shape and strides {sizes!s:.100}")
+    return StridedTensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Strided:
-    found = _tensor(storage, offset, shape, strides)
+def _typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StridedTensor:
+    tensor = _tensor(storage, offset, shape, strides)
     dtype = rest[2]  # after `requires_grad` and the hooks
-    if not isinstance(dtype, Name) or dtype.module != "torch":
-        raise Refused(f"a tensor has the dtype {dtype}")
-    return Strided(found.storage, offset, found.shape, found.strides, dtype.name)
+    if not isinstance(dtype, PickledName) or dtype.module != "torch":
+        raise RefusedPickle(f"a tensor has the dtype {dtype}")
+    return StridedTensor(tensor.storage, offset, tensor.shape, tensor.strides, dtype.name)
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, *state: Any) -> Any:
@@ -111,33 +111,33 @@ _KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 """Classes that are mentioned and not called."""
 
 
-def _named(module: Any, name: Any) -> Name:
-    found = Name(str(module), str(name))
-    dtype = found.module in ("torch", "torch.storage") and found.name.isidentifier()
-    if str(found) not in _FUNCTIONS and str(found) not in _KINDS and not dtype:
-        raise Refused(
-            f"it holds {found}, which is code to run, and no code of a file is run. In torch, save "
+def _named(module: Any, name: Any) -> PickledName:
+    full = PickledName(str(module), str(name))
+    dtype = full.module in ("torch", "torch.storage") and full.name.isidentifier()
+    if str(full) not in _FUNCTIONS and str(full) not in _KINDS and not dtype:
+        raise RefusedPickle(
+            f"it holds {full}, which is code to run, and no code of a file is run. In torch, save "
             "`model.state_dict()`"
         )
-    return found
+    return full
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    if str(function) not in _FUNCTIONS or not isinstance(function, Name):
-        raise Refused(f"it calls {function}, and no code of a file is run")
+    if str(function) not in _FUNCTIONS or not isinstance(function, PickledName):
+        raise RefusedPickle(f"it calls {function}, and no code of a file is run")
     if not isinstance(arguments, tuple):
-        raise Refused(f"it calls {function} with {type(arguments).__name__}")
+        raise RefusedPickle(f"it calls {function} with {type(arguments).__name__}")
     return _FUNCTIONS[str(function)](*arguments)
 
 
 def _storage(ident: Any) -> Storage:
     word, kind, key, _, size = ident
-    if word != "storage" or not isinstance(kind, Name) or type(size) is not int or size < 0:
-        raise Refused(f"it has an unknown reference {ident!r:.100}")
+    if word != "storage" or not isinstance(kind, PickledName) or type(size) is not int or size < 0:
+        raise RefusedPickle(f"it has an unknown reference {ident!r:.100}")
     return Storage(kind.name, str(key), size)
 
 
-class Machine:
+class PickleMachine:
     """Runs a pickle of tensors.
 
     Args:
@@ -150,21 +150,21 @@ class Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """What the pickle describes: dicts, lists, `Strided` and plain values.
+        """Run the pickle: the result is dicts, lists, `StridedTensor`s and plain values.
 
         Raises:
-            Refused: it is broken, or holds more than tensors.
+            RefusedPickle: it is broken, or holds more than tensors.
         """
         try:
             for opcode, argument, _ in pickletools.genops(io.BytesIO(self._program)):
                 if opcode.name == "STOP":
                     return self._stack.pop()
                 self._step(opcode.name, argument)
-        except Refused:
+        except RefusedPickle:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise Refused(f"its pickle is broken ({error!s:.200})") from error
-        raise Refused("its pickle has no end")
+            raise RefusedPickle(f"its pickle is broken ({error!s:.200})") from error
+        raise RefusedPickle("its pickle has no end")
 
     def _step(self, name: str, argument: Any) -> None:
         stack, memo = self._stack, self._memo
@@ -199,10 +199,12 @@ class Machine:
         elif name == "BUILD":
             stack.pop()  # the state of an OrderedDict, which has no tensors
         elif name not in ("PROTO", "FRAME"):
-            raise Refused(f"its pickle has the instruction {name}, which no file of tensors needs")
+            raise RefusedPickle(
+                f"its pickle has the instruction {name}, which no file of tensors needs"
+            )
 
     def _marked(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pop the items above the last mark."""
         items = []
         while (top := self._stack.pop()) is not MARK:
             items.append(top)

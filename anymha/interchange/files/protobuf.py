@@ -13,8 +13,8 @@ VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
 _SIZES = {FIXED64: 8, FIXED32: 4}
 
 
-class Malformed(ValueError):
-    """Bytes that are no message."""
+class MalformedMessage(ValueError):
+    """Bytes that are not a message."""
 
 
 def fields(stream: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
@@ -24,59 +24,59 @@ def fields(stream: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, int, i
         Number, wire type, and the span of its content in the stream; for a varint its value and 0.
 
     Raises:
-        Malformed: they do not fill the span.
+        MalformedMessage: they do not fill the span.
     """
-    place = begin
-    while place < end:
-        stream.seek(place)
-        tag, place = _varint(stream, place)
+    position = begin
+    while position < end:
+        stream.seek(position)
+        tag, position = _varint(stream, position)
         number, wire = tag >> 3, tag & 7
         if wire == VARINT:
-            value, place = _varint(stream, place)
-            if place > end:
-                raise Malformed("a number runs over the end of its message")
+            value, position = _varint(stream, position)
+            if position > end:
+                raise MalformedMessage("a number runs over the end of its message")
             yield number, wire, value, 0
             continue
         if wire == SPAN:
-            length, place = _varint(stream, place)
+            length, position = _varint(stream, position)
         elif wire in _SIZES:
             length = _SIZES[wire]
         else:
-            raise Malformed(f"it has the wire type {wire}")
-        if not number or place + length > end:
-            raise Malformed("a field runs over the end of its message")
-        yield number, wire, place, place + length
-        place += length
+            raise MalformedMessage(f"it has the wire type {wire}")
+        if not number or position + length > end:
+            raise MalformedMessage("a field runs over the end of its message")
+        yield number, wire, position, position + length
+        position += length
 
 
 def varints(content: bytes) -> list[int]:
-    """Numbers one after another, unsigned.
+    """A sequence of unsigned numbers.
 
     Raises:
-        Malformed: the last one is cut short.
+        MalformedMessage: the last one is cut short.
     """
-    found, number, shift = [], 0, 0
+    numbers, number, shift = [], 0, 0
     for byte in content:
         number |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
-            found.append(number & (2**64 - 1))
+            numbers.append(number & (2**64 - 1))
             number, shift = 0, 0
         elif shift > 63:
-            raise Malformed("a number has more than ten bytes")
+            raise MalformedMessage("a number has more than ten bytes")
     if shift:
-        raise Malformed("a number is cut short")
-    return found
+        raise MalformedMessage("a number is cut short")
+    return numbers
 
 
-def _varint(stream: BinaryIO, place: int) -> tuple[int, int]:
+def _varint(stream: BinaryIO, position: int) -> tuple[int, int]:
     """A number, and where it ends."""
     number = 0
     for shift in range(0, 70, 7):
         byte = stream.read(1)
         if not byte:
-            raise Malformed("it ends within a number")
+            raise MalformedMessage("it ends within a number")
         number |= (byte[0] & 0x7F) << shift
         if byte[0] < 0x80:
-            return number, place + shift // 7 + 1
-    raise Malformed("a number has more than ten bytes")
+            return number, position + shift // 7 + 1
+    raise MalformedMessage("a number has more than ten bytes")

@@ -1,8 +1,8 @@
-"""What every format gives: tensors by name, their shapes and dtypes first, their values one by one.
+"""The interface of all formats: first the shapes and dtypes of tensors by name, then their values.
 
-What a file claims is held against what it has before any memory is taken for it. An array may take
-at most `MOST_ROOM`, or `MOST_EXPANSION` times the bytes that hold it in the file, whichever is
-more; so a small file cannot fill the memory.
+Before memory is taken for an array, the claims of the file are compared with its length. An array
+may take at most `SAFE_BYTES`, or `MAX_EXPANSION` times its bytes in the file, whichever is more; so
+a small file cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 
 from anymha.errors import FileError
 
-MOST_ROOM = 64 * 2**20
-MOST_EXPANSION = 100
+SAFE_BYTES = 64 * 2**20
+MAX_EXPANSION = 100
 CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What is known of an array without its values.
+    """An array without its values.
 
     Args:
         shape: Its shape.
@@ -53,11 +53,11 @@ class Reader(abc.ABC):
 
     Args:
         path: The file.
-        kind: What the format is called in messages, with its article.
+        kind: The format's name in messages, with its article.
 
     Attributes:
         tensors: Shape and dtype by name, in the file's order.
-        metadata: Texts that the file holds beside its tensors.
+        metadata: The file's texts besides its tensors.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -66,11 +66,11 @@ class Reader(abc.ABC):
         self.tensors: Mapping[str, Tensor] = {}
         self.metadata: Mapping[str, str] = {}
 
-    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Set `tensors`.
 
         Raises:
-            FileError: a name is no text, as half a surrogate pair is none.
+            FileError: a name is no text, for example half a surrogate pair.
         """
         for name in tensors:
             try:
@@ -97,7 +97,7 @@ class Reader(abc.ABC):
         """Close the file."""
 
     def broken(self, reason: str) -> FileError:
-        """The error that says what is wrong with the file."""
+        """The error for a broken file, with the reason."""
         return broken(self.path, self.kind, reason)
 
     def __enter__(self) -> Reader:
@@ -123,11 +123,11 @@ Create = Callable[
     [Path, Mapping[str, Tensor], Mapping[str, str]],
     AbstractContextManager[Writer],
 ]
-"""Gives a context in which every announced tensor must be written; only then is the file there."""
+"""Opens a context; the file appears once every announced tensor is written in it."""
 
 
 def broken(path: Path, kind: str, reason: str) -> FileError:
-    """The error that says that a file is not of its kind."""
+    """The error for a file that is not of its kind."""
     return FileError(f"{path} is not {kind} file that can be read: {reason}.")
 
 
@@ -149,32 +149,32 @@ def open_stream(path: Path) -> tuple[BinaryIO, int]:
         raise FileError(f"{path} cannot be read: {reason}.") from error
 
 
-def fits_memory(claimed: int, held: int) -> bool:
-    """Whether an array of `claimed` bytes may be made from `held` bytes of a file."""
-    return claimed <= max(MOST_ROOM, MOST_EXPANSION * held)
+def fits_memory(claimed: int, stored: int) -> bool:
+    """Whether an array of `claimed` bytes may be made from `stored` bytes of a file."""
+    return claimed <= max(SAFE_BYTES, MAX_EXPANSION * stored)
 
 
-def filled(tensor: Tensor, stream: BinaryIO) -> np.ndarray | None:
+def read_array(tensor: Tensor, stream: BinaryIO) -> np.ndarray | None:
     """The next bytes of a stream as an array; None where there are too few."""
     array = np.empty(tensor.shape, tensor.dtype)
-    room = raw(array)
+    buffer = bytes_of(array)
     done = 0
-    while done < len(room):
-        chunk = stream.read(min(CHUNK, len(room) - done))
+    while done < len(buffer):
+        chunk = stream.read(min(CHUNK, len(buffer) - done))
         if not chunk:
             return None
-        room[done : done + len(chunk)] = chunk
+        buffer[done : done + len(chunk)] = chunk
         done += len(chunk)
     return array
 
 
-def raw(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array, without a copy."""
     return array.reshape(-1).view(np.uint8).data
 
 
-def checked_array(name: str, array: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """`array`, C-contiguous, if it is what was announced.
+def check_array(name: str, array: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """`array`, C-contiguous, if it has the announced shape and dtype.
 
     Raises:
         ValueError: it is of another shape or dtype.
@@ -189,10 +189,10 @@ def checked_array(name: str, array: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def check_all_written(missing: set[str]) -> None:
-    """See to it that nothing that was announced is missing.
+    """Check that every announced tensor is written.
 
     Raises:
-        ValueError: something is.
+        ValueError: one is missing.
     """
     if missing:
         raise ValueError(f"These were announced and not written: {', '.join(sorted(missing))}.")

@@ -1,6 +1,6 @@
 """Safetensors: a header of JSON that says where each tensor lies, then their bytes.
 
-The header is read by this module and nothing is believed: its length, the dtypes, and the spans of
+This module reads the header and checks every claim: its length, the dtypes, and the spans of
 the tensors, which must fill the file without a gap or an overlap. Writing puts the header first,
 so a file of any size is written one tensor at a time.
 
@@ -21,19 +21,19 @@ import ml_dtypes
 import numpy as np
 
 from anymha.errors import FileError
-from anymha.interchange.files.atomic_write import whole_file
+from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.reader import (
     Reader,
     Tensor,
+    bytes_of,
     check_all_written,
-    checked_array,
-    filled,
+    check_array,
     open_stream,
-    raw,
+    read_array,
 )
 
 KIND = "a safetensors"
-MOST_HEADER = 100_000_000  # the format's own limit
+MAX_HEADER = 100_000_000  # the format's own limit
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -59,8 +59,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class _Wrong(ValueError):
-    """What is wrong with a header."""
+class _BrokenHeader(ValueError):
+    """An error in a header."""
 
 
 class SafetensorsReader(Reader):
@@ -71,8 +71,8 @@ class SafetensorsReader(Reader):
         self._stream, size = open_stream(path)
         try:
             tensors, self._starts, self.metadata = _parsed(self._stream, size)
-            self.hold(tensors)
-        except _Wrong as error:
+            self.set_tensors(tensors)
+        except _BrokenHeader as error:
             self.close()
             raise self.broken(str(error)) from error
         except BaseException:
@@ -82,7 +82,7 @@ class SafetensorsReader(Reader):
     def _read(self, name: str) -> np.ndarray:
         try:
             self._stream.seek(self._starts[name])
-            array = filled(self.tensors[name], self._stream)
+            array = read_array(self.tensors[name], self._stream)
         except OSError as error:
             raise FileError(f"{self.path} cannot be read: {error.strerror}.") from error
         if array is None:
@@ -108,17 +108,17 @@ def _parsed(
 ) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
     """The tensors, where each begins in the file, and the metadata."""
     if size < 8:
-        raise _Wrong(f"it has {size} bytes, and the length of the header alone takes 8")
+        raise _BrokenHeader(f"it has {size} bytes, and the length of the header alone takes 8")
     length = int.from_bytes(stream.read(8), "little")
-    if length > min(MOST_HEADER, size - 8):
-        raise _Wrong(
+    if length > min(MAX_HEADER, size - 8):
+        raise _BrokenHeader(
             f"its header claims {length} bytes, where the file has {size} and the format allows "
-            f"{MOST_HEADER}"
+            f"{MAX_HEADER}"
         )
     header = _json(stream.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _Wrong("its metadata must be texts by name")
+        raise _BrokenHeader("its metadata must be texts by name")
     begin = 8 + length
     tensors, spans = {}, {}
     for name, entry in header.items():
@@ -129,34 +129,34 @@ def _parsed(
 
 def _json(text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise _Wrong("its header has a name twice")
-        return found
+        unique = dict(pairs)
+        if len(unique) != len(pairs):
+            raise _BrokenHeader("its header has a name twice")
+        return unique
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
-    except _Wrong:
+    except _BrokenHeader:
         raise
     except (ValueError, RecursionError) as error:
-        raise _Wrong(f"its header is not JSON ({error})") from error
+        raise _BrokenHeader(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _Wrong("its header is not a JSON object")
+        raise _BrokenHeader("its header is not a JSON object")
     return header
 
 
 def _entry(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _Wrong(f"{name!r} must have dtype, shape and data_offsets, and nothing else")
+        raise _BrokenHeader(f"{name!r} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _Wrong(f"{name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise _BrokenHeader(f"{name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or len(shape) > 64:
-        raise _Wrong(f"{name!r} has the shape {shape!r} and the span {span!r}")
+        raise _BrokenHeader(f"{name!r} has the shape {shape!r} and the span {span!r}")
     tensor = Tensor(tuple(shape), DTYPES[dtype])
     if span[1] - span[0] != tensor.bytes:
-        raise _Wrong(
+        raise _BrokenHeader(
             f"{name!r} takes {tensor.bytes} bytes as {dtype} of shape {tensor.shape}, but its span "
             f"has {span[1] - span[0]}"
         )
@@ -171,13 +171,13 @@ def _check_spans(spans: Mapping[str, tuple[int, int]], size: int) -> None:
     ordered = [(0, 0), *sorted(spans.values()), (size, size)]
     for (_, end), (start, _) in pairwise(ordered):
         if start != end:
-            raise _Wrong(
+            raise _BrokenHeader(
                 f"its tensors must fill the {size} bytes after the header; one ends at byte {end}, "
                 f"the next begins at {start}"
             )
 
 
-class _Writer:
+class _SafetensorsWriter:
     def __init__(self, stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Any) -> None:
         self._stream, self._tensors, self._missing = stream, tensors, set(tensors)
         order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # aligns each
@@ -198,21 +198,21 @@ class _Writer:
         self._begin = 8 + len(text)
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Write a tensor that was announced."""
-        array = checked_array(name, array, self._tensors[name])
+        """Write an announced tensor."""
+        array = check_array(name, array, self._tensors[name])
         self._stream.seek(self._begin + self._starts[name])
-        self._stream.write(raw(array))
+        self._stream.write(bytes_of(array))
         self._missing.discard(name)
 
     def finish(self) -> None:
-        """See to it that the file is complete."""
+        """Check that the file is complete."""
         check_all_written(self._missing)
 
 
 @contextmanager
 def create_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Iterator[_Writer]:
+) -> Iterator[_SafetensorsWriter]:
     """A new safetensors file, which is there once all its tensors are.
 
     Raises:
@@ -224,7 +224,7 @@ def create_safetensors(
                 f"A safetensors file cannot hold `{name}` of dtype {tensor.dtype}. It can hold: "
                 f"{', '.join(str(dtype) for dtype in NAMES)}."
             )
-    with whole_file(path) as stream:
-        writer = _Writer(stream, tensors, metadata)
+    with atomic_file(path) as stream:
+        writer = _SafetensorsWriter(stream, tensors, metadata)
         yield writer
         writer.finish()

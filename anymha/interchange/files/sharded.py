@@ -1,4 +1,4 @@
-"""Safetensors in several files, with an index of JSON that says which tensor lies in which.
+"""Safetensors in several files, with an index of JSON that assigns each tensor to a file.
 
 References:
     Hugging Face, "transformers", documentation of `save_pretrained`, section "Sharded checkpoints".
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from anymha.interchange.files.reader import Reader, open_stream
-from anymha.interchange.files.safetensors import MOST_HEADER, SafetensorsReader
+from anymha.interchange.files.safetensors import MAX_HEADER, SafetensorsReader
 
 KIND = "an index of safetensors"
 
 
 class ShardedReader(Reader):
-    """The tensors of all files that an index names; each must hold those that it is said to."""
+    """The tensors of all files that an index names; each must have the tensors assigned to it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KIND)
@@ -39,8 +39,8 @@ class ShardedReader(Reader):
     def _index(self) -> dict[str, str]:
         stream, size = open_stream(self.path)
         with stream:
-            if size > MOST_HEADER:
-                raise self.broken(f"it has {size} bytes, and {MOST_HEADER} are the most")
+            if size > MAX_HEADER:
+                raise self.broken(f"it has {size} bytes, and {MAX_HEADER} are the most")
             try:
                 index: Any = json.loads(stream.read().decode("utf-8"))
                 json.dumps(index, ensure_ascii=False).encode("utf-8")
@@ -51,7 +51,7 @@ class ShardedReader(Reader):
             raise self.broken("it has no `weight_map` of file names by tensor")
         for file in places.values():
             if not isinstance(file, str) or not _is_plain(file):
-                raise self.broken(f"it names {file!r}, which is no file beside it")
+                raise self.broken(f"it names {file!r}, which is no file next to it")
         return places
 
     def _read(self, name: str) -> np.ndarray:

@@ -18,13 +18,13 @@ import ml_dtypes
 import numpy as np
 
 from anymha.interchange.files.archive import Archive
-from anymha.interchange.files.pickles import Machine, Refused, Storage, Strided
+from anymha.interchange.files.pickles import PickleMachine, RefusedPickle, Storage, StridedTensor
 from anymha.interchange.files.reader import Reader, Tensor, broken, fits_memory, open_stream
 
 KIND = "a torch"
-MOST_PICKLE = 100_000_000
-MOST_VALUES = 1_000_000
-MOST_DEPTH = 32
+MAX_PICKLE = 100_000_000
+MAX_VALUES = 1_000_000
+MAX_DEPTH = 32
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -63,13 +63,15 @@ class TorchReader(Reader):
         try:
             self._root = self._pickle_folder()
             program = self._archive.read(f"{self._root}data.pkl")
-            self._tensors: dict[str, Strided] = {}
-            for name, found in _flat(Machine(program).run(), (), count()):
+            self._tensors: dict[str, StridedTensor] = {}
+            for name, strided in _flat(PickleMachine(program).run(), (), count()):
                 if name in self._tensors:
-                    raise Refused(f"it has {name!r} twice")
-                self._tensors[name] = found
-            self.hold({name: self._checked(name, one) for name, one in self._tensors.items()})
-        except Refused as error:
+                    raise RefusedPickle(f"it has {name!r} twice")
+                self._tensors[name] = strided
+            self.set_tensors(
+                {name: self._checked_tensor(name, one) for name, one in self._tensors.items()}
+            )
+        except RefusedPickle as error:
             self.close()
             raise self.broken(str(error)) from error
         except BaseException:
@@ -80,40 +82,42 @@ class TorchReader(Reader):
         sizes = self._archive.sizes
         roots = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
         if len(roots) != 1 or f"{roots[0]}constants.pkl" in sizes:
-            raise Refused(
+            raise RefusedPickle(
                 "it must hold one `data.pkl`, as `torch.save(model.state_dict(), file)` writes it; "
                 "programs of TorchScript are not read"
             )
-        if sizes[f"{roots[0]}data.pkl"] > MOST_PICKLE:
-            raise Refused(f"its pickle has more than {MOST_PICKLE} bytes")
+        if sizes[f"{roots[0]}data.pkl"] > MAX_PICKLE:
+            raise RefusedPickle(f"its pickle has more than {MAX_PICKLE} bytes")
         if f"{roots[0]}byteorder" in sizes and self._archive.read(f"{roots[0]}byteorder") != (
             b"little"
         ):
-            raise Refused("its numbers are not little-endian")
+            raise RefusedPickle("its numbers are not little-endian")
         return roots[0]
 
-    def _checked(self, name: str, found: Strided) -> Tensor:
-        storage, dtype = found.storage, _dtype(found)
+    def _checked_tensor(self, name: str, strided: StridedTensor) -> Tensor:
+        storage, dtype = strided.storage, _dtype(strided)
         record = f"{self._root}data/{storage.key}"
-        held = _dtype_of(storage)[1] * storage.size
-        if self._archive.sizes.get(record) != held:
-            raise Refused(f"the elements of {name!r} are missing, or fewer or more than it says")
-        tensor = Tensor(found.shape, dtype)
-        last = sum((n - 1) * s for n, s in zip(found.shape, found.strides, strict=True))
-        if tensor.size and (found.offset + last + 1) * dtype.itemsize > held:
-            raise Refused(f"{name!r} reaches beyond its elements")
-        if not fits_memory(tensor.bytes, held):
-            raise Refused(f"{name!r} claims {tensor.bytes} bytes out of {held}")
+        stored = _dtype_of(storage)[1] * storage.size
+        if self._archive.sizes.get(record) != stored:
+            raise RefusedPickle(
+                f"the elements of {name!r} are missing, or fewer or more than it says"
+            )
+        tensor = Tensor(strided.shape, dtype)
+        last = sum((n - 1) * s for n, s in zip(strided.shape, strided.strides, strict=True))
+        if tensor.size and (strided.offset + last + 1) * dtype.itemsize > stored:
+            raise RefusedPickle(f"{name!r} reaches beyond its elements")
+        if not fits_memory(tensor.bytes, stored):
+            raise RefusedPickle(f"{name!r} claims {tensor.bytes} bytes out of {stored}")
         return tensor
 
     def _read(self, name: str) -> np.ndarray:
-        found, tensor = self._tensors[name], self.tensors[name]
+        strided, tensor = self._tensors[name], self.tensors[name]
         if not tensor.size:
             return np.empty(tensor.shape, tensor.dtype)
         unit = tensor.dtype.itemsize
-        strides = [stride * unit for stride in found.strides]
-        content = self._elements(found.storage)
-        view = np.ndarray(tensor.shape, tensor.dtype, content.data, found.offset * unit, strides)
+        strides = [stride * unit for stride in strided.strides]
+        content = self._elements(strided.storage)
+        view = np.ndarray(tensor.shape, tensor.dtype, content.data, strided.offset * unit, strides)
         return np.array(view, order="C")
 
     def _elements(self, storage: Storage) -> np.ndarray:
@@ -141,7 +145,7 @@ def open_torch(path: Path) -> TorchReader:
 
 
 def _check_form(path: Path) -> None:
-    """Refuse the form of before 2020, several pickles one after another."""
+    """Refuse the form of torch before 1.6, several pickles in sequence."""
     stream, _ = open_stream(path)
     with stream:
         begins = stream.read(1)
@@ -155,28 +159,30 @@ def _dtype_of(storage: Storage) -> tuple[np.dtype | None, int]:
     if storage.dtype == "UntypedStorage":
         return None, 1
     if storage.dtype not in STORAGES:
-        raise Refused(f"it has elements of the kind {storage.dtype}")
+        raise RefusedPickle(f"it has elements of the kind {storage.dtype}")
     return STORAGES[storage.dtype], STORAGES[storage.dtype].itemsize
 
 
-def _dtype(found: Strided) -> np.dtype:
-    dtype, _ = _dtype_of(found.storage)
-    if dtype is None and found.dtype in UNTYPED:
-        return UNTYPED[found.dtype]
-    if dtype is None or found.dtype is not None:
-        raise Refused(f"it has a tensor of {found.dtype} in {found.storage.dtype}")
+def _dtype(strided: StridedTensor) -> np.dtype:
+    dtype, _ = _dtype_of(strided.storage)
+    if dtype is None and strided.dtype in UNTYPED:
+        return UNTYPED[strided.dtype]
+    if dtype is None or strided.dtype is not None:
+        raise RefusedPickle(f"it has a tensor of {strided.dtype} in {strided.storage.dtype}")
     return dtype
 
 
-def _flat(found: Any, keys: tuple[str, ...], steps: Iterator[int]) -> Iterator[tuple[str, Strided]]:
+def _flat(
+    value: Any, keys: tuple[str, ...], steps: Iterator[int]
+) -> Iterator[tuple[str, StridedTensor]]:
     """The tensors of nested dicts, with the keys joined by dots."""
-    if isinstance(found, Strided):
-        yield ".".join(keys) or "tensor", found
-    elif isinstance(found, dict):
-        if len(keys) == MOST_DEPTH:
-            raise Refused(f"its dicts are nested more than {MOST_DEPTH} deep")
-        for key, value in found.items():
-            if next(steps) == MOST_VALUES:  # dicts within dicts can name the same one many times
-                raise Refused(f"its dicts have more than {MOST_VALUES} values")
+    if isinstance(value, StridedTensor):
+        yield ".".join(keys) or "tensor", value
+    elif isinstance(value, dict):
+        if len(keys) == MAX_DEPTH:
+            raise RefusedPickle(f"its dicts are nested more than {MAX_DEPTH} deep")
+        for key, item in value.items():
+            if next(steps) == MAX_VALUES:  # dicts within dicts can name the same one many times
+                raise RefusedPickle(f"its dicts have more than {MAX_VALUES} values")
             if isinstance(key, (str, int)):
-                yield from _flat(value, (*keys, str(key)), steps)
+                yield from _flat(item, (*keys, str(key)), steps)

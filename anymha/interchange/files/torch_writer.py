@@ -16,8 +16,8 @@ from typing import BinaryIO
 import numpy as np
 
 from anymha.errors import FileError
-from anymha.interchange.files.atomic_write import whole_file
-from anymha.interchange.files.reader import Tensor, check_all_written, checked_array, raw
+from anymha.interchange.files.atomic_write import atomic_file
+from anymha.interchange.files.reader import Tensor, bytes_of, check_all_written, check_array
 from anymha.interchange.files.torch_reader import STORAGES, UNTYPED
 
 ALIGNMENT = 64
@@ -27,7 +27,7 @@ _TYPED = {dtype: name for name, dtype in STORAGES.items()}
 _PLAIN = {dtype: name for name, dtype in UNTYPED.items()}
 
 
-class _Writer:
+class _TorchWriter:
     def __init__(
         self, archive: zipfile.ZipFile, stream: BinaryIO, tensors: Mapping[str, Tensor]
     ) -> None:
@@ -50,8 +50,8 @@ class _Writer:
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Write a tensor that was announced."""
-        array = checked_array(name, array, self._tensors[name])
-        self._add(f"data/{self._keys[name]}", raw(array))
+        array = check_array(name, array, self._tensors[name])
+        self._add(f"data/{self._keys[name]}", bytes_of(array))
         self._missing.discard(name)
 
     def finish(self) -> None:
@@ -62,7 +62,7 @@ class _Writer:
 @contextmanager
 def create_torch(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Iterator[_Writer]:
+) -> Iterator[_TorchWriter]:
     """A new ``.pt`` file with a dict of tensors, which is there once all are. It has no metadata.
 
     Raises:
@@ -71,8 +71,8 @@ def create_torch(
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPED and tensor.dtype not in _PLAIN:
             raise FileError(f"A torch file cannot hold `{name}` of dtype {tensor.dtype}.")
-    with whole_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
-        writer = _Writer(archive, stream, tensors)
+    with atomic_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+        writer = _TorchWriter(archive, stream, tensors)
         yield writer
         writer.finish()
 

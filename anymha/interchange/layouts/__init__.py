@@ -1,6 +1,6 @@
 """The layouts by name: those of anymha, one module per family, and those of others.
 
-A layout that a package of others brings is found by the entry point group "anymha.layouts": its
+Other packages add layouts by the entry point group "anymha.layouts": its
 name is the layout's, its value ``module:object``, an `anymha.interchange.layout.Layout`. They are
 looked up only for a name that is not built in, and where all are listed. The names of the
 built-in ones stay theirs.
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.reading import MLA_REASON
 from anymha.interchange.weights import Weights
@@ -31,8 +32,8 @@ FAMILIES = (
     "own", "keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused",
 )  # fmt: skip
 """Modules of this package, each with a tuple `LAYOUTS`."""
-SIZES = ("num_heads", "num_key_value_heads", "head_dim", "scale", "sliding_window")
-"""What `to_canonical` takes beside the arrays."""
+SIZES = ("num_heads", "num_key_value_heads", "head_dim")
+"""What `to_canonical` takes besides the arrays and the options that change a call's results."""
 LATENT = ("transformers.deepseek_v2", "transformers.deepseek_v3", "transformers.minicpm3")
 """Families of multi-head latent attention, which are refused with the reason."""
 
@@ -48,19 +49,19 @@ def layouts() -> list[str]:
 
 
 def get_layout(name: str) -> Layout:
-    """The layout of that name: its arrays, what its forward pass needs, what it cannot hold.
+    """The layout of that name: its arrays, what its forward pass needs, and its limits.
 
     Raises:
         UnknownLayoutError: there is none.
         LayoutError: the family's attention cannot be converted.
 
     Example:
-        >>> get_layout("transformers.bloom").needs
-        ('ALiBi: slope * key position added to the logits (pass it as `attention_bias`)',)
+        >>> [need.text for need in get_layout("transformers.bloom").needs]
+        ['ALiBi: slope * key position added to the logits (pass it as `attention_bias`)']
     """
-    found = _built_in().get(name)
-    if found is not None:
-        return found
+    layout = _built_in().get(name)
+    if layout is not None:
+        return layout
     points = _entry_points()
     if name not in points and name in LATENT:
         raise LayoutError(f"{name}: {MLA_REASON}")
@@ -79,20 +80,21 @@ def to_canonical(
         arrays: The layer's arrays, of any framework, by their names in the layout, without the
             layer's prefix; nested dicts, as Flax's and Haiku's parameters, are taken too.
         layout: The layout's name; see `layouts`.
-        **sizes: What the shapes do not tell: `num_heads` (query heads H) or `head_dim` (the width
-            d_k of each); `num_key_value_heads` (K), `scale` (of the logits) and `sliding_window`
-            where they are other than the shapes or the layout tell.
+        **sizes: Sizes that the shapes do not show: `num_heads` (query heads H) or `head_dim` (the
+            width d_k of each), and `num_key_value_heads` (K). And options of
+            `anymha.AttentionConfig` that change a call's results, as `scale` and `sliding_window`,
+            with the values of the layer's own model.
 
     Returns:
-        The canonical weights, bit for bit, in a dict that has beside them the attributes of
-        `anymha.interchange.weights.Weights`: `needs`, what the layer's forward pass needs beside
+        The canonical weights, bit for bit, in a dict that has the attributes of
+        `anymha.interchange.weights.Weights`: `needs`, what the layer's forward pass needs besides
         plain attention, in words, and `extras`, the arrays that the canonical form has no place
         for. And the config.
 
     Raises:
         UnknownLayoutError: no layout has this name.
-        WeightsError: names or shapes do not fit, or do not tell enough.
-        LayoutError: the layer has what cannot be converted.
+        WeightsError: names or shapes do not fit, or leave a size open.
+        LayoutError: a part of the layer cannot be converted.
 
     Example:
         >>> import numpy as np
@@ -102,16 +104,17 @@ def to_canonical(
         >>> weights["query.kernel"].shape, config.use_bias, weights.needs
         ((8, 2, 4), False, ())
     """
-    found = get_layout(layout)
-    unknown = [name for name in sizes if name not in SIZES]
+    source = get_layout(layout)
+    known = (*SIZES, *result_options())
+    unknown = [name for name in sizes if name not in known]
     if unknown:
         raise ArgumentError(
-            f"Sizes are {', '.join(SIZES)}. Received: {', '.join(map(repr, unknown))}."
+            f"Sizes are {', '.join(known)}. Received: {', '.join(map(repr, unknown))}."
         )
     for name in ("num_heads", "num_key_value_heads", "head_dim"):
         if not isinstance(sizes.get(name, 1), (int, np.integer, type(None))):
             raise ArgumentError(f"`{name}` must be an integer. Received: {sizes[name]!r}.")
-    return found.to_canonical(_flat(arrays, found.separator), **sizes)
+    return source.to_canonical(_flat(arrays, source.separator), **sizes)
 
 
 def from_canonical(
@@ -127,12 +130,12 @@ def from_canonical(
     Args:
         weights: Canonical weights, of any framework.
         layout: The layout's name; see `layouts`.
-        config: The layer's options; where its `scale` is not the one that the layout's layers
-            have, the weights are refused. Default: the one that came with the weights.
-        extras: Arrays that the layout has beside the projections, by name, as norms of queries and
-            keys. Default: those that came with the weights, if it was from this layout.
-        form: Which of the layout's forms, by name, where it has several. Default: the one from
-            which the weights came, else the first that can hold them.
+        config: The layer's options; where the layout's layers lack one of them, or have another
+            `scale`, the weights are refused. Default: the config that came with the weights.
+        extras: Arrays of the layout besides the projections, by name, as norms of queries and
+            keys. Default: those of the weights, where they are from this layout.
+        form: The name of the layout's form, where it has several. Default: the form that the
+            weights are from, else the first that can hold them.
 
     Returns:
         The arrays by name, bit for bit, each a copy and C-contiguous.
@@ -157,14 +160,14 @@ def from_canonical(
 
 def _flat(arrays: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict, its arrays in NumPy."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in arrays.items():
         path = prefix + (separator.join(name) if isinstance(name, tuple) else str(name))
         if isinstance(value, Mapping):
-            found |= _flat(value, separator, path + separator)
+            flat |= _flat(value, separator, path + separator)
         else:
-            found[path] = as_numpy(value)
-    return found
+            flat[path] = as_numpy(value)
+    return flat
 
 
 @cache
@@ -180,15 +183,15 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 def _plugged_in(point: importlib.metadata.EntryPoint) -> Layout:
     try:
-        found = point.load()
+        layout = point.load()
     except (ImportError, AttributeError) as error:
         raise UnknownLayoutError(
             f"The layout {point.name!r} of {point.value} does not work: {error}. Install what it "
             "needs, or uninstall the package."
         ) from error
-    if not isinstance(found, Layout):
+    if not isinstance(layout, Layout):
         raise UnknownLayoutError(
             f"The layout {point.name!r} of {point.value} must be an "
-            f"`anymha.interchange.layout.Layout`. Received: {type(found).__qualname__}."
+            f"`anymha.interchange.layout.Layout`. Received: {type(layout).__qualname__}."
         )
-    return found
+    return layout

@@ -6,7 +6,7 @@ References:
 
 from __future__ import annotations
 
-from anymha.interchange.forms import Extra, Form
+from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads
 from anymha.interchange.packing import fused, linear
@@ -60,7 +60,7 @@ LAYOUTS = (
             Extra(
                 "relative_attention_bias.weight",
                 "`relative_attention_bias.weight`, that bias, for all layers of the stack",
-                tells=("num_heads", 1),
+                shows=("num_heads", 1),
             ),
         ),
         needs=(
@@ -75,7 +75,12 @@ LAYOUTS = (
         "transformers.bloom",
         (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
         limits=(same_heads,),
-        needs=("ALiBi: slope * key position added to the logits (pass it as `attention_bias`)",),
+        needs=(
+            Need(
+                "alibi",
+                "ALiBi: slope * key position added to the logits (pass it as `attention_bias`)",
+            ),
+        ),
         reference="models/bloom/modeling_bloom.py",
     ),
 )

@@ -1,4 +1,4 @@
-"""Families of transformers whose attention is anymha's own: BERT, ViT, CLIP, OPT, BART, Whisper.
+"""Families of transformers with plain attention, as anymha's: BERT, ViT, CLIP, OPT, BART, Whisper.
 
 References:
     transformers 5.23, ``models/<family>/modeling_<family>.py``; for ViT's names in published files
@@ -15,7 +15,7 @@ from anymha.interchange.packing import Piece, linear
 
 
 def four(*names: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Piece, ...]:
-    """Four linear layers, of which some may have a bias."""
+    """Four linear layers; some may have a bias."""
     pairs = zip(PROJECTIONS, names, strict=True)
     return tuple(piece for pair in pairs for piece in linear(*pair, bias=pair[0] in biased))
 
@@ -31,13 +31,13 @@ def family(name: str, *forms: Form) -> Layout:
     return Layout(f"transformers.{name}", forms, limits=(same_heads,), reference=reference)
 
 
-# They stand beside the projections, but come after the attention: its results stay what they are.
+# A norm after the attention, in the same module: it changes nothing in the attention itself.
 NORM = tuple(Extra(f"output.LayerNorm.{part}") for part in ("weight", "bias", "gamma", "beta"))
 DISTANCES = Extra(
     "self.distance_embedding.weight",
     "learned embeddings of relative positions, multiplied with queries and maybe keys "
     "(`position_embedding_type`)",
-    tells=("head_dim", 1),
+    shows=("head_dim", 1),
 )
 
 

@@ -31,6 +31,7 @@ LAYOUTS = (
         (Form(FLAX),),
         extras=NORMS,
         limits=(same_widths, vector_output, one_memory),
+        options=("compute_dtype",),
         together=PROJECTIONS,
         reference="flax/nnx/nn/attention.py",
         separator="/",

@@ -12,6 +12,7 @@ from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import output_as_query, same_heads, same_widths, vector_output
 from anymha.interchange.packing import QKV, linear
+from anymha.options.training import OBJECTS
 
 NAMES = dict(zip(PROJECTIONS, (*QKV, "attention_output"), strict=True))
 PIECES = tuple(
@@ -27,6 +28,7 @@ LAYOUTS = (
         (Form(PIECES),),
         extras=(Extra("gate/kernel", GATE), Extra("gate/bias", GATE)),
         limits=(same_heads,),
+        options=("attention_axes", "sliding_window", "compute_dtype", *OBJECTS),
         together=PROJECTIONS,
         reference="keras/src/layers/attention/multi_head_attention.py",
         separator="/",
@@ -36,6 +38,7 @@ LAYOUTS = (
         (Form(PIECES),),
         extras=(Extra("gate/kernel", GATE), Extra("gate/bias", GATE)),
         limits=(same_widths, vector_output, output_as_query),
+        options=("sliding_window", "compute_dtype", *OBJECTS),
         together=PROJECTIONS,
         reference="keras/src/layers/attention/grouped_query_attention.py",
         separator="/",

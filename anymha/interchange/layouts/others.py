@@ -33,7 +33,7 @@ LAYOUTS = (
         "timm.vit",
         (Form((*fused("qkv"), *linear("output", "proj"))),),
         extras=tuple(
-            Extra(f"{name}.{part}", TIMM_NORM, tells=("head_dim", 0))
+            Extra(f"{name}.{part}", TIMM_NORM, shows=("head_dim", 0))
             for name in ("q_norm", "k_norm")
             for part in ("weight", "bias")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anymha.framework.validation import PROJECTIONS
+from anymha.interchange.compared_options import ALL_OPTIONS
 from anymha.interchange.forms import Form
 from anymha.interchange.layout import Layout
 from anymha.interchange.packing import linear
@@ -13,4 +14,12 @@ PIECES = tuple(
     for piece in linear(name, name, form="heads", parts=(".kernel", ".bias"))
 )
 
-LAYOUTS = (Layout("anymha", (Form(PIECES),), scale="free", reference="anymha/options/config.py"),)
+LAYOUTS = (
+    Layout(
+        "anymha",
+        (Form(PIECES),),
+        scale="free",
+        options=ALL_OPTIONS,
+        reference="anymha/options/config.py",
+    ),
+)

@@ -7,7 +7,7 @@ References:
 from __future__ import annotations
 
 from anymha.framework.validation import PROJECTIONS
-from anymha.interchange.forms import Extra, Form
+from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import projections
 from anymha.interchange.limits import same_heads
@@ -17,6 +17,11 @@ HALVES = (
     "of its rotated width"
 )
 PAIRS = "rotary positions on queries and keys, where element 2i of a head turns with element 2i + 1"
+SCALE = Need(
+    "scale",
+    "the factor of the logits: query_pre_attn_scalar ** -0.5 of the model's configuration, where "
+    "that is not the width of a head",
+)
 INVERSE = Extra("rotary_emb.inv_freq")  # a buffer that old files hold
 
 
@@ -27,7 +32,7 @@ def norms(how: str) -> tuple[Extra, ...]:
             f"{name[0]}_norm.weight",
             f"an RMS norm of each {name} head, {how} `{name[0]}_norm.weight`, before it is rotated",
             required=True,
-            tells=("head_dim", 0),
+            shows=("head_dim", 0),
         )
         for name in ("query", "key")
     )
@@ -37,37 +42,49 @@ def family(
     name: str,
     biased: tuple[str, ...] = PROJECTIONS,
     extras: tuple[Extra, ...] = (),
-    needs: tuple[str, ...] = (),
+    needs: tuple[Need, ...] = (),
     output: str = "o_proj",
     scale: str | None = None,
+    options: tuple[str, ...] = (),
 ) -> Layout:
     """The layout of a family of transformers."""
     return Layout(
         f"transformers.{name}",
         (Form(projections(output, biased)),),
         extras=(*extras, INVERSE),
-        needs=needs or (HALVES,),
+        needs=(Need("rotary", HALVES), *needs),
         scale=scale,
+        options=options,
         reference=f"models/{name}/modeling_{name}.py",
     )
 
 
 LAYOUTS = (
     family("llama"),
-    family("mistral", ()),
-    family("qwen2", ("query", "key", "value")),
-    family("qwen3", extras=norms("times")),
+    family("mistral", (), options=("sliding_window",)),
+    family("qwen2", ("query", "key", "value"), options=("sliding_window",)),
+    family("qwen3", extras=norms("times"), options=("sliding_window",)),
     family("gemma"),
-    # Its scale is `query_pre_attn_scalar ** -0.5`, which is not always that of the head's width.
+    # The scale of the next two is not always that of the head's width.
+    family(
+        "gemma2",
+        needs=(
+            SCALE,
+            Need(
+                "softcap",
+                "a softcap c of the logits: c * tanh(logits / c), where the model has one",
+                key="attn_logit_softcapping",
+            ),
+        ),
+        scale="free",
+        options=("sliding_window",),
+    ),
     family(
         "gemma3",
         extras=norms("times 1 +"),
-        needs=(
-            HALVES,
-            "`scale`: query_pre_attn_scalar ** -0.5 of the model's configuration, where that is "
-            "not the width of a head",
-        ),
+        needs=(SCALE,),
         scale="free",
+        options=("sliding_window",),
     ),
     family(
         "gpt_oss",
@@ -76,15 +93,16 @@ LAYOUTS = (
                 "sinks",
                 "a sink: one more logit per head, `sinks`, in the softmax's sum but of no value",
                 required=True,
-                tells=("num_heads", 0),
+                shows=("num_heads", 0),
             ),
         ),
+        options=("sliding_window",),
     ),
     Layout(
         "transformers.gptj",
         (Form(projections("out_proj", ())),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("embed_positions")),
-        needs=(PAIRS + ", over the first `rotary_dim` elements",),
+        needs=(Need("rotary", PAIRS + ", over the first `rotary_dim` elements"),),
         limits=(same_heads,),
         reference="models/gptj/modeling_gptj.py",
     ),

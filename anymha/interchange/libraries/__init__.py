@@ -1,4 +1,6 @@
-"""Live layers of other libraries: which they are, opened, and made anew. None is imported unasked.
+"""Live layers of other libraries: recognise them, open them, and make new ones.
+
+No library is imported unasked.
 
 A layer is known by the package and the name of its class, or of a class that it inherits from;
 parameters that are nested dicts (Flax's linen, Haiku) by their names.
@@ -14,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
-from anymha.interchange.live_layer import Opened
+from anymha.interchange.compared_options import check_supported
+from anymha.interchange.layouts import get_layout
+from anymha.interchange.live_layer import LiveLayer
 from anymha.options.config import AttentionConfig
 
 CLASSES: dict[tuple[str, str], tuple[str, str]] = {
@@ -29,7 +33,8 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
         ("transformers", f"{name}Attention"): ("modules", f"transformers.{layout}")
         for name, layout in {
             "Bart": "bart", "Bert": "bert", "Bloom": "bloom", "CLIP": "clip", "CodeGen": "codegen",
-            "Falcon": "falcon", "Gemma": "gemma", "Gemma3": "gemma3", "GPT2": "gpt2",
+            "Falcon": "falcon", "Gemma": "gemma", "Gemma2": "gemma2",
+            "Gemma3": "gemma3", "GPT2": "gpt2",
             "GPTBigCode": "gpt_bigcode", "GPTJ": "gptj", "GPTNeoX": "gpt_neox",
             "GptOss": "gpt_oss", "Llama": "llama", "Mistral": "mistral", "OPT": "opt",
             "Phi3": "phi3", "Qwen2": "qwen2", "Qwen3": "qwen3", "T5": "t5", "ViT": "vit",
@@ -52,24 +57,24 @@ MAKERS = {
 
 WITHOUT_WEIGHTS = {
     ("flax", "MultiHeadDotProductAttention"): "`module.init(...)['params']`",
-    ("haiku", "MultiHeadAttention"): "what `hk.transform(...).init(...)` gives",
+    ("haiku", "MultiHeadAttention"): "the result of `hk.transform(...).init(...)`",
 }
 
 
-def opened(layer: Any) -> Opened:
-    """A live layer of another library.
+def open_layer(layer: Any) -> LiveLayer:
+    """Open a live layer of another library.
 
     Raises:
-        ArgumentError: it is none that is known.
-        WeightsError: parameters by name do not hold one attention layer.
+        ArgumentError: the layer is of no known kind.
+        WeightsError: parameters by name are not those of one attention layer.
     """
     if isinstance(layer, Mapping):
-        return _module("params").opened(layer)
+        return _module("params").open_layer(layer)
     for kind in type(layer).__mro__:
         known = (kind.__module__.partition(".")[0], kind.__name__)
         if known in CLASSES:
             module, layout = CLASSES[known]
-            return _module(module).opened(layer, layout)
+            return _module(module).open_layer(layer, layout)
         if known in WITHOUT_WEIGHTS:
             raise ArgumentError(
                 f"A {kind.__module__}.{kind.__name__} holds no weights. Pass its parameters, "
@@ -84,8 +89,8 @@ def opened(layer: Any) -> Opened:
     )
 
 
-def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
-    """A new live layer of another library.
+def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+    """Make a new live layer of another library.
 
     Args:
         layout: The name of its layout.
@@ -111,7 +116,8 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
             f"A layer of {layout} needs {library}, which is not installed. Install it with: pip "
             f"install {library}."
         )
-    return _module(module).made(layout, arrays, config)
+    check_supported(layout, config, get_layout(layout).supported, training=True)
+    return _module(module).make_layer(layout, arrays, config)
 
 
 def _module(name: str) -> Any:

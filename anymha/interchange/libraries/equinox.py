@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from anymha.framework.validation import PROJECTIONS
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import LiveLayer, like
 from anymha.options.config import AttentionConfig
 
 
-def opened(layer: Any, layout: str) -> Opened:
+def open_layer(layer: Any, layout: str) -> LiveLayer:
     """An `eqx.nn.MultiheadAttention`."""
     arrays = {
         f"{projection}_proj.{part}": getattr(getattr(layer, f"{projection}_proj"), part)
@@ -33,12 +33,11 @@ def opened(layer: Any, layout: str) -> Opened:
         return equinox.tree_at(where, layer, new)
 
     sizes = {"num_heads": layer.num_heads}
-    return Opened(layout, arrays, write, sizes, {"dropout": float(layer.dropout.p)})
+    return LiveLayer(layout, arrays, write, sizes, {"dropout": float(layer.dropout.p)})
 
 
-def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new `eqx.nn.MultiheadAttention`."""
-    check_options(layout, config)
     equinox: Any = importlib.import_module("equinox")
     jax: Any = importlib.import_module("jax")
     with jax.enable_x64(config.dtype == "float64" or jax.config.jax_enable_x64):
@@ -55,4 +54,4 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
             dtype=jax.numpy.dtype(config.dtype),
             key=jax.random.PRNGKey(0),
         )
-    return opened(layer, layout).write(arrays)
+    return open_layer(layer, layout).write(arrays)

@@ -11,13 +11,13 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.framework.dtypes import FLOATING, dtype_name
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import LiveLayer, like
 from anymha.options.config import AttentionConfig
 
 PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
 
 
-def opened(layer: Any, layout: str) -> Opened:
+def open_layer(layer: Any, layout: str) -> LiveLayer:
     """An `nnx.MultiHeadAttention`."""
     params = _params(layer)
     options = {"dropout": layer.dropout_rate}
@@ -30,14 +30,13 @@ def opened(layer: Any, layout: str) -> Opened:
             params[name][...] = value
         return layer
 
-    return Opened(layout, {n: param[...] for n, param in params.items()}, write, {}, options)
+    return LiveLayer(layout, {n: param[...] for n, param in params.items()}, write, {}, options)
 
 
-def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new `nnx.MultiHeadAttention`."""
     nnx: Any = importlib.import_module("flax.nnx")
     jax: Any = importlib.import_module("jax")
-    check_options(layout, config, "compute_dtype")
     grouped = config.key_value_heads != config.num_heads
     if grouped and "num_kv_heads" not in inspect.signature(nnx.MultiHeadAttention).parameters:
         raise LayoutError(
@@ -60,15 +59,15 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
             rngs=nnx.Rngs(0),
             **({"num_kv_heads": config.key_value_heads} if grouped else {}),
         )
-    return opened(layer, layout).write(arrays)
+    return open_layer(layer, layout).write(arrays)
 
 
 def _params(layer: Any) -> dict[str, Any]:
     """The layer's parameters by name."""
-    found = {}
+    params = {}
     for part in PARTS:
         for name in ("kernel", "bias", "scale"):
             param = getattr(getattr(layer, part, None), name, None)
             if hasattr(param, "get_metadata"):
-                found[f"{part}/{name}"] = param
-    return found
+                params[f"{part}/{name}"] = param
+    return params

@@ -10,13 +10,13 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.framework.dtypes import FLOATING
-from anymha.interchange.live_layer import Opened, check_options
+from anymha.interchange.live_layer import LiveLayer
 from anymha.interchange.writing import as_numpy
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
 
 
-def opened(layer: Any, layout: str) -> Opened:
+def open_layer(layer: Any, layout: str) -> LiveLayer:
     """A layer of Keras; without arrays where it is not built."""
     variables = {_name(variable): variable for variable in layer.weights}
     config = layer.get_config()
@@ -32,22 +32,20 @@ def opened(layer: Any, layout: str) -> Opened:
         return layer
 
     arrays = {name: variable.value for name, variable in variables.items()}
-    return Opened(layout, arrays, write, {}, options)
+    return LiveLayer(layout, arrays, write, {}, options)
 
 
-def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new layer of Keras, built."""
     keras: Any = importlib.import_module("keras")
-    check_options(layout, config, "attention_axes", "sliding_window", "compute_dtype", *OBJECTS)
-    found = config.to_dict()
-    options = {name: found[name] for name in OBJECTS if found[name] is not None}
+    values = config.to_dict()
+    options = {name: values[name] for name in OBJECTS if values[name] is not None}
     options |= {"dropout": config.dropout, "use_bias": bool(config.biased)}
     if config.sliding_window is not None:
         options["sliding_window"] = config.sliding_window
     options["dtype"] = _policy(keras, config)
     rank = 3
     if layout == "keras.GroupQueryAttention":
-        check_options(layout, config, "sliding_window", "compute_dtype", *OBJECTS)
         layer = keras.layers.GroupQueryAttention(
             config.key_dim, config.num_heads, config.key_value_heads, **options
         )
@@ -62,19 +60,19 @@ def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig)
     widths = (config.query_features, config.value_features, config.key_features)
     layer.build(*((None,) * (rank - 1) + (width,) for width in widths))
     variables = {_name(variable): variable for variable in layer.weights}
-    held = as_numpy(variables["query/kernel"].value).dtype.name
-    if held != config.dtype:
+    dtype = as_numpy(variables["query/kernel"].value).dtype.name
+    if dtype != config.dtype:
         raise LayoutError(
-            f"Keras on {keras.backend.backend()} holds {config.dtype} as {held}. Call "
+            f"Keras on {keras.backend.backend()} holds {config.dtype} as {dtype}. Call "
             "`jax.config.update('jax_enable_x64', True)` first, or convert a layer of "
-            f"dtype={held!r}."
+            f"dtype={dtype!r}."
         )
     _assign(variables, arrays)
     return layer
 
 
 def _axes(layer: Any, axes: Any) -> Any:
-    """The attention axes; None where building the layer for (B, T, D) has filled them in."""
+    """The attention axes; None where building the layer for (B, T, D) has read_array them in."""
     if axes is None:
         return None
     rank = len(layer._query_dense.equation.partition(",")[0]) if layer.built else None
@@ -92,7 +90,11 @@ def _policy(keras: Any, config: AttentionConfig) -> Any:
         return config.dtype
     pair = (config.dtype, config.compute_dtype)
     if pair not in pairs:
-        check_options(str(keras.__name__), config, "attention_axes", "sliding_window", *OBJECTS)
+        raise LayoutError(
+            f"Keras has no layer with dtype={config.dtype!r} and compute_dtype="
+            f"{config.compute_dtype!r}. Make a layer without, for example with "
+            "`dataclasses.replace(config, compute_dtype=None)`."
+        )
     return pairs[pair]
 
 

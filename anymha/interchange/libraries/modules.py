@@ -1,11 +1,14 @@
-"""Attention modules of transformers, timm and x-transformers, which are modules of torch."""
+"""Attention modules of transformers, timm and x-transformers, all modules of torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from anymha.interchange.compared_options import result_options
+from anymha.interchange.forms import Need
+from anymha.interchange.layouts import get_layout
 from anymha.interchange.libraries.torch import arrays_of, writer
-from anymha.interchange.live_layer import Opened
+from anymha.interchange.live_layer import LiveLayer
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "attn_pdrop", "dropout")
@@ -15,31 +18,45 @@ OPTIONS = ("qk_norm", "laser", "sparse_topk", "data_dependent_alibi", "head_scal
 ATTEND = ("softclamp_logits", "l2_distance", "cog_signed", "selective", "add_zero_kv")
 
 
-def opened(layer: Any, layout: str) -> Opened:
-    """An attention module; the number of its heads may stand in its `config` alone."""
+def open_layer(layer: Any, layout: str) -> LiveLayer:
+    """Open an attention module; only its `config` may state the number of heads."""
     # BERT's and the older ViT's have their heads in a part of theirs; x-transformers' softmax too.
     inner = (getattr(layer, name, None) for name in ("self", "attention", "attend"))
     parts = [*(part for part in inner if part is not None), layer]
     configs = [part.config for part in parts if hasattr(part, "config")]
-    heads, scale = _found([*parts, *configs], HEADS), _found(parts, SCALES)
+    heads, scale = _first_attribute([*parts, *configs], HEADS), _first_attribute(parts, SCALES)
     sizes = {"num_heads": heads, "scale": _number(scale)}
     # A model may have windows in some of its layers only; these two have one for all.
-    told = layer.config if layout in ("transformers.mistral", "transformers.phi3") else layer
-    window = getattr(told, "sliding_window", None)
+    place = layer.config if layout in ("transformers.mistral", "transformers.phi3") else layer
+    window = getattr(place, "sliding_window", None)
     if isinstance(window, int) and not isinstance(window, bool):
         sizes["sliding_window"] = window
-    dropout = _found(parts[:1] if layout == "transformers.bert" else parts, DROPOUTS)
-    return Opened(
+    dropout = _first_attribute(parts[:1] if layout == "transformers.bert" else parts, DROPOUTS)
+    return LiveLayer(
         layout,
         arrays_of(layer),
         writer(layer),
-        {name: value for name, value in sizes.items() if value is not None},
+        {n: value for n, value in sizes.items() if value is not None}
+        | _needed_options(layout, [layer, *configs]),
         {"dropout": _number(getattr(dropout, "p", dropout)) or 0.0},
         _x_transformers(layer) if layout.startswith("x_transformers") else (),
     )
 
 
-def _found(places: list[Any], names: tuple[str, ...]) -> Any:
+def _needed_options(layout: str, places: list[Any]) -> dict[str, Any]:
+    """The options that the family's forward pass needs, where the layer or its config has them.
+
+    The value may be None, where this layer does without.
+    """
+    needs = [need for need in get_layout(layout).needs if isinstance(need, Need) and need.key]
+    return {
+        need.option: next(getattr(place, need.key) for place in places if hasattr(place, need.key))
+        for need in needs
+        if need.option in result_options() and any(hasattr(p, need.key) for p in places)
+    }
+
+
+def _first_attribute(places: list[Any], names: tuple[str, ...]) -> Any:
     """The first attribute of these names; None where there is none."""
     for place in places:
         for name in names:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import WeightsError
-from anymha.interchange.live_layer import Opened, check_options, like
+from anymha.interchange.live_layer import LiveLayer, like
 from anymha.options.config import AttentionConfig
 
 
-def opened(layer: Any, layout: str) -> Opened:
+def open_layer(layer: Any, layout: str) -> LiveLayer:
     """A `torch.nn.MultiheadAttention`."""
     needs = ("a key and a value of zeros after those of the inputs (`add_zero_attn`)",)
-    return Opened(
+    return LiveLayer(
         layout,
         arrays_of(layer),
         writer(layer),
@@ -30,7 +30,7 @@ def arrays_of(module: Any) -> dict[str, Any]:
     """A module's tensors by name.
 
     Raises:
-        WeightsError: they hold no values yet.
+        WeightsError: they have no values yet.
     """
     tensors = dict(module.state_dict())
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -42,7 +42,7 @@ def arrays_of(module: Any) -> dict[str, Any]:
 
 
 def writer(module: Any) -> Any:
-    """What writes values into a module, all made before the first is written."""
+    """A function that writes values into a module; it makes all tensors before it writes one."""
 
     def write(arrays: Mapping[str, np.ndarray]) -> Any:
         tensors = arrays_of(module)
@@ -54,9 +54,8 @@ def writer(module: Any) -> Any:
     return write
 
 
-def made(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
+def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """A new `torch.nn.MultiheadAttention`, batch first as anymha's layer."""
-    check_options(layout, config)
     torch: Any = importlib.import_module("torch")
     layer = torch.nn.MultiheadAttention(
         config.query_features,

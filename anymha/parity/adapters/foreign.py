@@ -11,7 +11,7 @@ import numpy as np
 from anymha.errors import LayoutError
 from anymha.interchange.layers import get_weights
 from anymha.interchange.layouts import get_layout, to_canonical
-from anymha.interchange.libraries import opened
+from anymha.interchange.libraries import open_layer
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.recipe import Arrays, Recipe, allowed
@@ -84,7 +84,7 @@ def known(layer: Any, **sizes: Any) -> Known:
     weights = get_weights(layer, **sizes)
     assert isinstance(weights, Weights)
     assert weights.config is not None
-    live = opened(layer)
+    live = open_layer(layer)
     return Known(dict(weights), weights.config, weights.layout, live.arrays, weights.needs)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.interchange.libraries import opened
+from anymha.interchange.libraries import open_layer
 from anymha.parity.adapters.foreign import Known, dense_mask
 from anymha.parity.oracle.recipe import Arrays, Recipe
 
@@ -60,7 +60,7 @@ def gradients_of(
     if cotangent is None:
         return {}
     ours, theirs = pulled(function, held, given, cotangent)
-    return {**told.canonical(opened(whole(ours)).arrays), **theirs}
+    return {**told.canonical(open_layer(whole(ours)).arrays), **theirs}
 
 
 def pulled(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from anymha.errors import UsageError
-from anymha.interchange.files.atomic_write import write_whole
+from anymha.interchange.files.atomic_write import write_atomically
 from anymha.version import __version__
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _page(comparison: Comparison) -> str | None:
 def write(records: Records, path: Path) -> None:
     """Write all of them into one file, whose name says in which form."""
     forms = {".html": to_html, ".json": to_json, ".md": to_markdown, ".xml": to_junit}
-    write_whole(path, forms[path.suffix](records))
+    write_atomically(path, forms[path.suffix](records))
 
 
 def verdict(records: Records) -> str:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymha.interchange.files.atomic_write import write_whole
+from anymha.interchange.files.atomic_write import write_atomically
 from anymha.parity.reports.outcome import Outcome
 from anymha.parity.reports.result import Found
 from anymha.parity.stages.saved_case import save_case
@@ -56,7 +56,7 @@ class Comparison(Found):
             FileError: it cannot be written.
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_whole(Path(path), text + "\n")
+        write_atomically(Path(path), text + "\n")
 
     def to_html(self, path: str | Path) -> None:
         """Write one HTML file that loads nothing: verdict, stages, pictures, cause, how to repeat.
@@ -70,7 +70,7 @@ class Comparison(Found):
         """
         from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs the extra "report"
 
-        write_whole(Path(path), to_html([self._outcome()]))
+        write_atomically(Path(path), to_html([self._outcome()]))
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The report as Markdown, for the summary of a CI job.
@@ -88,7 +88,7 @@ class Comparison(Found):
 
         text = to_markdown([self._outcome()])
         if path is not None:
-            write_whole(Path(path), text)
+            write_atomically(Path(path), text)
         return text
 
     def to_junit(self, path: str | Path) -> None:
@@ -102,7 +102,7 @@ class Comparison(Found):
         """
         from anymha.parity.reports.junit import to_junit  # noqa: PLC0415  when asked for
 
-        write_whole(Path(path), to_junit([self._outcome()]))
+        write_atomically(Path(path), to_junit([self._outcome()]))
 
     def save(self, path: str | Path) -> None:
         """Write inputs, masks, call, and both weights as they are known, into an ``.npz`` file.

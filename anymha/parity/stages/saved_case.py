@@ -20,7 +20,7 @@ import numpy as np
 
 from anymha.errors import AnymhaError, FileError
 from anymha.framework.registry import backend_of, get_backend
-from anymha.interchange.files.atomic_write import whole_file
+from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.npz import open_npz
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
@@ -67,7 +67,7 @@ def save_case(path: Path, request: Request, traces: tuple[Trace, Trace]) -> None
     """
     if path.suffix != ".npz":
         raise FileError(f"A case is saved as an .npz file. Received: {path}.")
-    with whole_file(path) as stream:
+    with atomic_file(path) as stream:
         stream.write(case_bytes(request, traces))
 
 

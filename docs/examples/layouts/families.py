@@ -192,7 +192,8 @@ def rotary(
     changes = [forward.rotate(width)]
     if norm:
         changes.insert(0, forward.rms_norm(weights, plus_one=family == "gemma3"))
-    bounds = {"window": (window - 1, None)} if window < T else {}
+    bounds: dict[str, Any] = {"window": (window - 1, None)} if window < T else {}
+    bounds["softcap"] = getattr(layer, "attn_logit_softcapping", None)
     return layer, theirs, forward.attend(weights, x, tuple(changes), is_causal=True, **bounds)
 
 
@@ -241,6 +242,13 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "qwen2": lambda: rotary("qwen2", "Qwen2"),
     "qwen3": lambda: rotary("qwen3", "Qwen3", norm=True),
     "gemma": lambda: rotary("gemma", "Gemma", head=12, width=12),
+    "gemma2": lambda: rotary(
+        "gemma2",
+        "Gemma2",
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        sliding_window=3,
+    ),
     "gemma3": lambda: rotary("gemma3", "Gemma3Text", norm=True, query_pre_attn_scalar=20),
     "gpt_oss": lambda: rotary("gpt_oss", "GptOss", sliding_window=T, **DEFAULT),
     "gpt_neox": lambda: rotary("gpt_neox", "GPTNeoX", width=HEAD // 4 * 2, sizes={}),
