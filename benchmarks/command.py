@@ -108,8 +108,8 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 def _cases(options: argparse.Namespace) -> list[Case]:
     """The cases that are asked for, the lengths of the picture last."""
-    patterns = None if options.cases is None else _listed(options.cases)
-    modes = _listed(options.modes)
+    patterns = None if options.cases is None else listed(options.cases)
+    modes = listed(options.modes)
     drawn: list[Case] = []
     if options.lengths is not None:
         drawn = series(_lengths(options.lengths))
@@ -121,13 +121,14 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 
 def _lengths(text: str) -> list[int]:
-    found = _listed(text)
+    found = listed(text)
     if not found or not all(one.isascii() and one.isdigit() and int(one) > 0 for one in found):
         raise UsageError(f"`--lengths` must be positive integers, by commas. Received: {text!r}.")
     return [int(one) for one in found]
 
 
-def _listed(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
+    """The parts of a list by commas."""
     return [part for part in text.replace(" ", "").split(",") if part]
 
 
@@ -137,7 +138,7 @@ def _backends(options: argparse.Namespace) -> tuple[list[Backend], list[str]]:
     if options.backends is None:
         missing = [backend.name for backend in fitting if not backend.installed]
         return [backend for backend in fitting if backend.installed], missing
-    names = list(dict.fromkeys(_listed(options.backends)))
+    names = list(dict.fromkeys(listed(options.backends)))
     known = [backend.name for backend in fitting]
     for name in names or [options.backends]:
         if name not in known:

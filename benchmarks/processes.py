@@ -66,14 +66,14 @@ def run_framework(
         with subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8",
-            env=_environment(framework, device),
+            env=environment(framework, device),
         ) as process:  # fmt: skip
             try:
                 _read(process, json.dumps(job), cases, framework, told, facts, results)
             finally:
                 process.kill()
         if len(results) < len(cases):
-            raise WorkerError(_end_of(errors, process.returncode))
+            raise WorkerError(end_of(errors, process.returncode))
     return results
 
 
@@ -110,7 +110,7 @@ def _read(
     process.wait()
 
 
-def _environment(framework: str, device: str) -> dict[str, str]:
+def environment(framework: str, device: str) -> dict[str, str]:
     """The variables of a framework's process: the same packages, one backend for Keras."""
     found = dict(os.environ)
     found["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -121,7 +121,8 @@ def _environment(framework: str, device: str) -> dict[str, str]:
     return found
 
 
-def _end_of(errors: IO[str], status: int | None) -> str:
+def end_of(errors: IO[str], status: int | None) -> str:
+    """Why a process ended: its status, and the last line of what it printed as errors."""
     errors.seek(0)
     lines = [line for line in errors.read().splitlines() if line.strip()]
     ended = f"its process ended with status {status}"

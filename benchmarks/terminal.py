@@ -83,7 +83,7 @@ def print_verdict(console: Console, report: Report) -> None:
 
 def _summary(results: Sequence[CaseResult]) -> Table:
     """Our best form beside the best peer, a line for each case."""
-    table = _table("This layer beside the best peer")
+    table = new_table("This layer beside the best peer")
     table.add_column("case", no_wrap=True)
     for title in ("anymha", "peer", "ratio", "goals", "MB", "peer's"):
         table.add_column(title, justify=RIGHT, no_wrap=True)
@@ -107,7 +107,7 @@ def _summary(results: Sequence[CaseResult]) -> Table:
 
 def _layers(console: Console, framework: str, results: Sequence[CaseResult]) -> Table:
     """Every layer of every case."""
-    table = _table(framework)
+    table = new_table(framework)
     table.add_column("case", no_wrap=True)
     table.add_column("layer")
     for title in ("time", "ratio", "MB", "error"):
@@ -132,7 +132,7 @@ def _layers(console: Console, framework: str, results: Sequence[CaseResult]) -> 
 
 def _goals(console: Console, framework: str, verdicts: Sequence[Verdict]) -> Table:
     """Every goal, and how it stands."""
-    table = _table(f"{framework}: goals")
+    table = new_table(f"{framework}: goals")
     for title in ("", "case", "compared"):
         table.add_column(title, no_wrap=True)
     for title in ("here", "goal"):
@@ -179,7 +179,8 @@ def _faults(console: Console, report: Report) -> Iterator[str]:
         yield f"Peers that are not installed: {escape(', '.join(absent))}."
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """A table as all reports have it."""
     return Table(
         title=title, title_justify="left", title_style="bold", header_style="bold",
         box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),

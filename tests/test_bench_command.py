@@ -116,7 +116,7 @@ def test_process_that_dies_is_told_with_what_it_said(
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('no [more] memory')")
     monkeypatch.setattr(
-        processes, "_environment", lambda framework, device: {"PYTHONPATH": str(tmp_path)}
+        processes, "environment", lambda framework, device: {"PYTHONPATH": str(tmp_path)}
     )
     with pytest.raises(WorkerError, match=r"ended with status 1: no \[more\] memory"):
         run_framework("numpy", list(CASES[:1]), repeats=1, budget=1.0)
