@@ -262,6 +262,7 @@ def tree_process(folder: Path, framework: str, clock: str, threads: int) -> Iter
     variables = environment(framework, "cpu") | {"PYTHONHASHSEED": "0"}
     variables |= dict.fromkeys(THREADS, str(threads))
     if threads == 1:
+        variables["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # no hand-over to another thread
         variables["XLA_FLAGS"] = f"{variables.get('XLA_FLAGS', '')} {XLA_ALONE}".strip()
     for name in SLOWING:
         variables.pop(name, None)
@@ -379,7 +380,8 @@ def measure(
         for _ in range(rounds):
             timed.again(calls.name, counts)
     elif calls.way == "first":
-        for _ in range(max(3, rounds * 3 // 5)):
+        several = rounds // 5 if framework in COMPILING else rounds * 3 // 5
+        for _ in range(max(3, several)):
             timed.fresh()
             for which in NUMBERED:
                 found = timed.in_turn(lambda tree: tree.ask("run", 1))
@@ -427,7 +429,7 @@ def measured(
 
 def report(framework: str, rows: Sequence[Row], both: bool) -> Table:
     """A framework's table."""
-    table = new_table(f"{framework}: microseconds a call")
+    table = new_table(f"{framework}: us a call")
     table.add_column("case", no_wrap=True)
     titles = ("before", "after", "ratio", "quartiles") if both else ("time", "quartiles")
     for title in titles:
