@@ -11,7 +11,8 @@ import pytest
 from anymha.cli import selftest as command
 from anymha.cli.main import main
 from anymha.framework.registry import Backend, get_backend
-from anymha.parity.diagnose.mistakes import CATALOGUE
+from anymha.parity.diagnose.mistakes import catalogue
+from anymha.parity.oracle.features import SECTIONS
 from anymha.parity.selftest import injected_faults as planted
 from anymha.parity.selftest import selftest
 from anymha.parity.selftest.injected_faults import PLANTS
@@ -20,8 +21,9 @@ from tests.frameworks import skip_or_fail
 
 
 def test_every_mistake_of_the_catalogue_is_planted() -> None:
-    causes = {plant.cause for plant in PLANTS}
-    assert {mistake.name for mistake in CATALOGUE} <= causes
+    options = [plant for section in SECTIONS.values() for plant in planted.option_plants(section)]
+    causes = {plant.cause for plant in (*PLANTS, *options)}
+    assert {mistake.name for mistake in catalogue()} <= causes
     assert len({plant.wrong for plant in PLANTS}) == len(PLANTS)
 
 
@@ -127,7 +129,7 @@ def test_a_wrong_call_is_told_before_anything_runs(call, words, capsys) -> None:
 
 def test_the_page_lists_the_catalogue() -> None:
     page = (Path(__file__).parents[1] / "docs/mistakes.md").read_text(encoding="utf-8")
-    catalogue = page.partition("## The self-test")[0]
-    rows = [line for line in catalogue.splitlines() if line.startswith("| ")][1:]
-    expected = [f"| {m.name} | {m.cure.replace('|', '&#124;')} |" for m in CATALOGUE]
+    table = page.partition("## The self-test")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    expected = [f"| {m.name} | {m.cure.replace('|', '&#124;')} |" for m in catalogue()]
     assert rows == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import ml_dtypes
@@ -14,13 +14,13 @@ from anymha.parity.oracle.recipe import (
     Arrays,
     Recipe,
     Step,
+    Variants,
     context_by,
     logits_by,
     projected,
     softmax,
 )
 
-Variants = Iterator[tuple[str, Recipe]]
 BASE = 10_000.0
 """The base of rotary positions."""
 
@@ -175,14 +175,15 @@ def precision(recipe: Recipe, dtype: str) -> Variants:
     """Every stage rounded to a narrower dtype."""
     narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
-    def rounding(step: Step) -> Step:
-        def rounded(recipe: Recipe, stages: Arrays) -> np.ndarray:
+    def rounding(name: str) -> Step:
+        def rounded(_: Recipe, stages: Arrays) -> np.ndarray:
             with np.errstate(over="ignore"):
-                return step(recipe, stages).astype(narrow).astype(np.float64)
+                return recipe.stage(name, stages).astype(narrow).astype(np.float64)
 
         return rounded
 
-    yield "", recipe.but(steps={name: rounding(step) for name, step in recipe.steps.items()})
+    # The steps have what the sections make of a stage in them, so that this is rounded too.
+    yield "", recipe.but(steps={name: rounding(name) for name in recipe.steps}, sections=())
 
 
 def _width(recipe: Recipe, name: str) -> int:

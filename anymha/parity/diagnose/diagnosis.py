@@ -10,7 +10,7 @@ import numpy as np
 
 from anymha.parity.diagnose.attention_mistakes import PRECISIONS, precision
 from anymha.parity.diagnose.causes import Cause, Diagnosis
-from anymha.parity.diagnose.mistakes import CATALOGUE, Mistake
+from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import Tolerances, computed_dtype, shares_of
 from anymha.parity.stages.stagewise import OBSERVED
@@ -107,7 +107,7 @@ class Search:
         one = Search(self.recipe.of_batch(at), self.trace, found, self.reference).diagnose(pairs)
         whole = self.recipe
         for cause in one.causes:
-            known = (w for m, d, w in _variants(whole, None) if (m.name, d) == cause.known)
+            known = (w for m, d, w in self._variants(whole) if (m.name, d) == cause.known)
             whole = next(known, whole)
         return replace(one, recipe=None if one.recipe is None else whole)
 
@@ -186,13 +186,25 @@ class Search:
         return distances
 
     def _tried(self, recipe: Recipe, skip: str | None = None) -> Iterator[_Tried]:
-        for mistake, detail, wrong in _variants(recipe, skip):
+        for mistake, detail, wrong in self._variants(recipe, skip):
             with np.errstate(all="ignore"):
                 stage = _first_change(recipe.stages, wrong.stages)
             if stage is not None:
                 cause = Cause(mistake.name, detail, stage, mistake.cure)
                 errors = self._errors(wrong, hasty=True)
                 yield _Tried(cause, wrong.but(), errors)  # a copy, which does not keep its stages
+
+    def _variants(
+        self, recipe: Recipe, skip: str | None = None
+    ) -> Iterator[tuple[Mistake, str, Recipe]]:
+        """Each mistake with its detail and the recipe that has it, but those of one name."""
+        for mistake, detail, wrong in other_options(recipe, self.trace.config):
+            if mistake.name != skip:
+                yield mistake, detail, wrong
+        for mistake in catalogue():
+            if mistake.name != skip:
+                for detail, wrong in mistake.plant(recipe):
+                    yield mistake, detail, wrong
 
     def _errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
         """How far what was observed is from a recipe's results, over what rounding explains.
@@ -218,13 +230,6 @@ def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
         yield one
         if time.monotonic() > until:
             return
-
-
-def _variants(recipe: Recipe, skip: str | None) -> Iterator[tuple[Mistake, str, Recipe]]:
-    for mistake in CATALOGUE:
-        if mistake.name != skip:
-            for detail, wrong in mistake.plant(recipe):
-                yield mistake, detail, wrong
 
 
 def _first_change(honest: Arrays, wrong: Arrays) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from anymha.parity.oracle.recipe import Recipe
 
+PROJECTIONS = ("query", "key", "value", "output")
 LARGE = 1 << 20
 """Of how many logits nothing is computed again without each feature."""
 
@@ -47,8 +48,12 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "`attention_bias`", recipe.but(bias=None)
     if recipe.kept is not None:
         yield "dropout", recipe.but(kept=None)
+    for section in recipe.sections:
+        yield f"`{section.option}`", recipe.without_section(section.option)
     yield "the scale: the logits are about equal", recipe.but(scale=2 * recipe.scale)
-    for name in ("query", "value", "output"):
+    # The key's bias adds one number to all logits of a row, which the softmax alone ignores.
+    ignored = all(section.ignores_a_constant for section in recipe.sections)
+    for name in ("query", "value", "output") if ignored else PROJECTIONS:
         if f"{name}.bias" in recipe.weights:
             rest = {n: w for n, w in recipe.weights.items() if n != f"{name}.bias"}
             yield f"`{name}.bias`: it is zero", recipe.but(weights=rest)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, allowed, softmax
-
-Variants = Iterator[tuple[str, Recipe]]
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants, allowed, softmax
 
 
 def _ands(name: str, recipe: Recipe) -> str:

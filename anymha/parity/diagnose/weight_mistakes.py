@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
-Variants = Iterator[tuple[str, Recipe]]
 NAMES = ("query", "key", "value")
 MOST_HEADS = 4
 """Up to so many heads all their orders are tried."""

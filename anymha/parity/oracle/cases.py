@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from anymha.options.config import AttentionConfig
+from anymha.parity.oracle.features import SECTIONS
+from anymha.parity.oracle.recipe import Section
 
 Arrays = dict[str, np.ndarray]
 
@@ -148,7 +150,7 @@ def _typed(dtype: str, **options: Any) -> dict[str, Any]:
     return {**_EVERYTHING, "options": {**_EVERYTHING["options"], "dtype": dtype, **options}}
 
 
-MATRIX: tuple[Case, ...] = (
+_FEATURES: tuple[Case, ...] = (
     Case("self", without={"widths": (12, 12, 12), "options": {"scale": 0.0}}),
     Case("cross", **_CROSS, without={"options": {"scale": 0.0}}),
     Case("value_dim", {"value_dim": 5}, without={"options": {"scale": 0.0, "value_dim": 5}}),
@@ -217,6 +219,9 @@ MATRIX: tuple[Case, ...] = (
     Case("float64", **_typed("float64"), without={"inputs": {}}),
     Case("float32 in bfloat16", **_typed("float32", compute_dtype="bfloat16"),
          without={"inputs": {}}),
+)  # fmt: skip
+
+_REPRODUCIBLE: tuple[Case, ...] = (
     Case("reproducible", **_typed("float32", compute_dtype="float64"), without={"inputs": {}}),
     Case(
         "reproducible, dropout", {"dropout": 0.1, "compute_dtype": "float64"},
@@ -229,3 +234,39 @@ MATRIX: tuple[Case, ...] = (
         without={"call": {}},
     ),
 )  # fmt: skip
+
+
+def option_cases(section: type[Section]) -> Iterator[Case]:
+    """Cases that make an option matter: alone with each of its examples, and with everything."""
+    option = section.option
+    for value in section.examples:
+        name = option if len(section.examples) == 1 else f"{option} {value}"
+        yield Case(name, {option: value}, **_CROSS, without={"options": {}})
+    value = section.examples[-1]
+    dropping = {"dropout": 0.3, option: value}
+    training = {"training": True, "seed": 11}
+    yield Case(f"{option}, dropout", dropping, training, without={"call": {}})
+    for dtype, computed in (
+        ("float32", None),
+        ("float16", None),
+        ("bfloat16", None),
+        ("float32", "float64"),
+    ):
+        words = "reproducible" if computed else "everything" if dtype == "float32" else dtype
+        typed = _typed(dtype, compute_dtype=computed)
+        options = {**typed["options"], option: value}
+        case = {**typed, "options": options}
+        yield Case(f"{option}, {words}", **case, without={"options": typed["options"]})
+
+
+def has_option(section: type[Section]) -> bool:
+    """Whether the layer has the section's option."""
+    return section.option in {field.name for field in fields(AttentionConfig)}
+
+
+_OPTIONS = (option_cases(section) for section in SECTIONS.values() if has_option(section))
+MATRIX: tuple[Case, ...] = (
+    *_FEATURES,
+    *(case for several in _OPTIONS for case in several),
+    *_REPRODUCIBLE,
+)

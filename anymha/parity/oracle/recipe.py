@@ -11,18 +11,140 @@ earlier stages.
     dropped_probabilities -> what dropout leaves of them
     context               -> dropped_probabilities . value              (B, T, H, d_v)
     output                -> context . kernel + bias                    (B, T, O)
+
+An option of the attention (a softcap, rotary positions) changes what some of these steps give: see
+`Section`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
 einsum = partial(np.einsum, optimize=True)
+
+
+class Section:
+    """One option of the attention, as the oracle computes it; this base changes nothing.
+
+    A subclass stands in a file of its own in `anymha.parity.oracle.features`, as its constant
+    ``SECTION``, and shares no code with the layer. Its methods are asked at every stage, by the
+    stage's name, after the step of the stage itself.
+
+    Args:
+        value: The option's value.
+
+    Attributes:
+        option: The name of the option, a field of `AttentionConfig`.
+        examples: Values that change the output a lot where logits are of order one; the matrix of
+            cases and the self-test take them.
+        usual: Values that models use, one of which a port may have in place of another.
+        ignores_a_constant: Whether one number added to all logits of a row, before this option
+            changes them, still changes no probability. Where it does, the key's bias matters.
+        mistakes: Known mistakes with the option: a name, how to fix it, and a function that makes
+            the recipes that have it from the section and a right recipe, as `Variants`.
+        faults: Mistakes that the self-test injects into a port: the fault's name, the name in the
+            catalogue of mistakes, and the first stage that is wrong.
+    """
+
+    option: ClassVar[str]
+    examples: ClassVar[tuple[Any, ...]] = ()
+    usual: ClassVar[tuple[Any, ...]] = ()
+    ignores_a_constant: ClassVar[bool] = False
+    mistakes: ClassVar[tuple[tuple[str, str, Callable[[Any, Recipe], Variants]], ...]] = ()
+    faults: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self | None:
+        """The section for a config's value; None where the option is off, or is not there."""
+        value = getattr(config, cls.option, None)
+        return None if value is None or value is False else cls(value)
+
+    def order(self) -> int:
+        """The place among the sections that change one stage; the smallest first."""
+        return 0
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """What the option makes of a stage.
+
+        Args:
+            stage: The stage's name.
+            array: What its step gave.
+            recipe: What is computed.
+            stages: The stages before this one.
+        """
+        return array
+
+    def backward(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> np.ndarray:
+        """The gradient of what `forward` takes, from that of what it gives.
+
+        Args:
+            stage: The stage's name.
+            gradient: Of what `forward` gives; or its size, where nothing cancels.
+            array: What `forward` takes.
+            recipe: What is computed.
+            stages: Every stage.
+            cancel: Whether terms of opposite signs cancel; else every difference is a sum of sizes.
+        """
+        return gradient
+
+    def own_gradients(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> Arrays:
+        """Gradients of the option's own weights, and what it adds to those of the inputs, by name.
+
+        The arguments are those of `backward`.
+        """
+        return {}
+
+    def sizes(
+        self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray:
+        """How great the numbers are that the stage is made of, as `sizes` of the recipe counts.
+
+        Args:
+            stage: The stage's name.
+            sizes: Of what `forward` takes.
+            array: What `forward` takes.
+            recipe: What is computed.
+            stages: The stages before this one.
+        """
+        return sizes
+
+    def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
+        """What the option makes of an array in the self-test's port, in any framework.
+
+        It is written apart from `forward`, and has the faults that ``port.wrong`` names.
+
+        Args:
+            ops: The framework.
+            place: A stage's name; or "biased_logits", after the bias and before the masks.
+            array: What the port computed there.
+            port: The `anymha.parity.selftest.port.Port`.
+        """
+        return array
 
 
 @dataclass(frozen=True)
@@ -41,6 +163,7 @@ class Recipe:
         bias: Added to the logits, broadcasts to (B, H, T, S).
         kept: What dropout multiplies the probabilities with, (B, H, T, S).
         steps: What computes each stage, in order.
+        sections: The options that change what the steps give, in the order of their `order`.
     """
 
     weights: Arrays
@@ -53,6 +176,7 @@ class Recipe:
     bias: np.ndarray | None = None
     kept: np.ndarray | None = None
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    sections: tuple[Section, ...] = ()
 
     @cached_property
     def stages(self) -> Arrays:
@@ -93,19 +217,58 @@ class Recipe:
                         kept=own(self.kept))  # fmt: skip
 
     def stepping(self, stage: str, step: Step) -> Recipe:
-        """The same with another step for a stage."""
+        """The same with another step for a stage; the sections change what it gives as before."""
         return replace(self, steps={**self.steps, stage: step})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values of the options that are on, by name."""
+        return {section.option: section.value for section in self.sections}
+
+    def with_section(self, section: Section) -> Recipe:
+        """The same with an option, in place of another value of it if there is one."""
+        others = [one for one in self.sections if one.option != section.option]
+        return replace(self, sections=ordered((*others, section)))
+
+    def without_section(self, option: str) -> Recipe:
+        """The same with an option switched off."""
+        return replace(self, sections=tuple(s for s in self.sections if s.option != option))
+
+    def stage(self, name: str, stages: Arrays) -> np.ndarray:
+        """A stage from those before it: its step, and what the sections make of it."""
+        array = self.steps[name](self, stages)
+        for section in self.sections:
+            array = section.forward(name, array, self, stages)
+        return array
+
+    def taken(self, name: str, stages: Arrays) -> list[tuple[Section, np.ndarray]]:
+        """Each section with what it takes at a stage, in their order."""
+        if not self.sections:
+            return []
+        array, found = self.steps[name](self, stages), []
+        for section in self.sections:
+            found.append((section, array))
+            array = section.forward(name, array, self, stages)
+        return found
 
 
 Step = Callable[[Recipe, Arrays], np.ndarray]
 """Makes a stage from a recipe and the stages before it."""
 
+Variants = Iterator[tuple[str, Recipe]]
+"""Words for a variant of a mistake, and the recipe that has it."""
+
+
+def ordered(sections: tuple[Section, ...]) -> tuple[Section, ...]:
+    """Sections in the order in which they change one stage."""
+    return tuple(sorted(sections, key=lambda section: (section.order(), section.option)))
+
 
 def run(recipe: Recipe) -> Arrays:
     """Every stage by name, in order."""
     stages: Arrays = {}
-    for name, step in recipe.steps.items():
-        stages[name] = step(recipe, stages)
+    for name in recipe.steps:
+        stages[name] = recipe.stage(name, stages)
     return stages
 
 
@@ -209,29 +372,32 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
             sums = np.max(sums, initial=0.0)
         return np.maximum(np.sqrt(sums), finite)
 
-    found = {}
+    found: Arrays = {}
+
+    def keep(name: str, array: np.ndarray) -> np.ndarray:
+        for section, taken in recipe.taken(name, stages):
+            array = section.sizes(name, array, taken, recipe, stages)
+        found[name] = array
+        return array
+
     for name in ("query", "key", "value"):
         x, w = recipe.inputs[name], recipe.weights[f"{name}.kernel"]
-        found[name] = size(_squared("btd,dhk->bthk", x, w), stages[name])
+        keep(name, size(_squared("btd,dhk->bthk", x, w), stages[name]))
     heads = reads(recipe)
     products = _squared("bthk,bshk->bhts", found["query"], found["key"][:, :, heads])
-    logits = size(recipe.scale**2 * products, stages["logits"])
-    found["logits"] = logits
-    masked = found["masked_logits"] = size(np.square(logits), stages["masked_logits"])
+    logits = keep("logits", size(recipe.scale**2 * products, stages["logits"]))
+    masked = keep("masked_logits", size(np.square(logits), stages["masked_logits"]))
     shares = size(np.zeros(1), stages["probabilities"])
     # A logit that is off by d changes its share p by p (1 - p) d, and each other share q by q p d.
     others = np.sum(np.square(shares * masked), axis=-1, keepdims=True)
     spread = np.sqrt(1 + np.square(masked) + others)
-    found["probabilities"] = shares * spread
-    dropped = found["dropped_probabilities"] = spread * size(
-        np.zeros(1), stages["dropped_probabilities"]
-    )
+    keep("probabilities", shares * spread)
+    left = size(np.zeros(1), stages["dropped_probabilities"])
+    dropped = keep("dropped_probabilities", spread * left)
     values = found["value"][:, :, heads]
-    found["context"] = size(_squared("bhts,bshv->bthv", dropped, values), stages["context"])
-    found["output"] = size(
-        _squared("bthv,hvo->bto", found["context"], recipe.weights["output.kernel"]),
-        stages["output"],
-    )
+    keep("context", size(_squared("bhts,bshv->bthv", dropped, values), stages["context"]))
+    mixed = _squared("bthv,hvo->bto", found["context"], recipe.weights["output.kernel"])
+    keep("output", size(mixed, stages["output"]))
     axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
     rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in found.items()}
     return {**rows, "scores": rows["probabilities"]}

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.oracle.cases import Arrays, Problem, numpy_dtype
-from anymha.parity.oracle.oracle import Truth, attention_oracle
-from anymha.parity.oracle.recipe import Recipe, allowed
+from anymha.parity.oracle.features import sections_of
+from anymha.parity.oracle.oracle import Truth, evaluate
+from anymha.parity.oracle.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def fold(problem: Problem) -> Folded:
         offset,
         bias,
         _kept(problem, flat),
+        sections=sections_of(config),
     )
     return Folded(problem, recipe, order, batches, t, s)
 
@@ -128,15 +130,10 @@ def expected(problem: Problem) -> Truth:
     folded = fold(problem)
     recipe, full = folded.recipe, folded.full
     count, t, s = recipe.lengths
-    truth = attention_oracle(
-        recipe.weights,
-        recipe.inputs,
-        scale=recipe.scale,
-        allowed=allowed(recipe),
-        bias=recipe.bias,
-        kept=recipe.kept,
-        d_output=folded.flat(problem.d_output),
-        d_scores=problem.d_scores.reshape(count, recipe.heads[0], t, s),
+    truth = evaluate(
+        recipe,
+        folded.flat(problem.d_output),
+        problem.d_scores.reshape(count, recipe.heads[0], t, s),
     )
 
     def shaped(arrays: Arrays) -> Arrays:

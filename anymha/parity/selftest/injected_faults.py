@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.cases import Arrays
+from anymha.parity.oracle.cases import Arrays, has_option
+from anymha.parity.oracle.features import SECTIONS
+from anymha.parity.oracle.recipe import Section
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 7, 9, 4, 6
 FEATURES = HEADS * WIDTH
@@ -37,7 +39,7 @@ class Plant:
 
 GROUPED = {"num_key_value_heads": 2}
 DROPPING = {"dropout": 0.3}
-PLANTS = (
+_PLANTS = (
     Plant("mask inverted", "inverted mask", "masked_logits"),
     Plant("mask ignored", "ignored mask", "masked_logits"),
     Plant("mask added", "additive mask", "masked_logits"),
@@ -102,6 +104,17 @@ PLANTS = (
     Plant("scores after dropout", "in the returned scores: taken after dropout", "scores",
           ("mask", "training"), DROPPING),
 )  # fmt: skip
+
+
+def option_plants(section: type[Section]) -> Iterator[Plant]:
+    """The mistakes with an option, each in a call with a mask and a bias: their order matters."""
+    value = section.examples[0]
+    for wrong, cause, stage in section.faults:
+        yield Plant(wrong, cause, stage, ("mask", "bias"), {section.option: value})
+
+
+_WITH_OPTIONS = (option_plants(section) for section in SECTIONS.values() if has_option(section))
+PLANTS: tuple[Plant, ...] = (*_PLANTS, *(plant for several in _WITH_OPTIONS for plant in several))
 """Every mistake of the catalogue at least once."""
 
 

@@ -7,7 +7,7 @@ tested with what makes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.parity.oracle.cases import Arrays
+from anymha.parity.oracle.recipe import Section
 
 RATE = 0.3
 """Of the dropout that somebody forgot to switch off."""
@@ -31,6 +32,7 @@ class Port:
         tells: Whether it tells its stages, or returns the output and the scores alone.
         window: Its window.
         dropout: Its share of dropped probabilities.
+        sections: The further options that it has.
     """
 
     ops: Any
@@ -39,6 +41,7 @@ class Port:
     tells: bool = True
     window: int | None = None
     dropout: float = 0.0
+    sections: Sequence[Section] = ()
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def __call__(
@@ -72,24 +75,27 @@ class Port:
         for pairs in ("rotary halves", "rotary pairs"):
             if pairs in wrong:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
+        q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
         told = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
         keys, values = self._repeated(k, group), self._repeated(v, group)
 
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
-        scale = self._scale(q.shape[-1], v.shape[-1])
+        scale = self.scale(q.shape[-1], v.shape[-1])
         logits = ops.matmul(q * scale, ops.permute_dims(keys, (0, 1, 3, 2)))
+        logits = self._with("logits", logits)
         told["logits"] = logits
         raw = logits
         if attention_bias is not None and "bias left out" not in wrong:
             logits = logits + attention_bias * (2.0 if "bias doubled" in wrong else 1.0)
+        logits = self._with("biased_logits", logits)
         seen = self._seen(attention_mask, use_causal_mask, query_offset, logits)
         if "mask added" in wrong:
             number = ops.astype(self._mask(attention_mask), dtype)
             logits = logits + number
-        masked = ops.where(seen, logits, -math.inf)
+        masked = self._with("masked_logits", ops.where(seen, logits, -math.inf))
         told["masked_logits"] = masked
-        scores = self._softmax(masked, raw)
+        scores = self._with("probabilities", self._softmax(masked, raw))
         told["probabilities"] = scores
         kept = scores
         if "dropout left on" in wrong:
@@ -105,6 +111,7 @@ class Port:
         if "heads merged without exchange" in wrong:
             shape = tuple(context.shape)
             context = ops.reshape(ops.permute_dims(context, (0, 2, 1, 3)), shape)
+        context = self._with("context", context)
         told["context"] = context
         output = self._output(context)
         if "batch and time exchanged" in wrong:
@@ -117,6 +124,12 @@ class Port:
         if "batch and time exchanged" in wrong:
             return output
         return {**told, "output": output, "scores": returned} if self.tells else (output, returned)
+
+    def _with(self, place: str, array: Any) -> Any:
+        """What the options make of an array."""
+        for section in self.sections:
+            array = section.ported(self.ops, place, array, self)
+        return array
 
     def _heads(self, x: Any, name: str) -> Any:
         """(B, T, H, d)."""
@@ -160,7 +173,8 @@ class Port:
         turned = [one * cos - two * sin, one * sin + two * cos]
         return ops.reshape(ops.stack(turned, axis=last), (batch, length, heads, width))
 
-    def _scale(self, width: int, value_width: int) -> float:
+    def scale(self, width: int, value_width: int) -> float:
+        """What the logits are multiplied with, for heads of these widths."""
         factors = {
             "scale missing": 1.0,
             "scale twice": 1 / width,

@@ -15,7 +15,8 @@ from anymha.interchange.layers import set_weights
 from anymha.parity.adapters import subject
 from anymha.parity.comparison.baseline import Standard
 from anymha.parity.comparison.compare import compare
-from anymha.parity.oracle.cases import Arrays, numpy_dtype
+from anymha.parity.oracle.cases import Arrays, has_option, numpy_dtype
+from anymha.parity.oracle.features import SECTIONS, sections_of
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.selftest.injected_faults import (
@@ -100,7 +101,7 @@ def try_planted(backend: Backend, plants: tuple[Plant, ...], tells: bool, seed: 
     layer, weights = make_layer(plant.options, plant.dtype, seed)
     port = Port(
         ops, misloaded(weights, wrong), wrong, tells, plant.options.get("sliding_window"),
-        plant.options.get("dropout", 0.0),
+        plant.options.get("dropout", 0.0), sections_of(layer.config),
     )  # fmt: skip
     given = {name: ops.from_numpy(array) for name, array in inputs.items()}
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -226,6 +227,9 @@ def honest_call(number: int, dtype: str) -> tuple[dict[str, Any], Request]:
     if drawn.random() < 0.2:
         options["sliding_window"] = 3
     own, masked, padded, biased, causal = drawn.random(5) < (0.3, 0.5, 0.3, 0.2, 0.4)
+    for section in SECTIONS.values():
+        if has_option(section) and drawn.random() < 0.2:
+            options[section.option] = section.examples[0]
     spread = float(rng.choice([0.1, 1.0, 4.0]))
     narrow = numpy_dtype(dtype)
 

@@ -105,7 +105,7 @@ def compared(
         if name == "scores":
             fed = own["probabilities"]
         else:
-            fed = recipe.steps[name](recipe, own) if _fits(own, honest) else expected
+            fed = recipe.stage(name, own) if _fits(own, honest) else expected
         candidate = found.get(name)
         if candidate is not None:
             allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
