@@ -81,8 +81,7 @@ class Port:
         keys, values = self._repeated(k, group), self._repeated(v, group)
 
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
-        scale = self.scale(q.shape[-1], v.shape[-1])
-        logits = ops.matmul(q * scale, ops.permute_dims(keys, (0, 1, 3, 2)))
+        logits = ops.matmul(q * self.scale, ops.permute_dims(keys, (0, 1, 3, 2)))
         logits = self._with("logits", logits)
         told["logits"] = logits
         raw = logits
@@ -173,8 +172,10 @@ class Port:
         turned = [one * cos - two * sin, one * sin + two * cos]
         return ops.reshape(ops.stack(turned, axis=last), (batch, length, heads, width))
 
-    def scale(self, width: int, value_width: int) -> float:
-        """What the logits are multiplied with, for heads of these widths."""
+    @property
+    def scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        width, value_width = (self.weights[f"{n}.kernel"].shape[2] for n in ("query", "value"))
         factors = {
             "scale missing": 1.0,
             "scale twice": 1 / width,
