@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from anymha.framework.dtypes import output_dtype
 from anymha.parity.matrix.checkpoint import Recorded
-from anymha.parity.matrix.run import Result
+from anymha.parity.matrix.run import Result, Skipped
 from anymha.parity.oracle.cases import Arrays, Problem
 from anymha.parity.oracle.oracle import Truth
 from anymha.parity.stages.bits import count_differing
@@ -52,7 +52,7 @@ class Row:
         name: The case.
         dtype: Its dtypes, e.g. "float32" or "float32 in float64".
         budget: The greatest error allowed, in units.
-        cells: By backend; a backend that raised has a cell with that fault.
+        cells: By backend that ran it; a backend that raised has a cell with that fault.
         elements: How many elements each backend gave: outputs, scores and gradients.
         differing: How many of them differ in any bit between some two backends.
         ties: How many of those lie, exactly computed, so close to the middle between two numbers
@@ -60,6 +60,7 @@ class Row:
         compared: How many were compared between backends.
         reproducible: Whether none may differ.
         faults: What is wrong between backends, in words.
+        skipped: Why a backend did not run it, by backend.
     """
 
     name: str
@@ -72,10 +73,11 @@ class Row:
     compared: int
     reproducible: bool
     faults: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every backend passes, and they agree."""
+        """Whether every backend that ran it passes, and they agree."""
         return not self.faults and all(cell.passed for cell in self.cells.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _finite(number: float) -> float | None:
 def judge(
     problem: Problem,
     truth: Truth,
-    results: Mapping[str, Result | Exception],
+    results: Mapping[str, Result | Skipped | Exception],
     recorded: Recorded | None = None,
 ) -> Row:
     """The verdict on each backend's results, and on their agreement.
@@ -105,7 +107,7 @@ def judge(
     Args:
         problem: The problem.
         truth: The oracle's answer.
-        results: Each backend's results, or what it raised.
+        results: Each backend's results, why it skips the problem, or what it raised.
         recorded: What another implementation returned, to be compared with too.
     """
     config = problem.case.config
@@ -122,7 +124,7 @@ def judge(
             if recorded:
                 errors |= _recorded_errors(result, recorded, recorded_units)
             cells[name] = _cell(errors, faults, budget, bool(result.gradients))
-        else:
+        elif isinstance(result, Exception):
             fault = f"raised {type(result).__name__}: {result}"
             cells[name] = Cell(math.inf, "", {}, (fault,), False)
     close = {
@@ -146,6 +148,7 @@ def judge(
         compared,
         reproducible,
         faults,
+        {name: one.reason for name, one in results.items() if isinstance(one, Skipped)},
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from anymha.framework.registry import Backend
 from anymha.parity.matrix.checkpoint import RealProblem
 from anymha.parity.matrix.judge import Row, judge
-from anymha.parity.matrix.run import Result, run
+from anymha.parity.matrix.run import Result, Skipped, lacking_dtype, run
 from anymha.parity.oracle.cases import Problem
 from anymha.parity.oracle.truth import expected
 from anymha.version import __version__
@@ -62,9 +62,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether there are cases, and every one passes on every backend."""
+        """Whether there are cases that ran, and every one passes on every backend that ran it."""
         every = [*self.rows, *self.real]
-        return bool(every) and all(row.passed for row in every)
+        return any(row.cells for row in every) and all(row.passed for row in every)
+
+    @property
+    def skipped(self) -> dict[tuple[str, str], list[str]]:
+        """The names of the cases that were skipped, by backend and reason."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for row in (*self.rows, *self.real):
+            for backend, reason in row.skipped.items():
+                found.setdefault((backend, reason), []).append(row.name)
+        return found
 
     @property
     def verdict(self) -> str:
@@ -79,7 +88,13 @@ class Report:
         differing, compared = sum(r.differing for r in exact), sum(r.compared for r in exact)
         tied = f", {'a tie' if differing == 1 else 'ties'}" if differing else ""
         same = f"; in reproducible mode {differing:,} of {compared:,} elements differ{tied}"
-        return f"PARITY HOLDS: {where}" + (same if compared else "")
+        counts: dict[str, int] = {}
+        for (backend, _), names in self.skipped.items():
+            counts[backend] = counts.get(backend, 0) + len(names)
+        told = "".join(f"; {n} of them skipped on {backend}" for backend, n in counts.items())
+        if not self.passed:
+            return f"PARITY DOES NOT HOLD: no case ran{told}"
+        return f"PARITY HOLDS: {where}{told}" + (same if compared else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the maps, for JSON."""
@@ -102,12 +117,13 @@ def counted_cases(number: int) -> str:
 
 
 def run_case(backends: Sequence[Backend], problem: Problem, progress: Progress) -> dict[str, Any]:
-    """The results of each backend, or what it raised."""
-    results: dict[str, Result | Exception] = {}
+    """The results of each backend, why it skips the problem, or what it raised."""
+    results: dict[str, Result | Skipped | Exception] = {}
     for backend in backends:
         progress(problem.case.name, backend.name)
         try:
-            results[backend.name] = run(backend, problem)
+            reason = lacking_dtype(backend.ops, problem)
+            results[backend.name] = Skipped(reason) if reason else run(backend, problem)
         except Exception as error:  # a broken backend fails its cell, not the run
             results[backend.name] = error
     return results

@@ -34,6 +34,32 @@ class Result:
     flag_matters: bool
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A problem that a backend cannot run.
+
+    Args:
+        reason: Why, in words.
+    """
+
+    reason: str
+
+
+def lacking_dtype(ops: Any, problem: Problem) -> str | None:
+    """Why a backend cannot run a problem: it lacks one of its dtypes; None where it has both."""
+    config = problem.case.config
+    for name in dict.fromkeys((config.dtype, config.compute_dtype or config.dtype)):
+        if name == "float32":  # every backend has it
+            continue
+        try:
+            found = ops.dtype(name)
+        except Exception as error:  # of any framework, in its own words
+            return f"it lacks {name}: ops.dtype({name!r}) raised {type(error).__name__}: {error}"
+        if found is None:
+            return f"it lacks {name}: ops.dtype({name!r}) gave None"
+    return None
+
+
 def run(backend: Backend, problem: Problem) -> Result:
     """The problem's results on a backend."""
     ops, config = backend.ops, problem.case.config

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from anymha.parity.matrix.judge import Cell, Row
 from anymha.parity.matrix.matrix import Progress as Told
-from anymha.parity.matrix.matrix import Report
+from anymha.parity.matrix.matrix import Report, counted_cases
 
 DROPPED = ("", "dtype", "may", "bits")
 """The columns that go, in this order, where the terminal is too narrow for all."""
@@ -72,6 +72,10 @@ def print_report(console: Console, report: Report) -> None:
         )
     console.print("\n".join(parts), style="dim", highlight=False)
     _print_faults(console, every)
+    for (backend, reason), names in report.skipped.items():
+        console.print(f"{backend} skips {counted_cases(len(names))}, as {reason}: "
+                      f"{'; '.join(names)}", style="yellow", markup=False, highlight=False,
+                      soft_wrap=True)  # fmt: skip
     for name in report.missing:
         console.print(f"{name} is not installed: pip install 'anymha\\[{name}]' adds it.",
                       highlight=False, soft_wrap=True)  # fmt: skip
@@ -130,7 +134,7 @@ def _table(
     columns = {
         "case": ({"no_wrap": True}, lambda row: escape(row.name)),
         "dtype": ({"no_wrap": True, "style": "dim"}, lambda row: row.dtype),
-        **{name: (right, lambda row, name=name: _cell(row.cells[name])) for name in backends},
+        **{name: (right, lambda row, name=name: _cell(row.cells.get(name))) for name in backends},
         "may": ({**right, "style": "dim"}, lambda row: f"{row.budget:.2f}"),
         "bits": (right, _bits),
     }
@@ -144,7 +148,8 @@ def _table(
         table.add_column(escape(name), **style)
     for row in rows:
         cells = [show(row) for _, show in kept.values()]
-        table.add_row(_sign(console, row.passed), *cells)
+        sign = _sign(console, row.passed) if row.cells else "[yellow]-[/]"
+        table.add_row(sign, *cells)
     return table
 
 
@@ -154,7 +159,9 @@ def _sign(console: Console, passed: bool) -> str:
     return f"[green]{good}[/]" if passed else f"[bold red]{bad}[/]"
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "[yellow]skip[/]"
     if not cell.errors:
         text = "error"
     elif math.isfinite(cell.units) and cell.units >= 1e4:
