@@ -8,7 +8,7 @@ import pytest
 import anymha
 from anymha.parity import compare
 from tests.peer_layers import need
-from tests.test_subjects import CALLS, KEY, QUERY, VALUE, converted, reference
+from tests.test_adapters import CALLS, KEY, QUERY, VALUE, converted, reference
 
 PAIRS = [("torch", "keras"), ("keras", "nnx"), ("nnx", "torch"), ("linen", "equinox")]
 EMPTY = np.arange(6) < np.array([6, 4, 0])[:, None]

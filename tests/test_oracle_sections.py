@@ -12,15 +12,15 @@ from anymha.framework.registry import get_backend
 from anymha.options.config import AttentionConfig
 from anymha.parity import compare
 from anymha.parity.diagnose.diagnosis import Search
-from anymha.parity.diagnose.exercised import untested
+from anymha.parity.diagnose.exercised import not_exercised
 from anymha.parity.diagnose.mistakes import catalogue, other_options
 from anymha.parity.oracle import features
-from anymha.parity.oracle.cases import Case, make_problem, option_cases
+from anymha.parity.oracle.cases import MatrixCase, make_problem, option_cases
 from anymha.parity.oracle.features import SECTIONS, sections_of
 from anymha.parity.oracle.oracle import evaluate
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, reads
 from anymha.parity.oracle.truth import fold
-from anymha.parity.selftest.injected_faults import Plant, option_plants, planted_call
+from anymha.parity.selftest.injected_faults import Fault, call_with_fault, option_faults
 from anymha.parity.selftest.port import Port
 from anymha.parity.selftest.selftest import make_layer
 from anymha.parity.stages.trace import Trace, make_request, problem_of
@@ -213,19 +213,19 @@ def test_fold_takes_an_option_that_is_on() -> None:
     assert [type(section) for section in sections_of(config)] == [Toy]
     assert sections_of(AttentionConfig(2, 3)) == ()
     assert sections_of(object()) == ()
-    problem = make_problem(Case("toy", {"memory_budget": 7}))
+    problem = make_problem(MatrixCase("toy", {"memory_budget": 7}))
     assert fold(problem).recipe.options == {"memory_budget": 7}
 
 
 @pytest.mark.usefixtures("toy")
 def test_an_option_that_changes_nothing_is_told() -> None:
     recipe = recipe_of(ARRAYS)
-    assert "`memory_budget`" not in untested(recipe)
+    assert "`memory_budget`" not in not_exercised(recipe)
     zero = {**ARRAYS, "query.kernel": 0 * ARRAYS["query.kernel"], "key.bias": np.zeros((K, 3))}
     zero |= {"query.bias": np.zeros((H, 3)), "gate": zero["gate"], "sinks": zero["sinks"]}
     plain = recipe_of(zero)
     weights = {n: w for n, w in plain.weights.items() if n not in ("gate", "sinks")}
-    told = untested(plain.but(weights=weights))
+    told = not_exercised(plain.but(weights=weights))
     assert "`memory_budget`" in told
     assert "`key.bias`: it is zero" in told
 
@@ -246,7 +246,7 @@ def test_mistakes_with_an_option_are_in_the_catalogue_and_are_found() -> None:
         trace = Trace("port", made.stages["output"])
         found = Search(recipe, trace, told).diagnose()
         assert str(found).partition(" (or")[0] == words
-        assert found.causes[0].cure
+        assert found.causes[0].fix
         assert found.causes[0].stage in ("query", "logits")
 
 
@@ -266,26 +266,26 @@ def test_an_option_that_the_candidate_alone_has_otherwise_is_named() -> None:
 @pytest.mark.usefixtures("toy")
 def test_compare_tells_that_a_layer_leaves_the_option_out() -> None:
     layer, _ = make_layer({"memory_budget": 5}, "float32", 0)
-    inputs, call = planted_call(("mask",), "float32", 0)
+    inputs, call = call_with_fault(("mask",), "float32", 0)
     report = compare(layer, layer, inputs, **call)
     assert report.passed
     assert any("memory_budget left out" in note for note in report.notes)
 
 
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize("plant", list(option_plants(Toy)), ids=lambda plant: plant.wrong)
-def test_the_port_has_the_option_and_its_faults(plant: Plant) -> None:
-    layer, weights = make_layer(plant.options, "float64", 0)
-    inputs, call = planted_call(plant.case, "float64", 0)
+@pytest.mark.parametrize("fault", list(option_faults(Toy)), ids=lambda fault: fault.wrong)
+def test_the_port_has_the_option_and_its_faults(fault: Fault) -> None:
+    layer, weights = make_layer(fault.options, "float64", 0)
+    inputs, call = call_with_fault(fault.case, "float64", 0)
     made = meant(layer, weights, inputs, call)
     right = Port(OPS, weights, sections=made.sections)(**inputs, **call)
     np.testing.assert_allclose(right["output"], made.stages["output"], rtol=1e-9, atol=1e-9)
-    wrong = Port(OPS, weights, {plant.wrong}, sections=made.sections)(**inputs, **call)
+    wrong = Port(OPS, weights, {fault.wrong}, sections=made.sections)(**inputs, **call)
     assert np.max(np.abs(wrong["logits"] - made.stages["logits"])) > 0.1
     told = {"output": wrong["output"]}
     found = Search(made, Trace("port", wrong["output"]), told).diagnose()
-    assert found.causes[0].name == plant.cause
-    assert found.causes[0].stage == plant.stage
+    assert found.causes[0].name == fault.cause
+    assert found.causes[0].stage == fault.stage
 
 
 @pytest.mark.usefixtures("toy")

@@ -9,12 +9,12 @@ import pytest
 
 from anymha.framework.registry import get_backend
 from anymha.parity.diagnose.diagnosis import Search
-from anymha.parity.diagnose.exercised import untested
-from anymha.parity.oracle.features.softcap import Softcap
+from anymha.parity.diagnose.exercised import not_exercised
+from anymha.parity.oracle.features.softcap import SoftcapSection
 from anymha.parity.oracle.oracle import attention_oracle, evaluate
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.oracle.truth import fold
-from anymha.parity.selftest.injected_faults import Plant, option_plants, planted_call
+from anymha.parity.selftest.injected_faults import Fault, call_with_fault, option_faults
 from anymha.parity.selftest.port import Port
 from anymha.parity.selftest.selftest import make_layer
 from anymha.parity.stages.trace import Trace, make_request, problem_of
@@ -49,7 +49,8 @@ def recipe_of(arrays: Arrays, cap: float = CAP) -> Recipe:
     weights = {name: arrays[name] for name in WEIGHTS}
     inputs = {name: arrays[name] for name in INPUTS}
     return Recipe(weights, inputs, SCALE, {"attention_mask": ALLOWED},
-                  bias=arrays["attention_bias"], kept=KEPT, sections=(Softcap(cap),))  # fmt: skip
+                  bias=arrays["attention_bias"], kept=KEPT,
+                  sections=(SoftcapSection(cap),))  # fmt: skip
 
 
 def test_logits_are_bounded_before_the_bias() -> None:
@@ -67,7 +68,7 @@ def test_logits_are_bounded_before_the_bias() -> None:
 
 def test_oracle_takes_the_section() -> None:
     options = {"scale": SCALE, "allowed": ALLOWED, "bias": BIAS, "kept": KEPT}
-    found = attention_oracle(WEIGHTS, INPUTS, **options, sections=(Softcap(CAP),))
+    found = attention_oracle(WEIGHTS, INPUTS, **options, sections=(SoftcapSection(CAP),))
     np.testing.assert_array_equal(found.output, recipe_of(ARRAYS).stages["output"])
 
 
@@ -93,12 +94,12 @@ def test_bias_of_the_key_matters() -> None:
     free = evaluate(plain, D_OUTPUT, D_SCORES).gradients["key.bias"]
     assert np.max(np.abs(free)) < 1e-12 < 1e-3 < np.max(np.abs(capped))
     unbiased = {**ARRAYS, "key.bias": np.zeros((K, 3))}
-    assert "`key.bias`: it is zero" in untested(recipe_of(unbiased))
-    assert not untested(recipe_of(ARRAYS))
+    assert "`key.bias`: it is zero" in not_exercised(recipe_of(unbiased))
+    assert not not_exercised(recipe_of(ARRAYS))
 
 
 def test_a_cap_far_above_the_logits_is_not_exercised() -> None:
-    assert "`softcap`" in untested(recipe_of(ARRAYS, 1e6))
+    assert "`softcap`" in not_exercised(recipe_of(ARRAYS, 1e6))
 
 
 @pytest.mark.parametrize("cap", [0.05, 0.7, 50.0])
@@ -160,18 +161,20 @@ def test_right_softcap_fits() -> None:
 
 
 @pytest.mark.parametrize("tells", [True, False])
-@pytest.mark.parametrize("plant", list(option_plants(Softcap)), ids=lambda plant: plant.wrong)
-def test_injected_fault_is_named(plant: Plant, tells: bool) -> None:
+@pytest.mark.parametrize(
+    "fault", list(option_faults(SoftcapSection)), ids=lambda fault: fault.wrong
+)
+def test_injected_fault_is_named(fault: Fault, tells: bool) -> None:
     layer, weights = make_layer({}, "float64", 0)
-    inputs, call = planted_call(plant.case, "float64", 0)
+    inputs, call = call_with_fault(fault.case, "float64", 0)
     problem = problem_of(layer.config, weights, make_request(inputs, call))
-    recipe = fold(problem).recipe.with_section(Softcap(plant.options["softcap"]))
+    recipe = fold(problem).recipe.with_section(SoftcapSection(fault.options["softcap"]))
     ops = get_backend("numpy").ops
     right = Port(ops, weights, sections=recipe.sections)(**inputs, **call)
     for name, array in right.items():
         expected = recipe.stages["probabilities" if name == "scores" else name]
         np.testing.assert_allclose(array, expected, rtol=1e-9, atol=1e-9)
-    wrong = Port(ops, weights, {plant.wrong}, sections=recipe.sections)(**inputs, **call)
+    wrong = Port(ops, weights, {fault.wrong}, sections=recipe.sections)(**inputs, **call)
     told = wrong if tells else {"output": wrong["output"]}
     found = Search(recipe, Trace("port", wrong["output"]), told).diagnose()
-    assert (found.causes[0].name, found.causes[0].stage) == (plant.cause, plant.stage)
+    assert (found.causes[0].name, found.causes[0].stage) == (fault.cause, fault.stage)

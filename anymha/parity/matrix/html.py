@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anymha.errors import UsageError
-from anymha.parity.matrix.matrix import AttentionMap, Report
+from anymha.parity.matrix.matrix import AttentionMap, MatrixReport
 
 try:
     import jinja2
@@ -37,7 +37,7 @@ SHARES = LinearSegmentedColormap.from_list(
 ).with_extremes(bad="#cf222e")
 
 
-def to_html(report: Report) -> str:
+def to_html(report: MatrixReport) -> str:
     """The whole report as one HTML document that loads nothing."""
     template = files("anymha.parity.matrix").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -51,8 +51,8 @@ def to_html(report: Report) -> str:
     )
 
 
-def errors_picture(report: Report) -> str:
-    """The greatest error of each case on each backend over what rounding allows, as SVG."""
+def errors_picture(report: MatrixReport) -> str:
+    """The greatest error of each case on each backend, as a share of what rounding explains."""
     rows = [*report.rows, *report.real]
     cells = [[row.cells.get(name) for name in report.backends] for row in rows]
     shares = np.array([
@@ -87,7 +87,7 @@ def errors_picture(report: Report) -> str:
     return _svg(figure)
 
 
-def bits_picture(report: Report) -> str:
+def bits_picture(report: MatrixReport) -> str:
     """The share of elements that differ between backends, with the reproducible mode below."""
     rows = [row for row in (*report.rows, *report.real) if row.compared]
     rows = [row for row in rows if row.dtype in ("float32", "float32 in float64")]
@@ -116,7 +116,7 @@ def bits_picture(report: Report) -> str:
 
 
 def map_picture(item: AttentionMap) -> str:
-    """Who looks at whom, for a few heads from the most focused to the least, as SVG."""
+    """The attention maps of a few heads, from the most focused to the least, as SVG."""
     size, words = len(item.tokens), [_short(token, 14) for token in item.tokens]
     spread = -np.sum(item.scores * np.log(item.scores + 1e-12), axis=-1).mean(-1)  # entropy
     order = np.argsort(spread)

@@ -1,7 +1,7 @@
 """An independent float64 oracle: the layer and its gradients, written out by hand.
 
-It shares no code with the layer: NumPy's einsum, one formula a line, no fast path. It is what
-every backend is compared with. The forward pass is `anymha.parity.oracle.recipe`'s.
+It shares no code with the layer: NumPy's einsum, one formula a line, no fast path. Every backend
+is compared with it. The forward pass is `anymha.parity.oracle.recipe`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anymha.parity.oracle.recipe import Arrays, Recipe, Section, einsum, ordered
 
 @dataclass(frozen=True)
 class Truth:
-    """What the oracle computed, all in float64.
+    """The results of the oracle, all in float64.
 
     Args:
         output: (B, T, O).
@@ -24,10 +24,10 @@ class Truth:
         stages: Each stage by name, in order.
         gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
             and inputs.
-        magnitudes: For "output", "scores" and each gradient, the size of the numbers that it is
-            made of, however much they cancel, times that of the logits: an error is small or large
-            compared with this. The size of a sum is its absolute value, or the root of the sum of
-            its squared terms where that is greater, as rounding errors have random signs.
+        magnitudes: For "output", "scores" and each gradient, the size of its terms, however much
+            they cancel, times the size of the logits: errors are compared with this.
+            The size of a sum is its absolute value, or the root of the sum of its squared terms
+            where that is greater, as rounding errors have random signs.
     """
 
     output: np.ndarray
@@ -156,10 +156,10 @@ class _Features:
     def backward(self, stage: str, gradient: np.ndarray) -> np.ndarray:
         """The gradient of what a stage's step gives, from that of the stage."""
         for section, taken in reversed(self.recipe.taken(stage, self.stages)):
-            told = (stage, gradient, taken, self.recipe, self.stages, self.cancel)
-            for name, own in section.own_gradients(*told).items():
+            arguments = (stage, gradient, taken, self.recipe, self.stages, self.cancel)
+            for name, own in section.own_gradients(*arguments).items():
                 self.gradients[name] = self.gradients.get(name, 0.0) + own
-            gradient = section.backward(*told)
+            gradient = section.backward(*arguments)
         return gradient
 
 

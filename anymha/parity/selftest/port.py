@@ -1,7 +1,7 @@
-"""A layer as people port it, step by step in any framework, into which mistakes can be planted.
+"""A port of the layer, step by step in any framework, into which faults can be injected.
 
-It is written apart from the layer, the oracle and the catalogue, so that what finds mistakes is not
-tested with what makes them.
+It is written apart from the layer, the oracle and the catalogue: the search for mistakes is not
+tested with the code that makes them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anymha.parity.oracle.cases import Arrays
 from anymha.parity.oracle.recipe import Section
 
 RATE = 0.3
-"""Of the dropout that somebody forgot to switch off."""
+"""The rate of a dropout that was left on."""
 
 
 @dataclass
@@ -28,17 +28,17 @@ class Port:
     Args:
         ops: The framework.
         weights: Canonical weights in NumPy.
-        wrong: The mistakes in it, by the names of `anymha.parity.selftest.injected_faults`.
-        tells: Whether it tells its stages, or returns the output and the scores alone.
+        wrong: The faults in it, by the names of `anymha.parity.selftest.injected_faults`.
+        reports_stages: Whether it reports its stages, or returns the output and the scores alone.
         window: Its window.
         dropout: Its share of dropped probabilities.
-        sections: The further options that it has.
+        sections: The options of the attention that it has.
     """
 
     ops: Any
     weights: Arrays
     wrong: Collection[str] = ()
-    tells: bool = True
+    reports_stages: bool = True
     window: int | None = None
     dropout: float = 0.0
     sections: Sequence[Section] = ()
@@ -76,14 +76,14 @@ class Port:
             if pairs in wrong:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
         q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
-        told = {"query": q, "key": k, "value": v}
+        stages = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
         keys, values = self._repeated(k, group), self._repeated(v, group)
 
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
         logits = ops.matmul(q * self.scale, ops.permute_dims(keys, (0, 1, 3, 2)))
         logits = self._with("logits", logits)
-        told["logits"] = logits
+        stages["logits"] = logits
         raw = logits
         if attention_bias is not None and "bias left out" not in wrong:
             logits = logits + attention_bias * (2.0 if "bias doubled" in wrong else 1.0)
@@ -93,9 +93,9 @@ class Port:
             number = ops.astype(self._mask(attention_mask), dtype)
             logits = logits + number
         masked = self._with("masked_logits", ops.where(seen, logits, -math.inf))
-        told["masked_logits"] = masked
+        stages["masked_logits"] = masked
         scores = self._with("probabilities", self._softmax(masked, raw))
-        told["probabilities"] = scores
+        stages["probabilities"] = scores
         kept = scores
         if "dropout left on" in wrong:
             keep = ops.from_numpy(self.rng.random(tuple(scores.shape)) >= RATE)
@@ -105,13 +105,13 @@ class Port:
             factor = 1.0 if "dropout not scaled" in wrong else drop.factor
             keep = drop.keep(ops, tuple(scores.shape), beside=scores)
             kept = ops.where(keep, scores * factor, 0.0)
-        told["dropped_probabilities"] = kept
+        stages["dropped_probabilities"] = kept
         context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))
         if "heads merged without exchange" in wrong:
             shape = tuple(context.shape)
             context = ops.reshape(ops.permute_dims(context, (0, 2, 1, 3)), shape)
         context = self._with("context", context)
-        told["context"] = context
+        stages["context"] = context
         output = self._output(context)
         if "batch and time exchanged" in wrong:
             output = ops.permute_dims(output, (1, 0, 2))
@@ -122,10 +122,14 @@ class Port:
             returned = kept
         if "batch and time exchanged" in wrong:
             return output
-        return {**told, "output": output, "scores": returned} if self.tells else (output, returned)
+        return (
+            {**stages, "output": output, "scores": returned}
+            if self.reports_stages
+            else (output, returned)
+        )
 
     def _with(self, place: str, array: Any) -> Any:
-        """What the options make of an array."""
+        """An array as the options change it."""
         for section in self.sections:
             array = section.ported(self.ops, place, array, self)
         return array

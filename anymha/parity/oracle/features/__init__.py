@@ -1,7 +1,7 @@
 """The options of the attention in the oracle, one file each; see `oracle.recipe.Section`.
 
-A file of this folder holds one option, all that the oracle, `compare`, the matrix of cases and the
-self-test know of it, as its constant ``SECTION``. A file that is put here is found.
+Each file of this folder has one option as its constant ``SECTION``: all that the oracle, `compare`,
+the matrix of cases and the self-test know of it. Every file here is loaded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from anymha.parity.oracle.recipe import Section, ordered
 
 def _sections() -> dict[str, type[Section]]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    found = [importlib.import_module(f"{__name__}.{name}").SECTION for name in names]
-    return {section.option: section for section in found}
+    loaded = [importlib.import_module(f"{__name__}.{name}").SECTION for name in names]
+    return {section.option: section for section in loaded}
 
 
 SECTIONS: dict[str, type[Section]] = _sections()
@@ -25,5 +25,5 @@ SECTIONS: dict[str, type[Section]] = _sections()
 
 def sections_of(config: Any) -> tuple[Section, ...]:
     """The sections of the options that are on in a config, in their order."""
-    found = (section.from_config(config) for section in SECTIONS.values())
-    return ordered(tuple(section for section in found if section is not None))
+    sections = (section.from_config(config) for section in SECTIONS.values())
+    return ordered(tuple(section for section in sections if section is not None))

@@ -15,7 +15,7 @@ import numpy as np
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, allowed
 
 
-class Softcap(Section):
+class SoftcapSection(Section):
     """The bound of the logits.
 
     Args:
@@ -101,25 +101,37 @@ class Softcap(Section):
         if recipe.bias is not None:
             yield "after the bias", uncapped.stepping("masked_logits", biased)
         if not np.all(allowed(recipe)):
-            late = Softcap(self.value, at="masked_logits")
+            late = SoftcapSection(self.value, at="masked_logits")
             yield "after the masks, which it undoes", recipe.with_section(late)
 
     def unscaled(self, recipe: Recipe) -> Variants:
         """The products bounded before they are scaled."""
         if recipe.scale not in (0, 1):
             cap = self.value * recipe.scale
-            yield "", recipe.with_section(Softcap(self.value, 1 / cap, cap))
+            yield "", recipe.with_section(SoftcapSection(self.value, 1 / cap, cap))
 
     def without_factors(self, recipe: Recipe) -> Variants:
         """Not divided by c before the tanh, or not multiplied by c after it."""
         cap = self.value
-        yield "not divided by it before the tanh", recipe.with_section(Softcap(cap, 1.0, cap))
-        yield "not multiplied by it after the tanh", recipe.with_section(Softcap(cap, 1 / cap, 1.0))
-        yield "neither divided nor multiplied by it", recipe.with_section(Softcap(cap, 1.0, 1.0))
+        yield (
+            "not divided by it before the tanh",
+            recipe.with_section(SoftcapSection(cap, 1.0, cap)),
+        )
+        yield (
+            "not multiplied by it after the tanh",
+            recipe.with_section(SoftcapSection(cap, 1 / cap, 1.0)),
+        )
+        yield (
+            "neither divided nor multiplied by it",
+            recipe.with_section(SoftcapSection(cap, 1.0, 1.0)),
+        )
 
     def clipped(self, recipe: Recipe) -> Variants:
         """Cut off at c in place of a tanh."""
-        yield "", recipe.with_section(Softcap(self.value, bounds=lambda x: np.clip(x, -1, 1)))
+        yield (
+            "",
+            recipe.with_section(SoftcapSection(self.value, bounds=lambda x: np.clip(x, -1, 1))),
+        )
 
     mistakes = (
         ("softcap too late", "The softcap acts on the scaled logits, before bias and masks.",
@@ -143,4 +155,4 @@ class Softcap(Section):
     )
 
 
-SECTION = Softcap
+SECTION = SoftcapSection
