@@ -39,7 +39,7 @@ def test_a_reference_that_fills_such_rows_is_told_to_do_so() -> None:
     report = compare(one, other, [QUERY, VALUE, KEY], value_mask=EMPTY)
     output = next(stage for stage in report.stages if stage.name == "output")
     assert output.passed, report.to_text()
-    assert any("differs from anymha's meaning" in note and MEAN in note for note in report.notes)
+    assert any("differs from anymha's semantics" in note and MEAN in note for note in report.notes)
     report = compare(one, reference(), [QUERY, VALUE, KEY], value_mask=EMPTY)
     assert not report.passed
     assert any(MEAN in note for note in report.notes)
