@@ -45,7 +45,7 @@ from rich.table import Table
 
 from anymha.errors import AnymhaError, UsageError
 from anymha.framework.registry import get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_whole
+from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from benchmarks.cases import Arrays, Case, make_problem
 from benchmarks.command import listed
 from benchmarks.processes import WorkerError, end_of, environment, machine
@@ -486,7 +486,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
             },
             "seconds": round(seconds, 1), "rows": [row.to_dict(labels) for row in rows],
         }  # fmt: skip
-        write_whole(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_atomically(options.json, json.dumps(found, indent=1, allow_nan=False) + "\n")
     console.print(f"\n{seconds:.0f} s", highlight=False)
     return 1 if faults else 0
 

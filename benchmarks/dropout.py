@@ -33,7 +33,7 @@ NAMES = ("numpy", "torch", "tensorflow", "jax")
 
 def keep_mask(ops: Any, seed: Any, shape: tuple[int, ...] = SHAPE) -> Any:
     """The mask as the layer makes it."""
-    return Dropout(THRESHOLD, seed).keep(ops, shape, beside=ops.from_numpy(np.ones(1, np.float32)))
+    return Dropout(THRESHOLD, seed).keep(ops, shape, like=ops.from_numpy(np.ones(1, np.float32)))
 
 
 def candidates(name: str) -> dict[str, Callable[[], Any]]:

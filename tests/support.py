@@ -18,6 +18,7 @@ from anymha.framework.dtypes import accumulation_dtype, output_dtype
 from anymha.framework.registry import Backend
 from anymha.layer.forward import multi_head_attention
 from anymha.options.config import AttentionConfig
+from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, attention_oracle
 from anymha.parity.stages.tolerance import tolerance
 
@@ -218,6 +219,7 @@ def truth(
         allowed=allowed,
         bias=exact.get("attention_bias"),
         kept=kept,
+        sections=sections_of(config),
         d_output=problem.d_output.reshape(*problem.d_output.shape[:2], math.prod(features)),
         d_scores=problem.d_scores,
     )

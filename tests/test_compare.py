@@ -215,7 +215,7 @@ def test_functions_alone_are_compared_by_their_outputs() -> None:
 
     report = compare(double, double, QUERY)
     assert report.passed
-    assert "Neither tells its weights" in report.notes[0]
+    assert "The weights of neither are known" in report.notes[0]
     report = compare(double, lambda query: 2.001 * query, QUERY)
     assert report.first_divergence == "output"
     assert not report.passed
@@ -258,10 +258,10 @@ def test_what_the_inputs_do_not_test_is_told(layer) -> None:
         [QUERY[:1], VALUE[:1]],
         attention_mask=np.ones((1, 5, 6), bool),
     )
-    assert "`output.bias`: it is zero" in report.untested
-    assert any("`attention_mask`" in words for words in report.untested)
-    assert any("one element" in words for words in report.untested)
-    assert compare(layer, layer, [QUERY, VALUE], attention_mask=MASK).untested == ()
+    assert "`output.bias`: it is zero" in report.not_exercised
+    assert any("`attention_mask`" in words for words in report.not_exercised)
+    assert any("one element" in words for words in report.not_exercised)
+    assert compare(layer, layer, [QUERY, VALUE], attention_mask=MASK).not_exercised == ()
 
 
 def test_assert_parity_fails_with_the_whole_story(layer) -> None:
@@ -383,11 +383,11 @@ def test_a_candidate_that_gives_another_result_each_time_fails(layer) -> None:
     assert "two calls gave two results" in report.stages[0].faults
     assert str(report.diagnosis) == "dropout left on"
 
-    def unsteady(query):
+    def differs_between_calls(query):
         calls.append(query)
         return layer(query) * np.float32(1 + 1e-7 * (len(calls) % 2))
 
-    report = compare(layer, unsteady, QUERY)
+    report = compare(layer, differs_between_calls, QUERY)
     assert report.passed
     assert report.diagnosis is None
 
@@ -425,7 +425,7 @@ def test_what_a_function_writes_into_its_inputs_changes_nothing_else(layer) -> N
 
 def test_logits_that_decide_nothing_are_told(layer) -> None:
     report = compare(layer, layer, 1000 * QUERY)
-    assert any("rounding explains any value" in words for words in report.untested)
+    assert any("rounding explains any value" in words for words in report.not_exercised)
 
 
 def test_a_bias_that_only_one_has_is_told(layer) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import anymha.cli.names
-from anymha.cli.inputs import CASES, made_cases
+from anymha.cli.inputs import CASES, make_cases
 from anymha.cli.main import main
 from anymha.cli.names import LIVE, settle_keras_backend
 from tests.conftest import usable
@@ -281,7 +281,7 @@ WRONG = {
     "no query": (["numpy", "numpy", "--inputs", "key.npz"], "key.npz has no 'query'"),
     "no model": (["numpy", "none.onnx"], "none.onnx"),
     "no widths": (["port:right", "port:forgot"], "give inputs with `--inputs`"),
-    "no weights": (["numpy", "port:right"], "which does not tell them. Name a layer"),
+    "no weights": (["numpy", "port:right"], "which are not known. Name a layer"),
     "unknown case": (["numpy", "numpy", "--cases", "self,colour"], "self, cross, causal, padded"),
     "cases and inputs": (["numpy", "numpy", "--cases", "self", "--inputs", "x.npz"], "give one"),
     "unknown arrays": (["numpy", "numpy", "--arrays", "colour"], "Received: 'colour'"),
@@ -369,7 +369,7 @@ def test_keras_runs_on_what_is_installed(
 
 
 def test_made_inputs_are_the_same_each_time_and_make_masks_matter() -> None:
-    one, two = (made_cases(CASES, (8, 6, 4)) for _ in range(2))
+    one, two = (make_cases(CASES, (8, 6, 4)) for _ in range(2))
     assert [case.name for case in one] == list(CASES)
     for a, b in zip(one, two, strict=True):
         for name, array in {**a.inputs, **a.call}.items():

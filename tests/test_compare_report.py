@@ -120,10 +120,10 @@ def test_page_of_a_failure_marks_where_the_two_part(bad: Comparison, tmp_path: P
     seen = Checked(text)
     assert bad.first_divergence == "masked_logits"
     assert seen.boxes == {
-        "query": "is-good", "key": "is-good", "logits": "is-good", "value": "is-untold",
+        "query": "is-good", "key": "is-good", "logits": "is-good", "value": "is-unreported",
         "masked_logits": "is-first", "probabilities": "is-own",
-        "dropped_probabilities": "is-untold", "context": "is-untold", "output": "is-carried",
-        "scores": "is-carried",
+        "dropped_probabilities": "is-unreported", "context": "is-unreported",
+        "output": "is-carried", "scores": "is-carried",
     }  # fmt: skip
     words = " ".join(seen.words)
     assert words.index(bad.verdict) < words.index("Switch the causal mask on.")
@@ -145,7 +145,7 @@ def test_page_of_an_agreement_has_no_cause_and_carries_no_case(
 ) -> None:
     text = page(good, tmp_path)
     seen = Checked(text)
-    assert seen.boxes.pop("dropped_probabilities") == "is-untold"
+    assert seen.boxes.pop("dropped_probabilities") == "is-unreported"
     assert set(seen.boxes.values()) == {"is-good"}
     assert "no dropout" in seen.words
     assert 'class="causes"' not in text
@@ -163,7 +163,7 @@ def test_page_carries_the_case_that_repeats_it(bad: Comparison, tmp_path: Path) 
 
 
 def test_page_shows_foreign_words_as_they_are(bad: Comparison, tmp_path: Path) -> None:
-    text = page(bad.noting(HOSTILE), tmp_path)
+    text = page(bad.with_notes(HOSTILE), tmp_path)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
     Checked(text)
@@ -255,7 +255,7 @@ def test_json_has_its_schema(bad: Comparison, good: Comparison, tmp_path: Path) 
 
 
 def test_junit_has_a_test_case_for_each_stage(bad: Comparison, tmp_path: Path) -> None:
-    bad.noting(HOSTILE).to_junit(tmp_path / "junit.xml")
+    bad.with_notes(HOSTILE).to_junit(tmp_path / "junit.xml")
     root = ElementTree.parse(tmp_path / "junit.xml").getroot()
     (suite,) = root.findall("testsuite")
     cases = {case.get("name"): case for case in suite.findall("testcase")}
@@ -273,8 +273,8 @@ def test_junit_has_a_test_case_for_each_stage(bad: Comparison, tmp_path: Path) -
         assert {name: element.get(name) for name in counts} == counts
 
 
-def test_markdown_tells_verdict_stages_cause_and_cure(bad: Comparison, tmp_path: Path) -> None:
-    text = bad.noting(HOSTILE).to_markdown(tmp_path / "summary.md")
+def test_markdown_tells_verdict_stages_cause_and_fix(bad: Comparison, tmp_path: Path) -> None:
+    text = bad.with_notes(HOSTILE).to_markdown(tmp_path / "summary.md")
     assert text == (tmp_path / "summary.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[0].startswith("### ❌ ")
@@ -284,7 +284,7 @@ def test_markdown_tells_verdict_stages_cause_and_cure(bad: Comparison, tmp_path:
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {9}
     assert any("➡️" in line and "`masked_logits`" in line for line in table)
     assert "<script>" not in text
-    noted = bad.noting("`a | <b>` _c_ <d>").to_markdown()
+    noted = bad.with_notes("`a | <b>` _c_ <d>").to_markdown()
     assert "- `a \\| <b>` \\_c\\_ &lt;d&gt;" in noted.splitlines()
 
 
@@ -343,7 +343,7 @@ def test_terminal_tells_verdict_first_and_loses_nothing(
     bad: Comparison, width: int, encoding: str
 ) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_comparison(Console(file=stream, width=width), bad.noting("[bold]note[/nothing]"))
+    print_comparison(Console(file=stream, width=width), bad.with_notes("[bold]note[/nothing]"))
     stream.flush()
     lines = stream.buffer.getvalue().decode(encoding).splitlines()
     assert lines[0] == bad.verdict
@@ -352,7 +352,7 @@ def test_terminal_tells_verdict_first_and_loses_nothing(
     assert "masked_logits" in first
     assert "first" in first.partition("masked_logits")[2]
     assert "Cause: causal mask ignored" in lines
-    assert "Cure:  Switch the causal mask on." in lines
+    assert "Fix:   Switch the causal mask on." in lines
     assert "Note: [bold]note[/nothing]" in lines
 
 

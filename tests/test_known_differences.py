@@ -8,7 +8,7 @@ import pytest
 import anymha
 from anymha.parity import compare
 from tests.peer_layers import need
-from tests.test_subjects import CALLS, KEY, QUERY, VALUE, converted, reference
+from tests.test_adapters import CALLS, KEY, QUERY, VALUE, converted, reference
 
 PAIRS = [("torch", "keras"), ("keras", "nnx"), ("nnx", "torch"), ("linen", "equinox")]
 EMPTY = np.arange(6) < np.array([6, 4, 0])[:, None]
@@ -39,7 +39,7 @@ def test_a_reference_that_fills_such_rows_is_told_to_do_so() -> None:
     report = compare(one, other, [QUERY, VALUE, KEY], value_mask=EMPTY)
     output = next(stage for stage in report.stages if stage.name == "output")
     assert output.passed, report.to_text()
-    assert any("differs from anymha's meaning" in note and MEAN in note for note in report.notes)
+    assert any("differs from anymha's semantics" in note and MEAN in note for note in report.notes)
     report = compare(one, reference(), [QUERY, VALUE, KEY], value_mask=EMPTY)
     assert not report.passed
     assert any(MEAN in note for note in report.notes)

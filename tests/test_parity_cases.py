@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.parity.oracle.cases import MATRIX, Case, Problem, make_problem, numpy_dtype
+from anymha.parity.oracle.cases import MATRIX, MatrixCase, OracleProblem, make_problem, numpy_dtype
 from anymha.parity.oracle.truth import expected
 
 BY_NAME = {case.name: case for case in MATRIX}
@@ -90,7 +90,7 @@ def test_excluded_positions_hold_nan_and_no_result_does() -> None:
         assert not truth.gradients[name][excluded].any()
 
 
-def by_loops(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def by_loops(problem: OracleProblem) -> tuple[np.ndarray, np.ndarray]:
     """Output and scores of inputs (B, T, D), one number at a time, in Python's own floats."""
     config, call, masks = problem.case.config, problem.case.call, problem.masks
     w = {n: a.astype(float) for n, a in problem.weights.items()}
@@ -158,7 +158,7 @@ def test_truth_is_that_of_plain_loops(name: str) -> None:
 
 
 def test_truth_of_several_axes_is_that_of_one_after_flattening() -> None:
-    case = Case("flat", {"attention_axes": (1, 2)}, query=(2, 3, 4))
+    case = MatrixCase("flat", {"attention_axes": (1, 2)}, query=(2, 3, 4))
     problem = make_problem(case)
     truth = expected(problem)
     flat = dataclasses.replace(

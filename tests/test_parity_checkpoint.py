@@ -12,7 +12,12 @@ from safetensors.numpy import save_file
 
 from anymha.errors import FileError, UsageError
 from anymha.framework.registry import Backend
-from anymha.parity.matrix.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
+from anymha.parity.matrix.checkpoint import (
+    CheckpointProblem,
+    checkpoint_problems,
+    read_inputs,
+    tokens_of,
+)
 from anymha.parity.matrix.run import run
 from anymha.parity.oracle.truth import expected
 
@@ -53,13 +58,13 @@ def inputs(folder: Path, **changes: Any) -> Path:
     return folder / "text.npz"
 
 
-def read(path: Path, given: Path | None = None, **options: Any) -> list[RealProblem]:
+def read(path: Path, given: Path | None = None, **options: Any) -> list[CheckpointProblem]:
     arguments = {"layout": BERT, "num_heads": H, "prefix": None, **options}
-    return list(real_problems(path, inputs=given, **arguments))
+    return list(checkpoint_problems(path, inputs=given, **arguments))
 
 
 def test_each_layer_comes_in_three_modes() -> None:
-    found = list(real_problems(WEIGHTS, BERT, 12, None, TEXT))
+    found = list(checkpoint_problems(WEIGHTS, BERT, 12, None, TEXT))
     modes = ("float32", "float64", "reproducible")
     wanted = [f"layer {n}, {mode}" for n in (0, 5) for mode in modes]
     assert [item.problem.case.name for item in found] == wanted
@@ -76,7 +81,7 @@ def test_each_layer_comes_in_three_modes() -> None:
 
 @pytest.mark.parametrize("layer", [0, 5])
 def test_real_layer_is_what_the_reference_recorded(backend: Backend, layer: int) -> None:
-    found = real_problems(WEIGHTS, BERT, 12, f"encoder.layer.{layer}.", TEXT)
+    found = checkpoint_problems(WEIGHTS, BERT, 12, f"encoder.layer.{layer}.", TEXT)
     item = next(item for item in found if "float64" in item.problem.case.name)
     assert item.recorded is not None
     counts, recorded = item.recorded.counts, item.recorded.results["output"]

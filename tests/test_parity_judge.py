@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from anymha.framework.registry import Backend
-from anymha.parity.matrix.checkpoint import RealProblem, Recorded, real_problems
+from anymha.parity.matrix.checkpoint import CheckpointProblem, RecordedResults, checkpoint_problems
 from anymha.parity.matrix.judge import Row, judge
 from anymha.parity.matrix.run import Result, run
-from anymha.parity.oracle.cases import MATRIX, Problem, make_problem, numpy_dtype
+from anymha.parity.oracle.cases import MATRIX, OracleProblem, make_problem, numpy_dtype
 from anymha.parity.oracle.oracle import Truth
 from anymha.parity.oracle.truth import expected
 from anymha.parity.stages.bits import count_differing
@@ -28,14 +28,14 @@ REAL = ["layer 0, float32", "layer 0, float64", "layer 0, reproducible"]
 
 
 @cache
-def real_layers() -> dict[str, RealProblem]:
+def real_layers() -> dict[str, CheckpointProblem]:
     path, inputs = DATA / "minilm_attention.safetensors", DATA / "minilm_text.npz"
-    found = real_problems(path, "transformers.bert", 12, "encoder.layer.0.", inputs)
+    found = checkpoint_problems(path, "transformers.bert", 12, "encoder.layer.0.", inputs)
     return {item.problem.case.name: item for item in found}
 
 
 @cache
-def known(name: str) -> tuple[Problem, Truth]:
+def known(name: str) -> tuple[OracleProblem, Truth]:
     """A case of the matrix or a real layer, and the truth about it."""
     if name in REAL:
         problem = real_layers()[name].problem
@@ -44,7 +44,7 @@ def known(name: str) -> tuple[Problem, Truth]:
     return problem, expected(problem)
 
 
-def honest(problem: Problem, truth: Truth) -> Result:
+def honest(problem: OracleProblem, truth: Truth) -> Result:
     """The exact results, each rounded once to the dtype that it should have."""
     given = {**problem.weights, **problem.inputs}
     narrow = problem.d_output.dtype
@@ -68,7 +68,9 @@ def but(result: Result, **changes: np.ndarray | None) -> Result:
     return dataclasses.replace(result, forward=forward, gradients=gradients)
 
 
-def verdict(name: str, *results: Result | Exception, recorded: Recorded | None = None) -> Row:
+def verdict(
+    name: str, *results: Result | Exception, recorded: RecordedResults | None = None
+) -> Row:
     problem, truth = known(name)
     named = {f"backend {i}": result for i, result in enumerate(results)}
     return judge(problem, truth, named, recorded)
@@ -280,7 +282,7 @@ def test_recorded_results_are_compared_where_they_count() -> None:
     assert row.passed, faults(row)
     assert {"recorded output", "recorded scores"} <= set(row.cells["backend 0"].errors)
 
-    def changed(name: str, at: Any) -> Recorded:
+    def changed(name: str, at: Any) -> RecordedResults:
         array = item.recorded.results[name].copy()  # type: ignore[union-attr]
         array[at] *= 1.01
         return dataclasses.replace(item.recorded, results={name: array})  # type: ignore[arg-type]
@@ -297,11 +299,11 @@ def test_recorded_results_are_compared_where_they_count() -> None:
 def test_recorded_result_is_allowed_the_rounding_of_its_own_dtype() -> None:
     problem, truth = known("layer 0, float64")
     counts = np.ones(truth.output.shape[:2], bool)
-    narrow = Recorded({"output": truth.output.astype(np.float32)}, counts)
+    narrow = RecordedResults({"output": truth.output.astype(np.float32)}, counts)
     row = verdict("layer 0, float64", honest(problem, truth), recorded=narrow)
     assert row.passed, faults(row)
     assert 0 < row.cells["backend 0"].errors["recorded output"] < 1
-    wide = Recorded({"output": narrow.results["output"].astype(np.float64)}, counts)
+    wide = RecordedResults({"output": narrow.results["output"].astype(np.float64)}, counts)
     assert not verdict("layer 0, float64", honest(problem, truth), recorded=wide).passed
 
 

@@ -17,7 +17,7 @@ from anymha.errors import FileError
 from anymha.framework.registry import Backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.judge import Cell, Row
-from anymha.parity.matrix.matrix import AttentionMap, Report, versions
+from anymha.parity.matrix.matrix import AttentionMap, MatrixReport, versions
 from anymha.parity.matrix.terminal import print_report, print_verdict, progress_bar
 from anymha.parity.oracle.cases import MATRIX
 
@@ -43,16 +43,16 @@ def exact(name: str, differing: int = 0, ties: int = 0, compared: int = 2_654_56
                compared=compared, reproducible=True)  # fmt: skip
 
 
-def report(*rows: Row, **changes: object) -> Report:
+def report(*rows: Row, **changes: object) -> MatrixReport:
     values = {"backends": FOUR, "missing": (), "rows": rows, "versions": {"anymha": "1.0"}}
-    return Report(**{**values, **changes})  # type: ignore[arg-type]
+    return MatrixReport(**{**values, **changes})  # type: ignore[arg-type]
 
 
 GOOD = [row(case.name) for case in MATRIX[:-3]] + [exact(case.name) for case in MATRIX[-3:]]
 REAL = [row("layer 0, float32", budget=157.27), exact("layer 0, reproducible", 1, 1)]
 
 
-def shown(found: Report, width: int = 80, encoding: str = "utf-8") -> str:
+def shown(found: MatrixReport, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width)
     print_report(console, found)
@@ -243,7 +243,7 @@ class _Page(HTMLParser):
             self.texts.append(data.strip())
 
 
-def page(found: Report) -> tuple[str, _Page]:
+def page(found: MatrixReport) -> tuple[str, _Page]:
     for needed in ("jinja2", "matplotlib"):
         pytest.importorskip(needed, reason=f"the HTML report needs {needed}")
     with warnings.catch_warnings():

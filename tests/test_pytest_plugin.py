@@ -141,7 +141,9 @@ def test_the_tests_of_the_page_run(run: Run, pytester: pytest.Pytester) -> None:
 
 def test_features_that_the_inputs_do_not_test_are_told(run: Run) -> None:
     result = run(SAMPLE + "def test_one(parity):\n    parity.check(layer, layer, x[:1])\n")
-    result.stdout.fnmatch_lines(["*::test_one: not tested by its inputs: *there is one element*"])
+    result.stdout.fnmatch_lines(
+        ["*::test_one: not exercised by its inputs: *there is one element*"]
+    )
 
 
 def test_a_comparison_of_a_fixture_is_told_too(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Planted mistakes are caught and named, in every framework; honest layers are not blamed."""
+"""Injected faults are caught and named, in every framework; correct layers are not blamed."""
 
 from __future__ import annotations
 
@@ -11,46 +11,55 @@ import pytest
 from anymha.cli import selftest as command
 from anymha.cli.main import main
 from anymha.framework.registry import Backend, get_backend
-from anymha.parity.diagnose.mistakes import CATALOGUE
-from anymha.parity.selftest import injected_faults as planted
-from anymha.parity.selftest import selftest
-from anymha.parity.selftest.injected_faults import PLANTS
-from anymha.parity.selftest.selftest import DTYPES, goes_together, honest, try_planted
+from anymha.parity.diagnose.mistakes import catalogue
+from anymha.parity.oracle.features import SECTIONS
+from anymha.parity.selftest import injected_faults, selftest
+from anymha.parity.selftest.injected_faults import FAULTS
+from anymha.parity.selftest.selftest import DTYPES, can_be_combined, find_false_alarms, try_faults
 from tests.frameworks import skip_or_fail
 
 
-def test_every_mistake_of_the_catalogue_is_planted() -> None:
-    causes = {plant.cause for plant in PLANTS}
-    assert {mistake.name for mistake in CATALOGUE} <= causes
-    assert len({plant.wrong for plant in PLANTS}) == len(PLANTS)
+def test_every_mistake_of_the_catalogue_is_injected() -> None:
+    options = [
+        fault for section in SECTIONS.values() for fault in injected_faults.option_faults(section)
+    ]
+    causes = {fault.cause for fault in (*FAULTS, *options)}
+    assert {mistake.name for mistake in catalogue()} <= causes
+    assert len({fault.wrong for fault in FAULTS}) == len(FAULTS)
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.wrong)
-def test_a_planted_mistake_is_caught_and_named(plant: planted.Plant, backend: Backend) -> None:
-    found = try_planted(backend, (plant,), tells=True)
-    assert (found.caught, found.stage, found.cause) == (True, True, True), found.told
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.wrong)
+def test_an_injected_fault_is_caught_and_named(
+    fault: injected_faults.Fault, backend: Backend
+) -> None:
+    found = try_faults(backend, (fault,), reports_stages=True)
+    assert (found.caught, found.stage, found.cause) == (True, True, True), found.verdict
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.wrong)
-def test_it_is_named_where_outputs_and_scores_alone_are_told(plant: planted.Plant) -> None:
-    found = try_planted(get_backend("numpy"), (plant,), tells=False, seed=3)
-    assert (found.caught, found.stage, found.cause) == (True, True, True), found.told
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.wrong)
+def test_it_is_named_where_outputs_and_scores_alone_are_reported(
+    fault: injected_faults.Fault,
+) -> None:
+    found = try_faults(get_backend("numpy"), (fault,), reports_stages=False, seed=3)
+    assert (found.caught, found.stage, found.cause) == (True, True, True), found.verdict
 
 
-PAIRS = [(a, b) for i, a in enumerate(PLANTS) for b in PLANTS[i + 1 :] if goes_together(a, b)]
+PAIRS = [(a, b) for i, a in enumerate(FAULTS) for b in FAULTS[i + 1 :] if can_be_combined(a, b)]
 
 
 @pytest.mark.parametrize("pair", PAIRS[::17], ids=lambda pair: f"{pair[0].wrong}, {pair[1].wrong}")
-def test_of_two_mistakes_the_first_is_named(pair: tuple[planted.Plant, planted.Plant]) -> None:
-    found = try_planted(get_backend("numpy"), pair, tells=True)
+def test_of_two_mistakes_the_first_is_named(
+    pair: tuple[injected_faults.Fault, injected_faults.Fault],
+) -> None:
+    found = try_faults(get_backend("numpy"), pair, reports_stages=True)
     assert found.caught
-    assert found.cause, found.told
+    assert found.cause, found.verdict
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_honest_layers_are_not_blamed(dtype: str, installed: list[Backend]) -> None:
-    for alarms in honest(installed, 4, [dtype]):
-        assert not alarms, alarms[0].told
+def test_correct_layers_are_not_blamed(dtype: str, installed: list[Backend]) -> None:
+    for alarms in find_false_alarms(installed, 4, [dtype]):
+        assert not alarms, alarms[0].text
 
 
 SUBTLE = ("scale by the value's width", "output bias left out", "window wider", "rotary pairs",
@@ -59,21 +68,21 @@ SUBTLE = ("scale by the value's width", "output bias left out", "window wider", 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("wrong", SUBTLE)
-def test_a_planted_mistake_is_caught_in_half_precision(wrong, dtype) -> None:
+def test_an_injected_fault_is_caught_in_half_precision(wrong, dtype) -> None:
     torch = get_backend("torch")
     if not torch.installed:
         skip_or_fail("torch", "torch is not installed")
-    [plant] = [plant for plant in PLANTS if plant.wrong == wrong]
-    half = dataclasses.replace(plant, dtype=dtype)
-    for tells in (True, False):
-        found = try_planted(torch, (half,), tells)
-        assert (found.caught, found.stage, found.cause) == (True, True, True), found.told
+    [fault] = [fault for fault in FAULTS if fault.wrong == wrong]
+    half = dataclasses.replace(fault, dtype=dtype)
+    for reports_stages in (True, False):
+        found = try_faults(torch, (half,), reports_stages)
+        assert (found.caught, found.stage, found.cause) == (True, True, True), found.verdict
 
 
 def test_the_command_passes_and_writes_what_it_found(tmp_path, monkeypatch, capsys) -> None:
-    few = PLANTS[:2]
-    monkeypatch.setattr(command, "PLANTS", few)
-    monkeypatch.setattr(selftest, "PLANTS", few)
+    few = FAULTS[:2]
+    monkeypatch.setattr(command, "FAULTS", few)
+    monkeypatch.setattr(selftest, "FAULTS", few)
     path = tmp_path / "selftest.json"
     call = [
         "selftest",
@@ -91,22 +100,22 @@ def test_the_command_passes_and_writes_what_it_found(tmp_path, monkeypatch, caps
     assert "4 of 4 caught, the first stage right in 4, the cause in 4." in told
     assert "SELF-TEST PASSES" in told
     report = json.loads(path.read_text())
-    assert (report["passed"], len(report["planted"]), report["alarms"]) == (True, 4, [])
+    assert (report["passed"], len(report["faults"]), report["alarms"]) == (True, 4, [])
 
 
 def test_the_command_fails_where_a_mistake_is_not_caught(monkeypatch, capsys) -> None:
-    harmless = planted.Plant("nothing at all", "inverted mask", "masked_logits")
-    monkeypatch.setattr(command, "PLANTS", (harmless,))
-    monkeypatch.setattr(selftest, "PLANTS", (harmless,))
+    harmless = injected_faults.Fault("nothing at all", "inverted mask", "masked_logits")
+    monkeypatch.setattr(command, "FAULTS", (harmless,))
+    monkeypatch.setattr(selftest, "FAULTS", (harmless,))
     assert main(["selftest", "--backends", "numpy", "--honest", "0"]) == 1
     assert "SELF-TEST FAILS" in capsys.readouterr().out
 
 
-def test_the_command_fails_where_an_honest_layer_is_blamed(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(command, "PLANTS", PLANTS[:1])
-    monkeypatch.setattr(selftest, "PLANTS", PLANTS[:1])
+def test_the_command_fails_where_a_correct_layer_is_blamed(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "FAULTS", FAULTS[:1])
+    monkeypatch.setattr(selftest, "FAULTS", FAULTS[:1])
     alarm = selftest.Alarm("float32", ("numpy", "numpy"), 0, "the whole text")
-    monkeypatch.setattr(command, "honest", lambda *_: iter([[alarm]]))
+    monkeypatch.setattr(command, "find_false_alarms", lambda *_: iter([[alarm]]))
     assert main(["selftest", "--backends", "numpy", "--honest", "1"]) == 1
     assert "the whole text" in capsys.readouterr().out
 
@@ -127,7 +136,7 @@ def test_a_wrong_call_is_told_before_anything_runs(call, words, capsys) -> None:
 
 def test_the_page_lists_the_catalogue() -> None:
     page = (Path(__file__).parents[1] / "docs/mistakes.md").read_text(encoding="utf-8")
-    catalogue = page.partition("## The self-test")[0]
-    rows = [line for line in catalogue.splitlines() if line.startswith("| ")][1:]
-    expected = [f"| {m.name} | {m.cure.replace('|', '&#124;')} |" for m in CATALOGUE]
+    table = page.partition("## The self-test")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    expected = [f"| {m.name} | {m.fix.replace('|', '&#124;')} |" for m in catalogue()]
     assert rows == expected

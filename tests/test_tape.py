@@ -15,7 +15,7 @@ from anymha.framework.autodiff import vjp
 from anymha.framework.registry import Backend, get_backend
 from anymha.parity.matrix.judge import judge
 from anymha.parity.matrix.run import run
-from anymha.parity.oracle.cases import MATRIX, Case, make_problem
+from anymha.parity.oracle.cases import MATRIX, MatrixCase, make_problem
 from anymha.parity.oracle.truth import expected
 from anymha_numpy import MultiHeadAttention
 
@@ -81,7 +81,7 @@ def test_stopped_gradient_is_zero_and_integers_have_none() -> None:
 
 
 @pytest.mark.parametrize("case", MATRIX[:-1], ids=lambda case: case.name)
-def test_gradients_of_every_case_agree_with_the_oracle(case: Case) -> None:
+def test_gradients_of_every_case_agree_with_the_oracle(case: MatrixCase) -> None:
     problem = make_problem(case)
     row = judge(problem, expected(problem), {"numpy": run(get_backend("numpy"), problem)})
     assert "query.kernel" in row.cells["numpy"].errors

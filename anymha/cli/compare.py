@@ -1,4 +1,4 @@
-"""The command `anymha compare`: implementations held against each other, stage by stage."""
+"""The command `anymha compare`: implementations compared stage by stage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from anymha.cli.inputs import CASES, FEATURES, Given, fitted, made_cases, made_layer
-from anymha.cli.names import Named, named
+from anymha.cli.inputs import CASES, FEATURES, CallInputs, fit_functions, make_cases, make_layer
+from anymha.cli.names import Implementation, implementation_named
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
@@ -24,7 +24,7 @@ from anymha.parity.reports.markdown import to_markdown
 from anymha.parity.reports.outcome import Outcome, passed, to_dict
 from anymha.parity.reports.report import Comparison
 from anymha.parity.reports.terminal import print_outcomes
-from anymha.parity.stages.saved_case import Layer, SavedCase, load_case
+from anymha.parity.stages.saved_case import SavedCase, SavedLayer, load_case
 from anymha.parity.stages.trace import as_numpy, name_of_dtype
 
 FILES = ("html", "json", "junit", "markdown", "save")
@@ -34,23 +34,24 @@ def add_command(commands: Any) -> None:
     """Add the command to the parser's commands."""
     command = commands.add_parser(
         "compare",
-        help="find the stage where two implementations part, and why",
+        help="find the stage where two implementations differ, and why",
         description=compare.__doc__,
     )
     command.add_argument("reference", metavar="REFERENCE",
-                         help="what is right: MODULE:OBJECT, FILE.onnx, a backend (numpy, torch, "
-                         "...) or a library's layer (torch.MultiheadAttention, ...)")  # fmt: skip
+                         help="the implementation that counts as right: MODULE:OBJECT, FILE.onnx, "
+                         "a backend (numpy, torch, ...) "
+                         "or a library's layer (torch.MultiheadAttention, ...)")  # fmt: skip
     command.add_argument("candidates", nargs="+", metavar="CANDIDATE",
-                         help="what is judged, likewise; several: all pairs are compared"
-                         )  # fmt: skip
+                         help="the implementation to judge, likewise; several: all pairs are "
+                         "compared")  # fmt: skip
     command.add_argument("--inputs", type=Path, metavar="FILE",
                          help="an .npz file with query, value, key, masks; or a saved case; "
                          "default: inputs are made")  # fmt: skip
     command.add_argument("--cases", metavar="A,B",
                          help=f"which inputs are made; default {','.join(CASES)}")  # fmt: skip
     command.add_argument("--arrays", metavar="BACKEND",
-                         help="whose arrays plain functions get; default numpy, or as saved"
-                         )  # fmt: skip
+                         help="the framework whose arrays plain functions get; default numpy, or "
+                         "as saved")  # fmt: skip
     for name, words in {
         "html": "write a page with pictures", "json": "write every number",
         "junit": "write JUnit's XML, a test case for each stage",
@@ -62,10 +63,10 @@ def add_command(commands: Any) -> None:
 
 
 def compare(options: argparse.Namespace, console: Console) -> int:
-    """Hold implementations against each other on the same inputs, and say where and why they part.
+    """Compare implementations on the same inputs, and say where they differ, and why.
 
-    Of a backend or a library's layer one is made with the weights of the first implementation that
-    tells its own; where none does, with random weights.
+    For a backend or a library's layer, a layer is made with the weights of the first implementation
+    whose weights are known; where none are known, with random weights.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     names = _cases(options)
@@ -73,7 +74,7 @@ def compare(options: argparse.Namespace, console: Console) -> int:
     saved = None if options.inputs is None else load_case(options.inputs, options.arrays)
     if options.arrays is not None:
         _ = get_backend(options.arrays).ops  # says what there is, and which extra installs it
-    every = [named(name) for name in (options.reference, *options.candidates)]
+    every = [implementation_named(name) for name in (options.reference, *options.candidates)]
     outcomes = list(_outcomes(every, names, saved, options))
     print_outcomes(console, outcomes)
     _write(options, outcomes, console)
@@ -93,7 +94,7 @@ def _cases(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    """All that may hinder writing is told now."""
+    """Raise now where a file cannot be written later."""
     paths = {name: getattr(options, name) for name in FILES if getattr(options, name) is not None}
     for name, path in paths.items():
         check_writable(path)
@@ -107,7 +108,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _html() -> Any:
-    """What makes the HTML.
+    """The function that makes the HTML.
 
     Raises:
         UsageError: the extra "report" is not installed.
@@ -118,51 +119,49 @@ def _html() -> Any:
 
 
 def _outcomes(
-    every: Sequence[Named],
+    every: Sequence[Implementation],
     names: Sequence[str],
     saved: SavedCase | None,
     options: argparse.Namespace,
 ) -> Iterator[Outcome]:
-    held = next((one.held for one in every if one.held is not None), None)
+    known = next((one.layer for one in every if one.layer is not None), None)
     other = None
     if saved is not None:
         several = len(every) > 2
-        cases = [Given(options.inputs.stem if several else "", saved.inputs, saved.call)]
-        known = saved.layers.get("reference") or held
-        known = known or _random_layer(every, *_shape_of(saved.inputs))
+        cases = [CallInputs(options.inputs.stem if several else "", saved.inputs, saved.call)]
+        layer = saved.layers.get("reference") or known
+        layer = layer or _random_layer(every, *_shape_of(saved.inputs))
         other = saved.layers.get("candidate") if not several else None
     else:
-        if held is None and all(one.implementation is not None for one in every):
-            raise UsageError(
-                "None of these tells the widths of its inputs: give inputs with `--inputs`."
-            )
-        known = held or _random_layer(every, (FEATURES, FEATURES, FEATURES))
-        widths = [known.weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
-        dtype = known.weights["query.kernel"].dtype
-        cases = made_cases(names, (widths[0], widths[1], widths[2]), dtype)
-    layers = [other if i and other is not None else known for i in range(len(every))]
-    live = [one.made(layer) for one, layer in zip(every, layers, strict=True)]
+        if known is None and all(one.implementation is not None for one in every):
+            raise UsageError("The widths of the inputs are not known: give inputs with `--inputs`.")
+        layer = known or _random_layer(every, (FEATURES, FEATURES, FEATURES))
+        widths = [layer.weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
+        dtype = layer.weights["query.kernel"].dtype
+        cases = make_cases(names, (widths[0], widths[1], widths[2]), dtype)
+    layers = [other if i and other is not None else layer for i in range(len(every))]
+    live = [one.make(own) for one, own in zip(every, layers, strict=True)]
     for (i, one), (j, two) in itertools.combinations(enumerate(every), 2):
         for case in cases:
             yield _outcome(case, (one, two), (live[i], live[j]), options.arrays)
 
 
 def _random_layer(
-    every: Sequence[Named], widths: tuple[int, int, int], dtype: str = "float32"
-) -> Layer:
-    """Random weights, where no one holds other ones.
+    every: Sequence[Implementation], widths: tuple[int, int, int], dtype: str = "float32"
+) -> SavedLayer:
+    """Random weights, where no implementation has weights of its own.
 
     Raises:
-        UsageError: someone does, and does not tell them.
+        UsageError: one has, and they are not known.
     """
     silent = [one.name for one in every if one.implementation is not None]
     named_alone = [one.name for one in every if one.implementation is None]
     if silent and named_alone:
         raise UsageError(
-            f"A layer of {named_alone[0]} must get the weights that {silent[0]} has, which does "
-            "not tell them. Name a layer, or what `anymha.parity.declare` makes, or a saved case."
+            f"A layer of {named_alone[0]} must get the weights of {silent[0]}, which are not "
+            "known. Name a layer, or a result of `anymha.parity.declare`, or a saved case."
         )
-    return made_layer(widths, dtype)
+    return make_layer(widths, dtype)
 
 
 def _shape_of(inputs: dict[str, Any]) -> tuple[tuple[int, int, int], str]:
@@ -176,27 +175,30 @@ def _shape_of(inputs: dict[str, Any]) -> tuple[tuple[int, int, int], str]:
 
 
 def _outcome(
-    given: Given, pair: tuple[Named, Named], live: tuple[Any, Any], arrays: str | None
+    case: CallInputs,
+    pair: tuple[Implementation, Implementation],
+    live: tuple[Any, Any],
+    arrays: str | None,
 ) -> Outcome:
-    """One comparison: found, raised, or not possible."""
+    """One comparison: its result, the error that was raised, or why it cannot run."""
     names = (pair[0].name, pair[1].name)
     functions = [one.function for one in pair if one.function is not None]
-    fits = fitted(given, functions)
+    fits = fit_functions(case, functions)
     if isinstance(fits, str):
-        return Outcome(given.name, *names, reason=fits)
+        return Outcome(case.name, *names, reason=fits)
     if arrays is not None:
         ops = get_backend(arrays).ops
         inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in fits.inputs.items()}
         fits = dataclasses.replace(fits, inputs=inputs)
     try:
-        found: Comparison = compare_two(*live, fits.inputs, **fits.call)
+        result: Comparison = compare_two(*live, fits.inputs, **fits.call)
     except LayoutError as error:
-        return Outcome(given.name, *names, reason=str(error))
+        return Outcome(case.name, *names, reason=str(error))
     except AnymhaError:
         raise
     except Exception as error:  # whatever an implementation raises is its result
-        return Outcome(given.name, *names, error=f"{type(error).__name__}: {error}")
-    return Outcome(given.name, *names, found=dataclasses.replace(found, named=names))
+        return Outcome(case.name, *names, error=f"{type(error).__name__}: {error}")
+    return Outcome(case.name, *names, result=dataclasses.replace(result, command_names=names))
 
 
 def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Console) -> None:
@@ -213,14 +215,14 @@ def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Co
             _say(console, f"{name}: {path}")
     if options.save is None:
         return
-    done = [(one.case, one.found) for one in outcomes if isinstance(one.found, Comparison)]
+    done = [(one.case, one.result) for one in outcomes if isinstance(one.result, Comparison)]
     if not done:
-        _say(console, "Nothing was saved: no comparison could be run to its end.")
+        _say(console, "Nothing was saved: no comparison ran to its end.")
         return
     case, first = min(done, key=lambda one: one[1].passed)
     first.save(options.save)
     on = f" ({case})" if case else ""
-    _say(console, f"Saved{on}; repeat it with: {first.repeated(str(options.save))}")
+    _say(console, f"Saved{on}; repeat it with: {first.repeat_command(str(options.save))}")
 
 
 def _say(console: Console, text: str) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from anymha.options.config import AttentionConfig
-from anymha.parity.oracle.cases import Case as Problem
-from anymha.parity.oracle.cases import make_problem
-from anymha.parity.stages.saved_case import Layer
+from anymha.parity.oracle.cases import MatrixCase, make_problem
+from anymha.parity.stages.saved_case import SavedLayer
 
 CASES = ("self", "cross", "causal", "padded")
 BATCH, QUERIES, KEYS = 2, 5, 7
@@ -20,12 +19,12 @@ FEATURES = 32
 
 
 @dataclass(frozen=True)
-class Given:
-    """The inputs of one comparison.
+class CallInputs:
+    """Inputs and arguments of one comparison.
 
     Args:
-        name: What they are called.
-        inputs: "query", and "value" and "key" where they are given.
+        name: Their name.
+        inputs: "query", and "value" and "key" where the call has them.
         call: The call's other arguments.
     """
 
@@ -34,15 +33,15 @@ class Given:
     call: dict[str, Any]
 
 
-def made_cases(
+def make_cases(
     names: Collection[str], widths: tuple[int, int, int], dtype: Any = np.float32
-) -> list[Given]:
+) -> list[CallInputs]:
     """The cases by name.
 
     Args:
         names: Some of `CASES`: "self" has one input, the others a query (2, 5, D) and a value and
-            a key (2, 7, D); "causal" the causal mask; "padded" a mask of its own for each query, of
-            which one sees nothing, and a second key sequence that is shorter.
+            a key (2, 7, D); "causal" the causal mask; "padded" a mask of its own for each query,
+            one of which attends to nothing, and a second key sequence that is shorter.
         widths: Of query, value and key.
         dtype: Of the inputs.
     """
@@ -54,19 +53,19 @@ def made_cases(
     arrays = map(normal, (QUERIES, KEYS, KEYS), widths)
     cross: dict[str, Any] = dict(zip(("query", "value", "key"), arrays, strict=True))
     mask = rng.random((BATCH, QUERIES, KEYS)) < 0.6
-    mask[:, :, 0] = True  # so that no row is empty but the one
+    mask[:, :, 0] = True  # so that one row alone is empty
     mask[0, 1] = False
     padding = np.arange(KEYS) < np.array([[KEYS - 1], [KEYS - 3]])
     every = {
-        "self": Given("self", {"query": normal(KEYS, widths[0])}, {}),
-        "cross": Given("cross", cross, {}),
-        "causal": Given("causal", cross, {"use_causal_mask": True}),
-        "padded": Given("padded", cross, {"attention_mask": mask, "value_mask": padding}),
+        "self": CallInputs("self", {"query": normal(KEYS, widths[0])}, {}),
+        "cross": CallInputs("cross", cross, {}),
+        "causal": CallInputs("causal", cross, {"use_causal_mask": True}),
+        "padded": CallInputs("padded", cross, {"attention_mask": mask, "value_mask": padding}),
     }
     return [every[name] for name in CASES if name in names]
 
 
-def made_layer(widths: tuple[int, int, int], dtype: str = "float32") -> Layer:
+def make_layer(widths: tuple[int, int, int], dtype: str = "float32") -> SavedLayer:
     """Options and random weights, biases too, for inputs of these widths.
 
     Args:
@@ -75,41 +74,41 @@ def made_layer(widths: tuple[int, int, int], dtype: str = "float32") -> Layer:
     """
     heads = next(count for count in (4, 2, 1) if widths[0] % count == 0)
     options = {"num_heads": heads, "key_dim": widths[0] // heads, "dtype": dtype}
-    problem = make_problem(Problem("compare", options, {}, widths=widths))
+    problem = make_problem(MatrixCase("compare", options, {}, widths=widths))
     names = ("query_features", "value_features", "key_features")
     config = AttentionConfig(**options, **dict(zip(names, widths, strict=True)))
-    return Layer(config, problem.weights)
+    return SavedLayer(config, problem.weights)
 
 
-def fitted(given: Given, functions: Sequence[Callable[..., Any]]) -> Given | str:
-    """The inputs as plain functions can take them; or why they cannot.
+def fit_functions(case: CallInputs, functions: Sequence[Callable[..., Any]]) -> CallInputs | str:
+    """Fit inputs to plain functions; or say why that is not possible.
 
-    A function that must have a value and a key gets them for self-attention too; one that takes no
-    key gets none, and the value is the key.
+    A function that needs a value and a key gets them for self-attention too; one that takes no key
+    gets none, and the value is the key.
     """
-    least, most = len(given.inputs) if len(given.inputs) == 1 else 2, 3
+    least, most = len(case.inputs) if len(case.inputs) == 1 else 2, 3
     for function in functions:
         name = getattr(function, "__qualname__", "the function")
-        needs, takes, names = _taken(function)
-        lacking = [f"`{n}`" for n in given.call if names is not None and n not in names]
+        needs, takes, names = _parameters_of(function)
+        lacking = [f"`{n}`" for n in case.call if names is not None and n not in names]
         if lacking:
             return f"{name} does not take {', '.join(lacking)}"
         least, most = max(least, needs), min(most, takes)
         if most < least:
             counts = ("nothing", "one input alone", "two inputs alone")
             return f"{name} takes {counts[most]}" if takes == most else f"{name} needs {needs}"
-    inputs = dict(given.inputs)
+    inputs = dict(case.inputs)
     for name in ("value", "key")[: least - 1]:
         inputs.setdefault(name, inputs["query"])
     if most < 3 and "key" in inputs:
         key = inputs.pop("key")
         if key.shape[-1] != inputs["value"].shape[-1]:
             return "a function takes no key, and keys are of another width than values"
-    return Given(given.name, inputs, given.call)
+    return CallInputs(case.name, inputs, case.call)
 
 
-def _taken(function: Callable[..., Any]) -> tuple[int, int, set[str] | None]:
-    """How many inputs a function must have and may have, and the names it takes; None: any."""
+def _parameters_of(function: Callable[..., Any]) -> tuple[int, int, set[str] | None]:
+    """The least and the greatest number of inputs of a function, and its names; None: any."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # of some functions that are written in C

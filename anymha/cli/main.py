@@ -22,10 +22,15 @@ from anymha.errors import AnymhaError, UsageError
 from anymha.framework.registry import BUILT_IN, Backend, backends, get_backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.interchange.layouts import layouts
-from anymha.parity.matrix.checkpoint import RealProblem, read_inputs, real_problems, tokens_of
+from anymha.parity.matrix.checkpoint import (
+    CheckpointProblem,
+    checkpoint_problems,
+    read_inputs,
+    tokens_of,
+)
 from anymha.parity.matrix.matrix import (
     AttentionMap,
-    Report,
+    MatrixReport,
     attention_map,
     counted_cases,
     run_matrix,
@@ -39,7 +44,9 @@ from anymha.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and give its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a sign that it lacks must not lose the report
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a character that it lacks must not lose the report
             stream.reconfigure(errors="replace")
     options, rest = _parser().parse_known_args(arguments)
     if rest and getattr(options, "command", "") != "bench":
@@ -55,31 +62,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parity(options: argparse.Namespace, console: Console) -> int:
-    """The matrix of cases on every backend, and real weights where a checkpoint is given."""
+    """Run the matrix of cases on every backend, and the layers of a checkpoint if one is given."""
     began = time.perf_counter()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    found, missing = _chosen(options.backends)
+    chosen, missing = _chosen(options.backends)
     real = _real(options)
     to_html = _renderer(options)
     problems = [make_problem(case) for case in MATRIX]
-    told_missing = ", ".join(missing)
+    absent = ", ".join(missing)
     console.print(
         f"anymha {__version__}: {counted_cases(len(problems) + len(real))} on "
-        f"{', '.join(backend.name for backend in found)}"
-        + (f" (not installed: {told_missing})" if missing else ""),
+        f"{', '.join(backend.name for backend in chosen)}"
+        + (f" (not installed: {absent})" if missing else ""),
         highlight=False,
     )
-    with progress_bar(console, (len(problems) + len(real)) * len(found)) as progress:
-        rows = run_matrix(found, problems, progress)
-        real_rows = run_matrix(found, real, progress)
-    report = Report(
-        [backend.name for backend in found],
+    with progress_bar(console, (len(problems) + len(real)) * len(chosen)) as progress:
+        rows = run_matrix(chosen, problems, progress)
+        real_rows = run_matrix(chosen, real, progress)
+    report = MatrixReport(
+        [backend.name for backend in chosen],
         missing,
         rows,
         real_rows,
         _maps(real, options),
         time.perf_counter() - began,
-        versions(found),
+        versions(chosen),
     )
     print_report(console, report)
     if options.json is not None:
@@ -106,24 +113,28 @@ def _chosen(names: str | None) -> tuple[list[Backend], list[str]]:
     return [backend for backend in every if backend.installed], missing
 
 
-def _real(options: argparse.Namespace) -> list[RealProblem]:
+def _real(options: argparse.Namespace) -> list[CheckpointProblem]:
     if options.checkpoint is None:
         for name in ("layout", "num_heads", "prefix", "inputs"):
             if getattr(options, name) is not None:
-                told = name.replace("_", "-")
-                raise UsageError(f"`--{told}` says how to read a checkpoint: give `--checkpoint`.")
+                option = name.replace("_", "-")
+                raise UsageError(
+                    f"`--{option}` says how to read a checkpoint: give `--checkpoint`."
+                )
         return []
     if options.layout is None or options.num_heads is None:
         raise UsageError(
-            "`--checkpoint` needs `--layout` and `--num-heads` beside it: neither is in the file. "
+            "`--checkpoint` needs `--layout` and `--num-heads` too: neither is in the file. "
             f"Known layouts: {', '.join(layouts())}."
         )
     path, inputs = options.checkpoint, options.inputs
-    return list(real_problems(path, options.layout, options.num_heads, options.prefix, inputs))
+    return list(
+        checkpoint_problems(path, options.layout, options.num_heads, options.prefix, inputs)
+    )
 
 
-def _renderer(options: argparse.Namespace) -> Callable[[Report], str] | None:
-    """What makes the HTML, if it is asked for. All that may hinder writing is told now."""
+def _renderer(options: argparse.Namespace) -> Callable[[MatrixReport], str] | None:
+    """The function that makes the HTML, if asked for; raise where a file cannot be written."""
     if options.json is not None and options.json == options.html:
         raise UsageError(f"`--json` and `--html` must be two files. Received: {options.json}.")
     for path in (options.json, options.html):
@@ -136,7 +147,7 @@ def _renderer(options: argparse.Namespace) -> Callable[[Report], str] | None:
     return to_html
 
 
-def _maps(real: Sequence[RealProblem], options: argparse.Namespace) -> list[AttentionMap]:
+def _maps(real: Sequence[CheckpointProblem], options: argparse.Namespace) -> list[AttentionMap]:
     """The attention maps of the first sentence, of each layer once."""
     if not options.html or not options.inputs:
         return []
@@ -158,7 +169,7 @@ def show_layouts(options: argparse.Namespace, console: Console) -> int:
 
 
 def info(options: argparse.Namespace, console: Console) -> int:
-    """Versions, and which backends are there."""
+    """Versions, and the backends that are installed."""
     every = list(backends().values())
     for name, version in versions([b for b in every if b.installed]).items():
         console.print(f"{name:12} {version}", highlight=False)
@@ -183,13 +194,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a file of weights")
     command.add_argument("--layout", metavar="NAME", help="its layout; see `anymha layouts`")
     command.add_argument("--num-heads", type=int, metavar="H", help="its number of query heads")
-    command.add_argument("--prefix", metavar="P", help="only layers whose names begin so")
+    command.add_argument("--prefix", metavar="P", help="only layers whose names begin with P")
     command.add_argument("--inputs", type=Path, metavar="FILE", help="its inputs, an .npz file")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     command.set_defaults(run=parity)
 
-    command = commands.add_parser("bench", help="time this layer beside others", add_help=False)
+    command = commands.add_parser("bench", help="time this layer and others", add_help=False)
     command.set_defaults(run=lambda options, console: run_bench(options.rest))
     add_compare(commands)
     add_convert(commands)

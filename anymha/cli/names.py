@@ -1,4 +1,4 @@
-"""What the command line names: objects in modules, backends, layouts of live layers, ONNX files."""
+"""Implementations by name: objects in modules, backends, layouts of live layers, ONNX files."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from anymha.framework.registry import BUILT_IN, LAYERS, backends, get_layer
 from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.libraries import MAKERS
 from anymha.options.config import AttentionConfig
-from anymha.parity.adapters import subject
+from anymha.parity.adapters import adapter_for
 from anymha.parity.adapters.function import Function
-from anymha.parity.stages.saved_case import Layer
+from anymha.parity.stages.saved_case import SavedLayer
 
 LIVE = tuple(name for name, (module, _) in MAKERS.items() if module != "params")
-"""The layouts of which layers can be made that stand alone."""
+"""The layouts whose layers can be made alone."""
 
 KERAS_ON = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax", "openvino": "openvino"}
 """The package that each of Keras's backends needs."""
 
 
 @dataclass(frozen=True)
-class Named:
+class Implementation:
     """One implementation of the command line.
 
     Args:
-        name: As it was given.
-        implementation: What can be compared; None for a backend or a layout, of which a layer is
+        name: Its name on the command line.
+        implementation: The object to compare; None for a backend or a layout, for which a layer is
             made with the weights of the others.
-        held: Its options and weights, where it tells them.
+        layer: Its options and weights, where they are known.
     """
 
     name: str
     implementation: Any = None
-    held: Layer | None = None
+    layer: SavedLayer | None = None
 
-    def made(self, layer: Layer) -> Any:
-        """What is compared: itself, or a layer with these options and weights.
+    def make(self, layer: SavedLayer) -> Any:
+        """The object to compare: itself, or a layer with these options and weights.
 
         Raises:
             AnymhaError: a layer of this backend or layout cannot have them.
@@ -65,24 +65,24 @@ class Named:
         """The plain function that it is, if it is one."""
         if self.implementation is None or isinstance(self.implementation, Path):
             return None
-        asked = subject(self.implementation)
-        return asked.function if isinstance(asked, Function) else None
+        adapter = adapter_for(self.implementation)
+        return adapter.function if isinstance(adapter, Function) else None
 
 
-def named(name: str) -> Named:
-    """What a word of the command line names.
+def implementation_named(name: str) -> Implementation:
+    """The implementation that a word of the command line names.
 
     Args:
         name: ``module:object``, the name of a backend or of a layout, or the path of a model.
 
     Raises:
-        UsageError: it names nothing, or what cannot be compared.
+        UsageError: it names nothing, or an object that cannot be compared.
         BackendNotInstalledError: its framework is not installed.
     """
     settle_keras_backend()
     if name.endswith(".onnx"):
-        subject(Path(name))  # says what is wrong with it
-        return Named(name, Path(name))
+        adapter_for(Path(name))  # raises where it is not a model
+        return Implementation(name, Path(name))
     known = {one.name: one for one in (*BUILT_IN, *LAYERS)}
     if name in LIVE:
         package = MAKERS[name][1]
@@ -91,10 +91,10 @@ def named(name: str) -> Named:
                 f"{name} needs {package}, which is not installed. Install it with: pip install "
                 f"'anymha[{name.partition('.')[0]}]'."
             )
-        return Named(name)
+        return Implementation(name)
     if name in known or name in backends():
         get_layer(name)  # says which extra installs it
-        return Named(name)
+        return Implementation(name)
     if ":" not in name:
         raise UsageError(
             f"An implementation is MODULE:OBJECT, a model of ONNX (FILE.onnx), a backend "
@@ -102,16 +102,16 @@ def named(name: str) -> Named:
             f"library ({', '.join(LIVE)}). Received: {name}."
         )
     implementation = _object(name)
-    return Named(name, implementation, _held(implementation))
+    return Implementation(name, implementation, _known_layer(implementation))
 
 
 def _object(name: str) -> Any:
-    """What can be compared, imported; made, where it is a class or a function that makes it."""
+    """The named object, imported; called, where it is a class or a function without arguments."""
     path, _, attribute = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(path)
+        value: Any = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise UsageError(
@@ -126,36 +126,36 @@ def _object(name: str) -> Any:
             f"{name} cannot be imported: {path} raised {type(error).__name__}: {error}."
         ) from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             names = (
-                [n for n in vars(found) if not n.startswith("_")] if inspect.ismodule(found) else []
+                [n for n in vars(value) if not n.startswith("_")] if inspect.ismodule(value) else []
             )
             has = f" It has: {', '.join(names)}." if names else ""
             raise UsageError(f"{name} cannot be found: {path} has no {part!r}.{has}")
-        found = getattr(found, part)
-    if _makes(found):
+        value = getattr(value, part)
+    if _makes(value):
         try:
-            found = found()
+            value = value()
         except Exception as error:  # whatever a function of the user's raises
             raise UsageError(
-                f"{name} was called without arguments to make what is compared, and raised "
+                f"{name} was called without arguments to make the object to compare, and raised "
                 f"{type(error).__name__}: {error}."
             ) from error
     try:
-        subject(found)
+        adapter_for(value)
     except AnymhaError as error:
         raise UsageError(f"{name} cannot be compared. {error}") from error
-    return found
+    return value
 
 
-def _makes(found: Any) -> bool:
-    """Whether it is to be called without arguments: a class, or a function that takes none."""
-    if inspect.isclass(found):
+def _makes(value: Any) -> bool:
+    """Whether the object is a class, or a function that can be called without arguments."""
+    if inspect.isclass(value):
         return True
-    if not inspect.isroutine(found):
+    if not inspect.isroutine(value):
         return False
     try:
-        parameters = inspect.signature(found).parameters.values()
+        parameters = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):  # of some functions that are written in C
         return False
     return all(
@@ -163,24 +163,24 @@ def _makes(found: Any) -> bool:
     ) and not any(one.kind is one.VAR_POSITIONAL for one in parameters)
 
 
-def _held(implementation: Any) -> Layer | None:
-    """Options and weights, where an implementation tells them."""
-    told = getattr(subject(implementation), "told", None)
-    if told is not None:
-        return Layer(told.config, told.weights)
+def _known_layer(implementation: Any) -> SavedLayer | None:
+    """Options and weights of an implementation, where they are known."""
+    description = getattr(adapter_for(implementation), "description", None)
+    if description is not None:
+        return SavedLayer(description.config, description.weights)
     try:
         weights = get_weights(implementation)
     except AnymhaError:
         return None
     config = getattr(weights, "config", None) or implementation.config
-    return Layer(config, dict(weights))
+    return SavedLayer(config, dict(weights))
 
 
 def settle_keras_backend() -> None:
-    """Let Keras run on a framework that is installed, where nobody has chosen one.
+    """Let Keras run on an installed framework, where the user has not chosen one.
 
-    Keras takes the variable KERAS_BACKEND, else what its file says, else TensorFlow; it fails where
-    that is not installed.
+    Keras takes the variable KERAS_BACKEND, else the entry of its file, else TensorFlow; it fails
+    where that is not installed.
     """
     if "keras" in sys.modules or "KERAS_BACKEND" in os.environ:
         return

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def layer_bar(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives what is told how many layers are done, how many there are, and which one is next."""
+    """Give a function of the number of layers done, their total, and the next layer's prefix."""
     if not console.is_terminal:
         yield lambda done, count, prefix: None
         return

@@ -1,4 +1,4 @@
-"""The command `anymha selftest`: the parity tool shown to find what it says it finds."""
+"""The command `anymha selftest`: it shows that `compare` finds mistakes, and no others."""
 
 from __future__ import annotations
 
@@ -19,54 +19,62 @@ from anymha.errors import UsageError
 from anymha.framework.registry import Backend, backends, get_backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.terminal import progress_bar
-from anymha.parity.selftest.injected_faults import PLANTS
-from anymha.parity.selftest.selftest import DTYPES, Alarm, Found, honest, plant_all, plant_pairs
+from anymha.parity.selftest.injected_faults import FAULTS
+from anymha.parity.selftest.selftest import (
+    DTYPES,
+    Alarm,
+    FaultResult,
+    find_false_alarms,
+    inject_all,
+    inject_pairs,
+)
 from anymha.version import __version__
 
 SCHEMA = "anymha.selftest/1"
 NAMED = 0.95
-"""The least share of the mistakes that must be named."""
+"""The least share of the faults that must be named."""
 
 
 def selftest(options: argparse.Namespace, console: Console) -> int:
-    """Plant every mistake of the catalogue in every framework, and compare honest layers.
+    """Inject every known mistake in every framework, and compare correct layers.
 
-    Exit status: 0 every mistake is caught and its stage named, at least 95 % of the mistakes are
-    named, and no honest layer is blamed; 1 not so; 2 the call is wrong.
+    Exit status: 0 every fault is caught and its stage named, at least 95 % of the faults are named,
+    and no correct layer is blamed; 1 not so; 2 the call is wrong.
     """
     began = time.perf_counter()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    found = _chosen(options.backends)
+    chosen = _chosen(options.backends)
     dtypes = _dtypes(options.dtypes)
     if options.honest < 0:
         raise UsageError(f"`--honest` must be 0 or more. Received: {options.honest}.")
     if options.json is not None:
         check_writable(options.json)
     console.print(
-        f"anymha {__version__}: {len(PLANTS)} mistakes in {', '.join(b.name for b in found)}",
+        f"anymha {__version__}: {len(FAULTS)} mistakes in {', '.join(b.name for b in chosen)}",
         highlight=False,
     )
-    steps = len(PLANTS) * len(found) + options.honest * len(dtypes)
+    steps = len(FAULTS) * len(chosen) + options.honest * len(dtypes)
+    honest = (chosen, options.honest, dtypes)
     with progress_bar(console, steps) as progress:
-        singles = list(plant_all(found, progress))
-        pairs = list(plant_pairs(found[:1], progress)) if options.pairs else []
-        alarms = [a for several in honest(found, options.honest, dtypes, progress) for a in several]
-    console.print(_table(found, singles))
-    lines, passed = _verdict(found, singles, pairs, alarms, (options.honest, dtypes))
+        singles = list(inject_all(chosen, progress))
+        pairs = list(inject_pairs(chosen[:1], progress)) if options.pairs else []
+        alarms = [a for several in find_false_alarms(*honest, progress) for a in several]
+    console.print(_table(chosen, singles))
+    lines, passed = _verdict(chosen, singles, pairs, alarms, (options.honest, dtypes))
     for line in lines:
         console.print(line, highlight=False, markup=False)
     if options.json is not None:
         report = {
-            "schema": SCHEMA, "passed": passed, "backends": [b.name for b in found],
-            "planted": [asdict(one) for one in singles], "pairs": [asdict(one) for one in pairs],
+            "schema": SCHEMA, "passed": passed, "backends": [b.name for b in chosen],
+            "faults": [asdict(one) for one in singles], "pairs": [asdict(one) for one in pairs],
             "honest": options.honest, "dtypes": dtypes,
             "alarms": [asdict(alarm) for alarm in alarms],
             "seconds": round(time.perf_counter() - began, 1),
         }  # fmt: skip
         write_atomically(options.json, json.dumps(report, indent=1) + "\n")
         console.print(f"JSON: {options.json}", markup=False, highlight=False, soft_wrap=True)
-    told = "SELF-TEST PASSES" if passed else "SELF-TEST FAILS"
-    console.print(f"[bold {'green' if passed else 'red'}]{told}[/]", highlight=False)
+    verdict = "SELF-TEST PASSES" if passed else "SELF-TEST FAILS"
+    console.print(f"[bold {'green' if passed else 'red'}]{verdict}[/]", highlight=False)
     return 0 if passed else 1
 
 
@@ -88,26 +96,26 @@ def _dtypes(names: str | None) -> list[str]:
     return chosen
 
 
-def _table(found: Sequence[Backend], singles: Sequence[Found]) -> Table:
-    """A row for each mistake, and for each framework what became of it."""
-    table = Table(title="Planted mistakes: caught, stage right, cause right",
+def _table(chosen: Sequence[Backend], singles: Sequence[FaultResult]) -> Table:
+    """A row for each fault, and a column for each framework with the results."""
+    table = Table(title="Injected faults: caught, stage right, cause right",
                   title_justify="left", box=box.SIMPLE_HEAD)  # fmt: skip
-    table.add_column("mistake")
+    table.add_column("fault")
     table.add_column("shows at")
-    for backend in found:
+    for backend in chosen:
         table.add_column(backend.name, justify="center", no_wrap=True)
-    for plant in PLANTS:
+    for fault in FAULTS:
         cells = []
-        for backend in found:
-            own = [f for f in singles if f.planted == (plant.wrong,) and f.backend == backend.name]
+        for backend in chosen:
+            own = [f for f in singles if f.faults == (fault.wrong,) and f.backend == backend.name]
             cells.append("  ".join("".join(_sign(v) for v in _three(f)) for f in own))
-        table.add_row(plant.wrong, plant.stage, *cells)
-    table.caption = "Each twice: the port tells its stages, or its output and scores alone."
+        table.add_row(fault.wrong, fault.stage, *cells)
+    table.caption = "Each twice: the port reports its stages, or its output and scores alone."
     return table
 
 
-def _three(found: Found) -> tuple[bool, bool, bool]:
-    return found.caught, found.stage, found.cause
+def _three(result: FaultResult) -> tuple[bool, bool, bool]:
+    return result.caught, result.stage, result.cause
 
 
 def _sign(right: bool) -> str:
@@ -115,13 +123,13 @@ def _sign(right: bool) -> str:
 
 
 def _verdict(
-    found: Sequence[Backend],
-    singles: Sequence[Found],
-    pairs: Sequence[Found],
+    chosen: Sequence[Backend],
+    singles: Sequence[FaultResult],
+    pairs: Sequence[FaultResult],
     alarms: Sequence[Alarm],
-    honestly: tuple[int, Sequence[str]],
+    correct: tuple[int, Sequence[str]],
 ) -> tuple[list[str], bool]:
-    """What was found, in words, and whether it is enough."""
+    """The results in words, and whether they suffice."""
     total = len(singles)
     caught, stages, causes = (sum(three) for three in zip(*map(_three, singles), strict=True))
     lines = [f"{caught} of {total} caught, the first stage right in {stages}, the cause in "
@@ -133,33 +141,37 @@ def _verdict(
         lines.append(f"Two together: {named} of {len(pairs)} with the first named, {both} with "
                      "both.")  # fmt: skip
         passed = passed and named == len(pairs)
-    count, dtypes = honestly
+    count, dtypes = correct
     if count:
-        ways = max(len(found) * (len(found) - 1), 1)
-        lines.append(f"Honest layers: {len(alarms)} false alarms in {count} configurations, "
+        ways = max(len(chosen) * (len(chosen) - 1), 1)
+        lines.append(f"Correct layers: {len(alarms)} false alarms in {count} configurations, "
                      f"{', '.join(dtypes)}, {ways} pairs of frameworks.")  # fmt: skip
         passed = passed and not alarms
     for one in singles:
         if not all(_three(one)):
-            lines.append(f"  {one.planted[0]} in {one.backend}: {one.told}")
+            lines.append(f"  {one.faults[0]} in {one.backend}: {one.verdict}")
     lines += [f"  {alarm.dtype}, {' and '.join(alarm.pair)}, configuration {alarm.number}:\n"
-              f"{alarm.told}" for alarm in alarms[:3]]  # fmt: skip
+              f"{alarm.text}" for alarm in alarms[:3]]  # fmt: skip
     return lines, passed
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the parser's."""
     command = commands.add_parser(
-        "selftest", help="show that planted mistakes are found", description=selftest.__doc__
+        "selftest", help="show that injected mistakes are found", description=selftest.__doc__
     )
     command.add_argument("--backends", metavar="A,B", help="default: all that are installed")
     command.add_argument(
-        "--honest", type=int, default=10, metavar="N", help="random configurations; default: 10"
+        "--honest",
+        type=int,
+        default=10,
+        metavar="N",
+        help="random configurations of correct layers; default: 10",
     )
     command.add_argument(
         "--dtypes",
         metavar="A,B",
-        help="of the honest configurations; default: " + ", ".join(DTYPES),
+        help="of these configurations; default: " + ", ".join(DTYPES),
     )
     command.add_argument("--pairs", action="store_true", help="two mistakes together, too")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every result")

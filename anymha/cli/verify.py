@@ -16,7 +16,7 @@ from anymha.framework.registry import Backend, backends, get_layer
 from anymha.interchange.convert_model import ConvertedLayer
 from anymha.interchange.layers import convert, set_weights
 from anymha.interchange.layouts import get_layout
-from anymha.parity.oracle.cases import Case, Problem, make_problem
+from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
 from anymha.parity.stages.units import units_of
 
@@ -99,7 +99,7 @@ class Verifier:
             if output is not None:
                 record_theirs(f"{layout} itself", output)
 
-    def _recorder(self, problem: Problem) -> Callable[[str, np.ndarray], None]:
+    def _recorder(self, problem: OracleProblem) -> Callable[[str, np.ndarray], None]:
         """A function that compares an output with the exact one, and keeps its error."""
         truth = expected(problem)
         budget, units = units_of(problem, truth)
@@ -132,7 +132,7 @@ class Verifier:
         again = {name: array for name, array in again.items() if name not in added}
         _compare(layer, self._to, layer.weights, again)
 
-    def _theirs(self, layout: str, problem: Problem) -> np.ndarray | None:
+    def _theirs(self, layout: str, problem: OracleProblem) -> np.ndarray | None:
         """The output of the library's own layer; None where it cannot be made."""
         if layout == "anymha":
             return None
@@ -163,7 +163,7 @@ class Verifier:
         return lines
 
 
-def _problem(layer: ConvertedLayer, alone: bool = False) -> Problem:
+def _problem(layer: ConvertedLayer, alone: bool = False) -> OracleProblem:
     """The layer on random inputs; on one, where it attends to its queries alone."""
     config, weights = layer.config, layer.weights
     widths = tuple(weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key"))
@@ -171,11 +171,11 @@ def _problem(layer: ConvertedLayer, alone: bool = False) -> Problem:
     options = {name: value for name, value in config.to_dict().items() if name not in features}
     options["output_shape"] = weights["output.kernel"].shape[2:]
     value = None if alone else (BATCH, KEYS)
-    case = Case(layer.prefix, options, {}, (BATCH, QUERIES), value, widths)
+    case = MatrixCase(layer.prefix, options, {}, (BATCH, QUERIES), value, widths)
     return dataclasses.replace(make_problem(case), weights=dict(weights))
 
 
-def _ours(backend: Backend, problem: Problem) -> np.ndarray:
+def _ours(backend: Backend, problem: OracleProblem) -> np.ndarray:
     ops = backend.ops
     layer = set_weights(backend.layer(**problem.case.config.to_dict()), problem.weights)
     arrays = (ops.from_numpy(problem.inputs[name]) for name in ("query", "value", "key"))

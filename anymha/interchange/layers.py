@@ -75,7 +75,8 @@ def get_weights(layer: Any, **sizes: Any) -> Weights:
             "constructor."
         )
     values = {
-        name: np.array(backend_of(array).ops.to_numpy(array)) for name, array in arrays.items()
+        name: np.array(backend_of(array).ops.to_numpy(array), order="C")
+        for name, array in arrays.items()
     }
     return Weights(values, layout=OWN, config=layer.config)
 

@@ -113,7 +113,8 @@ def multi_head_attention(
     if type(offset) is not int:
         check_offset(ops, offset, planned.shape.folded_lengths[0])
     if type(weights) not in (dict, Projections) and not isinstance(weights, Mapping):
-        weights = weights([array.shape[-1] for array in inputs])
+        make: Any = weights
+        weights = make([array.shape[-1] for array in inputs])
         kind = _kind_of(config, weights)
         planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if not flags.dropping:
@@ -122,12 +123,13 @@ def multi_head_attention(
         seed = (draw_seed or ops.draw_seed)()
 
     plan = planned.plan
-    if type(weights) is Projections:
-        projections, arrays = weights, {}
-        if weights.key_bias is not None:
-            arrays["key.bias"] = weights.key_bias
+    made: Any = weights
+    projections: Projections | None = made if type(made) is Projections else None
+    if projections is None:
+        arrays: dict[str, Array] = dict(made)
     else:
-        projections, arrays = None, dict(weights)  # pyright: ignore
+        key_bias = projections.key_bias
+        arrays = {} if key_bias is None else {"key.bias": key_bias}
     # An array that plays two parts is passed, cast and differentiated once.
     for name, array in zip(plan.sources, inputs, strict=True):
         arrays[name] = array
@@ -220,7 +222,8 @@ def _as_arrays(ops: Ops, offset: Any, seed: Any) -> dict[str, Array]:
 
 def _compute(plan: Plan, arrays: Mapping[str, Array]) -> Any:
     """The results of a planned call from its arrays by name, for a compiler."""
-    inputs = tuple(arrays[name] for name in plan.sources)
+    query, value, key = (arrays[name] for name in plan.sources)
+    inputs = (query, value, key)
     masks = {name: array for name, array in arrays.items() if name in _MASKS}
     offset, seed = arrays.get("query_offset", 0), arrays.get("seed")
     planned = plan_lengths(plan, inputs, masks, offset)
@@ -334,8 +337,9 @@ def _called(plan: Plan, function: Callable[[Array], Array], x: Array, name: str)
     ops, config = plan.ops, plan.config
     batch, length = ops.shape(x)[:2]
     if name == "output":
-        y = function(ops.reshape(x, (batch, length, config.num_heads * config.value_dim)))
-        shape = config.output_shape
+        width: Any = config.value_dim
+        shape: Any = config.output_shape
+        y = function(ops.reshape(x, (batch, length, config.num_heads * width)))
         if len(y.shape) != 3 or (shape is not None and len(shape) > 1):
             y = ops.reshape(y, (batch, length, *(shape or y.shape[-1:])))
     else:

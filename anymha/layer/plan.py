@@ -280,6 +280,7 @@ def _make_plan(
     compute_dtype = config.compute_dtype or dtype
     working = "float64" if compute_dtype == "float64" else "float32"
     result = compute_dtype if BITS[compute_dtype] <= BITS[dtype] else dtype
+    value_dim: Any = config.value_dim
     plan = Plan(
         ops=ops,
         config=config,
@@ -297,7 +298,7 @@ def _make_plan(
         heads={
             "query": (config.num_heads, config.key_dim),
             "key": (config.key_value_heads, config.key_dim),
-            "value": (config.key_value_heads, config.value_dim),
+            "value": (config.key_value_heads, value_dim),
         },
     )
     compile = ops.capabilities.compile

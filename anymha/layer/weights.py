@@ -189,7 +189,7 @@ def _called(
         found = function(shape, dtype=dtype) if takes_dtype else function(shape)
     elif style == own:
         expected = matrix
-        found = ops.capabilities.initialize(function, matrix, dtype, seed)
+        found = ops.capabilities.initialize(function, matrix, dtype, seed)  # pyright: ignore
     else:
         also = f", or as {STYLES[own]}" if own else ""
         raise ConfigError(

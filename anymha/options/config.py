@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from anymha.attention.features import FEATURES, Feature
 from anymha.errors import ConfigError
@@ -105,6 +104,19 @@ class AttentionConfig:
     name: str | None = None
     memory_budget: int | None = None
 
+    # What follows from the options, worked out once; no fields of their own.
+    key_value_heads: ClassVar[int]
+    """K, the number of key and value heads."""
+    biased: ClassVar[tuple[str, ...]]
+    """The names of the projections that have a bias."""
+    scale_value: ClassVar[float]
+    """The factor of the logits."""
+    features: ClassVar[tuple[Feature, ...]]
+    """The features that are switched on, in the order in which a call meets them."""
+    ignores_a_constant: ClassVar[bool]
+    """Whether one number added to all logits of a row changes no probability: then the key's bias,
+    which adds such a number, has a gradient of exactly zero."""
+
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
@@ -137,27 +149,15 @@ class AttentionConfig:
             store(kind.option, kind.checked(getattr(self, kind.option)))
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
+        store("key_value_heads", self.num_key_value_heads)
+        names = self.use_bias if isinstance(self.use_bias, tuple) else PROJECTIONS
+        store("biased", names if self.use_bias else ())
         self._check_together()
-        # A call that is small enough feels it where these are first worked out.
-        _ = self.scale_value, self.key_value_heads, self.ignores_a_constant
-
-    @functools.cached_property
-    def features(self) -> tuple[Feature, ...]:
-        """The features that are switched on, in the order in which a call meets them."""
+        store("scale_value", 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale)
         made = [kind.from_config(self) for kind in FEATURES]
-        return tuple(feature for feature in made if feature is not None)
-
-    @functools.cached_property
-    def ignores_a_constant(self) -> bool:
-        """Whether one number added to all logits of a row changes no probability.
-
-        Then the key's bias, which adds such a number, has a gradient of exactly zero.
-        """
-        return all(feature.ignores_a_constant for feature in self.features)
-
-    def __getstate__(self) -> dict[str, Any]:
-        fields = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in fields}
+        features = tuple(feature for feature in made if feature is not None)
+        store("features", features)
+        store("ignores_a_constant", all(f.ignores_a_constant for f in features))
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:
@@ -176,23 +176,6 @@ class AttentionConfig:
         output: Any = self.output_shape
         objects = {name: getattr(self, name) for name in OBJECTS}
         check_ranks(objects, 1 if output is None else len(output), self.biased)
-
-    @functools.cached_property
-    def key_value_heads(self) -> int:
-        """K, the number of key and value heads."""
-        return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
-
-    @functools.cached_property
-    def biased(self) -> tuple[str, ...]:
-        """The names of the projections that have a bias."""
-        if isinstance(self.use_bias, tuple):
-            return self.use_bias
-        return PROJECTIONS if self.use_bias else ()
-
-    @functools.cached_property
-    def scale_value(self) -> float:
-        """The factor of the logits."""
-        return 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale
 
     def weight_shapes(
         self,

@@ -12,7 +12,7 @@ from anymha.testing.calls import must
 from anymha.testing.capabilities import BackendTests
 from anymha.testing.layer import CROSS, REAL, by_case
 from anymha.testing.problems import (
-    Case,
+    MatrixCase,
     agree,
     changed,
     dtypes,
@@ -29,7 +29,7 @@ class GradientTests(BackendTests):
     """Backward: of the weights, the inputs and the bias."""
 
     @by_case(CHOSEN)
-    def test_gradients_agree_with_the_oracle(self, ops: Any, case: Case) -> None:
+    def test_gradients_agree_with_the_oracle(self, ops: Any, case: MatrixCase) -> None:
         """Of every weight and input, for cotangents of both output and scores."""
         self.need(ops, *dtypes(case))
         problem = make_problem(case)
@@ -43,7 +43,9 @@ class GradientTests(BackendTests):
     def test_fully_masked_row_has_zero_gradients(self, ops: Any, dtype: str) -> None:
         """Finite everywhere, and exactly zero for the query that attends to nothing."""
         self.need(ops, dtype)
-        case = Case("a row masked", {"dtype": dtype}, **CROSS, inputs={"attention_mask": (7, 9)})
+        case = MatrixCase(
+            "a row masked", {"dtype": dtype}, **CROSS, inputs={"attention_mask": (7, 9)}
+        )
         problem = make_problem(case)
         problem.masks["attention_mask"][2:4] = False
         pulled = gradients(ops, problem)
@@ -55,7 +57,7 @@ class GradientTests(BackendTests):
     @pytest.mark.parametrize("mask", ["value_mask", "key_mask"])
     def test_excluded_positions_have_zero_gradients(self, ops: Any, mask: str) -> None:
         """Also where they hold NaN."""
-        problem = make_problem(Case("excluded", **CROSS, inputs={mask: (2, 9)}))
+        problem = make_problem(MatrixCase("excluded", **CROSS, inputs={mask: (2, 9)}))
         unseen = ~problem.masks[mask]
         for name in ("value", "key"):
             array = problem.inputs[name].copy()
@@ -71,7 +73,7 @@ class GradientTests(BackendTests):
     def test_reproducible_gradients_are_rounded_once(self, ops: Any) -> None:
         """They are the oracle's float64 gradients rounded to float32, in every bit."""
         self.need(ops, "float64")
-        problem = make_problem(Case("gradients", {"compute_dtype": "float64"}, **CROSS))
+        problem = make_problem(MatrixCase("gradients", {"compute_dtype": "float64"}, **CROSS))
         exact = expected(problem).gradients
         for name, gradient in gradients(ops, problem).items():
             if name != "key.bias":  # exactly zero, where the oracle's own sums leave noise

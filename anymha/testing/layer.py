@@ -20,7 +20,7 @@ from anymha.testing.calls import Returned, must, values
 from anymha.testing.capabilities import BackendTests
 from anymha.testing.problems import (
     CASES,
-    Case,
+    MatrixCase,
     agree,
     changed,
     dtypes,
@@ -44,7 +44,7 @@ class LayerTests(BackendTests):
     """Forward: values, masks, dropout, precision, refusals."""
 
     @by_case()
-    def test_layer_agrees_with_the_oracle(self, ops: Any, case: Case) -> None:
+    def test_layer_agrees_with_the_oracle(self, ops: Any, case: MatrixCase) -> None:
         """Output and scores, in value, shape and dtype, are the float64 oracle's."""
         self.need(ops, *dtypes(case))
         problem = make_problem(case)
@@ -52,7 +52,7 @@ class LayerTests(BackendTests):
         agree(ops, problem, {"output": output, "scores": scores}, {})
 
     @by_case(FLAGGED)
-    def test_scores_flag_never_changes_the_output(self, ops: Any, case: Case) -> None:
+    def test_scores_flag_never_changes_the_output(self, ops: Any, case: MatrixCase) -> None:
         """The output is the same to the bit, whether the scores are asked for or not."""
         self.need(ops, *dtypes(case))
         problem = make_problem(case)
@@ -68,7 +68,7 @@ class LayerTests(BackendTests):
         """And scores of exactly zero; the other rows are not touched."""
         self.need(ops, dtype)
         options = {"dtype": dtype, "dropout": 0.2 if dropping else 0.0}
-        case = Case("a row masked", options, {"training": dropping, "seed": 3}, **CROSS)
+        case = MatrixCase("a row masked", options, {"training": dropping, "seed": 3}, **CROSS)
         problem = make_problem(case)
         mask = np.ones((2, 7, 9), bool)
         mask[0, 2] = mask[1, 6] = False
@@ -84,7 +84,7 @@ class LayerTests(BackendTests):
     @pytest.mark.parametrize("mask", ["value_mask", "key_mask"])
     def test_excluded_positions_may_hold_anything(self, ops: Any, mask: str, filler: float) -> None:
         """What a padding mask excludes influences nothing, NaN and infinity included."""
-        problem = make_problem(Case("excluded", **CROSS, inputs={mask: (2, 9)}))
+        problem = make_problem(MatrixCase("excluded", **CROSS, inputs={mask: (2, 9)}))
         seen = problem.masks[mask][..., None]
         given = {name: problem.inputs[name] for name in ("value", "key")}
         holes = {n: np.where(seen, a, a.dtype.type(filler)) for n, a in given.items()}
@@ -96,7 +96,7 @@ class LayerTests(BackendTests):
 
     def test_causal_mask_hides_the_future(self, ops: Any) -> None:
         """A change at position 4 changes no earlier output, not in one bit, and all later ones."""
-        problem = make_problem(Case("causal", call={"use_causal_mask": True}))
+        problem = make_problem(MatrixCase("causal", call={"use_causal_mask": True}))
         other = problem.inputs["query"].copy()
         other[:, 4] += 1
         before = forward(ops, problem)
@@ -106,7 +106,7 @@ class LayerTests(BackendTests):
 
     def test_query_offset_moves_the_causal_mask(self, ops: Any) -> None:
         """The last queries alone, with an offset, give what they give among all."""
-        problem = make_problem(Case("step", call={"use_causal_mask": True}))
+        problem = make_problem(MatrixCase("step", call={"use_causal_mask": True}))
         whole = problem.inputs["query"]
         step = changed(problem, query=whole[:, 5:], value=whole)
         exact = forward(ops, problem)[:, 5:]
@@ -136,7 +136,7 @@ class LayerTests(BackendTests):
     # --- dropout ---------------------------------------------------------------------------------
     def test_dropout_acts_in_training_only(self, ops: Any) -> None:
         """Without `training` the seed does not matter; with it, another seed is another output."""
-        problem = make_problem(Case("dropout", {"dropout": 0.4}))
+        problem = make_problem(MatrixCase("dropout", {"dropout": 0.4}))
         plain = forward(ops, problem)
         same_bits("the output, not training", forward(ops, problem, seed=1), plain)
         first, other = (forward(ops, problem, training=True, seed=seed) for seed in (1, 2))
@@ -146,7 +146,7 @@ class LayerTests(BackendTests):
 
     # --- reproducible mode -----------------------------------------------------------------------
     @by_case(("reproducible", "reproducible, dropout"))
-    def test_reproducible_mode_gives_the_bits_of_numpy(self, ops: Any, case: Case) -> None:
+    def test_reproducible_mode_gives_the_bits_of_numpy(self, ops: Any, case: MatrixCase) -> None:
         """Float32 computed in float64 and rounded once is equal to NumPy's in every bit."""
         self.need(ops, "float64")
         problem = make_problem(case)
@@ -159,7 +159,7 @@ class LayerTests(BackendTests):
     @pytest.mark.parametrize("dtype", ["float32", "int32"])
     def test_mask_that_is_not_boolean_is_refused(self, ops: Any, dtype: str) -> None:
         """Additive and 0/1 masks raise `DtypeError`."""
-        problem = make_problem(Case("refused"))
+        problem = make_problem(MatrixCase("refused"))
         with pytest.raises(DtypeError, match="`attention_mask` must be boolean"):
             forward(ops, problem, attention_mask=np.ones((7, 7), dtype))
 
@@ -169,7 +169,7 @@ class LayerTests(BackendTests):
         class Foreign:
             shape, dtype = (2, 7), "bool"
 
-        problem = make_problem(Case("refused"))
+        problem = make_problem(MatrixCase("refused"))
         with pytest.raises(MixedBackendsError, match="`query_mask` must be an array of"):
             forward(ops, problem, query_mask=Foreign())
 

@@ -15,7 +15,7 @@ from anymha.framework.protocol import Ops
 from anymha.layer.forward import multi_head_attention
 from anymha.parity.matrix.judge import judge
 from anymha.parity.matrix.run import Result
-from anymha.parity.oracle.cases import MATRIX, Arrays, Case, Problem, make_problem
+from anymha.parity.oracle.cases import MATRIX, Arrays, MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
 from anymha.testing.calls import Returned, must
 
@@ -23,12 +23,12 @@ CASES = tuple(case for case in MATRIX if math.prod(case.query) < 1000)
 """The matrix of cases of the parity run, but the large ones."""
 
 
-def dtypes(case: Case) -> tuple[str, ...]:
+def dtypes(case: MatrixCase) -> tuple[str, ...]:
     """The dtypes that a backend needs for the case."""
     return tuple(filter(None, (case.config.dtype, case.config.compute_dtype)))
 
 
-def changed(problem: Problem, **arrays: np.ndarray) -> Problem:
+def changed(problem: OracleProblem, **arrays: np.ndarray) -> OracleProblem:
     """The problem with other inputs or weights."""
     inputs, weights = dict(problem.inputs), dict(problem.weights)
     for name, array in arrays.items():
@@ -36,14 +36,14 @@ def changed(problem: Problem, **arrays: np.ndarray) -> Problem:
     return dataclasses.replace(problem, inputs=inputs, weights=weights)
 
 
-def forward(ops: Ops, problem: Problem, *, scores: bool = False, **call: Any) -> Any:
+def forward(ops: Ops, problem: OracleProblem, *, scores: bool = False, **call: Any) -> Any:
     """What the layer gives, as NumPy: the output, or with `scores` the output and the scores."""
     layer, arrays = _layer(ops, problem, scores=scores, **call)
     given = layer(ops, arrays)
     return tuple(map(ops.to_numpy, given)) if scores else ops.to_numpy(given)
 
 
-def gradients(ops: Any, problem: Problem) -> Arrays:
+def gradients(ops: Any, problem: OracleProblem) -> Arrays:
     """The gradients of weights and inputs for the problem's cotangents, as NumPy.
 
     A backend without `vjp` is differentiated by the tape, through its own functions.
@@ -57,7 +57,7 @@ def gradients(ops: Any, problem: Problem) -> Arrays:
     return {name: ops.to_numpy(array) for name, array in pulled.items()}
 
 
-def agree(ops: Ops, problem: Problem, result: Arrays, pulled: Arrays) -> None:
+def agree(ops: Ops, problem: OracleProblem, result: Arrays, pulled: Arrays) -> None:
     """Fail unless results and gradients are the oracle's but for rounding."""
     __tracebackhide__ = True
     held = {ops.name: Result(result, pulled, flag_matters=False)}
@@ -71,7 +71,9 @@ def same_bits(title: str, got: np.ndarray, expected: np.ndarray) -> None:
     Returned(title, got).equals(expected)
 
 
-def _layer(ops: Ops, problem: Problem, scores: bool, **call: Any) -> tuple[Any, dict[str, Any]]:
+def _layer(
+    ops: Ops, problem: OracleProblem, scores: bool, **call: Any
+) -> tuple[Any, dict[str, Any]]:
     """The layer as a function of the functions and of a dict of arrays, and that dict."""
     others = {**problem.masks, **problem.case.call, **call}
     held = {
@@ -93,6 +95,6 @@ def _layer(ops: Ops, problem: Problem, scores: bool, **call: Any) -> tuple[Any, 
 
 
 __all__ = [
-    "CASES", "Case", "Problem", "agree", "changed", "dtypes", "forward", "gradients",
+    "CASES", "MatrixCase", "OracleProblem", "agree", "changed", "dtypes", "forward", "gradients",
     "make_problem", "same_bits",
 ]  # fmt: skip

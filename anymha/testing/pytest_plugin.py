@@ -213,7 +213,7 @@ class Collector:
         for record in self.records:
             if record["untested"]:
                 words = "; ".join(record["untested"])
-                write(f"{record['test']}: not tested by its inputs: {words}", yellow=True)
+                write(f"{record['test']}: not exercised by its inputs: {words}", yellow=True)
         if self.failure:
             write(f"no report: {self.failure}", red=True)
         elif self.paths:

@@ -244,7 +244,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             one, merged = dense[name], name == "output"
 
             def called(x: Any) -> Any:
-                batch, length, *_ = keras.ops.shape(x)
+                shape: Any = keras.ops.shape(x)
+                batch, length = shape[:2]
                 if merged:
                     x = keras.ops.reshape(x, (batch, length, heads, width))
                 y = one(x)

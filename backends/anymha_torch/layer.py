@@ -124,11 +124,14 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         """The layer's output; see `anymha.multi_head_attention`."""
         if self.config.dropout and call.get("training") is None:
             call["training"] = self.training
+        projections: Any
         if "_like" in self._buffers:
 
-            def projections(widths: Any) -> Projections:
+            def build(widths: Any) -> Projections:
                 first = query[0] if isinstance(query, (list, tuple)) else query
                 return self._build(widths, first.device)
+
+            projections = build
         else:
             projections = projections_of(self._modules, self.config, self._rounding_dtype)
         # Nothing is kept of a call that a compiler or a transformation runs.

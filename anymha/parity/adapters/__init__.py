@@ -1,4 +1,4 @@
-"""How each kind of implementation is asked: ours, other libraries' live layers, plain functions."""
+"""Adapters, which call each kind of implementation: our layers, other libraries', functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from anymha.errors import ArgumentError
 from anymha.interchange.libraries import CLASSES
-from anymha.parity.stages.trace import Subject
+from anymha.parity.stages.trace import Adapter
 
 LIBRARIES = {
     ("torch", "MultiheadAttention"): "torch_layer",
@@ -26,12 +26,12 @@ LIBRARIES = {
     },
     ("torch", "Module"): "torch_module",  # last in the order of a class's bases
 }
-"""The module here for a class, by its package and its name."""
+"""The module of this package for a class, by the class's package and name."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """An implementation, and what is known of its weights; made by `declare`."""
+    """An implementation whose weights are known; made by `declare`."""
 
     implementation: Any
     layer: Any
@@ -41,23 +41,25 @@ class Declared:
 
 def declare(implementation: Any, weights: Any = None, layout: str | None = None,
             **sizes: Any) -> Declared:  # fmt: skip
-    """An implementation whose weights are known beside it, so that causes are found in its stages.
+    """Name the weights of an implementation, so that causes are searched for in its stages.
 
     Args:
-        implementation: A function; a `torch.nn.Module` of one's own; or what `haiku.transform`
-            made of Haiku's layer, a function of `query`, `key`, `value` and `mask` by name.
-        weights: What holds its weights, as `anymha.get_weights` takes it: a live layer, or the
+        implementation: A function; a `torch.nn.Module` of one's own; or the result of
+            `haiku.transform` for Haiku's layer, a function of `query`, `key`, `value` and `mask` by
+            name.
+        weights: Its weights, as `anymha.get_weights` takes them: a live layer, or the
             parameters of linen or Haiku; or the canonical weights with `layout` "anymha". Default:
             the module's own state.
-        layout: The layout of a module's own state, by name, see `anymha.layouts`: then also what
-            its projections give is listened to, and its weights have gradients.
-        **sizes: What the shapes do not tell: `num_heads`, `num_key_value_heads`, `scale`.
+        layout: The layout of a module's own state, by name, see `anymha.layouts`: then the
+            results of its projections are recorded too, and its weights have gradients.
+        **sizes: Sizes that do not follow from the shapes: `num_heads`, `num_key_value_heads`,
+            `scale`.
 
     Returns:
-        What `compare` takes in its place.
+        An object that `compare` takes in its place.
 
     Raises:
-        ArgumentError: neither weights nor a layout are given.
+        ArgumentError: both weights and layout are missing.
 
     Example:
         >>> import anymha, numpy as np
@@ -76,12 +78,12 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
     return Declared(implementation, weights, layout, sizes)
 
 
-def subject(implementation: Any) -> Subject:
-    """What can be asked about an implementation.
+def adapter_for(implementation: Any) -> Adapter:
+    """The adapter of an implementation.
 
     Args:
         implementation: A layer of anymha; a live layer of another library; a module of torch; a
-            model of ONNX; a function of query, value and key; or what `declare` made.
+            model of ONNX; a function of query, value and key; or a result of `declare`.
 
     Raises:
         ArgumentError: it is none of these.
@@ -89,17 +91,17 @@ def subject(implementation: Any) -> Subject:
     if isinstance(implementation, Declared):
         return _declared(implementation)
     if hasattr(implementation, "canonical_weights"):
-        return _module("ours").opened(implementation)
+        return _module("ours").make_adapter(implementation)
     if isinstance(implementation, (Path, str)):
-        return _module("onnx_session").opened(implementation)
+        return _module("onnx_session").make_adapter(implementation)
     for kind in type(implementation).__mro__:
         known = LIBRARIES.get((kind.__module__.partition(".")[0], kind.__name__))
         if known == "flax_layer" and kind.__module__.startswith("flax.linen"):
             known = "linen_layer"
         if known is not None:
-            return _module(known).opened(implementation)
+            return _module(known).make_adapter(implementation)
     if callable(implementation):
-        return _module("function").opened(implementation)
+        return _module("function").make_adapter(implementation)
     raise ArgumentError(
         "An implementation is a layer of anymha, a live attention layer of torch, Keras, Flax, "
         "Equinox or transformers, a module of torch, a model of ONNX (.onnx), or a function of "
@@ -108,21 +110,21 @@ def subject(implementation: Any) -> Subject:
     )
 
 
-def _declared(made: Declared) -> Subject:
+def _declared(made: Declared) -> Adapter:
     foreign, implementation = _module("foreign"), made.implementation
     bases = [(k.__module__.partition(".")[0], k.__name__) for k in type(implementation).__mro__]
     if made.layer is None:
-        told = foreign.by_layout(implementation.state_dict(), made.layout, made.sizes)
-        return _module("torch_module").opened(implementation, told, True)
+        description = foreign.describe_arrays(implementation.state_dict(), made.layout, made.sizes)
+        return _module("torch_module").make_adapter(implementation, description, True)
     if made.layout is None:
-        told = foreign.known(made.layer, **made.sizes)
+        description = foreign.describe_layer(made.layer, **made.sizes)
     else:
-        told = foreign.by_layout(made.layer, made.layout, made.sizes)
+        description = foreign.describe_arrays(made.layer, made.layout, made.sizes)
     if ("torch", "Module") in bases:
-        return _module("torch_module").opened(implementation, told, False)
+        return _module("torch_module").make_adapter(implementation, description, False)
     if ("haiku", "Transformed") in bases:
-        return _module("haiku_layer").opened(implementation, made.layer, told)
-    return _module("function").opened(implementation, told)
+        return _module("haiku_layer").make_adapter(implementation, made.layer, description)
+    return _module("function").make_adapter(implementation, description)
 
 
 def _module(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`flax.nnx.MultiHeadAttention`: its attention function is a part that can be listened to."""
+"""`flax.nnx.MultiHeadAttention`, whose attention function is wrapped to record its arguments."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.adapters.foreign import finished, known, refuse, trio
+from anymha.parity.adapters.foreign import describe_layer, make_trace, refuse, trio
 from anymha.parity.adapters.jax_tools import arrays_of, gradients_of, mask_of, numpy_of, precise
 from anymha.parity.stages.trace import Arrays, Request, Trace
 
 
-def opened(layer: Any) -> FlaxLayer:
+def make_adapter(layer: Any) -> FlaxLayer:
     """A layer of `flax.nnx`."""
     return FlaxLayer(layer)
 
 
 class _Sown:
-    """Takes the attention's weights in place of the layer, which would keep them."""
+    """Receives the sown attention weights in place of the layer, whose state stays as it is."""
 
     weights: Any = None
 
@@ -30,7 +30,7 @@ class _Sown:
 
 
 class FlaxLayer:
-    """nnx's own layer; copies of it are run, so that it keeps its state and random numbers."""
+    """nnx's own layer; a copy of it is called, so that its state and random numbers stay."""
 
     name = "flax.nnx.MultiHeadAttention"
 
@@ -38,51 +38,52 @@ class FlaxLayer:
         self.layer = layer
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
-        told = known(self.layer)
+        """See `anymha.parity.stages.trace.Adapter`."""
+        description = describe_layer(self.layer)
         refuse(request, "Flax", attention_bias=request.bias is not None)
-        with precise(told.weights):
+        with precise(description.weights):
             nnx: Any = importlib.import_module("flax.nnx")
             jax: Any = importlib.import_module("jax")
-            mask, given = mask_of(told.recipe(request)), arrays_of(request.inputs)
+            mask, inputs = mask_of(description.recipe(request)), arrays_of(request.inputs)
             graph, params, rest = nnx.split(self.layer, nnx.Param, ...)
             copied = jax.tree.map(lambda leaf: leaf, rest)
             running = nnx.merge(graph, params, copied)
 
-            def output(layer: Any, given: Any, **options: Any) -> Any:
-                query, value, key = trio(given)
-                # In decoding the layer keeps what it saw, and has other inputs.
+            def output(layer: Any, inputs: Any, **options: Any) -> Any:
+                query, value, key = trio(inputs)
+                # In decoding the layer caches keys and values, and takes other inputs.
                 return layer(
                     query, key, value, mask=mask, deterministic=not request.training,
                     decode=False, **options,
                 )  # fmt: skip
 
             def call() -> Arrays:
-                heard: dict[str, Any] = {}
+                recorded: dict[str, Any] = {}
                 layer, sown = running, _Sown()
                 own = layer.attention_fn
 
-                def listening(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+                def recording(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
                     if options.get("module") is not None:
                         options["module"] = sown
                     context = own(q, k, v, *args, **options)
-                    heard.update(query=q, key=k, value=v, context=context)
+                    recorded.update(query=q, key=k, value=v, context=context)
                     return context
 
-                layer.attention_fn = listening
+                layer.attention_fn = recording
                 try:
-                    output(layer, given, sow_weights=True)
-                    heard["output"] = output(layer, given)
+                    output(layer, inputs, sow_weights=True)
+                    recorded["output"] = output(layer, inputs)
                 finally:
                     layer.attention_fn = own
-                heard["scores"] = sown.weights
-                return numpy_of(heard)
+                recorded["scores"] = sown.weights
+                return numpy_of(recorded)
 
-            def merged(held: Any) -> Any:
-                return nnx.merge(graph, held, copied)
+            def merged(parameters: Any) -> Any:
+                return nnx.merge(graph, parameters, copied)
 
             gradients = gradients_of(
-                told, lambda held, given: output(merged(held), given), params, given, cotangent,
+                description, lambda parameters, inputs: output(merged(parameters), inputs), params,
+                inputs, cotangent,
                 merged,
             )  # fmt: skip
-            return finished(self.name, request, call, told, gradients)
+            return make_trace(self.name, request, call, description, gradients)

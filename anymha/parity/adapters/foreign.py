@@ -1,4 +1,4 @@
-"""What the subjects of other libraries' layers share."""
+"""Functions that the adapters of other libraries' layers share."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from anymha.parity.stages.trace import (
     Request,
     Trace,
     as_numpy,
+    check_numbers,
+    differs_between_calls,
     name_of_dtype,
-    need_numbers,
     problem_of,
-    unsteady,
 )
 
 COARSE = {("tensorflow", "float16")}
-"""Frameworks whose products of matrices add a dtype in itself; others add halves in float32."""
+"""Frameworks whose matrix products add a dtype in itself; others add half precision in float32."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a live layer tells of itself.
+class LayerDescription:
+    """Weights, options and layout of a live layer.
 
     Args:
         weights: Its canonical weights.
         config: Its options.
         layout: The name of its layout.
         arrays: Its arrays by their names there.
-        needs: What its forward pass needs beside plain attention, in words.
+        needs: The steps of its forward pass apart from plain attention, in words.
     """
 
     weights: Arrays
@@ -51,12 +51,12 @@ class Known:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What its users should know."""
+        """Notes for its users."""
         needs = "; ".join(dict.fromkeys(self.needs))
         return (f"it computes more than attention: {needs}",) if needs else ()
 
     def recipe(self, request: Request) -> Recipe:
-        """What a layer with these weights computes by the written meaning."""
+        """The recipe of these weights, as anymha means it."""
         return fold(problem_of(self.config, self.weights, request)).recipe
 
     def canonical(self, gradients: Mapping[str, Any]) -> Arrays:
@@ -65,47 +65,51 @@ class Known:
         Args:
             gradients: By the names of the layout; None or missing where there is none.
         """
-        found = {}
+        arrays = {}
         for name, array in self.arrays.items():
             got = gradients.get(name)
-            found[name] = np.zeros_like(as_numpy(array)) if got is None else as_numpy(got)
+            arrays[name] = np.zeros_like(as_numpy(array)) if got is None else as_numpy(got)
         config = self.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
-        return dict(to_canonical(found, self.layout, **sizes)[0])
+        return dict(to_canonical(arrays, self.layout, **sizes)[0])
 
 
-def known(layer: Any, **sizes: Any) -> Known:
-    """What a live layer, or parameters by name, tell.
+def describe_layer(layer: Any, **sizes: Any) -> LayerDescription:
+    """Describe a live layer, or parameters by name.
 
     Args:
         layer: As `anymha.get_weights` takes it.
-        **sizes: What it does not tell.
+        **sizes: Sizes that do not follow from it.
     """
     weights = get_weights(layer, **sizes)
     assert isinstance(weights, Weights)
     assert weights.config is not None
     live = open_layer(layer)
-    return Known(dict(weights), weights.config, weights.layout, live.arrays, weights.needs)
+    return LayerDescription(
+        dict(weights), weights.config, weights.layout, live.arrays, weights.needs
+    )
 
 
-def by_layout(arrays: Mapping[str, Any], layout: str, sizes: Mapping[str, Any]) -> Known:
-    """What arrays of a named layout tell; others beside them are left out.
+def describe_arrays(
+    arrays: Mapping[str, Any], layout: str, sizes: Mapping[str, Any]
+) -> LayerDescription:
+    """Describe the arrays of a named layout; other arrays are left out.
 
     Args:
         arrays: By name.
         layout: The layout's name.
-        sizes: What the shapes do not tell.
+        sizes: Sizes that do not follow from the shapes.
     """
     names = get_layout(layout).names()
-    held = {name: arrays[name] for name in names if name in arrays}
-    weights, config = to_canonical(held, layout, **sizes)
-    return Known(dict(weights), config, layout, held, weights.needs)
+    describe_layer = {name: arrays[name] for name in names if name in arrays}
+    weights, config = to_canonical(describe_layer, layout, **sizes)
+    return LayerDescription(dict(weights), config, layout, describe_layer, weights.needs)
 
 
 def dense_mask(recipe: Recipe) -> np.ndarray | None:
-    """What may be attended to, as one mask (B, H, T, S); None where everything may.
+    """All masks as one (B, H, T, S), True = may attend; None where everything may be attended to.
 
-    For libraries that know fewer kinds of masks than anymha.
+    It is for libraries that know fewer kinds of masks than anymha.
     """
     if not recipe.masks and not recipe.causal and recipe.window is None:
         return None
@@ -116,7 +120,7 @@ def dense_mask(recipe: Recipe) -> np.ndarray | None:
 
 
 def refuse(request: Request, library: str, **unknown: bool) -> None:
-    """Say what of a call a library's layer cannot do.
+    """Raise where a call has an argument that a library's layer does not know.
 
     Args:
         request: The call.
@@ -133,11 +137,11 @@ def refuse(request: Request, library: str, **unknown: bool) -> None:
         raise LayoutError(f"The layer of {library} cannot be compared with {', '.join(asked)}.")
 
 
-def finished(
+def make_trace(
     name: str,
     request: Request,
     call: Callable[[], Arrays],
-    told: Known | None,
+    description: LayerDescription | None,
     gradients: Arrays | None = None,
     notes: tuple[str, ...] = (),
     framework: str = "",
@@ -145,43 +149,45 @@ def finished(
     """The trace of a layer that is called twice, to see whether it gives the same.
 
     Args:
-        name: What it is.
-        request: What was asked.
-        call: Gives "output", and what else it tells, by stage and "scores".
-        told: What it tells of itself.
+        name: Its name.
+        request: The call.
+        call: Returns "output", and the stages and "scores" that it reports, by name.
+        description: Its weights and options, where they are known.
         gradients: By canonical name.
-        notes: What its users should know.
-        framework: Whose operations it is made of, where these add half precision as they hold it.
+        notes: Notes for its users.
+        framework: The framework of its operations, where these add half precision in itself.
     """
-    found, again = call(), call()
-    need_numbers(name, found)
-    found = {n: a.astype(np.float64) if n in STAGES[:-1] else a for n, a in found.items()}
-    output, scores = found.pop("output"), found.pop("scores", None)
+    results, again = call(), call()
+    check_numbers(name, results)
+    stages = {n: a.astype(np.float64) if n in STAGES[:-1] else a for n, a in results.items()}
+    output, scores = stages.pop("output"), stages.pop("scores", None)
     dtype = name_of_dtype(output)
-    held = dtype if "float" in dtype else None
+    stored = dtype if "float" in dtype else None
     return Trace(
         name,
         output,
         scores,
-        found if told is None else settled(found, told.recipe(request)),
+        stages
+        if description is None
+        else settle_masked_positions(stages, description.recipe(request)),
         gradients or {},
-        None if told is None else told.weights,
-        None if told is None else told.config,
-        held if (framework, held) in COARSE else None,
-        held,
-        unsteady(output, again["output"]),
-        (*(told.notes if told is not None else ()), *notes),
+        None if description is None else description.weights,
+        None if description is None else description.config,
+        stored if (framework, stored) in COARSE else None,
+        stored,
+        differs_between_calls(output, again["output"]),
+        (*(description.notes if description is not None else ()), *notes),
     )
 
 
-def settled(stages: Arrays, recipe: Recipe) -> Arrays:
-    """The stages in float64, at positions that a mask excludes as the recipe has them.
+def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:
+    """The stages in float64; at positions that a mask excludes, the numbers of the recipe.
 
-    These count for nothing, and layers differ in what they hold there: anymha zeros.
+    These positions count for nothing, and layers have different numbers there: anymha zeros.
 
     Args:
-        stages: What a layer told.
-        recipe: What a layer with its weights computes.
+        stages: The stages that a layer reports.
+        recipe: The recipe of its weights.
     """
     stages = {name: array.astype(np.float64) for name, array in stages.items()}
     keys = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]
@@ -200,8 +206,8 @@ def settled(stages: Arrays, recipe: Recipe) -> Arrays:
     return stages
 
 
-def trio(given: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Query, value and key, each there; where one is not given, the very object it stands for."""
-    query = given["query"]
-    value = given.get("value", query)
-    return query, value, given.get("key", value)
+def trio(inputs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Query, value and key; a missing one is the very object that it defaults to."""
+    query = inputs["query"]
+    value = inputs.get("value", query)
+    return query, value, inputs.get("key", value)

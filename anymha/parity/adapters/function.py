@@ -1,4 +1,4 @@
-"""Functions ``f(query, value, key, **call)``, of which only what they return is known, or more."""
+"""Functions ``f(query, value, key, **call)``."""
 
 from __future__ import annotations
 
@@ -9,66 +9,74 @@ import numpy as np
 
 from anymha.errors import ArgumentError
 from anymha.framework.registry import backend_of
-from anymha.parity.adapters.foreign import Known, finished
+from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
 
 
-def opened(function: Callable[..., Any], told: Known | None = None) -> Function:
-    """A function of query, value and key; `told`: what is known of its weights."""
-    return Function(function, told)
+def make_adapter(
+    function: Callable[..., Any], description: LayerDescription | None = None
+) -> Function:
+    """The adapter of a function; `description`: its weights and options, where they are known."""
+    return Function(function, description)
 
 
 class Function:
     """A function, in the framework of the arrays that the user gave.
 
-    It gets the arrays as they were given, as many as were given, and the call's other arguments by
+    It gets as many of the caller's own arrays as the call has, and the call's other arguments by
     name. It returns the output; or the output and the scores; or a dict with "output" and any of
-    "scores" and the stages. Its gradients are its own affair.
+    "scores" and the stages. Its gradients are not compared.
     """
 
-    def __init__(self, function: Callable[..., Any], told: Known | None) -> None:
-        self.function, self.told = function, told
+    def __init__(self, function: Callable[..., Any], description: LayerDescription | None) -> None:
+        self.function, self.description = function, description
         self.name = getattr(function, "__qualname__", type(function).__qualname__)
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
-        given = [request.given[name] for name in INPUTS if name in request.given]
-        ops = backend_of(given[0]).ops
+        """See `anymha.parity.stages.trace.Adapter`."""
+        inputs = [request.originals[name] for name in INPUTS if name in request.originals]
+        ops = backend_of(inputs[0]).ops
         arguments = {
             name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
             for name, value in request.arguments().items()
         }
 
         def call() -> Arrays:
-            copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in given]
-            found = named(self.function(*copies, **arguments), self.name)
-            return {name: as_numpy(array) for name, array in found.items()}
+            copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in inputs]
+            results = named_stages(self.function(*copies, **arguments), self.name)
+            return {name: as_numpy(array) for name, array in results.items()}
 
-        return finished(self.name, request, call, self.told, framework=ops.name)
+        return make_trace(self.name, request, call, self.description, framework=ops.name)
 
 
-def named(result: Any, name: str) -> dict[str, Any]:
-    """What a function returned, by stage, "output" and "scores".
+def named_stages(result: Any, name: str) -> dict[str, Any]:
+    """The results of a function by name: stages, "output" and "scores".
 
     Args:
-        result: What it returned.
+        result: The value that it returned.
         name: Its name.
 
     Raises:
-        ArgumentError: it is none of what a function may return.
+        ArgumentError: a function may not return it.
     """
     if isinstance(result, Mapping):
-        found = dict(result)
+        stages = dict(result)
     elif isinstance(result, (tuple, list)):
-        found = dict(zip(("output", "scores"), result, strict=False))
+        stages = dict(zip(("output", "scores"), result, strict=False))
     else:
-        found = {"output": result}
-    unknown = sorted(set(found) - {*STAGES, "scores"})
+        stages = {"output": result}
+    unknown = sorted(set(stages) - {*STAGES, "scores"})
     many = isinstance(result, (tuple, list)) and len(result) > 2
-    if found.get("output") is None or unknown or many:
+    if stages.get("output") is None or unknown or many:
         raise ArgumentError(
             f"`{name}` must return the output, or the output and the scores, or a dict of 'output' "
             f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: "
-            + (f"{len(result)} values." if many else f"{', '.join(found)}." if unknown else "None.")
+            + (
+                f"{len(result)} values."
+                if many
+                else f"{', '.join(stages)}."
+                if unknown
+                else "None."
+            )
         )
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in stages.items() if value is not None}

@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.adapters.foreign import Known, finished, known, refuse, trio
+from anymha.parity.adapters.foreign import (
+    LayerDescription,
+    describe_layer,
+    make_trace,
+    refuse,
+    trio,
+)
+from anymha.parity.adapters.jax_tools import gradients_through as pulled_in_jax
 from anymha.parity.adapters.jax_tools import precise
-from anymha.parity.adapters.jax_tools import pulled as pulled_in_jax
-from anymha.parity.adapters.torch_tools import pulled as pulled_in_torch
+from anymha.parity.adapters.torch_tools import gradients_through as pulled_in_torch
 from anymha.parity.stages.trace import Arrays, Request, Trace, as_numpy
 
 PARTS = {"_query_dense": "query", "_key_dense": "key", "_value_dense": "value"}
 
 
-def opened(layer: Any) -> KerasLayer:
+def make_adapter(layer: Any) -> KerasLayer:
     """A layer of Keras."""
     return KerasLayer(layer)
 
@@ -32,30 +38,30 @@ class KerasLayer:
         self.name = f"keras.layers.{type(layer).__name__}"
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
+        """See `anymha.parity.stages.trace.Adapter`."""
         keras: Any = importlib.import_module("keras")
-        told, layer = known(self.layer), self.layer
+        description, layer = describe_layer(self.layer), self.layer
         on_jax = keras.backend.backend() == "jax"
-        with precise(told.weights) if on_jax else nullcontext(), _kept(layer):
+        with precise(description.weights) if on_jax else nullcontext(), _restored(layer):
             arguments = _arguments(keras, layer, request)
-            given = {name: _tensor(keras, x) for name, x in request.inputs.items()}
+            inputs = {name: _tensor(keras, x) for name, x in request.inputs.items()}
 
-            def output(given: Mapping[str, Any], **options: Any) -> Any:
-                return layer(*trio(given), **arguments, **options)
+            def output(inputs: Mapping[str, Any], **options: Any) -> Any:
+                return layer(*trio(inputs), **arguments, **options)
 
             def call() -> Arrays:
-                with _listening(layer) as heard:
-                    found = output(given)
-                scores = output(given, return_attention_scores=True)[1]
-                told = {name: x for name, x in heard.items() if len(x.shape) == 4}
-                told |= {"output": found, "scores": scores}
-                return {name: _numpy(x) for name, x in told.items()}
+                with _recording(layer) as recorded:
+                    result = output(inputs)
+                scores = output(inputs, return_attention_scores=True)[1]
+                stages = {name: x for name, x in recorded.items() if len(x.shape) == 4}
+                stages |= {"output": result, "scores": scores}
+                return {name: _numpy(x) for name, x in stages.items()}
 
             gradients: Arrays = {}
             if cotangent is not None:
-                gradients = _gradients(keras, layer, output, given, cotangent, told)
+                gradients = _gradients(keras, layer, output, inputs, cotangent, description)
             framework = keras.backend.backend()
-            return finished(self.name, request, call, told, gradients, framework=framework)
+            return make_trace(self.name, request, call, description, gradients, framework=framework)
 
 
 def _arguments(keras: Any, layer: Any, request: Request) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def _arguments(keras: Any, layer: Any, request: Request) -> dict[str, Any]:
 
 
 def _tensor(keras: Any, array: np.ndarray) -> Any:
-    """An array as Keras's, whose torch does not read NumPy's bfloat16."""
+    """An array as Keras's; Keras on torch does not read NumPy's bfloat16."""
     if array.dtype.name == "bfloat16":
         return keras.ops.cast(keras.ops.convert_to_tensor(array.astype(np.float32)), "bfloat16")
     return keras.ops.convert_to_tensor(array)
@@ -95,8 +101,8 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 @contextmanager
-def _kept(layer: Any) -> Iterator[None]:
-    """The layer as it was after: its seeds, its losses, and what it keeps of a call."""
+def _restored(layer: Any) -> Iterator[None]:
+    """Restore the layer at the end: its seeds, its losses, and the state of a call."""
     weights = {id(variable) for variable in layer.weights}
     others = [(v, np.array(_numpy(v.value))) for v in layer.variables if id(v) not in weights]
     parts = [(part, dict(part.__dict__)) for part in layer._flatten_layers()]
@@ -106,35 +112,35 @@ def _kept(layer: Any) -> Iterator[None]:
     finally:
         for variable, value in others:
             variable.assign(value)
-        for part, held in parts:
-            if "_return_attention_scores" in held:
-                part.__dict__["_return_attention_scores"] = held["_return_attention_scores"]
+        for part, state in parts:
+            if "_return_attention_scores" in state:
+                part.__dict__["_return_attention_scores"] = state["_return_attention_scores"]
         for part, losses in lost:
             part._losses[:] = losses
 
 
 @contextmanager
-def _listening(layer: Any) -> Iterator[dict[str, Any]]:
-    """What the layer's projections give, and what its last one gets, by stage.
+def _recording(layer: Any) -> Iterator[dict[str, Any]]:
+    """Record the results of the layer's projections, and the input of the last, by stage.
 
-    The calls are held in the parts' own dict for the time, past Keras's tracker.
+    The wrapped calls stand in the parts' own dict meanwhile, past Keras's tracker.
     """
-    heard: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     parts = {name: getattr(layer, name, None) for name in (*PARTS, "_output_dense")}
 
-    def listen(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def record(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def call(inputs: Any, *args: Any, **options: Any) -> Any:
-            found = own(inputs, *args, **options)
-            heard[PARTS.get(name, "context")] = found if name in PARTS else inputs
-            return found
+            result = own(inputs, *args, **options)
+            recorded[PARTS.get(name, "context")] = result if name in PARTS else inputs
+            return result
 
         return call
 
     try:
         for name, part in parts.items():
             if part is not None:
-                part.__dict__["call"] = listen(name, part.call)
-        yield heard
+                part.__dict__["call"] = record(name, part.call)
+        yield recorded
     finally:
         for part in parts.values():
             if part is not None:
@@ -142,32 +148,32 @@ def _listening(layer: Any) -> Iterator[dict[str, Any]]:
 
 
 def _gradients(
-    keras: Any, layer: Any, output: Callable[[Mapping[str, Any]], Any], given: Mapping[str, Any],
-    cotangent: np.ndarray, told: Known,
+    keras: Any, layer: Any, output: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any],
+    cotangent: np.ndarray, description: LayerDescription,
 ) -> Arrays:  # fmt: skip
-    """Through the autodiff of Keras's backend; none where that has none."""
-    variables = dict(zip(told.arrays, layer.weights, strict=True))
+    """Gradients by the autodiff of Keras's backend; empty where it has none."""
+    variables = dict(zip(description.arrays, layer.weights, strict=True))
     backend = keras.backend.backend()
-    held = {name: variable.value for name, variable in variables.items()}
+    parameters = {name: variable.value for name, variable in variables.items()}
     if backend == "torch":
-        return pulled_in_torch(held, output, given, cotangent, told)
+        return pulled_in_torch(parameters, output, inputs, cotangent, description)
     if backend == "jax":
 
-        def function(held: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-            pairs = [(variables[name], value) for name, value in held.items()]
+        def function(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+            pairs = [(variables[name], value) for name, value in parameters.items()]
             with keras.StatelessScope(state_mapping=pairs):
-                return output(given)
+                return output(inputs)
 
-        ours, theirs = pulled_in_jax(function, held, given, cotangent)
-        return {**told.canonical(ours), **theirs}
+        ours, theirs = pulled_in_jax(function, parameters, inputs, cotangent)
+        return {**description.canonical(ours), **theirs}
     if backend == "tensorflow":
         tensorflow: Any = importlib.import_module("tensorflow")
         with tensorflow.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([*held.values(), *given.values()])
-            found = output(given)
-        to = tensorflow.cast(cotangent, found.dtype)
+            tape.watch([*parameters.values(), *inputs.values()])
+            result = output(inputs)
+        to = tensorflow.cast(cotangent, result.dtype)
         ours, theirs = tape.gradient(
-            found, (held, dict(given)), to, tensorflow.UnconnectedGradients.ZERO
+            result, (parameters, dict(inputs)), to, tensorflow.UnconnectedGradients.ZERO
         )
-        return {**told.canonical(ours), **{name: as_numpy(x) for name, x in theirs.items()}}
+        return {**description.canonical(ours), **{name: as_numpy(x) for name, x in theirs.items()}}
     return {}

@@ -10,12 +10,18 @@ import numpy as np
 
 from anymha.errors import ArgumentError
 from anymha.framework.dtypes import FLOATING, dtype_name
-from anymha.parity.adapters.foreign import Known, finished, known, refuse, trio
+from anymha.parity.adapters.foreign import (
+    LayerDescription,
+    describe_layer,
+    make_trace,
+    refuse,
+    trio,
+)
 from anymha.parity.adapters.jax_tools import arrays_of, gradients_of, mask_of, numpy_of, precise
 from anymha.parity.stages.trace import Arrays, Request, Trace
 
 
-def opened(module: Any) -> LinenLayer:
+def make_adapter(module: Any) -> LinenLayer:
     """A bound module of linen.
 
     Raises:
@@ -30,25 +36,25 @@ def opened(module: Any) -> LinenLayer:
 
 
 class LinenLayer:
-    """linen's own layer, listened to by an interceptor of its parts' calls."""
+    """linen's own layer; an interceptor records the calls of its parts."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.variables = module.unbind()
         self.name = f"flax.linen.{type(module).__name__}"
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
-        told = self._told()
+        """See `anymha.parity.stages.trace.Adapter`."""
+        description = self._description()
         refuse(request, "linen", attention_bias=request.bias is not None)
-        with precise(told.weights):
+        with precise(description.weights):
             jax: Any = importlib.import_module("jax")
             linen: Any = importlib.import_module("flax.linen")
-            mask, given = mask_of(told.recipe(request)), arrays_of(request.inputs)
+            mask, inputs = mask_of(description.recipe(request)), arrays_of(request.inputs)
             module = self.module
             drawn = iter(range(8))
 
-            def output(variables: Any, given: Any, **options: Any) -> Any:
-                query, value, key = trio(given)
+            def output(variables: Any, inputs: Any, **options: Any) -> Any:
+                query, value, key = trio(inputs)
                 rngs = {"dropout": jax.random.key(next(drawn))} if request.training else None
                 return module.apply(
                     variables, query, key, value, mask=mask,
@@ -56,32 +62,35 @@ class LinenLayer:
                 )  # fmt: skip
 
             def call() -> Arrays:
-                heard: dict[str, Any] = {}
+                recorded: dict[str, Any] = {}
 
-                def listen(following: Any, args: Any, options: Any, context: Any) -> Any:
-                    found = following(*args, **options)
+                def record(following: Any, args: Any, options: Any, context: Any) -> Any:
+                    result = following(*args, **options)
                     part = context.module.name
                     if part in ("query", "key", "value"):
-                        heard[part] = found
+                        recorded[part] = result
                     elif part == "out":
-                        heard["context"] = args[0]
-                    return found
+                        recorded["context"] = args[0]
+                    return result
 
-                with linen.intercept_methods(listen):
-                    heard["output"] = output(self.variables, given)
-                sown = output(self.variables, given, sow_weights=True, mutable=["intermediates"])
-                heard["scores"] = sown[1]["intermediates"]["attention_weights"][0]
-                return numpy_of(heard)
+                with linen.intercept_methods(record):
+                    recorded["output"] = output(self.variables, inputs)
+                sown = output(self.variables, inputs, sow_weights=True, mutable=["intermediates"])
+                recorded["scores"] = sown[1]["intermediates"]["attention_weights"][0]
+                return numpy_of(recorded)
 
             gradients = gradients_of(
-                told, lambda held, given: output({**self.variables, "params": held}, given),
-                self.variables["params"], given, cotangent,
+                description,
+                lambda params, inputs: output({**self.variables, "params": params}, inputs),
+                self.variables["params"], inputs, cotangent,
             )  # fmt: skip
-            return finished(self.name, request, call, told, gradients)
+            return make_trace(self.name, request, call, description, gradients)
 
-    def _told(self) -> Known:
-        told = known(self.variables["params"])
+    def _description(self) -> LayerDescription:
+        description = describe_layer(self.variables["params"])
         options: dict[str, Any] = {"dropout": float(self.module.dropout_rate)}
         if self.module.dtype is not None and dtype_name(self.module.dtype) in FLOATING:
             options["compute_dtype"] = dtype_name(self.module.dtype)
-        return dataclasses.replace(told, config=dataclasses.replace(told.config, **options))
+        return dataclasses.replace(
+            description, config=dataclasses.replace(description.config, **options)
+        )

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, BackendNotInstalledError
-from anymha.parity.adapters.foreign import finished
+from anymha.parity.adapters.foreign import make_trace
 from anymha.parity.stages.trace import STAGES, Arrays, Request, Trace
 
 DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
-def opened(model: Any) -> Session:
+def make_adapter(model: Any) -> Session:
     """An `onnxruntime.InferenceSession`, or the path of a model.
 
     Raises:
@@ -27,7 +27,7 @@ def opened(model: Any) -> Session:
         return Session(model, "the model of ONNX")
     path = Path(model)
     if not path.is_file():
-        raise ArgumentError(f"A model of ONNX is a file. Received: {path}, which is none.")
+        raise ArgumentError(f"A model of ONNX is a file. Received: {path}, which is not a file.")
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendNotInstalledError(
             "A model of ONNX is run by onnxruntime, which is not installed. Install it with: pip "
@@ -38,17 +38,17 @@ def opened(model: Any) -> Session:
 
 
 class Session:
-    """A session, whose inputs are named as the arguments of anymha's layer.
+    """A session whose inputs have the names of the arguments of anymha's layer.
 
-    Its output is the one called "output", else the first; others count where they are called
-    "scores" or as a stage.
+    Its output is the one called "output", else the first; others are compared where they have the
+    name "scores" or that of a stage.
     """
 
     def __init__(self, session: Any, name: str) -> None:
         self.session, self.name = session, name
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
+        """See `anymha.parity.stages.trace.Adapter`."""
         del cotangent  # it has no gradients
         feed = self._feed(request)
         outputs = [output.name for output in self.session.get_outputs()]
@@ -58,11 +58,11 @@ class Session:
             names = dict(zip(outputs, ("output", *outputs[1:]), strict=True))
 
         def call() -> Arrays:
-            found = dict(zip(outputs, self.session.run(None, feed), strict=True))
-            told = {names[name] or name: np.asarray(array) for name, array in found.items()}
-            return {n: a for n, a in told.items() if n in (*STAGES, "scores")}
+            results = dict(zip(outputs, self.session.run(None, feed), strict=True))
+            stages = {names[name] or name: np.asarray(array) for name, array in results.items()}
+            return {n: a for n, a in stages.items() if n in (*STAGES, "scores")}
 
-        return finished(self.name, request, call, None)
+        return make_trace(self.name, request, call, None)
 
     def _feed(self, request: Request) -> Arrays:
         """The model's inputs by name.
@@ -71,14 +71,14 @@ class Session:
             ArgumentError: it has others than the call.
         """
         query, value, key = request.three
-        given = {**request.arguments(), "query": query, "value": value, "key": key}
+        inputs = {**request.arguments(), "query": query, "value": value, "key": key}
         places = {place.name: place.type for place in self.session.get_inputs()}
         needed = {*request.inputs, *request.masks} | {
             name
             for name, value in request.arguments().items()
             if isinstance(value, np.ndarray) or (name != "training" and value)
         }
-        lacking, unknown = sorted(needed - set(places)), sorted(set(places) - set(given))
+        lacking, unknown = sorted(needed - set(places)), sorted(set(places) - set(inputs))
         if lacking or unknown:
             raise ArgumentError(
                 f"The inputs of {self.name} must be named as the arguments of anymha's layer. It "
@@ -86,8 +86,8 @@ class Session:
                 f"lacks: {', '.join(unknown) or 'none'}."
             )
         return {
-            name: np.asarray(given[name]).astype(DTYPES[kind])
+            name: np.asarray(inputs[name]).astype(DTYPES[kind])
             if kind in DTYPES
-            else np.asarray(given[name])
+            else np.asarray(inputs[name])
             for name, kind in places.items()
         }

@@ -1,4 +1,4 @@
-"""anymha's own layers: every stage is told by the layer itself."""
+"""anymha's own layers, which report every stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from anymha.framework.autodiff import vjp
 from anymha.framework.registry import backend_of
 from anymha.interchange.layers import get_weights
 from anymha.layer.forward import multi_head_attention
-from anymha.parity.adapters.foreign import settled
+from anymha.parity.adapters.foreign import settle_masked_positions
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import (
     INPUTS,
@@ -19,12 +19,12 @@ from anymha.parity.stages.trace import (
     Request,
     Trace,
     as_numpy,
+    differs_between_calls,
     problem_of,
-    unsteady,
 )
 
 
-def opened(layer: Any) -> Ours:
+def make_adapter(layer: Any) -> Ours:
     """A layer of anymha."""
     return Ours(layer)
 
@@ -40,19 +40,19 @@ class Ours:
         self.name = f"anymha in {package.removeprefix('anymha_')}"
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
+        """See `anymha.parity.stages.trace.Adapter`."""
         layer = self.layer
-        held = get_weights(layer)  # says what to do where there are none yet
+        describe_layer = get_weights(layer)  # raises, with the remedy, where there are none yet
         ops: Any = self.ops
         inputs = {name: ops.from_numpy(array) for name, array in request.inputs.items()}
         others = {
             name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
             for name, value in request.arguments().items()
         }
-        given = [inputs.get(name) for name in INPUTS]
-        output = layer(*given, **others)
-        again = layer(*given, **others)
-        scores = layer(*given, **others, return_attention_scores=True)[1]
+        three = [inputs.get(name) for name in INPUTS]
+        output = layer(*three, **others)
+        again = layer(*three, **others)
+        scores = layer(*three, **others, return_attention_scores=True)[1]
         stages: Arrays = {}
 
         def observe(stage: str, value: Any) -> None:
@@ -60,21 +60,21 @@ class Ours:
 
         weights = layer.canonical_weights()
         multi_head_attention(
-            ops, layer.config, weights, *given, **others, return_attention_scores=True,
+            ops, layer.config, weights, *three, **others, return_attention_scores=True,
             observe=observe,
         )  # fmt: skip
-        stages.pop("output", None)  # that of the layer's own call counts
-        found = as_numpy(output)
-        recipe = fold(problem_of(layer.config, held, request)).recipe
+        stages.pop("output", None)  # the output of the layer's own call counts
+        result = as_numpy(output)
+        recipe = fold(problem_of(layer.config, describe_layer, request)).recipe
         return Trace(
             self.name,
-            found,
+            result,
             as_numpy(scores),
-            settled(stages, recipe),
-            {} if cotangent is None else self._gradients(inputs, others, cotangent, found.dtype),
-            held,
+            settle_masked_positions(stages, recipe),
+            {} if cotangent is None else self._gradients(inputs, others, cotangent, result.dtype),
+            describe_layer,
             layer.config,
-            random=unsteady(found, as_numpy(again)),
+            random=differs_between_calls(result, as_numpy(again)),
         )
 
     def _gradients(
@@ -87,15 +87,17 @@ class Ours:
         bias = {n: others[n] for n in others if n == "attention_bias"}
 
         def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
-            held = {name: arrays[name] for name in weights}
-            given = [arrays.get(name) for name in INPUTS]
-            named = {n: arrays[n] for n in bias}
-            return multi_head_attention(ops, config, held, *given, **named, **rest)
+            own = {name: arrays[name] for name in weights}
+            three = [arrays.get(name) for name in INPUTS]
+            named_stages = {n: arrays[n] for n in bias}
+            return multi_head_attention(ops, config, own, *three, **named_stages, **rest)
 
         arrays = {**weights, **inputs, **bias}
         to = ops.from_numpy(cotangent.astype(dtype))
         if ops.capabilities.vjp is not None:
-            pulled = ops.capabilities.vjp(lambda arrays: function(ops, arrays), arrays, to)[1]
+            gradients_through = ops.capabilities.vjp(
+                lambda arrays: function(ops, arrays), arrays, to
+            )[1]
         else:
-            pulled = vjp(ops, function, arrays)[1](to)
-        return {name: as_numpy(array) for name, array in pulled.items()}
+            gradients_through = vjp(ops, function, arrays)[1](to)
+        return {name: as_numpy(array) for name, array in gradients_through.items()}

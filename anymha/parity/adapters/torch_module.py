@@ -1,4 +1,4 @@
-"""Any `torch.nn.Module`: called as a function of the inputs that were given."""
+"""Any `torch.nn.Module`, called as a function of the inputs."""
 
 from __future__ import annotations
 
@@ -9,60 +9,75 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.adapters.foreign import Known, finished
-from anymha.parity.adapters.function import named
-from anymha.parity.adapters.torch_tools import hooked, kept, parameters_of, pulled, tensors
+from anymha.parity.adapters.foreign import LayerDescription, make_trace
+from anymha.parity.adapters.function import named_stages
+from anymha.parity.adapters.torch_tools import (
+    gradients_through,
+    parameters_of,
+    recorded_projections,
+    restored,
+    tensors,
+)
 from anymha.parity.stages.trace import INPUTS, Arrays, Request, Trace, as_numpy
 
 
-def opened(module: Any, told: Known | None = None, own: bool = False) -> TorchModule:
-    """A module; `told`: what is known of its weights, `own`: whether its state is these."""
-    return TorchModule(module, told, own)
+def make_adapter(
+    module: Any, description: LayerDescription | None = None, own: bool = False
+) -> TorchModule:
+    """The adapter of a module.
+
+    Args:
+        module: The module.
+        description: Its weights and options, where they are known.
+        own: Whether the module's own state has these weights.
+    """
+    return TorchModule(module, description, own)
 
 
 class TorchModule:
     """A module of the user's own, in the mode in which it is, unless the call says `training`.
 
-    It gets the inputs as tensors of its device and dtype, as many as were given, and the call's
-    other arguments by name. It returns what a plain function may return.
+    It gets the inputs of the call as tensors of its device and dtype, and the call's other
+    arguments by name. It may return the same as a plain function.
     """
 
-    def __init__(self, module: Any, told: Known | None, own: bool) -> None:
-        self.module, self.told = module, told
-        self.state = told if own else None
+    def __init__(self, module: Any, description: LayerDescription | None, own: bool) -> None:
+        self.module, self.description = module, description
+        self.state = description if own else None
         self.name = type(module).__qualname__
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
+        """See `anymha.parity.stages.trace.Adapter`."""
         torch: Any = importlib.import_module("torch")
         module = self.module
         arguments = request.arguments()
         training = arguments.pop("training", None)
         arrays = {n: a for n, a in arguments.items() if isinstance(a, np.ndarray)}
         arguments |= tensors(module, arrays)
-        given = tensors(module, request.inputs)
+        inputs = tensors(module, request.inputs)
 
-        def found(given: Mapping[str, Any]) -> Mapping[str, Any]:
-            inputs = [given[name] for name in INPUTS if name in given]
-            return named(module(*inputs, **arguments), self.name)
+        def results(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+            present = [inputs[name] for name in INPUTS if name in inputs]
+            return named_stages(module(*present, **arguments), self.name)
 
         def call() -> Arrays:
-            with torch.no_grad(), _taps(module, self.state) as heard:
-                told = found(given)
-            return {**heard, **{name: _array(x) for name, x in told.items()}}
+            with torch.no_grad(), _recorder(module, self.state) as recorded:
+                reported = results(inputs)
+            return {**recorded, **{name: _array(x) for name, x in reported.items()}}
 
-        with kept(module, training):
+        with restored(module, training):
             gradients: Arrays = {}
             if cotangent is not None:
-                gradients = pulled(
-                    parameters_of(module), lambda given: found(given)["output"], given, cotangent,
+                gradients = gradients_through(
+                    parameters_of(module), lambda inputs: results(inputs)["output"], inputs,
+                    cotangent,
                     self.state,
                 )  # fmt: skip
-            return finished(self.name, request, call, self.told, gradients)
+            return make_trace(self.name, request, call, self.description, gradients)
 
 
-def _taps(module: Any, told: Known | None) -> Any:
-    return nullcontext({}) if told is None else hooked(module, told)
+def _recorder(module: Any, description: LayerDescription | None) -> Any:
+    return nullcontext({}) if description is None else recorded_projections(module, description)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from anymha.framework.registry import get_backend
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.packing import Sizes
 from anymha.interchange.reading import form_of
-from anymha.parity.adapters.foreign import Known
+from anymha.parity.adapters.foreign import LayerDescription
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.stages.trace import as_numpy
 
@@ -21,24 +21,24 @@ from anymha.parity.stages.trace import as_numpy
 def tensors(module: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Arrays on a module's device; numbers in its dtype, as torch refuses to mix them."""
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
-    found = {}
+    converted = {}
     for name, array in arrays.items():
         tensor = get_backend("torch").ops.from_numpy(np.ascontiguousarray(array))
         if first is not None:
             dtype = first.dtype if tensor.is_floating_point() else tensor.dtype
             tensor = tensor.to(first.device, dtype)
-        found[name] = tensor
-    return found
+        converted[name] = tensor
+    return converted
 
 
 def array(tensor: Any) -> np.ndarray:
-    """A tensor in NumPy, whatever hangs on it."""
+    """A tensor in NumPy, without its history."""
     return as_numpy(tensor.detach())
 
 
 @contextmanager
-def kept(module: Any, training: bool | None) -> Iterator[None]:
-    """The module in a mode; after, however it ends, all is as it was, random numbers included."""
+def restored(module: Any, training: bool | None) -> Iterator[None]:
+    """Put the module into a mode, and restore all state at the end, random numbers included."""
     torch: Any = importlib.import_module("torch")
     modes = {part: part.training for part in module.modules()}
     buffers = {buffer: buffer.detach().clone() for buffer in module.buffers()}
@@ -56,78 +56,78 @@ def kept(module: Any, training: bool | None) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def pulled(
-    held: Mapping[str, Any],
+def gradients_through(
+    parameters: Mapping[str, Any],
     function: Callable[[Mapping[str, Any]], Any],
-    given: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     cotangent: np.ndarray,
-    told: Known | None,
+    description: LayerDescription | None,
 ) -> Arrays:
-    """Gradients of the sum of an output times a cotangent; nothing keeps its own.
+    """Gradients of the sum of an output times a cotangent; no `.grad` changes.
 
     Args:
-        held: The parameters by their names in the layout.
+        parameters: By their names in the layout.
         function: The output for the inputs by name.
-        given: The inputs.
+        inputs: The inputs.
         cotangent: In the shape of the output.
-        told: What is known of the parameters; None: gradients of the inputs alone.
+        description: The layout of the parameters; None: gradients of the inputs alone.
 
     Returns:
         By canonical name, and by the names of the inputs; empty if the output has no gradient.
     """
     torch: Any = importlib.import_module("torch")
-    if told is None:
-        held = {}
-    wanted = {name: parameter.requires_grad for name, parameter in held.items()}
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
+    if description is None:
+        parameters = {}
+    wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     try:
-        for parameter in held.values():
+        for parameter in parameters.values():
             parameter.requires_grad_()
         with torch.enable_grad():
             output = function(leaves)
             if not output.requires_grad:
                 return {}
             to = get_backend("torch").ops.from_numpy(cotangent).to(output.device, output.dtype)
-            sources = [*held.values(), *leaves.values()]
-            found = torch.autograd.grad(output, sources, to, allow_unused=True)
+            sources = [*parameters.values(), *leaves.values()]
+            gradients = torch.autograd.grad(output, sources, to, allow_unused=True)
     finally:
-        for name, parameter in held.items():
+        for name, parameter in parameters.items():
             parameter.requires_grad_(wanted[name])
-    ours = {name: x for name, x in zip(held, found, strict=False) if x is not None}
-    theirs = zip(leaves, found[len(held) :], strict=True)
-    zeros = {name: np.zeros_like(array(x)) for name, x in given.items()}
-    inputs = {name: zeros[name] if x is None else array(x) for name, x in theirs}
-    return {**(told.canonical(ours) if told is not None else {}), **inputs}
+    ours = {name: x for name, x in zip(parameters, gradients, strict=False) if x is not None}
+    theirs = zip(leaves, gradients[len(parameters) :], strict=True)
+    zeros = {name: np.zeros_like(array(x)) for name, x in inputs.items()}
+    of_inputs = {name: zeros[name] if x is None else array(x) for name, x in theirs}
+    return {**(description.canonical(ours) if description is not None else {}), **of_inputs}
 
 
 def parameters_of(module: Any) -> dict[str, Any]:
-    """A module's numbers that can have gradients, by the names of its state."""
+    """A module's floating-point parameters, by the names of its state."""
     own = {id(parameter) for parameter in module.parameters() if parameter.is_floating_point()}
     return {n: p for n, p in module.state_dict(keep_vars=True).items() if id(p) in own}
 
 
 @contextmanager
-def hooked(module: Any, told: Known) -> Iterator[Arrays]:
-    """What the module's projections give while it runs, by stage; empty dict before.
+def recorded_projections(module: Any, description: LayerDescription) -> Iterator[Arrays]:
+    """Record the results of the module's projections while it runs, by stage.
 
-    Where it turns or norms queries and keys after their projection, these are not its own yet.
+    Queries and keys are left out where the module rotates or normalizes them after projection.
     """
-    layout, config = get_layout(told.layout), told.config
-    shapes = {name: tuple(a.shape) for name, a in told.arrays.items()}
+    layout, config = get_layout(description.layout), description.config
+    shapes = {name: tuple(a.shape) for name, a in description.arrays.items()}
     form = form_of(layout.name, layout.forms, layout.extras, layout.refused or {}, shapes)
     width = config.key_dim if config.value_dim is None else config.value_dim
     sizes = Sizes(config.num_heads, config.key_value_heads, config.key_dim, width)
-    heard: Arrays = {}
+    recorded: Arrays = {}
     hooks = []
     for piece in form.pieces:
         part = dict(module.named_modules()).get(piece.array.rpartition(".")[0])
         if piece.part != "kernel" or part is None or piece.array.rpartition(".")[0] == "":
             continue
 
-        def listen(part: Any, inputs: Any, output: Any, piece: Any = piece) -> None:
+        def record(part: Any, inputs: Any, output: Any, piece: Any = piece) -> None:
             if piece.holds == ("output",):
                 context = array(inputs[0])
-                heard["context"] = context.reshape(*context.shape[:2], config.num_heads, width)
+                recorded["context"] = context.reshape(*context.shape[:2], config.num_heads, width)
                 return
             # Each position is one more input of a kernel whose outputs lie as the layout says.
             flat = array(output)
@@ -135,12 +135,12 @@ def hooked(module: Any, told: Known) -> Iterator[Arrays]:
             read = piece.read(rows.T if piece.form == "linear" else rows, sizes)
             for name, heads in read.items():
                 stage = name.partition(".")[0]
-                if stage == "value" or not told.needs:
-                    heard[stage] = heads.reshape(*flat.shape[:-1], *heads.shape[1:])
+                if stage == "value" or not description.needs:
+                    recorded[stage] = heads.reshape(*flat.shape[:-1], *heads.shape[1:])
 
-        hooks.append(part.register_forward_hook(listen))
+        hooks.append(part.register_forward_hook(record))
     try:
-        yield heard
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,22 +14,35 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import LayoutError
-from anymha.parity.adapters.foreign import Known, dense_mask, finished, known, refuse
-from anymha.parity.adapters.torch_tools import array, hooked, kept, parameters_of, pulled, tensors
+from anymha.parity.adapters.foreign import (
+    LayerDescription,
+    dense_mask,
+    describe_layer,
+    make_trace,
+    refuse,
+)
+from anymha.parity.adapters.torch_tools import (
+    array,
+    gradients_through,
+    parameters_of,
+    recorded_projections,
+    restored,
+    tensors,
+)
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.stages.trace import Arrays, Request, Trace
 
 SELF = ("vit", "clip", "opt")
 CROSS = {"bart": "key_value_states", "whisper": "key_value_states", "t5": "key_value_states",
          "gpt2": "encoder_hidden_states", "gpt_bigcode": "encoder_hidden_states"}  # fmt: skip
-"""Families without positions of their own, and what the value's states are called there."""
+"""Families without positions of their own, and their name for the value's states."""
 TURNED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "gpt_oss")
-"""Families that get the cosines and sines of their positions."""
+"""Families that take the cosines and sines of their positions."""
 COUNTED = ("gptj", "codegen")
-"""Families that get the positions."""
+"""Families that take the positions."""
 
 
-def opened(layer: Any) -> Transformers:
+def make_adapter(layer: Any) -> Transformers:
     """An attention module."""
     return Transformers(layer)
 
@@ -42,46 +55,50 @@ class Transformers:
         self.name = f"{type(layer).__name__} of transformers"
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """See `anymha.parity.stages.trace.Subject`."""
+        """See `anymha.parity.stages.trace.Adapter`."""
         torch: Any = importlib.import_module("torch")
-        layer, told = self.layer, known(self.layer)
-        family = told.layout.partition(".")[2]
+        layer, description = self.layer, describe_layer(self.layer)
+        family = description.layout.partition(".")[2]
         cross = family in CROSS or bool(getattr(layer, "is_cross_attention", False))
         refuse(request, self.name, key="key" in request.inputs,
                value="value" in request.inputs and not cross)  # fmt: skip
-        given = tensors(layer, request.inputs)
-        mask = _mask(layer, told.recipe(request))
+        inputs = tensors(layer, request.inputs)
+        mask = _mask(layer, description.recipe(request))
 
-        def found(given: Mapping[str, Any]) -> Any:
-            result = _call(layer, family, given["query"], given.get("value"), mask)
+        def results(inputs: Mapping[str, Any]) -> Any:
+            result = _call(layer, family, inputs["query"], inputs.get("value"), mask)
             return result if isinstance(result, tuple) else (result,)
 
         def call() -> Arrays:
-            with torch.no_grad(), hooked(layer, told) as heard:
-                output, *rest = found(given)
+            with torch.no_grad(), recorded_projections(layer, description) as recorded:
+                output, *rest = results(inputs)
             if rest and getattr(rest[-1], "ndim", 0) == 4:
-                heard["scores"] = array(rest[-1])
-            return {**heard, "output": array(output)}
+                recorded["scores"] = array(rest[-1])
+            return {**recorded, "output": array(output)}
 
-        with kept(layer, request.training):
+        with restored(layer, request.training):
             gradients: Arrays = {}
             if cotangent is not None:
-                gradients = pulled(
-                    parameters_of(layer), lambda given: found(given)[0], given, cotangent, told
+                gradients = gradients_through(
+                    parameters_of(layer),
+                    lambda inputs: results(inputs)[0],
+                    inputs,
+                    cotangent,
+                    description,
                 )
-            return finished(self.name, request, call, told, gradients, _notes(told))
+            return make_trace(self.name, request, call, description, gradients, _notes(description))
 
 
-def _notes(told: Known) -> tuple[str, ...]:
-    if told.layout != "transformers.bert":
+def _notes(description: LayerDescription) -> tuple[str, ...]:
+    if description.layout != "transformers.bert":
         return ()
     return ("the residual and the norm after its attention are left out",)
 
 
 def _mask(layer: Any, recipe: Recipe) -> Any:
-    """As its model makes it: the least number added, or for torch's own function booleans.
+    """The mask as its model makes it: the smallest number, added; booleans for torch's function.
 
-    It is there also where everything may be seen: without one, decoders see the past alone.
+    It exists also where everything may be attended to: without one, decoders are causal.
     """
     torch: Any = importlib.import_module("torch")
     batch, queries, keys = recipe.lengths
@@ -102,17 +119,17 @@ def _mask(layer: Any, recipe: Recipe) -> Any:
 
 
 def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
-    """What the module returns, or its parts where more than attention comes after."""
+    """The result of the module; of its parts where more than attention follows."""
     torch: Any = importlib.import_module("torch")
     if family == "bert":
         memory = {} if value is None else {"encoder_hidden_states": value}
         context, *rest = layer.self(query, attention_mask=mask, **memory)
         return (layer.output.dense(context), *rest)
     if family in CROSS:
-        named = {} if value is None else {CROSS[family]: value}
-        name = "encoder_attention_mask" if "encoder" in CROSS[family] and named else (
+        named_stages = {} if value is None else {CROSS[family]: value}
+        name = "encoder_attention_mask" if "encoder" in CROSS[family] and named_stages else (
             "mask" if family == "t5" else "attention_mask")  # fmt: skip
-        return layer(query, **{name: mask}, **named)
+        return layer(query, **{name: mask}, **named_stages)
     if family in SELF:
         return layer(query, attention_mask=mask)
     positions = torch.arange(query.shape[1], device=query.device).expand(query.shape[:2])
@@ -122,8 +139,8 @@ def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
         turns = _rotary(layer)(query, positions)
         return layer(query, attention_mask=mask, position_embeddings=turns)
     raise LayoutError(
-        f"The {type(layer).__name__} ({family}) needs more of its model at "
-        "its call than inputs and masks. Compare it as a function, `lambda query, ...: layer(...)`."
+        f"The {type(layer).__name__} ({family}) needs more from its model "
+        "than inputs and masks. Compare it as a function, `lambda query, ...: layer(...)`."
     )
 
 

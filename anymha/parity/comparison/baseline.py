@@ -1,4 +1,4 @@
-"""What candidates are held against, and what a comparison with it shows."""
+"""`Baseline`: a reference's results, with which candidates are compared."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from functools import cached_property
 import numpy as np
 
 from anymha.parity.diagnose.causes import Diagnosis
-from anymha.parity.diagnose.exercised import untested
-from anymha.parity.diagnose.reference_semantics import Meaning, meaning_of
+from anymha.parity.diagnose.exercised import not_exercised
+from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded, expected
 from anymha.parity.reports.report import Comparison
-from anymha.parity.stages.gradients import gradients_compared, limited, weights_compared
+from anymha.parity.stages.gradients import compare_gradients, compare_weights, nonfinite_gradients
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.stagewise import (
     Stage,
-    beside_numbers,
-    compared,
-    faulted,
-    observed,
-    staged,
+    compare_stage,
+    compare_stages,
+    output_faults,
+    reported_stages,
+    with_faults,
 )
 from anymha.parity.stages.tolerance import tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
@@ -33,13 +33,13 @@ PROJECTIONS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
-class Standard:
-    """What candidates are held against: a reference's trace, and all that follows from it alone.
+class Baseline:
+    """A reference's trace, and all that follows from it alone: candidates are compared with it.
 
     Args:
         request: The call.
-        folded: What anymha means by the weights that are compared.
-        trace: What the reference gave.
+        folded: The recipe of these weights and this call, as anymha means it.
+        trace: The results of the reference.
     """
 
     request: Request
@@ -47,65 +47,65 @@ class Standard:
     trace: Trace
 
     @cached_property
-    def told(self) -> Arrays:
-        """What the reference told, by stage."""
-        return _told(self.trace, self.folded)
+    def reported(self) -> Arrays:
+        """The stages that the reference reports, by name."""
+        return _reported(self.trace, self.folded)
 
     @cached_property
-    def meant(self) -> Meaning:
+    def semantics(self) -> ReferenceSemantics:
         """What the reference computes."""
-        return meaning_of(self.folded.recipe, self.trace, self.told)
+        return reference_semantics_of(self.folded.recipe, self.trace, self.reported)
 
     @cached_property
-    def untested(self) -> list[str]:
+    def not_exercised(self) -> list[str]:
         """The features of the call that change nothing."""
-        return [] if self.meant.recipe is None else untested(self.meant.recipe)
+        return [] if self.semantics.recipe is None else not_exercised(self.semantics.recipe)
 
     def judge(self, second: Trace, cotangent: np.ndarray | None = None) -> Comparison:
-        """The comparison with what a candidate gave; `cotangent` as for `judged`."""
-        first, meant = self.trace, self.meant
+        """The comparison with the results of a candidate; `cotangent` as for `judge_traces`."""
+        first, semantics = self.trace, self.semantics
         notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
-        notes += meant.notes
-        if meant.recipe is None:
+        notes += semantics.notes
+        if semantics.recipe is None:
             return outputs_alone(self.request, first, second, *notes)
-        traces, honest, told = (first, second), meant.stages(), _told(second, self.folded)
-        stages = compared(meant.recipe, honest, traces, (self.told, told))
-        stages += weights_compared(first, second)
+        traces, exact = (first, second), semantics.stages()
+        reported = _reported(second, self.folded)
+        stages = compare_stages(semantics.recipe, exact, traces, (self.reported, reported))
+        stages += compare_weights(first, second)
         if cotangent is not None and first.gradients and second.gradients:
             gradients = _gradients(self.folded, traces, cotangent)
-            notes += limited(first, gradients)
+            notes += nonfinite_gradients(first, gradients)
             stages += gradients
         wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
-        diagnosis = meant.diagnosed(second, told, wrong)
+        diagnosis = semantics.diagnose(second, reported, wrong)
         return Comparison(
             first.name,
             second.name,
             tuple(stages),
-            _first_divergence(stages, told, diagnosis),
+            _first_divergence(stages, reported, diagnosis),
             diagnosis,
-            (*self.untested, *_undecided(stages, computed_dtype(first))),
+            (*self.not_exercised, *_undecided(stages, computed_dtype(first))),
             tuple(notes),
             self.request,
             traces,
-            honest,
-            told,
+            exact,
+            reported,
         )
 
 
-def _told(trace: Trace, folded: Folded) -> Arrays:
-    """What a trace told, by stage; projections of its own weights where it told these."""
+def _reported(trace: Trace, folded: Folded) -> Arrays:
+    """The stages of a trace by name, in the shapes of the recipe."""
     output = trace.output
-    wanted = folded.output_shape
-    flat = folded.flat(output) if output.shape == wanted else output
-    found = observed(trace, flat)
-    if "scores" in found and found["scores"].shape == folded.full:
+    flat = folded.flat(output) if output.shape == folded.output_shape else output
+    stages = reported_stages(trace, flat)
+    if "scores" in stages and stages["scores"].shape == folded.full:
         batch, queries, keys = folded.recipe.lengths
-        found["scores"] = found["scores"].reshape(batch, -1, queries, keys)
-    return found
+        stages["scores"] = stages["scores"].reshape(batch, -1, queries, keys)
+    return stages
 
 
 def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -> Comparison:
-    """The comparison where neither tells its weights: of what both returned; `notes` beside."""
+    """The comparison of what both returned, where no weights are known; with these notes."""
     stages = []
     dtype = computed_dtype(first)
     length = max(a.shape[-1] for a in request.three)
@@ -119,21 +119,21 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         size = 8 * np.max(finite, axis=axes, keepdims=True, initial=0.0)  # sums exceed results
         allowed = 2 * tolerance(dtype, length, 1.0) * size + length * smallest(dtype)
         candidate = other.astype(np.float64)
-        stage = staged(name, reference, candidate, reference, reference, allowed, dtype)
+        stage = compare_stage(name, reference, candidate, reference, reference, allowed, dtype)
         stages.append(
-            faulted(stage, *beside_numbers((first, second))) if name == "output" else stage
+            with_faults(stage, *output_faults((first, second))) if name == "output" else stage
         )
     divergence = next((stage.name for stage in stages if not stage.passed), None)
-    told = ("Neither tells its weights: the outputs alone are compared, and causes are not looked "
-            "for.",) if first.weights is None and second.weights is None else ()  # fmt: skip
+    unknown = ("The weights of neither are known: the outputs alone are compared, and causes are "
+               "not searched for.",) if first.weights is second.weights is None else ()  # fmt: skip
     return Comparison(
         first.name, second.name, tuple(stages), divergence, Diagnosis() if divergence else None,
-        (), (*notes, *told), request, (first, second),
+        (), (*notes, *unknown), request, (first, second),
     )  # fmt: skip
 
 
 def _undecided(stages: list[Stage], dtype: str) -> list[str]:
-    """Where rounding explains errors as great as the numbers themselves."""
+    """Says so where rounding explains errors as great as the numbers themselves."""
     outputs = [stage for stage in stages if stage.name == "output" and stage.values is not None]
     finite = all(math.isfinite(stage.values[0]) for stage in outputs if stage.values)
     if finite and all(stage.budget * eps(dtype) < 1 for stage in outputs):
@@ -146,18 +146,20 @@ def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarra
     problem = dataclasses.replace(folded.problem, d_output=cotangent)
     truth, length = expected(problem), longest_sum(problem)
     dtype = max(map(computed_dtype, traces), key=eps)
-    # A bias's gradient is added up over positions, by JAX in the dtype in which it holds it.
-    relative = sum(tolerance(dtype, length, 1.0, accumulated=trace.held) for trace in traces)
+    # A bias's gradient is a sum over positions; JAX adds in the dtype of the gradient.
+    relative = sum(tolerance(dtype, length, 1.0, accumulated=trace.stored) for trace in traces)
     allowed = {
         name: relative * float(np.max(truth.magnitudes[name], initial=0.0))
         + 2 * length * smallest(dtype)
         for name in truth.gradients
     }
-    return gradients_compared(traces, truth.gradients, allowed)
+    return compare_gradients(traces, truth.gradients, allowed)
 
 
-def _first_divergence(stages: list[Stage], told: Arrays, diagnosis: Diagnosis | None) -> str | None:
-    """The first stage that is itself wrong; between two that were told, where the cause says."""
+def _first_divergence(
+    stages: list[Stage], reported: Arrays, diagnosis: Diagnosis | None
+) -> str | None:
+    """The first stage that is itself wrong; between two reported stages, the stage of the cause."""
     wrong = [stage for stage in stages if stage.culprit] or [s for s in stages if not s.passed]
     if not wrong:
         return None
@@ -166,8 +168,8 @@ def _first_divergence(stages: list[Stage], told: Arrays, diagnosis: Diagnosis | 
     if cause is None or cause.stage not in STAGES:
         return first
     end = STAGES.index(first) if first in STAGES else len(STAGES)
-    right = [place for place, name in enumerate(STAGES[:end]) if name in told]
-    # Projections stand side by side: that one is right says nothing of another.
+    right = [place for place, name in enumerate(STAGES[:end]) if name in reported]
+    # The projections do not depend on each other: that one is right says nothing of another.
     begin = max((place for place in right if STAGES[place] not in PROJECTIONS), default=-1)
     place = STAGES.index(cause.stage)
     return cause.stage if begin < place <= end and place not in right else first

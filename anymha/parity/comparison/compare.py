@@ -1,4 +1,4 @@
-"""`compare` and `assert_parity`: two implementations, one call, and where and why they part."""
+"""`compare` and `assert_parity`: two implementations, one call, where they differ, and why."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import AnymhaError
-from anymha.parity.adapters import subject
-from anymha.parity.comparison.baseline import Standard, outputs_alone
+from anymha.parity.adapters import adapter_for
+from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
-from anymha.parity.stages.trace import Request, Subject, Trace, make_request, problem_of
+from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
 
 
 class ParityError(AnymhaError, AssertionError):
-    """Two implementations do not agree; the message says where and why."""
+    """Two implementations do not agree; the message says where they differ, and why."""
 
 
 def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
-    """Two implementations on the same inputs, stage by stage.
+    """Compare two implementations on the same inputs, stage by stage.
 
     Args:
-        reference: What is right: a layer of anymha in any framework; a live layer of torch, Keras,
-            Flax or Equinox; or a function of query, value and key, which returns the output, or the
-            output and the scores, or a dict of stages.
+        reference: The implementation that counts as right: a layer of anymha in any framework; a
+            live layer of torch, Keras, Flax or Equinox; or a function of query, value and
+            key, which returns the output, or the output and the scores, or a dict of stages.
         candidate: What is judged; likewise.
         inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
             name; arrays of NumPy or of any framework.
@@ -52,45 +52,45 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
         ('masked_logits', 'causal mask ignored')
     """
     request = make_request(inputs, call)
-    one, other = subject(reference), subject(candidate)
+    one, other = adapter_for(reference), adapter_for(candidate)
     first, cotangent = _traced("reference", one, request, None), None
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
     second = _traced("candidate", other, request, cotangent if first.gradients else None)
-    return judged(request, first, second, cotangent)
+    return judge_traces(request, first, second, cotangent)
 
 
-def _traced(role: str, asked: Subject, request: Request, cotangent: np.ndarray | None) -> Trace:
-    """What one of both gave; its own error says whose it is."""
+def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray | None) -> Trace:
+    """The trace of one implementation; an error that it raises says which one it was."""
     try:
-        return asked.trace(request, cotangent)
+        return adapter.trace(request, cotangent)
     except Exception as error:
-        error.add_note(f"It was raised as the {role} was called: {asked.name}.")
+        error.add_note(f"It was raised as the {role} was called: {adapter.name}.")
         raise
 
 
-def judged(
+def judge_traces(
     request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None = None
 ) -> Comparison:
-    """What two traces of one call show.
+    """The comparison of two traces of one call.
 
     Args:
         request: The call.
-        first: What the reference gave.
-        second: What the candidate gave.
-        cotangent: Of the output, where both gave gradients.
+        first: The trace of the reference.
+        second: The trace of the candidate.
+        cotangent: Of the output, where both have gradients.
     """
     basis = first if first.weights is not None else second
-    with np.errstate(all="ignore"):  # what overflows, or is NaN, is told by the comparison
+    with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:
             return outputs_alone(request, first, second)
         folded = fold(problem_of(basis.config, basis.weights, request))
-        return Standard(request, folded, first).judge(second, cotangent)
+        return Baseline(request, folded, first).judge(second, cotangent)
 
 
 def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> None:
-    """Fail unless two implementations agree; the message says at which stage they part, and why.
+    """Fail unless two implementations agree; the message says where they differ, and why.
 
     Args:
         reference: As for `compare`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import ml_dtypes
@@ -14,13 +14,13 @@ from anymha.parity.oracle.recipe import (
     Arrays,
     Recipe,
     Step,
+    Variants,
     context_by,
     logits_by,
     projected,
     softmax,
 )
 
-Variants = Iterator[tuple[str, Recipe]]
 BASE = 10_000.0
 """The base of rotary positions."""
 
@@ -38,7 +38,7 @@ def scale_wrong(recipe: Recipe) -> Variants:
         "1/sqrt(number of heads)": 1 / math.sqrt(heads),
         "1/(width of a head)": 1 / d_k,
         "multiplied in place of divided": 1 / recipe.scale if recipe.scale else 0.0,
-        "1/sqrt(width of a head) in place of the one given": 1 / math.sqrt(d_k),
+        "1/sqrt(width of a head) in place of `scale`": 1 / math.sqrt(d_k),
     }
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
@@ -81,7 +81,7 @@ def grouped_tiled(recipe: Recipe) -> Variants:
 
 
 def key_value_swapped(recipe: Recipe) -> Variants:
-    """Keys made of what values are made of, and the other way round."""
+    """Keys made of the value's input, and values of the key's."""
     x = recipe.inputs
     if x["key"].shape == x["value"].shape and not np.array_equal(x["key"], x["value"]):
         yield "inputs", recipe.but(inputs={**x, "key": x["value"], "value": x["key"]})
@@ -113,7 +113,7 @@ def batch_and_time(recipe: Recipe) -> Variants:
 
 
 def rotary(recipe: Recipe, pairs: bool) -> Variants:
-    """Queries and keys turned by their positions, which the layer does not do."""
+    """Queries and keys rotated by their positions, which the layer does not do."""
     if _width(recipe, "query") % 2:
         return
     turned = recipe
@@ -141,7 +141,7 @@ def dropout_wrong(recipe: Recipe) -> Variants:
     if recipe.kept is not None:
         yield "does not act", recipe.but(kept=None)
         kept = (recipe.kept > 0).astype(np.float64)
-        yield "what is kept is not scaled by 1/(1 - rate)", recipe.but(kept=kept)
+        yield "kept probabilities are not scaled by 1/(1 - rate)", recipe.but(kept=kept)
 
 
 def context_heads(recipe: Recipe) -> Variants:
@@ -175,25 +175,26 @@ def precision(recipe: Recipe, dtype: str) -> Variants:
     """Every stage rounded to a narrower dtype."""
     narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
-    def rounding(step: Step) -> Step:
-        def rounded(recipe: Recipe, stages: Arrays) -> np.ndarray:
+    def rounding(name: str) -> Step:
+        def rounded(_: Recipe, stages: Arrays) -> np.ndarray:
             with np.errstate(over="ignore"):
-                return step(recipe, stages).astype(narrow).astype(np.float64)
+                return recipe.stage(name, stages).astype(narrow).astype(np.float64)
 
         return rounded
 
-    yield "", recipe.but(steps={name: rounding(step) for name, step in recipe.steps.items()})
+    # The steps have what the sections make of a stage in them, so that this is rounded too.
+    yield "", recipe.but(steps={name: rounding(name) for name in recipe.steps}, sections=())
 
 
 def _width(recipe: Recipe, name: str) -> int:
     return recipe.weights[f"{name}.kernel"].shape[2]
 
 
-_Plant = Callable[[Recipe], Variants]
-_halves: _Plant = partial(rotary, pairs=False)
-_pairs: _Plant = partial(rotary, pairs=True)
+_Maker = Callable[[Recipe], Variants]
+_halves: _Maker = partial(rotary, pairs=False)
+_pairs: _Maker = partial(rotary, pairs=True)
 
-MISTAKES: tuple[tuple[str, str, _Plant], ...] = (
+MISTAKES: tuple[tuple[str, str, _Maker], ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
      "`scale` says otherwise.", scale_wrong),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",
@@ -202,16 +203,16 @@ MISTAKES: tuple[tuple[str, str, _Plant], ...] = (
      "keys.", softmax_missing),
     ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
      "head, do not tile them all.", grouped_tiled),
-    ("inputs exchanged", "Mind the order of the arguments: Keras and anymha take query, "
+    ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", key_value_swapped),
-    ("batch and time exchanged", "One of both takes (time, batch, features): pass "
+    ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
      "`batch_first=True`, or exchange the axes.", batch_and_time),
-    ("rotary positions, by halves", "The candidate turns queries and keys by their "
-     "positions, in halves of a head; the reference does not, or by pairs.", _halves),
-    ("rotary positions, by pairs", "The candidate turns queries and keys by their "
-     "positions, in pairs of neighbours; the reference does not, or by halves.", _pairs),
+    ("rotary positions, by halves", "The candidate rotates queries and keys by their "
+     "positions, by halves of a head; the reference does not, or by pairs.", _halves),
+    ("rotary positions, by pairs", "The candidate rotates queries and keys by their "
+     "positions, by pairs of neighbours; the reference does not, or by halves.", _pairs),
     ("wrong dropout", "Both must be in training mode, with one rate and "
-     "one seed; what is kept is divided by 1 - rate.", dropout_wrong),
+     "one seed; kept probabilities are divided by 1 - rate.", dropout_wrong),
     ("heads merged wrongly", "Exchange heads and positions before the heads are "
      "merged: (B, H, T, d) to (B, T, H, d).", context_heads),
     ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "

@@ -11,23 +11,23 @@ from anymha.parity.oracle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Cause:
-    """A mistake that was found.
+    """A mistake that a candidate has.
 
     Args:
         name: Its name in the catalogue.
         detail: Which variant.
         stage: The first stage that it changes.
-        cure: What to do.
+        fix: How to fix it.
     """
 
     name: str
     detail: str
     stage: str
-    cure: str
+    fix: str
 
     @property
-    def known(self) -> tuple[str, str]:
-        """What it is in the catalogue."""
+    def key(self) -> tuple[str, str]:
+        """Its name and detail, by which the catalogue knows it."""
         return self.name, self.detail
 
     def __str__(self) -> str:
@@ -40,10 +40,10 @@ class Diagnosis:
 
     Args:
         causes: The mistakes, the first one first; none where no known mistake explains it.
-        remaining: The greatest error that is left once they are made too, over what rounding
-            explains; infinite without causes.
+        remaining: The greatest error that is left once the reference has these mistakes too, as a
+            share of what rounding explains; infinite without causes.
         alternatives: Other mistakes that give the same numbers for these inputs.
-        recipe: What has these mistakes, and gives what was observed; None if nothing does.
+        recipe: The recipe with these mistakes, which gives the reported results; None if none does.
     """
 
     causes: tuple[Cause, ...] = ()
@@ -59,8 +59,8 @@ class Diagnosis:
     def __str__(self) -> str:
         if not self.causes:
             return "no known mistake, nor any two of them, explains the difference"
-        told = " and ".join(map(str, self.causes))
+        named = " and ".join(map(str, self.causes))
         if not self.explained:
-            return f"{told}; something else beside"
+            return f"{named}; something else differs too"
         also = f" (or: {'; '.join(self.alternatives)})" if self.alternatives else ""
-        return told + also
+        return named + also

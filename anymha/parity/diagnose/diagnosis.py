@@ -1,4 +1,4 @@
-"""Which known mistake, or which two, give what a candidate gives."""
+"""`Search`: looks for the known mistake, or the two, that give a candidate's results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from anymha.parity.diagnose.attention_mistakes import PRECISIONS, precision
 from anymha.parity.diagnose.causes import Cause, Diagnosis
-from anymha.parity.diagnose.mistakes import CATALOGUE, Mistake
+from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.limits import Tolerances, computed_dtype, shares_of
+from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares
 from anymha.parity.stages.stagewise import OBSERVED
-from anymha.parity.stages.structure import distance, like_rounding
+from anymha.parity.stages.structure import distance, looks_like_rounding
 from anymha.parity.stages.trace import STAGES, Trace
 from anymha.parity.stages.units import eps
 
@@ -22,10 +22,10 @@ SECONDS = 10.0
 """How long pairs of mistakes are tried; single ones three times as long."""
 
 LARGE = 1 << 17
-"""Where there are more logits, one element of the batch is looked at."""
+"""Where there are more logits, one element of the batch is diagnosed."""
 
 FEW = 3
-"""Of a candidate that tells more stages than these, mistakes are found one after another."""
+"""Where a candidate reports more stages, mistakes are found one after another."""
 
 FAR = 1 << 14
 """No rounding explains an error of so many units of the dtype."""
@@ -45,7 +45,7 @@ class _Tried:
         return max(self.errors.values())
 
     def prefix(self) -> int:
-        """How many of the stages that were told fit, from the first on."""
+        """How many of the reported stages fit, from the first on."""
         for count, error in enumerate(self.errors.values()):
             if not error <= 1:
                 return count
@@ -53,35 +53,35 @@ class _Tried:
 
 
 class Search:
-    """Looks for mistakes that make a recipe give what was observed.
+    """Looks for mistakes with which a recipe gives the reported results.
 
     Args:
-        recipe: What is meant.
-        trace: Whose results they are.
-        found: What it told, by stage.
-        reference: The trace of what is right, where the results are a candidate's.
+        recipe: The right recipe.
+        trace: The implementation's results.
+        reported: Its stages by name.
+        reference: The trace of the reference, where the results are a candidate's.
     """
 
     def __init__(
-        self, recipe: Recipe, trace: Trace, found: Arrays, reference: Trace | None = None
+        self, recipe: Recipe, trace: Trace, reported: Arrays, reference: Trace | None = None
     ) -> None:
-        self.recipe, self.trace, self.found, self.reference = recipe, trace, found, reference
-        self.honest = recipe.stages
+        self.recipe, self.trace, self.reference = recipe, trace, reference
+        self.reported, self.exact = reported, recipe.stages
 
     def fits(self) -> bool:
-        """Whether the recipe itself gives what was observed."""
+        """Whether the recipe itself gives the reported results."""
         return max(self._errors(self.recipe).values()) <= 1
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
-        """The mistakes that explain what was observed; one alone without `pairs`."""
+        """The mistakes that explain the reported results; one alone without `pairs`."""
         if self.trace.random:
             stage = "dropped_probabilities"
-            cure = "Two calls gave two results: switch the candidate to evaluation."
-            return Diagnosis((Cause("dropout left on", "", stage, cure),), 0.0)
-        if any(a.shape != self.honest.get(n, a).shape for n, a in self.found.items()):
+            fix = "Two calls gave two results: switch the candidate to evaluation."
+            return Diagnosis((Cause("dropout left on", "", stage, fix),), 0.0)
+        if any(a.shape != self.exact.get(n, a).shape for n, a in self.reported.items()):
             return Diagnosis()
-        if self.recipe.lengths[0] > 1 and self.honest["logits"].size > LARGE:
-            return self._of_one(pairs)
+        if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
+            return self._of_one_batch_element(pairs)
         singles = list(_in_time(self._tried(self.recipe), 3 * SECONDS))
         best = self._fitting(singles)
         if best is not None:
@@ -92,23 +92,23 @@ class Search:
         if not pairs:
             return Diagnosis()
         begun = self._by_prefix(singles)
-        if begun.explained or len(self.found) > FEW:
+        if begun.explained or len(self.reported) > FEW:
             return begun
         return self._pairs(singles) or begun
 
-    def _of_one(self, pairs: bool) -> Diagnosis:
-        """The same from the one element of the batch that differs most, for the sake of time."""
+    def _of_one_batch_element(self, pairs: bool) -> Diagnosis:
+        """The diagnosis of the one batch element that differs most, to save time."""
         most = np.zeros(self.recipe.lengths[0])
-        for name, got in self.found.items():
-            apart = distance(got, self.honest["probabilities" if name == "scores" else name], name)
+        for name, got in self.reported.items():
+            apart = distance(got, self.exact["probabilities" if name == "scores" else name], name)
             most = np.maximum(most, apart.reshape(len(apart), -1).max(1))
         at = int(np.argmax(most))
-        found = {name: array[at : at + 1] for name, array in self.found.items()}
-        one = Search(self.recipe.of_batch(at), self.trace, found, self.reference).diagnose(pairs)
+        reported = {name: array[at : at + 1] for name, array in self.reported.items()}
+        one = Search(self.recipe.of_batch(at), self.trace, reported, self.reference).diagnose(pairs)
         whole = self.recipe
         for cause in one.causes:
-            known = (w for m, d, w in _variants(whole, None) if (m.name, d) == cause.known)
-            whole = next(known, whole)
+            same = (w for m, d, w in self._variants(whole) if (m.name, d) == cause.key)
+            whole = next(same, whole)
         return replace(one, recipe=None if one.recipe is None else whole)
 
     def _fitting(self, tried: Iterable[_Tried]) -> Diagnosis | None:
@@ -119,10 +119,10 @@ class Search:
         return Diagnosis((good[0].cause,), good[0].worst, tuple(others), good[0].recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
-        """One mistake after another: each must make the told stages fit further than before."""
+        """One mistake after another: with each, more of the reported stages must fit."""
         causes: list[Cause] = []
-        honest = self._errors(self.recipe)
-        reached = next((i for i, error in enumerate(honest.values()) if not error <= 1), 0)
+        right = self._errors(self.recipe)
+        reached = next((i for i, error in enumerate(right.values()) if not error <= 1), 0)
         tried = singles
         while tried:
             best = max(tried, key=_Tried.prefix)
@@ -149,55 +149,67 @@ class Search:
 
     def _precision(self) -> Cause | None:
         """A narrower dtype in which the stages were computed: the errors have its size."""
-        given = computed_dtype(self.reference or self.trace)
-        mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.honest).items()}
-        if not like_rounding(self.found.get("output"), self.honest["output"]):
+        expected = computed_dtype(self.reference or self.trace)
+        mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.exact).items()}
+        if not looks_like_rounding(self.reported.get("output"), self.exact["output"]):
             return None
         right = self._errors(self.recipe)
         for dtype in PRECISIONS:
-            if eps(dtype) <= eps(given):
+            if eps(dtype) <= eps(expected):
                 continue
             [(_, rounded)] = precision(self.recipe, dtype)
             results = rounded.stages
-            usual = {n: float(np.max(distance(a, self.honest[n], n))) for n, a in results.items()}
+            usual = {n: float(np.max(distance(a, self.exact[n], n))) for n, a in results.items()}
             usual["scores"] = usual["probabilities"]
             wrong = [name for name in mine if not right[name] <= 1]
             if all(mine[n] <= GREATER * usual[n] for n in mine) and any(
                 mine[n] >= SMALLER * usual[n] for n in wrong
             ):
-                stage = wrong[0] if len(self.found) > 2 else "query"
+                stage = wrong[0] if len(self.reported) > 2 else "query"
                 stage = "probabilities" if stage == "scores" else stage
-                cure = (f"The reference computes in {given}: cast weights and inputs, or switch "
+                fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
                         "mixed precision and TF32 off.")  # fmt: skip
-                return Cause(f"computed in {dtype}", "", stage, cure)
+                return Cause(f"computed in {dtype}", "", stage, fix)
         return None
 
     def _distances(self, results: Arrays) -> dict[str, np.ndarray]:
-        """How far what was observed is from a recipe's results."""
+        """The distances of the reported stages from a recipe's."""
         distances = {}
         for name in OBSERVED:
-            if name in self.found:
+            if name in self.reported:
                 exact, got = (
                     results["probabilities" if name == "scores" else name],
-                    self.found[name],
+                    self.reported[name],
                 )
                 fits = got.shape == exact.shape
                 distances[name] = distance(got, exact, name) if fits else np.full(1, np.inf)
         return distances
 
     def _tried(self, recipe: Recipe, skip: str | None = None) -> Iterator[_Tried]:
-        for mistake, detail, wrong in _variants(recipe, skip):
+        for mistake, detail, wrong in self._variants(recipe, skip):
             with np.errstate(all="ignore"):
                 stage = _first_change(recipe.stages, wrong.stages)
             if stage is not None:
-                cause = Cause(mistake.name, detail, stage, mistake.cure)
+                cause = Cause(mistake.name, detail, stage, mistake.fix)
                 errors = self._errors(wrong, hasty=True)
                 yield _Tried(cause, wrong.but(), errors)  # a copy, which does not keep its stages
 
-    def _errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
-        """How far what was observed is from a recipe's results, over what rounding explains.
+    def _variants(
+        self, recipe: Recipe, skip: str | None = None
+    ) -> Iterator[tuple[Mistake, str, Recipe]]:
+        """Each mistake with its detail and the recipe that has it, but those of one name."""
+        for mistake, detail, wrong in other_options(recipe, self.trace.config):
+            if mistake.name != skip:
+                yield mistake, detail, wrong
+        for mistake in catalogue():
+            if mistake.name != skip:
+                for detail, wrong in mistake.variants(recipe):
+                    yield mistake, detail, wrong
 
-        In haste, a great error is not asked how great it may be.
+    def _errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
+        """The errors of the reported stages, as shares of what rounding explains.
+
+        In haste, a large error counts as infinite, without its limit.
         """
         results = recipe.stages
         distances = self._distances(results)
@@ -206,13 +218,13 @@ class Search:
             return dict.fromkeys(distances, np.inf)
         tolerances = Tolerances(recipe, self.reference)
         return {
-            name: float(np.max(shares_of(apart, tolerances.of(name, self.trace)), initial=0.0))
+            name: float(np.max(error_shares(apart, tolerances.of(name, self.trace)), initial=0.0))
             for name, apart in distances.items()
         }
 
 
 def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
-    """As many as can be tried in that time."""
+    """As many as that time allows."""
     until = time.monotonic() + seconds
     for one in tried:
         yield one
@@ -220,17 +232,10 @@ def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
             return
 
 
-def _variants(recipe: Recipe, skip: str | None) -> Iterator[tuple[Mistake, str, Recipe]]:
-    for mistake in CATALOGUE:
-        if mistake.name != skip:
-            for detail, wrong in mistake.plant(recipe):
-                yield mistake, detail, wrong
-
-
-def _first_change(honest: Arrays, wrong: Arrays) -> str | None:
-    """The first stage in which a mistake shows; None where it changes nothing."""
+def _first_change(right: Arrays, wrong: Arrays) -> str | None:
+    """The first stage that a mistake changes; None where it changes none."""
     for name in STAGES:
-        one, other = honest[name], wrong[name]
+        one, other = right[name], wrong[name]
         if one.shape != other.shape:
             return name
         size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))

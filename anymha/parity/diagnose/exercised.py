@@ -8,12 +8,13 @@ import numpy as np
 
 from anymha.parity.oracle.recipe import Recipe
 
+PROJECTIONS = ("query", "key", "value", "output")
 LARGE = 1 << 20
-"""Of how many logits nothing is computed again without each feature."""
+"""Where there are more logits, nothing is computed again without each feature."""
 
 
-def untested(recipe: Recipe) -> list[str]:
-    """Features that change nothing when they are switched off, in words.
+def not_exercised(recipe: Recipe) -> list[str]:
+    """The features of a call that change nothing when they are switched off, in words.
 
     Args:
         recipe: What is computed.
@@ -22,17 +23,17 @@ def untested(recipe: Recipe) -> list[str]:
         return ["whether each feature matters: there is too much to compute it without each"]
     wanted = recipe.stages["output"]
     size = float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0))
-    found = []
+    silent = []
     for words, without in _switched_off(recipe):
         output = without.stages["output"]
         if np.allclose(output, wanted, rtol=0, atol=1e-6 * size, equal_nan=True):
-            found.append(words)
+            silent.append(words)
     batch, queries, keys = recipe.lengths
     if batch == 1:
-        found.append("the order of the axes of the batch: there is one element")
+        silent.append("the order of the axes of the batch: there is one element")
     if queries == 1 or keys == 1:
-        found.append("the softmax: there is one query or one key")
-    return found
+        silent.append("the softmax: there is one query or one key")
+    return silent
 
 
 def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -47,8 +48,12 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "`attention_bias`", recipe.but(bias=None)
     if recipe.kept is not None:
         yield "dropout", recipe.but(kept=None)
+    for section in recipe.sections:
+        yield f"`{section.option}`", recipe.without_section(section.option)
     yield "the scale: the logits are about equal", recipe.but(scale=2 * recipe.scale)
-    for name in ("query", "value", "output"):
+    # The key's bias adds one number to all logits of a row, which the softmax alone ignores.
+    ignored = all(section.ignores_a_constant for section in recipe.sections)
+    for name in ("query", "value", "output") if ignored else PROJECTIONS:
         if f"{name}.bias" in recipe.weights:
             rest = {n: w for n, w in recipe.weights.items() if n != f"{name}.bias"}
             yield f"`{name}.bias`: it is zero", recipe.but(weights=rest)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, allowed, softmax
-
-Variants = Iterator[tuple[str, Recipe]]
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants, allowed, softmax
 
 
 def _ands(name: str, recipe: Recipe) -> str:
@@ -176,14 +172,14 @@ def _empty(stages: Arrays) -> tuple[np.ndarray, int]:
 
 
 def _for_empty_rows(recipe: Recipe, words: str, step: object) -> Variants:
-    """The variant, where a row sees nothing; what no row of the mask lacks cannot be told."""
+    """The variant, where a row sees nothing; without such a row there is none."""
     if not np.all(allowed(recipe).any(-1)):
         yield words, recipe.stepping("probabilities", step)  # pyright: ignore[reportArgumentType]
 
 
 MISTAKES = (
-    ("inverted mask", "Pass the opposite of the mask, `~mask`: in one of both "
-     "True means that a position may not be attended to.", inverted),
+    ("inverted mask", "Pass the opposite of the mask, `~mask`: in one of the two "
+     "implementations, True means that a position may not be attended to.", inverted),
     ("ignored mask", "The mask never reaches the logits: pass it on, under the "
      "name that the layer knows.", ignored),
     ("additive mask", "A mask of 0 and 1 is added to the logits: make it boolean, "
@@ -194,9 +190,9 @@ MISTAKES = (
      "(batch, heads, queries, keys).", of_heads),
     ("causal mask ignored", "Switch the causal mask on.", causal_ignored),
     ("causal mask at the other corner", "With fewer queries than keys the first "
-     "query is aligned with the first key in one and the last with the last in the other: pass "
-     "`query_offset`, or a mask.", other_corner),
-    ("causal mask off by one", "Query i sees keys j <= i: mind the diagonal.",
+     "query is aligned with the first key in one of the two, the last with the last in the other: "
+     "pass `query_offset`, or a mask.", other_corner),
+    ("causal mask off by one", "Query i sees keys j <= i: the diagonal is included.",
      causal_shifted),
     ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
      "lower triangle.", causal_reversed),
@@ -210,12 +206,12 @@ MISTAKES = (
     ("wrong attention bias", "The bias is added once, after the scale.",
      bias_wrong),
     ("fully masked rows give the mean of the values", "A query that sees nothing "
-     "gives zeros here: its mask is a great finite number, or its softmax divides by "
+     "gives zeros in anymha; here its mask is a large finite number, or the softmax divides by "
      "the number of keys. Give such rows zeros, or leave them out of the comparison.", rows_mean),
-    ("fully masked rows give NaN", "A query that sees nothing gives zeros here: "
-     "guard the softmax, whose row is all -inf.", rows_nan),
+    ("fully masked rows give NaN", "A query that sees nothing gives zeros in anymha: "
+     "guard the softmax of a row of -inf alone.", rows_nan),
     ("fully masked rows are not masked", "A query that sees nothing gives zeros "
-     "here: its mask shifts such a row by a constant, which a softmax ignores.",
+     "in anymha; here its mask shifts such a row by a constant, which a softmax ignores.",
      rows_unmasked),
     ("causal mask not asked for", "Switch the causal mask off.", causal_added),
 )  # fmt: skip

@@ -1,22 +1,20 @@
-"""The catalogue of mistakes that ports of the layer make, each planted into the recipe.
+"""The catalogue of mistakes that ports of the layer make, as changes of the recipe.
 
 A mistake gives the recipes that have it, with the words for each variant; none where it cannot be
-made, as a grouped-heads mistake where heads are not grouped. What gives the same numbers as the
-unchanged recipe is not told apart from it: see `anymha.parity.diagnose.diagnosis`.
+made, as a grouped-heads mistake where heads are not grouped. `anymha.parity.diagnose.diagnosis`
+skips variants that change no number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from anymha.parity.diagnose import attention_mistakes as mistaken_attention
-from anymha.parity.diagnose import mask_mistakes as mistaken_masks
-from anymha.parity.diagnose import weight_mistakes as mistaken_weights
-from anymha.parity.oracle.recipe import Recipe
-
-Variants = Iterator[tuple[str, Recipe]]
-"""Words for a variant, and the recipe that has it."""
+from anymha.parity.diagnose import attention_mistakes, mask_mistakes, weight_mistakes
+from anymha.parity.oracle.features import SECTIONS
+from anymha.parity.oracle.recipe import Recipe, Section, Variants
 
 
 @dataclass(frozen=True)
@@ -25,20 +23,77 @@ class Mistake:
 
     Args:
         name: A short name, as "inverted mask".
-        cure: What to do about it.
-        plant: The recipes that have it, made from a right one.
+        fix: How to fix it.
+        variants: Makes the recipes that have it from a right one.
     """
 
     name: str
-    cure: str
-    plant: Callable[[Recipe], Variants]
+    fix: str
+    variants: Callable[[Recipe], Variants]
 
 
-def _catalogue() -> Iterator[Mistake]:
-    for module in (mistaken_masks, mistaken_attention, mistaken_weights):
-        for name, cure, plant in module.MISTAKES:
-            yield Mistake(name, cure, plant)
+def catalogue() -> Iterator[Mistake]:
+    """All mistakes; those that ports make most often first."""
+    for module in (mask_mistakes, attention_mistakes):
+        for name, fix, variants in module.MISTAKES:
+            yield Mistake(name, fix, variants)
+    for section in SECTIONS.values():
+        yield from option_mistakes(section)
+    for name, fix, variants in weight_mistakes.MISTAKES:
+        yield Mistake(name, fix, variants)
 
 
-CATALOGUE: tuple[Mistake, ...] = tuple(_catalogue())
-"""All of them; those that ports make most often first."""
+def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
+    """The mistakes with an option: those that every option has, and its own."""
+    option = section.option
+    yield Mistake(f"{option} left out", f"Pass `{option}` on: the candidate ignores it.",
+                  partial(_left_out, option))  # fmt: skip
+    if section.usual:
+        yield Mistake(f"another {option}", f"Give both the same `{option}`.",
+                      partial(_another, option))  # fmt: skip
+    for name, fix, make in section.mistakes:
+        yield Mistake(name, fix, partial(_own, option, make))
+
+
+def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, Recipe]]:
+    """The options that differ between a candidate's config and the recipe.
+
+    Args:
+        recipe: The right recipe.
+        config: The candidate's config; None where it is not known.
+    """
+    for option, section in SECTIONS.items() if config is not None else ():
+        own, expected = section.from_config(config), recipe.options.get(option)
+        value = None if own is None else own.value
+        if own is None or value == expected:
+            continue  # one that is off is "left out" in the catalogue
+        if expected is None:
+            fix = f"Leave `{option}` out of the candidate, or give it to the reference too."
+            mistake = Mistake(f"{option} not asked for", fix, lambda recipe: iter(()))
+            yield mistake, f"{option}={value!r}", recipe.with_section(own)
+        else:
+            mistake = next(m for m in option_mistakes(section) if m.name == f"another {option}")
+            yield mistake, f"{value!r} in place of {expected!r}", recipe.with_section(own)
+
+
+def _left_out(option: str, recipe: Recipe) -> Variants:
+    """The option switched off."""
+    if option in recipe.options:
+        yield "", recipe.without_section(option)
+
+
+def _another(option: str, recipe: Recipe) -> Variants:
+    """Another usual value."""
+    for section in recipe.sections:
+        if section.option == option:
+            for value in section.usual:
+                if value != section.value:
+                    other = recipe.with_section(type(section)(value))
+                    yield f"{value!r} in place of {section.value!r}", other
+
+
+def _own(option: str, make: Callable[[Any, Recipe], Variants], recipe: Recipe) -> Variants:
+    """A mistake that the option's section knows."""
+    for section in recipe.sections:
+        if section.option == option:
+            yield from make(section, recipe)

@@ -1,8 +1,8 @@
-"""What a reference means, and by which mistakes a candidate differs from that.
+"""What a reference computes, and the mistakes by which a candidate differs from that.
 
-A library computes its output and the scores that it returns on different paths: what its scores
-show need not be what its output saw. Both are therefore explained on their own. And a reference may
-itself differ from anymha's meaning: then a candidate that has this meaning is not the one to mend.
+A library may compute its output and the scores that it returns on different paths, with different
+probabilities. Both are therefore explained on their own. And a reference may itself differ from
+anymha's semantics: then a candidate that has these semantics is not the one to fix.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from anymha.parity.stages.units import eps
 
 
 @dataclass(frozen=True)
-class Meaning:
+class ReferenceSemantics:
     """What a reference computes.
 
     Args:
-        trace: What it gave.
-        plain: What anymha means by its weights and the call.
-        recipe: What it computes; None where no recipe that is known gives its output.
-        scores: What gives the scores that it returns.
+        trace: Its results.
+        plain: The recipe of its weights and the call, as anymha means it.
+        recipe: The recipe that gives its output; None where no known one does.
+        scores: The recipe that gives the scores that it returns.
         reason: How the recipe differs from the plain one; None where it does not.
-        scores_reason: How that of the scores differs from the recipe.
+        scores_reason: How the recipe of the scores differs from the recipe.
         notes: Both in words.
     """
 
@@ -50,155 +50,167 @@ class Meaning:
     def _known(self) -> Recipe:
         return self.plain if self.recipe is None else self.recipe
 
-    def diagnosed(self, trace: Trace, told: Arrays, wrong: Collection[str]) -> Diagnosis | None:
+    def diagnose(self, trace: Trace, reported: Arrays, wrong: Collection[str]) -> Diagnosis | None:
         """Why a candidate differs; None where nothing does.
 
         Args:
             trace: The candidate's.
-            told: What it told, by stage.
+            reported: Its stages by name.
             wrong: The stages that differ.
         """
-        flow = {name: array for name, array in told.items() if name != "scores"}
-        scores = {name: array for name, array in told.items() if name == "scores"}
-        found = None
+        flow, scores = _flow_and_scores(reported)
+        diagnosis = None
         if trace.random or any(name in flow for name in wrong):
-            found = self._of_flow(trace, flow)
+            diagnosis = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
-            return _beside_the_values(wrong)
-        if found is not None and not found.explained:
-            found = _of_another_dtype(self.trace, trace, found, wrong)
+            return _of_gradients_alone(wrong)
+        if diagnosis is not None and not diagnosis.explained:
+            diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
         if "scores" not in wrong:
-            return found
-        own = self._of_scores(trace, scores, found)
+            return diagnosis
+        own = self._of_scores(trace, scores, diagnosis)
         if own is None:
-            return found
-        if found is None:
+            return diagnosis
+        if diagnosis is None:
             return own
-        known = {f"in the returned scores: {cause.name}" for cause in found.causes}
+        known = {f"in the returned scores: {cause.name}" for cause in diagnosis.causes}
         if known & {cause.name for cause in own.causes}:
-            return found  # they come of the same mistake
-        remaining = max(found.remaining, own.remaining)
-        return replace(found, causes=(*found.causes, *own.causes), remaining=remaining)
+            return diagnosis  # the same mistake changes both
+        remaining = max(diagnosis.remaining, own.remaining)
+        causes = (*diagnosis.causes, *own.causes)
+        return replace(diagnosis, causes=causes, remaining=remaining)
 
-    def _of_flow(self, trace: Trace, told: Arrays) -> Diagnosis:
-        if self.reason is not None and Search(self.plain, trace, told, self.trace).fits():
+    def _of_flow(self, trace: Trace, reported: Arrays) -> Diagnosis:
+        if self.reason is not None and Search(self.plain, trace, reported, self.trace).fits():
             return _of_the_reference(self.reason, self.plain)
-        found = Search(self._known, trace, told, self.trace).diagnose()
-        if not found.causes and "query" in told and len(told) > 1:
-            found = self._after_projections(trace, told)
-        if found.explained or self.reason is None:
-            return found
-        plain = Search(self.plain, trace, told, self.trace).diagnose()
-        return plain if plain.explained else found
+        diagnosis = Search(self._known, trace, reported, self.trace).diagnose()
+        if not diagnosis.causes and "query" in reported and len(reported) > 1:
+            diagnosis = self._after_projections(trace, reported)
+        if diagnosis.explained or self.reason is None:
+            return diagnosis
+        plain = Search(self.plain, trace, reported, self.trace).diagnose()
+        return plain if plain.explained else diagnosis
 
-    def _after_projections(self, trace: Trace, told: Arrays) -> Diagnosis:
-        """The same without the projections: what tells them may stand before heads are split."""
-        rest = {name: a for name, a in told.items() if name not in ("query", "key", "value")}
+    def _after_projections(self, trace: Trace, reported: Arrays) -> Diagnosis:
+        """The same without the projections, which may be reported before heads are split."""
+        rest = {name: a for name, a in reported.items() if name not in ("query", "key", "value")}
         return Search(self._known, trace, rest, self.trace).diagnose()
 
-    def _of_scores(self, trace: Trace, told: Arrays, found: Diagnosis | None) -> Diagnosis | None:
-        """Why the returned scores differ, where the mistakes found do not explain it."""
-        after = self._known if found is None or found.recipe is None else found.recipe
-        usual = Search(after, trace, told, self.trace).fits()
-        if usual and found is not None:
+    def _of_scores(
+        self, trace: Trace, reported: Arrays, flow: Diagnosis | None
+    ) -> Diagnosis | None:
+        """Why the returned scores differ, where the mistakes of the output do not explain it."""
+        after = self._known if flow is None or flow.recipe is None else flow.recipe
+        usual = Search(after, trace, reported, self.trace).fits()
+        if usual and flow is not None:
             return None
         if self.scores_reason is not None and (
-            usual or Search(self.plain, trace, told, self.trace).fits()
+            usual or Search(self.plain, trace, reported, self.trace).fits()
         ):
-            if found is not None:
+            if flow is not None:
                 return None
             known = _of_the_reference(self.scores_reason, after)
             return replace(known, causes=tuple(replace(c, stage="scores") for c in known.causes))
-        own = _returned(after.stages, trace, told["scores"])
-        if own is None and Search(self.plain, trace, told, self.trace).fits():
-            cure = "They are the probabilities that anymha means; its output saw others."
-            own = Diagnosis((Cause("others than its output saw", "", "scores", cure),), 0.0)
-        own = own or Search(self.scores, trace, told, self.trace).diagnose(pairs=False)
+        own = _returned(after.stages, trace, reported["scores"])
+        if own is None and Search(self.plain, trace, reported, self.trace).fits():
+            fix = "The scores are the right probabilities; the output is computed from others."
+            name = "not the probabilities of its output"
+            own = Diagnosis((Cause(name, "", "scores", fix),), 0.0)
+        own = own or Search(self.scores, trace, reported, self.trace).diagnose(pairs=False)
         causes = tuple(_in_scores(cause) for cause in own.causes)
         return replace(own, causes=causes, recipe=after if causes else None)
 
 
-def meaning_of(plain: Recipe, trace: Trace, told: Arrays) -> Meaning:
+def reference_semantics_of(plain: Recipe, trace: Trace, reported: Arrays) -> ReferenceSemantics:
     """What a reference computes.
 
     Args:
-        plain: What anymha means by its weights and the call.
+        plain: The recipe of its weights and the call, as anymha means it.
         trace: The reference's.
-        told: What it told, by stage.
+        reported: Its stages by name.
     """
-    flow = {name: array for name, array in told.items() if name != "scores"}
-    scores = {name: array for name, array in told.items() if name == "scores"}
+    flow, scores = _flow_and_scores(reported)
     recipe, reason, notes = plain, None, []
     if not Search(plain, trace, flow).fits():
         reason = Search(plain, trace, flow).diagnose()
         if reason.recipe is None or trace.random:
-            told_note = f"The reference, {trace.name}, is not plain attention of its weights: "
-            return Meaning(trace, plain, None, plain, reason, None,
-                           (told_note + f"{reason}. Causes are not looked for.",))  # fmt: skip
+            note = (f"The reference, {trace.name}, is not plain attention of its weights: "
+                    f"{reason}. Causes are not searched for.")  # fmt: skip
+            return ReferenceSemantics(trace, plain, None, plain, reason, None,
+                                      (note,))  # fmt: skip
         recipe = reason.recipe
-        notes.append(f"The reference, {trace.name}, differs from anymha's meaning: {reason}.")
+        notes.append(f"The reference, {trace.name}, differs from anymha's semantics: {reason}.")
     if not scores or Search(recipe, trace, scores).fits():
-        return Meaning(trace, plain, recipe, recipe, reason, None, tuple(notes))
+        return ReferenceSemantics(trace, plain, recipe, recipe, reason, None, tuple(notes))
     own = Diagnosis()
     if not Search(plain, trace, scores).fits():
-        own = _returned(recipe.stages, trace, told["scores"]) or Search(
+        own = _returned(recipe.stages, trace, reported["scores"]) or Search(
             plain, trace, scores
         ).diagnose(pairs=False)
     words = f": {own}" if own.causes else ""
-    notes.append(f"The scores that {trace.name} returns are not its output's probabilities{words}.")
-    return Meaning(trace, plain, recipe, own.recipe or plain, reason, own, tuple(notes))
+    notes.append(
+        f"The scores that {trace.name} returns are not the probabilities of its output{words}."
+    )
+    return ReferenceSemantics(trace, plain, recipe, own.recipe or plain, reason, own, tuple(notes))
+
+
+def _flow_and_scores(reported: Arrays) -> tuple[Arrays, Arrays]:
+    """The reported stages, and the returned scores, apart."""
+    scores = {name: array for name, array in reported.items() if name == "scores"}
+    return {name: array for name, array in reported.items() if name not in scores}, scores
 
 
 def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
-    """The candidate is as anymha means it: what the reference does otherwise is the cause."""
+    """The candidate has anymha's semantics: the cause lies in the reference."""
     causes = tuple(
         replace(cause, name=f"in the reference: {cause.name}",
-                cure="The candidate has anymha's meaning. " + cause.cure)
+                fix="The candidate has anymha's semantics. " + cause.fix)
         for cause in reason.causes
     )  # fmt: skip
     if not causes:
-        cure = "Compare the outputs alone, or take the candidate's scores."
-        causes = (Cause("in the reference: other scores than its output saw", "", "scores", cure),)
+        fix = "Compare the outputs alone, or take the candidate's scores."
+        name = "in the reference: its scores are not the probabilities of its output"
+        causes = (Cause(name, "", "scores", fix),)
     return Diagnosis(causes, reason.remaining if reason.causes else 0.0, (), recipe)
 
 
-def _beside_the_values(wrong: Collection[str]) -> Diagnosis:
-    """Every value agrees: weights that play no part in them, or the gradients alone, do not."""
+def _of_gradients_alone(wrong: Collection[str]) -> Diagnosis:
+    """Every value agrees; the gradients alone differ, or weights that change no value."""
     first = next(iter(wrong))
     if not first.startswith("gradient"):
         return Diagnosis()
-    cure = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
+    fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
             "or a factor that the backward pass leaves out.")  # fmt: skip
-    return Diagnosis((Cause("the gradients alone differ", "", first, cure),), 0.0)
+    return Diagnosis((Cause("the gradients alone differ", "", first, fix),), 0.0)
 
 
 def _of_another_dtype(
-    meant: Trace, trace: Trace, found: Diagnosis, wrong: Collection[str]
+    reference: Trace, trace: Trace, diagnosis: Diagnosis, wrong: Collection[str]
 ) -> Diagnosis:
-    """Right values in a wider dtype than was meant; else what was found."""
-    names = name_of_dtype(meant.output), name_of_dtype(trace.output)
-    alike = names[0] == names[1] or meant.output.shape != trace.output.shape
-    if alike or set(wrong) - {"output"} or found.causes:
-        return found
-    cure = f"Return the output in {names[0]}, that of the inputs."
-    return Diagnosis((Cause(f"returned in {names[1]}", "", "output", cure),), 0.0)
+    """Right values in another dtype than the reference's; else the diagnosis as it is."""
+    names = name_of_dtype(reference.output), name_of_dtype(trace.output)
+    alike = names[0] == names[1] or reference.output.shape != trace.output.shape
+    if alike or set(wrong) - {"output"} or diagnosis.causes:
+        return diagnosis
+    fix = f"Return the output in {names[0]}, that of the inputs."
+    return Diagnosis((Cause(f"returned in {names[1]}", "", "output", fix),), 0.0)
 
 
 def _in_scores(cause: Cause) -> Cause:
     return replace(cause, name=f"in the returned scores: {cause.name}", stage="scores")
 
 
-def _returned(honest: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:
-    """What was done to the probabilities before they were returned."""
-    whole, near = honest["probabilities"], 64 * eps(computed_dtype(trace))
+def _returned(exact: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:
+    """The change of the probabilities before they were returned; None where no known one fits."""
+    whole, near = exact["probabilities"], 64 * eps(computed_dtype(trace))
     if scores.ndim == 3 and scores.shape == (whole.shape[0], *whole.shape[2:]):
         if np.allclose(scores, whole.mean(1), rtol=0, atol=near, equal_nan=True):
-            cure = "Ask for the scores of each head: `average_attn_weights=False` in torch."
-            return Diagnosis((Cause("averaged over the heads", "", "scores", cure),), 0.0)
+            fix = "Ask for the scores of each head: `average_attn_weights=False` in torch."
+            return Diagnosis((Cause("averaged over the heads", "", "scores", fix),), 0.0)
     elif scores.shape == whole.shape:
-        dropped = honest["dropped_probabilities"]
+        dropped = exact["dropped_probabilities"]
         changed = not np.allclose(dropped, whole, rtol=0, atol=near, equal_nan=True)
         if changed and np.allclose(scores, dropped, rtol=0, atol=near, equal_nan=True):
-            cure = "Return the probabilities as they are before dropout."
-            return Diagnosis((Cause("taken after dropout", "", "scores", cure),), 0.0)
+            fix = "Return the probabilities as they are before dropout."
+            return Diagnosis((Cause("taken after dropout", "", "scores", fix),), 0.0)
     return None

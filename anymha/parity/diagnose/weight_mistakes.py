@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
-Variants = Iterator[tuple[str, Recipe]]
 NAMES = ("query", "key", "value")
 MOST_HEADS = 4
 """Up to so many heads all their orders are tried."""
 
 
 def transposed(recipe: Recipe) -> Variants:
-    """A square kernel turned."""
+    """A square kernel transposed."""
     turned: Arrays = {}
     for name in (*NAMES, "output"):
         kernel = recipe.weights[f"{name}.kernel"]
@@ -52,19 +51,19 @@ def heads_permuted(recipe: Recipe) -> Variants:
     """The heads in another order before the output's projection, or of the queries alone."""
     heads = recipe.heads[0]
     for order in _orders(heads):
-        told = ", ".join(map(str, order))
+        words = ", ".join(map(str, order))
         kernel = recipe.weights["output.kernel"][list(order)]
-        yield f"before the output, to {told}", _with(recipe, {"output.kernel": kernel})
+        yield f"before the output, to {words}", _with(recipe, {"output.kernel": kernel})
     for name in NAMES:
         count = recipe.weights[f"{name}.kernel"].shape[1]
         for order in _orders(count):
-            told = ", ".join(map(str, order))
+            words = ", ".join(map(str, order))
             changed = {
                 f"{name}.{part}": recipe.weights[f"{name}.{part}"][..., list(order), :]
                 for part in ("kernel", "bias")
                 if f"{name}.{part}" in recipe.weights
             }
-            yield f"of {name}, to {told}", _with(recipe, changed)
+            yield f"of {name}, to {words}", _with(recipe, changed)
 
 
 def packed_order(recipe: Recipe) -> Variants:
@@ -79,8 +78,8 @@ def packed_order(recipe: Recipe) -> Variants:
                 for part in ("kernel", "bias")
                 if f"{other}.{part}" in recipe.weights
             }
-            told = ", ".join(order)
-            yield f"query, key, value got those of {told}", _without_others(recipe, changed)
+            words = ", ".join(order)
+            yield f"query, key, value got those of {words}", _without_others(recipe, changed)
 
 
 def packed_heads(recipe: Recipe) -> Variants:
@@ -178,9 +177,9 @@ def _without_others(recipe: Recipe, changed: Arrays) -> Recipe:
     return recipe.but(weights={**changed, **rest})
 
 
-_Plant = Callable[[Recipe], Variants]
+_Maker = Callable[[Recipe], Variants]
 
-MISTAKES: tuple[tuple[str, str, _Plant], ...] = (
+MISTAKES: tuple[tuple[str, str, _Maker], ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
      "transpose the kernel.", transposed),
     ("packed weights in another order", "Split the packed kernel into query, key, value "
@@ -192,7 +191,7 @@ MISTAKES: tuple[tuple[str, str, _Plant], ...] = (
      "this order.", interleaved),
     ("missing bias", "The projection has a bias: load it.", bias_left_out),
     ("doubled bias", "Add the bias once.", bias_doubled),
-    ("bias of another projection", "Mind which bias belongs to which projection.",
+    ("bias of another projection", "Give each projection its own bias.",
      bias_of_another),
     ("output kernel interleaved", "The rows of the output's kernel are (heads, width): "
      "merge the heads in this order.", output_interleaved),

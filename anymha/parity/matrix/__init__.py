@@ -1,1 +1,1 @@
-"""The main job: every case on every backend, judged against the oracle."""
+"""The matrix: every case on every backend, judged against the oracle."""

@@ -20,7 +20,7 @@ import numpy as np
 from anymha.errors import UsageError, WeightsError
 from anymha.interchange.files.formats import open_file
 from anymha.interchange.layouts import get_layout, to_canonical
-from anymha.parity.oracle.cases import Arrays, Case, Problem
+from anymha.parity.oracle.cases import Arrays, MatrixCase, OracleProblem
 
 MODES: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("float32", {}),
@@ -30,12 +30,12 @@ MODES: tuple[tuple[str, Mapping[str, str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What another implementation returned for the same weights and inputs.
+class RecordedResults:
+    """Results of another implementation for the same weights and inputs.
 
     Args:
         results: "output" and "scores", as far as they were recorded.
-        counts: Booleans (B, T): the positions at which they mean something.
+        counts: Booleans (B, T): the positions that are compared.
     """
 
     results: Arrays
@@ -43,37 +43,37 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class RealProblem:
+class CheckpointProblem:
     """A layer of a checkpoint in one mode.
 
     Args:
         problem: The problem.
-        recorded: What another implementation returned, or None.
+        recorded: The results of another implementation, or None.
         layer: The layer's prefix in the file.
     """
 
-    problem: Problem
-    recorded: Recorded | None
+    problem: OracleProblem
+    recorded: RecordedResults | None
     layer: str
 
 
-def real_problems(
+def checkpoint_problems(
     path: Path, layout: str, num_heads: int, prefix: str | None, inputs: Path | None
-) -> Iterator[RealProblem]:
+) -> Iterator[CheckpointProblem]:
     """Each layer of the file, in float32, in float64 and in the reproducible mode.
 
     Args:
         path: A file of any format of `anymha.interchange.files`.
         layout: The layout of each layer.
-        num_heads: Query heads H, which the shapes do not tell.
-        prefix: What a layer's names begin with in the file; default every layer that is found.
+        num_heads: Query heads H, which do not follow from the shapes.
+        prefix: The beginning of a layer's names in the file; default every layer of the layout.
         inputs: The ``.npz`` file of inputs.
 
     Raises:
         UsageError: a file holds no such layer or inputs, or the inputs cannot be read.
         FileError: the file of weights cannot be read.
     """
-    given = read_inputs(inputs) if inputs else {}
+    inputs_by_name = read_inputs(inputs) if inputs else {}
     known = get_layout(layout).names()
     with open_file(path) as file:
         names = list(file.tensors)
@@ -85,32 +85,32 @@ def real_problems(
             except WeightsError as error:
                 raise UsageError(f"{path}, layer {start!r}: {error}") from error
             for mode, options in MODES:
-                case = Case(f"{label}, {mode}", options)
-                yield _problem(start, case, weights, given)
+                case = MatrixCase(f"{label}, {mode}", options)
+                yield _problem(start, case, weights, inputs_by_name)
 
 
 def _number(start: str) -> str:
-    """The layer's number, by which its inputs are found."""
+    """The layer's number, which the names of its inputs have."""
     return (re.findall(r"\d+", start) or ["0"])[-1]
 
 
 def _labels(starts: list[str]) -> list[str]:
-    """What the layers are called: by their numbers, or by their prefixes where these do not do."""
+    """The layers' names: their numbers, or their prefixes where two numbers are equal."""
     numbers = [_number(start) for start in starts]
     if len(set(numbers)) == len(numbers):
         return [f"layer {number}" for number in numbers]
     return [start.rstrip(".") for start in starts]
 
 
-def _problem(start: str, case: Case, weights: Arrays, given: Arrays) -> RealProblem:
+def _problem(start: str, case: MatrixCase, weights: Arrays, stored: Arrays) -> CheckpointProblem:
     number = _number(start)
     width, heads, key_dim = weights["query.kernel"].shape
     outputs = weights["output.kernel"].shape[2:]
     rng = np.random.default_rng(0)
-    query, recorded = _inputs_of(given, number, start, (width, heads, *outputs))
+    query, recorded = _inputs_of(stored, number, start, (width, heads, *outputs))
     if query is None:
         query = rng.standard_normal((8, 32, width)).astype(np.float32)
-    mask = given.get("padding_mask")
+    mask = stored.get("padding_mask")
     config = {
         "num_heads": heads,
         "key_dim": key_dim,
@@ -122,9 +122,9 @@ def _problem(start: str, case: Case, weights: Arrays, given: Arrays) -> RealProb
     }
     batch, length = query.shape[:2]
     shapes = {} if mask is None else {"value_mask": mask.shape}
-    case = Case(case.name, config, {}, (batch, length), None, (width,) * 3, shapes)
+    case = MatrixCase(case.name, config, {}, (batch, length), None, (width,) * 3, shapes)
     dtype = np.dtype(config.get("dtype", "float32"))
-    problem = Problem(
+    problem = OracleProblem(
         case,
         {name: array.astype(dtype) for name, array in weights.items()},
         {"query": query.astype(dtype)},
@@ -133,25 +133,27 @@ def _problem(start: str, case: Case, weights: Arrays, given: Arrays) -> RealProb
         rng.standard_normal((batch, heads, length, length)).astype(dtype),
     )
     counts = np.ones((batch, length), bool) if mask is None else mask
-    return RealProblem(problem, Recorded(recorded, counts) if recorded else None, start)
+    return CheckpointProblem(
+        problem, RecordedResults(recorded, counts) if recorded else None, start
+    )
 
 
 def _inputs_of(
-    given: Arrays, number: str, start: str, sizes: tuple[int, ...]
+    stored: Arrays, number: str, start: str, sizes: tuple[int, ...]
 ) -> tuple[np.ndarray | None, Arrays]:
-    """The hidden states of a layer, and what was recorded for it, of the right shapes."""
+    """The hidden states of a layer, and the results recorded for it; shapes are checked."""
     width, heads, *outputs = sizes
     name = f"hidden_states_{number}"
-    if not given:
+    if not stored:
         return None, {}
-    if name not in given:
+    if name not in stored:
         raise UsageError(
-            f"The inputs hold no {name} for the layer {start!r}. They hold: {', '.join(given)}."
+            f"The inputs hold no {name} for the layer {start!r}. They hold: {', '.join(stored)}."
         )
-    query = given[name]
+    query = stored[name]
     batch, length = (*query.shape, 0, 0)[:2]
-    if "padding_mask" in given:
-        batch, length = given["padding_mask"].shape
+    if "padding_mask" in stored:
+        batch, length = stored["padding_mask"].shape
     output, scores = f"attention_output_{number}", f"attention_scores_{number}"
     wanted = {
         name: (batch, length, width),
@@ -159,7 +161,7 @@ def _inputs_of(
         scores: (batch, heads, length, length),
     }
     for one, shape in wanted.items():
-        array = given.get(one)
+        array = stored.get(one)
         if array is None:
             continue
         if array.shape != shape or array.dtype.kind != "f":
@@ -170,11 +172,11 @@ def _inputs_of(
     if not np.isfinite(query).all():
         raise UsageError(f"`{name}` of the inputs holds NaN or infinity.")
     kinds = {"output": output, "scores": scores}
-    return query, {kind: given[name] for kind, name in kinds.items() if name in given}
+    return query, {kind: stored[name] for kind, name in kinds.items() if name in stored}
 
 
 def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> list[str]:
-    """Where the layers of this layout begin, in the file's names."""
+    """The prefixes of the layers of this layout in the file."""
     every = get_layout(layout).prefixes(names)
     if not every:
         mark = get_layout(layout).required()[0][0]
@@ -182,13 +184,13 @@ def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> 
             f"{path} holds no layer of the layout {layout!r}: none of its {len(names)} names ends "
             f"with {mark!r}. The first are: {', '.join(names[:4])}."
         )
-    found = [start for start in every if start.startswith(prefix or "")]
-    if not found:
+    chosen = [start for start in every if start.startswith(prefix or "")]
+    if not chosen:
         raise UsageError(
             f"{path} holds no layer whose names begin with {prefix!r}. Its layers begin with "
             f"{', '.join(map(repr, every[:4]))}."
         )
-    return found
+    return chosen
 
 
 def read_inputs(path: Path) -> Arrays:
@@ -199,17 +201,17 @@ def read_inputs(path: Path) -> Arrays:
     """
     try:
         with path.open("rb") as stream:
-            given: Arrays | None = {} if zipfile.is_zipfile(stream) else None
-        if given is not None:
+            stored: Arrays | None = {} if zipfile.is_zipfile(stream) else None
+        if stored is not None:
             with np.load(path, allow_pickle=False) as file:
-                given = dict(file)
+                stored = dict(file)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as an .npz file: {error}.") from error
-    if given is None:
+    if stored is None:
         raise UsageError(f"{path} is not an .npz file.")
-    mask, tokens = given.get("padding_mask"), given.get("tokens")
+    mask, tokens = stored.get("padding_mask"), stored.get("tokens")
     if mask is not None and (mask.ndim != 2 or mask.dtype != bool):
         raise UsageError(
             "`padding_mask` of the inputs must be booleans of shape (B, T), True = token. "
@@ -220,12 +222,12 @@ def read_inputs(path: Path) -> Arrays:
             f"`tokens` of the inputs must have the shape of `padding_mask`, {mask.shape}. "
             f"Received: shape {tokens.shape}."
         )
-    return given
+    return stored
 
 
-def tokens_of(given: Arrays) -> list[list[str]]:
+def tokens_of(stored: Arrays) -> list[list[str]]:
     """The tokens of each sentence of the inputs, without padding; empty if there are none."""
-    if not {"tokens", "padding_mask"} <= set(given):
+    if not {"tokens", "padding_mask"} <= set(stored):
         return []
-    pairs = zip(given["tokens"], given["padding_mask"], strict=True)
+    pairs = zip(stored["tokens"], stored["padding_mask"], strict=True)
     return [[str(token) for token in row[mask]] for row, mask in pairs]

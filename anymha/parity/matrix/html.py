@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anymha.errors import UsageError
-from anymha.parity.matrix.matrix import AttentionMap, Report
+from anymha.parity.matrix.matrix import AttentionMap, MatrixReport
 
 try:
     import jinja2
@@ -37,7 +37,7 @@ SHARES = LinearSegmentedColormap.from_list(
 ).with_extremes(bad="#cf222e")
 
 
-def to_html(report: Report) -> str:
+def to_html(report: MatrixReport) -> str:
     """The whole report as one HTML document that loads nothing."""
     template = files("anymha.parity.matrix").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -51,14 +51,20 @@ def to_html(report: Report) -> str:
     )
 
 
-def errors_picture(report: Report) -> str:
-    """The greatest error of each case on each backend over what rounding allows, as SVG."""
+def errors_picture(report: MatrixReport) -> str:
+    """The greatest error of each case on each backend, as a share of what rounding explains."""
     rows = [*report.rows, *report.real]
-    shares = np.array([[r.cells[b].units / r.budget for b in report.backends] for r in rows])
-    good = np.array([[row.cells[b].passed for b in report.backends] for row in rows])
+    cells = [[row.cells.get(name) for name in report.backends] for row in rows]
+    shares = np.array([
+        [np.nan if cell is None else cell.units / row.budget for cell in several]
+        for row, several in zip(rows, cells, strict=True)
+    ])  # fmt: skip
+    ran = np.array([[cell is not None for cell in several] for several in cells])
+    good = np.array([[cell is None or cell.passed for cell in several] for several in cells])
     figure = Figure(figsize=(9.5, 0.24 * len(rows) + 0.8), layout="constrained")
     axes: Axes = figure.subplots()
-    shown = np.ma.array(np.clip(np.where(good, shares, 1), 1e-3, 1), mask=~good)
+    sure = np.nan_to_num(np.where(good, shares, 1), nan=1e-3)
+    shown = np.ma.array(np.clip(sure, 1e-3, 1), mask=~good)
     image = axes.imshow(shown, aspect="auto", cmap=SHARES, norm=LogNorm(1e-3, 1))
     axes.set_xticks(range(len(report.backends)), report.backends)
     axes.set_yticks(range(len(rows)), [_short(row.name, 60) for row in rows], fontsize=9)
@@ -72,6 +78,7 @@ def errors_picture(report: Report) -> str:
     for (i, j), share in np.ndenumerate(shares):
         color = "white" if share > 0.1 or not good[i, j] else "#1f2328"
         text = f"{100 * share:.2g} %" if good[i, j] else "fails"
+        text = text if ran[i, j] else "skipped"
         axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     bar = figure.colorbar(image, ax=axes, shrink=0.4, aspect=30)
     bar.set_ticks([1e-3, 1e-2, 1e-1, 1], labels=["0.1 %", "1 %", "10 %", "100 %"])
@@ -80,7 +87,7 @@ def errors_picture(report: Report) -> str:
     return _svg(figure)
 
 
-def bits_picture(report: Report) -> str:
+def bits_picture(report: MatrixReport) -> str:
     """The share of elements that differ between backends, with the reproducible mode below."""
     rows = [row for row in (*report.rows, *report.real) if row.compared]
     rows = [row for row in rows if row.dtype in ("float32", "float32 in float64")]
@@ -109,7 +116,7 @@ def bits_picture(report: Report) -> str:
 
 
 def map_picture(item: AttentionMap) -> str:
-    """Who looks at whom, for a few heads from the most focused to the least, as SVG."""
+    """The attention maps of a few heads, from the most focused to the least, as SVG."""
     size, words = len(item.tokens), [_short(token, 14) for token in item.tokens]
     spread = -np.sum(item.scores * np.log(item.scores + 1e-12), axis=-1).mean(-1)  # entropy
     order = np.argsort(spread)

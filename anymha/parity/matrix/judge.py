@@ -1,19 +1,19 @@
-"""Results held against the oracle and against each other; units: `anymha.parity.stages.units`."""
+"""Results compared with the oracle and with each other; units: `anymha.parity.stages.units`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from anymha.framework.dtypes import output_dtype
-from anymha.parity.matrix.checkpoint import Recorded
-from anymha.parity.matrix.run import Result
-from anymha.parity.oracle.cases import Arrays, Problem
+from anymha.parity.matrix.checkpoint import RecordedResults
+from anymha.parity.matrix.run import Result, Skipped
+from anymha.parity.oracle.cases import Arrays, OracleProblem
 from anymha.parity.oracle.oracle import Truth
 from anymha.parity.stages.bits import count_differing
 from anymha.parity.stages.tolerance import tolerance
@@ -52,14 +52,15 @@ class Row:
         name: The case.
         dtype: Its dtypes, e.g. "float32" or "float32 in float64".
         budget: The greatest error allowed, in units.
-        cells: By backend; a backend that raised has a cell with that fault.
+        cells: By backend that ran it; a backend that raised has a cell with that fault.
         elements: How many elements each backend gave: outputs, scores and gradients.
         differing: How many of them differ in any bit between some two backends.
-        ties: How many of those lie, exactly computed, so close to the middle between two numbers
-            of their dtype that float64 does not tell to which to round.
+        ties: How many of those are ties: the exact value lies so close to the middle between two
+            numbers of the dtype that float64 does not decide the rounding.
         compared: How many were compared between backends.
         reproducible: Whether none may differ.
         faults: What is wrong between backends, in words.
+        skipped: Why a backend did not run it, by backend.
     """
 
     name: str
@@ -72,10 +73,11 @@ class Row:
     compared: int
     reproducible: bool
     faults: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every backend passes, and they agree."""
+        """Whether every backend that ran it passes, and they agree."""
         return not self.faults and all(cell.passed for cell in self.cells.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,18 +97,18 @@ def _finite(number: float) -> float | None:
 
 
 def judge(
-    problem: Problem,
+    problem: OracleProblem,
     truth: Truth,
-    results: Mapping[str, Result | Exception],
-    recorded: Recorded | None = None,
+    results: Mapping[str, Result | Skipped | Exception],
+    recorded: RecordedResults | None = None,
 ) -> Row:
     """The verdict on each backend's results, and on their agreement.
 
     Args:
         problem: The problem.
         truth: The oracle's answer.
-        results: Each backend's results, or what it raised.
-        recorded: What another implementation returned, to be compared with too.
+        results: Each backend's results, why it skips the problem, or what it raised.
+        recorded: The results of another implementation, which are compared too.
     """
     config = problem.case.config
     computed = config.compute_dtype or config.dtype
@@ -122,7 +124,7 @@ def judge(
             if recorded:
                 errors |= _recorded_errors(result, recorded, recorded_units)
             cells[name] = _cell(errors, faults, budget, bool(result.gradients))
-        else:
+        elif isinstance(result, Exception):
             fault = f"raised {type(result).__name__}: {result}"
             cells[name] = Cell(math.inf, "", {}, (fault,), False)
     close = {
@@ -146,6 +148,7 @@ def judge(
         compared,
         reproducible,
         faults,
+        {name: one.reason for name, one in results.items() if isinstance(one, Skipped)},
     )
 
 
@@ -158,21 +161,21 @@ def _cell(errors: Mapping[str, float], faults: list[str], budget: float, gradien
 
 
 def _errors(
-    result: Result, exact: Arrays, units: Mapping[str, float], problem: Problem, narrow: str
+    result: Result, exact: Arrays, units: Mapping[str, float], problem: OracleProblem, narrow: str
 ) -> tuple[dict[str, float], list[str]]:
-    """The error of each quantity in its units, and what is wrong beside numbers."""
+    """The error of each quantity in its units, and faults apart from numbers."""
     errors, faults = {}, []
     if result.flag_matters:
         faults.append("the output changes with `return_attention_scores`")
     got = {**result.forward, **result.gradients}
-    given = {**problem.weights, **problem.inputs}
+    arguments = {**problem.weights, **problem.inputs}
     wanted = exact if result.gradients else ("output", "scores")
     faults += [f"{name} is missing" for name in wanted if name not in got]
     for name, array in got.items():
         if name not in exact:
             faults.append(f"{name} should not be there")
             continue
-        dtype = given[name].dtype.name if name in given else narrow
+        dtype = arguments[name].dtype.name if name in arguments else narrow
         if array.dtype.name != dtype:
             faults.append(f"{name} is {array.dtype.name}, not {dtype}")
         if array.shape != exact[name].shape:
@@ -183,33 +186,33 @@ def _errors(
 
 
 def _recorded_errors(
-    result: Result, recorded: Recorded, units: Mapping[str, float]
+    result: Result, recorded: RecordedResults, units: Mapping[str, float]
 ) -> dict[str, float]:
-    """The errors against what another implementation returned, where that means something."""
+    """The errors against the results of another implementation, at the positions that count."""
     errors = {}
     for name, array in recorded.results.items():
         got, counts = result.forward.get(name, array[:0]), recorded.counts
         if got.shape != array.shape:
             continue  # is a fault already
-        if name == "scores":  # (B, H, T, S), of which the queries may be padding
+        if name == "scores":  # (B, H, T, S): some queries may be padding
             got, array = got.swapaxes(1, 2), array.swapaxes(1, 2)
         errors[f"recorded {name}"] = _error(got[counts], array[counts], units[name])
     return errors
 
 
 def _recorded_units(
-    problem: Problem, truth: Truth, recorded: Recorded, units: Mapping[str, float]
+    problem: OracleProblem, truth: Truth, recorded: RecordedResults, units: Mapping[str, float]
 ) -> dict[str, float]:
-    """Units for the errors against recorded results, which had roundings of their own.
+    """Units for the errors against recorded results, which have roundings of their own.
 
-    So the unit is that of the coarser of both, the recorded one computed in its own dtype.
+    The unit is that of the coarser of both; the recorded result was computed in its own dtype.
     """
     budget, length = units_of(problem, truth)[0], longest_sum(problem)
-    found = {}
+    coarser = {}
     for name, array in recorded.results.items():
         size = float(np.max(truth.magnitudes[name], initial=0.0))
-        found[name] = max(units[name], tolerance(array.dtype.name, length, size) / budget)
-    return found
+        coarser[name] = max(units[name], tolerance(array.dtype.name, length, size) / budget)
+    return coarser
 
 
 def _error(got: np.ndarray, exact: np.ndarray, unit: float) -> float:

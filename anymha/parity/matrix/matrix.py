@@ -1,4 +1,4 @@
-"""The main job: every case on every backend, judged, as one report."""
+"""Every case on every backend, judged, as one report."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 
 from anymha.framework.registry import Backend
-from anymha.parity.matrix.checkpoint import RealProblem
+from anymha.parity.matrix.checkpoint import CheckpointProblem
 from anymha.parity.matrix.judge import Row, judge
-from anymha.parity.matrix.run import Result, run
-from anymha.parity.oracle.cases import Problem
+from anymha.parity.matrix.run import Result, Skipped, lacking_dtype, run
+from anymha.parity.oracle.cases import OracleProblem
 from anymha.parity.oracle.truth import expected
 from anymha.version import __version__
 
 Progress = Callable[[str, str], None]
-"""Is told the case and the backend that come next."""
+"""Takes the names of the case and the backend that come next."""
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Who looks at whom in a real sentence.
+    """The attention map of a real sentence.
 
     Args:
         layer: The layer.
@@ -39,8 +39,8 @@ class AttentionMap:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the main job found.
+class MatrixReport:
+    """The result of the matrix of cases, and of a checkpoint's layers.
 
     Args:
         backends: The backends that ran.
@@ -62,13 +62,22 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether there are cases, and every one passes on every backend."""
+        """Whether there are cases that ran, and every one passes on every backend that ran it."""
         every = [*self.rows, *self.real]
-        return bool(every) and all(row.passed for row in every)
+        return any(row.cells for row in every) and all(row.passed for row in every)
+
+    @property
+    def skipped(self) -> dict[tuple[str, str], list[str]]:
+        """The names of the cases that were skipped, by backend and reason."""
+        names: dict[tuple[str, str], list[str]] = {}
+        for row in (*self.rows, *self.real):
+            for backend, reason in row.skipped.items():
+                names.setdefault((backend, reason), []).append(row.name)
+        return names
 
     @property
     def verdict(self) -> str:
-        """One line that says how it went."""
+        """The verdict in one line."""
         every = [*self.rows, *self.real]
         failed = [row.name for row in every if not row.passed]
         where = f"{counted_cases(len(every))} on {', '.join(self.backends)}"
@@ -79,7 +88,13 @@ class Report:
         differing, compared = sum(r.differing for r in exact), sum(r.compared for r in exact)
         tied = f", {'a tie' if differing == 1 else 'ties'}" if differing else ""
         same = f"; in reproducible mode {differing:,} of {compared:,} elements differ{tied}"
-        return f"PARITY HOLDS: {where}" + (same if compared else "")
+        counts: dict[str, int] = {}
+        for (backend, _), names in self.skipped.items():
+            counts[backend] = counts.get(backend, 0) + len(names)
+        skipped = "".join(f"; {n} of them skipped on {backend}" for backend, n in counts.items())
+        if not self.passed:
+            return f"PARITY DOES NOT HOLD: no case ran{skipped}"
+        return f"PARITY HOLDS: {where}{skipped}" + (same if compared else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the maps, for JSON."""
@@ -101,32 +116,37 @@ def counted_cases(number: int) -> str:
     return f"{number} case" if number == 1 else f"{number} cases"
 
 
-def run_case(backends: Sequence[Backend], problem: Problem, progress: Progress) -> dict[str, Any]:
-    """The results of each backend, or what it raised."""
-    results: dict[str, Result | Exception] = {}
+def run_case(
+    backends: Sequence[Backend], problem: OracleProblem, progress: Progress
+) -> dict[str, Any]:
+    """The results of each backend, why it skips the problem, or what it raised."""
+    results: dict[str, Result | Skipped | Exception] = {}
     for backend in backends:
         progress(problem.case.name, backend.name)
         try:
-            results[backend.name] = run(backend, problem)
+            reason = lacking_dtype(backend.ops, problem)
+            results[backend.name] = Skipped(reason) if reason else run(backend, problem)
         except Exception as error:  # a broken backend fails its cell, not the run
             results[backend.name] = error
     return results
 
 
 def run_matrix(
-    backends: Sequence[Backend], problems: Iterable[Problem | RealProblem], progress: Progress
+    backends: Sequence[Backend],
+    problems: Iterable[OracleProblem | CheckpointProblem],
+    progress: Progress,
 ) -> list[Row]:
     """Each problem on each backend, judged."""
     rows = []
     for item in problems:
-        problem = item.problem if isinstance(item, RealProblem) else item
-        recorded = item.recorded if isinstance(item, RealProblem) else None
+        problem = item.problem if isinstance(item, CheckpointProblem) else item
+        recorded = item.recorded if isinstance(item, CheckpointProblem) else None
         results = run_case(backends, problem, progress)
         rows.append(judge(problem, expected(problem), results, recorded))
     return rows
 
 
-def attention_map(real: RealProblem, tokens: Sequence[str], sentence: int) -> AttentionMap:
+def attention_map(real: CheckpointProblem, tokens: Sequence[str], sentence: int) -> AttentionMap:
     """The oracle's attention map of one sentence."""
     scores = expected(real.problem).scores[sentence, :, : len(tokens), : len(tokens)]
     return AttentionMap(real.layer, tokens, scores)
@@ -134,7 +154,7 @@ def attention_map(real: RealProblem, tokens: Sequence[str], sentence: int) -> At
 
 def versions(backends: Sequence[Backend]) -> dict[str, str]:
     """The versions of anymha, Python and the frameworks."""
-    found = {
+    numbers = {
         "anymha": __version__,
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
@@ -142,8 +162,8 @@ def versions(backends: Sequence[Backend]) -> dict[str, str]:
     for backend in backends:
         for name in (backend.framework, f"{backend.framework}-cpu"):
             try:
-                found[backend.framework] = importlib.metadata.version(name)
+                numbers[backend.framework] = importlib.metadata.version(name)
                 break
             except importlib.metadata.PackageNotFoundError:
                 continue
-    return found
+    return numbers

@@ -16,12 +16,12 @@ from anymha.framework.autodiff import vjp
 from anymha.framework.registry import Backend
 from anymha.interchange.layers import set_weights
 from anymha.layer.forward import multi_head_attention
-from anymha.parity.oracle.cases import Arrays, Problem
+from anymha.parity.oracle.cases import Arrays, OracleProblem
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a backend computed, as NumPy arrays of the dtypes it gave.
+    """The results of a backend, as NumPy arrays in its dtypes.
 
     Args:
         forward: "output" and "scores".
@@ -34,7 +34,33 @@ class Result:
     flag_matters: bool
 
 
-def run(backend: Backend, problem: Problem) -> Result:
+@dataclass(frozen=True)
+class Skipped:
+    """A problem that a backend cannot run.
+
+    Args:
+        reason: Why, in words.
+    """
+
+    reason: str
+
+
+def lacking_dtype(ops: Any, problem: OracleProblem) -> str | None:
+    """Why a backend cannot run a problem: it lacks one of its dtypes; None where it has both."""
+    config = problem.case.config
+    for name in dict.fromkeys((config.dtype, config.compute_dtype or config.dtype)):
+        if name == "float32":  # every backend has it
+            continue
+        try:
+            dtype = ops.dtype(name)
+        except Exception as error:  # of any framework, in its own words
+            return f"it lacks {name}: ops.dtype({name!r}) raised {type(error).__name__}: {error}"
+        if dtype is None:
+            return f"it lacks {name}: ops.dtype({name!r}) gave None"
+    return None
+
+
+def run(backend: Backend, problem: OracleProblem) -> Result:
     """The problem's results on a backend."""
     ops, config = backend.ops, problem.case.config
     weights = _native(ops, problem.weights)
@@ -47,18 +73,18 @@ def run(backend: Backend, problem: Problem) -> Result:
 
     def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
         named = {name: array for name, array in arrays.items() if name not in weights}
-        given = [named.pop(name, None) for name in parts]
-        held = {name: arrays[name] for name in weights}
+        three = [named.pop(name, None) for name in parts]
+        own = {name: arrays[name] for name in weights}
         return multi_head_attention(
-            ops, config, held, *given, **named, **others, return_attention_scores=True
+            ops, config, own, *three, **named, **others, return_attention_scores=True
         )
 
     if backend.has_layer:
         layer = set_weights(backend.layer(**config.to_dict()), problem.weights)
         named = {name: array for name, array in inputs.items() if name not in parts}
-        given = [inputs.get(name) for name in parts]
-        forward = layer(*given, **named, **others, return_attention_scores=True)
-        alone = layer(*given, **named, **others)
+        three = [inputs.get(name) for name in parts]
+        forward = layer(*three, **named, **others, return_attention_scores=True)
+        alone = layer(*three, **named, **others)
     else:
         forward = function(ops, weights | inputs)
         alone = forward[0]

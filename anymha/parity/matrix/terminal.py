@@ -15,22 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from anymha.parity.matrix.judge import Cell, Row
-from anymha.parity.matrix.matrix import Progress as Told
-from anymha.parity.matrix.matrix import Report
+from anymha.parity.matrix.matrix import MatrixReport, counted_cases
+from anymha.parity.matrix.matrix import Progress as Advance
 
 DROPPED = ("", "dtype", "may", "bits")
-"""The columns that go, in this order, where the terminal is too narrow for all."""
+"""The columns that are dropped, in this order, where the terminal is too narrow for all."""
 
 SHOWN_FAULTS = 2
 """How many faults of a case on a backend are printed."""
 
 SHOWN_CELLS = 40
-"""Of how many cases and backends."""
+"""How many cases and backends with faults are printed."""
 
 
 @contextmanager
-def progress_bar(console: Console, steps: int) -> Iterator[Told]:
-    """A bar over that many steps, on a terminal; gives what tells it of each."""
+def progress_bar(console: Console, steps: int) -> Iterator[Advance]:
+    """A bar over that many steps, on a terminal; gives a function that advances it."""
     if not console.is_terminal:
         yield lambda case, backend: None
         return
@@ -42,16 +42,16 @@ def progress_bar(console: Console, steps: int) -> Iterator[Told]:
         task = bar.add_task("", total=steps)
         started = False
 
-        def told(case: str, backend: str) -> None:
+        def advance(case: str, backend: str) -> None:
             nonlocal started
             bar.update(task, description=f"{backend}: {case}", advance=int(started))
             started = True
 
-        yield told
+        yield advance
 
 
-def print_report(console: Console, report: Report) -> None:
-    """The tables, what they mean, what is wrong, and what is missing."""
+def print_report(console: Console, report: MatrixReport) -> None:
+    """Print the tables, their legend, faults, and skipped and missing backends."""
     every = [*report.rows, *report.real]
     for table in _tables(console, report):
         console.print()
@@ -68,17 +68,21 @@ def print_report(console: Console, report: Report) -> None:
     if any(row.ties for row in every):
         parts.append(
             "Tied: elements whose exact value lies half way between two numbers of the dtype, as "
-            "closely as float64 tells."
+            "closely as float64 resolves."
         )
     console.print("\n".join(parts), style="dim", highlight=False)
     _print_faults(console, every)
+    for (backend, reason), names in report.skipped.items():
+        console.print(f"{backend} skips {counted_cases(len(names))}, as {reason}: "
+                      f"{'; '.join(names)}", style="yellow", markup=False, highlight=False,
+                      soft_wrap=True)  # fmt: skip
     for name in report.missing:
         console.print(f"{name} is not installed: pip install 'anymha\\[{name}]' adds it.",
                       highlight=False, soft_wrap=True)  # fmt: skip
 
 
-def print_verdict(console: Console, report: Report) -> None:
-    """One line that says how it went."""
+def print_verdict(console: Console, report: MatrixReport) -> None:
+    """Print the verdict."""
     style = "bold green" if report.passed else "bold red"
     console.print(report.verdict, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -92,17 +96,17 @@ def _print_faults(console: Console, rows: Sequence[Row]) -> None:
         if cell.faults
     ]
     for place, faults in faulty[:SHOWN_CELLS]:
-        told = "; ".join(
+        shown = "; ".join(
             textwrap.shorten(one, 300, placeholder=" ...") for one in faults[:SHOWN_FAULTS]
         )
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        line = f"{_sign(console, False)} {escape(f'{place}: {told}{more}')}"
+        line = f"{_sign(console, False)} {escape(f'{place}: {shown}{more}')}"
         console.print(line, highlight=False, soft_wrap=True)
     if len(faulty) > SHOWN_CELLS:
         console.print(f"and {len(faulty) - SHOWN_CELLS} more; `--json` writes all", style="dim")
 
 
-def _tables(console: Console, report: Report) -> list[Table]:
+def _tables(console: Console, report: MatrixReport) -> list[Table]:
     """The tables with as many columns as fit; the case's name is never cut."""
     named = {"Parity of the layer": report.rows, "Real weights": report.real}
     tables: list[Table] = []
@@ -130,7 +134,7 @@ def _table(
     columns = {
         "case": ({"no_wrap": True}, lambda row: escape(row.name)),
         "dtype": ({"no_wrap": True, "style": "dim"}, lambda row: row.dtype),
-        **{name: (right, lambda row, name=name: _cell(row.cells[name])) for name in backends},
+        **{name: (right, lambda row, name=name: _cell(row.cells.get(name))) for name in backends},
         "may": ({**right, "style": "dim"}, lambda row: f"{row.budget:.2f}"),
         "bits": (right, _bits),
     }
@@ -144,7 +148,8 @@ def _table(
         table.add_column(escape(name), **style)
     for row in rows:
         cells = [show(row) for _, show in kept.values()]
-        table.add_row(_sign(console, row.passed), *cells)
+        sign = _sign(console, row.passed) if row.cells else "[yellow]-[/]"
+        table.add_row(sign, *cells)
     return table
 
 
@@ -154,7 +159,9 @@ def _sign(console: Console, passed: bool) -> str:
     return f"[green]{good}[/]" if passed else f"[bold red]{bad}[/]"
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "[yellow]skip[/]"
     if not cell.errors:
         text = "error"
     elif math.isfinite(cell.units) and cell.units >= 1e4:

@@ -1,33 +1,35 @@
-"""The matrix of cases: small problems, each of which makes one feature of the layer matter."""
+"""The matrix of cases: small problems; each makes one feature of the layer matter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from anymha.options.config import AttentionConfig
+from anymha.parity.oracle.features import SECTIONS
+from anymha.parity.oracle.recipe import Section
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One problem: options, sizes, and what the call adds.
+class MatrixCase:
+    """One problem: options, sizes, and the arguments of the call.
 
     Args:
         name: Its name, unique in the matrix.
-        options: Options of the config beside its defaults.
+        options: Options of the config other than its defaults.
         call: Arguments of the call; arrays among them are made from `inputs`.
         query: Shape of the query without its features.
         value: Shape of key and value without their features; None: the query is all three.
         widths: Widths D_q, D_v, D_k.
-        inputs: Which further arrays the call gets: names of masks, "attention_bias", "nan" (NaN
-            where padding masks exclude).
-        without: What to change so that the feature is off; the result must then differ.
+        inputs: Further arrays of the call: names of masks, "attention_bias", "nan" (NaN at the
+            positions that padding masks exclude).
+        without: Changes that switch the feature off; the result must then differ.
     """
 
     name: str
@@ -48,19 +50,19 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Problem:
+class OracleProblem:
     """A case with its numbers, all NumPy arrays in the dtype of the case.
 
     Args:
         case: The case.
         weights: Canonical weights.
-        inputs: "query", and "value", "key" and "attention_bias" where they are given.
+        inputs: "query", and "value", "key" and "attention_bias" where the case has them.
         masks: Boolean masks by argument.
         d_output: Cotangent of the output, for gradients.
         d_scores: Cotangent of the scores.
     """
 
-    case: Case
+    case: MatrixCase
     weights: Arrays
     inputs: Arrays
     masks: Arrays
@@ -68,8 +70,8 @@ class Problem:
     d_scores: np.ndarray
 
 
-def make_problem(case: Case, seed: int = 0) -> Problem:
-    """The case's numbers: weights and inputs for which the logits are of order one."""
+def make_problem(case: MatrixCase, seed: int = 0) -> OracleProblem:
+    """The numbers of a case: weights and inputs that make logits of order one."""
     config = case.config
     dtype = numpy_dtype(config.dtype)
 
@@ -102,7 +104,7 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     narrow = min(map(numpy_dtype, names), key=lambda dtype: dtype.itemsize)
     d_output = rng("d_output").standard_normal(output).astype(narrow)
     d_scores = rng("d_scores").standard_normal(scores).astype(narrow)
-    return Problem(case, weights, inputs, masks, d_output, d_scores)
+    return OracleProblem(case, weights, inputs, masks, d_output, d_scores)
 
 
 def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -115,7 +117,9 @@ def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
     return np.arange(shape[-1]) < lengths[..., None]
 
 
-def _result_shapes(case: Case, config: AttentionConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _result_shapes(
+    case: MatrixCase, config: AttentionConfig
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     rank = len(case.query) + 1
     named: Any = config.attention_axes or range(1, rank - 1)
     attention = [axis % rank for axis in named]
@@ -148,84 +152,135 @@ def _typed(dtype: str, **options: Any) -> dict[str, Any]:
     return {**_EVERYTHING, "options": {**_EVERYTHING["options"], "dtype": dtype, **options}}
 
 
-MATRIX: tuple[Case, ...] = (
-    Case("self", without={"widths": (12, 12, 12), "options": {"scale": 0.0}}),
-    Case("cross", **_CROSS, without={"options": {"scale": 0.0}}),
-    Case("value_dim", {"value_dim": 5}, without={"options": {"scale": 0.0, "value_dim": 5}}),
-    Case("causal", call={"use_causal_mask": True}, without={"call": {}}),
-    Case(
+_FEATURES: tuple[MatrixCase, ...] = (
+    MatrixCase("self", without={"widths": (12, 12, 12), "options": {"scale": 0.0}}),
+    MatrixCase("cross", **_CROSS, without={"options": {"scale": 0.0}}),
+    MatrixCase("value_dim", {"value_dim": 5}, without={"options": {"scale": 0.0, "value_dim": 5}}),
+    MatrixCase("causal", call={"use_causal_mask": True}, without={"call": {}}),
+    MatrixCase(
         "causal, offset", call={"use_causal_mask": True, "query_offset": 2}, **_CROSS,
         without={"call": {"use_causal_mask": True}},
     ),
-    Case(
+    MatrixCase(
         "causal, offset per batch", **_CROSS,
         call={"use_causal_mask": True, "query_offset": np.array([0, 3], np.int32)},
         without={"call": {"use_causal_mask": True}},
     ),
-    Case("window", {"sliding_window": 2}, without={"options": {}}),
-    Case(
+    MatrixCase("window", {"sliding_window": 2}, without={"options": {}}),
+    MatrixCase(
         "window, causal", {"sliding_window": 3}, {"use_causal_mask": True},
         without={"options": {}},
     ),
-    Case("padding", **_CROSS, inputs=_PADDED, without={"inputs": {}}),
-    Case(
+    MatrixCase("padding", **_CROSS, inputs=_PADDED, without={"inputs": {}}),
+    MatrixCase(
         "padding holds NaN", **_CROSS, inputs={"value_mask": (2, 9), "nan": ()},
         without={"inputs": {}},
     ),
-    Case("key mask", **_CROSS, inputs={"key_mask": (2, 9)}, without={"inputs": {}}),
-    Case("mask (T, S)", inputs={"attention_mask": (7, 7)}, without={"inputs": {}}),
-    Case("mask (B, T, S)", inputs={"attention_mask": (2, 7, 7)}, without={"inputs": {}}),
-    Case("mask (B, H, T, S)", inputs={"attention_mask": (2, 4, 7, 7)}, without={"inputs": {}}),
-    Case("every row masked", inputs={"attention_mask": (1, 7)}, without={"inputs": {}}),
-    Case("bias (H, T, S)", inputs={"attention_bias": (4, 7, 7)}, without={"inputs": {}}),
-    Case("bias (B, 1, 1, S)", inputs={"attention_bias": (2, 1, 1, 7)}, without={"inputs": {}}),
-    Case(
+    MatrixCase("key mask", **_CROSS, inputs={"key_mask": (2, 9)}, without={"inputs": {}}),
+    MatrixCase("mask (T, S)", inputs={"attention_mask": (7, 7)}, without={"inputs": {}}),
+    MatrixCase("mask (B, T, S)", inputs={"attention_mask": (2, 7, 7)}, without={"inputs": {}}),
+    MatrixCase(
+        "mask (B, H, T, S)", inputs={"attention_mask": (2, 4, 7, 7)},
+        without={"inputs": {}},
+    ),
+    MatrixCase("every row masked", inputs={"attention_mask": (1, 7)}, without={"inputs": {}}),
+    MatrixCase("bias (H, T, S)", inputs={"attention_bias": (4, 7, 7)}, without={"inputs": {}}),
+    MatrixCase(
+        "bias (B, 1, 1, S)", inputs={"attention_bias": (2, 1, 1, 7)},
+        without={"inputs": {}},
+    ),
+    MatrixCase(
         "N-D, two axes", query=(2, 3, 4), value=(2, 2, 5),
         inputs={"attention_mask": (2, 3, 4, 2, 5), "value_mask": (2, 2, 5)},
         without={"inputs": {}},
     ),
-    Case(
+    MatrixCase(
         "N-D, one axis of two", {"attention_axes": (1,)}, {"use_causal_mask": True},
         query=(2, 5, 3), without={"options": {"attention_axes": (2,)}},
     ),
-    Case(
+    MatrixCase(
         "N-D, negative axes", {"attention_axes": (-2, -4)}, query=(3, 2, 4),
         without={"options": {"attention_axes": (-2,)}},
     ),
-    Case(
+    MatrixCase(
         "grouped heads", {"num_key_value_heads": 2},
         without={"options": {"num_key_value_heads": 2, "scale": 0.0}},
     ),
-    Case(
+    MatrixCase(
         "one key head", {"num_key_value_heads": 1},
         without={"options": {"num_key_value_heads": 1, "scale": 0.0}},
     ),
-    Case(
+    MatrixCase(
         "output shape", {"output_shape": (2, 3)},
         without={"options": {"output_shape": (2, 3), "scale": 0.0}},
     ),
-    Case("scale", {"scale": 0.9}, without={"options": {}}),
-    Case("large logits", {"scale": 8.0}, without={"options": {}}),  # their exp is infinite
-    Case("no bias", {"use_bias": False}, without={"options": {"use_bias": False, "scale": 0.0}}),
-    Case(
+    MatrixCase("scale", {"scale": 0.9}, without={"options": {}}),
+    MatrixCase("large logits", {"scale": 8.0}, without={"options": {}}),  # their exp is infinite
+    MatrixCase(
+        "no bias", {"use_bias": False},
+        without={"options": {"use_bias": False, "scale": 0.0}},
+    ),
+    MatrixCase(
         "two biases of four", {"use_bias": ("query", "value")}, without={"options": {}},
     ),
-    Case("dropout", {"dropout": 0.3}, {"training": True, "seed": 11}, without={"call": {}}),
-    Case("everything", **_EVERYTHING, without={"inputs": {}}),
-    Case("float16", **_typed("float16"), without={"inputs": {}}),
-    Case("bfloat16", **_typed("bfloat16"), without={"inputs": {}}),
-    Case("float64", **_typed("float64"), without={"inputs": {}}),
-    Case("float32 in bfloat16", **_typed("float32", compute_dtype="bfloat16"),
+    MatrixCase("dropout", {"dropout": 0.3}, {"training": True, "seed": 11}, without={"call": {}}),
+    MatrixCase("everything", **_EVERYTHING, without={"inputs": {}}),
+    MatrixCase("float16", **_typed("float16"), without={"inputs": {}}),
+    MatrixCase("bfloat16", **_typed("bfloat16"), without={"inputs": {}}),
+    MatrixCase("float64", **_typed("float64"), without={"inputs": {}}),
+    MatrixCase("float32 in bfloat16", **_typed("float32", compute_dtype="bfloat16"),
          without={"inputs": {}}),
-    Case("reproducible", **_typed("float32", compute_dtype="float64"), without={"inputs": {}}),
-    Case(
+)  # fmt: skip
+
+_REPRODUCIBLE: tuple[MatrixCase, ...] = (
+    MatrixCase(
+        "reproducible", **_typed("float32", compute_dtype="float64"),
+        without={"inputs": {}},
+    ),
+    MatrixCase(
         "reproducible, dropout", {"dropout": 0.1, "compute_dtype": "float64"},
         {"training": True, "seed": 5, "use_causal_mask": True}, without={"call": {}},
     ),
-    Case(
+    MatrixCase(
         "reproducible, 2^20 outputs",
         {"num_heads": 2, "key_dim": 16, "compute_dtype": "float64"},
         {"use_causal_mask": True}, query=(64, 64), widths=(256, 256, 256),
         without={"call": {}},
     ),
 )  # fmt: skip
+
+
+def option_cases(section: type[Section]) -> Iterator[MatrixCase]:
+    """Cases that make an option matter: alone with each of its examples, and with everything."""
+    option = section.option
+    for value in section.examples:
+        name = option if len(section.examples) == 1 else f"{option} {value}"
+        yield MatrixCase(name, {option: value}, **_CROSS, without={"options": {}})
+    value = section.examples[-1]
+    dropping = {"dropout": 0.3, option: value}
+    training = {"training": True, "seed": 11}
+    yield MatrixCase(f"{option}, dropout", dropping, training, without={"call": {}})
+    for dtype, computed in (
+        ("float32", None),
+        ("float16", None),
+        ("bfloat16", None),
+        ("float32", "float64"),
+    ):
+        words = "reproducible" if computed else "everything" if dtype == "float32" else dtype
+        typed = _typed(dtype, compute_dtype=computed)
+        options = {**typed["options"], option: value}
+        case = {**typed, "options": options}
+        yield MatrixCase(f"{option}, {words}", **case, without={"options": typed["options"]})
+
+
+def has_option(section: type[Section]) -> bool:
+    """Whether the layer has the section's option."""
+    return section.option in {field.name for field in fields(AttentionConfig)}
+
+
+_OPTIONS = (option_cases(section) for section in SECTIONS.values() if has_option(section))
+MATRIX: tuple[MatrixCase, ...] = (
+    *_FEATURES,
+    *(case for several in _OPTIONS for case in several),
+    *_REPRODUCIBLE,
+)

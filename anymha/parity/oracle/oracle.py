@@ -1,7 +1,7 @@
 """An independent float64 oracle: the layer and its gradients, written out by hand.
 
-It shares no code with the layer: NumPy's einsum, one formula a line, no fast path. It is what
-every backend is compared with. The forward pass is `anymha.parity.oracle.recipe`'s.
+It shares no code with the layer: NumPy's einsum, one formula a line, no fast path. Every backend
+is compared with it. The forward pass is `anymha.parity.oracle.recipe`'s.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads, run
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, einsum, ordered, reads, run
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the oracle computed, all in float64.
+    """The results of the oracle, all in float64.
 
     Args:
         output: (B, T, O).
@@ -24,10 +24,10 @@ class Truth:
         stages: Each stage by name, in order.
         gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
             and inputs.
-        magnitudes: For "output", "scores" and each gradient, the size of the numbers that it is
-            made of, however much they cancel, times that of the logits: an error is small or large
-            compared with this. The size of a sum is its absolute value, or the root of the sum of
-            its squared terms where that is greater, as rounding errors have random signs.
+        magnitudes: For "output", "scores" and each gradient, the size of its terms, however much
+            they cancel, times the size of the logits: errors are compared with this.
+            The size of a sum is its absolute value, or the root of the sum of its squared terms
+            where that is greater, as rounding errors have random signs.
     """
 
     output: np.ndarray
@@ -45,6 +45,7 @@ def attention_oracle(
     allowed: np.ndarray | None = None,
     bias: np.ndarray | None = None,
     kept: np.ndarray | None = None,
+    sections: tuple[Section, ...] = (),
     d_output: np.ndarray | None = None,
     d_scores: np.ndarray | None = None,
 ) -> Truth:
@@ -57,31 +58,45 @@ def attention_oracle(
         allowed: Booleans that broadcast to (B, H, T, S), True = may attend.
         bias: Added to the logits.
         kept: What the probabilities are multiplied with by dropout, (B, H, T, S).
+        sections: The options of the attention that are on.
         d_output: Cotangent of the output; default zero.
         d_scores: Cotangent of the scores; default zero.
     """
     w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
     masks = {} if allowed is None else {"allowed": np.asarray(allowed)}
-    recipe = Recipe(w, x, scale, masks, bias=bias, kept=kept)
+    recipe = Recipe(w, x, scale, masks, bias=bias, kept=kept, sections=ordered(sections))
+    return evaluate(recipe, d_output, d_scores)
+
+
+def evaluate(
+    recipe: Recipe, d_output: np.ndarray | None = None, d_scores: np.ndarray | None = None
+) -> Truth:
+    """The results of a recipe, and its gradients.
+
+    Args:
+        recipe: What is computed, in float64.
+        d_output: Cotangent of the output (B, T, O); default zero.
+        d_scores: Cotangent of the scores (B, H, T, S); default zero.
+    """
+    w, x, scale = recipe.weights, recipe.inputs, recipe.scale
     stages = run(recipe)
     scores, masked = stages["probabilities"], stages["masked_logits"]
-    kept = np.ones_like(scores) if kept is None else kept
     if d_output is None:
         d_output = np.zeros_like(stages["output"])
     g_output = np.asarray(d_output, np.float64)
     g_scores = np.zeros_like(scores) if d_scores is None else np.asarray(d_scores, np.float64)
 
     sums = _Sums()
-    gradients = _passes(recipe, scores, kept, g_output, g_scores, sums)[1]
+    gradients = _passes(_Features(recipe, stages), recipe, g_output, g_scores, sums)[1]
 
     def absolute(arrays: Arrays) -> Arrays:
         return {name: np.abs(array) for name, array in arrays.items()}
 
     positive = recipe.but(weights=absolute(w), inputs=absolute(x), scale=abs(scale))
     largest, slopes = _passes(
-        positive, scores, kept, np.abs(g_output), np.abs(g_scores), _Sizes(sums.results),
-        cancel=False,
+        _Features(recipe, stages, cancel=False), positive, np.abs(g_output), np.abs(g_scores),
+        _Sizes(sums.results),
     )  # fmt: skip
     peak = np.max(np.abs(masked), initial=1.0, where=np.isfinite(masked))
     magnitudes = {"output": largest, "scores": scores, **slopes}
@@ -90,9 +105,9 @@ def attention_oracle(
 
 
 def _projected(w: Arrays, x: Arrays, name: str, einsum: Callable[..., np.ndarray]) -> np.ndarray:
-    """(B, H, T, d)."""
-    bias = w[f"{name}.bias"][:, None, :] if f"{name}.bias" in w else 0.0
-    return einsum("btd,dhk->bhtk", x[name], w[f"{name}.kernel"]) + bias
+    """(B, T, H, d)."""
+    bias = w.get(f"{name}.bias", 0.0)
+    return einsum("btd,dhk->bthk", x[name], w[f"{name}.kernel"]) + bias
 
 
 class _Sums:
@@ -117,49 +132,87 @@ class _Sizes:
         return np.maximum(spread, np.abs(next(self.results)))
 
 
+class _Features:
+    """The sections of a recipe on the way forward and back, or the sizes where nothing cancels.
+
+    Args:
+        recipe: What is computed.
+        stages: Its stages.
+        cancel: Whether differences are differences; else they are sums of sizes.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Arrays, cancel: bool = True) -> None:
+        self.recipe, self.stages, self.cancel = recipe, stages, cancel
+        self.gradients: Arrays = {}
+
+    def forward(self, stage: str, array: np.ndarray) -> np.ndarray:
+        """A stage, or its sizes, from what its step gives."""
+        if self.cancel:
+            return self.stages[stage] if self.recipe.sections else array
+        for section, taken in self.recipe.taken(stage, self.stages):
+            array = section.sizes(stage, array, taken, self.recipe, self.stages)
+        return array
+
+    def backward(self, stage: str, gradient: np.ndarray) -> np.ndarray:
+        """The gradient of what a stage's step gives, from that of the stage."""
+        for section, taken in reversed(self.recipe.taken(stage, self.stages)):
+            arguments = (stage, gradient, taken, self.recipe, self.stages, self.cancel)
+            for name, own in section.own_gradients(*arguments).items():
+                self.gradients[name] = self.gradients.get(name, 0.0) + own
+            gradient = section.backward(*arguments)
+        return gradient
+
+
 def _passes(
+    features: _Features,
     recipe: Recipe,
-    scores: np.ndarray,
-    kept: np.ndarray,
     g_output: np.ndarray,
     g_scores: np.ndarray,
     einsum: Callable[..., np.ndarray],
-    *,
-    cancel: bool = True,
 ) -> tuple[np.ndarray, Arrays]:
-    """From the scores on: output and gradients. Without `cancel`, differences are sums."""
+    """From the scores on: output and gradients; or their sizes, as `features` says."""
     w, x, scale, bias = recipe.weights, recipe.inputs, recipe.scale, recipe.bias
-    heads = reads(recipe)
-    q, k, v = (_projected(w, x, name, einsum) for name in ("query", "key", "value"))
-    keys, values, dropped = k[:, heads], v[:, heads], scores * kept
-    context = einsum("bhts,bhsv->bthv", dropped, values)
+    scores, heads = features.stages["probabilities"], reads(recipe)
+    kept = np.ones_like(scores) if recipe.kept is None else recipe.kept
+    q, k, v = (
+        features.forward(name, _projected(w, x, name, einsum)) for name in ("query", "key", "value")
+    )
+    keys, values, dropped = k[:, :, heads], v[:, :, heads], scores * kept
+    context = features.forward("context", einsum("bhts,bshv->bthv", dropped, values))
     output = einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
 
     gradients = {
         "output.kernel": einsum("bthv,bto->hvo", context, g_output),
         "output.bias": einsum("bto->o", g_output),
     }
-    g_context = einsum("bto,hvo->bhtv", g_output, w["output.kernel"])
-    g_values = einsum("bhts,bhtv->bhsv", dropped, g_context)
-    g_probs = einsum("bhtv,bhsv->bhts", g_context, values) * kept + g_scores
+    g_context = einsum("bto,hvo->bthv", g_output, w["output.kernel"])
+    g_context = features.backward("context", g_context)
+    g_values = einsum("bhts,bthv->bshv", dropped, g_context)
+    g_probs = einsum("bthv,bshv->bhts", g_context, values) * kept + g_scores
+    g_probs = features.backward("probabilities", g_probs)
     g_mean = einsum("bhts,bhts->bht", scores, g_probs)[..., None]
-    g_logits = scores * (g_probs - g_mean if cancel else g_probs + g_mean)
+    g_logits = scores * (g_probs - g_mean if features.cancel else g_probs + g_mean)
+    g_logits = features.backward("masked_logits", g_logits)
     if bias is not None:
         shape = np.shape(bias)
         own = "".join(
             axis for axis, n in zip("bhts"[4 - len(shape) :], shape, strict=True) if n > 1
         )
         gradients["attention_bias"] = einsum(f"bhts->{own}", g_logits).reshape(shape)
-    g_keys = scale * einsum("bhts,bhtk->bhsk", g_logits, q)
-    grouped = np.eye(k.shape[1])[heads]  # [H, K]
+    g_logits = features.backward("logits", g_logits)
+    g_keys = scale * einsum("bhts,bthk->bshk", g_logits, q)
+    grouped = np.eye(k.shape[2])[heads]  # [H, K]
     parts = {
-        "query": scale * einsum("bhts,bhsk->bhtk", g_logits, keys),
-        "key": einsum("bhsk,hg->bgsk", g_keys, grouped),
-        "value": einsum("bhsv,hg->bgsv", g_values, grouped),
+        "query": scale * einsum("bhts,bshk->bthk", g_logits, keys),
+        "key": einsum("bshk,hg->bsgk", g_keys, grouped),
+        "value": einsum("bshv,hg->bsgv", g_values, grouped),
     }
     for name, gradient in parts.items():
-        gradients[f"{name}.kernel"] = einsum("btd,bhtk->dhk", x[name], gradient)
-        gradients[f"{name}.bias"] = einsum("bhtk->hk", gradient)
-        gradients[name] = einsum("bhtk,dhk->btd", gradient, w[f"{name}.kernel"])
+        gradient = features.backward(name, gradient)
+        gradients[f"{name}.kernel"] = einsum("btd,bthk->dhk", x[name], gradient)
+        gradients[f"{name}.bias"] = einsum("bthk->hk", gradient)
+        gradients[name] = einsum("bthk,dhk->btd", gradient, w[f"{name}.kernel"])
+    for name, own in features.gradients.items():
+        gradients[name] = gradients.get(name, 0.0) + own
     known = {*w, *x, "attention_bias"}
     return output, {name: g for name, g in gradients.items() if name in known}

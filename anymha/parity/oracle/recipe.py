@@ -1,23 +1,26 @@
 """The layer as data and a pipeline of stages, in float64 NumPy, which may be changed to be wrong.
 
 The oracle runs it unchanged. The comparison runs it with a known mistake in it, to see whether that
-explains what a candidate gives, and one stage alone, to see what it makes of a candidate's own
-earlier stages.
+explains a candidate's results, and runs one stage alone on a candidate's own earlier stages.
 
     query, key, value     -> x . kernel + bias                          (B, T, H, d_k), ...
     logits                -> scale * query . key                        (B, H, T, S)
     masked_logits         -> logits + bias, -inf where not allowed
     probabilities         -> softmax over the keys; zeros for a row of -inf
-    dropped_probabilities -> what dropout leaves of them
+    dropped_probabilities -> probabilities after dropout
     context               -> dropped_probabilities . value              (B, T, H, d_v)
     output                -> context . kernel + bias                    (B, T, O)
+
+An option of the attention (a softcap, rotary positions) changes what some of these steps give: see
+`Section`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -25,9 +28,127 @@ Arrays = dict[str, np.ndarray]
 einsum = partial(np.einsum, optimize=True)
 
 
+class Section:
+    """One option of the attention, as the oracle computes it; this base changes nothing.
+
+    A subclass stands in a file of its own in `anymha.parity.oracle.features`, as its constant
+    ``SECTION``, and shares no code with the layer. Its methods are asked at every stage, by the
+    stage's name, after the step of the stage itself.
+
+    Args:
+        value: The option's value.
+
+    Attributes:
+        option: The name of the option, a field of `AttentionConfig`.
+        examples: Values that change the output a lot where logits are of order one; the matrix of
+            cases and the self-test take them.
+        usual: Values that models use, one of which a port may have in place of another.
+        ignores_a_constant: Whether one number added to all logits of a row, before this option
+            changes them, still changes no probability. Where it does, the key's bias matters.
+        mistakes: Known mistakes with the option: a name, how to fix it, and a function that makes
+            the recipes that have it, as `Variants`, from the section and a right recipe.
+        faults: Mistakes that the self-test injects into a port: the fault's name, the name in the
+            catalogue of mistakes, and the first stage that is wrong.
+    """
+
+    option: ClassVar[str]
+    examples: ClassVar[tuple[Any, ...]] = ()
+    usual: ClassVar[tuple[Any, ...]] = ()
+    ignores_a_constant: ClassVar[bool] = False
+    mistakes: ClassVar[tuple[tuple[str, str, Callable[[Any, Recipe], Variants]], ...]] = ()
+    faults: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self | None:
+        """The section for a config's value; None where the option is off, or is not there."""
+        value = getattr(config, cls.option, None)
+        return None if value is None or value is False else cls(value)
+
+    def order(self) -> int:
+        """The place among the sections that change one stage; the smallest first."""
+        return 0
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """The stage as the option changes it.
+
+        Args:
+            stage: The stage's name.
+            array: The result of its step.
+            recipe: The recipe.
+            stages: The stages before this one.
+        """
+        return array
+
+    def backward(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> np.ndarray:
+        """The gradient of the argument of `forward`, from the gradient of its result.
+
+        Args:
+            stage: The stage's name.
+            gradient: Of the result; or its size, where nothing cancels.
+            array: The argument of `forward`.
+            recipe: The recipe.
+            stages: Every stage.
+            cancel: Whether terms of opposite signs cancel; else every difference is a sum of sizes.
+        """
+        return gradient
+
+    def own_gradients(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> Arrays:
+        """Gradients of the option's own weights, and its part of the inputs' gradients, by name.
+
+        The arguments are those of `backward`.
+        """
+        return {}
+
+    def sizes(
+        self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray:
+        """The sizes of the terms of the stage, as `Recipe.sizes` counts them.
+
+        Args:
+            stage: The stage's name.
+            sizes: Of the argument of `forward`.
+            array: The argument of `forward`.
+            recipe: The recipe.
+            stages: The stages before this one.
+        """
+        return sizes
+
+    def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
+        """An array of the self-test's port as the option changes it, in any framework.
+
+        It is written apart from `forward`, and has the faults that ``port.wrong`` names.
+
+        Args:
+            ops: The framework.
+            place: A stage's name; or "biased_logits", after the bias and before the masks.
+            array: The port's array at that place.
+            port: The `anymha.parity.selftest.port.Port`.
+        """
+        return array
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What is computed: data in float64, and the steps that use them.
+    """The data of a computation in float64, and its steps.
 
     Args:
         weights: Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O).
@@ -39,8 +160,9 @@ class Recipe:
         window: Query i sees only keys with ``|i + offset - j| < window``.
         offset: Position of the first query among the keys, of each member of the batch (B,).
         bias: Added to the logits, broadcasts to (B, H, T, S).
-        kept: What dropout multiplies the probabilities with, (B, H, T, S).
-        steps: What computes each stage, in order.
+        kept: The factors of dropout on the probabilities, (B, H, T, S).
+        steps: The step of each stage, in order.
+        sections: The options that change the results of steps, in the order of their `order`.
     """
 
     weights: Arrays
@@ -53,6 +175,7 @@ class Recipe:
     bias: np.ndarray | None = None
     kept: np.ndarray | None = None
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    sections: tuple[Section, ...] = ()
 
     @cached_property
     def stages(self) -> Arrays:
@@ -61,7 +184,7 @@ class Recipe:
 
     @cached_property
     def sizes(self) -> Arrays:
-        """How great the numbers are that each stage is made of; computed once."""
+        """The sizes of the terms of each stage; computed once."""
         return sizes(self, self.stages)
 
     @property
@@ -76,11 +199,11 @@ class Recipe:
         return batch, queries, keys
 
     def but(self, **changes: object) -> Recipe:
-        """The same with other fields."""
+        """The recipe with other fields."""
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def of_batch(self, at: int) -> Recipe:
-        """The same for one element of the batch."""
+        """The recipe for one element of the batch."""
 
         def own(array: np.ndarray | None) -> np.ndarray | None:
             return array if array is None or len(array) == 1 else array[at : at + 1]
@@ -93,19 +216,58 @@ class Recipe:
                         kept=own(self.kept))  # fmt: skip
 
     def stepping(self, stage: str, step: Step) -> Recipe:
-        """The same with another step for a stage."""
+        """The recipe with another step for a stage; the sections change its result as before."""
         return replace(self, steps={**self.steps, stage: step})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The values of the options that are on, by name."""
+        return {section.option: section.value for section in self.sections}
+
+    def with_section(self, section: Section) -> Recipe:
+        """The recipe with an option; it replaces another value of the option."""
+        others = [one for one in self.sections if one.option != section.option]
+        return replace(self, sections=ordered((*others, section)))
+
+    def without_section(self, option: str) -> Recipe:
+        """The recipe with an option switched off."""
+        return replace(self, sections=tuple(s for s in self.sections if s.option != option))
+
+    def stage(self, name: str, stages: Arrays) -> np.ndarray:
+        """A stage, from those before it: the result of its step, changed by the sections."""
+        array = self.steps[name](self, stages)
+        for section in self.sections:
+            array = section.forward(name, array, self, stages)
+        return array
+
+    def taken(self, name: str, stages: Arrays) -> list[tuple[Section, np.ndarray]]:
+        """Each section with the array that it takes at a stage, in their order."""
+        if not self.sections:
+            return []
+        array, pairs = self.steps[name](self, stages), []
+        for section in self.sections:
+            pairs.append((section, array))
+            array = section.forward(name, array, self, stages)
+        return pairs
 
 
 Step = Callable[[Recipe, Arrays], np.ndarray]
-"""Makes a stage from a recipe and the stages before it."""
+"""Computes a stage from a recipe and the stages before it."""
+
+Variants = Iterator[tuple[str, Recipe]]
+"""Words for a variant of a mistake, and the recipe that has it."""
+
+
+def ordered(sections: tuple[Section, ...]) -> tuple[Section, ...]:
+    """Sections in the order in which they change one stage."""
+    return tuple(sorted(sections, key=lambda section: (section.order(), section.option)))
 
 
 def run(recipe: Recipe) -> Arrays:
     """Every stage by name, in order."""
     stages: Arrays = {}
-    for name, step in recipe.steps.items():
-        stages[name] = step(recipe, stages)
+    for name in recipe.steps:
+        stages[name] = recipe.stage(name, stages)
     return stages
 
 
@@ -122,7 +284,7 @@ def reads(recipe: Recipe) -> np.ndarray:
 
 
 def allowed(recipe: Recipe) -> np.ndarray:
-    """What each query may attend to, by masks and by position, broadcasts to (B, H, T, S)."""
+    """Where queries may attend, by masks and position; booleans that broadcast to (B, H, T, S)."""
     seen = reduce(np.logical_and, recipe.masks.values(), np.ones((1, 1, 1, 1), bool))
     _, queries, keys = recipe.lengths
     offset = np.zeros(1, int) if recipe.offset is None else recipe.offset
@@ -143,7 +305,7 @@ def logits_by(
 
 
 def masked(recipe: Recipe, stages: Arrays) -> np.ndarray:
-    """The logits with the bias, and -inf where nothing may be seen."""
+    """The logits with the bias, and -inf where a query may not attend."""
     logits = stages["logits"] if recipe.bias is None else stages["logits"] + recipe.bias
     return np.where(allowed(recipe), logits, -np.inf)
 
@@ -157,7 +319,7 @@ def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def dropped(recipe: Recipe, stages: Arrays) -> np.ndarray:
-    """The probabilities that dropout leaves."""
+    """The probabilities after dropout."""
     whole = stages["probabilities"]
     return whole if recipe.kept is None else whole * recipe.kept
 
@@ -165,7 +327,7 @@ def dropped(recipe: Recipe, stages: Arrays) -> np.ndarray:
 def context_by(
     recipe: Recipe, stages: Arrays, heads: Callable[[Recipe], np.ndarray] = reads
 ) -> np.ndarray:
-    """The mean of the values that each head sees; `heads` as for `logits_by`."""
+    """The weighted sum of the values of each head; `heads` as for `logits_by`."""
     values = stages["value"][:, :, heads(recipe)]
     return einsum("bhts,bshv->bthv", stages["dropped_probabilities"], values)
 
@@ -187,15 +349,15 @@ STEPS: Mapping[str, Step] = {
     "context": context_by,
     "output": output,
 }
-"""The steps of the layer as it is meant."""
+"""The steps of the layer."""
 
 
 def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
-    """How great the numbers are that each stage is made of, however much they cancel.
+    """The sizes of the terms of each stage, however much they cancel.
 
-    A sum has the root of the sum of its squared terms, or its own value where that is greater, as
-    rounding errors have random signs. What comes after the logits has the size of what their errors
-    make of it.
+    The size of a sum is the root of the sum of its squared terms, or its own value where that is
+    greater, as rounding errors have random signs. Stages after the logits have the size of the
+    effect of the logits' errors.
 
     Returns:
         By stage, and for "scores", an array that broadcasts to it: one size for each position of
@@ -209,31 +371,34 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
             sums = np.max(sums, initial=0.0)
         return np.maximum(np.sqrt(sums), finite)
 
-    found = {}
+    kept: Arrays = {}
+
+    def keep(name: str, array: np.ndarray) -> np.ndarray:
+        for section, taken in recipe.taken(name, stages):
+            array = section.sizes(name, array, taken, recipe, stages)
+        kept[name] = array
+        return array
+
     for name in ("query", "key", "value"):
         x, w = recipe.inputs[name], recipe.weights[f"{name}.kernel"]
-        found[name] = size(_squared("btd,dhk->bthk", x, w), stages[name])
+        keep(name, size(_squared("btd,dhk->bthk", x, w), stages[name]))
     heads = reads(recipe)
-    products = _squared("bthk,bshk->bhts", found["query"], found["key"][:, :, heads])
-    logits = size(recipe.scale**2 * products, stages["logits"])
-    found["logits"] = logits
-    masked = found["masked_logits"] = size(np.square(logits), stages["masked_logits"])
+    products = _squared("bthk,bshk->bhts", kept["query"], kept["key"][:, :, heads])
+    logits = keep("logits", size(recipe.scale**2 * products, stages["logits"]))
+    masked = keep("masked_logits", size(np.square(logits), stages["masked_logits"]))
     shares = size(np.zeros(1), stages["probabilities"])
     # A logit that is off by d changes its share p by p (1 - p) d, and each other share q by q p d.
     others = np.sum(np.square(shares * masked), axis=-1, keepdims=True)
     spread = np.sqrt(1 + np.square(masked) + others)
-    found["probabilities"] = shares * spread
-    dropped = found["dropped_probabilities"] = spread * size(
-        np.zeros(1), stages["dropped_probabilities"]
-    )
-    values = found["value"][:, :, heads]
-    found["context"] = size(_squared("bhts,bshv->bthv", dropped, values), stages["context"])
-    found["output"] = size(
-        _squared("bthv,hvo->bto", found["context"], recipe.weights["output.kernel"]),
-        stages["output"],
-    )
+    keep("probabilities", shares * spread)
+    left = size(np.zeros(1), stages["dropped_probabilities"])
+    dropped = keep("dropped_probabilities", spread * left)
+    values = kept["value"][:, :, heads]
+    keep("context", size(_squared("bhts,bshv->bthv", dropped, values), stages["context"]))
+    mixed = _squared("bthv,hvo->bto", kept["context"], recipe.weights["output.kernel"])
+    keep("output", size(mixed, stages["output"]))
     axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
-    rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in found.items()}
+    rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in kept.items()}
     return {**rows, "scores": rows["probabilities"]}
 
 

@@ -1,6 +1,6 @@
-"""The oracle's answer to a problem, from the written meaning alone.
+"""The oracle's answer to a problem, from the written semantics alone.
 
-It makes one dense mask (B, H, T, S) out of every rule, folds N-D inputs by `numpy.moveaxis`, and
+It makes one dense mask (B, H, T, S) of all rules, folds N-D inputs by `numpy.moveaxis`, and
 draws dropout in uint32; nothing here comes from the layer's own code.
 """
 
@@ -12,25 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.cases import Arrays, Problem, numpy_dtype
-from anymha.parity.oracle.oracle import Truth, attention_oracle
-from anymha.parity.oracle.recipe import Recipe, allowed
+from anymha.parity.oracle.cases import Arrays, OracleProblem, numpy_dtype
+from anymha.parity.oracle.features import sections_of
+from anymha.parity.oracle.oracle import Truth, evaluate
+from anymha.parity.oracle.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A problem whose N-D inputs lie as (B, T, D), and how its results come back.
+    """A problem with its N-D inputs folded to (B, T, D), and the way back for its results.
 
     Args:
         problem: The problem.
-        recipe: What it computes.
+        recipe: Its recipe.
         order: The input's axes, batch axes first, attention axes last.
         batches: Lengths of the batch axes.
         queries: Lengths of the query's attention axes.
         keys: Lengths of the value's.
     """
 
-    problem: Problem
+    problem: OracleProblem
     recipe: Recipe
     order: list[int]
     batches: list[int]
@@ -69,8 +70,8 @@ class Folded:
         return front.reshape(*self.recipe.lengths[:2], -1)
 
 
-def fold(problem: Problem) -> Folded:
-    """The problem as what it computes, in float64."""
+def fold(problem: OracleProblem) -> Folded:
+    """The recipe of a problem, in float64."""
     config, call = problem.case.config, problem.case.call
     query = problem.inputs["query"]
     rank = query.ndim
@@ -97,7 +98,7 @@ def fold(problem: Problem) -> Folded:
     x = {n: folded(a, s if n != "query" else t) for n, a in _three(problem, rounded).items()}
     for name in ("value_mask", "key_mask"):
         if name in problem.masks:
-            # Finite numbers stay: they count for nothing here, but may where the mask is ignored.
+            # Finite numbers stay: they matter where a mistake ignores the mask.
             seen = problem.masks[name].reshape(count, -1, 1)
             x |= {n: np.where(seen | np.isfinite(x[n]), x[n], 0) for n in ("value", "key")}
     bias = rounded.get("attention_bias")
@@ -119,24 +120,20 @@ def fold(problem: Problem) -> Folded:
         offset,
         bias,
         _kept(problem, flat),
+        sections=sections_of(config),
     )
     return Folded(problem, recipe, order, batches, t, s)
 
 
-def expected(problem: Problem) -> Truth:
+def expected(problem: OracleProblem) -> Truth:
     """Output, scores and gradients in float64, in the shapes of the layer's results."""
     folded = fold(problem)
     recipe, full = folded.recipe, folded.full
     count, t, s = recipe.lengths
-    truth = attention_oracle(
-        recipe.weights,
-        recipe.inputs,
-        scale=recipe.scale,
-        allowed=allowed(recipe),
-        bias=recipe.bias,
-        kept=recipe.kept,
-        d_output=folded.flat(problem.d_output),
-        d_scores=problem.d_scores.reshape(count, recipe.heads[0], t, s),
+    truth = evaluate(
+        recipe,
+        folded.flat(problem.d_output),
+        problem.d_scores.reshape(count, recipe.heads[0], t, s),
     )
 
     def shaped(arrays: Arrays) -> Arrays:
@@ -147,8 +144,8 @@ def expected(problem: Problem) -> Truth:
         if problem.case.value is None:
             arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
         if recipe.bias is not None:
-            given = problem.inputs["attention_bias"].shape
-            arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(full), given)
+            shape = problem.inputs["attention_bias"].shape
+            arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(full), shape)
         weights = {n: arrays[n].reshape(w.shape) for n, w in problem.weights.items()}
         return {**arrays, **weights}
 
@@ -158,19 +155,19 @@ def expected(problem: Problem) -> Truth:
     return Truth(folded.output(truth.output), scores, truth.stages, gradients, magnitudes)
 
 
-def _three(problem: Problem, arrays: Arrays | None = None) -> Arrays:
-    """Query, value and key, each there."""
-    given = problem.inputs if arrays is None else arrays
-    value = given.get("value", given["query"])
-    return {"query": given["query"], "value": value, "key": given.get("key", value)}
+def _three(problem: OracleProblem, arrays: Arrays | None = None) -> Arrays:
+    """Query, value and key; a missing one is what it defaults to."""
+    inputs = problem.inputs if arrays is None else arrays
+    value = inputs.get("value", inputs["query"])
+    return {"query": inputs["query"], "value": value, "key": inputs.get("key", value)}
 
 
-def _as_computed(problem: Problem) -> Arrays:
+def _as_computed(problem: OracleProblem) -> Arrays:
     """Weights and inputs rounded to the dtype in which the layer computes, in float64."""
     config = problem.case.config
     dtype = numpy_dtype(config.compute_dtype or config.dtype)
-    given = {**problem.weights, **problem.inputs}
-    return {name: array.astype(dtype).astype(np.float64) for name, array in given.items()}
+    arrays = {**problem.weights, **problem.inputs}
+    return {name: array.astype(dtype).astype(np.float64) for name, array in arrays.items()}
 
 
 def _spread(name: str, mask: np.ndarray, batch: int, queries: int, keys: int) -> np.ndarray:
@@ -199,8 +196,8 @@ def _flattened(mask: np.ndarray, full: tuple[int, ...], batch: int, queries: int
     return whole.reshape([math.prod(whole.shape[a:b]) for a, b in spans])
 
 
-def _kept(problem: Problem, flat: tuple[int, ...]) -> np.ndarray | None:
-    """What dropout multiplies the probabilities with; the generator: `anymha.attention.dropout`."""
+def _kept(problem: OracleProblem, flat: tuple[int, ...]) -> np.ndarray | None:
+    """The factors of dropout; `anymha.attention.dropout` describes the generator."""
     config, call = problem.case.config, problem.case.call
     if not (call.get("training") and config.dropout) or call.get("seed") is None:
         return None

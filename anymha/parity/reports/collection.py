@@ -1,4 +1,4 @@
-"""The comparisons of a whole run of tests: as plain data, and in one file.
+"""The comparisons of a run of tests, as plain data and in one file.
 
 A record is a comparison's own dict with "test", the test's id; "text", all in plain text; "page",
 the comparison's own HTML page, or None; and "saved", the file that repeats it, or None.
@@ -37,7 +37,7 @@ def record(
     Args:
         comparison: The comparison.
         test: The id of its test.
-        number: Which one of the test it is.
+        number: Its number among the comparisons of the test.
         saved: The folder in which it is saved where it differs; None: it is not.
         pages: Whether its own HTML page is made where it differs.
     """
@@ -48,15 +48,15 @@ def record(
         comparison.save(path)
     if not comparison.passed and pages:
         page = _page(comparison)
-    told = {"test": test, **comparison.to_dict()}
-    told |= {"text": comparison.to_text(), "page": page, "saved": path}
+    data = {"test": test, **comparison.to_dict()}
+    data |= {"text": comparison.to_text(), "page": page, "saved": path}
     if path is not None:
-        told["command"] = comparison.repeated(path)
-    return json.loads(json.dumps(told))
+        data["command"] = comparison.repeat_command(path)
+    return json.loads(json.dumps(data))
 
 
 def _page(comparison: Comparison) -> str | None:
-    """The comparison's own page, with its pictures; None where what draws is not installed."""
+    """The comparison's own page with pictures; None where the extra "report" is missing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "page.html")
         try:
@@ -67,13 +67,13 @@ def _page(comparison: Comparison) -> str | None:
 
 
 def write(records: Records, path: Path) -> None:
-    """Write all of them into one file, whose name says in which form."""
+    """Write all of them into one file; the suffix of its name says in which form."""
     forms = {".html": to_html, ".json": to_json, ".md": to_markdown, ".xml": to_junit}
     write_atomically(path, forms[path.suffix](records))
 
 
 def verdict(records: Records) -> str:
-    """One line that says how it went."""
+    """The verdict in one line."""
     differ = sum(not record["passed"] for record in records)
     return f"{len(records)} compared: {len(records) - differ} agree, {differ} differ"
 
@@ -81,22 +81,22 @@ def verdict(records: Records) -> str:
 def to_json(records: Records) -> str:
     """Every number."""
     left_out = ("page", "schema", "text")
-    told = [{k: v for k, v in record.items() if k not in left_out} for record in records]
+    comparisons = [{k: v for k, v in record.items() if k not in left_out} for record in records]
     passed = all(record["passed"] for record in records)
-    whole = {"schema": SCHEMA, "anymha": __version__, "passed": passed, "comparisons": told}
+    whole = {"schema": SCHEMA, "anymha": __version__, "passed": passed, "comparisons": comparisons}
     return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
 def to_markdown(records: Records) -> str:
-    """A table, and the whole text of what differs, for the summary of a CI service."""
+    """A table, and the text of each comparison that differs, for the summary of a CI service."""
     lines = ["## Parity", "", verdict(records), ""]
     if records:
         lines += ["| | test | first divergence | cause |", "|---|---|---|---|"]
     for one in records:
         quote = "``" if "`" in one["test"] else "`"
         cells = [f"{quote}{one['test']}{quote}", _stage(one), _cause(one)]
-        told = " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
-        lines.append(f"| {'✓' if one['passed'] else '✗'} | {told} |")
+        row = " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+        lines.append(f"| {'✓' if one['passed'] else '✗'} | {row} |")
     for one in records:
         if not one["passed"]:
             lines += ["", f"<details><summary>{escape(one['test'])}</summary>", ""]
@@ -154,18 +154,18 @@ def to_html(records: Records) -> str:
 def _section(one: dict[str, Any]) -> str:
     state = "good" if one["passed"] else "bad"
     word = "agrees" if one["passed"] else "differs"
-    told = [f"<p>{escape(one['verdict'])}</p>", _table(one)]
+    parts = [f"<p>{escape(one['verdict'])}</p>", _table(one)]
     if one["diagnosis"] is not None:
-        told.append(f"<h3>Cause</h3><p>{escape(one['diagnosis']['told'])}</p>")
-        told += [f"<p>{escape(cause['cure'])}</p>" for cause in one["diagnosis"]["causes"]]
-    told += [
-        f'<p class="note">Not tested by these inputs: {escape(w)}</p>' for w in one["untested"]
+        parts.append(f"<h3>Cause</h3><p>{escape(one['diagnosis']['told'])}</p>")
+        parts += [f"<p>{escape(cause['cure'])}</p>" for cause in one["diagnosis"]["causes"]]
+    parts += [
+        f'<p class="note">Not exercised by these inputs: {escape(w)}</p>' for w in one["untested"]
     ]
-    told += [f'<p class="note">{escape(words)}</p>' for words in one["notes"]]
+    parts += [f'<p class="note">{escape(words)}</p>' for words in one["notes"]]
     if one["saved"]:
-        told.append(f"<h3>Once more</h3><p><code>{escape(one['command'])}</code></p>")
+        parts.append(f"<h3>Once more</h3><p><code>{escape(one['command'])}</code></p>")
     if one["page"]:
-        told.append(
+        parts.append(
             "<details><summary>With pictures</summary>"
             f'<iframe srcdoc="{escape(one["page"])}" title="{escape(one["test"])}"></iframe>'
             "</details>"
@@ -173,7 +173,7 @@ def _section(one: dict[str, Any]) -> str:
     return (
         f'<details class="one"{"" if one["passed"] else " open"}><summary>'
         f'<span class="badge {state}">{word}</span> <code>{escape(one["test"])}</code> '
-        f"<span>{escape(_stage(one))}</span></summary>{''.join(told)}</details>"
+        f"<span>{escape(_stage(one))}</span></summary>{''.join(parts)}</details>"
     )
 
 

@@ -31,12 +31,12 @@ FLAGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "Keras backend": ("keras", lambda m: m.config.backend()),
     "Keras floatx": ("keras", lambda m: m.config.floatx()),
 }
-"""What is read, of which module, and how."""
+"""For each switch its module, and how it is read."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a comparison ran on.
+    """The versions and switches under which a comparison ran.
 
     Args:
         versions: By package, of those that were imported.
@@ -48,7 +48,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Of the packages that are already imported; none is imported for it."""
+    """The versions and switches of the packages that are imported already; nothing is imported."""
     versions = {
         "anymha": __version__,
         "python": platform.python_version(),
@@ -62,9 +62,9 @@ def environment() -> Environment:
     for words, (name, read) in FLAGS.items():
         module = sys.modules.get(name)
         if module is not None:
-            found = _read(read, module)
-            if found is not None:
-                flags[words] = found
+            value = _read(read, module)
+            if value is not None:
+                flags[words] = value
     if "NVIDIA_TF32_OVERRIDE" in os.environ:
         flags["NVIDIA_TF32_OVERRIDE"] = os.environ["NVIDIA_TF32_OVERRIDE"]
     return Environment(versions, flags)
@@ -76,6 +76,6 @@ def _read(read: Callable[[Any], Any], module: Any) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a package that renames its switches
             value = read(module)
-    except Exception:  # a package may be half imported, or refuse to tell: it is only told of
+    except Exception:  # a package may be half imported, or refuse: the report goes on without it
         return None
     return {None: "not set", True: "on", False: "off"}.get(value, str(value))

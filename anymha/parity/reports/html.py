@@ -12,7 +12,13 @@ from anymha.errors import UsageError
 from anymha.parity.reports.environment import Environment
 from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, verdict
 from anymha.parity.reports.pictures import heat_maps, histogram
-from anymha.parity.reports.result import Found, call_in_words, short, shown_stages, state_of
+from anymha.parity.reports.result import (
+    ComparisonResult,
+    call_in_words,
+    short,
+    shown_stages,
+    state_of,
+)
 from anymha.parity.stages.saved_case import case_bytes
 from anymha.parity.stages.stagewise import Stage
 from anymha.parity.stages.trace import STAGES
@@ -34,11 +40,11 @@ def to_html(outcomes: Sequence[Outcome]) -> str:
     """All of them as one HTML document that loads nothing.
 
     Args:
-        outcomes: One, or several, of which those that do not agree are unfolded.
+        outcomes: One or several; of several, those that differ are unfolded.
     """
     template = files("anymha.parity.reports").joinpath(TEMPLATE).read_text(encoding="utf-8")
     surroundings = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    found = next((one.found for one in outcomes if one.found is not None), None)
+    result = next((one.result for one in outcomes if one.result is not None), None)
     return surroundings.from_string(template).render(
         outcomes=[_shown(one) for one in outcomes],
         several=len(outcomes) > 1,
@@ -48,43 +54,43 @@ def to_html(outcomes: Sequence[Outcome]) -> str:
         pairs=pairs(outcomes),
         cases=list(dict.fromkeys(one.case for one in outcomes)),
         slug=_slug,
-        environment=Environment({}, {}) if found is None else found.environment,
+        environment=Environment({}, {}) if result is None else result.environment,
     )
 
 
 def _shown(outcome: Outcome) -> dict[str, Any]:
-    """What the template shows of an outcome."""
-    shown: dict[str, Any] = {"outcome": outcome, "anchor": _slug(outcome), "found": outcome.found}
-    found = outcome.found
-    if found is None:
+    """The values that the template takes for an outcome."""
+    shown: dict[str, Any] = {"outcome": outcome, "anchor": _slug(outcome), "result": outcome.result}
+    result = outcome.result
+    if result is None:
         return shown
-    rows = list(_rows(found))
-    held = {row["name"]: row for row in rows}
+    rows = list(_rows(result))
+    by_name = {row["name"]: row for row in rows}
     file = f"{_slug(outcome)}.npz"
     return {
         **shown,
         "rows": [row for row in rows if row["stage"] is not None],
-        "boxes": [held[name] for name in STAGES],
-        "beside": [row for row in rows if row["name"] not in STAGES and row["state"] != "good"],
-        "maps": heat_maps(found),
-        "bars": _from_first(histogram(found)),
-        "call": call_in_words(found.request),
+        "boxes": [by_name[name] for name in STAGES],
+        "others": [row for row in rows if row["name"] not in STAGES and row["state"] != "good"],
+        "maps": heat_maps(result),
+        "bars": _from_first(histogram(result)),
+        "call": call_in_words(result.request),
         "file": file,
-        "command": found.repeated(file),
-        "data": _data(found),
+        "command": result.repeat_command(file),
+        "data": _data(result),
     }
 
 
-def _rows(found: Found) -> Iterator[dict[str, Any]]:
-    for name, stage in shown_stages(found):
-        idle = name == "dropped_probabilities" and not found.request.training
+def _rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
+    for name, stage in shown_stages(result):
+        idle = name == "dropped_probabilities" and not result.request.training
         yield {
             "name": name,
             "words": name.replace("_", " "),
-            "state": state_of(found, name),
-            "told": stage_words(found, name) or "agrees",
+            "state": state_of(result, name),
+            "words_of_state": stage_words(result, name) or "agrees",
             "stage": stage,
-            "lacking": "no dropout" if idle else "not told",
+            "lacking": "no dropout" if idle else "not reported",
             "values": [] if stage is None else _values(stage),
             "error": "" if stage is None else short(stage.units),
             "own": "" if stage is None else short(stage.own_units),
@@ -94,7 +100,7 @@ def _rows(found: Found) -> Iterator[dict[str, Any]]:
 
 
 def _values(stage: Stage) -> list[str]:
-    """Both numbers at the worst place, and the place."""
+    """Both numbers at the place of the greatest error, and the place."""
     if stage.values is None:
         return []
     place = ", ".join(map(str, stage.at))
@@ -107,12 +113,12 @@ def _from_first(bars: list[Any]) -> list[Any]:
     return bars[first:]
 
 
-def _data(found: Found) -> str:
-    """The case's file in base64; empty where nothing is to be repeated, or where it is great."""
-    if found.passed:
+def _data(result: ComparisonResult) -> str:
+    """The case's file in base64; empty where both agree, or where the file is large."""
+    if result.passed:
         return ""
-    held = case_bytes(found.request, found.traces)
-    return base64.b64encode(held).decode("ascii") if len(held) <= LARGEST else ""
+    data = case_bytes(result.request, result.traces)
+    return base64.b64encode(data).decode("ascii") if len(data) <= LARGEST else ""
 
 
 def _slug(outcome: Outcome) -> str:

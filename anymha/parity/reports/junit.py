@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from anymha.parity.reports.outcome import Outcome, stage_words
-from anymha.parity.reports.result import Found, short, shown_stages
+from anymha.parity.reports.result import ComparisonResult, short, shown_stages
 
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML cannot hold, not even escaped."""
@@ -19,11 +19,11 @@ def to_junit(outcomes: Sequence[Outcome]) -> str:
     totals: dict[str, int] = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for one in outcomes:
         suite = ElementTree.SubElement(root, "testsuite", {"name": _legal(one.title)})
-        if one.found is None:
+        if one.result is None:
             _call(suite, one)
         else:
-            _properties(suite, one.found)
-            _stages(suite, one.title, one.found)
+            _properties(suite, one.result)
+            _stages(suite, one.title, one.result)
         counts = {
             "tests": len(suite.findall("testcase")),
             "failures": len(suite.findall("testcase/failure")),
@@ -40,36 +40,36 @@ def to_junit(outcomes: Sequence[Outcome]) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
-def _properties(suite: ElementTree.Element, found: Found) -> None:
-    told = {**found.environment.versions, **found.environment.flags}
+def _properties(suite: ElementTree.Element, result: ComparisonResult) -> None:
+    values = {**result.environment.versions, **result.environment.flags}
     properties = ElementTree.SubElement(suite, "properties")
-    for name, value in told.items():
+    for name, value in values.items():
         ElementTree.SubElement(properties, "property", {"name": name, "value": _legal(value)})
 
 
-def _stages(suite: ElementTree.Element, title: str, found: Found) -> None:
-    for name, stage in shown_stages(found):
+def _stages(suite: ElementTree.Element, title: str, result: ComparisonResult) -> None:
+    for name, stage in shown_stages(result):
         case = _case(suite, title, name)
-        words = stage_words(found, name)
-        if stage is None and name != found.first_divergence:
-            ElementTree.SubElement(case, "skipped", {"message": "the candidate does not tell it"})
+        words = stage_words(result, name)
+        if stage is None and name != result.first_divergence:
+            ElementTree.SubElement(case, "skipped", {"message": "the candidate does not report it"})
         elif words:
-            told = [words, *(() if stage is None else stage.faults)]
+            parts = [words, *(() if stage is None else stage.faults)]
             if stage is not None:
-                told.append(f"{short(stage.units)} units of rounding off, {short(stage.budget)} "
+                parts.append(f"{short(stage.units)} units of rounding off, {short(stage.budget)} "
                             f"may; {short(stage.own_units)} of its own")  # fmt: skip
-            message = "; ".join(told)
+            message = "; ".join(parts)
             failure = ElementTree.SubElement(
                 case, "failure", {"type": words, "message": _legal(message)}
             )
-            failure.text = _legal(found.to_text())
+            failure.text = _legal(result.to_text())
 
 
 def _call(suite: ElementTree.Element, outcome: Outcome) -> None:
-    """The one test case of a comparison in which nothing was found."""
+    """The one test case of a comparison without a result."""
     case = _case(suite, outcome.title, "call")
     kind = "skipped" if outcome.state == "not run" else "error"
-    ElementTree.SubElement(case, kind, {"message": _legal(outcome.told)})
+    ElementTree.SubElement(case, kind, {"message": _legal(outcome.summary)})
 
 
 def _case(suite: ElementTree.Element, title: str, name: str) -> ElementTree.Element:

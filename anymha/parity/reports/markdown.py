@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from anymha.parity.reports.outcome import Outcome, pairs, stage_words, verdict
-from anymha.parity.reports.result import Found, short, shown_stages
+from anymha.parity.reports.result import ComparisonResult, short, shown_stages
 
 SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪"}
 
@@ -16,7 +16,7 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
     """All of them: the verdict, a table of pairs and cases where there are several, the details.
 
     Args:
-        outcomes: One, or several, of which those that agree are folded.
+        outcomes: One or several; of several, those that agree are folded.
     """
     lines = []
     if len(outcomes) > 1:
@@ -25,14 +25,16 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
         several = len(outcomes) > 1
         title = f"{SIGNS[one.state]} {_plain(one.title)}"
         if several and one.state == "agrees":
-            told = escape(f"{SIGNS[one.state]} {one.title}: {one.told}")  # no Markdown in there
-            lines += ["<details>", f"<summary>{told}</summary>", ""]
-            lines += [*_details(one.found), "</details>", ""]
+            summary = escape(
+                f"{SIGNS[one.state]} {one.title}: {one.summary}"
+            )  # no Markdown in there
+            lines += ["<details>", f"<summary>{summary}</summary>", ""]
+            lines += [*_details(one.result), "</details>", ""]
             continue
         lines += [f"{'####' if several else '###'} {title}", ""]
-        told = one.found.verdict if one.found is not None else one.told
-        lines += [f"**{_plain(told)}**", ""]
-        lines += _details(one.found)
+        line = one.result.verdict if one.result is not None else one.summary
+        lines += [f"**{_plain(line)}**", ""]
+        lines += _details(one.result)
     lines += _environment(outcomes)
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -48,48 +50,50 @@ def _matrix(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield ""
 
 
-def _details(found: Found | None) -> Iterator[str]:
-    if found is None:
+def _details(result: ComparisonResult | None) -> Iterator[str]:
+    if result is None:
         return
-    if found.diagnosis is not None:
-        for cause in found.diagnosis.causes:
-            yield f"- **{_plain(str(cause))}**, at `{cause.stage}`. {_plain(cause.cure)}"
-        if found.diagnosis.alternatives:
-            yield f"- Or: {_plain('; '.join(found.diagnosis.alternatives))}."
-        if found.diagnosis.causes:
+    if result.diagnosis is not None:
+        for cause in result.diagnosis.causes:
+            yield f"- **{_plain(str(cause))}**, at `{cause.stage}`. {_plain(cause.fix)}"
+        if result.diagnosis.alternatives:
+            yield f"- Or: {_plain('; '.join(result.diagnosis.alternatives))}."
+        if result.diagnosis.causes:
             yield ""
-    if found.advice:
-        yield from (f"**{_plain(found.advice)}**", "")
+    if result.advice:
+        yield from (f"**{_plain(result.advice)}**", "")
     yield "| | stage | error | own error | may | reference | candidate | |"
     yield "|---|---|--:|--:|--:|--:|--:|---|"
-    for name, stage in shown_stages(found):
-        words = stage_words(found, name)
-        mark = "➡️" if name == found.first_divergence else ""
+    for name, stage in shown_stages(result):
+        words = stage_words(result, name)
+        mark = "➡️" if name == result.first_divergence else ""
         if stage is None:
             if mark:
-                yield f"| {mark} | `{name}` | | | | | | {words}, not told |"
+                yield f"| {mark} | `{name}` | | | | | | {words}, not reported |"
             continue
-        told = "; ".join([*([words] if words else []), *map(_plain, stage.faults)])
+        state = "; ".join([*([words] if words else []), *map(_plain, stage.faults)])
         values = ("", "") if stage.values is None else [f"{v:.7g}" for v in stage.values]
         yield (
             f"| {mark} | `{name}` | {short(stage.units)} | {short(stage.own_units)} "
-            f"| {short(stage.budget)} | {values[0]} | {values[1]} | {told} |"
+            f"| {short(stage.budget)} | {values[0]} | {values[1]} | {state} |"
         )
     yield ""
-    yield from (f"- Not tested by these inputs: {_plain(words)}" for words in found.untested)
-    yield from (f"- {_plain(note)}" for note in found.notes)
-    if found.untested or found.notes:
+    yield from (
+        f"- Not exercised by these inputs: {_plain(words)}" for words in result.not_exercised
+    )
+    yield from (f"- {_plain(note)}" for note in result.notes)
+    if result.not_exercised or result.notes:
         yield ""
-    if not found.passed:
-        yield from ("Repeat it from its saved case:", "", "```console", f"$ {found.repeated()}",
-                    "```", "")  # fmt: skip
+    if not result.passed:
+        yield from ("Repeat it from its saved case:", "", "```console", 
+                    f"$ {result.repeat_command()}", "```", "")  # fmt: skip
 
 
 def _environment(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    found = next((one.found for one in outcomes if one.found is not None), None)
-    if found is not None:
-        told = {**found.environment.versions, **found.environment.flags}
-        yield f"<sub>{_plain(', '.join(f'{n} {v}' for n, v in told.items()))}</sub>"
+    result = next((one.result for one in outcomes if one.result is not None), None)
+    if result is not None:
+        values = {**result.environment.versions, **result.environment.flags}
+        yield f"<sub>{_plain(', '.join(f'{n} {v}' for n, v in values.items()))}</sub>"
 
 
 def _sign(outcomes: Sequence[Outcome]) -> str:
@@ -99,7 +103,7 @@ def _sign(outcomes: Sequence[Outcome]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown and HTML leave as it is, in one line."""
+    """Text in one line, escaped for Markdown and HTML."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()))  # what is code stays code
     code = [part.replace("|", r"\|") for part in parts[1::2]]
     words = [re.sub(r"([\\*_\[\]|`])", r"\\\1", escape(part, quote=False)) for part in parts[::2]]

@@ -1,4 +1,4 @@
-"""What became of each comparison that was asked for: found, failed on the way, or not possible."""
+"""The outcome of each comparison: it ran to its end, an implementation raised, or it cannot run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anymha.parity.reports.result import Found, state_of
+from anymha.parity.reports.result import ComparisonResult, state_of
 
 SCHEMA = "anymha.comparisons/1"
 
@@ -21,23 +21,23 @@ class Outcome:
         case: The name of its inputs; empty where there is one alone.
         reference: The name of what is right.
         candidate: The name of what is judged.
-        found: What was found; None where there was nothing.
-        error: What an implementation raised.
+        result: The result; None where there is none.
+        error: The error that an implementation raised.
         reason: Why it could not be run.
     """
 
     case: str
     reference: str
     candidate: str
-    found: Found | None = field(default=None, repr=False)
+    result: ComparisonResult | None = field(default=None, repr=False)
     error: str | None = None
     reason: str | None = None
 
     @property
     def state(self) -> str:
         """One of "agrees", "differs", "error" and "not run"."""
-        if self.found is not None:
-            return "agrees" if self.found.passed else "differs"
+        if self.result is not None:
+            return "agrees" if self.result.passed else "differs"
         return "error" if self.error is not None else "not run"
 
     @property
@@ -47,33 +47,33 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """Who is held against whom, on what."""
+        """Candidate, reference and case."""
         on = f", {self.case}" if self.case else ""
         return f"{self.candidate} against {self.reference}{on}"
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The outcome in a line, without the names."""
-        found = self.found
-        if found is None:
+        result = self.result
+        if result is None:
             return f"raised {self.error}" if self.error is not None else f"not run: {self.reason}"
-        if found.passed:
-            return f"agrees in {len(found.stages)} quantities"
-        return f"parts at {found.first_divergence}: {found.diagnosis}"
+        if result.passed:
+            return f"agrees in {len(result.stages)} quantities"
+        return f"parts at {result.first_divergence}: {result.diagnosis}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        told = {"case": self.case, "state": self.state}
-        if self.found is None:
-            return {**told, "reference": self.reference, "candidate": self.candidate,
+        head = {"case": self.case, "state": self.state}
+        if self.result is None:
+            return {**head, "reference": self.reference, "candidate": self.candidate,
                     "error": self.error, "reason": self.reason}  # fmt: skip
-        return {**told, **self.found.to_dict()}
+        return {**head, **self.result.to_dict()}
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
     """One line for all of them."""
-    if len(outcomes) == 1 and outcomes[0].found is not None:
-        return outcomes[0].found.verdict
+    if len(outcomes) == 1 and outcomes[0].result is not None:
+        return outcomes[0].result.verdict
     ran = [one for one in outcomes if one.state != "not run"]
     failed = [one for one in ran if one.state != "agrees"]
     left = len(outcomes) - len(ran)
@@ -88,7 +88,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
 
 
 def passed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether something was compared, and all that was agrees."""
+    """Whether at least one comparison ran, and all that ran agree."""
     ran = [one for one in outcomes if one.state != "not run"]
     return bool(ran) and all(one.state == "agrees" for one in ran)
 
@@ -111,21 +111,21 @@ def pairs(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
     return grouped
 
 
-def stage_words(found: Found, name: str) -> str:
+def stage_words(result: ComparisonResult, name: str) -> str:
     """How a stage stands, in words; empty where it is right."""
-    state = state_of(found, name)
-    told = [stage.name for stage in found.stages]
-    if state == "own" and found.first_divergence not in told and name == _first_wrong(found):
+    state = state_of(result, name)
+    reported = [stage.name for stage in result.stages]
+    if state == "own" and result.first_divergence not in reported and name == _first_wrong(result):
         return "shows it first"
     words = {
         "first": "first divergence", "own": "wrong itself", "carried": "follows",
-        "good": "", "untold": "not told",
+        "good": "", "unreported": "not reported",
     }  # fmt: skip
     return words[state]
 
 
-def _first_wrong(found: Found) -> str | None:
-    return next((stage.name for stage in found.stages if stage.culprit), None)
+def _first_wrong(result: ComparisonResult) -> str | None:
+    return next((stage.name for stage in result.stages if stage.culprit), None)
 
 
 def _counted(number: int) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anymha.parity.reports.result import Found
+from anymha.parity.reports.result import ComparisonResult
 from anymha.parity.stages.stagewise import distance
 from anymha.parity.stages.trace import name_of_dtype
 from anymha.parity.stages.units import eps
@@ -86,27 +86,28 @@ class Bar:
     share: float
 
 
-def heat_maps(found: Found) -> list[HeatMap]:
-    """Of where the implementations part, and of who attends to whom; else of the output.
+def heat_maps(result: ComparisonResult) -> list[HeatMap]:
+    """The errors of the stage where the implementations part, and of the attention map.
 
-    Where the candidate did not tell the stage at which they part, of the first wrong one it told.
+    Where the candidate does not report the stage at which they part, the first wrong stage that it
+    reports is drawn.
     """
-    wrong = [found.first_divergence, *(s.name for s in found.stages if not s.passed or s.culprit)]
-    drawn = [heat_map(found, name) for name in dict.fromkeys(wrong) if name is not None]
+    wrong = [result.first_divergence, *(s.name for s in result.stages if not s.passed or s.culprit)]
+    drawn = [heat_map(result, name) for name in dict.fromkeys(wrong) if name is not None]
     chosen = [one for one in drawn if one is not None][:1]
     if not any(one.stage in ATTENTION[2:] for one in chosen):
         order = ("probabilities", "scores") if chosen else ("probabilities", "scores", *ATTENTION)
-        chosen += [one for one in (heat_map(found, n) for n in order) if one is not None][:1]
+        chosen += [one for one in (heat_map(result, n) for n in order) if one is not None][:1]
     if not any(one.stage in (*ATTENTION, "output") for one in chosen):
-        output = heat_map(found, "output")
+        output = heat_map(result, "output")
         chosen += [] if output is None else [output]
     return chosen
 
 
-def heat_map(found: Found, name: str) -> HeatMap | None:
+def heat_map(result: ComparisonResult, name: str) -> HeatMap | None:
     """The errors of a stage; None where the candidate did not tell it, or has another shape."""
-    stage = next((stage for stage in found.stages if stage.name == name), None)
-    arrays = found.arrays(name)
+    stage = next((stage for stage in result.stages if stage.name == name), None)
+    arrays = result.arrays(name)
     if stage is None or arrays is None or not arrays[0].size or arrays[0].ndim < 2:
         return None
     errors, axes = _planes(name, distance(arrays[1], arrays[0]))  # (B, panels, rows, columns)
@@ -173,12 +174,12 @@ def _path(cells: np.ndarray) -> str:
     return "".join(parts)
 
 
-def histogram(found: Found) -> list[Bar]:
+def histogram(result: ComparisonResult) -> list[Bar]:
     """The output's differences in units in the last place; empty where shapes differ."""
-    arrays = found.arrays("output")
+    arrays = result.arrays("output")
     if arrays is None or not arrays[0].size:
         return []
-    dtype = max((name_of_dtype(trace.output) for trace in found.traces), key=eps)
+    dtype = max((name_of_dtype(trace.output) for trace in result.traces), key=eps)
     one, other = arrays
     apart = distance(other, one)
     size = np.maximum(np.abs(one), np.abs(other))

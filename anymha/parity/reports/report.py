@@ -1,4 +1,4 @@
-"""What a comparison found, and the forms in which it is told."""
+"""`Comparison`: the result of a comparison, and the forms in which it is written."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from anymha.interchange.files.atomic_write import write_atomically
 from anymha.parity.reports.outcome import Outcome
-from anymha.parity.reports.result import Found
+from anymha.parity.reports.result import ComparisonResult
 from anymha.parity.stages.saved_case import save_case
 
 
 @dataclass(frozen=True)
-class Comparison(Found):
+class Comparison(ComparisonResult):
     """Two implementations on the same inputs.
 
     Args:
@@ -23,13 +23,13 @@ class Comparison(Found):
         stages: What was compared, in order: stages, scores, weights, gradients.
         first_divergence: The first stage that is wrong itself; None where all agree.
         diagnosis: Why they differ; None where they do not.
-        untested: Features of the call that change nothing with these inputs.
+        not_exercised: Features of the call that change nothing with these inputs.
         notes: What a reader should know.
         request: The call.
-        traces: What both gave.
-        honest: The reference's stages in float64.
-        told: The candidate's, as far as it told them.
-        named: What the command line calls both, where they come from there.
+        traces: The results of both.
+        exact: The reference's stages in float64.
+        reported: The stages that the candidate reports.
+        command_names: The names of both on the command line, where they come from there.
         environment: The versions and switches under which it ran.
 
     Example:
@@ -105,7 +105,7 @@ class Comparison(Found):
         write_atomically(Path(path), to_junit([self._outcome()]))
 
     def save(self, path: str | Path) -> None:
-        """Write inputs, masks, call, and both weights as they are known, into an ``.npz`` file.
+        """Write inputs, masks, arguments, and the known weights of both, into an ``.npz`` file.
 
         ``anymha compare REFERENCE CANDIDATE --inputs case.npz`` repeats the case.
 
@@ -117,7 +117,7 @@ class Comparison(Found):
         """
         save_case(Path(path), self.request, self.traces)
 
-    def noting(self, *notes: str) -> Comparison:
+    def with_notes(self, *notes: str) -> Comparison:
         """The same with further notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
 

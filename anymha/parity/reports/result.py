@@ -1,4 +1,4 @@
-"""What a comparison found: the data that every form of the report tells."""
+"""The result of a comparison: the data that every form of the report shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Found:
+class ComparisonResult:
     """Two implementations on the same inputs, as data; see `anymha.parity.Comparison`."""
 
     reference: str
@@ -34,13 +34,13 @@ class Found:
     stages: tuple[Stage, ...]
     first_divergence: str | None
     diagnosis: Diagnosis | None
-    untested: tuple[str, ...]
+    not_exercised: tuple[str, ...]
     notes: tuple[str, ...]
     request: Request = field(repr=False)
     traces: tuple[Trace, Trace] = field(repr=False)
-    honest: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    told: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    named: tuple[str, str] | None = None
+    exact: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    reported: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    command_names: tuple[str, str] | None = None
     environment: Environment = field(default_factory=environment, repr=False)
 
     @property
@@ -66,22 +66,22 @@ class Found:
             return ""
         return f"Their weights differ: {', '.join(names)}. Give both the same, and compare again."
 
-    def repeated(self, file: str = "case.npz") -> str:
+    def repeat_command(self, file: str = "case.npz") -> str:
         """The command that repeats the case.
 
         Args:
             file: What the case was saved as.
         """
-        names = self.named or tuple(_name(trace) for trace in self.traces)
+        names = self.command_names or tuple(_name(trace) for trace in self.traces)
         return f"anymha compare {' '.join(names)} --inputs {file}"
 
     def arrays(self, stage: str) -> tuple[np.ndarray, np.ndarray] | None:
         """The reference's and the candidate's numbers of a stage, where they have one shape."""
         first, second = self.traces
-        exact = self.honest.get("probabilities" if stage == "scores" else stage)
+        exact = self.exact.get("probabilities" if stage == "scores" else stage)
         own = {**first.stages, "scores": first.scores}.get(stage)
         one = exact if own is None else own
-        other = {**second.stages, "scores": second.scores, **self.told}.get(stage)
+        other = {**second.stages, "scores": second.scores, **self.reported}.get(stage)
         if stage == "output":
             one, other = first.output, second.output
         if one is None or other is None or one.shape != other.shape:
@@ -99,16 +99,16 @@ class Found:
             "first_divergence": self.first_divergence,
             "diagnosis": None if self.diagnosis is None else _diagnosis(self.diagnosis),
             "stages": [_stage(stage) for stage in self.stages],
-            "untested": list(self.untested),
+            "untested": list(self.not_exercised),
             "notes": list(self.notes),
             "call": call_in_words(self.request),
-            "command": self.repeated(),
+            "command": self.repeat_command(),
             "versions": self.environment.versions,
             "flags": self.environment.flags,
         }
 
     def to_text(self) -> str:
-        """The verdict, every stage, the cause and its cure, in plain text."""
+        """The verdict, every stage, the cause and its fix, in plain text."""
         lines = [self.verdict, ""]
         lines.append(
             f"  {'stage':28} {'error':>10} {'own error':>10} {'may':>8}  units of rounding"
@@ -117,43 +117,45 @@ class Found:
             mark = "->" if stage.name == self.first_divergence else "  "
             state = "" if stage.passed else "  differs"
             numbers = (stage.units, stage.own_units, stage.budget)
-            told = " ".join(f"{short(n):>{w}}" for n, w in zip(numbers, (10, 10, 8), strict=True))
+            columns = " ".join(
+                f"{short(n):>{w}}" for n, w in zip(numbers, (10, 10, 8), strict=True)
+            )
             faults = "".join(f"; {fault}" for fault in stage.faults)
-            lines.append(f"{mark}{stage.name:28} {told}{state}{faults}")
+            lines.append(f"{mark}{stage.name:28} {columns}{state}{faults}")
         if self.diagnosis is not None:
             lines += ["", f"Cause: {self.diagnosis}"]
-            lines += [f"  {cause.cure}" for cause in self.diagnosis.causes]
+            lines += [f"  {cause.fix}" for cause in self.diagnosis.causes]
         lines += [self.advice] if self.advice else []
-        lines += [f"Not tested by these inputs: {words}" for words in self.untested]
+        lines += [f"Not exercised by these inputs: {words}" for words in self.not_exercised]
         lines += [f"Note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def state_of(found: Found, name: str) -> str:
+def state_of(result: ComparisonResult, name: str) -> str:
     """How a stage stands.
 
     Returns:
         "first" where the implementations part; "own" where it is wrong itself, after that;
-        "carried" where it differs by what came before; "good"; or "untold" where the candidate did
-        not tell it.
+        "carried" where it differs by what came before; "good"; or "unreported" where the candidate
+        does not report it.
     """
-    stage = next((stage for stage in found.stages if stage.name == name), None)
-    if name == found.first_divergence:
+    stage = next((stage for stage in result.stages if stage.name == name), None)
+    if name == result.first_divergence:
         return "first"
     if stage is None:
-        return "untold"
+        return "unreported"
     if stage.culprit and not name.startswith("gradient of "):  # theirs is never known alone
         return "own"
     return "good" if stage.passed else "carried"
 
 
-def shown_stages(found: Found) -> list[tuple[str, Stage | None]]:
-    """All stages in order, the untold ones too, then the scores, the weights and the gradients."""
-    held = {stage.name: stage for stage in found.stages}
-    names = [*STAGES, *(name for name in held if name not in STAGES)]
-    if found.first_divergence is not None and found.first_divergence not in names:
-        names.append(found.first_divergence)
-    return [(name, held.get(name)) for name in names]
+def shown_stages(result: ComparisonResult) -> list[tuple[str, Stage | None]]:
+    """All stages in order, also unreported ones; then the scores, the weights, the gradients."""
+    by_name = {stage.name: stage for stage in result.stages}
+    names = [*STAGES, *(name for name in by_name if name not in STAGES)]
+    if result.first_divergence is not None and result.first_divergence not in names:
+        names.append(result.first_divergence)
+    return [(name, by_name.get(name)) for name in names]
 
 
 def short(number: float | None) -> str:
@@ -168,10 +170,10 @@ def call_in_words(request: Request) -> dict[str, str]:
     arrays = {**request.inputs, **request.masks}
     if request.bias is not None:
         arrays["attention_bias"] = request.bias
-    told = {name: f"{name_of_dtype(array)} {array.shape}" for name, array in arrays.items()}
-    ordered = sorted(told, key=lambda name: INPUTS.index(name) if name in INPUTS else len(INPUTS))
+    words = {name: f"{name_of_dtype(array)} {array.shape}" for name, array in arrays.items()}
+    ordered = sorted(words, key=lambda name: INPUTS.index(name) if name in INPUTS else len(INPUTS))
     rest = {name: _value(value) for name, value in request.call.items()}
-    return {**{name: told[name] for name in ordered}, **rest}
+    return {**{name: words[name] for name in ordered}, **rest}
 
 
 def _value(value: Any) -> str:
@@ -207,7 +209,7 @@ def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
         "explained": diagnosis.explained,
         "told": str(diagnosis),
         "causes": [
-            {"name": c.name, "detail": c.detail, "stage": c.stage, "cure": c.cure}
+            {"name": c.name, "detail": c.detail, "stage": c.stage, "cure": c.fix}
             for c in diagnosis.causes
         ],
         "remaining": _finite(diagnosis.remaining),

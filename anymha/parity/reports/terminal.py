@@ -1,4 +1,4 @@
-"""Comparisons in a terminal: verdict first, then the stages, the cause, the cure."""
+"""Comparisons in a terminal: verdict first, then the stages, the cause, the fix."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, verdict
-from anymha.parity.reports.result import Found, short, shown_stages, state_of
+from anymha.parity.reports.result import ComparisonResult, short, shown_stages, state_of
 
 STYLES = {"agrees": "green", "differs": "bold red", "error": "bold red", "not run": "dim"}
-ROWS = {"first": "bold red", "own": "red", "carried": "yellow", "untold": "dim", "good": ""}
+ROWS = {"first": "bold red", "own": "red", "carried": "yellow", "unreported": "dim", "good": ""}
 NARROW = 100
 """Columns of a terminal below which the two numbers at the worst place are left out."""
 
 
-def print_comparison(console: Console, comparison: Found) -> None:
+def print_comparison(console: Console, comparison: ComparisonResult) -> None:
     """One comparison.
 
     Args:
         console: Where.
-        comparison: What was found.
+        comparison: The result.
     """
     _verdict(console, comparison.verdict, comparison.passed)
     print_details(console, comparison)
@@ -32,8 +32,8 @@ def print_comparison(console: Console, comparison: Found) -> None:
 
 def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Several: the verdict, who agrees with whom on what, and the details of what does not."""
-    if len(outcomes) == 1 and outcomes[0].found is not None:
-        print_comparison(console, outcomes[0].found)
+    if len(outcomes) == 1 and outcomes[0].result is not None:
+        print_comparison(console, outcomes[0].result)
         return
     _verdict(console, verdict(outcomes), passed(outcomes))
     console.print()
@@ -44,54 +44,54 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
         console.print()
         style = STYLES[one.state]
         line = f"[{style}]{_sign(console, one.state)}[/] [bold]{escape(one.title)}[/]: "
-        console.print(line + escape(one.told), highlight=False, soft_wrap=True)
-        if one.found is not None:
-            print_details(console, one.found, brief=True)
-    found = next((one.found for one in outcomes if one.found is not None), None)
-    if found is not None:
-        print_environment(console, found)
+        console.print(line + escape(one.summary), highlight=False, soft_wrap=True)
+        if one.result is not None:
+            print_details(console, one.result, brief=True)
+    result = next((one.result for one in outcomes if one.result is not None), None)
+    if result is not None:
+        print_environment(console, result)
 
 
-def print_details(console: Console, found: Found, brief: bool = False) -> None:
-    """The stages, why they differ and what to do, what is not tested, and notes.
+def print_details(console: Console, result: ComparisonResult, brief: bool = False) -> None:
+    """The stages, why they differ and what to do, what the inputs do not exercise, and notes.
 
     Args:
         console: Where.
-        found: What was found.
+        result: The result.
         brief: Whether stages that agree are only counted.
     """
-    console.print(_stages(console, found, brief))
-    right = sum(state_of(found, stage.name) == "good" for stage in found.stages)
+    console.print(_stages(console, result, brief))
+    right = sum(state_of(result, stage.name) == "good" for stage in result.stages)
     if brief and right:
         console.print(f"   {right} other quantities agree", style="dim")
-    diagnosis = found.diagnosis
+    diagnosis = result.diagnosis
     if diagnosis is not None:
         for cause in diagnosis.causes:
             _line(console, f"[bold]Cause:[/] {escape(str(cause))}")
-            _line(console, f"[bold]Cure:[/]  {escape(cause.cure)}")
+            _line(console, f"[bold]Fix:[/]   {escape(cause.fix)}")
         if not diagnosis.causes:
             _line(console, f"[bold]Cause:[/] {escape(str(diagnosis))}")
         elif not diagnosis.explained:
-            _line(console, "Something else differs beside: mend this first, and compare again.")
+            _line(console, "Something else differs too: fix this first, and compare again.")
         if diagnosis.alternatives:
-            told = "; ".join(diagnosis.alternatives)
-            _line(console, f"With these inputs it could as well be: {escape(told)}.")
-    if found.advice:
-        _line(console, f"[bold]{escape(found.advice)}[/]")
-    for words in found.untested:
-        _line(console, f"[yellow]Not tested by these inputs:[/] {escape(words)}")
-    for note in found.notes:
+            others = "; ".join(diagnosis.alternatives)
+            _line(console, f"With these inputs it could also be: {escape(others)}.")
+    if result.advice:
+        _line(console, f"[bold]{escape(result.advice)}[/]")
+    for words in result.not_exercised:
+        _line(console, f"[yellow]Not exercised by these inputs:[/] {escape(words)}")
+    for note in result.notes:
         _line(console, f"[dim]Note: {escape(note)}[/]")
 
 
-def print_environment(console: Console, found: Found) -> None:
+def print_environment(console: Console, result: ComparisonResult) -> None:
     """Versions and switches."""
-    told = {**found.environment.versions, **found.environment.flags}
-    line = ", ".join(f"{name} {value}" for name, value in told.items())
+    shown = {**result.environment.versions, **result.environment.flags}
+    line = ", ".join(f"{name} {value}" for name, value in shown.items())
     console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _stages(console: Console, found: Found, brief: bool) -> Table:
+def _stages(console: Console, result: ComparisonResult, brief: bool) -> Table:
     wide = console.width >= NARROW
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
@@ -99,9 +99,9 @@ def _stages(console: Console, found: Found, brief: bool) -> Table:
     for name in ("error", "own error", "may", *(("reference", "candidate") if wide else ())):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
-    for name, stage in shown_stages(found):
-        first = name == found.first_divergence
-        if (stage is None and not first) or (brief and state_of(found, name) == "good"):
+    for name, stage in shown_stages(result):
+        first = name == result.first_divergence
+        if (stage is None and not first) or (brief and state_of(result, name) == "good"):
             continue
         arrow = "->" if console.options.ascii_only else "→"
         cells = [arrow if first else "", escape(name)]
@@ -112,9 +112,9 @@ def _stages(console: Console, found: Found, brief: bool) -> Table:
             values = None if stage is None else stage.values
             cells += ["", ""] if values is None else [f"{v:.6g}" for v in values]
         faults = () if stage is None else stage.faults
-        words = stage_words(found, name) + (", not told" if stage is None else "")
+        words = stage_words(result, name) + (", not reported" if stage is None else "")
         cells.append(escape("; ".join([*([words] if words else []), *faults])))
-        table.add_row(*cells, style=ROWS[state_of(found, name)])
+        table.add_row(*cells, style=ROWS[state_of(result, name)])
     return table
 
 

@@ -1,1 +1,1 @@
-"""The parity tool tested with itself: injected faults must be named, honest layers passed."""
+"""The self-test of `compare`: injected faults must be named, correct layers must pass."""

@@ -1,28 +1,30 @@
-"""The mistakes that the self-test plants: how each is told, where it shows, and a call where."""
+"""The faults that the self-test injects: for each its cause, its stage, and a call."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.cases import Arrays
+from anymha.parity.oracle.cases import Arrays, has_option
+from anymha.parity.oracle.features import SECTIONS
+from anymha.parity.oracle.recipe import Section
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 7, 9, 4, 6
 FEATURES = HEADS * WIDTH
 
 
 @dataclass(frozen=True)
-class Plant:
-    """One mistake.
+class Fault:
+    """One fault.
 
     Args:
         wrong: Its name in `anymha.parity.selftest.port`.
         cause: Its name in the catalogue.
         stage: The first stage that is wrong.
-        case: What the call must have for it to matter: see `planted_call`.
+        case: The features that the call must have for it to matter: see `call_with_fault`.
         options: Options of the layer.
         dtype: Of weights and inputs.
     """
@@ -37,76 +39,90 @@ class Plant:
 
 GROUPED = {"num_key_value_heads": 2}
 DROPPING = {"dropout": 0.3}
-PLANTS = (
-    Plant("mask inverted", "inverted mask", "masked_logits"),
-    Plant("mask ignored", "ignored mask", "masked_logits"),
-    Plant("mask added", "additive mask", "masked_logits"),
-    Plant("mask transposed", "transposed mask", "masked_logits", ("mask", "square")),
-    Plant("mask of the heads", "mask of batch and heads exchanged", "masked_logits",
+_FAULTS = (
+    Fault("mask inverted", "inverted mask", "masked_logits"),
+    Fault("mask ignored", "ignored mask", "masked_logits"),
+    Fault("mask added", "additive mask", "masked_logits"),
+    Fault("mask transposed", "transposed mask", "masked_logits", ("mask", "square")),
+    Fault("mask of the heads", "mask of batch and heads exchanged", "masked_logits",
           ("mask", "four")),
-    Plant("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
-    Plant("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
-    Plant("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
-    Plant("next key seen", "causal mask off by one", "masked_logits", ("causal",)),
-    Plant("own key not seen", "causal mask off by one", "masked_logits", ("causal",)),
-    Plant("causal reversed", "causal mask reversed", "masked_logits", ("causal",)),
-    Plant("offset ignored", "query offset ignored", "masked_logits", ("causal", "offset")),
-    Plant("window wider", "window off by one", "masked_logits", (), {"sliding_window": 3}),
-    Plant("window narrower", "window off by one", "masked_logits", (), {"sliding_window": 3}),
-    Plant("window ignored", "window ignored", "masked_logits", (), {"sliding_window": 3}),
-    Plant("window of one side", "window of one side", "masked_logits", (), {"sliding_window": 3}),
-    Plant("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
-    Plant("bias doubled", "wrong attention bias", "masked_logits", ("mask", "bias")),
-    Plant("rows mean", "fully masked rows give the mean of the values", "probabilities",
+    Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
+    Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
+    Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
+    Fault("next key seen", "causal mask off by one", "masked_logits", ("causal",)),
+    Fault("own key not seen", "causal mask off by one", "masked_logits", ("causal",)),
+    Fault("causal reversed", "causal mask reversed", "masked_logits", ("causal",)),
+    Fault("offset ignored", "query offset ignored", "masked_logits", ("causal", "offset")),
+    Fault("window wider", "window off by one", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window narrower", "window off by one", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window ignored", "window ignored", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window of one side", "window of one side", "masked_logits", (), {"sliding_window": 3}),
+    Fault("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
+    Fault("bias doubled", "wrong attention bias", "masked_logits", ("mask", "bias")),
+    Fault("rows mean", "fully masked rows give the mean of the values", "probabilities",
           ("mask", "empty")),
-    Plant("rows NaN", "fully masked rows give NaN", "probabilities", ("mask", "empty")),
-    Plant("rows unmasked", "fully masked rows are not masked", "probabilities",
+    Fault("rows NaN", "fully masked rows give NaN", "probabilities", ("mask", "empty")),
+    Fault("rows unmasked", "fully masked rows are not masked", "probabilities",
           ("mask", "empty")),
-    Plant("scale missing", "wrong scale", "logits"),
-    Plant("scale twice", "wrong scale", "logits"),
-    Plant("scale by the model's width", "wrong scale", "logits"),
-    Plant("scale by the value's width", "wrong scale", "logits", ("mask",), {"value_dim": 5}),
-    Plant("softmax over queries", "softmax over another axis", "probabilities"),
-    Plant("softmax over heads", "softmax over another axis", "probabilities"),
-    Plant("no softmax", "no softmax", "probabilities"),
-    Plant("grouped heads tiled", "grouped heads tiled", "logits", ("mask",), GROUPED),
-    Plant("key and value exchanged", "inputs exchanged", "key", ("mask", "three")),
-    Plant("batch and time exchanged", "batch and time exchanged", "query", ("square",)),
-    Plant("rotary halves", "rotary positions, by halves", "query"),
-    Plant("rotary pairs", "rotary positions, by pairs", "query"),
-    Plant("dropout left on", "dropout left on", "dropped_probabilities"),
-    Plant("dropout does not act", "wrong dropout", "dropped_probabilities",
+    Fault("scale missing", "wrong scale", "logits"),
+    Fault("scale twice", "wrong scale", "logits"),
+    Fault("scale by the model's width", "wrong scale", "logits"),
+    Fault("scale by the value's width", "wrong scale", "logits", ("mask",), {"value_dim": 5}),
+    Fault("softmax over queries", "softmax over another axis", "probabilities"),
+    Fault("softmax over heads", "softmax over another axis", "probabilities"),
+    Fault("no softmax", "no softmax", "probabilities"),
+    Fault("grouped heads tiled", "grouped heads tiled", "logits", ("mask",), GROUPED),
+    Fault("key and value exchanged", "inputs exchanged", "key", ("mask", "three")),
+    Fault("batch and time exchanged", "batch and time exchanged", "query", ("square",)),
+    Fault("rotary halves", "rotary positions, by halves", "query"),
+    Fault("rotary pairs", "rotary positions, by pairs", "query"),
+    Fault("dropout left on", "dropout left on", "dropped_probabilities"),
+    Fault("dropout does not act", "wrong dropout", "dropped_probabilities",
           ("mask", "training"), DROPPING),
-    Plant("dropout not scaled", "wrong dropout", "dropped_probabilities",
+    Fault("dropout not scaled", "wrong dropout", "dropped_probabilities",
           ("mask", "training"), DROPPING),
-    Plant("heads merged without exchange", "heads merged wrongly", "context"),
-    Plant("heads split without exchange", "heads split wrongly", "query"),
-    Plant("query transposed", "transposed kernel", "query"),
-    Plant("value transposed", "transposed kernel", "value"),
-    Plant("packed in another order", "packed weights in another order", "query"),
-    Plant("packed by head", "packed weights split wrongly", "query"),
-    Plant("heads interleaved", "heads interleaved", "query"),
-    Plant("query bias left out", "missing bias", "query"),
-    Plant("value bias left out", "missing bias", "value"),
-    Plant("output bias left out", "missing bias", "output"),
-    Plant("value bias doubled", "doubled bias", "value"),
-    Plant("output bias for each head", "doubled bias", "output"),
-    Plant("value bias of the key", "bias of another projection", "value"),
-    Plant("output interleaved", "output kernel interleaved", "output"),
-    Plant("output by the first head", "output projection not applied by head", "output"),
-    Plant("output left out", "output projection not applied by head", "output"),
-    Plant("heads in another order", "heads permuted", "output"),
-    Plant("bfloat16", "computed in bfloat16", "query"),
-    Plant("float32", "computed in float32", "query", ("mask",), {}, "float64"),
-    Plant("scores averaged", "in the returned scores: averaged over the heads", "scores"),
-    Plant("scores after dropout", "in the returned scores: taken after dropout", "scores",
+    Fault("heads merged without exchange", "heads merged wrongly", "context"),
+    Fault("heads split without exchange", "heads split wrongly", "query"),
+    Fault("query transposed", "transposed kernel", "query"),
+    Fault("value transposed", "transposed kernel", "value"),
+    Fault("packed in another order", "packed weights in another order", "query"),
+    Fault("packed by head", "packed weights split wrongly", "query"),
+    Fault("heads interleaved", "heads interleaved", "query"),
+    Fault("query bias left out", "missing bias", "query"),
+    Fault("value bias left out", "missing bias", "value"),
+    Fault("output bias left out", "missing bias", "output"),
+    Fault("value bias doubled", "doubled bias", "value"),
+    Fault("output bias for each head", "doubled bias", "output"),
+    Fault("value bias of the key", "bias of another projection", "value"),
+    Fault("output interleaved", "output kernel interleaved", "output"),
+    Fault("output by the first head", "output projection not applied by head", "output"),
+    Fault("output left out", "output projection not applied by head", "output"),
+    Fault("heads in another order", "heads permuted", "output"),
+    Fault("bfloat16", "computed in bfloat16", "query"),
+    Fault("float32", "computed in float32", "query", ("mask",), {}, "float64"),
+    Fault("scores averaged", "in the returned scores: averaged over the heads", "scores"),
+    Fault("scores after dropout", "in the returned scores: taken after dropout", "scores",
           ("mask", "training"), DROPPING),
 )  # fmt: skip
+
+
+def option_faults(section: type[Section]) -> Iterator[Fault]:
+    """The faults of an option, each in a call with a mask and a bias, whose order matters."""
+    value = section.examples[0]
+    for wrong, cause, stage in section.faults:
+        yield Fault(wrong, cause, stage, ("mask", "bias"), {section.option: value})
+
+
+_WITH_OPTIONS = (option_faults(section) for section in SECTIONS.values() if has_option(section))
+FAULTS: tuple[Fault, ...] = (
+    *_FAULTS,
+    *(fault for several in _WITH_OPTIONS for fault in several),
+)
 """Every mistake of the catalogue at least once."""
 
 
-def planted_call(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, dict[str, Any]]:
-    """Inputs and arguments of a call that has these features.
+def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, dict[str, Any]]:
+    """Inputs and arguments of a call with these features.
 
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
@@ -142,8 +158,8 @@ def planted_call(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Arrays, 
     return inputs, call
 
 
-def misloaded(weights: Mapping[str, np.ndarray], wrong: Collection[str]) -> Arrays:
-    """The weights as a port with these mistakes loads them."""
+def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str]) -> Arrays:
+    """The weights as a port with these faults loads them."""
     w = dict(weights)
     features, heads, width = w["query.kernel"].shape
     for name in ("query", "key", "value"):

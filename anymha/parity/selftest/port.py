@@ -1,13 +1,13 @@
-"""A layer as people port it, step by step in any framework, into which mistakes can be planted.
+"""A port of the layer, step by step in any framework, into which faults can be injected.
 
-It is written apart from the layer, the oracle and the catalogue, so that what finds mistakes is not
-tested with what makes them.
+It is written apart from the layer, the oracle and the catalogue: the search for mistakes is not
+tested with the code that makes them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.parity.oracle.cases import Arrays
+from anymha.parity.oracle.recipe import Section
 
 RATE = 0.3
-"""Of the dropout that somebody forgot to switch off."""
+"""The rate of a dropout that was left on."""
 
 
 @dataclass
@@ -27,18 +28,20 @@ class Port:
     Args:
         ops: The framework.
         weights: Canonical weights in NumPy.
-        wrong: The mistakes in it, by the names of `anymha.parity.selftest.injected_faults`.
-        tells: Whether it tells its stages, or returns the output and the scores alone.
+        wrong: The faults in it, by the names of `anymha.parity.selftest.injected_faults`.
+        reports_stages: Whether it reports its stages, or returns the output and the scores alone.
         window: Its window.
         dropout: Its share of dropped probabilities.
+        sections: The options of the attention that it has.
     """
 
     ops: Any
     weights: Arrays
     wrong: Collection[str] = ()
-    tells: bool = True
+    reports_stages: bool = True
     window: int | None = None
     dropout: float = 0.0
+    sections: Sequence[Section] = ()
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def __call__(
@@ -72,25 +75,27 @@ class Port:
         for pairs in ("rotary halves", "rotary pairs"):
             if pairs in wrong:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
-        told = {"query": q, "key": k, "value": v}
+        q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
+        stages = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
         keys, values = self._repeated(k, group), self._repeated(v, group)
 
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
-        scale = self._scale(q.shape[-1], v.shape[-1])
-        logits = ops.matmul(q * scale, ops.permute_dims(keys, (0, 1, 3, 2)))
-        told["logits"] = logits
+        logits = ops.matmul(q * self.scale, ops.permute_dims(keys, (0, 1, 3, 2)))
+        logits = self._with("logits", logits)
+        stages["logits"] = logits
         raw = logits
         if attention_bias is not None and "bias left out" not in wrong:
             logits = logits + attention_bias * (2.0 if "bias doubled" in wrong else 1.0)
+        logits = self._with("biased_logits", logits)
         seen = self._seen(attention_mask, use_causal_mask, query_offset, logits)
         if "mask added" in wrong:
             number = ops.astype(self._mask(attention_mask), dtype)
             logits = logits + number
-        masked = ops.where(seen, logits, -math.inf)
-        told["masked_logits"] = masked
-        scores = self._softmax(masked, raw)
-        told["probabilities"] = scores
+        masked = self._with("masked_logits", ops.where(seen, logits, -math.inf))
+        stages["masked_logits"] = masked
+        scores = self._with("probabilities", self._softmax(masked, raw))
+        stages["probabilities"] = scores
         kept = scores
         if "dropout left on" in wrong:
             keep = ops.from_numpy(self.rng.random(tuple(scores.shape)) >= RATE)
@@ -100,12 +105,13 @@ class Port:
             factor = 1.0 if "dropout not scaled" in wrong else drop.factor
             keep = drop.keep(ops, tuple(scores.shape), like=scores)
             kept = ops.where(keep, scores * factor, 0.0)
-        told["dropped_probabilities"] = kept
+        stages["dropped_probabilities"] = kept
         context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))
         if "heads merged without exchange" in wrong:
             shape = tuple(context.shape)
             context = ops.reshape(ops.permute_dims(context, (0, 2, 1, 3)), shape)
-        told["context"] = context
+        context = self._with("context", context)
+        stages["context"] = context
         output = self._output(context)
         if "batch and time exchanged" in wrong:
             output = ops.permute_dims(output, (1, 0, 2))
@@ -116,7 +122,17 @@ class Port:
             returned = kept
         if "batch and time exchanged" in wrong:
             return output
-        return {**told, "output": output, "scores": returned} if self.tells else (output, returned)
+        return (
+            {**stages, "output": output, "scores": returned}
+            if self.reports_stages
+            else (output, returned)
+        )
+
+    def _with(self, place: str, array: Any) -> Any:
+        """An array as the options change it."""
+        for section in self.sections:
+            array = section.ported(self.ops, place, array, self)
+        return array
 
     def _heads(self, x: Any, name: str) -> Any:
         """(B, T, H, d)."""
@@ -160,7 +176,10 @@ class Port:
         turned = [one * cos - two * sin, one * sin + two * cos]
         return ops.reshape(ops.stack(turned, axis=last), (batch, length, heads, width))
 
-    def _scale(self, width: int, value_width: int) -> float:
+    @property
+    def scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        width, value_width = (self.weights[f"{n}.kernel"].shape[2] for n in ("query", "value"))
         factors = {
             "scale missing": 1.0,
             "scale twice": 1 / width,

@@ -1,4 +1,4 @@
-"""The tool tested with itself: planted mistakes must be caught and named, honest layers passed."""
+"""The self-test: injected faults must be caught and named, correct layers must pass."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import numpy as np
 
 from anymha.framework.registry import Backend, get_layer
 from anymha.interchange.layers import set_weights
-from anymha.parity.adapters import subject
-from anymha.parity.comparison.baseline import Standard
+from anymha.parity.adapters import adapter_for
+from anymha.parity.comparison.baseline import Baseline
 from anymha.parity.comparison.compare import compare
-from anymha.parity.oracle.cases import Arrays, numpy_dtype
+from anymha.parity.oracle.cases import Arrays, has_option, numpy_dtype
+from anymha.parity.oracle.features import SECTIONS, sections_of
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.selftest.injected_faults import (
     BATCH,
+    FAULTS,
     FEATURES,
     HEADS,
     KEYS,
-    PLANTS,
     QUERIES,
     WIDTH,
-    Plant,
-    misloaded,
-    planted_call,
+    Fault,
+    call_with_fault,
+    weights_with_faults,
 )
 from anymha.parity.selftest.port import Port
 from anymha.parity.stages.trace import Request, Trace, problem_of
@@ -37,54 +38,54 @@ Progress = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What became of a planted mistake, or of two.
+class FaultResult:
+    """The result of one injected fault, or of two.
 
     Args:
-        planted: The mistakes.
+        faults: The faults.
         backend: The framework that they are in.
-        tells: Whether the port told its stages.
+        reports_stages: Whether the port reported its stages.
         caught: Whether the comparison failed, as it must.
         stage: Whether it named the first stage.
-        cause: Whether it named the mistake; of two, the first.
+        cause: Whether it named the fault; of two, the first.
         both: Whether it named both; of one, as `cause`.
-        told: What it said.
+        verdict: The comparison's verdict.
     """
 
-    planted: tuple[str, ...]
+    faults: tuple[str, ...]
     backend: str
-    tells: bool
+    reports_stages: bool
     caught: bool
     stage: bool
     cause: bool
     both: bool
-    told: str
+    verdict: str
 
 
-def plant_all(
+def inject_all(
     backends: Sequence[Backend], progress: Progress = lambda *_: None, seed: int = 0
-) -> Iterator[Found]:
-    """Every mistake in every framework, with stages told and without."""
-    for plant in PLANTS:
+) -> Iterator[FaultResult]:
+    """Every fault in every framework, with and without reported stages."""
+    for fault in FAULTS:
         for backend in backends:
-            progress(plant.wrong, backend.name)
-            for tells in (True, False):
-                yield try_planted(backend, (plant,), tells, seed)
+            progress(fault.wrong, backend.name)
+            for reports_stages in (True, False):
+                yield try_faults(backend, (fault,), reports_stages, seed)
 
 
-def plant_pairs(
+def inject_pairs(
     backends: Sequence[Backend], progress: Progress = lambda *_: None, seed: int = 0
-) -> Iterator[Found]:
-    """Two mistakes together, of different stages and of one kind of call."""
-    for one, other in itertools.combinations(PLANTS, 2):
-        if goes_together(one, other):
+) -> Iterator[FaultResult]:
+    """Two faults together, of different stages and of one kind of call."""
+    for one, other in itertools.combinations(FAULTS, 2):
+        if can_be_combined(one, other):
             for backend in backends:
                 progress(f"{one.wrong}, {other.wrong}", backend.name)
-                yield try_planted(backend, (one, other), True, seed)
+                yield try_faults(backend, (one, other), True, seed)
 
 
-def goes_together(one: Plant, other: Plant) -> bool:
-    """Whether two mistakes can be made at once and neither hides the other."""
+def can_be_combined(one: Fault, other: Fault) -> bool:
+    """Whether two faults can be injected at once, and neither hides the other."""
     alike = one.options == other.options and one.dtype == other.dtype
     chance = {"dropout left on", "bfloat16", "batch and time exchanged", "scores averaged",
               "no softmax"}  # fmt: skip
@@ -92,40 +93,43 @@ def goes_together(one: Plant, other: Plant) -> bool:
     return alike and clear and one.case == other.case == ("mask",) and one.stage != other.stage
 
 
-def try_planted(backend: Backend, plants: tuple[Plant, ...], tells: bool, seed: int = 0) -> Found:
-    """Compare a port with these mistakes with the layer."""
-    plant = plants[0]
-    ops, wrong = backend.ops, {p.wrong for p in plants}
-    inputs, call = planted_call(plant.case, plant.dtype, seed)
-    layer, weights = make_layer(plant.options, plant.dtype, seed)
+def try_faults(
+    backend: Backend, faults: tuple[Fault, ...], reports_stages: bool, seed: int = 0
+) -> FaultResult:
+    """Compare a port that has these faults with the layer."""
+    fault = faults[0]
+    ops, wrong = backend.ops, {p.wrong for p in faults}
+    inputs, call = call_with_fault(fault.case, fault.dtype, seed)
+    layer, weights = make_layer(fault.options, fault.dtype, seed)
     port = Port(
-        ops, misloaded(weights, wrong), wrong, tells, plant.options.get("sliding_window"),
-        plant.options.get("dropout", 0.0),
+        ops, weights_with_faults(weights, wrong), wrong, reports_stages,
+        fault.options.get("sliding_window"),
+        fault.options.get("dropout", 0.0), sections_of(layer.config),
     )  # fmt: skip
-    given = {name: ops.from_numpy(array) for name, array in inputs.items()}
+    arrays = {name: ops.from_numpy(array) for name, array in inputs.items()}
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of frameworks, at what the planted mistake does
-        report = compare(layer, port, given, **call)
+        warnings.simplefilter("ignore")  # of frameworks, about the fault
+        report = compare(layer, port, arrays, **call)
     order = ("query", "key", "value", "logits", "masked_logits", "probabilities",
              "dropped_probabilities", "context", "output", "scores")  # fmt: skip
-    first = min(plants, key=lambda p: order.index(p.stage))
+    first = min(faults, key=lambda p: order.index(p.stage))
     causes = [c.name for c in report.diagnosis.causes] if report.diagnosis else []
     alternatives = report.diagnosis.alternatives if report.diagnosis else ()
     named = {*causes, *(words.partition(" (")[0] for words in alternatives)}
-    return Found(
-        tuple(p.wrong for p in plants),
+    return FaultResult(
+        tuple(p.wrong for p in faults),
         backend.name,
-        tells,
+        reports_stages,
         not report.passed,
         report.first_divergence == first.stage,
-        bool(causes) and (causes[0] == first.cause or (len(plants) == 1 and first.cause in named)),
-        {p.cause for p in plants} <= named,
+        bool(causes) and (causes[0] == first.cause or (len(faults) == 1 and first.cause in named)),
+        {p.cause for p in faults} <= named,
         report.verdict,
     )
 
 
 def make_layer(options: Any, dtype: str, seed: int, backend: str = "numpy") -> tuple[Any, Arrays]:
-    """A layer with random weights and biases, and these."""
+    """A layer with random weights and biases, and the weights."""
     layer = get_layer(backend)(HEADS, WIDTH, query_features=FEATURES, dtype=dtype, **dict(options))
     weights = random_weights(layer, dtype, seed)
     return set_weights(layer, weights), weights
@@ -150,22 +154,22 @@ STRUCTURES = 200
 
 @dataclass(frozen=True)
 class Alarm:
-    """Two honest layers that were said to differ.
+    """Two correct layers that the comparison says differ.
 
     Args:
         dtype: Of both.
         pair: Their backends.
-        number: Of the configuration; with it the same numbers come again.
-        told: The whole text.
+        number: Of the configuration, which it reproduces.
+        text: The whole report.
     """
 
     dtype: str
     pair: tuple[str, str]
     number: int
-    told: str
+    text: str
 
 
-def honest(
+def find_false_alarms(
     backends: Sequence[Backend],
     count: int,
     dtypes: Sequence[str] = DTYPES,
@@ -175,11 +179,11 @@ def honest(
 
     Every two backends are compared, each way round; a single one with itself.
     """
-    layers: dict[Any, Any] = {}  # a layer keeps what it compiles
+    layers: dict[Any, Any] = {}  # a layer keeps its compiled programs
     for dtype in dtypes:
         for number in range(count):
-            progress("honest", f"{dtype} {number}")
-            options, request = honest_call(number, dtype)
+            progress("correct layers", f"{dtype} {number}")
+            options, request = random_call(number, dtype)
             traces = {}
             for backend in backends:
                 kind = (backend.name, dtype, *sorted(options.items()))
@@ -187,7 +191,7 @@ def honest(
                     layers[kind] = make_layer(options, dtype, number, backend.name)[0]
                 layer = layers[kind]
                 layer = layers[kind] = set_weights(layer, random_weights(layer, dtype, number))
-                traces[backend.name] = subject(layer).trace(request, None)
+                traces[backend.name] = adapter_for(layer).trace(request, None)
             yield [
                 Alarm(dtype, pair, number, report.to_text())
                 for pair, report in _each_way(request, traces)
@@ -204,12 +208,12 @@ def _each_way(
     assert basis.weights is not None
     with np.errstate(all="ignore"):
         folded = fold(problem_of(basis.config, basis.weights, request))
-        standards = {name: Standard(request, folded, trace) for name, trace in traces.items()}
+        baselines = {name: Baseline(request, folded, trace) for name, trace in traces.items()}
         for pair in list(itertools.permutations(traces, 2)) or [(name, name) for name in traces]:
-            yield pair, standards[pair[0]].judge(traces[pair[1]])
+            yield pair, baselines[pair[0]].judge(traces[pair[1]])
 
 
-def honest_call(number: int, dtype: str) -> tuple[dict[str, Any], Request]:
+def random_call(number: int, dtype: str) -> tuple[dict[str, Any], Request]:
     """A random configuration: options of the layer, and a call. Few shapes, many numbers.
 
     Options and arguments are drawn anew `STRUCTURES` times for each dtype, as JAX and TensorFlow
@@ -226,6 +230,9 @@ def honest_call(number: int, dtype: str) -> tuple[dict[str, Any], Request]:
     if drawn.random() < 0.2:
         options["sliding_window"] = 3
     own, masked, padded, biased, causal = drawn.random(5) < (0.3, 0.5, 0.3, 0.2, 0.4)
+    for section in SECTIONS.values():
+        if has_option(section) and drawn.random() < 0.2:
+            options[section.option] = section.examples[0]
     spread = float(rng.choice([0.1, 1.0, 4.0]))
     narrow = numpy_dtype(dtype)
 

@@ -1,1 +1,1 @@
-"""Two implementations held against each other stage by stage, and how far they may be apart."""
+"""Two implementations compared stage by stage, and the errors that rounding explains."""

@@ -1,4 +1,4 @@
-"""Elements that differ between backends, and those of them that are ties."""
+"""Counts of elements that differ between backends, and of ties among them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def count_differing(
 ) -> tuple[int, int, int]:
     """How many elements differ in any bit between some two results, of those ties, of how many.
 
-    A NaN differs from every number, and from no NaN. A quantity of which the results have different
-    shapes or dtypes is not counted.
+    A NaN differs from every number, and from no NaN. A quantity is not counted where the results
+    have different shapes or dtypes.
 
     Args:
         results: Each backend's arrays by name.
-        exact: What the oracle gave, in float64.
+        exact: The results of the oracle, in float64.
         close: How far the float64 that a backend rounds may be from it, by name; None where they
             round something else, and there are no ties.
 
     Returns:
         Numbers of elements. A tie is an element for which the backends gave two neighbours in
-        float32, and whose exact value is as close to the middle between them as float64 tells.
+        float32, and whose exact value is as close to the middle between them as float64 resolves.
     """
     differing = ties = compared = 0
     for name in exact:

@@ -1,4 +1,4 @@
-"""What is compared beside the stages: dtypes, weights, gradients."""
+"""Weights and gradients compared."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from anymha.parity.stages.limits import computed_dtype
-from anymha.parity.stages.stagewise import Stage, staged
+from anymha.parity.stages.stagewise import Stage, compare_stage
 from anymha.parity.stages.trace import Trace, name_of_dtype
 from anymha.parity.stages.units import eps
 
 
-def weights_compared(first: Trace, second: Trace) -> list[Stage]:
-    """The weights that both told and that differ: the first thing to mend."""
+def compare_weights(first: Trace, second: Trace) -> list[Stage]:
+    """The weights that differ, where those of both are known: the first thing to fix."""
     if first.weights is None or second.weights is None:
         return []
     stages = []
@@ -38,7 +38,7 @@ def weights_compared(first: Trace, second: Trace) -> list[Stage]:
     return stages
 
 
-def gradients_compared(
+def compare_gradients(
     traces: tuple[Trace, Trace], exact: Mapping[str, np.ndarray], allowed: Mapping[str, float]
 ) -> list[Stage]:
     """The gradients that both have; `exact` and `allowed` by name."""
@@ -50,7 +50,7 @@ def gradients_compared(
         if got is None or name not in exact:
             continue
         stages.append(
-            staged(
+            compare_stage(
                 f"gradient of {name}",
                 wanted.astype(np.float64),
                 got.astype(np.float64),
@@ -63,22 +63,22 @@ def gradients_compared(
     return stages
 
 
-def limited(reference: Trace, stages: Sequence[Stage]) -> list[str]:
-    """Which gradients hold what no number can be held against, in words.
+def nonfinite_gradients(reference: Trace, stages: Sequence[Stage]) -> list[str]:
+    """A note on gradients that hold NaN or infinity, which cannot be compared as numbers.
 
     Args:
         reference: The reference's trace.
         stages: Its gradients, compared.
     """
-    found = []
+    named = []
     for stage in stages:
         wanted = reference.gradients[stage.name.removeprefix("gradient of ")].astype(np.float64)
         known = int(np.isfinite(wanted).sum()) if math.isfinite(stage.budget) else 0
         if known < wanted.size:
-            found.append(f"{stage.name} ({wanted.size - known} of {wanted.size})")
-    if not found:
+            named.append(f"{stage.name} ({wanted.size - known} of {wanted.size})")
+    if not named:
         return []
     return [
         "NaN or infinity limits what can be compared: of these numbers it is only known that both "
-        f"implementations have NaN at the same places: {', '.join(found)}."
+        f"implementations have NaN at the same places: {', '.join(named)}."
     ]

@@ -27,12 +27,12 @@ class Tolerances:
 
     def of(self, stage: str, trace: Trace) -> np.ndarray:
         """The greatest error that rounding explains, of each position; broadcasts to the stage."""
-        meant = self.reference
-        if meant is not None and eps(computed_dtype(trace)) > eps(computed_dtype(meant)):
-            trace = meant
+        reference = self.reference
+        if reference and eps(computed_dtype(trace)) > eps(computed_dtype(reference)):
+            trace = reference
         dtype, size = computed_dtype(trace), self.sizes[stage]
         relative = tolerance(
-            dtype, self.length, 1.0, accumulated=trace.accumulated, held=trace.held
+            dtype, self.length, 1.0, accumulated=trace.accumulated, stored=trace.stored
         )
         return relative * size + smallest(dtype) * self.length
 
@@ -51,13 +51,13 @@ def computed_dtype(trace: Trace) -> str:
 
 
 def reproducible(trace: Trace) -> bool:
-    """Whether every bit of a trace's results is settled."""
+    """Whether the layer of a trace is in reproducible mode, where every bit is defined."""
     config = trace.config
     return config is not None and (config.dtype, config.compute_dtype) == ("float32", "float64")
 
 
-def shares_of(apart: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Errors over what rounding explains of each; infinite where it explains none."""
+def error_shares(apart: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Errors as shares of the errors that rounding explains; infinite where it explains none."""
     try:
         limits = np.broadcast_to(limits, apart.shape)
     except ValueError:  # a mistake turned the axes

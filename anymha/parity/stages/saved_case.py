@@ -1,7 +1,7 @@
-"""A case in an ``.npz`` file: what a comparison was made on, so that it can be repeated.
+"""A case in an ``.npz`` file: the inputs of a comparison, so that it can be repeated.
 
 The file has the inputs, masks and arguments of the call under their own names; "framework", whose
-arrays a plain function was given; for each of "reference" and "candidate" that told its weights
+arrays a plain function gets; for each of "reference" and "candidate" whose weights are known
 "reference.config", its options as JSON, and "reference.weights.query.kernel" and so on; and
 "bfloat16", as JSON the names of the arrays that NumPy cannot store as what they are and that are
 stored as float32, which holds them exactly.
@@ -32,8 +32,8 @@ EXTRA = ("framework", "bfloat16", *(f"{side}.config" for side in SIDES))
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer as far as it told itself.
+class SavedLayer:
+    """Options and weights of a layer.
 
     Args:
         config: Its options.
@@ -46,17 +46,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class SavedCase:
-    """What a file holds.
+    """The content of a file.
 
     Args:
-        inputs: "query", and "value" and "key" where they are given, in the saved framework.
+        inputs: "query", and "value" and "key" where the case has them, in the saved framework.
         call: The call's other arguments.
-        layers: "reference" and "candidate", as far as they told their weights.
+        layers: "reference" and "candidate", where their weights are known.
     """
 
     inputs: dict[str, Any]
     call: dict[str, Any]
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, SavedLayer] = field(default_factory=dict)
 
 
 def save_case(path: Path, request: Request, traces: tuple[Trace, Trace]) -> None:
@@ -95,7 +95,7 @@ def load_case(path: Path, framework: str | None = None) -> SavedCase:
 
     Args:
         path: The file.
-        framework: In whose arrays the inputs are given to plain functions; default: as saved.
+        framework: The framework whose arrays plain functions get; default: as saved.
 
     Raises:
         FileError: it cannot be read, has no query, or holds what no call has.
@@ -107,8 +107,8 @@ def load_case(path: Path, framework: str | None = None) -> SavedCase:
     unknown = [n for n in arrays if n not in known and n.split(".weights.")[0] not in SIDES]
     if "query" not in arrays or unknown:
         lacking = "" if "query" in arrays else " has no 'query'"
-        beside = f" has {', '.join(map(repr, unknown))}, which no call takes" if unknown else ""
-        both = f"{lacking}{' and' if lacking and beside else ''}{beside}"
+        others = f" has {', '.join(map(repr, unknown))}, which no call takes" if unknown else ""
+        both = f"{lacking}{' and' if lacking and others else ''}{others}"
         raise FileError(
             f"{path}{both}. A case has: {', '.join((*INPUTS, *MASKS, *ARGUMENTS))}; of these only "
             "the query must be there."
@@ -123,7 +123,7 @@ def load_case(path: Path, framework: str | None = None) -> SavedCase:
     return SavedCase(inputs, call, _layers(path, arrays))
 
 
-def _layers(path: Path, arrays: Arrays) -> dict[str, Layer]:
+def _layers(path: Path, arrays: Arrays) -> dict[str, SavedLayer]:
     layers = {}
     for side in SIDES:
         options = _json(path, arrays, f"{side}.config", None)
@@ -132,7 +132,7 @@ def _layers(path: Path, arrays: Arrays) -> dict[str, Layer]:
         if options is None or not weights:
             continue
         try:
-            layers[side] = Layer(AttentionConfig.from_dict(options), weights)
+            layers[side] = SavedLayer(AttentionConfig.from_dict(options), weights)
         except (AnymhaError, TypeError, AttributeError) as error:
             raise FileError(f"{path} has a broken {side!r}: {error}") from error
     return layers
@@ -148,8 +148,8 @@ def _json(path: Path, arrays: Arrays, name: str, default: Any) -> Any:
 
 
 def _framework(request: Request) -> str:
-    """Of the arrays that the user gave."""
+    """The framework of the user's arrays."""
     try:
-        return backend_of(request.given["query"]).name
+        return backend_of(request.originals["query"]).name
     except (AnymhaError, KeyError):
         return "numpy"  # a list

@@ -1,4 +1,4 @@
-"""Two traces held against each other, stage by stage: structure first, then numbers."""
+"""Two traces compared stage by stage: structure first, then numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.bits import count_differing
-from anymha.parity.stages.limits import Tolerances, computed_dtype, reproducible, shares_of
+from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares, reproducible
 from anymha.parity.stages.structure import distance, structure
 from anymha.parity.stages.tolerance import tolerance
 from anymha.parity.stages.trace import STAGES, Trace, name_of_dtype
@@ -20,24 +20,24 @@ OBSERVED = (*STAGES, "scores")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the candidate beside the reference's.
+    """One stage of the candidate compared with the reference's.
 
     Args:
         name: The stage, "scores", or "gradient of NAME".
-        told: Whether the candidate told it; else it was computed from its weights, or not known.
+        reported: Whether the candidate reports it.
         error: The greatest difference from the reference, built up over all stages before.
         own_error: The difference that is this stage's own: from what the reference's step makes of
             the candidate's own earlier stages.
         unit: ``eps * max |reference|`` of the stage: the rounding of its greatest number.
         budget: How many units rounding explains.
         ratio: The candidate's error against float64 over the reference's; None where unknown.
-        faults: What is wrong beside numbers, in words.
+        faults: What is wrong apart from numbers, in words.
         at: Where the greatest difference is.
         values: The reference's and the candidate's number there.
     """
 
     name: str
-    told: bool
+    reported: bool
     error: float
     own_error: float
     unit: float
@@ -69,63 +69,62 @@ class Stage:
 
 
 def in_units(error: float, unit: float) -> float:
-    """An error in units, of which there may be none."""
+    """An error in units; infinite where the unit is 0."""
     return 0.0 if error == 0 else error / unit if unit else math.inf
 
 
-def observed(trace: Trace, output: np.ndarray) -> Arrays:
-    """What a trace told, by stage, the output flat (B, T, O)."""
-    found = {**trace.stages, "output": output}
+def reported_stages(trace: Trace, output: np.ndarray) -> Arrays:
+    """The stages of a trace by name, with the output as (B, T, O)."""
+    stages = {**trace.stages, "output": output}
     if trace.scores is not None:
-        found["scores"] = trace.scores
-    return {name: found[name].astype(np.float64) for name in OBSERVED if name in found}
+        stages["scores"] = trace.scores
+    return {name: stages[name].astype(np.float64) for name in OBSERVED if name in stages}
 
 
-def compared(
+def compare_stages(
     recipe: Recipe,
-    honest: Arrays,
+    exact: Arrays,
     traces: tuple[Trace, Trace],
-    told: tuple[Arrays, Arrays],
+    reported: tuple[Arrays, Arrays],
 ) -> list[Stage]:
-    """Every stage that the candidate told, and its projections where it told its weights.
+    """Every stage that the candidate reports.
 
     Args:
         recipe: What the reference computes.
-        honest: Its stages in float64, and the "scores" that it returns.
+        exact: Its stages in float64, and the "scores" that it returns.
         traces: The reference's and the candidate's.
-        told: What both told, by stage.
+        reported: The stages that both report, by name.
     """
     tolerances = Tolerances(recipe, traces[0])
-    wanted, found = told
-    own: Arrays = {}  # the candidate's stages, filled up by the reference's steps
+    own: Arrays = {}  # the candidate's stages; the reference's steps compute those it lacks
     stages = []
     for name in OBSERVED:
-        expected = honest[name]
-        reference = wanted.get(name, expected)
+        float64 = exact[name]
+        reference = reported[0].get(name, float64)
         if name == "scores":
             fed = own["probabilities"]
         else:
-            fed = recipe.steps[name](recipe, own) if _fits(own, honest) else expected
-        candidate = found.get(name)
+            fed = recipe.stage(name, own) if _fits(own, exact) else float64
+        candidate = reported[1].get(name)
         if candidate is not None:
             allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
             dtype = computed_dtype(traces[0])
-            stages.append(staged(name, reference, candidate, fed, expected, allowed, dtype))
+            stages.append(compare_stage(name, reference, candidate, fed, float64, allowed, dtype))
             if name == "output":
-                stages[-1] = faulted(stages[-1], *beside_numbers(traces))
+                stages[-1] = with_faults(stages[-1], *output_faults(traces))
             if name in ("output", "scores") and all(map(reproducible, traces)):
                 close = tolerance("float64", tolerances.length, tolerances.sizes[name].max())
-                stages[-1] = faulted(stages[-1], *_bits(reference, candidate, expected, close))
+                stages[-1] = with_faults(stages[-1], *_bits(reference, candidate, float64, close))
         own[name] = fed if candidate is None else candidate
     return stages
 
 
-def _fits(own: Arrays, honest: Arrays) -> bool:
+def _fits(own: Arrays, exact: Arrays) -> bool:
     """Whether the candidate's stages so far have the right shapes to compute with."""
-    return all(array.shape == honest[name].shape for name, array in own.items())
+    return all(array.shape == exact[name].shape for name, array in own.items())
 
 
-def staged(
+def compare_stage(
     name: str,
     reference: np.ndarray,
     candidate: np.ndarray,
@@ -134,7 +133,7 @@ def staged(
     allowed: np.ndarray | float,
     dtype: str,
 ) -> Stage:
-    """The position whose error is the greatest of what rounding explains there."""
+    """A stage at the position whose error is the greatest share of what rounding explains."""
     limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
     sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
     axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
@@ -145,7 +144,7 @@ def staged(
         return Stage(name, True, error, error, unit, budget, None, faults)
     apart = distance(candidate, reference, name)
     own = distance(candidate, fed, name) if fed.shape == candidate.shape else apart
-    shares = shares_of(apart, limits)
+    shares = error_shares(apart, limits)
     at = np.unravel_index(int(np.argmax(shares)), apart.shape)
     limit = float(np.broadcast_to(limits, apart.shape)[at])
     largest = np.max(sizes_of, axis=axes, keepdims=True)
@@ -157,7 +156,7 @@ def staged(
         name,
         True,
         float(apart[at]),
-        _own_error(shares_of(own, limits), limit, own[at]),
+        _own_error(error_shares(own, limits), limit, own[at]),
         unit,
         limit / unit,
         ratio if ratio is not None and math.isfinite(ratio) else None,
@@ -173,8 +172,8 @@ def _own_error(shares: np.ndarray, limit: float, own: float) -> float:
     return worst * limit if math.isfinite(limit) and worst > 0 else float(own)
 
 
-def beside_numbers(traces: tuple[Trace, Trace]) -> list[str]:
-    """What is wrong with the candidate's output whatever its numbers are."""
+def output_faults(traces: tuple[Trace, Trace]) -> list[str]:
+    """What is wrong with the candidate's output apart from its numbers."""
     names = [name_of_dtype(trace.output) for trace in traces]
     faults = [] if names[0] == names[1] else [f"dtype {names[1]}, not {names[0]}"]
     if traces[1].random and not traces[0].random:
@@ -182,7 +181,7 @@ def beside_numbers(traces: tuple[Trace, Trace]) -> list[str]:
     return faults
 
 
-def faulted(stage: Stage, *faults: str) -> Stage:
+def with_faults(stage: Stage, *faults: str) -> Stage:
     """The stage with further faults."""
     return replace(stage, faults=(*stage.faults, *faults))
 
@@ -190,9 +189,9 @@ def faulted(stage: Stage, *faults: str) -> Stage:
 def _bits(
     reference: np.ndarray, candidate: np.ndarray, exact: np.ndarray, close: float
 ) -> list[str]:
-    """What differs in reproducible mode, where ties alone may."""
+    """Says how many elements differ in reproducible mode, where ties alone may differ."""
     both = [{"it": array.astype(np.float32)} for array in (reference, candidate)]
-    differing, ties, compared = count_differing(both, {"it": exact}, {"it": close})
+    differing, ties, total = count_differing(both, {"it": exact}, {"it": close})
     if differing <= ties:
         return []
-    return [f"{differing - ties} of {compared} elements differ in a bit, 0 may if reproducible"]
+    return [f"{differing - ties} of {total} elements differ in a bit, 0 may if reproducible"]

@@ -1,4 +1,4 @@
-"""Two arrays held against each other: what is wrong before numbers, and how far these are apart."""
+"""Two arrays compared: faults of structure, and distances between numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def structure(name: str, reference: np.ndarray, candidate: np.ndarray) -> list[str]:
-    """What is wrong before numbers are looked at: shape, NaN, what is masked, sums of rows."""
+    """Faults of structure: another shape, NaN, other masked places, other sums of rows."""
     if candidate.shape != reference.shape:
         return [f"shape {candidate.shape}, not {reference.shape}"]
     faults = []
@@ -29,14 +29,14 @@ def structure(name: str, reference: np.ndarray, candidate: np.ndarray) -> list[s
 
 
 def _masked(logits: np.ndarray) -> np.ndarray:
-    """Which logits say "not seen": -inf, or the great negative numbers that stand for it."""
+    """Which logits are masked: -inf, or the large negative numbers that stand for it."""
     return logits <= -9e3
 
 
 def distance(one: np.ndarray, other: np.ndarray, stage: str = "") -> np.ndarray:
-    """Where both are finite, how far apart they are; infinite where one alone is finite.
+    """The absolute difference of each element; infinite where one alone is finite.
 
-    Among masked logits, -inf and the great negative numbers that stand for it are equal.
+    Among masked logits, -inf and the large negative numbers that stand for it are equal.
     """
     with np.errstate(invalid="ignore"):
         apart = np.abs(one - other)
@@ -46,12 +46,12 @@ def distance(one: np.ndarray, other: np.ndarray, stage: str = "") -> np.ndarray:
     return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
 
 
-def like_rounding(found: np.ndarray | None, exact: np.ndarray) -> bool:
+def looks_like_rounding(observed: np.ndarray | None, exact: np.ndarray) -> bool:
     """Whether errors are spread over all numbers and have no direction, as those of roundings."""
-    if found is None or found.shape != exact.shape:
-        return found is None
-    numbers = np.isfinite(found) & np.isfinite(exact)
-    error, value = (found - exact)[numbers], exact[numbers]
+    if observed is None or observed.shape != exact.shape:
+        return observed is None
+    numbers = np.isfinite(observed) & np.isfinite(exact)
+    error, value = (observed - exact)[numbers], exact[numbers]
     most = float(np.max(np.abs(error), initial=0.0))
     if most == 0:
         return True

@@ -1,4 +1,4 @@
-"""How far a correct result may be from the exact one: the one table of tolerances.
+"""The greatest error that rounding explains: the one table of tolerances.
 
 Everything that compares numbers asks here, so that no comparison is loosened on its own.
 """
@@ -29,19 +29,19 @@ def tolerance(
     magnitude: float,
     *,
     accumulated: str | None = None,
-    held: str | None = None,
+    stored: str | None = None,
 ) -> float:
     """The greatest absolute error that rounding explains.
 
         magnitude * (eps(dtype) / 2
                      + SUMS * (eps(accumulated) + eps(float64)) * sqrt(reduction_length)
-                     + SUMS * eps(held))
+                     + SUMS * eps(stored))
 
     The first term is the one rounding of the exact result to its dtype. The second is what the
     sums on the way to it lose; they run in float64 for float64 and in float32 for everything else,
-    so half precision pays little for them; beside it stands what the sums of the float64 oracle
-    lose, with which the result is compared. The third is there where the result of each sum is
-    rounded before the next one takes it.
+    so half precision pays little for them; the float64 of the oracle, with which the result is
+    compared, is added. The third counts where the result of each sum is rounded before the next
+    sum takes it.
 
     Args:
         dtype_name: Dtype of the result: "float16", "bfloat16", "float32" or "float64".
@@ -49,8 +49,8 @@ def tolerance(
         magnitude: The greatest size of the result and of the sums that it is made of, as in
             `anymha.parity.oracle.oracle.Truth.magnitudes`: terms that cancel leave their errors.
         accumulated: The dtype in which the sums run, where it is another than anymha's.
-        held: The dtype in which the results of the sums are held, where it is coarser than that in
-            which they run: layers of other libraries round each of their steps to half precision.
+        stored: The dtype in which the results of the sums are stored, where it is coarser than the
+            dtype of the sums: layers of other libraries round each step to half precision.
 
     Returns:
         The tolerance, in the units of the result.
@@ -66,8 +66,8 @@ def tolerance(
     rounded = _eps(dtype_name) / 2
     accumulated = accumulated or accumulation_dtype(dtype_name)
     summed = SUMS * (_eps(accumulated) + _eps("float64")) * math.sqrt(reduction_length)
-    if held is not None and _eps(held) > _eps(accumulated):
-        summed += SUMS * _eps(held)
+    if stored is not None and _eps(stored) > _eps(accumulated):
+        summed += SUMS * _eps(stored)
     return magnitude * (rounded + summed)
 
 

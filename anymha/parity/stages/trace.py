@@ -1,4 +1,4 @@
-"""What is asked of an implementation, and what it gave: as NumPy arrays, of any framework."""
+"""A call of an implementation, and its results, as NumPy arrays of any framework."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anymha.errors import ArgumentError, DtypeError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.options.config import AttentionConfig
-from anymha.parity.oracle.cases import Case, Problem
+from anymha.parity.oracle.cases import MatrixCase, OracleProblem
 from anymha.parity.oracle.recipe import STEPS
 
 Arrays = dict[str, np.ndarray]
@@ -31,18 +31,18 @@ class Request:
     """One call, in NumPy.
 
     Args:
-        inputs: "query", and "value" and "key" where they are given; features last.
+        inputs: "query", and "value" and "key" where the call has them; features last.
         masks: Boolean masks by argument.
         bias: The attention bias.
         call: The call's other arguments, as anymha's layer takes them.
-        given: The inputs as the caller gave them, for plain functions.
+        originals: The inputs in the caller's own arrays, for plain functions.
     """
 
     inputs: Arrays
     masks: Arrays = field(default_factory=dict)
     bias: np.ndarray | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
-    given: Mapping[str, Any] = field(default_factory=dict)
+    originals: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def three(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -57,13 +57,13 @@ class Request:
         return bool(self.call.get("training"))
 
     def arguments(self) -> dict[str, Any]:
-        """What anymha's layer takes beside the inputs, in NumPy."""
+        """The arguments of anymha's layer apart from the inputs, in NumPy."""
         bias = {} if self.bias is None else {"attention_bias": self.bias}
         return {**self.masks, **bias, **self.call}
 
 
 def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
-    """The request for what a user passed.
+    """The request for the inputs and arguments of a user.
 
     Args:
         inputs: An array, a sequence of query, value and key, or a mapping of them by name.
@@ -99,7 +99,9 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
     arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}
     for name, array in arrays.items():
         if array.size == 0:
-            raise ArgumentError(f"`{name}` is empty, and nothing to compare: shape {array.shape}.")
+            raise ArgumentError(
+                f"`{name}` is empty, there is nothing to compare: shape {array.shape}."
+            )
     return Request(
         {name: arrays[name] for name in INPUTS if name in arrays},
         {name: _boolean(name, arrays[name]) for name in MASKS if name in arrays},
@@ -119,25 +121,25 @@ def _boolean(name: str, mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-def unsteady(found: np.ndarray, again: np.ndarray) -> bool:
+def differs_between_calls(result: np.ndarray, again: np.ndarray) -> bool:
     """Whether two calls gave two results, by more than the order of sums explains."""
-    if found.shape != again.shape:
+    if result.shape != again.shape:
         return True
-    one, other = found.astype(np.float64), again.astype(np.float64)
+    one, other = result.astype(np.float64), again.astype(np.float64)
     size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
-    dtype, near = name_of_dtype(found), 0.0
+    dtype, near = name_of_dtype(result), 0.0
     if "float" in dtype:
         working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
-        near = 2 * float(ml_dtypes.finfo(found.dtype).eps) + 256 * working
+        near = 2 * float(ml_dtypes.finfo(result.dtype).eps) + 256 * working
     return not np.allclose(one, other, rtol=0, atol=near * size, equal_nan=True)
 
 
-def need_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
-    """Say which result of an implementation cannot be compared.
+def check_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
+    """Raise where a result of an implementation cannot be compared.
 
     Args:
         name: The implementation.
-        results: What it gave, by name.
+        results: Its results by name.
 
     Raises:
         DtypeError: a result is not of real numbers.
@@ -163,19 +165,19 @@ def as_numpy(array: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trace:
-    """What an implementation gave.
+    """The results of an implementation.
 
     Args:
         name: What it is.
         output: Its output, in the caller's shape.
         scores: Its probabilities (B, H, T, S), where it returns them.
-        stages: What it computed on the way, by stage, in the shapes of the recipe.
+        stages: The stages that it reports, by name, in the shapes of the recipe.
         gradients: Of the sum of the output times a fixed cotangent, by canonical name; empty where
             it has none.
-        weights: Its canonical weights, where it tells them.
-        config: Its options, where it tells them.
+        weights: Its canonical weights, where they are known.
+        config: Its options, where they are known.
         accumulated: The dtype of its sums; None: that which anymha would take.
-        held: The dtype in which it holds what the sums give; None: that of the sums.
+        stored: The dtype in which it stores the results of sums; None: that of the sums.
         random: Whether two calls gave two results.
         notes: What its users should know.
     """
@@ -188,22 +190,22 @@ class Trace:
     weights: Arrays | None = None
     config: AttentionConfig | None = None
     accumulated: str | None = None
-    held: str | None = None
+    stored: str | None = None
     random: bool = False
     notes: tuple[str, ...] = ()
 
 
-class Subject(Protocol):
-    """An implementation that can be asked."""
+class Adapter(Protocol):
+    """An implementation that can be called and compared."""
 
     name: str
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
-        """What it gives; with a cotangent of the output, the gradients too, where it has them."""
+        """Its results; with a cotangent of the output its gradients too, where it has them."""
         ...
 
 
-def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> Problem:
+def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> OracleProblem:
     """The request to a layer with these options and weights, for the oracle."""
     query, value, key = request.three
     widths = (query.shape[-1], value.shape[-1], key.shape[-1])
@@ -216,9 +218,9 @@ def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> Pr
     own = None if set(request.inputs) == {"query"} else value.shape[:-1]
     if own is not None:
         inputs |= {"value": value, "key": key}
-    case = Case("compare", options, dict(request.call), query.shape[:-1], own, widths)
+    case = MatrixCase("compare", options, dict(request.call), query.shape[:-1], own, widths)
     output = weights["output.kernel"].shape[2:]
-    return Problem(
+    return OracleProblem(
         case, weights, inputs, request.masks,
         np.zeros((*query.shape[:-1], *output)), np.zeros(_scores(config, query, value)),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How great an error of each quantity of a problem rounding explains, and the units of it.
+"""The error of each quantity of a problem that rounding explains, and its unit.
 
 The error of a quantity may be
 
@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from anymha.framework.dtypes import accumulation_dtype, output_dtype
-from anymha.parity.oracle.cases import Problem
+from anymha.parity.oracle.cases import OracleProblem
 from anymha.parity.oracle.oracle import Truth
 from anymha.parity.stages.tolerance import tolerance
 
 
-def units_of(problem: Problem, truth: Truth) -> tuple[float, dict[str, float]]:
+def units_of(problem: OracleProblem, truth: Truth) -> tuple[float, dict[str, float]]:
     """The budget of the problem in units, and the unit of each quantity.
 
     A gradient has the dtype of what it is the gradient of, after a pass in the narrower one.
@@ -44,7 +44,7 @@ def units_of(problem: Problem, truth: Truth) -> tuple[float, dict[str, float]]:
     return 0.5 + sums, units
 
 
-def longest_sum(problem: Problem) -> int:
+def longest_sum(problem: OracleProblem) -> int:
     """The length of the longest sum: over features, or over all positions of queries or keys."""
     sides = []
     for name, weight in problem.weights.items():
@@ -63,5 +63,5 @@ def eps(dtype: str) -> float:
 
 @cache
 def smallest(dtype: str) -> float:
-    """The smallest positive number, below which nothing is told apart."""
+    """The smallest positive number."""
     return float(ml_dtypes.finfo(dtype).smallest_subnormal)

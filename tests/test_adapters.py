@@ -14,7 +14,7 @@ from anymha.cli.peers import FAMILIES
 from anymha.errors import ArgumentError, LayoutError
 from anymha.framework.registry import get_backend
 from anymha.parity import compare
-from anymha.parity.adapters import declare, subject
+from anymha.parity.adapters import adapter_for, declare
 from anymha.parity.oracle.recipe import run
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import as_numpy, make_request, name_of_dtype, problem_of
@@ -164,9 +164,9 @@ def test_nan_at_an_excluded_position_is_found_where_it_leaks() -> None:
 @pytest.mark.parametrize("kind", ["torch", "keras", "nnx", "linen", "equinox"])
 def test_dropout_of_a_library_s_layer_is_seen(kind) -> None:
     other = converted(reference(dropout=0.5), kind)
-    found = subject(other).trace(make_request([QUERY, VALUE], {"training": True}), None)
+    found = adapter_for(other).trace(make_request([QUERY, VALUE], {"training": True}), None)
     assert found.random
-    assert not subject(other).trace(make_request([QUERY, VALUE], {}), None).random
+    assert not adapter_for(other).trace(make_request([QUERY, VALUE], {}), None).random
 
 
 @pytest.mark.parametrize("kind", ["keras", "torch", "nnx", "linen", "equinox"])
@@ -180,7 +180,7 @@ def test_options_that_a_library_lacks_are_refused_with_their_names(kind) -> None
             compare(reference(), other, [QUERY], use_causal_mask=True, query_offset=2)
     else:
         with pytest.raises(LayoutError, match=r"more axes than \(batch, length, features\)"):
-            subject(other).trace(make_request([QUERY[None]], {}), None)
+            adapter_for(other).trace(make_request([QUERY[None]], {}), None)
 
 
 def test_torch_s_layer_takes_a_bias_with_a_mask() -> None:
@@ -215,7 +215,7 @@ def test_torch_s_layer_is_left_as_it_was_even_when_it_fails() -> None:
 
     report = compare(reference(), layer, [QUERY, VALUE])
     assert report.passed, report.to_text()
-    subject(layer).trace(make_request([QUERY], {"training": True}), None)
+    adapter_for(layer).trace(make_request([QUERY], {"training": True}), None)
     checked()
 
     def failing(*inputs: Any, **others: Any) -> Any:
@@ -240,7 +240,7 @@ def test_keras_s_layer_is_left_as_it_was() -> None:
     before = [np.array(numbers(variable)) for variable in layer.variables]
     losses = len(layer.losses)
     for training in (False, True):
-        subject(layer).trace(make_request([QUERY, VALUE], {"training": training}), None)
+        adapter_for(layer).trace(make_request([QUERY, VALUE], {"training": training}), None)
     for variable, value in zip(layer.variables, before, strict=True):
         np.testing.assert_array_equal(numbers(variable), value)
     assert len(layer.losses) == losses
@@ -253,7 +253,7 @@ def test_nnx_s_layer_is_left_as_it_was() -> None:
     own = layer.attention_fn
     before = jax.tree.map(lambda leaf: leaf, nnx.state(layer))
     for training in (False, True):
-        subject(layer).trace(make_request([QUERY], {"training": training}), None)
+        adapter_for(layer).trace(make_request([QUERY], {"training": training}), None)
     assert layer.attention_fn is own
     after = nnx.state(layer)
     assert jax.tree.structure(after) == jax.tree.structure(before)
@@ -268,7 +268,7 @@ def test_a_module_of_linen_without_variables_is_refused() -> None:
     need("flax")
     linen = importlib.import_module("flax.linen")
     with pytest.raises(ArgumentError, match=r"holds no weights.*`module\.bind\(variables\)`"):
-        subject(linen.MultiHeadDotProductAttention(num_heads=2))
+        adapter_for(linen.MultiHeadDotProductAttention(num_heads=2))
 
 
 def test_keras_attends_over_several_axes() -> None:
@@ -595,7 +595,7 @@ def test_a_model_of_onnx_is_run_by_the_names_of_its_inputs(tmp_path) -> None:
     with pytest.raises(ArgumentError, match=r"It lacks: value_mask\. The call lacks: attention_m"):
         compare(layer, right, [QUERY, VALUE, KEY], value_mask=PADDED)
     with pytest.raises(ArgumentError, match=r"which is none"):
-        subject(tmp_path / "missing.onnx")
+        adapter_for(tmp_path / "missing.onnx")
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tensorflow", "jax"])
@@ -605,7 +605,7 @@ def test_our_layers_tell_excluded_positions_as_the_others_do(backend) -> None:
     layer = anymha.convert(reference(), to=backend)
     rows = np.arange(5) < np.array([5, 3, 2])[:, None]
     request = make_request([QUERY, VALUE, KEY], {"value_mask": PADDED, "query_mask": rows})
-    found = subject(layer).trace(request, None)
+    found = adapter_for(layer).trace(request, None)
     assert found.config is not None
     assert found.weights is not None
     truth = run(fold(problem_of(found.config, found.weights, request)).recipe)
@@ -615,7 +615,7 @@ def test_our_layers_tell_excluded_positions_as_the_others_do(backend) -> None:
 
 def test_what_is_no_implementation_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"a model of ONNX .* Received: builtins\.int"):
-        subject(3)
+        adapter_for(3)
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -623,6 +623,6 @@ def test_the_layers_of_keras_are_asked_alike_on_other_backends(backend) -> None:
     need("keras")
     need(backend)
     chosen = "keras-cross or keras-grouped-causal or keras_s_layer"
-    found = pytest_in(backend, "test_subjects.py", "-k", f"({chosen}) and not alike")
+    found = pytest_in(backend, "test_adapters.py", "-k", f"({chosen}) and not alike")
     assert " passed" in found
     assert "failed" not in found
