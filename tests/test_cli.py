@@ -352,12 +352,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no backend": (["--backends", ""], f"`backend` must be one of {KNOWN}. Received: ''."),
     "no layout": (
         [*REAL[:2], "--num-heads", "12"],
-        "`--checkpoint` needs `--layout` and `--num-heads` beside it: neither is in the file. "
+        "`--checkpoint` needs `--layout` and `--num-heads` too: neither is in the file. "
         f"Known layouts: {', '.join(layouts())}.",
     ),
     "no number of heads": (
         REAL[:4],
-        "`--checkpoint` needs `--layout` and `--num-heads` beside it: neither is in the file. "
+        "`--checkpoint` needs `--layout` and `--num-heads` too: neither is in the file. "
         f"Known layouts: {', '.join(layouts())}.",
     ),
     "layout without checkpoint": (

@@ -56,4 +56,5 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     for name in ("query", "value", "output") if ignored else PROJECTIONS:
         if f"{name}.bias" in recipe.weights:
             rest = {n: w for n, w in recipe.weights.items() if n != f"{name}.bias"}
-            yield f"`{name}.bias`: it is zero", recipe.but(weights=rest)
+            words = "it changes nothing" if name == "key" else "it is zero"
+            yield f"`{name}.bias`: {words}", recipe.but(weights=rest)

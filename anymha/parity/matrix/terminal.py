@@ -1,4 +1,4 @@
-"""The report in a terminal: progress while it runs, tables, what is wrong, one verdict line."""
+"""The report in a terminal: progress, tables, faults, and the verdict in one line."""
 
 from __future__ import annotations
 

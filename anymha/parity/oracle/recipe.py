@@ -408,6 +408,6 @@ def _rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 
 def _squared(formula: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The sums of the squared terms of a product; what is not a number counts for nothing."""
+    """The sums of the squared terms of a product; NaN and infinity count as zero."""
     one, other = (np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in (one, other))
     return einsum(formula, one * one, other * other)

@@ -10,7 +10,7 @@ from anymha.parity.reports.outcome import Outcome, stage_words
 from anymha.parity.reports.result import ComparisonResult, short, shown_stages
 
 ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML cannot hold, not even escaped."""
+"""Characters that XML cannot hold, not even escaped."""
 
 
 def to_junit(outcomes: Sequence[Outcome]) -> str:

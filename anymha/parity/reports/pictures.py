@@ -1,4 +1,4 @@
-"""What the pictures of the HTML report show: heat maps of errors, and a histogram of differences.
+"""The data of the HTML report's pictures: heat maps of errors, and a histogram of differences.
 
 They become plain SVG paths, one for each level of error, so that a style sheet can colour them for
 light and dark.

@@ -22,7 +22,7 @@ NAMES = {
     "flax.nnx.MultiHeadAttention": "flax.nnx.MultiHeadAttention",
     "equinox.nn.MultiheadAttention": "equinox.MultiheadAttention",
 }
-"""What the command calls the layers of other libraries."""
+"""The command's names of other libraries' layers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ComparisonResult:
 
     @property
     def advice(self) -> str:
-        """What to do where the two do not even have the same weights; else empty."""
+        """Advice where the two have different weights; else empty."""
         names = [s.name.removeprefix("weight ") for s in self.stages if s.name[:7] == "weight "]
         if not names:
             return ""
@@ -166,7 +166,7 @@ def short(number: float | None) -> str:
 
 
 def call_in_words(request: Request) -> dict[str, str]:
-    """What was passed, by argument: arrays by shape and dtype, the rest by value."""
+    """The call's arguments in words: arrays by shape and dtype, the rest by value."""
     arrays = {**request.inputs, **request.masks}
     if request.bias is not None:
         arrays["attention_bias"] = request.bias
@@ -181,7 +181,7 @@ def _value(value: Any) -> str:
 
 
 def _name(trace: Trace) -> str:
-    """What the command calls an implementation; a placeholder for what only its user knows."""
+    """The command's name of an implementation; a placeholder for one of the user's own."""
     if trace.name.startswith("anymha in "):
         return trace.name.removeprefix("anymha in ")
     return NAMES.get(trace.name, "MODULE:OBJECT")

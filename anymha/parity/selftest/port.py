@@ -178,7 +178,7 @@ class Port:
 
     @property
     def scale(self) -> float:
-        """What the products of queries and keys are multiplied with."""
+        """The factor of the products of queries and keys."""
         width, value_width = (self.weights[f"{n}.kernel"].shape[2] for n in ("query", "value"))
         factors = {
             "scale missing": 1.0,

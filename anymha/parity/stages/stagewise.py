@@ -173,7 +173,7 @@ def _own_error(shares: np.ndarray, limit: float, own: float) -> float:
 
 
 def output_faults(traces: tuple[Trace, Trace]) -> list[str]:
-    """What is wrong with the candidate's output apart from its numbers."""
+    """Faults of the candidate's output apart from its numbers."""
     names = [name_of_dtype(trace.output) for trace in traces]
     faults = [] if names[0] == names[1] else [f"dtype {names[1]}, not {names[0]}"]
     if traces[1].random and not traces[0].random:

@@ -46,7 +46,7 @@ class Request:
 
     @property
     def three(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Query, value and key, each there."""
+        """Query, value and key; a missing one is what it defaults to."""
         query = self.inputs["query"]
         value = self.inputs.get("value", query)
         return query, value, self.inputs.get("key", value)
@@ -95,7 +95,7 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
             f"{', '.join((*MASKS, 'attention_bias', 'training', 'use_causal_mask'))}, "
             "query_offset, seed."
         )
-    # Copies: what a careless function writes into its inputs shall not change what is right.
+    # Copies: a function that writes into its inputs must not change the reference's.
     arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}
     for name, array in arrays.items():
         if array.size == 0:
@@ -155,7 +155,7 @@ def check_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """An array of any framework in NumPy; what is no array of one becomes NumPy's."""
+    """An array of any framework, or a number or list, as a NumPy array."""
     if isinstance(array, (np.ndarray, float, int, list)):
         return np.asarray(array)
     if hasattr(array, "value") and not hasattr(array, "__array__"):

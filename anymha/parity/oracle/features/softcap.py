@@ -90,7 +90,7 @@ class SoftcapSection(Section):
         return bounded if "softcap not multiplied" in wrong else bounded * cap
 
     def too_late(self, recipe: Recipe) -> Variants:
-        """Bounded after the bias; or after the masks: what is masked gets -c then."""
+        """Bounded after the bias; or after the masks, so that masked logits become -c."""
         uncapped = recipe.without_section(self.option)
         step = recipe.steps["masked_logits"]
 
