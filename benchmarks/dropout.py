@@ -60,11 +60,11 @@ def candidates(name: str) -> dict[str, Callable[[], Any]]:
     if name == "jax":
         import jax
 
-        ours = jax.jit(lambda seed: keep_mask(ops, seed))
+        jitted = jax.jit(lambda seed: keep_mask(ops, seed))
         own = jax.jit(lambda key: jax.random.bernoulli(key, 1 - RATE, SHAPE))
         return {
-            "anymha, jit": lambda: ours(1).block_until_ready(),
-            "jax.random.bernoulli, jit": lambda: own(jax.random.key(1)).block_until_ready(),
+            "anymha, jit": lambda: jitted(1).block_until_ready(),
+            "jax.random.bernoulli, jit": lambda: own(jax.random.key(1)).block_until_ready(),  # pyright: ignore[reportCallIssue]
         }
     import tensorflow as tf
 
@@ -135,7 +135,7 @@ def compare_bits(console: Console) -> bool:
 
 def compilers(name: str) -> dict[str, Callable[[Any], Any]]:
     """The ways in which a framework can run a function."""
-    eager = {"eager": lambda function: function}
+    eager: dict[str, Callable[[Any], Any]] = {"eager": lambda function: function}
     if name == "torch":
         import torch
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
@@ -26,7 +26,7 @@ from anymha.layer.activity import Activity
 from anymha.layer.arguments import ARRAYS, OPTIONS, unexpected
 from anymha.layer.axes import PLAIN, unfold
 from anymha.layer.checks import check_offset, check_seed, unpack_inputs
-from anymha.layer.numerics import cast, without_gradient, without_subnormals
+from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
 from anymha.layer.plan import (
     Flags,
     Plan,
@@ -113,8 +113,7 @@ def multi_head_attention(
     if type(offset) is not int:
         check_offset(ops, offset, planned.shape.folded_lengths[0])
     if type(weights) not in (dict, Projections) and not isinstance(weights, Mapping):
-        make: Any = weights
-        weights = make([array.shape[-1] for array in inputs])
+        weights = cast(Any, weights)([array.shape[-1] for array in cast(Any, inputs)])
         kind = _kind_of(config, weights)
         planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if not flags.dropping:
@@ -123,10 +122,9 @@ def multi_head_attention(
         seed = (draw_seed or ops.draw_seed)()
 
     plan = planned.plan
-    made: Any = weights
-    projections: Projections | None = made if type(made) is Projections else None
+    projections = cast(Projections, weights) if type(weights) is Projections else None
     if projections is None:
-        arrays: dict[str, Array] = dict(made)
+        arrays: dict[str, Array] = dict(cast(Weights, weights))
     else:
         key_bias = projections.key_bias
         arrays = {} if key_bias is None else {"key.bias": key_bias}
@@ -264,7 +262,7 @@ def _execute(
         x = arrays.get(name)
         if x is None or (x.dtype == working and not rounds):
             return x
-        return cast(ops, cast(ops, x, plan.compute_dtype), working)
+        return cast_to(ops, cast_to(ops, x, plan.compute_dtype), working)
 
     def projected(name: str, x: Array, contracted: int = 1) -> Array:
         if projections is None:

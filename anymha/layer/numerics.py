@@ -31,6 +31,6 @@ def without_gradient(ops: Ops, array: Array | None) -> Array | None:
     return ops.where(never, array, ops.stop_gradient(array))
 
 
-def cast(ops: Ops, x: Array, dtype: Any) -> Array:
+def cast_to(ops: Ops, x: Array, dtype: Any) -> Array:
     """`x` in that dtype; `x` itself where it has it."""
     return x if x.dtype == dtype else ops.astype(x, dtype)
