@@ -24,12 +24,11 @@ OBJECTS = {
     "kernel_constraint": keras.constraints,
     "bias_constraint": keras.constraints,
 }
-NOT_IN_KERAS = (
-    "query_features", "value_features", "key_features", "num_key_value_heads", "sliding_window",
-    "memory_budget",
-    "scale", "dropout_rng",
-)  # fmt: skip
-"""Options that `keras.layers.MultiHeadAttention` has not, or not in all versions."""
+IN_KERAS = {
+    "num_heads", "key_dim", "value_dim", "dropout", "use_bias", "output_shape", "attention_axes",
+    "seed", *OBJECTS,
+}  # fmt: skip
+"""Options that `keras.layers.MultiHeadAttention` has, in all versions."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def saved(config: AttentionConfig, initializers: Mapping[str, Any]) -> dict[str,
     for name in ("dtype", "compute_dtype", "name"):
         del found[name]
     least = AttentionConfig(config.num_heads, config.key_dim)
-    for name in NOT_IN_KERAS:
+    for name in found.keys() - IN_KERAS:
         if getattr(config, name) == getattr(least, name):
             del found[name]
     for name in OBJECTS:
