@@ -58,6 +58,8 @@ class AttentionConfig:
         num_key_value_heads: Key and value heads K, a divisor of H; default H.
         sliding_window: Keys to a side that a query sees, its own counted; default all.
         scale: Factor of the logits; default ``1/sqrt(key_dim)``.
+        softcap: ``c > 0``: logits become ``c * tanh(logits / c)`` before biases and masks; default
+            no cap.
         dropout_rng: "portable" (the same elements in every framework) or "native" (the
             framework's own generator).
         dtype: Dtype of the weights.
@@ -97,6 +99,7 @@ class AttentionConfig:
     num_key_value_heads: int | None = None
     sliding_window: int | None = None
     scale: float | None = None
+    softcap: float | None = None
     dropout_rng: str = "portable"
     dtype: Any = "float32"
     compute_dtype: Any = None
