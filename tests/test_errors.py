@@ -51,7 +51,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the computation was entered")
 
-    monkeypatch.setattr("anymha.layer.forward._forward", computed)
+    monkeypatch.setattr("anymha.layer.forward._execute", computed)
     monkeypatch.setattr("anymha.functional._attend", computed)
 
 
