@@ -100,9 +100,11 @@ def _visible(
     mask, positions = arrays.get("mask"), spec.position_mask
     if spec.features or positions.left is not None or positions.right is not None:
         _, _, queries, keys = ops.shape(logits)
-        masks = [mask, positions.mask(ops, origin, queries, keys, like=logits)]
-        masks += [f.visible(ops, origin, queries, keys, logits) for f in spec.features]
-        mask = all_of(ops, masks)
+        seen = positions.mask(ops, origin, queries, keys, like=logits)
+        if mask is None and not spec.features:
+            return seen
+        visible = [f.visible(ops, origin, queries, keys, logits) for f in spec.features]
+        mask = all_of(ops, [mask, seen, *visible])
     return mask
 
 

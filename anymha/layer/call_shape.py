@@ -26,6 +26,7 @@ class CallShape:
         heads: Number of query heads H.
         queries: Lengths of the attention axes of the query.
         keys: Lengths of the attention axes of key and value.
+        folded: B, T and S.
         is_plain: Whether inputs are (B, T, D) as they are, and nothing is masked but by position.
     """
 
@@ -34,14 +35,8 @@ class CallShape:
     heads: int
     queries: tuple[Dim, ...]
     keys: tuple[Dim, ...]
+    folded: tuple[Dim, Dim, Dim]
     is_plain: bool
-
-    @property
-    def folded_lengths(self) -> tuple[Dim, Dim, Dim]:
-        """B, T and S."""
-        if len(self.batch) == 1 and len(self.queries) == 1 and len(self.keys) == 1:
-            return self.batch[0], self.queries[0], self.keys[0]
-        return product(self.batch), product(self.queries), product(self.keys)
 
     def inputs(
         self,
@@ -61,27 +56,27 @@ class CallShape:
             query_mask: (B, 1, T, 1) booleans, or None.
             key_mask: (B, 1, 1, S) booleans, or None.
         """
-        query, key, value = (arrays[name] for name in ("query", "key", "value"))
-        is_open = query_mask is None and key_mask is None
-        folded_query = _kept(ops, fold(ops, query, self.axes), query_mask)
-        if value is query and is_open:
-            folded_value = folded_query
+        query, key, value = arrays["query"], arrays["key"], arrays["value"]
+        one = key is value
+        if query_mask is None and key_mask is None and value is query:
+            query = value = fold(ops, query, self.axes)
         else:
-            folded_value = _kept(ops, fold(ops, value, self.axes), key_mask)
-        if key is value:
-            return folded_query, folded_value, folded_value
-        return folded_query, _kept(ops, fold(ops, key, self.axes), key_mask), folded_value
+            query = _kept(ops, fold(ops, query, self.axes), query_mask)
+            value = _kept(ops, fold(ops, value, self.axes), key_mask)
+        if one:
+            return query, value, value
+        return query, _kept(ops, fold(ops, key, self.axes), key_mask), value
 
     def padding(self, ops: Ops, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """Which queries and which keys count: (B, 1, T, 1) and (B, 1, 1, S) booleans."""
         query_mask, value_mask, key_mask = [
-            self.folded(ops, name, arrays[name]) if name in arrays else None for name in PADDING
+            self.fold_mask(ops, name, arrays[name]) if name in arrays else None for name in PADDING
         ]
         if value_mask is None or key_mask is None:
             return query_mask, key_mask if value_mask is None else value_mask
         return query_mask, ops.logical_and(value_mask, key_mask)
 
-    def folded(self, ops: Ops, name: str, array: Array) -> Array:
+    def fold_mask(self, ops: Ops, name: str, array: Array) -> Array:
         """A mask or a bias spread over (B, H, T, S); its rank tells which axes it has."""
         argument = BY_NAME[name]
         *_, form = argument.axes

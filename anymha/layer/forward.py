@@ -12,8 +12,8 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
@@ -45,20 +45,21 @@ _MASKS = frozenset(argument.name for argument in ARRAYS)
 _OPTIONS = frozenset(argument.name for argument in OPTIONS)
 
 
-@dataclass(frozen=True)
-class Projections:
+class Projections(NamedTuple):
     """Projections that are called, in the place of kernels and biases as arrays.
 
     Args:
         functions: By "query", "key", "value" and "output" a function of (B, length, width in) that
-            gives (B, length, width out) or (B * length, width out), heads side by side.
+            gives (B, length, width out), heads side by side.
         kind: What a plan depends on of their weights.
         key_bias: The key's bias, for the activity penalty; None where there is none.
+        on_rows: Whether the functions take and give (B * length, width) instead.
     """
 
     functions: Mapping[str, Callable[[Array], Array]]
     kind: WeightsKind
     key_bias: Array | None = None
+    on_rows: bool = False
 
 
 def multi_head_attention(
@@ -111,7 +112,7 @@ def multi_head_attention(
     kind = _kind_of(config, weights)
     planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if type(offset) is not int:
-        check_offset(ops, offset, planned.shape.folded_lengths[0])
+        check_offset(ops, offset, planned.shape.folded[0])
     if type(weights) not in (dict, Projections) and not isinstance(weights, Mapping):
         weights = cast(Any, weights)([array.shape[-1] for array in cast(Any, inputs)])
         kind = _kind_of(config, weights)
@@ -271,7 +272,7 @@ def _execute(
                 bias = without_gradient(ops, bias)
             y = project(ops, x, real(f"{name}.kernel"), bias, contracted)
         else:
-            y = _called(plan, projections.functions[name], x, name)
+            y = _called(plan, projections, name, x, shape.folded)
         if observe_projections is not None:
             observe_projections(name, y)
         return y
@@ -288,9 +289,12 @@ def _execute(
         folded = {"query": query, "value": value, "key": key}
         query, key, value = shape.inputs(ops, folded, query_mask, key_mask)
         mask, bias = arrays.get("attention_mask"), real("attention_bias")
-        mask = None if mask is None else shape.folded(ops, "attention_mask", mask)
-        mask = all_of(ops, [mask, query_mask, key_mask])
-        bias = None if bias is None else shape.folded(ops, "attention_bias", bias)
+        mask = None if mask is None else shape.fold_mask(ops, "attention_mask", mask)
+        if query_mask is not None or key_mask is not None:
+            mask = all_of(ops, [mask, query_mask, key_mask])
+        bias = None if bias is None else shape.fold_mask(ops, "attention_bias", bias)
+    if projections is not None and projections.on_rows:
+        query, key, value = _as_rows(ops, query, key, value, shape.folded)
     q, k = projected("query", query), projected("key", key)  # [B, T, H, d_k], [B, S, K, d_k]
     for feature in spec.features:
         q, k = feature.heads(ops, q, k)
@@ -330,17 +334,33 @@ def _rounded(plan: Plan, x: Array) -> Array:
     return plan.ops.astype(x, plan.result)
 
 
-def _called(plan: Plan, function: Callable[[Array], Array], x: Array, name: str) -> Array:
-    """What a projection gives for (B, length, D), or for the context (B, T, H, d_v)."""
-    ops, config = plan.ops, plan.config
-    batch, length = ops.shape(x)[:2]
+def _as_rows(
+    ops: Ops, query: Array, key: Array, value: Array, lengths: tuple[Dim, Dim, Dim]
+) -> tuple[Array, Array, Array]:
+    """Query, key and value as (B * length, D); an array of several parts once."""
+    batch, queries, keys = lengths
+    rows = ops.reshape(query, (batch * queries, query.shape[2]))
+    values = rows if value is query else ops.reshape(value, (batch * keys, value.shape[2]))
+    if key is query or key is value:
+        return rows, rows if key is query else values, values
+    return rows, ops.reshape(key, (batch * keys, key.shape[2])), values
+
+
+def _called(
+    plan: Plan, projections: Projections, name: str, x: Array, lengths: tuple[Dim, Dim, Dim]
+) -> Array:
+    """What a projection gives for (B, length, D) or its rows, or for the context (B, T, H, d_v)."""
+    ops, function = plan.ops, projections.functions[name]
+    batch, queries, keys = lengths
     if name == "output":
-        width: Any = config.value_dim
-        shape: Any = config.output_shape
-        y = function(ops.reshape(x, (batch, length, config.num_heads * width)))
-        if len(y.shape) != 3 or (shape is not None and len(shape) > 1):
-            y = ops.reshape(y, (batch, length, *(shape or y.shape[-1:])))
+        width = plan.context_width
+        x = ops.reshape(
+            x, (batch * queries, width) if projections.on_rows else (batch, queries, width)
+        )
+        y = function(x)
+        y = ops.reshape(y, (batch, queries, *(plan.output_shape or y.shape[-1:])))
     else:
+        length = queries if name == "query" else keys
         y = ops.reshape(function(x), (batch, length, *plan.heads[name]))
     return y if y.dtype == plan.working else ops.astype(y, plan.working)
 

@@ -17,6 +17,7 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import BITS, dtype_name
 from anymha.framework.protocol import Array, Ops
+from anymha.framework.shapes import product
 from anymha.layer.arguments import BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes
 from anymha.layer.call_shape import CallShape
@@ -79,6 +80,8 @@ class Plan:
             follows ignores one number added to all logits of a row.
         paths: Paths that calls of several lengths take, by what else they depend on.
         heads: The number and the width of the heads of query, key and value.
+        context_width: The width of the context, H * d_v.
+        output_shape: The shape O of an output vector; None for the query's width.
         run: Computes the call from its arrays by name, compiled; None where it is not.
     """
 
@@ -96,6 +99,8 @@ class Plan:
     free_key_bias: bool
     paths: dict[Any, Path]
     heads: Mapping[str, tuple[int, int]]
+    context_width: int
+    output_shape: tuple[int, ...] | None
     run: Callable[[Mapping[str, Array]], Any] | None = None
 
 
@@ -300,6 +305,8 @@ def _make_plan(
             "key": (config.key_value_heads, config.key_dim),
             "value": (config.key_value_heads, value_dim),
         },
+        context_width=config.num_heads * value_dim,
+        output_shape=config.output_shape,  # pyright: ignore[reportArgumentType]
     )
     compile = ops.capabilities.compile
     if compute is not None and compile is None:  # kept, and computed eagerly
@@ -319,13 +326,14 @@ def _with_lengths(
 ) -> PlannedCall:
     axes, batch, queries, keys = lengths
     config, ops, flags = plan.config, plan.ops, plan.flags
-    shape = CallShape(axes, batch, config.num_heads, queries, keys, axes is PLAIN and not masks)
-    per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
-    known = plan.paths.get((_offset_kind(offset), per_query))
     if axes is PLAIN:
         b, t, s = batch[0], queries[0], keys[0]
     else:
-        b, t, s = shape.folded_lengths
+        b, t, s = product(batch), product(queries), product(keys)
+    plain = axes is PLAIN and not masks
+    shape = CallShape(axes, batch, config.num_heads, queries, keys, (b, t, s), plain)
+    per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
+    known = plan.paths.get((_offset_kind(offset), per_query))
     if (
         known is not None
         and isinstance(b, int) and isinstance(t, int) and isinstance(s, int)

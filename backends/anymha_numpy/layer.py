@@ -83,10 +83,12 @@ class MultiHeadAttention(NativeLayer):
             kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
             matrix = kernel.reshape(inner, -1)
-            functions[name] = partial(_product, matrix, None if bias is None else bias.reshape(-1))
+            bias = None if bias is None else bias.reshape(-1)
+            functions[name] = partial(ops.linear, matrix=matrix, bias=bias)
         query, value, key = widths_of(self.weights)
         kind = WeightsKind(config.dtype, (query, value, key))
-        projections = Projections(functions, kind, self.weights.get("key.bias"))
+        key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
+        projections = Projections(functions, kind, key_bias, on_rows=True)
         self.plans.prepared = arrays, projections
         return projections
 
@@ -144,10 +146,9 @@ class MultiHeadAttention(NativeLayer):
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         dtype = ops.dtype(self.config.dtype)
-        self.weights |= {name: np.array(value, dtype) for name, value in values.items()}
+        for name, value in {n: np.array(v, dtype) for n, v in values.items()}.items():
+            if name in self.weights:
+                self.weights[name][...] = value
+            else:
+                self.weights[name] = value
         return self
-
-
-def _product(matrix: np.ndarray, bias: np.ndarray | None, x: np.ndarray) -> np.ndarray:
-    """``x . matrix + bias`` of (.., D), as (rows, W)."""
-    return ops.linear(x.reshape(-1, matrix.shape[0]), matrix, bias)

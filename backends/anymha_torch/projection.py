@@ -119,12 +119,13 @@ def projections_of(
         working = torch.float32
     if rounding_dtype is None and dtype is not working:
         rounding_dtype = dtype
-    functions, widths, key_bias = {}, [], None
+    functions, widths, key_bias, on_rows = {}, [], None, True
     for name in PROJECTIONS:
         module = modules[name]
         if name != "output":
             widths.append(getattr(module, "in_features", None))
         if hooked or not is_plain(module):
+            on_rows = False
             functions[name] = (
                 module
                 if isinstance(module, WorkingLinear)
@@ -147,7 +148,9 @@ def projections_of(
             )
     query, key, value = widths
     kind = WeightsKind(NAMES[dtype], (query, value, key))
-    return Projections(functions, kind, key_bias if config.activity_regularizer else None)
+    if config.activity_regularizer is None:
+        key_bias = None
+    return Projections(functions, kind, key_bias, on_rows)
 
 
 def _called(module: Any, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
