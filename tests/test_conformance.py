@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import array_api_strict
 import numpy as np
 import pytest
 
+from anymha.framework.capabilities import Capabilities
 from anymha.framework.registry import Backend
 from anymha.testing import Conformance
 from anymha.testing.known import KNOWN_MASKS, KnownMask
@@ -80,6 +82,18 @@ def test_capability_that_is_lacking_skips_or_fails_where_it_is_required() -> Non
     kit.requires = ("float46",)
     with pytest.raises(pytest.fail.Exception, match="`requires` names float46; it may name: flo"):
         kit.need(narrow, "float64")
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Capabilities), ids=lambda field: field.name)
+def test_each_capability_has_a_test_and_may_be_required(field: Any) -> None:
+    assert any(name.startswith(f"test_{field.name}_") for name in dir(Conformance))
+    kit, bare = Conformance(), cast(Any, strict)
+    message = f"strict lacks {field.name}: `capabilities` does not name `{field.name}`"
+    with pytest.raises(pytest.skip.Exception, match=message):
+        kit.need(bare, field.name)
+    kit.requires = (field.name,)
+    with pytest.raises(pytest.fail.Exception, match=message):
+        kit.need(bare, field.name)
 
 
 def test_kit_without_a_backend_says_what_to_write(pytester: pytest.Pytester) -> None:
