@@ -12,8 +12,10 @@ import pytest
 from anymha.framework.capabilities import Capabilities
 from anymha.framework.registry import Backend
 from anymha.testing import Conformance
+from anymha.testing.capability_tests import CapabilityTests
 from anymha.testing.known import KNOWN_MASKS, KnownMask
 from tests.backends.anymha_strict import ops as strict
+from tests.backends.faults import CAPABILITIES, SOUND
 
 pytest_plugins = ["pytester"]
 
@@ -36,6 +38,13 @@ class TestStrict(Conformance):
             api_version="2024.12", boolean_indexing=False, data_dependent_shapes=False
         ):
             yield
+
+
+class TestSound(CapabilityTests):
+    """The planted capabilities of NumPy's arrays, where nothing is wrong with them."""
+
+    backend = SOUND
+    requires = tuple({*CAPABILITIES} - {"vjp", "eager_loop"})
 
 
 def mix(x: int, key: int = 0) -> int:

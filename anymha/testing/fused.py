@@ -159,7 +159,7 @@ CASES = (
         heads=(4, 2),
         widths=(8, 6),
         dropout=20000,
-        budget=1 << 12,
+        budget=1 << 14,
     ),
     AttentionCase("dropout, mask", mask=(2, 4, 7, 9), dropout=20000, budget=64),
     AttentionCase("dropout, bias, window", bias=(4, 7, 9), window=(3, 1), dropout=9, budget=64),
