@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import array_api_strict
 import numpy as np
 import pytest
 
+from anymha.framework.capabilities import Capabilities
 from anymha.framework.registry import Backend
 from anymha.testing import Conformance
+from anymha.testing.capability_tests import CapabilityTests
 from anymha.testing.known import KNOWN_MASKS, KnownMask
 from tests.backends.anymha_strict import ops as strict
+from tests.backends.faults import CAPABILITIES, SOUND
 
 pytest_plugins = ["pytester"]
 
@@ -34,6 +38,13 @@ class TestStrict(Conformance):
             api_version="2024.12", boolean_indexing=False, data_dependent_shapes=False
         ):
             yield
+
+
+class TestSound(CapabilityTests):
+    """The planted capabilities of NumPy's arrays, where nothing is wrong with them."""
+
+    backend = SOUND
+    requires = tuple({*CAPABILITIES} - {"vjp", "eager_loop"})
 
 
 def mix(x: int, key: int = 0) -> int:
@@ -80,6 +91,18 @@ def test_capability_that_is_lacking_skips_or_fails_where_it_is_required() -> Non
     kit.requires = ("float46",)
     with pytest.raises(pytest.fail.Exception, match="`requires` names float46; it may name: flo"):
         kit.need(narrow, "float64")
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Capabilities), ids=lambda field: field.name)
+def test_each_capability_has_a_test_and_may_be_required(field: Any) -> None:
+    assert any(name.startswith(f"test_{field.name}_") for name in dir(Conformance))
+    kit, bare = Conformance(), cast(Any, strict)
+    message = f"strict lacks {field.name}: `capabilities` does not name `{field.name}`"
+    with pytest.raises(pytest.skip.Exception, match=message):
+        kit.need(bare, field.name)
+    kit.requires = (field.name,)
+    with pytest.raises(pytest.fail.Exception, match=message):
+        kit.need(bare, field.name)
 
 
 def test_kit_without_a_backend_says_what_to_write(pytester: pytest.Pytester) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from anymha.framework.registry import get_backend
 from anymha.testing import Conformance
-from tests.backends.faults import FAULTS, FUNCTIONS, Fault, refuse
+from tests.backends.faults import CAPABILITIES, FAULTS, FUNCTIONS, Fault, refuse, refuse_capability
 
 TESTS = [name for name, _ in inspect.getmembers(Conformance) if name.startswith("test_")]
 MISSING = [
@@ -22,7 +22,16 @@ MISSING = [
     )
     for name in FUNCTIONS
 ]
-PLANTED = [fault for fault in (*FAULTS, *MISSING) if get_backend(fault.base).installed]
+RAISING = [
+    Fault(
+        f"capability {name} raises",
+        refuse_capability(name),
+        tuple(test for test in TESTS if test.startswith(f"test_{name}_")),
+    )
+    for name in CAPABILITIES
+    if name not in (*FUNCTIONS, "eager_loop", "initializer_style")  # the last are not called
+]
+PLANTED = [fault for fault in (*FAULTS, *MISSING, *RAISING) if get_backend(fault.base).installed]
 
 
 class Recorder:
@@ -33,6 +42,8 @@ class Recorder:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if item.originalname in item.cls.fault.tests]
+        for item in items:
+            item.repr_failure = lambda *args: ""  # takes longer than the tests
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
         if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
@@ -70,7 +81,7 @@ def test_fault_is_found_by_each_test_that_is_about_it(failures: Any, fault: Faul
     assert not missed, f"{fault.name}: not found by {missed}"
 
 
-@pytest.mark.parametrize("fault", MISSING, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [*MISSING, *RAISING], ids=lambda fault: fault.name)
 def test_function_that_raises_is_found_by_a_test_of_its_name(failures: Any, fault: Fault) -> None:
     need(fault)
     assert any((fault.name, test) in failures for test in fault.tests), f"named: {fault.tests}"
@@ -86,6 +97,11 @@ def test_message_says_what_was_called_expected_and_received(failures: Any) -> No
     )
     message = failures["matmul in half precision", "test_layer_agrees_with_the_oracle"][0]
     assert message.startswith("numpy, case 'self': output is off by "), message
+
+
+def test_message_says_what_a_capability_gave(failures: Any) -> None:
+    message = failures["linear without bias", "test_linear_is_tensordot_and_bias"][0]
+    assert message.startswith("ops.capabilities.linear(float32 (6, 40), float32 (40, 5), float32 ")
 
 
 def test_each_test_of_the_kit_finds_some_fault() -> None:

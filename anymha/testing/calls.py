@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import ml_dtypes
@@ -69,8 +70,9 @@ class Returned:
 def call(ops: Ops, function: str | Callable[..., Any], *args: Any, **options: Any) -> Returned:
     """A function of the backend, or an operator, called in the form of the arguments.
 
-    NumPy arrays, alone or in lists, become the backend's; a string becomes the dtype of that
-    name. Where float64 takes part the call runs inside of `in_float64`, as the layer's do.
+    A capability is called by "capabilities.linear". NumPy arrays, alone or in lists, become the
+    backend's; a string becomes the dtype of that name. Where float64 takes part the call runs
+    inside of `in_float64`, as the layer's do.
     """
     arrays: dict[str, Any] = {}
 
@@ -92,7 +94,7 @@ def call(ops: Ops, function: str | Callable[..., Any], *args: Any, **options: An
                 return given[value.name]
             return _dtype(ops, value) if isinstance(value, str) else value
 
-        called = getattr(ops, function) if isinstance(function, str) else function
+        called = attrgetter(function)(ops) if isinstance(function, str) else function
         return called(*map(fill, placed), **{n: fill(v) for n, v in options.items()})
 
     dtypes = {array.dtype.name for array in arrays.values()} | {*_strings(args, options)}

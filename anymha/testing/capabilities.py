@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from anymha.errors import ArgumentError
+from anymha.framework.capabilities import Capabilities
 from anymha.framework.protocol import Ops
 
 
@@ -25,8 +27,7 @@ def _function(ops: Ops, name: str) -> str | None:
 
 
 def _declared(ops: Ops, name: str) -> str | None:
-    lacks = getattr(ops.capabilities, name) is None
-    return f"`capabilities` does not name `{name}`" if lacks else None
+    return None if name in ops.capabilities.names else f"`capabilities` does not name `{name}`"
 
 
 def _draw_seed(ops: Ops, name: str) -> str | None:
@@ -52,13 +53,14 @@ CAPABILITIES: dict[str, Callable[[Ops, str], str | None]] = {
     "float16": _dtype,
     "bfloat16": _dtype,
     "float64": _dtype,
-    "vjp": _declared,
     "draw_seed": _draw_seed,
     "native_keep_mask": _native_keep_mask,
+    **{field.name: _declared for field in dataclasses.fields(Capabilities)},
 }
 """What a backend may lack, and the function that says why it does, or None where it does not.
 
-A dtype is lacking where `ops.dtype` raises; a generator where its function raises `ArgumentError`.
+A dtype is lacking where `ops.dtype` raises; a generator where its function raises `ArgumentError`;
+a field of `Capabilities` where the backend does not name it.
 """
 
 

@@ -1,8 +1,9 @@
-"""The conformance tests of a backend: every function and every rule of the layer."""
+"""The conformance tests of a backend: every function, capability, and rule of the layer."""
 
 from anymha.testing.arithmetic import ArithmeticTests
 from anymha.testing.arrays import ArrayTests
 from anymha.testing.capabilities import CAPABILITIES
+from anymha.testing.capability_tests import CapabilityTests
 from anymha.testing.framework import FrameworkTests
 from anymha.testing.gradients import GradientTests
 from anymha.testing.layer import LayerTests
@@ -11,8 +12,8 @@ __all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
 
 
 # pytest runs the tests of the last base first: functions before the layer, which breaks with them.
-class FunctionTests(FrameworkTests, ArithmeticTests, ArrayTests):
-    """Every function of `anymha.framework.protocol.Ops`, against NumPy."""
+class FunctionTests(CapabilityTests, FrameworkTests, ArithmeticTests, ArrayTests):
+    """Every function of `anymha.framework.protocol.Ops`, against NumPy; what may be beside them."""
 
 
 class SemanticsTests(GradientTests, LayerTests):

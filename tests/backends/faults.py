@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from anymha.framework.capabilities import Capabilities
+from anymha.attention.dropout import keep_mask
+from anymha.attention.formula import formula, softmax
+from anymha.attention.masks import TileOrigin
+from anymha.framework.capabilities import TOGETHER, Capabilities
 from anymha.framework.protocol import Ops
 from anymha.framework.registry import get_backend
 
@@ -18,6 +21,7 @@ FUNCTIONS = [
     *[name for name in vars(Ops) if callable(vars(Ops)[name]) and not name.startswith("_")],
     "vjp",
 ]
+CAPABILITIES = [field.name for field in fields(Capabilities)]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Fault:
 
     Args:
         name: What is wrong.
-        make: The changed functions, from the module of the right ones.
+        make: The changed functions and capabilities, from the module of the right ones.
         tests: The tests of the kit each of which must fail.
         base: The backend that is right.
     """
@@ -40,9 +44,13 @@ class Fault:
     def backend(self) -> Any:
         right = get_backend(self.base).ops
         changed = self.make(right)
-        # What stands for other functions would hide their faults.
-        vjp = changed.pop("vjp", right.capabilities.vjp)
-        capabilities = Capabilities(vjp=vjp)
+        # What stands for other functions would hide their faults: no capability but those named.
+        named = {name: changed.pop(name) for name in CAPABILITIES if name in changed}
+        named.setdefault("vjp", right.capabilities.vjp)
+        for name, other in TOGETHER:
+            if name in named:
+                named.setdefault(other, getattr(right.capabilities, other))
+        capabilities = Capabilities(**named)
         return SimpleNamespace(**{**vars(right), **changed, "capabilities": capabilities})
 
 
@@ -120,6 +128,21 @@ def refuse(name: str) -> Callable[[Any], dict[str, Any]]:
     return lambda ops: {name: function}
 
 
+def refuse_capability(name: str) -> Callable[[Any], dict[str, Any]]:
+    """A capability that raises, with what it needs."""
+
+    def make(ops: Any) -> dict[str, Any]:
+        own = {other: getattr(ops.capabilities, other) for one, other in TOGETHER if one == name}
+        made_up: dict[str, Any] = {
+            "seed_array": np.asarray,
+            "why_not_fused": lambda spec, shape: None,
+            "initializer_style": "key",
+        }
+        return own | {n: x for n, x in made_up.items() if n in own} | refuse(name)(ops)
+
+    return make
+
+
 def scaled_vjp(ops: Any) -> dict[str, Any]:
     def wrong(function: Any, given: Any, cotangents: Any) -> Any:
         value, pulled = ops.capabilities.vjp(function, given, cotangents)
@@ -147,6 +170,235 @@ def last_axis_but_one(function: Any) -> Any:
         x, axis=-2 if axis == -1 else axis, keepdims=keepdims
     )
 
+
+def capability(name: str, change: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """One capability of a backend, changed."""
+    return lambda ops: {name: change(getattr(ops.capabilities, name))}
+
+
+def exact(ops: Any, number: Callable[[Any], int]) -> Callable[[int], Any]:
+    """`seed_array` of NumPy, of what `number` makes of the seed."""
+    return lambda seed: np.array(number(seed) % 2**64, np.uint64).view(np.int64)
+
+
+def kept(change: Callable[..., dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """`keep_mask` for an origin of which parts are changed."""
+
+    def make(ops: Any) -> dict[str, Any]:
+        def mask(seed: Any, threshold: int, shape: Any, origin: Any = None, *, device: Any) -> Any:
+            origin = origin or TileOrigin()
+            return keep_mask(ops, seed, threshold, shape, replace(origin, **change(origin)))
+
+        return {"keep_mask": mask}
+
+    return make
+
+
+def looped(change: Callable[[int], int]) -> Callable[[Any], dict[str, Any]]:
+    """A loop whose function gets another number than that of the round."""
+
+    def make(ops: Any) -> dict[str, Any]:
+        def loop(function: Any, *arguments: Any) -> Any:
+            return ops.capabilities.loop(lambda i, own: function(change(i), own), *arguments)
+
+        return {"loop": loop, "eager_loop": True}
+
+    return make
+
+
+def last_round_dropped(ops: Any) -> dict[str, Any]:
+    def loop(function: Any, count: int, mapped: Any, constant: Any, results: Any) -> Any:
+        return ops.capabilities.loop(
+            lambda i, own: {n: x * (i < count - 1 or not i) for n, x in function(i, own).items()},
+            count, mapped, constant, results,
+        )  # fmt: skip
+
+    return {"loop": loop, "eager_loop": True}
+
+
+def constants_without_gradients(ops: Any) -> dict[str, Any]:
+    def loop(function: Any, count: int, mapped: Any, constant: Any, results: Any) -> Any:
+        fixed = {name: ops.stop_gradient(x) for name, x in constant.items()}
+        # Added so that there is a gradient, of zero.
+        fixed = {n: x if x.dtype == ops.bool else x + 0 * constant[n] for n, x in fixed.items()}
+        return ops.capabilities.loop(function, count, mapped, fixed, results)
+
+    return {"loop": loop, "eager_loop": True}
+
+
+def backwards(ops: Any) -> dict[str, Any]:
+    def loop(function: Any, count: int, mapped: Any, constant: Any, results: Any) -> Any:
+        found = [
+            function(i, {name: x[i] for name, x in mapped.items()} | constant)
+            for i in reversed(range(count))
+        ]
+        return {name: np.stack([each[name] for each in reversed(found)]) for name in results}
+
+    return {"loop": loop, "eager_loop": True}
+
+
+def compiled_for_ever(ops: Any) -> dict[str, Any]:
+    """`compile` of a function that gives the first result again for arrays of that shape."""
+
+    def compile(function: Any) -> Any:
+        results: dict[Any, Any] = {}
+
+        def compiled(given: Any) -> Any:
+            shapes = tuple([x.shape for x in given.values()])
+            if shapes not in results:
+                results[shapes] = function(given)
+            return results[shapes]
+
+        return compiled
+
+    return {"compile": compile, "seed_array": exact(ops, int)}
+
+
+def compiled_for_one_shape(ops: Any) -> dict[str, Any]:
+    def compile(function: Any) -> Any:
+        first: list[Any] = []
+
+        def compiled(given: Any) -> Any:
+            first.append(given["query"].shape)
+            if given["query"].shape != first[0]:
+                raise ValueError(f"compiled for {first[0]}")
+            return function(given)
+
+        return compiled
+
+    return {"compile": compile, "seed_array": exact(ops, int)}
+
+
+def fused(
+    change: Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]] = lambda s, a: (s, a),
+    why: Callable[[Any, Any], Any] = lambda spec, shape: None,
+    result: Callable[[Any], Any] = lambda x: x,
+) -> Callable[[Any], dict[str, Any]]:
+    """A kernel that does all calls, of changed options and arrays."""
+
+    def make(ops: Any) -> dict[str, Any]:
+        def kernel(spec: Any, given: Any, *, causal: bool) -> Any:
+            # The masks of positions are in "mask", but of causality and with dropout.
+            if not causal and spec.dropout is None:
+                positions = replace(spec.position_mask, left=None, right=None)
+                spec = replace(spec, position_mask=positions)
+            spec, given = change(spec, dict(given))
+            return result(formula(ops, spec, given, TileOrigin(), None, False)["context"])
+
+        return {"fused_attention": kernel, "why_not_fused": why}
+
+    return make
+
+
+def without(name: str) -> Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
+    """Attention without an array."""
+    return lambda spec, given: (spec, {n: x for n, x in given.items() if n != name})
+
+
+def mask_as_lowest(spec: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Masked by a low number: a query that sees nothing sees all."""
+    if "mask" in given:
+        bias = np.where(given.pop("mask"), np.float32(0), np.float32(-1e9))
+        given["bias"] = bias + given.get("bias", np.float32(0))
+    return spec, given
+
+
+def bottom_right(spec: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Causality by which the last query, not the first, stands at its key."""
+    offset = given["key"].shape[2] - given["query"].shape[2]
+    if spec.position_mask.right == 0 and spec.position_mask.left is None:
+        spec = replace(spec, position_mask=replace(spec.position_mask, offset=offset))
+    return spec, given
+
+
+def heads_in_turn(spec: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Query head h reads key head ``h % K``."""
+    times = given["query"].shape[1] // given["key"].shape[1]
+    for name in ("key", "value"):
+        given[name] = np.concatenate([given[name]] * times, axis=1)
+    return spec, given
+
+
+def another_seed(spec: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if spec.dropout is not None:
+        spec = replace(spec, dropout=replace(spec.dropout, seed=int(np.int32(5))))
+    return spec, given
+
+
+def constant_key(ops: Any) -> dict[str, Any]:
+    """Torch's kernel, of keys without a gradient."""
+    right = ops.capabilities.fused_attention
+
+    def kernel(spec: Any, given: Any, *, causal: bool) -> Any:
+        key = ops.stop_gradient(given["key"]) + 0 * given["key"]
+        return right(spec, {**given, "key": key}, causal=causal)
+
+    return {"fused_attention": kernel}
+
+
+def bias_without_gradient(ops: Any) -> dict[str, Any]:
+    """Torch's kernel, also where a gradient of the bias is wanted."""
+    right = ops.capabilities
+
+    def kernel(spec: Any, given: Any, *, causal: bool) -> Any:
+        if "bias" in given:
+            bias = given["bias"]
+            none = 0.0 * ops.where(bias > -np.inf, bias, 0.0)
+            given = {**given, "bias": ops.stop_gradient(bias) + none}
+        return right.fused_attention(spec, given, causal=causal)
+
+    def why(spec: Any, shape: Any) -> Any:
+        return right.why_not_fused(spec, shape._replace(bias_differentiated=False))
+
+    return {"fused_attention": kernel, "why_not_fused": why}
+
+
+def by_key(function: Any, shape: Any, dtype: str, seed: int) -> Any:
+    return function(np.array(seed, np.int32), shape, np.dtype(dtype))
+
+
+def sound(ops: Any) -> dict[str, Any]:
+    """Each capability that a backend without differentiation may have, and none of them wrong."""
+    own = ops.capabilities
+    names = [name for name in own.names if name != "eager_loop"]
+    tracing: list[Any] = []
+
+    def compile(function: Any) -> Any:
+        def compiled(given: Any) -> Any:
+            tracing.append(function)
+            try:
+                return function(given)
+            finally:
+                tracing.pop()
+
+        return compiled
+
+    return {
+        **{name: getattr(own, name) for name in names},
+        **kept(lambda origin: {})(ops),
+        **fused()(ops),
+        "softmax": lambda x: softmax(ops, x),
+        "compile": compile,
+        "is_tracing": lambda: bool(tracing),
+        "seed_array": exact(ops, int),
+        "initialize": by_key,
+        "initializer_style": "key",
+    }
+
+
+def initialized(change: Callable[..., Any]) -> Callable[[Any], dict[str, Any]]:
+    return lambda ops: {"initialize": change, "initializer_style": "key"}
+
+
+def off(weights: Any, total: Any) -> Any:
+    """Exponentials, and a sum that is a little off."""
+    return weights, total * np.asarray(1.0001, total.dtype)
+
+
+SOUND = Fault("none", sound, ()).backend
+"""A backend with capabilities in which there is no fault."""
+
+MASKED = "test_fused_attention_has_the_written_meaning"
 
 FAULTS = (
     # --- what a backend is called, and its arrays
@@ -278,11 +530,6 @@ FAULTS = (
         "concat ignores the axis",
         lambda o: {"concat": lambda arrays, *, axis=0: np.concatenate(arrays)},
         ("test_concat_joins_along_an_axis",),
-    ),
-    Fault(
-        "step is no number",
-        lambda o: {"step": lambda device: 0.5},
-        ("test_step_is_a_number_of_elements_or_none",),
     ),
     Fault(
         "slices start at 0",
@@ -472,5 +719,217 @@ FAULTS = (
         lambda o: {"float64": o.float32},
         ("test_in_float64_is_differentiated_in_float64",),
         base="torch",
+    ),
+    # --- capabilities
+    Fault(
+        "linear without bias",
+        capability("linear", lambda right: lambda x, matrix, bias: right(x, matrix, None)),
+        ("test_linear_is_tensordot_and_bias",),
+    ),
+    Fault(
+        "linear in half precision",
+        lambda o: {"linear": lambda x, m, b: half(np.matmul)(x, m) + (0 if b is None else b)},
+        ("test_linear_is_tensordot_and_bias",),
+    ),
+    Fault(
+        "softmax over the axis before the last",
+        lambda o: {"softmax": lambda x: softmax(o, x.swapaxes(-1, -2)).swapaxes(-1, -2)},
+        ("test_softmax_is_the_general_softmax",),
+    ),
+    Fault(
+        "softmax without the greatest",
+        lambda o: {"softmax": lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)},
+        ("test_softmax_is_the_general_softmax",),
+    ),
+    Fault(
+        "exp_and_sum whose sum is off",
+        capability("exp_and_sum", lambda right: lambda x, peak: off(*right(x, peak))),
+        ("test_exp_and_sum_are_exp_and_sum",),
+    ),
+    Fault(
+        "exp_and_sum forgets the peak",
+        capability("exp_and_sum", lambda right: lambda x, peak: right(x, 0 * peak)),
+        ("test_exp_and_sum_are_exp_and_sum",),
+    ),
+    Fault(
+        "bitwise_and_inplace sets all bits",
+        lambda o: {"bitwise_and_inplace": lambda x, y: np.full_like(x, -1)},
+        ("test_bitwise_and_inplace_is_bitwise_and",),
+    ),
+    Fault(
+        "bitwise_xor_inplace is or",
+        lambda o: {"bitwise_xor_inplace": np.bitwise_or},
+        ("test_bitwise_xor_inplace_is_bitwise_xor",),
+    ),
+    *[
+        Fault(
+            f"keep_mask ignores the origin's {name}",
+            kept(lambda origin, name=name: {name: 0}),
+            ("test_keep_mask_gives_the_bits_of_the_general_one",),
+        )
+        for name in ("batch", "head", "query", "key")
+    ],
+    Fault(
+        "keep_mask of the low word alone",
+        lambda o: {
+            "keep_mask": lambda seed, *rest, device: keep_mask(o, int(seed) % 2**32, *rest)
+        },
+        ("test_keep_mask_gives_the_bits_of_the_general_one",),
+    ),
+    Fault(
+        "keep_mask takes no origin of arrays",
+        lambda o: {
+            **kept(lambda origin: {"head": origin.head if type(origin.head) is int else 0})(o),
+            "loop": o.capabilities.loop,
+        },
+        ("test_keep_mask_gives_the_bits_of_the_general_one",),
+    ),
+    Fault(
+        "chunk_size is no number",
+        lambda o: {"chunk_size": lambda device: 0.5},
+        ("test_chunk_size_is_a_number_of_words_or_none",),
+    ),
+    Fault(
+        "seed_array loses the high word",
+        lambda o: {"seed_array": exact(o, lambda seed: seed % 2**32)},
+        ("test_seed_array_gives_the_words_of_the_int",),
+    ),
+    Fault(
+        "tile_size is zero",
+        lambda o: {"tile_size": lambda device: 0},
+        ("test_tile_size_is_a_number_of_logits",),
+    ),
+    Fault("loop drops the last round", last_round_dropped, ("test_loop_is_a_plain_loop",)),
+    Fault("loop counts from one", looped(lambda i: max(i - 1, 0)), ("test_loop_is_a_plain_loop",)),
+    Fault(
+        "loop keeps constants from gradients",
+        constants_without_gradients,
+        ("test_loop_has_the_gradients_of_a_plain_loop",),
+        base="torch",
+    ),
+    Fault("eager_loop goes backwards", backwards, ("test_eager_loop_goes_round_by_round",)),
+    Fault(
+        "narrow is off by one",
+        capability("narrow", lambda right: lambda x, start, n, axis: right(
+            x, start + (start > 0) * (start + n < x.shape[axis]), n, axis=axis)),
+        ("test_narrow_is_a_slice",),
+    ),
+    Fault(
+        "narrow takes no array",
+        lambda o: {
+            "loop": o.capabilities.loop,
+            "narrow": lambda x, start, length, *, axis: o.capabilities.narrow(
+                x, start if type(start) is int else 0, length, axis=axis
+            ),
+        },
+        ("test_narrow_is_a_slice",),
+    ),
+    Fault(
+        "why_not_fused is empty",
+        fused(why=lambda spec, shape: ""),
+        ("test_why_not_fused_gives_a_reason_or_none",),
+    ),
+    Fault("fused_attention ignores the mask", fused(without("mask")), (MASKED,)),
+    Fault("fused_attention ignores the bias", fused(without("bias")), (MASKED,)),
+    Fault("fused_attention sees all where it sees nothing", fused(mask_as_lowest), (MASKED,)),
+    Fault("fused_attention gives NaN for zero", fused(result=lambda x: x / (x != 0)), (MASKED,)),
+    Fault("fused_attention is causal from the last", fused(bottom_right), (MASKED,)),
+    Fault("fused_attention takes key heads in turn", fused(heads_in_turn), (MASKED,)),
+    Fault("fused_attention drops by another seed", fused(another_seed), (MASKED,)),
+    Fault(
+        "fused_attention scales by itself",
+        fused(lambda spec, given: (replace(spec, scale=8**-0.5), given)),
+        (MASKED,),
+    ),
+    Fault(
+        "fused_attention is in half precision",
+        fused(lambda s, given: (s, {**given, "value": np.float32(np.float16(given["value"]))})),
+        (MASKED,),
+    ),
+    Fault(
+        "fused_attention gives the key no gradient",
+        constant_key,
+        ("test_fused_attention_has_the_written_gradients",),
+        base="torch",
+    ),
+    Fault(
+        "fused_attention gives a bias no gradient",
+        bias_without_gradient,
+        ("test_fused_attention_has_the_written_gradients",),
+        base="torch",
+    ),
+    Fault(
+        "compile keeps the values", compiled_for_ever, ("test_compile_gives_the_same_function",)
+    ),
+    Fault(
+        "compile takes one shape",
+        compiled_for_one_shape,
+        ("test_compile_gives_the_same_function",),
+    ),
+    Fault(
+        "array_key is equal for other dtypes",
+        lambda o: {"array_key": lambda x: type(x)},
+        ("test_array_key_tells_dtypes_apart",),
+    ),
+    Fault(
+        "array_key is not hashable",
+        lambda o: {"array_key": lambda x: [x.dtype]},
+        ("test_array_key_tells_dtypes_apart",),
+    ),
+    Fault(
+        "array_key tells shapes apart",
+        lambda o: {"array_key": lambda x: (x.dtype, x.shape)},
+        ("test_array_key_tells_dtypes_apart",),
+    ),
+    Fault(
+        "is_tracing says yes to all",
+        lambda o: {"is_tracing": lambda: True},
+        ("test_is_tracing_is_true_inside_of_a_compiler_alone",),
+    ),
+    Fault(
+        "is_tracing says no to a compiler",
+        lambda o: {
+            "is_tracing": lambda: False, "compile": lambda f: f, "seed_array": exact(o, int)
+        },
+        ("test_is_tracing_is_true_inside_of_a_compiler_alone",),
+    ),
+    Fault(
+        "is_differentiated says no to all",
+        lambda o: {"is_differentiated": lambda x: False},
+        ("test_is_differentiated_sees_what_vjp_differentiates",),
+        base="torch",
+    ),
+    Fault(
+        "is_differentiated gives no bool",
+        lambda o: {"is_differentiated": lambda x: None},
+        ("test_is_differentiated_sees_what_vjp_differentiates",),
+    ),
+    Fault(
+        "initializer_style is not known",
+        lambda o: {"initialize": by_key, "initializer_style": "by key"},
+        ("test_initializer_style_is_known",),
+    ),
+    Fault(
+        "initialize turns the shape round",
+        initialized(lambda f, shape, dtype, seed: by_key(f, shape[::-1], dtype, seed)),
+        ("test_initialize_calls_an_initializer_of_its_style",),
+    ),
+    Fault(
+        "initialize ignores the dtype",
+        initialized(lambda f, shape, dtype, seed: by_key(f, shape, "float32", seed)),
+        ("test_initialize_calls_an_initializer_of_its_style",),
+    ),
+    Fault(
+        "initialize ignores the seed",
+        initialized(lambda f, shape, dtype, seed: by_key(f, shape, dtype, 0)),
+        ("test_initialize_calls_an_initializer_of_its_style",),
+    ),
+    Fault(
+        "initialize draws a seed each time",
+        lambda o: {
+            "initialize": lambda f, shape, dtype, seed: by_key(f, shape, dtype, o.draw_seed()),
+            "initializer_style": "key",
+        },
+        ("test_initialize_calls_an_initializer_of_its_style",),
     ),
 )  # fmt: skip
