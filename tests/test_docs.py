@@ -50,7 +50,7 @@ def test_python_blocks_of_a_page_run_in_order(page: Path) -> None:
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.module" for b in BACKENDS)])
+@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.layer" for b in BACKENDS)])
 def test_examples_of_a_module_give_what_they_show(name: str) -> None:
     for backend in BACKENDS:
         if name.startswith(backend.package) and not backend.installed:
