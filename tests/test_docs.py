@@ -16,7 +16,7 @@ from anymha.framework.registry import BUILT_IN, LAYERS
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
 PEERS = ("haiku",)  # imported by pages of their own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
