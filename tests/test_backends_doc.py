@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from anymha.framework.capabilities import TOGETHER, Capabilities
 from tests.backends.faults import FUNCTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -62,9 +64,20 @@ def test_page_shows_the_tested_backend() -> None:
     assert shown == (ROOT / "tests" / "backends" / "anymha_strict" / "ops.py").read_text()
 
 
-def test_page_names_every_function_once() -> None:
-    table = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
-    assert sorted(table) == sorted(FUNCTIONS)
+def test_page_names_every_function_and_capability_once() -> None:
+    required, optional = PAGE.split("### Optional: `Capabilities`")
+    table = re.findall(r"^\| `(\w+)` \|", required, re.MULTILINE)
+    assert sorted([*table, "vjp"]) == sorted(FUNCTIONS)
+    table = re.findall(r"^\| `(\w+)`", optional, re.MULTILINE)
+    assert sorted(table) == sorted(field.name for field in fields(Capabilities))
+
+
+def test_page_names_what_a_capability_needs() -> None:
+    _, optional = PAGE.split("### Optional: `Capabilities`")
+    for line in re.findall(r"^\| `\w+`.*$", optional, re.MULTILINE):
+        name, needs = re.findall(r"\w+", line)[0], re.findall(r"needs ([^|]*)", line)
+        named = re.findall(r"`(\w+)`", needs[0]) if needs else []
+        assert named == [other for one, other in TOGETHER if one == name]
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))

@@ -16,7 +16,7 @@ from anymha.framework.registry import BUILT_IN, LAYERS
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
 PEERS = ("haiku",)  # imported by pages of their own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -50,7 +50,7 @@ def test_python_blocks_of_a_page_run_in_order(page: Path) -> None:
         exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.module" for b in BACKENDS)])
+@pytest.mark.parametrize("name", [*MODULES, *(f"{b.package}.layer" for b in BACKENDS)])
 def test_examples_of_a_module_give_what_they_show(name: str) -> None:
     for backend in BACKENDS:
         if name.startswith(backend.package) and not backend.installed:

@@ -1,0 +1,107 @@
+"""CONTRIBUTING.md: who follows its recipe to the letter has a new option of the layer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from anymha.layer.arguments import ARRAYS, OPTIONS
+from anymha.layer.native import CallOptions
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FILE = re.compile(
+    r"^`([\w./]+)`(?:, (behind|in place of) `([^\n]+)`)?\n\n```\w+\n(.*?)^```$", re.M | re.S
+)
+FOLDERS = ("anymha", "backends", "docs", "tests")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project, with what the page adds."""
+    root = tmp_path_factory.mktemp("project")
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__", "images")
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    for name, how, line, text in FILE.findall(PAGE):
+        path = root / name
+        if not how:
+            assert not path.exists(), f"{name} is there already"
+            path.write_text(text, encoding="utf-8")
+            continue
+        before = path.read_text(encoding="utf-8")
+        assert before.count(f"{line}\n") == 1, f"{name} has not one line {line!r}"
+        kept = f"{line}\n" if how == "behind" else ""
+        path.write_text(before.replace(f"{line}\n", kept + text), encoding="utf-8")
+    return root
+
+
+def python(project: Path, arguments: Sequence[str]) -> str:
+    path = os.pathsep.join([str(project), str(project / "backends")])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUTF8": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=project, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_page_has_every_file_of_the_recipe() -> None:
+    names = [name for name, *_ in FILE.findall(PAGE)]
+    assert len(names) == 8
+    for folder in ("anymha/attention/features", "anymha/parity/oracle/features"):
+        assert f"{folder}/temperature.py" in names
+
+
+@pytest.mark.parametrize(
+    ("file", "selected"),
+    [
+        ("tests/test_temperature.py", "test"),
+        ("tests/test_parity_cases.py", "temperature"),
+        ("tests/test_selftest.py", "page or (numpy and temperature)"),
+    ],
+)
+def test_the_tests_of_the_toy_pass(project: Path, file: str, selected: str) -> None:
+    shown = python(project, ["-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", selected])
+    assert " passed" in shown
+
+
+def test_the_matrix_judges_the_toy(project: Path) -> None:
+    shown = python(project, ["-m", "anymha", "parity", "--backends", "numpy"])
+    assert re.search(r"^✓  temperature, everything", shown, re.MULTILINE)
+    assert "PARITY HOLDS" in shown
+
+
+def test_the_toy_is_saved_and_loaded(project: Path) -> None:
+    code = (
+        "import anymha\n"
+        "layer = anymha.MultiHeadAttention(\n"
+        "    2, 4, query_features=8, temperature=2, backend='numpy'\n"
+        ")\n"
+        "anymha.save('layer.safetensors', layer)\n"
+        "print(anymha.load('layer.safetensors', backend='numpy').config.temperature)\n"
+    )
+    assert python(project, ["-c", code]) == "2.0\n"
+
+
+def test_the_arguments_of_the_call_have_types() -> None:
+    assert list(CallOptions.__annotations__) == [a.name for a in (*ARRAYS, *OPTIONS)]
+
+
+def test_the_stated_places_exist() -> None:
+    for name in re.findall(r"`((?:anymha|backends|tests)/[\w/]+\.py)`", PAGE):
+        assert "temperature" in name or (ROOT / name).exists(), name
