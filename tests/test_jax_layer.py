@@ -309,8 +309,11 @@ def test_reproducible_gradients_are_those_of_torch():
     gradient = jax.jit(jax.grad(lambda m, x: m(x, use_causal_mask=True).sum(), (0, 1)))
     mine, mine_x = gradient(layer, jnp.asarray(X))
     np.testing.assert_array_equal(mine_x, x.grad.numpy())
-    for name, parameter in other.named_parameters():
-        np.testing.assert_array_equal(mine.weights[name], parameter.grad.numpy())
+    for name, own in mine.weights.items():
+        projection, _, part = name.partition(".")
+        linear = other.get_submodule(projection)
+        theirs = linear.weight.grad.T if part == "kernel" else linear.bias.grad
+        np.testing.assert_array_equal(own, theirs.numpy().reshape(own.shape))
 
 
 # --- dropout -------------------------------------------------------------------------------------

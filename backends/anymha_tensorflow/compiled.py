@@ -68,7 +68,9 @@ class CompiledCall:
 
 def _pairs(arrays: Tensors) -> int:
     """The number of positions of the query times that of the value."""
-    query = arrays["query"]
+    query = arrays.get("query")
+    if query is None:
+        return SMALL + 1
     value = arrays.get("value", query)
     return math.prod(query.shape[:-1]) * math.prod(value.shape[:-1])
 
