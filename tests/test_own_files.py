@@ -199,11 +199,14 @@ def test_backend_that_cannot_hold_the_dtype_is_told(
     """As Keras on JAX, which holds float32 where float64 was asked for."""
     anymha.save(tmp_path / "a.safetensors", make("numpy", dtype="float64"))
     kind = get_backend("numpy").layer
-    hold = kind._hold
-    narrow = lambda self, values: hold(  # noqa: E731
-        self, values) or self.weights.update(
-            {name: array.astype("f4") for name, array in self.weights.items()})  # fmt: skip
-    monkeypatch.setattr(kind, "_hold", narrow)
+    assign = kind._assigned
+
+    def narrow(self: Any, values: Any) -> Any:
+        assign(self, values)
+        self.weights.update({name: array.astype("f4") for name, array in self.weights.items()})
+        return self
+
+    monkeypatch.setattr(kind, "_assigned", narrow)
     told = refused(
         lambda: anymha.load(tmp_path / "a.safetensors", "numpy"), anymha.errors.DtypeError
     )

@@ -1,7 +1,7 @@
 """Dropout: which probabilities are kept, as a pure function of a seed and of positions.
 
 One counter-based generator in 32-bit integer arithmetic, so that every framework drops the same
-elements: eager or compiled, whatever the block size, the device or the sharding.
+elements: eager or compiled, whatever the size of the tiles, the device or the sharding.
 
 The generator, with ``^`` exclusive or, ``*`` modulo 2^32, ``>>`` filling with zeros, and
 
@@ -145,8 +145,8 @@ def _kept(
         if rows > height:
             tall = [ops.reshape(x, (1, 1, rows, 1)) for x in (first, second)]
             starts = range(0, rows, height)
-            blocks = [[x[..., i : i + height, :] for x in tall] for i in starts]
-            parts = [_kept(ops, a, c, columns, threshold, rows * keys) for a, c in blocks]
+            chunks = [[x[..., i : i + height, :] for x in tall] for i in starts]
+            parts = [_kept(ops, a, c, columns, threshold, rows * keys) for a, c in chunks]
             return ops.concat(parts, axis=2)
     word = _mix(ops, first + columns, second)  # [B, H, ceil(T/2), S]
     even = ops.bitwise_and(word, STEPS - 1) >= threshold

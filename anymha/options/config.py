@@ -66,7 +66,7 @@ class AttentionConfig:
         compute_dtype: Dtype in which the layer computes; default the weights' dtype.
         seed: Seed of the initial weights; default one from the framework's own generator.
         name: A name for the layer.
-        memory_budget: Bytes that the logits of one block of queries may take, for long sequences;
+        memory_budget: Bytes that the logits of one tile of queries may take, for long sequences;
             default what the backend is fastest with. The results mean the same for any.
 
     Raises:

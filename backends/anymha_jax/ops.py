@@ -93,7 +93,7 @@ def _is_one_cpu():
 
 
 def loop(function, count, mapped, constant, results, /):
-    # Only what goes into a block is kept for differentiation, which computes the block again.
+    # Only what goes into a round is kept for differentiation, which computes the round again.
     @jax.checkpoint
     def body(index, own):
         return function(index, own | constant)

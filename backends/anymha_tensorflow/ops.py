@@ -121,7 +121,7 @@ def loop(function, count, mapped, constant, results, /):
     moving = {name: x for name, x in constant.items() if name not in fixed}
     names = [*mapped, *moving]
 
-    # Only what goes into a block is kept for differentiation, which computes the block again.
+    # Only what goes into a round is kept for differentiation, which computes the round again.
     @tf.recompute_grad
     def body(index, *arrays):
         return function(index, dict(zip(names, arrays, strict=True)) | fixed)
