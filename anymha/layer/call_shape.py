@@ -57,15 +57,17 @@ class CallShape:
             key_mask: (B, 1, 1, S) booleans, or None.
         """
         query, key, value = arrays["query"], arrays["key"], arrays["value"]
-        one = key is value
-        if query_mask is None and key_mask is None and value is query:
-            query = value = fold(ops, query, self.axes)
-        else:
-            query = _kept(ops, fold(ops, query, self.axes), query_mask)
-            value = _kept(ops, fold(ops, value, self.axes), key_mask)
-        if one:
-            return query, value, value
-        return query, _kept(ops, fold(ops, key, self.axes), key_mask), value
+        of_query, of_value = value is query, key is value
+        if self.axes is not PLAIN:
+            query = fold(ops, query, self.axes)
+            value = query if of_query else fold(ops, value, self.axes)
+            key = value if of_value else fold(ops, key, self.axes)
+        if key_mask is not None:
+            value = _kept(ops, value, key_mask)
+            key = value if of_value else _kept(ops, key, key_mask)
+        if query_mask is not None:
+            query = _kept(ops, query, query_mask)
+        return query, key, value
 
     def padding(self, ops: Ops, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """Which queries and which keys count: (B, 1, T, 1) and (B, 1, 1, S) booleans."""
@@ -106,9 +108,7 @@ class CallShape:
         return ops.reshape(scores, (*self.batch, self.heads, *self.queries, *self.keys))
 
 
-def _kept(ops: Ops, x: Array, mask: Array | None) -> Array:
+def _kept(ops: Ops, x: Array, mask: Array) -> Array:
     """`x` (B, length, D), zero where a padding mask (B, 1, T, 1) or (B, 1, 1, S) is False."""
-    if mask is None:
-        return x
     shape = ops.shape(mask)
     return ops.where(ops.reshape(mask, (shape[0], product(shape[2:]), 1)), x, 0.0)

@@ -205,7 +205,7 @@ def plan_call(
     if plans.config is not config:
         plans.begin(config)
     query, value, key = inputs
-    offset_kind = offset if offset is None else _offset_kind(offset)
+    offset_kind = _offset_kind(offset)
     try:
         kinds = (
             array_key(query),

@@ -5,6 +5,7 @@ Half precision never reaches these functions: the core computes it in float32.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import inf
 from operator import attrgetter
 
@@ -61,7 +62,8 @@ def _masked(mask, x):
     added += _BITS[0]
     with np.errstate(invalid="ignore"):
         found = x + added.view(float32)
-    return np.where(mask, x, -inf) if np.isnan(np.max(found, initial=-inf)) else found
+    peak = np.maximum.reduce(found, axis=None, initial=-inf)
+    return np.where(mask, x, -inf) if peak != peak else found  # NaN is not itself
 
 
 _BITS = np.array([-np.inf, -0.0], float32).view(int32)
@@ -140,7 +142,12 @@ def narrow(x, start, length, /, *, axis):
 def exp_and_sum(x, peak, /):
     np.subtract(x, peak, out=x)
     np.exp(x, out=x)
-    return x, np.matmul(x, np.ones((x.shape[-1], 1), x.dtype))
+    return x, np.matmul(x, _ones(x.shape[-1], x.dtype))
+
+
+@lru_cache(maxsize=64)
+def _ones(length, dtype, /):
+    return np.ones((length, 1), dtype)
 
 
 def to_numpy(x, /):
