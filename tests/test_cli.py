@@ -98,6 +98,15 @@ def base_2(x: Any, peak: Any) -> tuple[Any, Any]:
     return weights, np.sum(weights, axis=-1, keepdims=True)
 
 
+def break_function(monkeypatch: pytest.MonkeyPatch, ops: Any, name: str, broken: Any) -> None:
+    """Put a broken function in the place of one of a backend's, or of its capabilities."""
+    if getattr(ops.capabilities, name, None) is None:
+        monkeypatch.setattr(ops, name, broken)
+        return
+    capabilities = dataclasses.replace(ops.capabilities, **{name: broken})
+    monkeypatch.setattr(ops, "capabilities", capabilities)
+
+
 def failing(*arrays: Any, **options: Any) -> Any:
     raise RuntimeError("no [such] kernel")
 
@@ -133,7 +142,7 @@ def test_broken_function_fails_and_is_told(
     command: Run, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     name, broken, cases = FAULTS[fault]
-    monkeypatch.setattr(get_backend("numpy").ops, name, broken)
+    break_function(monkeypatch, get_backend("numpy").ops, name, broken)
     status, out, _ = command("parity", "--backends", "numpy")
     assert status == 1
     assert out.splitlines()[-1].startswith("PARITY DOES NOT HOLD: ")
@@ -168,8 +177,8 @@ def test_other_dropout_of_the_core_fails(command: Run, monkeypatch: pytest.Monke
         ("matmul", lambda torch, a, b: torch.matmul(a, b) * 1.001, "cross"),
         ("sum", lambda torch, x, *, axis, keepdims:
             torch.sum(x.to(torch.bfloat16), axis, keepdims).to(x.dtype), "reproducible"),
-        ("linear", lambda torch, x, matrix, bias:
-            torch.tensordot(x.half(), matrix.half(), 1).to(x.dtype) + bias, "N-D, two axes"),
+        ("projection", lambda torch, x, weight, bias:
+            torch.tensordot(x.half(), weight.T.half(), 1).to(x.dtype) + bias, "N-D, two axes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -178,7 +187,14 @@ def test_broken_torch_fails_and_numpy_beside_it_does_not(
 ) -> None:
     ops = usable("torch").ops
     torch = sys.modules["torch"]
-    monkeypatch.setattr(ops, name, lambda *a, **o: broken(torch, *a, **o))
+
+    def function(*args: Any, **options: Any) -> Any:
+        return broken(torch, *args, **options)
+
+    if name == "projection":
+        monkeypatch.setattr("anymha_torch.projection.linear", function)
+    else:
+        break_function(monkeypatch, ops, name, function)
     status, out, _ = command("parity", "--backends", "numpy,torch")
     assert status == 1
     assert f"✗ {case}, torch: " in out

@@ -358,7 +358,8 @@ def _called(
             x, (batch * queries, width) if projections.on_rows else (batch, queries, width)
         )
         y = function(x)
-        y = ops.reshape(y, (batch, queries, *(plan.output_shape or y.shape[-1:])))
+        shape = y.shape[-1:] if plan.output_shape is None else plan.output_shape
+        y = ops.reshape(y, (batch, queries, *shape))
     else:
         length = queries if name == "query" else keys
         y = ops.reshape(function(x), (batch, length, *plan.heads[name]))
@@ -384,7 +385,7 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, contracted: i
     width = outer[0] if len(outer) == 1 else product(outer)
     lengths = ops.shape(x)[:2]
     linear = ops.capabilities.linear
-    if len(shape) != 2:
+    if len(shape) != 2 or contracted != 1:
         kernel = reshape(kernel, (inner, width))
     if bias is not None and len(outer) != 1:
         bias = reshape(bias, (width,))

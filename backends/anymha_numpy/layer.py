@@ -78,13 +78,13 @@ class MultiHeadAttention(NativeLayer):
         exact = config.dtype in EXACT and config.compute_dtype in (None, config.dtype)
         if not exact or any(w.dtype != dtype or not w.flags.c_contiguous for w in arrays):
             return self.weights
-        functions = {}
+        functions, linear = {}, ops.capabilities.linear
         for name in PROJECTIONS:
             kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
             matrix = kernel.reshape(inner, -1)
             bias = None if bias is None else bias.reshape(-1)
-            functions[name] = partial(ops.linear, matrix=matrix, bias=bias)
+            functions[name] = partial(linear, matrix=matrix, bias=bias)
         query, value, key = widths_of(self.weights)
         kind = WeightsKind(config.dtype, (query, value, key))
         key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
