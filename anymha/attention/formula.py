@@ -60,9 +60,8 @@ def formula(
         query = ops.reshape(query, (batch, shared, rows, d_k))
     key = ops.permute_dims(key, (0, 1, 3, 2))  # [B, K, d_k, S]
     logits = ops.matmul(query * spec.scale, key)  # [B, K, (H/K)*T, S]
-    # Also where the shape is the same: TensorFlow fuses a product with the bias that follows at
-    # once, and only where nobody asks for the scores, whose output would have other bits then.
-    logits = ops.reshape(logits, (batch, heads, queries, keys))
+    if heads != shared:
+        logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:
         logits = feature.logits(ops, logits, origin)
     if observe is not None:
