@@ -74,15 +74,16 @@ def test_row_without_keys_gives_exactly_the_output_bias(
     for name, gradient in result.gradients.items():
         assert np.isfinite(gradient.astype(np.float64)).all(), name
     assert not result.gradients["query"][empty].any()
-    with_scores = run(backend, problem, gradients=False).output
-    assert bits(_alone(backend, problem)).tolist() == bits(with_scores).tolist()
+    alone, with_scores = (_output(backend, problem, scores) for scores in (False, True))
+    assert bits(alone).tolist() == bits(with_scores).tolist()
 
 
-def _alone(backend: Backend, problem: Problem) -> np.ndarray:
-    """The output of the native layer where scores are not asked for."""
+def _output(backend: Backend, problem: Problem, scores: bool) -> np.ndarray:
+    """The output of the native layer, where scores are asked for or not."""
     layer = set_weights(backend.layer(**problem.config.to_dict()), problem.weights)
     arrays = native(backend.ops, {**problem.inputs, **problem.call})
-    return backend.ops.to_numpy(layer(**arrays))
+    result = layer(**arrays, return_attention_scores=scores)
+    return backend.ops.to_numpy(result[0] if scores else result)
 
 
 def test_all_rows_empty_without_biases_give_zeros(backend: Backend) -> None:
@@ -99,8 +100,8 @@ def test_output_does_not_depend_on_the_scores_flag(
 ) -> None:
     problem = make((3, 17), (3, 23), (16, 12, 8), dropout=0.3, **MODES[mode])
     problem = problem.calling(use_causal_mask=True, query_offset=6, training=dropping, seed=1)
-    with_scores = run(backend, problem, gradients=False).output
-    assert bits(_alone(backend, problem)).tolist() == bits(with_scores).tolist()
+    alone, with_scores = (_output(backend, problem, scores) for scores in (False, True))
+    assert bits(alone).tolist() == bits(with_scores).tolist()
 
 
 @pytest.mark.parametrize("mode", ["float32", "reproducible"])
