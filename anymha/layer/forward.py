@@ -52,7 +52,7 @@ class Projections(NamedTuple):
         functions: By "query", "key", "value" and "output" a function of (B, length, width in) that
             gives (B, length, width out), heads side by side.
         kind: What a plan depends on of their weights.
-        key_bias: The key's bias, for the activity penalty; None where there is none.
+        key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
         on_rows: Whether the functions take and give (B * length, width) instead.
     """
 

@@ -150,6 +150,8 @@ def projections_of(
     kind = WeightsKind(NAMES[dtype], (query, value, key))
     if config.activity_regularizer is None:
         key_bias = None
+    if key_bias is not None:
+        key_bias = key_bias.reshape(config.key_value_heads, config.key_dim)
     return Projections(functions, kind, key_bias, on_rows)
 
 
