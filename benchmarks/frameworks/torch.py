@@ -145,15 +145,23 @@ def _fill(module: Any, arrays: Mapping[str, np.ndarray], problem: Problem, devic
 def _ours(problem: Problem, device: str, **options: Any) -> _Layer:
     layer = get_layer("torch")(**problem.layer_options, **options, device=device)
     layer.with_canonical_weights(problem.weights)
-    weights = layer.canonical_weights()
+    shapes = {name: tuple(weight.shape) for name, weight in layer.canonical_weights().items()}
     call = our_call(problem, lambda array: _tensor(array, device))
 
     def run(x: Any, training: bool) -> Any:
         return layer(x, **call, training=training, seed=7 if training else None)
 
-    return _Layer(
-        run, list(weights.values()), lambda arrays: dict(zip(weights, arrays, strict=True))
-    )
+    def parameter(name: str) -> Any:
+        projection, _, part = name.partition(".")
+        linear = layer.get_submodule(projection)
+        return linear.weight if part == "kernel" else linear.bias
+
+    def canonical(arrays: Sequence[np.ndarray]) -> Arrays:
+        named = zip(shapes, arrays, strict=True)
+        turned = {n: a.T if n.endswith("kernel") else a for n, a in named}
+        return {name: array.reshape(shapes[name]) for name, array in turned.items()}
+
+    return _Layer(run, [parameter(name) for name in shapes], canonical)
 
 
 def _module(problem: Problem, device: str) -> _Layer:
