@@ -78,7 +78,8 @@ class MultiHeadAttention(NativeLayer):
         exact = config.dtype in EXACT and config.compute_dtype in (None, config.dtype)
         if not exact or any(w.dtype != dtype or not w.flags.c_contiguous for w in arrays):
             return self.weights
-        functions, linear = {}, ops.capabilities.linear
+        functions: dict[str, Any] = {}
+        linear: Any = ops.capabilities.linear
         for name in PROJECTIONS:
             kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
