@@ -17,6 +17,7 @@ from anymha.framework import autodiff as tape
 from anymha.framework.dtypes import accumulation_dtype, output_dtype
 from anymha.framework.registry import Backend
 from anymha.layer.forward import multi_head_attention
+from anymha.layer.plan import Plans
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, attention_oracle
@@ -150,7 +151,14 @@ def run(
         parts = [named.pop(name, None) for name in ("query", "value", "key")]
         held = {name: arrays[name] for name in problem.weights}
         return multi_head_attention(
-            ops, problem.config, held, *parts, **named, **call, return_attention_scores=True
+            ops,
+            problem.config,
+            held,
+            *parts,
+            **named,
+            **call,
+            return_attention_scores=True,
+            plans=Plans(),
         )
 
     if not gradients:

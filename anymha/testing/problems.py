@@ -13,6 +13,7 @@ import numpy as np
 from anymha.framework.autodiff import vjp
 from anymha.framework.protocol import Ops
 from anymha.layer.forward import multi_head_attention
+from anymha.layer.plan import Plans
 from anymha.parity.matrix.judge import judge
 from anymha.parity.matrix.run import Result
 from anymha.parity.oracle.cases import MATRIX, Arrays, MatrixCase, OracleProblem, make_problem
@@ -87,7 +88,7 @@ def _layer(
         weights = {name: arrays[name] for name in problem.weights}
         return multi_head_attention(
             ops, problem.case.config, weights, *parts, **named, **held,
-            return_attention_scores=scores,
+            return_attention_scores=scores, plans=Plans(),
         )  # fmt: skip
 
     given = {**problem.weights, **problem.inputs}

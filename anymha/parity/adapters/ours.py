@@ -11,6 +11,7 @@ from anymha.framework.autodiff import vjp
 from anymha.framework.registry import backend_of
 from anymha.interchange.layers import get_weights
 from anymha.layer.forward import multi_head_attention
+from anymha.layer.plan import Plans
 from anymha.parity.adapters.foreign import settle_masked_positions
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import (
@@ -90,7 +91,9 @@ class Ours:
             own = {name: arrays[name] for name in weights}
             three = [arrays.get(name) for name in INPUTS]
             named_stages = {n: arrays[n] for n in bias}
-            return multi_head_attention(ops, config, own, *three, **named_stages, **rest)
+            return multi_head_attention(
+                ops, config, own, *three, **named_stages, **rest, plans=Plans()
+            )
 
         arrays = {**weights, **inputs, **bias}
         to = ops.from_numpy(cotangent.astype(dtype))

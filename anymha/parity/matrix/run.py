@@ -16,6 +16,7 @@ from anymha.framework.autodiff import vjp
 from anymha.framework.registry import Backend
 from anymha.interchange.layers import set_weights
 from anymha.layer.forward import multi_head_attention
+from anymha.layer.plan import Plans
 from anymha.parity.oracle.cases import Arrays, OracleProblem
 
 
@@ -76,7 +77,14 @@ def run(backend: Backend, problem: OracleProblem) -> Result:
         three = [named.pop(name, None) for name in parts]
         own = {name: arrays[name] for name in weights}
         return multi_head_attention(
-            ops, config, own, *three, **named, **others, return_attention_scores=True
+            ops,
+            config,
+            own,
+            *three,
+            **named,
+            **others,
+            return_attention_scores=True,
+            plans=Plans(),
         )
 
     if backend.has_layer:
