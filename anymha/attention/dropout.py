@@ -37,7 +37,7 @@ from anymha.attention.masks import TileOrigin
 from anymha.framework.protocol import Array, Dim, Ops
 
 STEPS = 1 << 16
-"""The rate of dropout is held as a multiple of 1/STEPS."""
+"""The rate of dropout is rounded to a multiple of 1/STEPS."""
 
 
 @dataclass(frozen=True)

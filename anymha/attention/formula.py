@@ -26,7 +26,7 @@ from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known
 
 Observer = Callable[[str, Array], None]
-"""Is told the name and the value of each stage of the computation."""
+"""Receives the name and the value of each stage of the computation."""
 
 
 def formula(
@@ -45,7 +45,7 @@ def formula(
         arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), maybe "value" (B, K, S, d_v), "mask"
             and "bias", which broadcast to (B, H, T, S).
         origin: Where the tile begins among all queries and keys.
-        observe: Is told each stage; None for nobody.
+        observe: Receives the name and the value of each stage; None for no observer.
         with_scores: Whether the scores are wanted.
 
     Returns:
@@ -124,7 +124,7 @@ def _softmax(
         logits: (B, H, T, S); may be overwritten.
         mask: Broadcasts to the logits' shape; None masks nothing.
         biased: Whether a logit may be -inf already.
-        observe: Is told the masked logits.
+        observe: Receives the masked logits.
     """
     unseen, exact = observe is None, logits.dtype == ops.float64
     own = ops.capabilities.softmax

@@ -40,7 +40,7 @@ def attend(
         value: (B, S, K, d_v).
         mask: Booleans that broadcast to (B, H, T, S), True = may attend.
         bias: Added to the logits; broadcasts to (B, H, T, S).
-        observe: Is told each stage; None for nobody.
+        observe: Receives the name and the value of each stage; None for no observer.
         with_scores: Whether the probabilities are wanted; the context has the same bits without.
 
     Returns:

@@ -24,7 +24,7 @@ class Activity:
         config: The layer's options.
         ops: The backend.
         shape: The call's lengths and axes.
-        observe: Is told each stage too.
+        observe: Receives each stage too.
     """
 
     def __init__(

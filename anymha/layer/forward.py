@@ -87,7 +87,7 @@ def multi_head_attention(
         value: (B, S, D_v) floating; default `query`.
         key: (B, S, D_k) floating; default `value`.
         plans: Where the plan is kept for other calls of the layer.
-        observe: Is told each stage; None for nobody.
+        observe: Receives the name and the value of each stage; None for no observer.
         **call: The call's other arguments; `anymha.layer.arguments` declares them.
 
     Returns:
@@ -245,7 +245,7 @@ def _execute(
         projections: The projections, where they are called.
         offset: Position of the first query among the keys, where it is an int.
         seed: Seed of the dropout, where it is an int.
-        observe: Is told each stage; None for nobody.
+        observe: Receives the name and the value of each stage; None for no observer.
     """
     plan, shape, path = planned
     ops, flags, spec, config = plan.ops, plan.flags, plan.spec, plan.config

@@ -71,8 +71,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     ) -> None:
         weights = _jax.layer(**config.to_dict(), key=key).weights
         for name in PROJECTIONS:
-            held = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
-            setattr(self, name, held)
+            projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
+            setattr(self, name, projection)
         self.inference = inference
         self.config = dataclasses.replace(config, seed=None)
         self.plans = Plans()

@@ -84,8 +84,8 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
         self.plans = Plans()
         self.deterministic = deterministic
         for name in PROJECTIONS:
-            held = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
-            setattr(self, name, held)
+            projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
+            setattr(self, name, projection)
         keeps = rngs is not None and config.dropout > 0
         self.rngs = nnx.data(_stream(rngs, "dropout").fork() if keeps else None)
 
