@@ -5,6 +5,10 @@ function when it differentiates (products of cotangents, say) is made outside of
 falls back to float32. Here each rule of the primitive, for `jvp`, for transposition (which makes
 `grad` of `jvp`), for `vmap` and for compilation, enters the context again and gives the primitive
 once more, with the transformed function; so transformations nest to any depth.
+
+JAX runs a rule when it likes, also after the caller has returned. So the function is traced once, at
+its call: what it takes from outside (the weights of a sublayer that it calls, say) become arguments
+of the primitive, which are differentiated as the others, and no code of the caller runs later.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, get_opaque_trace_state
 from jax.interpreters import ad, batching, mlir
 
 Flat = Callable[..., Sequence[Any]]
@@ -22,6 +26,7 @@ Flat = Callable[..., Sequence[Any]]
 
 _call = Primitive("anymha_float64")
 _call.multiple_results = True
+_NO_TRACE = get_opaque_trace_state(convention="nnx")
 
 
 def exists() -> bool:
@@ -33,17 +38,18 @@ def in_float64(function: Callable[[Mapping[str, Any]], Any], arrays: Mapping[str
     """``function(arrays)`` where float64 exists, also in a program that has it switched off."""
     if exists():
         return function(arrays)
-    structures = []
-
-    def flat(*values: Any) -> Sequence[Any]:
-        leaves, structure = jax.tree.flatten(function(dict(zip(arrays, values, strict=True))))
-        structures.append(structure)
-        return leaves
-
     with jax.enable_x64(True):
-        values = [jnp.asarray(array) for array in arrays.values()]
-    leaves = _call.bind(*values, function=flat)
-    return jax.tree.unflatten(structures[-1], leaves)
+        values = {name: jnp.asarray(array) for name, array in arrays.items()}
+        if get_opaque_trace_state(convention="nnx") == _NO_TRACE:
+            return function(values)
+        traced, shape = jax.make_jaxpr(function, return_shape=True)(values)
+    consts = traced.consts
+
+    def flat(*args: Any) -> Sequence[Any]:
+        return jax.core.eval_jaxpr(traced.jaxpr, args[: len(consts)], *args[len(consts) :])
+
+    leaves = _call.bind(*consts, *jax.tree.leaves(values), function=flat)
+    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
 @_call.def_impl
