@@ -336,6 +336,38 @@ def test_layer_in_a_projections_place_is_called_and_trained(subject: str, name: 
         assert name in str(caught.value)
 
 
+class Noisy(Factored):
+    """A projection with a state: the seed of its dropout."""
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.dropout = keras.layers.Dropout(0.5, seed=3)
+
+    def call(self, inputs: Any) -> Any:
+        return super().call(self.dropout(inputs, training=True))
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+def test_layer_in_a_projections_place_keeps_its_state(subject: str) -> None:
+    base: Any = Theirs if subject == "reference" else MultiHeadAttention
+
+    class Replacing(base):
+        def build(self, query_shape: Any, value_shape: Any = None, key_shape: Any = None) -> None:
+            super().build(query_shape, value_shape or query_shape, key_shape)
+            self._query_dense = Noisy((HEADS, KEY_DIM), WIDTH)
+            self._query_dense.build(query_shape)
+
+    layer = Replacing(HEADS, KEY_DIM, VALUE_DIM, **(SUBJECTS[subject] or {}))
+    layer.build(X.shape, X.shape)
+    model = built_of(layer)
+    state = layer._query_dense.dropout.seed_generator.state
+    before = to_numpy(state).copy()
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    losses = model.fit(X, WANTED, batch_size=4, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+    assert (to_numpy(state) != before).any()
+
+
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_call_in_the_instance_is_called(subject: str, name: str) -> None:
     outputs = []

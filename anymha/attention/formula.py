@@ -98,7 +98,7 @@ def _visible(
 ) -> Array | None:
     """The AND of all masks, which broadcasts to the logits' shape; None where all see all."""
     mask, positions = arrays.get("mask"), spec.position_mask
-    if spec.features or positions.left is not None or positions.right is not None:
+    if positions.left is not None or positions.right is not None or spec.features:
         _, _, queries, keys = ops.shape(logits)
         seen = positions.mask(ops, origin, queries, keys, like=logits)
         if mask is None and not spec.features:

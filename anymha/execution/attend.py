@@ -52,7 +52,7 @@ def attend(
         "value": ops.permute_dims(value, HEADS_FIRST),  # [B, K, S, d_v]
     }
     if mask is not None:
-        arrays["mask"] = _of_rank_4(ops, mask)
+        arrays["mask"] = mask if len(mask.shape) == 4 else _of_rank_4(ops, mask)
     if bias is not None:
         arrays["bias"] = _of_rank_4(ops, bias)
     if path.kernel == "fused":

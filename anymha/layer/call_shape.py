@@ -6,19 +6,17 @@ Inputs become (B, length, D), masks and bias something that broadcasts to (B, H,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from anymha.framework.protocol import Array, Dim, Ops
-from anymha.framework.shapes import product
 from anymha.layer.arguments import BY_NAME, PLACES, Kind
 from anymha.layer.axes import PLAIN, Axes, fold, fold_mask
 
 PADDING = ("query_mask", "value_mask", "key_mask")
 
 
-@dataclass(frozen=True)
-class CallShape:
-    """The lengths of a call.
+class CallShape(NamedTuple):
+    """The lengths of a call, and the shapes that follow from them.
 
     Args:
         axes: Which axes of the inputs are batch, and which are attended over.
@@ -27,6 +25,12 @@ class CallShape:
         queries: Lengths of the attention axes of the query.
         keys: Lengths of the attention axes of key and value.
         folded: B, T and S.
+        query_heads: (B, T, H, d_k), likewise those of key and value with K heads.
+        key_heads: As that.
+        value_heads: As that.
+        output: (B, T, *O), or (B, T) where O is the query's width.
+        masks: For masks with a fixed place for each axis, by name, the shape in which they
+            broadcast to (B, H, T, S).
         is_plain: Whether inputs are (B, T, D) as they are, and nothing is masked but by position.
     """
 
@@ -36,12 +40,17 @@ class CallShape:
     queries: tuple[Dim, ...]
     keys: tuple[Dim, ...]
     folded: tuple[Dim, Dim, Dim]
+    query_heads: tuple[Dim, ...]
+    key_heads: tuple[Dim, ...]
+    value_heads: tuple[Dim, ...]
+    output: tuple[Dim, ...]
+    masks: Mapping[str, tuple[Dim, ...]]
     is_plain: bool
 
     def inputs(
         self,
         ops: Ops,
-        arrays: Mapping[str, Array],
+        inputs: tuple[Array, Array, Array],
         query_mask: Array | None,
         key_mask: Array | None,
     ) -> tuple[Array, Array, Array]:
@@ -52,44 +61,46 @@ class CallShape:
 
         Args:
             ops: The backend.
-            arrays: "query", "key" and "value".
+            inputs: Query, key and value.
             query_mask: (B, 1, T, 1) booleans, or None.
             key_mask: (B, 1, 1, S) booleans, or None.
         """
-        query, key, value = arrays["query"], arrays["key"], arrays["value"]
+        query, key, value = inputs
         of_query, of_value = value is query, key is value
         if self.axes is not PLAIN:
             query = fold(ops, query, self.axes)
             value = query if of_query else fold(ops, value, self.axes)
             key = value if of_value else fold(ops, key, self.axes)
         if key_mask is not None:
-            value = _kept(ops, value, key_mask)
-            key = value if of_value else _kept(ops, key, key_mask)
+            shape = ops.shape(key_mask)
+            rows = ops.reshape(key_mask, (shape[0], shape[3], 1))
+            value = ops.where(rows, value, 0.0)
+            key = value if of_value else ops.where(rows, key, 0.0)
         if query_mask is not None:
-            query = _kept(ops, query, query_mask)
+            shape = ops.shape(query_mask)
+            query = ops.where(ops.reshape(query_mask, (shape[0], shape[2], 1)), query, 0.0)
         return query, key, value
 
     def padding(self, ops: Ops, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """Which queries and which keys count: (B, 1, T, 1) and (B, 1, 1, S) booleans."""
-        query_mask, value_mask, key_mask = [
-            self.fold_mask(ops, name, arrays[name]) if name in arrays else None for name in PADDING
-        ]
+        query_mask, value_mask, key_mask = map(arrays.get, PADDING)
+        if query_mask is not None:
+            query_mask = self.fold_mask(ops, "query_mask", query_mask)
+        if value_mask is not None:
+            value_mask = self.fold_mask(ops, "value_mask", value_mask)
+        if key_mask is not None:
+            key_mask = self.fold_mask(ops, "key_mask", key_mask)
         if value_mask is None or key_mask is None:
             return query_mask, key_mask if value_mask is None else value_mask
         return query_mask, ops.logical_and(value_mask, key_mask)
 
     def fold_mask(self, ops: Ops, name: str, array: Array) -> Array:
         """A mask or a bias spread over (B, H, T, S); its rank tells which axes it has."""
+        if self.axes is PLAIN:
+            shape = self.masks.get(name)
+            return array if shape is None else ops.reshape(array, shape)
         argument = BY_NAME[name]
         *_, form = argument.axes
-        if self.axes is PLAIN:
-            if argument.kind is Kind.BIAS or len(array.shape) == 4:
-                return array
-            shape = [1, 1, 1, 1]
-            form = argument.form_of_rank(len(array.shape))
-            for axis, length in zip(form, ops.shape(array), strict=True):
-                shape[PLACES[axis]] = length
-            return ops.reshape(array, tuple(shape))
         lengths = {"B": self.batch, "H": (self.heads,), "T": self.queries, "S": self.keys}
         if argument.kind is Kind.BIAS:
             lacking = sum(len(lengths[axis]) for axis in form) - len(array.shape)
@@ -108,7 +119,18 @@ class CallShape:
         return ops.reshape(scores, (*self.batch, self.heads, *self.queries, *self.keys))
 
 
-def _kept(ops: Ops, x: Array, mask: Array) -> Array:
-    """`x` (B, length, D), zero where a padding mask (B, 1, T, 1) or (B, 1, 1, S) is False."""
-    shape = ops.shape(mask)
-    return ops.where(ops.reshape(mask, (shape[0], product(shape[2:]), 1)), x, 0.0)
+def mask_shapes(ops: Ops, masks: Mapping[str, Array]) -> dict[str, tuple[Dim, ...]]:
+    """The shape in which each mask of a call on (B, T, D) broadcasts to (B, H, T, S).
+
+    Those that have four axes, and the bias, which broadcasts by itself, have none here.
+    """
+    shapes = {}
+    for name, array in masks.items():
+        argument = BY_NAME[name]
+        rank = len(array.shape)
+        if argument.kind is not Kind.BIAS and rank != 4:
+            shape: list[Dim] = [1, 1, 1, 1]
+            for axis, length in zip(argument.form_of_rank(rank), ops.shape(array), strict=True):
+                shape[PLACES[axis]] = length
+            shapes[name] = tuple(shape)
+    return shapes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from anymha.attention.formula import Observer
@@ -25,6 +26,7 @@ from anymha.framework.shapes import product
 from anymha.layer.activity import Activity
 from anymha.layer.arguments import ARRAYS, OPTIONS, unexpected
 from anymha.layer.axes import PLAIN, unfold
+from anymha.layer.call_shape import CallShape
 from anymha.layer.checks import check_offset, check_seed, unpack_inputs
 from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
 from anymha.layer.plan import (
@@ -53,13 +55,11 @@ class Projections(NamedTuple):
             gives (B, length, width out), heads side by side.
         kind: What a plan depends on of their weights.
         key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
-        on_rows: Whether the functions take and give (B * length, width) instead.
     """
 
     functions: Mapping[str, Callable[[Array], Array]]
     kind: WeightsKind
     key_bias: Array | None = None
-    on_rows: bool = False
 
 
 def multi_head_attention(
@@ -109,13 +109,15 @@ def multi_head_attention(
     if call or observe is not None:
         flags, offset, seed, draw_seed = _read_call(ops, config, call, masks, observe)
 
-    kind = _kind_of(config, weights)
+    projections = cast(Projections, weights) if type(weights) is Projections else None
+    kind = _kind_of(config, weights) if projections is None else projections.kind
     planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if type(offset) is not int:
         check_offset(ops, offset, planned.shape.folded[0])
-    if type(weights) not in (dict, Projections) and not isinstance(weights, Mapping):
+    if projections is None and not isinstance(weights, Mapping):
         weights = cast(Any, weights)([array.shape[-1] for array in cast(Any, inputs)])
-        kind = _kind_of(config, weights)
+        projections = cast(Projections, weights) if type(weights) is Projections else None
+        kind = _kind_of(config, weights) if projections is None else projections.kind
         planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if not flags.dropping:
         seed = None
@@ -123,7 +125,6 @@ def multi_head_attention(
         seed = (draw_seed or ops.draw_seed)()
 
     plan = planned.plan
-    projections = cast(Projections, weights) if type(weights) is Projections else None
     if projections is None:
         arrays: dict[str, Array] = dict(cast(Weights, weights))
     else:
@@ -140,9 +141,9 @@ def multi_head_attention(
         arrays["query_offset"] = offset
     if seed is not None and ops.is_array(seed):
         arrays["seed"] = seed
-    if plan.double:
+    if plan.double and projections is None:
         return ops.in_float64(
-            lambda arrays: _execute(planned, arrays, projections, offset, seed, observe), arrays
+            lambda arrays: _execute(planned, arrays, None, offset, seed, observe), arrays
         )
     return _execute(planned, arrays, projections, offset, seed, observe)
 
@@ -166,12 +167,17 @@ def _read_call(
         masks: Gets the masks and the bias.
         observe: The call's observer.
     """
+    plain = observe is None
     for name, given in call.items():
-        if name not in _OPTIONS:
-            if name not in _MASKS:
-                raise unexpected(name)
+        if name in _MASKS:
             if given is not None:
                 masks[name] = given
+        elif name in _OPTIONS:
+            plain = False
+        else:
+            raise unexpected(name)
+    if plain:
+        return PLAIN_CALL, 0, None, None
     get = call.get
     flags = Flags(
         bool(get("return_attention_scores", False)),
@@ -191,10 +197,8 @@ def _read_call(
 
 
 def _kind_of(config: AttentionConfig, weights: Any) -> WeightsKind:
-    """What a plan depends on of the weights."""
-    if type(weights) is Projections:
-        return weights.kind
-    if type(weights) is not dict and not isinstance(weights, Mapping):
+    """What a plan depends on of weights, or of what makes them."""
+    if not isinstance(weights, Mapping):
         return WeightsKind(config.dtype, (None, None, None))
     kernel = weights["query.kernel"]
     widths = (kernel.shape[0], weights["value.kernel"].shape[0], weights["key.kernel"].shape[0])
@@ -248,74 +252,203 @@ def _execute(
         observe: Receives the name and the value of each stage; None for no observer.
     """
     plan, shape, path = planned
-    ops, flags, spec, config = plan.ops, plan.flags, plan.spec, plan.config
+    ops, flags, spec = plan.ops, plan.flags, plan.spec
     offset, seed = arrays.get("query_offset", offset), arrays.get("seed", seed)
     if flags.dropping or type(offset) is not int or offset:
         spec = _completed(spec, offset, seed)
     if paths.explaining:
         paths.report(path)
-    activity = Activity(config, ops, shape, observe) if flags.activity else None
-    observe_projections = activity or observe
+    activity = Activity(plan.config, ops, shape, observe) if flags.activity else None
+    watch = activity or observe
+    within: Any = None
+    if projections is None:
+        project, functions = _computed, arrays
+    else:
+        project, functions = _called, projections.functions
+        if plan.double:  # a projection that is called has a dtype and a state of its own
+            within = ops.in_float64
 
-    working, rounds = plan.working, plan.rounds
+    if within is None:
+        query, key, value, mask, bias = _inputs(plan, shape, arrays)
+    else:
+        query, key, value, mask, bias = within(partial(_inputs, plan, shape), arrays)
+    heads = {
+        "query": project(plan, functions, "query", query, shape.query_heads),
+        "key": project(plan, functions, "key", key, shape.key_heads),
+        "value": project(plan, functions, "value", value, shape.value_heads),
+    }
+    del query, key, value
+    if watch is not None:
+        for name, y in heads.items():
+            watch(name, y)
+    if mask is not None:
+        heads["mask"] = mask
+    if bias is not None:
+        heads["bias"] = bias
+    if within is None:
+        context, scores = _attention(plan, spec, path, flags.scores, observe, heads)
+    else:
+        attention = partial(_attention, plan, spec, path, flags.scores, observe)
+        context, scores = within(attention, heads)
+    del heads
+    output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
+    if watch is not None:
+        watch("output", output)
+    results = {"output": output} if scores is None else {"output": output, "scores": scores}
+    if within is None:
+        return _results(plan, shape, activity, arrays, results)
+    return within(partial(_results, plan, shape, activity, arrays), results)
 
-    def real(name: str) -> Array | None:
-        x = arrays.get(name)
-        if x is None or (x.dtype == working and not rounds):
-            return x
-        return cast_to(ops, cast_to(ops, x, plan.compute_dtype), working)
 
-    def projected(name: str, x: Array, contracted: int = 1) -> Array:
-        if projections is None:
-            bias = real(f"{name}.bias")
-            if name == "key" and plan.free_key_bias:
-                bias = without_gradient(ops, bias)
-            y = project(ops, x, real(f"{name}.kernel"), bias, contracted)
-        else:
-            y = _called(plan, projections, name, x, shape.folded)
-        if observe_projections is not None:
-            observe_projections(name, y)
-        return y
+def _inputs(
+    plan: Plan, shape: CallShape, arrays: Mapping[str, Array]
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """Query, key and value (B, length, D), mask and bias over (B, H, T, S), ready to compute with.
 
+    Args:
+        plan: The plan.
+        shape: The call's lengths.
+        arrays: The call's arrays by name.
+    """
     _, value_source, key_source = plan.sources  # an array of two parts is cast once
-    query = real("query")
-    value = query if value_source == "query" else real(value_source)
+    query = _real(plan, arrays["query"])
+    value = query if value_source == "query" else _real(plan, arrays[value_source])
     key = query if key_source == "query" else value
     if key_source == "key":
-        key = real("key")
-    mask = bias = query_mask = key_mask = None
-    if not shape.is_plain:
-        query_mask, key_mask = shape.padding(ops, arrays)
-        folded = {"query": query, "value": value, "key": key}
-        query, key, value = shape.inputs(ops, folded, query_mask, key_mask)
-        mask, bias = arrays.get("attention_mask"), real("attention_bias")
-        mask = None if mask is None else shape.fold_mask(ops, "attention_mask", mask)
-        if query_mask is not None or key_mask is not None:
-            mask = all_of(ops, [mask, query_mask, key_mask])
-        bias = None if bias is None else shape.fold_mask(ops, "attention_bias", bias)
-    if projections is not None and projections.on_rows:
-        query, key, value = _as_rows(ops, query, key, value, shape.folded)
-    q, k = projected("query", query), projected("key", key)  # [B, T, H, d_k], [B, S, K, d_k]
+        key = _real(plan, arrays["key"])
+    if shape.is_plain:
+        return query, key, value, None, None
+    ops = plan.ops
+    query_mask, key_mask = shape.padding(ops, arrays)
+    query, key, value = shape.inputs(ops, (query, key, value), query_mask, key_mask)
+    mask, bias = arrays.get("attention_mask"), arrays.get("attention_bias")
+    mask = None if mask is None else shape.fold_mask(ops, "attention_mask", mask)
+    if mask is None and query_mask is None:
+        mask = key_mask
+    elif query_mask is not None or key_mask is not None:
+        mask = all_of(ops, [mask, query_mask, key_mask])
+    if bias is not None:
+        bias = shape.fold_mask(ops, "attention_bias", _real(plan, bias))
+    return query, key, value, mask, bias
+
+
+def _real(plan: Plan, x: Array) -> Array:
+    """An array rounded to the compute dtype, in the dtype in which the layer computes."""
+    if x.dtype == plan.working and not plan.rounds:
+        return x
+    return cast_to(plan.ops, cast_to(plan.ops, x, plan.compute_dtype), plan.working)
+
+
+def _computed(
+    plan: Plan, arrays: Mapping[str, Array], name: str, x: Array, shape: tuple[Any, ...]
+) -> Array:
+    """What a projection gives, by its kernel and its bias.
+
+    Args:
+        plan: The plan.
+        arrays: The weights by canonical name, among others.
+        name: The projection's name.
+        x: (B, length, D), or the context (B, T, H, d_v).
+        shape: The shape of what it gives, which the kernel tells as well.
+    """
+    bias = arrays.get(f"{name}.bias")
+    if bias is not None:
+        bias = _real(plan, bias)
+        if name == "key" and plan.free_key_bias:
+            bias = without_gradient(plan.ops, bias)
+    kernel = _real(plan, arrays[f"{name}.kernel"])
+    return project(plan.ops, x, kernel, bias, 2 if name == "output" else 1)
+
+
+def _called(
+    plan: Plan,
+    functions: Mapping[str, Callable[[Array], Array]],
+    name: str,
+    x: Array,
+    shape: tuple[Any, ...],
+) -> Array:
+    """What a projection gives that is called.
+
+    Args:
+        plan: The plan.
+        functions: The projections by name.
+        name: The projection's name.
+        x: (B, length, D), or the context (B, T, H, d_v).
+        shape: The shape of what it gives; of the output without O where that is not known.
+    """
+    ops = plan.ops
+    if name == "output":
+        x = ops.reshape(x, (shape[0], shape[1], plan.context_width))
+    y = functions[name](x)
+    y = ops.reshape(y, shape if len(shape) > 2 else (*shape, y.shape[-1]))
+    if y.dtype == plan.working:
+        return y
+    if plan.double:
+        return ops.in_float64(lambda arrays: ops.astype(arrays["y"], plan.working), {"y": y})
+    return ops.astype(y, plan.working)
+
+
+def _attention(
+    plan: Plan,
+    spec: AttentionSpec,
+    path: paths.Path,
+    with_scores: bool,
+    observe: Observer | None,
+    heads: Mapping[str, Array],
+) -> tuple[Array, Array | None]:
+    """The context (B, T, H, d_v), and the probabilities (B, H, T, S) if they are wanted.
+
+    Args:
+        plan: The plan.
+        spec: What attention computes.
+        path: The way that it takes.
+        with_scores: Whether the probabilities are wanted.
+        observe: Receives the name and the value of each stage; None for no observer.
+        heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
+            and "bias".
+    """
+    ops, query, key = plan.ops, heads["query"], heads["key"]
     for feature in spec.features:
-        q, k = feature.heads(ops, q, k)
-    context, scores = attend(  # [B, T, H, d_v], [B, H, T, S]
-        ops, spec, path, q, k, projected("value", value),
-        mask=mask, bias=bias, observe=observe, with_scores=flags.scores,
+        query, key = feature.heads(ops, query, key)
+    context, scores = attend(
+        ops, spec, path, query, key, heads["value"],
+        mask=heads.get("mask"), bias=heads.get("bias"), observe=observe, with_scores=with_scores,
     )  # fmt: skip
-    del q, k
     for feature in spec.features:
         context = feature.context(ops, context)
-    output = projected("output", context, contracted=2)  # [B, T, *O]
+    return context, scores
+
+
+def _results(
+    plan: Plan,
+    shape: CallShape,
+    activity: Activity | None,
+    arrays: Mapping[str, Array],
+    results: Mapping[str, Array],
+) -> Any:
+    """What the call returns: output, scores, activity penalty, as far as asked for.
+
+    Args:
+        plan: The plan.
+        shape: The call's lengths.
+        activity: Has seen what the projections gave; None where no penalty is asked for.
+        arrays: The call's arrays by name.
+        results: "output" (B, T, *O), and "scores" (B, H, T, S) if they are asked for.
+    """
+    output, scores = results["output"], results.get("scores")
     if plan.axes is not PLAIN:
-        output = unfold(ops, output, plan.axes, (*shape.batch, *shape.queries))
-        scores = None if scores is None else shape.unfolded_scores(ops, scores)
-    results = [_rounded(plan, output)]
-    if flags.scores:
-        results.append(_rounded(plan, scores))
+        output = unfold(plan.ops, output, plan.axes, (*shape.batch, *shape.queries))
+        scores = None if scores is None else shape.unfolded_scores(plan.ops, scores)
+    output = _rounded(plan, output)
+    if scores is None and activity is None:
+        return output
+    found = [output]
+    if scores is not None:
+        found.append(_rounded(plan, scores))
     if activity is not None:
-        dtype = ops.float64 if results[0].dtype == ops.float64 else ops.float32
-        results.append(activity.loss(arrays, dtype))
-    return tuple(results) if len(results) > 1 else results[0]
+        dtype = plan.ops.float64 if output.dtype == plan.ops.float64 else plan.ops.float32
+        found.append(activity.loss(arrays, dtype))
+    return tuple(found)
 
 
 def _completed(spec: AttentionSpec, offset: Any, seed: Any) -> AttentionSpec:
@@ -332,38 +465,6 @@ def _rounded(plan: Plan, x: Array) -> Array:
     if plan.double and plan.result == plan.ops.float32:
         x = without_subnormals(plan.ops, x)
     return plan.ops.astype(x, plan.result)
-
-
-def _as_rows(
-    ops: Ops, query: Array, key: Array, value: Array, lengths: tuple[Dim, Dim, Dim]
-) -> tuple[Array, Array, Array]:
-    """Query, key and value as (B * length, D); an array of several parts once."""
-    batch, queries, keys = lengths
-    rows = ops.reshape(query, (batch * queries, query.shape[2]))
-    values = rows if value is query else ops.reshape(value, (batch * keys, value.shape[2]))
-    if key is query or key is value:
-        return rows, rows if key is query else values, values
-    return rows, ops.reshape(key, (batch * keys, key.shape[2])), values
-
-
-def _called(
-    plan: Plan, projections: Projections, name: str, x: Array, lengths: tuple[Dim, Dim, Dim]
-) -> Array:
-    """What a projection gives for (B, length, D) or its rows, or for the context (B, T, H, d_v)."""
-    ops, function = plan.ops, projections.functions[name]
-    batch, queries, keys = lengths
-    if name == "output":
-        width = plan.context_width
-        x = ops.reshape(
-            x, (batch * queries, width) if projections.on_rows else (batch, queries, width)
-        )
-        y = function(x)
-        shape = y.shape[-1:] if plan.output_shape is None else plan.output_shape
-        y = ops.reshape(y, (batch, queries, *shape))
-    else:
-        length = queries if name == "query" else keys
-        y = ops.reshape(function(x), (batch, length, *plan.heads[name]))
-    return y if y.dtype == plan.working else ops.astype(y, plan.working)
 
 
 def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, contracted: int) -> Array:

@@ -18,11 +18,13 @@ from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import BITS, dtype_name
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
-from anymha.layer.arguments import BY_NAME, Kind
+from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes
-from anymha.layer.call_shape import CallShape
+from anymha.layer.call_shape import CallShape, mask_shapes
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.options.config import AttentionConfig
+
+(BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
 
 MOST = 128
 """How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
@@ -128,6 +130,7 @@ class Plans:
     def __init__(self) -> None:
         self.config: AttentionConfig | None = None
         self.calls: dict[Any, PlannedCall] = {}
+        self.last: tuple[Any, Any] = (None, None)
         self.plans: dict[Any, Plan] = {}
         self.seen_once: set[int] = set()
         self.prepared: Any = None
@@ -215,11 +218,15 @@ def plan_call(
         shapes = (query.shape, value.shape, key.shape)
         others = _mask_kinds(ops, masks) if masks else ()
         signature = (flags, weights, kinds, shapes, offset_kind, others)
+        last = plans.last
+        if signature == last[0]:
+            return last[1]
         call = plans.calls.get(signature)
     except (AttributeError, TypeError):  # not arrays: the checks say what is wrong
         check_call(ops, config, weights.widths, inputs, masks)
         raise
     if call is not None:
+        plans.last = signature, call
         return call
     ranks = tuple([len(shape) for shape in shapes])
     structure = (flags, weights, kinds, ranks, *[(*kind, len(shape)) for kind, shape in others])
@@ -256,17 +263,16 @@ def _offset_kind(offset: Any) -> int:
 def _mask_kinds(ops: Ops, masks: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a plan depends on of each mask or bias, and its shape."""
     array_key: Any = ops.capabilities.array_key
-    return tuple(
-        [((name, array_key(x), _is_differentiated(ops, name, x)), x.shape)
-         for name, x in masks.items()]
-    )  # fmt: skip
+    kinds = []
+    for name, x in masks.items():
+        differentiated = name == BIAS and _is_differentiated(ops, x)
+        kinds.append(((name, array_key(x), differentiated), x.shape))
+    return tuple(kinds)
 
 
-def _is_differentiated(ops: Ops, name: str, array: Any) -> bool:
-    if BY_NAME[name].kind is not Kind.BIAS:
-        return False
+def _is_differentiated(ops: Ops, bias: Array) -> bool:
     differentiated = ops.capabilities.is_differentiated
-    return differentiated is not None and differentiated(array)
+    return differentiated is not None and differentiated(bias)
 
 
 def _make_plan(
@@ -330,8 +336,16 @@ def _with_lengths(
         b, t, s = batch[0], queries[0], keys[0]
     else:
         b, t, s = product(batch), product(queries), product(keys)
-    plain = axes is PLAIN and not masks
-    shape = CallShape(axes, batch, config.num_heads, queries, keys, (b, t, s), plain)
+    heads = plan.heads
+    shape = CallShape(
+        axes, batch, config.num_heads, queries, keys, (b, t, s),
+        query_heads=(b, t, *heads["query"]),
+        key_heads=(b, s, *heads["key"]),
+        value_heads=(b, s, *heads["value"]),
+        output=(b, t) if plan.output_shape is None else (b, t, *plan.output_shape),
+        masks=mask_shapes(ops, masks) if masks and axes is PLAIN else {},
+        is_plain=axes is PLAIN and not masks,
+    )  # fmt: skip
     per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
     known = plan.paths.get((_offset_kind(offset), per_query))
     if (
@@ -344,7 +358,7 @@ def _with_lengths(
     spec = plan.spec
     if type(offset) is not int or offset:
         spec = replace(spec, position_mask=replace(spec.position_mask, offset=offset))
-    bias = masks.get("attention_bias")
+    bias = masks.get(BIAS)
     path = choose_path(
         ops,
         spec,
@@ -355,7 +369,7 @@ def _with_lengths(
             has_bias=bias is not None,
             per_query=per_query,
             bias_differentiated=(
-                bias is not None and _is_differentiated(ops, "attention_bias", bias)
+                bias is not None and _is_differentiated(ops, bias)
             ),
         ),
         observed=flags.observed,

@@ -6,9 +6,10 @@ falls back to float32. Here each rule of the primitive, for `jvp`, for transposi
 `grad` of `jvp`), for `vmap` and for compilation, enters the context again and gives the primitive
 once more, with the transformed function; so transformations nest to any depth.
 
-JAX runs a rule when it likes, also after the caller has returned. So the function is traced once, at
-its call: what it takes from outside (the weights of a sublayer that it calls, say) become arguments
-of the primitive, which are differentiated as the others, and no code of the caller runs later.
+JAX runs a rule when it likes, also after the caller has returned. So the function is traced once,
+at its call: what it takes from outside (the weights of a sublayer that it calls, say) become
+arguments of the primitive, which are differentiated as the others, and no code of the caller runs
+later.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive, get_opaque_trace_state
 from jax.interpreters import ad, batching, mlir

@@ -79,17 +79,16 @@ class MultiHeadAttention(NativeLayer):
         if not exact or any(w.dtype != dtype or not w.flags.c_contiguous for w in arrays):
             return self.weights
         functions: dict[str, Any] = {}
-        linear: Any = ops.capabilities.linear
         for name in PROJECTIONS:
             kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
             matrix = kernel.reshape(inner, -1)
             bias = None if bias is None else bias.reshape(-1)
-            functions[name] = partial(linear, matrix=matrix, bias=bias)
+            functions[name] = partial(_projected, matrix=matrix, bias=bias)
         query, value, key = widths_of(self.weights)
         kind = WeightsKind(config.dtype, (query, value, key))
         key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
-        projections = Projections(functions, kind, key_bias, on_rows=True)
+        projections = Projections(functions, kind, key_bias)
         self.plans.prepared = arrays, projections
         return projections
 
@@ -153,3 +152,9 @@ class MultiHeadAttention(NativeLayer):
             else:
                 self.weights[name] = value
         return self
+
+
+def _projected(x: np.ndarray, matrix: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """``x . matrix + bias`` of (B, length, D), as (B * length, width)."""
+    batch, length, width = x.shape
+    return ops.linear(x.reshape(batch * length, width), matrix, bias)

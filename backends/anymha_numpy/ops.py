@@ -70,7 +70,14 @@ _BITS = np.array([-np.inf, -0.0], float32).view(int32)
 """What is added to a logit that is masked, and to one that is not."""
 
 
+# NumPy finds where the maximum of a row is two to three times as fast as the maximum itself.
 def max(x, /, *, axis, keepdims):
+    length = x.shape[axis]
+    if axis == -1 and keepdims and x.size >= 8 * length > 0:
+        rows = x.reshape(-1, length)
+        places = rows.argmax(1)
+        places += np.arange(0, rows.size, length)
+        return rows.reshape(-1).take(places).reshape(*x.shape[:-1], 1)
     return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
 
 

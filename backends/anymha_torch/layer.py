@@ -98,7 +98,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         values = {} if meta else first_weights(self.config, widths, ops.draw_seed, ops)
         self._allocate(self.config.weight_shapes(*widths), device)
         self._assigned(values)
-        return projections_of(self._modules, self.config, self._rounding_dtype)
+        return projections_of(self._modules, self.config, self._rounding_dtype, None)
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]], device: Any = None) -> None:
         like = self._like
@@ -124,6 +124,11 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         """The layer's output; see `anymha.multi_head_attention`."""
         if self.config.dropout and call.get("training") is None:
             call["training"] = self.training
+        # Nothing is kept of a call that a compiler or a transformation runs.
+        tracing = (
+            is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        )
+        plans = None if tracing else self.plans
         projections: Any
         if "_like" in self._buffers:
 
@@ -133,15 +138,10 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
             projections = build
         else:
-            projections = projections_of(self._modules, self.config, self._rounding_dtype)
-        # Nothing is kept of a call that a compiler or a transformation runs.
-        tracing = (
-            is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-        )
+            projections = projections_of(self._modules, self.config, self._rounding_dtype, plans)
         return multi_head_attention(
-            ops, self.config, projections, query, value, key,
-            plans=None if tracing else self.plans, **call,
-        )  # fmt: skip
+            ops, self.config, projections, query, value, key, plans=plans, **call
+        )
 
     def canonical_weights(self) -> dict[str, torch.Tensor]:
         """The weights by canonical name, as views of those of the linear layers.

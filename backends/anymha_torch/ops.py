@@ -59,7 +59,8 @@ def stack(arrays, /, *, axis=0):
 
 # Under `torch.autocast` products run in half precision; what follows them shall not.
 def matmul(x1, x2, /):
-    return torch.matmul(x1, x2).to(x1.dtype)
+    y = torch.matmul(x1, x2)
+    return y if y.dtype == x1.dtype else y.to(x1.dtype)
 
 
 def concat(arrays, /, *, axis=0):
@@ -83,6 +84,7 @@ is_array = torch.is_tensor
 shape = torch.Tensor.size
 device = torch.Tensor.device.__get__
 dtype = partial(getattr, torch)
+softmax = partial(torch.softmax, dim=-1)
 
 
 def chunk_size(device, /):
@@ -106,10 +108,6 @@ def linear(x, matrix, bias, /):
 
 def tile_size(device, /):
     return 1 << 20 if device.type == "cpu" else 1 << 26
-
-
-def softmax(x, /):
-    return torch.softmax(x, -1)
 
 
 def narrow(x, start, length, /, *, axis):

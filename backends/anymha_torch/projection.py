@@ -7,12 +7,12 @@ the output (H, d_v, *O) is the transposed weight (prod(O), H * d_v).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import nn, reshape
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
@@ -21,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from anymha.errors import WeightsError
 from anymha.layer.forward import Projections
-from anymha.layer.plan import WeightsKind
+from anymha.layer.plan import Plans, WeightsKind
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
 NAMES = {
@@ -97,10 +97,47 @@ def is_plain(module: Any) -> bool:
     )
 
 
+class Prepared(NamedTuple):
+    """Projections that are all plain, and what shows that they still are.
+
+    Args:
+        config: The options of the layer.
+        projections: What computes them; None after the first call, which may be the only one.
+        parts: Of each its name, its linear layer, and of that the class, weight, bias, and where
+            the values of the weight lie.
+    """
+
+    config: AttentionConfig
+    projections: Projections | None
+    parts: tuple[tuple[str, nn.Linear, type, torch.Tensor, torch.Tensor | None, int], ...]
+
+    def hold(self, modules: Mapping[str, Any], config: AttentionConfig) -> bool:
+        """Whether the layer's options and projections are the same, and these still plain."""
+        for name, module, kind, weight, bias, address in self.parts:
+            if (
+                modules[name] is not module
+                or type(module) is not kind
+                or module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                or "forward" in module.__dict__
+            ):
+                return False
+            parameters = module._parameters
+            if parameters.get("weight") is not weight or parameters["bias"] is not bias:
+                return False
+            if weight.data_ptr() != address:  # `.half()` gives a parameter other values
+                return False
+        hooked = any(GLOBAL_HOOKS)
+        return config is self.config and not hooked and nn.Linear.forward is _FORWARD
+
+
 def projections_of(
     modules: Mapping[str, Any],
     config: AttentionConfig,
     rounding_dtype: torch.dtype | None,
+    plans: Plans | None,
 ) -> Projections:
     """What computes the projections of a call.
 
@@ -111,7 +148,14 @@ def projections_of(
         modules: The projections by name.
         config: The layer's options.
         rounding_dtype: The dtype to which weights are rounded first; None for their own.
+        plans: Where they are kept; None for nowhere.
     """
+    kept = None if plans is None else plans.prepared
+    repeated = False
+    if kept is not None and kept.hold(modules, config):
+        if kept.projections is not None:
+            return kept.projections
+        repeated = True
     hooked = any(GLOBAL_HOOKS)
     dtype = dtype_of(modules["query"]) or getattr(torch, config.dtype)
     working = rounding_dtype or dtype
@@ -119,13 +163,12 @@ def projections_of(
         working = torch.float32
     if rounding_dtype is None and dtype is not working:
         rounding_dtype = dtype
-    functions, widths, key_bias, on_rows = {}, [], None, True
+    functions, widths, key_bias, parts = {}, [], None, []
     for name in PROJECTIONS:
         module = modules[name]
         if name != "output":
             widths.append(getattr(module, "in_features", None))
         if hooked or not is_plain(module):
-            on_rows = False
             functions[name] = (
                 module
                 if isinstance(module, WorkingLinear)
@@ -134,25 +177,76 @@ def projections_of(
             continue
         parameters = module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        if name == "key" and bias is not None and config.ignores_a_constant:
-            key_bias = bias
-            if bias.requires_grad and torch.is_grad_enabled():
-                # A gradient of exactly zero: see `anymha.layer.numerics.without_gradient`.
-                never = torch.zeros_like(bias, dtype=torch.bool)
-                bias = torch.where(never, bias, bias.detach())
-        if rounding_dtype is None and weight.dtype is working:
-            functions[name] = partial(linear, weight=weight, bias=bias)
-        else:
-            functions[name] = partial(
-                in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype
-            )
+        if plans is not None:
+            parts.append((name, module, type(module), weight, bias, weight.data_ptr()))
+        free = name == "key" and bias is not None and config.ignores_a_constant
+        if free and bias is not None and config.activity_regularizer is not None:
+            key_bias = bias.reshape(config.key_value_heads, config.key_dim)
+        how = (weight, bias, rounding_dtype, weight.dtype is working, free)
+        functions[name] = _repeated(*how) if repeated else _once(*how)
     query, key, value = widths
     kind = WeightsKind(NAMES[dtype], (query, value, key))
-    if config.activity_regularizer is None:
-        key_bias = None
-    if key_bias is not None:
-        key_bias = key_bias.reshape(config.key_value_heads, config.key_dim)
-    return Projections(functions, kind, key_bias, on_rows)
+    projections = Projections(functions, kind, key_bias)
+    if plans is not None:
+        all_plain = len(parts) == len(PROJECTIONS) and key_bias is None
+        plans.prepared = (
+            Prepared(config, projections if repeated else None, tuple(parts)) if all_plain else None
+        )
+    return projections
+
+
+def _once(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rounding_dtype: torch.dtype | None,
+    exact: bool,
+    free: bool,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes a plain projection in this call.
+
+    Args:
+        weight: Its weight.
+        bias: Its bias.
+        rounding_dtype: The dtype to which they are rounded first; None for their own.
+        exact: Whether they have the dtype of the input.
+        free: Whether the gradient of the bias is exactly zero.
+    """
+    if free and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        # `anymha.layer.numerics.without_gradient` by torch's own functions
+        never = torch.zeros_like(bias, dtype=torch.bool)
+        bias = torch.where(never, bias, bias.detach())
+    if rounding_dtype is None and exact:
+        return partial(linear, weight=weight, bias=bias)
+    return partial(in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype)
+
+
+SMALL = 1 << 16
+"""Of weights of at most so many numbers a transposed view is kept: of larger ones the product takes
+much longer than the view, and the view would keep their memory after they have moved."""
+
+
+def _repeated(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rounding_dtype: torch.dtype | None,
+    exact: bool,
+    free: bool,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same for all calls while the weight is where it is."""
+    turned, inner = None, weight.shape[-1]
+    as_is = rounding_dtype is None and exact
+    if as_is and type(weight) is nn.Parameter and weight.numel() <= SMALL:
+        turned = weight.detach().t()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if turned is not None and not torch.is_grad_enabled():
+            rows = reshape(x, (-1, inner))
+            return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
+        if as_is and not free:
+            return linear(x, weight, bias)
+        return _once(weight, bias, rounding_dtype, exact, free)(x)
+
+    return product
 
 
 def _called(module: Any, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
