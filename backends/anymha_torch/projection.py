@@ -105,11 +105,13 @@ class Prepared(NamedTuple):
         projections: What computes them; None after the first call, which may be the only one.
         parts: Of each its name, its linear layer, and of that the class, weight, bias, and where
             the values of the weight lie.
+        key: What the key is computed by where gradients are recorded; None where by the same.
     """
 
     config: AttentionConfig
     projections: Projections | None
     parts: tuple[tuple[str, nn.Linear, type, torch.Tensor, torch.Tensor | None, int], ...]
+    key: Callable[[], Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     def hold(self, modules: Mapping[str, Any], config: AttentionConfig) -> bool:
         """Whether the layer's options and projections are the same, and these still plain."""
@@ -131,6 +133,13 @@ class Prepared(NamedTuple):
                 return False
         hooked = any(GLOBAL_HOOKS)
         return config is self.config and not hooked and nn.Linear.forward is _FORWARD
+
+    def now(self) -> Projections:
+        """The kept projections, the key's with what only this call can have."""
+        found: Any = self.projections
+        if self.key is None or not torch.is_grad_enabled():
+            return found
+        return found._replace(functions={**found.functions, "key": self.key()})
 
 
 def projections_of(
@@ -154,7 +163,7 @@ def projections_of(
     repeated = False
     if kept is not None and kept.hold(modules, config):
         if kept.projections is not None:
-            return kept.projections
+            return kept.now()
         repeated = True
     hooked = any(GLOBAL_HOOKS)
     dtype = dtype_of(modules["query"]) or getattr(torch, config.dtype)
@@ -163,7 +172,7 @@ def projections_of(
         working = torch.float32
     if rounding_dtype is None and dtype is not working:
         rounding_dtype = dtype
-    functions, widths, key_bias, parts = {}, [], None, []
+    functions, widths, key_bias, parts, key_once = {}, [], None, [], None
     for name in PROJECTIONS:
         module = modules[name]
         if name != "output":
@@ -183,16 +192,19 @@ def projections_of(
         if free and bias is not None and config.activity_regularizer is not None:
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
         how = (weight, bias, rounding_dtype, weight.dtype is working, free)
-        functions[name] = _repeated(*how) if repeated else _once(*how)
+        if free:
+            key_once = partial(_once, *how)
+        functions[name] = _repeated(*how[:-1]) if repeated else _once(*how)
     query, key, value = widths
     kind = WeightsKind(NAMES[dtype], (query, value, key))
     projections = Projections(functions, kind, key_bias)
-    if plans is not None:
-        all_plain = len(parts) == len(PROJECTIONS) and key_bias is None
-        plans.prepared = (
-            Prepared(config, projections if repeated else None, tuple(parts)) if all_plain else None
-        )
-    return projections
+    if plans is None:
+        return projections
+    if len(parts) < len(PROJECTIONS) or key_bias is not None:
+        plans.prepared = None
+        return projections
+    plans.prepared = Prepared(config, projections if repeated else None, tuple(parts), key_once)
+    return plans.prepared.now() if repeated else projections
 
 
 def _once(
@@ -230,21 +242,19 @@ def _repeated(
     bias: torch.Tensor | None,
     rounding_dtype: torch.dtype | None,
     exact: bool,
-    free: bool,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same for all calls while the weight is where it is."""
-    turned, inner = None, weight.shape[-1]
-    as_is = rounding_dtype is None and exact
-    if as_is and type(weight) is nn.Parameter and weight.numel() <= SMALL:
-        turned = weight.detach().t()
+    """What computes a plain projection in all calls while its weight is where it is."""
+    if rounding_dtype is not None or not exact:
+        return partial(in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype)
+    if type(weight) is not nn.Parameter or weight.numel() > SMALL:
+        return partial(linear, weight=weight, bias=bias)
+    turned, inner = weight.detach().t(), weight.shape[-1]
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        if turned is not None and not torch.is_grad_enabled():
-            rows = reshape(x, (-1, inner))
-            return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
-        if as_is and not free:
+        if torch.is_grad_enabled():
             return linear(x, weight, bias)
-        return _once(weight, bias, rounding_dtype, exact, free)(x)
+        rows = reshape(x, (-1, inner))
+        return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
 
     return product
 
