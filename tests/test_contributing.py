@@ -103,6 +103,9 @@ def test_the_arguments_of_the_call_have_types() -> None:
 
 
 def test_the_stated_places_exist() -> None:
-    pages = [PAGE, *((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/flow.md"))]
+    pages = [
+        PAGE,
+        *((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/flow.md")),
+    ]
     for name in re.findall(r"`((?:anymha|backends|tests)/[\w/]+\.py)`", "".join(pages)):
         assert "temperature" in name or (ROOT / name).exists(), name
