@@ -32,7 +32,7 @@ version = release = re.findall(
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "examples"]
 nitpicky = True
-smartquotes = False  # quotes in docstrings are those of Python's strings
+smartquotes_action = "D"  # dashes alone: quotes in docstrings are those of Python's strings
 # Names of Python, of the frameworks and of arguments have no page here; names of anymha have one.
 nitpick_ignore_regex = [
     ("py:(class|exc|meth|attr|data|func|mod)", r"(?!anymha[._]).*"),
@@ -72,7 +72,6 @@ napoleon_use_rtype = False
 napoleon_custom_sections = ["Differs from"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
-autodoc_default_options = {"show-inheritance": False}
 maximum_signature_line_length = 88
 
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -99,6 +98,8 @@ def linked(text: str, folder: Path, page: Path) -> str:
         shown = path.is_relative_to(ROOT / "docs") and path.suffix in (".md", ".svg", ".png")
         if not shown:
             return f"{label}({SOURCE}/{name}{anchor})"
+        if label.strip("[]") in (path.name, f"docs/{path.name}"):
+            label = "[]"  # Sphinx puts the page's title there
         return f"{label}({os.path.relpath(path, page.parent)}{anchor})"
 
     parts, end = [], 0

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from anymha.framework.registry import BUILT_IN, LAYERS
+from anymha.options.constraints import CONSTRAINTS
+from anymha.options.initializers import INITIALIZERS
+from anymha.options.regularizers import REGULARIZERS
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,16 @@ def test_every_public_name_is_shown_once() -> None:
     assert sorted(name for name in SHOWN if name in {*PUBLIC, *HOMES}) == sorted([*PUBLIC, *HOMES])
     assert len(set(SHOWN)) == len(SHOWN)
     assert "`anymha.__version__`" in PAGES["index.md"]
+
+
+@pytest.mark.parametrize(
+    ("module", "table"),
+    [("initializers", INITIALIZERS), ("regularizers", REGULARIZERS), ("constraints", CONSTRAINTS)],
+)
+def test_every_object_that_an_option_takes_is_shown(module: str, table: dict[str, type]) -> None:
+    shown = [name for name in SHOWN if name.startswith(f"anymha.options.{module}.")]
+    classes = dict.fromkeys(table.values())
+    assert shown == [f"anymha.options.{module}.{each.__name__}" for each in classes]
 
 
 def test_every_shown_name_exists() -> None:
