@@ -18,7 +18,7 @@ from tests.frameworks import skip_or_fail
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
-PEERS = ("haiku",)  # imported by pages of their own
+PEERS = ("haiku", "optax")  # imported by pages of their own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BACKENDS = [*BUILT_IN, *(layer for layer in LAYERS if f"{layer.name}.md" not in ELSEWHERE)]
 NEEDS = {b.name: re.compile(rf"\b(anymha_)?{b.name}\b") for b in (*BUILT_IN, *LAYERS)}
