@@ -3,6 +3,7 @@
 Each session installs what it needs into an environment of its own, which later runs use again.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -132,3 +133,15 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
     session.run("pyright")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site in docs/_build/html and check its links; a warning is an error."""
+    install(session, *EVERYTHING, *groups("docs", "test"))
+    site = "docs/_build/html"
+    shutil.rmtree(site, ignore_errors=True)
+    options = ("--builder", "html", "--fail-on-warning", "--keep-going", "--quiet")
+    session.run("sphinx-build", *options, *session.posargs, "docs", site)
+    session.run("python", "docs/check_links.py", site)
+    session.log(f"Open {site}/index.html")

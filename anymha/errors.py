@@ -16,7 +16,16 @@ class BiasWarning(AnymhaWarning):
 
 
 class AnymhaError(Exception):
-    """The base of all errors raised by anymha."""
+    """The base of all errors raised by anymha.
+
+    Example:
+        >>> import anymha
+        >>> try:
+        ...     anymha.AttentionConfig(num_heads=0, key_dim=4)
+        ... except anymha.AnymhaError as error:
+        ...     print(type(error).__name__, isinstance(error, ValueError))
+        ConfigError True
+    """
 
     # TensorFlow raises the errors of a traced function anew, with where in the user's code they
     # came from; those whose constructor it does not know become one of its own.

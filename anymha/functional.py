@@ -278,6 +278,15 @@ def multi_head_attention(
         ShapeError: shapes of the inputs do not fit.
         DtypeError: a mask is not boolean, or an input is not floating.
         MixedBackendsError: the arrays are of several frameworks.
+
+    Example:
+        >>> import numpy as np, anymha
+        >>> config = anymha.AttentionConfig(2, 4, query_features=8)
+        >>> shapes = config.weight_shapes()
+        >>> weights = {name: np.ones(shape, "float32") for name, shape in shapes.items()}
+        >>> x = np.ones((1, 3, 8), dtype="float32")
+        >>> anymha.multi_head_attention(weights, x, config=config, use_causal_mask=True).shape
+        (1, 3, 8)
     """
     query, value, key = unpack_inputs(query, value, key)
     named = {"query": query, "value": value, "key": key, **weights}

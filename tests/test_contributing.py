@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: who follows its recipe to the letter has a new option of the layer."""
+"""docs/add-an-option.md: who follows it to the letter has a new option of the layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anymha.layer.arguments import ARRAYS, OPTIONS
 from anymha.layer.native import CallOptions
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/add-an-option.md").read_text(encoding="utf-8")
 FILE = re.compile(
     r"^`([\w./]+)`(?:, (behind|in place of) `([^\n]+)`)?\n\n```\w+\n(.*?)^```$", re.M | re.S
 )
@@ -103,5 +103,9 @@ def test_the_arguments_of_the_call_have_types() -> None:
 
 
 def test_the_stated_places_exist() -> None:
-    for name in re.findall(r"`((?:anymha|backends|tests)/[\w/]+\.py)`", PAGE):
+    pages = [
+        PAGE,
+        *((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "docs/flow.md")),
+    ]
+    for name in re.findall(r"`((?:anymha|backends|tests)/[\w/]+\.py)`", "".join(pages)):
         assert "temperature" in name or (ROOT / name).exists(), name

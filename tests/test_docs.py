@@ -16,9 +16,9 @@ from anymha.framework.registry import BUILT_IN, LAYERS
 from tests.frameworks import skip_or_fail
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"keras.md": "in tests/keras_checks.py, since importing Keras fixes its backend"}
-PEERS = ("haiku",)  # imported by pages of their own
+PEERS = ("haiku", "optax")  # imported by pages of their own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BACKENDS = [*BUILT_IN, *(layer for layer in LAYERS if f"{layer.name}.md" not in ELSEWHERE)]
 NEEDS = {b.name: re.compile(rf"\b(anymha_)?{b.name}\b") for b in (*BUILT_IN, *LAYERS)}
@@ -40,7 +40,9 @@ def skip_without(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in ELSEWHERE], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if page.name not in ELSEWHERE],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_python_blocks_of_a_page_run_in_order(page: Path) -> None:
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
@@ -60,7 +62,21 @@ def test_examples_of_a_module_give_what_they_show(name: str) -> None:
     assert failed == 0
 
 
-def test_relative_links_of_the_pages_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site and the repository's host make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_relative_links_of_a_page_lead_somewhere(page: Path) -> None:
+    link = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
+    for target, anchor in link.findall(prose(page)):
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"

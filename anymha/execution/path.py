@@ -121,6 +121,9 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
         "tiles" the written formula tile after tile of queries, "whole" the formula in one piece;
         then why, and why not a fused kernel.
 
+    Raises:
+        AnymhaError: the call itself does; whatever it raises passes through.
+
     Example:
         >>> import anymha, numpy as np
         >>> layer = anymha.MultiHeadAttention(2, 4, backend="numpy", query_features=8)

@@ -83,6 +83,14 @@ def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = 
         DtypeError: the framework, as it is set up, cannot hold the weights' dtype.
         UnknownBackendError: no backend has this name.
         BackendNotInstalledError: its framework is not installed.
+
+    Example:
+        >>> import anymha, tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "layer.safetensors"
+        >>> anymha.save(path, anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy"))
+        >>> layer = anymha.load(path, backend="numpy")
+        >>> layer.weights["query.kernel"].shape, layer.config.num_heads
+        ((8, 2, 4), 2)
     """
     source = Path(path)
     make = get_layer(backend)

@@ -61,6 +61,12 @@ def get_weights(layer: Any, **sizes: Any) -> Weights:
         ArgumentError: `layer` is not such a layer.
         WeightsError: the layer has no weights yet, or does not show its sizes.
         LayoutError: a part of it cannot be converted.
+
+    Example:
+        >>> import anymha
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> {name: array.shape for name, array in anymha.get_weights(layer).items()}["query.kernel"]
+        (8, 2, 4)
     """
     if not _is_ours(layer):
         return _read(open_layer(layer), sizes)
@@ -102,6 +108,14 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
 
     Warns:
         BiasWarning: a bias of zeros was added or left out.
+
+    Example:
+        >>> import anymha
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> other = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=1)
+        >>> other = anymha.set_weights(other, anymha.get_weights(layer))
+        >>> bool((other.weights["query.kernel"] == layer.weights["query.kernel"]).all())
+        True
     """
     source = weights if isinstance(weights, Weights) else None
     if _is_ours(layer):

@@ -15,7 +15,19 @@ from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, pr
 
 
 class ParityError(AnymhaError, AssertionError):
-    """Two implementations do not agree; the message says where they differ, and why."""
+    """Two implementations do not agree; the message says where they differ, and why.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> from anymha.parity import ParityError, assert_parity
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+        >>> try:
+        ...     assert_parity(layer, lambda query: -layer(query), x)
+        ... except ParityError as error:
+        ...     print(str(error).split(":")[0])
+        PARITY DOES NOT HOLD
+    """
 
 
 def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
@@ -100,6 +112,15 @@ def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> N
 
     Raises:
         ParityError: they do not agree; it is an AssertionError too.
+        ArgumentError: an implementation or an argument is not known.
+        LayoutError: a library's layer cannot do what the call asks for.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> from anymha.parity import assert_parity
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+        >>> x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+        >>> assert_parity(layer, layer, x, use_causal_mask=True)
     """
     report = compare(reference, candidate, inputs, **call)
     if not report.passed:
