@@ -11,6 +11,7 @@ import pytest
 import anymha
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
 from tests.frameworks import required
+from tests.support import normal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of TensorFlow, while it is imported
@@ -400,3 +401,17 @@ def test_arrays_of_another_framework_are_refused(x):
     with pytest.raises(MixedBackendsError, match=r"`query` must be an array of tensorflow"):
         layer(x.numpy())
     assert not layer.built
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1), (1, 1, 1, 4), (1, 1, 4, 4), (1, 2, 1, 4)])
+def test_tiles_with_a_bias_that_all_share(shape: tuple[int, ...]) -> None:
+    # More tiles than run one by one: TensorFlow's loop, as its optimiser of graphs makes it.
+    layer = MultiHeadAttention(2, 4, query_features=8, seed=0, memory_budget=64)
+    x, bias = tf.constant(normal((3, 4, 8), "x")), tf.constant(normal(shape, "bias"))
+    in_one_piece = MultiHeadAttention(2, 4, query_features=8, seed=0)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, bias])
+        got, want = layer(x, attention_bias=bias), in_one_piece(x, attention_bias=bias)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for one in (x, bias):
+        np.testing.assert_allclose(tape.gradient(got, one), tape.gradient(want, one), atol=1e-4)

@@ -202,9 +202,7 @@ def plan_call(
     capabilities = ops.capabilities
     array_key = capabilities.array_key
     if plans is None or array_key is None:
-        checked = check_call(ops, config, weights.widths, inputs, masks)
-        plan = _make_plan(ops, config, weights, inputs, flags, checked.axes)
-        return _with_lengths(plan, inputs, masks, checked, offset)
+        return _planned_once(ops, config, weights, inputs, masks, flags, offset)
     if plans.config is not config:
         plans.begin(config)
     query, value, key = inputs
@@ -222,9 +220,8 @@ def plan_call(
         if signature == last[0]:
             return last[1]
         call = plans.calls.get(signature)
-    except (AttributeError, TypeError):  # not arrays: the checks say what is wrong
-        check_call(ops, config, weights.widths, inputs, masks)
-        raise
+    except (AttributeError, TypeError):  # not arrays, or lengths that are symbols
+        return _planned_once(ops, config, weights, inputs, masks, flags, offset)
     if call is not None:
         plans.last = signature, call
         return call
@@ -243,6 +240,20 @@ def plan_call(
     if offset_kind != 1 or call.path.most_queries:
         plans.keep(signature, call)
     return call
+
+
+def _planned_once(
+    ops: Ops,
+    config: AttentionConfig,
+    weights: WeightsKind,
+    inputs: tuple[Any, Any, Any],
+    masks: Mapping[str, Any],
+    flags: Flags,
+    offset: Any,
+) -> PlannedCall:
+    checked = check_call(ops, config, weights.widths, inputs, masks)
+    plan = _make_plan(ops, config, weights, inputs, flags, checked.axes)
+    return _with_lengths(plan, inputs, masks, checked, offset)
 
 
 def plan_lengths(

@@ -144,10 +144,11 @@ class ArithmeticTests(BackendTests):
     @by_dtype
     @pytest.mark.parametrize("axis", [-1, 0, 1])
     def test_max_over_an_axis(self, ops: Any, dtype: str, axis: int) -> None:
-        """Of one axis, kept with length 1 or dropped; -inf where all is -inf."""
+        """Of one axis, kept with length 1 or dropped; -inf where all is -inf, NaN where one is."""
         self.need(ops, dtype)
         x = values(3, 4, 5, dtype=dtype)
         x[0, 0] = x[:, 1, 1] = x[1, :, 2] = -np.inf
+        x[2, 3, 4] = np.nan
         for keep in (True, False):
             expected = np.max(x, axis=axis, keepdims=keep)
             call(ops, "max", x, axis=axis, keepdims=keep).equals(expected)

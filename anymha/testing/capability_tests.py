@@ -30,7 +30,7 @@ ORIGINS = (
     TileOrigin(key=5),
     TileOrigin(2, 1, 4, 3),
 )
-ROUNDS = (1, 3, 6)
+ROUNDS = (1, 3, 9)
 ULPS = 16.0
 """By how many eps two ways of computing the same exponential may differ."""
 
@@ -181,6 +181,23 @@ class CapabilityTests(BackendTests):
             got.has_form(dtype, expected.shape)
             got.is_near(expected, ULPS * eps(dtype) * np.maximum(np.abs(expected), 4))
 
+    def test_loop_is_the_same_where_it_is_compiled(self, ops: Any) -> None:
+        """Of many rounds, to which a floating array is added that is the same in all."""
+        self.need(ops, "loop", "compile")
+        x, whole = values(9, 4, 3), values(1, 1, seed=1)
+
+        def function(arrays: Mapping[str, Any]) -> Any:
+            def body(i: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+                return {"sum": own["x"] + own["whole"]}
+
+            mapped, constant = {"x": arrays["query"]}, {"whole": arrays["whole"]}
+            results = {"sum": ops.dtype("float32")}
+            return ops.capabilities.loop(body, 9, mapped, constant, results)["sum"]
+
+        arrays = {"query": ops.from_numpy(x), "whole": ops.from_numpy(whole)}
+        got = ops.capabilities.compile(function)(arrays)
+        Returned("the compiled loop", ops.to_numpy(got)).equals(x + whole)
+
     @by_dtype
     @pytest.mark.parametrize("count", ROUNDS)
     def test_loop_has_the_gradients_of_a_plain_loop(self, ops: Any, dtype: str, count: int) -> None:
@@ -230,7 +247,7 @@ class CapabilityTests(BackendTests):
     def test_narrow_is_a_slice(self, ops: Any, axis: int) -> None:
         """Of numbers and booleans, from an int on, or an int32 array where a loop has such."""
         self.need(ops, "narrow")
-        x = values(4, 5, 6, 7)
+        x = values(10, 11, 12, 13)
 
         def from_int(x: Any, start: int, length: int) -> Any:
             return ops.capabilities.narrow(x, start, length, axis=axis)

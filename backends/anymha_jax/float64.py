@@ -28,7 +28,9 @@ Flat = Callable[..., Sequence[Any]]
 
 _call = Primitive("anymha_float64")
 _call.multiple_results = True
-_NO_TRACE = get_opaque_trace_state(convention="nnx")
+
+with jax.ensure_compile_time_eval():  # also where a program that is traced imports this
+    _NO_TRACE = get_opaque_trace_state(convention="nnx")
 
 
 def exists() -> bool:

@@ -36,16 +36,25 @@ class Projection(keras.layers.EinsumDense):
 _CALL = keras.layers.EinsumDense.call
 
 
+# On torch a layer is a module, too: the names of its dicts of hooks, beside those of all modules.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_plain(dense: Any) -> bool:
     """Whether calling a projection is no more than one product with its kernel and its bias.
 
     LoRA is: it makes the kernel another one.
     """
+    own = vars(dense)
     return (
         type(dense) is Projection
         and Projection.call is _CALL
-        and "call" not in vars(dense)
+        and "call" not in own
+        and "forward" not in own
         and dense.quantization_mode is None
+        and dense.activation is keras.activations.linear
+        and dense.activity_regularizer is None
+        and not any(own.get(name) for name in _HOOKS)
     )
 
 

@@ -71,25 +71,31 @@ class MultiHeadAttention(NativeLayer):
 
         The weights themselves where they are rounded for the computation, or have no such views.
         """
-        arrays, kept = list(self.weights.values()), self.plans.prepared
-        if kept is not None and len(kept[0]) == len(arrays) and all(map(is_, kept[0], arrays)):
-            return kept[1]
+        names, arrays, kept = tuple(self.weights), self.weights.values(), self.plans.prepared
+        if (
+            kept is not None
+            and kept[0] is self.config
+            and kept[1] == names
+            and all(map(is_, kept[2], arrays))
+        ):
+            return kept[3]
         config, dtype = self.config, ops.dtype(self.config.dtype)
         exact = config.dtype in EXACT and config.compute_dtype in (None, config.dtype)
         if not exact or any(w.dtype != dtype or not w.flags.c_contiguous for w in arrays):
             return self.weights
         functions: dict[str, Any] = {}
+        linear: Any = ops.capabilities.linear
         for name in PROJECTIONS:
             kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
             matrix = kernel.reshape(inner, -1)
             bias = None if bias is None else bias.reshape(-1)
-            functions[name] = partial(_projected, matrix=matrix, bias=bias)
+            functions[name] = partial(_projected, linear, matrix, bias)
         query, value, key = widths_of(self.weights)
         kind = WeightsKind(config.dtype, (query, value, key))
         key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
         projections = Projections(functions, kind, key_bias)
-        self.plans.prepared = arrays, projections
+        self.plans.prepared = config, names, list(arrays), projections
         return projections
 
     def vjp(
@@ -154,7 +160,7 @@ class MultiHeadAttention(NativeLayer):
         return self
 
 
-def _projected(x: np.ndarray, matrix: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+def _projected(linear: Any, matrix: np.ndarray, bias: np.ndarray | None, x: np.ndarray) -> Any:
     """``x . matrix + bias`` of (B, length, D), as (B * length, width)."""
     batch, length, width = x.shape
-    return ops.linear(x.reshape(batch * length, width), matrix, bias)
+    return linear(x.reshape(batch * length, width), matrix, bias)

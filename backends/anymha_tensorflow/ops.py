@@ -126,15 +126,23 @@ def loop(function, count, mapped, constant, results, /):
     def body(index, *arrays):
         return function(index, dict(zip(names, arrays, strict=True)) | fixed)
 
-    def at(index):
-        return body(index, *[x[index] for x in mapped.values()], *moving.values())
+    def at(index, own):
+        return body(index, *[x[index] for x in mapped.values()], *own)
 
     # A few rounds are faster one by one; of many, XLA would hold all the logits at a time.
     if isinstance(count, int) and count <= 4:
-        found = [at(tf.constant(i)) for i in range(count)]
+        found = [at(tf.constant(i), moving.values()) for i in range(count)]
         return {name: tf.stack([each[name] for each in found]) for name in results}
+
+    # TensorFlow's optimiser of graphs makes the shape (0,) of what a loop gives into which a
+    # floating array goes as it is. So each round takes the array out of a condition.
+    def round_of_many(index):
+        own = [tf.where(index >= 0, x, tf.zeros((), x.dtype)) for x in moving.values()]
+        return at(index, own)
+
     indices = tf.range(count)
-    return tf.map_fn(at, indices, parallel_iterations=1, fn_output_signature=dict(results))
+    signature = dict(results)
+    return tf.map_fn(round_of_many, indices, parallel_iterations=1, fn_output_signature=signature)
 
 
 def narrow(x, start, length, /, *, axis):

@@ -53,5 +53,5 @@ def fused_attention(
         attn_mask=mask,
         is_causal=causal,
         scale=spec.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
     )

@@ -9,6 +9,11 @@ import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
 import torch
 from torch import nn
+from torch._C import (
+    _get_tracing_state,
+    _len_torch_dispatch_stack,  # pyright: ignore
+    _len_torch_function_stack,  # pyright: ignore
+)
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -77,6 +82,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         self.__module__ = "torch.nn"
         self.config = config
         self.plans = Plans()
+        self._inference_plans = Plans()  # what is made in inference mode is of no use outside
         dtype, compute = config.dtype, config.compute_dtype or config.dtype
         rounds = compute != dtype or compute in ("float16", "bfloat16")
         self._rounding_dtype = ops.dtype(compute) if rounds else None
@@ -126,9 +132,14 @@ class MultiHeadAttention(NativeLayer, nn.Module):
             call["training"] = self.training
         # Nothing is kept of a call that a compiler or a transformation runs.
         tracing = (
-            is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+            is_compiling()
+            or peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or _get_tracing_state() is not None
         )
-        plans = None if tracing else self.plans
+        plans = self._inference_plans if torch.is_inference_mode_enabled() else self.plans
+        if tracing:
+            plans = None
         projections: Any
         if "_like" in self._buffers:
 
@@ -138,7 +149,10 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
             projections = build
         else:
-            projections = projections_of(self._modules, self.config, self._rounding_dtype, plans)
+            # A mode that watches torch's functions shall see `linear`.
+            watched = _len_torch_function_stack() or _len_torch_dispatch_stack()
+            kept_by = None if watched else plans
+            projections = projections_of(self._modules, self.config, self._rounding_dtype, kept_by)
         return multi_head_attention(
             ops, self.config, projections, query, value, key, plans=plans, **call
         )

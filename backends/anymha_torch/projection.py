@@ -94,28 +94,48 @@ def is_plain(module: Any) -> bool:
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
         and "weight" in module._parameters
+        and "bias" in module._parameters
     )
 
 
+class Part(NamedTuple):
+    """A plain projection, and what shows in a later call that it still is one.
+
+    It holds neither weight nor bias: what is moved or replaced does not stay in memory.
+
+    Args:
+        name: The projection's name.
+        module: Its linear layer.
+        kind: The class of that.
+        bias_kind: The class of its bias.
+        values: Where and how the values of the weight lie.
+    """
+
+    name: str
+    module: nn.Linear
+    kind: type
+    bias_kind: type
+    values: tuple[Any, ...]
+
+
 class Prepared(NamedTuple):
-    """Projections that are all plain, and what shows that they still are.
+    """Projections that are all plain.
 
     Args:
         config: The options of the layer.
+        parts: The projections.
         projections: What computes them; None after the first call, which may be the only one.
-        parts: Of each its name, its linear layer, and of that the class, weight, bias, and where
-            the values of the weight lie.
         key: What the key is computed by where gradients are recorded; None where by the same.
     """
 
     config: AttentionConfig
-    projections: Projections | None
-    parts: tuple[tuple[str, nn.Linear, type, torch.Tensor, torch.Tensor | None, int], ...]
+    parts: list[Part]
+    projections: Projections | None = None
     key: Callable[[], Callable[[torch.Tensor], torch.Tensor]] | None = None
 
     def hold(self, modules: Mapping[str, Any], config: AttentionConfig) -> bool:
         """Whether the layer's options and projections are the same, and these still plain."""
-        for name, module, kind, weight, bias, address in self.parts:
+        for name, module, kind, bias_kind, values in self.parts:
             if (
                 modules[name] is not module
                 or type(module) is not kind
@@ -127,10 +147,13 @@ class Prepared(NamedTuple):
             ):
                 return False
             parameters = module._parameters
-            if parameters.get("weight") is not weight or parameters["bias"] is not bias:
+            weight = parameters.get("weight")
+            if type(weight) is not nn.Parameter:
                 return False
-            if weight.data_ptr() != address:  # `.half()` gives a parameter other values
+            if type(parameters.get("bias", module)) is not bias_kind:
                 return False
+            if (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) != values:
+                return False  # `.half()` gives a parameter other values
         hooked = any(GLOBAL_HOOKS)
         return config is self.config and not hooked and nn.Linear.forward is _FORWARD
 
@@ -140,6 +163,15 @@ class Prepared(NamedTuple):
         if self.key is None or not torch.is_grad_enabled():
             return found
         return found._replace(functions={**found.functions, "key": self.key()})
+
+
+def _part(name: str, module: Any) -> Part | None:
+    """A plain projection as it is now; None where its weight or its bias is no parameter."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
+        return None
+    values = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+    return Part(name, module, type(module), type(bias), values)
 
 
 def projections_of(
@@ -184,50 +216,46 @@ def projections_of(
                 else partial(_called, module, dtype_of(module) or working)
             )
             continue
-        parameters = module._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
         if plans is not None:
-            parts.append((name, module, type(module), weight, bias, weight.data_ptr()))
+            parts.append(_part(name, module))
         free = name == "key" and bias is not None and config.ignores_a_constant
         if free and bias is not None and config.activity_regularizer is not None:
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
-        how = (weight, bias, rounding_dtype, weight.dtype is working, free)
+        exact = rounding_dtype is None and weight.dtype is working
+        how = (module._parameters, None if exact else rounding_dtype or weight.dtype)
         if free:
-            key_once = partial(_once, *how)
-        functions[name] = _repeated(*how[:-1]) if repeated else _once(*how)
+            key_once = partial(_once, *how, free=True)
+        functions[name] = _repeated(*how) if repeated else _once(*how, free=free)
     query, key, value = widths
     kind = WeightsKind(NAMES[dtype], (query, value, key))
     projections = Projections(functions, kind, key_bias)
     if plans is None:
         return projections
-    if len(parts) < len(PROJECTIONS) or key_bias is not None:
+    if len(parts) < len(PROJECTIONS) or None in parts or key_bias is not None:
         plans.prepared = None
         return projections
-    plans.prepared = Prepared(config, projections if repeated else None, tuple(parts), key_once)
+    plans.prepared = Prepared(config, parts, projections if repeated else None, key_once)
     return plans.prepared.now() if repeated else projections
 
 
 def _once(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rounding_dtype: torch.dtype | None,
-    exact: bool,
-    free: bool,
+    parameters: Mapping[str, Any], rounding_dtype: torch.dtype | None, *, free: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes a plain projection in this call.
 
     Args:
-        weight: Its weight.
-        bias: Its bias.
-        rounding_dtype: The dtype to which they are rounded first; None for their own.
-        exact: Whether they have the dtype of the input.
+        parameters: Its weight and its bias, by "weight" and "bias".
+        rounding_dtype: The dtype to which they are rounded before they get that of the input; None
+            where they have that of the input.
         free: Whether the gradient of the bias is exactly zero.
     """
-    if free and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+    weight, bias = parameters["weight"], parameters["bias"]
+    if free and bias.requires_grad and torch.is_grad_enabled():
         # `anymha.layer.numerics.without_gradient` by torch's own functions
         never = torch.zeros_like(bias, dtype=torch.bool)
         bias = torch.where(never, bias, bias.detach())
-    if rounding_dtype is None and exact:
+    if rounding_dtype is None:
         return partial(linear, weight=weight, bias=bias)
     return partial(in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype)
 
@@ -238,22 +266,21 @@ much longer than the view, and the view would keep their memory after they have 
 
 
 def _repeated(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rounding_dtype: torch.dtype | None,
-    exact: bool,
+    parameters: Mapping[str, Any], rounding_dtype: torch.dtype | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes a plain projection in all calls while its weight is where it is."""
-    if rounding_dtype is not None or not exact:
-        return partial(in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype)
-    if type(weight) is not nn.Parameter or weight.numel() > SMALL:
-        return partial(linear, weight=weight, bias=bias)
-    turned, inner = weight.detach().t(), weight.shape[-1]
+    if rounding_dtype is not None:
+        return lambda x: in_dtype_of_input(
+            x, parameters["weight"], parameters["bias"], rounding_dtype
+        )
+    turned, inner = None, parameters["weight"].shape[-1]
+    if parameters["weight"].numel() <= SMALL:
+        turned = parameters["weight"].detach().t()
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return linear(x, weight, bias)
-        rows = reshape(x, (-1, inner))
+        if turned is None or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+            return linear(x, parameters["weight"], parameters["bias"])
+        rows, bias = reshape(x, (-1, inner)), parameters["bias"]
         return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
 
     return product
