@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from anymha.cli.progress import progress_bar
 from anymha.errors import FileError
 from anymha.framework.registry import Backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.judge import Cell, Row
 from anymha.parity.matrix.matrix import AttentionMap, MatrixReport, versions
-from anymha.parity.matrix.terminal import print_report, print_verdict, progress_bar
+from anymha.parity.matrix.terminal import print_report, print_verdict
 from anymha.parity.oracle.cases import MATRIX
 
 FOUR = ("numpy", "torch", "tensorflow", "jax")
@@ -178,7 +179,7 @@ def test_terminal_without_ticks_gets_words() -> None:
 
 def test_progress_is_silent_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    with progress_bar(Console(file=stream), 4) as told:
+    with progress_bar(4, Console(file=stream)) as told:
         for backend in FOUR:
             told(HOSTILE, backend)
     assert stream.getvalue() == ""
@@ -187,7 +188,7 @@ def test_progress_is_silent_where_there_is_no_terminal() -> None:
 def test_progress_on_a_terminal_shows_case_and_backend_and_goes_away() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=200)
-    with progress_bar(console, 2) as told:
+    with progress_bar(2, console) as told:
         told("[T, S]", "numpy")
         told("[T, S]", "torch")
     text = stream.getvalue()

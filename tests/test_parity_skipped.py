@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-import anymha.cli.main
+import anymha.cli.parity
 import anymha_numpy.ops
+from anymha.cli.main import main
 from anymha.framework.registry import Backend
 from anymha.parity.oracle.cases import MATRIX
 
@@ -37,7 +38,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(sys.modules, "toy_backend.ops", ops)
     backend = Backend("toy", "toy_backend", "numpy", ("numpy",))
-    monkeypatch.setattr(anymha.cli.main, "backends", lambda: {"toy": backend})
+    monkeypatch.setattr(anymha.cli.parity, "backends", lambda: {"toy": backend})
     return backend
 
 
@@ -49,8 +50,8 @@ def run(
 
     def run(names: tuple[str, ...], *arguments: str) -> tuple[int, list[str]]:
         cases = tuple(case for case in MATRIX if case.name in names)
-        monkeypatch.setattr(anymha.cli.main, "MATRIX", cases)
-        status = anymha.cli.main.main(["parity", *arguments])
+        monkeypatch.setattr(anymha.cli.parity, "MATRIX", cases)
+        status = main(["parity", *arguments])
         return status, capsys.readouterr().out.splitlines()
 
     return run

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from anymha.cli.inputs import CASES, FEATURES, CallInputs, fit_functions, make_cases, make_layer
 from anymha.cli.names import Implementation, implementation_named
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
@@ -23,7 +21,6 @@ from anymha.parity.reports.junit import to_junit
 from anymha.parity.reports.markdown import to_markdown
 from anymha.parity.reports.outcome import Outcome, passed, to_dict
 from anymha.parity.reports.report import Comparison
-from anymha.parity.reports.terminal import print_outcomes
 from anymha.parity.stages.saved_case import SavedCase, SavedLayer, load_case
 from anymha.parity.stages.trace import as_numpy, name_of_dtype
 
@@ -62,12 +59,15 @@ def add_command(commands: Any) -> None:
     command.set_defaults(run=compare)
 
 
-def compare(options: argparse.Namespace, console: Console) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Compare implementations on the same inputs, and say where they differ, and why.
 
     For a backend or a library's layer, a layer is made with the weights of the first implementation
     whose weights are known; where none are known, with random weights.
     """
+    from anymha.cli.console import make_console  # noqa: PLC0415  needs the extra "cli"
+    from anymha.parity.reports.terminal import print_outcomes  # noqa: PLC0415
+
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     names = _cases(options)
     _check_files(options)
@@ -76,8 +76,8 @@ def compare(options: argparse.Namespace, console: Console) -> int:
         _ = get_backend(options.arrays).ops  # says what there is, and which extra installs it
     every = [implementation_named(name) for name in (options.reference, *options.candidates)]
     outcomes = list(_outcomes(every, names, saved, options))
-    print_outcomes(console, outcomes)
-    _write(options, outcomes, console)
+    print_outcomes(make_console(), outcomes)
+    _write(options, outcomes)
     return 0 if passed(outcomes) else 1
 
 
@@ -201,7 +201,7 @@ def _outcome(
     return Outcome(case.name, *names, result=dataclasses.replace(result, command_names=names))
 
 
-def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Console) -> None:
+def _write(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     texts = {
         "html": lambda: _html()(outcomes),
         "json": lambda: json.dumps(to_dict(outcomes), indent=1, allow_nan=False) + "\n",
@@ -212,18 +212,14 @@ def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Co
         path = getattr(options, name)
         if path is not None:
             write_atomically(path, text())
-            _say(console, f"{name}: {path}")
+            print(f"{name}: {path}")
     if options.save is None:
         return
     done = [(one.case, one.result) for one in outcomes if isinstance(one.result, Comparison)]
     if not done:
-        _say(console, "Nothing was saved: no comparison ran to its end.")
+        print("Nothing was saved: no comparison ran to its end.")
         return
     case, first = min(done, key=lambda one: one[1].passed)
     first.save(options.save)
     on = f" ({case})" if case else ""
-    _say(console, f"Saved{on}; repeat it with: {first.repeat_command(str(options.save))}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    print(f"Saved{on}; repeat it with: {first.repeat_command(str(options.save))}")

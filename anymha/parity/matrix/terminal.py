@@ -1,22 +1,19 @@
-"""The report in a terminal: progress, tables, faults, and the verdict in one line."""
+"""The report in a terminal: tables, faults, and the verdict in one line."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from anymha.parity.matrix.judge import Cell, Row
 from anymha.parity.matrix.matrix import MatrixReport, counted_cases
-from anymha.parity.matrix.matrix import Progress as Advance
 
 DROPPED = ("", "dtype", "may", "bits")
 """The columns that are dropped, in this order, where the terminal is too narrow for all."""
@@ -26,28 +23,6 @@ SHOWN_FAULTS = 2
 
 SHOWN_CELLS = 40
 """How many cases and backends with faults are printed."""
-
-
-@contextmanager
-def progress_bar(console: Console, steps: int) -> Iterator[Advance]:
-    """A bar over that many steps, on a terminal; gives a function that advances it."""
-    if not console.is_terminal:
-        yield lambda case, backend: None
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=steps)
-        started = False
-
-        def advance(case: str, backend: str) -> None:
-            nonlocal started
-            bar.update(task, description=f"{backend}: {case}", advance=int(started))
-            started = True
-
-        yield advance
 
 
 def print_report(console: Console, report: MatrixReport) -> None:
