@@ -19,7 +19,7 @@ import anymha
 from tests import wheel_lines
 
 ROOT = Path(__file__).parent.parent
-LARGEST = 18_500
+LARGEST = 18_800
 """The most lines of code in the wheel."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])
@@ -203,7 +203,10 @@ import anymha
 anymha.save("layer.safetensors", layer)
 assert (anymha.load("layer.safetensors", backend="numpy")(x) == layer(x)).all()
 from anymha.parity import compare
-assert compare(layer, layer, x).passed
+report = compare(layer, layer, x)
+assert report.passed
+for form in ("html", "json", "junit", "markdown"):
+    getattr(report, f"to_{form}")(f"report.{form}")
 from anymha.cli.main import main
 assert main(["info"]) == 0
 """

@@ -12,8 +12,8 @@ from anymha.interchange.layouts import layouts
 from anymha.parity.reports.environment import installed_versions, own_versions
 
 EXTRAS = {
-    "cli": (("rich", "shtab"), "tables of `anymha parity` and `compare`, progress, completion"),
-    "report": (("jinja2", "matplotlib"), "HTML reports with pictures"),
+    "cli": (("rich", "shtab"), "tables of `anymha parity` and `compare`, completion by shells"),
+    "report": (("matplotlib",), "pictures in the HTML report of `anymha parity`"),
     "hdf5": (("h5py",), "Keras's files: .weights.h5 and .keras"),
     "orbax": (("tensorstore",), "Orbax's checkpoints, of Flax"),
 }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anymha.cli.forms import FORMS, add_forms, check_files, write_forms
 from anymha.cli.progress import progress_bar
 from anymha.errors import UsageError
 from anymha.framework.registry import BUILT_IN, Backend, backends, get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.interchange.layouts import layouts
 from anymha.parity.matrix.checkpoint import (
     CheckpointProblem,
@@ -29,6 +29,7 @@ from anymha.parity.matrix.matrix import (
     run_matrix,
     versions,
 )
+from anymha.parity.matrix.view import matrix_document
 from anymha.parity.oracle.cases import MATRIX, make_problem
 from anymha.version import __version__
 
@@ -44,21 +45,19 @@ def add_command(commands: Any) -> None:
     command.add_argument("--num-heads", type=int, metavar="H", help="its number of query heads")
     command.add_argument("--prefix", metavar="P", help="only layers whose names begin with P")
     command.add_argument("--inputs", type=Path, metavar="FILE", help="its inputs, an .npz file")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a report with pictures")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    add_forms(command)
     command.set_defaults(run=parity)
 
 
 def parity(options: argparse.Namespace) -> int:
     """Run the matrix of cases on every backend, and the layers of a checkpoint if one is given."""
-    from anymha.cli.console import make_console  # noqa: PLC0415  needs the extra "cli"
-    from anymha.parity.matrix.terminal import print_report, print_verdict  # noqa: PLC0415
+    from anymha.parity.reports import terminal  # noqa: PLC0415  needs the extra "cli"
 
     began = time.perf_counter()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     chosen, missing = _chosen(options.backends)
     real = _real(options)
-    to_html = _renderer(options)
+    _check_forms(options)
     problems = [make_problem(case) for case in MATRIX]
     absent = ", ".join(missing)
     print(
@@ -78,16 +77,10 @@ def parity(options: argparse.Namespace) -> int:
         time.perf_counter() - began,
         versions(chosen),
     )
-    console = make_console()
-    print_report(console, report)
-    if options.json is not None:
-        text = json.dumps(report.to_dict(), indent=1, allow_nan=False)
-        write_atomically(options.json, text + "\n")
-        print(f"JSON: {options.json}")
-    if to_html is not None:
-        write_atomically(options.html, to_html(report))
-        print(f"HTML: {options.html}")
-    print_verdict(console, report)
+    document, console = matrix_document(report), terminal.Terminal()
+    terminal.print_document(console, document)
+    write_forms(document, options)
+    terminal.print_verdict(console, document)
     return 0 if report.passed else 1
 
 
@@ -124,18 +117,12 @@ def _real(options: argparse.Namespace) -> list[CheckpointProblem]:
     )
 
 
-def _renderer(options: argparse.Namespace) -> Callable[[MatrixReport], str] | None:
-    """The function that makes the HTML, if asked for; raise where a file cannot be written."""
-    if options.json is not None and options.json == options.html:
-        raise UsageError(f"`--json` and `--html` must be two files. Received: {options.json}.")
-    for path in (options.json, options.html):
-        if path is not None:
-            check_writable(path)
-    if options.html is None:
-        return None
-    from anymha.parity.matrix.html import to_html  # noqa: PLC0415  needs the extra "report"
-
-    return to_html
+def _check_forms(options: argparse.Namespace) -> None:
+    """Raise now where a form of the report cannot be written later."""
+    check_files({name: getattr(options, name) for name in FORMS})
+    if options.html is not None:
+        # Says that the extra "report" is not installed.
+        importlib.import_module("anymha.parity.matrix.pictures")
 
 
 def _maps(real: Sequence[CheckpointProblem], options: argparse.Namespace) -> list[AttentionMap]:
