@@ -15,7 +15,7 @@ def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str
         steps: How many there are.
         console: Rich's console to draw on; default stderr.
     """
-    with _bar(console) as update:
+    with bar(console) as update:
         done = -1
 
         def advance(case: str, backend: str) -> None:
@@ -29,13 +29,18 @@ def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str
 @contextmanager
 def layer_bar(console: Any = None) -> Iterator[Callable[[int, int, str], None]]:
     """Give a function of the number of layers done, their total, and the next layer's prefix."""
-    with _bar(console) as update:
+    with bar(console) as update:
         yield update
 
 
 @contextmanager
-def _bar(console: Any) -> Iterator[Callable[[int, int, str], None]]:
-    """Give a function of the steps done, their total, and what comes next."""
+def bar(console: Any = None, refreshes: float = 10) -> Iterator[Callable[[int, int, str], None]]:
+    """Give a function of the steps done, their total, and what comes next.
+
+    Args:
+        console: Rich's console to draw on; default stderr.
+        refreshes: How often a second it is drawn.
+    """
     try:
         from rich.console import Console  # noqa: PLC0415  of the extra "cli"
         from rich.progress import (  # noqa: PLC0415
@@ -54,8 +59,8 @@ def _bar(console: Any) -> Iterator[Callable[[int, int, str], None]]:
         return
     words = TextColumn("{task.description}", markup=False)
     columns = (words, BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, words: bar.update(
+    with Progress(*columns, console=console, transient=True, refresh_per_second=refreshes) as drawn:
+        task = drawn.add_task("", total=None)
+        yield lambda done, total, words: drawn.update(
             task, description=words, completed=done, total=total
         )
