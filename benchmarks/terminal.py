@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from anymha.cli.progress import bar
 from benchmarks.goals import Verdict, judge
 from benchmarks.results import CaseResult, Report, Timing, ratio
 
@@ -21,23 +21,13 @@ RIGHT = "right"
 @contextmanager
 def progress(console: Console, steps: int) -> Iterator[Callable[[str, str], None]]:
     """A bar over that many cases, on a terminal; gives what tells it of each step."""
-    if not console.is_terminal:
-        yield lambda framework, step: None
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )  # fmt: skip
     # Drawing takes time from what is measured: seldom, then.
-    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bar:
-        task = bar.add_task("starting", total=steps)
-        seen: list[tuple[str, str]] = []
+    with bar(console, refreshes=1) as update:
+        seen: dict[tuple[str, str], None] = {}
 
         def told(framework: str, step: str) -> None:
-            place = (framework, step.partition(":")[0])
-            if place not in seen:
-                seen.append(place)
-            bar.update(task, description=f"{framework}: {step}", completed=len(seen) - 1)
+            seen.setdefault((framework, step.partition(":")[0]))
+            update(len(seen) - 1, steps, f"{framework}: {step}")
 
         yield told
 

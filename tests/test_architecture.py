@@ -10,13 +10,17 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import anymha
+from tests import wheel_lines
 
 ROOT = Path(__file__).parent.parent
+LARGEST = 18_800
+"""The most lines of code in the wheel."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])
 
@@ -125,7 +129,8 @@ def test_the_layers_are_at_most_nine() -> None:
 
 
 def test_import_anymha_imports_no_framework_and_no_tool() -> None:
-    names = ("torch", "tensorflow", "jax", "keras", "flax", "equinox", "matplotlib", "jinja2")
+    names = ("torch", "tensorflow", "jax", "keras", "flax", "equinox", "matplotlib", "jinja2",
+             "rich", "shtab", "safetensors")  # fmt: skip
     command = f"import anymha, sys; print([m for m in {names} if m in sys.modules])"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     output = subprocess.check_output(
@@ -197,3 +202,59 @@ def test_sessions_leave_out_files_that_exist() -> None:
     names = [node.value for node in ast.walk(found) if isinstance(node, ast.Constant)]
     assert len(names) > 10
     assert [n for n in names if not (ROOT / "tests" / f"test_{n}.py").exists()] == []
+
+
+NEEDED = ("numpy", "ml_dtypes")
+TWO_PACKAGES = """
+import numpy as np
+import anymha_numpy
+layer = anymha_numpy.MultiHeadAttention(2, 4, query_features=8, seed=0)
+x = np.ones((1, 3, 8), "float32")
+assert layer(x).shape == (1, 3, 8)
+import anymha
+anymha.save("layer.safetensors", layer)
+assert (anymha.load("layer.safetensors", backend="numpy")(x) == layer(x)).all()
+from anymha.parity import compare
+report = compare(layer, layer, x)
+assert report.passed
+for form in ("html", "json", "junit", "markdown"):
+    getattr(report, f"to_{form}")(f"report.{form}")
+from anymha.cli.main import main
+assert main(["info"]) == 0
+"""
+
+
+def test_wheel_needs_two_packages(wheel: Path) -> None:
+    required = re.findall(r"^Requires-Dist: (.+)$", metadata(wheel, "METADATA"), re.MULTILINE)
+    always = [line for line in required if "extra ==" not in line]
+    assert {re.split(r"[<>=!~ ;]", line)[0].replace("-", "_") for line in always} == set(NEEDED)
+
+
+def test_wheel_works_beside_two_packages(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    for name in NEEDED:
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        package = Path(spec.origin).parent
+        for folder in (package, package.with_name(f"{name}.libs")):  # NumPy's own BLAS
+            if folder.exists():
+                (tmp_path / folder.name).symlink_to(folder, target_is_directory=True)
+    # Without site: nothing but the standard library and that folder can be imported.
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}){TWO_PACKAGES}"
+    command = [sys.executable, "-I", "-S", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'anymha[cli]'" in done.stdout
+
+
+def test_wheel_stays_slim() -> None:
+    code = sum(wheel_lines.count(path.read_text()).code for path in wheel_lines.wheel_files())
+    assert code <= LARGEST, "python -m tests.wheel_lines shows where the lines are"
+
+
+def test_lines_are_counted() -> None:
+    text = '"""Module."""\n\n# comment\nx = 1  # code\n\n\ndef f():\n    """Doc\n    string."""\n'
+    text += "    return (\n        x\n    )\n"
+    assert wheel_lines.count(text) == wheel_lines.Lines(total=12, code=5, docstrings=3)

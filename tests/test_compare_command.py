@@ -185,7 +185,6 @@ def test_what_an_implementation_raises_is_told(command: Run) -> None:
 
 
 def test_every_form_is_written(command: Run, folder: Path) -> None:
-    pytest.importorskip("jinja2", reason="the HTML report needs jinja2")
     files = ["--html", "r/a.html", "--json", "r/a.json", "--junit", "r/a.xml", "--markdown",
              "r/a.md", "--save", "r/a.npz"]  # fmt: skip
     status, out, _ = command("port:layer", "port:forgot", *files)
@@ -322,17 +321,6 @@ def test_missing_framework_is_named_with_its_extra(
     status, out, err = command("numpy", name)
     assert (status, out) == (2, "")
     assert f"pip install 'anymha[{extra}]'" in err
-
-
-def test_page_without_jinja2_is_refused_before_anything_runs(
-    command: Run, monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "anymha.parity.reports.html", raising=False)
-    status, out, err = command("port:layer", "port:right", "--html", "a.html")
-    assert (status, out) == (2, "")
-    assert "pip install 'anymha[report]'" in err
-    assert not (folder / "a.html").exists()
 
 
 @pytest.mark.parametrize(

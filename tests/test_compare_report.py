@@ -21,12 +21,14 @@ import anymha
 from anymha.errors import FileError
 from anymha.layer.forward import multi_head_attention
 from anymha.parity import compare
+from anymha.parity.reports.comparison_view import comparison_document
 from anymha.parity.reports.environment import FLAGS, environment
 from anymha.parity.reports.markdown import to_markdown
 from anymha.parity.reports.outcome import Outcome, passed, to_dict, verdict
+from anymha.parity.reports.page import to_page
 from anymha.parity.reports.pictures import heat_map, heat_maps, histogram
 from anymha.parity.reports.report import Comparison
-from anymha.parity.reports.terminal import print_comparison, print_outcomes
+from anymha.parity.reports.terminal import print_document, print_verdict
 from anymha.parity.stages.saved_case import load_case
 from anymha_numpy import ops
 
@@ -78,9 +80,18 @@ def bad() -> Comparison:
 
 
 def page(found: Comparison, tmp_path: Path) -> str:
-    pytest.importorskip("jinja2", reason="the HTML report needs jinja2")
     found.to_html(tmp_path / "deep" / "index.html")
     return (tmp_path / "deep" / "index.html").read_text(encoding="utf-8")
+
+
+def alone(comparison: Comparison) -> Outcome:
+    return Outcome("", comparison.reference, comparison.candidate, comparison)
+
+
+def show(console: Console, outcomes: list[Outcome]) -> None:
+    document = comparison_document(outcomes)
+    print_verdict(console, document)
+    print_document(console, document)
 
 
 class Checked(HTMLParser):
@@ -285,7 +296,7 @@ def test_markdown_tells_verdict_stages_cause_and_fix(bad: Comparison, tmp_path: 
     assert any("➡️" in line and "`masked_logits`" in line for line in table)
     assert "<script>" not in text
     noted = bad.with_notes("`a | <b>` _c_ <d>").to_markdown()
-    assert "- `a \\| <b>` \\_c\\_ &lt;d&gt;" in noted.splitlines()
+    assert "- Note: `a \\| <b>` \\_c\\_ &lt;d&gt;" in noted.splitlines()
 
 
 def test_several_are_told_together(bad: Comparison, good: Comparison, tmp_path: Path) -> None:
@@ -305,20 +316,14 @@ def test_several_are_told_together(bad: Comparison, good: Comparison, tmp_path: 
     assert [one["state"] for one in told["comparisons"]] == ["agrees", "differs", "error",
                                                              "not run"]  # fmt: skip
     json.dumps(told, allow_nan=False)
-    text = to_markdown(every)
+    text = to_markdown(comparison_document(every))
     assert "| b against a | ✅ agrees | ❌ differs |" in text
     assert "| c against a | ❌ error | ⚪ not run |" in text
     assert "<summary>✅ b against a, self: agrees in" in text
-    html = pytest.importorskip("jinja2") and _html(every)
+    html = to_page(comparison_document(every))
     assert html.count("<details") == 4
     assert html.count(" open>") == 2
     Checked(html)
-
-
-def _html(outcomes: list[Outcome]) -> str:
-    from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs jinja2
-
-    return to_html(outcomes)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -333,7 +338,7 @@ def test_other_weights_are_told_in_every_form(tmp_path: Path) -> None:
     assert words in found.to_markdown()
     assert words in page(found, tmp_path)
     stream = io.StringIO()
-    print_comparison(Console(file=stream, width=100), found)
+    show(Console(file=stream, width=100), [alone(found)])
     assert words in stream.getvalue()
 
 
@@ -343,7 +348,8 @@ def test_terminal_tells_verdict_first_and_loses_nothing(
     bad: Comparison, width: int, encoding: str
 ) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    print_comparison(Console(file=stream, width=width), bad.with_notes("[bold]note[/nothing]"))
+    noted = alone(bad.with_notes("[bold]note[/nothing]"))
+    show(Console(file=stream, width=width), [noted])
     stream.flush()
     lines = stream.buffer.getvalue().decode(encoding).splitlines()
     assert lines[0] == bad.verdict
@@ -360,7 +366,7 @@ def test_terminal_tells_several(bad: Comparison, good: Comparison) -> None:
     stream = io.StringIO()
     every = [Outcome("self", "a", "b", good), Outcome("causal", "a", "b", bad),
              Outcome("padded", "a", "b", reason="it takes no mask")]  # fmt: skip
-    print_outcomes(Console(file=stream, width=100), every)
+    show(Console(file=stream, width=100), every)
     text = stream.getvalue()
     assert text.startswith("PARITY DOES NOT HOLD: 1 of 2 comparisons differ")
     assert "✓ agrees" in text

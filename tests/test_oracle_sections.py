@@ -20,10 +20,10 @@ from anymha.parity.oracle.features import SECTIONS, sections_of
 from anymha.parity.oracle.oracle import evaluate
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, reads
 from anymha.parity.oracle.truth import fold
-from anymha.parity.selftest.injected_faults import Fault, call_with_fault, option_faults
-from anymha.parity.selftest.port import Port
-from anymha.parity.selftest.selftest import make_layer
 from anymha.parity.stages.trace import Trace, make_request, problem_of
+from tests.selftest.injected_faults import Fault, call_with_fault, option_faults
+from tests.selftest.injection import make_layer
+from tests.selftest.port import Port
 from tests.support import normal
 
 B, T, S, H, K = 2, 3, 4, 4, 2

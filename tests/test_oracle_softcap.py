@@ -14,10 +14,10 @@ from anymha.parity.oracle.features.softcap import SoftcapSection
 from anymha.parity.oracle.oracle import attention_oracle, evaluate
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.oracle.truth import fold
-from anymha.parity.selftest.injected_faults import Fault, call_with_fault, option_faults
-from anymha.parity.selftest.port import Port
-from anymha.parity.selftest.selftest import make_layer
 from anymha.parity.stages.trace import Trace, make_request, problem_of
+from tests.selftest.injected_faults import Fault, call_with_fault, option_faults
+from tests.selftest.injection import make_layer
+from tests.selftest.port import Port
 from tests.support import normal
 
 B, T, S, H, K, CAP, SCALE = 2, 3, 4, 4, 2, 0.7, 0.4

@@ -8,18 +8,24 @@ import re
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from anymha.cli.progress import progress_bar
 from anymha.errors import FileError
 from anymha.framework.registry import Backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.matrix.judge import Cell, Row
 from anymha.parity.matrix.matrix import AttentionMap, MatrixReport, versions
-from anymha.parity.matrix.terminal import print_report, print_verdict, progress_bar
+from anymha.parity.matrix.view import matrix_document
 from anymha.parity.oracle.cases import MATRIX
+from anymha.parity.reports.junit import to_junit
+from anymha.parity.reports.markdown import to_markdown
+from anymha.parity.reports.page import to_page
+from anymha.parity.reports.terminal import print_document, print_verdict
 
 FOUR = ("numpy", "torch", "tensorflow", "jax")
 HOSTILE = "<script>alert(1)</script> [bold]$x_1$[/nothing] & \"'"
@@ -55,8 +61,8 @@ REAL = [row("layer 0, float32", budget=157.27), exact("layer 0, reproducible", 1
 def shown(found: MatrixReport, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width)
-    print_report(console, found)
-    print_verdict(console, found)
+    print_document(console, matrix_document(found))
+    print_verdict(console, matrix_document(found))
     stream.flush()
     return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
 
@@ -178,7 +184,7 @@ def test_terminal_without_ticks_gets_words() -> None:
 
 def test_progress_is_silent_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    with progress_bar(Console(file=stream), 4) as told:
+    with progress_bar(4, Console(file=stream)) as told:
         for backend in FOUR:
             told(HOSTILE, backend)
     assert stream.getvalue() == ""
@@ -187,7 +193,7 @@ def test_progress_is_silent_where_there_is_no_terminal() -> None:
 def test_progress_on_a_terminal_shows_case_and_backend_and_goes_away() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=200)
-    with progress_bar(console, 2) as told:
+    with progress_bar(2, console) as told:
         told("[T, S]", "numpy")
         told("[T, S]", "torch")
     text = stream.getvalue()
@@ -218,6 +224,30 @@ def test_json_round_trips_and_has_no_infinity() -> None:
     assert (last["passed"], last["faults"]) == (False, ["differ"])
 
 
+def test_junit_has_a_suite_for_each_case_and_a_test_case_for_each_backend() -> None:
+    cells = {"numpy": cell(), "torch": cell(99.0, f"scores is off {HOSTILE}")}
+    bad = row("bad", cells, faults=("2 elements differ",), skipped={"jax": "it lacks float16"})
+    root = ElementTree.fromstring(to_junit(matrix_document(report(row("good"), bad))))
+    assert [suite.get("name") for suite in root] == ["good", "bad"]
+    states = {case.get("name"): [child.tag for child in case] for case in root[1]}
+    assert states == {"numpy": [], "torch": ["failure"], "jax": ["skipped"],
+                      "between backends": ["failure"]}  # fmt: skip
+    counts = ("tests", "failures", "errors", "skipped")
+    assert [root.get(name) for name in counts] == ["8", "2", "0", "1"]
+
+
+def test_markdown_has_the_verdict_the_table_and_what_is_wrong() -> None:
+    bad = row("bad", {name: cell(99.0, f"scores is off {HOSTILE}") for name in FOUR})
+    found = report(row("good"), bad, missing=("mlx",))
+    text = to_markdown(matrix_document(found))
+    assert found.verdict in text
+    assert "| ✅ | good | float32 | 0.25 | 0.25 | 0.25 | 0.25 | 15.47 | 90% |" in text
+    assert "| ❌ | bad | float32 | ❌ 99.00 |" in text
+    assert "- bad on torch: scores is off &lt;script&gt;" in text
+    assert "- mlx is not installed: pip install 'anymha\\[mlx\\]' adds it." in text
+    assert "<script" not in text
+
+
 def test_versions_name_the_frameworks(installed: list[Backend]) -> None:
     found = versions(installed)
     assert {"anymha", "python", "platform", "numpy"} <= set(found)
@@ -244,13 +274,10 @@ class _Page(HTMLParser):
 
 
 def page(found: MatrixReport) -> tuple[str, _Page]:
-    for needed in ("jinja2", "matplotlib"):
-        pytest.importorskip(needed, reason=f"the HTML report needs {needed}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib's imports
-        from anymha.parity.matrix.html import to_html  # noqa: PLC0415
-
-    text = to_html(found)
+        pytest.importorskip("matplotlib", reason="the HTML report needs matplotlib")
+        text = to_page(matrix_document(found))
     return text, _Page(text)
 
 
@@ -301,7 +328,7 @@ def test_html_of_a_failure_says_so() -> None:
         "jax": cell(np.inf, "scores is off by inf units"),
     }  # fmt: skip
     _, read = page(report(row("one", cells, faults=("2 of 9 elements differ",)), row("two")))
-    assert "anymha parity: does not hold" in read.texts
+    assert "anymha parity: parity does not hold" in read.texts
     assert "one on tensorflow: raised ValueError: no" in read.texts
     assert "one: 2 of 9 elements differ" in read.texts
     assert read.texts.count("fails") == 3
@@ -313,7 +340,7 @@ def test_html_of_one_backend_has_no_bits() -> None:
     _, read = page(report(one, backends=("numpy",), missing=("jax",)))
     assert read.tags.count("svg") == 1
     assert not any("bit between" in text for text in read.texts)
-    assert any("Not installed: jax." in text for text in read.texts)
+    assert any(text.startswith("jax is not installed: ") for text in read.texts)
 
 
 def test_file_is_written_whole_with_its_folder(tmp_path: Path) -> None:

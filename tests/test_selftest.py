@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from anymha.cli import selftest as command
-from anymha.cli.main import main
 from anymha.framework.registry import Backend, get_backend
 from anymha.parity.diagnose.mistakes import catalogue
 from anymha.parity.oracle.features import SECTIONS
-from anymha.parity.selftest import injected_faults, selftest
-from anymha.parity.selftest.injected_faults import FAULTS
-from anymha.parity.selftest.selftest import DTYPES, can_be_combined, find_false_alarms, try_faults
 from tests.frameworks import skip_or_fail
+from tests.selftest import command, injected_faults, injection
+from tests.selftest.command import main
+from tests.selftest.injected_faults import FAULTS
+from tests.selftest.injection import DTYPES, can_be_combined, find_false_alarms, try_faults
 
 
 def test_every_mistake_of_the_catalogue_is_injected() -> None:
@@ -82,10 +81,9 @@ def test_an_injected_fault_is_caught_in_half_precision(wrong, dtype) -> None:
 def test_the_command_passes_and_writes_what_it_found(tmp_path, monkeypatch, capsys) -> None:
     few = FAULTS[:2]
     monkeypatch.setattr(command, "FAULTS", few)
-    monkeypatch.setattr(selftest, "FAULTS", few)
+    monkeypatch.setattr(injection, "FAULTS", few)
     path = tmp_path / "selftest.json"
     call = [
-        "selftest",
         "--backends",
         "numpy",
         "--honest",
@@ -106,17 +104,17 @@ def test_the_command_passes_and_writes_what_it_found(tmp_path, monkeypatch, caps
 def test_the_command_fails_where_a_mistake_is_not_caught(monkeypatch, capsys) -> None:
     harmless = injected_faults.Fault("nothing at all", "inverted mask", "masked_logits")
     monkeypatch.setattr(command, "FAULTS", (harmless,))
-    monkeypatch.setattr(selftest, "FAULTS", (harmless,))
-    assert main(["selftest", "--backends", "numpy", "--honest", "0"]) == 1
+    monkeypatch.setattr(injection, "FAULTS", (harmless,))
+    assert main(["--backends", "numpy", "--honest", "0"]) == 1
     assert "SELF-TEST FAILS" in capsys.readouterr().out
 
 
 def test_the_command_fails_where_a_correct_layer_is_blamed(monkeypatch, capsys) -> None:
     monkeypatch.setattr(command, "FAULTS", FAULTS[:1])
-    monkeypatch.setattr(selftest, "FAULTS", FAULTS[:1])
-    alarm = selftest.Alarm("float32", ("numpy", "numpy"), 0, "the whole text")
+    monkeypatch.setattr(injection, "FAULTS", FAULTS[:1])
+    alarm = injection.Alarm("float32", ("numpy", "numpy"), 0, "the whole text")
     monkeypatch.setattr(command, "find_false_alarms", lambda *_: iter([[alarm]]))
-    assert main(["selftest", "--backends", "numpy", "--honest", "1"]) == 1
+    assert main(["--backends", "numpy", "--honest", "1"]) == 1
     assert "the whole text" in capsys.readouterr().out
 
 
@@ -130,7 +128,7 @@ def test_the_command_fails_where_a_correct_layer_is_blamed(monkeypatch, capsys) 
     ],
 )
 def test_a_wrong_call_is_told_before_anything_runs(call, words, capsys) -> None:
-    assert main(["selftest", *call]) == 2
+    assert main(call) == 2
     assert words in capsys.readouterr().err.replace("\n", "")
 
 

@@ -1,1 +1,1 @@
-"""Commands beside those of `anymha.cli.main`: one module each, with a function `add_command`."""
+"""The command line: a module for each command, with a function `add_command`."""

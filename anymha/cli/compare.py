@@ -5,29 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from anymha.cli.forms import FORMS, add_forms, check_files, write_forms
 from anymha.cli.inputs import CASES, FEATURES, CallInputs, fit_functions, make_cases, make_layer
 from anymha.cli.names import Implementation, implementation_named
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
-from anymha.interchange.files.atomic_write import check_writable, write_atomically
 from anymha.parity.comparison.compare import compare as compare_two
-from anymha.parity.reports.junit import to_junit
-from anymha.parity.reports.markdown import to_markdown
-from anymha.parity.reports.outcome import Outcome, passed, to_dict
+from anymha.parity.reports.comparison_view import comparison_document
+from anymha.parity.reports.outcome import Outcome, to_dict
 from anymha.parity.reports.report import Comparison
-from anymha.parity.reports.terminal import print_outcomes
 from anymha.parity.stages.saved_case import SavedCase, SavedLayer, load_case
 from anymha.parity.stages.trace import as_numpy, name_of_dtype
 
-FILES = ("html", "json", "junit", "markdown", "save")
+FILES = (*FORMS, "save")
 
 
 def add_command(commands: Any) -> None:
@@ -52,22 +47,21 @@ def add_command(commands: Any) -> None:
     command.add_argument("--arrays", metavar="BACKEND",
                          help="the framework whose arrays plain functions get; default numpy, or "
                          "as saved")  # fmt: skip
-    for name, words in {
-        "html": "write a page with pictures", "json": "write every number",
-        "junit": "write JUnit's XML, a test case for each stage",
-        "markdown": "write a summary for a CI job",
-        "save": "write the first case that differs, else the first, as an .npz file",
-    }.items():  # fmt: skip
-        command.add_argument(f"--{name}", type=Path, metavar="FILE", help=words)
+    add_forms(command)
+    command.add_argument("--save", type=Path, metavar="FILE",
+                         help="write the first case that differs, else the first, as an .npz "
+                         "file")  # fmt: skip
     command.set_defaults(run=compare)
 
 
-def compare(options: argparse.Namespace, console: Console) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Compare implementations on the same inputs, and say where they differ, and why.
 
     For a backend or a library's layer, a layer is made with the weights of the first implementation
     whose weights are known; where none are known, with random weights.
     """
+    from anymha.parity.reports import terminal  # noqa: PLC0415  needs the extra "cli"
+
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     names = _cases(options)
     _check_files(options)
@@ -76,9 +70,15 @@ def compare(options: argparse.Namespace, console: Console) -> int:
         _ = get_backend(options.arrays).ops  # says what there is, and which extra installs it
     every = [implementation_named(name) for name in (options.reference, *options.candidates)]
     outcomes = list(_outcomes(every, names, saved, options))
-    print_outcomes(console, outcomes)
-    _write(options, outcomes, console)
-    return 0 if passed(outcomes) else 1
+    document = comparison_document(outcomes)
+    console = terminal.Terminal()
+    terminal.print_verdict(console, document)
+    terminal.print_document(console, document)
+    terminal.print_environment(console, document)
+    # One comparison of a command is written as several are.
+    write_forms(dataclasses.replace(document, data=to_dict(outcomes)), options)
+    _save(options, outcomes)
+    return 0 if document.passed else 1
 
 
 def _cases(options: argparse.Namespace) -> tuple[str, ...]:
@@ -95,27 +95,9 @@ def _cases(options: argparse.Namespace) -> tuple[str, ...]:
 
 def _check_files(options: argparse.Namespace) -> None:
     """Raise now where a file cannot be written later."""
-    paths = {name: getattr(options, name) for name in FILES if getattr(options, name) is not None}
-    for name, path in paths.items():
-        check_writable(path)
-        twice = [other for other, where in paths.items() if other != name and where == path]
-        if twice:
-            raise UsageError(f"`--{name}` and `--{twice[0]}` must be two files. Received: {path}.")
+    check_files({name: getattr(options, name) for name in FILES})
     if options.save is not None and options.save.suffix != ".npz":
         raise FileError(f"A case is saved as an .npz file. Received: {options.save}.")
-    if options.html is not None:
-        _html()
-
-
-def _html() -> Any:
-    """The function that makes the HTML.
-
-    Raises:
-        UsageError: the extra "report" is not installed.
-    """
-    from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs the extra "report"
-
-    return to_html
 
 
 def _outcomes(
@@ -201,29 +183,14 @@ def _outcome(
     return Outcome(case.name, *names, result=dataclasses.replace(result, command_names=names))
 
 
-def _write(options: argparse.Namespace, outcomes: Sequence[Outcome], console: Console) -> None:
-    texts = {
-        "html": lambda: _html()(outcomes),
-        "json": lambda: json.dumps(to_dict(outcomes), indent=1, allow_nan=False) + "\n",
-        "junit": lambda: to_junit(outcomes),
-        "markdown": lambda: to_markdown(outcomes),
-    }
-    for name, text in texts.items():
-        path = getattr(options, name)
-        if path is not None:
-            write_atomically(path, text())
-            _say(console, f"{name}: {path}")
+def _save(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     if options.save is None:
         return
     done = [(one.case, one.result) for one in outcomes if isinstance(one.result, Comparison)]
     if not done:
-        _say(console, "Nothing was saved: no comparison ran to its end.")
+        print("Nothing was saved: no comparison ran to its end.")
         return
     case, first = min(done, key=lambda one: one[1].passed)
     first.save(options.save)
     on = f" ({case})" if case else ""
-    _say(console, f"Saved{on}; repeat it with: {first.repeat_command(str(options.save))}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    print(f"Saved{on}; repeat it with: {first.repeat_command(str(options.save))}")

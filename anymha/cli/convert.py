@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from anymha.cli.process import say_error
 from anymha.cli.progress import layer_bar
 from anymha.cli.verify import Mismatch, Verifier
 from anymha.interchange.compared_options import result_options
@@ -67,7 +66,7 @@ def _option_value(text: str) -> Any:
         return text
 
 
-def convert(options: argparse.Namespace, console: Console) -> int:
+def convert(options: argparse.Namespace) -> int:
     """Convert all attention layers of a file to another layout, one layer at a time.
 
     The new file is written as a whole or not at all. With --verify each layer is converted back,
@@ -80,7 +79,7 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     sizes = {name: stated[name] for name in names if stated[name] is not None}
     sizes |= {name: stated[name] for name in _further_options() if name in stated}
     verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
-    with layer_bar(console) as progress:
+    with layer_bar() as progress:
         try:
             conversion = convert_file(
                 options.source, options.target, options.layout, options.to,
@@ -89,8 +88,7 @@ def convert(options: argparse.Namespace, console: Console) -> int:
                 check=verifier.check if verifier else lambda layer: None, **sizes,
             )  # fmt: skip
         except Mismatch as error:
-            console.print(f"anymha: {error} Nothing was written.", style="bold red", markup=False,
-                          highlight=False, soft_wrap=True)  # fmt: skip
+            say_error(f"{error} Nothing was written.")
             return 1
     lines = [f"{start or '(no prefix)'} -> {end or '(no prefix)'}" for start, end in
              conversion.layers.items() if start != end]  # fmt: skip
@@ -111,5 +109,5 @@ def convert(options: argparse.Namespace, console: Console) -> int:
         f"{len(conversion.tensors)} tensors, {size:,} bytes"
     )
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(line)
     return 0

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from anymha.interchange.anymha_files import ENTRY, read_configs
 from anymha.interchange.detect import LayerGroup, find_layer_groups, numbers_of, pattern_of
 from anymha.interchange.files.formats import format_of, open_file
@@ -30,12 +28,12 @@ def add_command(commands: Any) -> None:
     command.set_defaults(run=inspect)
 
 
-def inspect(options: argparse.Namespace, console: Console) -> int:
+def inspect(options: argparse.Namespace) -> int:
     """List the attention layers of a file, the layouts that fit, and the sizes that shapes show."""
     with open_file(options.file) as reader:
         lines = list(report(reader))
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(line)
     return 0
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +14,7 @@ from anymha.parity.matrix.judge import Row, judge
 from anymha.parity.matrix.run import Result, Skipped, lacking_dtype, run
 from anymha.parity.oracle.cases import OracleProblem
 from anymha.parity.oracle.truth import expected
-from anymha.version import __version__
+from anymha.parity.reports.environment import installed_versions, own_versions
 
 Progress = Callable[[str, str], None]
 """Takes the names of the case and the backend that come next."""
@@ -154,16 +151,4 @@ def attention_map(real: CheckpointProblem, tokens: Sequence[str], sentence: int)
 
 def versions(backends: Sequence[Backend]) -> dict[str, str]:
     """The versions of anymha, Python and the frameworks."""
-    numbers = {
-        "anymha": __version__,
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-    }
-    for backend in backends:
-        for name in (backend.framework, f"{backend.framework}-cpu"):
-            try:
-                numbers[backend.framework] = importlib.metadata.version(name)
-                break
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    return numbers
+    return own_versions() | installed_versions(backend.framework for backend in backends)

@@ -141,7 +141,7 @@ class Section:
             ops: The framework.
             place: A stage's name; or "biased_logits", after the bias and before the masks.
             array: The port's array at that place.
-            port: The `anymha.parity.selftest.port.Port`.
+            port: The self-test's port.
         """
         return array
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,7 @@ class Environment:
 
 def environment() -> Environment:
     """The versions and switches of the packages that are imported already; nothing is imported."""
-    versions = {
-        "anymha": __version__,
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-    }
+    versions = own_versions()
     for name in PACKAGES:
         version = getattr(sys.modules.get(name), "__version__", None)
         if isinstance(version, str):
@@ -68,6 +65,28 @@ def environment() -> Environment:
     if "NVIDIA_TF32_OVERRIDE" in os.environ:
         flags["NVIDIA_TF32_OVERRIDE"] = os.environ["NVIDIA_TF32_OVERRIDE"]
     return Environment(versions, flags)
+
+
+def own_versions() -> dict[str, str]:
+    """The versions of anymha and Python, and the platform."""
+    return {
+        "anymha": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of packages, by name, as their installation has them; nothing is imported."""
+    versions = {}
+    for package in packages:
+        for name in (package, f"{package}-cpu"):  # as "tensorflow-cpu", which installs tensorflow
+            try:
+                versions[package] = importlib.metadata.version(name)
+                break
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return versions
 
 
 def _read(read: Callable[[Any], Any], module: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Comparisons as Markdown, for the summary of a CI job."""
+"""A report as Markdown, for the summary of a CI job."""
 
 from __future__ import annotations
 
@@ -6,100 +6,118 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from anymha.parity.reports.outcome import Outcome, pairs, stage_words, verdict
-from anymha.parity.reports.result import ComparisonResult, short, shown_stages
+from anymha.parity.reports.document import (
+    MARKDOWN,
+    Block,
+    Cause,
+    Cell,
+    Code,
+    Column,
+    Document,
+    Facts,
+    Faults,
+    Fold,
+    Table,
+    Text,
+)
 
-SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪"}
+SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪", "first": "➡️", "": ""}
 
 
-def to_markdown(outcomes: Sequence[Outcome]) -> str:
-    """All of them: the verdict, a table of pairs and cases where there are several, the details.
-
-    Args:
-        outcomes: One or several; of several, those that agree are folded.
-    """
-    lines = []
-    if len(outcomes) > 1:
-        lines += [f"### {_sign(outcomes)} {_plain(verdict(outcomes))}", "", *_matrix(outcomes)]
-    for one in outcomes:
-        several = len(outcomes) > 1
-        title = f"{SIGNS[one.state]} {_plain(one.title)}"
-        if several and one.state == "agrees":
-            summary = escape(
-                f"{SIGNS[one.state]} {one.title}: {one.summary}"
-            )  # no Markdown in there
-            lines += ["<details>", f"<summary>{summary}</summary>", ""]
-            lines += [*_details(one.result), "</details>", ""]
-            continue
-        lines += [f"{'####' if several else '###'} {title}", ""]
-        line = one.result.verdict if one.result is not None else one.summary
-        lines += [f"**{_plain(line)}**", ""]
-        lines += _details(one.result)
-    lines += _environment(outcomes)
+def to_markdown(document: Document) -> str:
+    """The document; comparisons that agree are folded."""
+    several = any(isinstance(block, Fold) for block in document.blocks)
+    line = document.verdict if several else document.title
+    lines = [f"### {SIGNS[document.state]} {_plain(line)}", ""]
+    lines += [] if several else [f"**{_plain(document.verdict)}**", ""]
+    lines += _blocks((*document.blocks, *document.findings))
+    values = {**document.environment.versions, **document.environment.flags}
+    if values:
+        words = ", ".join(f"{name} {value}" for name, value in values.items())
+        lines.append(f"<sub>{_plain(words)}</sub>")
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _matrix(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    cases = list(dict.fromkeys(one.case for one in outcomes))
-    yield "| candidate against reference | " + " | ".join(map(_plain, cases)) + " |"
-    yield "|---" * (len(cases) + 1) + "|"
-    for (reference, candidate), group in pairs(outcomes).items():
-        by_case = {one.case: f"{SIGNS[one.state]} {one.state}" for one in group}
-        cells = " | ".join(by_case.get(case, "") for case in cases)
-        yield f"| {_plain(candidate)} against {_plain(reference)} | {cells} |"
-    yield ""
-
-
-def _details(result: ComparisonResult | None) -> Iterator[str]:
-    if result is None:
-        return
-    if result.diagnosis is not None:
-        for cause in result.diagnosis.causes:
-            yield f"- **{_plain(str(cause))}**, at `{cause.stage}`. {_plain(cause.fix)}"
-        if result.diagnosis.alternatives:
-            yield f"- Or: {_plain('; '.join(result.diagnosis.alternatives))}."
-        if result.diagnosis.causes:
-            yield ""
-    if result.advice:
-        yield from (f"**{_plain(result.advice)}**", "")
-    yield "| | stage | error | own error | may | reference | candidate | |"
-    yield "|---|---|--:|--:|--:|--:|--:|---|"
-    for name, stage in shown_stages(result):
-        words = stage_words(result, name)
-        mark = "➡️" if name == result.first_divergence else ""
-        if stage is None:
-            if mark:
-                yield f"| {mark} | `{name}` | | | | | | {words}, not reported |"
+def _blocks(blocks: Sequence[Block]) -> Iterator[str]:
+    """The lines of blocks; items of a list stand together."""
+    items = False
+    for block in blocks:
+        if MARKDOWN not in block.forms:
             continue
-        state = "; ".join([*([words] if words else []), *map(_plain, stage.faults)])
-        values = ("", "") if stage.values is None else [f"{v:.7g}" for v in stage.values]
-        yield (
-            f"| {mark} | `{name}` | {short(stage.units)} | {short(stage.own_units)} "
-            f"| {short(stage.budget)} | {values[0]} | {values[1]} | {state} |"
-        )
-    yield ""
-    yield from (
-        f"- Not exercised by these inputs: {_plain(words)}" for words in result.not_exercised
-    )
-    yield from (f"- {_plain(note)}" for note in result.notes)
-    if result.not_exercised or result.notes:
+        lines = list(_block(block))
+        starts_item = bool(lines) and lines[0].startswith("- ")
+        if items and not starts_item:
+            yield ""
+        yield from lines
+        items = starts_item
+    if items:
         yield ""
-    if not result.passed:
-        yield from ("Repeat it from its saved case:", "", "```console", 
-                    f"$ {result.repeat_command()}", "```", "")  # fmt: skip
 
 
-def _environment(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    result = next((one.result for one in outcomes if one.result is not None), None)
-    if result is not None:
-        values = {**result.environment.versions, **result.environment.flags}
-        yield f"<sub>{_plain(', '.join(f'{n} {v}' for n, v in values.items()))}</sub>"
+def _block(block: Block) -> Iterator[str]:
+    match block:
+        case Text(words, label, style):
+            text = _plain(f"{label}: {words}" if label else words)
+            yield from (f"**{text}**", "") if style == "strong" else (f"- {text}",)
+        case Cause(words, stage, fix):
+            at = f", at `{stage}`" if stage else ""
+            yield f"- **{_plain(words)}**{at}. {_plain(fix)}"
+        case Table():
+            yield from _table(block)
+        case Faults(places):
+            for case, backend, faults in places:
+                place = f"{case} on {backend}" if backend else case
+                yield f"- {_plain(place)}: {_plain('; '.join(faults))}"
+        case Facts(values):
+            yield from (f"- {_plain(name)}: {_plain(value)}" for name, value in values.items())
+        case Code(text, lead):
+            yield from (*((lead, "") if lead else ()), "````text", text, "````", "")
+        case Fold():
+            yield from _fold(block)
 
 
-def _sign(outcomes: Sequence[Outcome]) -> str:
-    states = [one.state for one in outcomes]
-    worst = next((s for s in ("error", "differs", "agrees") if s in states), "not run")
-    return SIGNS[worst]
+def _fold(fold: Fold) -> Iterator[str]:
+    title = f"{SIGNS[fold.state]} {fold.title}"
+    if fold.state == "agrees" or fold.folded:
+        summary = escape(f"{title}: {fold.summary}")  # no Markdown in there
+        yield from ("<details>", f"<summary>{summary}</summary>", "")
+        yield from _blocks(fold.blocks)
+        yield from ("</details>", "")
+    else:
+        yield from (f"#### {_plain(title)}", "", f"**{_plain(fold.summary)}**", "")
+        yield from _blocks(fold.blocks)
+
+
+def _table(table: Table) -> Iterator[str]:
+    shown = [MARKDOWN in column.forms for column in table.columns]
+    columns = [column for column, yes in zip(table.columns, shown, strict=True) if yes]
+    if table.title:
+        yield from (f"**{_plain(table.title)}**", "")
+    yield _row(_plain(column.name) for column in columns)
+    yield "|" + "|".join("--:" if column.number else "---" for column in columns) + "|"
+    for row in table.rows:
+        if MARKDOWN in row.forms:
+            cells = [cell for cell, yes in zip(row.cells, shown, strict=True) if yes]
+            yield _row(_cell(*pair) for pair in zip(columns, cells, strict=True))
+    yield ""
+
+
+def _row(cells: Iterator[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def _cell(column: Column, cell: Cell | str) -> str:
+    if isinstance(cell, Cell):
+        right = column.number and cell.state == "agrees"  # a number alone says so
+        words, sign = cell.words, "" if right else SIGNS[cell.state]
+    else:
+        words, sign = cell, ""
+    if column.code and words:
+        quote = "``" if "`" in words else "`"
+        text = f"{quote}{' '.join(words.split())}{quote}".replace("|", r"\|")
+    else:
+        text = _plain(words)
+    return " ".join(part for part in (sign, text) if part)
 
 
 def _plain(text: str) -> str:

@@ -10,8 +10,6 @@ from anymha.parity.reports.result import ComparisonResult, state_of
 
 SCHEMA = "anymha.comparisons/1"
 
-SIGNS = {"agrees": "✓", "differs": "✗", "error": "✗", "not run": "-"}
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -39,11 +37,6 @@ class Outcome:
         if self.result is not None:
             return "agrees" if self.result.passed else "differs"
         return "error" if self.error is not None else "not run"
-
-    @property
-    def sign(self) -> str:
-        """The state as one sign."""
-        return SIGNS[self.state]
 
     @property
     def title(self) -> str:

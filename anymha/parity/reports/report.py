@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from anymha.interchange.files.atomic_write import write_atomically
+from anymha.parity.reports.comparison_view import comparison_document
+from anymha.parity.reports.document import Document, to_json
+from anymha.parity.reports.junit import to_junit
+from anymha.parity.reports.markdown import to_markdown
 from anymha.parity.reports.outcome import Outcome
+from anymha.parity.reports.page import to_page
 from anymha.parity.reports.result import ComparisonResult
 from anymha.parity.stages.saved_case import save_case
 
@@ -55,8 +59,7 @@ class Comparison(ComparisonResult):
         Raises:
             FileError: it cannot be written.
         """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_atomically(Path(path), text + "\n")
+        write_atomically(Path(path), to_json(self._document()))
 
     def to_html(self, path: str | Path) -> None:
         """Write one HTML file that loads nothing: verdict, stages, pictures, cause, how to repeat.
@@ -65,12 +68,9 @@ class Comparison(ComparisonResult):
             path: The file.
 
         Raises:
-            UsageError: the extra "report" is not installed.
             FileError: it cannot be written.
         """
-        from anymha.parity.reports.html import to_html  # noqa: PLC0415  needs the extra "report"
-
-        write_atomically(Path(path), to_html([self._outcome()]))
+        write_atomically(Path(path), to_page(self._document()))
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The report as Markdown, for the summary of a CI job.
@@ -84,9 +84,7 @@ class Comparison(ComparisonResult):
         Raises:
             FileError: it cannot be written.
         """
-        from anymha.parity.reports.markdown import to_markdown  # noqa: PLC0415  when asked for
-
-        text = to_markdown([self._outcome()])
+        text = to_markdown(self._document())
         if path is not None:
             write_atomically(Path(path), text)
         return text
@@ -100,9 +98,7 @@ class Comparison(ComparisonResult):
         Raises:
             FileError: it cannot be written.
         """
-        from anymha.parity.reports.junit import to_junit  # noqa: PLC0415  when asked for
-
-        write_atomically(Path(path), to_junit([self._outcome()]))
+        write_atomically(Path(path), to_junit(self._document()))
 
     def save(self, path: str | Path) -> None:
         """Write inputs, masks, arguments, and the known weights of both, into an ``.npz`` file.
@@ -121,5 +117,5 @@ class Comparison(ComparisonResult):
         """The same with further notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
 
-    def _outcome(self) -> Outcome:
-        return Outcome("", self.reference, self.candidate, self)
+    def _document(self) -> Document:
+        return comparison_document([Outcome("", self.reference, self.candidate, self)])

@@ -1,149 +1,181 @@
-"""Comparisons in a terminal: verdict first, then the stages, the cause, the fix."""
+"""A report in a terminal. Needs the extra "cli"."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from anymha.errors import UsageError
+from anymha.parity.reports.document import (
+    TERMINAL,
+    Block,
+    Cause,
+    Cell,
+    Column,
+    Document,
+    Faults,
+    Fold,
+    Table,
+    Text,
+)
 
-from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, verdict
-from anymha.parity.reports.result import ComparisonResult, short, shown_stages, state_of
+try:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.measure import Measurement
+    from rich.table import Table as RichTable
+except ImportError as error:
+    raise UsageError(
+        "This command prints tables with rich, which is not installed. "
+        "Install it with: pip install 'anymha[cli]'."
+    ) from error
 
-STYLES = {"agrees": "green", "differs": "bold red", "error": "bold red", "not run": "dim"}
-ROWS = {"first": "bold red", "own": "red", "carried": "yellow", "unreported": "dim", "good": ""}
-NARROW = 100
-"""Columns of a terminal below which the two numbers at the worst place are left out."""
+STYLES = {"agrees": "green", "differs": "bold red", "error": "bold red", "not run": "yellow"}
+ROWS = {"first": "bold red", "own": "red", "carried": "yellow", "unreported": "dim"}
+TEXTS = {"quiet": "dim", "strong": "bold", "warning": "yellow"}
+SIGNS = {"agrees": "✓", "differs": "✗", "error": "✗", "not run": "-", "first": "→"}
+ASCII_SIGNS = {"agrees": "ok", "differs": "FAIL", "error": "FAIL", "not run": "-", "first": "->"}
+
+WRAPPED = 16
+"""Columns that a terminal must leave for cells that may take several lines."""
+SHOWN_FAULTS = 2
+"""How many faults of a place are printed."""
+SHOWN_PLACES = 40
+"""How many places with faults are printed."""
 
 
-def print_comparison(console: Console, comparison: ComparisonResult) -> None:
-    """One comparison.
+class Terminal(Console):
+    """A console that leaves a closed pipe to the command; rich itself ends with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again.
+
+        Raises:
+            BrokenPipeError: always; it is the error that is being handled.
+        """
+        raise
+
+
+def print_document(console: Console, document: Document) -> None:
+    """Print all of a document but its verdict.
 
     Args:
-        console: Where.
-        comparison: The result.
+        console: Where; `Terminal()` for stdout, without colours where that is no terminal or
+            NO_COLOR is set.
+        document: The report.
     """
-    _verdict(console, comparison.verdict, comparison.passed)
-    print_details(console, comparison)
-    print_environment(console, comparison)
+    _print_blocks(console, (*document.blocks, *document.findings))
 
 
-def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Several: the verdict, who agrees with whom on what, and the details of what does not."""
-    if len(outcomes) == 1 and outcomes[0].result is not None:
-        print_comparison(console, outcomes[0].result)
-        return
-    _verdict(console, verdict(outcomes), passed(outcomes))
-    console.print()
-    console.print(_matrix(console, outcomes))
-    for one in outcomes:
-        if one.state == "agrees":
-            continue
-        console.print()
-        style = STYLES[one.state]
-        line = f"[{style}]{_sign(console, one.state)}[/] [bold]{escape(one.title)}[/]: "
-        console.print(line + escape(one.summary), highlight=False, soft_wrap=True)
-        if one.result is not None:
-            print_details(console, one.result, brief=True)
-    result = next((one.result for one in outcomes if one.result is not None), None)
-    if result is not None:
-        print_environment(console, result)
+def print_verdict(console: Console, document: Document) -> None:
+    """Print the verdict."""
+    style = "bold green" if document.passed else "bold red"
+    console.print(document.verdict, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_details(console: Console, result: ComparisonResult, brief: bool = False) -> None:
-    """The stages, why they differ and what to do, what the inputs do not exercise, and notes.
-
-    Args:
-        console: Where.
-        result: The result.
-        brief: Whether stages that agree are only counted.
-    """
-    console.print(_stages(console, result, brief))
-    right = sum(state_of(result, stage.name) == "good" for stage in result.stages)
-    if brief and right:
-        console.print(f"   {right} other quantities agree", style="dim")
-    diagnosis = result.diagnosis
-    if diagnosis is not None:
-        for cause in diagnosis.causes:
-            _line(console, f"[bold]Cause:[/] {escape(str(cause))}")
-            _line(console, f"[bold]Fix:[/]   {escape(cause.fix)}")
-        if not diagnosis.causes:
-            _line(console, f"[bold]Cause:[/] {escape(str(diagnosis))}")
-        elif not diagnosis.explained:
-            _line(console, "Something else differs too: fix this first, and compare again.")
-        if diagnosis.alternatives:
-            others = "; ".join(diagnosis.alternatives)
-            _line(console, f"With these inputs it could also be: {escape(others)}.")
-    if result.advice:
-        _line(console, f"[bold]{escape(result.advice)}[/]")
-    for words in result.not_exercised:
-        _line(console, f"[yellow]Not exercised by these inputs:[/] {escape(words)}")
-    for note in result.notes:
-        _line(console, f"[dim]Note: {escape(note)}[/]")
-
-
-def print_environment(console: Console, result: ComparisonResult) -> None:
-    """Versions and switches."""
-    shown = {**result.environment.versions, **result.environment.flags}
-    line = ", ".join(f"{name} {value}" for name, value in shown.items())
+def print_environment(console: Console, document: Document) -> None:
+    """Print versions and switches."""
+    values = {**document.environment.versions, **document.environment.flags}
+    line = ", ".join(f"{name} {value}" for name, value in values.items())
     console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _stages(console: Console, result: ComparisonResult, brief: bool) -> Table:
-    wide = console.width >= NARROW
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("stage", no_wrap=True)
-    for name in ("error", "own error", "may", *(("reference", "candidate") if wide else ())):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for name, stage in shown_stages(result):
-        first = name == result.first_divergence
-        if (stage is None and not first) or (brief and state_of(result, name) == "good"):
-            continue
-        arrow = "->" if console.options.ascii_only else "→"
-        cells = [arrow if first else "", escape(name)]
-        cells += ["", "", ""] if stage is None else [
-            short(stage.units), short(stage.own_units), short(stage.budget)
-        ]  # fmt: skip
-        if wide:
-            values = None if stage is None else stage.values
-            cells += ["", ""] if values is None else [f"{v:.6g}" for v in values]
-        faults = () if stage is None else stage.faults
-        words = stage_words(result, name) + (", not reported" if stage is None else "")
-        cells.append(escape("; ".join([*([words] if words else []), *faults])))
-        table.add_row(*cells, style=ROWS[state_of(result, name)])
-    return table
+def _print_blocks(console: Console, blocks: Sequence[Block]) -> None:
+    shown = [block for block in blocks if TERMINAL in block.forms]
+    tables = [block for block in shown if isinstance(block, Table)]
+    drop = _drop(console, tables)
+    for block in shown:
+        match block:
+            case Table():
+                console.print()
+                console.print(_table(console, block, drop))
+            case Text(words, label, style):
+                if style == "quiet" and not label:  # a legend, in the terminal's own lines
+                    console.print(words, style="dim", markup=False, highlight=False)
+                    continue
+                style = TEXTS.get(style, "")
+                text = f"{label}: {words}" if label else words
+                console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+            case Cause(words, _, fix):
+                _line(console, f"[bold]Cause:[/] {escape(words)}")
+                if fix:
+                    _line(console, f"[bold]Fix:[/]   {escape(fix)}")
+            case Faults(places):
+                _faults(console, places)
+            case Fold(title, state, summary) if state != "agrees":
+                console.print()
+                sign = f"[{STYLES[state]}]{_sign(console, state)}[/]"
+                _line(console, f"{sign} [bold]{escape(title)}[/]: {escape(summary)}")
+                _print_blocks(console, block.blocks)
 
 
-def _matrix(console: Console, outcomes: Sequence[Outcome]) -> Table:
-    cases = list(dict.fromkeys(one.case for one in outcomes))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("candidate against reference")
-    for case in cases:
-        table.add_column(escape(case), no_wrap=True)
-    for (reference, candidate), group in pairs(outcomes).items():
-        by_case = {one.case: one for one in group}
-        cells = [_state(console, by_case[case]) if case in by_case else "" for case in cases]
-        table.add_row(escape(f"{candidate} against {reference}"), *cells)
-    return table
+def _faults(console: Console, places: Sequence[tuple[str, str, Sequence[str]]]) -> None:
+    for case, backend, faults in places[:SHOWN_PLACES]:
+        place = f"{case}, {backend}" if backend else case
+        shown = "; ".join(
+            textwrap.shorten(one, 300, placeholder=" ...") for one in faults[:SHOWN_FAULTS]
+        )
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        sign = f"[bold red]{_sign(console, 'differs')}[/]"
+        _line(console, f"{sign} {escape(f'{place}: {shown}{more}')}")
+    if len(places) > SHOWN_PLACES:
+        left = len(places) - SHOWN_PLACES
+        console.print(f"and {left} more; `--json` writes all", style="dim")
 
 
-def _state(console: Console, outcome: Outcome) -> str:
-    return f"[{STYLES[outcome.state]}]{_sign(console, outcome.state)} {outcome.state}[/]"
+def _drop(console: Console, tables: Sequence[Table]) -> int:
+    """How many kinds of columns must go, so that every table fits and no name is cut."""
+    most = max((column.dropped for table in tables for column in table.columns), default=0)
+    unbounded = console.options.update(width=10_000)
+    for drop in range(most):
+        widths = []
+        for table in tables:
+            wraps = any(column.wraps for column in table.columns)
+            made = _table(console, table, drop, measured=True)
+            widths.append(Measurement.get(console, unbounded, made).maximum + WRAPPED * wraps)
+        if max(widths) <= console.width:
+            return drop
+    return most
+
+
+def _table(console: Console, table: Table, drop: int, measured: bool = False) -> RichTable:
+    kept = [
+        (i, column)
+        for i, column in enumerate(table.columns)
+        if TERMINAL in column.forms
+        and not 0 < column.dropped <= drop
+        and not (measured and column.wraps)
+    ]
+    made = RichTable(title=escape(table.title) or None, title_justify="left", title_style="bold",
+                     header_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
+                     padding=(0, 1, 0, 0))  # fmt: skip
+    for _, column in kept:
+        justify: Any = "right" if column.number else "left"
+        made.add_column(escape(column.name), justify=justify, no_wrap=not column.wraps,
+                        style="dim" if column.quiet else "")  # fmt: skip
+    for row in table.rows:
+        if TERMINAL in row.forms:
+            cells = [_cell(console, column, row.cells[i]) for i, column in kept]
+            made.add_row(*cells, style=ROWS.get(row.state, ""))
+    return made
+
+
+def _cell(console: Console, column: Column, cell: Cell | str) -> str:
+    if isinstance(cell, str):
+        return escape(cell)
+    # The words of a number's state are its sign.
+    sign = "" if column.number or not cell.state else _sign(console, cell.state)
+    text = escape(" ".join(part for part in (sign, cell.words) if part))
+    style = "bold" if cell.strong else STYLES.get(cell.state, "")
+    plain = not style or not text or (column.number and cell.state == "agrees" and not cell.strong)
+    return text if plain else f"[{style}]{text}[/]"
 
 
 def _sign(console: Console, state: str) -> str:
-    plain = {"agrees": "ok", "differs": "X", "error": "X", "not run": "-"}
-    pretty = {"agrees": "✓", "differs": "✗", "error": "✗", "not run": "-"}
-    return (plain if console.options.ascii_only else pretty)[state]
-
-
-def _verdict(console: Console, text: str, good: bool) -> None:
-    style = "bold green" if good else "bold red"
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """A sign, in words where the terminal has no such signs."""
+    return (ASCII_SIGNS if console.options.ascii_only else SIGNS)[state]
 
 
 def _line(console: Console, text: str) -> None:

@@ -1,10 +1,10 @@
-"""The report as one HTML file with its pictures inside. Needs the extra "report"."""
+"""The pictures of the matrix's report, as SVG. Needs the extra "report"."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from importlib.resources import files
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from anymha.errors import UsageError
 from anymha.parity.matrix.matrix import AttentionMap, MatrixReport
 
 try:
-    import jinja2
     import matplotlib
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
@@ -37,18 +36,17 @@ SHARES = LinearSegmentedColormap.from_list(
 ).with_extremes(bad="#cf222e")
 
 
-def to_html(report: MatrixReport) -> str:
-    """The whole report as one HTML document that loads nothing."""
-    template = files("anymha.parity.matrix").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+def draw(picture: Callable[[Any], str], subject: Any) -> str:
+    """Make a picture, in the style of all.
+
+    Args:
+        picture: A function below.
+        subject: What it draws.
+    """
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A script that matplotlib's font lacks is drawn by the reader's own.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        pictures = {"errors": errors_picture(report), "bits": bits_picture(report)}
-        maps = [(item, map_picture(item)) for item in report.maps]
-    return environment.from_string(template).render(
-        report=report, pictures=pictures, maps=maps, rows=[*report.rows, *report.real]
-    )
+        return picture(subject)
 
 
 def errors_picture(report: MatrixReport) -> str:

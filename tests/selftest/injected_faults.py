@@ -21,7 +21,7 @@ class Fault:
     """One fault.
 
     Args:
-        wrong: Its name in `anymha.parity.selftest.port`.
+        wrong: Its name in `tests.selftest.port`.
         cause: Its name in the catalogue.
         stage: The first stage that is wrong.
         case: The features that the call must have for it to matter: see `call_with_fault`.

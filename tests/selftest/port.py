@@ -28,7 +28,7 @@ class Port:
     Args:
         ops: The framework.
         weights: Canonical weights in NumPy.
-        wrong: The faults in it, by the names of `anymha.parity.selftest.injected_faults`.
+        wrong: The faults in it, by the names of `tests.selftest.injected_faults`.
         reports_stages: Whether it reports its stages, or returns the output and the scores alone.
         window: Its window.
         dropout: Its share of dropped probabilities.

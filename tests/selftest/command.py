@@ -1,4 +1,4 @@
-"""The command `anymha selftest`: it shows that `compare` finds mistakes, and no others."""
+"""The self-test's command: it shows that `compare` finds mistakes, and no others."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from anymha.cli.process import run_process
+from anymha.cli.progress import progress_bar
 from anymha.errors import UsageError
 from anymha.framework.registry import Backend, backends, get_backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
-from anymha.parity.matrix.terminal import progress_bar
-from anymha.parity.selftest.injected_faults import FAULTS
-from anymha.parity.selftest.selftest import (
+from anymha.version import __version__
+from tests.selftest.injected_faults import FAULTS
+from tests.selftest.injection import (
     DTYPES,
     Alarm,
     FaultResult,
@@ -28,7 +29,6 @@ from anymha.parity.selftest.selftest import (
     inject_all,
     inject_pairs,
 )
-from anymha.version import __version__
 
 SCHEMA = "anymha.selftest/1"
 NAMED = 0.95
@@ -55,7 +55,7 @@ def selftest(options: argparse.Namespace, console: Console) -> int:
     )
     steps = len(FAULTS) * len(chosen) + options.honest * len(dtypes)
     honest = (chosen, options.honest, dtypes)
-    with progress_bar(console, steps) as progress:
+    with progress_bar(steps) as progress:
         singles = list(inject_all(chosen, progress))
         pairs = list(inject_pairs(chosen[:1], progress)) if options.pairs else []
         alarms = [a for several in find_false_alarms(*honest, progress) for a in several]
@@ -155,11 +155,13 @@ def _verdict(
     return lines, passed
 
 
-def add_command(commands: Any) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "selftest", help="show that injected mistakes are found", description=selftest.__doc__
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the self-test, and give the exit status."""
+    return run_process(lambda: selftest(_parser().parse_args(arguments), Console()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(prog="python -m tests.selftest", description=selftest.__doc__)
     command.add_argument("--backends", metavar="A,B", help="default: all that are installed")
     command.add_argument(
         "--honest",
@@ -175,4 +177,4 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--pairs", action="store_true", help="two mistakes together, too")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every result")
-    command.set_defaults(run=selftest)
+    return command

@@ -19,7 +19,8 @@ from anymha.parity.oracle.cases import Arrays, has_option, numpy_dtype
 from anymha.parity.oracle.features import SECTIONS, sections_of
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
-from anymha.parity.selftest.injected_faults import (
+from anymha.parity.stages.trace import Request, Trace, problem_of
+from tests.selftest.injected_faults import (
     BATCH,
     FAULTS,
     FEATURES,
@@ -31,8 +32,7 @@ from anymha.parity.selftest.injected_faults import (
     call_with_fault,
     weights_with_faults,
 )
-from anymha.parity.selftest.port import Port
-from anymha.parity.stages.trace import Request, Trace, problem_of
+from tests.selftest.port import Port
 
 Progress = Callable[[str, str], None]
 
