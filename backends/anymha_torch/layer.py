@@ -137,9 +137,12 @@ class MultiHeadAttention(NativeLayer, nn.Module):
             or forward_ad._current_level >= 0
             or _get_tracing_state() is not None
         )
-        plans = self._inference_plans if torch.is_inference_mode_enabled() else self.plans
-        if tracing:
-            plans = None
+        plans = prepared = None
+        if not tracing:
+            plans = self._inference_plans if torch.is_inference_mode_enabled() else self.plans
+            # A mode that watches torch's functions shall see `linear`.
+            watched = _len_torch_function_stack() or _len_torch_dispatch_stack()
+            prepared = None if watched else plans
         projections: Any
         if "_like" in self._buffers:
 
@@ -149,10 +152,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
             projections = build
         else:
-            # A mode that watches torch's functions shall see `linear`.
-            watched = _len_torch_function_stack() or _len_torch_dispatch_stack()
-            kept_by = None if watched else plans
-            projections = projections_of(self._modules, self.config, self._rounding_dtype, kept_by)
+            projections = projections_of(self._modules, self.config, self._rounding_dtype, prepared)
         return multi_head_attention(
             ops, self.config, projections, query, value, key, plans=plans, **call
         )
