@@ -228,6 +228,21 @@ def test_answers_are_about_wrong_names_and_name_right_ones(
             assert code in known or elsewhere or code in told.partition(": ")[0], (name, code)
 
 
+@pytest.mark.parametrize(
+    ("absent", "told"),
+    [
+        ("rotary", of_options._ROTARY),
+        ("gate", of_options.PEERS["use_gate"]),
+        ("query_key_norm", of_options.PEERS["normalize_qk"]),
+        ("positions", of_call._ROTARY),
+        ("cache", of_call._CACHE),
+    ],
+    ids=lambda value: value if value.isidentifier() else "",
+)
+def test_what_is_said_to_be_absent_is_absent(absent: str, told: str) -> None:
+    assert absent not in (*OPTIONS, *BY_NAME), f"The answer {told!r} is out of date."
+
+
 def test_own_arguments_of_the_homes_are_answered_elsewhere() -> None:
     for own in {name for names in OWN.values() for name in names}:
         told = answer(lambda own=own: AttentionConfig(2, 4, **{own: 1}), UnknownOptionError)
