@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
@@ -301,7 +300,7 @@ def multi_head_attention(
         value: (B, S, D_v); default `query`.
         key: (B, S, D_k); default `value`.
         config: The layer's options.
-    {call}
+        {call}
 
     Returns:
         The output (B, T, *O); with ``return_attention_scores=True`` also the probabilities
@@ -337,8 +336,8 @@ def _show_call(function: Any) -> None:
     function.__defaults__ = (None, None, None)
     if function.__doc__:
         inputs = [argument.name for argument in INPUTS]
-        shown = textwrap.indent(call_documentation(without=inputs), " " * 4)
-        function.__doc__ = function.__doc__.replace("{call}", shown)
+        shown = call_documentation(without=inputs)
+        function.__doc__ = inspect.cleandoc(function.__doc__).replace("    {call}", shown)
 
 
 _show_call(multi_head_attention)

@@ -74,7 +74,7 @@ def test_signatures_have_types_and_defaults(name: str) -> None:
 def test_help_shows_the_functions() -> None:
     page = shown(anymha.multi_head_attention)
     for argument in CALL_ARGUMENTS:
-        assert f"{argument.name}: " in page
+        assert f"\n        {argument.name}: " in page
     signature = inspect.signature(anymha.multi_head_attention)
     assert list(signature.parameters)[:5] == ["weights", "query", "value", "key", "config"]
     signature = inspect.signature(anymha.dot_product_attention)
@@ -85,7 +85,7 @@ def test_help_shows_the_functions() -> None:
 
 def test_help_shows_the_layer_of_any_backend() -> None:
     page = shown(anymha.MultiHeadAttention)
-    assert all(f"{option}: " in page for option in [*OPTIONS, "backend"])
+    assert all(f"\n |      {option}: " in page for option in [*OPTIONS, "backend"])
     assert list(inspect.signature(anymha.MultiHeadAttention).parameters) == [*OPTIONS, "backend"]
 
 

@@ -6,7 +6,6 @@ Nothing of a backend is imported: what stands under `TYPE_CHECKING` is read by t
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
@@ -119,7 +118,7 @@ class MultiHeadAttention(metaclass=_AnyBackend):
     own, take that of one framework.
 
     Args:
-    {options}
+        {options}
         backend: "numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox", or the name of
             a backend of others.
 
@@ -195,8 +194,8 @@ def _document(layer: Any) -> None:
     backend = kinds("backend", kinds.KEYWORD_ONLY, annotation="str")
     layer.__signature__ = inspect.Signature([*options, backend])
     if layer.__doc__:
-        documentation = textwrap.indent(options_documentation(AttentionConfig), " " * 4)
-        layer.__doc__ = layer.__doc__.replace("{options}", documentation)
+        documentation = options_documentation(AttentionConfig)
+        layer.__doc__ = inspect.cleandoc(layer.__doc__).replace("    {options}", documentation)
 
 
 _document(MultiHeadAttention)
