@@ -1,4 +1,4 @@
-"""pyright and mypy refuse each use of `tests/typing/wrong_uses.py`, and none of `right_uses.py`.
+"""pyright and mypy refuse each use of `wrong_uses.py` in `type_checks`, and none of `right_uses.py`.
 
 `nox -s lint` runs this file with both checkers and all frameworks, and fails where one is missing.
 """
@@ -25,10 +25,10 @@ from anymha.layer.arguments import CALL_ARGUMENTS, KEYWORDS, Kind
 from anymha.layer.native import CallOptions
 from anymha.options.config import AttentionConfig
 from tests.frameworks import skip_or_fail
-from tests.typing import right_uses
+from tests.type_checks import right_uses
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "tests" / "typing"
+FOLDER = ROOT / "tests" / "type_checks"
 FRAMEWORKS = ("torch", "jax", "flax", "equinox", "tensorflow", "keras")
 FILES = ("wrong_uses.py", "right_uses.py")
 LEAST = 60
