@@ -1,4 +1,4 @@
-"""pyright and mypy refuse each use of `wrong_uses.py` in `type_checks`, and none of `right_uses.py`.
+"""pyright and mypy refuse each use of `type_checks/wrong_uses.py`, and none of `right_uses.py`.
 
 `nox -s lint` runs this file with both checkers and all frameworks, and fails where one is missing.
 """
