@@ -48,6 +48,10 @@ class ArgumentError(AnymhaError, TypeError):
     """An argument is missing, or is not of a kind that the call takes."""
 
 
+class UnknownOptionError(ConfigError, ArgumentError):
+    """The layer has no option of this name; the message has the right one."""
+
+
 class MixedBackendsError(AnymhaError, TypeError):
     """The arrays of one call come from more than one framework."""
 

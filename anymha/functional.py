@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.features.softcap import Softcap
 from anymha.attention.masks import all_of, position_mask
 from anymha.attention.spec import AttentionSpec
-from anymha.errors import DtypeError, ShapeError
+from anymha.errors import ArgumentError, DtypeError, ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name
+from anymha.framework.names import answer, listed
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
@@ -25,10 +27,17 @@ from anymha.framework.validation import (
     checked_size,
     checked_window,
 )
+from anymha.layer.arguments import BY_NAME, INPUTS, KEYWORDS, call_documentation, call_parameters
 from anymha.layer.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
 from anymha.layer.forward import multi_head_attention as call_layer
+from anymha.layer.native import CallOptions
+from anymha.layer.other_names import FUNCTION_PEERS, unexpected
 from anymha.layer.plan import Plans, plans_unless_tracing
 from anymha.options.config import AttentionConfig
+
+
+class _NoMore(TypedDict):
+    """No further keyword, for type checkers; at run time one gets an answer."""
 
 
 def dot_product_attention(
@@ -49,6 +58,7 @@ def dot_product_attention(
     seed: Any = None,
     return_scores: bool = False,
     memory_budget: int | None = None,
+    **unknown: Unpack[_NoMore],
 ) -> Any:
     """Attention of query heads over key and value heads, without projections.
 
@@ -99,6 +109,8 @@ def dot_product_attention(
     References:
         A. Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
     """
+    if unknown or query is None or key is None or value is None:
+        raise _wrong_names(unknown, query=query, key=key, value=value)
     named = {
         "query": query, "key": key, "value": value, "mask": mask, "bias": bias,
         "query_mask": query_mask, "value_mask": value_mask,
@@ -142,6 +154,29 @@ def dot_product_attention(
         return (context, scores) if return_scores else context
 
     return ops.in_float64(forward, arrays) if dtype == "float64" else forward(arrays)
+
+
+# `help` shows the arguments that there are; a call that lacks an array reaches `_wrong_names`.
+_parameters = list(inspect.signature(dot_product_attention).parameters.values())
+dot_product_attention.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+    _parameters[:-1], return_annotation="Any"
+)
+dot_product_attention.__defaults__ = (None, None, None)
+
+
+def _wrong_names(unknown: Mapping[str, Any], **inputs: Any) -> ArgumentError:
+    """The error for names that `dot_product_attention` does not have, or for inputs it lacks."""
+    known = [parameter.name for parameter in _parameters[:-1]]
+    told = [f"`{name}`: {answer(name, known, FUNCTION_PEERS)}" for name in unknown]
+    lacking = [name for name, array in inputs.items() if array is None]
+    if told:
+        return ArgumentError(
+            f"`dot_product_attention` has no argument {listed(unknown)}. {' '.join(told)}"
+        )
+    return ArgumentError(
+        f"`query`, `key` and `value` must be arrays. Received: no {listed(lacking)}. "
+        "Pass all three."
+    )
 
 
 def _attention_shape(ops: Ops, arrays: Mapping[str, Array], working: Any) -> AttentionShape:
@@ -254,7 +289,7 @@ def multi_head_attention(
     key: Array | None = None,
     *,
     config: AttentionConfig,
-    **call: Any,
+    **call: Unpack[CallOptions[Any]],
 ) -> Any:
     """The whole layer as a function of its weights, in the framework of its arrays.
 
@@ -265,9 +300,7 @@ def multi_head_attention(
         value: (B, S, D_v); default `query`.
         key: (B, S, D_k); default `value`.
         config: The layer's options.
-        **call: The other arguments of a layer's call: `attention_mask`, `attention_bias`,
-            `query_mask`, `value_mask`, `key_mask`, `return_attention_scores`,
-            `return_activity_loss`, `training`, `use_causal_mask`, `query_offset`, `seed`.
+        {call}
 
     Returns:
         The output (B, T, *O); with ``return_attention_scores=True`` also the probabilities
@@ -278,6 +311,7 @@ def multi_head_attention(
         ShapeError: shapes of the inputs do not fit.
         DtypeError: a mask is not boolean, or an input is not floating.
         MixedBackendsError: the arrays are of several frameworks.
+        ArgumentError: there is no such argument; the message has the right one.
 
     Example:
         >>> import numpy as np, anymha
@@ -288,6 +322,9 @@ def multi_head_attention(
         >>> anymha.multi_head_attention(weights, x, config=config, use_causal_mask=True).shape
         (1, 3, 8)
     """
+    for name in call:
+        if name not in KEYWORDS:
+            raise unexpected(name, ("weights", "config", *BY_NAME))
     query, value, key = unpack_inputs(query, value, key)
     named = {"query": query, "value": value, "key": key, **weights}
     ops = common_ops(named.items())
@@ -295,6 +332,24 @@ def multi_head_attention(
     plans = plans_unless_tracing(ops, _plans_of(config))
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
 
+
+def _show_call(function: Any) -> None:
+    """Show the arguments of a layer's call, each with its meaning, as those of the function."""
+    weights, *_ = inspect.signature(function).parameters.values()
+    config = inspect.signature(function).parameters["config"]
+    first = [p for p in call_parameters() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    others = [p for p in call_parameters() if p.kind is p.KEYWORD_ONLY]
+    function.__signature__ = inspect.Signature(
+        [weights, *first, config, *others], return_annotation="Any"
+    )
+    function.__defaults__ = (None, None, None)
+    if function.__doc__:
+        inputs = [argument.name for argument in INPUTS]
+        shown = call_documentation(without=inputs)
+        function.__doc__ = inspect.cleandoc(function.__doc__).replace("    {call}", shown)
+
+
+_show_call(multi_head_attention)
 
 _PLANS: dict[AttentionConfig, Plans] = {}
 

@@ -98,6 +98,26 @@ def test_the_toy_is_saved_and_loaded(project: Path) -> None:
     assert python(project, ["-c", code]) == "2.0\n"
 
 
+def test_the_toy_has_its_type_its_help_and_its_answer(project: Path) -> None:
+    """By the one field and its line in the docstring."""
+    code = (
+        "import inspect, anymha, anymha_numpy\n"
+        "init = anymha_numpy.MultiHeadAttention.__init__\n"
+        "print(inspect.signature(init).parameters['temperature'])\n"
+        "print([line for line in init.__doc__.splitlines() if 'temperature:' in line])\n"
+        "print('temperature: ' in anymha.MultiHeadAttention.__doc__)\n"
+        "try:\n"
+        "    anymha_numpy.MultiHeadAttention(2, 4, temprature=2.0)\n"
+        "except anymha.errors.UnknownOptionError as error:\n"
+        "    print(error)\n"
+    )
+    typed, helped, by_name, answer = python(project, ["-c", code]).splitlines()
+    assert typed == "temperature: 'float | None' = None"
+    assert "logits become ``logits / t``" in helped
+    assert by_name == "True"
+    assert answer.endswith("`temprature`. Pass `temperature`, if that is meant.")
+
+
 def test_the_arguments_of_the_call_have_types() -> None:
     assert list(CallOptions.__annotations__) == [a.name for a in (*ARRAYS, *OPTIONS)]
 

@@ -116,6 +116,13 @@ def checked_seed(value: Any, argument: str) -> int | None:
     return seed
 
 
+def checked_name(value: Any, argument: str) -> str | None:
+    """`value`, a string; None stays None."""
+    if value is None or isinstance(value, str):
+        return value
+    raise ConfigError(f"`{argument}` must be a string, or None for no name. Received: {value!r}.")
+
+
 def checked_choice(value: Any, choices: Sequence[str], argument: str) -> str:
     """`value`, which is one of `choices`."""
     if not isinstance(value, str) or value not in choices:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -19,8 +19,19 @@ from anymha.errors import AnymhaError, ConfigError, DtypeError, FileError
 from anymha.framework.registry import get_layer
 from anymha.interchange.files.formats import create_file, format_of, open_file
 from anymha.interchange.files.reader import Reader, Tensor
-from anymha.interchange.layers import convert, get_weights, set_weights
+from anymha.interchange.layers import convert, get_weights, new_layer, set_weights
 from anymha.options.config import AttentionConfig
+
+if TYPE_CHECKING:
+    from anymha.interchange.homes import (
+        EquinoxLayer,
+        FlaxLayer,
+        JaxLayer,
+        KerasLayer,
+        NumpyLayer,
+        TensorflowLayer,
+        TorchLayer,
+    )
 
 ENTRY = "anymha"
 FORMAT = 1
@@ -63,6 +74,36 @@ def save(path: str | os.PathLike[str], layer: Any) -> None:
             writer.write(name, array)
 
 
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["numpy"], *, prefix: str = ""
+) -> NumpyLayer: ...
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["torch"] = ..., *, prefix: str = ""
+) -> TorchLayer: ...
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["tensorflow"], *, prefix: str = ""
+) -> TensorflowLayer: ...
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["jax"], *, prefix: str = ""
+) -> JaxLayer: ...
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["keras"], *, prefix: str = ""
+) -> KerasLayer: ...
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["flax"], *, prefix: str = ""
+) -> FlaxLayer: ...
+@overload
+def load(
+    path: str | os.PathLike[str], backend: Literal["equinox"], *, prefix: str = ""
+) -> EquinoxLayer: ...
+@overload
+def load(path: str | os.PathLike[str], backend: str, *, prefix: str = "") -> Any: ...
 def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = "") -> Any:
     """The layer of a file that `save` wrote, in any framework, bit for bit.
 
@@ -93,7 +134,7 @@ def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = 
         ((8, 2, 4), 2)
     """
     source = Path(path)
-    make = get_layer(backend)
+    get_layer(backend)
     if source.exists() and not format_of(source).metadata:
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
     with open_file(source) as reader:
@@ -108,7 +149,7 @@ def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = 
         weights = _weights(reader, prefix, others)
     config = configs[prefix]
     _check_fit(source, config, weights)
-    layer = set_weights(make(**config.to_dict()), weights)
+    layer = set_weights(new_layer(backend, config), weights)
     dtype = get_weights(layer)["query.kernel"].dtype.name
     if dtype != config.dtype:
         raise DtypeError(

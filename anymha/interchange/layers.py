@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -19,25 +19,19 @@ from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, check_weights, match_biases
 from anymha.options.config import AttentionConfig
 
+if TYPE_CHECKING:
+    from anymha.interchange.homes import (
+        EquinoxLayer,
+        FlaxLayer,
+        JaxLayer,
+        KerasLayer,
+        NumpyLayer,
+        TensorflowLayer,
+        TorchLayer,
+    )
+
 OWN = "anymha"
 """The layout of anymha's own layers."""
-
-
-def new_layer(*args: Any, backend: str, **options: Any) -> Any:
-    """The native layer of a backend.
-
-    Args:
-        *args: The constructor's positional arguments, `num_heads` and `key_dim` first.
-        backend: "numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox", or the name of
-            a backend of others.
-        **options: The constructor's keyword arguments; see `anymha.AttentionConfig`.
-
-    Raises:
-        UnknownBackendError: no backend has this name.
-        BackendNotInstalledError: its framework is not installed.
-        ConfigError: an option has a value that it cannot have.
-    """
-    return get_layer(backend)(*args, **options)
 
 
 def get_weights(layer: Any, **sizes: Any) -> Weights:
@@ -145,6 +139,36 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     return live.write({name: array for name, array in arrays.items() if name in live.arrays})
 
 
+@overload
+def convert(
+    layer: Any, to: Literal["numpy"], *, weights_only: bool = False, **sizes: Any
+) -> NumpyLayer: ...
+@overload
+def convert(
+    layer: Any, to: Literal["torch"], *, weights_only: bool = False, **sizes: Any
+) -> TorchLayer: ...
+@overload
+def convert(
+    layer: Any, to: Literal["tensorflow"], *, weights_only: bool = False, **sizes: Any
+) -> TensorflowLayer: ...
+@overload
+def convert(
+    layer: Any, to: Literal["jax"], *, weights_only: bool = False, **sizes: Any
+) -> JaxLayer: ...
+@overload
+def convert(
+    layer: Any, to: Literal["keras"], *, weights_only: bool = False, **sizes: Any
+) -> KerasLayer: ...
+@overload
+def convert(
+    layer: Any, to: Literal["flax"], *, weights_only: bool = False, **sizes: Any
+) -> FlaxLayer: ...
+@overload
+def convert(
+    layer: Any, to: Literal["equinox"], *, weights_only: bool = False, **sizes: Any
+) -> EquinoxLayer: ...
+@overload
+def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any: ...
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any:
     """The native layer of another framework, with the same configuration and the same weights.
 
@@ -184,7 +208,20 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
     config = AttentionConfig.from_dict(options)
     if "." in to:
         return make_layer(to, from_canonical(dict(weights), to, config=config), config)
-    return set_weights(get_layer(to)(**config.to_dict()), dict(weights))
+    return set_weights(new_layer(to, config), dict(weights))
+
+
+def new_layer(backend: str, config: AttentionConfig) -> Any:
+    """The native layer of a backend with these options; with a name that is valid there.
+
+    Raises:
+        UnknownBackendError: no backend has this name.
+        BackendNotInstalledError: its framework is not installed.
+    """
+    layer = get_layer(backend)
+    if config.name is not None and hasattr(layer, "valid_name"):
+        config = dataclasses.replace(config, name=layer.valid_name(config.name))
+    return layer(**config.to_dict())
 
 
 def _is_ours(layer: Any) -> bool:

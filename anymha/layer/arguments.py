@@ -7,11 +7,11 @@ heads, T the query's attention axes, S the key's.
 from __future__ import annotations
 
 import inspect
+import textwrap
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-from anymha.errors import ArgumentError
 
 
 class Kind(Enum):
@@ -23,6 +23,16 @@ class Kind(Enum):
     FLAG = "flag"
     OFFSET = "offset"
     SEED = "seed"
+
+
+_TYPES = {
+    Kind.INPUT: "Array",
+    Kind.MASK: "Array | None",
+    Kind.BIAS: "Array | None",
+    Kind.OFFSET: "int | Array",
+    Kind.SEED: "int | Array | None",
+}
+"""The types of arguments by kind; a flag's follows from its default."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,13 @@ class CallArgument:
     axes: tuple[str, ...] = ()
     default: Any = None
     hint: str = ""
+
+    @property
+    def annotation(self) -> str:
+        """Its type, as in `anymha.layer.native.CallOptions`."""
+        if self.kind is Kind.FLAG:
+            return "bool | None" if self.default is None else "bool"
+        return _TYPES[self.kind]
 
     def form_of_rank(self, rank: int) -> str:
         """The form of arrays with so many axes, where B, T and S are one axis each."""
@@ -138,17 +155,26 @@ def call_parameters() -> list[inspect.Parameter]:
             argument.name,
             kinds.POSITIONAL_OR_KEYWORD if argument.kind is Kind.INPUT else kinds.KEYWORD_ONLY,
             default=kinds.empty if argument.name == "query" else argument.default,
+            annotation=argument.annotation,
         )
         for argument in CALL_ARGUMENTS
     ]
 
 
-def call_documentation() -> str:
-    """The section "Args" of a layer's call."""
-    return "\n".join(f"{argument.name}: {argument.meaning}" for argument in CALL_ARGUMENTS)
+def call_documentation(without: Container[str] = ()) -> str:
+    """The lines of the section "Args" of a layer's call.
 
-
-def unexpected(name: str) -> ArgumentError:
-    """The error for a keyword argument that the call does not have."""
-    known = ", ".join(argument.name for argument in CALL_ARGUMENTS)
-    return ArgumentError(f"The call has no argument `{name}`. It takes: {known}.")
+    Args:
+        without: Arguments that the layer's call does not have.
+    """
+    return "\n".join(
+        textwrap.fill(
+            f"{argument.name}: {argument.meaning}",
+            width=99,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 8,
+            break_on_hyphens=False,
+        )
+        for argument in CALL_ARGUMENTS
+        if argument.name not in without
+    )

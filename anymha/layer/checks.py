@@ -121,6 +121,10 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
     """
     for name, array in arrays.items():
         if not ops.is_array(array):
+            if array is None:
+                raise ArgumentError(
+                    f"`{name}` must be an array of {ops.name}. Received: none. Pass it."
+                )
             foreign = hasattr(array, "shape") and hasattr(array, "dtype")
             raise (MixedBackendsError if foreign else ArgumentError)(
                 f"`{name}` must be an array of {ops.name}, like the others of this call. "

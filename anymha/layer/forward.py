@@ -24,11 +24,12 @@ from anymha.execution.attend import attend
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import product
 from anymha.layer.activity import Activity
-from anymha.layer.arguments import ARRAYS, OPTIONS, unexpected
+from anymha.layer.arguments import ARRAYS, OPTIONS
 from anymha.layer.axes import PLAIN, unfold
 from anymha.layer.call_shape import CallShape
 from anymha.layer.checks import check_offset, check_seed, unpack_inputs
 from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
+from anymha.layer.other_names import unexpected
 from anymha.layer.plan import (
     Flags,
     Plan,

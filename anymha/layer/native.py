@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, ParamSpec, Self, TypedDict, TypeVar
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from anymha.errors import ShapeError, WeightsError
+from anymha.errors import ConfigError, ShapeError, UnknownOptionError, WeightsError
 from anymha.framework.protocol import Array, Dim
 from anymha.framework.shapes import is_known, show
-from anymha.layer.arguments import call_parameters
+from anymha.layer.arguments import BY_NAME, call_documentation, call_parameters
 from anymha.layer.plan import Plans
 from anymha.layer.weights import constrained_weights, initial_weights, regularization_loss
 from anymha.options.config import AttentionConfig
+from anymha.options.other_names import unknown_options
 
+A = TypeVar("A")
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class CallOptions(TypedDict, total=False):
-    """The keyword arguments of a layer's call; see `anymha.multi_head_attention`."""
+class CallOptions(TypedDict, Generic[A], total=False):
+    """The keyword arguments of a layer's call with arrays of type A, for type checkers."""
 
-    attention_mask: Array | None
-    attention_bias: Array | None
-    query_mask: Array | None
-    value_mask: Array | None
-    key_mask: Array | None
+    attention_mask: A | None
+    attention_bias: A | None
+    query_mask: A | None
+    value_mask: A | None
+    key_mask: A | None
     return_attention_scores: bool
     return_activity_loss: bool
     training: bool | None
@@ -37,34 +40,117 @@ class CallOptions(TypedDict, total=False):
     seed: Any
 
 
-def takes_options(init: Callable[..., None]) -> Callable[..., None]:
-    """Give a constructor ``__init__(self, config, ...)`` the arguments of `AttentionConfig`.
+def takes_options(
+    options: Callable[P, AttentionConfig],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Give a constructor ``__init__(self, config, *, ...)`` the arguments of a class of options.
 
-    Keyword arguments that the constructor itself has beside `config`, as torch's `device`, stay
-    its own.
+    Args:
+        options: `AttentionConfig`; or a subclass, with a field for each keyword argument that the
+            constructor has beside `config`, as torch's `device`. It is only looked at: type
+            checkers and `help` read from it what the constructor takes.
     """
-    itself, _, *own = inspect.signature(init).parameters.values()
+    kind: Any = options
+    known = [field.name for field in fields(kind)]
+    own = {name for name in known if name not in AttentionConfig.__dataclass_fields__}
 
-    @functools.wraps(init)
-    def wrapper(self: Any, *args: Any, **options: Any) -> None:
-        extra = {p.name: options.pop(p.name) for p in own if p.name in options}
-        init(self, AttentionConfig(*args, **options), **extra)
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        @functools.wraps(init)
+        def wrapper(self: Any, *args: Any, **given: Any) -> None:
+            extra = {name: given.pop(name) for name in own & given.keys()} if own else {}
+            try:
+                config = AttentionConfig(*args, **given)
+            except UnknownOptionError:
+                unknown = [name for name in given if name not in known]
+                raise unknown_options(unknown, known, BY_NAME) from None
+            init(self, config, **extra)
 
-    options = inspect.signature(AttentionConfig).parameters.values()
-    wrapper.__signature__ = inspect.Signature([itself, *options, *own])  # pyright: ignore
-    return wrapper
+        show_options(wrapper, kind)
+        return wrapper
+
+    return decorate
+
+
+def show_options(init: Any, options: type[AttentionConfig]) -> None:
+    """Show the arguments of a class of options as those of a constructor, in `help` and `inspect`.
+
+    Args:
+        init: The constructor.
+        options: `AttentionConfig` or a subclass.
+    """
+    itself, *_ = inspect.signature(init).parameters.values()
+    shown = inspect.signature(options).parameters.values()
+    init.__signature__ = inspect.Signature([itself, *shown], return_annotation="None")
+    init.__doc__ = f"""Make the layer.
+
+Args:
+{options_documentation(options)}
+
+Raises:
+    ConfigError: an option has a value that it cannot have.
+    UnknownOptionError: there is no such option; the message has the right one.
+"""
+
+
+def options_documentation(options: type[AttentionConfig]) -> str:
+    """The lines of the section "Args" for a class of options, those of its bases first."""
+    sections = []
+    for kind in reversed(options.__mro__):
+        if issubclass(kind, AttentionConfig) and kind.__doc__:
+            sections.append(_section_of_arguments(kind))
+    return "\n".join(sections)
+
+
+def _section_of_arguments(documented: Any) -> str:
+    """The lines of the section "Args" of a docstring; none where there is none."""
+    _, _, rest = inspect.cleandoc(documented.__doc__ or "").partition("Args:\n")
+    return rest.partition("\n\n")[0].rstrip()
 
 
 def takes_call(function: F) -> F:
     """Show the arguments of a layer's call, one by one, as the signature of ``(self, **call)``.
 
-    Keyword arguments that the call itself has, as Flax's `deterministic`, are shown after them.
+    Keyword arguments that the call itself has, as Flax's `deterministic`, are shown after them;
+    the section "Args" of its docstring says what they mean.
     """
     itself, *mine = inspect.signature(function).parameters.values()
     own = [p for p in mine if p.kind is p.KEYWORD_ONLY]
-    shown = [itself, *call_parameters(), *own]
-    function.__signature__ = inspect.Signature(shown)  # pyright: ignore
+    method: Any = function
+    method.__signature__ = inspect.Signature([itself, *call_parameters(), *own])
+    method.__doc__ = call_help(_section_of_arguments(function))
+    # A call without `query` is answered where its arguments are read, as one by a wrong name is.
+    method.__defaults__ = (None, None, None)
     return function
+
+
+def shown_as(function: F) -> Callable[[Callable[..., Any]], F]:
+    """Show and type a method as another one, which it passes its arguments on to."""
+    return cast(Any, functools.wraps(function))
+
+
+def call_help(own: str = "", without: Container[str] = ()) -> str:
+    """The docstring of a layer's call.
+
+    Args:
+        own: The lines about arguments that the framework's call has beside the common ones.
+        without: The common ones that it does not have.
+    """
+    arguments = "\n".join(filter(None, [call_documentation(without), own]))
+    return f"""Attend from `query` to `key` and `value`.
+
+Args:
+{arguments}
+
+Returns:
+    The output (B, T, *O); with ``return_attention_scores=True`` also the probabilities before
+    dropout (B, H, T, S); with ``return_activity_loss=True`` also a scalar, last.
+
+Raises:
+    ArgumentError: there is no such argument; the message has the right one.
+    ShapeError: shapes do not fit; the message has the expected and the received.
+    DtypeError: a mask is not boolean, or an input is not floating.
+    MixedBackendsError: an array is of another framework.
+"""
 
 
 class NativeLayer:
@@ -77,6 +163,11 @@ class NativeLayer:
     config: Any
     ops: ClassVar[Any]
     plans: Plans
+
+    @classmethod
+    def valid_name(cls, name: str) -> str:
+        """The name for a layer; with other characters where the framework does not allow some."""
+        return name
 
     def canonical_weights(self) -> dict[str, Array]:
         """The weights by canonical name; none where they are not made yet."""
@@ -117,6 +208,23 @@ class NativeLayer:
             WeightsError: there are no weights yet.
         """
         return self._assigned(constrained_weights(self.ops, self.config, self.canonical_weights()))
+
+
+def check_name(layer: type[NativeLayer], name: str | None, rule: str) -> None:
+    """Refuse a name that the framework does not allow.
+
+    Args:
+        layer: The native layer.
+        name: The name; None for none.
+        rule: What a name must be, in words.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name is not None and layer.valid_name(name) != name:
+        raise ConfigError(
+            f"`name` must be {rule}. Received: {name!r}. Pass e.g. name={layer.valid_name(name)!r}."
+        )
 
 
 def first_weights(

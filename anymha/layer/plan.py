@@ -159,6 +159,9 @@ class Plans:
     def __hash__(self) -> int:
         return hash(Plans)
 
+    def __repr__(self) -> str:
+        return "Plans()"
+
     def __reduce__(self) -> Any:
         return Plans, ()
 

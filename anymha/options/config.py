@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from anymha.attention.features import FEATURES, Feature
 from anymha.errors import ConfigError
@@ -16,18 +16,21 @@ from anymha.framework.validation import (
     checked_axes,
     checked_biases,
     checked_choice,
+    checked_name,
     checked_rate,
     checked_scale,
     checked_seed,
     checked_shape,
     checked_size,
 )
+from anymha.options.other_names import PEERS, answered_names
 from anymha.options.serialization import described
 from anymha.options.training import OBJECTS, check_ranks, checked_object
 
 DROPOUT_RNGS = ("portable", "native")
 
 
+@answered_names
 @dataclass(frozen=True)
 class AttentionConfig:
     """The options of a multi-head attention layer; frozen, hashable, and valid once it exists.
@@ -71,6 +74,7 @@ class AttentionConfig:
 
     Raises:
         ConfigError: an option has a value that it cannot have.
+        UnknownOptionError: there is no such option; the message has the right one.
 
     Example:
         >>> config = AttentionConfig(num_heads=2, key_dim=3, query_features=8)
@@ -82,9 +86,9 @@ class AttentionConfig:
     key_dim: int
     value_dim: int | None = None
     dropout: float = 0.0
-    use_bias: bool | tuple[str, ...] = True
-    output_shape: int | tuple[int, ...] | None = None
-    attention_axes: int | tuple[int, ...] | None = None
+    use_bias: bool | Sequence[str] = True
+    output_shape: int | Sequence[int] | None = None
+    attention_axes: int | Sequence[int] | None = None
     kernel_initializer: Any = "glorot_uniform"
     bias_initializer: Any = "zeros"
     kernel_regularizer: Any = None
@@ -100,7 +104,7 @@ class AttentionConfig:
     sliding_window: int | None = None
     scale: float | None = None
     softcap: float | None = None
-    dropout_rng: str = "portable"
+    dropout_rng: Literal["portable", "native"] = "portable"
     dtype: Any = "float32"
     compute_dtype: Any = None
     seed: int | None = None
@@ -145,6 +149,7 @@ class AttentionConfig:
         store("dropout_rng", checked_choice(self.dropout_rng, DROPOUT_RNGS, "dropout_rng"))
         store("scale", checked_scale(self.scale, "scale"))
         store("seed", checked_seed(self.seed, "seed"))
+        store("name", checked_name(self.name, "name"))
         store("dtype", checked_dtype_name(self.dtype, "dtype"))
         for name in OBJECTS:
             store(name, checked_object(getattr(self, name), name))
@@ -219,6 +224,19 @@ class AttentionConfig:
                 shapes[f"{name}.bias"] = out if name == "output" else kernel[1:]
         return shapes
 
+    def changed_options(self) -> dict[str, Any]:
+        """`num_heads`, `key_dim`, and the options that are not at their defaults, by name."""
+        default = type(self)(self.num_heads, self.key_dim)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name in ("num_heads", "key_dim") or value != getattr(default, name)
+        }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown_options(self)})"
+
     def to_dict(self) -> dict[str, Any]:
         """The options by name, for JSON (but for callables); `from_dict` gives the config back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -237,14 +255,21 @@ class AttentionConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(options) - known)
         if unknown:
+            told = "".join(f" `{name}`: {PEERS[name]}" for name in unknown if name in PEERS)
             raise ConfigError(
                 f"Unknown options: {', '.join(unknown)}. Known are: {', '.join(sorted(known))}."
+                f"{told}"
             )
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in options.items()
         }
         return cls(**values)
+
+
+def shown_options(config: AttentionConfig) -> str:
+    """The options as arguments, those at their defaults left out: ``num_heads=2, key_dim=4``."""
+    return ", ".join(f"{name}={value!r}" for name, value in config.changed_options().items())
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 import equinox as eqx
@@ -25,6 +26,19 @@ class _Projection(eqx.Module):
 
     kernel: jax.Array
     bias: jax.Array | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquinoxOptions(AttentionConfig):
+    """What the constructor takes.
+
+    Args:
+        key: A JAX key that gives the initial values where `seed` is not given.
+        inference: Whether dropout is off; `eqx.nn.inference_mode` sets it.
+    """
+
+    key: jax.Array | None = None
+    inference: bool = False
 
 
 class MultiHeadAttention(NativeLayer, eqx.Module):
@@ -65,7 +79,7 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     plans: Plans = eqx.field(static=True)
     ops: ClassVar[Any] = _jax.ops
 
-    @takes_options
+    @takes_options(EquinoxOptions)
     def __init__(
         self, config: AttentionConfig, *, key: jax.Array | None = None, inference: bool = False
     ) -> None:
@@ -80,25 +94,31 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     @takes_call
     def __call__(
         self,
-        query: Any,
-        value: Any = None,
-        key: Any = None,
+        query: jax.Array | Sequence[jax.Array],
+        value: jax.Array | None = None,
+        key: jax.Array | None = None,
         *,
         inference: bool | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[CallOptions[jax.Array]],
     ) -> Any:
-        if call.get("training") is None:
+        """Attend.
+
+        Args:
+            inference: Whether dropout is off; default the layer's own. It is ``not training``.
+        """
+        given: Any = call
+        if given.get("training") is None:
             off = self.inference if inference is None else inference
             # Without dropout the flag does not matter, and may be traced.
-            call["training"] = self.config.dropout > 0 and not off
+            given["training"] = self.config.dropout > 0 and not off
         elif inference is not None:
             raise ArgumentError(
                 "`training` and `inference` say the same; pass one. Received: "
-                f"training={call.get('training')!r}, inference={inference!r}."
+                f"training={given.get('training')!r}, inference={inference!r}."
             )
         return multi_head_attention(
             _jax.ops, self.config, self.canonical_weights(), query, value, key,
-            plans=self.plans, **call,
+            plans=self.plans, **given,
         )  # fmt: skip
 
     def canonical_weights(self) -> dict[str, jax.Array]:

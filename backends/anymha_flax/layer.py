@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import jax
@@ -28,6 +29,20 @@ class _Projection(nnx.Module):
     def __init__(self, kernel: jax.Array, bias: jax.Array | None) -> None:
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaxOptions(AttentionConfig):
+    """What the constructor takes.
+
+    Args:
+        rngs: An `nnx.Rngs` or one of its streams, for the initial values where `seed` is not
+            given, and for dropout.
+        deterministic: Whether dropout is off; `layer.eval()` and `layer.train()` set it.
+    """
+
+    rngs: nnx.Rngs | nnx.RngStream | None = None
+    deterministic: bool = False
 
 
 class MultiHeadAttention(NativeLayer, nnx.Module):
@@ -69,7 +84,7 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
     rngs: nnx.RngStream | None
     ops = _jax.ops
 
-    @takes_options
+    @takes_options(FlaxOptions)
     def __init__(
         self,
         config: AttentionConfig,
@@ -92,28 +107,35 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
     @takes_call
     def __call__(
         self,
-        query: Any,
-        value: Any = None,
-        key: Any = None,
+        query: jax.Array | Sequence[jax.Array],
+        value: jax.Array | None = None,
+        key: jax.Array | None = None,
         *,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-        **call: Unpack[CallOptions],
+        **call: Unpack[CallOptions[jax.Array]],
     ) -> Any:
-        if call.get("training") is None:
+        """Attend.
+
+        Args:
+            deterministic: Whether dropout is off; default the layer's own. It is ``not training``.
+            rngs: An `nnx.Rngs`, a stream or a key for dropout; default the layer's own.
+        """
+        given: Any = call
+        if given.get("training") is None:
             off = self.deterministic if deterministic is None else deterministic
-            call["training"] = not off
+            given["training"] = not off
         elif deterministic is not None:
             raise ArgumentError(
                 "`training` and `deterministic` say the same; pass one. Received: "
-                f"training={call.get('training')!r}, deterministic={deterministic!r}."
+                f"training={given.get('training')!r}, deterministic={deterministic!r}."
             )
-        if call.get("seed") is None:
+        if given.get("seed") is None:
             rngs = self.rngs if rngs is None else rngs
-            call["seed"] = rngs if isinstance(rngs, jax.Array) else lambda: _dropout_key(rngs)
+            given["seed"] = rngs if isinstance(rngs, jax.Array) else lambda: _dropout_key(rngs)
         return multi_head_attention(
             _jax.ops, self.config, self.canonical_weights(), query, value, key,
-            plans=self.plans, **call,
+            plans=self.plans, **given,
         )  # fmt: skip
 
     def set_view(self, deterministic: bool | None = None) -> None:

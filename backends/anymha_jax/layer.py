@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self, Unpack
 
 import jax
@@ -13,9 +14,20 @@ from anymha.errors import ConfigError
 from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
 from anymha.layer.plan import Plans
-from anymha.options.config import AttentionConfig
+from anymha.options.config import AttentionConfig, shown_options
 from anymha_jax import float64, ops
 from anymha_jax.initial import first_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class JaxOptions(AttentionConfig):
+    """What the constructor takes.
+
+    Args:
+        key: A JAX key that gives the initial values where `seed` is not given, traced or not.
+    """
+
+    key: jax.Array | None = None
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -40,7 +52,7 @@ class MultiHeadAttention(NativeLayer):
     weights: dict[str, jax.Array]
     _static: tuple[AttentionConfig, Plans]
 
-    @takes_options
+    @takes_options(JaxOptions)
     def __init__(self, config: AttentionConfig, *, key: jax.Array | None = None) -> None:
         if config.query_features is None:
             raise ConfigError(
@@ -63,7 +75,11 @@ class MultiHeadAttention(NativeLayer):
 
     @takes_call
     def __call__(
-        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+        self,
+        query: jax.Array | Sequence[jax.Array],
+        value: jax.Array | None = None,
+        key: jax.Array | None = None,
+        **call: Unpack[CallOptions[jax.Array]],
     ) -> Any:
         return multi_head_attention(
             ops, self._static[0], self.weights, query, value, key, plans=self.plans, **call
@@ -93,7 +109,7 @@ class MultiHeadAttention(NativeLayer):
 
     def __repr__(self) -> str:
         shapes = {name: jnp.shape(leaf) for name, leaf in self.weights.items()}
-        return f"MultiHeadAttention({self.config}, weights={shapes})"
+        return f"MultiHeadAttention({shown_options(self.config)}, weights={shapes})"
 
 
 def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -10,14 +10,24 @@ from typing import Any
 import keras
 import numpy as np
 
+from anymha.errors import AnymhaError
 from anymha.framework.registry import get_backend
+from anymha.layer.arguments import CALL_ARGUMENTS
 from anymha.layer.checks import unpack_inputs
 from anymha.layer.forward import Projections, multi_head_attention
-from anymha.layer.native import NativeLayer, first_weights, widths_of
+from anymha.layer.native import (
+    NativeLayer,
+    call_help,
+    check_name,
+    first_weights,
+    shown_as,
+    widths_of,
+)
+from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
-from anymha_keras.options import Given, core_dtypes, saved, takes_options
+from anymha_keras.options import Given, KerasOptions, core_dtypes, saved, takes_options
 from anymha_keras.projection import (
     Projection,
     Values,
@@ -28,6 +38,11 @@ from anymha_keras.projection import (
     make_projection,
     rounded,
 )
+
+KERAS_ADDS = ("return_activity_loss",)
+"""Arguments of the call that Keras's has not: Keras adds the loss to `layer.losses`."""
+CALL = tuple(argument.name for argument in CALL_ARGUMENTS if argument.name not in KERAS_ADDS)
+"""The arguments of the call."""
 
 
 @keras.saving.register_keras_serializable(package="anymha")
@@ -57,9 +72,10 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         (1, 3, 8)
     """
 
-    @takes_options
+    @takes_options(KerasOptions)
     def __init__(self, given: Given) -> None:
         config = given.config
+        check_name(type(self), config.name, "without a slash, which parts names in Keras's paths")
         super().__init__(dtype=given.policy, name=config.name, **given.of_layer)
         self.supports_masking = True
         self.seed = config.seed
@@ -178,6 +194,28 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             self.add_loss(loss)
             result = tuple(results) if return_attention_scores else results[0]
         return with_mask(result, masks["query_mask"])
+
+    call.__doc__ = call_help(without=KERAS_ADDS)
+
+    @shown_as(call)
+    def __call__(self, *args: Any, **call: Any) -> Any:
+        try:
+            return super().__call__(*args, **call)
+        except TypeError as error:
+            unknown = [name for name in call if name not in CALL]
+            if unknown and not isinstance(error, AnymhaError):
+                raise unexpected(unknown[0], CALL) from None
+            raise
+
+    def __repr__(self) -> str:
+        options = shown_options(dataclasses.replace(self.config, name=None))
+        shown = f"name={self.name}, built={self.built}"
+        return f"<MultiHeadAttention {shown}, {options}>"
+
+    @classmethod
+    def valid_name(cls, name: str) -> str:
+        """The name without slashes."""
+        return name.replace("/", "_")
 
     def _draw_seed(self) -> Any:
         state = self._dropout_layer.seed_generator.next()

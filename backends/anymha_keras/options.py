@@ -7,13 +7,16 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import keras
 
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name, output_dtype
+from anymha.layer.arguments import BY_NAME
+from anymha.layer.native import show_options
 from anymha.options.config import AttentionConfig
+from anymha.options.other_names import unknown_options
 
 INITIALIZERS = ("kernel_initializer", "bias_initializer")
 OBJECTS = {
@@ -50,19 +53,44 @@ class Given:
     of_layer: Mapping[str, Any]
 
 
-def takes_options(init: Callable[[Any, Given], None]) -> Callable[..., None]:
-    """Give a constructor ``__init__(self, given)`` the arguments of `AttentionConfig` and Keras."""
+@dataclass(frozen=True, kw_only=True)
+class KerasOptions(AttentionConfig):
+    """What the constructor takes.
 
-    @functools.wraps(init)
-    def wrapper(self: Any, *args: Any, **options: Any) -> None:
-        init(self, _read(args, options))
+    Args:
+        trainable: Whether the weights are trained.
+        autocast: Whether Keras casts floating inputs to the policy's compute dtype.
+        use_gate: Must be False: the layer has no gate.
+        flash_attention: Must be None or False: the layer picks its kernel itself.
+    """
 
-    itself, *_ = inspect.signature(init).parameters.values()
-    known = inspect.signature(AttentionConfig).parameters.values()
-    shown = [p.replace(default=None) if p.name == "dtype" else p for p in known]
-    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    wrapper.__signature__ = inspect.Signature([itself, *shown, rest])  # pyright: ignore
-    return wrapper
+    dtype: Any = None
+    trainable: bool = True
+    autocast: bool = True
+    use_gate: Literal[False] = False
+    flash_attention: Literal[False] | None = None
+
+
+P = ParamSpec("P")
+OF_LAYER = {*inspect.signature(keras.layers.Layer.__init__).parameters, "input_dim", "input_shape"}
+"""Arguments of every Keras layer."""
+
+
+def takes_options(
+    options: Callable[P, AttentionConfig],
+) -> Callable[[Callable[[Any, Given], None]], Callable[Concatenate[Any, P], None]]:
+    """Give a constructor ``__init__(self, given)`` the arguments of a class of options."""
+    kind: Any = options
+
+    def decorate(init: Callable[[Any, Given], None]) -> Callable[Concatenate[Any, P], None]:
+        @functools.wraps(init)
+        def wrapper(self: Any, *args: Any, **given: Any) -> None:
+            init(self, _read(args, given))
+
+        show_options(wrapper, kind)
+        return wrapper
+
+    return decorate
 
 
 def _read(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
@@ -74,6 +102,10 @@ def _read(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
             )
     fields = {field.name for field in dataclasses.fields(AttentionConfig)}
     of_layer = {name: options.pop(name) for name in list(options) if name not in fields}
+    unknown = [name for name in of_layer if name not in OF_LAYER]
+    if unknown:
+        known = [field.name for field in dataclasses.fields(KerasOptions)]
+        raise unknown_options(unknown, known, BY_NAME)
     for name, kind in OBJECTS.items():
         if name in options:
             options[name] = _deserialized(kind, options[name])

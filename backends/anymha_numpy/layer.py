@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import is_
 from typing import Any, Unpack
@@ -21,7 +21,7 @@ from anymha.layer.native import (
     widths_of,
 )
 from anymha.layer.plan import Plans, WeightsKind
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_numpy import ops
 
 EXACT = ("float32", "float64")
@@ -45,7 +45,7 @@ class MultiHeadAttention(NativeLayer):
 
     ops = ops
 
-    @takes_options
+    @takes_options(AttentionConfig)
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
         self.plans = Plans()
@@ -59,12 +59,19 @@ class MultiHeadAttention(NativeLayer):
 
     @takes_call
     def __call__(
-        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+        self,
+        query: np.ndarray | Sequence[np.ndarray],
+        value: np.ndarray | None = None,
+        key: np.ndarray | None = None,
+        **call: Unpack[CallOptions[np.ndarray]],
     ) -> Any:
         weights: Any = self._prepared() if self.weights else self._build
         return multi_head_attention(
             ops, self.config, weights, query, value, key, plans=self.plans, **call
         )
+
+    def __repr__(self) -> str:
+        return f"MultiHeadAttention({shown_options(self.config)})"
 
     def _prepared(self) -> Projections | dict[str, np.ndarray]:
         """Projections on views of the weights, kept as long as these are the same arrays.
@@ -99,7 +106,11 @@ class MultiHeadAttention(NativeLayer):
         return projections
 
     def vjp(
-        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        **call: Unpack[CallOptions[np.ndarray]],
     ) -> tuple[Any, Callable[[Any], dict[str, np.ndarray]]]:
         """The call's result, and the pullback that turns its cotangent into gradients.
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import tensorflow as tf
 
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, NativeLayer, first_weights, takes_call, takes_options
+from anymha.layer.native import (
+    CallOptions,
+    NativeLayer,
+    check_name,
+    first_weights,
+    takes_call,
+    takes_options,
+)
 from anymha.layer.plan import Plans
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_tensorflow import ops
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _not_converted(function: F) -> F:
+    """The function as one that AutoGraph calls as it is."""
+    return tf.autograph.experimental.do_not_convert(function)
 
 
 class _Projection(tf.Module):
@@ -39,14 +55,29 @@ class MultiHeadAttention(NativeLayer, tf.Module):
 
     ops = ops
 
-    @takes_options
+    @takes_options(AttentionConfig)
     def __init__(self, config: AttentionConfig) -> None:
+        check_name(
+            type(self),
+            config.name,
+            "letters, digits and underscores, a letter first, as names of TensorFlow's scopes are",
+        )
         super().__init__(name=config.name)
         self.config = config
         self.plans = Plans()
         self.query, self.key, self.value, self.output = (_Projection(n) for n in PROJECTIONS)
         if config.query_features is not None:
             self._build()
+
+    @classmethod
+    def valid_name(cls, name: str) -> str:
+        """The name as an identifier, as a `tf.Module` has it."""
+        plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
+        return plain if re.match("[A-Za-z]", plain) else f"layer_{plain}"
+
+    def __repr__(self) -> str:
+        options = shown_options(dataclasses.replace(self.config, name=None))
+        return f"<MultiHeadAttention {self.name!r} {options}>"
 
     @property
     def built(self) -> bool:
@@ -67,10 +98,10 @@ class MultiHeadAttention(NativeLayer, tf.Module):
             setattr(getattr(self, projection), part, variable)
 
     # AutoGraph has nothing to convert here, and would keep `int` from giving Python's integers.
+    @_not_converted
     @takes_call
-    @tf.autograph.experimental.do_not_convert
     def __call__(
-        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions[Any]]
     ) -> Any:
         weights = self.canonical_weights() or self._build
         plans = self.plans if tf.executing_eagerly() else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
@@ -24,12 +25,13 @@ from anymha.layer.native import (
     CallOptions,
     NativeLayer,
     first_weights,
+    shown_as,
     takes_call,
     takes_options,
     widths_of,
 )
 from anymha.layer.plan import Plans
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_torch import ops
 from anymha_torch.projection import (
     NAMES,
@@ -45,6 +47,17 @@ from anymha_torch.projection import (
 
 PARTS = {"kernel": "weight", "bias": "bias"}
 """The names of a linear layer's parameters by the canonical ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchOptions(AttentionConfig):
+    """What the constructor takes.
+
+    Args:
+        device: Where the weights are made; default torch's default device.
+    """
+
+    device: torch.device | str | int | None = None
 
 
 class MultiHeadAttention(NativeLayer, nn.Module):
@@ -75,7 +88,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
     config: AttentionConfig
     _like: torch.Tensor
 
-    @takes_options
+    @takes_options(TorchOptions)
     def __init__(self, config: AttentionConfig, *, device: Any = None) -> None:
         super().__init__()
         # `torch.fx` takes modules of this name for leaves, and does not look into their calls.
@@ -125,11 +138,15 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
     @takes_call
     def forward(
-        self, query: Any, value: Any = None, key: Any = None, **call: Unpack[CallOptions]
+        self,
+        query: torch.Tensor | Sequence[torch.Tensor],
+        value: torch.Tensor | None = None,
+        key: torch.Tensor | None = None,
+        **call: Unpack[CallOptions[torch.Tensor]],
     ) -> Any:
-        """The layer's output; see `anymha.multi_head_attention`."""
-        if self.config.dropout and call.get("training") is None:
-            call["training"] = self.training
+        given: Any = call
+        if self.config.dropout and given.get("training") is None:
+            given["training"] = self.training
         # Nothing is kept of a call that a compiler or a transformation runs.
         tracing = (
             is_compiling()
@@ -147,15 +164,20 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         if "_like" in self._buffers:
 
             def build(widths: Any) -> Projections:
-                first = query[0] if isinstance(query, (list, tuple)) else query
+                first: Any = query[0] if isinstance(query, (list, tuple)) else query
                 return self._build(widths, first.device)
 
             projections = build
         else:
             projections = projections_of(self._modules, self.config, self._rounding_dtype, prepared)
         return multi_head_attention(
-            ops, self.config, projections, query, value, key, plans=plans, **call
+            ops, self.config, projections, query, value, key, plans=plans, **given
         )
+
+    if TYPE_CHECKING:
+
+        @shown_as(forward)
+        def __call__(self) -> Any: ...
 
     def canonical_weights(self) -> dict[str, torch.Tensor]:
         """The weights by canonical name, as views of those of the linear layers.
@@ -249,4 +271,4 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
     def extra_repr(self) -> str:
         """The options in `print(layer)`."""
-        return f"num_heads={self.config.num_heads}, key_dim={self.config.key_dim}"
+        return shown_options(self.config)

@@ -1,0 +1,249 @@
+"""A wrong keyword is answered with the right one, in every home, also for the names of peers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.errors import ArgumentError, ConfigError, UnknownOptionError
+from anymha.framework.registry import BUILT_IN, LAYERS, get_layer
+from anymha.layer import other_names as of_call
+from anymha.layer.arguments import BY_NAME
+from anymha.options import other_names as of_options
+from anymha.options.config import AttentionConfig
+from tests.frameworks import required
+from tests.support import normal
+
+HOMES = [backend.name for backend in (*BUILT_IN, *LAYERS)]
+OPTIONS = [field.name for field in fields(AttentionConfig)]
+OWN = {
+    "torch": ["device"],
+    "jax": ["key"],
+    "flax": ["rngs", "deterministic"],
+    "equinox": ["key", "inference"],
+    "keras": ["trainable", "autocast", "use_gate", "flash_attention"],
+}
+"""What the constructors of the homes have beside the options."""
+
+TO_PASS = {
+    # torch
+    "embed_dim": "query_features", "kdim": "key_features", "vdim": "value_features",
+    "bias": "use_bias", "batch_first": "Leave it out", "add_bias_kv": "Leave it out",
+    "add_zero_attn": "Leave it out",
+    # Flax
+    "in_features": "query_features", "qkv_features": "key_dim", "out_features": "output_shape",
+    "dropout_rate": "dropout", "decode": "query_offset", "kernel_init": "kernel_initializer",
+    # Equinox
+    "query_size": "query_features", "key_size": "key_features", "value_size": "value_features",
+    "output_size": "output_shape", "qk_size": "key_dim", "vo_size": "value_dim",
+    "dropout_p": "dropout", "use_query_bias": "use_bias", "use_output_bias": "use_bias",
+    # Haiku
+    "model_size": "output_shape", "w_init": "kernel_initializer", "with_bias": "use_bias",
+    # transformers
+    "hidden_size": "query_features", "num_attention_heads": "num_heads",
+    "attention_dropout": "dropout",
+    # x-transformers
+    "dim": "query_features", "heads": "num_heads", "dim_head": "key_dim",
+    "kv_heads": "num_key_value_heads",
+    # misspelled, or of the call
+    "num_head": "num_heads", "key_dims": "key_dim", "use_biases": "use_bias",
+    "query_featrues": "query_features", "emb_dim": "query_features", "dropuot": "dropout",
+}  # fmt: skip
+"""By a wrong option what the answer names."""
+
+TO_PASS_IN_CALL = {
+    "key_padding_mask": "value_mask=~key_padding_mask", "attn_mask": "attention_mask=~attn_mask",
+    "need_weights": "return_attention_scores", "average_attn_weights": "Leave it out",
+    "is_causal": "use_causal_mask", "inputs_q": "query", "inputs_k": "key", "inputs_v": "value",
+    "mask": "attention_mask", "decode": "query_offset", "hidden_states": "query",
+    "output_attentions": "return_attention_scores", "past_key_values": "query_offset",
+    "position_ids": "Leave it out", "key_": "key", "attn_bias": "attention_bias",
+    "dropout": "the constructor: MultiHeadAttention(..., dropout=...)",
+    "softcap": "the constructor", "attention_maks": "attention_mask", "querry": "query",
+    "return_attention_score": "return_attention_scores",
+}  # fmt: skip
+"""By a wrong argument of the call what the answer names."""
+
+
+def home(name: str) -> Any:
+    if name != "numpy":
+        required(name)
+    return get_layer(name)
+
+
+def answer(call: Callable[[], Any], error: type[Exception]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_wrong_options_are_answered_in_every_home(name: str) -> None:
+    layer = home(name)
+    for wrong, right in TO_PASS.items():
+        told = answer(lambda wrong=wrong: layer(2, 4, **{wrong: 8}), UnknownOptionError)
+        assert told.startswith(f"MultiHeadAttention has no option `{wrong}`. "), told
+        assert right in told, told
+        assert "\n" not in told
+
+
+def test_wrong_options_are_answered_by_config_and_by_name() -> None:
+    for wrong, right in TO_PASS.items():
+        for call in (
+            lambda wrong=wrong: AttentionConfig(2, 4, **{wrong: 8}),
+            lambda wrong=wrong: AttentionConfig(2, **{wrong: 8}),
+            lambda wrong=wrong: anymha.MultiHeadAttention(2, 4, **{wrong: 8}, backend="numpy"),
+        ):
+            assert right in answer(call, UnknownOptionError)
+
+
+def test_several_wrong_options_are_answered_together() -> None:
+    told = answer(lambda: AttentionConfig(embed_dim=8, heads=2), UnknownOptionError)
+    assert told == (
+        "MultiHeadAttention has no options `embed_dim`, `heads`. Pass it as `query_features`, the "
+        "width of the query input, with `key_dim` = embed_dim / num_heads. Pass `num_heads`, the "
+        "number of query heads."
+    )
+
+
+def test_an_option_that_resembles_none_is_answered_with_all() -> None:
+    told = answer(lambda: AttentionConfig(2, 4, nonsense=1), UnknownOptionError)
+    assert told == f"MultiHeadAttention has no option `nonsense`. It takes: {', '.join(OPTIONS)}."
+
+
+def test_arguments_of_the_call_are_told_to_be_such() -> None:
+    told = answer(
+        lambda: get_layer("numpy")(2, 4, return_attention_scores=True), UnknownOptionError
+    )
+    assert told.endswith("Pass `return_attention_scores` to the layer's call.")
+
+
+def test_the_error_is_of_both_kinds() -> None:
+    for kind in (ConfigError, ArgumentError, ValueError, TypeError, anymha.AnymhaError):
+        assert issubclass(UnknownOptionError, kind)
+
+
+def test_missing_options_are_named() -> None:
+    told = answer(lambda: AttentionConfig(num_heads=2), ArgumentError)
+    assert told == (
+        "`key_dim` must be passed: `num_heads` is the number of query heads, `key_dim` the width "
+        "of each. Received: num_heads. Pass e.g. MultiHeadAttention(num_heads=8, key_dim=64)."
+    )
+
+
+def test_options_of_dicts_are_answered() -> None:
+    with pytest.raises(ConfigError, match=r"`heads`: Pass `num_heads`, the number of query heads"):
+        AttentionConfig.from_dict({"heads": 2, "key_dim": 4})
+
+
+def test_a_layer_without_a_backend_is_told_of_backends() -> None:
+    told = answer(lambda: anymha.MultiHeadAttention(2, 4, framework="torch"), ArgumentError)
+    assert told == (
+        "`backend` must be passed, one of 'numpy', 'torch', 'tensorflow', 'jax', 'keras', 'flax', "
+        "'equinox'. Received: 2, 4, framework. Pass e.g. backend='numpy'."
+    )
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_wrong_arguments_of_the_call_are_answered_in_every_home(name: str) -> None:
+    layer = home(name)(2, 4, query_features=8, **({"key": None} if name == "jax" else {}), seed=0)
+    array = _array(name)
+    for wrong, right in TO_PASS_IN_CALL.items():
+        told = answer(lambda wrong=wrong: layer(array, **{wrong: array}), ArgumentError)
+        assert told.startswith(f"The call has no argument `{wrong}`. "), told
+        assert right in told, told
+    told = answer(lambda: layer(inputs_q=array), ArgumentError)
+    assert told == "The call has no argument `inputs_q`. Pass `query`, the first argument."
+    if name != "flax":
+        told = answer(lambda: layer(array, deterministic=True), ArgumentError)
+        assert "training=False is deterministic=True" in told
+
+
+def _array(name: str) -> Any:
+    array = normal((1, 3, 8), "x")
+    if name == "keras":
+        return required("keras").ops.convert_to_tensor(array)
+    names = {"flax": "jax", "equinox": "jax"}
+    backend = next(b for b in BUILT_IN if b.name == names.get(name, name))
+    return backend.ops.from_numpy(array)
+
+
+def test_functions_answer_wrong_arguments() -> None:
+    config = AttentionConfig(2, 4)
+    weights = {n: np.ones(shape) for n, shape in config.weight_shapes(8).items()}
+    x, heads = np.ones((1, 3, 8)), np.ones((1, 3, 2, 4))
+    for wrong, right in TO_PASS_IN_CALL.items():
+        told = answer(
+            lambda wrong=wrong: anymha.multi_head_attention(
+                weights, x, config=config, **{wrong: x}
+            ),
+            ArgumentError,
+        )
+        assert right in told
+    for wrong, right in {
+        "attn_mask": "mask", "dropout_p": "dropout", "attention_mask": "mask",
+        "use_causal_mask": "is_causal", "need_weights": "return_scores", "biases": "bias",
+        "sliding_window": "window=(w - 1, w - 1)", "enable_gqa": "Leave it out",
+        "key_padding_mask": "value_mask=~key_padding_mask", "return_score": "return_scores",
+    }.items():  # fmt: skip
+        told = answer(
+            lambda wrong=wrong: anymha.dot_product_attention(heads, heads, heads, **{wrong: None}),
+            ArgumentError,
+        )
+        assert f"`{right}`" in told or right in told, told
+    told = answer(lambda: anymha.dot_product_attention(q=heads, k=heads, v=heads), ArgumentError)
+    assert told.startswith("`dot_product_attention` has no argument `q`, `k`, `v`.")
+    told = answer(lambda: anymha.dot_product_attention(heads, heads), ArgumentError)
+    assert told == (
+        "`query`, `key` and `value` must be arrays. Received: no `value`. Pass all three."
+    )
+
+
+@pytest.mark.parametrize(
+    ("peers", "right"),
+    [
+        (of_options.PEERS, OPTIONS),
+        (of_call.PEERS, list(BY_NAME)),
+        (of_call.FUNCTION_PEERS, list(BY_NAME)),
+    ],
+    ids=["options", "call", "function"],
+)
+def test_answers_are_about_wrong_names_and_name_right_ones(
+    peers: Mapping[str, str], right: list[str]
+) -> None:
+    function = ["bias", "is_causal", "mask", "return_scores", "window", "dropout"]
+    known = {*OPTIONS, *BY_NAME, *function}
+    for name, told in peers.items():
+        assert name not in right or peers is of_call.FUNCTION_PEERS, f"{name} is right"
+        assert told.endswith("."), told
+        for code in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", told):
+            elsewhere = code in ("dtype", "autocast")  # of another library, and said to be
+            assert code in known or elsewhere or code in told.partition(": ")[0], (name, code)
+
+
+@pytest.mark.parametrize(
+    ("absent", "told"),
+    [
+        ("rotary", of_options._ROTARY),
+        ("gate", of_options.PEERS["use_gate"]),
+        ("query_key_norm", of_options.PEERS["normalize_qk"]),
+        ("positions", of_call._ROTARY),
+        ("cache", of_call._CACHE),
+    ],
+    ids=lambda value: value if value.isidentifier() else "",
+)
+def test_what_is_said_to_be_absent_is_absent(absent: str, told: str) -> None:
+    assert absent not in (*OPTIONS, *BY_NAME), f"The answer {told!r} is out of date."
+
+
+def test_own_arguments_of_the_homes_are_answered_elsewhere() -> None:
+    for own in {name for names in OWN.values() for name in names}:
+        told = answer(lambda own=own: AttentionConfig(2, 4, **{own: 1}), UnknownOptionError)
+        assert "It takes" not in told, told

@@ -1,0 +1,104 @@
+"""Wrong uses of the layers and functions, one a line with the mark; type checkers refuse each.
+
+`tests/test_typing.py` has them checked. Nothing here is run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+
+import anymha
+import anymha_equinox
+import anymha_flax
+import anymha_jax
+import anymha_keras
+import anymha_numpy
+import anymha_tensorflow
+import anymha_torch
+from anymha import AttentionConfig
+
+ARRAY = np.ones((1, 3, 8), dtype="float32")
+TENSOR = torch.ones(1, 3, 8)
+JAX_ARRAY = jax.numpy.ones((1, 3, 8))
+PATH = Path("layer.safetensors")
+
+# The constructors.
+anymha_numpy.MultiHeadAttention(num_heads="four", key_dim=4)  # wrong
+anymha_numpy.MultiHeadAttention(2)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, nonsense=3)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, dropout="0.1")  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, dropout_rng="protable")  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, device="cpu")  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, embed_dim=8)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, embed_dim=8)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, batch_first=True)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, query_features=8.5)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, device=["cpu"])  # wrong
+anymha_torch.MultiHeadAttention("2", 4)  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_feature=8)  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8, key="seed")  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8, rngs=None)  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8, qkv_features=8)  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8, rngs=7)  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8, inference=True)  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_size=8)  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_features=8, inference="yes")  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_features=8, deterministic=True)  # wrong
+anymha_tensorflow.MultiHeadAttention(2, 4, name=3)  # wrong
+anymha_tensorflow.MultiHeadAttention(2, 4, head_size=4)  # wrong
+anymha_tensorflow.MultiHeadAttention(2)  # wrong
+anymha_keras.MultiHeadAttention(2, 4, use_gate=True)  # wrong
+anymha_keras.MultiHeadAttention(2, 4, trainabel=True)  # wrong
+anymha_keras.MultiHeadAttention(2, "4")  # wrong
+AttentionConfig(2, 4, heads=2)  # wrong
+AttentionConfig(2, 4, softcap="30")  # wrong
+AttentionConfig(num_heads=2)  # wrong
+
+# The calls.
+anymha_numpy.MultiHeadAttention(2, 4)(ARRAY, mask=None)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4)(TENSOR)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4)()  # wrong
+anymha_numpy.MultiHeadAttention(2, 4)(ARRAY, use_causal_mask="yes")  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR, attn_mask=None)  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR, key_padding_mask=None)  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR, value_mask=ARRAY)  # wrong
+anymha_torch.MultiHeadAttention(2, 4).forward(TENSOR, need_weights=True)  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, deterministic=True)  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, training="no")  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8)(inputs_q=JAX_ARRAY)  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, decode=True)  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, key_=JAX_ARRAY)  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, inference=3)  # wrong
+anymha_tensorflow.MultiHeadAttention(2, 4)(ARRAY, attention_masks=None)  # wrong
+anymha_tensorflow.MultiHeadAttention(2, 4)(ARRAY, return_attention_scores="all")  # wrong
+anymha_keras.MultiHeadAttention(2, 4)(ARRAY, flash_attention=True)  # wrong
+anymha_keras.MultiHeadAttention(2, 4)(ARRAY, return_activity_loss=True)  # wrong
+
+# The functions.
+anymha.dot_product_attention(ARRAY, ARRAY)  # wrong
+anymha.dot_product_attention(ARRAY, ARRAY, ARRAY, attn_mask=None)  # wrong
+anymha.dot_product_attention(ARRAY, ARRAY, ARRAY, window=3)  # wrong
+anymha.multi_head_attention({}, ARRAY)  # wrong
+anymha.multi_head_attention({}, ARRAY, config=AttentionConfig(2, 4), causal=True)  # wrong
+anymha.multi_head_attention({}, ARRAY, config={"num_heads": 2})  # wrong
+
+# The layer by the name of its backend.
+anymha.MultiHeadAttention(2, 4)  # wrong
+anymha.MultiHeadAttention("2", 4, backend="torch")  # wrong
+anymha.MultiHeadAttention(2, 4, backend="jax", device="cpu")  # wrong
+anymha.MultiHeadAttention(2, 4, framework="torch")  # wrong
+anymha.MultiHeadAttention(2, 4, backend=torch)  # wrong
+in_torch: anymha_torch.MultiHeadAttention = anymha.MultiHeadAttention(2, 4, backend="jax")  # wrong
+anymha.MultiHeadAttention(2, 4, backend="torch")(ARRAY)  # wrong
+in_jax: anymha_jax.MultiHeadAttention = anymha.load(PATH, backend="torch")  # wrong
+in_jax = anymha.load(PATH)  # wrong
+anymha.load(PATH, framework="torch")  # wrong
+anymha.load(3, backend="torch")  # wrong
+in_jax = anymha.convert(in_torch, to="numpy")  # wrong
+anymha.convert(in_torch)  # wrong
+anymha.convert(in_torch, to=3)  # wrong
+anymha.convert(in_torch, to="numpy").state_dict()  # wrong
