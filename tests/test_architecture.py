@@ -19,8 +19,8 @@ import anymha
 from tests import wheel_lines
 
 ROOT = Path(__file__).parent.parent
-LARGEST = 18_800
-"""The most lines of code in the wheel."""
+LARGEST = 19_600
+"""The most lines of code in the wheel, without comments, docstrings and empty lines."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])
 
