@@ -417,3 +417,20 @@ def test_tiles_with_a_bias_that_all_share(shape: tuple[int, ...]) -> None:
         found.append((output, *tape.gradient(output, [x, bias])))
     for got, want in zip(*found, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_tiles_have_second_derivatives() -> None:
+    x = tf.constant(normal((3, 4, 8), "x"))
+    found = []
+    for budget in (None, 64):
+        layer = MultiHeadAttention(2, 4, query_features=8, seed=0, memory_budget=budget)
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x, use_causal_mask=True) ** 2)
+            first = inner.gradient(loss, x)
+            norm = tf.reduce_sum(first**2)
+        found.append((first, outer.gradient(norm, x), outer.gradient(loss, x)))
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)

@@ -115,19 +115,38 @@ def tile_size(device, /):
     return 1 << 22
 
 
+def _recomputed(function, /, *arrays):
+    """``function(*arrays)``, of which only the arrays are kept: differentiation computes it again.
+
+    `tf.recompute_grad` is that, but for second derivatives, and so for persistent tapes.
+    """
+
+    @tf.custom_gradient
+    def forward(*arrays):
+        def pullback(*cotangents):
+            with tf.GradientTape() as tape:
+                again = [tf.identity(x) for x in arrays]
+                tape.watch(again)
+                with tf.control_dependencies(cotangents):  # not before they are needed
+                    results = tf.nest.flatten(function(*again))
+            return tape.gradient(results, again, output_gradients=list(cotangents))
+
+        return function(*arrays), pullback
+
+    return forward(*arrays)
+
+
 def loop(function, count, mapped, constant, results, /):
     # Masks stay outside: TensorFlow would add up their gradients, and cannot add booleans.
     fixed = {name: x for name, x in constant.items() if not x.dtype.is_floating}
     moving = {name: x for name, x in constant.items() if name not in fixed}
     names = [*mapped, *moving]
 
-    # Only what goes into a round is kept for differentiation, which computes the round again.
-    @tf.recompute_grad
-    def body(index, *arrays):
-        return function(index, dict(zip(names, arrays, strict=True)) | fixed)
-
     def at(index, own):
-        return body(index, *[x[index] for x in mapped.values()], *own)
+        def body(*arrays):
+            return function(index, dict(zip(names, arrays, strict=True)) | fixed)
+
+        return _recomputed(body, *[x[index] for x in mapped.values()], *own)
 
     # A few rounds are faster one by one; of many, XLA would hold all the logits at a time.
     if isinstance(count, int) and count <= 4:

@@ -199,9 +199,7 @@ def projections_of(
         repeated = True
     hooked = any(GLOBAL_HOOKS)
     dtype = dtype_of(modules["query"]) or getattr(torch, config.dtype)
-    working = rounding_dtype or dtype
-    if working is not torch.float64:
-        working = torch.float32
+    working = torch.float64 if (rounding_dtype or dtype) is torch.float64 else torch.float32
     if rounding_dtype is None and dtype is not working:
         rounding_dtype = dtype
     functions, widths, key_bias, parts, key_once = {}, [], None, [], None
