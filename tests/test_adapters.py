@@ -626,3 +626,9 @@ def test_the_layers_of_keras_are_asked_alike_on_other_backends(backend) -> None:
     found = pytest_in(backend, "test_adapters.py", "-k", f"({chosen}) and not alike")
     assert " passed" in found
     assert "failed" not in found
+
+
+def test_a_live_layer_and_a_layout_are_refused_at_once() -> None:
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+    with pytest.raises(ArgumentError, match="Leave `layout` out"):
+        declare(lambda query: layer(query), layer, "anymha")

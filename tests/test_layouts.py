@@ -852,3 +852,8 @@ def test_layouts_of_others_are_found_by_entry_point(monkeypatch: pytest.MonkeyPa
         UnknownLayoutError, match=r"must be an `anymha\.interchange\.layout\.Layout`"
     ):
         get_layout("bad.kind")
+
+
+def test_a_misspelt_layout_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownLayoutError, match=r"Did you mean 'torch\.MultiheadAttention'\?"):
+        anymha.to_canonical({}, layout="torch.MultiHeadAttention")

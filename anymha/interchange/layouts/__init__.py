@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -66,8 +67,12 @@ def get_layout(name: str) -> Layout:
     if name not in points and name in LATENT:
         raise LayoutError(f"{name}: {MLA_REASON}")
     if name not in points:
-        known = ", ".join(map(repr, layouts()))
-        raise UnknownLayoutError(f"`layout` must be one of {known}. Received: {name!r}.")
+        known = layouts()
+        lowered = {one.lower(): one for one in known}
+        alike = get_close_matches(str(name).lower(), lowered, 1)
+        meant = f" Did you mean {lowered[alike[0]]!r}?" if alike else ""
+        names = ", ".join(map(repr, known))
+        raise UnknownLayoutError(f"`layout` must be one of {names}. Received: {name!r}.{meant}")
     return _plugged_in(points[name])
 
 

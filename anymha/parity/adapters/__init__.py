@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
         An object that `compare` takes in its place.
 
     Raises:
-        ArgumentError: both weights and layout are missing.
+        ArgumentError: both weights and layout are missing, or a layout is given for a live layer.
 
     Example:
         >>> import anymha, numpy as np
@@ -74,6 +75,11 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
         raise ArgumentError(
             "`declare` takes the weights of a function, or the name of the layout that a module's "
             "own state has. Received: neither."
+        )
+    if weights is not None and layout is not None and not isinstance(weights, Mapping):
+        raise ArgumentError(
+            "`declare` takes a `layout` for weights that are a mapping of names to arrays. "
+            f"Received: a {type(weights).__qualname__}, which knows its own. Leave `layout` out."
         )
     return Declared(implementation, weights, layout, sizes)
 
