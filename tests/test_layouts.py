@@ -318,7 +318,8 @@ def test_layout_that_is_not_known_is_told() -> None:
         with pytest.raises(UnknownLayoutError) as error:
             call()
         listed = ", ".join(repr(name) for name in layouts())
-        assert message(error) == f"`layout` must be one of {listed}. Received: 'bert'."
+        meant = "Did you mean 'transformers.bert'?"
+        assert message(error) == f"`layout` must be one of {listed}. Received: 'bert'. {meant}"
     assert BERT in layouts()
 
 
@@ -856,4 +857,4 @@ def test_layouts_of_others_are_found_by_entry_point(monkeypatch: pytest.MonkeyPa
 
 def test_a_misspelt_layout_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownLayoutError, match=r"Did you mean 'torch\.MultiheadAttention'\?"):
-        anymha.to_canonical({}, layout="torch.MultiHeadAttention")
+        to_canonical({}, layout="torch.MultiHeadAttention")

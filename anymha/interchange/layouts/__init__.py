@@ -69,7 +69,9 @@ def get_layout(name: str) -> Layout:
     if name not in points:
         known = layouts()
         lowered = {one.lower(): one for one in known}
-        alike = get_close_matches(str(name).lower(), lowered, 1)
+        given = str(name).lower()
+        alike = [one for one in lowered if one.rpartition(".")[2] == given]
+        alike = alike or get_close_matches(given, lowered, 1)
         meant = f" Did you mean {lowered[alike[0]]!r}?" if alike else ""
         names = ", ".join(map(repr, known))
         raise UnknownLayoutError(f"`layout` must be one of {names}. Received: {name!r}.{meant}")
