@@ -254,6 +254,37 @@ def compiled_for_ever(ops: Any) -> dict[str, Any]:
     return {"compile": compile, "seed_array": exact(ops, int)}
 
 
+def loop_of_nothing_where_compiled(ops: Any) -> dict[str, Any]:
+    """A loop whose results a compiler drops, as TensorFlow's did."""
+    compiling: list[Any] = []
+
+    def compile(function: Any) -> Any:
+        def compiled(given: Any) -> Any:
+            compiling.append(function)
+            try:
+                return function(given)
+            finally:
+                compiling.pop()
+
+        return compiled
+
+    def loop(*arguments: Any) -> Any:
+        found = ops.capabilities.loop(*arguments)
+        return {name: x[:0] for name, x in found.items()} if compiling else found
+
+    return {"compile": compile, "loop": loop, "seed_array": exact(ops, int)}
+
+
+def loop_of_few_rounds(ops: Any) -> dict[str, Any]:
+    """A loop that is right for at most six rounds."""
+
+    def loop(function: Any, count: int, *arguments: Any) -> Any:
+        found = ops.capabilities.loop(function, count, *arguments)
+        return {name: x if count <= 6 else 0 * x for name, x in found.items()}
+
+    return {"loop": loop}
+
+
 def compiled_for_one_shape(ops: Any) -> dict[str, Any]:
     def compile(function: Any) -> Any:
         first: list[Any] = []
@@ -615,6 +646,13 @@ FAULTS = (
         ("test_max_over_an_axis",),
     ),
     Fault(
+        "max leaves NaN out",
+        lambda o: {
+            "max": lambda x, *, axis, keepdims: np.fmax.reduce(x, axis=axis, keepdims=keepdims)
+        },
+        ("test_max_over_an_axis",),
+    ),
+    Fault(
         "softmax over the queries: max",
         lambda o: {"max": last_axis_but_one(np.max)},
         ("test_max_over_an_axis",),
@@ -806,6 +844,18 @@ FAULTS = (
         constants_without_gradients,
         ("test_loop_has_the_gradients_of_a_plain_loop",),
         base="torch",
+    ),
+    Fault("loop forgets after six rounds", loop_of_few_rounds, ("test_loop_is_a_plain_loop",)),
+    Fault(
+        "loop gives nothing where it is compiled",
+        loop_of_nothing_where_compiled,
+        ("test_loop_is_the_same_where_it_is_compiled",),
+    ),
+    Fault(
+        "narrow begins at 8 at most",
+        capability("narrow", lambda right: lambda x, start, n, axis: right(
+            x, min(int(start), 8), n, axis=axis)),
+        ("test_narrow_is_a_slice",),
     ),
     Fault("eager_loop goes backwards", backwards, ("test_eager_loop_goes_round_by_round",)),
     Fault(
