@@ -25,7 +25,7 @@ NEEDS = {b.name: re.compile(rf"\b(anymha_)?{b.name}\b") for b in (*BUILT_IN, *LA
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(anymha.__path__, "anymha.")
-    if not module.name.endswith((".html", ".picture", "__main__"))
+    if not module.name.endswith((".matrix.pictures", "__main__"))  # that needs matplotlib
 ]
 
 
