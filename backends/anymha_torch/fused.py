@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.functional import scaled_dot_product_attention
 
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape
@@ -46,12 +47,12 @@ def fused_attention(
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
-    return torch.nn.functional.scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         query,
         key,
         arrays["value"],
         attn_mask=mask,
         is_causal=causal,
         scale=spec.scale,
-        enable_gqa=bool(query.shape[1] != key.shape[1]),
+        enable_gqa=bool(query.size(1) != key.size(1)),
     )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn, reshape
+from torch import Tensor, addmm, is_grad_enabled, mm, nn, reshape
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
@@ -108,14 +108,18 @@ class Part(NamedTuple):
         module: Its linear layer.
         kind: The class of that.
         bias_kind: The class of its bias.
-        values: Where and how the values of the weight lie.
+        address: Where the values of the weight lie, in order.
+        shape: The shape of the weight.
+        dtype: Its dtype.
     """
 
     name: str
     module: nn.Linear
     kind: type
     bias_kind: type
-    values: tuple[Any, ...]
+    address: int
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class Prepared(NamedTuple):
@@ -135,7 +139,7 @@ class Prepared(NamedTuple):
 
     def hold(self, modules: Mapping[str, Any], config: AttentionConfig) -> bool:
         """Whether the layer's options and projections are the same, and these still plain."""
-        for name, module, kind, bias_kind, values in self.parts:
+        for name, module, kind, bias_kind, address, shape, dtype in self.parts:
             if (
                 modules[name] is not module
                 or type(module) is not kind
@@ -152,10 +156,14 @@ class Prepared(NamedTuple):
                 return False
             if type(parameters.get("bias", module)) is not bias_kind:
                 return False
-            if (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype) != values:
-                return False  # `.half()` gives a parameter other values
-        hooked = any(GLOBAL_HOOKS)
-        return config is self.config and not hooked and nn.Linear.forward is _FORWARD
+            if (  # `.half()`, say, gives a parameter other values
+                weight.data_ptr() != address
+                or weight.dtype is not dtype
+                or not weight.is_contiguous()
+                or weight.shape != shape
+            ):
+                return False
+        return config is self.config and nn.Linear.forward is _FORWARD and not any(GLOBAL_HOOKS)
 
     def now(self) -> Projections:
         """The kept projections, the key's with what only this call can have."""
@@ -166,12 +174,14 @@ class Prepared(NamedTuple):
 
 
 def _part(name: str, module: Any) -> Part | None:
-    """A plain projection as it is now; None where its weight or its bias is no parameter."""
+    """A plain projection as it is now; None where it is not to be kept."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is not nn.Parameter or (bias is not None and type(bias) is not nn.Parameter):
         return None
-    values = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-    return Part(name, module, type(module), type(bias), values)
+    if not weight.is_contiguous():
+        return None
+    place = (weight.data_ptr(), weight.shape, weight.dtype)
+    return Part(name, module, type(module), type(bias), *place)
 
 
 def projections_of(
@@ -276,10 +286,10 @@ def _repeated(
         turned = parameters["weight"].detach().t()
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        if turned is None or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+        if turned is None or is_grad_enabled() or type(x) is not Tensor:
             return linear(x, parameters["weight"], parameters["bias"])
         rows, bias = reshape(x, (-1, inner)), parameters["bias"]
-        return torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
+        return mm(rows, turned) if bias is None else addmm(bias, rows, turned)
 
     return product
 
