@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
@@ -184,3 +185,18 @@ def test_logits_are_masked_as_numpy_would(great: float) -> None:
         mask = rng.random(shape) < 0.5
         found = ops.where(mask, x, -np.inf)
         assert found.tobytes() == np.where(mask, x, np.float32(-np.inf)).tobytes()
+
+
+def test_kept_projections_are_those_of_the_names_and_the_options() -> None:
+    layer = MultiHeadAttention(2, 4, query_features=8, seed=0)
+    x = np.random.default_rng(0).standard_normal((1, 3, 8)).astype("float32")
+    before = layer(x)
+    layer(x)
+    others = {"query.kernel": "key.kernel", "key.kernel": "value.kernel",
+              "value.kernel": "query.kernel"}  # fmt: skip
+    layer.weights = {others.get(name, name): array for name, array in layer.weights.items()}
+    after = layer(x)
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, copy.deepcopy(layer)(x))
+    layer.config = dataclasses.replace(layer.config, compute_dtype="float16")
+    np.testing.assert_array_equal(layer(x), copy.deepcopy(layer)(x))

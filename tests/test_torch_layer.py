@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
 import subprocess
 import sys
 import textwrap
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeEr
 from tests.frameworks import required
 
 torch = required("torch")
+
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from anymha_torch import MultiHeadAttention  # noqa: E402
 
@@ -563,3 +568,77 @@ def test_a_second_pass_back_drops_the_same_elements():
     gradients = [torch.autograd.grad(output.sum(), x, retain_graph=True)[0] for _ in range(3)]
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
+
+
+def kept() -> tuple[Any, Any]:
+    """A layer that has kept its projections, and an input."""
+    layer = MultiHeadAttention(2, 4, query_features=8, seed=0)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 8)).astype("float32"))
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    return layer, x
+
+
+def without_plans(layer: Any, x: Any) -> Any:
+    return copy.deepcopy(layer)(x)  # plans are not copied
+
+
+CHANGES = {
+    "turned": lambda m: setattr(m.weight, "data", m.weight.data.t()),
+    "turned in place": lambda m: m.weight.t_(),
+    "in place": lambda m: m.weight.data.mul_(2),
+    "replaced": lambda m: setattr(m, "weight", torch.nn.Parameter(2 * m.weight.detach())),
+    "other dtype": lambda m: m.double().float().weight.data.mul_(3),
+    "no bias": lambda m: m.register_parameter("bias", None),
+    "bias in place": lambda m: m.bias.data.add_(1),
+    "hook": lambda m: m.register_forward_hook(lambda module, args, output: 2 * output),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", ["query", "key", "output"])
+def test_a_kept_projection_is_the_one_that_is_there(name: str, change: Any) -> None:
+    layer, x = kept()
+    with torch.no_grad():
+        before = layer(x)
+        change(getattr(layer, name))
+        after = layer(x)
+        torch.testing.assert_close(after, without_plans(layer, x), rtol=0, atol=1e-6)
+    # A bias of zeros, and that of the key, change nothing.
+    if change not in (CHANGES["no bias"], CHANGES["bias in place"]):
+        assert not torch.equal(before, after)
+
+
+def test_training_after_inference_mode() -> None:
+    layer = MultiHeadAttention(2, 4, query_features=8, seed=0, softcap=2.0)
+    x = torch.ones(1, 3, 8)
+    with torch.inference_mode():
+        for _ in range(3):
+            layer(x, use_causal_mask=True)
+    layer(x, use_causal_mask=True).sum().backward()
+    assert layer.query.weight.grad is not None
+
+
+def test_a_moved_weight_does_not_stay_in_memory() -> None:
+    layer, _ = kept()
+    weight = weakref.ref(layer.query.weight)
+    layer.query.weight = torch.nn.Parameter(layer.query.weight.detach().clone())
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of each shape it reads
+def test_a_trace_takes_the_weights_that_it_is_given() -> None:
+    layer, x = kept()
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    with torch.no_grad():
+        layer.query.weight.mul_(2)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_symbolic_lengths_are_traced() -> None:
+    layer, x = kept()
+    with torch.no_grad():
+        traced = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(traced(x), layer(x))

@@ -228,7 +228,7 @@ def projections_of(
         if plans is not None:
             parts.append(_part(name, module))
         free = name == "key" and bias is not None and config.ignores_a_constant
-        if free and bias is not None and config.activity_regularizer is not None:
+        if bias is not None and free and config.activity_regularizer is not None:
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
         exact = rounding_dtype is None and weight.dtype is working
         how = (module._parameters, None if exact else rounding_dtype or weight.dtype)
