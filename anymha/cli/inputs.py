@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.cases import MatrixCase, make_problem
 from anymha.parity.stages.saved_case import SavedLayer
 
@@ -20,30 +19,21 @@ FEATURES = 32
 
 @dataclass(frozen=True)
 class CallInputs:
-    """Inputs and arguments of one comparison.
+    """Inputs and arguments of one comparison."""
 
-    Args:
-        name: Their name.
-        inputs: "query", and "value" and "key" where the call has them.
-        call: The call's other arguments.
-    """
-
-    name: str
-    inputs: dict[str, Any]
-    call: dict[str, Any]
+    name: str  # Their name
+    inputs: dict[str, Any]  # "query", and "value" and "key" where the call has them
+    call: dict[str, Any]  # The call's other arguments
 
 
 def make_cases(
     names: Collection[str], widths: tuple[int, int, int], dtype: Any = np.float32
 ) -> list[CallInputs]:
-    """The cases by name.
+    """Some of `CASES` by name, for inputs of these widths.
 
-    Args:
-        names: Some of `CASES`: "self" has one input, the others a query (2, 5, D) and a value and
-            a key (2, 7, D); "causal" the causal mask; "padded" a mask of its own for each query,
-            one of which attends to nothing, and a second key sequence that is shorter.
-        widths: Of query, value and key.
-        dtype: Of the inputs.
+    "self" has one input, the others a query (2, 5, D) and a value and a key (2, 7, D); "causal" the
+    causal mask; "padded" a mask of its own for each query, one of which attends to nothing, and a
+    second key sequence that is shorter.
     """
     rng = np.random.default_rng(20170612)
 
@@ -66,18 +56,11 @@ def make_cases(
 
 
 def make_layer(widths: tuple[int, int, int], dtype: str = "float32") -> SavedLayer:
-    """Options and random weights, biases too, for inputs of these widths.
-
-    Args:
-        widths: Of query, value and key.
-        dtype: Of the weights.
-    """
+    """Options and random weights, biases too, for query, value and key of these widths."""
     heads = next(count for count in (4, 2, 1) if widths[0] % count == 0)
     options = {"num_heads": heads, "key_dim": widths[0] // heads, "dtype": dtype}
     problem = make_problem(MatrixCase("compare", options, {}, widths=widths))
-    names = ("query_features", "value_features", "key_features")
-    config = AttentionConfig(**options, **dict(zip(names, widths, strict=True)))
-    return SavedLayer(config, problem.weights)
+    return SavedLayer(problem.case.config, problem.weights)
 
 
 def fit_functions(case: CallInputs, functions: Sequence[Callable[..., Any]]) -> CallInputs | str:

@@ -25,31 +25,22 @@ from anymha.parity.stages.saved_case import SavedLayer
 LIVE = tuple(name for name, (module, _) in MAKERS.items() if module != "params")
 """The layouts whose layers can be made alone."""
 
-KERAS_ON = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax", "openvino": "openvino"}
-"""The package that each of Keras's backends needs."""
+KERAS_ON = ("tensorflow", "torch", "jax", "openvino")
+"""Keras's backends, each named as the package that it needs."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of the command line.
+    """One implementation of the command line."""
 
-    Args:
-        name: Its name on the command line.
-        implementation: The object to compare; None for a backend or a layout, for which a layer is
-            made with the weights of the others.
-        layer: Its options and weights, where they are known.
-    """
-
-    name: str
+    name: str  # Its name on the command line
+    # The object to compare; None for a backend or a layout, for which a layer is made with the
+    # weights of the others
     implementation: Any = None
-    layer: SavedLayer | None = None
+    layer: SavedLayer | None = None  # Its options and weights, where they are known
 
     def make(self, layer: SavedLayer) -> Any:
-        """The object to compare: itself, or a layer with these options and weights.
-
-        Raises:
-            AnymhaError: a layer of this backend or layout cannot have them.
-        """
+        """The object to compare: itself, or a layer with these options and weights."""
         if self.implementation is not None:
             return self.implementation
         options = layer.config.to_dict()
@@ -72,8 +63,7 @@ class Implementation:
 def implementation_named(name: str) -> Implementation:
     """The implementation that a word of the command line names.
 
-    Args:
-        name: ``module:object``, the name of a backend or of a layout, or the path of a model.
+    The word is ``module:object``, the name of a backend or of a layout, or the path of a model.
 
     Raises:
         UsageError: it names nothing, or an object that cannot be compared.
@@ -189,6 +179,6 @@ def settle_keras_backend() -> None:
         chosen = json.loads((home / "keras.json").read_text(encoding="utf-8"))["backend"]
     except (OSError, ValueError, KeyError, TypeError):
         chosen = "tensorflow"
-    installed = [b for b, package in KERAS_ON.items() if importlib.util.find_spec(package)]
+    installed = [name for name in KERAS_ON if importlib.util.find_spec(name)]
     if chosen in KERAS_ON and chosen not in installed and installed:
         os.environ["KERAS_BACKEND"] = installed[0]

@@ -7,23 +7,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from anymha.framework.protocol import Ops
+from anymha.parity.oracle.cases import numpy_dtype
 
 
 @dataclass(frozen=True)
 class Returned:
-    """What a call gave.
+    """What a call gave."""
 
-    Args:
-        text: The call, for messages: ``ops.max(float32 (2, 3), axis=-1, keepdims=True)``.
-        value: The result as a NumPy array.
-    """
-
-    text: str
-    value: np.ndarray
+    text: str  # The call, for messages: ``ops.max(float32 (2, 3), axis=-1, keepdims=True)``
+    value: np.ndarray  # The result as a NumPy array
 
     def equals(self, expected: Any) -> None:
         """Fail unless dtype, shape and every element are those expected; NaN equals NaN."""
@@ -31,15 +26,19 @@ class Returned:
         expected = np.asarray(expected)
         self.has_form(expected.dtype.name, expected.shape)
         same = self.value == expected
-        if expected.dtype.kind in "fV":  # ml_dtypes has kind V
+        if expected.dtype.kind in "fV":
             same |= np.isnan(self.value) & np.isnan(expected)
         self._report(same, expected, "exactly")
 
-    def is_near(self, expected: np.ndarray, allowed: Any) -> None:
-        """Fail unless every element is within `allowed` of the float64 value expected."""
+    def is_near(self, expected: np.ndarray, allowed: Any, dtype: str | None = None) -> None:
+        """Fail unless every element is within `allowed` of the float64 value expected.
+
+        And unless the result has this dtype, where one is given.
+        """
         __tracebackhide__ = True
-        self.has_form(self.value.dtype.name, expected.shape)
-        got = _wide(self.value)
+        self.has_form(dtype or self.value.dtype.name, expected.shape)
+        got = self.value
+        got = got.astype(np.float64) if got.dtype.kind in "fV" else got  # ml_dtypes has kind V
         with np.errstate(invalid="ignore"):
             near = (got == expected) | (np.abs(got - expected) <= allowed)
         self._report(near, expected, f"within {np.max(allowed):.3g}")
@@ -49,8 +48,7 @@ class Returned:
         __tracebackhide__ = True
         got = self.value
         must(
-            got.shape == shape,
-            f"{self.text} must have shape {shape}. Received: shape {got.shape}.",
+            got.shape == shape, f"{self.text} must have shape {shape}. Received: shape {got.shape}."
         )
         must(
             got.dtype.name == dtype,
@@ -97,7 +95,8 @@ def call(ops: Ops, function: str | Callable[..., Any], *args: Any, **options: An
         called = attrgetter(function)(ops) if isinstance(function, str) else function
         return called(*map(fill, placed), **{n: fill(v) for n, v in options.items()})
 
-    dtypes = {array.dtype.name for array in arrays.values()} | {*_strings(args, options)}
+    named_dtypes = {value for value in (*args, *options.values()) if isinstance(value, str)}
+    dtypes = {array.dtype.name for array in arrays.values()} | named_dtypes
     native = {name: ops.from_numpy(array) for name, array in arrays.items()}
     result = ops.in_float64(run, native) if "float64" in dtypes else run(native)
     return Returned(f"{title}({', '.join(named)})", ops.to_numpy(result))
@@ -121,16 +120,6 @@ def words(*shape: int, seed: int = 0) -> np.ndarray:
     return rng.integers(-(2**31), 2**31, shape).astype(np.int32)
 
 
-def numpy_dtype(name: str) -> np.dtype:
-    """NumPy's dtype of that name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
-def eps(dtype: str) -> float:
-    """The distance from 1 to the next number of a dtype."""
-    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)
-
-
 def _dtype(ops: Ops, name: str) -> Any:
     """Dtypes of real numbers by the function, as the core gets them; the others by attribute."""
     return getattr(ops, name) if name in ("bool", "int32") else ops.dtype(name)
@@ -139,15 +128,6 @@ def _dtype(ops: Ops, name: str) -> Any:
 @dataclass(frozen=True)
 class _Slot:
     name: str
-
-
-def _strings(args: tuple[Any, ...], options: Mapping[str, Any]) -> list[str]:
-    return [value for value in (*args, *options.values()) if isinstance(value, str)]
-
-
-def _wide(x: np.ndarray) -> np.ndarray:
-    """Numbers of any floating dtype in float64, exactly."""
-    return x.astype(np.float64) if x.dtype.kind in "fV" else x
 
 
 def _show(value: Any) -> str:

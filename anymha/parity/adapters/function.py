@@ -10,14 +10,8 @@ import numpy as np
 from anymha.errors import ArgumentError
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
+from anymha.parity.stages.layer_call import native
 from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
-
-
-def make_adapter(
-    function: Callable[..., Any], description: LayerDescription | None = None
-) -> Function:
-    """The adapter of a function; `description`: its weights and options, where they are known."""
-    return Function(function, description)
 
 
 class Function:
@@ -28,7 +22,9 @@ class Function:
     "scores" and the stages. Its gradients are not compared.
     """
 
-    def __init__(self, function: Callable[..., Any], description: LayerDescription | None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], description: LayerDescription | None = None
+    ) -> None:
         self.function, self.description = function, description
         self.name = getattr(function, "__qualname__", type(function).__qualname__)
 
@@ -36,10 +32,7 @@ class Function:
         """See `anymha.parity.stages.trace.Adapter`."""
         inputs = [request.originals[name] for name in INPUTS if name in request.originals]
         ops = backend_of(inputs[0]).ops
-        arguments = {
-            name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for name, value in request.arguments().items()
-        }
+        arguments = native(ops, request.arguments())
 
         def call() -> Arrays:
             copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in inputs]
@@ -50,15 +43,7 @@ class Function:
 
 
 def named_stages(result: Any, name: str) -> dict[str, Any]:
-    """The results of a function by name: stages, "output" and "scores".
-
-    Args:
-        result: The value that it returned.
-        name: Its name.
-
-    Raises:
-        ArgumentError: a function may not return it.
-    """
+    """The results of a function by name: stages, "output" and "scores"."""
     if isinstance(result, Mapping):
         stages = dict(result)
     elif isinstance(result, (tuple, list)):
@@ -68,15 +53,9 @@ def named_stages(result: Any, name: str) -> dict[str, Any]:
     unknown = sorted(set(stages) - {*STAGES, "scores"})
     many = isinstance(result, (tuple, list)) and len(result) > 2
     if stages.get("output") is None or unknown or many:
+        received = f"{len(result)} values" if many else ", ".join(stages) if unknown else "None"
         raise ArgumentError(
             f"`{name}` must return the output, or the output and the scores, or a dict of 'output' "
-            f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: "
-            + (
-                f"{len(result)} values."
-                if many
-                else f"{', '.join(stages)}."
-                if unknown
-                else "None."
-            )
+            f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: {received}."
         )
     return {key: value for key, value in stages.items() if value is not None}

@@ -15,36 +15,30 @@ from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, refer
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded, expected
 from anymha.parity.reports.report import Comparison
-from anymha.parity.stages.gradients import compare_gradients, compare_weights, nonfinite_gradients
-from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.limits import computed_dtype, longest_sum
 from anymha.parity.stages.stagewise import (
     Stage,
+    compare_gradients,
     compare_stage,
     compare_stages,
+    compare_weights,
+    nonfinite_gradients,
     output_faults,
     reported_stages,
-    with_faults,
 )
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
-from anymha.parity.stages.units import eps, longest_sum, smallest
 
 PROJECTIONS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A reference's trace, and all that follows from it alone: candidates are compared with it.
-
-    Args:
-        request: The call.
-        folded: The recipe of these weights and this call, as anymha means it.
-        trace: The results of the reference.
-    """
+    """A reference's trace, and all that follows from it alone: candidates are compared with it."""
 
     request: Request
-    folded: Folded
-    trace: Trace
+    folded: Folded  # The recipe of these weights and this call, as anymha means it
+    trace: Trace  # The results of the reference
 
     @cached_property
     def reported(self) -> Arrays:
@@ -119,10 +113,9 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         size = 8 * np.max(finite, axis=axes, keepdims=True, initial=0.0)  # sums exceed results
         allowed = 2 * tolerance(dtype, length, 1.0) * size + length * smallest(dtype)
         candidate = other.astype(np.float64)
-        stage = compare_stage(name, reference, candidate, reference, reference, allowed, dtype)
-        stages.append(
-            with_faults(stage, *output_faults((first, second))) if name == "output" else stage
-        )
+        faults = output_faults((first, second)) if name == "output" else ()
+        numbers = (reference, candidate, reference, reference, allowed)
+        stages.append(compare_stage(name, *numbers, dtype, faults))
     divergence = next((stage.name for stage in stages if not stage.passed), None)
     unknown = ("The weights of neither are known: the outputs alone are compared, and causes are "
                "not searched for.",) if first.weights is second.weights is None else ()  # fmt: skip

@@ -15,8 +15,8 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares
 from anymha.parity.stages.stagewise import OBSERVED
 from anymha.parity.stages.structure import distance, looks_like_rounding
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import STAGES, Trace
-from anymha.parity.stages.units import eps
 
 SECONDS = 10.0
 """How long pairs of mistakes are tried; single ones three times as long."""
@@ -55,11 +55,8 @@ class _Tried:
 class Search:
     """Looks for mistakes with which a recipe gives the reported results.
 
-    Args:
-        recipe: The right recipe.
-        trace: The implementation's results.
-        reported: Its stages by name.
-        reference: The trace of the reference, where the results are a candidate's.
+    Results are the trace's stages by name; `reference` is the trace of the reference, where they
+    are a candidate's.
     """
 
     def __init__(
@@ -75,9 +72,8 @@ class Search:
     def diagnose(self, pairs: bool = True) -> Diagnosis:
         """The mistakes that explain the reported results; one alone without `pairs`."""
         if self.trace.random:
-            stage = "dropped_probabilities"
             fix = "Two calls gave two results: switch the candidate to evaluation."
-            return Diagnosis((Cause("dropout left on", "", stage, fix),), 0.0)
+            return Diagnosis.certain("dropout left on", "dropped_probabilities", fix)
         if any(a.shape != self.exact.get(n, a).shape for n, a in self.reported.items()):
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
@@ -136,7 +132,6 @@ class Search:
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
-        """Two mistakes together."""
         until = time.monotonic() + SECONDS
         for first in singles:
             for second in self._tried(first.recipe, skip=first.cause.name):

@@ -19,28 +19,19 @@ from anymha.parity.oracle.recipe import Recipe, Section, Variants
 
 @dataclass(frozen=True)
 class Mistake:
-    """One known mistake.
+    """One known mistake."""
 
-    Args:
-        name: A short name, as "inverted mask".
-        fix: How to fix it.
-        variants: Makes the recipes that have it from a right one.
-    """
-
-    name: str
-    fix: str
-    variants: Callable[[Recipe], Variants]
+    name: str  # A short name, as "inverted mask"
+    fix: str  # How to fix it
+    variants: Callable[[Recipe], Variants]  # Makes the recipes that have it from a right one
 
 
 def catalogue() -> Iterator[Mistake]:
     """All mistakes; those that ports make most often first."""
-    for module in (mask_mistakes, attention_mistakes):
-        for name, fix, variants in module.MISTAKES:
-            yield Mistake(name, fix, variants)
+    yield from (Mistake(*one) for one in (*mask_mistakes.MISTAKES, *attention_mistakes.MISTAKES))
     for section in SECTIONS.values():
         yield from option_mistakes(section)
-    for name, fix, variants in weight_mistakes.MISTAKES:
-        yield Mistake(name, fix, variants)
+    yield from (Mistake(*one) for one in weight_mistakes.MISTAKES)
 
 
 def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
@@ -56,12 +47,7 @@ def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
 
 
 def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, Recipe]]:
-    """The options that differ between a candidate's config and the recipe.
-
-    Args:
-        recipe: The right recipe.
-        config: The candidate's config; None where it is not known.
-    """
+    """The options that differ between a candidate's config and the recipe."""
     for option, section in SECTIONS.items() if config is not None else ():
         own, expected = section.from_config(config), recipe.options.get(option)
         value = None if own is None else own.value
@@ -77,13 +63,11 @@ def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, R
 
 
 def _left_out(option: str, recipe: Recipe) -> Variants:
-    """The option switched off."""
     if option in recipe.options:
         yield "", recipe.without_section(option)
 
 
 def _another(option: str, recipe: Recipe) -> Variants:
-    """Another usual value."""
     for section in recipe.sections:
         if section.option == option:
             for value in section.usual:
@@ -93,7 +77,6 @@ def _another(option: str, recipe: Recipe) -> Variants:
 
 
 def _own(option: str, make: Callable[[Any, Recipe], Variants], recipe: Recipe) -> Variants:
-    """A mistake that the option's section knows."""
     for section in recipe.sections:
         if section.option == option:
             yield from make(section, recipe)

@@ -37,12 +37,7 @@ SHARES = LinearSegmentedColormap.from_list(
 
 
 def draw(picture: Callable[[Any], str], subject: Any) -> str:
-    """Make a picture, in the style of all.
-
-    Args:
-        picture: A function below.
-        subject: What it draws.
-    """
+    """Make one of the pictures below, in the style of all."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A script that matplotlib's font lacks is drawn by the reader's own.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
@@ -144,7 +139,6 @@ def _short(text: str, length: int) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)

@@ -6,67 +6,28 @@ is compared with it. The forward pass is `anymha.parity.oracle.recipe`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, Section, einsum, ordered, reads, run
+from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads, run
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The results of the oracle, all in float64.
+    """The results of the oracle, all in float64."""
 
-    Args:
-        output: (B, T, O).
-        scores: (B, H, T, S), the probabilities before dropout.
-        stages: Each stage by name, in order.
-        gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
-            and inputs.
-        magnitudes: For "output", "scores" and each gradient, the size of its terms, however much
-            they cancel, times the size of the logits: errors are compared with this.
-            The size of a sum is its absolute value, or the root of the sum of its squared terms
-            where that is greater, as rounding errors have random signs.
-    """
-
-    output: np.ndarray
-    scores: np.ndarray
-    stages: Arrays
+    output: np.ndarray  # (B, T, O)
+    scores: np.ndarray  # (B, H, T, S), the probabilities before dropout
+    stages: Arrays  # Each stage by name, in order
+    # Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights and inputs
     gradients: Arrays
+    # For "output", "scores" and each gradient, the size of its terms, however much they cancel,
+    # times the size of the logits: errors are compared with this. The size of a sum is its absolute
+    # value, or the root of the sum of its squared terms where that is greater, as rounding errors
+    # have random signs
     magnitudes: Arrays
-
-
-def attention_oracle(
-    weights: Mapping[str, np.ndarray],
-    inputs: Mapping[str, np.ndarray],
-    *,
-    scale: float,
-    allowed: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
-    kept: np.ndarray | None = None,
-    sections: tuple[Section, ...] = (),
-    d_output: np.ndarray | None = None,
-    d_scores: np.ndarray | None = None,
-) -> Truth:
-    """Multi-head attention of (B, T, D) inputs, and its gradients.
-
-    Args:
-        weights: Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O).
-        inputs: "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k).
-        scale: Factor of the logits.
-        allowed: Booleans that broadcast to (B, H, T, S), True = may attend.
-        bias: Added to the logits.
-        kept: What the probabilities are multiplied with by dropout, (B, H, T, S).
-        sections: The options of the attention that are on.
-        d_output: Cotangent of the output; default zero.
-        d_scores: Cotangent of the scores; default zero.
-    """
-    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
-    x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
-    masks = {} if allowed is None else {"allowed": np.asarray(allowed)}
-    recipe = Recipe(w, x, scale, masks, bias=bias, kept=kept, sections=ordered(sections))
-    return evaluate(recipe, d_output, d_scores)
 
 
 def evaluate(
@@ -74,10 +35,7 @@ def evaluate(
 ) -> Truth:
     """The results of a recipe, and its gradients.
 
-    Args:
-        recipe: What is computed, in float64.
-        d_output: Cotangent of the output (B, T, O); default zero.
-        d_scores: Cotangent of the scores (B, H, T, S); default zero.
+    The cotangents are of the output (B, T, O) and of the scores (B, H, T, S); default zero.
     """
     w, x, scale = recipe.weights, recipe.inputs, recipe.scale
     stages = run(recipe)
@@ -133,13 +91,7 @@ class _Sizes:
 
 
 class _Features:
-    """The sections of a recipe on the way forward and back, or the sizes where nothing cancels.
-
-    Args:
-        recipe: What is computed.
-        stages: Its stages.
-        cancel: Whether differences are differences; else they are sums of sizes.
-    """
+    """The sections of a recipe on the way forward and back; or, without `cancel`, sizes in sums."""
 
     def __init__(self, recipe: Recipe, stages: Arrays, cancel: bool = True) -> None:
         self.recipe, self.stages, self.cancel = recipe, stages, cancel

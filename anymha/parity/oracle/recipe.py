@@ -72,14 +72,7 @@ class Section:
         return 0
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
-        """The stage as the option changes it.
-
-        Args:
-            stage: The stage's name.
-            array: The result of its step.
-            recipe: The recipe.
-            stages: The stages before this one.
-        """
+        """The stage as the option changes it: from the result of its step and the stages before."""
         return array
 
     def backward(
@@ -91,15 +84,9 @@ class Section:
         stages: Arrays,
         cancel: bool,
     ) -> np.ndarray:
-        """The gradient of the argument of `forward`, from the gradient of its result.
+        """The gradient of `array`, the argument of `forward`, from the gradient of its result.
 
-        Args:
-            stage: The stage's name.
-            gradient: Of the result; or its size, where nothing cancels.
-            array: The argument of `forward`.
-            recipe: The recipe.
-            stages: Every stage.
-            cancel: Whether terms of opposite signs cancel; else every difference is a sum of sizes.
+        Without `cancel` it is a size, and every difference is a sum of sizes.
         """
         return gradient
 
@@ -121,15 +108,7 @@ class Section:
     def sizes(
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
     ) -> np.ndarray:
-        """The sizes of the terms of the stage, as `Recipe.sizes` counts them.
-
-        Args:
-            stage: The stage's name.
-            sizes: Of the argument of `forward`.
-            array: The argument of `forward`.
-            recipe: The recipe.
-            stages: The stages before this one.
-        """
+        """The sizes of the stage's terms, as `Recipe.sizes` counts them, from those of `array`."""
         return sizes
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
@@ -148,33 +127,24 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The data of a computation in float64, and its steps.
+    """The data of a computation in float64, and its steps."""
 
-    Args:
-        weights: Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O).
-        inputs: "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k).
-        scale: Factor of the logits.
-        masks: Booleans by the name of their argument, each of which broadcasts to (B, H, T, S);
-            True = may attend; their AND holds.
-        causal: Whether query i sees only keys ``j <= i + offset``.
-        window: Query i sees only keys with ``|i + offset - j| < window``.
-        offset: Position of the first query among the keys, of each member of the batch (B,).
-        bias: Added to the logits, broadcasts to (B, H, T, S).
-        kept: The factors of dropout on the probabilities, (B, H, T, S).
-        steps: The step of each stage, in order.
-        sections: The options that change the results of steps, in the order of their `order`.
-    """
-
+    # Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O)
     weights: Arrays
-    inputs: Arrays
-    scale: float
+    inputs: Arrays  # "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k)
+    scale: float  # Factor of the logits
+    # Booleans by the name of their argument, each of which broadcasts to (B, H, T, S); True = may
+    # attend; their AND holds
     masks: Arrays = field(default_factory=dict)
-    causal: bool = False
-    window: int | None = None
+    causal: bool = False  # Whether query i sees only keys ``j <= i + offset``
+    window: int | None = None  # Query i sees only keys with ``|i + offset - j| < window``
+    # Position of the first query among the keys, of each member of the batch (B,)
     offset: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    kept: np.ndarray | None = None
+    bias: np.ndarray | None = None  # Added to the logits, broadcasts to (B, H, T, S)
+    kept: np.ndarray | None = None  # The factors of dropout on the probabilities, (B, H, T, S)
+    # The step of each stage, in order
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    # The options that change the results of steps, in the order of their `order`
     sections: tuple[Section, ...] = ()
 
     @cached_property
@@ -359,9 +329,8 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     greater, as rounding errors have random signs. Stages after the logits have the size of the
     effect of the logits' errors.
 
-    Returns:
-        By stage, and for "scores", an array that broadcasts to it: one size for each position of
-        each element of the batch.
+    By stage, and for "scores", the array broadcasts to it: one size for each position of each
+    element of the batch.
     """
 
     def size(sums: np.ndarray, stage: np.ndarray) -> np.ndarray:
@@ -398,13 +367,11 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     mixed = _squared("bthv,hvo->bto", kept["context"], recipe.weights["output.kernel"])
     keep("output", size(mixed, stages["output"]))
     axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
-    rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in kept.items()}
+    rows = {  # the greatest of each position
+        name: np.max(array, axis=axes.get(name, (1, 3)), keepdims=True, initial=0.0)
+        for name, array in kept.items()
+    }
     return {**rows, "scores": rows["probabilities"]}
-
-
-def _rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The greatest of each position."""
-    return np.max(array, axis=axes, keepdims=True, initial=0.0)
 
 
 def _squared(formula: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.cases import Arrays, OracleProblem, numpy_dtype
+from anymha.parity.oracle.cases import Arrays, OracleProblem, axes_of, numpy_dtype, trio
 from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, evaluate
 from anymha.parity.oracle.recipe import Recipe
@@ -20,23 +19,14 @@ from anymha.parity.oracle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Folded:
-    """A problem with its N-D inputs folded to (B, T, D), and the way back for its results.
-
-    Args:
-        problem: The problem.
-        recipe: Its recipe.
-        order: The input's axes, batch axes first, attention axes last.
-        batches: Lengths of the batch axes.
-        queries: Lengths of the query's attention axes.
-        keys: Lengths of the value's.
-    """
+    """A problem with its N-D inputs folded to (B, T, D), and the way back for its results."""
 
     problem: OracleProblem
-    recipe: Recipe
-    order: list[int]
-    batches: list[int]
-    queries: list[int]
-    keys: list[int]
+    recipe: Recipe  # Its recipe
+    order: list[int]  # The input's axes, batch axes first, attention axes last
+    batches: list[int]  # Lengths of the batch axes
+    queries: list[int]  # Lengths of the query's attention axes
+    keys: list[int]  # Lengths of the value's
 
     @property
     def full(self) -> tuple[int, ...]:
@@ -74,14 +64,11 @@ def fold(problem: OracleProblem) -> Folded:
     """The recipe of a problem, in float64."""
     config, call = problem.case.config, problem.case.call
     query = problem.inputs["query"]
-    rank = query.ndim
-    named: Any = config.attention_axes or range(1, rank - 1)
-    attention = [axis % rank for axis in named]
-    batch = [axis for axis in range(rank - 1) if axis not in attention]
+    batch, attention = axes_of(config, query.ndim)
     order = [*batch, *attention]
     b = len(batch)
     batches, t = [query.shape[i] for i in batch], [query.shape[i] for i in attention]
-    s = [_three(problem)["value"].shape[i] for i in attention]
+    s = [trio(problem.inputs)[1].shape[i] for i in attention]
     count = math.prod(batches)
 
     def folded(array: np.ndarray, lengths: list[int]) -> np.ndarray:
@@ -95,7 +82,8 @@ def fold(problem: OracleProblem) -> Folded:
         for name, mask in problem.masks.items()
     }
     rounded = _as_computed(problem)
-    x = {n: folded(a, s if n != "query" else t) for n, a in _three(problem, rounded).items()}
+    three = zip(("query", "value", "key"), trio(rounded), (t, s, s), strict=True)
+    x = {name: folded(array, lengths) for name, array, lengths in three}
     for name in ("value_mask", "key_mask"):
         if name in problem.masks:
             # Finite numbers stay: they matter where a mistake ignores the mask.
@@ -153,13 +141,6 @@ def expected(problem: OracleProblem) -> Truth:
     scores = truth.scores.reshape(full)
     gradients = shaped(truth.gradients)
     return Truth(folded.output(truth.output), scores, truth.stages, gradients, magnitudes)
-
-
-def _three(problem: OracleProblem, arrays: Arrays | None = None) -> Arrays:
-    """Query, value and key; a missing one is what it defaults to."""
-    inputs = problem.inputs if arrays is None else arrays
-    value = inputs.get("value", inputs["query"])
-    return {"query": inputs["query"], "value": value, "key": inputs.get("key", value)}
 
 
 def _as_computed(problem: OracleProblem) -> Arrays:

@@ -13,23 +13,15 @@ SCHEMA = "anymha.comparisons/1"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One comparison of several.
+    """One comparison of several."""
 
-    Args:
-        case: The name of its inputs; empty where there is one alone.
-        reference: The name of what is right.
-        candidate: The name of what is judged.
-        result: The result; None where there is none.
-        error: The error that an implementation raised.
-        reason: Why it could not be run.
-    """
-
-    case: str
-    reference: str
-    candidate: str
+    case: str  # The name of its inputs; empty where there is one alone
+    reference: str  # The name of what is right
+    candidate: str  # The name of what is judged
+    # The result; None where there is none
     result: ComparisonResult | None = field(default=None, repr=False)
-    error: str | None = None
-    reason: str | None = None
+    error: str | None = None  # The error that an implementation raised
+    reason: str | None = None  # Why it could not be run
 
     @property
     def state(self) -> str:
@@ -108,17 +100,14 @@ def stage_words(result: ComparisonResult, name: str) -> str:
     """How a stage stands, in words; empty where it is right."""
     state = state_of(result, name)
     reported = [stage.name for stage in result.stages]
-    if state == "own" and result.first_divergence not in reported and name == _first_wrong(result):
+    wrong = next((stage.name for stage in result.stages if stage.culprit), None)
+    if state == "own" and result.first_divergence not in reported and name == wrong:
         return "shows it first"
     words = {
         "first": "first divergence", "own": "wrong itself", "carried": "follows",
         "good": "", "unreported": "not reported",
     }  # fmt: skip
     return words[state]
-
-
-def _first_wrong(result: ComparisonResult) -> str | None:
-    return next((stage.name for stage in result.stages if stage.culprit), None)
 
 
 def _counted(number: int) -> str:

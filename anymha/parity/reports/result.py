@@ -134,10 +134,9 @@ class ComparisonResult:
 def state_of(result: ComparisonResult, name: str) -> str:
     """How a stage stands.
 
-    Returns:
-        "first" where the implementations part; "own" where it is wrong itself, after that;
-        "carried" where it differs by what came before; "good"; or "unreported" where the candidate
-        does not report it.
+    "first" where the implementations part; "own" where it is wrong itself, after that; "carried"
+    where it differs by what came before; "good"; "unreported" where the candidate does not report
+    it.
     """
     stage = next((stage for stage in result.stages if stage.name == name), None)
     if name == result.first_divergence:
@@ -172,12 +171,9 @@ def call_in_words(request: Request) -> dict[str, str]:
         arrays["attention_bias"] = request.bias
     words = {name: f"{name_of_dtype(array)} {array.shape}" for name, array in arrays.items()}
     ordered = sorted(words, key=lambda name: INPUTS.index(name) if name in INPUTS else len(INPUTS))
-    rest = {name: _value(value) for name, value in request.call.items()}
+    call = request.call.items()
+    rest = {n: str(v.tolist() if isinstance(v, np.ndarray) else v) for n, v in call}
     return {**{name: words[name] for name in ordered}, **rest}
-
-
-def _value(value: Any) -> str:
-    return str(value.tolist()) if isinstance(value, np.ndarray) else str(value)
 
 
 def _name(trace: Trace) -> str:

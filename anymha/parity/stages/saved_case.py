@@ -33,38 +33,25 @@ EXTRA = ("framework", "bfloat16", *(f"{side}.config" for side in SIDES))
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """Options and weights of a layer.
-
-    Args:
-        config: Its options.
-        weights: Its canonical weights.
-    """
+    """Options and weights of a layer."""
 
     config: AttentionConfig
-    weights: Arrays
+    weights: Arrays  # Its canonical weights
 
 
 @dataclass(frozen=True)
 class SavedCase:
-    """The content of a file.
+    """The content of a file."""
 
-    Args:
-        inputs: "query", and "value" and "key" where the case has them, in the saved framework.
-        call: The call's other arguments.
-        layers: "reference" and "candidate", where their weights are known.
-    """
-
+    # "query", and "value" and "key" where the case has them, in the saved framework
     inputs: dict[str, Any]
-    call: dict[str, Any]
+    call: dict[str, Any]  # The call's other arguments
+    # "reference" and "candidate", where their weights are known
     layers: dict[str, SavedLayer] = field(default_factory=dict)
 
 
 def save_case(path: Path, request: Request, traces: tuple[Trace, Trace]) -> None:
-    """Write a case; whole or not at all.
-
-    Raises:
-        FileError: it cannot be written, or its name does not end in ``.npz``.
-    """
+    """Write a case into an ``.npz`` file; whole or not at all."""
     if path.suffix != ".npz":
         raise FileError(f"A case is saved as an .npz file. Received: {path}.")
     with atomic_file(path) as stream:
@@ -93,9 +80,7 @@ def case_bytes(request: Request, traces: tuple[Trace, Trace]) -> bytes:
 def load_case(path: Path, framework: str | None = None) -> SavedCase:
     """Read a case, or any ``.npz`` file with a query.
 
-    Args:
-        path: The file.
-        framework: The framework whose arrays plain functions get; default: as saved.
+    Plain functions get the arrays of this framework; default: as saved.
 
     Raises:
         FileError: it cannot be read, has no query, or holds what no call has.
@@ -148,7 +133,6 @@ def _json(path: Path, arrays: Arrays, name: str, default: Any) -> Any:
 
 
 def _framework(request: Request) -> str:
-    """The framework of the user's arrays."""
     try:
         return backend_of(request.originals["query"]).name
     except (AnymhaError, KeyError):

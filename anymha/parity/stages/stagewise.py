@@ -1,51 +1,38 @@
-"""Two traces compared stage by stage: structure first, then numbers."""
+"""Two traces compared: stage by stage, structure first, then numbers; weights and gradients."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.bits import count_differing
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares, reproducible
-from anymha.parity.stages.structure import distance, structure
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.structure import count_differing, distance, structure
+from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.parity.stages.trace import STAGES, Trace, name_of_dtype
-from anymha.parity.stages.units import eps
 
 OBSERVED = (*STAGES, "scores")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the candidate compared with the reference's.
+    """One stage of the candidate compared with the reference's."""
 
-    Args:
-        name: The stage, "scores", or "gradient of NAME".
-        reported: Whether the candidate reports it.
-        error: The greatest difference from the reference, built up over all stages before.
-        own_error: The difference that is this stage's own: from what the reference's step makes of
-            the candidate's own earlier stages.
-        unit: ``eps * max |reference|`` of the stage: the rounding of its greatest number.
-        budget: How many units rounding explains.
-        ratio: The candidate's error against float64 over the reference's; None where unknown.
-        faults: What is wrong apart from numbers, in words.
-        at: Where the greatest difference is.
-        values: The reference's and the candidate's number there.
-    """
-
-    name: str
-    reported: bool
-    error: float
+    name: str  # The stage, "scores", or "gradient of NAME"
+    error: float  # The greatest difference from the reference, built up over all stages before
+    # The difference that is this stage's own: from what the reference's step makes of the
+    # candidate's own earlier stages
     own_error: float
-    unit: float
-    budget: float
+    unit: float  # ``eps * max |reference|`` of the stage: the rounding of its greatest number
+    budget: float  # How many units rounding explains
+    # The candidate's error against float64 over the reference's; None where unknown
     ratio: float | None = None
-    faults: tuple[str, ...] = ()
-    at: tuple[int, ...] = ()
-    values: tuple[float, float] | None = None
+    faults: tuple[str, ...] = ()  # What is wrong apart from numbers, in words
+    at: tuple[int, ...] = ()  # Where the greatest difference is
+    values: tuple[float, float] | None = None  # The reference's and the candidate's number there
 
     @property
     def units(self) -> float:
@@ -82,18 +69,12 @@ def reported_stages(trace: Trace, output: np.ndarray) -> Arrays:
 
 
 def compare_stages(
-    recipe: Recipe,
-    exact: Arrays,
-    traces: tuple[Trace, Trace],
-    reported: tuple[Arrays, Arrays],
+    recipe: Recipe, exact: Arrays, traces: tuple[Trace, Trace], reported: tuple[Arrays, Arrays]
 ) -> list[Stage]:
     """Every stage that the candidate reports.
 
-    Args:
-        recipe: What the reference computes.
-        exact: Its stages in float64, and the "scores" that it returns.
-        traces: The reference's and the candidate's.
-        reported: The stages that both report, by name.
+    `recipe` is what the reference computes, `exact` its stages in float64 and the "scores" that it
+    returns; `reported` has the stages that both report.
     """
     tolerances = Tolerances(recipe, traces[0])
     own: Arrays = {}  # the candidate's stages; the reference's steps compute those it lacks
@@ -104,24 +85,19 @@ def compare_stages(
         if name == "scores":
             fed = own["probabilities"]
         else:
-            fed = recipe.stage(name, own) if _fits(own, exact) else float64
+            fits = all(array.shape == exact[name].shape for name, array in own.items())
+            fed = recipe.stage(name, own) if fits else float64
         candidate = reported[1].get(name)
         if candidate is not None:
             allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
-            dtype = computed_dtype(traces[0])
-            stages.append(compare_stage(name, reference, candidate, fed, float64, allowed, dtype))
-            if name == "output":
-                stages[-1] = with_faults(stages[-1], *output_faults(traces))
+            faults = output_faults(traces) if name == "output" else []
             if name in ("output", "scores") and all(map(reproducible, traces)):
                 close = tolerance("float64", tolerances.length, tolerances.sizes[name].max())
-                stages[-1] = with_faults(stages[-1], *_bits(reference, candidate, float64, close))
+                faults += _bits(reference, candidate, float64, close)
+            numbers = (reference, candidate, fed, float64, allowed)
+            stages.append(compare_stage(name, *numbers, computed_dtype(traces[0]), faults))
         own[name] = fed if candidate is None else candidate
     return stages
-
-
-def _fits(own: Arrays, exact: Arrays) -> bool:
-    """Whether the candidate's stages so far have the right shapes to compute with."""
-    return all(array.shape == exact[name].shape for name, array in own.items())
 
 
 def compare_stage(
@@ -132,16 +108,22 @@ def compare_stage(
     exact: np.ndarray,
     allowed: np.ndarray | float,
     dtype: str,
+    faults: Sequence[str] = (),
 ) -> Stage:
-    """A stage at the position whose error is the greatest share of what rounding explains."""
+    """A stage at the position whose error is the greatest share of what rounding explains.
+
+    `fed` is what the reference's step makes of the candidate's earlier stages; `exact` the stage in
+    float64; `allowed` the error of each position that rounding explains; `faults` are further ones.
+    """
     limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
     sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
     axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
-    faults = tuple(structure(name, reference, candidate))
+    wrong = structure(name, reference, candidate)
+    faults = (*wrong, *faults)
     if candidate.shape != reference.shape or not reference.size:
         unit = eps(dtype) * float(np.max(sizes_of, initial=0.0)) or eps(dtype)
-        budget, error = float(np.max(limits, initial=0.0)) / unit, math.inf if faults else 0.0
-        return Stage(name, True, error, error, unit, budget, None, faults)
+        budget, error = float(np.max(limits, initial=0.0)) / unit, math.inf if wrong else 0.0
+        return Stage(name, error, error, unit, budget, None, faults)
     apart = distance(candidate, reference, name)
     own = distance(candidate, fed, name) if fed.shape == candidate.shape else apart
     shares = error_shares(apart, limits)
@@ -154,7 +136,6 @@ def compare_stage(
     ratio = float(mine.max() / theirs.max()) if theirs.max() > 0 else None
     return Stage(
         name,
-        True,
         float(apart[at]),
         _own_error(error_shares(own, limits), limit, own[at]),
         unit,
@@ -181,11 +162,6 @@ def output_faults(traces: tuple[Trace, Trace]) -> list[str]:
     return faults
 
 
-def with_faults(stage: Stage, *faults: str) -> Stage:
-    """The stage with further faults."""
-    return replace(stage, faults=(*stage.faults, *faults))
-
-
 def _bits(
     reference: np.ndarray, candidate: np.ndarray, exact: np.ndarray, close: float
 ) -> list[str]:
@@ -195,3 +171,61 @@ def _bits(
     if differing <= ties:
         return []
     return [f"{differing - ties} of {total} elements differ in a bit, 0 may if reproducible"]
+
+
+def compare_weights(first: Trace, second: Trace) -> list[Stage]:
+    """The weights that differ, where those of both are known: the first thing to fix."""
+    if first.weights is None or second.weights is None:
+        return []
+    stages = []
+    for name in {**first.weights, **second.weights}:
+        wanted, got = first.weights.get(name), second.weights.get(name)
+        only = next((a for a in (wanted, got) if wanted is None or got is None), None)
+        if only is not None and name.endswith(".bias") and not np.any(only):
+            continue  # a bias of zeros is as none
+        if wanted is None or got is None or got.shape != wanted.shape:
+            have, other = (f"shape {a.shape}" if a is not None else "none" for a in (got, wanted))
+            fault = f"the weight has {have}, not {other}"
+            stages.append(Stage(f"weight {name}", math.inf, math.inf, 1.0, 0.0, None,
+                                (fault,)))  # fmt: skip
+            continue
+        one, other = wanted.astype(np.float64), got.astype(np.float64)
+        unit = max(eps(name_of_dtype(wanted)), eps(name_of_dtype(got)))
+        unit *= float(np.max(np.abs(one), initial=0.0)) or 1.0
+        error = float(np.max(np.abs(one - other), initial=0.0))
+        if not error <= unit:
+            stages.append(Stage(f"weight {name}", error, error, unit, 1.0))
+    return stages
+
+
+def compare_gradients(
+    traces: tuple[Trace, Trace], exact: Mapping[str, np.ndarray], allowed: Mapping[str, float]
+) -> list[Stage]:
+    """The gradients that both have; `exact` and `allowed` by name."""
+    reference, candidate = traces
+    dtype = max(map(computed_dtype, traces), key=eps)
+    stages = []
+    for name, wanted in reference.gradients.items():
+        got = candidate.gradients.get(name)
+        if got is None or name not in exact:
+            continue
+        one, other = wanted.astype(np.float64), got.astype(np.float64)
+        numbers = (one, other, one, exact[name], allowed[name])
+        stages.append(compare_stage(f"gradient of {name}", *numbers, dtype))
+    return stages
+
+
+def nonfinite_gradients(reference: Trace, stages: Sequence[Stage]) -> list[str]:
+    """A note on the reference's gradients that hold NaN or infinity: no numbers to compare."""
+    named = []
+    for stage in stages:
+        wanted = reference.gradients[stage.name.removeprefix("gradient of ")].astype(np.float64)
+        known = int(np.isfinite(wanted).sum()) if math.isfinite(stage.budget) else 0
+        if known < wanted.size:
+            named.append(f"{stage.name} ({wanted.size - known} of {wanted.size})")
+    if not named:
+        return []
+    return [
+        "NaN or infinity limits what can be compared: of these numbers it is only known that both "
+        f"implementations have NaN at the same places: {', '.join(named)}."
+    ]

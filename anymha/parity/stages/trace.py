@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from anymha.errors import ArgumentError, DtypeError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.options.config import AttentionConfig
-from anymha.parity.oracle.cases import MatrixCase, OracleProblem
-from anymha.parity.oracle.recipe import STEPS
-
-Arrays = dict[str, np.ndarray]
+from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes, trio
+from anymha.parity.oracle.recipe import STEPS, Arrays
+from anymha.parity.stages.tolerance import eps
 
 STAGES = tuple(STEPS)
 """The stages in order."""
@@ -28,28 +25,20 @@ MASKS = ("attention_mask", "query_mask", "value_mask", "key_mask")
 
 @dataclass(frozen=True)
 class Request:
-    """One call, in NumPy.
+    """One call, in NumPy."""
 
-    Args:
-        inputs: "query", and "value" and "key" where the call has them; features last.
-        masks: Boolean masks by argument.
-        bias: The attention bias.
-        call: The call's other arguments, as anymha's layer takes them.
-        originals: The inputs in the caller's own arrays, for plain functions.
-    """
-
-    inputs: Arrays
-    masks: Arrays = field(default_factory=dict)
-    bias: np.ndarray | None = None
+    inputs: Arrays  # "query", and "value" and "key" where the call has them; features last
+    masks: Arrays = field(default_factory=dict)  # Boolean masks by argument
+    bias: np.ndarray | None = None  # The attention bias
+    # The call's other arguments, as anymha's layer takes them
     call: Mapping[str, Any] = field(default_factory=dict)
+    # The inputs in the caller's own arrays, for plain functions
     originals: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def three(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Query, value and key; a missing one is what it defaults to."""
-        query = self.inputs["query"]
-        value = self.inputs.get("value", query)
-        return query, value, self.inputs.get("key", value)
+        return trio(self.inputs)
 
     @property
     def training(self) -> bool:
@@ -129,21 +118,12 @@ def differs_between_calls(result: np.ndarray, again: np.ndarray) -> bool:
     size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
     dtype, near = name_of_dtype(result), 0.0
     if "float" in dtype:
-        working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
-        near = 2 * float(ml_dtypes.finfo(result.dtype).eps) + 256 * working
+        near = 2 * eps(dtype) + 256 * eps(accumulation_dtype(dtype))
     return not np.allclose(one, other, rtol=0, atol=near * size, equal_nan=True)
 
 
 def check_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
-    """Raise where a result of an implementation cannot be compared.
-
-    Args:
-        name: The implementation.
-        results: Its results by name.
-
-    Raises:
-        DtypeError: a result is not of real numbers.
-    """
+    """Raise a DtypeError where a result of the implementation `name` is not of real numbers."""
     for which, array in results.items():
         dtype = name_of_dtype(array)
         if array.dtype.kind not in "fiub" and "float" not in dtype:
@@ -165,34 +145,22 @@ def as_numpy(array: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trace:
-    """The results of an implementation.
+    """The results of an implementation."""
 
-    Args:
-        name: What it is.
-        output: Its output, in the caller's shape.
-        scores: Its probabilities (B, H, T, S), where it returns them.
-        stages: The stages that it reports, by name, in the shapes of the recipe.
-        gradients: Of the sum of the output times a fixed cotangent, by canonical name; empty where
-            it has none.
-        weights: Its canonical weights, where they are known.
-        config: Its options, where they are known.
-        accumulated: The dtype of its sums; None: that which anymha would take.
-        stored: The dtype in which it stores the results of sums; None: that of the sums.
-        random: Whether two calls gave two results.
-        notes: What its users should know.
-    """
-
-    name: str
-    output: np.ndarray
-    scores: np.ndarray | None = None
+    name: str  # What it is
+    output: np.ndarray  # Its output, in the caller's shape
+    scores: np.ndarray | None = None  # Its probabilities (B, H, T, S), where it returns them
+    # The stages that it reports, by name, in the shapes of the recipe
     stages: Arrays = field(default_factory=dict)
+    # Of the sum of the output times a fixed cotangent, by canonical name; empty where it has none
     gradients: Arrays = field(default_factory=dict)
-    weights: Arrays | None = None
-    config: AttentionConfig | None = None
-    accumulated: str | None = None
+    weights: Arrays | None = None  # Its canonical weights, where they are known
+    config: AttentionConfig | None = None  # Its options, where they are known
+    accumulated: str | None = None  # The dtype of its sums; None: that which anymha would take
+    # The dtype in which it stores the results of sums; None: that of the sums
     stored: str | None = None
-    random: bool = False
-    notes: tuple[str, ...] = ()
+    random: bool = False  # Whether two calls gave two results
+    notes: tuple[str, ...] = ()  # What its users should know
 
 
 class Adapter(Protocol):
@@ -219,27 +187,10 @@ def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> Or
     if own is not None:
         inputs |= {"value": value, "key": key}
     case = MatrixCase("compare", options, dict(request.call), query.shape[:-1], own, widths)
-    output = weights["output.kernel"].shape[2:]
-    return OracleProblem(
-        case, weights, inputs, request.masks,
-        np.zeros((*query.shape[:-1], *output)), np.zeros(_scores(config, query, value)),
-    )  # fmt: skip
-
-
-def _scores(config: AttentionConfig, query: np.ndarray, value: np.ndarray) -> tuple[int, ...]:
-    rank = query.ndim
-    named: Any = config.attention_axes or range(1, rank - 1)
-    attention = [axis % rank for axis in named]
-    batch = [query.shape[i] for i in range(rank - 1) if i not in attention]
-    lengths = [array.shape[i] for array in (query, value) for i in attention]
-    return (*batch, config.num_heads, *lengths)
+    output, scores = result_shapes(case)
+    return OracleProblem(case, weights, inputs, request.masks, np.zeros(output), np.zeros(scores))
 
 
 def name_of_dtype(array: np.ndarray) -> str:
     """The name of an array's dtype, "bfloat16" included."""
-    return _name(array.dtype)
-
-
-@cache
-def _name(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.name
+    return array.dtype.name
