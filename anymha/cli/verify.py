@@ -12,9 +12,9 @@ import numpy as np
 from anymha.cli.names import LIVE
 from anymha.cli.peers import FAMILIES, output_of, run
 from anymha.errors import AnymhaError, BackendNotInstalledError, LayoutError
-from anymha.framework.registry import Backend, backends, get_layer
+from anymha.framework.registry import Backend, backends
 from anymha.interchange.convert_model import ConvertedLayer
-from anymha.interchange.layers import convert, set_weights
+from anymha.interchange.layers import convert, new_layer
 from anymha.interchange.layouts import get_layout
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
@@ -100,7 +100,7 @@ class Verifier:
                 return run(layout, config, problem.weights, problem.inputs["query"])
             if layout not in LIVE:
                 raise LayoutError("its layer needs more than attention, or a whole model")
-            ours = set_weights(get_layer("numpy")(**config.to_dict()), problem.weights)
+            ours = new_layer("numpy", config, problem.weights)
             return output_of(convert(ours, to=layout), problem.inputs)
         except BackendNotInstalledError:
             self._not_run[layout] = "it is not installed"
@@ -133,7 +133,7 @@ def _problem(layer: ConvertedLayer, alone: bool = False) -> OracleProblem:
 
 def _ours(backend: Backend, problem: OracleProblem) -> np.ndarray:
     ops = backend.ops
-    layer = set_weights(backend.layer(**problem.case.config.to_dict()), problem.weights)
+    layer = new_layer(backend.name, problem.case.config, problem.weights)
     arrays = (ops.from_numpy(problem.inputs[name]) for name in ("query", "value", "key"))
     return np.asarray(ops.to_numpy(layer(*arrays)))
 
