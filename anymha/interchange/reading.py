@@ -10,17 +10,13 @@ import numpy as np
 from anymha.errors import LayoutError, WeightsError
 from anymha.framework.dtypes import FLOATING
 from anymha.interchange.forms import Extra, Form
+from anymha.interchange.leftovers import MLA_REASON, changed_modules, refusal
 from anymha.interchange.packing import Arrays
 from anymha.interchange.sizes import Shapes
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj")
 """Names of multi-head latent attention."""
-MLA_REASON = (
-    "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its keys "
-    "and values pass through a shared low-rank projection and a norm, and its heads mix rotated "
-    "and plain parts, for which the canonical form has no place."
-)
 
 
 def form_of(
@@ -55,6 +51,17 @@ def form_of(
         f"The layout has the names {', '.join((*form.names(), *required))}. Missing: "
         f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
     )
+
+
+def check_plain(arrays: Mapping[str, np.ndarray]) -> None:
+    """Check by their names that the arrays are of no quantised layer and of no adapter.
+
+    Raises:
+        LayoutError: they are.
+    """
+    changed = changed_modules(arrays, {name: array.dtype.name for name, array in arrays.items()})
+    if changed:
+        raise LayoutError(f"The layer cannot be converted: {refusal(next(iter(changed.values())))}")
 
 
 def check_floats(arrays: Mapping[str, np.ndarray]) -> None:
