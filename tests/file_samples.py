@@ -171,8 +171,8 @@ def by_gguf(folder: Path) -> tuple[Path, Arrays]:
 
 def by_tensorflow(folder: Path) -> tuple[Path, Arrays]:
     tf = required("tensorflow")
-    arrays = {name.replace("x", "_"): a for name, a in
-              samples("float32", "float16", "bfloat16", "int64", separator="/").items()}  # fmt: skip
+    known = samples("float32", "float16", "bfloat16", "int64", separator="/")
+    arrays = {name.replace("x", "_"): array for name, array in known.items()}
     # Variables of one list, whose own names the checkpoint keeps besides.
     module = tf.Module()
     module.all = [tf.Variable(array, name=name) for name, array in arrays.items()]

@@ -206,7 +206,7 @@ FOREIGN = {
     "ggml": ("ggml-model.bin", b"lmgg\0\0", "is of llama.cpp before GGUF"),
     "npy": ("a.npy", b"\x93NUMPY\x01\0", "is one array of NumPy (.npy), without names"),
     "gzip": ("a.npz", b"\x1f\x8b\x08\0", "is compressed. Unpack it first"),
-    "pickle": ("model.pkl", b"\x80\x04\x95", "is a pickle, not a file of `torch.save`, and no code"),
+    "pickle": ("model.pkl", b"\x80\x04\x95", "is a pickle, not a file of `torch.save`, and"),
     "data": ("model.ckpt-7.data-00000-of-00001", b"\1\2", "Name its `.index` file"),
     "distcp": ("__0_0.distcp", b"PK\3\4", "is a part of a torch distributed checkpoint"),
     "unknown": ("weights.dat", b"\1\2\3", "is of no known format, neither by its name nor by its"),
@@ -251,8 +251,8 @@ def test_shards_are_written_with_an_index(tmp_path: Path, suffix: str) -> None:
             assert sum(t.bytes for t in reader.tensors.values()) <= max(100, large)
     assert holds(tmp_path, arrays)
     if suffix == ".safetensors":
-        assert holds(tmp_path, {n: a for f in files
-                                for n, a in safetensors.numpy.load_file(tmp_path / f).items()})  # fmt: skip
+        loaded = [safetensors.numpy.load_file(tmp_path / file) for file in files]
+        assert holds(tmp_path, {name: array for one in loaded for name, array in one.items()})
         with open_file(tmp_path) as reader:
             assert reader.metadata == {"x": "1"}
 

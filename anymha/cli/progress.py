@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str], None]]:
+def progress_bar(
+    steps: int, console: Any = None, delay: float = 1.0
+) -> Iterator[Callable[[str, str], None]]:
     """Give a function of the names of the case and the backend that come next.
 
     Args:
         steps: How many there are.
         console: Rich's console to draw on; default stderr.
+        delay: Seconds before it appears.
     """
-    with bar(console) as update:
+    with bar(console, delay=delay) as update:
         done = -1
 
         def advance(case: str, backend: str) -> None:
@@ -27,19 +31,15 @@ def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str
 
 
 @contextmanager
-def layer_bar(console: Any = None) -> Iterator[Callable[[int, int, str], None]]:
-    """Give a function of the number of layers done, their total, and the next layer's prefix."""
-    with bar(console) as update:
-        yield update
-
-
-@contextmanager
-def bar(console: Any = None, refreshes: float = 10) -> Iterator[Callable[[int, int, str], None]]:
+def bar(
+    console: Any = None, refreshes: float = 10, delay: float = 1.0
+) -> Iterator[Callable[[int, int | None, str], None]]:
     """Give a function of the steps done, their total, and what comes next.
 
     Args:
         console: Rich's console to draw on; default stderr.
         refreshes: How often a second it is drawn.
+        delay: Seconds before it appears: what is done sooner needs none.
     """
     try:
         from rich.console import Console  # noqa: PLC0415  of the extra "cli"
@@ -59,8 +59,25 @@ def bar(console: Any = None, refreshes: float = 10) -> Iterator[Callable[[int, i
         return
     words = TextColumn("{task.description}", markup=False)
     columns = (words, BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=refreshes) as drawn:
-        task = drawn.add_task("", total=None)
+    drawn = Progress(*columns, console=console, transient=True, refresh_per_second=refreshes)
+    task = drawn.add_task("", total=None)
+    timer = threading.Timer(delay, drawn.start)
+    timer.daemon = True
+    (timer.start if delay else drawn.start)()
+    try:
         yield lambda done, total, words: drawn.update(
             task, description=words, completed=done, total=total
         )
+    finally:
+        timer.cancel()
+        if timer.ident is not None:
+            timer.join()  # it may be about to draw
+        drawn.stop()
+
+
+@contextmanager
+def busy(words: str) -> Iterator[None]:
+    """Draw a bar without an end while the block runs."""
+    with bar() as update:
+        update(0, None, words)
+        yield

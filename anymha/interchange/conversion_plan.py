@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class Conversion:
         left: Names of the source's tensors that are left out.
         notes: Facts that the user should know: biases that were added, what else the forward pass
             needs, values that are not finite.
+        files: The new files: the one to open, then its shards where there are any.
     """
 
     layers: dict[str, str]
@@ -68,6 +70,7 @@ class Conversion:
     copied: list[str]
     left: list[str]
     notes: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         """Add a note, once."""

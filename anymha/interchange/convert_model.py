@@ -7,8 +7,10 @@ converted and written, so that the memory of one layer is enough for any model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,14 @@ from anymha.interchange.conversion_plan import (
     plan_conversion,
 )
 from anymha.interchange.detect import LayoutFit
-from anymha.interchange.files.formats import create_file, format_of, open_file, writable_format
+from anymha.interchange.files.formats import (
+    create_file,
+    format_of,
+    new_files,
+    open_file,
+    writable_format,
+)
+from anymha.interchange.files.reader import Tensor, Writer
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.naming import file_namings
 
@@ -35,9 +44,11 @@ def convert_file(
     layout: str,
     to: str,
     *,
-    prefix: str = "",
+    prefix: str | Sequence[str] = "",
     to_prefix: str | None = None,
     others: bool = False,
+    max_shard_bytes: int | None = None,
+    dry_run: bool = False,
     on_layer: Callable[[int, int, str], None] = lambda done, count, prefix: None,
     check: Callable[[ConvertedLayer], None] = lambda layer: None,
     **sizes: Any,
@@ -51,9 +62,13 @@ def convert_file(
         layout: The layout of the source's layers.
         to: Their new layout; "anymha" for files that `anymha.load` reads.
         prefix: Only layers whose names begin so; ``{i}`` stands for a number, ``*`` for any text.
+            A sequence of such prefixes takes the layers of each.
         to_prefix: What their names begin with in the target, with ``{i}``, ``{j}`` ... for the
             numbers of the source; default as in the source.
         others: Whether the other tensors of the source are copied as they are.
+        max_shard_bytes: The most bytes of tensors in a file; where there are more, `target` stands
+            for shards and their index, as `anymha.interchange.files.formats.create_file` writes.
+        dry_run: Whether all is read, converted and checked, and nothing written.
         on_layer: Called before each layer with the number of layers done, the number of all
             layers, and its prefix.
         check: Called with each layer; an error that it raises ends the conversion without a file.
@@ -72,13 +87,21 @@ def convert_file(
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
         namings = file_namings(old, format_of(source))
         job = ConversionJob(reader, namings, file_namings(new, new_format)[0], sizes, configs)
-        layers = choose_layers(job, prefix)
+        prefixes = [prefix] if isinstance(prefix, str) else prefix
+        layers = {start: fit for one in prefixes for start, fit in choose_layers(job, one).items()}
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if to == OWN and not new_format.metadata:
             plan.note(f"{target.name} has no place for the configuration: `anymha.load` will not "
                       "read it. Write a .safetensors file.")  # fmt: skip
         metadata = metadata if new_format.metadata else {}
-        with create_file(target, plan.tensors, metadata) as writer:
+        plan.files = new_files(target, plan.tensors, max_shard_bytes)
+        for file in plan.files:
+            if file.exists() and any(file.samefile(one) for one in reader.files() if one.exists()):
+                raise UsageError(
+                    f"The new files must be other ones than {source}'s: {file} is one."
+                )
+        create = _rehearse if dry_run else create_file
+        with create(target, plan.tensors, metadata, max_shard_bytes) as writer:
             for number, (start, fit) in enumerate(layers.items()):
                 on_layer(number, len(layers), start)
                 for name, array in _convert_layer(job, start, fit, plan, check):
@@ -86,6 +109,29 @@ def convert_file(
             for name in plan.copied:
                 writer.write(name, reader.read(name))
         return plan
+
+
+class _Rehearsed(Exception):
+    """Ends a file that is not to be."""
+
+
+class _NoFile:
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Forget a tensor."""
+
+
+@contextmanager
+def _rehearse(
+    target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int | None
+) -> Iterator[Writer]:
+    """A writer that writes nothing; what `create_file` refuses is refused."""
+    with (
+        TemporaryDirectory() as folder,
+        suppress(_Rehearsed),
+        create_file(Path(folder) / target.name, tensors, metadata, max_bytes),
+    ):
+        raise _Rehearsed
+    yield _NoFile()
 
 
 def _convert_layer(

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymha.errors import FileError
+from anymha.errors import FileError, UsageError
 from anymha.interchange.files import content
 from anymha.interchange.files.folders import WEIGHTS, folder_kind, refuse_folder
 from anymha.interchange.files.reader import Reader, Tensor, Writer
-from anymha.interchange.files.sharded import INDEX, ShardedReader, create_sharded
+from anymha.interchange.files.sharded import (
+    INDEX,
+    ShardedReader,
+    create_sharded,
+    shard_index,
+    split_shards,
+)
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of shards where none is stated."""
@@ -169,13 +175,30 @@ def create_file(
     Raises:
         FileError: the format is not written, or cannot hold the tensors.
     """
-    file_format = writable_format(path)
-    create, is_index = _function(file_format.writer), file_format.reader == _SHARDS
+    create = _function(writable_format(path).writer)
+    index, *shards = new_files(path, tensors, max_shard_bytes)
+    if not shards:
+        return create(path, tensors, metadata or {})
+    limit = max_shard_bytes or MAX_SHARD_BYTES
+    return create_sharded(index, tensors, metadata or {}, create, limit)
+
+
+def new_files(
+    path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int | None = None
+) -> list[Path]:
+    """The files that `create_file` writes: the one to open, then the shards where there are any.
+
+    Raises:
+        UsageError: `max_shard_bytes` is no positive number.
+        FileError: the format is not written.
+    """
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise UsageError(f"`max_shard_bytes` must be 1 or more. Received: {max_shard_bytes}.")
     size = sum(tensor.bytes for tensor in tensors.values())
-    if is_index or (max_shard_bytes is not None and size > max_shard_bytes):
-        limit = MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
-        return create_sharded(path, tensors, metadata or {}, create, limit)
-    return create(path, tensors, metadata or {})
+    is_index = writable_format(path).reader == _SHARDS
+    if not is_index and (max_shard_bytes is None or size <= max_shard_bytes):
+        return [path]
+    return [shard_index(path), *split_shards(path, tensors, max_shard_bytes or MAX_SHARD_BYTES)]
 
 
 def writable_format(path: Path) -> Format:

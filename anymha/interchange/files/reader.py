@@ -66,6 +66,10 @@ class Reader(abc.ABC):
         self.tensors: Mapping[str, Tensor] = {}
         self.metadata: Mapping[str, str] = {}
 
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [self.path]
+
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Set `tensors`.
 

@@ -74,6 +74,10 @@ class ShardedReader(Reader):
     def _read(self, name: str) -> np.ndarray:
         return self._files[self._places[name]].read(name)
 
+    def files(self) -> list[Path]:
+        """The index, and the files that it names."""
+        return [self.path, *(reader.path for reader in self._files.values())]
+
     def close(self) -> None:
         """Close all files."""
         for file in self._files.values():
@@ -131,7 +135,7 @@ def create_sharded(
     """New shards and their index, which are there once all tensors are; the index comes last.
 
     Args:
-        path: The index, or the file whose shards they are.
+        path: The index.
         tensors: Shape and dtype by name.
         metadata: Texts besides the tensors, which each shard has.
         create: Begins a shard.
@@ -145,7 +149,7 @@ def create_sharded(
     total = sum(tensor.bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     with ExitStack() as stack:
-        stream = stack.enter_context(atomic_file(shard_index(path)))  # ends, and appears, last
+        stream = stack.enter_context(atomic_file(path))  # ends, and appears, last
         stream.write(json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8"))
         writers = {}
         for file, shard in shards.items():

@@ -36,6 +36,7 @@ class TensorflowReader(Reader):
         files = sorted(prefix.parent.glob(f"{_escaped(prefix.name)}.data-*"))
         if not files:
             raise self.broken(f"its data, {prefix.name}.data-..., do not lie beside it")
+        self._files = [prefix.with_name(f"{prefix.name}.index"), *files]
         stored = sum(file.stat().st_size for file in files)
         tensorflow = require_library("tensorflow", path, "tensorflow")
         try:
@@ -85,6 +86,10 @@ class TensorflowReader(Reader):
             raise self.broken(f"{name!r}: {error!s:.200}".rstrip(".")) from error
         tensor = self.tensors[name]
         return np.array(array, tensor.dtype, order="C").reshape(tensor.shape)
+
+    def files(self) -> list[Path]:
+        """The index, and the files of data."""
+        return self._files
 
     def close(self) -> None:
         """Release the checkpoint."""

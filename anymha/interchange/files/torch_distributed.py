@@ -182,6 +182,10 @@ class DistributedReader(Reader):
             raise self.broken(f"pieces of {name!r:.200} overlap")
         return array
 
+    def files(self) -> list[Path]:
+        """The metadata, and the files that hold the pieces."""
+        return [self.path / METADATA, *(self.path / file for file in self._files)]
+
     def close(self) -> None:
         """Close the files."""
         for stream, _ in self._files.values():
