@@ -32,6 +32,7 @@ from tests.file_samples import (
     by_torch_before_1_6,
     by_torch_distributed,
     by_torch_in_shards,
+    in_keras_archive,
     same,
     sample,
     samples,
@@ -330,7 +331,7 @@ def entry(shape: tuple[int, ...], kind: int = 0, at: int = 0) -> bytes:
         (gguf(version=1), "it has the version 1"),
         (gguf(2**60), "it ends within its header"),
         (gguf(0, 2**60), "it ends within its header"),
-        (gguf(0, 1, text(b"", 2**60)), "it ends within its header"),
+        (gguf(0, 1, text(b"", 2**60)), f"it has a name of {2**60} bytes"),
         (gguf(0, 1, text(b"k") + struct.pack("<IIQ", 9, 4, 2**61)), "it ends within its header"),
         (gguf(0, 1, text(b"k") + struct.pack("<I", 77)), "a value of the kind 77"),
         (gguf(1, 0, entry((2**40, 4))), "reaches over the file's end"),
@@ -477,3 +478,16 @@ def test_old_names_of_variables_lose_the_number_of_an_output(tmp_path: Path) -> 
     assert same(found[name], ARRAYS["a.weight"])
     assert found["a"].tolist() == [0, 0]
     assert found["a:0"].tolist() == [1, 1]
+
+
+def test_a_full_folder_for_temporary_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = in_keras_archive(tmp_path)
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "r+b"))  # noqa: SIM115
+    told = refused(path)
+    assert "its weights, " in told
+    assert "No space left on device. Set TMPDIR to a folder with room." in told
+    assert "broken" not in told

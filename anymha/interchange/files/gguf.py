@@ -127,7 +127,7 @@ class GgufReader(Reader):
     def _value(self, kind: int, depth: int = 0) -> Any:
         """A value of the metadata; None for an array."""
         if kind == _TEXT:
-            return self._text(keep=depth == 0)
+            return self._long_text(keep=depth == 0)
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
         if kind != _ARRAY or depth > MAX_DEPTH:
@@ -140,12 +140,19 @@ class GgufReader(Reader):
                 self._value(inner, depth + 1)
         return None
 
-    def _text(self, keep: bool = True) -> str | None:
+    def _text(self) -> str:
         size = self._number("Q")
-        if not keep or size > MAX_TEXT:
-            self._skip(size)
-            return None
+        if size > min(MAX_TEXT, self._size - self._stream.tell()):
+            raise _Malformed(f"it has a name of {size} bytes")
         return self._take(size).decode("utf-8")
+
+    def _long_text(self, keep: bool) -> str | None:
+        """A text of the metadata; None for one that is long or not kept."""
+        size = self._number("Q")
+        if keep and size <= MAX_TEXT:
+            return self._take(size).decode("utf-8")
+        self._skip(size)
+        return None
 
     def _number(self, form: str) -> Any:
         return struct.unpack("<" + form, self._take(struct.calcsize("<" + form)))[0]

@@ -52,7 +52,7 @@ class TensorflowReader(Reader):
             dtype = np.dtype(dtypes[key].as_numpy_dtype)
             if key == GRAPH or (dtype.kind not in KINDS and dtype.name != "bfloat16"):
                 continue
-            name = names.get(key, key.removesuffix(VALUE))
+            name = str(names.get(key, key.removesuffix(VALUE)))
             name = key if name in tensors else name
             self._keys[name] = key
             tensors[name] = Tensor(tuple(int(size) for size in shapes[key]), dtype)
