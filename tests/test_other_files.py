@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import types
+import zipfile
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -231,6 +232,20 @@ def test_a_tar_archive_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "old.pth.tar", "w") as archive:
         archive.add(DATA / "README.md", "README.md")
     assert "is a tar archive. Unpack it first" in refused(tmp_path / "old.pth.tar")
+
+
+def test_a_zip_archive_of_other_things_lists_them(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("model.safetensors", b"x")
+    assert refused(tmp_path / "model.zip") == (
+        f"{tmp_path / 'model.zip'} is a zip archive without weights of a known form. It holds "
+        "'model.safetensors'. Unpack it first."
+    )
+
+
+def test_onnx_of_another_name_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"\x08\x0a" + (DATA / "initializers.onnx").read_bytes())
+    assert "query.kernel" in read(tmp_path / "model")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -11,9 +11,12 @@ from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.reader import open_stream
 
 HEAD = 4096
+SHOWN = 4
 TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The pickle of the magic number with which files of torch before 1.6 begin."""
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_ONNX = re.compile(rb"\x08[\x03-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]")
+"""The version of ONNX, as a field of protobuf, and another field of a model."""
 _USER_BLOCKS = (0, 512, 1024, 2048)
 
 
@@ -73,7 +76,7 @@ def format_name(path: Path, head: bytes) -> str | None:
     if is_zip(head):
         return _zip_name(path)
     tests = {"torch": is_torch, "Keras weights (HDF5)": is_hdf5, "GGUF": is_gguf,
-             "safetensors": is_safetensors}  # fmt: skip
+             "safetensors": is_safetensors, "ONNX": _ONNX.match}  # fmt: skip
     return next((name for name, test in tests.items() if test(head)), None)
 
 
@@ -119,6 +122,13 @@ def refuse(path: Path, head: bytes) -> None:
         raise FileError(
             f"{path} is a web page (HTML or XML), not weights: the server answered the download "
             "with a page, often an error or a request to log in."
+        )
+    if is_zip(head):
+        archive = Archive(path, "a zip")
+        archive.close()
+        names = ", ".join(map(repr, list(archive.sizes)[:SHOWN])) or "nothing"
+        raise FileError(
+            f"{path} is a zip archive without weights of a known form. It holds {names}. Unpack it first."
         )
     if is_json(head):
         raise FileError(f"{path} is JSON, not weights{_json_words(text)}.")
