@@ -128,7 +128,8 @@ def refuse(path: Path, head: bytes) -> None:
         archive.close()
         names = ", ".join(map(repr, list(archive.sizes)[:SHOWN])) or "nothing"
         raise FileError(
-            f"{path} is a zip archive without weights of a known form. It holds {names}. Unpack it first."
+            f"{path} is a zip archive without weights of a known form. It holds {names}. Unpack it "
+            "first."
         )
     if is_json(head):
         raise FileError(f"{path} is JSON, not weights{_json_words(text)}.")
