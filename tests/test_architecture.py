@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ import anymha
 from tests import wheel_lines
 
 ROOT = Path(__file__).parent.parent
-LARGEST = 20_500
+LARGEST = 20_750
 """The most lines of code in the wheel, without comments, docstrings and empty lines."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])
@@ -165,6 +166,17 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     assert {name for name in held if name.endswith("py.typed")} == {
         f"{package}/py.typed" for package in packages
     }
+
+
+def test_source_distribution_holds_no_files_of_services(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "tests/conftest.py", "anymha/__init__.py"} <= held
+    assert [name for name in held if name.startswith((".ci", ".github", ".pre-commit"))] == []
 
 
 def test_wheel_takes_its_version_from_the_one_place_where_it_stands(wheel: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,9 +22,9 @@ from anymha.framework.registry import Backend, get_backend
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.conversion_plan import Conversion
 from anymha.interchange.convert_model import convert_file
-from anymha.interchange.files.formats import open_file
+from anymha.interchange.files.formats import create_file, open_file
 from tests.conftest import usable
-from tests.file_samples import Arrays, same, write
+from tests.file_samples import Arrays, announced, same, write
 from tests.frameworks import required
 
 DATA = Path(__file__).parent / "data"
@@ -461,3 +463,104 @@ def test_option_that_the_new_layout_lacks_is_refused(tmp_path: Path, command: Ru
     )  # fmt: skip
     assert "A layer of equinox.MultiheadAttention has no option for sliding_window=3." in told
     assert not (tmp_path / "b.npz").exists()
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", bert("0.") | {"x": np.ones(3, np.float32)})
+    arguments = ("convert", tmp_path / "a.safetensors", tmp_path / "new" / "b.npz", "--from", BERT,
+                 "--to", "torch.MultiheadAttention", "--num-heads", H)  # fmt: skip
+    status, trial, err = command(*arguments, "--dry-run", "--verify")
+    assert (status, err) == (0, "")
+    assert [one.name for one in tmp_path.iterdir()] == ["a.safetensors"]
+    status, out, _ = command(*arguments, "--verify")
+    assert status == 0
+    assert trial.splitlines()[-1] == f"Not written, as a trial: {out.splitlines()[-1]}"
+    assert trial.splitlines()[0] == out.splitlines()[0]
+
+
+def test_a_dry_run_refuses_what_the_format_cannot_hold(tmp_path: Path, command: Run) -> None:
+    arrays = {n: a.astype(ml_dtypes.bfloat16) for n, a in bert("0.").items()}
+    write(tmp_path / "a.safetensors", arrays)
+    told = wrong(
+        command, tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", BERT, "--to", "anymha",
+        "--num-heads", H, "--dry-run",
+    )  # fmt: skip
+    assert "bfloat16" in told
+
+
+def test_several_prefixes_choose_the_layers_of_each(tmp_path: Path, command: Run) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write(source, bert("a.0.") | bert("a.1.") | bert("b.") | bert("c."))
+    arguments = ("--from", BERT, "--to", "torch.MultiheadAttention", "--num-heads", H)
+    status, *_ = command(
+        "convert", source, target, *arguments, "--prefix", "a.{i}", "--prefix", "c"
+    )
+    assert status == 0
+    prefixes = {name.rpartition(".in_proj")[0] for name in read(target) if ".in_proj" in name}
+    assert prefixes == {"a.0", "a.1", "c"}
+    told = wrong(command, source, target, *arguments, "--prefix", "b", "--prefix", "d")
+    assert "holds no layer whose names begin with 'd'" in told
+
+
+def test_shards_are_converted_in_both_directions(tmp_path: Path, command: Run) -> None:
+    arrays = {n: a for i in range(3) for n, a in bert(f"{i}.").items()}
+    write(tmp_path / "a.safetensors", arrays)
+    arguments = ("--from", BERT, "--to", BERT, "--num-heads", H)
+    status, out, _ = command("convert", tmp_path / "a.safetensors", tmp_path / "b.bin", *arguments,
+                             "--max-shard-size", "1KB")  # fmt: skip
+    assert status == 0
+    assert out.splitlines()[-1].startswith(f"{tmp_path / 'b.bin.index.json'}: 3 layers of ")
+    assert " in 4 files, 3,456 bytes" in out
+    status, *_ = command("convert", tmp_path / "b.bin.index.json", tmp_path / "c.npz", *arguments)
+    assert status == 0
+    assert equal(read(tmp_path / "c.npz"), arrays)
+
+
+def test_shards_never_overwrite_the_source_s(tmp_path: Path, command: Run) -> None:
+    (tmp_path / "model").mkdir()
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    arrays = bert("0.") | bert("1.")
+    with create_file(index, announced(arrays), max_shard_bytes=600) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+    told = wrong(
+        command, tmp_path / "model", tmp_path / "model" / "model.safetensors", "--from", BERT,
+        "--to", BERT, "--num-heads", H, "--max-shard-size", 600,
+    )  # fmt: skip
+    assert "The new files must be other ones than" in told
+    assert equal(read(tmp_path / "model"), arrays)
+
+
+@pytest.mark.parametrize("size", ["5 apples", "-1", "GB", "1.5.2"])
+def test_a_size_that_is_none_is_told(command: Run, size: str) -> None:
+    status, _, err = command("convert", "a.npz", "b.npz", "--from", BERT, "--to", BERT,
+                             f"--max-shard-size={size}")  # fmt: skip
+    assert status == 2
+    assert "expected bytes, as 5GB or 500MiB, not" in err
+
+
+def test_the_layers_of_shards_of_anymha_are_loaded(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", bert("0.") | bert("1."))
+    target = tmp_path / "own.safetensors"
+    status, *_ = command("convert", tmp_path / "a.safetensors", target, "--from", BERT, "--to",
+                         "anymha", "--num-heads", H, "--max-shard-size", 500)  # fmt: skip
+    assert status == 0
+    layer = anymha.load(tmp_path / "own.safetensors.index.json", "numpy", prefix="1.")
+    assert layer.config.num_heads == H
+
+
+def test_inspect_prints_json_and_every_tensor(tmp_path: Path, command: Run) -> None:
+    arrays = bert("0.") | {f"x.{i}": np.ones(2, np.float32) for i in range(20)}
+    write(tmp_path / "a.safetensors", arrays)
+    _, out, err = command("inspect", tmp_path / "a.safetensors", "--all", "--json")
+    assert err == ""
+    data = json.loads(out)
+    assert data["format"] == "safetensors"
+    assert data["tensor_count"] == len(arrays) == len(data["tensors"])
+    assert data["tensors"]["x.7"] == {"dtype": "float32", "shape": [2]}
+    assert data["layers"][0]["prefixes"] == ["0."]
+    assert BERT in data["layers"][0]["layouts"]
+    _, out, _ = command("inspect", tmp_path / "a.safetensors", "--json")
+    assert "tensors" not in json.loads(out)
+    _, out, _ = command("inspect", tmp_path / "a.safetensors", "--all")
+    assert all(f"  {name}  float32 " in out for name in arrays)

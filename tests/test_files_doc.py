@@ -45,9 +45,17 @@ def test_both_commands_are_shown() -> None:
 
 def test_every_format_is_in_the_table() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    folders = [line for line in rows if "a folder" in line]
+    assert len(folders) == sum(FOLDER in one.suffixes for one in FORMATS)
     for one in FORMATS:
         for suffix in one.suffixes:
-            mark = "a folder" if suffix == FOLDER else f"`{suffix}`"
-            (row,) = [line for line in rows if mark in line]
+            if suffix == FOLDER:
+                continue
+            (row,) = [line for line in rows if f"`{suffix}`" in line]
             cells = [cell.strip() for cell in row.strip("|").split("|")]
             assert bool(cells[3]) == bool(one.writer), suffix
+
+
+def test_every_extra_of_a_format_is_in_the_table() -> None:
+    for extra in ("hdf5", "orbax", "tensorflow", "gguf"):
+        assert f"`anymha[{extra}]`" in PAGE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from anymha.cli.progress import progress_bar
+from anymha.cli.progress import bar, progress_bar
 from anymha.errors import FileError
 from anymha.framework.registry import Backend
 from anymha.interchange.files.atomic_write import check_writable, write_atomically
@@ -193,13 +194,25 @@ def test_progress_is_silent_where_there_is_no_terminal() -> None:
 def test_progress_on_a_terminal_shows_case_and_backend_and_goes_away() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=200)
-    with progress_bar(2, console) as told:
+    with progress_bar(2, console, delay=0) as told:
         told("[T, S]", "numpy")
         told("[T, S]", "torch")
     text = stream.getvalue()
     assert "torch: [T, S]" in text
     assert "1/2" in text
     assert text.rstrip().endswith("\x1b[2K"), "the line is erased at the end"
+
+
+def test_progress_appears_only_where_the_work_takes_longer() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=200)
+    with bar(console, delay=60) as update:
+        update(0, 1, "soon done")
+    assert "soon done" not in stream.getvalue()
+    with bar(console, delay=0.01) as update:
+        update(0, None, "slow")
+        time.sleep(0.5)
+    assert "slow" in stream.getvalue()
 
 
 def test_json_round_trips_and_has_no_infinity() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -102,6 +103,18 @@ def test_unknown_name_says_which_there_are():
     assert isinstance(caught.value, (AnymhaError, ValueError))
     assert str(caught.value).startswith("`backend` must be one of 'numpy', 'torch', 'tensorflow',")
     assert str(caught.value).endswith("Received: 'nope'.")
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "jax", "keras", "flax", "equinox"])
+def test_import_of_a_home_without_its_framework_says_which_extra_brings_it(monkeypatch, name):
+    if name in ("flax", "equinox"):
+        pytest.importorskip("jax", reason="jax is not installed")
+    package = f"anymha_{name}"
+    for module in [one for one in sys.modules if one.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendNotInstalledError, match=rf"pip install 'anymha\[{name}\]'"):
+        importlib.import_module(package)
 
 
 @pytest.mark.parametrize("name", ["torch", "tensorflow", "jax"])

@@ -77,7 +77,7 @@ def test_one_repository_is_named_everywhere() -> None:
     pages = [
         ROOT / "SECURITY.md",
         ROOT / "CONTRIBUTING.md",
-        ROOT / ".github/ISSUE_TEMPLATE/config.yml",
+        *ROOT.glob(".github/ISSUE_TEMPLATE/config.yml"),
     ]
     found = [*PROJECT["project"]["urls"].values()]
     for page in pages:
@@ -87,6 +87,8 @@ def test_one_repository_is_named_everywhere() -> None:
 
 def test_workflows_and_forms_are_yaml() -> None:
     yaml = pytest.importorskip("yaml", reason="yaml is not installed")
+    if not (ROOT / ".github").is_dir():
+        pytest.skip("the source distribution has no .github")
     release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text("utf-8"))
     assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"}
     assert release["permissions"] == {"contents": "read"}

@@ -56,8 +56,7 @@ def test_help_shows_every_option_and_every_argument(name: str) -> None:
 def test_signatures_have_types_and_defaults(name: str) -> None:
     kind = home(name)
     layer = kind(2, 4, query_features=8, seed=0)
-    # Flax's metaclass shows ``(*args, **kwargs)`` for every module.
-    for shows in (kind.__init__,) if name == "flax" else (kind, kind.__init__):
+    for shows in (kind, kind.__init__):
         signature = inspect.signature(shows)
         parameters = [p for p in signature.parameters.values() if p.name != "self"]
         assert [p.name for p in parameters][: len(OPTIONS)] == OPTIONS
@@ -69,6 +68,8 @@ def test_signatures_have_types_and_defaults(name: str) -> None:
     assert list(call.parameters)[: len(names)] == names
     required_ones = [p.name for p in call.parameters.values() if p.default is p.empty]
     assert required_ones == ["query"]
+    if name == "flax":
+        assert inspect.signature(layer) == call
 
 
 def test_help_shows_the_functions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from anymha.interchange.files.atomic_write import check_writable
 from anymha.text import shown
 
 SHOWN_LEFT = 3
+UNITS = {"": 1, "b": 1} | {
+    f"{letter}{end}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for end, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
 
 
 def add_command(commands: Any) -> None:
@@ -35,9 +41,9 @@ def add_command(commands: Any) -> None:
                               "only one that fits")  # fmt: skip
     command.add_argument("--to", required=True, metavar="LAYOUT",
                          help="the new layout; `anymha` for `anymha.load`")  # fmt: skip
-    command.add_argument("--prefix", default="", metavar="P",
-                         help="only layers whose names begin so; {i}: a number, *: any text",
-                         )  # fmt: skip
+    command.add_argument("--prefix", action="append", metavar="P",
+                         help="only layers whose names begin so; {i}: a number, *: any text; "
+                              "may be given several times")  # fmt: skip
     command.add_argument("--to-prefix", metavar="Q",
                          help="what their names begin with in DST; default as in SRC")  # fmt: skip
     command.add_argument("--num-heads", type=int, metavar="H", help="query heads")
@@ -51,6 +57,11 @@ def add_command(commands: Any) -> None:
                              help=f"`{name}` of the layers, as JSON; null for none")  # fmt: skip
     command.add_argument("--others", action="store_true", help="copy the other tensors too")
     add_max_bytes(command)
+    command.add_argument("--max-shard-size", type=_size, metavar="N",
+                         help="at most so many bytes in a file, as 5GB or 500MiB: then files and "
+                              "an index of them are written")  # fmt: skip
+    command.add_argument("--dry-run", action="store_true",
+                         help="read, convert and check everything, and write nothing")  # fmt: skip
     command.add_argument("--verify", action="store_true",
                          help="convert back, run the layers, and report the errors")  # fmt: skip
     command.set_defaults(run=convert)
@@ -70,6 +81,14 @@ def _option_value(text: str) -> Any:
         return text
 
 
+def _size(text: str) -> int:
+    """A number of bytes, also with a unit: 5GB is 5 * 10**9, 5GiB is 5 * 2**30."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"expected bytes, as 5GB or 500MiB, not {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 def convert(options: argparse.Namespace) -> int:
     """Convert all attention layers of a file to another layout, one layer at a time.
 
@@ -87,8 +106,9 @@ def convert(options: argparse.Namespace) -> int:
         try:
             conversion = convert_file(
                 options.source, options.target, options.layout, options.to,
-                prefix=options.prefix, to_prefix=options.to_prefix, others=options.others,
-                max_bytes=options.max_bytes, on_layer=progress,
+                prefix=options.prefix or "", to_prefix=options.to_prefix, others=options.others,
+                max_bytes=options.max_bytes, max_shard_bytes=options.max_shard_size,
+                dry_run=options.dry_run, on_layer=progress,
                 check=verifier.check if verifier else lambda layer: None, **sizes,
             )  # fmt: skip
         except Mismatch as error:
@@ -108,9 +128,12 @@ def convert(options: argparse.Namespace) -> int:
         lines += verifier.lines()
     count = len(conversion.layers)
     size = sum(tensor.bytes for tensor in conversion.tensors.values())
+    files = conversion.files or [options.target]
+    shards = f" in {len(files) - 1} file{'s' * (len(files) > 2)}" if files[1:] else ""
+    trial = "Not written, as a trial: " if options.dry_run else ""
     lines.append(
-        f"{shown(options.target)}: {count} layer{'s' * (count != 1)} of {conversion.layout} as "
-        f"{options.to}, {len(conversion.tensors)} tensors, {size:,} bytes"
+        f"{trial}{shown(files[0])}: {count} layer{'s' * (count != 1)} of {conversion.layout} as "
+        f"{options.to}, {len(conversion.tensors)} tensors{shards}, {size:,} bytes"
     )
     for line in lines:
         print(line)

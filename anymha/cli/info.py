@@ -16,6 +16,7 @@ EXTRAS = {
     "report": (("matplotlib",), "pictures in the HTML report of `anymha parity`"),
     "hdf5": (("h5py",), "Keras's files: .weights.h5 and .keras"),
     "orbax": (("tensorstore",), "Orbax's checkpoints, of Flax"),
+    "gguf": (("gguf",), "quantised tensors of GGUF files"),
 }
 """For each extra that brings no home: the packages, and what they serve."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anymha.cli.progress import busy
 from anymha.interchange.anymha_files import ENTRY, read_configs
 from anymha.interchange.detect import UNNAMED, LayerGroup, find_layer_groups, numbers_of, pattern_of
 from anymha.interchange.files.formats import format_of, open_file
@@ -29,6 +31,8 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("file", type=Path, metavar="FILE", help="of any format; see docs/files.md")
     add_max_bytes(command)
+    command.add_argument("--all", action="store_true", help="list every tensor of the file too")
+    command.add_argument("--json", action="store_true", help="print JSON, for programs")
     command.set_defaults(run=inspect)
 
 
@@ -41,15 +45,60 @@ def add_max_bytes(command: argparse.ArgumentParser) -> None:
 
 def inspect(options: argparse.Namespace) -> int:
     """List the attention layers of a file, the layouts that fit, and the sizes that shapes show."""
-    with open_file(options.file, options.max_bytes) as reader:
-        lines = list(report(reader))
+    with (
+        busy(f"reading {options.file}"),
+        open_file(options.file, options.max_bytes) as reader,
+    ):
+        if options.json:
+            lines = [json.dumps(as_data(reader, options.all), indent=2)]
+        else:
+            lines = list(report(reader, options.all))
     for line in lines:
         print(line)
     return 0
 
 
-def report(reader: Reader) -> Iterable[str]:
-    """The lines about a file."""
+def as_data(reader: Reader, every: bool = False) -> dict[str, Any]:
+    """What `report` says of a file, as data for JSON.
+
+    Args:
+        reader: The file.
+        every: Whether every tensor is listed.
+    """
+    file_format = format_of(reader.path)
+    data: dict[str, Any] = {
+        "file": str(reader.path),
+        "format": file_format.name,
+        "tensor_count": len(reader.tensors),
+        "bytes": sum(tensor.bytes for tensor in reader.tensors.values()),
+        "layers": [_group_data(one) for one in find_layer_groups(reader.tensors, file_format)],
+    }
+    return data | ({"tensors": _tensor_data(reader.tensors)} if every else {})
+
+
+def _group_data(group: LayerGroup) -> dict[str, Any]:
+    config = group.config
+    return {
+        "pattern": group.pattern,
+        "prefixes": group.prefixes,
+        "layouts": [fit.name for fit in group.fits],
+        "misfits": group.misfits,
+        "config": None if config is None else config.to_dict(),
+        "tensors": _tensor_data(group.tensors),
+    }
+
+
+def _tensor_data(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {n: {"dtype": str(t.dtype), "shape": list(t.shape)} for n, t in tensors.items()}
+
+
+def report(reader: Reader, every: bool = False) -> Iterable[str]:
+    """The lines about a file.
+
+    Args:
+        reader: The file.
+        every: Whether every tensor is listed.
+    """
     file_format = format_of(reader.path)
     tensors = reader.tensors
     size = sum(tensor.bytes for tensor in tensors.values())
@@ -65,12 +114,18 @@ def report(reader: Reader) -> Iterable[str]:
         yield from _group(reader.path, group)
     if not groups:
         yield ""
-        yield "No attention layer of a known layout. Its names:"
-        yield from _names(tensors)
+        yield f"No attention layer of a known layout.{'' if every else ' Its names:'}"
+        if not every:
+            yield from _names(tensors)
     remarks = remarks_on(tensors)
     if remarks and not any(group.kind for group in groups):
         yield ""
         yield from remarks
+    if every:
+        yield ""
+        yield "All tensors:"
+        for name, tensor in tensors.items():
+            yield f"  {shown(name)}  {tensor.dtype} {_shape(tensor)}"
 
 
 def _group(path: Path, group: LayerGroup) -> Iterable[str]:

@@ -78,12 +78,16 @@ class Backend:
             )
         return self._module().MultiHeadAttention
 
+    def missing(self) -> BackendNotInstalledError:
+        """The error that says how to install its framework."""
+        return BackendNotInstalledError(
+            f"The backend {self.name!r} needs {self.framework}, which is not installed. "
+            f"Install it with: pip install 'anymha[{self.name}]'."
+        )
+
     def _module(self, name: str = "") -> ModuleType:
         if not self.installed:
-            raise BackendNotInstalledError(
-                f"The backend {self.name!r} needs {self.framework}, which is not installed. "
-                f"Install it with: pip install 'anymha[{self.name}]'."
-            )
+            raise self.missing()
         return sys.modules[_load(f"{self.package}.{name}" if name else self.package)]
 
 
@@ -105,6 +109,21 @@ LAYERS = (
     Backend("equinox", "anymha_equinox", "equinox", ()),
 )
 """Packages of a layer alone, whose arrays are another backend's, found at the call."""
+
+
+def explain_missing(package: str, error: ModuleNotFoundError) -> None:
+    """Raise the error that names the extra, where a package's import failed for its framework.
+
+    Args:
+        package: The package, as "anymha_torch".
+        error: The error of its import.
+
+    Raises:
+        BackendNotInstalledError: the framework is not installed.
+    """
+    for home in (*BUILT_IN, *LAYERS):
+        if home.package == package and (error.name or "").partition(".")[0] == home.framework:
+            raise home.missing() from error
 
 
 @cache

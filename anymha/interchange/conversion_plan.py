@@ -58,6 +58,7 @@ class Conversion:
             needs, arrays that the layout does not know, values that are not finite.
         verification: What was proved about the layers, in lines; empty where nothing was verified.
         layout: The layers' layout in the source.
+        files: The new files: the one to open, then its shards where there are any.
     """
 
     layers: dict[str, str]
@@ -67,6 +68,7 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
     verification: list[str] = field(default_factory=list)
     layout: str = ""
+    files: list[Path] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         """Add a note, once."""
@@ -110,15 +112,20 @@ class ConversionJob:
         return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
-def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) -> str:
+def choose_layout(reader: Reader, groups: Sequence[LayerGroup], patterns: Sequence[str]) -> str:
     """The layout of all layers whose names begin with a pattern, where nothing else fits them.
 
     Raises:
         UsageError: there is no such layer, or several layouts may be meant.
     """
     path, tensors = reader.path, reader.tensors
-    groups = [g for g in groups if any(matches(prefix, pattern) for prefix in g.prefixes)]
-    _refuse_changed(path, groups, pattern)
+    groups = [
+        group
+        for group in groups
+        if any(matches(prefix, pattern) for prefix in group.prefixes for pattern in patterns)
+    ]
+    for pattern in patterns:
+        _refuse_changed(path, groups, pattern)
     found = {group.pattern: group for group in groups if group.fits}
     names = {group.layout for group in found.values()}
     name = names.pop() if len(names) == 1 else None
@@ -127,15 +134,15 @@ def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) ->
     if not found:
         raise UsageError(
             f"{shown(path)} holds no attention layer of a known layout whose names begin with "
-            f"{quoted(pattern)}. {_remarks(tensors)}See what it holds with: anymha inspect FILE."
+            f"{' or '.join(map(quoted, patterns))}. {_remarks(tensors)}See what it holds with: anymha inspect FILE."
         )
     fits = "; ".join(
         f"{quoted(group.pattern)}: {', '.join(fit.name for fit in group.fits)}"
         for group in found.values()
     )
     raise UsageError(
-        f"{shown(path)}: name the layout (`layout=...`, `--from`), for names and shapes leave it open. Of "
-        f"the layouts known here these fit: {fits}."
+        f"{shown(path)}: name the layout (`layout=...`, `--from`), for names and shapes leave it "
+        f"open. Of the layouts known here these fit: {fits}."
     )
 
 

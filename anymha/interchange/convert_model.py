@@ -7,8 +7,10 @@ converted and written, so that the memory of one layer is enough for any model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,15 @@ from anymha.interchange.conversion_plan import (
 )
 from anymha.interchange.detect import LayoutFit, find_layer_groups
 from anymha.interchange.files.atomic_write import check_writable
-from anymha.interchange.files.formats import create_file, format_of, open_file, writable_format
+from anymha.interchange.files.formats import (
+    create_file,
+    format_of,
+    new_files,
+    open_file,
+    writable_format,
+)
 from anymha.interchange.files.paths import check_not_source
+from anymha.interchange.files.reader import Tensor, Writer
 from anymha.interchange.files.siblings import siblings
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
@@ -42,10 +51,12 @@ def convert_file(
     layout: str | None,
     to: str,
     *,
-    prefix: str = "",
+    prefix: str | Sequence[str] = "",
     to_prefix: str | None = None,
     others: bool = False,
     max_bytes: int | None = None,
+    max_shard_bytes: int | None = None,
+    dry_run: bool = False,
     on_layer: Callable[[int, int, str], None] = lambda done, count, prefix: None,
     check: Callable[[ConvertedLayer], None] = lambda layer: None,
     **sizes: Any,
@@ -60,11 +71,15 @@ def convert_file(
             the `config.json` beside the file, leave.
         to: Their new layout; "anymha" for files that `anymha.load` reads.
         prefix: Only layers whose names begin so; ``{i}`` stands for a number, ``*`` for any text.
+            A sequence of such prefixes takes the layers of each.
         to_prefix: What their names begin with in the target, with ``{i}``, ``{j}`` ... for the
             numbers of the source; default as in the source.
         others: Whether the other tensors of the source are copied as they are.
         max_bytes: The most bytes that the source's arrays may take together, whatever it claims;
             default 100 times the bytes of the file, and 64 MiB always.
+        max_shard_bytes: The most bytes of tensors in a file; where there are more, `target` stands
+            for shards and their index, as `anymha.interchange.files.formats.create_file` writes.
+        dry_run: Whether all is read, converted and checked, and nothing written.
         on_layer: Called before each layer with the number of layers done, the number of all
             layers, and its prefix.
         check: Called with each layer; an error that it raises ends the conversion without a file.
@@ -77,23 +92,27 @@ def convert_file(
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
     """
+    prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
     new_format = writable_format(target)
     check_writable(target)
     check_not_source(target, source, [source])
     new, old = get_layout(to), None if layout is None else get_layout(layout)
     with open_file(source, max_bytes) as reader:
-        check_not_source(target, source, [*reader.files(), *siblings(source)])
+        sources = [*reader.files(), *siblings(source)]
+        check_not_source(target, source, sources)
         file_format, model_config = format_of(source), read_config(source)
         groups = find_layer_groups(reader.tensors, file_format, model_config)
         if old is None:
-            layout = choose_layout(reader, groups, prefix)
+            layout = choose_layout(reader, groups, prefixes)
             old = get_layout(layout)
         stated = _stated(model_config, old, sizes)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
         namings = file_namings(old, file_format)
         target_naming = file_namings(new, new_format)[0]
         job = ConversionJob(reader, namings, target_naming, {**stated, **sizes}, configs)
-        layers = choose_layers(job, groups, prefix)
+        layers = {
+            start: fit for one in prefixes for start, fit in choose_layers(job, groups, one).items()
+        }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if stated:
             known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
@@ -104,7 +123,11 @@ def convert_file(
                 "read it. Write a .safetensors file."
             )
         metadata = metadata if new_format.metadata else {}
-        with create_file(target, plan.tensors, metadata) as writer:
+        plan.files = new_files(target, plan.tensors, max_shard_bytes)
+        for file in plan.files:
+            check_not_source(file, source, sources)
+        create = _rehearse if dry_run else create_file
+        with create(target, plan.tensors, metadata, max_shard_bytes) as writer:
             for number, (start, fit) in enumerate(layers.items()):
                 on_layer(number, len(layers), start)
                 for name, array in _convert_layer(job, start, fit, plan, check):
@@ -121,6 +144,29 @@ def _stated(
     stated = stated_options(model_config, layout)
     skipped = SIZES if not set(SIZES).isdisjoint(sizes) else ()
     return {n: value for n, value in stated.items() if n not in sizes and n not in skipped}
+
+
+class _Rehearsed(Exception):
+    """Ends a file that is not to be."""
+
+
+class _NoFile:
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Forget a tensor."""
+
+
+@contextmanager
+def _rehearse(
+    target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], max_bytes: int | None
+) -> Iterator[Writer]:
+    """A writer that writes nothing; what `create_file` refuses is refused."""
+    with (
+        TemporaryDirectory() as folder,
+        suppress(_Rehearsed),
+        create_file(Path(folder) / target.name, tensors, metadata, max_bytes),
+    ):
+        raise _Rehearsed
+    yield _NoFile()
 
 
 def _convert_layer(

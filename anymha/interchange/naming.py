@@ -70,13 +70,13 @@ class FileNaming:
 
 def file_namings(layout: Layout, file_format: Format) -> list[FileNaming]:
     """The namings that a format's files may have for a layout; new files have the first."""
-    if file_format.name in HDF5 and layout.name in KERAS:
-        return [FileNaming(layout, KERAS[layout.name], "/")]
+    numbered = file_format.name in HDF5 and layout.name in KERAS
+    first = [FileNaming(layout, KERAS[layout.name], "/")] if numbered else []
     other = "." if layout.separator == "/" else "/"
     plain = {name: name for name in layout.names()}
     joined = {name: name.replace(layout.separator, other) for name in plain}
-    namings = [FileNaming(layout, plain, layout.separator), FileNaming(layout, joined, other)]
-    return namings if joined != plain else namings[:1]
+    named = [FileNaming(layout, plain, layout.separator), FileNaming(layout, joined, other)]
+    return first + (named if joined != plain else named[:1])
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -45,6 +46,14 @@ class FlaxOptions(AttentionConfig):
     deterministic: bool = False
 
 
+class _Signature:
+    """The signature of the constructor, which Flax's metaclass hides; of a layer that of a call."""
+
+    def __get__(self, layer: Any, kind: type) -> inspect.Signature:
+        signature = inspect.signature(kind.__init__ if layer is None else kind.__call__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
 class MultiHeadAttention(NativeLayer, nnx.Module):
     """Multi-head attention as an `nnx.Module`.
 
@@ -83,6 +92,7 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
     deterministic: bool
     rngs: nnx.RngStream | None
     ops = _jax.ops
+    __signature__ = _Signature()
 
     @takes_options(FlaxOptions)
     def __init__(

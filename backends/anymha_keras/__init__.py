@@ -1,5 +1,11 @@
 """anymha for Keras, on whichever of its backends is set."""
 
-from anymha_keras.layer import MultiHeadAttention
+from anymha.framework.registry import explain_missing
+
+try:
+    from anymha_keras.layer import MultiHeadAttention
+except ModuleNotFoundError as error:
+    explain_missing(__name__, error)
+    raise
 
 __all__ = ["MultiHeadAttention"]

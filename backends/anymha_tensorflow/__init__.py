@@ -1,5 +1,11 @@
 """anymha for TensorFlow."""
 
-from anymha_tensorflow.layer import MultiHeadAttention
+from anymha.framework.registry import explain_missing
+
+try:
+    from anymha_tensorflow.layer import MultiHeadAttention
+except ModuleNotFoundError as error:
+    explain_missing(__name__, error)
+    raise
 
 __all__ = ["MultiHeadAttention"]

@@ -42,14 +42,15 @@ class Archive:
     Args:
         path: The file.
         kind: The format's name in messages, with its article.
+        stream: A stream of its bytes; default the file at `path`.
 
     Attributes:
         sizes: The members' sizes by name, as the archive claims them.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path, kind: str, stream: BinaryIO | None = None) -> None:
         self.path, self.kind = path, kind
-        self._stream, self._size = open_stream(path)
+        self._stream = open_stream(path)[0] if stream is None else stream
         try:
             with self._guard("it is not a complete zip archive"):
                 self._zip = zipfile.ZipFile(self._stream)

@@ -95,6 +95,9 @@ class Hdf5Reader(Reader):
             if isinstance(item, self._h5py.Group):
                 yield from self._walk(item, f"{name}/")
             elif isinstance(item, self._h5py.Dataset):
+                # Older names of TensorFlow's variables end with an operation's output.
+                plain = name.removesuffix(":0")
+                name = name if plain.removeprefix(prefix) in group else plain
                 self._datasets[name] = item
                 yield name, self._tensor(name, item)
 

@@ -8,11 +8,13 @@ References:
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.hdf5 import Hdf5Reader
 from anymha.interchange.files.reader import CHUNK, broken
@@ -32,13 +34,31 @@ def open_keras(path: Path) -> Hdf5Reader:
         if WEIGHTS not in archive.sizes:
             raise broken(path, KIND, f"it has no member {WEIGHTS!r}")
         # A file of its own: HDF5 jumps about, and the checksum counts for the whole.
-        copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  the reader closes it
+        with _room_for(path, archive.sizes[WEIGHTS]):
+            copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  the reader closes it
         try:
             with archive.open(WEIGHTS) as stream:
-                shutil.copyfileobj(stream, copy, CHUNK)
+                while chunk := stream.read(CHUNK):
+                    with _room_for(path, archive.sizes[WEIGHTS]):
+                        copy.write(chunk)
+                        copy.flush()
             return Hdf5Reader(path, copy, KIND)
         except BaseException:
-            copy.close()
+            with suppress(OSError):  # of what is still to be written
+                copy.close()
             raise
     finally:
         archive.close()
+
+
+@contextmanager
+def _room_for(path: Path, size: int) -> Iterator[None]:
+    """Say what is full where the copy of the weights cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be read: its weights, {size:,} bytes, are copied to a temporary file, "
+            f"and {tempfile.gettempdir()} cannot hold it: {error.strerror or error}. Set TMPDIR to "
+            "a folder with room."
+        ) from error

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -40,6 +40,21 @@ class PickledName:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class PickledObject:
+    """An object of a class that is not made: what the pickle says of it.
+
+    Args:
+        kind: The name of its class, as ``"torch.distributed.checkpoint.metadata.Metadata"``.
+        arguments: Those of its construction.
+        state: Its state, which is often a dict of its attributes.
+    """
+
+    kind: str
+    arguments: tuple[Any, ...]
+    state: Any = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ def _key(key: Any) -> Any:
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *rest: tensor,
@@ -123,8 +139,33 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "builtins.set": lambda items=(): list(items),
     "__builtin__.set": lambda items=(): list(items),
     "_codecs.encode": lambda text, *rest: text,
-}
-_KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter")
+    # What training loops save besides weights. It is left out.
+    **dict.fromkeys(
+        (
+            "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+            "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+            "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath",
+            "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "collections.deque",
+            "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        ),
+        lambda *parts: None,
+    ),
+    **dict.fromkeys(
+        (
+            "collections.defaultdict", "collections.Counter",
+            "pytorch_lightning.utilities.parsing.AttributeDict",
+            "lightning.pytorch.utilities.parsing.AttributeDict",
+            "lightning.fabric.utilities.data.AttributeDict",
+            "lightning_fabric.utilities.data.AttributeDict",
+        ),
+        lambda *parts: {},
+    ),
+}  # fmt: skip
+_KINDS = (
+    "torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray", "builtins.list",
+    "builtins.dict", "builtins.int", "builtins.float", "__builtin__.list", "__builtin__.dict",
+    "__builtin__.int", "__builtin__.long", "__builtin__.float",
+)  # fmt: skip
 """Classes that are mentioned and not called."""
 
 
@@ -160,7 +201,9 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _storage(ident: Any) -> Storage:
-    word, kind, key, _, size = ident
+    word, kind, key, _, size, *view = ident
+    if any(view):  # of torch before 0.4
+        raise RefusedPickle("it has a storage that is a view of another one")
     if not isinstance(key, (str, int)):
         raise RefusedPickle("the key of a storage is neither a text nor a number")
     if word != "storage" or not isinstance(kind, PickledName) or type(size) is not int or size < 0:
@@ -174,13 +217,19 @@ class PickleMachine:
     Args:
         program: The pickle, or a stream that holds it from here on; after `run` the stream is at
             the pickle's end.
+        classes: Names of classes whose objects the pickle may have besides, as `PickledObject`s.
+
+    Attributes:
+        storages: The storages that the pickle mentions, by key, once it has run.
     """
 
-    def __init__(self, program: bytes | BinaryIO) -> None:
+    def __init__(self, program: bytes | BinaryIO, classes: Container[str] = ()) -> None:
+        self._classes = classes
         self._program = io.BytesIO(program) if isinstance(program, bytes) else program
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._steps = 0
+        self.storages: dict[str, Storage] = {}
 
     def run(self) -> Any:
         """Run the pickle: the result is dicts, lists, `StridedTensor`s and plain values.
@@ -230,16 +279,24 @@ class PickleMachine:
             stack[-1].extend(items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             last = stack.pop() if name == "STACK_GLOBAL" else None
-            stack.append(_named(stack.pop(), last) if last else _named(*argument.split(" ", 1)))
+            names = (stack.pop(), last) if last else argument.split(" ", 1)
+            full = PickledName(*map(str, names))
+            stack.append(full if str(full) in self._classes else _named(*names))
         elif name in ("REDUCE", "NEWOBJ"):
-            arguments = stack.pop()
-            stack.append(_call(stack.pop(), arguments))
+            arguments, function = stack.pop(), stack.pop()
+            known = isinstance(function, PickledName) and str(function) in self._classes
+            called = PickledObject(str(function), arguments) if known else None
+            stack.append(called if called else _call(function, arguments))
             if isinstance(stack[-1], (dict, list, tuple)):
                 self._steps += len(stack[-1])
         elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
+            storage = _storage(stack.pop())
+            self.storages[storage.key] = storage
+            stack.append(storage)
         elif name == "BUILD":
-            stack.pop()  # the state of an OrderedDict, which has no tensors
+            state = stack.pop()
+            if isinstance(stack[-1], PickledObject):
+                stack[-1].state = state  # that of others, as an OrderedDict, has no tensors
         elif name not in ("PROTO", "FRAME"):
             raise RefusedPickle(
                 f"its pickle has the instruction {name}, which no file of tensors needs"
@@ -255,7 +312,7 @@ class PickleMachine:
 
 _PUSHED = {
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1",
-    "BINFLOAT", "BINBYTES", "SHORT_BINBYTES",
+    "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "SHORT_BINSTRING", "BINSTRING",
 }  # fmt: skip
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "MARK": lambda: MARK,

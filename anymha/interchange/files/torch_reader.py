@@ -19,14 +19,7 @@ import numpy as np
 
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.pickles import PickleMachine, RefusedPickle, Storage, StridedTensor
-from anymha.interchange.files.reader import (
-    MAX_NAME,
-    Reader,
-    Tensor,
-    broken,
-    fits_memory,
-    open_stream,
-)
+from anymha.interchange.files.reader import MAX_NAME, Reader, Tensor, fits_memory
 from anymha.text import quoted, shown
 
 KIND = "a torch"
@@ -65,14 +58,11 @@ class TorchReader(Reader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KIND)
-        _check_form(path)
-        self._archive = Archive(path, KIND)
         self._kept: tuple[Storage, np.ndarray] | None = None
+        self._open()
         try:
-            self._root = self._pickle_folder()
-            program = self._archive.read(f"{self._root}data.pkl")
             self._tensors: dict[str, StridedTensor] = {}
-            self.set_tensors(self._collect(PickleMachine(program).run()))
+            self.set_tensors(self._collect(self._run_pickle()))
         except RefusedPickle as error:
             self.close()
             raise self.broken(str(error)) from error
@@ -84,6 +74,23 @@ class TorchReader(Reader):
         for name, strided in _flat(saved, (), count()):
             self._tensors[name] = strided
             yield name, self._checked_tensor(name, strided)
+
+    def _open(self) -> None:
+        self._archive = Archive(self.path, KIND)
+
+    def _run_pickle(self) -> Any:
+        """The saved object, whose tensors are `StridedTensor`s."""
+        self._root = self._pickle_folder()
+        return PickleMachine(self._archive.read(f"{self._root}data.pkl")).run()
+
+    def _stored_bytes(self, storage: Storage) -> int | None:
+        """How many bytes of a storage there are in the file; None where it has no such storage."""
+        return self._archive.sizes.get(f"{self._root}data/{storage.key}")
+
+    def _storage(self, storage: Storage, size: int) -> np.ndarray:
+        """The bytes of a storage."""
+        record = f"{self._root}data/{storage.key}"
+        return self._archive.array(record, Tensor((size,), np.dtype(np.uint8)))
 
     def _pickle_folder(self) -> str:
         sizes = self._archive.sizes
@@ -102,9 +109,8 @@ class TorchReader(Reader):
 
     def _checked_tensor(self, name: str, strided: StridedTensor) -> Tensor:
         storage, dtype = strided.storage, _dtype(strided)
-        record = f"{self._root}data/{storage.key}"
-        stored = _dtype_of(storage)[1] * storage.size
-        if self._archive.sizes.get(record) != stored:
+        stored = dtype_of(storage)[1] * storage.size
+        if self._stored_bytes(storage) != stored:
             raise RefusedPickle(
                 f"the elements of {quoted(name)} are missing, or fewer or more than it says"
             )
@@ -130,9 +136,8 @@ class TorchReader(Reader):
         """The bytes of a storage; the last one is kept, for tensors that share it."""
         if self._kept is None or self._kept[0] != storage:
             self._kept = None
-            size = _dtype_of(storage)[1] * storage.size
-            record = f"{self._root}data/{storage.key}"
-            self._kept = storage, self._archive.array(record, Tensor((size,), np.dtype(np.uint8)))
+            size = dtype_of(storage)[1] * storage.size
+            self._kept = storage, self._storage(storage, size)
         return self._kept[1]
 
     def close(self) -> None:
@@ -141,26 +146,7 @@ class TorchReader(Reader):
         self._archive.close()
 
 
-def open_torch(path: Path) -> TorchReader:
-    """The tensors of a file of torch.
-
-    Raises:
-        FileError: it cannot be read, is broken, or holds code.
-    """
-    return TorchReader(path)
-
-
-def _check_form(path: Path) -> None:
-    """Refuse the form of torch before 1.6, several pickles in sequence."""
-    stream, _ = open_stream(path)
-    with stream:
-        begins = stream.read(1)
-    if begins == b"\x80":
-        raise broken(path, KIND, "it has the form of torch before 1.6; load it in torch with "
-                     "`torch.load(file, weights_only=True)`, and save it anew")  # fmt: skip
-
-
-def _dtype_of(storage: Storage) -> tuple[np.dtype | None, int]:
+def dtype_of(storage: Storage) -> tuple[np.dtype | None, int]:
     """The dtype of a storage, None where it is untyped, and the bytes of its unit."""
     if storage.dtype == "UntypedStorage":
         return None, 1
@@ -170,7 +156,7 @@ def _dtype_of(storage: Storage) -> tuple[np.dtype | None, int]:
 
 
 def _dtype(strided: StridedTensor) -> np.dtype:
-    dtype, _ = _dtype_of(strided.storage)
+    dtype, _ = dtype_of(strided.storage)
     if dtype is None and strided.dtype in UNTYPED:
         return UNTYPED[strided.dtype]
     if dtype is None or strided.dtype is not None:

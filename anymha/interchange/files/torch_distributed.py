@@ -1,0 +1,226 @@
+"""torch's distributed checkpoints (DCP): a folder whose ``.metadata`` says where each piece lies.
+
+The metadata is a pickle, which torch would run; here it is read as data, like every pickle. Each
+piece of a tensor is a file of torch of its own, one behind another in the ``.distcp`` files.
+
+References:
+    PyTorch 2.13, ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py``.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from anymha.interchange.files.archive import Archive
+from anymha.interchange.files.pickles import (
+    PickledName,
+    PickledObject,
+    PickleMachine,
+    RefusedPickle,
+)
+from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream
+from anymha.interchange.files.torch_reader import (
+    KIND,
+    MAX_PICKLE,
+    STORAGES,
+    UNTYPED,
+    TorchReader,
+)
+
+METADATA = ".metadata"
+_HOME = "torch.distributed.checkpoint"
+_CLASSES = (
+    *(f"{_HOME}.metadata.{name}" for name in (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+        "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    )),
+    f"{_HOME}.filesystem._StorageInfo", "torch.serialization._get_layout",
+    "pathlib.PosixPath", "pathlib._local.PosixPath",
+)  # fmt: skip
+_DTYPES = {
+    **{name: STORAGES[f"{kind}Storage"] for name, kind in {
+        "float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16",
+        "int64": "Long", "int32": "Int", "int16": "Short", "int8": "Char", "uint8": "Byte",
+        "bool": "Bool", "complex64": "ComplexFloat", "complex128": "ComplexDouble",
+    }.items()},
+    **UNTYPED,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block of a tensor: where it begins in the tensor, its shape, and its place on the disk."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    length: int
+
+
+class _Span(io.RawIOBase):
+    """A part of a file, as a stream of its own."""
+
+    def __init__(self, stream: BinaryIO, begin: int, length: int) -> None:
+        super().__init__()
+        self._stream, self._begin, self._length, self._at = stream, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._stream.seek(self._begin + self._at)
+        content = self._stream.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+class _PieceReader(TorchReader):
+    """A file of torch within another file."""
+
+    def __init__(self, path: Path, span: _Span) -> None:
+        self._span = span
+        super().__init__(path)
+
+    def _open(self) -> None:
+        self._archive = Archive(self.path, KIND, cast(BinaryIO, io.BufferedReader(self._span)))
+
+
+class DistributedReader(Reader):
+    """An open distributed checkpoint; only the tensors that are asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "a torch distributed checkpoint's")
+        self._files: dict[str, tuple[BinaryIO, int]] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        try:
+            self.set_tensors(self._parsed(self._metadata()))
+        except (RefusedPickle, TypeError, LookupError, AttributeError, ValueError) as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise
+            raise self.broken(f"its {METADATA!r}: {error!s:.200}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _metadata(self) -> dict[str, Any]:
+        stream, size = open_stream(self.path / METADATA)
+        with stream:
+            if size > MAX_PICKLE:
+                raise RefusedPickle(f"it has more than {MAX_PICKLE} bytes")
+            return _state(PickleMachine(stream.read(), _CLASSES).run())
+
+    def _parsed(self, metadata: dict[str, Any]) -> dict[str, Tensor]:
+        places: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
+        for index, info in metadata["storage_data"].items():
+            key = _state(index)
+            if key.get("offset") is not None:
+                places.setdefault(key["fqn"], {})[_sizes(key["offset"])] = _state(info)
+        tensors = {}
+        for name, entry in metadata["state_dict_metadata"].items():
+            if entry.kind.endswith(".TensorStorageMetadata"):
+                tensors[name] = self._tensor(name, _state(entry), places.get(name, {}))
+        return tensors
+
+    def _tensor(self, name: str, entry: dict[str, Any], places: dict[Any, Any]) -> Tensor:
+        dtype = entry["properties"].state[0]
+        if not isinstance(dtype, PickledName) or dtype.name not in _DTYPES:
+            raise RefusedPickle(f"{name!r:.200} has elements of {dtype!s:.40}")
+        tensor = Tensor(_sizes(entry["size"]), _DTYPES[dtype.name])
+        pieces = [_piece(_state(chunk), places) for chunk in entry["chunks"]]
+        for piece in pieces:
+            ends = [a + n for a, n in zip(piece.offsets, piece.shape, strict=True)]
+            if any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
+                raise RefusedPickle(f"a piece of {name!r:.200} lies outside of it")
+            if piece.begin + piece.length > self._opened(piece.file)[1]:
+                raise RefusedPickle(f"{piece.file!r:.100} ends within a piece of {name!r:.200}")
+        if sum(Tensor(piece.shape, tensor.dtype).size for piece in pieces) != tensor.size:
+            raise RefusedPickle(f"pieces of {name!r:.200} are missing")
+        if not fits_memory(tensor.bytes, sum(piece.length for piece in pieces)):
+            raise RefusedPickle(f"{name!r:.200} claims {tensor.bytes} bytes")
+        self._pieces[name] = pieces
+        return tensor
+
+    def _opened(self, file: str) -> tuple[BinaryIO, int]:
+        if file not in self._files:
+            self._files[file] = open_stream(self.path / file)
+        return self._files[file]
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
+        array = np.empty(tensor.shape, tensor.dtype)
+        filled = np.zeros(tensor.shape, bool)
+        for piece in self._pieces[name]:
+            span = _Span(self._opened(piece.file)[0], piece.begin, piece.length)
+            with _PieceReader(self.path / piece.file, span) as reader:
+                (inner,) = reader.tensors.values() or (None,)
+                if inner != Tensor(piece.shape, tensor.dtype):
+                    raise self.broken(f"a piece of {name!r:.200} is {inner}")
+                place = tuple(
+                    slice(a, a + n) for a, n in zip(piece.offsets, piece.shape, strict=True)
+                )
+                array[place] = reader.read(*reader.tensors)
+                filled[place] = True
+        if not filled.all():
+            raise self.broken(f"pieces of {name!r:.200} overlap")
+        return array
+
+    def files(self) -> list[Path]:
+        """The metadata, and the files that hold the pieces."""
+        return [self.path / METADATA, *(self.path / file for file in self._files)]
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream, _ in self._files.values():
+            stream.close()
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """The attributes of an object."""
+    if not isinstance(value, PickledObject) or not isinstance(value.state, dict):
+        raise RefusedPickle(f"it has {value!r:.100} where an object is needed")
+    return value.state
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or any(type(n) is not int or not 0 <= n < 2**63 for n in value):
+        raise RefusedPickle(f"it has {value!r:.100} where a shape is needed")
+    return value
+
+
+def _piece(chunk: dict[str, Any], places: dict[Any, Any]) -> _Piece:
+    offsets, shape = _sizes(chunk["offsets"]), _sizes(chunk["sizes"])
+    info = places[offsets]
+    file, begin, length = (info[name] for name in ("relative_path", "offset", "length"))
+    if not isinstance(file, str) or not file.strip(".") or set(file) & set("/\\:\0"):
+        raise RefusedPickle(f"a piece lies in {file!r:.100}, not in the folder")
+    if info.get("transform_descriptors"):
+        raise RefusedPickle("its pieces are compressed or transformed otherwise")
+    begin, length = _sizes((begin, length))
+    return _Piece(offsets, shape, file, begin, length)
+
+
+def open_distributed(path: Path) -> DistributedReader:
+    """The tensors of a distributed checkpoint.
+
+    Raises:
+        FileError: it cannot be read, or is broken.
+    """
+    return DistributedReader(path)
