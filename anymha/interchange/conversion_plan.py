@@ -134,7 +134,8 @@ def choose_layout(reader: Reader, groups: Sequence[LayerGroup], patterns: Sequen
     if not found:
         raise UsageError(
             f"{shown(path)} holds no attention layer of a known layout whose names begin with "
-            f"{' or '.join(map(quoted, patterns))}. {_remarks(tensors)}See what it holds with: anymha inspect FILE."
+            f"{' or '.join(map(quoted, patterns))}. {_remarks(tensors)}See what it holds with: "
+            "anymha inspect FILE."
         )
     fits = "; ".join(
         f"{quoted(group.pattern)}: {', '.join(fit.name for fit in group.fits)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
@@ -50,7 +51,10 @@ class Archive:
 
     def __init__(self, path: Path, kind: str, stream: BinaryIO | None = None) -> None:
         self.path, self.kind = path, kind
-        self._stream = open_stream(path)[0] if stream is None else stream
+        if stream is None:
+            self._stream, self._size = open_stream(path)
+        else:
+            self._stream, self._size = stream, stream.seek(0, io.SEEK_END)
         try:
             with self._guard("it is not a complete zip archive"):
                 self._zip = zipfile.ZipFile(self._stream)
