@@ -98,7 +98,7 @@ def convert_file(
         for file in plan.files:
             if file.exists() and any(file.samefile(one) for one in reader.files() if one.exists()):
                 raise UsageError(
-                    f"The new files must be other ones than {source}'s: {file} is one."
+                    f"The two files must be different ones. Received: {file}, which {source} needs."
                 )
         create = _rehearse if dry_run else create_file
         with create(target, plan.tensors, metadata, max_shard_bytes) as writer:
