@@ -169,7 +169,9 @@ _KINDS = (
 """Classes that are mentioned and not called."""
 
 
-_KEYS = (str, bytes, int, float, type(None), PickledName, Storage, StridedTensor)
+_KEYS = (
+    str, bytes, int, float, type(None), PickledName, PickledObject, Storage, StridedTensor,
+)  # fmt: skip
 
 
 def _word(value: Any) -> str:
