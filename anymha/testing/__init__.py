@@ -17,12 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from anymha.testing.conformance import (
-        CAPABILITIES,
-        Conformance,
-        FunctionTests,
-        SemanticsTests,
-    )
+    from anymha.testing.conformance import CAPABILITIES, Conformance, FunctionTests, SemanticsTests
 
 __all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
 

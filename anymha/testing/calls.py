@@ -49,8 +49,7 @@ class Returned:
         __tracebackhide__ = True
         got = self.value
         must(
-            got.shape == shape,
-            f"{self.text} must have shape {shape}. Received: shape {got.shape}.",
+            got.shape == shape, f"{self.text} must have shape {shape}. Received: shape {got.shape}."
         )
         must(
             got.dtype.name == dtype,

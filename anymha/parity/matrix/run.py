@@ -77,14 +77,7 @@ def run(backend: Backend, problem: OracleProblem) -> Result:
         three = [named.pop(name, None) for name in parts]
         own = {name: arrays[name] for name in weights}
         return multi_head_attention(
-            ops,
-            config,
-            own,
-            *three,
-            **named,
-            **others,
-            return_attention_scores=True,
-            plans=Plans(),
+            ops, config, own, *three, **named, **others, return_attention_scores=True, plans=Plans()
         )
 
     if backend.has_layer:

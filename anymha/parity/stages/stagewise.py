@@ -82,10 +82,7 @@ def reported_stages(trace: Trace, output: np.ndarray) -> Arrays:
 
 
 def compare_stages(
-    recipe: Recipe,
-    exact: Arrays,
-    traces: tuple[Trace, Trace],
-    reported: tuple[Arrays, Arrays],
+    recipe: Recipe, exact: Arrays, traces: tuple[Trace, Trace], reported: tuple[Arrays, Arrays]
 ) -> list[Stage]:
     """Every stage that the candidate reports.
 
