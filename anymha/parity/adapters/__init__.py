@@ -13,21 +13,21 @@ from anymha.interchange.libraries import CLASSES
 from anymha.parity.stages.trace import Adapter
 
 LIBRARIES = {
-    ("torch", "MultiheadAttention"): "torch_layer",
-    ("keras", "MultiHeadAttention"): "keras_layer",
-    ("keras", "GroupedQueryAttention"): "keras_layer",
-    ("flax", "MultiHeadDotProductAttention"): "linen_layer",
-    ("flax", "MultiHeadAttention"): "flax_layer",
-    ("equinox", "MultiheadAttention"): "equinox_layer",
-    ("onnxruntime", "InferenceSession"): "onnx_session",
+    ("torch", "MultiheadAttention"): "torch_layers.TorchLayer",
+    ("keras", "MultiHeadAttention"): "keras_layer.KerasLayer",
+    ("keras", "GroupedQueryAttention"): "keras_layer.KerasLayer",
+    ("flax", "MultiHeadDotProductAttention"): "jax_layers.LinenLayer",
+    ("flax", "MultiHeadAttention"): "jax_layers.NnxLayer",
+    ("equinox", "MultiheadAttention"): "jax_layers.EquinoxLayer",
+    ("onnxruntime", "InferenceSession"): "onnx_session.Session",
     **{
-        kind: "transformers_layer"
+        kind: "transformers_layer.Transformers"
         for kind, (module, layout) in CLASSES.items()
         if module == "modules" and layout.startswith("transformers.")
     },
-    ("torch", "Module"): "torch_module",  # last in the order of a class's bases
+    ("torch", "Module"): "torch_layers.TorchModule",  # last in the order of a class's bases
 }
-"""The module of this package for a class, by the class's package and name."""
+"""The adapter here for a class, by the class's package and name."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,17 @@ def adapter_for(implementation: Any) -> Adapter:
     if isinstance(implementation, Declared):
         return _declared(implementation)
     if hasattr(implementation, "canonical_weights"):
-        return _module("ours").make_adapter(implementation)
+        return _adapter("ours.Ours", implementation)
     if isinstance(implementation, (Path, str)):
-        return _module("onnx_session").make_adapter(implementation)
+        return _adapter("onnx_session.Session", implementation)
     for kind in type(implementation).__mro__:
         known = LIBRARIES.get((kind.__module__.partition(".")[0], kind.__name__))
-        if known == "flax_layer" and kind.__module__.startswith("flax.linen"):
-            known = "linen_layer"
+        if known == "jax_layers.NnxLayer" and kind.__module__.startswith("flax.linen"):
+            known = "jax_layers.LinenLayer"
         if known is not None:
-            return _module(known).make_adapter(implementation)
+            return _adapter(known, implementation)
     if callable(implementation):
-        return _module("function").make_adapter(implementation)
+        return _adapter("function.Function", implementation)
     raise ArgumentError(
         "An implementation is a layer of anymha, a live attention layer of torch, Keras, Flax, "
         "Equinox or transformers, a module of torch, a model of ONNX (.onnx), or a function of "
@@ -116,22 +116,26 @@ def adapter_for(implementation: Any) -> Adapter:
     )
 
 
-def _declared(made: Declared) -> Adapter:
-    foreign, implementation = _module("foreign"), made.implementation
-    bases = [(k.__module__.partition(".")[0], k.__name__) for k in type(implementation).__mro__]
-    if made.layer is None:
-        description = foreign.describe_arrays(implementation.state_dict(), made.layout, made.sizes)
-        return _module("torch_module").make_adapter(implementation, description, True)
-    if made.layout is None:
-        description = foreign.describe_layer(made.layer, **made.sizes)
+def _declared(declared: Declared) -> Adapter:
+    foreign: Any = importlib.import_module(f"{__name__}.foreign")
+    implementation, layer, layout = declared.implementation, declared.layer, declared.layout
+    if layer is None:
+        state = implementation.state_dict()
+        description = foreign.describe_arrays(state, layout, declared.sizes)
+        return _adapter("torch_layers.TorchModule", implementation, description, True)
+    if layout is None:
+        description = foreign.describe_layer(layer, **declared.sizes)
     else:
-        description = foreign.describe_arrays(made.layer, made.layout, made.sizes)
+        description = foreign.describe_arrays(layer, layout, declared.sizes)
+    bases = [(k.__module__.partition(".")[0], k.__name__) for k in type(implementation).__mro__]
     if ("torch", "Module") in bases:
-        return _module("torch_module").make_adapter(implementation, description, False)
+        return _adapter("torch_layers.TorchModule", implementation, description)
     if ("haiku", "Transformed") in bases:
-        return _module("haiku_layer").make_adapter(implementation, made.layer, description)
-    return _module("function").make_adapter(implementation, description)
+        return _adapter("jax_layers.HaikuLayer", implementation, layer, description)
+    return _adapter("function.Function", implementation, description)
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")
+def _adapter(name: str, *arguments: Any) -> Adapter:
+    """The adapter of a class here, ``module.Class``, whose module is imported now."""
+    module, _, kind = name.partition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(*arguments)

@@ -13,13 +13,6 @@ from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
 
 
-def make_adapter(
-    function: Callable[..., Any], description: LayerDescription | None = None
-) -> Function:
-    """The adapter of a function; `description`: its weights and options, where they are known."""
-    return Function(function, description)
-
-
 class Function:
     """A function, in the framework of the arrays that the user gave.
 
@@ -28,7 +21,9 @@ class Function:
     "scores" and the stages. Its gradients are not compared.
     """
 
-    def __init__(self, function: Callable[..., Any], description: LayerDescription | None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], description: LayerDescription | None = None
+    ) -> None:
         self.function, self.description = function, description
         self.name = getattr(function, "__qualname__", type(function).__qualname__)
 
@@ -68,15 +63,9 @@ def named_stages(result: Any, name: str) -> dict[str, Any]:
     unknown = sorted(set(stages) - {*STAGES, "scores"})
     many = isinstance(result, (tuple, list)) and len(result) > 2
     if stages.get("output") is None or unknown or many:
+        received = f"{len(result)} values" if many else ", ".join(stages) if unknown else "None"
         raise ArgumentError(
             f"`{name}` must return the output, or the output and the scores, or a dict of 'output' "
-            f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: "
-            + (
-                f"{len(result)} values."
-                if many
-                else f"{', '.join(stages)}."
-                if unknown
-                else "None."
-            )
+            f"and any of {', '.join((*STAGES[:-1], 'scores'))}. Received: {received}."
         )
     return {key: value for key, value in stages.items() if value is not None}

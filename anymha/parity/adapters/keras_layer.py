@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from anymha.parity.adapters import jax_layers, torch_layers
 from anymha.parity.adapters.foreign import (
     LayerDescription,
     describe_layer,
@@ -17,17 +18,9 @@ from anymha.parity.adapters.foreign import (
     refuse,
     trio,
 )
-from anymha.parity.adapters.jax_tools import gradients_through as pulled_in_jax
-from anymha.parity.adapters.jax_tools import precise
-from anymha.parity.adapters.torch_tools import gradients_through as pulled_in_torch
 from anymha.parity.stages.trace import Arrays, Request, Trace, as_numpy
 
 PARTS = {"_query_dense": "query", "_key_dense": "key", "_value_dense": "value"}
-
-
-def make_adapter(layer: Any) -> KerasLayer:
-    """A layer of Keras."""
-    return KerasLayer(layer)
 
 
 class KerasLayer:
@@ -41,8 +34,9 @@ class KerasLayer:
         """See `anymha.parity.stages.trace.Adapter`."""
         keras: Any = importlib.import_module("keras")
         description, layer = describe_layer(self.layer), self.layer
-        on_jax = keras.backend.backend() == "jax"
-        with precise(description.weights) if on_jax else nullcontext(), _restored(layer):
+        framework = keras.backend.backend()
+        wide = jax_layers.precise(description.weights) if framework == "jax" else nullcontext()
+        with wide, _restored(layer):
             arguments = _arguments(keras, layer, request)
             inputs = {name: _tensor(keras, x) for name, x in request.inputs.items()}
 
@@ -55,12 +49,11 @@ class KerasLayer:
                 scores = output(inputs, return_attention_scores=True)[1]
                 stages = {name: x for name, x in recorded.items() if len(x.shape) == 4}
                 stages |= {"output": result, "scores": scores}
-                return {name: _numpy(x) for name, x in stages.items()}
+                return {name: torch_layers.array(x) for name, x in stages.items()}
 
             gradients: Arrays = {}
             if cotangent is not None:
                 gradients = _gradients(keras, layer, output, inputs, cotangent, description)
-            framework = keras.backend.backend()
             return make_trace(self.name, request, call, description, gradients, framework=framework)
 
 
@@ -96,15 +89,13 @@ def _tensor(keras: Any, array: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(array)
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    return as_numpy(tensor.detach() if hasattr(tensor, "detach") else tensor)
-
-
 @contextmanager
 def _restored(layer: Any) -> Iterator[None]:
     """Restore the layer at the end: its seeds, its losses, and the state of a call."""
     weights = {id(variable) for variable in layer.weights}
-    others = [(v, np.array(_numpy(v.value))) for v in layer.variables if id(v) not in weights]
+    others = [
+        (v, np.array(torch_layers.array(v.value))) for v in layer.variables if id(v) not in weights
+    ]
     parts = [(part, dict(part.__dict__)) for part in layer._flatten_layers()]
     lost = [(part, list(part._losses)) for part, _ in parts if hasattr(part, "_losses")]
     try:
@@ -156,7 +147,8 @@ def _gradients(
     backend = keras.backend.backend()
     parameters = {name: variable.value for name, variable in variables.items()}
     if backend == "torch":
-        return pulled_in_torch(parameters, output, inputs, cotangent, description)
+        arguments = (parameters, output, inputs, cotangent, description)
+        return torch_layers.gradients_through(*arguments)
     if backend == "jax":
 
         def function(parameters: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
@@ -164,7 +156,7 @@ def _gradients(
             with keras.StatelessScope(state_mapping=pairs):
                 return output(inputs)
 
-        ours, theirs = pulled_in_jax(function, parameters, inputs, cotangent)
+        ours, theirs = jax_layers.gradients_through(function, parameters, inputs, cotangent)
         return {**description.canonical(ours), **theirs}
     if backend == "tensorflow":
         tensorflow: Any = importlib.import_module("tensorflow")

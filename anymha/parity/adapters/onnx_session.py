@@ -16,36 +16,31 @@ from anymha.parity.stages.trace import STAGES, Arrays, Request, Trace
 DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
-def make_adapter(model: Any) -> Session:
+class Session:
     """An `onnxruntime.InferenceSession`, or the path of a model.
 
-    Raises:
-        ArgumentError: there is no such file.
-        BackendNotInstalledError: onnxruntime is not installed.
-    """
-    if not isinstance(model, (str, Path)):
-        return Session(model, "the model of ONNX")
-    path = Path(model)
-    if not path.is_file():
-        raise ArgumentError(f"A model of ONNX is a file. Received: {path}, which is not a file.")
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendNotInstalledError(
-            "A model of ONNX is run by onnxruntime, which is not installed. Install it with: pip "
-            "install onnxruntime."
-        )
-    runtime: Any = importlib.import_module("onnxruntime")
-    return Session(runtime.InferenceSession(path, providers=["CPUExecutionProvider"]), path.name)
-
-
-class Session:
-    """A session whose inputs have the names of the arguments of anymha's layer.
-
-    Its output is the one called "output", else the first; others are compared where they have the
-    name "scores" or that of a stage.
+    Its inputs have the names of the arguments of anymha's layer. Its output is the one called
+    "output", else the first; others are compared where they have the name "scores" or that of a
+    stage.
     """
 
-    def __init__(self, session: Any, name: str) -> None:
-        self.session, self.name = session, name
+    def __init__(self, model: Any) -> None:
+        self.session, self.name = model, "the model of ONNX"
+        if not isinstance(model, (str, Path)):
+            return
+        path = Path(model)
+        if not path.is_file():
+            raise ArgumentError(
+                f"A model of ONNX is a file. Received: {path}, which is not a file."
+            )
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise BackendNotInstalledError(
+                "A model of ONNX is run by onnxruntime, which is not installed. Install it with: "
+                "pip install onnxruntime."
+            )
+        runtime: Any = importlib.import_module("onnxruntime")
+        self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.name = path.name
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
@@ -65,11 +60,7 @@ class Session:
         return make_trace(self.name, request, call, None)
 
     def _feed(self, request: Request) -> Arrays:
-        """The model's inputs by name.
-
-        Raises:
-            ArgumentError: it has others than the call.
-        """
+        """The model's inputs by name; an error where it has others than the call."""
         query, value, key = request.three
         inputs = {**request.arguments(), "query": query, "value": value, "key": key}
         places = {place.name: place.type for place in self.session.get_inputs()}
@@ -85,9 +76,4 @@ class Session:
                 f"has: {', '.join(places)}. It lacks: {', '.join(lacking) or 'none'}. The call "
                 f"lacks: {', '.join(unknown) or 'none'}."
             )
-        return {
-            name: np.asarray(inputs[name]).astype(DTYPES[kind])
-            if kind in DTYPES
-            else np.asarray(inputs[name])
-            for name, kind in places.items()
-        }
+        return {name: np.asarray(inputs[name], DTYPES.get(kind)) for name, kind in places.items()}

@@ -25,11 +25,6 @@ from anymha.parity.stages.trace import (
 )
 
 
-def make_adapter(layer: Any) -> Ours:
-    """A layer of anymha."""
-    return Ours(layer)
-
-
 class Ours:
     """A layer of anymha in any framework."""
 

@@ -14,17 +14,10 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import LayoutError
-from anymha.parity.adapters.foreign import (
-    LayerDescription,
-    dense_mask,
-    describe_layer,
-    make_trace,
-    refuse,
-)
-from anymha.parity.adapters.torch_tools import (
+from anymha.parity.adapters.foreign import dense_mask, describe_layer, make_trace, refuse
+from anymha.parity.adapters.torch_layers import (
     array,
     gradients_through,
-    parameters_of,
     recorded_projections,
     restored,
     tensors,
@@ -40,11 +33,6 @@ TURNED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "gp
 """Families that take the cosines and sines of their positions."""
 COUNTED = ("gptj", "codegen")
 """Families that take the positions."""
-
-
-def make_adapter(layer: Any) -> Transformers:
-    """An attention module."""
-    return Transformers(layer)
 
 
 class Transformers:
@@ -77,22 +65,12 @@ class Transformers:
             return {**recorded, "output": array(output)}
 
         with restored(layer, request.training):
-            gradients: Arrays = {}
-            if cotangent is not None:
-                gradients = gradients_through(
-                    parameters_of(layer),
-                    lambda inputs: results(inputs)[0],
-                    inputs,
-                    cotangent,
-                    description,
-                )
-            return make_trace(self.name, request, call, description, gradients, _notes(description))
-
-
-def _notes(description: LayerDescription) -> tuple[str, ...]:
-    if description.layout != "transformers.bert":
-        return ()
-    return ("the residual and the norm after its attention are left out",)
+            gradients = gradients_through(
+                layer, lambda inputs: results(inputs)[0], inputs, cotangent, description
+            )
+            left_out = ("the residual and the norm after its attention are left out",)
+            notes = left_out if family == "bert" else ()
+            return make_trace(self.name, request, call, description, gradients, notes)
 
 
 def _mask(layer: Any, recipe: Recipe) -> Any:
@@ -102,7 +80,6 @@ def _mask(layer: Any, recipe: Recipe) -> Any:
     """
     torch: Any = importlib.import_module("torch")
     batch, queries, keys = recipe.lengths
-    shape = (batch, recipe.heads[0], queries, keys)
     seen = dense_mask(recipe)
     seen = np.ones((batch, 1, queries, keys), bool) if seen is None else seen
     configs = [getattr(part, "config", None) for part in layer.modules()]
@@ -110,12 +87,10 @@ def _mask(layer: Any, recipe: Recipe) -> Any:
     mask = tensors(layer, {"seen": seen})["seen"]
     if recipe.bias is None and "sdpa" in kinds:
         return mask
-    dtype = next(layer.parameters()).dtype
-    added = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
-    if recipe.bias is not None:
-        bias = np.ascontiguousarray(np.broadcast_to(recipe.bias, shape))
-        added = tensors(layer, {"bias": bias})["bias"]
-    return added.masked_fill(~mask, torch.finfo(dtype).min)
+    bias = np.zeros(seen.shape) if recipe.bias is None else recipe.bias
+    bias = np.broadcast_to(bias, (batch, recipe.heads[0], queries, keys))
+    added = tensors(layer, {"bias": bias})["bias"]
+    return added.masked_fill(~mask, torch.finfo(added.dtype).min)
 
 
 def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
@@ -126,10 +101,10 @@ def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
         context, *rest = layer.self(query, attention_mask=mask, **memory)
         return (layer.output.dense(context), *rest)
     if family in CROSS:
-        named_stages = {} if value is None else {CROSS[family]: value}
-        name = "encoder_attention_mask" if "encoder" in CROSS[family] and named_stages else (
-            "mask" if family == "t5" else "attention_mask")  # fmt: skip
-        return layer(query, **{name: mask}, **named_stages)
+        states = {} if value is None else {CROSS[family]: value}
+        name = "mask" if family == "t5" else "attention_mask"
+        name = "encoder_attention_mask" if "encoder_hidden_states" in states else name
+        return layer(query, **{name: mask}, **states)
     if family in SELF:
         return layer(query, attention_mask=mask)
     positions = torch.arange(query.shape[1], device=query.device).expand(query.shape[:2])
