@@ -20,17 +20,11 @@ FEATURES = 32
 
 @dataclass(frozen=True)
 class CallInputs:
-    """Inputs and arguments of one comparison.
+    """Inputs and arguments of one comparison."""
 
-    Args:
-        name: Their name.
-        inputs: "query", and "value" and "key" where the call has them.
-        call: The call's other arguments.
-    """
-
-    name: str
-    inputs: dict[str, Any]
-    call: dict[str, Any]
+    name: str  # Their name
+    inputs: dict[str, Any]  # "query", and "value" and "key" where the call has them
+    call: dict[str, Any]  # The call's other arguments
 
 
 def make_cases(

@@ -31,18 +31,13 @@ KERAS_ON = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax", "openvin
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of the command line.
+    """One implementation of the command line."""
 
-    Args:
-        name: Its name on the command line.
-        implementation: The object to compare; None for a backend or a layout, for which a layer is
-            made with the weights of the others.
-        layer: Its options and weights, where they are known.
-    """
-
-    name: str
+    name: str  # Its name on the command line
+    # The object to compare; None for a backend or a layout, for which a layer is made with the
+    # weights of the others
     implementation: Any = None
-    layer: SavedLayer | None = None
+    layer: SavedLayer | None = None  # Its options and weights, where they are known
 
     def make(self, layer: SavedLayer) -> Any:
         """The object to compare: itself, or a layer with these options and weights.

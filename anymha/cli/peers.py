@@ -24,24 +24,16 @@ def _masked(layer: Any, x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of transformers.
+    """A family of transformers."""
 
-    Args:
-        module: Its module there.
-        config: The class of its configuration.
-        names: The configuration's names of the input width and of the number of heads.
-        layer: The class of its attention.
-        sized: Whether the layer takes the width and the heads before its configuration.
-        indexed: Whether it takes its place in the model.
-        call: Calls the layer on its input, and returns the output.
-    """
-
-    module: str
-    config: str
+    module: str  # Its module there
+    config: str  # The class of its configuration
+    # The configuration's names of the input width and of the number of heads
     names: tuple[str, str]
-    layer: str
-    sized: bool = False
-    indexed: bool = False
+    layer: str  # The class of its attention
+    sized: bool = False  # Whether the layer takes the width and the heads before its configuration
+    indexed: bool = False  # Whether it takes its place in the model
+    # Calls the layer on its input, and returns the output
     call: Callable[[Any, Any], Any] = lambda layer, x: layer(x)
 
     def make_layer(self, width: int, heads: int) -> Any:

@@ -15,15 +15,10 @@ from anymha.framework.protocol import Ops
 
 @dataclass(frozen=True)
 class Returned:
-    """What a call gave.
+    """What a call gave."""
 
-    Args:
-        text: The call, for messages: ``ops.max(float32 (2, 3), axis=-1, keepdims=True)``.
-        value: The result as a NumPy array.
-    """
-
-    text: str
-    value: np.ndarray
+    text: str  # The call, for messages: ``ops.max(float32 (2, 3), axis=-1, keepdims=True)``
+    value: np.ndarray  # The result as a NumPy array
 
     def equals(self, expected: Any) -> None:
         """Fail unless dtype, shape and every element are those expected; NaN equals NaN."""

@@ -41,42 +41,26 @@ def general(ops: Ops) -> Any:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A call of attention.
+    """A call of attention."""
 
-    Args:
-        name: What is special.
-        dtype: The dtype in which attention is computed.
-        lengths: T and S.
-        heads: H and K.
-        widths: d_k and d_v.
-        scale: Factor of the logits.
-        mask: The mask's shape; None for no mask. The queries 2 and 3 see nothing, where it differs
-            from query to query.
-        bias: The bias's shape; None for no bias.
-        bias_hides: Whether the bias is -inf where the mask would be False.
-        bias_differentiated: Whether a gradient of the bias is asked for.
-        window: Keys that a query sees before its own position and after it.
-        offset: Position of the first query, or one for each of the batch.
-        dropout: The dropout's threshold; 0 for none.
-        native: Whether the framework's own generator decides.
-        budget: Bytes for the logits of a tile.
-    """
-
-    name: str
-    dtype: str = "float32"
-    lengths: Shape = (7, 9)
-    heads: Shape = (4, 4)
-    widths: Shape = (8, 8)
-    scale: float = 0.5
+    name: str  # What is special
+    dtype: str = "float32"  # The dtype in which attention is computed
+    lengths: Shape = (7, 9)  # T and S
+    heads: Shape = (4, 4)  # H and K
+    widths: Shape = (8, 8)  # D_k and d_v
+    scale: float = 0.5  # Factor of the logits
+    # The mask's shape; None for no mask. The queries 2 and 3 see nothing, where it differs from
+    # query to query
     mask: Shape | None = None
-    bias: Shape | None = None
-    bias_hides: bool = False
-    bias_differentiated: bool = False
+    bias: Shape | None = None  # The bias's shape; None for no bias
+    bias_hides: bool = False  # Whether the bias is -inf where the mask would be False
+    bias_differentiated: bool = False  # Whether a gradient of the bias is asked for
+    # Keys that a query sees before its own position and after it
     window: tuple[int | None, int | None] = (None, None)
-    offset: int | Shape = 0
-    dropout: int = 0
-    native: bool = False
-    budget: int | None = None
+    offset: int | Shape = 0  # Position of the first query, or one for each of the batch
+    dropout: int = 0  # The dropout's threshold; 0 for none
+    native: bool = False  # Whether the framework's own generator decides
+    budget: int | None = None  # Bytes for the logits of a tile
 
     def spec(self, ops: Ops) -> AttentionSpec:
         """The options of the call."""

@@ -14,19 +14,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class KnownMask:
-    """A keep mask that every backend gives.
+    """A keep mask that every backend gives."""
 
-    Args:
-        seed: The seed.
-        threshold: The rate of dropout in units of 1/65536.
-        shape: (B, H, T, S).
-        packed: The mask in row-major order, eight elements a byte, the first one highest, in hex.
-    """
-
-    seed: int
-    threshold: int
-    shape: tuple[int, int, int, int]
-    packed: str
+    seed: int  # The seed
+    threshold: int  # The rate of dropout in units of 1/65536
+    shape: tuple[int, int, int, int]  # (B, H, T, S)
+    packed: str  # The mask in row-major order, eight elements a byte, the first one highest, in hex
 
     @property
     def mask(self) -> np.ndarray:

@@ -33,20 +33,13 @@ COARSE = {("tensorflow", "float16")}
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """Weights, options and layout of a live layer.
+    """Weights, options and layout of a live layer."""
 
-    Args:
-        weights: Its canonical weights.
-        config: Its options.
-        layout: The name of its layout.
-        arrays: Its arrays by their names there.
-        needs: The steps of its forward pass apart from plain attention, in words.
-    """
-
-    weights: Arrays
+    weights: Arrays  # Its canonical weights
     config: AttentionConfig
-    layout: str
-    arrays: Mapping[str, Any]
+    layout: str  # The name of its layout
+    arrays: Mapping[str, Any]  # Its arrays by their names there
+    # The steps of its forward pass apart from plain attention, in words
     needs: tuple[str, ...] = ()
 
     @property

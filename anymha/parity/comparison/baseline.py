@@ -34,17 +34,11 @@ PROJECTIONS = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Baseline:
-    """A reference's trace, and all that follows from it alone: candidates are compared with it.
-
-    Args:
-        request: The call.
-        folded: The recipe of these weights and this call, as anymha means it.
-        trace: The results of the reference.
-    """
+    """A reference's trace, and all that follows from it alone: candidates are compared with it."""
 
     request: Request
-    folded: Folded
-    trace: Trace
+    folded: Folded  # The recipe of these weights and this call, as anymha means it
+    trace: Trace  # The results of the reference
 
     @cached_property
     def reported(self) -> Arrays:

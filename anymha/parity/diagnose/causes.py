@@ -11,19 +11,12 @@ from anymha.parity.oracle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Cause:
-    """A mistake that a candidate has.
+    """A mistake that a candidate has."""
 
-    Args:
-        name: Its name in the catalogue.
-        detail: Which variant.
-        stage: The first stage that it changes.
-        fix: How to fix it.
-    """
-
-    name: str
-    detail: str
-    stage: str
-    fix: str
+    name: str  # Its name in the catalogue
+    detail: str  # Which variant
+    stage: str  # The first stage that it changes
+    fix: str  # How to fix it
 
     @property
     def key(self) -> tuple[str, str]:
@@ -36,19 +29,15 @@ class Cause:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a candidate differs.
+    """Why a candidate differs."""
 
-    Args:
-        causes: The mistakes, the first one first; none where no known mistake explains it.
-        remaining: The greatest error that is left once the reference has these mistakes too, as a
-            share of what rounding explains; infinite without causes.
-        alternatives: Other mistakes that give the same numbers for these inputs.
-        recipe: The recipe with these mistakes, which gives the reported results; None if none does.
-    """
-
+    # The mistakes, the first one first; none where no known mistake explains it
     causes: tuple[Cause, ...] = ()
+    # The greatest error that is left once the reference has these mistakes too, as a share of what
+    # rounding explains; infinite without causes
     remaining: float = np.inf
-    alternatives: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()  # Other mistakes that give the same numbers for these inputs
+    # The recipe with these mistakes, which gives the reported results; None if none does
     recipe: Recipe | None = field(default=None, repr=False)
 
     @property

@@ -19,17 +19,11 @@ from anymha.parity.oracle.recipe import Recipe, Section, Variants
 
 @dataclass(frozen=True)
 class Mistake:
-    """One known mistake.
+    """One known mistake."""
 
-    Args:
-        name: A short name, as "inverted mask".
-        fix: How to fix it.
-        variants: Makes the recipes that have it from a right one.
-    """
-
-    name: str
-    fix: str
-    variants: Callable[[Recipe], Variants]
+    name: str  # A short name, as "inverted mask"
+    fix: str  # How to fix it
+    variants: Callable[[Recipe], Variants]  # Makes the recipes that have it from a right one
 
 
 def catalogue() -> Iterator[Mistake]:

@@ -22,25 +22,16 @@ from anymha.parity.stages.units import eps
 
 @dataclass(frozen=True)
 class ReferenceSemantics:
-    """What a reference computes.
+    """What a reference computes."""
 
-    Args:
-        trace: Its results.
-        plain: The recipe of its weights and the call, as anymha means it.
-        recipe: The recipe that gives its output; None where no known one does.
-        scores: The recipe that gives the scores that it returns.
-        reason: How the recipe differs from the plain one; None where it does not.
-        scores_reason: How the recipe of the scores differs from the recipe.
-        notes: Both in words.
-    """
-
-    trace: Trace
-    plain: Recipe
-    recipe: Recipe | None
-    scores: Recipe
+    trace: Trace  # Its results
+    plain: Recipe  # The recipe of its weights and the call, as anymha means it
+    recipe: Recipe | None  # The recipe that gives its output; None where no known one does
+    scores: Recipe  # The recipe that gives the scores that it returns
+    # How the recipe differs from the plain one; None where it does not
     reason: Diagnosis | None = None
-    scores_reason: Diagnosis | None = None
-    notes: tuple[str, ...] = ()
+    scores_reason: Diagnosis | None = None  # How the recipe of the scores differs from the recipe
+    notes: tuple[str, ...] = ()  # Both in words
 
     def stages(self) -> Arrays:
         """Every stage in float64, and the "scores" that are returned."""

@@ -31,30 +31,19 @@ MODES: tuple[tuple[str, Mapping[str, str]], ...] = (
 
 @dataclass(frozen=True)
 class RecordedResults:
-    """Results of another implementation for the same weights and inputs.
+    """Results of another implementation for the same weights and inputs."""
 
-    Args:
-        results: "output" and "scores", as far as they were recorded.
-        counts: Booleans (B, T): the positions that are compared.
-    """
-
-    results: Arrays
-    counts: np.ndarray
+    results: Arrays  # "output" and "scores", as far as they were recorded
+    counts: np.ndarray  # Booleans (B, T): the positions that are compared
 
 
 @dataclass(frozen=True)
 class CheckpointProblem:
-    """A layer of a checkpoint in one mode.
-
-    Args:
-        problem: The problem.
-        recorded: The results of another implementation, or None.
-        layer: The layer's prefix in the file.
-    """
+    """A layer of a checkpoint in one mode."""
 
     problem: OracleProblem
-    recorded: RecordedResults | None
-    layer: str
+    recorded: RecordedResults | None  # The results of another implementation, or None
+    layer: str  # The layer's prefix in the file
 
 
 def checkpoint_problems(

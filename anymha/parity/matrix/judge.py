@@ -22,21 +22,13 @@ from anymha.parity.stages.units import longest_sum, units_of
 
 @dataclass(frozen=True)
 class Cell:
-    """One backend on one case.
+    """One backend on one case."""
 
-    Args:
-        units: The greatest error of any quantity, in its units.
-        worst: The quantity that has it.
-        errors: The error of each quantity, in its units.
-        faults: What is wrong, in words; empty where the cell passes.
-        gradients: Whether gradients were compared.
-    """
-
-    units: float
-    worst: str
-    errors: Mapping[str, float]
-    faults: tuple[str, ...]
-    gradients: bool
+    units: float  # The greatest error of any quantity, in its units
+    worst: str  # The quantity that has it
+    errors: Mapping[str, float]  # The error of each quantity, in its units
+    faults: tuple[str, ...]  # What is wrong, in words; empty where the cell passes
+    gradients: bool  # Whether gradients were compared
 
     @property
     def passed(self) -> bool:
@@ -46,33 +38,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One case on all backends.
-
-    Args:
-        name: The case.
-        dtype: Its dtypes, e.g. "float32" or "float32 in float64".
-        budget: The greatest error allowed, in units.
-        cells: By backend that ran it; a backend that raised has a cell with that fault.
-        elements: How many elements each backend gave: outputs, scores and gradients.
-        differing: How many of them differ in any bit between some two backends.
-        ties: How many of those are ties: the exact value lies so close to the middle between two
-            numbers of the dtype that float64 does not decide the rounding.
-        compared: How many were compared between backends.
-        reproducible: Whether none may differ.
-        faults: What is wrong between backends, in words.
-        skipped: Why a backend did not run it, by backend.
-    """
+    """One case on all backends."""
 
     name: str
-    dtype: str
-    budget: float
+    dtype: str  # Its dtypes, e.g. "float32" or "float32 in float64"
+    budget: float  # The greatest error allowed, in units
+    # By backend that ran it; a backend that raised has a cell with that fault
     cells: Mapping[str, Cell]
-    elements: int
-    differing: int
+    elements: int  # How many elements each backend gave: outputs, scores and gradients
+    differing: int  # How many of them differ in any bit between some two backends
+    # How many of those are ties: the exact value lies so close to the middle between two numbers of
+    # the dtype that float64 does not decide the rounding
     ties: int
-    compared: int
-    reproducible: bool
-    faults: tuple[str, ...] = ()
+    compared: int  # How many were compared between backends
+    reproducible: bool  # Whether none may differ
+    faults: tuple[str, ...] = ()  # What is wrong between backends, in words
+    # Why a backend did not run it, by backend
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -22,40 +22,24 @@ Progress = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """The attention map of a real sentence.
-
-    Args:
-        layer: The layer.
-        tokens: The T tokens.
-        scores: (H, T, T) probabilities.
-    """
+    """The attention map of a real sentence."""
 
     layer: str
-    tokens: Sequence[str]
-    scores: np.ndarray
+    tokens: Sequence[str]  # The T tokens
+    scores: np.ndarray  # (H, T, T) probabilities
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """The result of the matrix of cases, and of a checkpoint's layers.
+    """The result of the matrix of cases, and of a checkpoint's layers."""
 
-    Args:
-        backends: The backends that ran.
-        missing: Backends that are not installed.
-        rows: The cases of the matrix.
-        real: The layers of the checkpoint.
-        maps: Attention maps of the real sentence.
-        seconds: How long it took.
-        versions: By package.
-    """
-
-    backends: Sequence[str]
-    missing: Sequence[str]
-    rows: Sequence[Row]
-    real: Sequence[Row] = ()
-    maps: Sequence[AttentionMap] = ()
-    seconds: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
+    backends: Sequence[str]  # The backends that ran
+    missing: Sequence[str]  # Backends that are not installed
+    rows: Sequence[Row]  # The cases of the matrix
+    real: Sequence[Row] = ()  # The layers of the checkpoint
+    maps: Sequence[AttentionMap] = ()  # Attention maps of the real sentence
+    seconds: float = 0.0  # How long it took
+    versions: dict[str, str] = field(default_factory=dict)  # By package
 
     @property
     def passed(self) -> bool:

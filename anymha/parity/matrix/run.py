@@ -22,28 +22,18 @@ from anymha.parity.oracle.cases import Arrays, OracleProblem
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a backend, as NumPy arrays in its dtypes.
+    """The results of a backend, as NumPy arrays in its dtypes."""
 
-    Args:
-        forward: "output" and "scores".
-        gradients: By the names of weights and inputs.
-        flag_matters: Whether the output changes, in any bit, with `return_attention_scores`.
-    """
-
-    forward: Arrays
-    gradients: Arrays
-    flag_matters: bool
+    forward: Arrays  # "output" and "scores"
+    gradients: Arrays  # By the names of weights and inputs
+    flag_matters: bool  # Whether the output changes, in any bit, with `return_attention_scores`
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A problem that a backend cannot run.
+    """A problem that a backend cannot run."""
 
-    Args:
-        reason: Why, in words.
-    """
-
-    reason: str
+    reason: str  # Why, in words
 
 
 def lacking_dtype(ops: Any, problem: OracleProblem) -> str | None:

@@ -18,27 +18,21 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class MatrixCase:
-    """One problem: options, sizes, and the arguments of the call.
+    """One problem: options, sizes, and the arguments of the call."""
 
-    Args:
-        name: Its name, unique in the matrix.
-        options: Options of the config other than its defaults.
-        call: Arguments of the call; arrays among them are made from `inputs`.
-        query: Shape of the query without its features.
-        value: Shape of key and value without their features; None: the query is all three.
-        widths: Widths D_q, D_v, D_k.
-        inputs: Further arrays of the call: names of masks, "attention_bias", "nan" (NaN at the
-            positions that padding masks exclude).
-        without: Changes that switch the feature off; the result must then differ.
-    """
-
-    name: str
+    name: str  # Its name, unique in the matrix
+    # Options of the config other than its defaults
     options: Mapping[str, Any] = field(default_factory=dict)
+    # Arguments of the call; arrays among them are made from `inputs`
     call: Mapping[str, Any] = field(default_factory=dict)
-    query: tuple[int, ...] = (2, 7)
+    query: tuple[int, ...] = (2, 7)  # Shape of the query without its features
+    # Shape of key and value without their features; None: the query is all three
     value: tuple[int, ...] | None = None
-    widths: tuple[int, int, int] = (12, 12, 12)
+    widths: tuple[int, int, int] = (12, 12, 12)  # Widths D_q, D_v, D_k
+    # Further arrays of the call: names of masks, "attention_bias", "nan" (NaN at the positions that
+    # padding masks exclude)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    # Changes that switch the feature off; the result must then differ
     without: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,23 +45,14 @@ class MatrixCase:
 
 @dataclass(frozen=True)
 class OracleProblem:
-    """A case with its numbers, all NumPy arrays in the dtype of the case.
-
-    Args:
-        case: The case.
-        weights: Canonical weights.
-        inputs: "query", and "value", "key" and "attention_bias" where the case has them.
-        masks: Boolean masks by argument.
-        d_output: Cotangent of the output, for gradients.
-        d_scores: Cotangent of the scores.
-    """
+    """A case with its numbers, all NumPy arrays in the dtype of the case."""
 
     case: MatrixCase
-    weights: Arrays
-    inputs: Arrays
-    masks: Arrays
-    d_output: np.ndarray
-    d_scores: np.ndarray
+    weights: Arrays  # Canonical weights
+    inputs: Arrays  # "query", and "value", "key" and "attention_bias" where the case has them
+    masks: Arrays  # Boolean masks by argument
+    d_output: np.ndarray  # Cotangent of the output, for gradients
+    d_scores: np.ndarray  # Cotangent of the scores
 
 
 def make_problem(case: MatrixCase, seed: int = 0) -> OracleProblem:

@@ -16,24 +16,17 @@ from anymha.parity.oracle.recipe import Arrays, Recipe, Section, einsum, ordered
 
 @dataclass(frozen=True)
 class Truth:
-    """The results of the oracle, all in float64.
+    """The results of the oracle, all in float64."""
 
-    Args:
-        output: (B, T, O).
-        scores: (B, H, T, S), the probabilities before dropout.
-        stages: Each stage by name, in order.
-        gradients: Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights
-            and inputs.
-        magnitudes: For "output", "scores" and each gradient, the size of its terms, however much
-            they cancel, times the size of the logits: errors are compared with this.
-            The size of a sum is its absolute value, or the root of the sum of its squared terms
-            where that is greater, as rounding errors have random signs.
-    """
-
-    output: np.ndarray
-    scores: np.ndarray
-    stages: Arrays
+    output: np.ndarray  # (B, T, O)
+    scores: np.ndarray  # (B, H, T, S), the probabilities before dropout
+    stages: Arrays  # Each stage by name, in order
+    # Of ``sum(output * d_output) + sum(scores * d_scores)``, by the names of weights and inputs
     gradients: Arrays
+    # For "output", "scores" and each gradient, the size of its terms, however much they cancel,
+    # times the size of the logits: errors are compared with this. The size of a sum is its absolute
+    # value, or the root of the sum of its squared terms where that is greater, as rounding errors
+    # have random signs
     magnitudes: Arrays
 
 

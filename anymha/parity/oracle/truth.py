@@ -20,23 +20,14 @@ from anymha.parity.oracle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Folded:
-    """A problem with its N-D inputs folded to (B, T, D), and the way back for its results.
-
-    Args:
-        problem: The problem.
-        recipe: Its recipe.
-        order: The input's axes, batch axes first, attention axes last.
-        batches: Lengths of the batch axes.
-        queries: Lengths of the query's attention axes.
-        keys: Lengths of the value's.
-    """
+    """A problem with its N-D inputs folded to (B, T, D), and the way back for its results."""
 
     problem: OracleProblem
-    recipe: Recipe
-    order: list[int]
-    batches: list[int]
-    queries: list[int]
-    keys: list[int]
+    recipe: Recipe  # Its recipe
+    order: list[int]  # The input's axes, batch axes first, attention axes last
+    batches: list[int]  # Lengths of the batch axes
+    queries: list[int]  # Lengths of the query's attention axes
+    keys: list[int]  # Lengths of the value's
 
     @property
     def full(self) -> tuple[int, ...]:

@@ -19,13 +19,9 @@ EVERY = (PAGE, MARKDOWN, TERMINAL)
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a report; its subclasses are all that there are.
+    """A part of a report; its subclasses are all that there are."""
 
-    Args:
-        forms: The forms that show it.
-    """
-
-    forms: tuple[str, ...] = field(default=EVERY, kw_only=True)
+    forms: tuple[str, ...] = field(default=EVERY, kw_only=True)  # The forms that show it
 
 
 @dataclass(frozen=True)
@@ -37,129 +33,81 @@ class Heading(Block):
 
 @dataclass(frozen=True)
 class Text(Block):
-    """A sentence or a few.
-
-    Args:
-        words: The words.
-        label: What stands before them, as "Note".
-        style: "", "quiet", "strong" or "warning".
-    """
+    """A sentence or a few."""
 
     words: str
-    label: str = ""
-    style: str = ""
+    label: str = ""  # What stands before them, as "Note"
+    style: str = ""  # "", "quiet", "strong" or "warning"
 
 
 @dataclass(frozen=True)
 class Cause(Block):
-    """Why two implementations differ.
+    """Why two implementations differ."""
 
-    Args:
-        words: The mistake.
-        stage: Where it lies; empty where no known mistake explains the difference.
-        fix: What to do.
-    """
-
-    words: str
-    stage: str
-    fix: str
+    words: str  # The mistake
+    stage: str  # Where it lies; empty where no known mistake explains the difference
+    fix: str  # What to do
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Args:
-        name: Its heading.
-        number: Whether its cells stand at the right.
-        code: Whether its cells are names in code.
-        quiet: Whether its cells matter less.
-        wraps: Whether its cells may take several lines.
-        dropped: When a narrow terminal drops it: 1 first; 0 never.
-        forms: The forms that show it.
-    """
+    """A column of a table."""
 
     name: str
-    number: bool = False
-    code: bool = False
-    quiet: bool = False
-    wraps: bool = False
-    dropped: int = 0
-    forms: tuple[str, ...] = EVERY
+    number: bool = False  # Whether its cells stand at the right
+    code: bool = False  # Whether its cells are names in code
+    quiet: bool = False  # Whether its cells matter less
+    wraps: bool = False  # Whether its cells may take several lines
+    dropped: int = 0  # When a narrow terminal drops it: 1 first; 0 never
+    forms: tuple[str, ...] = EVERY  # The forms that show it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
-
-    Args:
-        words: Its text.
-        state: "agrees", "differs", "error", "not run" colour it; "first" marks with an arrow; a
-            cell without words shows the state's sign.
-        link: The anchor of a `Fold` that it leads to.
-        note: What a page shows where the pointer rests.
-        strong: Whether it stands out.
-    """
+    """A cell of a table."""
 
     words: str = ""
+    # "agrees", "differs", "error", "not run" colour it; "first" marks with an arrow; a cell without
+    # words shows the state's sign
     state: str = ""
-    link: str = ""
-    note: str = ""
-    strong: bool = False
+    link: str = ""  # The anchor of a `Fold` that it leads to
+    note: str = ""  # What a page shows where the pointer rests
+    strong: bool = False  # Whether it stands out
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
+    """A row of a table."""
 
-    Args:
-        cells: A cell for each column.
-        state: "first", "own", "carried", "unreported" or "good", as `state_of` has them; or "".
-        forms: The forms that show it.
-    """
-
-    cells: Sequence[Cell | str]
+    cells: Sequence[Cell | str]  # A cell for each column
+    # "first", "own", "carried", "unreported" or "good", as `state_of` has them; or ""
     state: str = ""
-    forms: tuple[str, ...] = EVERY
+    forms: tuple[str, ...] = EVERY  # The forms that show it
 
 
 @dataclass(frozen=True)
 class Table(Block):
-    """A table.
-
-    Args:
-        columns: Its columns.
-        rows: Its rows.
-        title: What stands over it.
-        kind: "stages", "matrix" or "": how a narrow page folds it.
-    """
+    """A table."""
 
     columns: Sequence[Column]
     rows: Sequence[Row]
-    title: str = ""
-    kind: str = ""
+    title: str = ""  # What stands over it
+    kind: str = ""  # "stages", "matrix" or "": how a narrow page folds it
 
 
 @dataclass(frozen=True)
 class Faults(Block):
-    """What is wrong, by place.
+    """What is wrong, by place."""
 
-    Args:
-        places: The case, the backend or "", and what is wrong there.
-    """
-
+    # The case, the backend or "", and what is wrong there
     places: Sequence[tuple[str, str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class Facts(Block):
-    """Names and values.
+    """Names and values."""
 
-    Args:
-        values: The values by name.
-    """
-
-    values: dict[str, str]
+    values: dict[str, str]  # The values by name
 
 
 @dataclass(frozen=True)
@@ -179,83 +127,50 @@ class Drawing(Block):
 
 @dataclass(frozen=True)
 class Fold(Block):
-    """One comparison of several.
-
-    Args:
-        title: Its name.
-        state: "agrees", "differs", "error" or "not run".
-        summary: How it went, in a line.
-        blocks: Its details.
-        anchor: Its place on a page.
-        folded: Whether Markdown folds it even where it differs.
-    """
+    """One comparison of several."""
 
     title: str
-    state: str
-    summary: str
+    state: str  # "agrees", "differs", "error" or "not run"
+    summary: str  # How it went, in a line
     blocks: Sequence[Block]
-    anchor: str = ""
-    folded: bool = False
+    anchor: str = ""  # Its place on a page
+    folded: bool = False  # Whether Markdown folds it even where it differs
 
 
 @dataclass(frozen=True)
 class Check:
-    """One test case of JUnit.
+    """One test case of JUnit."""
 
-    Args:
-        name: What was judged.
-        state: "agrees", "differs", "error" or "not run".
-        message: How it stands, in a line.
-        kind: The kind of a difference, in a few words.
-        text: Everything, in plain text.
-        group: Its class; default the name of the suite.
-    """
-
-    name: str
-    state: str = "agrees"
-    message: str = ""
-    kind: str = ""
-    text: str = ""
-    group: str = ""
+    name: str  # What was judged
+    state: str = "agrees"  # "agrees", "differs", "error" or "not run"
+    message: str = ""  # How it stands, in a line
+    kind: str = ""  # The kind of a difference, in a few words
+    text: str = ""  # Everything, in plain text
+    group: str = ""  # Its class; default the name of the suite
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One test suite of JUnit.
-
-    Args:
-        name: Its name.
-        checks: Its test cases.
-        properties: Versions and switches.
-    """
+    """One test suite of JUnit."""
 
     name: str
-    checks: Sequence[Check]
-    properties: dict[str, str] = field(default_factory=dict)
+    checks: Sequence[Check]  # Its test cases
+    properties: dict[str, str] = field(default_factory=dict)  # Versions and switches
 
 
 @dataclass(frozen=True)
 class Document:
-    """A report.
-
-    Args:
-        title: Its title.
-        verdict: The result in one line.
-        passed: Whether parity holds.
-        data: Everything but the pictures, for JSON.
-        blocks: What it says.
-        findings: What is wrong and what is missing: first on a page, last in a terminal.
-        suites: What it judged, for JUnit.
-        environment: Versions and switches.
-    """
+    """A report."""
 
     title: str
-    verdict: str
-    passed: bool
-    data: dict[str, Any]
-    blocks: Sequence[Block] = ()
+    verdict: str  # The result in one line
+    passed: bool  # Whether parity holds
+    data: dict[str, Any]  # Everything but the pictures, for JSON
+    blocks: Sequence[Block] = ()  # What it says
+    # What is wrong and what is missing: first on a page, last in a terminal
     findings: Sequence[Block] = ()
-    suites: Sequence[Suite] = ()
+    suites: Sequence[Suite] = ()  # What it judged, for JUnit
+    # Versions and switches
     environment: Environment = field(default_factory=lambda: Environment({}, {}))
 
     @property

@@ -37,15 +37,10 @@ FLAGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 @dataclass(frozen=True)
 class Environment:
-    """The versions and switches under which a comparison ran.
+    """The versions and switches under which a comparison ran."""
 
-    Args:
-        versions: By package, of those that were imported.
-        flags: Switches that change the precision of products, by name, in words.
-    """
-
-    versions: dict[str, str]
-    flags: dict[str, str]
+    versions: dict[str, str]  # By package, of those that were imported
+    flags: dict[str, str]  # Switches that change the precision of products, by name, in words
 
 
 def environment() -> Environment:

@@ -13,23 +13,15 @@ SCHEMA = "anymha.comparisons/1"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One comparison of several.
+    """One comparison of several."""
 
-    Args:
-        case: The name of its inputs; empty where there is one alone.
-        reference: The name of what is right.
-        candidate: The name of what is judged.
-        result: The result; None where there is none.
-        error: The error that an implementation raised.
-        reason: Why it could not be run.
-    """
-
-    case: str
-    reference: str
-    candidate: str
+    case: str  # The name of its inputs; empty where there is one alone
+    reference: str  # The name of what is right
+    candidate: str  # The name of what is judged
+    # The result; None where there is none
     result: ComparisonResult | None = field(default=None, repr=False)
-    error: str | None = None
-    reason: str | None = None
+    error: str | None = None  # The error that an implementation raised
+    reason: str | None = None  # Why it could not be run
 
     @property
     def state(self) -> str:

@@ -34,41 +34,26 @@ BEYOND = 12
 
 @dataclass(frozen=True)
 class Panel:
-    """The errors of one head.
+    """The errors of one head."""
 
-    Args:
-        title: What it is.
-        columns: Its width in cells.
-        rows: Its height in cells.
-        paths: The SVG path of the cells of each level: "within" rounding, "1" to "5", and "broken"
-            where one alone is a number.
-    """
-
-    title: str
-    columns: int
-    rows: int
+    title: str  # What it is
+    columns: int  # Its width in cells
+    rows: int  # Its height in cells
+    # The SVG path of the cells of each level: "within" rounding, "1" to "5", and "broken" where one
+    # alone is a number
     paths: dict[str, str]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The errors of one stage.
-
-    Args:
-        stage: The stage.
-        axes: What rows and columns are.
-        note: Which of all the numbers are drawn.
-        greatest: The greatest error drawn.
-        may: The greatest that rounding explains.
-        panels: One for each head that is drawn.
-    """
+    """The errors of one stage."""
 
     stage: str
-    axes: tuple[str, str]
-    note: str
-    greatest: float
-    may: float
-    panels: tuple[Panel, ...]
+    axes: tuple[str, str]  # What rows and columns are
+    note: str  # Which of all the numbers are drawn
+    greatest: float  # The greatest error drawn
+    may: float  # The greatest that rounding explains
+    panels: tuple[Panel, ...]  # One for each head that is drawn
 
     @property
     def levels(self) -> list[str]:

@@ -33,29 +33,20 @@ EXTRA = ("framework", "bfloat16", *(f"{side}.config" for side in SIDES))
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """Options and weights of a layer.
-
-    Args:
-        config: Its options.
-        weights: Its canonical weights.
-    """
+    """Options and weights of a layer."""
 
     config: AttentionConfig
-    weights: Arrays
+    weights: Arrays  # Its canonical weights
 
 
 @dataclass(frozen=True)
 class SavedCase:
-    """The content of a file.
+    """The content of a file."""
 
-    Args:
-        inputs: "query", and "value" and "key" where the case has them, in the saved framework.
-        call: The call's other arguments.
-        layers: "reference" and "candidate", where their weights are known.
-    """
-
+    # "query", and "value" and "key" where the case has them, in the saved framework
     inputs: dict[str, Any]
-    call: dict[str, Any]
+    call: dict[str, Any]  # The call's other arguments
+    # "reference" and "candidate", where their weights are known
     layers: dict[str, SavedLayer] = field(default_factory=dict)
 
 

@@ -20,32 +20,21 @@ OBSERVED = (*STAGES, "scores")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the candidate compared with the reference's.
+    """One stage of the candidate compared with the reference's."""
 
-    Args:
-        name: The stage, "scores", or "gradient of NAME".
-        reported: Whether the candidate reports it.
-        error: The greatest difference from the reference, built up over all stages before.
-        own_error: The difference that is this stage's own: from what the reference's step makes of
-            the candidate's own earlier stages.
-        unit: ``eps * max |reference|`` of the stage: the rounding of its greatest number.
-        budget: How many units rounding explains.
-        ratio: The candidate's error against float64 over the reference's; None where unknown.
-        faults: What is wrong apart from numbers, in words.
-        at: Where the greatest difference is.
-        values: The reference's and the candidate's number there.
-    """
-
-    name: str
-    reported: bool
-    error: float
+    name: str  # The stage, "scores", or "gradient of NAME"
+    reported: bool  # Whether the candidate reports it
+    error: float  # The greatest difference from the reference, built up over all stages before
+    # The difference that is this stage's own: from what the reference's step makes of the
+    # candidate's own earlier stages
     own_error: float
-    unit: float
-    budget: float
+    unit: float  # ``eps * max |reference|`` of the stage: the rounding of its greatest number
+    budget: float  # How many units rounding explains
+    # The candidate's error against float64 over the reference's; None where unknown
     ratio: float | None = None
-    faults: tuple[str, ...] = ()
-    at: tuple[int, ...] = ()
-    values: tuple[float, float] | None = None
+    faults: tuple[str, ...] = ()  # What is wrong apart from numbers, in words
+    at: tuple[int, ...] = ()  # Where the greatest difference is
+    values: tuple[float, float] | None = None  # The reference's and the candidate's number there
 
     @property
     def units(self) -> float:

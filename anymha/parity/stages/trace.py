@@ -28,20 +28,14 @@ MASKS = ("attention_mask", "query_mask", "value_mask", "key_mask")
 
 @dataclass(frozen=True)
 class Request:
-    """One call, in NumPy.
+    """One call, in NumPy."""
 
-    Args:
-        inputs: "query", and "value" and "key" where the call has them; features last.
-        masks: Boolean masks by argument.
-        bias: The attention bias.
-        call: The call's other arguments, as anymha's layer takes them.
-        originals: The inputs in the caller's own arrays, for plain functions.
-    """
-
-    inputs: Arrays
-    masks: Arrays = field(default_factory=dict)
-    bias: np.ndarray | None = None
+    inputs: Arrays  # "query", and "value" and "key" where the call has them; features last
+    masks: Arrays = field(default_factory=dict)  # Boolean masks by argument
+    bias: np.ndarray | None = None  # The attention bias
+    # The call's other arguments, as anymha's layer takes them
     call: Mapping[str, Any] = field(default_factory=dict)
+    # The inputs in the caller's own arrays, for plain functions
     originals: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,34 +159,22 @@ def as_numpy(array: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trace:
-    """The results of an implementation.
+    """The results of an implementation."""
 
-    Args:
-        name: What it is.
-        output: Its output, in the caller's shape.
-        scores: Its probabilities (B, H, T, S), where it returns them.
-        stages: The stages that it reports, by name, in the shapes of the recipe.
-        gradients: Of the sum of the output times a fixed cotangent, by canonical name; empty where
-            it has none.
-        weights: Its canonical weights, where they are known.
-        config: Its options, where they are known.
-        accumulated: The dtype of its sums; None: that which anymha would take.
-        stored: The dtype in which it stores the results of sums; None: that of the sums.
-        random: Whether two calls gave two results.
-        notes: What its users should know.
-    """
-
-    name: str
-    output: np.ndarray
-    scores: np.ndarray | None = None
+    name: str  # What it is
+    output: np.ndarray  # Its output, in the caller's shape
+    scores: np.ndarray | None = None  # Its probabilities (B, H, T, S), where it returns them
+    # The stages that it reports, by name, in the shapes of the recipe
     stages: Arrays = field(default_factory=dict)
+    # Of the sum of the output times a fixed cotangent, by canonical name; empty where it has none
     gradients: Arrays = field(default_factory=dict)
-    weights: Arrays | None = None
-    config: AttentionConfig | None = None
-    accumulated: str | None = None
+    weights: Arrays | None = None  # Its canonical weights, where they are known
+    config: AttentionConfig | None = None  # Its options, where they are known
+    accumulated: str | None = None  # The dtype of its sums; None: that which anymha would take
+    # The dtype in which it stores the results of sums; None: that of the sums
     stored: str | None = None
-    random: bool = False
-    notes: tuple[str, ...] = ()
+    random: bool = False  # Whether two calls gave two results
+    notes: tuple[str, ...] = ()  # What its users should know
 
 
 class Adapter(Protocol):
