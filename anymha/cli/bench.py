@@ -18,11 +18,7 @@ def add_command(commands: Any) -> None:
 
 
 def run_bench(arguments: list[str]) -> int:
-    """Run the benchmarks with these arguments, and give the exit status.
-
-    Raises:
-        UsageError: this is no checkout.
-    """
+    """Run the benchmarks with these arguments, and give the exit status; only in a checkout."""
     if not (CHECKOUT / "benchmarks" / "command.py").is_file():
         raise UsageError(
             "`anymha bench` runs the benchmarks of a checkout, and the installed package has none. "

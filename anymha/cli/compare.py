@@ -131,11 +131,7 @@ def _outcomes(
 def _random_layer(
     every: Sequence[Implementation], widths: tuple[int, int, int], dtype: str = "float32"
 ) -> SavedLayer:
-    """Random weights, where no implementation has weights of its own.
-
-    Raises:
-        UsageError: one has, and they are not known.
-    """
+    """Random weights; an error where an implementation has its own and they are not known."""
     silent = [one.name for one in every if one.implementation is not None]
     named_alone = [one.name for one in every if one.implementation is None]
     if silent and named_alone:

@@ -32,11 +32,7 @@ class PrintCompletion(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Print the script, which names every command and option.
-
-        Raises:
-            UsageError: shtab, which makes it, is not installed.
-        """
+        """Print the script, which names every command and option."""
         try:
             import shtab  # noqa: PLC0415  needs the extra "cli"
         except ImportError as error:

@@ -28,15 +28,7 @@ def add_forms(command: argparse.ArgumentParser) -> None:
 
 
 def check_files(paths: dict[str, Path | None]) -> None:
-    """See that files can be written later.
-
-    Args:
-        paths: By the names of the options.
-
-    Raises:
-        UsageError: two options name one file.
-        FileError: one cannot be written.
-    """
+    """See that files, by the names of their options, can be written later, each its own."""
     known = {name: path for name, path in paths.items() if path is not None}
     for name, path in known.items():
         check_writable(path)

@@ -30,14 +30,11 @@ class CallInputs:
 def make_cases(
     names: Collection[str], widths: tuple[int, int, int], dtype: Any = np.float32
 ) -> list[CallInputs]:
-    """The cases by name.
+    """Some of `CASES` by name, for inputs of these widths.
 
-    Args:
-        names: Some of `CASES`: "self" has one input, the others a query (2, 5, D) and a value and
-            a key (2, 7, D); "causal" the causal mask; "padded" a mask of its own for each query,
-            one of which attends to nothing, and a second key sequence that is shorter.
-        widths: Of query, value and key.
-        dtype: Of the inputs.
+    "self" has one input, the others a query (2, 5, D) and a value and a key (2, 7, D); "causal" the
+    causal mask; "padded" a mask of its own for each query, one of which attends to nothing, and a
+    second key sequence that is shorter.
     """
     rng = np.random.default_rng(20170612)
 
@@ -60,12 +57,7 @@ def make_cases(
 
 
 def make_layer(widths: tuple[int, int, int], dtype: str = "float32") -> SavedLayer:
-    """Options and random weights, biases too, for inputs of these widths.
-
-    Args:
-        widths: Of query, value and key.
-        dtype: Of the weights.
-    """
+    """Options and random weights, biases too, for query, value and key of these widths."""
     heads = next(count for count in (4, 2, 1) if widths[0] % count == 0)
     options = {"num_heads": heads, "key_dim": widths[0] // heads, "dtype": dtype}
     problem = make_problem(MatrixCase("compare", options, {}, widths=widths))

@@ -40,11 +40,7 @@ class Implementation:
     layer: SavedLayer | None = None  # Its options and weights, where they are known
 
     def make(self, layer: SavedLayer) -> Any:
-        """The object to compare: itself, or a layer with these options and weights.
-
-        Raises:
-            AnymhaError: a layer of this backend or layout cannot have them.
-        """
+        """The object to compare: itself, or a layer with these options and weights."""
         if self.implementation is not None:
             return self.implementation
         options = layer.config.to_dict()
@@ -67,8 +63,7 @@ class Implementation:
 def implementation_named(name: str) -> Implementation:
     """The implementation that a word of the command line names.
 
-    Args:
-        name: ``module:object``, the name of a backend or of a layout, or the path of a model.
+    The word is ``module:object``, the name of a backend or of a layout, or the path of a model.
 
     Raises:
         UsageError: it names nothing, or an object that cannot be compared.

@@ -68,13 +68,7 @@ FAMILIES = {
 def run(
     layout: str, config: AttentionConfig, weights: Mapping[str, np.ndarray], query: np.ndarray
 ) -> np.ndarray:
-    """The output of the family's own layer, each position attending to all.
-
-    Args:
-        layout: A layout of `FAMILIES`.
-        config: The config.
-        weights: Canonical weights.
-        query: The input (B, T, D).
+    """The output of the family's own layer for a query (B, T, D), each position attending to all.
 
     Raises:
         BackendNotInstalledError: transformers or torch is not installed.

@@ -9,12 +9,7 @@ from typing import Any
 
 @contextmanager
 def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str], None]]:
-    """Give a function of the names of the case and the backend that come next.
-
-    Args:
-        steps: How many there are.
-        console: Rich's console to draw on; default stderr.
-    """
+    """Give a function of the names of the case and the backend that come next, of so many steps."""
     with bar(console) as update:
         done = -1
 
@@ -35,12 +30,7 @@ def layer_bar(console: Any = None) -> Iterator[Callable[[int, int, str], None]]:
 
 @contextmanager
 def bar(console: Any = None, refreshes: float = 10) -> Iterator[Callable[[int, int, str], None]]:
-    """Give a function of the steps done, their total, and what comes next.
-
-    Args:
-        console: Rich's console to draw on; default stderr.
-        refreshes: How often a second it is drawn.
-    """
+    """Give a function of the steps done, their total, and what comes next; default on stderr."""
     try:
         from rich.console import Console  # noqa: PLC0415  of the extra "cli"
         from rich.progress import (  # noqa: PLC0415

@@ -60,13 +60,7 @@ LIBRARIES: dict[str, Callable[..., np.ndarray]] = {
 
 
 class Verifier:
-    """Checks layers one by one, and keeps the greatest errors.
-
-    Args:
-        layout: Their old layout.
-        to: Their new layout.
-        sizes: Sizes and options that the shapes do not show, as `to_canonical` takes them.
-    """
+    """Checks layers one by one, and keeps the greatest errors."""
 
     def __init__(self, layout: str, to: str, sizes: Mapping[str, Any]) -> None:
         self._layout, self._to, self._sizes = layout, to, dict(sizes)
@@ -75,11 +69,7 @@ class Verifier:
         self._not_run: dict[str, str] = {}
 
     def check(self, layer: ConvertedLayer) -> None:
-        """Convert a layer back, and run it.
-
-        Raises:
-            Mismatch: a bit or an output differs.
-        """
+        """Convert a layer back, and run it; `Mismatch` where a bit or an output differs."""
         self._check_bits(layer)
         self._count += 1
         if any(not np.isfinite(array).all() for array in layer.weights.values()):

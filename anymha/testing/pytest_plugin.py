@@ -168,11 +168,7 @@ def pytest_runtest_makereport(
 
 
 class Collector:
-    """Gathers the comparisons of all processes, writes them, and tells them at the end.
-
-    Args:
-        paths: The files to write.
-    """
+    """Gathers the comparisons of all processes, writes them to paths, and tells them at the end."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths

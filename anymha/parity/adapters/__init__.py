@@ -87,12 +87,8 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
 def adapter_for(implementation: Any) -> Adapter:
     """The adapter of an implementation.
 
-    Args:
-        implementation: A layer of anymha; a live layer of another library; a module of torch; a
-            model of ONNX; a function of query, value and key; or a result of `declare`.
-
     Raises:
-        ArgumentError: it is none of these.
+        ArgumentError: it is of no known kind.
     """
     if isinstance(implementation, Declared):
         return _declared(implementation)

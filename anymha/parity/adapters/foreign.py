@@ -53,11 +53,7 @@ class LayerDescription:
         return fold(problem_of(self.config, self.weights, request)).recipe
 
     def canonical(self, gradients: Mapping[str, Any]) -> Arrays:
-        """Gradients of its arrays by canonical name: layouts only move numbers, and split them.
-
-        Args:
-            gradients: By the names of the layout; None or missing where there is none.
-        """
+        """Gradients of its arrays by canonical name; zeros for a name that has none."""
         arrays = {}
         for name, array in self.arrays.items():
             got = gradients.get(name)
@@ -68,12 +64,7 @@ class LayerDescription:
 
 
 def describe_layer(layer: Any, **sizes: Any) -> LayerDescription:
-    """Describe a live layer, or parameters by name.
-
-    Args:
-        layer: As `anymha.get_weights` takes it.
-        **sizes: Sizes that do not follow from it.
-    """
+    """Describe a live layer, or parameters by name; with the sizes that do not follow from it."""
     weights = get_weights(layer, **sizes)
     assert isinstance(weights, Weights)
     assert weights.config is not None
@@ -86,13 +77,7 @@ def describe_layer(layer: Any, **sizes: Any) -> LayerDescription:
 def describe_arrays(
     arrays: Mapping[str, Any], layout: str, sizes: Mapping[str, Any]
 ) -> LayerDescription:
-    """Describe the arrays of a named layout; other arrays are left out.
-
-    Args:
-        arrays: By name.
-        layout: The layout's name.
-        sizes: Sizes that do not follow from the shapes.
-    """
+    """Describe the arrays of a named layout; other arrays are left out."""
     names = get_layout(layout).names()
     describe_layer = {name: arrays[name] for name in names if name in arrays}
     weights, config = to_canonical(describe_layer, layout, **sizes)
@@ -113,16 +98,7 @@ def dense_mask(recipe: Recipe) -> np.ndarray | None:
 
 
 def refuse(request: Request, library: str, **unknown: bool) -> None:
-    """Raise where a call has an argument that a library's layer does not know.
-
-    Args:
-        request: The call.
-        library: The library's name.
-        **unknown: By argument, whether the call has it.
-
-    Raises:
-        LayoutError: it has one.
-    """
+    """Raise a LayoutError where a library's layer does not know an argument of the call."""
     asked = [f"`{name}`" for name, there in unknown.items() if there]
     if request.inputs["query"].ndim != 3:
         asked.append("inputs with more axes than (batch, length, features)")
@@ -141,14 +117,8 @@ def make_trace(
 ) -> Trace:
     """The trace of a layer that is called twice, to see whether it gives the same.
 
-    Args:
-        name: Its name.
-        request: The call.
-        call: Returns "output", and the stages and "scores" that it reports, by name.
-        description: Its weights and options, where they are known.
-        gradients: By canonical name.
-        notes: Notes for its users.
-        framework: The framework of its operations, where these add half precision in itself.
+    `call` returns "output", and the stages and "scores" that it reports, by name. `framework` is
+    that of its operations, where these add half precision in itself.
     """
     results, again = call(), call()
     check_numbers(name, results)
@@ -177,10 +147,6 @@ def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:
     """The stages in float64; at positions that a mask excludes, the numbers of the recipe.
 
     These positions count for nothing, and layers have different numbers there: anymha zeros.
-
-    Args:
-        stages: The stages that a layer reports.
-        recipe: The recipe of its weights.
     """
     stages = {name: array.astype(np.float64) for name, array in stages.items()}
     keys = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]

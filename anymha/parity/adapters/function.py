@@ -45,15 +45,7 @@ class Function:
 
 
 def named_stages(result: Any, name: str) -> dict[str, Any]:
-    """The results of a function by name: stages, "output" and "scores".
-
-    Args:
-        result: The value that it returned.
-        name: Its name.
-
-    Raises:
-        ArgumentError: a function may not return it.
-    """
+    """The results of a function by name: stages, "output" and "scores"."""
     if isinstance(result, Mapping):
         stages = dict(result)
     elif isinstance(result, (tuple, list)):

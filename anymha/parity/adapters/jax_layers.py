@@ -296,11 +296,7 @@ def gradients_through(
     inputs: Mapping[str, Any],
     cotangent: np.ndarray,
 ) -> tuple[Any, Arrays]:
-    """Gradients of the sum of ``function(parameters, inputs)`` times a cotangent.
-
-    Returns:
-        Those of the parameters, nested as they are, and those of the inputs in NumPy.
-    """
+    """Gradients of the sum of an output times a cotangent: of parameters, of inputs by name."""
     jax: Any = importlib.import_module("jax")
     output, pull = jax.vjp(function, parameters, dict(inputs))
     ours, theirs = pull(jax.numpy.asarray(cotangent, output.dtype))

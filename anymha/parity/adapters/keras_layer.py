@@ -58,11 +58,7 @@ class KerasLayer:
 
 
 def _arguments(keras: Any, layer: Any, request: Request) -> dict[str, Any]:
-    """The call's arguments as Keras takes them.
-
-    Raises:
-        LayoutError: it has no such argument.
-    """
+    """The call's arguments as Keras takes them; an error where it has no such argument."""
     known_there = inspect.signature(type(layer).call).parameters
     masks = dict(request.masks)
     whole = masks.get("attention_mask")

@@ -200,17 +200,11 @@ def gradients_through(
     cotangent: np.ndarray | None,
     description: LayerDescription | None,
 ) -> Arrays:
-    """Gradients of the sum of an output times a cotangent; no `.grad` changes.
+    """Gradients of the sum of an output times a cotangent, by canonical name; no `.grad` changes.
 
-    Args:
-        module: The module, or its parameters by their names in the layout.
-        function: The output for the inputs by name.
-        inputs: The inputs.
-        cotangent: In the shape of the output; without one there are no gradients.
-        description: The layout of the parameters; None: gradients of the inputs alone.
-
-    Returns:
-        By canonical name, and by the names of the inputs; empty if the output has no gradient.
+    They are of the inputs, and of the module's parameters where the layout of these is described;
+    the module may also be a mapping of its parameters. There are none without a cotangent, or where
+    the output has no gradient.
     """
     if cotangent is None:
         return {}

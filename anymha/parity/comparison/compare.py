@@ -85,14 +85,7 @@ def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray
 def judge_traces(
     request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None = None
 ) -> Comparison:
-    """The comparison of two traces of one call.
-
-    Args:
-        request: The call.
-        first: The trace of the reference.
-        second: The trace of the candidate.
-        cotangent: Of the output, where both have gradients.
-    """
+    """The comparison of two traces of one call; with the output's cotangent, of gradients too."""
     basis = first if first.weights is not None else second
     with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:

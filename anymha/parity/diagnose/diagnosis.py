@@ -55,11 +55,8 @@ class _Tried:
 class Search:
     """Looks for mistakes with which a recipe gives the reported results.
 
-    Args:
-        recipe: The right recipe.
-        trace: The implementation's results.
-        reported: Its stages by name.
-        reference: The trace of the reference, where the results are a candidate's.
+    Results are the trace's stages by name; `reference` is the trace of the reference, where they
+    are a candidate's.
     """
 
     def __init__(

@@ -14,11 +14,7 @@ LARGE = 1 << 20
 
 
 def not_exercised(recipe: Recipe) -> list[str]:
-    """The features of a call that change nothing when they are switched off, in words.
-
-    Args:
-        recipe: What is computed.
-    """
+    """The features of a call that change nothing when they are switched off, in words."""
     if recipe.stages["logits"].size > LARGE:
         return ["whether each feature matters: there is too much to compute it without each"]
     wanted = recipe.stages["output"]

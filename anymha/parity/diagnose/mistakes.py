@@ -50,12 +50,7 @@ def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
 
 
 def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, Recipe]]:
-    """The options that differ between a candidate's config and the recipe.
-
-    Args:
-        recipe: The right recipe.
-        config: The candidate's config; None where it is not known.
-    """
+    """The options that differ between a candidate's config and the recipe."""
     for option, section in SECTIONS.items() if config is not None else ():
         own, expected = section.from_config(config), recipe.options.get(option)
         value = None if own is None else own.value

@@ -42,13 +42,7 @@ class ReferenceSemantics:
         return self.plain if self.recipe is None else self.recipe
 
     def diagnose(self, trace: Trace, reported: Arrays, wrong: Collection[str]) -> Diagnosis | None:
-        """Why a candidate differs; None where nothing does.
-
-        Args:
-            trace: The candidate's.
-            reported: Its stages by name.
-            wrong: The stages that differ.
-        """
+        """Why a candidate with these stages differs; None where no stage is wrong."""
         flow, scores = _flow_and_scores(reported)
         diagnosis = None
         if trace.random or any(name in flow for name in wrong):
@@ -113,13 +107,7 @@ class ReferenceSemantics:
 
 
 def reference_semantics_of(plain: Recipe, trace: Trace, reported: Arrays) -> ReferenceSemantics:
-    """What a reference computes.
-
-    Args:
-        plain: The recipe of its weights and the call, as anymha means it.
-        trace: The reference's.
-        reported: Its stages by name.
-    """
+    """What a reference computes, from the recipe of its weights and its stages by name."""
     flow, scores = _flow_and_scores(reported)
     recipe, reason, notes = plain, None, []
     if not Search(plain, trace, flow).fits():

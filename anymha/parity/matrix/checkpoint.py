@@ -57,10 +57,6 @@ def checkpoint_problems(
         num_heads: Query heads H, which do not follow from the shapes.
         prefix: The beginning of a layer's names in the file; default every layer of the layout.
         inputs: The ``.npz`` file of inputs.
-
-    Raises:
-        UsageError: a file holds no such layer or inputs, or the inputs cannot be read.
-        FileError: the file of weights cannot be read.
     """
     inputs_by_name = read_inputs(inputs) if inputs else {}
     known = get_layout(layout).names()
@@ -183,11 +179,7 @@ def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> 
 
 
 def read_inputs(path: Path) -> Arrays:
-    """The arrays of a file of inputs.
-
-    Raises:
-        UsageError: it cannot be read, or mask and tokens do not fit each other.
-    """
+    """The arrays of a file of inputs; an error where mask and tokens do not fit each other."""
     try:
         with path.open("rb") as stream:
             stored: Arrays | None = {} if zipfile.is_zipfile(stream) else None

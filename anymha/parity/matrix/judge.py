@@ -85,11 +85,7 @@ def judge(
 ) -> Row:
     """The verdict on each backend's results, and on their agreement.
 
-    Args:
-        problem: The problem.
-        truth: The oracle's answer.
-        results: Each backend's results, why it skips the problem, or what it raised.
-        recorded: The results of another implementation, which are compared too.
+    The results of another implementation, if there are recorded ones, are compared too.
     """
     config = problem.case.config
     computed = config.compute_dtype or config.dtype

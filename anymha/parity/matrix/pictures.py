@@ -37,12 +37,7 @@ SHARES = LinearSegmentedColormap.from_list(
 
 
 def draw(picture: Callable[[Any], str], subject: Any) -> str:
-    """Make a picture, in the style of all.
-
-    Args:
-        picture: A function below.
-        subject: What it draws.
-    """
+    """Make one of the pictures below, in the style of all."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A script that matplotlib's font lacks is drawn by the reader's own.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)

@@ -67,10 +67,7 @@ def evaluate(
 ) -> Truth:
     """The results of a recipe, and its gradients.
 
-    Args:
-        recipe: What is computed, in float64.
-        d_output: Cotangent of the output (B, T, O); default zero.
-        d_scores: Cotangent of the scores (B, H, T, S); default zero.
+    The cotangents are of the output (B, T, O) and of the scores (B, H, T, S); default zero.
     """
     w, x, scale = recipe.weights, recipe.inputs, recipe.scale
     stages = run(recipe)
@@ -126,13 +123,7 @@ class _Sizes:
 
 
 class _Features:
-    """The sections of a recipe on the way forward and back, or the sizes where nothing cancels.
-
-    Args:
-        recipe: What is computed.
-        stages: Its stages.
-        cancel: Whether differences are differences; else they are sums of sizes.
-    """
+    """The sections of a recipe on the way forward and back; or, without `cancel`, sizes in sums."""
 
     def __init__(self, recipe: Recipe, stages: Arrays, cancel: bool = True) -> None:
         self.recipe, self.stages, self.cancel = recipe, stages, cancel

@@ -359,9 +359,8 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     greater, as rounding errors have random signs. Stages after the logits have the size of the
     effect of the logits' errors.
 
-    Returns:
-        By stage, and for "scores", an array that broadcasts to it: one size for each position of
-        each element of the batch.
+    By stage, and for "scores", the array broadcasts to it: one size for each position of each
+    element of the batch.
     """
 
     def size(sums: np.ndarray, stage: np.ndarray) -> np.ndarray:

@@ -50,12 +50,8 @@ def record(
 ) -> dict[str, Any]:
     """A comparison as plain data, which can be sent to another process.
 
-    Args:
-        comparison: The comparison.
-        test: The id of its test.
-        number: Its number among the comparisons of the test.
-        saved: The folder in which it is saved where it differs; None: it is not.
-        pages: Whether its part of an HTML page is made.
+    It is the `number`-th of its test. Where it differs it is saved in the folder `saved`, if any;
+    `pages` says whether its part of an HTML page is made.
     """
     page, path = None, None
     if not comparison.passed and saved is not None:

@@ -72,11 +72,7 @@ BOXES = (
 
 
 def comparison_document(outcomes: Sequence[Outcome]) -> Document:
-    """The report of one comparison, or of several.
-
-    Args:
-        outcomes: One or several.
-    """
+    """The report of one comparison, or of several."""
     result = next((one.result for one in outcomes if one.result is not None), None)
     environment = Environment({}, {}) if result is None else result.environment
     alone = outcomes[0].result if len(outcomes) == 1 else None
@@ -94,10 +90,8 @@ def comparison_document(outcomes: Sequence[Outcome]) -> Document:
 def details(result: ComparisonResult, file: str = "case", brief: bool = False) -> list[Block]:
     """The details of a comparison.
 
-    Args:
-        result: The comparison.
-        file: What its saved case is called on a page, without the suffix.
-        brief: Whether a terminal only counts the stages that agree.
+    A page calls its saved case `file`, without the suffix. If `brief`, a terminal only counts the
+    stages that agree.
     """
     right = sum(state_of(result, stage.name) == "good" for stage in result.stages)
     blocks: list[Block] = [

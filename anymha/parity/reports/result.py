@@ -134,10 +134,9 @@ class ComparisonResult:
 def state_of(result: ComparisonResult, name: str) -> str:
     """How a stage stands.
 
-    Returns:
-        "first" where the implementations part; "own" where it is wrong itself, after that;
-        "carried" where it differs by what came before; "good"; or "unreported" where the candidate
-        does not report it.
+    "first" where the implementations part; "own" where it is wrong itself, after that; "carried"
+    where it differs by what came before; "good"; "unreported" where the candidate does not report
+    it.
     """
     stage = next((stage for stage in result.stages if stage.name == name), None)
     if name == result.first_divergence:

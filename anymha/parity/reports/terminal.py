@@ -50,22 +50,12 @@ class Terminal(Console):
     """A console that leaves a closed pipe to the command; rich itself ends with status 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise the error again.
-
-        Raises:
-            BrokenPipeError: always; it is the error that is being handled.
-        """
+        """Raise the error that is being handled again."""
         raise
 
 
 def print_document(console: Console, document: Document) -> None:
-    """Print all of a document but its verdict.
-
-    Args:
-        console: Where; `Terminal()` for stdout, without colours where that is no terminal or
-            NO_COLOR is set.
-        document: The report.
-    """
+    """Print all of a document but its verdict."""
     _print_blocks(console, (*document.blocks, *document.findings))
 
 

@@ -17,17 +17,10 @@ def count_differing(
     """How many elements differ in any bit between some two results, of those ties, of how many.
 
     A NaN differs from every number, and from no NaN. A quantity is not counted where the results
-    have different shapes or dtypes.
-
-    Args:
-        results: Each backend's arrays by name.
-        exact: The results of the oracle, in float64.
-        close: How far the float64 that a backend rounds may be from it, by name; None where they
-            round something else, and there are no ties.
-
-    Returns:
-        Numbers of elements. A tie is an element for which the backends gave two neighbours in
-        float32, and whose exact value is as close to the middle between them as float64 resolves.
+    have different shapes or dtypes. A tie is an element for which the backends gave two neighbours
+    in float32, and whose exact value is as close to the middle between them as float64 resolves:
+    `close` says by name how far the float64 that a backend rounds may be from the exact one;
+    without it there are no ties.
     """
     differing = ties = compared = 0
     for name in exact:

@@ -64,12 +64,7 @@ def compare_gradients(
 
 
 def nonfinite_gradients(reference: Trace, stages: Sequence[Stage]) -> list[str]:
-    """A note on gradients that hold NaN or infinity, which cannot be compared as numbers.
-
-    Args:
-        reference: The reference's trace.
-        stages: Its gradients, compared.
-    """
+    """A note on the reference's gradients that hold NaN or infinity: no numbers to compare."""
     named = []
     for stage in stages:
         wanted = reference.gradients[stage.name.removeprefix("gradient of ")].astype(np.float64)

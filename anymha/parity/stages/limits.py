@@ -11,12 +11,7 @@ from anymha.parity.stages.units import eps, smallest
 
 
 class Tolerances:
-    """How far a trace may be from float64 at each stage.
-
-    Args:
-        recipe: What is computed.
-        reference: The reference's trace, in whose dtype a candidate has to compute.
-    """
+    """How far a trace may be from float64 at each stage, in the dtype of the reference at most."""
 
     def __init__(self, recipe: Recipe, reference: Trace | None = None) -> None:
         self.reference, self.sizes = reference, recipe.sizes

@@ -51,11 +51,7 @@ class SavedCase:
 
 
 def save_case(path: Path, request: Request, traces: tuple[Trace, Trace]) -> None:
-    """Write a case; whole or not at all.
-
-    Raises:
-        FileError: it cannot be written, or its name does not end in ``.npz``.
-    """
+    """Write a case into an ``.npz`` file; whole or not at all."""
     if path.suffix != ".npz":
         raise FileError(f"A case is saved as an .npz file. Received: {path}.")
     with atomic_file(path) as stream:
@@ -84,9 +80,7 @@ def case_bytes(request: Request, traces: tuple[Trace, Trace]) -> bytes:
 def load_case(path: Path, framework: str | None = None) -> SavedCase:
     """Read a case, or any ``.npz`` file with a query.
 
-    Args:
-        path: The file.
-        framework: The framework whose arrays plain functions get; default: as saved.
+    Plain functions get the arrays of this framework; default: as saved.
 
     Raises:
         FileError: it cannot be read, has no query, or holds what no call has.

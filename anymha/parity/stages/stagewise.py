@@ -75,11 +75,8 @@ def compare_stages(
 ) -> list[Stage]:
     """Every stage that the candidate reports.
 
-    Args:
-        recipe: What the reference computes.
-        exact: Its stages in float64, and the "scores" that it returns.
-        traces: The reference's and the candidate's.
-        reported: The stages that both report, by name.
+    `recipe` is what the reference computes, `exact` its stages in float64 and the "scores" that it
+    returns; `reported` has the stages that both report.
     """
     tolerances = Tolerances(recipe, traces[0])
     own: Arrays = {}  # the candidate's stages; the reference's steps compute those it lacks

@@ -129,15 +129,7 @@ def differs_between_calls(result: np.ndarray, again: np.ndarray) -> bool:
 
 
 def check_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
-    """Raise where a result of an implementation cannot be compared.
-
-    Args:
-        name: The implementation.
-        results: Its results by name.
-
-    Raises:
-        DtypeError: a result is not of real numbers.
-    """
+    """Raise a DtypeError where a result of the implementation `name` is not of real numbers."""
     for which, array in results.items():
         dtype = name_of_dtype(array)
         if array.dtype.kind not in "fiub" and "float" not in dtype:
