@@ -9,6 +9,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
+from anymha.parity.diagnose.changes import Maker, fields, steps
 from anymha.parity.oracle.recipe import (
     STEPS,
     Arrays,
@@ -25,7 +26,7 @@ BASE = 10_000.0
 """The base of rotary positions."""
 
 
-def scale_wrong(recipe: Recipe) -> Variants:
+def _scale_wrong(recipe: Recipe) -> Variants:
     """Another factor of the logits."""
     width = recipe.inputs["query"].shape[2]
     heads, d_k, d_v = recipe.heads[0], _width(recipe, "query"), _width(recipe, "value")
@@ -45,30 +46,7 @@ def scale_wrong(recipe: Recipe) -> Variants:
             yield words, recipe.but(scale=factor)
 
 
-def softmax_axis(recipe: Recipe) -> Variants:
-    """The softmax over queries or heads."""
-    for words, axis in (("over the queries", 2), ("over the heads", 1), ("over the batch", 0)):
-
-        def step(recipe: Recipe, stages: Arrays, axis: int = axis) -> np.ndarray:
-            return softmax(stages["masked_logits"], axis)
-
-        yield words, recipe.stepping("probabilities", step)
-
-
-def softmax_missing(recipe: Recipe) -> Variants:
-    """No softmax, or no division by the row's sum."""
-
-    def raw(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        return np.where(np.isneginf(stages["masked_logits"]), 0.0, stages["masked_logits"])
-
-    def undivided(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        return np.exp(np.minimum(stages["masked_logits"], 700.0))
-
-    yield "no softmax", recipe.stepping("probabilities", raw)
-    yield "rows not divided by their sum", recipe.stepping("probabilities", undivided)
-
-
-def grouped_tiled(recipe: Recipe) -> Variants:
+def _grouped_tiled(recipe: Recipe) -> Variants:
     """Key heads tiled over the query heads: h % K in place of h // (H / K)."""
     heads, shared = recipe.heads
     if 1 < shared < heads:
@@ -80,22 +58,22 @@ def grouped_tiled(recipe: Recipe) -> Variants:
         yield "", wrong.stepping("context", partial(context_by, heads=tiled))
 
 
-def key_value_swapped(recipe: Recipe) -> Variants:
-    """Keys made of the value's input, and values of the key's."""
+def _inputs_exchanged(recipe: Recipe) -> Variants:
+    """An input in the place of another, wherever both have one shape and other numbers."""
     x = recipe.inputs
-    if x["key"].shape == x["value"].shape and not np.array_equal(x["key"], x["value"]):
-        yield "inputs", recipe.but(inputs={**x, "key": x["value"], "value": x["key"]})
-    if x["query"].shape == x["value"].shape and not np.array_equal(x["query"], x["value"]):
-        yield (
-            "query and value exchanged",
-            recipe.but(inputs={**x, "query": x["value"], "value": x["query"]}),
-        )
-    if x["key"].shape[2] == x["value"].shape[2] and not np.array_equal(x["key"], x["value"]):
-        yield "the key for both", recipe.but(inputs={**x, "value": x["key"]})
-        yield "the value for both", recipe.but(inputs={**x, "key": x["value"]})
+    for words, sources in {
+        "inputs": {"key": "value", "value": "key"},
+        "query and value exchanged": {"query": "value", "value": "query"},
+        "the key for both": {"value": "key"},
+        "the value for both": {"key": "value"},
+    }.items():
+        pairs = [(x[name], x[source]) for name, source in sources.items()]
+        if all(a.shape == b.shape and not np.array_equal(a, b) for a, b in pairs):
+            wrong = {name: x[source] for name, source in sources.items()}
+            yield words, recipe.but(inputs={**x, **wrong})
 
 
-def batch_and_time(recipe: Recipe) -> Variants:
+def _batch_and_time(recipe: Recipe) -> Variants:
     """(T, B, D) taken for (B, T, D): attention over the batch."""
     batch, queries, keys = recipe.lengths
     turned = {name: x.swapaxes(0, 1) for name, x in recipe.inputs.items()}
@@ -112,21 +90,25 @@ def batch_and_time(recipe: Recipe) -> Variants:
     yield "", wrong.stepping("output", back)
 
 
-def rotary(recipe: Recipe, pairs: bool) -> Variants:
-    """Queries and keys rotated by their positions, which the layer does not do."""
-    if _width(recipe, "query") % 2:
-        return
-    turned = recipe
-    for name in ("query", "key"):
+def _projections(names: tuple[str, ...], change: Callable[[np.ndarray], np.ndarray],
+                 words: str = "", even: bool = False) -> Maker:  # fmt: skip
+    """Projections (B, T, H, d) changed; `even`: only where a head has an even width."""
 
-        def step(recipe: Recipe, stages: Arrays, name: str = name) -> np.ndarray:
-            return rotated(projected(recipe, name), pairs)
+    def make(recipe: Recipe) -> Variants:
+        if even and _width(recipe, "query") % 2:
+            return
+        for name in names:
 
-        turned = turned.stepping(name, step)
-    yield "", turned
+            def step(recipe: Recipe, stages: Arrays, name: str = name) -> np.ndarray:
+                return change(projected(recipe, name))
+
+            recipe = recipe.stepping(name, step)
+        yield words, recipe
+
+    return make
 
 
-def rotated(x: np.ndarray, pairs: bool) -> np.ndarray:
+def _rotated(x: np.ndarray, pairs: bool) -> np.ndarray:
     """Rotary positions of (B, T, H, d): halves of a head, or neighbours, are turned together."""
     length, half = x.shape[1], x.shape[3] // 2
     angle = np.arange(length)[:, None, None] * BASE ** (-np.arange(half) / half)  # [T, 1, d/2]
@@ -136,39 +118,20 @@ def rotated(x: np.ndarray, pairs: bool) -> np.ndarray:
     return np.stack([one, two], -1).reshape(x.shape) if pairs else np.concatenate([one, two], -1)
 
 
-def dropout_wrong(recipe: Recipe) -> Variants:
-    """Dropout left out where it acts, or not scaled."""
-    if recipe.kept is not None:
-        yield "does not act", recipe.but(kept=None)
-        kept = (recipe.kept > 0).astype(np.float64)
-        yield "kept probabilities are not scaled by 1/(1 - rate)", recipe.but(kept=kept)
+def _split_by_reshape(y: np.ndarray) -> np.ndarray:
+    """Heads split without exchanging the axes: (B, T, H, d) read as (B, H, T, d)."""
+    batch, length, heads, width = y.shape
+    return y.reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
-def context_heads(recipe: Recipe) -> Variants:
+def _merged(recipe: Recipe, stages: Arrays) -> np.ndarray:
     """The context's axes (heads, positions) taken for one another as heads are merged."""
-
-    def merged(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        context = context_by(recipe, stages)  # (B, T, H, d)
-        return context.swapaxes(1, 2).reshape(context.shape)
-
-    yield (
-        "heads and positions not exchanged before heads are merged",
-        recipe.stepping("context", merged),
-    )
+    context = context_by(recipe, stages)  # (B, T, H, d)
+    return context.swapaxes(1, 2).reshape(context.shape)
 
 
-def projections_heads(recipe: Recipe) -> Variants:
-    """Heads split by a reshape without exchanging the axes: (B, T, H, d) read as (B, H, T, d)."""
-    split = recipe
-    for name in ("query", "key", "value"):
-
-        def step(recipe: Recipe, stages: Arrays, name: str = name) -> np.ndarray:
-            y = projected(recipe, name)
-            batch, length, heads, width = y.shape
-            return y.reshape(batch, heads, length, width).swapaxes(1, 2)
-
-        split = split.stepping(name, step)
-    yield "heads split by a reshape alone", split
+def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:
+    return np.where(np.isneginf(stages["masked_logits"]), 0.0, stages["masked_logits"])
 
 
 def precision(recipe: Recipe, dtype: str) -> Variants:
@@ -190,33 +153,43 @@ def _width(recipe: Recipe, name: str) -> int:
     return recipe.weights[f"{name}.kernel"].shape[2]
 
 
-_Maker = Callable[[Recipe], Variants]
-_halves: _Maker = partial(rotary, pairs=False)
-_pairs: _Maker = partial(rotary, pairs=True)
-
-MISTAKES: tuple[tuple[str, str, _Maker], ...] = (
+MISTAKES: tuple[tuple[str, str, Maker], ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
-     "`scale` says otherwise.", scale_wrong),
+     "`scale` says otherwise.", _scale_wrong),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",
-     softmax_axis),
+     steps("probabilities", {
+         "over the queries": lambda r, stages: softmax(stages["masked_logits"], 2),
+         "over the heads": lambda r, stages: softmax(stages["masked_logits"], 1),
+         "over the batch": lambda r, stages: softmax(stages["masked_logits"], 0)})),
     ("no softmax", "Probabilities are exp(logits), divided by their sum over the "
-     "keys.", softmax_missing),
+     "keys.", steps("probabilities", {
+         "no softmax": _no_softmax,
+         "rows not divided by their sum":
+             lambda r, stages: np.exp(np.minimum(stages["masked_logits"], 700.0))})),
     ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
-     "head, do not tile them all.", grouped_tiled),
+     "head, do not tile them all.", _grouped_tiled),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
-     "value, key; torch, Flax and Equinox query, key, value.", key_value_swapped),
+     "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
     ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
-     "`batch_first=True`, or exchange the axes.", batch_and_time),
+     "`batch_first=True`, or exchange the axes.", _batch_and_time),
     ("rotary positions, by halves", "The candidate rotates queries and keys by their "
-     "positions, by halves of a head; the reference does not, or by pairs.", _halves),
+     "positions, by halves of a head; the reference does not, or by pairs.",
+     _projections(("query", "key"), partial(_rotated, pairs=False), even=True)),
     ("rotary positions, by pairs", "The candidate rotates queries and keys by their "
-     "positions, by pairs of neighbours; the reference does not, or by halves.", _pairs),
+     "positions, by pairs of neighbours; the reference does not, or by halves.",
+     _projections(("query", "key"), partial(_rotated, pairs=True), even=True)),
     ("wrong dropout", "Both must be in training mode, with one rate and "
-     "one seed; kept probabilities are divided by 1 - rate.", dropout_wrong),
+     "one seed; kept probabilities are divided by 1 - rate.",
+     fields(lambda r: r.kept is not None, lambda r: {
+         "does not act": {"kept": None},
+         "kept probabilities are not scaled by 1/(1 - rate)":
+             {"kept": (r.kept > 0).astype(np.float64)}})),
     ("heads merged wrongly", "Exchange heads and positions before the heads are "
-     "merged: (B, H, T, d) to (B, T, H, d).", context_heads),
+     "merged: (B, H, T, d) to (B, T, H, d).", steps("context", {
+         "heads and positions not exchanged before heads are merged": _merged})),
     ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
-     "(B, H, T, d).", projections_heads),
+     "(B, H, T, d).", _projections(("query", "key", "value"), _split_by_reshape,
+                                   "heads split by a reshape alone")),
 )  # fmt: skip
 
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -28,13 +28,10 @@ class Mistake:
 
 def catalogue() -> Iterator[Mistake]:
     """All mistakes; those that ports make most often first."""
-    for module in (mask_mistakes, attention_mistakes):
-        for name, fix, variants in module.MISTAKES:
-            yield Mistake(name, fix, variants)
+    yield from (Mistake(*one) for one in (*mask_mistakes.MISTAKES, *attention_mistakes.MISTAKES))
     for section in SECTIONS.values():
         yield from option_mistakes(section)
-    for name, fix, variants in weight_mistakes.MISTAKES:
-        yield Mistake(name, fix, variants)
+    yield from (Mistake(*one) for one in weight_mistakes.MISTAKES)
 
 
 def option_mistakes(section: type[Section]) -> Iterator[Mistake]:

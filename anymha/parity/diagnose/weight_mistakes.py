@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from anymha.parity.diagnose.changes import Maker
 from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 NAMES = ("query", "key", "value")
+Changed = Mapping[str, np.ndarray | None]
 MOST_HEADS = 4
 """Up to so many heads all their orders are tried."""
 
 
-def transposed(recipe: Recipe) -> Variants:
+def _transposed(recipe: Recipe) -> Variants:
     """A square kernel transposed."""
     turned: Arrays = {}
     for name in (*NAMES, "output"):
@@ -26,20 +28,17 @@ def transposed(recipe: Recipe) -> Variants:
     yield from _each(recipe, turned, NAMES)
 
 
-def interleaved(recipe: Recipe) -> Variants:
+def _interleaved(recipe: Recipe) -> Variants:
     """The features of a kernel read as (width, heads) in place of (heads, width)."""
     changed: Arrays = {}
     for name in NAMES:
-        for part in ("kernel", "bias"):
-            array = recipe.weights.get(f"{name}.{part}")
-            if array is not None:
-                *front, heads, width = array.shape
-                other = array.reshape(*front, width, heads)
-                changed[f"{name}.{part}"] = other.swapaxes(-1, -2)
+        for key, array in _own(recipe, name).items():
+            *front, heads, width = array.shape
+            changed[key] = array.reshape(*front, width, heads).swapaxes(-1, -2)
     yield from _each(recipe, changed, NAMES)
 
 
-def output_interleaved(recipe: Recipe) -> Variants:
+def _output_interleaved(recipe: Recipe) -> Variants:
     """The output's kernel read with (width, heads) in place of (heads, width)."""
     kernel = recipe.weights["output.kernel"]
     heads, width, features = kernel.shape
@@ -47,7 +46,7 @@ def output_interleaved(recipe: Recipe) -> Variants:
     yield "", _with(recipe, {"output.kernel": turned})
 
 
-def heads_permuted(recipe: Recipe) -> Variants:
+def _heads_permuted(recipe: Recipe) -> Variants:
     """The heads in another order before the output's projection, or of the queries alone."""
     heads = recipe.heads[0]
     for order in _orders(heads):
@@ -58,31 +57,28 @@ def heads_permuted(recipe: Recipe) -> Variants:
         count = recipe.weights[f"{name}.kernel"].shape[1]
         for order in _orders(count):
             words = ", ".join(map(str, order))
-            changed = {
-                f"{name}.{part}": recipe.weights[f"{name}.{part}"][..., list(order), :]
-                for part in ("kernel", "bias")
-                if f"{name}.{part}" in recipe.weights
-            }
+            changed = {n: a[..., list(order), :] for n, a in _own(recipe, name).items()}
             yield f"of {name}, to {words}", _with(recipe, changed)
 
 
-def packed_order(recipe: Recipe) -> Variants:
+def _packed_order(recipe: Recipe) -> Variants:
     """Query, key and value taken from a packed kernel in another order."""
     if not _alike(recipe):
         return
     for order in itertools.permutations(NAMES):
         if order != NAMES:
-            changed = {
-                f"{name}.{part}": recipe.weights[f"{other}.{part}"]
-                for name, other in zip(NAMES, order, strict=True)
-                for part in ("kernel", "bias")
-                if f"{other}.{part}" in recipe.weights
-            }
-            words = ", ".join(order)
-            yield f"query, key, value got those of {words}", _without_others(recipe, changed)
+            changed: dict[str, np.ndarray | None] = dict.fromkeys(
+                key for name in NAMES for key in _own(recipe, name)
+            )
+            for name, other in zip(NAMES, order, strict=True):
+                changed |= {
+                    f"{name}.{key.partition('.')[2]}": array
+                    for key, array in _own(recipe, other).items()
+                }
+            yield f"query, key, value got those of {', '.join(order)}", _with(recipe, changed)
 
 
-def packed_heads(recipe: Recipe) -> Variants:
+def _packed_heads(recipe: Recipe) -> Variants:
     """A packed kernel cut by head where it lies by block, or the other way round."""
     if not _alike(recipe):
         return
@@ -100,21 +96,21 @@ def packed_heads(recipe: Recipe) -> Variants:
         yield words, _with(recipe, changed)
 
 
-def bias_left_out(recipe: Recipe) -> Variants:
+def _bias_left_out(recipe: Recipe) -> Variants:
     """A projection's bias missing."""
     yield from _each(recipe, {name: None for name in recipe.weights if name.endswith(".bias")})
 
 
-def bias_doubled(recipe: Recipe) -> Variants:
+def _bias_doubled(recipe: Recipe) -> Variants:
     """A projection's bias added twice, or once a head."""
-    doubled: Arrays = {n: 2 * w for n, w in recipe.weights.items() if n.endswith(".bias")}
+    doubled = {n: 2 * w for n, w in recipe.weights.items() if n.endswith(".bias")}
     yield from _each(recipe, doubled)
     if "output.bias" in recipe.weights:
         often = recipe.heads[0] * recipe.weights["output.bias"]
         yield "output, once for each head", _with(recipe, {"output.bias": often})
 
 
-def bias_of_another(recipe: Recipe) -> Variants:
+def _bias_of_another(recipe: Recipe) -> Variants:
     """A projection with the bias of another."""
     biases = {name: recipe.weights.get(f"{name}.bias") for name in NAMES}
     for name, other in itertools.permutations(NAMES, 2):
@@ -123,7 +119,7 @@ def bias_of_another(recipe: Recipe) -> Variants:
             yield f"{name} has that of {other}", _with(recipe, {f"{name}.bias": two})
 
 
-def output_not_by_head(recipe: Recipe) -> Variants:
+def _output_not_by_head(recipe: Recipe) -> Variants:
     """The output's kernel not applied to each head's own part."""
     kernel = recipe.weights["output.kernel"]
     heads, width, features = kernel.shape
@@ -134,8 +130,7 @@ def output_not_by_head(recipe: Recipe) -> Variants:
     yield "the heads' outputs are averaged", _with(recipe, {"output.kernel": kernel / heads})
     if heads * width == features:
         plain = np.eye(features).reshape(kernel.shape)
-        changed: dict[str, np.ndarray | None] = {"output.kernel": plain, "output.bias": None}
-        yield "it is left out", _with(recipe, changed)
+        yield "it is left out", _with(recipe, {"output.kernel": plain, "output.bias": None})
 
 
 def _orders(heads: int) -> Iterator[tuple[int, ...]]:
@@ -151,9 +146,7 @@ def _alike(recipe: Recipe) -> bool:
     return len({recipe.weights[f"{name}.kernel"].shape for name in NAMES}) == 1
 
 
-def _each(
-    recipe: Recipe, changed: Arrays | dict[str, None], together: tuple[str, ...] = ()
-) -> Variants:
+def _each(recipe: Recipe, changed: Changed, together: tuple[str, ...] = ()) -> Variants:
     """Each projection changed alone; then those of `together`, and all."""
     names = list(dict.fromkeys(name.partition(".")[0] for name in changed))
     groups: list[tuple[str, ...]] = [(name,) for name in names]
@@ -165,37 +158,34 @@ def _each(
         yield " and ".join(group), _with(recipe, own)
 
 
-def _with(recipe: Recipe, changed: Arrays | dict[str, None] | dict[str, np.ndarray | None]):
+def _with(recipe: Recipe, changed: Changed) -> Recipe:
     """The recipe with these weights; None leaves one out."""
     weights = {**recipe.weights, **changed}
     return recipe.but(weights={n: a for n, a in weights.items() if a is not None})
 
 
-def _without_others(recipe: Recipe, changed: Arrays) -> Recipe:
-    """The recipe with these weights of query, key and value, and no others of theirs."""
-    rest = {n: a for n, a in recipe.weights.items() if n.startswith("output.")}
-    return recipe.but(weights={**changed, **rest})
+def _own(recipe: Recipe, name: str) -> Arrays:
+    """A projection's kernel and bias, as far as it has them, by their names."""
+    return {n: a for n, a in recipe.weights.items() if n in (f"{name}.kernel", f"{name}.bias")}
 
 
-_Maker = Callable[[Recipe], Variants]
-
-MISTAKES: tuple[tuple[str, str, _Maker], ...] = (
+MISTAKES: tuple[tuple[str, str, Maker], ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
-     "transpose the kernel.", transposed),
+     "transpose the kernel.", _transposed),
     ("packed weights in another order", "Split the packed kernel into query, key, value "
-     "in this order.", packed_order),
+     "in this order.", _packed_order),
     ("packed weights split wrongly", "A packed kernel lies by block (all queries, all "
      "keys, all values) or by head (query, key, value of each head): split it as it was packed.",
-     packed_heads),
+     _packed_heads),
     ("heads interleaved", "The features of a projection are (heads, width): reshape in "
-     "this order.", interleaved),
-    ("missing bias", "The projection has a bias: load it.", bias_left_out),
-    ("doubled bias", "Add the bias once.", bias_doubled),
+     "this order.", _interleaved),
+    ("missing bias", "The projection has a bias: load it.", _bias_left_out),
+    ("doubled bias", "Add the bias once.", _bias_doubled),
     ("bias of another projection", "Give each projection its own bias.",
-     bias_of_another),
+     _bias_of_another),
     ("output kernel interleaved", "The rows of the output's kernel are (heads, width): "
-     "merge the heads in this order.", output_interleaved),
+     "merge the heads in this order.", _output_interleaved),
     ("output projection not applied by head", "The output's kernel has a part of its "
-     "own for each head, (H, d_v, O); the heads' results are added.", output_not_by_head),
-    ("heads permuted", "Bring the heads into one order.", heads_permuted),
+     "own for each head, (H, d_v, O); the heads' results are added.", _output_not_by_head),
+    ("heads permuted", "Bring the heads into one order.", _heads_permuted),
 )  # fmt: skip
