@@ -20,8 +20,9 @@ from anymha.layer.forward import multi_head_attention
 from anymha.layer.plan import Plans
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.features import sections_of
-from anymha.parity.oracle.oracle import Truth, attention_oracle
+from anymha.parity.oracle.oracle import Truth
 from anymha.parity.stages.tolerance import tolerance
+from tests.written_oracle import attention_oracle
 
 Arrays = dict[str, np.ndarray]
 

@@ -19,7 +19,6 @@ import pytest
 import benchmarks.measure as measure
 import benchmarks.worker as worker
 from anymha.framework.registry import BUILT_IN
-from anymha.parity.oracle.oracle import attention_oracle
 from benchmarks.cases import CASES, MASKS, Case, make_problem
 from benchmarks.check import allowed, change, drops_as, error_beside, error_of
 from benchmarks.entries import (  # fmt: skip
@@ -42,6 +41,7 @@ from benchmarks.results import CaseResult, Timing, from_dict, ratio, spread
 from benchmarks.terminal import duration
 from benchmarks.worker import run_case
 from tests.frameworks import skip_or_fail
+from tests.written_oracle import attention_oracle
 
 SMALL: dict[str, Any] = {"batch": 2, "length": 8, "features": 16, "heads": 2}
 HERE = Machine({})

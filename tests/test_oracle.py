@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.parity.oracle.oracle import Truth, attention_oracle
+from anymha.parity.oracle.oracle import Truth
 from tests.support import Arrays, normal
+from tests.written_oracle import attention_oracle
 
 B, T, S, H, K, D = 2, 3, 4, 4, 2, 3
 

@@ -11,7 +11,7 @@ from anymha.framework.registry import get_backend
 from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.diagnose.exercised import not_exercised
 from anymha.parity.oracle.features.softcap import SoftcapSection
-from anymha.parity.oracle.oracle import attention_oracle, evaluate
+from anymha.parity.oracle.oracle import evaluate
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import Trace, make_request, problem_of
@@ -19,6 +19,7 @@ from tests.selftest.injected_faults import Fault, call_with_fault, option_faults
 from tests.selftest.injection import make_layer
 from tests.selftest.port import Port
 from tests.support import normal
+from tests.written_oracle import attention_oracle
 
 B, T, S, H, K, CAP, SCALE = 2, 3, 4, 4, 2, 0.7, 0.4
 WEIGHTS: Arrays = {

@@ -32,8 +32,6 @@ class MatrixCase:
     # Further arrays of the call: names of masks, "attention_bias", "nan" (NaN at the positions that
     # padding masks exclude)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    # Changes that switch the feature off; the result must then differ
-    without: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> AttentionConfig:
@@ -84,7 +82,7 @@ def make_problem(case: MatrixCase, seed: int = 0) -> OracleProblem:
     if "nan" in case.inputs:
         seen = masks["value_mask"][..., None]
         inputs |= {n: np.where(seen, inputs[n], np.nan).astype(dtype) for n in ("value", "key")}
-    output, scores = _result_shapes(case, config)
+    output, scores = result_shapes(case)
     names = (config.dtype, config.compute_dtype or config.dtype)
     narrow = min(map(numpy_dtype, names), key=lambda dtype: dtype.itemsize)
     d_output = rng("d_output").standard_normal(output).astype(narrow)
@@ -102,19 +100,21 @@ def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
     return np.arange(shape[-1]) < lengths[..., None]
 
 
-def _result_shapes(
-    case: MatrixCase, config: AttentionConfig
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    rank = len(case.query) + 1
+def axes_of(config: AttentionConfig, rank: int) -> tuple[list[int], list[int]]:
+    """The batch axes and the attention axes of inputs of this rank."""
     named: Any = config.attention_axes or range(1, rank - 1)
     attention = [axis % rank for axis in named]
-    batch = [axis for axis in range(rank - 1) if axis not in attention]
+    return [axis for axis in range(rank - 1) if axis not in attention], attention
+
+
+def result_shapes(case: MatrixCase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of output and scores."""
+    config = case.config
+    batch, attention = axes_of(config, len(case.query) + 1)
     keys = case.value or case.query
-    scores = (
-        *(case.query[i] for i in batch), config.num_heads,
-        *(case.query[i] for i in attention), *(keys[i] for i in attention),
-    )  # fmt: skip
+    lengths = [shape[axis] for shape in (case.query, keys) for axis in attention]
     features: Any = case.widths[:1] if config.output_shape is None else config.output_shape
+    scores = (*(case.query[axis] for axis in batch), config.num_heads, *lengths)
     return (*case.query, *features), scores
 
 
@@ -138,100 +138,51 @@ def _typed(dtype: str, **options: Any) -> dict[str, Any]:
 
 
 _FEATURES: tuple[MatrixCase, ...] = (
-    MatrixCase("self", without={"widths": (12, 12, 12), "options": {"scale": 0.0}}),
-    MatrixCase("cross", **_CROSS, without={"options": {"scale": 0.0}}),
-    MatrixCase("value_dim", {"value_dim": 5}, without={"options": {"scale": 0.0, "value_dim": 5}}),
-    MatrixCase("causal", call={"use_causal_mask": True}, without={"call": {}}),
-    MatrixCase(
-        "causal, offset", call={"use_causal_mask": True, "query_offset": 2}, **_CROSS,
-        without={"call": {"use_causal_mask": True}},
-    ),
-    MatrixCase(
-        "causal, offset per batch", **_CROSS,
-        call={"use_causal_mask": True, "query_offset": np.array([0, 3], np.int32)},
-        without={"call": {"use_causal_mask": True}},
-    ),
-    MatrixCase("window", {"sliding_window": 2}, without={"options": {}}),
-    MatrixCase(
-        "window, causal", {"sliding_window": 3}, {"use_causal_mask": True},
-        without={"options": {}},
-    ),
-    MatrixCase("padding", **_CROSS, inputs=_PADDED, without={"inputs": {}}),
-    MatrixCase(
-        "padding holds NaN", **_CROSS, inputs={"value_mask": (2, 9), "nan": ()},
-        without={"inputs": {}},
-    ),
-    MatrixCase("key mask", **_CROSS, inputs={"key_mask": (2, 9)}, without={"inputs": {}}),
-    MatrixCase("mask (T, S)", inputs={"attention_mask": (7, 7)}, without={"inputs": {}}),
-    MatrixCase("mask (B, T, S)", inputs={"attention_mask": (2, 7, 7)}, without={"inputs": {}}),
-    MatrixCase(
-        "mask (B, H, T, S)", inputs={"attention_mask": (2, 4, 7, 7)},
-        without={"inputs": {}},
-    ),
-    MatrixCase("every row masked", inputs={"attention_mask": (1, 7)}, without={"inputs": {}}),
-    MatrixCase("bias (H, T, S)", inputs={"attention_bias": (4, 7, 7)}, without={"inputs": {}}),
-    MatrixCase(
-        "bias (B, 1, 1, S)", inputs={"attention_bias": (2, 1, 1, 7)},
-        without={"inputs": {}},
-    ),
-    MatrixCase(
-        "N-D, two axes", query=(2, 3, 4), value=(2, 2, 5),
-        inputs={"attention_mask": (2, 3, 4, 2, 5), "value_mask": (2, 2, 5)},
-        without={"inputs": {}},
-    ),
-    MatrixCase(
-        "N-D, one axis of two", {"attention_axes": (1,)}, {"use_causal_mask": True},
-        query=(2, 5, 3), without={"options": {"attention_axes": (2,)}},
-    ),
-    MatrixCase(
-        "N-D, negative axes", {"attention_axes": (-2, -4)}, query=(3, 2, 4),
-        without={"options": {"attention_axes": (-2,)}},
-    ),
-    MatrixCase(
-        "grouped heads", {"num_key_value_heads": 2},
-        without={"options": {"num_key_value_heads": 2, "scale": 0.0}},
-    ),
-    MatrixCase(
-        "one key head", {"num_key_value_heads": 1},
-        without={"options": {"num_key_value_heads": 1, "scale": 0.0}},
-    ),
-    MatrixCase(
-        "output shape", {"output_shape": (2, 3)},
-        without={"options": {"output_shape": (2, 3), "scale": 0.0}},
-    ),
-    MatrixCase("scale", {"scale": 0.9}, without={"options": {}}),
-    MatrixCase("large logits", {"scale": 8.0}, without={"options": {}}),  # their exp is infinite
-    MatrixCase(
-        "no bias", {"use_bias": False},
-        without={"options": {"use_bias": False, "scale": 0.0}},
-    ),
-    MatrixCase(
-        "two biases of four", {"use_bias": ("query", "value")}, without={"options": {}},
-    ),
-    MatrixCase("dropout", {"dropout": 0.3}, {"training": True, "seed": 11}, without={"call": {}}),
-    MatrixCase("everything", **_EVERYTHING, without={"inputs": {}}),
-    MatrixCase("float16", **_typed("float16"), without={"inputs": {}}),
-    MatrixCase("bfloat16", **_typed("bfloat16"), without={"inputs": {}}),
-    MatrixCase("float64", **_typed("float64"), without={"inputs": {}}),
-    MatrixCase("float32 in bfloat16", **_typed("float32", compute_dtype="bfloat16"),
-         without={"inputs": {}}),
+    MatrixCase("self"),
+    MatrixCase("cross", **_CROSS),
+    MatrixCase("value_dim", {"value_dim": 5}),
+    MatrixCase("causal", call={"use_causal_mask": True}),
+    MatrixCase("causal, offset", call={"use_causal_mask": True, "query_offset": 2}, **_CROSS),
+    MatrixCase("causal, offset per batch", **_CROSS,
+               call={"use_causal_mask": True, "query_offset": np.array([0, 3], np.int32)}),
+    MatrixCase("window", {"sliding_window": 2}),
+    MatrixCase("window, causal", {"sliding_window": 3}, {"use_causal_mask": True}),
+    MatrixCase("padding", **_CROSS, inputs=_PADDED),
+    MatrixCase("padding holds NaN", **_CROSS, inputs={"value_mask": (2, 9), "nan": ()}),
+    MatrixCase("key mask", **_CROSS, inputs={"key_mask": (2, 9)}),
+    MatrixCase("mask (T, S)", inputs={"attention_mask": (7, 7)}),
+    MatrixCase("mask (B, T, S)", inputs={"attention_mask": (2, 7, 7)}),
+    MatrixCase("mask (B, H, T, S)", inputs={"attention_mask": (2, 4, 7, 7)}),
+    MatrixCase("every row masked", inputs={"attention_mask": (1, 7)}),
+    MatrixCase("bias (H, T, S)", inputs={"attention_bias": (4, 7, 7)}),
+    MatrixCase("bias (B, 1, 1, S)", inputs={"attention_bias": (2, 1, 1, 7)}),
+    MatrixCase("N-D, two axes", query=(2, 3, 4), value=(2, 2, 5),
+               inputs={"attention_mask": (2, 3, 4, 2, 5), "value_mask": (2, 2, 5)}),
+    MatrixCase("N-D, one axis of two", {"attention_axes": (1,)}, {"use_causal_mask": True},
+               query=(2, 5, 3)),
+    MatrixCase("N-D, negative axes", {"attention_axes": (-2, -4)}, query=(3, 2, 4)),
+    MatrixCase("grouped heads", {"num_key_value_heads": 2}),
+    MatrixCase("one key head", {"num_key_value_heads": 1}),
+    MatrixCase("output shape", {"output_shape": (2, 3)}),
+    MatrixCase("scale", {"scale": 0.9}),
+    MatrixCase("large logits", {"scale": 8.0}),  # their exp is infinite
+    MatrixCase("no bias", {"use_bias": False}),
+    MatrixCase("two biases of four", {"use_bias": ("query", "value")}),
+    MatrixCase("dropout", {"dropout": 0.3}, {"training": True, "seed": 11}),
+    MatrixCase("everything", **_EVERYTHING),
+    MatrixCase("float16", **_typed("float16")),
+    MatrixCase("bfloat16", **_typed("bfloat16")),
+    MatrixCase("float64", **_typed("float64")),
+    MatrixCase("float32 in bfloat16", **_typed("float32", compute_dtype="bfloat16")),
 )  # fmt: skip
 
 _REPRODUCIBLE: tuple[MatrixCase, ...] = (
-    MatrixCase(
-        "reproducible", **_typed("float32", compute_dtype="float64"),
-        without={"inputs": {}},
-    ),
-    MatrixCase(
-        "reproducible, dropout", {"dropout": 0.1, "compute_dtype": "float64"},
-        {"training": True, "seed": 5, "use_causal_mask": True}, without={"call": {}},
-    ),
-    MatrixCase(
-        "reproducible, 2^20 outputs",
-        {"num_heads": 2, "key_dim": 16, "compute_dtype": "float64"},
-        {"use_causal_mask": True}, query=(64, 64), widths=(256, 256, 256),
-        without={"call": {}},
-    ),
+    MatrixCase("reproducible", **_typed("float32", compute_dtype="float64")),
+    MatrixCase("reproducible, dropout", {"dropout": 0.1, "compute_dtype": "float64"},
+               {"training": True, "seed": 5, "use_causal_mask": True}),
+    MatrixCase("reproducible, 2^20 outputs",
+               {"num_heads": 2, "key_dim": 16, "compute_dtype": "float64"},
+               {"use_causal_mask": True}, query=(64, 64), widths=(256, 256, 256)),
 )  # fmt: skip
 
 
@@ -240,22 +191,15 @@ def option_cases(section: type[Section]) -> Iterator[MatrixCase]:
     option = section.option
     for value in section.examples:
         name = option if len(section.examples) == 1 else f"{option} {value}"
-        yield MatrixCase(name, {option: value}, **_CROSS, without={"options": {}})
+        yield MatrixCase(name, {option: value}, **_CROSS)
     value = section.examples[-1]
-    dropping = {"dropout": 0.3, option: value}
     training = {"training": True, "seed": 11}
-    yield MatrixCase(f"{option}, dropout", dropping, training, without={"call": {}})
-    for dtype, computed in (
-        ("float32", None),
-        ("float16", None),
-        ("bfloat16", None),
-        ("float32", "float64"),
-    ):
-        words = "reproducible" if computed else "everything" if dtype == "float32" else dtype
-        typed = _typed(dtype, compute_dtype=computed)
-        options = {**typed["options"], option: value}
-        case = {**typed, "options": options}
-        yield MatrixCase(f"{option}, {words}", **case, without={"options": typed["options"]})
+    yield MatrixCase(f"{option}, dropout", {"dropout": 0.3, option: value}, training)
+    yield MatrixCase(f"{option}, everything", **_typed("float32", **{option: value}))
+    for dtype in ("float16", "bfloat16"):
+        yield MatrixCase(f"{option}, {dtype}", **_typed(dtype, **{option: value}))
+    typed = _typed("float32", compute_dtype="float64", **{option: value})
+    yield MatrixCase(f"{option}, reproducible", **typed)
 
 
 def has_option(section: type[Section]) -> bool:

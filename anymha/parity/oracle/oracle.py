@@ -6,12 +6,12 @@ is compared with it. The forward pass is `anymha.parity.oracle.recipe`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, Section, einsum, ordered, reads, run
+from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads, run
 
 
 @dataclass(frozen=True)
@@ -28,38 +28,6 @@ class Truth:
     # value, or the root of the sum of its squared terms where that is greater, as rounding errors
     # have random signs
     magnitudes: Arrays
-
-
-def attention_oracle(
-    weights: Mapping[str, np.ndarray],
-    inputs: Mapping[str, np.ndarray],
-    *,
-    scale: float,
-    allowed: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
-    kept: np.ndarray | None = None,
-    sections: tuple[Section, ...] = (),
-    d_output: np.ndarray | None = None,
-    d_scores: np.ndarray | None = None,
-) -> Truth:
-    """Multi-head attention of (B, T, D) inputs, and its gradients.
-
-    Args:
-        weights: Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O).
-        inputs: "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k).
-        scale: Factor of the logits.
-        allowed: Booleans that broadcast to (B, H, T, S), True = may attend.
-        bias: Added to the logits.
-        kept: What the probabilities are multiplied with by dropout, (B, H, T, S).
-        sections: The options of the attention that are on.
-        d_output: Cotangent of the output; default zero.
-        d_scores: Cotangent of the scores; default zero.
-    """
-    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
-    x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
-    masks = {} if allowed is None else {"allowed": np.asarray(allowed)}
-    recipe = Recipe(w, x, scale, masks, bias=bias, kept=kept, sections=ordered(sections))
-    return evaluate(recipe, d_output, d_scores)
 
 
 def evaluate(

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.cases import Arrays, OracleProblem, numpy_dtype
+from anymha.parity.oracle.cases import Arrays, OracleProblem, axes_of, numpy_dtype
 from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, evaluate
 from anymha.parity.oracle.recipe import Recipe
@@ -65,10 +64,7 @@ def fold(problem: OracleProblem) -> Folded:
     """The recipe of a problem, in float64."""
     config, call = problem.case.config, problem.case.call
     query = problem.inputs["query"]
-    rank = query.ndim
-    named: Any = config.attention_axes or range(1, rank - 1)
-    attention = [axis % rank for axis in named]
-    batch = [axis for axis in range(rank - 1) if axis not in attention]
+    batch, attention = axes_of(config, query.ndim)
     order = [*batch, *attention]
     b = len(batch)
     batches, t = [query.shape[i] for i in batch], [query.shape[i] for i in attention]

@@ -14,24 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymha.interchange.files.atomic_write import write_atomically
+from anymha.parity.reports import document as doc
 from anymha.parity.reports.comparison_view import details
-from anymha.parity.reports.document import (
-    MARKDOWN,
-    PAGE,
-    Block,
-    Cell,
-    Check,
-    Code,
-    Column,
-    Document,
-    Drawing,
-    Fold,
-    Row,
-    Suite,
-    Table,
-    Text,
-    to_json,
-)
 from anymha.parity.reports.environment import Environment
 from anymha.parity.reports.junit import to_junit
 from anymha.parity.reports.markdown import to_markdown
@@ -61,7 +45,7 @@ def record(
     if pages:
         shown = details(comparison)
         if comparison.passed:  # their pictures would make the page of many tests heavy
-            shown = [block for block in shown if not isinstance(block, Drawing)]
+            shown = [block for block in shown if not isinstance(block, doc.Drawing)]
         page = to_fragment(shown)
     data = {"test": test, **comparison.to_dict()}
     data |= {"text": comparison.to_text(), "page": page, "saved": path}
@@ -72,7 +56,7 @@ def record(
 
 def write(records: Records, path: Path) -> None:
     """Write all of them into one file; the suffix of its name says in which form."""
-    forms = {".html": to_page, ".json": to_json, ".md": to_markdown, ".xml": to_junit}
+    forms = {".html": to_page, ".json": doc.to_json, ".md": to_markdown, ".xml": to_junit}
     write_atomically(path, forms[path.suffix](collection_document(records)))
 
 
@@ -82,47 +66,53 @@ def verdict(records: Records) -> str:
     return f"{len(records)} compared: {len(records) - differ} agree, {differ} differ"
 
 
-def collection_document(records: Records) -> Document:
+def collection_document(records: Records) -> doc.Document:
     """The report of a run of tests: every comparison, those that differ first."""
     left_out = ("page", "schema", "text")
     comparisons = [{k: v for k, v in record.items() if k not in left_out} for record in records]
     passed = all(record["passed"] for record in records)
     data = {"schema": SCHEMA, "anymha": __version__, "passed": passed, "comparisons": comparisons}
-    suites = [Suite("parity", [_check(one) for one in records])]
-    blocks: list[Block] = [_table(records)] if records else [Text("No test compared anything.")]
+    suites = [doc.Suite("parity", [_check(one) for one in records])]
+    blocks: list[doc.Block] = (
+        [_table(records)] if records else [doc.Text("No test compared anything.")]
+    )
     blocks += map(_fold, sorted(records, key=lambda record: record["passed"]))
-    return Document("Parity", verdict(records), passed, data, blocks, (), suites,
+    return doc.Document("Parity", verdict(records), passed, data, blocks, (), suites,
                     Environment({"anymha": __version__}, {}))  # fmt: skip
 
 
-def _table(records: Records) -> Table:
+def _table(records: Records) -> doc.Table:
     columns = [
-        Column(""),
-        Column("test", code=True),
-        Column("first divergence", code=True),
-        Column("cause"),
+        doc.Column(""),
+        doc.Column("test", code=True),
+        doc.Column("first divergence", code=True),
+        doc.Column("cause"),
     ]
     rows = [
-        Row([Cell(state=_state(one)), one["test"], one["first_divergence"] or "", _cause(one)])
+        doc.Row(
+            [doc.Cell(state=_state(one)), one["test"], one["first_divergence"] or "", _cause(one)]
+        )
         for one in records
     ]
-    return Table(columns, rows, forms=(MARKDOWN,))
+    return doc.Table(columns, rows, forms=(doc.MARKDOWN,))
 
 
-def _fold(one: dict[str, Any]) -> Fold:
-    blocks: list[Block] = [Text(one["verdict"], forms=(PAGE,))]
+def _fold(one: dict[str, Any]) -> doc.Fold:
+    blocks: list[doc.Block] = [doc.Text(one["verdict"], forms=(doc.PAGE,))]
     if one["page"]:
-        blocks.append(Drawing(lambda: one["page"]))
-    blocks.append(Code(one["text"], forms=(MARKDOWN,)))
+        blocks.append(doc.Drawing(lambda: one["page"]))
+    blocks.append(doc.Code(one["text"], forms=(doc.MARKDOWN,)))
     if one["saved"]:
-        blocks.append(Code(one["command"], "Once more:", forms=(PAGE,)))
-    return Fold(one["test"], _state(one), one["first_divergence"] or "agrees", blocks, folded=True)
+        blocks.append(doc.Code(one["command"], "Once more:", forms=(doc.PAGE,)))
+    return doc.Fold(
+        one["test"], _state(one), one["first_divergence"] or "agrees", blocks, folded=True
+    )
 
 
-def _check(one: dict[str, Any]) -> Check:
+def _check(one: dict[str, Any]) -> doc.Check:
     name = f"{one['candidate']} as {one['reference']}"
     text = "" if one["passed"] else one["text"]
-    return Check(name, _state(one), one["verdict"], text=text, group=one["test"])
+    return doc.Check(name, _state(one), one["verdict"], text=text, group=one["test"])
 
 
 def _state(one: dict[str, Any]) -> str:

@@ -6,27 +6,8 @@ import base64
 import re
 from collections.abc import Iterator, Sequence
 
+from anymha.parity.reports import document as doc
 from anymha.parity.reports import drawings
-from anymha.parity.reports.document import (
-    MARKDOWN,
-    PAGE,
-    TERMINAL,
-    Block,
-    Cause,
-    Cell,
-    Check,
-    Code,
-    Column,
-    Document,
-    Drawing,
-    Facts,
-    Fold,
-    Heading,
-    Row,
-    Suite,
-    Table,
-    Text,
-)
 from anymha.parity.reports.environment import Environment
 from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, to_dict, verdict
 from anymha.parity.reports.result import (
@@ -42,19 +23,19 @@ from anymha.parity.stages.stagewise import Stage
 LARGEST = 512 * 1024
 """Bytes of a case that a page still carries."""
 
-BOTH = (MARKDOWN, TERMINAL)
+BOTH = (doc.MARKDOWN, doc.TERMINAL)
 
 COLUMNS = (
-    Column("", forms=BOTH),
-    Column("stage", code=True),
-    Column("error", number=True),
-    Column("own error", number=True),
-    Column("may", number=True),
-    Column("ratio", number=True, forms=(PAGE,)),
-    Column("reference", number=True, dropped=1),
-    Column("candidate", number=True, dropped=1),
-    Column("at", number=True, forms=(PAGE,)),
-    Column("", wraps=True),
+    doc.Column("", forms=BOTH),
+    doc.Column("stage", code=True),
+    doc.Column("error", number=True),
+    doc.Column("own error", number=True),
+    doc.Column("may", number=True),
+    doc.Column("ratio", number=True, forms=(doc.PAGE,)),
+    doc.Column("reference", number=True, dropped=1),
+    doc.Column("candidate", number=True, dropped=1),
+    doc.Column("at", number=True, forms=(doc.PAGE,)),
+    doc.Column("", wraps=True),
 )
 
 LEGEND = (
@@ -71,7 +52,7 @@ BOXES = (
 )
 
 
-def comparison_document(outcomes: Sequence[Outcome]) -> Document:
+def comparison_document(outcomes: Sequence[Outcome]) -> doc.Document:
     """The report of one comparison, or of several."""
     result = next((one.result for one in outcomes if one.result is not None), None)
     environment = Environment({}, {}) if result is None else result.environment
@@ -83,36 +64,36 @@ def comparison_document(outcomes: Sequence[Outcome]) -> Document:
         data = to_dict(outcomes)
         blocks = [_who_with_whom(outcomes), *map(_fold, outcomes)]
     suites = [_suite(one) for one in outcomes]
-    return Document(title, verdict(outcomes), passed(outcomes), data, blocks, (), suites,
+    return doc.Document(title, verdict(outcomes), passed(outcomes), data, blocks, (), suites,
                     environment)  # fmt: skip
 
 
-def details(result: ComparisonResult, file: str = "case", brief: bool = False) -> list[Block]:
+def details(result: ComparisonResult, file: str = "case", brief: bool = False) -> list[doc.Block]:
     """The details of a comparison.
 
     A page calls its saved case `file`, without the suffix. If `brief`, a terminal only counts the
     stages that agree.
     """
     right = sum(state_of(result, stage.name) == "good" for stage in result.stages)
-    blocks: list[Block] = [
-        *_causes(result, (PAGE, MARKDOWN)),
-        Heading("Stages"),
-        Drawing(lambda: drawings.boxes(result)),
-        Text(BOXES, style="quiet", forms=(PAGE,)),
+    blocks: list[doc.Block] = [
+        *_causes(result, (doc.PAGE, doc.MARKDOWN)),
+        doc.Heading("Stages"),
+        doc.Drawing(lambda: drawings.boxes(result)),
+        doc.Text(BOXES, style="quiet", forms=(doc.PAGE,)),
         _stages(result, brief),
-        Text(LEGEND, style="quiet", forms=(PAGE,)),
+        doc.Text(LEGEND, style="quiet", forms=(doc.PAGE,)),
     ]
     if brief and right:
         words = f"   {right} other quantities agree"
-        blocks.append(Text(words, style="quiet", forms=(TERMINAL,)))
+        blocks.append(doc.Text(words, style="quiet", forms=(doc.TERMINAL,)))
     blocks += [
-        *_causes(result, (TERMINAL,)),
-        Drawing(lambda: drawings.pictures(result)),
+        *_causes(result, (doc.TERMINAL,)),
+        doc.Drawing(lambda: drawings.pictures(result)),
         *(
-            Text(words, "Not exercised by these inputs", "warning")
+            doc.Text(words, "Not exercised by these inputs", "warning")
             for words in result.not_exercised
         ),
-        *(Text(note, "Note", "quiet") for note in result.notes),
+        *(doc.Text(note, "Note", "quiet") for note in result.notes),
         *_repeat(result, file),
     ]
     return blocks
@@ -126,49 +107,49 @@ def slug(outcome: Outcome) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def _who_with_whom(outcomes: Sequence[Outcome]) -> Table:
+def _who_with_whom(outcomes: Sequence[Outcome]) -> doc.Table:
     cases = list(dict.fromkeys(one.case for one in outcomes))
     rows = []
     for (reference, candidate), group in pairs(outcomes).items():
-        by_case = {one.case: Cell(one.state, one.state, slug(one)) for one in group}
+        by_case = {one.case: doc.Cell(one.state, one.state, slug(one)) for one in group}
         cells = [by_case.get(case, "") for case in cases]
-        rows.append(Row([f"{candidate} against {reference}", *cells]))
-    columns = [Column("candidate against reference", wraps=True), *map(Column, cases)]
-    return Table(columns, rows, kind="matrix")
+        rows.append(doc.Row([f"{candidate} against {reference}", *cells]))
+    columns = [doc.Column("candidate against reference", wraps=True), *map(doc.Column, cases)]
+    return doc.Table(columns, rows, kind="matrix")
 
 
-def _fold(outcome: Outcome) -> Fold:
+def _fold(outcome: Outcome) -> doc.Fold:
     result = outcome.result
     blocks = [] if result is None else details(result, slug(outcome), brief=True)
-    return Fold(outcome.title, outcome.state, outcome.summary, blocks, slug(outcome))
+    return doc.Fold(outcome.title, outcome.state, outcome.summary, blocks, slug(outcome))
 
 
-def _causes(result: ComparisonResult, forms: tuple[str, ...]) -> Iterator[Block]:
+def _causes(result: ComparisonResult, forms: tuple[str, ...]) -> Iterator[doc.Block]:
     """Why they differ, and what to do: before the stages on a page, behind them in a terminal."""
     diagnosis = result.diagnosis
     if diagnosis is not None:
         for cause in diagnosis.causes:
-            yield Cause(str(cause), cause.stage, cause.fix, forms=forms)
+            yield doc.Cause(str(cause), cause.stage, cause.fix, forms=forms)
         if not diagnosis.causes:
-            yield Cause(str(diagnosis), "", "", forms=forms)
+            yield doc.Cause(str(diagnosis), "", "", forms=forms)
         elif diagnosis.explained:
             mistakes = "this mistake" if len(diagnosis.causes) == 1 else "these mistakes"
-            yield Text(
+            yield doc.Text(
                 f"With {mistakes} made in the reference too, the difference that is left is "
                 f"{diagnosis.remaining:.2g} of what rounding explains.",
-                style="quiet", forms=tuple(form for form in forms if form == PAGE),
+                style="quiet", forms=tuple(form for form in forms if form == doc.PAGE),
             )  # fmt: skip
         else:
-            yield Text("Something else differs too: fix this first, and compare again.",
+            yield doc.Text("Something else differs too: fix this first, and compare again.",
                        forms=forms)  # fmt: skip
         if diagnosis.alternatives:
             others = "; ".join(diagnosis.alternatives)
-            yield Text(f"With these inputs it could also be: {others}.", forms=forms)
+            yield doc.Text(f"With these inputs it could also be: {others}.", forms=forms)
     if result.advice:
-        yield Text(result.advice, style="strong", forms=forms)
+        yield doc.Text(result.advice, style="strong", forms=forms)
 
 
-def _stages(result: ComparisonResult, brief: bool) -> Table:
+def _stages(result: ComparisonResult, brief: bool) -> doc.Table:
     rows = []
     for name, stage in shown_stages(result):
         first = name == result.first_divergence
@@ -176,12 +157,14 @@ def _stages(result: ComparisonResult, brief: bool) -> Table:
             continue
         words = stage_words(result, name) + (", not reported" if stage is None else "")
         faults = () if stage is None else stage.faults
-        cells = [Cell(state="first" if first else ""), name, *_numbers(stage),
+        cells = [doc.Cell(state="first" if first else ""), name, *_numbers(stage),
                  "; ".join([*([words] if words else []), *faults])]  # fmt: skip
         state = state_of(result, name)
         hidden = brief and state == "good"
-        rows.append(Row(cells, state, (PAGE, MARKDOWN) if hidden else (PAGE, *BOTH)))
-    return Table(COLUMNS, rows, kind="stages")
+        rows.append(
+            doc.Row(cells, state, (doc.PAGE, doc.MARKDOWN) if hidden else (doc.PAGE, *BOTH))
+        )
+    return doc.Table(COLUMNS, rows, kind="stages")
 
 
 def _numbers(stage: Stage | None) -> list[str]:
@@ -195,18 +178,18 @@ def _numbers(stage: Stage | None) -> list[str]:
     return [*errors, *(f"{value:.7g}" for value in stage.values), f"[{place}]"]
 
 
-def _repeat(result: ComparisonResult, file: str) -> Iterator[Block]:
-    yield Heading("The call, and how to repeat it")
-    yield Facts(call_in_words(result.request), forms=(PAGE,))
+def _repeat(result: ComparisonResult, file: str) -> Iterator[doc.Block]:
+    yield doc.Heading("The call, and how to repeat it")
+    yield doc.Facts(call_in_words(result.request), forms=(doc.PAGE,))
     command = result.repeat_command(f"{file}.npz")
-    yield Code(command, forms=(PAGE,))
+    yield doc.Code(command, forms=(doc.PAGE,))
     if not result.passed:
         lead = "Repeat it from its saved case:"
-        yield Code(f"$ {result.repeat_command()}", lead, forms=(MARKDOWN,))
-    yield Drawing(lambda: drawings.download(f"{file}.npz", _case(result)))
+        yield doc.Code(f"$ {result.repeat_command()}", lead, forms=(doc.MARKDOWN,))
+    yield doc.Drawing(lambda: drawings.download(f"{file}.npz", _case(result)))
     if "MODULE:OBJECT" in command:
-        yield Text("MODULE:OBJECT stands for the place from which your implementation can be "
-                   "imported.", style="quiet", forms=(PAGE,))  # fmt: skip
+        yield doc.Text("MODULE:OBJECT stands for the place from which your implementation can be "
+                   "imported.", style="quiet", forms=(doc.PAGE,))  # fmt: skip
 
 
 def _case(result: ComparisonResult) -> str:
@@ -217,24 +200,24 @@ def _case(result: ComparisonResult) -> str:
     return base64.b64encode(data).decode("ascii") if len(data) <= LARGEST else ""
 
 
-def _suite(outcome: Outcome) -> Suite:
+def _suite(outcome: Outcome) -> doc.Suite:
     """A suite, and in it a test case for each stage."""
     result = outcome.result
     if result is None:
-        return Suite(outcome.title, [Check("call", outcome.state, outcome.summary)])
+        return doc.Suite(outcome.title, [doc.Check("call", outcome.state, outcome.summary)])
     values = {**result.environment.versions, **result.environment.flags}
     checks = [_check(result, name, stage) for name, stage in shown_stages(result)]
-    return Suite(outcome.title, checks, values)
+    return doc.Suite(outcome.title, checks, values)
 
 
-def _check(result: ComparisonResult, name: str, stage: Stage | None) -> Check:
+def _check(result: ComparisonResult, name: str, stage: Stage | None) -> doc.Check:
     words = stage_words(result, name)
     if stage is None and name != result.first_divergence:
-        return Check(name, "not run", "the candidate does not report it")
+        return doc.Check(name, "not run", "the candidate does not report it")
     if not words:
-        return Check(name)
+        return doc.Check(name)
     parts = [words]
     if stage is not None:
         parts += [*stage.faults, f"{short(stage.units)} units of rounding off, "
                   f"{short(stage.budget)} may; {short(stage.own_units)} of its own"]  # fmt: skip
-    return Check(name, "differs", "; ".join(parts), words, result.to_text())
+    return doc.Check(name, "differs", "; ".join(parts), words, result.to_text())

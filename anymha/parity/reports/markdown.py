@@ -6,27 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from anymha.parity.reports.document import (
-    MARKDOWN,
-    Block,
-    Cause,
-    Cell,
-    Code,
-    Column,
-    Document,
-    Facts,
-    Faults,
-    Fold,
-    Table,
-    Text,
-)
+from anymha.parity.reports import document as doc
 
 SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪", "first": "➡️", "": ""}
 
 
-def to_markdown(document: Document) -> str:
+def to_markdown(document: doc.Document) -> str:
     """The document; comparisons that agree are folded."""
-    several = any(isinstance(block, Fold) for block in document.blocks)
+    several = any(isinstance(block, doc.Fold) for block in document.blocks)
     line = document.verdict if several else document.title
     lines = [f"### {SIGNS[document.state]} {_plain(line)}", ""]
     lines += [] if several else [f"**{_plain(document.verdict)}**", ""]
@@ -38,11 +25,11 @@ def to_markdown(document: Document) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _blocks(blocks: Sequence[Block]) -> Iterator[str]:
+def _blocks(blocks: Sequence[doc.Block]) -> Iterator[str]:
     """The lines of blocks; items of a list stand together."""
     items = False
     for block in blocks:
-        if MARKDOWN not in block.forms:
+        if doc.MARKDOWN not in block.forms:
             continue
         lines = list(_block(block))
         starts_item = bool(lines) and lines[0].startswith("- ")
@@ -54,29 +41,29 @@ def _blocks(blocks: Sequence[Block]) -> Iterator[str]:
         yield ""
 
 
-def _block(block: Block) -> Iterator[str]:
+def _block(block: doc.Block) -> Iterator[str]:
     match block:
-        case Text(words, label, style):
+        case doc.Text(words, label, style):
             text = _plain(f"{label}: {words}" if label else words)
             yield from (f"**{text}**", "") if style == "strong" else (f"- {text}",)
-        case Cause(words, stage, fix):
+        case doc.Cause(words, stage, fix):
             at = f", at `{stage}`" if stage else ""
             yield f"- **{_plain(words)}**{at}. {_plain(fix)}"
-        case Table():
+        case doc.Table():
             yield from _table(block)
-        case Faults(places):
+        case doc.Faults(places):
             for case, backend, faults in places:
                 place = f"{case} on {backend}" if backend else case
                 yield f"- {_plain(place)}: {_plain('; '.join(faults))}"
-        case Facts(values):
+        case doc.Facts(values):
             yield from (f"- {_plain(name)}: {_plain(value)}" for name, value in values.items())
-        case Code(text, lead):
+        case doc.Code(text, lead):
             yield from (*((lead, "") if lead else ()), "````text", text, "````", "")
-        case Fold():
+        case doc.Fold():
             yield from _fold(block)
 
 
-def _fold(fold: Fold) -> Iterator[str]:
+def _fold(fold: doc.Fold) -> Iterator[str]:
     title = f"{SIGNS[fold.state]} {fold.title}"
     if fold.state == "agrees" or fold.folded:
         summary = escape(f"{title}: {fold.summary}")  # no Markdown in there
@@ -88,15 +75,15 @@ def _fold(fold: Fold) -> Iterator[str]:
         yield from _blocks(fold.blocks)
 
 
-def _table(table: Table) -> Iterator[str]:
-    shown = [MARKDOWN in column.forms for column in table.columns]
+def _table(table: doc.Table) -> Iterator[str]:
+    shown = [doc.MARKDOWN in column.forms for column in table.columns]
     columns = [column for column, yes in zip(table.columns, shown, strict=True) if yes]
     if table.title:
         yield from (f"**{_plain(table.title)}**", "")
     yield _row(_plain(column.name) for column in columns)
     yield "|" + "|".join("--:" if column.number else "---" for column in columns) + "|"
     for row in table.rows:
-        if MARKDOWN in row.forms:
+        if doc.MARKDOWN in row.forms:
             cells = [cell for cell, yes in zip(row.cells, shown, strict=True) if yes]
             yield _row(_cell(*pair) for pair in zip(columns, cells, strict=True))
     yield ""
@@ -106,8 +93,8 @@ def _row(cells: Iterator[str]) -> str:
     return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
-def _cell(column: Column, cell: Cell | str) -> str:
-    if isinstance(cell, Cell):
+def _cell(column: doc.Column, cell: doc.Cell | str) -> str:
+    if isinstance(cell, doc.Cell):
         right = column.number and cell.state == "agrees"  # a number alone says so
         words, sign = cell.words, "" if right else SIGNS[cell.state]
     else:

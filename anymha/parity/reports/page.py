@@ -6,29 +6,13 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 
-from anymha.parity.reports.document import (
-    PAGE,
-    Block,
-    Cause,
-    Cell,
-    Code,
-    Column,
-    Document,
-    Drawing,
-    Facts,
-    Faults,
-    Fold,
-    Heading,
-    Row,
-    Table,
-    Text,
-)
+from anymha.parity.reports import document as doc
 
 SIGNS = {"agrees": "✓", "differs": "✗", "error": "✗", "not run": "-", "first": "→"}
 CLASSES = {"agrees": "good", "differs": "bad", "error": "bad", "not run": "quiet", "first": "bad"}
 
 
-def to_page(document: Document) -> str:
+def to_page(document: doc.Document) -> str:
     """The document as a page; of several comparisons, those that differ are unfolded."""
     style = files("anymha.parity.reports").joinpath("page.css").read_text(encoding="utf-8")
     state = "holds" if document.passed else "fails"
@@ -49,12 +33,12 @@ def to_page(document: Document) -> str:
     ])  # fmt: skip
 
 
-def to_fragment(blocks: Sequence[Block]) -> str:
+def to_fragment(blocks: Sequence[doc.Block]) -> str:
     """Blocks as the part of a page."""
     return "\n".join(_blocks(blocks))
 
 
-def _environment(document: Document) -> Iterator[str]:
+def _environment(document: doc.Document) -> Iterator[str]:
     versions, flags = document.environment.versions, document.environment.flags
     if versions:
         words = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -63,13 +47,13 @@ def _environment(document: Document) -> Iterator[str]:
         yield _facts(flags)
 
 
-def _blocks(blocks: Sequence[Block]) -> Iterator[str]:
+def _blocks(blocks: Sequence[doc.Block]) -> Iterator[str]:
     """The parts of a page; the causes of a difference stand together."""
     causes = False
     for block in blocks:
-        if PAGE not in block.forms:
+        if doc.PAGE not in block.forms:
             continue
-        if isinstance(block, Cause) != causes:
+        if isinstance(block, doc.Cause) != causes:
             causes = not causes
             yield '<div class="causes">' if causes else "</div>"
         yield _block(block)
@@ -77,36 +61,36 @@ def _blocks(blocks: Sequence[Block]) -> Iterator[str]:
         yield "</div>"
 
 
-def _block(block: Block) -> str:
+def _block(block: doc.Block) -> str:
     match block:
-        case Heading(words):
+        case doc.Heading(words):
             return f"<h3>{escape(words)}</h3>"
-        case Text(words, label, style):
+        case doc.Text(words, label, style):
             head = f"<strong>{escape(label)}:</strong> " if label else ""
             return (
                 f'<p class="{style}">{head}{escape(words)}</p>'
                 if style
                 else (f"<p>{head}{escape(words)}</p>")
             )
-        case Cause(words, stage, fix):
+        case doc.Cause(words, stage, fix):
             at = f' <span class="quiet">at {escape(stage.replace("_", " "))}</span>' * bool(stage)
             return f"<p><strong>{escape(words)}</strong>{at}<br>{escape(fix)}</p>"
-        case Table():
+        case doc.Table():
             return _table(block)
-        case Faults(places):
+        case doc.Faults(places):
             items = "".join(
                 f"<li>{escape(f'{case} on {backend}' if backend else case)}: {escape(fault)}</li>"
                 for case, backend, faults in places
                 for fault in faults
             )
             return f'<ul class="bad">{items}</ul>'
-        case Facts(values):
+        case doc.Facts(values):
             return _facts(values)
-        case Code(text, lead):
+        case doc.Code(text, lead):
             return (f"<p>{escape(lead)}</p>" if lead else "") + f"<pre>{escape(text)}</pre>"
-        case Drawing(make):
+        case doc.Drawing(make):
             return make()
-        case Fold():
+        case doc.Fold():
             return _fold(block)
     raise TypeError(f"Expected a block of a report. Received: {type(block).__name__}.")
 
@@ -116,7 +100,7 @@ def _facts(values: dict[str, str]) -> str:
     return f'<dl class="call">{items}</dl>'
 
 
-def _fold(fold: Fold) -> str:
+def _fold(fold: doc.Fold) -> str:
     anchor = f' id="{escape(fold.anchor)}"' if fold.anchor else ""
     opened = " open" if fold.state in ("differs", "error") else ""
     sign = f'<span class="{CLASSES[fold.state]}">{SIGNS[fold.state]}</span>'
@@ -127,10 +111,10 @@ def _fold(fold: Fold) -> str:
     ])  # fmt: skip
 
 
-def _table(table: Table) -> str:
-    kept = [(i, column) for i, column in enumerate(table.columns) if PAGE in column.forms]
+def _table(table: doc.Table) -> str:
+    kept = [(i, column) for i, column in enumerate(table.columns) if doc.PAGE in column.forms]
     head = "".join(f"<th{_class(column)}>{escape(column.name)}</th>" for _, column in kept)
-    rows = "\n".join(_row(kept, row) for row in table.rows if PAGE in row.forms)
+    rows = "\n".join(_row(kept, row) for row in table.rows if doc.PAGE in row.forms)
     title = f"<h2>{escape(table.title)}</h2>\n" if table.title else ""
     return (
         f'{title}<div class="wide"><table class="{table.kind}">\n<thead><tr>{head}</tr></thead>\n'
@@ -138,11 +122,11 @@ def _table(table: Table) -> str:
     )
 
 
-def _row(kept: Sequence[tuple[int, Column]], row: Row) -> str:
+def _row(kept: Sequence[tuple[int, doc.Column]], row: doc.Row) -> str:
     cells = []
     for place, (i, column) in enumerate(kept):
         cell = row.cells[i]
-        cell = Cell(cell) if isinstance(cell, str) else cell
+        cell = doc.Cell(cell) if isinstance(cell, str) else cell
         tag = "th" if place == 0 else "td"
         label = f' data-label="{escape(column.name)}"' if column.number and cell.words else ""
         note = f' title="{escape(cell.note)}"' if cell.note else ""
@@ -151,7 +135,7 @@ def _row(kept: Sequence[tuple[int, Column]], row: Row) -> str:
     return f"<tr{state}>{''.join(cells)}</tr>"
 
 
-def _cell(column: Column, cell: Cell) -> str:
+def _cell(column: doc.Column, cell: doc.Cell) -> str:
     words = escape(cell.words.replace("_", " ") if column.code else cell.words)
     if cell.state:
         kind = CLASSES[cell.state]
@@ -162,6 +146,6 @@ def _cell(column: Column, cell: Cell) -> str:
     return f'<a href="#{escape(cell.link)}">{words}</a>' if cell.link else words.strip()
 
 
-def _class(column: Column) -> str:
+def _class(column: doc.Column) -> str:
     names = [name for name in ("number", "quiet") if getattr(column, name)]
     return f' class="{" ".join(names)}"' if names else ""

@@ -7,18 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from anymha.errors import UsageError
-from anymha.parity.reports.document import (
-    TERMINAL,
-    Block,
-    Cause,
-    Cell,
-    Column,
-    Document,
-    Faults,
-    Fold,
-    Table,
-    Text,
-)
+from anymha.parity.reports import document as doc
 
 try:
     from rich import box
@@ -54,47 +43,47 @@ class Terminal(Console):
         raise
 
 
-def print_document(console: Console, document: Document) -> None:
+def print_document(console: Console, document: doc.Document) -> None:
     """Print all of a document but its verdict."""
     _print_blocks(console, (*document.blocks, *document.findings))
 
 
-def print_verdict(console: Console, document: Document) -> None:
+def print_verdict(console: Console, document: doc.Document) -> None:
     """Print the verdict."""
     style = "bold green" if document.passed else "bold red"
     console.print(document.verdict, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_environment(console: Console, document: Document) -> None:
+def print_environment(console: Console, document: doc.Document) -> None:
     """Print versions and switches."""
     values = {**document.environment.versions, **document.environment.flags}
     line = ", ".join(f"{name} {value}" for name, value in values.items())
     console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _print_blocks(console: Console, blocks: Sequence[Block]) -> None:
-    shown = [block for block in blocks if TERMINAL in block.forms]
-    tables = [block for block in shown if isinstance(block, Table)]
+def _print_blocks(console: Console, blocks: Sequence[doc.Block]) -> None:
+    shown = [block for block in blocks if doc.TERMINAL in block.forms]
+    tables = [block for block in shown if isinstance(block, doc.Table)]
     drop = _drop(console, tables)
     for block in shown:
         match block:
-            case Table():
+            case doc.Table():
                 console.print()
                 console.print(_table(console, block, drop))
-            case Text(words, label, style):
+            case doc.Text(words, label, style):
                 if style == "quiet" and not label:  # a legend, in the terminal's own lines
                     console.print(words, style="dim", markup=False, highlight=False)
                     continue
                 style = TEXTS.get(style, "")
                 text = f"{label}: {words}" if label else words
                 console.print(escape(text), style=style, highlight=False, soft_wrap=True)
-            case Cause(words, _, fix):
+            case doc.Cause(words, _, fix):
                 _line(console, f"[bold]Cause:[/] {escape(words)}")
                 if fix:
                     _line(console, f"[bold]Fix:[/]   {escape(fix)}")
-            case Faults(places):
+            case doc.Faults(places):
                 _faults(console, places)
-            case Fold(title, state, summary) if state != "agrees":
+            case doc.Fold(title, state, summary) if state != "agrees":
                 console.print()
                 sign = f"[{STYLES[state]}]{_sign(console, state)}[/]"
                 _line(console, f"{sign} [bold]{escape(title)}[/]: {escape(summary)}")
@@ -115,7 +104,7 @@ def _faults(console: Console, places: Sequence[tuple[str, str, Sequence[str]]]) 
         console.print(f"and {left} more; `--json` writes all", style="dim")
 
 
-def _drop(console: Console, tables: Sequence[Table]) -> int:
+def _drop(console: Console, tables: Sequence[doc.Table]) -> int:
     """How many kinds of columns must go, so that every table fits and no name is cut."""
     most = max((column.dropped for table in tables for column in table.columns), default=0)
     unbounded = console.options.update(width=10_000)
@@ -130,11 +119,11 @@ def _drop(console: Console, tables: Sequence[Table]) -> int:
     return most
 
 
-def _table(console: Console, table: Table, drop: int, measured: bool = False) -> RichTable:
+def _table(console: Console, table: doc.Table, drop: int, measured: bool = False) -> RichTable:
     kept = [
         (i, column)
         for i, column in enumerate(table.columns)
-        if TERMINAL in column.forms
+        if doc.TERMINAL in column.forms
         and not 0 < column.dropped <= drop
         and not (measured and column.wraps)
     ]
@@ -146,13 +135,13 @@ def _table(console: Console, table: Table, drop: int, measured: bool = False) ->
         made.add_column(escape(column.name), justify=justify, no_wrap=not column.wraps,
                         style="dim" if column.quiet else "")  # fmt: skip
     for row in table.rows:
-        if TERMINAL in row.forms:
+        if doc.TERMINAL in row.forms:
             cells = [_cell(console, column, row.cells[i]) for i, column in kept]
             made.add_row(*cells, style=ROWS.get(row.state, ""))
     return made
 
 
-def _cell(console: Console, column: Column, cell: Cell | str) -> str:
+def _cell(console: Console, column: doc.Column, cell: doc.Cell | str) -> str:
     if isinstance(cell, str):
         return escape(cell)
     # The words of a number's state are its sign.

@@ -14,7 +14,7 @@ from anymha.errors import ArgumentError, DtypeError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.options.config import AttentionConfig
-from anymha.parity.oracle.cases import MatrixCase, OracleProblem
+from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes
 from anymha.parity.oracle.recipe import STEPS
 
 Arrays = dict[str, np.ndarray]
@@ -193,20 +193,8 @@ def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> Or
     if own is not None:
         inputs |= {"value": value, "key": key}
     case = MatrixCase("compare", options, dict(request.call), query.shape[:-1], own, widths)
-    output = weights["output.kernel"].shape[2:]
-    return OracleProblem(
-        case, weights, inputs, request.masks,
-        np.zeros((*query.shape[:-1], *output)), np.zeros(_scores(config, query, value)),
-    )  # fmt: skip
-
-
-def _scores(config: AttentionConfig, query: np.ndarray, value: np.ndarray) -> tuple[int, ...]:
-    rank = query.ndim
-    named: Any = config.attention_axes or range(1, rank - 1)
-    attention = [axis % rank for axis in named]
-    batch = [query.shape[i] for i in range(rank - 1) if i not in attention]
-    lengths = [array.shape[i] for array in (query, value) for i in attention]
-    return (*batch, config.num_heads, *lengths)
+    output, scores = result_shapes(case)
+    return OracleProblem(case, weights, inputs, request.masks, np.zeros(output), np.zeros(scores))
 
 
 def name_of_dtype(array: np.ndarray) -> str:
