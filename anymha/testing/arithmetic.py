@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anymha.testing.calls import call, eps, values, words
+from anymha.parity.stages.tolerance import eps
+from anymha.testing.calls import call, values, words
 from anymha.testing.capabilities import BackendTests
 
 FLOATING = ("float32", "float64")

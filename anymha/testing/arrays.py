@@ -9,7 +9,8 @@ import pytest
 
 from anymha.framework.dtypes import dtype_name
 from anymha.framework.registry import BUILT_IN
-from anymha.testing.calls import call, must, numpy_dtype, values, words
+from anymha.parity.oracle.cases import numpy_dtype
+from anymha.testing.calls import call, must, values, words
 from anymha.testing.capabilities import BackendTests
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "bool")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from anymha.framework.protocol import Ops
+from anymha.parity.oracle.cases import numpy_dtype
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,6 @@ def words(*shape: int, seed: int = 0) -> np.ndarray:
     """Random int32 of the full range, the same at each call."""
     rng = np.random.default_rng([seed, *shape])
     return rng.integers(-(2**31), 2**31, shape).astype(np.int32)
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """NumPy's dtype of that name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
-def eps(dtype: str) -> float:
-    """The distance from 1 to the next number of a dtype."""
-    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)
 
 
 def _dtype(ops: Ops, name: str) -> Any:

@@ -12,10 +12,10 @@ import pytest
 from anymha.attention.dropout import keep_mask
 from anymha.attention.formula import softmax
 from anymha.attention.masks import TileOrigin
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.testing import fused
 from anymha.testing.arithmetic import by_dtype
-from anymha.testing.calls import Returned, call, eps, must, values, words
+from anymha.testing.calls import Returned, call, must, values, words
 from anymha.testing.capabilities import CAPABILITIES, BackendTests
 from anymha.testing.fused import WHOLE, AttentionCase, general
 

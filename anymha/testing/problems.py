@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anymha.framework.autodiff import vjp
 from anymha.framework.protocol import Ops
-from anymha.layer.forward import multi_head_attention
-from anymha.layer.plan import Plans
 from anymha.parity.matrix.judge import judge
 from anymha.parity.matrix.run import Result
 from anymha.parity.oracle.cases import MATRIX, Arrays, MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
+from anymha.parity.stages.layer_call import gradients_of, layer_function, native
 from anymha.testing.calls import Returned, must
 
 CASES = tuple(case for case in MATRIX if math.prod(case.query) < 1000)
@@ -51,11 +47,7 @@ def gradients(ops: Any, problem: OracleProblem) -> Arrays:
     """
     layer, arrays = _layer(ops, problem, scores=True)
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-    if ops.capabilities.vjp is not None:
-        pulled = ops.capabilities.vjp(partial(layer, ops), arrays, cotangents)[1]
-    else:
-        pulled = vjp(ops, layer, arrays)[1](cotangents)
-    return {name: ops.to_numpy(array) for name, array in pulled.items()}
+    return gradients_of(ops, layer, arrays, cotangents)
 
 
 def agree(ops: Ops, problem: OracleProblem, result: Arrays, pulled: Arrays) -> None:
@@ -76,23 +68,10 @@ def _layer(
     ops: Ops, problem: OracleProblem, scores: bool, **call: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The layer as a function of the functions and of a dict of arrays, and that dict."""
-    others = {**problem.masks, **problem.case.call, **call}
-    held = {
-        name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in others.items()
-    }
-
-    def layer(ops: Ops, arrays: Mapping[str, Any]) -> Any:
-        named = {name: array for name, array in arrays.items() if name not in problem.weights}
-        parts = [named.pop(name, None) for name in ("query", "value", "key")]
-        weights = {name: arrays[name] for name in problem.weights}
-        return multi_head_attention(
-            ops, problem.case.config, weights, *parts, **named, **held,
-            return_attention_scores=scores, plans=Plans(),
-        )  # fmt: skip
-
-    given = {**problem.weights, **problem.inputs}
-    return layer, {name: ops.from_numpy(array) for name, array in given.items()}
+    others = native(ops, {**problem.masks, **problem.case.call, **call})
+    others["return_attention_scores"] = scores
+    layer = layer_function(problem.case.config, problem.weights, others)
+    return layer, native(ops, {**problem.weights, **problem.inputs})
 
 
 __all__ = [

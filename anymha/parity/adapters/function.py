@@ -10,6 +10,7 @@ import numpy as np
 from anymha.errors import ArgumentError
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
+from anymha.parity.stages.layer_call import native
 from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
 
 
@@ -31,10 +32,7 @@ class Function:
         """See `anymha.parity.stages.trace.Adapter`."""
         inputs = [request.originals[name] for name in INPUTS if name in request.originals]
         ops = backend_of(inputs[0]).ops
-        arguments = {
-            name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
-            for name, value in request.arguments().items()
-        }
+        arguments = native(ops, request.arguments())
 
         def call() -> Arrays:
             copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in inputs]

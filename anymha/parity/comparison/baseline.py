@@ -25,9 +25,9 @@ from anymha.parity.stages.stagewise import (
     reported_stages,
     with_faults,
 )
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
-from anymha.parity.stages.units import eps, longest_sum, smallest
+from anymha.parity.stages.units import longest_sum
 
 PROJECTIONS = ("query", "key", "value")
 

@@ -15,8 +15,8 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares
 from anymha.parity.stages.stagewise import OBSERVED
 from anymha.parity.stages.structure import distance, looks_like_rounding
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import STAGES, Trace
-from anymha.parity.stages.units import eps
 
 SECONDS = 10.0
 """How long pairs of mistakes are tried; single ones three times as long."""

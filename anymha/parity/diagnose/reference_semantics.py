@@ -16,8 +16,8 @@ from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Trace, name_of_dtype
-from anymha.parity.stages.units import eps
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,16 @@ Where the backend has none, as NumPy, `anymha.framework.autodiff` gives the grad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anymha.framework.autodiff import vjp
 from anymha.framework.registry import Backend
 from anymha.interchange.layers import set_weights
-from anymha.layer.forward import multi_head_attention
-from anymha.layer.plan import Plans
 from anymha.parity.oracle.cases import Arrays, OracleProblem
+from anymha.parity.stages.layer_call import gradients_of, layer_function, native
+from anymha.parity.stages.trace import INPUTS
 
 
 @dataclass(frozen=True)
@@ -54,46 +51,23 @@ def lacking_dtype(ops: Any, problem: OracleProblem) -> str | None:
 def run(backend: Backend, problem: OracleProblem) -> Result:
     """The problem's results on a backend."""
     ops, config = backend.ops, problem.case.config
-    weights = _native(ops, problem.weights)
-    inputs = _native(ops, problem.inputs)
-    others = _native(ops, problem.masks) | {
-        name: ops.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in problem.case.call.items()
-    }
-    parts = ("query", "value", "key")
-
-    def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
-        named = {name: array for name, array in arrays.items() if name not in weights}
-        three = [named.pop(name, None) for name in parts]
-        own = {name: arrays[name] for name in weights}
-        return multi_head_attention(
-            ops, config, own, *three, **named, **others, return_attention_scores=True, plans=Plans()
-        )
-
+    weights, inputs = native(ops, problem.weights), native(ops, problem.inputs)
+    others = native(ops, {**problem.masks, **problem.case.call})
+    function = layer_function(config, weights, {**others, "return_attention_scores": True})
     if backend.has_layer:
         layer = set_weights(backend.layer(**config.to_dict()), problem.weights)
-        named = {name: array for name, array in inputs.items() if name not in parts}
-        three = [inputs.get(name) for name in parts]
+        named = {name: array for name, array in inputs.items() if name not in INPUTS}
+        three = [inputs.get(name) for name in INPUTS]
         forward = layer(*three, **named, **others, return_attention_scores=True)
         alone = layer(*three, **named, **others)
     else:
         forward = function(ops, weights | inputs)
         alone = forward[0]
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
-    if ops.capabilities.vjp is not None:
-        gradients = ops.capabilities.vjp(partial(function, ops), weights | inputs, cotangents)[1]
-    else:
-        gradients = vjp(ops, function, weights | inputs)[1](cotangents)
+    gradients = gradients_of(ops, function, weights | inputs, cotangents)
     output, scores = (ops.to_numpy(array) for array in forward)
-    return Result(
-        {"output": output, "scores": scores},
-        {name: ops.to_numpy(array) for name, array in gradients.items()},
-        not np.array_equal(_bits(output), _bits(ops.to_numpy(alone))),
-    )
-
-
-def _native(ops: Any, arrays: Arrays) -> dict[str, Any]:
-    return {name: ops.from_numpy(array) for name, array in arrays.items()}
+    flag_matters = not np.array_equal(_bits(output), _bits(ops.to_numpy(alone)))
+    return Result({"output": output, "scores": scores}, gradients, flag_matters)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

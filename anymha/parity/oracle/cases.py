@@ -11,9 +11,7 @@ import numpy as np
 
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.features import SECTIONS
-from anymha.parity.oracle.recipe import Section
-
-Arrays = dict[str, np.ndarray]
+from anymha.parity.oracle.recipe import Arrays, Section
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 
 from anymha.parity.reports.result import ComparisonResult
 from anymha.parity.stages.stagewise import distance
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import name_of_dtype
-from anymha.parity.stages.units import eps
 
 ATTENTION = ("logits", "masked_logits", "probabilities", "dropped_probabilities", "scores")
 """Stages of shape (B, H, T, S): two before the softmax, then what it gives."""

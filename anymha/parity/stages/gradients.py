@@ -9,8 +9,8 @@ import numpy as np
 
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.stagewise import Stage, compare_stage
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Trace, name_of_dtype
-from anymha.parity.stages.units import eps
 
 
 def compare_weights(first: Trace, second: Trace) -> list[Stage]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from anymha.parity.oracle.recipe import Recipe
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import Trace, name_of_dtype
-from anymha.parity.stages.units import eps, smallest
 
 
 class Tolerances:

@@ -11,9 +11,8 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.bits import count_differing
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares, reproducible
 from anymha.parity.stages.structure import distance, structure
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.parity.stages.trace import STAGES, Trace, name_of_dtype
-from anymha.parity.stages.units import eps
 
 OBSERVED = (*STAGES, "scores")
 

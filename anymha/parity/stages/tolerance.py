@@ -63,15 +63,21 @@ def tolerance(
         N. Higham, T. Mary, "A New Approach to Probabilistic Rounding Error Analysis" (2019), for
         the square root.
     """
-    rounded = _eps(dtype_name) / 2
+    rounded = eps(dtype_name) / 2
     accumulated = accumulated or accumulation_dtype(dtype_name)
-    summed = SUMS * (_eps(accumulated) + _eps("float64")) * math.sqrt(reduction_length)
-    if stored is not None and _eps(stored) > _eps(accumulated):
-        summed += SUMS * _eps(stored)
+    summed = SUMS * (eps(accumulated) + eps("float64")) * math.sqrt(reduction_length)
+    if stored is not None and eps(stored) > eps(accumulated):
+        summed += SUMS * eps(stored)
     return magnitude * (rounded + summed)
 
 
 @cache
-def _eps(dtype_name: str) -> float:
+def eps(dtype: str) -> float:
     """The distance from 1 to the next number."""
-    return float(ml_dtypes.finfo(dtype_name).eps)
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+@cache
+def smallest(dtype: str) -> float:
+    """The smallest positive number."""
+    return float(ml_dtypes.finfo(dtype).smallest_subnormal)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from anymha.errors import ArgumentError, DtypeError
@@ -15,9 +13,8 @@ from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes
-from anymha.parity.oracle.recipe import STEPS
-
-Arrays = dict[str, np.ndarray]
+from anymha.parity.oracle.recipe import STEPS, Arrays
+from anymha.parity.stages.tolerance import eps
 
 STAGES = tuple(STEPS)
 """The stages in order."""
@@ -123,8 +120,7 @@ def differs_between_calls(result: np.ndarray, again: np.ndarray) -> bool:
     size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
     dtype, near = name_of_dtype(result), 0.0
     if "float" in dtype:
-        working = float(ml_dtypes.finfo(accumulation_dtype(dtype)).eps)
-        near = 2 * float(ml_dtypes.finfo(result.dtype).eps) + 256 * working
+        near = 2 * eps(dtype) + 256 * eps(accumulation_dtype(dtype))
     return not np.allclose(one, other, rtol=0, atol=near * size, equal_nan=True)
 
 
@@ -199,9 +195,4 @@ def problem_of(config: AttentionConfig, weights: Arrays, request: Request) -> Or
 
 def name_of_dtype(array: np.ndarray) -> str:
     """The name of an array's dtype, "bfloat16" included."""
-    return _name(array.dtype)
-
-
-@cache
-def _name(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.name
+    return array.dtype.name

@@ -13,15 +13,13 @@ these cancel. One unit is this over ``1/2 + sums``: so every quantity of a probl
 from __future__ import annotations
 
 import math
-from functools import cache
 
-import ml_dtypes
 import numpy as np
 
 from anymha.framework.dtypes import accumulation_dtype, output_dtype
 from anymha.parity.oracle.cases import OracleProblem
 from anymha.parity.oracle.oracle import Truth
-from anymha.parity.stages.tolerance import tolerance
+from anymha.parity.stages.tolerance import eps, tolerance
 
 
 def units_of(problem: OracleProblem, truth: Truth) -> tuple[float, dict[str, float]]:
@@ -53,15 +51,3 @@ def longest_sum(problem: OracleProblem) -> int:
     inputs = [a for name, a in problem.inputs.items() if name != "attention_bias"]
     positions = [math.prod(array.shape[:-1]) for array in inputs]
     return max(*sides, *positions)
-
-
-@cache
-def eps(dtype: str) -> float:
-    """The distance from 1 to the next number."""
-    return float(ml_dtypes.finfo(dtype).eps)
-
-
-@cache
-def smallest(dtype: str) -> float:
-    """The smallest positive number."""
-    return float(ml_dtypes.finfo(dtype).smallest_subnormal)
