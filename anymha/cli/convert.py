@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymha.cli.process import say_error
-from anymha.cli.progress import layer_bar
+from anymha.cli.progress import bar
 from anymha.cli.verify import Mismatch, Verifier
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.convert_model import convert_file
@@ -79,7 +79,7 @@ def convert(options: argparse.Namespace) -> int:
     sizes = {name: stated[name] for name in names if stated[name] is not None}
     sizes |= {name: stated[name] for name in _further_options() if name in stated}
     verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
-    with layer_bar() as progress:
+    with bar() as progress:
         try:
             conversion = convert_file(
                 options.source, options.target, options.layout, options.to,

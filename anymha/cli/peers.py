@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,8 @@ from anymha.errors import BackendNotInstalledError, BiasWarning, LayoutError
 from anymha.interchange.compared_options import changed_options, show_options
 from anymha.interchange.layers import set_weights
 from anymha.options.config import AttentionConfig
-
-
-def _masked(layer: Any, x: Any) -> Any:
-    """A decoder's layer, with a mask that lets every position be seen."""
-    length = x.shape[1]
-    return layer(x, attention_mask=x.new_zeros(1, 1, length, length))
+from anymha.parity.adapters import adapter_for
+from anymha.parity.stages.trace import INPUTS, make_request
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,6 @@ class Family:
     layer: str  # The class of its attention
     sized: bool = False  # Whether the layer takes the width and the heads before its configuration
     indexed: bool = False  # Whether it takes its place in the model
-    # Calls the layer on its input, and returns the output
-    call: Callable[[Any, Any], Any] = lambda layer, x: layer(x)
 
     def make_layer(self, width: int, heads: int) -> Any:
         """A new layer."""
@@ -50,19 +44,22 @@ class Family:
 _SIZES = ("hidden_size", "num_attention_heads")
 _ENCODER = ("d_model", "encoder_attention_heads")
 FAMILIES = {
-    # BERT's residual and norm, which come after, are left out.
-    "transformers.bert": Family("bert", "BertConfig", _SIZES, "BertAttention",
-                                call=lambda layer, x: layer.output.dense(layer.self(x)[0])),
+    "transformers.bert": Family("bert", "BertConfig", _SIZES, "BertAttention"),
     "transformers.vit": Family("vit", "ViTConfig", _SIZES, "ViTAttention"),
     "transformers.clip": Family("clip", "CLIPVisionConfig", _SIZES, "CLIPAttention"),
     "transformers.bart": Family("bart", "BartConfig", _ENCODER, "BartAttention", sized=True),
     "transformers.whisper": Family("whisper", "WhisperConfig", _ENCODER, "WhisperAttention",
                                    sized=True),
-    "transformers.opt": Family("opt", "OPTConfig", _SIZES, "OPTAttention", indexed=True,
-                               call=_masked),
+    "transformers.opt": Family("opt", "OPTConfig", _SIZES, "OPTAttention", indexed=True),
     "transformers.gpt2": Family("gpt2", "GPT2Config", ("n_embd", "n_head"), "GPT2Attention",
-                                indexed=True, call=_masked),
+                                indexed=True),
 }  # fmt: skip
+
+
+def output_of(layer: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The output of a library's layer for these inputs, each position attending to all."""
+    three = {name: array for name, array in inputs.items() if name in INPUTS}
+    return adapter_for(layer).trace(make_request(three, {}), None).output
 
 
 def run(
@@ -94,9 +91,7 @@ def run(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # zeros change nothing here
         layer = set_weights(layer, dict(weights))
-    with torch.no_grad():
-        output = FAMILIES[layout].call(layer, torch.from_numpy(query))
-    return (output[0] if isinstance(output, tuple) else output).numpy()
+    return output_of(layer, {"query": query})
 
 
 def _widths(weights: Mapping[str, np.ndarray]) -> list[int]:

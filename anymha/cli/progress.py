@@ -22,13 +22,6 @@ def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str
 
 
 @contextmanager
-def layer_bar(console: Any = None) -> Iterator[Callable[[int, int, str], None]]:
-    """Give a function of the number of layers done, their total, and the next layer's prefix."""
-    with bar(console) as update:
-        yield update
-
-
-@contextmanager
 def bar(console: Any = None, refreshes: float = 10) -> Iterator[Callable[[int, int, str], None]]:
     """Give a function of the steps done, their total, and what comes next; default on stderr."""
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from anymha.cli.peers import FAMILIES, run
+from anymha.cli.names import LIVE
+from anymha.cli.peers import FAMILIES, output_of, run
 from anymha.errors import AnymhaError, BackendNotInstalledError, LayoutError
 from anymha.framework.registry import Backend, backends, get_layer
 from anymha.interchange.convert_model import ConvertedLayer
@@ -25,38 +25,6 @@ BATCH, QUERIES, KEYS = 2, 7, 9
 
 class Mismatch(AnymhaError):
     """A converted layer has other bits, or another output, than it should."""
-
-
-def _torch(layer: Any, query: np.ndarray, value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    torch: Any = importlib.import_module("torch")
-    with torch.no_grad():
-        q, v, k = (torch.from_numpy(x) for x in (query, value, key))
-        first = (lambda x: x) if layer.batch_first else (lambda x: x.transpose(0, 1))
-        return first(layer.eval()(first(q), first(k), first(v), need_weights=False)[0]).numpy()
-
-
-def _keras(layer: Any, query: np.ndarray, value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    keras: Any = importlib.import_module("keras")
-    return np.asarray(keras.ops.convert_to_numpy(layer(query, value, key, training=False)))
-
-
-def _flax(layer: Any, query: np.ndarray, value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    return np.asarray(layer(query, key, value, deterministic=True))
-
-
-def _equinox(layer: Any, query: np.ndarray, value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    ones = zip(query, key, value, strict=True)
-    return np.stack([np.asarray(layer(*one, inference=True)) for one in ones])
-
-
-LIBRARIES: dict[str, Callable[..., np.ndarray]] = {
-    "torch.MultiheadAttention": _torch,
-    "keras.MultiHeadAttention": _keras,
-    "keras.GroupQueryAttention": _keras,
-    "flax.nnx.MultiHeadAttention": _flax,
-    "equinox.MultiheadAttention": _equinox,
-}
-"""A function for each library, which calls the library's layer."""
 
 
 class Verifier:
@@ -130,12 +98,10 @@ class Verifier:
         try:
             if layout in FAMILIES:
                 return run(layout, config, problem.weights, problem.inputs["query"])
-            if layout not in LIBRARIES:
+            if layout not in LIVE:
                 raise LayoutError("its layer needs more than attention, or a whole model")
             ours = set_weights(get_layer("numpy")(**config.to_dict()), problem.weights)
-            live = convert(ours, to=layout)
-            arrays = (problem.inputs[name] for name in ("query", "value", "key"))
-            return LIBRARIES[layout](live, *arrays)
+            return output_of(convert(ours, to=layout), problem.inputs)
         except BackendNotInstalledError:
             self._not_run[layout] = "it is not installed"
         except AnymhaError as error:

@@ -30,10 +30,13 @@ class Returned:
             same |= np.isnan(self.value) & np.isnan(expected)
         self._report(same, expected, "exactly")
 
-    def is_near(self, expected: np.ndarray, allowed: Any) -> None:
-        """Fail unless every element is within `allowed` of the float64 value expected."""
+    def is_near(self, expected: np.ndarray, allowed: Any, dtype: str | None = None) -> None:
+        """Fail unless every element is within `allowed` of the float64 value expected.
+
+        And unless the result has this dtype, where one is given.
+        """
         __tracebackhide__ = True
-        self.has_form(self.value.dtype.name, expected.shape)
+        self.has_form(dtype or self.value.dtype.name, expected.shape)
         got = _wide(self.value)
         with np.errstate(invalid="ignore"):
             near = (got == expected) | (np.abs(got - expected) <= allowed)

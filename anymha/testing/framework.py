@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,46 +125,33 @@ class FrameworkTests(BackendTests):
         """The gradient of ``x * stop_gradient(x)`` is x, not 2x."""
         self.need(ops, "vjp")
         x, c = values(2, 3), values(2, 3, seed=1)
-        got = ops.capabilities.vjp(
-            lambda given: given["x"] * ops.stop_gradient(given["x"]),
-            {"x": ops.from_numpy(x)},
-            ops.from_numpy(c),
-        )[1]
-        Returned("the gradient of x * stop_gradient(x)", ops.to_numpy(got["x"])).equals(c * x)
+        got = _pulled(ops, lambda given: given["x"] * ops.stop_gradient(given["x"]), c, x=x)
+        Returned("the gradient of x * stop_gradient(x)", got["x"]).equals(c * x)
 
     def test_abs_has_the_slope_zero_at_zero(self, ops: Any) -> None:
         """Where a library may choose, all must choose alike: biases start at zero."""
         self.need(ops, "vjp")
         x, c = np.array([-2.0, 0.0, 3.0], np.float32), values(3)
-        given = {"x": ops.from_numpy(x)}
-        got = ops.capabilities.vjp(lambda given: ops.abs(given["x"]), given, ops.from_numpy(c))[1]
-        gradient = Returned("the gradient of abs(x)", ops.to_numpy(got["x"]))
-        gradient.equals(c * np.sign(x))
+        got = _pulled(ops, lambda given: ops.abs(given["x"]), c, x=x)
+        Returned("the gradient of abs(x)", got["x"]).equals(c * np.sign(x))
 
     def test_vjp_gives_value_and_gradients_by_name(self, ops: Any) -> None:
         """The cotangent times the derivative, with respect to each array."""
         self.need(ops, "vjp")
         x, y, c = (values(2, 3, seed=seed) for seed in range(3))
-        value, got = ops.capabilities.vjp(
-            lambda given: given["x"] * given["y"],
-            {"x": ops.from_numpy(x), "y": ops.from_numpy(y)},
-            ops.from_numpy(c),
-        )
-        must(set(got) == {"x", "y"}, f"`vjp` must give gradients of x and y. Received: {set(got)}.")
-        Returned("the value of vjp(x * y)", ops.to_numpy(value)).equals(x * y)
-        Returned("the gradient of x * y in x", ops.to_numpy(got["x"])).equals(c * y)
-        Returned("the gradient of x * y in y", ops.to_numpy(got["y"])).equals(c * x)
+        got = _pulled(ops, lambda given: given["x"] * given["y"], c, x=x, y=y)
+        names = set(got) - {"the value"}
+        must(names == {"x", "y"}, f"`vjp` must give gradients of x and y. Received: {names}.")
+        Returned("the value of vjp(x * y)", got["the value"]).equals(x * y)
+        Returned("the gradient of x * y in x", got["x"]).equals(c * y)
+        Returned("the gradient of x * y in y", got["y"]).equals(c * x)
 
     def test_vjp_takes_a_tuple_of_results(self, ops: Any) -> None:
         """The cotangents are a tuple then, one for each result."""
         self.need(ops, "vjp")
         x, c, d = (values(2, 3, seed=seed) for seed in range(3))
-        got = ops.capabilities.vjp(
-            lambda given: (given["x"] * 2.0, given["x"] * given["x"]),
-            {"x": ops.from_numpy(x)},
-            (ops.from_numpy(c), ops.from_numpy(d)),
-        )[1]
-        gradient = Returned("the gradient of (2 * x, x * x)", ops.to_numpy(got["x"]))
+        got = _pulled(ops, lambda given: (given["x"] * 2.0, given["x"] * given["x"]), (c, d), x=x)
+        gradient = Returned("the gradient of (2 * x, x * x)", got["x"])
         gradient.is_near((2 * c + 2 * d * x).astype(np.float64), 1e-6)
 
     def test_in_float64_is_differentiated_in_float64(self, ops: Any) -> None:
@@ -175,14 +163,21 @@ class FrameworkTests(BackendTests):
             wide = ops.astype(given["x"], ops.float64)
             return ops.astype(wide * 1.1 * wide, ops.float32)
 
-        got = ops.capabilities.vjp(
-            lambda given: ops.in_float64(function, given),
-            {"x": ops.from_numpy(x)},
-            ops.from_numpy(c),
-        )[1]
+        got = _pulled(ops, lambda given: ops.in_float64(function, given), c, x=x)
         wide = c.astype(np.float64)
         exact = 2.2 * wide * x
         # Two ways of multiplying in float64 may differ in its last bits, which hardly ever shows.
-        got = Returned("the gradient of in_float64(x * 1.1 * x)", ops.to_numpy(got["x"]))
-        got.has_form("float32", x.shape)
-        got.is_near(exact, np.spacing(np.abs(exact).astype(np.float32)) * (0.5 + 1e-6))
+        got = Returned("the gradient of in_float64(x * 1.1 * x)", got["x"])
+        got.is_near(exact, np.spacing(np.abs(exact).astype(np.float32)) * (0.5 + 1e-6), "float32")
+
+
+def _pulled(
+    ops: Any, function: Callable[[Any], Any], cotangents: Any, **arrays: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The gradients that `vjp` gives, by name, and "the value" where it is one array."""
+    several = isinstance(cotangents, tuple)
+    to = tuple(map(ops.from_numpy, cotangents)) if several else ops.from_numpy(cotangents)
+    given = {name: ops.from_numpy(array) for name, array in arrays.items()}
+    value, gradients = ops.capabilities.vjp(function, given, to)
+    got = {name: ops.to_numpy(array) for name, array in gradients.items()}
+    return got if several else {**got, "the value": ops.to_numpy(value)}

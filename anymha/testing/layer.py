@@ -130,8 +130,7 @@ class LayerTests(BackendTests):
         capped = np.exp(0.7 * np.tanh(0.5 * logits / 0.7))
         expected = capped / capped.sum(-1, keepdims=True)
         got = Returned("the scores under softcap", _attend(ops, PositionMask(), softcap=0.7)[1])
-        got.has_form("float32", expected.shape)
-        got.is_near(expected, tolerance("float32", 6, 1.0))
+        got.is_near(expected, tolerance("float32", 6, 1.0), "float32")
 
     # --- dropout ---------------------------------------------------------------------------------
     def test_dropout_acts_in_training_only(self, ops: Any) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from anymha.parity.reports import document as doc
-from anymha.parity.reports import drawings
+from anymha.parity.reports import pictures
 from anymha.parity.reports.environment import Environment
 from anymha.parity.reports.outcome import Outcome, pairs, passed, stage_words, to_dict, verdict
 from anymha.parity.reports.result import (
@@ -78,7 +78,7 @@ def details(result: ComparisonResult, file: str = "case", brief: bool = False) -
     blocks: list[doc.Block] = [
         *_causes(result, (doc.PAGE, doc.MARKDOWN)),
         doc.Heading("Stages"),
-        doc.Drawing(lambda: drawings.boxes(result)),
+        doc.Drawing(lambda: pictures.boxes(result)),
         doc.Text(BOXES, style="quiet", forms=(doc.PAGE,)),
         _stages(result, brief),
         doc.Text(LEGEND, style="quiet", forms=(doc.PAGE,)),
@@ -88,7 +88,7 @@ def details(result: ComparisonResult, file: str = "case", brief: bool = False) -
         blocks.append(doc.Text(words, style="quiet", forms=(doc.TERMINAL,)))
     blocks += [
         *_causes(result, (doc.TERMINAL,)),
-        doc.Drawing(lambda: drawings.pictures(result)),
+        doc.Drawing(lambda: pictures.pictures(result)),
         *(
             doc.Text(words, "Not exercised by these inputs", "warning")
             for words in result.not_exercised
@@ -186,7 +186,7 @@ def _repeat(result: ComparisonResult, file: str) -> Iterator[doc.Block]:
     if not result.passed:
         lead = "Repeat it from its saved case:"
         yield doc.Code(f"$ {result.repeat_command()}", lead, forms=(doc.MARKDOWN,))
-    yield doc.Drawing(lambda: drawings.download(f"{file}.npz", _case(result)))
+    yield doc.Drawing(lambda: pictures.download(f"{file}.npz", _case(result)))
     if "MODULE:OBJECT" in command:
         yield doc.Text("MODULE:OBJECT stands for the place from which your implementation can be "
                    "imported.", style="quiet", forms=(doc.PAGE,))  # fmt: skip
