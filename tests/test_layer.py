@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import anymha
 from anymha.framework.registry import Backend
 from anymha.interchange.layers import set_weights
-from anymha.parity.stages.bits import count_differing
+from anymha.parity.stages.structure import count_differing
 from anymha.parity.stages.tolerance import tolerance
 from tests.support import (
     Problem,

@@ -83,7 +83,6 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
 
 
 def _sizes(group: LayerGroup) -> Iterable[str]:
-    """The sizes that the shapes show."""
     config = group.config
     if config is None:
         yield (
@@ -107,7 +106,6 @@ def _widths(config: AttentionConfig) -> str:
 
 
 def _next(path: Path, group: LayerGroup) -> Iterable[str]:
-    """The command that converts the layers."""
     layout = group.fits[0].name if len(group.fits) == 1 else "LAYOUT"
     heads = " --num-heads H" if group.config is None else ""
     prefix = f" --prefix '{group.pattern}'" if group.pattern else ""

@@ -95,6 +95,5 @@ def run(
 
 
 def _widths(weights: Mapping[str, np.ndarray]) -> list[int]:
-    """The widths of the inputs and of the output."""
     kernels = [weights[f"{name}.kernel"] for name in ("query", "key", "value")]
     return [*(kernel.shape[0] for kernel in kernels), *weights["output.kernel"].shape[2:]]

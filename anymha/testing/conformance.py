@@ -5,8 +5,7 @@ from anymha.testing.arrays import ArrayTests
 from anymha.testing.capabilities import CAPABILITIES
 from anymha.testing.capability_tests import CapabilityTests
 from anymha.testing.framework import FrameworkTests
-from anymha.testing.gradients import GradientTests
-from anymha.testing.layer import LayerTests
+from anymha.testing.layer import GradientTests, LayerTests
 
 __all__ = ["CAPABILITIES", "Conformance", "FunctionTests", "SemanticsTests"]
 

@@ -217,7 +217,6 @@ class Collector:
 
 
 def _missing(needs: str | Sequence[str] = ()) -> list[str]:
-    """The packages that are not installed."""
     names = [needs] if isinstance(needs, str) else list(needs)
     return [name for name in names if not _installed(name)]
 

@@ -163,10 +163,3 @@ def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:
         if name in stages and stages[name].shape == own[name].shape:
             stages[name] = np.where(place, stages[name], own[name])
     return stages
-
-
-def trio(inputs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Query, value and key; a missing one is the very object that it defaults to."""
-    query = inputs["query"]
-    value = inputs.get("value", query)
-    return query, value, inputs.get("key", value)

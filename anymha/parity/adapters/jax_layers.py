@@ -23,8 +23,8 @@ from anymha.parity.adapters.foreign import (
     describe_layer,
     make_trace,
     refuse,
-    trio,
 )
+from anymha.parity.oracle.cases import trio
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.stages.trace import Request, Trace
 

@@ -16,8 +16,8 @@ from anymha.parity.adapters.foreign import (
     describe_layer,
     make_trace,
     refuse,
-    trio,
 )
+from anymha.parity.oracle.cases import trio
 from anymha.parity.stages.trace import Arrays, Request, Trace, as_numpy
 
 PARTS = {"_query_dense": "query", "_key_dense": "key", "_value_dense": "value"}

@@ -19,9 +19,9 @@ from anymha.parity.adapters.foreign import (
     describe_layer,
     make_trace,
     refuse,
-    trio,
 )
 from anymha.parity.adapters.function import named_stages
+from anymha.parity.oracle.cases import trio
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.trace import INPUTS, Request, Trace, as_numpy
 

@@ -27,7 +27,6 @@ BASE = 10_000.0
 
 
 def _scale_wrong(recipe: Recipe) -> Variants:
-    """Another factor of the logits."""
     width = recipe.inputs["query"].shape[2]
     heads, d_k, d_v = recipe.heads[0], _width(recipe, "query"), _width(recipe, "value")
     factors = {

@@ -133,7 +133,6 @@ class Search:
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
-        """Two mistakes together."""
         until = time.monotonic() + SECONDS
         for first in singles:
             for second in self._tried(first.recipe, skip=first.cause.name):

@@ -63,13 +63,11 @@ def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, R
 
 
 def _left_out(option: str, recipe: Recipe) -> Variants:
-    """The option switched off."""
     if option in recipe.options:
         yield "", recipe.without_section(option)
 
 
 def _another(option: str, recipe: Recipe) -> Variants:
-    """Another usual value."""
     for section in recipe.sections:
         if section.option == option:
             for value in section.usual:
@@ -79,7 +77,6 @@ def _another(option: str, recipe: Recipe) -> Variants:
 
 
 def _own(option: str, make: Callable[[Any, Recipe], Variants], recipe: Recipe) -> Variants:
-    """A mistake that the option's section knows."""
     for section in recipe.sections:
         if section.option == option:
             yield from make(section, recipe)

@@ -17,7 +17,6 @@ MOST_HEADS = 4
 
 
 def _transposed(recipe: Recipe) -> Variants:
-    """A square kernel transposed."""
     turned: Arrays = {}
     for name in (*NAMES, "output"):
         kernel = recipe.weights[f"{name}.kernel"]
@@ -97,12 +96,10 @@ def _packed_heads(recipe: Recipe) -> Variants:
 
 
 def _bias_left_out(recipe: Recipe) -> Variants:
-    """A projection's bias missing."""
     yield from _each(recipe, {name: None for name in recipe.weights if name.endswith(".bias")})
 
 
 def _bias_doubled(recipe: Recipe) -> Variants:
-    """A projection's bias added twice, or once a head."""
     doubled = {n: 2 * w for n, w in recipe.weights.items() if n.endswith(".bias")}
     yield from _each(recipe, doubled)
     if "output.bias" in recipe.weights:

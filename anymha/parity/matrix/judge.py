@@ -15,7 +15,7 @@ from anymha.parity.matrix.checkpoint import RecordedResults
 from anymha.parity.matrix.run import Result, Skipped
 from anymha.parity.oracle.cases import Arrays, OracleProblem
 from anymha.parity.oracle.oracle import Truth
-from anymha.parity.stages.bits import count_differing
+from anymha.parity.stages.structure import count_differing
 from anymha.parity.stages.tolerance import tolerance
 from anymha.parity.stages.units import longest_sum, units_of
 

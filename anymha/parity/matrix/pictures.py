@@ -139,7 +139,6 @@ def _short(text: str, length: int) -> str:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)

@@ -98,6 +98,13 @@ def _mask(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
     return np.arange(shape[-1]) < lengths[..., None]
 
 
+def trio(inputs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Query, value and key; a missing one is the very object that it defaults to."""
+    query = inputs["query"]
+    value = inputs.get("value", query)
+    return query, value, inputs.get("key", value)
+
+
 def axes_of(config: AttentionConfig, rank: int) -> tuple[list[int], list[int]]:
     """The batch axes and the attention axes of inputs of this rank."""
     named: Any = config.attention_axes or range(1, rank - 1)

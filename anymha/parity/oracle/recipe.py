@@ -72,14 +72,7 @@ class Section:
         return 0
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
-        """The stage as the option changes it.
-
-        Args:
-            stage: The stage's name.
-            array: The result of its step.
-            recipe: The recipe.
-            stages: The stages before this one.
-        """
+        """The stage as the option changes it: from the result of its step and the stages before."""
         return array
 
     def backward(
@@ -91,15 +84,9 @@ class Section:
         stages: Arrays,
         cancel: bool,
     ) -> np.ndarray:
-        """The gradient of the argument of `forward`, from the gradient of its result.
+        """The gradient of `array`, the argument of `forward`, from the gradient of its result.
 
-        Args:
-            stage: The stage's name.
-            gradient: Of the result; or its size, where nothing cancels.
-            array: The argument of `forward`.
-            recipe: The recipe.
-            stages: Every stage.
-            cancel: Whether terms of opposite signs cancel; else every difference is a sum of sizes.
+        Without `cancel` it is a size, and every difference is a sum of sizes.
         """
         return gradient
 
@@ -121,15 +108,7 @@ class Section:
     def sizes(
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
     ) -> np.ndarray:
-        """The sizes of the terms of the stage, as `Recipe.sizes` counts them.
-
-        Args:
-            stage: The stage's name.
-            sizes: Of the argument of `forward`.
-            array: The argument of `forward`.
-            recipe: The recipe.
-            stages: The stages before this one.
-        """
+        """The sizes of the stage's terms, as `Recipe.sizes` counts them, from those of `array`."""
         return sizes
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anymha.parity.oracle.cases import Arrays, OracleProblem, axes_of, numpy_dtype
+from anymha.parity.oracle.cases import Arrays, OracleProblem, axes_of, numpy_dtype, trio
 from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, evaluate
 from anymha.parity.oracle.recipe import Recipe
@@ -68,7 +68,7 @@ def fold(problem: OracleProblem) -> Folded:
     order = [*batch, *attention]
     b = len(batch)
     batches, t = [query.shape[i] for i in batch], [query.shape[i] for i in attention]
-    s = [_three(problem)["value"].shape[i] for i in attention]
+    s = [trio(problem.inputs)[1].shape[i] for i in attention]
     count = math.prod(batches)
 
     def folded(array: np.ndarray, lengths: list[int]) -> np.ndarray:
@@ -82,7 +82,8 @@ def fold(problem: OracleProblem) -> Folded:
         for name, mask in problem.masks.items()
     }
     rounded = _as_computed(problem)
-    x = {n: folded(a, s if n != "query" else t) for n, a in _three(problem, rounded).items()}
+    three = zip(("query", "value", "key"), trio(rounded), (t, s, s), strict=True)
+    x = {name: folded(array, lengths) for name, array, lengths in three}
     for name in ("value_mask", "key_mask"):
         if name in problem.masks:
             # Finite numbers stay: they matter where a mistake ignores the mask.
@@ -140,13 +141,6 @@ def expected(problem: OracleProblem) -> Truth:
     scores = truth.scores.reshape(full)
     gradients = shaped(truth.gradients)
     return Truth(folded.output(truth.output), scores, truth.stages, gradients, magnitudes)
-
-
-def _three(problem: OracleProblem, arrays: Arrays | None = None) -> Arrays:
-    """Query, value and key; a missing one is what it defaults to."""
-    inputs = problem.inputs if arrays is None else arrays
-    value = inputs.get("value", inputs["query"])
-    return {"query": inputs["query"], "value": value, "key": inputs.get("key", value)}
 
 
 def _as_computed(problem: OracleProblem) -> Arrays:

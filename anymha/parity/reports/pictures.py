@@ -191,7 +191,6 @@ def histogram(result: ComparisonResult) -> list[Bar]:
 
 
 def _range(power: int) -> str:
-    """The numbers of units in a bar."""
     if power < 2:
         return str(power)
     low, high = 4 ** (power - 2) + 1, 4 ** (power - 1)

@@ -133,7 +133,6 @@ def _json(path: Path, arrays: Arrays, name: str, default: Any) -> Any:
 
 
 def _framework(request: Request) -> str:
-    """The framework of the user's arrays."""
     try:
         return backend_of(request.originals["query"]).name
     except (AnymhaError, KeyError):

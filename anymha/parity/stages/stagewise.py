@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.bits import count_differing
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares, reproducible
-from anymha.parity.stages.structure import distance, structure
+from anymha.parity.stages.structure import count_differing, distance, structure
 from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.parity.stages.trace import STAGES, Trace, name_of_dtype
 

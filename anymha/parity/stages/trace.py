@@ -12,7 +12,7 @@ from anymha.errors import ArgumentError, DtypeError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.options.config import AttentionConfig
-from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes
+from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes, trio
 from anymha.parity.oracle.recipe import STEPS, Arrays
 from anymha.parity.stages.tolerance import eps
 
@@ -38,9 +38,7 @@ class Request:
     @property
     def three(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Query, value and key; a missing one is what it defaults to."""
-        query = self.inputs["query"]
-        value = self.inputs.get("value", query)
-        return query, value, self.inputs.get("key", value)
+        return trio(self.inputs)
 
     @property
     def training(self) -> bool:
