@@ -26,7 +26,7 @@ class Returned:
         expected = np.asarray(expected)
         self.has_form(expected.dtype.name, expected.shape)
         same = self.value == expected
-        if expected.dtype.kind in "fV":  # ml_dtypes has kind V
+        if expected.dtype.kind in "fV":
             same |= np.isnan(self.value) & np.isnan(expected)
         self._report(same, expected, "exactly")
 
@@ -37,7 +37,8 @@ class Returned:
         """
         __tracebackhide__ = True
         self.has_form(dtype or self.value.dtype.name, expected.shape)
-        got = _wide(self.value)
+        got = self.value
+        got = got.astype(np.float64) if got.dtype.kind in "fV" else got  # ml_dtypes has kind V
         with np.errstate(invalid="ignore"):
             near = (got == expected) | (np.abs(got - expected) <= allowed)
         self._report(near, expected, f"within {np.max(allowed):.3g}")
@@ -94,7 +95,8 @@ def call(ops: Ops, function: str | Callable[..., Any], *args: Any, **options: An
         called = attrgetter(function)(ops) if isinstance(function, str) else function
         return called(*map(fill, placed), **{n: fill(v) for n, v in options.items()})
 
-    dtypes = {array.dtype.name for array in arrays.values()} | {*_strings(args, options)}
+    named_dtypes = {value for value in (*args, *options.values()) if isinstance(value, str)}
+    dtypes = {array.dtype.name for array in arrays.values()} | named_dtypes
     native = {name: ops.from_numpy(array) for name, array in arrays.items()}
     result = ops.in_float64(run, native) if "float64" in dtypes else run(native)
     return Returned(f"{title}({', '.join(named)})", ops.to_numpy(result))
@@ -126,15 +128,6 @@ def _dtype(ops: Ops, name: str) -> Any:
 @dataclass(frozen=True)
 class _Slot:
     name: str
-
-
-def _strings(args: tuple[Any, ...], options: Mapping[str, Any]) -> list[str]:
-    return [value for value in (*args, *options.values()) if isinstance(value, str)]
-
-
-def _wide(x: np.ndarray) -> np.ndarray:
-    """Numbers of any floating dtype in float64, exactly."""
-    return x.astype(np.float64) if x.dtype.kind in "fV" else x
 
 
 def _show(value: Any) -> str:

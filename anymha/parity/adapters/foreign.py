@@ -126,21 +126,15 @@ def make_trace(
     output, scores = stages.pop("output"), stages.pop("scores", None)
     dtype = name_of_dtype(output)
     stored = dtype if "float" in dtype else None
-    return Trace(
-        name,
-        output,
-        scores,
-        stages
-        if description is None
-        else settle_masked_positions(stages, description.recipe(request)),
-        gradients or {},
-        None if description is None else description.weights,
-        None if description is None else description.config,
-        stored if (framework, stored) in COARSE else None,
-        stored,
-        differs_between_calls(output, again["output"]),
-        (*(description.notes if description is not None else ()), *notes),
-    )
+    accumulated = stored if (framework, stored) in COARSE else None
+    weights = config = None
+    if description is not None:
+        weights, config = description.weights, description.config
+        stages = settle_masked_positions(stages, description.recipe(request))
+        notes = (*description.notes, *notes)
+    random = differs_between_calls(output, again["output"])
+    return Trace(name, output, scores, stages, gradients or {}, weights, config, accumulated,
+                 stored, random, notes)  # fmt: skip
 
 
 def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:

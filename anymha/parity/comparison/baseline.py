@@ -23,7 +23,6 @@ from anymha.parity.stages.stagewise import (
     compare_stages,
     output_faults,
     reported_stages,
-    with_faults,
 )
 from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
@@ -113,10 +112,9 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         size = 8 * np.max(finite, axis=axes, keepdims=True, initial=0.0)  # sums exceed results
         allowed = 2 * tolerance(dtype, length, 1.0) * size + length * smallest(dtype)
         candidate = other.astype(np.float64)
-        stage = compare_stage(name, reference, candidate, reference, reference, allowed, dtype)
-        stages.append(
-            with_faults(stage, *output_faults((first, second))) if name == "output" else stage
-        )
+        faults = output_faults((first, second)) if name == "output" else ()
+        numbers = (reference, candidate, reference, reference, allowed)
+        stages.append(compare_stage(name, *numbers, dtype, faults))
     divergence = next((stage.name for stage in stages if not stage.passed), None)
     unknown = ("The weights of neither are known: the outputs alone are compared, and causes are "
                "not searched for.",) if first.weights is second.weights is None else ()  # fmt: skip

@@ -102,7 +102,10 @@ class ReferenceSemantics:
             name = "not the probabilities of its output"
             own = Diagnosis((Cause(name, "", "scores", fix),), 0.0)
         own = own or Search(self.scores, trace, reported, self.trace).diagnose(pairs=False)
-        causes = tuple(_in_scores(cause) for cause in own.causes)
+        causes = tuple(
+            replace(cause, name=f"in the returned scores: {cause.name}", stage="scores")
+            for cause in own.causes
+        )
         return replace(own, causes=causes, recipe=after if causes else None)
 
 
@@ -173,10 +176,6 @@ def _of_another_dtype(
         return diagnosis
     fix = f"Return the output in {names[0]}, that of the inputs."
     return Diagnosis((Cause(f"returned in {names[1]}", "", "output", fix),), 0.0)
-
-
-def _in_scores(cause: Cause) -> Cause:
-    return replace(cause, name=f"in the returned scores: {cause.name}", stage="scores")
 
 
 def _returned(exact: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:

@@ -376,13 +376,11 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     mixed = _squared("bthv,hvo->bto", kept["context"], recipe.weights["output.kernel"])
     keep("output", size(mixed, stages["output"]))
     axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
-    rows = {name: _rows(array, axes.get(name, (1, 3))) for name, array in kept.items()}
+    rows = {  # the greatest of each position
+        name: np.max(array, axis=axes.get(name, (1, 3)), keepdims=True, initial=0.0)
+        for name, array in kept.items()
+    }
     return {**rows, "scores": rows["probabilities"]}
-
-
-def _rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The greatest of each position."""
-    return np.max(array, axis=axes, keepdims=True, initial=0.0)
 
 
 def _squared(formula: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -100,17 +100,14 @@ def stage_words(result: ComparisonResult, name: str) -> str:
     """How a stage stands, in words; empty where it is right."""
     state = state_of(result, name)
     reported = [stage.name for stage in result.stages]
-    if state == "own" and result.first_divergence not in reported and name == _first_wrong(result):
+    wrong = next((stage.name for stage in result.stages if stage.culprit), None)
+    if state == "own" and result.first_divergence not in reported and name == wrong:
         return "shows it first"
     words = {
         "first": "first divergence", "own": "wrong itself", "carried": "follows",
         "good": "", "unreported": "not reported",
     }  # fmt: skip
     return words[state]
-
-
-def _first_wrong(result: ComparisonResult) -> str | None:
-    return next((stage.name for stage in result.stages if stage.culprit), None)
 
 
 def _counted(number: int) -> str:

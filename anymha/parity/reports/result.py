@@ -171,12 +171,9 @@ def call_in_words(request: Request) -> dict[str, str]:
         arrays["attention_bias"] = request.bias
     words = {name: f"{name_of_dtype(array)} {array.shape}" for name, array in arrays.items()}
     ordered = sorted(words, key=lambda name: INPUTS.index(name) if name in INPUTS else len(INPUTS))
-    rest = {name: _value(value) for name, value in request.call.items()}
+    call = request.call.items()
+    rest = {n: str(v.tolist() if isinstance(v, np.ndarray) else v) for n, v in call}
     return {**{name: words[name] for name in ordered}, **rest}
-
-
-def _value(value: Any) -> str:
-    return str(value.tolist()) if isinstance(value, np.ndarray) else str(value)
 
 
 def _name(trace: Trace) -> str:

@@ -26,7 +26,7 @@ def compare_weights(first: Trace, second: Trace) -> list[Stage]:
         if wanted is None or got is None or got.shape != wanted.shape:
             have, other = (f"shape {a.shape}" if a is not None else "none" for a in (got, wanted))
             fault = f"the weight has {have}, not {other}"
-            stages.append(Stage(f"weight {name}", True, math.inf, math.inf, 1.0, 0.0, None,
+            stages.append(Stage(f"weight {name}", math.inf, math.inf, 1.0, 0.0, None,
                                 (fault,)))  # fmt: skip
             continue
         one, other = wanted.astype(np.float64), got.astype(np.float64)
@@ -34,7 +34,7 @@ def compare_weights(first: Trace, second: Trace) -> list[Stage]:
         unit *= float(np.max(np.abs(one), initial=0.0)) or 1.0
         error = float(np.max(np.abs(one - other), initial=0.0))
         if not error <= unit:
-            stages.append(Stage(f"weight {name}", True, error, error, unit, 1.0))
+            stages.append(Stage(f"weight {name}", error, error, unit, 1.0))
     return stages
 
 
@@ -49,17 +49,9 @@ def compare_gradients(
         got = candidate.gradients.get(name)
         if got is None or name not in exact:
             continue
-        stages.append(
-            compare_stage(
-                f"gradient of {name}",
-                wanted.astype(np.float64),
-                got.astype(np.float64),
-                wanted.astype(np.float64),
-                exact[name],
-                allowed[name],
-                dtype,
-            )
-        )
+        one, other = wanted.astype(np.float64), got.astype(np.float64)
+        numbers = (one, other, one, exact[name], allowed[name])
+        stages.append(compare_stage(f"gradient of {name}", *numbers, dtype))
     return stages
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +22,6 @@ class Stage:
     """One stage of the candidate compared with the reference's."""
 
     name: str  # The stage, "scores", or "gradient of NAME"
-    reported: bool  # Whether the candidate reports it
     error: float  # The greatest difference from the reference, built up over all stages before
     # The difference that is this stage's own: from what the reference's step makes of the
     # candidate's own earlier stages
@@ -85,24 +85,19 @@ def compare_stages(
         if name == "scores":
             fed = own["probabilities"]
         else:
-            fed = recipe.stage(name, own) if _fits(own, exact) else float64
+            fits = all(array.shape == exact[name].shape for name, array in own.items())
+            fed = recipe.stage(name, own) if fits else float64
         candidate = reported[1].get(name)
         if candidate is not None:
             allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
-            dtype = computed_dtype(traces[0])
-            stages.append(compare_stage(name, reference, candidate, fed, float64, allowed, dtype))
-            if name == "output":
-                stages[-1] = with_faults(stages[-1], *output_faults(traces))
+            faults = output_faults(traces) if name == "output" else []
             if name in ("output", "scores") and all(map(reproducible, traces)):
                 close = tolerance("float64", tolerances.length, tolerances.sizes[name].max())
-                stages[-1] = with_faults(stages[-1], *_bits(reference, candidate, float64, close))
+                faults += _bits(reference, candidate, float64, close)
+            numbers = (reference, candidate, fed, float64, allowed)
+            stages.append(compare_stage(name, *numbers, computed_dtype(traces[0]), faults))
         own[name] = fed if candidate is None else candidate
     return stages
-
-
-def _fits(own: Arrays, exact: Arrays) -> bool:
-    """Whether the candidate's stages so far have the right shapes to compute with."""
-    return all(array.shape == exact[name].shape for name, array in own.items())
 
 
 def compare_stage(
@@ -113,16 +108,22 @@ def compare_stage(
     exact: np.ndarray,
     allowed: np.ndarray | float,
     dtype: str,
+    faults: Sequence[str] = (),
 ) -> Stage:
-    """A stage at the position whose error is the greatest share of what rounding explains."""
+    """A stage at the position whose error is the greatest share of what rounding explains.
+
+    `fed` is what the reference's step makes of the candidate's earlier stages; `exact` the stage in
+    float64; `allowed` the error of each position that rounding explains; `faults` are further ones.
+    """
     limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
     sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
     axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
-    faults = tuple(structure(name, reference, candidate))
+    wrong = structure(name, reference, candidate)
+    faults = (*wrong, *faults)
     if candidate.shape != reference.shape or not reference.size:
         unit = eps(dtype) * float(np.max(sizes_of, initial=0.0)) or eps(dtype)
-        budget, error = float(np.max(limits, initial=0.0)) / unit, math.inf if faults else 0.0
-        return Stage(name, True, error, error, unit, budget, None, faults)
+        budget, error = float(np.max(limits, initial=0.0)) / unit, math.inf if wrong else 0.0
+        return Stage(name, error, error, unit, budget, None, faults)
     apart = distance(candidate, reference, name)
     own = distance(candidate, fed, name) if fed.shape == candidate.shape else apart
     shares = error_shares(apart, limits)
@@ -135,7 +136,6 @@ def compare_stage(
     ratio = float(mine.max() / theirs.max()) if theirs.max() > 0 else None
     return Stage(
         name,
-        True,
         float(apart[at]),
         _own_error(error_shares(own, limits), limit, own[at]),
         unit,
@@ -160,11 +160,6 @@ def output_faults(traces: tuple[Trace, Trace]) -> list[str]:
     if traces[1].random and not traces[0].random:
         faults.append("two calls gave two results")
     return faults
-
-
-def with_faults(stage: Stage, *faults: str) -> Stage:
-    """The stage with further faults."""
-    return replace(stage, faults=(*stage.faults, *faults))
 
 
 def _bits(

@@ -112,26 +112,17 @@ class SoftcapSection(Section):
 
     def without_factors(self, recipe: Recipe) -> Variants:
         """Not divided by c before the tanh, or not multiplied by c after it."""
-        cap = self.value
-        yield (
-            "not divided by it before the tanh",
-            recipe.with_section(SoftcapSection(cap, 1.0, cap)),
-        )
-        yield (
-            "not multiplied by it after the tanh",
-            recipe.with_section(SoftcapSection(cap, 1 / cap, 1.0)),
-        )
-        yield (
-            "neither divided nor multiplied by it",
-            recipe.with_section(SoftcapSection(cap, 1.0, 1.0)),
-        )
+        for words, inner, outer in (
+            ("not divided by it before the tanh", 1.0, self.value),
+            ("not multiplied by it after the tanh", 1 / self.value, 1.0),
+            ("neither divided nor multiplied by it", 1.0, 1.0),
+        ):
+            yield words, recipe.with_section(SoftcapSection(self.value, inner, outer))
 
     def clipped(self, recipe: Recipe) -> Variants:
         """Cut off at c in place of a tanh."""
-        yield (
-            "",
-            recipe.with_section(SoftcapSection(self.value, bounds=lambda x: np.clip(x, -1, 1))),
-        )
+        clipping = SoftcapSection(self.value, bounds=lambda x: np.clip(x, -1, 1))
+        yield "", recipe.with_section(clipping)
 
     mistakes = (
         ("softcap too late", "The softcap acts on the scaled logits, before bias and masks.",
