@@ -182,7 +182,7 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
      fields(lambda r: r.kept is not None, lambda r: {
          "does not act": {"kept": None},
          "kept probabilities are not scaled by 1/(1 - rate)":
-             {"kept": (r.kept > 0).astype(np.float64)}})),
+             {"kept": np.where(np.asarray(r.kept) > 0, 1.0, 0.0)}})),
     ("heads merged wrongly", "Exchange heads and positions before the heads are "
      "merged: (B, H, T, d) to (B, T, H, d).", steps("context", {
          "heads and positions not exchanged before heads are merged": _merged})),

@@ -22,7 +22,9 @@ def _masks(
     def variants(recipe: Recipe) -> Variants:
         right = recipe.masks
         wrong = {name: change(recipe, mask) for name, mask in right.items()}
-        groups = [(name,) for name in right if wrong[name] is not right[name]]
+        groups: list[tuple[str, ...]] = [
+            (name,) for name in right if wrong[name] is not right[name]
+        ]
         groups += [tuple(right)] if together and len(right) > 1 else []
         for group in groups:
             words = "all masks" if len(group) > 1 else _named(group[0], recipe)
@@ -91,9 +93,13 @@ def _window_shifted(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _bias_wrong(recipe: Recipe) -> Mapping[str, Any]:
-    factors = {"added twice": 2.0, "subtracted": -1.0, "scaled": recipe.scale}
-    changed = {words: {"bias": factor * recipe.bias} for words, factor in factors.items()}
-    return {"left out": {"bias": None}, **changed}
+    right = np.asarray(recipe.bias)
+    return {
+        "left out": {"bias": None},
+        "added twice": {"bias": 2.0 * right},
+        "subtracted": {"bias": -right},
+        "scaled": {"bias": recipe.scale * right},
+    }
 
 
 def _empty_rows(wrong: Mapping[str, Step]) -> Maker:

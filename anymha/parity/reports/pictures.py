@@ -244,7 +244,7 @@ def _map(drawn: HeatMap) -> str:
         f"<h3>Where the {escape(drawn.stage.replace('_', ' '))} {verb}</h3>",
         f'<figure class="{kind}">',
         f"<figcaption>Down: {drawn.axes[0]}; across: {drawn.axes[1]}.{escape(note)}</figcaption>",
-        '<div class="panels">', *(_panel(panel, several) for panel in drawn.panels), "</div>",
+        '<div class="panels">', *(_drawn(panel, several) for panel in drawn.panels), "</div>",
         '<div class="legend">',
         *(f'<span><i class="{name}"></i>{words}</span>' for name, words in levels),
         "</div>", "</figure>",
@@ -255,7 +255,7 @@ def _level(drawn: HeatMap, level: str) -> str:
     return LEVELS.get(level) or f"up to {drawn.greatest * int(level) / 5:.2g}"
 
 
-def _panel(panel: Panel, several: bool) -> str:
+def _drawn(panel: Panel, several: bool) -> str:
     width = (230 if several else 640) / panel.columns
     cell = min(22, max(5, width), max(5, 380 / panel.rows))
     title = escape(panel.title)
