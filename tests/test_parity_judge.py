@@ -19,8 +19,8 @@ from anymha.parity.matrix.run import Result, run
 from anymha.parity.oracle.cases import MATRIX, OracleProblem, make_problem, numpy_dtype
 from anymha.parity.oracle.oracle import Truth
 from anymha.parity.oracle.truth import expected
+from anymha.parity.stages.limits import longest_sum, units_of
 from anymha.parity.stages.structure import count_differing
-from anymha.parity.stages.units import longest_sum, units_of
 
 DATA = Path(__file__).parent / "data"
 SMALL = [case.name for case in MATRIX if "2^20" not in case.name]

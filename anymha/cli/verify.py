@@ -18,7 +18,7 @@ from anymha.interchange.layers import convert, set_weights
 from anymha.interchange.layouts import get_layout
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
-from anymha.parity.stages.units import units_of
+from anymha.parity.stages.limits import units_of
 
 BATCH, QUERIES, KEYS = 2, 7, 9
 

@@ -15,18 +15,19 @@ from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, refer
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded, expected
 from anymha.parity.reports.report import Comparison
-from anymha.parity.stages.gradients import compare_gradients, compare_weights, nonfinite_gradients
-from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.limits import computed_dtype, longest_sum
 from anymha.parity.stages.stagewise import (
     Stage,
+    compare_gradients,
     compare_stage,
     compare_stages,
+    compare_weights,
+    nonfinite_gradients,
     output_faults,
     reported_stages,
 )
 from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
-from anymha.parity.stages.units import longest_sum
 
 PROJECTIONS = ("query", "key", "value")
 

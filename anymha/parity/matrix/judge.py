@@ -1,4 +1,4 @@
-"""Results compared with the oracle and with each other; units: `anymha.parity.stages.units`."""
+"""Results compared with the oracle and with each other; units: `anymha.parity.stages.limits`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from anymha.parity.matrix.checkpoint import RecordedResults
 from anymha.parity.matrix.run import Result, Skipped
 from anymha.parity.oracle.cases import Arrays, OracleProblem
 from anymha.parity.oracle.oracle import Truth
+from anymha.parity.stages.limits import longest_sum, units_of
 from anymha.parity.stages.structure import count_differing
 from anymha.parity.stages.tolerance import tolerance
-from anymha.parity.stages.units import longest_sum, units_of
 
 
 @dataclass(frozen=True)
