@@ -25,8 +25,8 @@ from anymha.parity.stages.saved_case import SavedLayer
 LIVE = tuple(name for name, (module, _) in MAKERS.items() if module != "params")
 """The layouts whose layers can be made alone."""
 
-KERAS_ON = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax", "openvino": "openvino"}
-"""The package that each of Keras's backends needs."""
+KERAS_ON = ("tensorflow", "torch", "jax", "openvino")
+"""Keras's backends, each named as the package that it needs."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,6 @@ def settle_keras_backend() -> None:
         chosen = json.loads((home / "keras.json").read_text(encoding="utf-8"))["backend"]
     except (OSError, ValueError, KeyError, TypeError):
         chosen = "tensorflow"
-    installed = [b for b, package in KERAS_ON.items() if importlib.util.find_spec(package)]
+    installed = [name for name in KERAS_ON if importlib.util.find_spec(name)]
     if chosen in KERAS_ON and chosen not in installed and installed:
         os.environ["KERAS_BACKEND"] = installed[0]

@@ -12,14 +12,7 @@ import pytest
 from anymha.errors import ArgumentError
 from anymha.framework.capabilities import Capabilities
 from anymha.framework.protocol import Ops
-
-
-def _dtype(ops: Ops, name: str) -> str | None:
-    try:
-        found = ops.dtype(name)
-    except Exception as error:
-        return f"ops.dtype({name!r}) raised {type(error).__name__}: {error}"
-    return f"ops.dtype({name!r}) gave None" if found is None else None
+from anymha.parity.matrix.run import why_no_dtype
 
 
 def _function(ops: Ops, name: str) -> str | None:
@@ -50,9 +43,9 @@ def _refused(name: str, function: Callable[[], Any]) -> str | None:
 
 
 CAPABILITIES: dict[str, Callable[[Ops, str], str | None]] = {
-    "float16": _dtype,
-    "bfloat16": _dtype,
-    "float64": _dtype,
+    "float16": why_no_dtype,
+    "bfloat16": why_no_dtype,
+    "float64": why_no_dtype,
     "draw_seed": _draw_seed,
     "native_keep_mask": _native_keep_mask,
     **{field.name: _declared for field in dataclasses.fields(Capabilities)},

@@ -37,15 +37,19 @@ def lacking_dtype(ops: Any, problem: OracleProblem) -> str | None:
     """Why a backend cannot run a problem: it lacks one of its dtypes; None where it has both."""
     config = problem.case.config
     for name in dict.fromkeys((config.dtype, config.compute_dtype or config.dtype)):
-        if name == "float32":  # every backend has it
-            continue
-        try:
-            dtype = ops.dtype(name)
-        except Exception as error:  # of any framework, in its own words
-            return f"it lacks {name}: ops.dtype({name!r}) raised {type(error).__name__}: {error}"
-        if dtype is None:
-            return f"it lacks {name}: ops.dtype({name!r}) gave None"
+        reason = None if name == "float32" else why_no_dtype(ops, name)  # every backend has it
+        if reason is not None:
+            return f"it lacks {name}: {reason}"
     return None
+
+
+def why_no_dtype(ops: Any, name: str) -> str | None:
+    """Why a backend lacks a dtype; None where it has it."""
+    try:
+        dtype = ops.dtype(name)
+    except Exception as error:  # of any framework, in its own words
+        return f"ops.dtype({name!r}) raised {type(error).__name__}: {error}"
+    return f"ops.dtype({name!r}) gave None" if dtype is None else None
 
 
 def run(backend: Backend, problem: OracleProblem) -> Result:

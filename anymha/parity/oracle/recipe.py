@@ -127,33 +127,24 @@ class Section:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The data of a computation in float64, and its steps.
+    """The data of a computation in float64, and its steps."""
 
-    Args:
-        weights: Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O).
-        inputs: "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k).
-        scale: Factor of the logits.
-        masks: Booleans by the name of their argument, each of which broadcasts to (B, H, T, S);
-            True = may attend; their AND holds.
-        causal: Whether query i sees only keys ``j <= i + offset``.
-        window: Query i sees only keys with ``|i + offset - j| < window``.
-        offset: Position of the first query among the keys, of each member of the batch (B,).
-        bias: Added to the logits, broadcasts to (B, H, T, S).
-        kept: The factors of dropout on the probabilities, (B, H, T, S).
-        steps: The step of each stage, in order.
-        sections: The options that change the results of steps, in the order of their `order`.
-    """
-
+    # Canonical weights; output kernel and bias with a flat output, (H, d_v, O) and (O)
     weights: Arrays
-    inputs: Arrays
-    scale: float
+    inputs: Arrays  # "query" (B, T, D_q), "value" (B, S, D_v) and "key" (B, S, D_k)
+    scale: float  # Factor of the logits
+    # Booleans by the name of their argument, each of which broadcasts to (B, H, T, S); True = may
+    # attend; their AND holds
     masks: Arrays = field(default_factory=dict)
-    causal: bool = False
-    window: int | None = None
+    causal: bool = False  # Whether query i sees only keys ``j <= i + offset``
+    window: int | None = None  # Query i sees only keys with ``|i + offset - j| < window``
+    # Position of the first query among the keys, of each member of the batch (B,)
     offset: np.ndarray | None = None
-    bias: np.ndarray | None = None
-    kept: np.ndarray | None = None
+    bias: np.ndarray | None = None  # Added to the logits, broadcasts to (B, H, T, S)
+    kept: np.ndarray | None = None  # The factors of dropout on the probabilities, (B, H, T, S)
+    # The step of each stage, in order
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    # The options that change the results of steps, in the order of their `order`
     sections: tuple[Section, ...] = ()
 
     @cached_property

@@ -16,14 +16,9 @@ from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, allow
 
 
 class SoftcapSection(Section):
-    """The bound of the logits.
+    """The logits bounded by c, the value: ``outer * bounds(inner * logits)``.
 
-    Args:
-        value: ``c``.
-        inner: What the logits are multiplied with before the tanh; default ``1 / c``.
-        outer: What the tanh is multiplied with; default ``c``.
-        at: The stage whose numbers it bounds.
-        bounds: The function that bounds them.
+    By default ``c * tanh(logits / c)``; `at` is the stage whose numbers are bounded.
     """
 
     option = "softcap"
