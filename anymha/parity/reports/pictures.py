@@ -34,9 +34,10 @@ STEPS = 5
 BEYOND = 12
 """The power of four of units in the last place from which differences are counted together."""
 
-
 LEVELS = {"within": "explained by rounding", "broken": "only one is a number"}
+"""The levels of error that are no number, in words."""
 SINGULAR = ("output", "context", "query", "key", "value")
+"""Stages whose heading has a verb in the singular."""
 
 
 @dataclass(frozen=True)
