@@ -16,6 +16,7 @@ from anymha.cli.names import Implementation, implementation_named
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
 from anymha.parity.comparison.compare import compare as compare_two
+from anymha.parity.oracle.cases import trio
 from anymha.parity.reports.comparison_view import comparison_document
 from anymha.parity.reports.outcome import Outcome, to_dict
 from anymha.parity.reports.report import Comparison
@@ -144,9 +145,7 @@ def _random_layer(
 
 def _shape_of(inputs: dict[str, Any]) -> tuple[tuple[int, int, int], str]:
     """The widths and the dtype of a file's inputs."""
-    query = as_numpy(inputs["query"])
-    value = as_numpy(inputs.get("value", query))
-    key = as_numpy(inputs.get("key", value))
+    query, value, key = map(as_numpy, trio(inputs))
     dtype = name_of_dtype(query)
     widths = (query.shape[-1], value.shape[-1], key.shape[-1])
     return widths, dtype if dtype in ("float64", "float16", "bfloat16") else "float32"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.cases import MatrixCase, make_problem
 from anymha.parity.stages.saved_case import SavedLayer
 
@@ -61,9 +60,7 @@ def make_layer(widths: tuple[int, int, int], dtype: str = "float32") -> SavedLay
     heads = next(count for count in (4, 2, 1) if widths[0] % count == 0)
     options = {"num_heads": heads, "key_dim": widths[0] // heads, "dtype": dtype}
     problem = make_problem(MatrixCase("compare", options, {}, widths=widths))
-    names = ("query_features", "value_features", "key_features")
-    config = AttentionConfig(**options, **dict(zip(names, widths, strict=True)))
-    return SavedLayer(config, problem.weights)
+    return SavedLayer(problem.case.config, problem.weights)
 
 
 def fit_functions(case: CallInputs, functions: Sequence[Callable[..., Any]]) -> CallInputs | str:

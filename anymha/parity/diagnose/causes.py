@@ -40,6 +40,11 @@ class Diagnosis:
     # The recipe with these mistakes, which gives the reported results; None if none does
     recipe: Recipe | None = field(default=None, repr=False)
 
+    @classmethod
+    def certain(cls, name: str, stage: str, fix: str) -> Diagnosis:
+        """One cause, which leaves nothing to explain."""
+        return cls((Cause(name, "", stage, fix),), 0.0)
+
     @property
     def explained(self) -> bool:
         """Whether the causes close the gap."""

@@ -72,9 +72,8 @@ class Search:
     def diagnose(self, pairs: bool = True) -> Diagnosis:
         """The mistakes that explain the reported results; one alone without `pairs`."""
         if self.trace.random:
-            stage = "dropped_probabilities"
             fix = "Two calls gave two results: switch the candidate to evaluation."
-            return Diagnosis((Cause("dropout left on", "", stage, fix),), 0.0)
+            return Diagnosis.certain("dropout left on", "dropped_probabilities", fix)
         if any(a.shape != self.exact.get(n, a).shape for n, a in self.reported.items()):
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:

@@ -66,42 +66,41 @@ class ReferenceSemantics:
         return replace(diagnosis, causes=causes, remaining=remaining)
 
     def _of_flow(self, trace: Trace, reported: Arrays) -> Diagnosis:
-        if self.reason is not None and Search(self.plain, trace, reported, self.trace).fits():
+        if self.reason is not None and self._search(self.plain, trace, reported).fits():
             return _of_the_reference(self.reason, self.plain)
-        diagnosis = Search(self._known, trace, reported, self.trace).diagnose()
+        diagnosis = self._search(self._known, trace, reported).diagnose()
         if not diagnosis.causes and "query" in reported and len(reported) > 1:
-            diagnosis = self._after_projections(trace, reported)
+            # Projections may be reported before heads are split.
+            rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
+            diagnosis = self._search(self._known, trace, rest).diagnose()
         if diagnosis.explained or self.reason is None:
             return diagnosis
-        plain = Search(self.plain, trace, reported, self.trace).diagnose()
+        plain = self._search(self.plain, trace, reported).diagnose()
         return plain if plain.explained else diagnosis
 
-    def _after_projections(self, trace: Trace, reported: Arrays) -> Diagnosis:
-        """The same without the projections, which may be reported before heads are split."""
-        rest = {name: a for name, a in reported.items() if name not in ("query", "key", "value")}
-        return Search(self._known, trace, rest, self.trace).diagnose()
+    def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
+        return Search(recipe, trace, reported, self.trace)
 
     def _of_scores(
         self, trace: Trace, reported: Arrays, flow: Diagnosis | None
     ) -> Diagnosis | None:
         """Why the returned scores differ, where the mistakes of the output do not explain it."""
         after = self._known if flow is None or flow.recipe is None else flow.recipe
-        usual = Search(after, trace, reported, self.trace).fits()
+        usual = self._search(after, trace, reported).fits()
         if usual and flow is not None:
             return None
-        if self.scores_reason is not None and (
-            usual or Search(self.plain, trace, reported, self.trace).fits()
-        ):
+        plain = self._search(self.plain, trace, reported)
+        if self.scores_reason is not None and (usual or plain.fits()):
             if flow is not None:
                 return None
             known = _of_the_reference(self.scores_reason, after)
             return replace(known, causes=tuple(replace(c, stage="scores") for c in known.causes))
         own = _returned(after.stages, trace, reported["scores"])
-        if own is None and Search(self.plain, trace, reported, self.trace).fits():
+        if own is None and plain.fits():
             fix = "The scores are the right probabilities; the output is computed from others."
             name = "not the probabilities of its output"
-            own = Diagnosis((Cause(name, "", "scores", fix),), 0.0)
-        own = own or Search(self.scores, trace, reported, self.trace).diagnose(pairs=False)
+            own = Diagnosis.certain(name, "scores", fix)
+        own = own or self._search(self.scores, trace, reported).diagnose(pairs=False)
         causes = tuple(
             replace(cause, name=f"in the returned scores: {cause.name}", stage="scores")
             for cause in own.causes
@@ -163,7 +162,7 @@ def _of_gradients_alone(wrong: Collection[str]) -> Diagnosis:
         return Diagnosis()
     fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
             "or a factor that the backward pass leaves out.")  # fmt: skip
-    return Diagnosis((Cause("the gradients alone differ", "", first, fix),), 0.0)
+    return Diagnosis.certain("the gradients alone differ", first, fix)
 
 
 def _of_another_dtype(
@@ -175,7 +174,7 @@ def _of_another_dtype(
     if alike or set(wrong) - {"output"} or diagnosis.causes:
         return diagnosis
     fix = f"Return the output in {names[0]}, that of the inputs."
-    return Diagnosis((Cause(f"returned in {names[1]}", "", "output", fix),), 0.0)
+    return Diagnosis.certain(f"returned in {names[1]}", "output", fix)
 
 
 def _returned(exact: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:
@@ -184,11 +183,11 @@ def _returned(exact: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | No
     if scores.ndim == 3 and scores.shape == (whole.shape[0], *whole.shape[2:]):
         if np.allclose(scores, whole.mean(1), rtol=0, atol=near, equal_nan=True):
             fix = "Ask for the scores of each head: `average_attn_weights=False` in torch."
-            return Diagnosis((Cause("averaged over the heads", "", "scores", fix),), 0.0)
+            return Diagnosis.certain("averaged over the heads", "scores", fix)
     elif scores.shape == whole.shape:
         dropped = exact["dropped_probabilities"]
         changed = not np.allclose(dropped, whole, rtol=0, atol=near, equal_nan=True)
         if changed and np.allclose(scores, dropped, rtol=0, atol=near, equal_nan=True):
             fix = "Return the probabilities as they are before dropout."
-            return Diagnosis((Cause("taken after dropout", "", "scores", fix),), 0.0)
+            return Diagnosis.certain("taken after dropout", "scores", fix)
     return None
