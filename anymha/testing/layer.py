@@ -5,6 +5,7 @@ Gradients come by the backend's own `vjp`, else by the tape of anymha.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,23 +18,19 @@ from anymha.attention.spec import AttentionSpec
 from anymha.errors import DtypeError, MixedBackendsError
 from anymha.execution.attend import attend
 from anymha.execution.path import Path
+from anymha.framework.protocol import Ops
 from anymha.framework.registry import get_backend
+from anymha.parity.matrix.judge import judge
+from anymha.parity.matrix.run import Result
+from anymha.parity.oracle.cases import MATRIX, Arrays, MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
+from anymha.parity.stages.layer_call import gradients_of, layer_function, native
 from anymha.parity.stages.tolerance import tolerance
 from anymha.testing.calls import Returned, must, values
 from anymha.testing.capabilities import BackendTests
-from anymha.testing.problems import (
-    CASES,
-    MatrixCase,
-    agree,
-    changed,
-    dtypes,
-    forward,
-    gradients,
-    make_problem,
-    same_bits,
-)
 
+CASES = tuple(case for case in MATRIX if math.prod(case.query) < 1000)
+"""The matrix of cases of the parity run, but the large ones."""
 REAL = ("float16", "bfloat16", "float32", "float64")
 FLAGGED = ("self", "everything", "every row masked", "dropout", "bfloat16", "reproducible")
 CROSS: dict[str, Any] = {"value": (2, 9), "widths": (12, 10, 8)}
@@ -251,3 +248,57 @@ def _attend(
     arrays = map(ops.from_numpy, _heads())
     context, scores = attend(ops, spec, path, *arrays, with_scores=True)
     return ops.to_numpy(context), ops.to_numpy(scores)
+
+
+def dtypes(case: MatrixCase) -> tuple[str, ...]:
+    """The dtypes that a backend needs for the case."""
+    return tuple(filter(None, (case.config.dtype, case.config.compute_dtype)))
+
+
+def changed(problem: OracleProblem, **arrays: np.ndarray) -> OracleProblem:
+    """The problem with other inputs or weights."""
+    inputs, weights = dict(problem.inputs), dict(problem.weights)
+    for name, array in arrays.items():
+        (weights if name in weights else inputs)[name] = array
+    return dataclasses.replace(problem, inputs=inputs, weights=weights)
+
+
+def forward(ops: Ops, problem: OracleProblem, *, scores: bool = False, **call: Any) -> Any:
+    """What the layer gives, as NumPy: the output, or with `scores` the output and the scores."""
+    layer, arrays = _layer(ops, problem, scores=scores, **call)
+    given = layer(ops, arrays)
+    return tuple(map(ops.to_numpy, given)) if scores else ops.to_numpy(given)
+
+
+def gradients(ops: Any, problem: OracleProblem) -> Arrays:
+    """The gradients of weights and inputs for the problem's cotangents, as NumPy.
+
+    A backend without `vjp` is differentiated by the tape, through its own functions.
+    """
+    layer, arrays = _layer(ops, problem, scores=True)
+    cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
+    return gradients_of(ops, layer, arrays, cotangents)
+
+
+def agree(ops: Ops, problem: OracleProblem, result: Arrays, pulled: Arrays) -> None:
+    """Fail unless results and gradients are the oracle's but for rounding."""
+    __tracebackhide__ = True
+    held = {ops.name: Result(result, pulled, flag_matters=False)}
+    faults = judge(problem, expected(problem), held).cells[ops.name].faults
+    must(not faults, f"{ops.name}, case {problem.case.name!r}: {'; '.join(faults)}.")
+
+
+def same_bits(title: str, got: np.ndarray, expected: np.ndarray) -> None:
+    """Fail unless both are equal bit for bit, but for the sign of zero."""
+    __tracebackhide__ = True
+    Returned(title, got).equals(expected)
+
+
+def _layer(
+    ops: Ops, problem: OracleProblem, scores: bool, **call: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The layer as a function of the functions and of a dict of arrays, and that dict."""
+    others = native(ops, {**problem.masks, **problem.case.call, **call})
+    others["return_attention_scores"] = scores
+    layer = layer_function(problem.case.config, problem.weights, others)
+    return layer, native(ops, {**problem.weights, **problem.inputs})
