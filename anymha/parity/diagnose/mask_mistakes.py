@@ -27,7 +27,7 @@ def _masks(
         ]
         groups += [tuple(right)] if together and len(right) > 1 else []
         for group in groups:
-            words = "all masks" if len(group) > 1 else _named(group[0], recipe)
+            words = _named(group[0], recipe) if len(group) == 1 else "all masks"
             masks = {name: wrong[name] if name in group else right[name] for name in right}
             yield words, recipe.but(masks={n: m for n, m in masks.items() if m is not None})
 
