@@ -23,15 +23,7 @@ from anymha.interchange.layers import convert, get_weights, new_layer, set_weigh
 from anymha.options.config import AttentionConfig
 
 if TYPE_CHECKING:
-    from anymha.interchange.homes import (
-        EquinoxLayer,
-        FlaxLayer,
-        JaxLayer,
-        KerasLayer,
-        NumpyLayer,
-        TensorflowLayer,
-        TorchLayer,
-    )
+    from anymha.interchange import homes
 
 ENTRY = "anymha"
 FORMAT = 1
@@ -77,31 +69,31 @@ def save(path: str | os.PathLike[str], layer: Any) -> None:
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["numpy"], *, prefix: str = ""
-) -> NumpyLayer: ...
+) -> homes.NumpyLayer: ...
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["torch"] = ..., *, prefix: str = ""
-) -> TorchLayer: ...
+) -> homes.TorchLayer: ...
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["tensorflow"], *, prefix: str = ""
-) -> TensorflowLayer: ...
+) -> homes.TensorflowLayer: ...
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["jax"], *, prefix: str = ""
-) -> JaxLayer: ...
+) -> homes.JaxLayer: ...
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["keras"], *, prefix: str = ""
-) -> KerasLayer: ...
+) -> homes.KerasLayer: ...
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["flax"], *, prefix: str = ""
-) -> FlaxLayer: ...
+) -> homes.FlaxLayer: ...
 @overload
 def load(
     path: str | os.PathLike[str], backend: Literal["equinox"], *, prefix: str = ""
-) -> EquinoxLayer: ...
+) -> homes.EquinoxLayer: ...
 @overload
 def load(path: str | os.PathLike[str], backend: str, *, prefix: str = "") -> Any: ...
 def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = "") -> Any:
