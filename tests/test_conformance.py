@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any, cast
 
 import array_api_strict
@@ -15,7 +16,7 @@ from anymha.testing import Conformance
 from anymha.testing.capability_tests import CapabilityTests
 from anymha.testing.known import KNOWN_MASKS, KnownMask
 from tests.backends.anymha_strict import ops as strict
-from tests.backends.faults import CAPABILITIES, SOUND
+from tests.backends.faults import CAPABILITIES, SOUND, torch_compile
 
 pytest_plugins = ["pytester"]
 
@@ -24,6 +25,10 @@ class TestBuiltIn(Conformance):
     @pytest.fixture
     def ops(self, backend: Backend) -> Any:
         return backend.ops
+
+    @pytest.fixture
+    def compiler(self, ops: Any) -> Any:
+        return torch_compile if ops.name == "torch" else ops.capabilities.compile
 
 
 class TestStrict(Conformance):
@@ -91,6 +96,12 @@ def test_capability_that_is_lacking_skips_or_fails_where_it_is_required() -> Non
     kit.requires = ("float46",)
     with pytest.raises(pytest.fail.Exception, match="`requires` names float46; it may name: flo"):
         kit.need(narrow, "float64")
+
+
+def test_is_tracing_that_cannot_be_judged_is_a_skip_that_says_so() -> None:
+    ops = cast(Any, SimpleNamespace(name="mine", capabilities=Capabilities(is_tracing=bool)))
+    with pytest.raises(pytest.skip.Exception, match=r"of mine is not judged inside of a compiler"):
+        Conformance().test_is_tracing_is_true_inside_of_a_compiler(ops, ops.capabilities.compile)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Capabilities), ids=lambda field: field.name)

@@ -34,6 +34,17 @@ RAISING = [
 PLANTED = [fault for fault in (*FAULTS, *MISSING, *RAISING) if get_backend(fault.base).installed]
 
 
+class Faulty(Conformance):
+    """The tests of a planted fault, which is in `fault`."""
+
+    __test__ = False
+    fault: Fault
+
+    @pytest.fixture
+    def compiler(self, ops: Any) -> Any:
+        return self.fault.compiler or ops.capabilities.compile
+
+
 class Recorder:
     """Runs only the tests that a fault names, and keeps what became of them."""
 
@@ -57,11 +68,10 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     folder: Path = tmp_path_factory.mktemp("faults")
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_faulty_backends.py").write_text(
-        "from anymha.testing import Conformance\n"
-        "from tests.test_conformance_faults import PLANTED\n"
+        "from tests.test_conformance_faults import PLANTED, Faulty\n"
         "for i, fault in enumerate(PLANTED):\n"
-        "    members = {'fault': fault, 'backend': fault.backend}\n"
-        "    globals()[f'Test{i}'] = type(f'Test{i}', (Conformance,), members)\n"
+        "    members = {'fault': fault, 'backend': fault.backend, '__test__': True}\n"
+        "    globals()[f'Test{i}'] = type(f'Test{i}', (Faulty,), members)\n"
     )
     recorder = Recorder()
     quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:xdist", "-s"]

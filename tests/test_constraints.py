@@ -163,8 +163,8 @@ def test_weights_that_do_not_exist_yet_are_refused(backend: Backend) -> None:
         ),
         (
             {"kernel_constraint": {"class_name": "UnitNorm", "config": {"axis": "last"}}},
-            "`kernel_constraint`, UnitNorm: `axis` must be an integer or several. "
-            "Received: 'last'.",
+            "`kernel_constraint`, UnitNorm: `axis` must be an integer or a tuple of integers, each "
+            "once. Received: 'last'.",
         ),
         (
             {"kernel_constraint": UnitNorm(3)},

@@ -19,6 +19,7 @@ from tests.frameworks import required
 jax = required("jax")
 
 import jax.numpy as jnp  # noqa: E402
+from jax import export  # noqa: E402
 
 from anymha_jax import MultiHeadAttention  # noqa: E402
 
@@ -344,6 +345,28 @@ def test_reproducible_gradients_are_those_of_torch():
         linear = other.get_submodule(projection)
         theirs = linear.weight.grad.T if part == "kernel" else linear.bias.grad
         np.testing.assert_array_equal(own, theirs.numpy().reshape(own.shape))
+
+
+@pytest.mark.parametrize("platforms", [["cpu"], ["cpu", "cuda"]], ids=str)
+def test_reproducible_mode_is_exported_with_lengths_that_are_symbols(platforms):
+    layer, plain, x = make(compute_dtype="float64", dropout=0.5), make(), jnp.asarray(X)
+
+    def run(x):  # both modes in one program
+        return plain(layer(plain(x), use_causal_mask=True, training=True, seed=3)).sum()
+
+    function = jax.jit(jax.value_and_grad(run))
+    given = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 8"), jnp.float32)
+    program = export.export(function, platforms=platforms)(given)
+    close(export.deserialize(program.serialize()).call(x), function(x))
+
+
+@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd])
+def test_reproducible_mode_leaks_no_tracers(transform):
+    layer = make(compute_dtype="float64")
+    function = transform(lambda x: layer(x).sum())
+    with jax.checking_leaks():
+        found = jax.jit(jax.vmap(function))(jnp.asarray(X)[:, None])
+    np.testing.assert_allclose(found[0], function(jnp.asarray(X)[:1]), atol=2e-5)
 
 
 # --- dropout -------------------------------------------------------------------------------------

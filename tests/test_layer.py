@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import anymha
-from anymha.framework.registry import Backend
+from anymha.framework.capabilities import Capabilities
+from anymha.framework.registry import Backend, get_backend
 from anymha.interchange.layers import set_weights
+from anymha.layer.forward import multi_head_attention as call_layer
+from anymha.layer.plan import Plans
 from anymha.parity.stages.structure import count_differing
 from anymha.parity.stages.tolerance import tolerance
 from tests.support import (
@@ -276,3 +280,17 @@ def test_reproducible_mode_on_a_million_outputs(installed: list[Backend]) -> Non
     }
     differing, ties, compared = count_differing([result.all for result in results], wanted, may)
     assert differing == ties <= compared / 400_000
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError])
+def test_error_of_a_backend_that_describes_an_array_is_not_swallowed(kind: type) -> None:
+    def array_key(x: Any) -> Any:
+        raise kind("of the backend itself")
+
+    ops = SimpleNamespace(**vars(get_backend("numpy").ops))
+    ops.capabilities = Capabilities(array_key=array_key)
+    config = anymha.AttentionConfig(2, 4, query_features=8)
+    weights = {name: np.ones(shape, "float32") for name, shape in config.weight_shapes().items()}
+    x = np.ones((1, 3, 8), "float32")
+    with pytest.raises(kind, match="of the backend itself"):
+        call_layer(cast(Any, ops), config, weights, x, plans=Plans())

@@ -215,8 +215,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "axes": (
         of("HeNormal", input_axes=["last"]),
-        "`kernel_initializer`, HeNormal: `input_axes` must be an integer or several. "
-        "Received: ['last'].",
+        "`kernel_initializer`, HeNormal: `input_axes` must be an integer or a tuple of integers, "
+        "each once. Received: ['last'].",
     ),
     "identity bias": (
         {"bias_initializer": Identity(2)},

@@ -26,11 +26,7 @@ def fused_by_tiles(
 ) -> Array:
     """The context (B, H, T, d_v) by the framework's kernel, masks of positions made tile by tile.
 
-    Args:
-        ops: The backend.
-        spec: The options.
-        tiles: The tiles; none for one piece.
-        arrays: As the formula has them, with a value.
+    Without tiles it is made in one piece. `arrays` are those of the formula, with a value.
     """
     kernel: Any = ops.capabilities.fused_attention
     keys = ops.shape(arrays["key"])[2]
@@ -56,15 +52,7 @@ def all_heads_by_tiles(
     arrays: Mapping[str, Array],
     formula: Formula,
 ) -> Arrays:
-    """The results of the formula, one tile of the queries of all heads at a time.
-
-    Args:
-        ops: The backend.
-        spec: The options.
-        tiles: The tiles, one in each group.
-        arrays: As the formula has them.
-        formula: What is done with a tile.
-    """
+    """The results of the formula, one tile of the queries of all heads at a time."""
     keys = arrays["key"].shape[2]
     parts = [
         _with_all_keys(

@@ -147,15 +147,7 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
 def choose_path(
     ops: Ops, spec: AttentionSpec, shape: AttentionShape, *, observed: bool, with_scores: bool
 ) -> Path:
-    """The path of a call.
-
-    Args:
-        ops: The backend.
-        spec: The options.
-        shape: What is known of the arrays.
-        observed: Whether each stage is to be seen.
-        with_scores: Whether the scores are wanted.
-    """
+    """The path of a call, in which each stage is `observed`, or the scores are wanted."""
     if observed:
         return Path("whole", "each stage is observed")
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)

@@ -12,10 +12,7 @@ SIMILARITY = 0.7
 def answer(name: str, known: Iterable[str], peers: Mapping[str, str]) -> str:
     """A sentence that says what to pass in place of an unknown name, or all names that there are.
 
-    Args:
-        name: The unknown name.
-        known: The right names.
-        peers: By names that other libraries have, what to do here, a sentence.
+    `peers` has, by names that other libraries have, what to do here, a sentence.
     """
     if name in peers:
         return peers[name]

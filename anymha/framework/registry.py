@@ -136,9 +136,7 @@ def backends() -> dict[str, Backend]:
 def get_backend(name: str, *beside: str) -> Backend:
     """The backend of that name; only its own modules are imported.
 
-    Args:
-        name: The name.
-        beside: Further names that the error's message lists.
+    The error's message lists the names in `beside` too.
 
     Raises:
         UnknownBackendError: there is none; the message has the names that there are.

@@ -35,7 +35,7 @@ def checked_shape(value: Any, argument: str) -> tuple[int, ...] | None:
     return tuple(size for size in found if size is not None)
 
 
-def checked_axes(value: Any, argument: str) -> tuple[int, ...] | None:
+def checked_axes(value: Any, argument: str, remedy: str = "") -> tuple[int, ...] | None:
     """`value` as a tuple of different integers, from one or several; None stays None."""
     if value is None:
         return None
@@ -44,7 +44,7 @@ def checked_axes(value: Any, argument: str) -> tuple[int, ...] | None:
     if not found or None in found or len(set(found)) < len(found):
         raise ConfigError(
             f"`{argument}` must be an integer or a tuple of integers, each once. "
-            f"Received: {value!r}. Pass None for all axes but the first and the last."
+            f"Received: {value!r}.{remedy}"
         )
     return tuple(axis for axis in found if axis is not None)
 

@@ -22,15 +22,7 @@ from anymha.layer.weights import nothing_drawn
 from anymha.options.config import AttentionConfig
 
 if TYPE_CHECKING:
-    from anymha.interchange.homes import (
-        EquinoxLayer,
-        FlaxLayer,
-        JaxLayer,
-        KerasLayer,
-        NumpyLayer,
-        TensorflowLayer,
-        TorchLayer,
-    )
+    from anymha.interchange import homes
 
 OWN = "anymha"
 """The layout of anymha's own layers."""
@@ -146,31 +138,31 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
 @overload
 def convert(
     layer: Any, to: Literal["numpy"], *, weights_only: bool = False, **sizes: Any
-) -> NumpyLayer: ...
+) -> homes.NumpyLayer: ...
 @overload
 def convert(
     layer: Any, to: Literal["torch"], *, weights_only: bool = False, **sizes: Any
-) -> TorchLayer: ...
+) -> homes.TorchLayer: ...
 @overload
 def convert(
     layer: Any, to: Literal["tensorflow"], *, weights_only: bool = False, **sizes: Any
-) -> TensorflowLayer: ...
+) -> homes.TensorflowLayer: ...
 @overload
 def convert(
     layer: Any, to: Literal["jax"], *, weights_only: bool = False, **sizes: Any
-) -> JaxLayer: ...
+) -> homes.JaxLayer: ...
 @overload
 def convert(
     layer: Any, to: Literal["keras"], *, weights_only: bool = False, **sizes: Any
-) -> KerasLayer: ...
+) -> homes.KerasLayer: ...
 @overload
 def convert(
     layer: Any, to: Literal["flax"], *, weights_only: bool = False, **sizes: Any
-) -> FlaxLayer: ...
+) -> homes.FlaxLayer: ...
 @overload
 def convert(
     layer: Any, to: Literal["equinox"], *, weights_only: bool = False, **sizes: Any
-) -> EquinoxLayer: ...
+) -> homes.EquinoxLayer: ...
 @overload
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any: ...
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any:

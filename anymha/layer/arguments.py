@@ -162,11 +162,7 @@ def call_parameters() -> list[inspect.Parameter]:
 
 
 def call_documentation(without: Container[str] = ()) -> str:
-    """The lines of the section "Args" of a layer's call.
-
-    Args:
-        without: Arguments that the layer's call does not have.
-    """
+    """The lines of the section "Args" of a layer's call, `without` some arguments."""
     return "\n".join(
         textwrap.fill(
             f"{argument.name}: {argument.meaning}",

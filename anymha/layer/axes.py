@@ -26,11 +26,6 @@ class Axes:
     attention: tuple[int, ...]
 
     @property
-    def plain(self) -> bool:
-        """Whether the inputs are (B, T, D) as they are."""
-        return self is PLAIN
-
-    @property
     def order(self) -> tuple[int, ...]:
         """The permutation that puts batch first, then attention, then the features."""
         return (*self.batch, *self.attention, len(self.batch) + len(self.attention))
@@ -69,7 +64,7 @@ def resolve_axes(attention_axes: tuple[int, ...] | None, rank: int) -> Axes:
 
 def fold(ops: Ops, x: Array, axes: Axes) -> Array:
     """An input (.., D) as (B, T, D)."""
-    if axes.plain:
+    if axes is PLAIN:
         return x
     batch, lengths = axes.split(ops.shape(x))
     if axes.order != tuple(range(len(axes.order))):
@@ -86,7 +81,7 @@ def unfold(ops: Ops, x: Array, axes: Axes, lengths: Sequence[Dim]) -> Array:
         axes: The axes of the input.
         lengths: The lengths of the batch axes and of the attention axes of the query.
     """
-    if axes.plain:
+    if axes is PLAIN:
         return x
     output = ops.shape(x)[2:]
     x = ops.reshape(x, (*lengths, *output))

@@ -114,7 +114,7 @@ class CallShape(NamedTuple):
 
     def unfolded_scores(self, ops: Ops, scores: Array) -> Array:
         """Scores (B, H, T, S) with each axis of the groups on its own."""
-        if self.axes.plain:
+        if self.axes is PLAIN:
             return scores
         return ops.reshape(scores, (*self.batch, self.heads, *self.queries, *self.keys))
 

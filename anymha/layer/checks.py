@@ -61,14 +61,7 @@ def check_call(
     inputs: tuple[Any, Any, Any],
     masks: Mapping[str, Any],
 ) -> Lengths:
-    """Everything that is checked of a call's arrays.
-
-    Args:
-        ops: The backend.
-        config: The layer's options.
-        widths: As for `check_inputs`.
-        inputs: Query, value and key.
-        masks: The masks and the bias by name.
+    """Everything that is checked of a call's arrays; `widths` as for `check_inputs`.
 
     Raises:
         AnymhaError: as `check_arrays`, `check_inputs` and `check_masks` say.
@@ -154,12 +147,7 @@ def check_inputs(
 ) -> Axes:
     """The axes of the inputs, once their shapes fit each other and the kernels.
 
-    Args:
-        config: The layer's options.
-        query: The query input.
-        value: The value input.
-        key: The key input.
-        widths: The widths D_q, D_v and D_k that the kernels have; None where there is none yet.
+    `widths` are D_q, D_v and D_k of the kernels; None where there is none yet.
 
     Raises:
         ShapeError: ranks, batch axes, lengths or widths do not fit.
@@ -234,10 +222,7 @@ def check_masks(
 def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:
     """The query offset of a call: an int, or an integer array of rank 0 or of shape (B,).
 
-    Args:
-        ops: The backend.
-        offset: The offset.
-        batch: B; None where it is not known yet.
+    `batch` is B; None where it is not known yet.
 
     Raises:
         ArgumentError: it is neither.

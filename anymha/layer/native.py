@@ -6,16 +6,28 @@ import functools
 import inspect
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from anymha.errors import ConfigError, ShapeError, UnknownOptionError, WeightsError
+from anymha.errors import (
+    ArgumentError,
+    ConfigError,
+    ShapeError,
+    UnknownOptionError,
+    WeightsError,
+)
 from anymha.framework.protocol import Array, Dim
 from anymha.framework.shapes import is_known, show
 from anymha.layer.arguments import BY_NAME, call_documentation, call_parameters
 from anymha.layer.plan import Plans
-from anymha.layer.weights import constrained_weights, initial_weights, regularization_loss
+from anymha.layer.weights import (
+    NAMES,
+    constrained_weights,
+    initial_weights,
+    regularization_loss,
+)
 from anymha.options.config import AttentionConfig
 from anymha.options.other_names import unknown_options
 
@@ -42,6 +54,7 @@ class CallOptions(TypedDict, Generic[A], total=False):
 
 def takes_options(
     options: Callable[P, AttentionConfig],
+    read: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
     """Give a constructor ``__init__(self, config, *, ...)`` the arguments of a class of options.
 
@@ -49,6 +62,8 @@ def takes_options(
         options: `AttentionConfig`; or a subclass, with a field for each keyword argument that the
             constructor has beside `config`, as torch's `device`. It is only looked at: type
             checkers and `help` read from it what the constructor takes.
+        read: Makes of the arguments by place and by name the one argument of another constructor,
+            ``__init__(self, found)``.
     """
     kind: Any = options
     known = [field.name for field in fields(kind)]
@@ -57,6 +72,9 @@ def takes_options(
     def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
         @functools.wraps(init)
         def wrapper(self: Any, *args: Any, **given: Any) -> None:
+            if read is not None:
+                init(self, read(args, given))
+                return
             extra = {name: given.pop(name) for name in own & given.keys()} if own else {}
             try:
                 config = AttentionConfig(*args, **given)
@@ -72,12 +90,7 @@ def takes_options(
 
 
 def show_options(init: Any, options: type[AttentionConfig]) -> None:
-    """Show the arguments of a class of options as those of a constructor, in `help` and `inspect`.
-
-    Args:
-        init: The constructor.
-        options: `AttentionConfig` or a subclass.
-    """
+    """Show a class of options as the arguments of a constructor, in `help` and `inspect`."""
     itself, *_ = inspect.signature(init).parameters.values()
     shown = inspect.signature(options).parameters.values()
     init.__signature__ = inspect.Signature([itself, *shown], return_annotation="None")
@@ -208,6 +221,42 @@ class NativeLayer:
             WeightsError: there are no weights yet.
         """
         return self._assigned(constrained_weights(self.ops, self.config, self.canonical_weights()))
+
+
+def weights_of_projections(layer: Any) -> dict[str, Any]:
+    """What a layer's projections hold as `kernel` and `bias`, None left out, by canonical name."""
+    named = {name: part(layer) for name, part in _PARTS.items()}
+    return {name: weight for name, weight in named.items() if weight is not None}
+
+
+_PARTS = {name: attrgetter(name) for name in NAMES}
+
+
+def as_stored(ops: Any, value: Any, dtype: Any) -> Any:
+    """A new value of a weight: a NumPy array as one of the framework, rounded to that dtype."""
+    return ops.from_numpy(value.astype(dtype)) if isinstance(value, np.ndarray) else value
+
+
+def mode_of_training(mode: str, passed: bool | None, own: bool, training: bool | None) -> bool:
+    """Whether a call trains, where the framework has an argument that is ``not training``.
+
+    Args:
+        mode: The argument's name.
+        passed: What was passed for it.
+        own: The layer's own.
+        training: What was passed as `training`.
+
+    Raises:
+        ArgumentError: both were passed.
+    """
+    if training is None:
+        return not (own if passed is None else passed)
+    if passed is not None:
+        raise ArgumentError(
+            f"`training` and `{mode}` say the same; pass one. Received: training={training!r}, "
+            f"{mode}={passed!r}."
+        )
+    return training
 
 
 def check_name(layer: type[NativeLayer], name: str | None, rule: str) -> None:

@@ -129,12 +129,7 @@ _CALL = tuple(argument.name for argument in CALL_ARGUMENTS)
 
 
 def unexpected(name: str, known: Iterable[str] = _CALL) -> ArgumentError:
-    """The error for a keyword argument that the call does not have.
-
-    Args:
-        name: The keyword.
-        known: The arguments that the call has.
-    """
+    """The error for a keyword argument that is not in `known`, those of the call."""
     right = list(known)
     if name not in PEERS and name in AttentionConfig.__dataclass_fields__:
         told = f"It is an option of the constructor: MultiHeadAttention(..., {name}=...)."

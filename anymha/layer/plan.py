@@ -218,12 +218,16 @@ def plan_call(
         )
         shapes = (query.shape, value.shape, key.shape)
         others = _mask_kinds(ops, masks) if masks else ()
-        signature = (flags, weights, kinds, shapes, offset_kind, others)
-        last = plans.last
-        if signature == last[0]:
-            return last[1]
+    except AttributeError:
+        check_call(ops, config, weights.widths, inputs, masks)  # says what is no array
+        raise
+    signature = (flags, weights, kinds, shapes, offset_kind, others)
+    last = plans.last
+    if signature == last[0]:
+        return last[1]
+    try:
         call = plans.calls.get(signature)
-    except (AttributeError, TypeError):  # not arrays, or lengths that are symbols
+    except TypeError:  # lengths that are symbols have no hash
         return _planned_once(ops, config, weights, inputs, masks, flags, offset)
     if call is not None:
         plans.last = signature, call

@@ -105,8 +105,9 @@ def regularization_loss(ops: Ops, config: AttentionConfig, weights: Mapping[str,
             regularizer = getattr(config, argument)
             if regularizer is None:
                 continue
-            if isinstance(regularizer, Regularizer) and regularizer.as_matrix:
-                weight = ops.reshape(weight, _as_matrix(name, tuple(weight.shape)))
+            as_matrix = isinstance(regularizer, Regularizer) and regularizer.as_matrix
+            if as_matrix and name.endswith("kernel"):
+                weight = ops.reshape(weight, _matrix(name, tuple(weight.shape)))
             losses.append(penalty(ops, regularizer, weight, argument))
         return losses
 
@@ -127,11 +128,6 @@ def constrained_weights(
     ops: Ops, config: AttentionConfig, weights: Mapping[str, Array]
 ) -> dict[str, Array]:
     """The weights that have a constraint, as it wants them, in their own dtype.
-
-    Args:
-        ops: The backend.
-        config: The layer's options.
-        weights: Canonical names and arrays.
 
     Raises:
         WeightsError: there are no weights yet.
@@ -178,11 +174,6 @@ def _matrix(name: str, shape: Shape) -> Shape:
         return (math.prod(shape),)
     split = 2 if projection == "output" else 1
     return math.prod(shape[:split]), math.prod(shape[split:])
-
-
-def _as_matrix(name: str, shape: Shape) -> Shape:
-    """A kernel's shape as the projection's matrix; a bias's own, which may be one."""
-    return shape if name.endswith("bias") else _matrix(name, shape)
 
 
 def _fans(name: str, shape: Shape) -> tuple[int, int]:

@@ -143,7 +143,8 @@ class AttentionConfig:
             if getattr(self, name) is not None:
                 store(name, checked_size(getattr(self, name), name))
         store("output_shape", checked_shape(self.output_shape, "output_shape"))
-        store("attention_axes", checked_axes(self.attention_axes, "attention_axes"))
+        remedy = " Pass None for all axes but the first and the last."
+        store("attention_axes", checked_axes(self.attention_axes, "attention_axes", remedy))
         store("use_bias", checked_biases(self.use_bias, "use_bias"))
         store("dropout", checked_rate(self.dropout, "dropout"))
         store("dropout_rng", checked_choice(self.dropout_rng, DROPOUT_RNGS, "dropout_rng"))

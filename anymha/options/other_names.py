@@ -162,13 +162,7 @@ def _answered(config: Any, args: tuple[Any, ...], options: Mapping[str, Any]) ->
 def unknown_options(
     unknown: Iterable[str], known: Iterable[str], of_call: Container[str] = ()
 ) -> UnknownOptionError:
-    """The error for options that there are not.
-
-    Args:
-        unknown: Their names.
-        known: The options that there are.
-        of_call: The arguments of the layer's call.
-    """
+    """The error for options that are not in `known`; `of_call` are the arguments of the call."""
     names, right = list(unknown), list(known)
     told = [
         f"Pass `{name}` to the layer's call." if name in of_call else answer(name, right, PEERS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from anymha.errors import ConfigError
-from anymha.framework.validation import checked_choice
+from anymha.framework.validation import checked_axes, checked_choice
 
 Table = Mapping[str, type["ConfigObject"]]
 """Classes by every name that they have."""
@@ -114,15 +114,8 @@ def described(value: Any) -> Any:
 
 def checked_places(value: Any, argument: str) -> Any:
     """`value` as an axis or a tuple of different axes; None stays None."""
-    if value is None:
-        return None
-    several = isinstance(value, (tuple, list))
-    axes = tuple(value) if several else (value,)
-    if not axes or any(isinstance(a, bool) or not isinstance(a, numbers.Integral) for a in axes):
-        raise ConfigError(f"`{argument}` must be an integer or several. Received: {value!r}.")
-    if len(set(axes)) < len(axes):
-        raise ConfigError(f"`{argument}` must name each axis once. Received: {value!r}.")
-    return tuple(map(int, axes)) if several else int(axes[0])
+    axes = checked_axes(value, argument)
+    return axes if axes is None or isinstance(value, (tuple, list)) else axes[0]
 
 
 def _made(name: str, config: Any, known: Table, argument: str) -> ConfigObject:

@@ -34,12 +34,7 @@ def checked_object(value: Any, argument: str) -> Any:
 
 
 def check_ranks(objects: Mapping[str, Any], output_rank: int, biased: Collection[str]) -> None:
-    """Each object can act on all the arrays that it meets, which differ in rank.
-
-    Args:
-        objects: The options of `OBJECTS`.
-        output_rank: Number of axes of the output's shape O.
-        biased: The projections that have a bias.
+    """Each object of `OBJECTS` can act on all the arrays that it meets, which differ in rank.
 
     Raises:
         ConfigError: one cannot.

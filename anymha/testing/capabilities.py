@@ -75,6 +75,14 @@ class BackendTests:
             pytest.fail(f"Name the module of functions: `backend = ops` in {type(self).__name__}.")
         return self.backend
 
+    @pytest.fixture
+    def compiler(self, ops: Ops) -> Any:
+        """Compiles a function of a dict of arrays; None where there is no compiler.
+
+        Override it where the framework's users compile layers with another one than `compile`.
+        """
+        return ops.capabilities.compile
+
     def need(self, ops: Ops, *capabilities: str) -> None:
         """Skip the test where the backend lacks something, or fail where that is required.
 

@@ -9,12 +9,18 @@ from typing import Any, ClassVar, Unpack
 
 import equinox as eqx
 import jax
-import numpy as np
 
-from anymha.errors import ArgumentError
 from anymha.framework.registry import get_backend
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
+from anymha.layer.native import (
+    CallOptions,
+    NativeLayer,
+    as_stored,
+    mode_of_training,
+    takes_call,
+    takes_options,
+    weights_of_projections,
+)
 from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
@@ -107,15 +113,10 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             inference: Whether dropout is off; default the layer's own. It is ``not training``.
         """
         given: Any = call
-        if given.get("training") is None:
-            off = self.inference if inference is None else inference
-            # Without dropout the flag does not matter, and may be traced.
-            given["training"] = self.config.dropout > 0 and not off
-        elif inference is not None:
-            raise ArgumentError(
-                "`training` and `inference` say the same; pass one. Received: "
-                f"training={given.get('training')!r}, inference={inference!r}."
-            )
+        training = given.get("training")
+        # Without dropout the flag does not matter, and may be traced.
+        if training is not None or self.config.dropout > 0:
+            given["training"] = mode_of_training("inference", inference, self.inference, training)
         return multi_head_attention(
             _jax.ops, self.config, self.canonical_weights(), query, value, key,
             plans=self.plans, **given,
@@ -123,22 +124,9 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
-        named = {
-            f"{name}.{part}": getattr(getattr(self, name), part)
-            for name in PROJECTIONS
-            for part in ("kernel", "bias")
-        }
-        return {name: array for name, array in named.items() if array is not None}
+        return weights_of_projections(self)
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         mine = self.canonical_weights()
-        arrays = {name: _like(value, mine[name]) for name, value in values.items()}
-        order = [{**mine, **arrays}[name] for name in mine]
+        order = [as_stored(_jax.ops, values.get(n, old), old.dtype) for n, old in mine.items()]
         return eqx.tree_at(lambda layer: [*layer.canonical_weights().values()], self, order)
-
-
-def _like(value: Any, stored: jax.Array) -> jax.Array:
-    """A new value of a weight as an array of the dtype of the one that is there."""
-    if isinstance(value, np.ndarray):
-        return _jax.ops.from_numpy(value.astype(stored.dtype))
-    return value

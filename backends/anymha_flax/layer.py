@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import jax
-import numpy as np
 from flax import nnx
 
 from anymha.errors import ArgumentError
 from anymha.framework.registry import get_backend
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
+from anymha.layer.native import (
+    CallOptions,
+    NativeLayer,
+    as_stored,
+    mode_of_training,
+    takes_call,
+    takes_options,
+    weights_of_projections,
+)
 from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
@@ -132,14 +139,9 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
             rngs: An `nnx.Rngs`, a stream or a key for dropout; default the layer's own.
         """
         given: Any = call
-        if given.get("training") is None:
-            off = self.deterministic if deterministic is None else deterministic
-            given["training"] = not off
-        elif deterministic is not None:
-            raise ArgumentError(
-                "`training` and `deterministic` say the same; pass one. Received: "
-                f"training={given.get('training')!r}, deterministic={deterministic!r}."
-            )
+        given["training"] = mode_of_training(
+            "deterministic", deterministic, self.deterministic, given.get("training")
+        )
         if given.get("seed") is None:
             rngs = self.rngs if rngs is None else rngs
             given["seed"] = rngs if isinstance(rngs, jax.Array) else lambda: _dropout_key(rngs)
@@ -155,23 +157,13 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
-        return {name: param[...] for name, param in self._params().items()}
+        return {name: param[...] for name, param in weights_of_projections(self).items()}
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
-        params = self._params()
+        params = weights_of_projections(self)
         for name, value in values.items():
-            if isinstance(value, np.ndarray):
-                value = _jax.ops.from_numpy(value.astype(params[name].dtype))
-            params[name][...] = value
+            params[name][...] = as_stored(_jax.ops, value, params[name].dtype)
         return self
-
-    def _params(self) -> dict[str, Any]:
-        named = {
-            f"{name}.{part}": getattr(getattr(self, name), part)
-            for name in PROJECTIONS
-            for part in ("kernel", "bias")
-        }
-        return {name: param for name, param in named.items() if param is not None}
 
 
 def _stream(rngs: Any, name: str) -> nnx.RngStream:

@@ -9,18 +9,22 @@ once more, with the transformed function; so transformations nest to any depth.
 JAX runs a rule when it likes, also after the caller has returned. So the function is traced once,
 at its call: what it takes from outside (the weights of a sublayer that it calls, say) become
 arguments of the primitive, which are differentiated as the others, and no code of the caller runs
-later.
+later. For the same reason no function of the primitive holds an array, which would outlive its
+trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive, get_opaque_trace_state
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
 Flat = Callable[..., Sequence[Any]]
@@ -47,12 +51,12 @@ def in_float64(function: Callable[[Mapping[str, Any]], Any], arrays: Mapping[str
         if get_opaque_trace_state(convention="nnx") == _NO_TRACE:
             return function(values)
         traced, shape = jax.make_jaxpr(function, return_shape=True)(values)
-    consts = traced.consts
+    jaxpr, number = traced.jaxpr, len(traced.consts)
 
     def flat(*args: Any) -> Sequence[Any]:
-        return jax.core.eval_jaxpr(traced.jaxpr, args[: len(consts)], *args[len(consts) :])
+        return jax.core.eval_jaxpr(jaxpr, args[:number], *args[number:])
 
-    leaves = _call.bind(*consts, *jax.tree.leaves(values), function=flat)
+    leaves = _call.bind(*traced.consts, *jax.tree.leaves(values), function=flat)
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
@@ -70,6 +74,14 @@ def _abstract(*avals: Any, function: Flat) -> Sequence[Any]:
 
 def _lower(context: Any, *args: Any, function: Flat) -> Any:
     with jax.enable_x64(True):
+        if context.dim_var_values:  # where float64 exists, lengths that are symbols are int64
+            int64 = ir.RankedTensorType.get([], mlir.dtype_to_ir_type(np.dtype("int64")))
+            lengths = [stablehlo.convert(int64, length) for length in context.dim_var_values]
+            # What was lowered outside takes int32 lengths.
+            module = context.module_context.replace(
+                lowering_cache={}, cached_primitive_lowerings={}
+            )
+            context = context.replace(dim_var_values=lengths, module_context=module)
         return mlir.lower_fun(_evaluate)(context, *args, function=function)
 
 
@@ -80,9 +92,10 @@ def _batch(args: Sequence[Any], axes: Sequence[Any], *, function: Flat) -> Any:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Flat) -> Any:
     moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+    number = len(primals)
 
     def push(*args: Any) -> Sequence[Any]:
-        fixed, moved = args[: len(primals)], args[len(primals) :]
+        fixed, moved = args[:number], args[number:]
 
         def along(*values: Any) -> Sequence[Any]:
             return function(*_placed(fixed, moving, values))
@@ -97,22 +110,23 @@ def _transpose(cotangents: Sequence[Any], *args: Any, function: Flat) -> Any:
     linear = [i for i, arg in enumerate(args) if ad.is_undefined_primal(arg)]
     known = [i for i in range(len(args)) if i not in linear]
     nonzero = [i for i, cotangent in enumerate(cotangents) if type(cotangent) is not ad.Zero]
+    zeros = [c if type(c) is ad.Zero else None for c in cotangents]
+    avals, nothing = [args[i].aval for i in linear], [None] * len(args)
 
     def pull(*values: Any) -> Sequence[Any]:
-        fixed = _placed([None] * len(args), known, values[: len(known)])
-        zeros = [ad.instantiate_zeros(c) if type(c) is ad.Zero else None for c in cotangents]
-        full = _placed(zeros, nonzero, values[len(known) :])
+        fixed = _placed(nothing, known, values[: len(known)])
+        full = _placed(map(ad.instantiate_zeros, zeros), nonzero, values[len(known) :])
 
         def along(*moved: Any) -> Sequence[Any]:
             return list(function(*_placed(fixed, linear, moved)))
 
-        return jax.linear_transpose(along, *(args[i].aval for i in linear))(full)
+        return jax.linear_transpose(along, *avals)(full)
 
     given = [args[i] for i in known] + [cotangents[i] for i in nonzero]
-    return _placed([None] * len(args), linear, _call.bind(*given, function=pull))
+    return _placed(nothing, linear, _call.bind(*given, function=pull))
 
 
-def _placed(items: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+def _placed(items: Iterable[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
     """`items` as a list with `values` in these places."""
     items = list(items)
     for place, value in zip(places, values, strict=True):

@@ -7,7 +7,9 @@ from operator import attrgetter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import stop_gradient
 from jax.numpy import (
+    asarray,
     bitwise_and,
     bitwise_xor,
     broadcast_to,
@@ -28,6 +30,7 @@ from jax.numpy import (
     where,
 )
 from jax.numpy import right_shift as bitwise_right_shift
+from numpy import asarray as to_numpy
 
 from anymha.errors import ArgumentError
 from anymha.framework.capabilities import Capabilities
@@ -36,10 +39,8 @@ from anymha_jax.float64 import in_float64
 
 bool = jnp.bool
 name = "jax"
-
-
-def asarray(obj, /, *, dtype=None, device=None):
-    return jnp.asarray(obj, dtype=dtype, device=device)
+dtype = jnp.dtype
+shape = attrgetter("shape")
 
 
 def abs(x, /):
@@ -56,10 +57,6 @@ def arange(start, /, stop, *, dtype, device=None):
 
 def is_array(x, /):
     return isinstance(x, jax.Array)
-
-
-def shape(x, /):
-    return x.shape
 
 
 def device(x, /):
@@ -105,21 +102,9 @@ def narrow(x, start, length, /, *, axis):
     return jax.lax.dynamic_slice_in_dim(x, start, length, axis)
 
 
-def dtype(name, /):
-    return jnp.dtype(name)
-
-
-def to_numpy(x, /):
-    return np.asarray(x)
-
-
 def from_numpy(x, /):
     with jax.enable_x64(x.dtype == np.float64 or x64.exists()):
         return jnp.asarray(x)
-
-
-def stop_gradient(x, /):
-    return jax.lax.stop_gradient(x)
 
 
 def seed_words(seed, /):

@@ -64,11 +64,7 @@ def result_shapes(
 def all_masks(given: Mapping[str, Any], query: Any, value: Any, key: Any) -> dict[str, Any]:
     """The boolean masks of a call: those passed, else those attached to the inputs.
 
-    Args:
-        given: What was passed, or put there by Keras: for a list of inputs a list.
-        query: The query input, likewise value and key.
-        value: The value input.
-        key: The key input.
+    For a list of inputs Keras passes a list of masks, which does not count.
     """
     masks = {n: None if isinstance(m, (list, tuple)) else m for n, m in given.items()}
     for name, array in (("query_mask", query), ("value_mask", value), ("key_mask", key)):

@@ -21,13 +21,14 @@ from anymha.layer.native import (
     check_name,
     first_weights,
     shown_as,
+    takes_options,
     widths_of,
 )
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
 from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
-from anymha_keras.options import Given, KerasOptions, core_dtypes, saved, takes_options
+from anymha_keras.options import Given, KerasOptions, core_dtypes, read_options, saved
 from anymha_keras.projection import (
     Projection,
     Values,
@@ -72,7 +73,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         (1, 3, 8)
     """
 
-    @takes_options(KerasOptions)
+    @takes_options(KerasOptions, read_options)
     def __init__(self, given: Given) -> None:
         config = given.config
         check_name(type(self), config.name, "without a slash, which parts names in Keras's paths")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import Any, Literal
 
 import keras
 
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name, output_dtype
 from anymha.layer.arguments import BY_NAME
-from anymha.layer.native import show_options
 from anymha.options.config import AttentionConfig
 from anymha.options.other_names import unknown_options
 
@@ -71,29 +69,12 @@ class KerasOptions(AttentionConfig):
     flash_attention: Literal[False] | None = None
 
 
-P = ParamSpec("P")
 OF_LAYER = {*inspect.signature(keras.layers.Layer.__init__).parameters, "input_dim", "input_shape"}
 """Arguments of every Keras layer."""
 
 
-def takes_options(
-    options: Callable[P, AttentionConfig],
-) -> Callable[[Callable[[Any, Given], None]], Callable[Concatenate[Any, P], None]]:
-    """Give a constructor ``__init__(self, given)`` the arguments of a class of options."""
-    kind: Any = options
-
-    def decorate(init: Callable[[Any, Given], None]) -> Callable[Concatenate[Any, P], None]:
-        @functools.wraps(init)
-        def wrapper(self: Any, *args: Any, **given: Any) -> None:
-            init(self, _read(args, given))
-
-        show_options(wrapper, kind)
-        return wrapper
-
-    return decorate
-
-
-def _read(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
+def read_options(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
+    """What a constructor was given, by place and by name."""
     for name in ("use_gate", "flash_attention"):
         if options.pop(name, None):
             raise ConfigError(
@@ -161,12 +142,7 @@ def refuse_quantised(policy: Any) -> None:
 
 
 def saved(config: AttentionConfig, initializers: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for `get_config`; what Keras's layer has not, only where it is not the default.
-
-    Args:
-        config: The options of anymha.
-        initializers: Keras's own initialisers, by option.
-    """
+    """The options for `get_config`; those that Keras's layer has not, unless at their defaults."""
     found = config.to_dict()
     for name in ("dtype", "compute_dtype", "name"):
         del found[name]

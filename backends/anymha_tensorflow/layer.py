@@ -14,10 +14,12 @@ from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import (
     CallOptions,
     NativeLayer,
+    as_stored,
     check_name,
     first_weights,
     takes_call,
     takes_options,
+    weights_of_projections,
 )
 from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
@@ -111,20 +113,13 @@ class MultiHeadAttention(NativeLayer, tf.Module):
 
     def canonical_weights(self) -> dict[str, tf.Variable]:
         """The variables by canonical name."""
-        named = {
-            f"{name}.{part}": getattr(getattr(self, name), part)
-            for name in PROJECTIONS
-            for part in ("kernel", "bias")
-        }
-        return {name: variable for name, variable in named.items() if variable is not None}
+        return weights_of_projections(self)
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         mine = self.canonical_weights()
         if not mine:
             self._make_variables(values)
         for name in mine.keys() & values.keys():
-            value, variable = values[name], mine[name]
-            if isinstance(value, np.ndarray):
-                value = value.astype(variable.dtype.as_numpy_dtype)
-            variable.assign(value)
+            dtype = mine[name].dtype.as_numpy_dtype
+            mine[name].assign(as_stored(ops, values[name], dtype))
         return self

@@ -5,77 +5,54 @@ from __future__ import annotations
 from operator import attrgetter
 
 import tensorflow as tf
-from tensorflow import abs, bool, broadcast_to, exp, float32, float64, int32, reshape, sqrt, tanh
+from tensorflow import (
+    abs,
+    bool,
+    broadcast_to,
+    exp,
+    float32,
+    float64,
+    int32,
+    logical_and,
+    matmul,
+    reshape,
+    sqrt,
+    stack,
+    stop_gradient,
+    tanh,
+    tensordot,
+)
+from tensorflow import cast as astype
+from tensorflow import convert_to_tensor as from_numpy
+from tensorflow import is_tensor as is_array
+from tensorflow import reduce_max as max
+from tensorflow import reduce_sum as sum
+from tensorflow import transpose as permute_dims
 
 from anymha.framework.capabilities import Capabilities
 from anymha_tensorflow.compiled import CompiledCall
 
 name = "tensorflow"
+bitwise_and = tf.bitwise.bitwise_and
+bitwise_xor = tf.bitwise.bitwise_xor
+bitwise_right_shift = tf.bitwise.right_shift
 
 
 def asarray(obj, /, *, dtype=None, device=None):
     return tf.convert_to_tensor(obj, dtype=dtype)
 
 
-def astype(x, dtype, /):
-    return tf.cast(x, dtype)
-
-
 def arange(start, /, stop, *, dtype, device=None):
     return tf.range(start, stop, dtype=dtype)
-
-
-def permute_dims(x, /, axes):
-    return tf.transpose(x, axes)
-
-
-def stack(arrays, /, *, axis=0):
-    return tf.stack(arrays, axis=axis)
 
 
 def concat(arrays, /, *, axis=0):
     return tf.concat(arrays, axis=axis)
 
 
-def matmul(x1, x2, /):
-    return tf.matmul(x1, x2)
-
-
-def tensordot(x1, x2, /, *, axes):
-    return tf.tensordot(x1, x2, axes=axes)
-
-
 def where(condition, x1, x2, /):
     dtype = (x1 if tf.is_tensor(x1) else x2).dtype
     return tf.where(condition, tf.convert_to_tensor(x1, dtype), tf.convert_to_tensor(x2, dtype))
-
-
-def max(x, /, *, axis, keepdims):
-    return tf.reduce_max(x, axis=axis, keepdims=keepdims)
-
-
-def sum(x, /, *, axis, keepdims):
-    return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-
-
-def logical_and(x1, x2, /):
-    return tf.logical_and(x1, x2)
-
-
-def bitwise_and(x1, x2, /):
-    return tf.bitwise.bitwise_and(x1, x2)
-
-
-def bitwise_xor(x1, x2, /):
-    return tf.bitwise.bitwise_xor(x1, x2)
-
-
-def bitwise_right_shift(x1, x2, /):
-    return tf.bitwise.right_shift(x1, x2)
-
-
-def is_array(x, /):
-    return tf.is_tensor(x)
 
 
 def shape(x, /):
@@ -94,10 +71,6 @@ def is_tracing():
     return not tf.executing_eagerly()
 
 
-def compile(function, /):
-    return CompiledCall(function)
-
-
 def seed_array(seed, /):
     return tf.constant((seed + 2**63) % 2**64 - 2**63, tf.int64)
 
@@ -105,10 +78,6 @@ def seed_array(seed, /):
 def linear(x, matrix, bias, /):
     y = tf.matmul(x, matrix)
     return y if bias is None else tf.nn.bias_add(y, bias)  # which TensorFlow joins with the product
-
-
-def softmax(x, /):
-    return tf.nn.softmax(x)
 
 
 def tile_size(device, /):
@@ -180,14 +149,6 @@ def to_numpy(x, /):
     return x.numpy()
 
 
-def from_numpy(x, /):
-    return tf.convert_to_tensor(x)
-
-
-def stop_gradient(x, /):
-    return tf.stop_gradient(x)
-
-
 def in_float64(function, arrays, /):
     return function(arrays)
 
@@ -220,12 +181,12 @@ def vjp(function, arrays, cotangents, /):
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
     is_tracing=is_tracing,
-    compile=compile,
+    compile=CompiledCall,
     seed_array=seed_array,
     vjp=vjp,
     tile_size=tile_size,
     loop=loop,
     narrow=narrow,
     linear=linear,
-    softmax=softmax,
+    softmax=tf.nn.softmax,
 )

@@ -33,12 +33,14 @@ class Fault:
         make: The changed functions and capabilities, from the module of the right ones.
         tests: The tests of the kit each of which must fail.
         base: The backend that is right.
+        compiler: The framework's compiler where it is no capability.
     """
 
     name: str
     make: Callable[[Any], dict[str, Any]]
     tests: tuple[str, ...]
     base: str = "numpy"
+    compiler: Callable[..., Any] | None = None
 
     @property
     def backend(self) -> Any:
@@ -52,6 +54,12 @@ class Fault:
                 named.setdefault(other, getattr(right.capabilities, other))
         capabilities = Capabilities(**named)
         return SimpleNamespace(**{**vars(right), **changed, "capabilities": capabilities})
+
+
+def torch_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch  # noqa: PLC0415  # a test file without torch must import this one
+
+    return torch.compile(function, backend="eager")
 
 
 def arrays(**methods: Any) -> Callable[[Any], dict[str, Any]]:
@@ -934,14 +942,21 @@ FAULTS = (
     Fault(
         "is_tracing says yes to all",
         lambda o: {"is_tracing": lambda: True},
-        ("test_is_tracing_is_true_inside_of_a_compiler_alone",),
+        ("test_is_tracing_is_false_in_an_eager_call",),
     ),
     Fault(
         "is_tracing says no to a compiler",
         lambda o: {
             "is_tracing": lambda: False, "compile": lambda f: f, "seed_array": exact(o, int)
         },
-        ("test_is_tracing_is_true_inside_of_a_compiler_alone",),
+        ("test_is_tracing_is_true_inside_of_a_compiler",),
+    ),
+    Fault(
+        "is_tracing says no to torch.compile",
+        lambda o: {"is_tracing": lambda: False},
+        ("test_is_tracing_is_true_inside_of_a_compiler",),
+        base="torch",
+        compiler=torch_compile,
     ),
     Fault(
         "is_differentiated says no to all",
