@@ -171,6 +171,8 @@ class GgufReader(Reader):
     def _read(self, name: str) -> np.ndarray:
         kind, begin = self._places[name]
         tensor = self.tensors[name]
+        if not tensor.size:
+            return np.empty(tensor.shape, tensor.dtype)
         blocks = tensor if kind in DTYPES else self._blocks(name, kind, tensor)
         try:
             self._stream.seek(begin)
@@ -197,7 +199,7 @@ class GgufReader(Reader):
         gguf = require_library("gguf", self.path, "gguf")
         try:
             array = gguf.dequantize(blocks, gguf.GGMLQuantizationType(kind))
-        except (NotImplementedError, gguf.QuantError) as error:
+        except (NotImplementedError, ValueError, gguf.QuantError) as error:
             raise FileError(
                 f"{self.path}: {name!r:.200} is quantised as {QUANTISED[kind]}, which the package "
                 "gguf cannot dequantise."
