@@ -444,6 +444,63 @@ def test_losses_of_a_projection_count(subject: str) -> None:
     assert len(layer.losses) == plain + 1
 
 
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_activation_of_a_projection_acts(subject: str, name: str) -> None:
+    outputs = []
+    for kind in (subject, "reference"):
+        layer = attention(kind)
+        dense(layer, name).activation = keras.activations.tanh
+        outputs.append(to_numpy(layer(X, X)))
+    close(*outputs)
+    assert np.abs(outputs[0] - to_numpy(attention(subject)(X, X))).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_activity_regularizer_of_a_projection_counts(subject: str, name: str) -> None:
+    losses = []
+    for kind in (subject, "reference"):
+        layer = attention(kind)
+        dense(layer, name).activity_regularizer = keras.regularizers.L2(0.1)
+        layer(X, X)
+        losses.append(sum(map(to_numpy, layer.losses)))
+    close(*losses)
+    assert losses[0] > 0.1
+
+
+def hooked(kind: str, name: str, hook: str, seen: list[Any]) -> tuple[Any, Any]:
+    """The output and the gradient of the input, where torch calls a hook on a projection."""
+    torch: Any = pytest.importorskip("torch")
+    layer, x = attention(kind), torch.tensor(X, requires_grad=True)
+
+    def scaled(_: Any, *values: Any) -> Any:
+        seen.append(name)
+        last = values[-1] if hook == "register_forward_hook" else values[0]
+        return tuple(1.5 * v for v in last) if isinstance(last, tuple) else 1.5 * last
+
+    getattr(dense(layer, name), hook)(scaled)
+    output = layer(x, x)
+    output.square().sum().backward()
+    return output.detach(), x.grad
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the hooks are torch's")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize(
+    "hook",
+    ["register_forward_pre_hook", "register_forward_hook",
+     "register_full_backward_pre_hook", "register_full_backward_hook"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_hook_of_torch_on_a_projection_acts(subject: str, name: str, hook: str) -> None:
+    seen: list[Any] = []
+    results = [hooked(kind, name, hook, seen) for kind in (subject, "reference")]
+    assert seen == [name, name]
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+    plain = to_numpy(attention(subject)(X, X))
+    assert (np.abs(to_numpy(results[0][0]) - plain).max() > 1e-3) == ("forward" in hook)
+
+
 def test_dtype_policy_of_a_projection(subject: str) -> None:
     """Keras's layers may be given policies by their paths."""
     if subject == "reproducible":

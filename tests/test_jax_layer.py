@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def close(tree, other, limit=2e-5):
     for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=limit, atol=limit)
+
+
+def python(code, **environment):
+    """Run code in a process of its own, where it must succeed."""
+    paths = [path for path in sys.path if path]
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 X = np.random.default_rng(1).standard_normal((2, 5, 8)).astype("float32")
@@ -283,6 +297,22 @@ def test_reproducible_mode_computes_in_float64():
     assert (np.asarray(make()(x)) != np.asarray(wanted)).any()
 
 
+def test_reproducible_mode_where_a_traced_program_imports_the_backend():
+    python("""
+    import sys, jax, jax.numpy as jnp, numpy as np, anymha
+    x = np.random.default_rng(1).standard_normal((2, 5, 8)).astype("float32")
+    options = {"query_features": 8, "seed": 0, "compute_dtype": "float64"}
+    def loss(x):
+        layer = anymha.MultiHeadAttention(2, 4, backend="jax", **options)
+        return layer(x, use_causal_mask=True).sum()
+    assert "anymha_jax" not in sys.modules
+    first = jax.jit(jax.grad(loss))(x)
+    assert "anymha_jax" in sys.modules
+    for again in (jax.grad(loss), jax.jit(jax.grad(lambda x: loss(x)))):
+        np.testing.assert_array_equal(again(jnp.asarray(x)), first)
+    """)
+
+
 def test_reproducible_gradients_are_the_same_compiled_batched_and_scanned():
     layer, x = make(compute_dtype="float64", dropout=0.25), jnp.asarray(X)
 
@@ -423,16 +453,7 @@ def test_sharded_inputs_and_weights():
         near = jax.grad(lambda x: layer(x).sum())(jnp.asarray(x))
         np.testing.assert_allclose(jax.grad(lost)(x), near, rtol=1e-4, atol=1e-5)
     """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    paths = [path for path in sys.path if path]
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_PLATFORMS="cpu")
 
 
 # --- bad calls -----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ Flat = Callable[..., Sequence[Any]]
 _call = Primitive("anymha_float64")
 _call.multiple_results = True
 
-with jax.ensure_compile_time_eval():  # also where a program that is traced imports this
+with jax.core.eval_context():  # also where a traced program imports this
     _NO_TRACE = get_opaque_trace_state(convention="nnx")
 
 
