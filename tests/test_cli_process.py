@@ -72,7 +72,9 @@ def test_a_pipe_that_nobody_reads_ends_the_command_without_a_word(arguments) -> 
 
 @posix
 def test_ctrl_c_ends_the_command_with_one_line_and_130() -> None:
-    sleeping = f"{ONE_CASE}; import time; parity.run_matrix = lambda *_: time.sleep(60)"
+    # A shell that starts a job in the background has it ignore Ctrl-C.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    sleeping = f"{heard}; {ONE_CASE}; import time; parity.run_matrix = lambda *_: time.sleep(60)"
     process = start("parity", "--backends", "numpy", before=sleeping,
                     environment={"PYTHONUNBUFFERED": "1"})  # fmt: skip
     assert process.stdout is not None
