@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -49,7 +48,7 @@ def python(code, **environment):
     paths = [path for path in sys.path if path]
     result = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"],
-        env={**os.environ, **environment},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
