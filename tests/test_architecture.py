@@ -18,6 +18,7 @@ import pytest
 
 import anymha
 from tests import wheel_lines
+from tests.conftest import LONG
 
 ROOT = Path(__file__).parent.parent
 LARGEST = 21_700
@@ -204,16 +205,17 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     assert all(Path(line).is_relative_to(tmp_path) for line in output.splitlines()), output
 
 
-def test_sessions_leave_out_files_that_exist() -> None:
+def test_sessions_name_files_that_exist() -> None:
     tree = ast.parse((ROOT / "noxfile.py").read_text())
     (found,) = [
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NUMBERS"
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ALONE"
     ]
     names = [node.value for node in ast.walk(found) if isinstance(node, ast.Constant)]
     assert len(names) > 10
     assert [n for n in names if not (ROOT / "tests" / f"test_{n}.py").exists()] == []
+    assert [n for n in LONG if not (ROOT / "tests" / n).exists()] == []
 
 
 NEEDED = ("numpy", "ml_dtypes")

@@ -50,7 +50,7 @@ def python(code, **environment):
     paths = [path for path in sys.path if path]
     result = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{textwrap.dedent(code)}"],
-        env={**os.environ, **environment},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,
