@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from anymha.cli.inspect import add_max_bytes
 from anymha.cli.process import say_error
 from anymha.cli.progress import layer_bar
 from anymha.cli.verify import Mismatch, Verifier
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.atomic_write import check_writable
+from anymha.text import shown
 
 SHOWN_LEFT = 3
 
@@ -47,6 +49,7 @@ def add_command(commands: Any) -> None:
                              type=_option_value, default=argparse.SUPPRESS,
                              help=f"`{name}` of the layers, as JSON; null for none")  # fmt: skip
     command.add_argument("--others", action="store_true", help="copy the other tensors too")
+    add_max_bytes(command)
     command.add_argument("--verify", action="store_true",
                          help="convert back, run the layers, and report the errors")  # fmt: skip
     command.set_defaults(run=convert)
@@ -84,29 +87,29 @@ def convert(options: argparse.Namespace) -> int:
             conversion = convert_file(
                 options.source, options.target, options.layout, options.to,
                 prefix=options.prefix, to_prefix=options.to_prefix, others=options.others,
-                on_layer=progress,
+                max_bytes=options.max_bytes, on_layer=progress,
                 check=verifier.check if verifier else lambda layer: None, **sizes,
             )  # fmt: skip
         except Mismatch as error:
             say_error(f"{error} Nothing was written.")
             return 1
-    lines = [f"{start or '(no prefix)'} -> {end or '(no prefix)'}" for start, end in
-             conversion.layers.items() if start != end]  # fmt: skip
+    lines = [f"{shown(start) or '(no prefix)'} -> {shown(end) or '(no prefix)'}"
+             for start, end in conversion.layers.items() if start != end]  # fmt: skip
     lines += conversion.notes
     if conversion.left:
-        shown = ", ".join(conversion.left[:SHOWN_LEFT]) + (
+        names = ", ".join(map(shown, conversion.left[:SHOWN_LEFT])) + (
             ", ..." * (len(conversion.left) > SHOWN_LEFT)
         )
         lines.append(
-            f"{len(conversion.left)} other tensors were left out ({shown}); `--others` copies them."
+            f"{len(conversion.left)} other tensors were left out ({names}); `--others` copies them."
         )
     if verifier:
         lines += verifier.lines()
     count = len(conversion.layers)
     size = sum(tensor.bytes for tensor in conversion.tensors.values())
     lines.append(
-        f"{options.target}: {count} layer{'s' * (count != 1)} of {options.layout} as {options.to}, "
-        f"{len(conversion.tensors)} tensors, {size:,} bytes"
+        f"{shown(options.target)}: {count} layer{'s' * (count != 1)} of {options.layout} as "
+        f"{options.to}, {len(conversion.tensors)} tensors, {size:,} bytes"
     )
     for line in lines:
         print(line)

@@ -12,6 +12,7 @@ from anymha.interchange.detect import LayerGroup, find_layer_groups, numbers_of,
 from anymha.interchange.files.formats import format_of, open_file
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.options.config import AttentionConfig
+from anymha.text import shell_word, shown
 
 SHOWN_NAMES = 12
 SHOWN_MISFITS = 4
@@ -25,12 +26,20 @@ def add_command(commands: Any) -> None:
         description=inspect.__doc__,
     )
     command.add_argument("file", type=Path, metavar="FILE", help="of any format; see docs/files.md")
+    add_max_bytes(command)
     command.set_defaults(run=inspect)
+
+
+def add_max_bytes(command: argparse.ArgumentParser) -> None:
+    """Add the option of how much a file's arrays may take."""
+    command.add_argument("--max-bytes", type=int, metavar="N",
+                         help="the most bytes that the file's arrays may take together; default "
+                              "100 times the file's own, and 64 MiB always")  # fmt: skip
 
 
 def inspect(options: argparse.Namespace) -> int:
     """List the attention layers of a file, the layouts that fit, and the sizes that shapes show."""
-    with open_file(options.file) as reader:
+    with open_file(options.file, options.max_bytes) as reader:
         lines = list(report(reader))
     for line in lines:
         print(line)
@@ -44,7 +53,7 @@ def report(reader: Reader) -> Iterable[str]:
     size = sum(tensor.bytes for tensor in tensors.values())
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
     content = f"{len(tensors)} tensors of {dtypes or 'nothing'}, {size:,} bytes"
-    yield f"{reader.path}: {file_format.name}, {content}"
+    yield f"{shown(reader.path)}: {file_format.name}, {content}"
     if ENTRY in reader.metadata:
         count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
@@ -61,9 +70,10 @@ def report(reader: Reader) -> Iterable[str]:
 def _group(path: Path, group: LayerGroup) -> Iterable[str]:
     count = len(group.prefixes)
     numbers = _numbers(group.prefixes) if count > 1 else ""
-    yield f"{group.pattern if count > 1 else group.prefixes[0] or '(no prefix)'}{numbers}"
+    title = group.pattern if count > 1 else group.prefixes[0]
+    yield f"{shown(title) or '(no prefix)'}{numbers}"
     for name, tensor in group.tensors.items():
-        yield f"  {name:28} {tensor.dtype} {_shape(tensor)}"
+        yield f"  {shown(name):28} {tensor.dtype} {_shape(tensor)}"
     names = [fit.name for fit in group.fits]
     if not names:
         yield "  No layout fits:"
@@ -110,8 +120,10 @@ def _next(path: Path, group: LayerGroup) -> Iterable[str]:
     """The command that converts the layers."""
     layout = group.fits[0].name if len(group.fits) == 1 else "LAYOUT"
     heads = " --num-heads H" if group.config is None else ""
-    prefix = f" --prefix '{group.pattern}'" if group.pattern else ""
-    yield f"  To convert: anymha convert {path} DST --from {layout} --to LAYOUT{heads}{prefix}"
+    joined = "=" if group.pattern.startswith("-") else " "
+    prefix = f" --prefix{joined}{shell_word(group.pattern)}" if group.pattern else ""
+    source = shell_word(f"./{path}" if str(path).startswith("-") else path)
+    yield f"  To convert: anymha convert {source} DST --from {layout} --to LAYOUT{heads}{prefix}"
 
 
 def _numbers(prefixes: Sequence[str]) -> str:
@@ -139,7 +151,7 @@ def _names(tensors: dict[str, Tensor] | Any) -> Iterable[str]:
     for name, tensor in tensors.items():
         patterns.setdefault(pattern_of(name), tensor)
     for name, tensor in list(patterns.items())[:SHOWN_NAMES]:
-        yield f"  {name}  {tensor.dtype} {_shape(tensor)}"
+        yield f"  {shown(name)}  {tensor.dtype} {_shape(tensor)}"
     if len(patterns) > SHOWN_NAMES:
         yield f"  and {len(patterns) - SHOWN_NAMES} more"
 

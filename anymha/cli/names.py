@@ -15,7 +15,7 @@ from typing import Any
 
 from anymha.errors import AnymhaError, BackendNotInstalledError, UsageError
 from anymha.framework.registry import BUILT_IN, LAYERS, backends, get_layer
-from anymha.interchange.layers import convert, get_weights, set_weights
+from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.interchange.libraries import MAKERS
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters import adapter_for
@@ -57,7 +57,7 @@ class Implementation:
         options |= {o: layer.weights[f"{name}.kernel"].shape[0] for o, name in names.items()}
         options["dtype"] = layer.weights["query.kernel"].dtype.name
         config = AttentionConfig.from_dict(options)
-        ours = set_weights(get_layer("numpy")(**config.to_dict()), layer.weights)
+        ours = new_layer("numpy", config, layer.weights)
         return convert(ours, to=self.name)
 
     @property

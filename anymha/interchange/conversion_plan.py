@@ -24,6 +24,7 @@ from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
+from anymha.text import listed, quoted, shown
 
 OWN = "anymha"
 
@@ -105,7 +106,9 @@ class ConversionJob:
             config = self.configs.get(prefix, config)
             result = self.target.layout.from_canonical(weights, config)
         except AnymhaError as error:
-            raise UsageError(f"{self.reader.path}, layer {prefix!r}: {error}") from error
+            raise UsageError(
+                f"{shown(self.reader.path)}, layer {quoted(prefix)}: {error}"
+            ) from error
         return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
@@ -125,21 +128,23 @@ def choose_layers(job: ConversionJob, pattern: str) -> dict[str, LayoutFit]:
     if not layers:
         marks = " and ".join(repr(job.namings[0].names[name]) for name in layout.required()[0])
         raise UsageError(
-            f"{path} holds no layer of the layout {layout.name!r}, whose names end with {marks}. "
-            "See what it holds with: anymha inspect FILE."
+            f"{shown(path)} holds no layer of the layout {layout.name!r}, whose names end with "
+            f"{marks}. See what it holds with: anymha inspect FILE."
         )
     chosen = {prefix: fit for prefix, fit in layers.items() if matches(prefix, pattern)}
     if not chosen:
-        known = ", ".join(dict.fromkeys(repr(pattern_of(prefix)) for prefix in layers))
+        known = listed(dict.fromkeys(quoted(pattern_of(prefix)) for prefix in layers))
         raise UsageError(
-            f"{path} holds no layer whose names begin with {pattern!r}. Its layers begin with "
-            f"{known}."
+            f"{shown(path)} holds no layer whose names begin with {quoted(pattern)}. Its layers "
+            f"begin with {known}."
         )
     for group in find_layer_groups(tensors, format_of(path)):
         for prefix in group.prefixes:
             if prefix in chosen and layout.name not in [fit.name for fit in group.fits]:
                 reason = group.misfits.get(layout.name, "")
-                raise UsageError(f"{path}, layer {prefix!r}: {layout.name} does not fit: {reason}")
+                raise UsageError(
+                    f"{shown(path)}, layer {quoted(prefix)}: {layout.name} does not fit: {reason}"
+                )
     return chosen
 
 
@@ -184,7 +189,7 @@ def plan_conversion(
 def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     if name in tensors:
         raise UsageError(
-            f"Two tensors of the new file would have the name {name!r}. Choose another "
+            f"Two tensors of the new file would have the name {quoted(name)}. Choose another "
             "`--to-prefix`, with {i} for the layers' numbers."
         )
     tensors[name] = tensor

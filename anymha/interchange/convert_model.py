@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import BiasWarning, UsageError
+from anymha.errors import BiasWarning
 from anymha.interchange.anymha_files import ENTRY, read_configs
 from anymha.interchange.conversion_plan import (
     OWN,
@@ -24,9 +24,13 @@ from anymha.interchange.conversion_plan import (
     plan_conversion,
 )
 from anymha.interchange.detect import LayoutFit
+from anymha.interchange.files.atomic_write import check_writable
 from anymha.interchange.files.formats import create_file, format_of, open_file, writable_format
+from anymha.interchange.files.paths import check_not_source
+from anymha.interchange.files.sharded import siblings
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.naming import file_namings
+from anymha.text import listed, shown
 
 
 def convert_file(
@@ -38,6 +42,7 @@ def convert_file(
     prefix: str = "",
     to_prefix: str | None = None,
     others: bool = False,
+    max_bytes: int | None = None,
     on_layer: Callable[[int, int, str], None] = lambda done, count, prefix: None,
     check: Callable[[ConvertedLayer], None] = lambda layer: None,
     **sizes: Any,
@@ -54,29 +59,35 @@ def convert_file(
         to_prefix: What their names begin with in the target, with ``{i}``, ``{j}`` ... for the
             numbers of the source; default as in the source.
         others: Whether the other tensors of the source are copied as they are.
+        max_bytes: The most bytes that the source's arrays may take together, whatever it claims;
+            default 100 times the bytes of the file, and 64 MiB always.
         on_layer: Called before each layer with the number of layers done, the number of all
             layers, and its prefix.
         check: Called with each layer; an error that it raises ends the conversion without a file.
         **sizes: Sizes and options that the shapes do not show, as `anymha.to_canonical` takes them.
 
     Raises:
-        UsageError: there is no such layer, or it cannot be converted.
+        UsageError: there is no such layer, or it cannot be converted; or the target is one of the
+            files that the source consists of, by whatever name.
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
     """
     new_format = writable_format(target)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UsageError(f"The two files must be different ones. Received: {source} twice.")
+    check_writable(target)
+    check_not_source(target, source, [source])
     old, new = get_layout(layout), get_layout(to)
-    with open_file(source) as reader:
+    with open_file(source, max_bytes) as reader:
+        check_not_source(target, source, [*reader.files(), *siblings(source)])
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
         namings = file_namings(old, format_of(source))
         job = ConversionJob(reader, namings, file_namings(new, new_format)[0], sizes, configs)
         layers = choose_layers(job, prefix)
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if to == OWN and not new_format.metadata:
-            plan.note(f"{target.name} has no place for the configuration: `anymha.load` will not "
-                      "read it. Write a .safetensors file.")  # fmt: skip
+            plan.note(
+                f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "
+                "read it. Write a .safetensors file."
+            )
         metadata = metadata if new_format.metadata else {}
         with create_file(target, plan.tensors, metadata) as writer:
             for number, (start, fit) in enumerate(layers.items()):
@@ -99,7 +110,7 @@ def _convert_layer(
     arrays = {name: job.reader.read(prefix + place) for name, place in fit.names.items()}
     wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:
-        names = ", ".join(prefix + fit.names[name] for name in wrong)
+        names = listed([prefix + fit.names[name] for name in wrong])
         plan.note(f"Not all values are finite, and are carried as they are: {names}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # they are notes of the plan

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from anymha.errors import FileError
-from anymha.interchange.files.reader import Reader, Tensor, Writer
+from anymha.interchange.files.paths import kind_of
+from anymha.interchange.files.reader import Reader, Tensor, Writer, check_total, limited
+from anymha.text import shown
 
 FOLDER = "/"
 """The "suffix" of formats that are a folder."""
@@ -58,26 +60,40 @@ def format_of(path: Path) -> Format:
     Raises:
         FileError: no format has files of that name.
     """
-    if path.is_dir():
+    if kind_of(path) == "folder":
         return next(one for one in FORMATS if FOLDER in one.suffixes)
     for one in FORMATS:
         if path.name.lower().endswith(one.suffixes):
             return one
     raise FileError(
-        f"{path} has a name of no known format. Known are: {_listed(FORMATS)}, and the "
+        f"{shown(path)} has a name of no known format. Known are: {_listed(FORMATS)}, and the "
         "folders of Orbax."
     )
 
 
-def open_file(path: Path) -> Reader:
+def open_file(path: Path, max_bytes: int | None = None) -> Reader:
     """The tensors of a file of any known format, to be closed or used in a `with`.
 
+    Args:
+        path: The file.
+        max_bytes: The most bytes that its arrays may take together, whatever the file claims.
+            Default: 100 times the bytes of the file, and 64 MiB always.
+
     Raises:
-        FileError: the format is not known, or the file cannot be read or is broken.
+        FileError: the format is not known, or the file cannot be read or is broken; or its arrays
+            take more than is allowed.
+        ArgumentError: `max_bytes` is not a positive integer.
     """
-    if not path.exists():
-        raise FileError(f"{path} cannot be read: there is no such file.")
-    return _function(format_of(path).reader)(path)
+    if kind_of(path) == "nothing":
+        raise FileError(f"{shown(path)} cannot be read: there is no such file.")
+    with limited(max_bytes):
+        reader: Reader = _function(format_of(path).reader)(path)
+        try:
+            check_total(reader)
+        except BaseException:
+            reader.close()
+            raise
+    return reader
 
 
 def create_file(
@@ -106,7 +122,7 @@ def writable_format(path: Path) -> Format:
     if file_format.writer is None:
         written = [one for one in FORMATS if one.writer]
         raise FileError(
-            f"{path}: {file_format.name} is only read. Written are: {_listed(written)}."
+            f"{shown(path)}: {file_format.name} is only read. Written are: {_listed(written)}."
         )
     return file_format
 

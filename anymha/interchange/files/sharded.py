@@ -6,14 +6,15 @@ References:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.reader import Reader, open_stream
 from anymha.interchange.files.safetensors import MAX_HEADER, SafetensorsReader
+from anymha.text import quoted, shown
 
 KIND = "an index of safetensors"
 
@@ -30,11 +31,13 @@ class ShardedReader(Reader):
                 self._files[file] = SafetensorsReader(path.parent / file)
             for name, file in self._places.items():
                 if name not in self._files[file].tensors:
-                    raise self.broken(f"{file} does not hold {name!r}, as the index says")
+                    raise self.broken(
+                        f"{shown(file)} does not hold {quoted(name)}, as the index says"
+                    )
+            self.set_tensors((n, self._files[file].tensors[n]) for n, file in self._places.items())
         except BaseException:
             self.close()
             raise
-        self.tensors = {n: self._files[file].tensors[n] for n, file in self._places.items()}
 
     def _index(self) -> dict[str, str]:
         stream, size = open_stream(self.path)
@@ -42,25 +45,43 @@ class ShardedReader(Reader):
             if size > MAX_HEADER:
                 raise self.broken(f"it has {size} bytes, and {MAX_HEADER} are the most")
             try:
-                index: Any = json.loads(stream.read().decode("utf-8"))
-                json.dumps(index, ensure_ascii=False).encode("utf-8")
-            except (ValueError, RecursionError) as error:
-                raise self.broken(f"it is not JSON ({error})") from error
+                index: Any = parse_json(stream.read())
+            except ValueError as error:
+                raise self.broken(f"it is not JSON ({shown(error)})") from error
         places = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(places, dict) or not places:
             raise self.broken("it has no `weight_map` of file names by tensor")
         for file in places.values():
             if not isinstance(file, str) or not _is_plain(file):
-                raise self.broken(f"it names {file!r}, which is no file next to it")
+                raise self.broken(f"it names {quoted(file)}, which is no file next to it")
         return places
 
     def _read(self, name: str) -> np.ndarray:
         return self._files[self._places[name]].read(name)
 
+    def files(self) -> list[Path]:
+        """The index, and the files that it names."""
+        return [self.path, *(file.path for file in self._files.values())]
+
     def close(self) -> None:
         """Close all files."""
         for file in self._files.values():
             file.close()
+
+
+def siblings(path: Path) -> list[Path]:
+    """The files that an index next to a file names together with it, and the index."""
+    found: list[Path] = []
+    for index in path.parent.glob("*.index.json"):
+        try:
+            if index.stat().st_size > MAX_HEADER:
+                continue
+            files = set(parse_json(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+            continue  # it is none of ours
+        if path.name in files:
+            found += [index, *(path.parent / str(file) for file in files)]
+    return found
 
 
 def _is_plain(file: str) -> bool:
