@@ -21,11 +21,11 @@ def escaped(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
-def shown(text: object) -> str:
-    """A text without quotes: escaped, and its middle left out where it is long."""
+def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    """A text without quotes: escaped, and its middle left out where it has more characters."""
     words = str(text)
-    if len(words) > SHOWN_CHARACTERS:
-        half = SHOWN_CHARACTERS // 2
+    if len(words) > most:
+        half = most // 2
         words = f"{words[:half]}...{words[-half:]} ({len(words)} characters)"
     return escaped(words)
 

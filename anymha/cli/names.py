@@ -69,6 +69,11 @@ class Implementation:
         return adapter.function if isinstance(adapter, Function) else None
 
 
+def is_model(name: str) -> bool:
+    """Whether a word of the command line is the path of a model."""
+    return name.endswith(".onnx")
+
+
 def implementation_named(name: str) -> Implementation:
     """The implementation that a word of the command line names.
 
@@ -80,7 +85,7 @@ def implementation_named(name: str) -> Implementation:
         BackendNotInstalledError: its framework is not installed.
     """
     settle_keras_backend()
-    if name.endswith(".onnx"):
+    if is_model(name):
         adapter_for(Path(name))  # raises where it is not a model
         return Implementation(name, Path(name))
     known = {one.name: one for one in (*BUILT_IN, *LAYERS)}

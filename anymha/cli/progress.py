@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from anymha.text import shown
+
 
 @contextmanager
 def progress_bar(steps: int, console: Any = None) -> Iterator[Callable[[str, str], None]]:
@@ -62,5 +64,5 @@ def bar(console: Any = None, refreshes: float = 10) -> Iterator[Callable[[int, i
     with Progress(*columns, console=console, transient=True, refresh_per_second=refreshes) as drawn:
         task = drawn.add_task("", total=None)
         yield lambda done, total, words: drawn.update(
-            task, description=words, completed=done, total=total
+            task, description=shown(words), completed=done, total=total
         )

@@ -160,8 +160,8 @@ def load(
     dtype = get_weights(layer)["query.kernel"].dtype.name
     if dtype != config.dtype:
         raise DtypeError(
-            f"{shown(source)} has weights of {config.dtype}, and the layer of {backend!r} can only hold "
-            f"{dtype} as its framework is set up. Load it in another, or allow {config.dtype} "
+            f"{shown(source)} has weights of {config.dtype}, and the layer of {backend!r} can only "
+            f"hold {dtype} as its framework is set up. Load it in another, or allow {config.dtype} "
             "first; in JAX with `jax.config.update('jax_enable_x64', True)`."
         )
     return layer
@@ -205,8 +205,8 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
         version, layers = entry["format"], entry["layers"]
         if type(version) is int and version > FORMAT:
             raise FileError(
-                f"{path} has the format {quoted(version)}, and this anymha reads {FORMAT}. Install a later "
-                "anymha."
+                f"{path} has the format {quoted(version)}, and this anymha reads {FORMAT}. Install "
+                "a later anymha."
             )
         if version != FORMAT or not all(isinstance(one, dict) for one in layers.values()):
             raise ValueError("it has another form")
@@ -214,7 +214,7 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
     except AnymhaError as error:
         if isinstance(error, FileError):
             raise
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {shown(error, 1000)}") from error
     except _UNREADABLE as error:
         raise FileError(
             f"{path} is broken: its entry {ENTRY!r} cannot be read ({shown(error)})."
@@ -222,11 +222,11 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
 
 
 def _names(reader: Reader, prefix: str, configs: Mapping[str, AttentionConfig]) -> list[str]:
-    """What follows the prefix in the names of a layer; names of other layers may begin so too."""
+    """What follows the prefix in the names of a layer; names of others may begin so too."""
     owned = {
         other + name
         for other, config in configs.items()
-        if other.startswith(prefix) and other != prefix
+        if other != prefix
         for name in config.weight_shapes()
     }
     own = [name for name in reader.tensors if name.startswith(prefix) and name not in owned]

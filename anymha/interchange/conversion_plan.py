@@ -107,7 +107,7 @@ class ConversionJob:
             result = self.target.layout.from_canonical(weights, config)
         except AnymhaError as error:
             raise UsageError(
-                f"{shown(self.reader.path)}, layer {quoted(prefix)}: {error}"
+                f"{shown(self.reader.path)}, layer {quoted(prefix)}: {shown(error, 1000)}"
             ) from error
         return ConvertedLayer(prefix, arrays, weights, config, result)
 

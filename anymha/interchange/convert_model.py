@@ -27,7 +27,7 @@ from anymha.interchange.detect import LayoutFit
 from anymha.interchange.files.atomic_write import check_writable
 from anymha.interchange.files.formats import create_file, format_of, open_file, writable_format
 from anymha.interchange.files.paths import check_not_source
-from anymha.interchange.files.sharded import siblings
+from anymha.interchange.files.siblings import siblings
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.naming import file_namings
 from anymha.text import listed, shown

@@ -12,6 +12,7 @@ from typing import Any
 from anymha.errors import FileError
 from anymha.interchange.files.paths import kind_of
 from anymha.interchange.files.reader import Reader, Tensor, Writer, check_total, limited
+from anymha.interchange.files.siblings import siblings
 from anymha.text import shown
 
 FOLDER = "/"
@@ -94,6 +95,19 @@ def open_file(path: Path, max_bytes: int | None = None) -> Reader:
             reader.close()
             raise
     return reader
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that a source consists of, as far as they can be found: it must not be written to.
+
+    Those are the file, what it needs, and what an index next to it names together with it.
+    """
+    try:
+        with open_file(path) as reader:
+            files = reader.files()
+    except FileError:  # what reads it may know more of it
+        files = [path]
+    return [*files, *siblings(path)]
 
 
 def create_file(

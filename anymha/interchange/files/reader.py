@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 
@@ -91,7 +91,8 @@ class Reader(abc.ABC):
         """
         found: dict[str, Tensor] = {}
         characters = 0
-        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        for name, tensor in cast(Iterable[tuple[str, Tensor]], pairs):
             characters += len(name)
             if len(name) > MAX_NAME or characters > MAX_NAMES:
                 raise self.broken(f"its name {quoted(name)} is too long, or all of them together")

@@ -69,21 +69,6 @@ class ShardedReader(Reader):
             file.close()
 
 
-def siblings(path: Path) -> list[Path]:
-    """The files that an index next to a file names together with it, and the index."""
-    found: list[Path] = []
-    for index in path.parent.glob("*.index.json"):
-        try:
-            if index.stat().st_size > MAX_HEADER:
-                continue
-            files = set(parse_json(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
-            continue  # it is none of ours
-        if path.name in files:
-            found += [index, *(path.parent / str(file) for file in files)]
-    return found
-
-
 def _is_plain(file: str) -> bool:
     """Whether it names a file in the same folder."""
     return file.endswith(".safetensors") and not set(file) & set("/\\:\0")
