@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-MAX_FIELDS = 500_000
+MAX_FIELDS = 250_000
 """The most fields that are read of one file; a graph has one for each node and initialiser."""
 MAX_VARINT = 10
 VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
