@@ -1,9 +1,9 @@
 """The chunks of HDF5's datasets, unpacked here within bounds.
 
 HDF5's own filters trust the sizes that a file states: they unpack a chunk to any size, and read
-beyond its end where it is too short; h5py's `read_direct_chunk` writes beyond its buffer. Here its length is known before it is read and after each
-step. Of the filters those that h5py offers for every file are known: gzip, shuffle, Fletcher's
-checksum.
+beyond its end where it is too short; h5py's `read_direct_chunk` writes beyond its buffer. Here a
+chunk's length is known before it is read and after each step. Of the filters those that h5py
+offers for every file are known: gzip, shuffle, Fletcher's checksum.
 
 References:
     The HDF Group, "HDF5 File Format Specification", version 3, sections on filters.
