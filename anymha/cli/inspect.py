@@ -16,7 +16,7 @@ from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.leftovers import refusal, remarks_on
 from anymha.interchange.model_config import NAME, read_config
 from anymha.options.config import AttentionConfig
-from anymha.text import shell_word, shown
+from anymha.text import escaped, listed, shell_word, shown
 
 SHOWN_NAMES = 12
 SHOWN_MISFITS = 4
@@ -30,9 +30,9 @@ def add_command(commands: Any) -> None:
         description=inspect.__doc__,
     )
     command.add_argument("file", type=Path, metavar="FILE", help="of any format; see docs/files.md")
-    add_max_bytes(command)
     command.add_argument("--all", action="store_true", help="list every tensor of the file too")
     command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_max_bytes(command)
     command.set_defaults(run=inspect)
 
 
@@ -45,10 +45,8 @@ def add_max_bytes(command: argparse.ArgumentParser) -> None:
 
 def inspect(options: argparse.Namespace) -> int:
     """List the attention layers of a file, the layouts that fit, and the sizes that shapes show."""
-    with (
-        busy(f"reading {options.file}"),
-        open_file(options.file, options.max_bytes) as reader,
-    ):
+    reading = busy(f"reading {shown(options.file)}")
+    with reading, open_file(options.file, options.max_bytes) as reader:
         if options.json:
             lines = [json.dumps(as_data(reader, options.all), indent=2)]
         else:
@@ -66,12 +64,15 @@ def as_data(reader: Reader, every: bool = False) -> dict[str, Any]:
         every: Whether every tensor is listed.
     """
     file_format = format_of(reader.path)
+    groups = find_layer_groups(
+        reader.tensors, file_format, reader.config or read_config(reader.path)
+    )
     data: dict[str, Any] = {
         "file": str(reader.path),
         "format": file_format.name,
         "tensor_count": len(reader.tensors),
         "bytes": sum(tensor.bytes for tensor in reader.tensors.values()),
-        "layers": [_group_data(one) for one in find_layer_groups(reader.tensors, file_format)],
+        "layers": [_group_data(group) for group in groups],
     }
     return data | ({"tensors": _tensor_data(reader.tensors)} if every else {})
 
@@ -82,6 +83,9 @@ def _group_data(group: LayerGroup) -> dict[str, Any]:
         "pattern": group.pattern,
         "prefixes": group.prefixes,
         "layouts": [fit.name for fit in group.fits],
+        "layout": group.layout,
+        "kind": group.kind,
+        "unknown": group.unknown,
         "misfits": group.misfits,
         "config": None if config is None else config.to_dict(),
         "tensors": _tensor_data(group.tensors),
@@ -99,6 +103,10 @@ def report(reader: Reader, every: bool = False) -> Iterable[str]:
         reader: The file.
         every: Whether every tensor is listed.
     """
+    return map(escaped, _report(reader, every))  # also what layouts say about names
+
+
+def _report(reader: Reader, every: bool) -> Iterable[str]:
     file_format = format_of(reader.path)
     tensors = reader.tensors
     size = sum(tensor.bytes for tensor in tensors.values())
@@ -108,7 +116,7 @@ def report(reader: Reader, every: bool = False) -> Iterable[str]:
     if ENTRY in reader.metadata:
         count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
-    groups = find_layer_groups(tensors, file_format, read_config(reader.path))
+    groups = find_layer_groups(tensors, file_format, reader.config or read_config(reader.path))
     for group in groups:
         yield ""
         yield from _group(reader.path, group)
@@ -166,7 +174,7 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
     if group.unknown and group.prefixes[0]:
         yield (
             f"  Not known to {'this layout' if group.layout else 'these layouts'}, and left out by "
-            f"`anymha convert`: {', '.join(group.unknown)}."
+            f"`anymha convert`: {listed(group.unknown)}."
         )
     if names:
         yield from _sizes(group)
@@ -174,6 +182,7 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
 
 
 def _sizes(group: LayerGroup) -> Iterable[str]:
+    """The sizes that the shapes show."""
     config = group.config
     if config is None:
         yield (

@@ -113,20 +113,15 @@ class ConversionJob:
         return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
-def choose_layout(reader: Reader, groups: Sequence[LayerGroup], patterns: Sequence[str]) -> str:
+def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) -> str:
     """The layout of all layers whose names begin with a pattern, where nothing else fits them.
 
     Raises:
         UsageError: there is no such layer, or several layouts may be meant.
     """
     path, tensors = reader.path, reader.tensors
-    groups = [
-        group
-        for group in groups
-        if any(matches(prefix, pattern) for prefix in group.prefixes for pattern in patterns)
-    ]
-    for pattern in patterns:
-        _refuse_changed(path, groups, pattern)
+    groups = [g for g in groups if any(matches(prefix, pattern) for prefix in g.prefixes)]
+    _refuse_changed(path, groups, pattern)
     found = {group.pattern: group for group in groups if group.fits}
     names = {group.layout for group in found.values()}
     name = names.pop() if len(names) == 1 else None
@@ -135,8 +130,7 @@ def choose_layout(reader: Reader, groups: Sequence[LayerGroup], patterns: Sequen
     if not found:
         raise UsageError(
             f"{shown(path)} holds no attention layer of a known layout whose names begin with "
-            f"{' or '.join(map(quoted, patterns))}. {_remarks(tensors)}See what it holds with: "
-            "anymha inspect FILE."
+            f"{quoted(pattern)}. {_remarks(tensors)}See what it holds with: anymha inspect FILE."
         )
     fits = "; ".join(
         f"{quoted(group.pattern)}: {', '.join(fit.name for fit in group.fits)}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import BiasWarning
+from anymha.errors import BiasWarning, UsageError
 from anymha.interchange.anymha_files import ENTRY, read_configs
 from anymha.interchange.conversion_plan import (
     OWN,
@@ -26,7 +26,7 @@ from anymha.interchange.conversion_plan import (
     choose_layout,
     plan_conversion,
 )
-from anymha.interchange.detect import LayoutFit, find_layer_groups
+from anymha.interchange.detect import LayerGroup, LayoutFit, find_layer_groups
 from anymha.interchange.files.atomic_write import check_writable
 from anymha.interchange.files.formats import (
     create_file,
@@ -36,7 +36,7 @@ from anymha.interchange.files.formats import (
     writable_format,
 )
 from anymha.interchange.files.paths import check_not_source
-from anymha.interchange.files.reader import Tensor, Writer
+from anymha.interchange.files.reader import Reader, Tensor, Writer
 from anymha.interchange.files.siblings import siblings
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
@@ -87,23 +87,22 @@ def convert_file(
 
     Raises:
         UsageError: there is no such layer, several layouts may be meant, or it cannot be
-            converted; or the target is one of the files that the source consists of, by whatever
-            name.
+            converted; or a new file is one of those that the source consists of, by whatever name.
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
     """
-    prefixes = [prefix] if isinstance(prefix, str) else list(prefix)
     new_format = writable_format(target)
     check_writable(target)
     check_not_source(target, source, [source])
     new, old = get_layout(to), None if layout is None else get_layout(layout)
     with open_file(source, max_bytes) as reader:
-        sources = [*reader.files(), *siblings(source)]
+        sources = [*reader.files(), *siblings(reader.path)]
         check_not_source(target, source, sources)
-        file_format, model_config = format_of(source), read_config(source)
+        prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
+        file_format, model_config = format_of(source), reader.config or read_config(source)
         groups = find_layer_groups(reader.tensors, file_format, model_config)
         if old is None:
-            layout = choose_layout(reader, groups, prefixes)
+            layout = _only_layout(reader, groups, prefixes)
             old = get_layout(layout)
         stated = _stated(model_config, old, sizes)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
@@ -116,7 +115,9 @@ def convert_file(
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if stated:
             known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
-            plan.note(f"Taken from the {NAME} beside the file: {known}.")
+            plan.note(
+                f"Taken from the {'file' if reader.config else f'{NAME} beside the file'}: {known}."
+            )
         if to == OWN and not new_format.metadata:
             plan.note(
                 f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "
@@ -144,6 +145,14 @@ def _stated(
     stated = stated_options(model_config, layout)
     skipped = SIZES if not set(SIZES).isdisjoint(sizes) else ()
     return {n: value for n, value in stated.items() if n not in sizes and n not in skipped}
+
+
+def _only_layout(reader: Reader, groups: Sequence[LayerGroup], prefixes: Sequence[str]) -> str:
+    names = {one: choose_layout(reader, groups, one) for one in prefixes}
+    if len(set(names.values())) > 1:
+        told = ", ".join(f"{one!r}: {name}" for one, name in names.items())
+        raise UsageError(f"Layers of several layouts are converted one after another: {told}.")
+    return names[prefixes[0]]
 
 
 class _Rehearsed(Exception):

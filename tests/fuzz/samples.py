@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import anymha
 from anymha.interchange.files.formats import create_file
 from anymha.interchange.files.reader import Tensor
 
+DATA = Path(__file__).parents[1] / "data"
 PARTS = ("self.query", "self.key", "self.value", "output.dense")
 
 Files = dict[str, bytes]
@@ -103,6 +105,39 @@ def torch_saved(folder: Path) -> Files:
         archive.writestr("archive/data/1", bytes(range(60, 64)))
         archive.writestr("archive/byteorder", b"little")
     return {"b.pt": stream.getvalue()}
+
+
+def torch_before_1_6(folder: Path) -> Files:
+    import torch  # noqa: PLC0415  installed where it is called
+
+    state = {name: torch.from_numpy(array) for name, array in arrays().items()
+             if array.dtype.name in ("float32", "int64")}  # fmt: skip
+    torch.save(state, folder / "old.bin", _use_new_zipfile_serialization=False)
+    return {"old.bin": (folder / "old.bin").read_bytes()}
+
+
+def distributed(folder: Path) -> Files:
+    import torch  # noqa: PLC0415  installed where it is called
+    import torch.distributed.checkpoint as checkpoint  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no process group is there
+        state = {"a": torch.ones(3, 4), "b": torch.arange(5)}
+        checkpoint.save(  # pyright: ignore[reportPrivateImportUsage]
+            state, checkpoint_id=str(folder / "dcp")
+        )
+    files = sorted((folder / "dcp").iterdir())
+    return {f"x/{file.name}": file.read_bytes() for file in files}
+
+
+def flax_saved(folder: Path) -> Files:
+    import flax.serialization  # noqa: PLC0415  installed where it is called
+
+    return {"a.msgpack": flax.serialization.to_bytes({"x": arrays(), "step": 3})}
+
+
+def gguf(folder: Path) -> Files:
+    return {"a.gguf": (DATA / "sample.gguf").read_bytes()}
 
 
 def h5(latest: bool) -> Callable[[Path], Files]:
@@ -204,13 +239,20 @@ SAMPLES: dict[str, dict[str, Callable[[Path], Files]]] = {
     "shards": {"two": sharded},
     "npz": {"stored": written("a.npz"), "deflated": npz},
     "torch": {"plain": written("a.pt"), "saved": torch_saved},
+    "torch before 1.6": {"saved": torch_before_1_6},
+    "torch distributed": {"one process": distributed},
+    "msgpack": {"flax": flax_saved},
+    "gguf": {"all types": gguf},
     "hdf5": {"old": h5(False), "latest": h5(True)},
     "keras": {"old": keras},
     "onnx": {"both": onnx},
     "orbax": {f"{driver}{' database' * base}": orbax(driver, base)
               for driver in ("zarr", "zarr3") for base in (False, True)},
 }  # fmt: skip
-NEEDS = {"hdf5": "h5py", "keras": "h5py", "orbax": "tensorstore"}
+NEEDS = {
+    "torch before 1.6": "torch", "torch distributed": "torch", "msgpack": "flax", "gguf": "gguf",
+    "hdf5": "h5py", "keras": "h5py", "orbax": "tensorstore",
+}  # fmt: skip
 
 
 def installed(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import os
 import struct
 import zipfile
 import zlib
@@ -52,9 +52,10 @@ class Archive:
     def __init__(self, path: Path, kind: str, stream: BinaryIO | None = None) -> None:
         self.path, self.kind = path, kind
         if stream is None:
-            self._stream, self._size = open_stream(path)
+            stream, size = open_stream(path)
         else:
-            self._stream, self._size = stream, stream.seek(0, io.SEEK_END)
+            size = stream.seek(0, os.SEEK_END)
+        self._stream, self._size = stream, size
         try:
             with self._guard("it is not a complete zip archive"):
                 self._zip = zipfile.ZipFile(self._stream)

@@ -12,7 +12,7 @@ from typing import Any
 from anymha.errors import FileError, UsageError
 from anymha.interchange.files import content
 from anymha.interchange.files.folders import WEIGHTS, folder_kind, refuse_folder
-from anymha.interchange.files.paths import kind_of, stat_of
+from anymha.interchange.files.paths import kind_of
 from anymha.interchange.files.reader import Reader, Tensor, Writer, check_total, limited
 from anymha.interchange.files.sharded import (
     INDEX,
@@ -107,7 +107,7 @@ def locate(path: Path) -> tuple[Format, Path]:
         return _locate_in(path)
     named = _named(path.name)
     if kind == "nothing":
-        if path.name and stat_of(path.with_name(f"{path.name}.index")):
+        if path.name and kind_of(path.with_name(f"{path.name}.index")) == "file":
             return _BY_NAME["TensorFlow checkpoint"], path
         if named is None:
             raise FileError(
@@ -158,8 +158,11 @@ def open_file(path: Path, max_bytes: int | None = None) -> Reader:
             take more than is allowed.
         ArgumentError: `max_bytes` is not a positive integer.
     """
+    file_format, file = locate(path)
+    if kind_of(file) == "nothing" and file_format.name != "TensorFlow checkpoint":
+        raise FileError(f"{shown(path)} cannot be read: there is no such file.")
     with limited(max_bytes):
-        reader = _open(path)
+        reader = _reader(file_format, file, max_bytes)
         try:
             check_total(reader)
         except BaseException:
@@ -168,14 +171,12 @@ def open_file(path: Path, max_bytes: int | None = None) -> Reader:
     return reader
 
 
-def _open(path: Path) -> Reader:
-    file_format, file = locate(path)
-    if kind_of(file) == "nothing" and file_format.name != "TensorFlow checkpoint":
-        raise FileError(f"{shown(path)} cannot be read: there is no such file.")
-    if file_format.reader == _SHARDS:
-        inner = _named(file.name.removesuffix(INDEX))
-        return ShardedReader(file, _open, inner.suffixes if inner else ())
-    return _function(file_format.reader)(file)
+def _reader(file_format: Format, file: Path, max_bytes: int | None) -> Reader:
+    if file_format.reader != _SHARDS:
+        return _function(file_format.reader)(file)
+    inner = _named(file.name.removesuffix(INDEX))
+    suffixes = inner.suffixes if inner else ()
+    return ShardedReader(file, lambda shard: open_file(shard, max_bytes), suffixes)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -186,6 +187,7 @@ def files_of(path: Path) -> list[Path]:
     try:
         with open_file(path) as reader:
             files = reader.files()
+            path = reader.path
     except FileError:  # what reads it may know more of it
         files = [path]
     return [*files, *siblings(path)]

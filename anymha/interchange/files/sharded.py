@@ -17,11 +17,11 @@ import numpy as np
 from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.reader import Create, Reader, Tensor, Writer, open_stream
+from anymha.interchange.files.siblings import MAX_INDEX
 from anymha.text import quoted, shown
 
 KIND = "an index of shards"
 INDEX = ".index.json"
-MAX_INDEX = 100_000_000
 
 
 class ShardedReader(Reader):
@@ -66,11 +66,8 @@ class ShardedReader(Reader):
         if not isinstance(places, dict) or not places:
             raise self.broken("it has no `weight_map` of file names by tensor")
         for file in places.values():
-            if (
-                not isinstance(file, str)
-                or not file.endswith(suffixes)
-                or set(file) & set("/\\:\0")
-            ):
+            is_plain = isinstance(file, str) and not set(file) & set("/\\:\0")
+            if not is_plain or not file.endswith(suffixes):
                 raise self.broken(f"it names {quoted(file)}, which is no file next to it")
         return places
 
@@ -79,7 +76,7 @@ class ShardedReader(Reader):
 
     def files(self) -> list[Path]:
         """The index, and the files that it names."""
-        return [self.path, *(one for reader in self._files.values() for one in reader.files())]
+        return [self.path, *(file.path for file in self._files.values())]
 
     def close(self) -> None:
         """Close all files."""

@@ -70,11 +70,6 @@ class TorchReader(Reader):
             self.close()
             raise
 
-    def _collect(self, saved: Any) -> Iterator[tuple[str, Tensor]]:
-        for name, strided in _flat(saved, (), count()):
-            self._tensors[name] = strided
-            yield name, self._checked_tensor(name, strided)
-
     def _open(self) -> None:
         self._archive = Archive(self.path, KIND)
 
@@ -91,6 +86,11 @@ class TorchReader(Reader):
         """The bytes of a storage."""
         record = f"{self._root}data/{storage.key}"
         return self._archive.array(record, Tensor((size,), np.dtype(np.uint8)))
+
+    def _collect(self, saved: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, strided in _flat(saved, (), count()):
+            self._tensors[name] = strided
+            yield name, self._checked_tensor(name, strided)
 
     def _pickle_folder(self) -> str:
         sizes = self._archive.sizes
