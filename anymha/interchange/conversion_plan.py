@@ -21,6 +21,8 @@ from anymha.interchange.detect import (
 )
 from anymha.interchange.files.formats import format_of
 from anymha.interchange.files.reader import Reader, Tensor
+from anymha.interchange.leftovers import refusal
+from anymha.interchange.name_index import NameIndex
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
@@ -117,11 +119,15 @@ def choose_layers(job: ConversionJob, pattern: str) -> dict[str, LayoutFit]:
     """
     tensors, path = job.reader.tensors, job.reader.path
     layout = job.namings[0].layout
+    index, groups = NameIndex(tensors), find_layer_groups(tensors, format_of(path))
     layers = {
         prefix: layout_fit(naming, tensors, prefix)
         for naming in job.namings
-        for prefix in naming.prefixes(tensors)
+        for prefix in naming.prefixes(index)
     }
+    for group in groups:
+        if group.kind and any(matches(prefix, pattern) for prefix in group.prefixes):
+            raise UsageError(f"{path}, layer {group.prefixes[0]!r}: {refusal(group.kind)}")
     if not layers:
         marks = " and ".join(repr(job.namings[0].names[name]) for name in layout.required()[0])
         raise UsageError(
@@ -135,7 +141,7 @@ def choose_layers(job: ConversionJob, pattern: str) -> dict[str, LayoutFit]:
             f"{path} holds no layer whose names begin with {pattern!r}. Its layers begin with "
             f"{known}."
         )
-    for group in find_layer_groups(tensors, format_of(path)):
+    for group in groups:
         for prefix in group.prefixes:
             if prefix in chosen and layout.name not in [fit.name for fit in group.fits]:
                 reason = group.misfits.get(layout.name, "")

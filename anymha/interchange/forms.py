@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.packing import Piece
@@ -58,10 +59,12 @@ class Form:
     Args:
         pieces: The arrays.
         name: A name that tells it from the layout's other forms.
+        limits: Rules of `anymha.interchange.limits` besides the layout's.
     """
 
     pieces: tuple[Piece, ...]
     name: str = ""
+    limits: tuple[Any, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """The arrays' names, kernels and biases."""

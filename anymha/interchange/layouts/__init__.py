@@ -31,6 +31,7 @@ from anymha.options.config import AttentionConfig
 ENTRY_POINTS = "anymha.layouts"
 FAMILIES = (
     "own", "keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused",
+    "unnamed",
 )  # fmt: skip
 """Modules of this package, each with a tuple `LAYOUTS`."""
 SIZES = ("num_heads", "num_key_value_heads", "head_dim")
