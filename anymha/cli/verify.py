@@ -60,16 +60,10 @@ LIBRARIES: dict[str, Callable[..., np.ndarray]] = {
 
 
 class Verifier:
-    """Checks layers one by one, and keeps the greatest errors.
+    """Checks layers one by one, and keeps the greatest errors."""
 
-    Args:
-        layout: Their old layout.
-        to: Their new layout.
-        sizes: Sizes and options that the shapes do not show, as `to_canonical` takes them.
-    """
-
-    def __init__(self, layout: str, to: str, sizes: Mapping[str, Any]) -> None:
-        self._layout, self._to, self._sizes = layout, to, dict(sizes)
+    def __init__(self) -> None:
+        self._layout = self._to = ""
         self._errors: dict[str, tuple[float, float, float]] = {}
         self._count = 0
         self._not_run: dict[str, str] = {}
@@ -80,6 +74,7 @@ class Verifier:
         Raises:
             Mismatch: a bit or an output differs.
         """
+        self._layout, self._to = layer.weights.layout, layer.result.layout
         self._check_bits(layer)
         self._count += 1
         if any(not np.isfinite(array).all() for array in layer.weights.values()):
@@ -160,6 +155,10 @@ class Verifier:
             lines.append(f"  {name}: {error:.1e}, {units:.2f} units of rounding of {budget:.0f}")
         for name, reason in self._not_run.items():
             lines.append(f"  not run: {name}: {reason}")
+        lines.append(
+            f"This proves the conversion, not the choice of layout: whether the layers are of "
+            f"{self._layout}, the model's own outputs must tell."
+        )
         return lines
 
 

@@ -6,19 +6,23 @@ then all of them are listed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from anymha.errors import AnymhaError
-from anymha.interchange.files.formats import Format
+from anymha.errors import AnymhaError, ArgumentError
+from anymha.framework.dtypes import dtype_name
+from anymha.interchange.files.formats import FORMATS, Format, format_of, open_file
 from anymha.interchange.files.reader import Tensor
 from anymha.interchange.layout import Layout
-from anymha.interchange.layouts import get_layout, layouts
+from anymha.interchange.layouts import flat_arrays, get_layout, layouts
 from anymha.interchange.leftovers import (
     changed_modules,
     changes_results,
@@ -26,8 +30,9 @@ from anymha.interchange.leftovers import (
     not_floats,
     refusal,
 )
+from anymha.interchange.model_config import family_of, read_config, stated_options
 from anymha.interchange.name_index import NameIndex
-from anymha.interchange.naming import FileNaming, file_namings
+from anymha.interchange.naming import FileNaming, file_namings, natural_key
 from anymha.interchange.packing import module_of
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
@@ -106,6 +111,7 @@ class LayerGroup:
         misfits: The layouts that have these names and do not fit, and the reasons.
         tensors: Shape and dtype of each array of the first layer, by its name there.
         kind: What the layers are where no layout can fit: quantised, or adapters of another layer.
+        stated: The layout that the model's configuration names.
     """
 
     pattern: str
@@ -114,6 +120,23 @@ class LayerGroup:
     misfits: dict[str, str]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     kind: str = ""
+    stated: str = ""
+
+    @property
+    def layout(self) -> str | None:
+        """The layout, where only one fits or the model's configuration names it; else None."""
+        only = len(self.fits) == 1 or (self.stated and self.fits)
+        return self.fits[0].name if only else None
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names behind the prefix that no layout which fits knows."""
+        everywhere = [set(fit.unknown) for fit in self.fits]
+        return (
+            tuple(n for n in self.fits[0].unknown if all(n in e for e in everywhere))
+            if self.fits
+            else ()
+        )
 
     @property
     def config(self) -> AttentionConfig | None:
@@ -121,17 +144,80 @@ class LayerGroup:
         return self.fits[0].config if self.fits else None
 
 
-def find_layer_groups(tensors: Mapping[str, Tensor], file_format: Format) -> list[LayerGroup]:
+def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[LayerGroup]:
+    """Find the attention layers of a file or of a model's arrays, and the layouts that fit each.
+
+    Names and shapes decide; no values are read. Where several layouts have the same names and
+    shapes and may mean different things by them, all are listed.
+
+    Args:
+        source: A file or folder of weights, of any known format, with the `config.json` beside it
+            where there is one; or arrays of any framework by name, also in nested dicts.
+
+    Returns:
+        A group for each kind of layer: `pattern`, what their names begin with, with letters for
+        numbers; `prefixes`, what the names of each begin with; `fits`, the layouts that they may
+        have, the likeliest first, each with its `name`, its `names` (the names behind the prefix by
+        the layout's names), its `config` (None where the number of heads is open) and its `needs`;
+        `layout`, the one layout where only one fits or the configuration names it, else None;
+        `misfits`, the reasons why others do not fit; `kind`, where no layout can fit: "quantised
+        (...)" or "LoRA adapter".
+
+    Raises:
+        FileError: the file cannot be read.
+        ArgumentError: `source` is neither a path nor a mapping of arrays.
+
+    Example:
+        >>> import numpy as np
+        >>> names = ("self.query", "self.key", "self.value", "output.dense")
+        >>> arrays = {f"layer.{i}.{n}.weight": np.ones((8, 8)) for i in (0, 1) for n in names}
+        >>> (group,) = find_layers(arrays)
+        >>> group.pattern, group.prefixes, group.layout
+        ('layer.{i}.', ['layer.0.', 'layer.1.'], 'transformers.bert')
+    """
+    if isinstance(source, Mapping):
+        arrays = flat_arrays(source, ".")
+        tensors = {name: _tensor(name, array) for name, array in arrays.items()}
+        return find_layer_groups(tensors, FORMATS[0])
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(
+            f"`source` must be a path or a mapping of arrays by name. Received: "
+            f"{type(source).__qualname__}."
+        )
+    path = Path(source)
+    with open_file(path) as reader:
+        return find_layer_groups(reader.tensors, format_of(path), read_config(path))
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    try:
+        dtype = dtype_name(array.dtype)
+        return Tensor(tuple(int(size) for size in array.shape),
+                      np.dtype(getattr(ml_dtypes, dtype, dtype)))  # fmt: skip
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"`source` must hold arrays. Received: {type(array).__qualname__} as {name!r}."
+        ) from error
+
+
+def find_layer_groups(
+    tensors: Mapping[str, Tensor],
+    file_format: Format,
+    model_config: Mapping[str, Any] | None = None,
+) -> list[LayerGroup]:
     """Find the attention layers of a file, grouped by names that differ in numbers alone.
 
     Args:
         tensors: Shape and dtype of each tensor of the file.
         file_format: The file's format.
+        model_config: The model's configuration, as transformers has it.
     """
+    model_config = model_config or {}
+    family = family_of(model_config)
     index = NameIndex(tensors)
     changed = _changed_layers(tensors)
     candidates: dict[str, list[LayoutFit]] = {prefix: [] for prefix in changed}
-    for name in sorted(layouts(), key=lambda name: (name in UNNAMED, name)):
+    for name in sorted(layouts(), key=lambda name: (name != family, name in UNNAMED, name)):
         for naming in file_namings(get_layout(name), file_format):
             for prefix in naming.prefixes(index):
                 candidates.setdefault(prefix, []).append(layout_fit(naming, tensors, prefix))
@@ -142,9 +228,14 @@ def find_layer_groups(tensors: Mapping[str, Tensor], file_format: Format) -> lis
         for name in fit.names.values()
     }
     groups: dict[object, LayerGroup] = {}
-    for prefix, found in sorted(candidates.items()):
+    for prefix in sorted(candidates, key=natural_key):
+        found = candidates[prefix]
         own = _own_names(index, prefix, candidates, claimed)
-        fits = [_with_unknown(fit, own, tensors, prefix) for fit in found]
+        fits = [
+            replace(fit, unknown=_unknown(fit, own, tensors, prefix),
+                    options=stated_options(model_config, fit.layout))
+            for fit in found
+        ]  # fmt: skip
         kind = changed.get(prefix) or _narrow(found, tensors, prefix)
         if kind:
             best, misfits = [], {fit.name: refusal(kind) for fit in fits}
@@ -152,9 +243,11 @@ def find_layer_groups(tensors: Mapping[str, Tensor], file_format: Format) -> lis
         else:
             best, misfits = select_fits(fits, alone=bool(prefix))
             layer = {n: tensors[prefix + n] for c in fits for n in c.names.values()}
+            layer |= {n: tensors[prefix + n] for c in best if prefix for n in c.unknown}
         key = (pattern_of(prefix), kind, tuple(fit.name for fit in best), tuple(layer.items()),
                tuple(fit.unknown for fit in best))  # fmt: skip
-        group = groups.setdefault(key, LayerGroup(key[0], [], best, misfits, layer, kind))
+        stated = family if best and best[0].name == family else ""
+        group = groups.setdefault(key, LayerGroup(key[0], [], best, misfits, layer, kind, stated))
         group.prefixes.append(prefix)
     return list(groups.values())
 
@@ -210,17 +303,16 @@ def _own_names(
     ]
 
 
-def _with_unknown(
+def _unknown(
     fit: LayoutFit, own: Iterable[str], tensors: Mapping[str, Tensor], prefix: str
-) -> LayoutFit:
-    """The fit, with the names that its layout does not know."""
+) -> tuple[str, ...]:
+    """The names behind a prefix that a layout does not know."""
     known = set(fit.names.values())
-    unknown = tuple(
+    return tuple(
         name
         for name in own
         if name not in known and not fit.layout.is_buffer(name, tensors[prefix + name].shape)
     )
-    return replace(fit, unknown=unknown)
 
 
 def select_fits(

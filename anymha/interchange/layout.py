@@ -59,7 +59,12 @@ class Layout:
     @property
     def supported(self) -> tuple[str, ...]:
         """All options that its layers have besides those that the arrays show."""
-        return (*self.options, *(need.option for need in self.needs if isinstance(need, Need)))
+        return (*self.options, *self.need_options)
+
+    @property
+    def need_options(self) -> tuple[str, ...]:
+        """The options, also of steps that `AttentionConfig` does not have, of its needs."""
+        return tuple(need.option for need in self.needs if isinstance(need, Need))
 
     def names(self) -> tuple[str, ...]:
         """All names that a layer of this layout may have, relative to the layer's prefix."""
@@ -68,8 +73,7 @@ class Layout:
 
     def is_buffer(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether an array of that name means nothing to the layers of this layout."""
-        rotary = any(need.option == "rotary" for need in self.needs if isinstance(need, Need))
-        return is_buffer(name, shape, rotary)
+        return is_buffer(name, shape, "rotary" in self.need_options)
 
     def required(self) -> tuple[tuple[str, ...], ...]:
         """For each form, the names that its layers always have."""
@@ -136,11 +140,16 @@ class Layout:
             if piece.array in arrays:
                 read |= piece.read(arrays[piece.array], sizes)
         values = {name: read[name] for name in NAMES if name in read}
+        lacking = [name for name in self.need_options if name in options and not options[name]]
+        met = [name for name in options if name in result_options() or name in lacking]
+        unmet = [n for n in self.needs if isinstance(n, str) or n.option not in met]
+        for name in self.need_options:
+            if name not in result_options():
+                options.pop(name, None)
         if options.get("scale") is None and isinstance(self.scale, float):
             options["scale"] = self.scale
         config = config_of(values, options)
         extras = {n: np.array(arrays[n]) for n in arrays if n not in form.names()}
-        unmet = [n for n in self.needs if isinstance(n, str) or n.option not in options]
         needs = [need if isinstance(need, str) else need.words() for need in unmet]
         needs += [e.need for e in self.extras if e.need and e.array in extras]
         return (

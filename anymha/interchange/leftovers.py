@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from anymha.framework.dtypes import FLOATING
 
@@ -55,6 +56,7 @@ _MARK = re.compile(
     + ")",
     re.IGNORECASE,
 )
+_RENAMED = re.compile(r"((onnx::)?(MatMul|Gemm)|val)_\d+(_quantized)?$")
 ADVICE = {
     "quantised": "Convert the model before it was quantised, or dequantise it first.",
     "LoRA adapter": "Merge the adapter into its model first (peft: `merge_and_unload`).",
@@ -82,6 +84,28 @@ def changed_modules(names: Iterable[str], dtypes: Mapping[str, str]) -> dict[str
         dtype = f"fp8, {dtype}," if dtype.startswith("float8") else dtype
         words[module] = marks[number].format(dtype=dtype)
     return words
+
+
+def remarks_on(names: Mapping[str, Any]) -> list[str]:
+    """What the names of a file say about all of it: quantised or adapted, or named anew by ONNX.
+
+    Args:
+        names: The file's tensors by name.
+    """
+    kinds: dict[str, list[str]] = {}
+    for module, words in changed_modules(names, {}).items():
+        kinds.setdefault(words.partition(" with")[0], []).append(module)
+    remarks = [
+        f"{len(modules)} matrices are no plain weights, as {modules[0]!r}: {words}."
+        for words, modules in kinds.items()
+    ]
+    renamed = [name for name in names if _RENAMED.match(name)]
+    if renamed:
+        remarks.append(
+            f"The exporter renamed {len(renamed)} matrices ({renamed[0]}, ...): which projections "
+            "they are cannot be told from their names. Convert the file that was exported."
+        )
+    return remarks
 
 
 def not_floats(dtypes: Mapping[str, str]) -> str | None:

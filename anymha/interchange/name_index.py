@@ -1,4 +1,4 @@
-"""Names by their last parts, so that many layouts are looked for in one pass over a file's names."""
+"""Names by their last parts: all layouts are looked for in one pass over the names of a file."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class FileNaming:
                 for prefix in index.prefixes(mark)
                 if all(prefix + other in index for other in others)
             }
-        return sorted(prefixes, key=_natural)
+        return sorted(prefixes, key=natural_key)
 
     def layer_names(self, names: Container[str], prefix: str) -> dict[str, str]:
         """The file's names of one layer's arrays by the layout's, without the prefix."""
@@ -78,6 +78,6 @@ def file_namings(layout: Layout, file_format: Format) -> list[FileNaming]:
     return [FileNaming(layout, plain, layout.separator), FileNaming(layout, joined, other)]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """A key that sorts numbers within names by their value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -17,6 +17,7 @@ CLIP = Need(
     "clip",
     "queries, keys and values clipped to +-`clip_qkv` after their projection, where "
     "`attn_config` of the model's configuration has it",
+    "clip_qkv",
 )
 
 LAYOUTS = (

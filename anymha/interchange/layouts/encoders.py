@@ -47,6 +47,7 @@ def disentangled(name: str, form: Form, refused: dict[str, str]) -> Layout:
         "terms of relative positions beside the logits, and all of them over the root of the width "
         "times 1 + the number of `pos_att_type`, where `relative_attention` is set (as it is in "
         "the published models)",
+        "relative_attention",
     )
     options = {"extras": NORM, "needs": (terms,), "scale": "free", "refused": refused}
     return family(name, form, **options)
@@ -128,8 +129,12 @@ LAYOUTS = (
             Extra(DISTANCES.array.removeprefix("self."), DISTANCES.need, shows=DISTANCES.shows),
         ),
         needs=(
-            "rotary positions on the inputs of queries and keys, where `position_embeddings_type` "
-            "of the model's configuration is 'rotary'",
+            Need(
+                "input_rotary",
+                "rotary positions on the inputs of queries and keys, where "
+                "`position_embeddings_type` of the model's configuration is 'rotary'",
+                "position_embeddings_type",
+            ),
         ),
     ),
     family("blip", Form((*fused("qkv"), *linear("output", "projection")))),
