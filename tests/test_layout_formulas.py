@@ -160,8 +160,27 @@ def test_interleaved_columns_are_not_those_in_halves() -> None:
     }
     assert "element 2i of a head turns with element 2i + 1" in needs["meta.llama"][0]
     assert "element i of a head turns with element i + half" in needs["transformers.llama"][0]
-    weights, _ = to_canonical(by_name("meta.llama").arrays(Size()), "meta.llama", num_heads=4)
-    assert from_canonical(weights, "transformers.llama").needs == weights.needs, "told on the way"
+    arrays = by_name("meta.llama").arrays(Size(d=4, S=7, U=7, v=4))
+    weights, _ = to_canonical(arrays, "meta.llama", num_heads=4)
+    back = from_canonical(weights, "transformers.llama")
+    assert back.needs == needs["transformers.llama"]
+    # transformers' own script for Meta's files: convert_llama_weights_to_hf.py, `permute`.
+    for theirs, ours, heads in (("wq", "q_proj", 4), ("wk", "k_proj", 2)):
+        rows = arrays[f"{theirs}.weight"].reshape(heads, 2, 2, 7).swapaxes(1, 2).reshape(-1, 7)
+        np.testing.assert_array_equal(back[f"{ours}.weight"], rows)
+    for theirs, ours in (("wv", "v_proj"), ("wo", "o_proj")):
+        np.testing.assert_array_equal(back[f"{ours}.weight"], arrays[f"{theirs}.weight"])
+    again, _ = to_canonical(back, "transformers.llama", num_heads=4)
+    home = from_canonical(again, "meta.llama")
+    assert all(home[name].tobytes() == array.tobytes() for name, array in arrays.items())
+
+
+def test_a_part_of_each_head_in_another_order_is_refused() -> None:
+    arrays = by_name("transformers.gptj").arrays(Size())
+    weights, _ = to_canonical(arrays, "transformers.gptj", num_heads=4)
+    with pytest.raises(LayoutError, match="the rotated part of a head is not known"):
+        from_canonical(weights, "transformers.llama")
+    assert "q_proj.weight" in from_canonical(dict(weights), "transformers.llama")
 
 
 @pytest.mark.parametrize("name", ["pos_proj", "pos_q_proj", "head_logits_proj"])

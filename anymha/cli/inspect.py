@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anymha.interchange.anymha_files import ENTRY, read_configs
-from anymha.interchange.detect import LayerGroup, find_layer_groups, numbers_of, pattern_of
+from anymha.interchange.detect import UNNAMED, LayerGroup, find_layer_groups, numbers_of, pattern_of
 from anymha.interchange.files.formats import format_of, open_file
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.leftovers import refusal, remarks_on
@@ -59,7 +59,7 @@ def report(reader: Reader) -> Iterable[str]:
         yield "No attention layer of a known layout. Its names:"
         yield from _names(tensors)
     remarks = remarks_on(tensors)
-    if remarks:
+    if remarks and not any(group.kind for group in groups):
         yield ""
         yield from remarks
 
@@ -90,7 +90,8 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
             "  They have these names and shapes in common and may mean different things by them, "
             "as the order of rows in a fused kernel: name the one that the model has."
         )
-    for name, reason in list(group.misfits.items())[:SHOWN_MISFITS]:
+    named = [(name, why) for name, why in group.misfits.items() if name not in UNNAMED]
+    for name, reason in named[:SHOWN_MISFITS]:
         yield f"  Not {name}: {reason}"
     if group.unknown and group.prefixes[0]:
         yield (

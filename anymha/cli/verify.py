@@ -16,6 +16,7 @@ from anymha.framework.registry import Backend, backends, get_layer
 from anymha.interchange.convert_model import ConvertedLayer
 from anymha.interchange.layers import convert, set_weights
 from anymha.interchange.layouts import get_layout
+from anymha.interchange.rotary_order import reordered
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
 from anymha.parity.stages.units import units_of
@@ -123,6 +124,7 @@ class Verifier:
         config = layer.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
         again, _ = target.to_canonical(layer.result, **sizes)
+        again = reordered(again, again.rotary, layer.weights.rotary)
         added = [name for name in again if name not in layer.weights and not np.any(again[name])]
         again = {name: array for name, array in again.items() if name not in added}
         _compare(layer, self._to, layer.weights, again)

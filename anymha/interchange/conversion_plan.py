@@ -14,7 +14,7 @@ from anymha.errors import AnymhaError, BiasWarning, UsageError
 from anymha.interchange.anymha_files import config_metadata
 from anymha.interchange.detect import LayerGroup, LayoutFit, matches, numbers_of
 from anymha.interchange.files.reader import Reader, Tensor
-from anymha.interchange.leftovers import refusal
+from anymha.interchange.leftovers import refusal, remarks_on
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
@@ -107,12 +107,13 @@ class ConversionJob:
         return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
-def choose_layout(path: Path, groups: Sequence[LayerGroup], pattern: str) -> str:
+def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) -> str:
     """The layout of all layers whose names begin with a pattern, where nothing else fits them.
 
     Raises:
         UsageError: there is no such layer, or several layouts may be meant.
     """
+    path, tensors = reader.path, reader.tensors
     groups = [g for g in groups if any(matches(prefix, pattern) for prefix in g.prefixes)]
     _refuse_changed(path, groups, pattern)
     found = {group.pattern: group for group in groups if group.fits}
@@ -123,7 +124,7 @@ def choose_layout(path: Path, groups: Sequence[LayerGroup], pattern: str) -> str
     if not found:
         raise UsageError(
             f"{path} holds no attention layer of a known layout whose names begin with "
-            f"{pattern!r}. See what it holds with: anymha inspect FILE."
+            f"{pattern!r}. {_remarks(tensors)}See what it holds with: anymha inspect FILE."
         )
     fits = "; ".join(
         f"{group.pattern!r}: {', '.join(fit.name for fit in group.fits)}"
@@ -163,7 +164,7 @@ def choose_layers(
         marks = " and ".join(repr(job.namings[0].names[name]) for name in layout.required()[0])
         raise UsageError(
             f"{path} holds no layer of the layout {layout.name!r}, whose names end with {marks}. "
-            "See what it holds with: anymha inspect FILE."
+            f"{_remarks(job.reader.tensors)}See what it holds with: anymha inspect FILE."
         )
     if not layers:
         raise UsageError(
@@ -171,6 +172,10 @@ def choose_layers(
             f"{', '.join(dict.fromkeys(map(repr, known)))}."
         )
     return layers
+
+
+def _remarks(tensors: Mapping[str, Tensor]) -> str:
+    return "".join(f"{remark} " for remark in remarks_on(tensors))
 
 
 def _refuse_changed(path: Path, groups: Sequence[LayerGroup], pattern: str) -> None:

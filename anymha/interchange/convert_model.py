@@ -77,7 +77,7 @@ def convert_file(
         file_format, model_config = format_of(source), read_config(source)
         groups = find_layer_groups(reader.tensors, file_format, model_config)
         if old is None:
-            layout = choose_layout(source, groups, prefix)
+            layout = choose_layout(reader, groups, prefix)
             old = get_layout(layout)
         stated = _stated(model_config, old, sizes)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}

@@ -243,7 +243,7 @@ def find_layer_groups(
         else:
             best, misfits = select_fits(fits, alone=bool(prefix))
             layer = {n: tensors[prefix + n] for c in fits for n in c.names.values()}
-            layer |= {n: tensors[prefix + n] for c in best if prefix for n in c.unknown}
+            layer |= {n: tensors[prefix + n] for c in best or fits if prefix for n in c.unknown}
         key = (pattern_of(prefix), kind, tuple(fit.name for fit in best), tuple(layer.items()),
                tuple(fit.unknown for fit in best))  # fmt: skip
         stated = family if best and best[0].name == family else ""

@@ -38,11 +38,15 @@ class Need:
         option: The option's name, which may be one that `AttentionConfig` does not have yet.
         text: The need in words.
         key: The name of its value in the family's `config.json` and its live layers.
+        order: Of rotary positions, the elements of a head that turn together: "halves" or "pairs".
+        partial: Whether they turn a part of each head alone.
     """
 
     option: str
     text: str
     key: str = ""
+    order: str = ""
+    partial: bool = False
 
     def words(self) -> str:
         """The need in words, and how to meet it where that is possible."""

@@ -16,6 +16,7 @@ from anymha.interchange.limits import Limit, check_scale, choose_form, same_head
 from anymha.interchange.name_index import NameIndex
 from anymha.interchange.packing import Arrays, Sizes
 from anymha.interchange.reading import check_floats, check_plain, config_of, form_of
+from anymha.interchange.rotary_order import reordered
 from anymha.interchange.sizes import Shapes, StatedSizes, possible_heads, solve_sizes
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy, check_biases, check_weights, with_layout_biases
@@ -70,6 +71,11 @@ class Layout:
         """All names that a layer of this layout may have, relative to the layer's prefix."""
         forms = dict.fromkeys(name for form in self.forms for name in form.names())
         return (*forms, *(extra.array for extra in self.extras))
+
+    @property
+    def _rotary(self) -> Need | None:
+        needs = (need for need in self.needs if isinstance(need, Need))
+        return next((need for need in needs if need.option == "rotary"), None)
 
     def is_buffer(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether an array of that name means nothing to the layers of this layout."""
@@ -164,6 +170,7 @@ class Layout:
                     n.option for n in unmet if isinstance(n, Need) and n.option in result_options()
                 ),
                 config=config,
+                rotary=self._rotary if self._rotary in unmet else None,
             ),
             config,
         )
@@ -183,6 +190,10 @@ class Layout:
         if config is None and source is not None:
             config = source.config
         values, sizes = check_weights(weights)
+        rotary = source.rotary if source is not None else None
+        if rotary is not None and self._rotary is not None and self._rotary.order:
+            values = reordered(values, rotary, self._rotary)
+            needs = tuple(self._rotary.words() if n == rotary.words() else n for n in needs)
         self._check_extras(
             {name: tuple(array.shape) for name, array in extra_arrays.items()}, sizes
         )
@@ -207,6 +218,7 @@ class Layout:
             needs=needs,
             unknown=unknown,
             config=config,
+            rotary=self._rotary or rotary,
         )
 
     def _form(self, shapes: Shapes) -> Form:

@@ -31,6 +31,7 @@ _NORM = re.compile(r"norm|ln(?![a-z])")
 _PROJECTED = re.compile(r"(^|_)(q|k|v|qk|kv|qkv|query|key|value)(?![a-z])")
 
 _MARKS = {
+    r"(weight_)?quantized": "quantised (ONNX int8)",
     r"weight[._](absmax|quant_map|nested_absmax|nested_quant_map|quant_state[._].*)": (
         "quantised (bitsandbytes 4 bit)"
     ),
@@ -45,7 +46,6 @@ _MARKS = {
     r"codebooks|codes": "quantised (AQLM)",
     r"weight[._]_(data|scale|zeropoint)|weight_qtype": "quantised (quanto)",
     r"_packed_params([._].*)?": "quantised (torch)",
-    r"(weight_)?quantized": "quantised (ONNX int8)",
     r"(lora_(a|b|down|up|embedding_a|embedding_b|magnitude_vector)|base_layer|hada_w\d.*"
     r"|lokr_w\d.*|ia3_l|dora_scale|lora[._](down|up))([._].*)?": "LoRA adapter",
 }
@@ -86,20 +86,21 @@ def changed_modules(names: Iterable[str], dtypes: Mapping[str, str]) -> dict[str
     return words
 
 
-def remarks_on(names: Mapping[str, Any]) -> list[str]:
+def remarks_on(tensors: Mapping[str, Any]) -> list[str]:
     """What the names of a file say about all of it: quantised or adapted, or named anew by ONNX.
 
     Args:
-        names: The file's tensors by name.
+        tensors: The file's tensors by name.
     """
     kinds: dict[str, list[str]] = {}
-    for module, words in changed_modules(names, {}).items():
-        kinds.setdefault(words.partition(" with")[0], []).append(module)
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
+    for module, words in changed_modules(tensors, dtypes).items():
+        kinds.setdefault(words, []).append(module)
     remarks = [
         f"{len(modules)} matrices are no plain weights, as {modules[0]!r}: {words}."
         for words, modules in kinds.items()
     ]
-    renamed = [name for name in names if _RENAMED.match(name)]
+    renamed = [name for name in tensors if _RENAMED.match(name)]
     if renamed:
         remarks.append(
             f"The exporter renamed {len(renamed)} matrices ({renamed[0]}, ...): which projections "

@@ -14,7 +14,7 @@ from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.decoders import CLIP
 from anymha.interchange.layouts.encoders import projections
-from anymha.interchange.layouts.rotary import HALVES, PAIRS
+from anymha.interchange.layouts.rotary import HALVES, PAIRS, rotary
 from anymha.interchange.limits import same_heads
 from anymha.interchange.packing import fused, linear
 
@@ -23,7 +23,7 @@ LAYOUTS = (
         "transformers.gpt_neox",
         (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("rotary_emb.inv_freq")),
-        needs=(Need("rotary", HALVES + ", over the share `rotary_pct` of its width"),),
+        needs=(rotary(HALVES, ", over the share `rotary_pct` of its width", partial=True),),
         limits=(same_heads,),
         reference="models/gpt_neox/modeling_gpt_neox.py",
     ),
@@ -32,9 +32,7 @@ LAYOUTS = (
         "transformers.falcon",
         (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
         extras=(Extra("rotary_emb.inv_freq"),),
-        needs=(
-            Need("rotary", HALVES + "; or, with `alibi`, ALiBi added before the logits are scaled"),
-        ),
+        needs=(rotary(HALVES, "; or, with `alibi`, ALiBi added before the logits are scaled"),),
         reference="models/falcon/modeling_falcon.py",
     ),
     Layout(
@@ -42,7 +40,7 @@ LAYOUTS = (
         (Form((*fused("qkv_proj", bias=False), *linear("output", "o_proj", bias=False))),),
         extras=(Extra("rotary_emb.inv_freq"),),
         options=("sliding_window",),
-        needs=(Need("rotary", HALVES),),
+        needs=(rotary(HALVES),),
         reference="models/phi3/modeling_phi3.py",
     ),
     Layout(
@@ -56,7 +54,7 @@ LAYOUTS = (
             ),
         ),
         extras=(Extra("causal_mask"), Extra("embed_positions")),
-        needs=(Need("rotary", PAIRS + ", over the first `rotary_dim` elements"),),
+        needs=(rotary(PAIRS, ", over the first `rotary_dim` elements", partial=True),),
         limits=(same_heads,),
         reference="models/codegen/modeling_codegen.py",
     ),
@@ -64,7 +62,7 @@ LAYOUTS = (
         "transformers.modernbert",
         (Form((*fused("Wqkv"), *linear("output", "Wo"))),),
         options=("sliding_window",),
-        needs=(Need("rotary", HALVES),),
+        needs=(rotary(HALVES),),
         limits=(same_heads,),
         reference="models/modernbert/modeling_modernbert.py",
     ),
@@ -74,26 +72,26 @@ LAYOUTS = (
             Form(projections("o_proj"), "module"),
             Form((*fused("Wqkv"), *linear("output", "out_proj")), "published"),
         ),
-        needs=(Need("rotary", HALVES),),
+        needs=(rotary(HALVES),),
         limits=(same_heads,),
         reference="models/nomic_bert/modeling_nomic_bert.py",
     ),
     Layout(
         "transformers.dbrx",
         (Form((*fused("Wqkv", bias=False), *linear("output", "out_proj", bias=False))),),
-        needs=(Need("rotary", HALVES), CLIP),
+        needs=(rotary(HALVES), CLIP),
         reference="models/dbrx/modeling_dbrx.py",
     ),
     Layout(
         "internlm.internlm2",
         (Form((*fused("wqkv", "groups"), *linear("output", "wo"))),),
-        needs=(Need("rotary", HALVES),),
+        needs=(rotary(HALVES),),
         reference="huggingface.co/internlm/internlm2-7b, modeling_internlm2.py",
     ),
     Layout(
         "gpt_fast.Attention",
         (Form((*fused("wqkv", bias=False), *linear("output", "wo", bias=False))),),
-        needs=(Need("rotary", PAIRS),),
+        needs=(rotary(PAIRS),),
         reference="github.com/pytorch-labs/gpt-fast, model.py",
     ),
     Layout(

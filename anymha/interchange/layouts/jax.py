@@ -9,9 +9,9 @@ References:
 from __future__ import annotations
 
 from anymha.framework.validation import PROJECTIONS
-from anymha.interchange.forms import Extra, Form, Need
+from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
-from anymha.interchange.layouts.rotary import HALVES, SCALE, SOFTCAP
+from anymha.interchange.layouts.rotary import HALVES, SCALE, SOFTCAP, rotary
 from anymha.interchange.limits import one_memory, same_heads, same_widths, vector_output
 from anymha.interchange.packing import QKV, Piece, linear
 
@@ -101,7 +101,7 @@ LAYOUTS = (
         limits=(vector_output,),
         scale="free",
         options=("sliding_window",),
-        needs=(Need("rotary", HALVES), SCALE, SOFTCAP),
+        needs=(rotary(HALVES), SCALE, SOFTCAP),
         reference="gemma/gm/nn/_modules.py",
         separator="/",
     ),

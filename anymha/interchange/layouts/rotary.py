@@ -13,11 +13,17 @@ from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import four, projections
 from anymha.interchange.limits import same_heads
 
-HALVES = (
-    "rotary positions on queries and keys, where element i of a head turns with element i + half "
-    "of its rotated width"
-)
-PAIRS = "rotary positions on queries and keys, where element 2i of a head turns with element 2i + 1"
+_TURN = "rotary positions on queries and keys, where element "
+HALVES = _TURN + "i of a head turns with element i + half of its rotated width"
+PAIRS = _TURN + "2i of a head turns with element 2i + 1"
+
+
+def rotary(words: str, more: str = "", partial: bool = False) -> Need:
+    """The need of rotary positions, in halves or in pairs, over all of a head or a part."""
+    order = "halves" if words == HALVES else "pairs"
+    return Need("rotary", words + more, order=order, partial=partial)
+
+
 SCALE = Need(
     "scale",
     "the factor of the logits: query_pre_attn_scalar ** -0.5 of the model's configuration, where "
@@ -58,7 +64,7 @@ def family(
         f"transformers.{name}",
         (Form(projections(output, biased)),),
         extras=(*extras, INVERSE),
-        needs=(Need("rotary", HALVES), *needs),
+        needs=(rotary(HALVES), *needs),
         scale=scale,
         options=options,
         reference=f"models/{name}/modeling_{name}.py",
@@ -104,7 +110,7 @@ LAYOUTS = (
         "transformers.gptj",
         (Form(projections("out_proj", ())),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("embed_positions")),
-        needs=(Need("rotary", PAIRS + ", over the first `rotary_dim` elements"),),
+        needs=(rotary(PAIRS, ", over the first `rotary_dim` elements", partial=True),),
         limits=(same_heads,),
         reference="models/gptj/modeling_gptj.py",
     ),
@@ -124,14 +130,14 @@ LAYOUTS = (
                 for part in ("weight", "bias")
             ),
         ),
-        needs=(Need("rotary", HALVES + ", over the share `partial_rotary_factor` of its width"),),
+        needs=(rotary(HALVES, ", over the share `partial_rotary_factor`", partial=True),),
         reference="models/phi/modeling_phi.py",
     ),
     # The same model as in transformers, whose rows of queries and keys lie in another order.
     Layout(
         "meta.llama",
         (Form(four("wq", "wk", "wv", "wo", biased=())),),
-        needs=(Need("rotary", PAIRS),),
+        needs=(rotary(PAIRS),),
         reference="github.com/meta-llama/llama, llama/model.py",
     ),
 )
