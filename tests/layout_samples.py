@@ -156,6 +156,28 @@ def conv(cross: bool) -> Callable[[Size], Shapes]:
     return shapes
 
 
+def einsum(grouped: bool) -> Callable[[Size], Shapes]:
+    """Gemma's kernels, each head a matrix."""
+    kernels: Callable[[Size], Shapes] = lambda s: (  # noqa: E731
+        {"q_einsum/w": (s.H, s.D, s.d), "kv_einsum/w": (2, s.K, s.S, s.d)}
+        if grouped
+        else {"qkv_einsum/w": (3, s.H, s.D, s.d)}
+    )
+    return lambda s: {**kernels(s), "attn_vec_einsum/w": (s.H, s.d, s.O)}
+
+
+def matrices(*names: str) -> Callable[[Size], Shapes]:
+    """Flax's linear layers, (inputs, outputs)."""
+    plain = linear(*names)
+    turned = {".weight": "/kernel", ".bias": "/bias"}
+    return lambda s: {
+        name.replace(end, turned[end]).replace(".", "/"): shape[::-1]
+        for name, shape in plain(s).items()
+        for end in turned
+        if name.endswith(end)
+    }
+
+
 def buffers(s: Size) -> Shapes:
     return {"bias": (1, 1, 4, 4), "masked_bias": ()}
 
@@ -265,6 +287,94 @@ SAMPLES = (
     family(
         "codegen", no("qkv_proj", "out_proj")(fused("qkv_proj", "out_proj")), same=PER_HEAD,
         multiple=4,
+    ),
+    family(
+        "albert", linear("query", "key", "value", "dense"), same="K=H",
+        optional=lambda s: {"LayerNorm.weight": (s.O,), "LayerNorm.bias": (s.O,)},
+    ),
+    family("distilbert", linear("q_lin", "k_lin", "v_lin", "out_lin"), same="K=H"),
+    family("mpnet", linear("q", "k", "v", "o"), same="K=H"),
+    family(
+        "deberta",
+        lambda s: {
+            "self.in_proj.weight": (3 * s.H * s.d, s.D), "self.q_bias": (s.H * s.d,),
+            "self.v_bias": (s.H * s.d,),
+            "output.dense.weight": (s.O, s.H * s.d), "output.dense.bias": (s.O,),
+        },
+        same=PER_HEAD,
+    ),
+    family(
+        "deberta_v2",
+        linear("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"), same="K=H",
+        optional=lambda s: {"output.LayerNorm.weight": (s.O,), "output.LayerNorm.bias": (s.O,)},
+    ),
+    family("wav2vec2_bert", linear("linear_q", "linear_k", "linear_v", "linear_out"), same="K=H"),
+    family(
+        "wav2vec2_bert", linear("linear_q", "linear_k", "linear_v", "linear_out"), same="K=H",
+        asks=False,
+        extras=lambda s: {
+            "pos_bias_u": (s.H, s.d), "pos_bias_v": (s.H, s.d), "linear_pos.weight": (s.D, s.D),
+        },
+    ),
+    family("blip", fused("qkv", "projection"), same=PER_HEAD),
+    Sample(
+        "nanogpt.CausalSelfAttention", fused("c_attn", "c_proj"), same=PER_HEAD,
+        optional=lambda s: {"bias": (1, 1, 4, 4)},
+    ),
+    family(
+        "gpt_neo", no(*Q_PROJ)(linear(*OUT_PROJ)), same="K=H", optional=buffers
+    ),
+    family("mpt", fused("Wqkv", "out_proj"), same=PER_HEAD),
+    family("modernbert", fused("Wqkv", "Wo"), same=PER_HEAD),
+    family("nomic_bert", linear(*O_PROJ), same="K=H", form="module"),
+    family("nomic_bert", fused("Wqkv", "out_proj"), same=PER_HEAD, form="published"),
+    family("dbrx", no("Wqkv", "out_proj")(fused("Wqkv", "out_proj")), same=GROUPED),
+    family("phi", linear(*Q_PROJ, "dense")),
+    family(
+        "phi", linear(*Q_PROJ, "dense"), asks=False,
+        extras=lambda s: {f"{n}_layernorm.{p}": (s.d,) for n in "qk" for p in ("weight", "bias")},
+    ),
+    Sample("internlm.internlm2", fused("wqkv", "wo"), same=GROUPED),
+    Sample("gpt_fast.Attention", no("wqkv", "wo")(fused("wqkv", "wo")), same=GROUPED),
+    Sample(
+        "megatron.SelfAttention", fused("linear_qkv", "linear_proj"), same=GROUPED,
+        optional=lambda s: {
+            "linear_qkv.layer_norm_weight": (s.D,), "linear_qkv.layer_norm_bias": (s.D,),
+        },
+    ),
+    Sample("meta.llama", no("wq", "wk", "wv", "wo")(linear("wq", "wk", "wv", "wo"))),
+    Sample(
+        "vit_pytorch.Attention", no("to_qkv")(fused("to_qkv", "to_out.0")), same=PER_HEAD,
+        optional=lambda s: {"norm.weight": (s.D,), "norm.bias": (s.D,)},
+    ),
+    Sample("diffusers.Attention", linear("to_q", "to_k", "to_v", "to_out.0")),
+    Sample("flash_attn.MHA", fused("Wqkv", "out_proj"), same=GROUPED, form="self"),
+    Sample(
+        "flash_attn.MHA",
+        lambda s: {
+            "Wq.weight": (s.H * s.d, s.D), "Wq.bias": (s.H * s.d,),
+            "Wkv.weight": (2 * s.K * s.d, s.S), "Wkv.bias": (2 * s.K * s.d,),
+            "out_proj.weight": (s.O, s.H * s.d), "out_proj.bias": (s.O,),
+        },
+        same="U=S v=d", form="cross",
+    ),
+    Sample("openai.whisper", no("key")(linear("query", "key", "value", "out")), same="K=H"),
+    family(
+        "flax_bert", matrices("self.query", "self.key", "self.value", "output.dense"), same="K=H",
+        optional=lambda s: {"output/LayerNorm/scale": (s.O,), "output/LayerNorm/bias": (s.O,)},
+    ),
+    Sample("gemma.Attention", einsum(grouped=False), same=PER_HEAD, asks=False, form="alike"),
+    Sample(
+        "gemma.Attention", einsum(grouped=True), same="U=S v=d", asks=False, form="grouped",
+        optional=lambda s: {"_query_norm/scale": (s.d,), "_key_norm/scale": (s.d,)},
+    ),
+    *(
+        Sample(name, fused(*form), same=same, form=", ".join(form))
+        for name in ("fused.blocks", "fused.groups")
+        for form, same in (
+            (("qkv", "proj"), GROUPED), (("query_key_value", "dense"), GROUPED),
+            (("in_proj", "out_proj"), PER_HEAD),
+        )
     ),
 )  # fmt: skip
 """Each layout, each of its forms."""

@@ -27,12 +27,17 @@ EXAMPLE = ROOT / "docs/examples/layouts"
 BOUND = 1e-6
 """Of the largest output: the families that compute their softmax in float32."""
 
-PLAIN = ["bert", "vit", "clip", "opt", "bart", "whisper", "gpt2", "gpt2, across"]
+PLAIN = [
+    *("bert", "vit", "clip", "opt", "bart", "whisper", "gpt2", "gpt2, across", "albert"),
+    *("distilbert", "deberta", "deberta_v2", "wav2vec2_bert", "blip", "gpt_neo"),
+    "gpt_neo, with a window",
+]
 NEEDING = ["t5", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
 FUSED = ["gpt_oss", "gpt_neox", "phi3", "codegen", "gptj"]
 KINDS = [
     *("gpt_bigcode, one key head", "gpt_bigcode, a key head each", "llama, with biases"),
-    *("falcon, a key head each", "falcon, one key head", "falcon, grouped"),
+    *("falcon, a key head each", "falcon, one key head", "falcon, grouped", "mpnet", "mpt"),
+    *("modernbert", "modernbert, with a window", "nomic_bert", "dbrx", "phi"),
 ]
 NAMES = [*PLAIN, *NEEDING, *FUSED, *KINDS]
 

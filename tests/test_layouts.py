@@ -49,6 +49,14 @@ NAMED = [
     *("transformers.gpt_neox", "transformers.bloom", "transformers.falcon", "transformers.phi3"),
     *("transformers.gpt_bigcode", "transformers.codegen", "transformers.gptj"),
     *("transformers.gpt_oss", "transformers.opt", "transformers.bart"),
+    *("transformers.albert", "transformers.distilbert", "transformers.mpnet"),
+    *("transformers.deberta", "transformers.deberta_v2", "transformers.wav2vec2_bert"),
+    *("transformers.blip", "transformers.gpt_neo", "transformers.mpt", "transformers.modernbert"),
+    *("transformers.nomic_bert", "transformers.dbrx", "transformers.phi"),
+    *("transformers.flax_bert", "nanogpt.CausalSelfAttention", "internlm.internlm2"),
+    *("gpt_fast.Attention", "megatron.SelfAttention", "meta.llama", "vit_pytorch.Attention"),
+    *("diffusers.Attention", "flash_attn.MHA", "openai.whisper", "gemma.Attention"),
+    *("fused.blocks", "fused.groups"),
 ]
 
 

@@ -34,8 +34,9 @@ def add_command(commands: Any) -> None:
     command.add_argument("source", type=Path, metavar="SRC", help="a file of any known format")
     command.add_argument("target", type=Path, metavar="DST",
                          help="the new file: .safetensors, .npz, .pt or .weights.h5")  # fmt: skip
-    command.add_argument("--from", dest="layout", required=True, metavar="LAYOUT",
-                         help="the layout of its layers; see `anymha inspect SRC`")  # fmt: skip
+    command.add_argument("--from", dest="layout", metavar="LAYOUT",
+                         help="the layout of its layers; see `anymha inspect SRC`; default the "
+                              "only one that fits")  # fmt: skip
     command.add_argument("--to", required=True, metavar="LAYOUT",
                          help="the new layout; `anymha` for `anymha.load`")  # fmt: skip
     command.add_argument("--prefix", action="append", metavar="P",
@@ -97,7 +98,7 @@ def convert(options: argparse.Namespace) -> int:
     stated = vars(options)
     sizes = {name: stated[name] for name in names if stated[name] is not None}
     sizes |= {name: stated[name] for name in _further_options() if name in stated}
-    verifier = Verifier(options.layout, options.to, sizes) if options.verify else None
+    verifier = Verifier() if options.verify else None
     with bar() as progress:
         try:
             conversion = convert_file(
@@ -127,8 +128,8 @@ def convert(options: argparse.Namespace) -> int:
     shards = f" in {len(files) - 1} file{'s' * (len(files) > 2)}" if files[1:] else ""
     trial = "Not written, as a trial: " if options.dry_run else ""
     lines.append(
-        f"{trial}{files[0]}: {count} layer{'s' * (count != 1)} of {options.layout} as {options.to},"
-        f" {len(conversion.tensors)} tensors{shards}, {size:,} bytes"
+        f"{trial}{files[0]}: {count} layer{'s' * (count != 1)} of {conversion.layout} as "
+        f"{options.to}, {len(conversion.tensors)} tensors{shards}, {size:,} bytes"
     )
     for line in lines:
         print(line)

@@ -10,9 +10,11 @@ from typing import Any
 
 from anymha.cli.progress import busy
 from anymha.interchange.anymha_files import ENTRY, read_configs
-from anymha.interchange.detect import LayerGroup, find_layer_groups, numbers_of, pattern_of
+from anymha.interchange.detect import UNNAMED, LayerGroup, find_layer_groups, numbers_of, pattern_of
 from anymha.interchange.files.formats import format_of, open_file
 from anymha.interchange.files.reader import Reader, Tensor
+from anymha.interchange.leftovers import refusal, remarks_on
+from anymha.interchange.model_config import NAME, read_config
 from anymha.options.config import AttentionConfig
 
 SHOWN_NAMES = 12
@@ -52,12 +54,13 @@ def as_data(reader: Reader, every: bool = False) -> dict[str, Any]:
         every: Whether every tensor is listed.
     """
     file_format = format_of(reader.path)
+    groups = find_layer_groups(reader.tensors, file_format, read_config(reader.path))
     data: dict[str, Any] = {
         "file": str(reader.path),
         "format": file_format.name,
         "tensor_count": len(reader.tensors),
         "bytes": sum(tensor.bytes for tensor in reader.tensors.values()),
-        "layers": [_group_data(one) for one in find_layer_groups(reader.tensors, file_format)],
+        "layers": [_group_data(group) for group in groups],
     }
     return data | ({"tensors": _tensor_data(reader.tensors)} if every else {})
 
@@ -68,6 +71,9 @@ def _group_data(group: LayerGroup) -> dict[str, Any]:
         "pattern": group.pattern,
         "prefixes": group.prefixes,
         "layouts": [fit.name for fit in group.fits],
+        "layout": group.layout,
+        "kind": group.kind,
+        "unknown": group.unknown,
         "misfits": group.misfits,
         "config": None if config is None else config.to_dict(),
         "tensors": _tensor_data(group.tensors),
@@ -94,7 +100,7 @@ def report(reader: Reader, every: bool = False) -> Iterable[str]:
     if ENTRY in reader.metadata:
         count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
-    groups = find_layer_groups(tensors, file_format)
+    groups = find_layer_groups(tensors, file_format, read_config(reader.path))
     for group in groups:
         yield ""
         yield from _group(reader.path, group)
@@ -103,6 +109,10 @@ def report(reader: Reader, every: bool = False) -> Iterable[str]:
         yield f"No attention layer of a known layout.{'' if every else ' Its names:'}"
         if not every:
             yield from _names(tensors)
+    remarks = remarks_on(tensors)
+    if remarks and not any(group.kind for group in groups):
+        yield ""
+        yield from remarks
     if every:
         yield ""
         yield "All tensors:"
@@ -117,18 +127,33 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
     for name, tensor in group.tensors.items():
         yield f"  {name:28} {tensor.dtype} {_shape(tensor)}"
     names = [fit.name for fit in group.fits]
+    if group.kind:
+        yield f"  No layout fits, for {refusal(group.kind)}"
+        return
     if not names:
         yield "  No layout fits:"
+    elif group.stated:
+        others = f"; its names and shapes also fit {', '.join(names[1:])}" if names[1:] else ""
+        yield f"  Layout: {names[0]} (the {NAME} beside the file says so{others})."
     elif len(names) == 1:
-        yield f"  Layout: {names[0]} (all its names and shapes fit, and no other layout does)."
+        yield (
+            f"  Layout: {names[0]} (all its names and shapes fit, and no other of the layouts "
+            "known here does)."
+        )
     else:
-        yield f"  Layouts that fit: {', '.join(names)}."
+        yield f"  Layouts that fit: {', '.join(names)} (of the layouts known here)."
         yield (
             "  They have these names and shapes in common and may mean different things by them, "
             "as the order of rows in a fused kernel: name the one that the model has."
         )
-    for name, reason in list(group.misfits.items())[:SHOWN_MISFITS]:
+    named = [(name, why) for name, why in group.misfits.items() if name not in UNNAMED]
+    for name, reason in named[:SHOWN_MISFITS]:
         yield f"  Not {name}: {reason}"
+    if group.unknown and group.prefixes[0]:
+        yield (
+            f"  Not known to {'this layout' if group.layout else 'these layouts'}, and left out by "
+            f"`anymha convert`: {', '.join(group.unknown)}."
+        )
     if names:
         yield from _sizes(group)
         yield from _next(path, group)
@@ -160,7 +185,7 @@ def _widths(config: AttentionConfig) -> str:
 
 def _next(path: Path, group: LayerGroup) -> Iterable[str]:
     """The command that converts the layers."""
-    layout = group.fits[0].name if len(group.fits) == 1 else "LAYOUT"
+    layout = group.layout or "LAYOUT"
     heads = " --num-heads H" if group.config is None else ""
     prefix = f" --prefix '{group.pattern}'" if group.pattern else ""
     yield f"  To convert: anymha convert {path} DST --from {layout} --to LAYOUT{heads}{prefix}"

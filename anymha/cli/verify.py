@@ -16,6 +16,7 @@ from anymha.framework.registry import Backend, backends, get_layer
 from anymha.interchange.convert_model import ConvertedLayer
 from anymha.interchange.layers import convert, set_weights
 from anymha.interchange.layouts import get_layout
+from anymha.interchange.rotary_order import reordered
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
 from anymha.parity.stages.units import units_of
@@ -60,16 +61,10 @@ LIBRARIES: dict[str, Callable[..., np.ndarray]] = {
 
 
 class Verifier:
-    """Checks layers one by one, and keeps the greatest errors.
+    """Checks layers one by one, and keeps the greatest errors."""
 
-    Args:
-        layout: Their old layout.
-        to: Their new layout.
-        sizes: Sizes and options that the shapes do not show, as `to_canonical` takes them.
-    """
-
-    def __init__(self, layout: str, to: str, sizes: Mapping[str, Any]) -> None:
-        self._layout, self._to, self._sizes = layout, to, dict(sizes)
+    def __init__(self) -> None:
+        self._layout = self._to = ""
         self._errors: dict[str, tuple[float, float, float]] = {}
         self._count = 0
         self._not_run: dict[str, str] = {}
@@ -80,6 +75,7 @@ class Verifier:
         Raises:
             Mismatch: a bit or an output differs.
         """
+        self._layout, self._to = layer.weights.layout, layer.result.layout
         self._check_bits(layer)
         self._count += 1
         if any(not np.isfinite(array).all() for array in layer.weights.values()):
@@ -128,6 +124,7 @@ class Verifier:
         config = layer.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
         again, _ = target.to_canonical(layer.result, **sizes)
+        again = reordered(again, again.rotary, layer.weights.rotary)
         added = [name for name in again if name not in layer.weights and not np.any(again[name])]
         again = {name: array for name, array in again.items() if name not in added}
         _compare(layer, self._to, layer.weights, again)
@@ -160,6 +157,10 @@ class Verifier:
             lines.append(f"  {name}: {error:.1e}, {units:.2f} units of rounding of {budget:.0f}")
         for name, reason in self._not_run.items():
             lines.append(f"  not run: {name}: {reason}")
+        lines.append(
+            f"This proves the conversion, not the choice of layout: whether the layers are of "
+            f"{self._layout}, the model's own outputs must tell."
+        )
         return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,9 @@ import numpy as np
 
 from anymha.errors import AnymhaError, BiasWarning, UsageError
 from anymha.interchange.anymha_files import config_metadata
-from anymha.interchange.detect import (
-    LayoutFit,
-    find_layer_groups,
-    layout_fit,
-    matches,
-    numbers_of,
-    pattern_of,
-)
-from anymha.interchange.files.formats import format_of
+from anymha.interchange.detect import LayerGroup, LayoutFit, matches, numbers_of
 from anymha.interchange.files.reader import Reader, Tensor
+from anymha.interchange.leftovers import refusal, remarks_on
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
@@ -61,7 +54,9 @@ class Conversion:
         copied: Names of the tensors that are copied as they are.
         left: Names of the source's tensors that are left out.
         notes: Facts that the user should know: biases that were added, what else the forward pass
-            needs, values that are not finite.
+            needs, arrays that the layout does not know, values that are not finite.
+        verification: What was proved about the layers, in lines; empty where nothing was verified.
+        layout: The layers' layout in the source.
         files: The new files: the one to open, then its shards where there are any.
     """
 
@@ -70,6 +65,8 @@ class Conversion:
     copied: list[str]
     left: list[str]
     notes: list[str] = field(default_factory=list)
+    verification: list[str] = field(default_factory=list)
+    layout: str = ""
     files: list[Path] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -112,38 +109,87 @@ class ConversionJob:
         return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
-def choose_layers(job: ConversionJob, pattern: str) -> dict[str, LayoutFit]:
+def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) -> str:
+    """The layout of all layers whose names begin with a pattern, where nothing else fits them.
+
+    Raises:
+        UsageError: there is no such layer, or several layouts may be meant.
+    """
+    path, tensors = reader.path, reader.tensors
+    groups = [g for g in groups if any(matches(prefix, pattern) for prefix in g.prefixes)]
+    _refuse_changed(path, groups, pattern)
+    found = {group.pattern: group for group in groups if group.fits}
+    names = {group.layout for group in found.values()}
+    name = names.pop() if len(names) == 1 else None
+    if name is not None:
+        return name
+    if not found:
+        raise UsageError(
+            f"{path} holds no attention layer of a known layout whose names begin with "
+            f"{pattern!r}. {_remarks(tensors)}See what it holds with: anymha inspect FILE."
+        )
+    fits = "; ".join(
+        f"{group.pattern!r}: {', '.join(fit.name for fit in group.fits)}"
+        for group in found.values()
+    )
+    raise UsageError(
+        f"{path}: name the layout (`layout=...`, `--from`), for names and shapes leave it open. Of "
+        f"the layouts known here these fit: {fits}."
+    )
+
+
+def choose_layers(
+    job: ConversionJob, groups: Sequence[LayerGroup], pattern: str
+) -> dict[str, LayoutFit]:
     """Choose the layers of the source's layout whose names begin with a pattern.
 
     Raises:
         UsageError: there is none, or the layout does not fit one of them.
     """
-    tensors, path = job.reader.tensors, job.reader.path
-    layout = job.namings[0].layout
-    layers = {
-        prefix: layout_fit(naming, tensors, prefix)
-        for naming in job.namings
-        for prefix in naming.prefixes(tensors)
-    }
-    if not layers:
+    path, layout = job.reader.path, job.namings[0].layout
+    chosen = [group for group in groups if any(matches(p, pattern) for p in group.prefixes)]
+    _refuse_changed(path, chosen, pattern)
+    layers: dict[str, LayoutFit] = {}
+    known = []
+    for group in groups:
+        fit = next((fit for fit in group.fits if fit.name == layout.name), None)
+        if fit is None and layout.name not in group.misfits:
+            continue
+        known.append(group.pattern)
+        for prefix in group.prefixes:
+            if matches(prefix, pattern) and fit is None:
+                reason = group.misfits[layout.name]
+                raise UsageError(f"{path}, layer {prefix!r}: {layout.name} does not fit: {reason}")
+            if matches(prefix, pattern) and fit is not None:
+                layers[prefix] = fit
+    if not known:
         marks = " and ".join(repr(job.namings[0].names[name]) for name in layout.required()[0])
         raise UsageError(
             f"{path} holds no layer of the layout {layout.name!r}, whose names end with {marks}. "
-            "See what it holds with: anymha inspect FILE."
+            f"{_remarks(job.reader.tensors)}See what it holds with: anymha inspect FILE."
         )
-    chosen = {prefix: fit for prefix, fit in layers.items() if matches(prefix, pattern)}
-    if not chosen:
-        known = ", ".join(dict.fromkeys(repr(pattern_of(prefix)) for prefix in layers))
+    if not layers:
         raise UsageError(
             f"{path} holds no layer whose names begin with {pattern!r}. Its layers begin with "
-            f"{known}."
+            f"{', '.join(dict.fromkeys(map(repr, known)))}."
         )
-    for group in find_layer_groups(tensors, format_of(path)):
+    return layers
+
+
+def _remarks(tensors: Mapping[str, Tensor]) -> str:
+    return "".join(f"{remark} " for remark in remarks_on(tensors))
+
+
+def _refuse_changed(path: Path, groups: Sequence[LayerGroup], pattern: str) -> None:
+    """Refuse layers that are quantised or have an adapter.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for group in groups:
         for prefix in group.prefixes:
-            if prefix in chosen and layout.name not in [fit.name for fit in group.fits]:
-                reason = group.misfits.get(layout.name, "")
-                raise UsageError(f"{path}, layer {prefix!r}: {layout.name} does not fit: {reason}")
-    return chosen
+            if group.kind and matches(prefix, pattern):
+                raise UsageError(f"{path}, layer {prefix!r}: {refusal(group.kind)}")
 
 
 def plan_conversion(
@@ -158,9 +204,15 @@ def plan_conversion(
     used = {prefix + name for prefix, fit in layers.items() for name in fit.names.values()}
     rest = [name for name in tensors if name not in used]
     plan = Conversion({}, {}, rest if others else [], [] if others else rest)
+    plan.layout = job.namings[0].layout.name
     examples: dict[Signature, ConvertedLayer] = {}
     configs = {}
     for prefix, fit in layers.items():
+        if fit.unknown and prefix:
+            plan.note(
+                f"Not known to {fit.name}, and left out of its layers: {', '.join(fit.unknown)}. "
+                "Make sure that they are no part of the attention."
+            )
         layer = _layer_tensors(job, prefix, fit)
         signature = tuple((name, t.shape, t.dtype.name) for name, t in layer.items())
         if signature not in examples or prefix in job.configs:

@@ -23,9 +23,10 @@ from anymha.interchange.conversion_plan import (
     ConversionJob,
     ConvertedLayer,
     choose_layers,
+    choose_layout,
     plan_conversion,
 )
-from anymha.interchange.detect import LayoutFit
+from anymha.interchange.detect import LayerGroup, LayoutFit, find_layer_groups
 from anymha.interchange.files.formats import (
     create_file,
     format_of,
@@ -33,15 +34,17 @@ from anymha.interchange.files.formats import (
     open_file,
     writable_format,
 )
-from anymha.interchange.files.reader import Tensor, Writer
-from anymha.interchange.layouts import get_layout
+from anymha.interchange.files.reader import Reader, Tensor, Writer
+from anymha.interchange.layout import Layout
+from anymha.interchange.layouts import SIZES, get_layout
+from anymha.interchange.model_config import NAME, read_config, stated_options
 from anymha.interchange.naming import file_namings
 
 
 def convert_file(
     source: Path,
     target: Path,
-    layout: str,
+    layout: str | None,
     to: str,
     *,
     prefix: str | Sequence[str] = "",
@@ -59,7 +62,8 @@ def convert_file(
         source: A file of any known format.
         target: The new file; the end of its name says the format. It is written as a whole or not
             at all.
-        layout: The layout of the source's layers.
+        layout: The layout of the source's layers; None for the one that the names and shapes, or
+            the `config.json` beside the file, leave.
         to: Their new layout; "anymha" for files that `anymha.load` reads.
         prefix: Only layers whose names begin so; ``{i}`` stands for a number, ``*`` for any text.
             A sequence of such prefixes takes the layers of each.
@@ -75,21 +79,34 @@ def convert_file(
         **sizes: Sizes and options that the shapes do not show, as `anymha.to_canonical` takes them.
 
     Raises:
-        UsageError: there is no such layer, or it cannot be converted.
+        UsageError: there is no such layer, several layouts may be meant, or it cannot be
+            converted.
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
     """
     new_format = writable_format(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"The two files must be different ones. Received: {source} twice.")
-    old, new = get_layout(layout), get_layout(to)
+    new, old = get_layout(to), None if layout is None else get_layout(layout)
     with open_file(source) as reader:
+        prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
+        file_format, model_config = format_of(source), read_config(source)
+        groups = find_layer_groups(reader.tensors, file_format, model_config)
+        if old is None:
+            layout = _only_layout(reader, groups, prefixes)
+            old = get_layout(layout)
+        stated = _stated(model_config, old, sizes)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
-        namings = file_namings(old, format_of(source))
-        job = ConversionJob(reader, namings, file_namings(new, new_format)[0], sizes, configs)
-        prefixes = [prefix] if isinstance(prefix, str) else prefix
-        layers = {start: fit for one in prefixes for start, fit in choose_layers(job, one).items()}
+        namings = file_namings(old, file_format)
+        target_naming = file_namings(new, new_format)[0]
+        job = ConversionJob(reader, namings, target_naming, {**stated, **sizes}, configs)
+        layers = {
+            start: fit for one in prefixes for start, fit in choose_layers(job, groups, one).items()
+        }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
+        if stated:
+            known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+            plan.note(f"Taken from the {NAME} beside the file: {known}.")
         if to == OWN and not new_format.metadata:
             plan.note(f"{target.name} has no place for the configuration: `anymha.load` will not "
                       "read it. Write a .safetensors file.")  # fmt: skip
@@ -109,6 +126,23 @@ def convert_file(
             for name in plan.copied:
                 writer.write(name, reader.read(name))
         return plan
+
+
+def _stated(
+    model_config: Mapping[str, Any], layout: Layout, sizes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the configuration states and the caller does not; of the heads, one size is enough."""
+    stated = stated_options(model_config, layout)
+    skipped = SIZES if not set(SIZES).isdisjoint(sizes) else ()
+    return {n: value for n, value in stated.items() if n not in sizes and n not in skipped}
+
+
+def _only_layout(reader: Reader, groups: Sequence[LayerGroup], prefixes: Sequence[str]) -> str:
+    names = {one: choose_layout(reader, groups, one) for one in prefixes}
+    if len(set(names.values())) > 1:
+        told = ", ".join(f"{one!r}: {name}" for one, name in names.items())
+        raise UsageError(f"Layers of several layouts are converted one after another: {told}.")
+    return names[prefixes[0]]
 
 
 class _Rehearsed(Exception):

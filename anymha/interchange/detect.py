@@ -6,21 +6,43 @@ then all of them are listed.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from anymha.errors import AnymhaError
-from anymha.interchange.files.formats import Format
+from anymha.errors import AnymhaError, ArgumentError
+from anymha.framework.dtypes import dtype_name
+from anymha.interchange.files.formats import FORMATS, Format, format_of, open_file
 from anymha.interchange.files.reader import Tensor
-from anymha.interchange.layouts import get_layout, layouts
-from anymha.interchange.naming import FileNaming, file_namings
+from anymha.interchange.layout import Layout
+from anymha.interchange.layouts import flat_arrays, get_layout, layouts
+from anymha.interchange.leftovers import (
+    changed_modules,
+    changes_results,
+    is_buffer,
+    not_floats,
+    refusal,
+)
+from anymha.interchange.model_config import family_of, read_config, stated_options
+from anymha.interchange.name_index import NameIndex
+from anymha.interchange.naming import FileNaming, file_namings, natural_key
+from anymha.interchange.packing import module_of
+from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
 
 _NUMBER = re.compile(r"(?<![^./_])\d+(?![^./])")
 _LETTERS = "ijklmnop"
+_DEPTH = 4
+"""The most parts of a projection's name."""
+UNNAMED = ("fused.blocks", "fused.groups")
+"""Layouts of no known library, which come last."""
 MAX_AXIS = 2**24
 """No axis of an attention layer is longer; hostile shapes must not cost a search for divisors."""
 
@@ -33,16 +55,49 @@ class LayoutFit:
         naming: The layout, and its names in the file.
         names: The file's names by the layout's, without the layer's prefix.
         shapes: Shapes by the layout's names.
+        unknown: Names behind the prefix that the layout does not know, and that are no buffers.
+        options: Sizes and options that the model's configuration states.
     """
 
     naming: FileNaming
     names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    unknown: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout."""
+        return self.naming.layout
 
     @property
     def name(self) -> str:
         """The layout's name."""
-        return self.naming.layout.name
+        return self.layout.name
+
+    @property
+    def config(self) -> AttentionConfig | None:
+        """The config that shapes and configuration tell; None where they leave the heads open."""
+        converted = self._converted
+        return converted[1] if converted is not None else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the layer's forward pass needs besides attention, in words."""
+        if self._converted is not None:
+            return self._converted[0].needs
+        needs = (need if isinstance(need, str) else need.words() for need in self.layout.needs)
+        extras = (e.need for e in self.layout.extras if e.need and e.array in self.names)
+        return (*needs, *extras)
+
+    @property
+    def _converted(self) -> tuple[Weights, AttentionConfig] | None:
+        try:
+            # An array of one number takes no memory, whatever its shape.
+            zeros = {n: np.broadcast_to(np.float16(0), shape) for n, shape in self.shapes.items()}
+            return self.layout.to_canonical(zeros, **self.options)
+        except AnymhaError:
+            return None
 
 
 @dataclass
@@ -52,9 +107,11 @@ class LayerGroup:
     Args:
         pattern: What their names begin with, with letters for the numbers.
         prefixes: What the names of each begin with.
-        fits: The layouts that they may have.
+        fits: The layouts that they may have, the likeliest first.
         misfits: The layouts that have these names and do not fit, and the reasons.
         tensors: Shape and dtype of each array of the first layer, by its name there.
+        kind: What the layers are where no layout can fit: quantised, or adapters of another layer.
+        stated: The layout that the model's configuration names.
     """
 
     pattern: str
@@ -62,38 +119,135 @@ class LayerGroup:
     fits: list[LayoutFit]
     misfits: dict[str, str]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: str = ""
+    stated: str = ""
+
+    @property
+    def layout(self) -> str | None:
+        """The layout, where only one fits or the model's configuration names it; else None."""
+        only = len(self.fits) == 1 or (self.stated and self.fits)
+        return self.fits[0].name if only else None
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names behind the prefix that no layout which fits knows."""
+        everywhere = [set(fit.unknown) for fit in self.fits]
+        return (
+            tuple(n for n in self.fits[0].unknown if all(n in e for e in everywhere))
+            if self.fits
+            else ()
+        )
 
     @property
     def config(self) -> AttentionConfig | None:
-        """The config that the shapes show; None where they leave the number of heads open."""
-        if not self.fits:
-            return None
-        best = self.fits[0]
-        try:
-            arrays = {name: np.zeros(shape, np.float16) for name, shape in best.shapes.items()}
-            return best.naming.layout.to_canonical(arrays)[1]
-        except AnymhaError:
-            return None
+        """The config of the likeliest layout; None where there is none or heads are open."""
+        return self.fits[0].config if self.fits else None
 
 
-def find_layer_groups(tensors: Mapping[str, Tensor], file_format: Format) -> list[LayerGroup]:
+def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[LayerGroup]:
+    """Find the attention layers of a file or of a model's arrays, and the layouts that fit each.
+
+    Names and shapes decide; no values are read. Where several layouts have the same names and
+    shapes and may mean different things by them, all are listed.
+
+    Args:
+        source: A file or folder of weights, of any known format, with the `config.json` beside it
+            where there is one; or arrays of any framework by name, also in nested dicts.
+
+    Returns:
+        A group for each kind of layer: `pattern`, what their names begin with, with letters for
+        numbers; `prefixes`, what the names of each begin with; `fits`, the layouts that they may
+        have, the likeliest first, each with its `name`, its `names` (the names behind the prefix by
+        the layout's names), its `config` (None where the number of heads is open) and its `needs`;
+        `layout`, the one layout where only one fits or the configuration names it, else None;
+        `misfits`, the reasons why others do not fit; `kind`, where no layout can fit: "quantised
+        (...)" or "LoRA adapter".
+
+    Raises:
+        FileError: the file cannot be read.
+        ArgumentError: `source` is neither a path nor a mapping of arrays.
+
+    Example:
+        >>> import numpy as np
+        >>> names = ("self.query", "self.key", "self.value", "output.dense")
+        >>> arrays = {f"layer.{i}.{n}.weight": np.ones((8, 8)) for i in (0, 1) for n in names}
+        >>> (group,) = find_layers(arrays)
+        >>> group.pattern, group.prefixes, group.layout
+        ('layer.{i}.', ['layer.0.', 'layer.1.'], 'transformers.bert')
+    """
+    if isinstance(source, Mapping):
+        arrays = flat_arrays(source, ".")
+        tensors = {name: _tensor(name, array) for name, array in arrays.items()}
+        return find_layer_groups(tensors, FORMATS[0])
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(
+            f"`source` must be a path or a mapping of arrays by name. Received: "
+            f"{type(source).__qualname__}."
+        )
+    path = Path(source)
+    with open_file(path) as reader:
+        return find_layer_groups(reader.tensors, format_of(path), read_config(path))
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    try:
+        dtype = dtype_name(array.dtype)
+        return Tensor(tuple(int(size) for size in array.shape),
+                      np.dtype(getattr(ml_dtypes, dtype, dtype)))  # fmt: skip
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"`source` must hold arrays. Received: {type(array).__qualname__} as {name!r}."
+        ) from error
+
+
+def find_layer_groups(
+    tensors: Mapping[str, Tensor],
+    file_format: Format,
+    model_config: Mapping[str, Any] | None = None,
+) -> list[LayerGroup]:
     """Find the attention layers of a file, grouped by names that differ in numbers alone.
 
     Args:
         tensors: Shape and dtype of each tensor of the file.
         file_format: The file's format.
+        model_config: The model's configuration, as transformers has it.
     """
-    candidates: dict[str, list[LayoutFit]] = {}
-    for name in layouts():
+    model_config = model_config or {}
+    family = family_of(model_config)
+    index = NameIndex(tensors)
+    changed = _changed_layers(tensors)
+    candidates: dict[str, list[LayoutFit]] = {prefix: [] for prefix in changed}
+    for name in sorted(layouts(), key=lambda name: (name != family, name in UNNAMED, name)):
         for naming in file_namings(get_layout(name), file_format):
-            for prefix in naming.prefixes(tensors):
+            for prefix in naming.prefixes(index):
                 candidates.setdefault(prefix, []).append(layout_fit(naming, tensors, prefix))
+    claimed = {
+        prefix + name: prefix
+        for prefix in sorted(candidates, key=len)
+        for fit in candidates[prefix]
+        for name in fit.names.values()
+    }
     groups: dict[object, LayerGroup] = {}
-    for prefix in sorted(candidates):
-        fits, misfits = select_fits(candidates[prefix])
-        layer = {n: tensors[prefix + n] for c in candidates[prefix] for n in c.names.values()}
-        key = (pattern_of(prefix), tuple(fit.name for fit in fits), tuple(layer.items()))
-        group = groups.setdefault(key, LayerGroup(key[0], [], fits, misfits, layer))
+    for prefix in sorted(candidates, key=natural_key):
+        found = candidates[prefix]
+        own = _own_names(index, prefix, candidates, claimed)
+        fits = [
+            replace(fit, unknown=_unknown(fit, own, tensors, prefix),
+                    options=stated_options(model_config, fit.layout))
+            for fit in found
+        ]  # fmt: skip
+        kind = changed.get(prefix) or _narrow(found, tensors, prefix)
+        if kind:
+            best, misfits = [], {fit.name: refusal(kind) for fit in fits}
+            layer = {name: tensors[prefix + name] for name in own}
+        else:
+            best, misfits = select_fits(fits, alone=bool(prefix))
+            layer = {n: tensors[prefix + n] for c in fits for n in c.names.values()}
+            layer |= {n: tensors[prefix + n] for c in best or fits if prefix for n in c.unknown}
+        key = (pattern_of(prefix), kind, tuple(fit.name for fit in best), tuple(layer.items()),
+               tuple(fit.unknown for fit in best))  # fmt: skip
+        stated = family if best and best[0].name == family else ""
+        group = groups.setdefault(key, LayerGroup(key[0], [], best, misfits, layer, kind, stated))
         group.prefixes.append(prefix)
     return list(groups.values())
 
@@ -105,30 +259,114 @@ def layout_fit(naming: FileNaming, tensors: Mapping[str, Tensor], prefix: str) -
     return LayoutFit(naming, names, shapes)
 
 
-def select_fits(candidates: list[LayoutFit]) -> tuple[list[LayoutFit], dict[str, str]]:
+def _changed_layers(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The prefixes of layers whose projections are quantised or have an adapter, and which."""
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
+    layers: dict[str, str] = {}
+    for module, words in changed_modules(tensors, dtypes).items():
+        starts = [0, *(match.end() for match in re.finditer(r"[./]", module))]
+        for start in starts[-_DEPTH:]:
+            if module[start:].replace("/", ".") in _projections():
+                layers.setdefault(module[:start], words)
+                break
+    return layers
+
+
+@cache
+def _projections() -> frozenset[str]:
+    """The names that layouts give to queries, keys and values."""
+    pieces = (p for name in layouts() for form in get_layout(name).forms for p in form.pieces)
+    return frozenset(p.module.replace("/", ".") for p in pieces if p.holds != ("output",))
+
+
+def _narrow(fits: list[LayoutFit], tensors: Mapping[str, Tensor], prefix: str) -> str:
+    """What kernels of other dtypes than floats are; empty where all are floats."""
+    kernels = {
+        prefix + fit.names[name]
+        for fit in fits
+        for form in fit.layout.forms
+        for name in form.required()
+        if name in fit.names
+    }
+    return not_floats({name: tensors[name].dtype.name for name in kernels}) or ""
+
+
+def _own_names(
+    index: NameIndex, prefix: str, layers: Container[str], claimed: Mapping[str, str]
+) -> list[str]:
+    """The names behind a prefix that belong to no other layer."""
+    return [
+        name
+        for name in index.beginning(prefix)
+        if claimed.get(prefix + name, prefix) == prefix
+        and not any(prefix + name[: end.end()] in layers for end in re.finditer(r"[./]", name))
+    ]
+
+
+def _unknown(
+    fit: LayoutFit, own: Iterable[str], tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[str, ...]:
+    """The names behind a prefix that a layout does not know."""
+    known = set(fit.names.values())
+    return tuple(
+        name
+        for name in own
+        if name not in known and not fit.layout.is_buffer(name, tensors[prefix + name].shape)
+    )
+
+
+def select_fits(
+    candidates: list[LayoutFit], alone: bool = True
+) -> tuple[list[LayoutFit], dict[str, str]]:
     """Split candidates into the layouts that a layer may have, and the others with the reasons.
 
-    A layout does not fit where it leaves out an array that another layout knows.
+    A layout does not fit where it leaves out an array that another layout knows, or one that may
+    change what the layer computes.
+
+    Args:
+        candidates: The layouts whose names the layer has.
+        alone: Whether all names behind the layer's prefix are its own.
     """
     misfits: dict[str, str] = {}
     fits = []
     for candidate in candidates:
-        reason = _oversized(candidate.shapes) or candidate.naming.layout.fits(candidate.shapes)
+        reason = _oversized(candidate.shapes) or candidate.layout.fits(candidate.shapes)
         if reason is None:
             fits.append(candidate)
         else:
             misfits[candidate.name] = reason
     best = []
     for fit in fits:
-        known = set(fit.names.values())
-        larger = next((other for other in fits if set(other.names.values()) > known), None)
-        if larger is None:
-            best.append(fit)
-        else:
+        known = _meant(fit)
+        larger = next((other for other in fits if _meant(other) > known), None)
+        reason = _left_over(fit, alone)
+        if larger is not None:
             left = ", ".join(name for name in larger.names.values() if name not in known)
             misfits[fit.name] = f"it has no {left}, as {larger.name!r} has."
+        elif reason is not None:
+            misfits[fit.name] = reason
+        else:
+            best.append(fit)
     names = {fit.name for fit in best}
     return best, {name: reason for name, reason in misfits.items() if name not in names}
+
+
+def _meant(fit: LayoutFit) -> set[str]:
+    """The file's names of a fit without buffers, which another layout may leave out."""
+    return {
+        place for name, place in fit.names.items() if not is_buffer(name, fit.shapes[name], True)
+    }
+
+
+def _left_over(fit: LayoutFit, alone: bool) -> str | None:
+    """Why an array that the layout does not know speaks against it."""
+    pieces = (piece for form in fit.layout.forms for piece in form.pieces)
+    modules = {module_of(fit.names[p.array]) for p in pieces if p.array in fit.names}
+    for name in fit.unknown:
+        reason = changes_results(name, modules, alone)
+        if reason is not None:
+            return f"{reason}, and {fit.name} has no place for it."
+    return None
 
 
 def _oversized(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

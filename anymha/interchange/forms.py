@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.packing import Piece
@@ -37,11 +38,15 @@ class Need:
         option: The option's name, which may be one that `AttentionConfig` does not have yet.
         text: The need in words.
         key: The name of its value in the family's `config.json` and its live layers.
+        order: Of rotary positions, the elements of a head that turn together: "halves" or "pairs".
+        partial: Whether they turn a part of each head alone.
     """
 
     option: str
     text: str
     key: str = ""
+    order: str = ""
+    partial: bool = False
 
     def words(self) -> str:
         """The need in words, and how to meet it where that is possible."""
@@ -58,10 +63,12 @@ class Form:
     Args:
         pieces: The arrays.
         name: A name that tells it from the layout's other forms.
+        limits: Rules of `anymha.interchange.limits` besides the layout's.
     """
 
     pieces: tuple[Piece, ...]
     name: str = ""
+    limits: tuple[Any, ...] = ()
 
     def names(self) -> tuple[str, ...]:
         """The arrays' names, kernels and biases."""

@@ -15,6 +15,7 @@ from anymha.interchange.compared_options import check_same_results
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.libraries import make_layer, open_layer
 from anymha.interchange.live_layer import LiveLayer
+from anymha.interchange.rotary_order import reordered
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, check_weights, match_biases
 from anymha.options.config import AttentionConfig
@@ -134,6 +135,7 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
             source.config,
             unknown=(*source.unknown, *current.unknown),
         )
+    values = reordered(values, source.rotary if source is not None else None, current.rotary)
     values = Weights(values, layout=live.layout, form=current.form, config=current.config)
     arrays = get_layout(live.layout).from_canonical(values, extras=_extras(live, current, source))
     return live.write({name: array for name, array in arrays.items() if name in live.arrays})

@@ -11,9 +11,12 @@ import numpy as np
 from anymha.errors import LayoutError, WeightsError
 from anymha.interchange.compared_options import check_supported, result_options
 from anymha.interchange.forms import Extra, Form, Need
+from anymha.interchange.leftovers import MASKS, is_buffer
 from anymha.interchange.limits import Limit, check_scale, choose_form, same_heads, same_widths
+from anymha.interchange.name_index import NameIndex
 from anymha.interchange.packing import Arrays, Sizes
-from anymha.interchange.reading import check_floats, config_of, form_of
+from anymha.interchange.reading import check_floats, check_plain, config_of, form_of
+from anymha.interchange.rotary_order import reordered
 from anymha.interchange.sizes import Shapes, StatedSizes, possible_heads, solve_sizes
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy, check_biases, check_weights, with_layout_biases
@@ -57,12 +60,26 @@ class Layout:
     @property
     def supported(self) -> tuple[str, ...]:
         """All options that its layers have besides those that the arrays show."""
-        return (*self.options, *(need.option for need in self.needs if isinstance(need, Need)))
+        return (*self.options, *self.need_options)
+
+    @property
+    def need_options(self) -> tuple[str, ...]:
+        """The options, also of steps that `AttentionConfig` does not have, of its needs."""
+        return tuple(need.option for need in self.needs if isinstance(need, Need))
 
     def names(self) -> tuple[str, ...]:
         """All names that a layer of this layout may have, relative to the layer's prefix."""
         forms = dict.fromkeys(name for form in self.forms for name in form.names())
         return (*forms, *(extra.array for extra in self.extras))
+
+    @property
+    def _rotary(self) -> Need | None:
+        needs = (need for need in self.needs if isinstance(need, Need))
+        return next((need for need in needs if need.option == "rotary"), None)
+
+    def is_buffer(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether an array of that name means nothing to the layers of this layout."""
+        return is_buffer(name, shape, "rotary" in self.need_options)
 
     def required(self) -> tuple[tuple[str, ...], ...]:
         """For each form, the names that its layers always have."""
@@ -77,14 +94,9 @@ class Layout:
         Args:
             names: All names of a file or a model.
         """
-        marks = {required[0] for required in self.required()}
-        prefixes: dict[str, None] = {}
-        for name in names:
-            for mark in marks:
-                prefix = name.removesuffix(mark)
-                if name.endswith(mark) and prefix[-1:] in ("", ".", "/"):
-                    prefixes[prefix] = None
-        return list(prefixes)
+        index = NameIndex(names)
+        marks = dict.fromkeys(required[0] for required in self.required())
+        return list(dict.fromkeys(prefix for mark in marks for prefix in index.prefixes(mark)))
 
     def fits(self, shapes: Shapes) -> str | None:
         """The reason why no layer of this layout has these names and shapes; None where one may.
@@ -93,7 +105,7 @@ class Layout:
             shapes: Shapes by name, relative to the layer's prefix.
         """
         try:
-            form = form_of(self.name, self.forms, self.extras, self.refused or {}, shapes)
+            form = self._form(shapes)
             stated = self._stated_sizes(shapes, None, None, None)
         except WeightsError as error:
             return str(error)
@@ -103,7 +115,7 @@ class Layout:
         for trial in trials:
             try:
                 sizes = solve_sizes(self.name, form.pieces, shapes, trial)
-                self._check_sizes(sizes)
+                self._check_sizes(form, sizes)
                 self._check_extras(shapes, sizes)
             except WeightsError as error:
                 reasons.append(str(error))
@@ -121,23 +133,29 @@ class Layout:
         **options: Any,
     ) -> tuple[Weights, AttentionConfig]:
         """The canonical weights and the config that they fit; see `anymha.to_canonical`."""
+        check_plain(arrays)
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        form = form_of(self.name, self.forms, self.extras, self.refused or {}, shapes)
+        form = self._form(shapes)
         check_floats({name: arrays[name] for name in form.names() if name in arrays})
         stated = self._stated_sizes(shapes, num_heads, num_key_value_heads, head_dim)
         sizes = solve_sizes(self.name, form.pieces, shapes, stated)
-        self._check_sizes(sizes)
+        self._check_sizes(form, sizes)
         self._check_extras(shapes, sizes)
         read: Arrays = {}
         for piece in form.pieces:
             if piece.array in arrays:
                 read |= piece.read(arrays[piece.array], sizes)
         values = {name: read[name] for name in NAMES if name in read}
+        lacking = [name for name in self.need_options if name in options and not options[name]]
+        met = [name for name in options if name in result_options() or name in lacking]
+        unmet = [n for n in self.needs if isinstance(n, str) or n.option not in met]
+        for name in self.need_options:
+            if name not in result_options():
+                options.pop(name, None)
         if options.get("scale") is None and isinstance(self.scale, float):
             options["scale"] = self.scale
         config = config_of(values, options)
-        extras = {e.array: np.array(arrays[e.array]) for e in self.extras if e.array in arrays}
-        unmet = [n for n in self.needs if isinstance(n, str) or n.option not in options]
+        extras = {n: np.array(arrays[n]) for n in arrays if n not in form.names()}
         needs = [need if isinstance(need, str) else need.words() for need in unmet]
         needs += [e.need for e in self.extras if e.need and e.array in extras]
         return (
@@ -152,6 +170,7 @@ class Layout:
                     n.option for n in unmet if isinstance(n, Need) and n.option in result_options()
                 ),
                 config=config,
+                rotary=self._rotary if self._rotary in unmet else None,
             ),
             config,
         )
@@ -171,6 +190,10 @@ class Layout:
         if config is None and source is not None:
             config = source.config
         values, sizes = check_weights(weights)
+        rotary = source.rotary if source is not None else None
+        if rotary is not None and self._rotary is not None and self._rotary.order:
+            values = reordered(values, rotary, self._rotary)
+            needs = tuple(self._rotary.words() if n == rotary.words() else n for n in needs)
         self._check_extras(
             {name: tuple(array.shape) for name, array in extra_arrays.items()}, sizes
         )
@@ -195,7 +218,19 @@ class Layout:
             needs=needs,
             unknown=unknown,
             config=config,
+            rotary=self._rotary or rotary,
         )
+
+    def _form(self, shapes: Shapes) -> Form:
+        """The form that has these names; buffers do not count.
+
+        Raises:
+            LayoutError: the layer has what cannot be converted.
+            WeightsError: a name is missing or unknown.
+        """
+        known = set(self.names())
+        counted = {n: s for n, s in shapes.items() if n in known or not self.is_buffer(n, s)}
+        return form_of(self.name, self.forms, self.extras, self.refused or {}, counted)
 
     def _stated_sizes(
         self, shapes: Shapes, heads: int | None, shared: int | None, head_dim: int | None
@@ -212,13 +247,13 @@ class Layout:
             shared = heads
         return StatedSizes(stated["num_heads"], shared, stated["head_dim"])
 
-    def _check_sizes(self, sizes: Sizes) -> None:
+    def _check_sizes(self, form: Form, sizes: Sizes) -> None:
         """Check that layers of this layout can have these heads.
 
         Raises:
             LayoutError: they cannot.
         """
-        for rule in self.limits:
+        for rule in (*self.limits, *form.limits):
             reason = rule(sizes, {}) if rule in (same_heads, same_widths) else None
             if reason is not None:
                 raise LayoutError(f"No layer of {self.name} has these arrays: {reason}.")
@@ -231,7 +266,18 @@ class Layout:
         """
         for extra in self.extras:
             shape = shapes.get(extra.array)
-            if shape is None or extra.shows is None:
+            if shape is None:
+                continue
+            if (
+                extra.array in MASKS
+                and extra.need is None
+                and not is_buffer(extra.array, shape, rotary=False)
+            ):
+                raise WeightsError(
+                    f"`{extra.array}` of shape {shape} is no causal mask, and {self.name} has no "
+                    "other array of that name."
+                )
+            if extra.shows is None:
                 continue
             name, axis = extra.shows
             expected = sizes.key_dim if name == "head_dim" else sizes.heads
@@ -259,7 +305,11 @@ class Layout:
                     f"{source.layout} has besides the projections. Pass `dict(weights)` to convert "
                     "the projections alone."
                 )
-        unknown = [name for name in extras if name not in known]
+        unknown = [
+            name
+            for name, array in extras.items()
+            if name not in known and not self.is_buffer(name, tuple(array.shape))
+        ]
         missing = [name for name, extra in known.items() if extra.required and name not in extras]
         if unknown or missing:
             raise LayoutError(

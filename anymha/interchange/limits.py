@@ -134,7 +134,7 @@ def choose_form(
         )
     reasons = []
     for form in forms if name is None else [named[name]]:
-        rules = dict.fromkeys([*limits, *limits_of(form)])
+        rules = dict.fromkeys([*limits, *form.limits, *limits_of(form)])
         reason = next(filter(None, (rule(sizes, weights) for rule in rules)), None)
         if reason is None:
             return form

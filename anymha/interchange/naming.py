@@ -7,11 +7,12 @@ names of nested dicts are joined by dots or by slashes.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from anymha.interchange.files.formats import Format
 from anymha.interchange.layout import Layout
+from anymha.interchange.name_index import NameIndex
 
 HDF5 = ("Keras weights (HDF5)", "Keras model")
 _LAYERS = ("query", "key", "value", "gate", "attention_output")
@@ -50,17 +51,17 @@ class FileNaming:
     names: Mapping[str, str]
     separator: str
 
-    def prefixes(self, names: Iterable[str]) -> list[str]:
+    def prefixes(self, index: NameIndex) -> list[str]:
         """The prefix of each layer's names, out of all names in the file."""
-        existing, prefixes = set(names), {}
+        prefixes: set[str] = set()
         for required in self.layout.required():
             mark, *others = (self.names[name] for name in required)
-            for name in existing:
-                prefix = name.removesuffix(mark)
-                is_part = name.endswith(mark) and prefix[-1:] in ("", ".", "/")
-                if is_part and all(prefix + other in existing for other in others):
-                    prefixes[prefix] = None
-        return sorted(prefixes, key=_natural)
+            prefixes |= {
+                prefix
+                for prefix in index.prefixes(mark)
+                if all(prefix + other in index for other in others)
+            }
+        return sorted(prefixes, key=natural_key)
 
     def layer_names(self, names: Container[str], prefix: str) -> dict[str, str]:
         """The file's names of one layer's arrays by the layout's, without the prefix."""
@@ -78,6 +79,6 @@ def file_namings(layout: Layout, file_format: Format) -> list[FileNaming]:
     return first + named
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """A key that sorts numbers within names by their value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

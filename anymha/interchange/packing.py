@@ -8,6 +8,7 @@ O of the output.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class Piece:
         holds: The projections, of "query", "key", "value", "output".
         part: "kernel" or "bias".
         form: The axes of a kernel: "linear" is (outputs, inputs), as torch's linear layers have it;
-            "matrix" is (inputs, outputs); "heads" is the canonical shape.
+            "matrix" is (inputs, outputs); "heads" is the canonical shape; "einsum" is (heads,
+            inputs, width), with an axis of the projections before it where it holds several.
         packing: The order of several projections along the outputs: "blocks" (all heads of one,
             then of the next), "groups" (for each key head its G query heads, then key, then value;
             with K = H this is "per head") or "codegen".
@@ -74,10 +76,17 @@ class Piece:
         return tuple(f"{projection}.{self.part}" for projection in self.holds)
 
     @property
+    def module(self) -> str:
+        """The name of the projection that the array belongs to."""
+        return module_of(self.array)
+
+    @property
     def rank(self) -> int | None:
         """The array's rank; None for any."""
         if self.form == "heads":
             return None if self.holds == ("output",) else 3 - (self.part == "bias")
+        if self.form == "einsum":
+            return 3 + (len(self.holds) > 1)
         return 2 - (self.part == "bias")
 
     @property
@@ -86,10 +95,20 @@ class Piece:
         inside = self.holds == ("output",)
         return int((self.form == "matrix") != inside) if self.part == "kernel" else 0
 
+    def heads_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The canonical shape of each kernel in an array whose heads have an axis of their own."""
+        if self.form == "heads":
+            return shape
+        heads, inputs, width = shape[-3:]
+        return (inputs, heads, width)
+
     def read(self, array: np.ndarray, sizes: Sizes) -> Arrays:
         """The canonical weights in an array, which are copies."""
         if self.form == "heads":
             return {self.names[0]: np.array(array, order="C")}
+        if self.form == "einsum":
+            kernels = array.reshape(-1, *array.shape[-3:]).transpose(0, 2, 1, 3)
+            return {n: np.array(k, order="C") for n, k in zip(self.names, kernels, strict=True)}
         if self.holds == ("output",):
             if self.part == "bias":
                 return {"output.bias": np.array(array, order="C")}
@@ -112,6 +131,9 @@ class Piece:
         values = [weights[name] for name in self.names]
         if self.form == "heads" or self.names == ("output.bias",):
             return np.array(values[0], order="C")
+        if self.form == "einsum":
+            kernels = [weight.transpose(1, 0, 2) for weight in values]
+            return np.array(kernels[0] if len(kernels) == 1 else kernels, order="C")
         parts = []
         for name, weight in zip(self.names, values, strict=True):
             turned = self.part == "kernel" and self.holds != ("output",)
@@ -153,6 +175,11 @@ class Piece:
         shape = (CODEGEN_BLOCKS, -1, width, *rest)
         blocks = [part.reshape(shape) for part in (query, value, key)]
         return np.stack(blocks, 1).reshape(-1, *rest)
+
+
+def module_of(array: str) -> str:
+    """The name of the projection that an array belongs to, from the array's name."""
+    return re.sub(r"([./]vars)?[./_](weight|kernel|bias|w|b|\d+)$", "", array)
 
 
 def _tiles(sizes: Sizes) -> np.ndarray:

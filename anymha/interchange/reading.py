@@ -10,6 +10,7 @@ import numpy as np
 from anymha.errors import LayoutError, WeightsError
 from anymha.framework.dtypes import FLOATING
 from anymha.interchange.forms import Extra, Form
+from anymha.interchange.leftovers import changed_modules, refusal
 from anymha.interchange.packing import Arrays
 from anymha.interchange.sizes import Shapes
 from anymha.options.config import PROJECTIONS, AttentionConfig
@@ -55,6 +56,17 @@ def form_of(
         f"The layout has the names {', '.join((*form.names(), *required))}. Missing: "
         f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
     )
+
+
+def check_plain(arrays: Mapping[str, np.ndarray]) -> None:
+    """Check by their names that the arrays are of no quantised layer and of no adapter.
+
+    Raises:
+        LayoutError: they are.
+    """
+    changed = changed_modules(arrays, {name: array.dtype.name for name, array in arrays.items()})
+    if changed:
+        raise LayoutError(f"The layer cannot be converted: {refusal(next(iter(changed.values())))}")
 
 
 def check_floats(arrays: Mapping[str, np.ndarray]) -> None:

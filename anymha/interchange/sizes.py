@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from anymha.errors import WeightsError
 from anymha.interchange.packing import CODEGEN_BLOCKS, QKV, Piece, Sizes
 
+HEADS_APART = ("heads", "einsum")
+"""Forms whose heads have an axis of their own."""
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -36,7 +38,7 @@ def solve_sizes(layout: str, pieces: Sequence[Piece], shapes: Shapes, stated: St
     kernels = {name: p for p in pieces if p.part == "kernel" for name in p.holds}
     for piece in pieces:
         _check_rank(piece, shapes)
-    if kernels["query"].form == "heads":
+    if kernels["query"].form in HEADS_APART:
         sizes = _of_heads(kernels, shapes)
     else:
         sizes = _of_matrices(layout, kernels, shapes, stated)
@@ -50,7 +52,7 @@ def solve_sizes(layout: str, pieces: Sequence[Piece], shapes: Shapes, stated: St
 def possible_heads(pieces: Sequence[Piece], shapes: Shapes) -> list[StatedSizes]:
     """All numbers of query heads that divide their rows; for shapes that leave the number open."""
     kernels = {name: p for p in pieces if p.part == "kernel" for name in p.holds}
-    if kernels["query"].form == "heads":
+    if kernels["query"].form in HEADS_APART:
         return [StatedSizes()]
     mark = kernels["query"] if kernels["query"].holds == ("query",) else kernels["output"]
     shape = shapes[mark.array]
@@ -62,18 +64,27 @@ def possible_heads(pieces: Sequence[Piece], shapes: Shapes) -> list[StatedSizes]
 
 def _check_rank(piece: Piece, shapes: Shapes) -> None:
     shape = shapes.get(piece.array)
-    if shape is None or piece.part == "bias" or piece.form != "heads":
+    if shape is None or piece.part == "bias" or piece.form not in HEADS_APART:
         return
-    if len(shape) != 3 and (piece.rank is not None or len(shape) < 3):
+    if piece.form == "einsum" and (
+        len(shape) != piece.rank or shape[:-3] != (len(piece.holds),) * (len(piece.holds) > 1)
+    ):
+        first = f"{len(piece.holds)}, " if len(piece.holds) > 1 else ""
+        raise WeightsError(
+            f"`{piece.array}` must have shape ({first}heads, inputs, width). Received: shape "
+            f"{shape}."
+        )
+    if piece.form == "heads" and len(shape) != 3 and (piece.rank is not None or len(shape) < 3):
         form = "(heads, width, outputs)" if piece.rank is None else "(inputs, heads, width)"
         raise WeightsError(f"`{piece.array}` must have shape {form}. Received: shape {shape}.")
 
 
 def _of_heads(kernels: Mapping[str, Piece], shapes: Shapes) -> Sizes:
-    query, key, value = (shapes[kernels[name].array] for name in QKV)
+    of = {name: piece.heads_shape(shapes[piece.array]) for name, piece in kernels.items()}
+    query, key, value = (of[name] for name in QKV)
     sizes = Sizes(query[1], key[1], query[2], value[2])
-    for name, piece in kernels.items():
-        shape, split = shapes[piece.array], sizes.split(name)
+    for name, shape in of.items():
+        split = sizes.split(name)
         at = 0 if name == "output" else 1
         _check_fit(name, shape, (*shape[:at], *split, *shape[at + 2 :]))
     return sizes

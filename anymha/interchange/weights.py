@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from anymha.interchange.forms import Need
+
 
 class Weights(dict[str, np.ndarray]):
     """A dict of weights by name, with the options and the other arrays of their layer.
@@ -26,6 +28,7 @@ class Weights(dict[str, np.ndarray]):
         unknown: Options of `anymha.AttentionConfig` among these needs: the layer may have them, but
             nothing states their values.
         config: The options of the layer that they are from.
+        rotary: The need of rotary positions of the layout that they are from, if it has one.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Weights(dict[str, np.ndarray]):
         needs: tuple[str, ...] = (),
         unknown: tuple[str, ...] = (),
         config: Any = None,
+        rotary: Need | None = None,
     ) -> None:
         super().__init__(values)
         _register_with_jax()
@@ -49,6 +53,7 @@ class Weights(dict[str, np.ndarray]):
         self.needs = needs
         self.unknown = unknown
         self.config = config
+        self.rotary = rotary
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name} {array.shape}" for name, array in self.items())

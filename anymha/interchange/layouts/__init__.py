@@ -31,6 +31,7 @@ from anymha.options.config import AttentionConfig
 ENTRY_POINTS = "anymha.layouts"
 FAMILIES = (
     "own", "keras", "torch", "jax", "others", "encoders", "decoders", "rotary", "fused",
+    "unnamed",
 )  # fmt: skip
 """Modules of this package, each with a tuple `LAYOUTS`."""
 SIZES = ("num_heads", "num_key_value_heads", "head_dim")
@@ -90,7 +91,8 @@ def to_canonical(
         **sizes: Sizes that the shapes do not show: `num_heads` (query heads H) or `head_dim` (the
             width d_k of each), and `num_key_value_heads` (K). And options of
             `anymha.AttentionConfig` that change a call's results, as `scale` and `sliding_window`,
-            with the values of the layer's own model.
+            with the values of the layer's own model. None or False for a step that the layout may
+            need and this layer lacks, as ``clip=None``.
 
     Returns:
         The canonical weights, bit for bit, in a dict that has the attributes of
@@ -113,7 +115,7 @@ def to_canonical(
     """
     source = get_layout(layout)
     known = (*SIZES, *result_options())
-    unknown = [name for name in sizes if name not in known]
+    unknown = [name for name in sizes if name not in (*known, *source.need_options)]
     if unknown:
         raise ArgumentError(
             f"Sizes are {', '.join(known)}. Received: {', '.join(map(repr, unknown))}."
@@ -121,7 +123,8 @@ def to_canonical(
     for name in ("num_heads", "num_key_value_heads", "head_dim"):
         if not isinstance(sizes.get(name, 1), (int, np.integer, type(None))):
             raise ArgumentError(f"`{name}` must be an integer. Received: {sizes[name]!r}.")
-    return source.to_canonical(_flat(arrays, source.separator), **sizes)
+    flat = {name: as_numpy(array) for name, array in flat_arrays(arrays, source.separator).items()}
+    return source.to_canonical(flat, **sizes)
 
 
 def from_canonical(
@@ -165,15 +168,15 @@ def from_canonical(
     return get_layout(layout).from_canonical(weights, config, extras=extras, form=form)
 
 
-def _flat(arrays: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict, its arrays in NumPy."""
+def flat_arrays(arrays: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict."""
     flat: dict[str, Any] = {}
     for name, value in arrays.items():
         path = prefix + (separator.join(name) if isinstance(name, tuple) else str(name))
         if isinstance(value, Mapping):
-            flat |= _flat(value, separator, path + separator)
+            flat |= flat_arrays(value, separator, path + separator)
         else:
-            flat[path] = as_numpy(value)
+            flat[path] = value
     return flat
 
 

@@ -1,17 +1,24 @@
-"""Families of transformers without rotary positions: GPT-2, GPT-BigCode, T5, BLOOM.
+"""Decoders without rotary positions: GPT-2, nanoGPT, GPT-BigCode, GPT-Neo, T5, BLOOM, MPT.
 
 References:
-    transformers 5.23, ``models/<family>/modeling_<family>.py``.
+    transformers 5.23, ``models/<family>/modeling_<family>.py``; nanoGPT, ``model.py``.
 """
 
 from __future__ import annotations
 
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
+from anymha.interchange.layouts.encoders import family, projections
 from anymha.interchange.limits import same_heads
 from anymha.interchange.packing import fused, linear
 
 BUFFERS = (Extra("bias"), Extra("masked_bias"))  # causal masks that old files hold
+CLIP = Need(
+    "clip",
+    "queries, keys and values clipped to +-`clip_qkv` after their projection, where "
+    "`attn_config` of the model's configuration has it",
+    "clip_qkv",
+)
 
 LAYOUTS = (
     # Its `Conv1D` is a matrix (inputs, outputs), unlike every linear layer of torch.
@@ -38,7 +45,21 @@ LAYOUTS = (
         limits=(same_heads,),
         reference="models/gpt2/modeling_gpt2.py",
     ),
-    # The names of GPT-2, but linear layers of torch.
+    # The names of GPT-2, but linear layers of torch: all queries first, or by heads.
+    Layout(
+        "nanogpt.CausalSelfAttention",
+        (Form((*fused("c_attn"), *linear("output", "c_proj"))),),
+        extras=BUFFERS,
+        limits=(same_heads,),
+        reference="github.com/karpathy/nanoGPT, model.py",
+    ),
+    family(
+        "gpt_neo",
+        Form(projections("out_proj", ("output",))),
+        extras=BUFFERS,
+        scale=1.0,
+        options=("sliding_window",),
+    ),
     Layout(
         "transformers.gpt_bigcode",
         (Form((*fused("c_attn", "groups"), *linear("output", "c_proj"))),),
@@ -82,5 +103,17 @@ LAYOUTS = (
             ),
         ),
         reference="models/bloom/modeling_bloom.py",
+    ),
+    family(
+        "mpt",
+        Form((*fused("Wqkv"), *linear("output", "out_proj"))),
+        needs=(
+            Need("alibi", "ALiBi added to the logits (pass it as `attention_bias`)"),
+            CLIP,
+            Need(
+                "scale", "the factor of the logits, where `attn_config` states it", "softmax_scale"
+            ),
+        ),
+        scale="free",
     ),
 )

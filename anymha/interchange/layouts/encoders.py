@@ -1,17 +1,20 @@
-"""Families of transformers with plain attention, as anymha's: BERT, ViT, CLIP, OPT, BART, Whisper.
+"""Families of transformers without rotary positions, as BERT, ViT, CLIP, BART, DeBERTa.
 
 References:
     transformers 5.23, ``models/<family>/modeling_<family>.py``; for ViT's names in published files
-    ``conversion_mapping.py``.
+    ``conversion_mapping.py``. He et al. (2021), DeBERTa.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from anymha.framework.validation import PROJECTIONS
-from anymha.interchange.forms import Extra, Form
+from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads
-from anymha.interchange.packing import Piece, linear
+from anymha.interchange.packing import Piece, fused, linear
 
 
 def four(*names: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Piece, ...]:
@@ -25,14 +28,42 @@ def projections(output: str, biased: tuple[str, ...] = PROJECTIONS) -> tuple[Pie
     return four("q_proj", "k_proj", "v_proj", output, biased=biased)
 
 
-def family(name: str, *forms: Form) -> Layout:
+def family(name: str, *forms: Form, **options: Any) -> Layout:
     """The layout of a family of transformers with one key head for each query head."""
     reference = f"models/{name}/modeling_{name}.py"
-    return Layout(f"transformers.{name}", forms, limits=(same_heads,), reference=reference)
+    fixed = {"limits": (same_heads,), "reference": reference}
+    return Layout(f"transformers.{name}", forms, **fixed, **options)
 
 
-# A norm after the attention, in the same module: it changes nothing in the attention itself.
-NORM = tuple(Extra(f"output.LayerNorm.{part}") for part in ("weight", "bias", "gamma", "beta"))
+def norm_after(name: str) -> tuple[Extra, ...]:
+    """A norm after the attention, in the same module: the attention itself is the same."""
+    return tuple(Extra(f"{name}.{part}") for part in ("weight", "bias", "gamma", "beta"))
+
+
+def disentangled(name: str, form: Form, refused: dict[str, str]) -> Layout:
+    """The layout of a DeBERTa: plain attention where `relative_attention` is off."""
+    terms = Need(
+        "relative_attention",
+        "terms of relative positions beside the logits, and all of them over the root of the width "
+        "times 1 + the number of `pos_att_type`, where `relative_attention` is set (as it is in "
+        "the published models)",
+        "relative_attention",
+    )
+    options = {"extras": NORM, "needs": (terms,), "scale": "free", "refused": refused}
+    return family(name, form, **options)
+
+
+def refusing(names: Iterable[str], reason: str) -> dict[str, str]:
+    """One reason for several arrays."""
+    return {f"{name}.{part}": reason for name in names for part in ("weight", "bias")}
+
+
+NORM = norm_after("output.LayerNorm")
+DISENTANGLED = (
+    "it projects embeddings of relative positions, whose products with queries and keys are added "
+    "to the logits (disentangled attention)."
+)
+TALKING = "it mixes the heads before or after the softmax (talking heads)."
 DISTANCES = Extra(
     "self.distance_embedding.weight",
     "learned embeddings of relative positions, multiplied with queries and maybe keys "
@@ -48,6 +79,65 @@ LAYOUTS = (
         extras=(*NORM, DISTANCES),
         reference="models/bert/modeling_bert.py",
     ),
+    family("albert", Form(four("query", "key", "value", "dense")), extras=norm_after("LayerNorm")),
+    family("distilbert", Form(four("q_lin", "k_lin", "v_lin", "out_lin"))),
+    family(
+        "mpnet",
+        Form(four("q", "k", "v", "o")),
+        needs=(
+            "the learned bias of relative positions, `encoder.relative_attention_bias`, one for "
+            "all layers (pass it as `attention_bias`)",
+        ),
+    ),
+    # Rows of the one kernel lie by heads; queries and values alone have a bias.
+    disentangled(
+        "deberta",
+        Form(
+            (
+                *fused("self.in_proj", "groups", bias=False),
+                Piece("self.q_bias", ("query",), "bias"),
+                Piece("self.v_bias", ("value",), "bias"),
+                *linear("output", "output.dense"),
+            )
+        ),
+        refusing(("self.pos_proj", "self.pos_q_proj"), DISENTANGLED)
+        | refusing(("self.head_logits_proj", "self.head_weights_proj"), TALKING),
+    ),
+    disentangled(
+        "deberta_v2",
+        Form(four("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")),
+        refusing(("self.pos_key_proj", "self.pos_query_proj"), DISENTANGLED),
+    ),
+    # Conformers have these names too: ESPnet, NeMo, FastSpeech 2, Wav2Vec2-BERT.
+    family(
+        "wav2vec2_bert",
+        Form(four("linear_q", "linear_k", "linear_v", "linear_out")),
+        extras=(
+            Extra(
+                "linear_pos.weight",
+                "the projection of relative positions, `linear_pos.weight`, whose products with "
+                "the queries are added to the logits",
+            ),
+            *(
+                Extra(
+                    f"pos_bias_{letter}",
+                    f"a bias of each query head, `pos_bias_{letter}`, beside the keys or positions",
+                    shows=("num_heads", 0),
+                )
+                for letter in "uv"
+            ),
+            Extra(DISTANCES.array.removeprefix("self."), DISTANCES.need, shows=DISTANCES.shows),
+        ),
+        needs=(
+            Need(
+                "input_rotary",
+                "rotary positions on the inputs of queries and keys, where "
+                "`position_embeddings_type` of the model's configuration is 'rotary'",
+                "position_embeddings_type",
+            ),
+        ),
+    ),
+    family("blip", Form((*fused("qkv"), *linear("output", "projection")))),
     family(
         "vit",
         Form(projections("o_proj"), "module"),

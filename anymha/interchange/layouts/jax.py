@@ -1,8 +1,9 @@
-"""JAX's libraries: Flax (nnx and linen), Equinox, Haiku.
+"""JAX's libraries: Flax (nnx and linen), Equinox, Haiku; Flax's BERT, and Gemma.
 
 References:
     Flax 0.12, ``nnx/nn/attention.py`` and ``linen/attention.py``; Equinox 0.13,
-    ``nn/_attention.py``; Haiku 0.0.17, ``_src/attention.py``.
+    ``nn/_attention.py``; Haiku 0.0.17, ``_src/attention.py``; transformers 4,
+    ``modeling_flax_bert.py``; gemma 3, ``gm/nn/_modules.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
+from anymha.interchange.layouts.rotary import HALVES, SCALE, SOFTCAP, rotary
 from anymha.interchange.limits import one_memory, same_heads, same_widths, vector_output
 from anymha.interchange.packing import QKV, Piece, linear
 
@@ -20,9 +22,16 @@ def pieces(names: tuple[str, ...], form: str, parts: tuple[str, str]) -> tuple[P
     return tuple(p for pair in pairs for p in linear(*pair, form=form, parts=parts))
 
 
+def einsum(name: str, holds: tuple[str, ...]) -> tuple[Piece, ...]:
+    """The kernel of an einsum, for one projection or several."""
+    return (Piece(f"{name}/w", holds, "kernel", "einsum"),)
+
+
 FLAX = pieces((*QKV, "out"), "heads", ("/kernel", "/bias"))
 NORM = "layer norms of queries and keys, without a bias, before the logits (`normalize_qk`)"
 NORMS = (Extra("query_ln/scale", NORM), Extra("key_ln/scale", NORM))
+FLAX_BERT = ("self/query", "self/key", "self/value", "output/dense")
+GEMMA_OUTPUT = Piece("attn_vec_einsum/w", ("output",), "kernel", "heads")
 EQUINOX = tuple(f"{name}_proj" for name in PROJECTIONS)
 
 LAYOUTS = (
@@ -57,6 +66,43 @@ LAYOUTS = (
         limits=(same_heads,),
         together=PROJECTIONS,
         reference="haiku/_src/attention.py",
+        separator="/",
+    ),
+    Layout(
+        "transformers.flax_bert",
+        (Form(pieces(FLAX_BERT, "matrix", ("/kernel", "/bias"))),),
+        extras=tuple(Extra(f"output/LayerNorm/{part}") for part in ("scale", "bias")),
+        limits=(same_heads,),
+        reference="models/bert/modeling_flax_bert.py",
+        separator="/",
+    ),
+    Layout(
+        "gemma.Attention",
+        (
+            Form((*einsum("qkv_einsum", QKV), GEMMA_OUTPUT), "alike"),
+            Form(
+                (
+                    *einsum("q_einsum", ("query",)),
+                    *einsum("kv_einsum", ("key", "value")),
+                    GEMMA_OUTPUT,
+                ),
+                "grouped",
+            ),
+        ),
+        extras=tuple(
+            Extra(
+                f"_{name}_norm/scale",
+                f"an RMS norm of each {name} head, times 1 + `_{name}_norm/scale`, before it is "
+                "rotated",
+                shows=("head_dim", 0),
+            )
+            for name in ("query", "key")
+        ),
+        limits=(vector_output,),
+        scale="free",
+        options=("sliding_window",),
+        needs=(rotary(HALVES), SCALE, SOFTCAP),
+        reference="gemma/gm/nn/_modules.py",
         separator="/",
     ),
 )

@@ -1,14 +1,18 @@
-"""x-transformers, timm, and ONNX Runtime's operator.
+"""x-transformers, timm, vit-pytorch, diffusers, flash-attn, Whisper, ONNX Runtime's operator.
 
 References:
     x-transformers 2.31, ``x_transformers.py`` and ``attend.py``; timm 1.0, ``layers/attention.py``;
-    ONNX Runtime 1.32, ``docs/ContribOperators.md``, com.microsoft.MultiHeadAttention.
+    vit-pytorch 1.9, ``vit.py``; diffusers 0.35, ``models/attention_processor.py``; flash-attn 2.8,
+    ``modules/mha.py``; Whisper, ``whisper/model.py``; ONNX Runtime 1.32,
+    ``docs/ContribOperators.md``, com.microsoft.MultiHeadAttention.
 """
 
 from __future__ import annotations
 
-from anymha.interchange.forms import Extra, Form
+from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
+from anymha.interchange.layouts.encoders import four
+from anymha.interchange.layouts.rotary import HALVES
 from anymha.interchange.limits import same_heads
 from anymha.interchange.packing import QKV, Piece, fused, linear
 
@@ -41,6 +45,66 @@ LAYOUTS = (
         + tuple(Extra(f"gate.{part}", TIMM_GATE) for part in ("weight", "bias")),
         limits=(same_heads,),
         reference="timm/layers/attention.py",
+    ),
+    # Its norm of the inputs is in the same module.
+    Layout(
+        "vit_pytorch.Attention",
+        (Form((*fused("to_qkv", bias=False), *linear("output", "to_out.0"))),),
+        extras=tuple(
+            Extra(f"norm.{part}", "a layer norm of the inputs, `norm`")
+            for part in ("weight", "bias")
+        ),
+        limits=(same_heads,),
+        reference="vit_pytorch/vit.py",
+    ),
+    Layout(
+        "diffusers.Attention",
+        (Form(four("to_q", "to_k", "to_v", "to_out.0")),),
+        extras=(
+            *(
+                Extra(f"norm_{name}.weight", f"a norm of the {word}, `norm_{name}` (`qk_norm`)")
+                for name, word in (("q", "queries"), ("k", "keys"))
+            ),
+            *(
+                Extra(f"{name}.{part}", f"a norm of the inputs, `{name}`")
+                for name in ("group_norm", "norm_cross")
+                for part in ("weight", "bias")
+            ),
+        ),
+        refused={
+            f"add_{name}_proj.weight": "it projects a second sequence, with which it attends."
+            for name in "qkv"
+        },
+        reference="diffusers/models/attention_processor.py",
+    ),
+    Layout(
+        "flash_attn.MHA",
+        (
+            Form((*fused("Wqkv"), *linear("output", "out_proj")), "self"),
+            Form(
+                (
+                    *linear("query", "Wq"),
+                    *fused("Wkv", holds=("key", "value")),
+                    *linear("output", "out_proj"),
+                ),
+                "cross",
+            ),
+        ),
+        needs=(
+            Need(
+                "rotary",
+                f"{HALVES} (or with the next one, with `rotary_emb_interleaved`), where "
+                "`rotary_emb_dim` is not 0",
+            ),
+        ),
+        options=("sliding_window",),
+        reference="flash_attn/modules/mha.py",
+    ),
+    Layout(
+        "openai.whisper",
+        (Form(four("query", "key", "value", "out", biased=("query", "value", "output"))),),
+        limits=(same_heads,),
+        reference="whisper/model.py",
     ),
     # The operator itself has the bias alone; the kernels are the products before and after it.
     Layout(

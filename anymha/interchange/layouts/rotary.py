@@ -1,7 +1,8 @@
-"""Families of transformers with rotary positions and a linear layer for each projection.
+"""Families with rotary positions and a linear layer for each projection.
 
 References:
-    transformers 5.23, ``models/<family>/modeling_<family>.py``; Su et al. (2021), RoFormer.
+    transformers 5.23, ``models/<family>/modeling_<family>.py``; Meta's Llama,
+    ``llama/model.py``; Su et al. (2021), RoFormer.
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ from __future__ import annotations
 from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
-from anymha.interchange.layouts.encoders import projections
+from anymha.interchange.layouts.encoders import four, projections
 from anymha.interchange.limits import same_heads
 
-HALVES = (
-    "rotary positions on queries and keys, where element i of a head turns with element i + half "
-    "of its rotated width"
-)
-PAIRS = "rotary positions on queries and keys, where element 2i of a head turns with element 2i + 1"
+_TURN = "rotary positions on queries and keys, where element "
+HALVES = _TURN + "i of a head turns with element i + half of its rotated width"
+PAIRS = _TURN + "2i of a head turns with element 2i + 1"
+
+
+def rotary(words: str, more: str = "", partial: bool = False) -> Need:
+    """The need of rotary positions, in halves or in pairs, over all of a head or a part."""
+    order = "halves" if words == HALVES else "pairs"
+    return Need("rotary", words + more, order=order, partial=partial)
+
+
 SCALE = Need(
     "scale",
     "the factor of the logits: query_pre_attn_scalar ** -0.5 of the model's configuration, where "
     "that is not the width of a head",
+)
+SOFTCAP = Need(
+    "softcap",
+    "a softcap c of the logits: c * tanh(logits / c), where the model has one",
+    key="attn_logit_softcapping",
 )
 INVERSE = Extra("rotary_emb.inv_freq")  # a buffer that old files hold
 
@@ -52,7 +64,7 @@ def family(
         f"transformers.{name}",
         (Form(projections(output, biased)),),
         extras=(*extras, INVERSE),
-        needs=(Need("rotary", HALVES), *needs),
+        needs=(rotary(HALVES), *needs),
         scale=scale,
         options=options,
         reference=f"models/{name}/modeling_{name}.py",
@@ -70,11 +82,7 @@ LAYOUTS = (
         "gemma2",
         needs=(
             SCALE,
-            Need(
-                "softcap",
-                "a softcap c of the logits: c * tanh(logits / c), where the model has one",
-                key="attn_logit_softcapping",
-            ),
+            SOFTCAP,
         ),
         scale="free",
         options=("sliding_window",),
@@ -102,8 +110,34 @@ LAYOUTS = (
         "transformers.gptj",
         (Form(projections("out_proj", ())),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("embed_positions")),
-        needs=(Need("rotary", PAIRS + ", over the first `rotary_dim` elements"),),
+        needs=(rotary(PAIRS, ", over the first `rotary_dim` elements", partial=True),),
         limits=(same_heads,),
         reference="models/gptj/modeling_gptj.py",
+    ),
+    Layout(
+        "transformers.phi",
+        (Form(projections("dense")),),
+        extras=(
+            INVERSE,
+            *(
+                Extra(
+                    f"{name[0]}_layernorm.{part}",
+                    f"a layer norm of each {name} head, `{name[0]}_layernorm`, before it is "
+                    "rotated",
+                    shows=("head_dim", 0),
+                )
+                for name in ("query", "key")
+                for part in ("weight", "bias")
+            ),
+        ),
+        needs=(rotary(HALVES, ", over the share `partial_rotary_factor`", partial=True),),
+        reference="models/phi/modeling_phi.py",
+    ),
+    # The same model as in transformers, whose rows of queries and keys lie in another order.
+    Layout(
+        "meta.llama",
+        (Form(four("wq", "wk", "wv", "wo", biased=())),),
+        needs=(rotary(PAIRS),),
+        reference="github.com/meta-llama/llama, llama/model.py",
     ),
 )

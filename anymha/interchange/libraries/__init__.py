@@ -38,7 +38,11 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
             "GPTBigCode": "gpt_bigcode", "GPTJ": "gptj", "GPTNeoX": "gpt_neox",
             "GptOss": "gpt_oss", "Llama": "llama", "Mistral": "mistral", "OPT": "opt",
             "Phi3": "phi3", "Qwen2": "qwen2", "Qwen3": "qwen3", "T5": "t5", "ViT": "vit",
-            "Whisper": "whisper",
+            "Whisper": "whisper", "Albert": "albert", "DistilBertSelf": "distilbert",
+            "MPNetSelf": "mpnet", "Deberta": "deberta", "DebertaV2": "deberta_v2",
+            "Wav2Vec2BertSelf": "wav2vec2_bert", "Blip": "blip", "GPTNeoSelf": "gpt_neo",
+            "Mpt": "mpt", "ModernBert": "modernbert", "NomicBert": "nomic_bert", "Dbrx": "dbrx",
+            "Phi": "phi",
         }.items()
     },
 }  # fmt: skip

@@ -29,6 +29,8 @@ def open_layer(layer: Any, layout: str) -> LiveLayer:
     # A model may have windows in some of its layers only; these two have one for all.
     place = layer.config if layout in ("transformers.mistral", "transformers.phi3") else layer
     window = getattr(place, "sliding_window", None)
+    if getattr(layer, "attention_type", None) == "local":  # of GPT-Neo
+        window = layer.config.window_size
     if isinstance(window, int) and not isinstance(window, bool):
         sizes["sliding_window"] = window
     dropout = _first_attribute(parts[:1] if layout == "transformers.bert" else parts, DROPOUTS)
@@ -37,7 +39,7 @@ def open_layer(layer: Any, layout: str) -> LiveLayer:
         arrays_of(layer),
         writer(layer),
         {n: value for n, value in sizes.items() if value is not None}
-        | _needed_options(layout, [layer, *configs]),
+        | _needed_options(layout, [*parts[::-1], *configs]),
         {"dropout": _number(getattr(dropout, "p", dropout)) or 0.0},
         _x_transformers(layer) if layout.startswith("x_transformers") else (),
     )
@@ -49,11 +51,12 @@ def _needed_options(layout: str, places: list[Any]) -> dict[str, Any]:
     The value may be None, where this layer does without.
     """
     needs = [need for need in get_layout(layout).needs if isinstance(need, Need) and need.key]
-    return {
+    stated = {
         need.option: next(getattr(place, need.key) for place in places if hasattr(place, need.key))
         for need in needs
-        if need.option in result_options() and any(hasattr(p, need.key) for p in places)
+        if any(hasattr(place, need.key) for place in places)
     }
+    return {n: value for n, value in stated.items() if n in result_options() or not value}
 
 
 def _first_attribute(places: list[Any], names: tuple[str, ...]) -> Any:

@@ -221,6 +221,102 @@ def falcon(**options: Any) -> Pair:
     return layer, theirs, forward.attend(anymha.get_weights(layer), x, (turn,), is_causal=True)
 
 
+def encoder(family: str, layer: str, config: str, *arguments: Any, **options: Any) -> Pair:
+    """An encoder's attention that takes its configuration alone."""
+    names = {"hidden_size": D, "num_attention_heads": H} | options
+    settings = settled(part(family, config)(**names))
+    module = ready(part(family, layer)(settings, *arguments))
+    return plain(module, lambda x: called(module, x))
+
+
+def albert() -> Pair:
+    """ALBERT; its residual and norm, which come after, are left out."""
+    config = part("albert", "AlbertConfig")(hidden_size=D, num_attention_heads=H)
+    layer = ready(part("albert", "AlbertAttention")(settled(config)))
+    context: list[torch.Tensor] = []
+    layer.dense.register_forward_hook(lambda module, inputs, output: context.append(output))
+
+    def call(x: torch.Tensor) -> np.ndarray:
+        called(layer, x)
+        return context[-1].detach().numpy()
+
+    return plain(layer, call)
+
+
+def mpnet() -> Pair:
+    """MPNet: its relative bias, which all layers share, is passed as `attention_bias`."""
+    config = part("mpnet", "MPNetConfig")(hidden_size=D, num_attention_heads=H)
+    layer = ready(part("mpnet", "MPNetSelfAttention")(settled(config)))
+    bias = 0.5 * np.random.default_rng(3).standard_normal((1, H, T, T))
+    call = {"position_bias": torch.from_numpy(bias)}
+    layer, theirs, _ = plain(layer, lambda x: called(layer, x, **call), bias=True)
+    converted = anymha.convert(layer, to="numpy", weights_only=True)
+    return layer, theirs, converted(random_inputs(), attention_bias=bias)
+
+
+def deberta(family: str, prefix: str) -> Pair:
+    """DeBERTa without `relative_attention`; its residual and norm are left out."""
+    config = part(family, f"{prefix}Config")(hidden_size=D, num_attention_heads=H)
+    layer = ready(part(family, f"{prefix}Attention")(settled(config)))
+    seen = torch.ones(2, 1, T, T, dtype=torch.bool)
+    call = layer.self
+    return plain(layer, lambda x: called(lambda y: layer.output.dense(call(y, seen)[0]), x))
+
+
+def gpt_neo(kind: str = "global") -> Pair:
+    """GPT-Neo, whose logits are not scaled; every other layer sees the last positions alone."""
+    config = part("gpt_neo", "GPTNeoConfig")(
+        hidden_size=D, num_heads=H, num_layers=2, attention_types=[[["global", "local"], 1]],
+        window_size=3,
+    )  # fmt: skip
+    layer = ready(part("gpt_neo", "GPTNeoSelfAttention")(settled(config), kind))
+    return plain(layer, lambda x: called(layer, x), use_causal_mask=True)
+
+
+def mpt() -> Pair:
+    """MPT: ALiBi is passed as `attention_bias`."""
+    config = settled(part("mpt", "MptConfig")(d_model=D, n_heads=H))
+    layer = ready(part("mpt", "MptAttention")(config, layer_idx=0))
+    x, bias = random_inputs(), forward.alibi(H, T)
+    unseen = torch.ones(T, T).triu(1).bool()[None, None]
+    theirs = called(layer, torch.from_numpy(x), torch.from_numpy(bias[0]), attention_mask=unseen)
+    converted = anymha.convert(layer, to="numpy", weights_only=True)
+    return layer, theirs, converted(x, attention_bias=bias, use_causal_mask=True)
+
+
+def dbrx() -> Pair:
+    """DBRX, whose projections are clipped: here beyond all values."""
+    attention = {"kv_n_heads": K, "clip_qkv": 1e3}
+    config = settled(part("dbrx", "DbrxConfig")(d_model=D, n_heads=H, attn_config=attention))
+    config.attn_config.rope_theta = 10000.0  # which the module reads and no default states
+    layer = ready(part("dbrx", "DbrxAttention")(config, layer_idx=0))
+    return turned(layer, HEAD)
+
+
+def turned(layer: Any, width: int, bidirectional: bool = False) -> Pair:
+    """A layer with rotary positions in halves."""
+    x, weights = random_inputs(), anymha.get_weights(layer)
+    window = min(weights.config.sliding_window or T, T)
+    mask = causal(window)
+    if bidirectional:
+        mask = torch.maximum(mask, mask.mT)
+    call = {"position_embeddings": embeddings(width), "attention_mask": mask}
+    theirs = called(layer, torch.from_numpy(x), **call)
+    bounds: dict[str, Any] = {"is_causal": not bidirectional}
+    if window < T:
+        bounds["window"] = (window - 1, window - 1 if bidirectional else None)
+    return layer, theirs, forward.attend(weights, x, (forward.rotate(width),), **bounds)
+
+
+def rotary_encoder(family: str, prefix: str, *arguments: Any, **options: Any) -> Pair:
+    """An encoder with rotary positions, which sees both sides."""
+    config = part(family, f"{prefix}Config")(
+        hidden_size=D, num_attention_heads=H, num_hidden_layers=2, **options
+    )
+    layer = ready(part(family, f"{prefix}Attention")(settled(config), *arguments))
+    return turned(layer, HEAD, bidirectional=True)
+
+
 DEFAULT = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
 FAMILIES: dict[str, Callable[[], Pair]] = {
@@ -258,4 +354,28 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "falcon, grouped": lambda: falcon(new_decoder_architecture=True, num_kv_heads=K),
     "codegen": lambda: pairs("codegen", "CodeGen"),
     "gptj": lambda: pairs("gptj", "GPTJ"),
+    "albert": albert,
+    "distilbert": lambda: encoder(
+        "distilbert", "DistilBertSelfAttention", "DistilBertConfig", dim=D, n_heads=H
+    ),
+    "mpnet": mpnet,
+    "deberta": lambda: deberta("deberta", "Deberta"),
+    "deberta_v2": lambda: deberta("deberta_v2", "DebertaV2"),
+    "wav2vec2_bert": lambda: encoder(
+        "wav2vec2_bert",
+        "Wav2Vec2BertSelfAttention",
+        "Wav2Vec2BertConfig",
+        position_embeddings_type=None,
+    ),
+    "blip": lambda: encoder("blip", "BlipAttention", "BlipVisionConfig"),
+    "gpt_neo": gpt_neo,
+    "gpt_neo, with a window": lambda: gpt_neo("local"),
+    "mpt": mpt,
+    "modernbert": lambda: rotary_encoder("modernbert", "ModernBert", 0),
+    "modernbert, with a window": lambda: rotary_encoder(
+        "modernbert", "ModernBert", 1, local_attention=4
+    ),
+    "nomic_bert": lambda: rotary_encoder("nomic_bert", "NomicBert"),
+    "dbrx": dbrx,
+    "phi": lambda: rotary("phi", "Phi", width=HEAD // 2, sizes={"num_key_value_heads": K}),
 }

@@ -1,0 +1,167 @@
+"""What a layer's names show besides its layout: buffers, quantisation, adapters, further steps.
+
+An array that the layout does not know may be a buffer, which means nothing; or it may change what
+the layer computes, and then converting the others alone would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anymha.framework.dtypes import FLOATING
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_SEPARATOR = re.compile(r"[./]")
+MASKS = {"bias", "masked_bias", "mask", "attn_mask", "causal_mask", "tril"}
+_BUFFERS = {
+    "position_ids", "relative_position_index", "num_batches_tracked", "seed_generator_state",
+    "_extra_state", "version", "_float_tensor",
+}  # fmt: skip
+_STATES = {"rngs", "seed_generator"}
+_ROTARY = {
+    "inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "cos", "sin", "freqs", "freqs_cis",
+    "freqs_cos", "freqs_sin", "embed_positions",
+}  # fmt: skip
+_STEP = re.compile(r"bias|scale|scaling|zero_point|temperature|slopes|alibi|sink|gate|relative|rel_"
+                   r"|adapter")  # fmt: skip
+_NORM = re.compile(r"norm|ln(?![a-z])")
+_PROJECTED = re.compile(r"(^|_)(q|k|v|qk|kv|qkv|query|key|value)(?![a-z])")
+
+_MARKS = {
+    r"(weight_)?quantized": "quantised (ONNX int8)",
+    r"weight[._](absmax|quant_map|nested_absmax|nested_quant_map|quant_state[._].*)": (
+        "quantised (bitsandbytes 4 bit)"
+    ),
+    r"SCB|weight_format": "quantised (bitsandbytes int8)",
+    r"g_idx": "quantised (GPTQ)",
+    r"qweight|qzeros": "quantised (GPTQ or AWQ)",
+    r"weight_packed|weight_shape|weight_g_idx|weight_zero_point": (
+        "quantised (compressed-tensors)"
+    ),
+    r"weight_scales?(_inv|_2)?|input_scale": "quantised ({dtype} with scales)",
+    r"W_q": "quantised (HQQ)",
+    r"codebooks|codes": "quantised (AQLM)",
+    r"weight[._]_(data|scale|zeropoint)|weight_qtype": "quantised (quanto)",
+    r"_packed_params([._].*)?": "quantised (torch)",
+    r"(lora_(a|b|down|up|embedding_a|embedding_b|magnitude_vector)|base_layer|hada_w\d.*"
+    r"|lokr_w\d.*|ia3_l|dora_scale|lora[._](down|up))([._].*)?": "LoRA adapter",
+}
+"""What an array of a projection shows by the end of its name, the surest first."""
+_MARK = re.compile(
+    r"(?P<module>.*?)[._/](?:"
+    + "|".join(f"(?P<m{n}>{mark})" for n, mark in enumerate(_MARKS))
+    + ")",
+    re.IGNORECASE,
+)
+_RENAMED = re.compile(r"((onnx::)?(MatMul|Gemm)|val)_\d+(_quantized)?$")
+ADVICE = {
+    "quantised": "Convert the model before it was quantised, or dequantise it first.",
+    "LoRA adapter": "Merge the adapter into its model first (peft: `merge_and_unload`).",
+}
+
+
+def changed_modules(names: Iterable[str], dtypes: Mapping[str, str]) -> dict[str, str]:
+    """The modules whose weights are quantised or have an adapter, and which, by their names.
+
+    Args:
+        names: All names of a file or a layer.
+        dtypes: The dtypes' names by the arrays' names, as far as they are known.
+    """
+    marks = list(_MARKS.values())
+    found: dict[str, int] = {}
+    for name in names:
+        match = _MARK.fullmatch(name)
+        if match is not None:
+            number = next(n for n in range(len(marks)) if match[f"m{n}"] is not None)
+            module = match["module"]
+            found[module] = min(number, found.get(module, number))
+    words = {}
+    for module, number in found.items():
+        dtype = dtypes.get(f"{module}.weight", "few bits")
+        dtype = f"fp8, {dtype}," if dtype.startswith("float8") else dtype
+        words[module] = marks[number].format(dtype=dtype)
+    return words
+
+
+def remarks_on(tensors: Mapping[str, Any]) -> list[str]:
+    """What the names of a file say about all of it: quantised or adapted, or named anew by ONNX.
+
+    Args:
+        tensors: The file's tensors by name.
+    """
+    kinds: dict[str, list[str]] = {}
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
+    for module, words in changed_modules(tensors, dtypes).items():
+        kinds.setdefault(words, []).append(module)
+    remarks = [
+        f"{len(modules)} matrices are no plain weights, as {modules[0]!r}: {words}."
+        for words, modules in kinds.items()
+    ]
+    renamed = [name for name in tensors if _RENAMED.match(name)]
+    if renamed:
+        remarks.append(
+            f"The exporter renamed {len(renamed)} matrices ({renamed[0]}, ...): which projections "
+            "they are cannot be told from their names. Convert the file that was exported."
+        )
+    return remarks
+
+
+def not_floats(dtypes: Mapping[str, str]) -> str | None:
+    """What weights of other dtypes than floats are: quantised; None where all are floats."""
+    wrong = sorted({dtype for dtype in dtypes.values() if dtype not in FLOATING})
+    return f"quantised ({', '.join(wrong)})" if wrong else None
+
+
+def refusal(words: str) -> str:
+    """The sentence that refuses a layer which is quantised or has an adapter."""
+    kind = words.partition(" (")[0]
+    return f"it is no plain layer: {words}. {ADVICE[kind]}"
+
+
+def is_buffer(name: str, shape: tuple[int, ...], rotary: bool) -> bool:
+    """Whether an array means nothing to a layer: a mask, tables of angles, states of generators.
+
+    Args:
+        name: Its name, relative to the layer.
+        shape: Its shape.
+        rotary: Whether the layer rotates queries and keys; else tables of angles mean something.
+    """
+    parts = _SEPARATOR.split(name)
+    leaf = parts[-1]
+    if leaf == "masked_bias":
+        return set(shape) <= {1}
+    if leaf in MASKS:
+        return len(shape) >= 2 and shape[-1] == shape[-2] and set(shape[:-2]) <= {1}
+    return leaf in _BUFFERS or not _STATES.isdisjoint(parts) or (rotary and leaf in _ROTARY)
+
+
+def changes_results(name: str, modules: Iterable[str], alone: bool) -> str | None:
+    """Why an array that a layout does not know may change what its layers compute; else None.
+
+    Args:
+        name: The array's name, relative to the layer.
+        modules: The names of the projections.
+        alone: Whether all names behind the prefix are the layer's: not where there is no prefix.
+    """
+    parts = _SEPARATOR.split(name)
+    path = "/".join(parts)
+    homes = [_SEPARATOR.split(module) for module in modules]
+    for home in homes:
+        if path.startswith("/".join(home) + "/"):
+            return f"`{name}` belongs to the projection `{'.'.join(home)}`"
+    if not alone and len(parts) > 2:
+        return None
+    beside = any(parts[:-1] == home[: len(parts) - 1] for home in homes)
+    if beside and _STEP.search(parts[-1].lower()):
+        return f"`{name}` is a bias or a scale beside the projections"
+    modules_of = "/".join(parts[:-1]).lower()
+    if any(_STEP.search(part) for part in modules_of.split("/")):
+        return f"`{name}` is a step of the attention"
+    if any(_NORM.search(part) and _PROJECTED.search(part) for part in modules_of.split("/")):
+        return f"`{name}` is a norm of queries, keys or values"
+    if parts[-1] in _ROTARY:
+        return f"`{name}` shows rotary positions"
+    return None

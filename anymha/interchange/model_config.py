@@ -1,0 +1,54 @@
+"""What the `config.json` beside a model's weights states: its family and the number of heads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anymha.interchange.compared_options import result_options
+from anymha.interchange.forms import Need
+from anymha.interchange.layout import Layout
+from anymha.interchange.layouts import SIZES
+
+NAME = "config.json"
+_MOST_BYTES = 2**20
+_KEYS = {
+    "num_heads": (
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+        "decoder_attention_heads",
+    ),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+}  # fmt: skip
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The configuration beside a file of weights, or in a folder; empty where there is none."""
+    path = (source if source.is_dir() else source.parent) / NAME
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The name of the layout that a configuration of transformers states."""
+    return f"transformers.{config.get('model_type', '')}".replace("-", "_")
+
+
+def stated_options(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The sizes and options of a layout's layers that a configuration states without doubt."""
+    stated = {}
+    for size, keys in _KEYS.items():
+        values = {config[key] for key in keys if isinstance(config.get(key), int)}
+        if len(values) == 1 and not isinstance(value := values.pop(), bool):
+            stated[size] = value
+    needs = [need for need in layout.needs if isinstance(need, Need)]
+    stated |= {n.option: config[n.key] for n in needs if n.key and n.key in config}
+    known = (*SIZES, *result_options(), *layout.need_options)
+    return {name: value for name, value in stated.items() if name in known}

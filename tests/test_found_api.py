@@ -1,0 +1,212 @@
+"""`anymha.find_layers` and `anymha.convert_file`: what they tell, choose and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import anymha
+import anymha.cli.verify
+from anymha.cli.main import main
+from anymha.errors import ArgumentError, FileError, UnknownLayoutError, UsageError
+from anymha.framework.registry import Backend
+from tests.file_samples import Arrays, write
+
+D, H = 8, 2
+BERT = ("self.query", "self.key", "self.value", "output.dense")
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def layer(prefix: str, *names: str, dtype: Any = np.float32) -> Arrays:
+    rng = np.random.default_rng([*prefix.encode()])
+    return {f"{prefix}{name}.weight": rng.standard_normal((D, D)).astype(dtype) for name in names}
+
+
+def fused(prefix: str) -> Arrays:
+    rng = np.random.default_rng(3)
+    shapes = {"query_key_value": (3 * D, D), "dense": (D, D)}
+    return {f"{prefix}{name}.weight": rng.standard_normal(shape).astype(np.float32)
+            for name, shape in shapes.items()}  # fmt: skip
+
+
+def test_layers_of_a_file_are_told(tmp_path: Path) -> None:
+    arrays = layer("e.0.", *BERT) | layer("e.1.", *BERT) | layer("d.0.", *LLAMA)
+    for source in (write(tmp_path / "a.safetensors", arrays), str(tmp_path / "a.safetensors")):
+        decoder, encoder = anymha.find_layers(source)
+        assert (encoder.pattern, encoder.prefixes) == ("e.{i}.", ["e.0.", "e.1."])
+        (fit,) = encoder.fits
+        assert (fit.name, encoder.layout) == ("transformers.bert", "transformers.bert")
+        assert fit.names == {f"{name}.weight": f"{name}.weight" for name in BERT}
+        assert (fit.config, fit.needs) == (None, ())
+        assert decoder.prefixes == ["d.0."]
+        assert len(decoder.fits) > 5
+        assert decoder.layout is None
+        needs = {fit.name: fit.needs for fit in decoder.fits}
+        assert "rotary" in needs["transformers.llama"][0]
+        assert needs["transformers.vit"] == ()
+
+
+def test_arrays_of_any_framework_and_nested_dicts_are_taken(installed: list[Backend]) -> None:
+    arrays = layer("", *BERT)
+    for backend in installed:
+        native = {f"layer.0.{n}": backend.ops.from_numpy(a) for n, a in arrays.items()}
+        (group,) = anymha.find_layers(native)
+        assert (group.prefixes, group.layout) == (["layer.0."], "transformers.bert")
+    nested: dict[str, Any] = {"block": {
+        name: {"kernel": np.zeros(shape, ml_dtypes.bfloat16)}
+        for name, shape in {"query": (D, H, 4), "key": (D, H, 4), "value": (D, H, 4),
+                            "out": (H, 4, D)}.items()
+    }}  # fmt: skip
+    (group,) = anymha.find_layers(nested)
+    assert "flax.nnx.MultiHeadAttention" in [fit.name for fit in group.fits]
+    assert group.config is not None
+    assert (group.config.num_heads, group.config.key_dim) == (H, 4)
+
+
+@pytest.mark.parametrize("source", [None, 3, [np.ones(3)], {"a": "text"}, {"a": None}])
+def test_what_holds_no_arrays_is_refused(source: Any) -> None:
+    with pytest.raises(ArgumentError, match="`source` must"):
+        anymha.find_layers(source)
+
+
+def test_nothing_to_find_is_no_error_but_no_file_is(tmp_path: Path) -> None:
+    assert anymha.find_layers({}) == []
+    assert anymha.find_layers({"mlp.weight": np.ones((2, 2))}) == []
+    with pytest.raises(FileError, match="there is no such file"):
+        anymha.find_layers(tmp_path / "a.npz")
+
+
+def test_file_is_converted_and_verified(tmp_path: Path, installed: list[Backend]) -> None:
+    source = write(tmp_path / "a.safetensors", layer("e.0.", *BERT) | layer("e.1.", *BERT))
+    done = anymha.convert_file(source, str(tmp_path / "b.safetensors"), num_heads=H)
+    assert (done.layout, done.layers) == ("transformers.bert", {"e.0.": "e.0.", "e.1.": "e.1."})
+    assert done.verification[0].startswith("Verified: 2 layers, back to transformers.bert")
+    for backend in installed:
+        assert any(f"anymha in {backend.name}" in line for line in done.verification)
+    assert done.verification[-1].startswith("This proves the conversion, not the choice of layout")
+    loaded = anymha.load(tmp_path / "b.safetensors", "numpy", prefix="e.1.")
+    weights, config = anymha.to_canonical(layer("e.1.", *BERT) and {
+        name.removeprefix("e.1."): array for name, array in layer("e.1.", *BERT).items()
+    }, "transformers.bert", num_heads=H)  # fmt: skip
+    assert loaded.config == config
+    assert all(np.array_equal(loaded.weights[name], array) for name, array in weights.items())
+
+
+def test_options_are_those_of_the_command(tmp_path: Path) -> None:
+    arrays = layer("e.0.", *LLAMA) | layer("d.0.", *LLAMA) | {"norm": np.ones(3, np.float32)}
+    source = write(tmp_path / "a.safetensors", arrays)
+    done = anymha.convert_file(
+        source, tmp_path / "b.safetensors", layout="transformers.mistral", verify=False,
+        prefix="d.{i}", to_prefix="x.{i}", others=True, head_dim=4, num_key_value_heads=2,
+        sliding_window=3,
+    )  # fmt: skip
+    assert done.layers == {"d.0.": "x.0."}
+    assert done.verification == []
+    assert "norm" in done.copied
+    config = anymha.load(tmp_path / "b.safetensors", "numpy", prefix="x.0.").config
+    assert (config.num_heads, config.sliding_window) == (2, 3)
+
+
+def test_several_layouts_must_be_named_and_one_need_not(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "a.safetensors", fused("h.0.")), tmp_path / "b.safetensors"
+    with pytest.raises(UsageError) as error:
+        anymha.convert_file(source, target, num_heads=H)
+    for name in ("transformers.gpt_neox", "fused.blocks", "`layout=...`", "'h.{i}.'"):
+        assert name in str(error.value)
+    write(source, layer("e.0.", *BERT) | fused("h.0."))
+    with pytest.raises(UsageError, match="name the layout"):
+        anymha.convert_file(source, target, num_heads=H)
+    done = anymha.convert_file(source, target, prefix="e.", num_heads=H, verify=False)
+    assert done.layout == "transformers.bert"
+
+
+def test_configuration_beside_the_file_decides_and_tells_the_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "model.safetensors", fused("h.0."))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt_neox", "num_attention_heads": H})
+    )
+    (group,) = anymha.find_layers(source)
+    assert (group.layout, group.fits[0].name) == ("transformers.gpt_neox",) * 2
+    assert len(group.fits) > 1, "the others are still listed"
+    assert group.config is not None
+    assert group.config.num_heads == H
+    done = anymha.convert_file(source, tmp_path / "b.safetensors", verify=False)
+    assert done.layout == "transformers.gpt_neox"
+    assert f"Taken from the config.json beside the file: num_heads={H}." in done.notes
+    stated = anymha.convert_file(source, tmp_path / "c.safetensors", num_heads=4, verify=False)
+    assert not any("Taken" in note for note in stated.notes), "the caller's word counts"
+    assert anymha.load(tmp_path / "c.safetensors", "numpy", prefix="h.0.").config.num_heads == 4
+    assert main(["inspect", str(source)]) == 0
+    assert (
+        "Layout: transformers.gpt_neox (the config.json beside the file says so; its names and "
+        "shapes also fit "
+    ) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["no json", "[1]", '{"model_type": "llama"}', "", "[" * 5000])
+def test_configuration_of_another_model_or_none_at_all_decides_nothing(
+    tmp_path: Path, text: str
+) -> None:
+    source = write(tmp_path / "model.safetensors", fused("h.0."))
+    (tmp_path / "config.json").write_text(text)
+    (group,) = anymha.find_layers(source)
+    assert (group.layout, group.config) == (None, None)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no layout of that name": ({"layout": "bert"}, UnknownLayoutError, "Did you mean"),
+    "no target of that name": ({"to": "bert"}, UnknownLayoutError, "Did you mean"),
+    "another layout": ({"layout": "transformers.gpt2"}, UsageError, "holds no layer of the layout"),
+    "no such prefix": ({"prefix": "x."}, UsageError, "whose names begin with 'x.'"),
+    "heads are open": ({}, UsageError, "needs `num_heads`"),
+    "heads that do not divide": ({"num_heads": 3}, UsageError, "of equal size"),
+    "no option of that name": ({"num_heads": H, "num_head": 2}, UsageError, "num_head"),
+    "an option that the target lacks": (
+        {"num_heads": H, "sliding_window": 3, "to": "equinox.MultiheadAttention"},
+        UsageError, "has no option for sliding_window=3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "kind", "text"), WRONG.values(), ids=WRONG)
+def test_wrong_calls_are_told_and_nothing_is_written(
+    tmp_path: Path, options: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    source, target = write(tmp_path / "a.safetensors", layer("e.0.", *BERT)), tmp_path / "b.npz"
+    with pytest.raises(kind) as error:
+        anymha.convert_file(source, target, **options)
+    assert text in str(error.value)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_found_difference_is_an_error_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anymha.cli.verify, "_ours", lambda *_: np.full((2, 7, D), 1e-3))
+    source = write(tmp_path / "a.safetensors", layer("e.0.", *BERT))
+    with pytest.raises(anymha.AnymhaError, match="gives another output"):
+        anymha.convert_file(source, tmp_path / "b.npz", num_heads=H)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_rows_are_permuted_between_the_two_orders_of_rotary_positions(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.safetensors", layer("l.0.", "wq", "wk", "wv", "wo"))
+    done = anymha.convert_file(
+        source, tmp_path / "b.safetensors", to="transformers.llama", num_heads=H,
+        layout="meta.llama",
+    )  # fmt: skip
+    assert done.verification
+    assert any("element i of a head turns with element i + half" in note for note in done.notes)
+    back = anymha.convert_file(
+        tmp_path / "b.safetensors", tmp_path / "c.safetensors", layout="transformers.llama",
+        to="meta.llama", num_heads=H,
+    )  # fmt: skip
+    assert back.verification
+    assert (tmp_path / "c.safetensors").read_bytes() == source.read_bytes()
