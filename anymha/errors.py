@@ -6,6 +6,8 @@ Each is an `AnymhaError` and also the builtin exception that a user would expect
 
 from __future__ import annotations
 
+from anymha.text import escaped
+
 
 class AnymhaWarning(UserWarning):
     """The base of all warnings given by anymha."""
@@ -30,6 +32,10 @@ class AnymhaError(Exception):
     # TensorFlow raises the errors of a traced function anew, with where in the user's code they
     # came from; those whose constructor it does not know become one of its own.
     __init__ = Exception.__init__
+
+    def __str__(self) -> str:
+        """The message; what a file's names hold moves no cursor and hides nothing."""
+        return escaped(super().__str__(), kept="\n\t")
 
 
 class ConfigError(AnymhaError, ValueError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from anymha.cli.forms import FORMS, add_forms, check_files, write_forms
 from anymha.cli.inputs import CASES, FEATURES, CallInputs, fit_functions, make_cases, make_layer
-from anymha.cli.names import Implementation, implementation_named
+from anymha.cli.names import Implementation, implementation_named, is_model
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
 from anymha.parity.comparison.compare import compare as compare_two
@@ -21,6 +21,7 @@ from anymha.parity.reports.outcome import Outcome, to_dict
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.saved_case import SavedCase, SavedLayer, load_case
 from anymha.parity.stages.trace import as_numpy, name_of_dtype
+from anymha.text import shown
 
 FILES = (*FORMS, "save")
 
@@ -95,9 +96,10 @@ def _cases(options: argparse.Namespace) -> tuple[str, ...]:
 
 def _check_files(options: argparse.Namespace) -> None:
     """Raise now where a file cannot be written later."""
-    check_files({name: getattr(options, name) for name in FILES})
+    models = [Path(name) for name in (options.reference, *options.candidates) if is_model(name)]
+    check_files({name: getattr(options, name) for name in FILES}, (options.inputs, *models))
     if options.save is not None and options.save.suffix != ".npz":
-        raise FileError(f"A case is saved as an .npz file. Received: {options.save}.")
+        raise FileError(f"A case is saved as an .npz file. Received: {shown(options.save)}.")
 
 
 def _outcomes(

@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from anymha.cli.inspect import add_max_bytes
 from anymha.cli.process import say_error
 from anymha.cli.progress import bar
 from anymha.cli.verify import Mismatch, Verifier
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.atomic_write import check_writable
+from anymha.text import shown
 
 SHOWN_LEFT = 3
 UNITS = {"": 1, "b": 1} | {
@@ -59,6 +61,7 @@ def add_command(commands: Any) -> None:
                               "an index of them are written")  # fmt: skip
     command.add_argument("--dry-run", action="store_true",
                          help="read, convert and check everything, and write nothing")  # fmt: skip
+    add_max_bytes(command)
     command.add_argument("--verify", action="store_true",
                          help="convert back, run the layers, and report the errors")  # fmt: skip
     command.set_defaults(run=convert)
@@ -104,21 +107,22 @@ def convert(options: argparse.Namespace) -> int:
             conversion = convert_file(
                 options.source, options.target, options.layout, options.to,
                 prefix=options.prefix or "", to_prefix=options.to_prefix, others=options.others,
-                max_shard_bytes=options.max_shard_size, dry_run=options.dry_run, on_layer=progress,
+                max_bytes=options.max_bytes, max_shard_bytes=options.max_shard_size,
+                dry_run=options.dry_run, on_layer=progress,
                 check=verifier.check if verifier else lambda layer: None, **sizes,
             )  # fmt: skip
         except Mismatch as error:
             say_error(f"{error} Nothing was written.")
             return 1
-    lines = [f"{start or '(no prefix)'} -> {end or '(no prefix)'}" for start, end in
-             conversion.layers.items() if start != end]  # fmt: skip
+    lines = [f"{shown(start) or '(no prefix)'} -> {shown(end) or '(no prefix)'}"
+             for start, end in conversion.layers.items() if start != end]  # fmt: skip
     lines += conversion.notes
     if conversion.left:
-        shown = ", ".join(conversion.left[:SHOWN_LEFT]) + (
+        names = ", ".join(map(shown, conversion.left[:SHOWN_LEFT])) + (
             ", ..." * (len(conversion.left) > SHOWN_LEFT)
         )
         lines.append(
-            f"{len(conversion.left)} other tensors were left out ({shown}); `--others` copies them."
+            f"{len(conversion.left)} other tensors were left out ({names}); `--others` copies them."
         )
     if verifier:
         lines += verifier.lines()
@@ -128,7 +132,7 @@ def convert(options: argparse.Namespace) -> int:
     shards = f" in {len(files) - 1} file{'s' * (len(files) > 2)}" if files[1:] else ""
     trial = "Not written, as a trial: " if options.dry_run else ""
     lines.append(
-        f"{trial}{files[0]}: {count} layer{'s' * (count != 1)} of {conversion.layout} as "
+        f"{trial}{shown(files[0])}: {count} layer{'s' * (count != 1)} of {conversion.layout} as "
         f"{options.to}, {len(conversion.tensors)} tensors{shards}, {size:,} bytes"
     )
     for line in lines:

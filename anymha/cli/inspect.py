@@ -16,6 +16,7 @@ from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.leftovers import refusal, remarks_on
 from anymha.interchange.model_config import NAME, read_config
 from anymha.options.config import AttentionConfig
+from anymha.text import escaped, listed, shell_word, shown
 
 SHOWN_NAMES = 12
 SHOWN_MISFITS = 4
@@ -31,12 +32,21 @@ def add_command(commands: Any) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help="of any format; see docs/files.md")
     command.add_argument("--all", action="store_true", help="list every tensor of the file too")
     command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    add_max_bytes(command)
     command.set_defaults(run=inspect)
+
+
+def add_max_bytes(command: argparse.ArgumentParser) -> None:
+    """Add the option of how much a file's arrays may take."""
+    command.add_argument("--max-bytes", type=int, metavar="N",
+                         help="the most bytes that the file's arrays may take together; default "
+                              "100 times the file's own, and 64 MiB always")  # fmt: skip
 
 
 def inspect(options: argparse.Namespace) -> int:
     """List the attention layers of a file, the layouts that fit, and the sizes that shapes show."""
-    with busy(f"reading {options.file}"), open_file(options.file) as reader:
+    reading = busy(f"reading {shown(options.file)}")
+    with reading, open_file(options.file, options.max_bytes) as reader:
         if options.json:
             lines = [json.dumps(as_data(reader, options.all), indent=2)]
         else:
@@ -91,12 +101,16 @@ def report(reader: Reader, every: bool = False) -> Iterable[str]:
         reader: The file.
         every: Whether every tensor is listed.
     """
+    return map(escaped, _report(reader, every))  # also what layouts say about names
+
+
+def _report(reader: Reader, every: bool) -> Iterable[str]:
     file_format = format_of(reader.path)
     tensors = reader.tensors
     size = sum(tensor.bytes for tensor in tensors.values())
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
     content = f"{len(tensors)} tensors of {dtypes or 'nothing'}, {size:,} bytes"
-    yield f"{reader.path}: {file_format.name}, {content}"
+    yield f"{shown(reader.path)}: {file_format.name}, {content}"
     if ENTRY in reader.metadata:
         count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
@@ -117,15 +131,16 @@ def report(reader: Reader, every: bool = False) -> Iterable[str]:
         yield ""
         yield "All tensors:"
         for name, tensor in tensors.items():
-            yield f"  {name}  {tensor.dtype} {_shape(tensor)}"
+            yield f"  {shown(name)}  {tensor.dtype} {_shape(tensor)}"
 
 
 def _group(path: Path, group: LayerGroup) -> Iterable[str]:
     count = len(group.prefixes)
     numbers = _numbers(group.prefixes) if count > 1 else ""
-    yield f"{group.pattern if count > 1 else group.prefixes[0] or '(no prefix)'}{numbers}"
+    title = group.pattern if count > 1 else group.prefixes[0]
+    yield f"{shown(title) or '(no prefix)'}{numbers}"
     for name, tensor in group.tensors.items():
-        yield f"  {name:28} {tensor.dtype} {_shape(tensor)}"
+        yield f"  {shown(name):28} {tensor.dtype} {_shape(tensor)}"
     names = [fit.name for fit in group.fits]
     if group.kind:
         yield f"  No layout fits, for {refusal(group.kind)}"
@@ -152,7 +167,7 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
     if group.unknown and group.prefixes[0]:
         yield (
             f"  Not known to {'this layout' if group.layout else 'these layouts'}, and left out by "
-            f"`anymha convert`: {', '.join(group.unknown)}."
+            f"`anymha convert`: {listed(group.unknown)}."
         )
     if names:
         yield from _sizes(group)
@@ -187,8 +202,10 @@ def _next(path: Path, group: LayerGroup) -> Iterable[str]:
     """The command that converts the layers."""
     layout = group.layout or "LAYOUT"
     heads = " --num-heads H" if group.config is None else ""
-    prefix = f" --prefix '{group.pattern}'" if group.pattern else ""
-    yield f"  To convert: anymha convert {path} DST --from {layout} --to LAYOUT{heads}{prefix}"
+    joined = "=" if group.pattern.startswith("-") else " "
+    prefix = f" --prefix{joined}{shell_word(group.pattern)}" if group.pattern else ""
+    source = shell_word(f"./{path}" if str(path).startswith("-") else path)
+    yield f"  To convert: anymha convert {source} DST --from {layout} --to LAYOUT{heads}{prefix}"
 
 
 def _numbers(prefixes: Sequence[str]) -> str:
@@ -216,7 +233,7 @@ def _names(tensors: dict[str, Tensor] | Any) -> Iterable[str]:
     for name, tensor in tensors.items():
         patterns.setdefault(pattern_of(name), tensor)
     for name, tensor in list(patterns.items())[:SHOWN_NAMES]:
-        yield f"  {name}  {tensor.dtype} {_shape(tensor)}"
+        yield f"  {shown(name)}  {tensor.dtype} {_shape(tensor)}"
     if len(patterns) > SHOWN_NAMES:
         yield f"  and {len(patterns) - SHOWN_NAMES} more"
 

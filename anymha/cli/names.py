@@ -15,7 +15,7 @@ from typing import Any
 
 from anymha.errors import AnymhaError, BackendNotInstalledError, UsageError
 from anymha.framework.registry import BUILT_IN, LAYERS, backends, get_layer
-from anymha.interchange.layers import convert, get_weights, set_weights
+from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.interchange.libraries import MAKERS
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters import adapter_for
@@ -57,7 +57,7 @@ class Implementation:
         options |= {o: layer.weights[f"{name}.kernel"].shape[0] for o, name in names.items()}
         options["dtype"] = layer.weights["query.kernel"].dtype.name
         config = AttentionConfig.from_dict(options)
-        ours = set_weights(get_layer("numpy")(**config.to_dict()), layer.weights)
+        ours = new_layer("numpy", config, layer.weights)
         return convert(ours, to=self.name)
 
     @property
@@ -67,6 +67,11 @@ class Implementation:
             return None
         adapter = adapter_for(self.implementation)
         return adapter.function if isinstance(adapter, Function) else None
+
+
+def is_model(name: str) -> bool:
+    """Whether a word of the command line is the path of a model."""
+    return name.endswith(".onnx")
 
 
 def implementation_named(name: str) -> Implementation:
@@ -80,7 +85,7 @@ def implementation_named(name: str) -> Implementation:
         BackendNotInstalledError: its framework is not installed.
     """
     settle_keras_backend()
-    if name.endswith(".onnx"):
+    if is_model(name):
         adapter_for(Path(name))  # raises where it is not a model
         return Implementation(name, Path(name))
     known = {one.name: one for one in (*BUILT_IN, *LAYERS)}

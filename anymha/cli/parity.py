@@ -119,7 +119,8 @@ def _real(options: argparse.Namespace) -> list[CheckpointProblem]:
 
 def _check_forms(options: argparse.Namespace) -> None:
     """Raise now where a form of the report cannot be written later."""
-    check_files({name: getattr(options, name) for name in FORMS})
+    sources = (options.checkpoint, options.inputs)
+    check_files({name: getattr(options, name) for name in FORMS}, sources)
     if options.html is not None:
         # Says that the extra "report" is not installed.
         importlib.import_module("anymha.parity.matrix.pictures")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from anymha.text import shown
+
 
 @contextmanager
 def progress_bar(
@@ -66,7 +68,7 @@ def bar(
     (timer.start if delay else drawn.start)()
     try:
         yield lambda done, total, words: drawn.update(
-            task, description=words, completed=done, total=total
+            task, description=shown(words), completed=done, total=total
         )
     finally:
         timer.cancel()

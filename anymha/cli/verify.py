@@ -12,9 +12,9 @@ import numpy as np
 
 from anymha.cli.peers import FAMILIES, run
 from anymha.errors import AnymhaError, BackendNotInstalledError, LayoutError
-from anymha.framework.registry import Backend, backends, get_layer
+from anymha.framework.registry import Backend, backends
 from anymha.interchange.convert_model import ConvertedLayer
-from anymha.interchange.layers import convert, set_weights
+from anymha.interchange.layers import convert, new_layer
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.rotary_order import reordered
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
@@ -139,7 +139,7 @@ class Verifier:
                 return run(layout, config, problem.weights, problem.inputs["query"])
             if layout not in LIBRARIES:
                 raise LayoutError("its layer needs more than attention, or a whole model")
-            ours = set_weights(get_layer("numpy")(**config.to_dict()), problem.weights)
+            ours = new_layer("numpy", config, problem.weights)
             live = convert(ours, to=layout)
             arrays = (problem.inputs[name] for name in ("query", "value", "key"))
             return LIBRARIES[layout](live, *arrays)
@@ -178,7 +178,7 @@ def _problem(layer: ConvertedLayer, alone: bool = False) -> OracleProblem:
 
 def _ours(backend: Backend, problem: OracleProblem) -> np.ndarray:
     ops = backend.ops
-    layer = set_weights(backend.layer(**problem.case.config.to_dict()), problem.weights)
+    layer = new_layer(backend.name, problem.case.config, problem.weights)
     arrays = (ops.from_numpy(problem.inputs[name]) for name in ("query", "value", "key"))
     return np.asarray(ops.to_numpy(layer(*arrays)))
 

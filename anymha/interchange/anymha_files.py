@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import numpy as np
-
 from anymha.errors import AnymhaError, ConfigError, DtypeError, FileError
 from anymha.framework.registry import get_layer
 from anymha.interchange.files.formats import create_file, format_of, open_file
+from anymha.interchange.files.json_text import parse_json
+from anymha.interchange.files.paths import kind_of
 from anymha.interchange.files.reader import Reader, Tensor
-from anymha.interchange.layers import convert, get_weights, new_layer, set_weights
+from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.options.config import AttentionConfig
+from anymha.text import listed, quoted, shown
 
 if TYPE_CHECKING:
     from anymha.interchange.homes import (
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
         TorchLayer,
     )
 
+PathLike = str | os.PathLike[str]
+MaxBytes = int | None
+
 ENTRY = "anymha"
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -41,7 +45,7 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def save(path: str | os.PathLike[str], layer: Any) -> None:
+def save(path: PathLike, layer: Any) -> None:
     """Write a layer to a ``.safetensors`` file: its weights, bit for bit, and its configuration.
 
     The file is written as a whole or not at all.
@@ -65,7 +69,7 @@ def save(path: str | os.PathLike[str], layer: Any) -> None:
     """
     target = Path(path)
     if not target.name.endswith(SUFFIX):
-        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
+        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
     plain = convert(layer, to="numpy")
     weights = get_weights(plain)
     tensors = {name: Tensor(array.shape, array.dtype) for name, array in weights.items()}
@@ -76,35 +80,37 @@ def save(path: str | os.PathLike[str], layer: Any) -> None:
 
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["numpy"], *, prefix: str = ""
+    path: PathLike, backend: Literal["numpy"], *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> NumpyLayer: ...
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["torch"] = ..., *, prefix: str = ""
+    path: PathLike, backend: Literal["torch"] = ..., *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> TorchLayer: ...
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["tensorflow"], *, prefix: str = ""
+    path: PathLike, backend: Literal["tensorflow"], *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> TensorflowLayer: ...
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["jax"], *, prefix: str = ""
+    path: PathLike, backend: Literal["jax"], *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> JaxLayer: ...
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["keras"], *, prefix: str = ""
+    path: PathLike, backend: Literal["keras"], *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> KerasLayer: ...
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["flax"], *, prefix: str = ""
+    path: PathLike, backend: Literal["flax"], *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> FlaxLayer: ...
 @overload
 def load(
-    path: str | os.PathLike[str], backend: Literal["equinox"], *, prefix: str = ""
+    path: PathLike, backend: Literal["equinox"], *, prefix: str = ..., max_bytes: MaxBytes = ...
 ) -> EquinoxLayer: ...
 @overload
-def load(path: str | os.PathLike[str], backend: str, *, prefix: str = "") -> Any: ...
-def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = "") -> Any:
+def load(path: PathLike, backend: str, *, prefix: str = ..., max_bytes: MaxBytes = ...) -> Any: ...
+def load(
+    path: PathLike, backend: str = "torch", *, prefix: str = "", max_bytes: MaxBytes = None
+) -> Any:
     """The layer of a file that `save` wrote, in any framework, bit for bit.
 
     Args:
@@ -113,6 +119,8 @@ def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = 
             a backend of others.
         prefix: What the names of the layer's weights begin with, where the file has several
             layers, as ``anymha convert --to anymha`` writes them.
+        max_bytes: The most bytes that the arrays of the file may take together; default 100 times
+            the bytes of the file, and 64 MiB always.
 
     Returns:
         The native layer, with the configuration and the dtype with which it was saved.
@@ -135,26 +143,25 @@ def load(path: str | os.PathLike[str], backend: str = "torch", *, prefix: str = 
     """
     source = Path(path)
     get_layer(backend)
-    if source.exists() and not format_of(source).metadata:
-        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {str(path)!r}.")
-    with open_file(source) as reader:
+    if kind_of(source) != "nothing" and not format_of(source).metadata:
+        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
+    with open_file(source, max_bytes) as reader:
         configs = read_configs(reader)
         if prefix not in configs:
-            known = ", ".join(map(repr, configs))
             raise FileError(
-                f"{source} holds no layer with the prefix {prefix!r}. Pass `prefix` as one of: "
-                f"{known}."
+                f"{shown(source)} holds no layer with the prefix {quoted(prefix)}. Pass `prefix` "
+                f"as one of: {listed([quoted(known) for known in configs])}."
             )
-        others = [other for other in configs if other != prefix and other.startswith(prefix)]
-        weights = _weights(reader, prefix, others)
-    config = configs[prefix]
-    _check_fit(source, config, weights)
-    layer = set_weights(new_layer(backend, config), weights)
+        config = configs[prefix]
+        names = _names(reader, prefix, configs)
+        _check_fit(source, config, {name: reader.tensors[prefix + name] for name in names})
+        weights = {name: reader.read(prefix + name) for name in names}
+    layer = new_layer(backend, config, weights)
     dtype = get_weights(layer)["query.kernel"].dtype.name
     if dtype != config.dtype:
         raise DtypeError(
-            f"{source} has weights of {config.dtype}, and the layer of {backend!r} can only hold "
-            f"{dtype} as its framework is set up. Load it in another, or allow {config.dtype} "
+            f"{shown(source)} has weights of {config.dtype}, and the layer of {backend!r} can only "
+            f"hold {dtype} as its framework is set up. Load it in another, or allow {config.dtype} "
             "first; in JAX with `jax.config.update('jax_enable_x64', True)`."
         )
     return layer
@@ -187,19 +194,19 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
         FileError: there are none, or they were written by a later anymha.
         ConfigError: an option has a value that it cannot have.
     """
-    path = reader.path
+    path = shown(reader.path)
     if ENTRY not in reader.metadata:
         raise FileError(
             f"{path} was not written by anymha: its metadata has no {ENTRY!r}. To convert weights "
             "of other libraries: anymha inspect FILE, then anymha convert."
         )
     try:
-        entry = json.loads(reader.metadata[ENTRY])
+        entry = parse_json(reader.metadata[ENTRY].encode("utf-8"))
         version, layers = entry["format"], entry["layers"]
         if type(version) is int and version > FORMAT:
             raise FileError(
-                f"{path} has the format {version}, and this anymha reads {FORMAT}. Install a later "
-                "anymha."
+                f"{path} has the format {quoted(version)}, and this anymha reads {FORMAT}. Install "
+                "a later anymha."
             )
         if version != FORMAT or not all(isinstance(one, dict) for one in layers.values()):
             raise ValueError("it has another form")
@@ -207,23 +214,27 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
     except AnymhaError as error:
         if isinstance(error, FileError):
             raise
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {shown(error, 1000)}") from error
     except _UNREADABLE as error:
         raise FileError(
-            f"{path} is broken: its entry {ENTRY!r} cannot be read ({error})."
+            f"{path} is broken: its entry {ENTRY!r} cannot be read ({shown(error)})."
         ) from error
 
 
-def _weights(reader: Reader, prefix: str, others: list[str]) -> dict[str, np.ndarray]:
-    return {
-        name.removeprefix(prefix): reader.read(name)
-        for name in reader.tensors
-        if name.startswith(prefix) and not any(name.startswith(one) for one in others)
+def _names(reader: Reader, prefix: str, configs: Mapping[str, AttentionConfig]) -> list[str]:
+    """What follows the prefix in the names of a layer; names of others may begin so too."""
+    owned = {
+        other + name
+        for other, config in configs.items()
+        if other != prefix
+        for name in config.weight_shapes()
     }
+    own = [name for name in reader.tensors if name.startswith(prefix) and name not in owned]
+    return [name.removeprefix(prefix) for name in own]
 
 
-def _check_fit(path: Path, config: AttentionConfig, weights: Mapping[str, np.ndarray]) -> None:
-    """That the weights have the names, shapes and dtype of the configuration.
+def _check_fit(path: Path, config: AttentionConfig, weights: Mapping[str, Tensor]) -> None:
+    """Check that the weights have the names, shapes and dtype of the configuration.
 
     Raises:
         FileError: they have not.
@@ -233,13 +244,13 @@ def _check_fit(path: Path, config: AttentionConfig, weights: Mapping[str, np.nda
     unknown = [name for name in weights if name not in shapes]
     if missing or unknown:
         raise FileError(
-            f"{path} does not hold the weights of its configuration. Missing: "
-            f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+            f"{shown(path)} does not hold the weights of its configuration. Missing: "
+            f"{listed(missing)}. Unknown: {listed(unknown)}."
         )
     for name, shape in shapes.items():
-        array = weights[name]
-        if array.shape != shape or array.dtype.name != config.dtype:
+        tensor = weights[name]
+        if tensor.shape != shape or tensor.dtype.name != config.dtype:
             raise FileError(
-                f"{path} does not fit its configuration: `{name}` must be {config.dtype} of shape "
-                f"{shape}. Received: {array.dtype} of shape {array.shape}."
+                f"{shown(path)} does not fit its configuration: `{name}` must be {config.dtype} of "
+                f"shape {shape}. Received: {tensor.dtype} of shape {tensor.shape}."
             )

@@ -18,6 +18,7 @@ from anymha.interchange.leftovers import refusal, remarks_on
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
+from anymha.text import listed, quoted, shown
 
 OWN = "anymha"
 
@@ -105,7 +106,9 @@ class ConversionJob:
             config = self.configs.get(prefix, config)
             result = self.target.layout.from_canonical(weights, config)
         except AnymhaError as error:
-            raise UsageError(f"{self.reader.path}, layer {prefix!r}: {error}") from error
+            raise UsageError(
+                f"{shown(self.reader.path)}, layer {quoted(prefix)}: {shown(error, 1000)}"
+            ) from error
         return ConvertedLayer(prefix, arrays, weights, config, result)
 
 
@@ -159,19 +162,21 @@ def choose_layers(
         for prefix in group.prefixes:
             if matches(prefix, pattern) and fit is None:
                 reason = group.misfits[layout.name]
-                raise UsageError(f"{path}, layer {prefix!r}: {layout.name} does not fit: {reason}")
+                raise UsageError(
+                    f"{shown(path)}, layer {quoted(prefix)}: {layout.name} does not fit: {reason}"
+                )
             if matches(prefix, pattern) and fit is not None:
                 layers[prefix] = fit
     if not known:
         marks = " and ".join(repr(job.namings[0].names[name]) for name in layout.required()[0])
         raise UsageError(
-            f"{path} holds no layer of the layout {layout.name!r}, whose names end with {marks}. "
-            f"{_remarks(job.reader.tensors)}See what it holds with: anymha inspect FILE."
+            f"{shown(path)} holds no layer of the layout {layout.name!r}, whose names end with "
+            f"{marks}. {_remarks(job.reader.tensors)}See what it holds with: anymha inspect FILE."
         )
     if not layers:
         raise UsageError(
-            f"{path} holds no layer whose names begin with {pattern!r}. Its layers begin with "
-            f"{', '.join(dict.fromkeys(map(repr, known)))}."
+            f"{shown(path)} holds no layer whose names begin with {quoted(pattern)}. Its layers "
+            f"begin with {listed(dict.fromkeys(map(quoted, known)))}."
         )
     return layers
 
@@ -189,7 +194,7 @@ def _refuse_changed(path: Path, groups: Sequence[LayerGroup], pattern: str) -> N
     for group in groups:
         for prefix in group.prefixes:
             if group.kind and matches(prefix, pattern):
-                raise UsageError(f"{path}, layer {prefix!r}: {refusal(group.kind)}")
+                raise UsageError(f"{shown(path)}, layer {quoted(prefix)}: {refusal(group.kind)}")
 
 
 def plan_conversion(
@@ -239,7 +244,7 @@ def plan_conversion(
 def _add(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     if name in tensors:
         raise UsageError(
-            f"Two tensors of the new file would have the name {name!r}. Choose another "
+            f"Two tensors of the new file would have the name {quoted(name)}. Choose another "
             "`--to-prefix`, with {i} for the layers' numbers."
         )
     tensors[name] = tensor

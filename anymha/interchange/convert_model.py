@@ -27,6 +27,7 @@ from anymha.interchange.conversion_plan import (
     plan_conversion,
 )
 from anymha.interchange.detect import LayerGroup, LayoutFit, find_layer_groups
+from anymha.interchange.files.atomic_write import check_writable
 from anymha.interchange.files.formats import (
     create_file,
     format_of,
@@ -34,11 +35,14 @@ from anymha.interchange.files.formats import (
     open_file,
     writable_format,
 )
+from anymha.interchange.files.paths import check_not_source
 from anymha.interchange.files.reader import Reader, Tensor, Writer
+from anymha.interchange.files.siblings import siblings
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
 from anymha.interchange.model_config import NAME, read_config, stated_options
 from anymha.interchange.naming import file_namings
+from anymha.text import listed, shown
 
 
 def convert_file(
@@ -50,6 +54,7 @@ def convert_file(
     prefix: str | Sequence[str] = "",
     to_prefix: str | None = None,
     others: bool = False,
+    max_bytes: int | None = None,
     max_shard_bytes: int | None = None,
     dry_run: bool = False,
     on_layer: Callable[[int, int, str], None] = lambda done, count, prefix: None,
@@ -70,6 +75,8 @@ def convert_file(
         to_prefix: What their names begin with in the target, with ``{i}``, ``{j}`` ... for the
             numbers of the source; default as in the source.
         others: Whether the other tensors of the source are copied as they are.
+        max_bytes: The most bytes that the source's arrays may take together, whatever it claims;
+            default 100 times the bytes of the file, and 64 MiB always.
         max_shard_bytes: The most bytes of tensors in a file; where there are more, `target` stands
             for shards and their index, as `anymha.interchange.files.formats.create_file` writes.
         dry_run: Whether all is read, converted and checked, and nothing written.
@@ -80,15 +87,17 @@ def convert_file(
 
     Raises:
         UsageError: there is no such layer, several layouts may be meant, or it cannot be
-            converted.
+            converted; or a new file is one of those that the source consists of, by whatever name.
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
     """
     new_format = writable_format(target)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UsageError(f"The two files must be different ones. Received: {source} twice.")
+    check_writable(target)
+    check_not_source(target, source, [source])
     new, old = get_layout(to), None if layout is None else get_layout(layout)
-    with open_file(source) as reader:
+    with open_file(source, max_bytes) as reader:
+        sources = [*reader.files(), *siblings(reader.path)]
+        check_not_source(target, source, sources)
         prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
         file_format, model_config = format_of(source), read_config(source)
         groups = find_layer_groups(reader.tensors, file_format, model_config)
@@ -108,15 +117,14 @@ def convert_file(
             known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
             plan.note(f"Taken from the {NAME} beside the file: {known}.")
         if to == OWN and not new_format.metadata:
-            plan.note(f"{target.name} has no place for the configuration: `anymha.load` will not "
-                      "read it. Write a .safetensors file.")  # fmt: skip
+            plan.note(
+                f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "
+                "read it. Write a .safetensors file."
+            )
         metadata = metadata if new_format.metadata else {}
         plan.files = new_files(target, plan.tensors, max_shard_bytes)
         for file in plan.files:
-            if file.exists() and any(file.samefile(one) for one in reader.files() if one.exists()):
-                raise UsageError(
-                    f"The new files must be other ones than {source}'s: {file} is one."
-                )
+            check_not_source(file, source, sources)
         create = _rehearse if dry_run else create_file
         with create(target, plan.tensors, metadata, max_shard_bytes) as writer:
             for number, (start, fit) in enumerate(layers.items()):
@@ -179,7 +187,7 @@ def _convert_layer(
     arrays = {name: job.reader.read(prefix + place) for name, place in fit.names.items()}
     wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:
-        names = ", ".join(prefix + fit.names[name] for name in wrong)
+        names = listed([prefix + fit.names[name] for name in wrong])
         plan.note(f"Not all values are finite, and are carried as they are: {names}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasWarning)  # they are notes of the plan

@@ -18,6 +18,7 @@ from anymha.interchange.live_layer import LiveLayer
 from anymha.interchange.rotary_order import reordered
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, check_weights, match_biases
+from anymha.layer.weights import nothing_drawn
 from anymha.options.config import AttentionConfig
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     if _is_ours(layer):
         if source is not None and source.config is not None:
             check_same_results("the layer", layer.config, source.config, unknown=source.unknown)
-        return layer.with_canonical_weights(weights)
+        with nothing_drawn():  # where the layer has no weights yet
+            return layer.with_canonical_weights(weights)
     live = open_layer(layer)
     current = _read(live, sizes)
     values, _ = check_weights(weights)
@@ -210,20 +212,24 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
     config = AttentionConfig.from_dict(options)
     if "." in to:
         return make_layer(to, from_canonical(dict(weights), to, config=config), config)
-    return set_weights(new_layer(to, config), dict(weights))
+    return new_layer(to, config, dict(weights))
 
 
-def new_layer(backend: str, config: AttentionConfig) -> Any:
-    """The native layer of a backend with these options; with a name that is valid there.
+def new_layer(backend: str, config: AttentionConfig, weights: Mapping[str, Any]) -> Any:
+    """The native layer of a backend with these options and canonical weights.
+
+    No other values are drawn first, and its name is one that is valid there.
 
     Raises:
         UnknownBackendError: no backend has this name.
         BackendNotInstalledError: its framework is not installed.
+        WeightsError: names or shapes do not fit.
     """
     layer = get_layer(backend)
     if config.name is not None and hasattr(layer, "valid_name"):
         config = dataclasses.replace(config, name=layer.valid_name(config.name))
-    return layer(**config.to_dict())
+    with nothing_drawn():
+        return set_weights(layer(**config.to_dict()), weights)
 
 
 def _is_ours(layer: Any) -> bool:

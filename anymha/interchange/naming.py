@@ -81,4 +81,6 @@ def file_namings(layout: Layout, file_format: Format) -> list[FileNaming]:
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """A key that sorts numbers within names by their value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,19 @@ NAMES = tuple(f"{projection}.{part}" for projection in PROJECTIONS for part in (
 """The canonical order."""
 
 
+_draws: ContextVar[bool] = ContextVar("draws", default=True)
+
+
+@contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Let first weights be zeros: they are replaced at once, and drawing them may take long."""
+    token = _draws.set(False)
+    try:
+        yield
+    finally:
+        _draws.reset(token)
+
+
 def initial_weights(
     config: AttentionConfig, shapes: Mapping[str, Shape], seed: int, ops: Any = None
 ) -> dict[str, np.ndarray]:
@@ -45,6 +60,8 @@ def initial_weights(
         ConfigError: an initialiser of the user's cannot be called, or gives something else than
             finite numbers of the shape.
     """
+    if not _draws.get():
+        return {name: np.zeros(shape) for name, shape in shapes.items()}
     values = {}
     for name, shape in shapes.items():
         argument = f"{name.partition('.')[2]}_initializer"

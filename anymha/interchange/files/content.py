@@ -9,6 +9,7 @@ from pathlib import Path
 from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.reader import open_stream
+from anymha.text import quoted, shown
 
 HEAD = 4096
 SHOWN = 4
@@ -99,7 +100,7 @@ def refuse_by_name(path: Path) -> None:
     """
     for pattern, words in _NAMES.items():
         if re.search(pattern, path.as_posix(), re.IGNORECASE):
-            raise FileError(f"{path} is {words}.")
+            raise FileError(f"{shown(path)} is {words}.")
 
 
 def refuse(path: Path, head: bytes) -> None:
@@ -109,33 +110,33 @@ def refuse(path: Path, head: bytes) -> None:
         FileError: they are.
     """
     if not head:
-        raise FileError(f"{path} is empty: it has 0 bytes. Was its download broken off?")
+        raise FileError(f"{shown(path)} is empty: it has 0 bytes. Was its download broken off?")
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         size = re.search(rb"^size (\d{1,18})$", head, re.MULTILINE)
         real = f" of {int(size[1]):,} bytes" if size else ""
         raise FileError(
-            f"{path} is a pointer of git-lfs, not the file{real} that it stands for. Fetch that "
-            "with: git lfs pull."
+            f"{shown(path)} is a pointer of git-lfs, not the file{real} that it stands for. Fetch "
+            "that with: git lfs pull."
         )
     text = head.lstrip(b" \t\r\n\xef\xbb\xbf").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
         raise FileError(
-            f"{path} is a web page (HTML or XML), not weights: the server answered the download "
-            "with a page, often an error or a request to log in."
+            f"{shown(path)} is a web page (HTML or XML), not weights: the server answered the "
+            "download with a page, often an error or a request to log in."
         )
     if is_zip(head):
         archive = Archive(path, "a zip")
         archive.close()
-        names = ", ".join(map(repr, list(archive.sizes)[:SHOWN])) or "nothing"
+        names = ", ".join(map(quoted, list(archive.sizes)[:SHOWN])) or "nothing"
         raise FileError(
-            f"{path} is a zip archive without weights of a known form. It holds {names}. Unpack it "
-            "first."
+            f"{shown(path)} is a zip archive without weights of a known form. It holds {names}. "
+            "Unpack it first."
         )
     if is_json(head):
-        raise FileError(f"{path} is JSON, not weights{_json_words(text)}.")
+        raise FileError(f"{shown(path)} is JSON, not weights{_json_words(text)}.")
     for test, words in _CONTENTS.items():
         if re.match(test, head, re.DOTALL):
-            raise FileError(f"{path} is {words}.")
+            raise FileError(f"{shown(path)} is {words}.")
 
 
 def _json_words(text: bytes) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from anymha.errors import FileError
 from anymha.interchange.files.sharded import INDEX
+from anymha.text import shown
 
 WEIGHTS = tuple(
     f"{stem}{suffix}{index}"
@@ -57,17 +58,17 @@ def refuse_folder(folder: Path, files: list[Path]) -> FileError:
     inside = sorted(folder.iterdir())
     for name, words in _MARKS.items():
         if (folder / name).is_file():
-            return FileError(f"{folder} {words}.")
+            return FileError(f"{shown(folder)} {words}.")
     if any(one.name.startswith(("mp_rank_", "iter_")) and one.is_dir() for one in inside):
-        return FileError(f"{folder} {_MARKS['latest_checkpointed_iteration.txt']}.")
+        return FileError(f"{shown(folder)} {_MARKS['latest_checkpointed_iteration.txt']}.")
     if not files:
         names = ", ".join(repr(one.name) for one in inside[:SHOWN]) or "nothing"
         more = f", and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
         return FileError(
-            f"{folder} holds no file of weights that can be read, and is no Orbax, TensorFlow or "
-            f"torch checkpoint either. It holds {names}{more}."
+            f"{shown(folder)} holds no file of weights that can be read, and is no Orbax, "
+            f"TensorFlow or torch checkpoint either. It holds {names}{more}."
         )
     names = ", ".join(repr(one.name) for one in files[:SHOWN])
     return FileError(
-        f"{folder} holds {len(files)} files that may be weights; name one of them: {names}."
+        f"{shown(folder)} holds {len(files)} files that may be weights; name one of them: {names}."
     )

@@ -12,7 +12,8 @@ from typing import Any
 from anymha.errors import FileError, UsageError
 from anymha.interchange.files import content
 from anymha.interchange.files.folders import WEIGHTS, folder_kind, refuse_folder
-from anymha.interchange.files.reader import Reader, Tensor, Writer
+from anymha.interchange.files.paths import kind_of
+from anymha.interchange.files.reader import Reader, Tensor, Writer, check_total, limited
 from anymha.interchange.files.sharded import (
     INDEX,
     ShardedReader,
@@ -20,6 +21,8 @@ from anymha.interchange.files.sharded import (
     shard_index,
     split_shards,
 )
+from anymha.interchange.files.siblings import siblings
+from anymha.text import shown
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of shards where none is stated."""
@@ -99,16 +102,17 @@ def locate(path: Path) -> tuple[Format, Path]:
     Raises:
         FileError: it is of no known format; the message says what it is, where that is known.
     """
-    if path.is_dir():
+    kind = kind_of(path)
+    if kind == "folder":
         return _locate_in(path)
     named = _named(path.name)
-    if not path.exists():
-        if path.name and path.with_name(f"{path.name}.index").is_file():
+    if kind == "nothing":
+        if path.name and kind_of(path.with_name(f"{path.name}.index")) == "file":
             return _BY_NAME["TensorFlow checkpoint"], path
         if named is None:
             raise FileError(
-                f"{path} has a name of no known format. Known are: {_listed(FORMATS)}, and the "
-                "folders of Hugging Face, Orbax, TensorFlow and torch."
+                f"{shown(path)} has a name of no known format. Known are: {_listed(FORMATS)}, and "
+                "the folders of Hugging Face, Orbax, TensorFlow and torch."
             )
         return named, path
     head = content.head_of(path)
@@ -121,8 +125,8 @@ def locate(path: Path) -> tuple[Format, Path]:
     content.refuse(path, head)
     if named is None:
         raise FileError(
-            f"{path} is of no known format, neither by its name nor by its first bytes. Known are: "
-            f"{_listed(FORMATS)}."
+            f"{shown(path)} is of no known format, neither by its name nor by its first bytes. "
+            f"Known are: {_listed(FORMATS)}."
         )
     return named, path
 
@@ -141,19 +145,52 @@ def _locate_in(folder: Path) -> tuple[Format, Path]:
     raise refuse_folder(folder, files)
 
 
-def open_file(path: Path) -> Reader:
+def open_file(path: Path, max_bytes: int | None = None) -> Reader:
     """The tensors of a file or folder of any known format, to be closed or used in a `with`.
 
+    Args:
+        path: The file.
+        max_bytes: The most bytes that its arrays may take together, whatever the file claims.
+            Default: 100 times the bytes of the file, and 64 MiB always.
+
     Raises:
-        FileError: the format is not known, or the file cannot be read or is broken.
+        FileError: the format is not known, or the file cannot be read or is broken; or its arrays
+            take more than is allowed.
+        ArgumentError: `max_bytes` is not a positive integer.
     """
     file_format, file = locate(path)
-    if not file.exists() and file_format.name != "TensorFlow checkpoint":
-        raise FileError(f"{path} cannot be read: there is no such file.")
-    if file_format.reader == _SHARDS:
-        inner = _named(file.name.removesuffix(INDEX))
-        return ShardedReader(file, open_file, inner.suffixes if inner else ())
-    return _function(file_format.reader)(file)
+    if kind_of(file) == "nothing" and file_format.name != "TensorFlow checkpoint":
+        raise FileError(f"{shown(path)} cannot be read: there is no such file.")
+    with limited(max_bytes):
+        reader = _reader(file_format, file, max_bytes)
+        try:
+            check_total(reader)
+        except BaseException:
+            reader.close()
+            raise
+    return reader
+
+
+def _reader(file_format: Format, file: Path, max_bytes: int | None) -> Reader:
+    if file_format.reader != _SHARDS:
+        return _function(file_format.reader)(file)
+    inner = _named(file.name.removesuffix(INDEX))
+    suffixes = inner.suffixes if inner else ()
+    return ShardedReader(file, lambda shard: open_file(shard, max_bytes), suffixes)
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that a source consists of, as far as they can be found: it must not be written to.
+
+    Those are the file, what it needs, and what an index next to it names together with it.
+    """
+    try:
+        with open_file(path) as reader:
+            files = reader.files()
+            path = reader.path
+    except FileError:  # what reads it may know more of it
+        files = [path]
+    return [*files, *siblings(path)]
 
 
 def create_file(
@@ -208,13 +245,13 @@ def writable_format(path: Path) -> Format:
         FileError: no such format is written.
     """
     written = _listed(one for one in FORMATS if one.writer)
-    if path.is_dir():
-        raise FileError(f"{path}: a folder is only read. Written are: {written}.")
+    if kind_of(path) == "folder":
+        raise FileError(f"{shown(path)}: a folder is only read. Written are: {written}.")
     file_format = _named(path.name)
     if file_format is None:
-        raise FileError(f"{path} has a name of no known format. Written are: {written}.")
+        raise FileError(f"{shown(path)} has a name of no known format. Written are: {written}.")
     if file_format.writer is None:
-        raise FileError(f"{path}: {file_format.name} is only read. Written are: {written}.")
+        raise FileError(f"{shown(path)}: {file_format.name} is only read. Written are: {written}.")
     return file_format
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from anymha.errors import FileError
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream, read_array
+from anymha.text import quoted, shown
 
 KIND = "a GGUF"
 TYPES = "tensor types"
@@ -84,18 +85,18 @@ class GgufReader(Reader):
             metadata[key] = self._value(self._number("I"))
         if metadata.get("split.count", 1) != 1:
             raise FileError(
-                f"{self.path} is one of {metadata['split.count']} parts of a model. Merge them "
-                "first, with llama.cpp's `llama-gguf-split --merge`."
+                f"{shown(self.path)} is one of {quoted(metadata['split.count'])} parts of a "
+                "model. Merge them first, with llama.cpp's `llama-gguf-split --merge`."
             )
         shapes = {}
         for _ in range(tensors):
             name, shape, kind, offset = self._entry()
             if name in shapes:
-                raise _Malformed(f"it has {name!r:.200} twice")
+                raise _Malformed(f"it has {quoted(name)} twice")
             shapes[name], self._places[name] = shape, (kind, offset)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 2**20:
-            raise _Malformed(f"its alignment is {alignment!r:.40}")
+            raise _Malformed(f"its alignment is {quoted(alignment)}")
         begin = -(-self._stream.tell() // alignment) * alignment
         self._places = {n: (kind, begin + at) for n, (kind, at) in self._places.items()}
         self.set_tensors({name: self._tensor(name, shape) for name, shape in shapes.items()})
@@ -107,21 +108,21 @@ class GgufReader(Reader):
         """Name, shape, type and offset of a tensor. GGUF's first axis is the fastest one."""
         name, axes = self._text(), self._number("I")
         if axes > MAX_AXES:
-            raise _Malformed(f"{name!r:.200} has {axes} axes")
+            raise _Malformed(f"{quoted(name)} has {axes} axes")
         shape = tuple(self._number("Q") for _ in range(axes))[::-1]
         if any(size >= 2**63 for size in shape):
-            raise _Malformed(f"{name!r:.200} has the shape {shape}")
+            raise _Malformed(f"{quoted(name)} has the shape {shape}")
         return name, shape, self._number("I"), self._number("Q")
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         kind, begin = self._places[name]
         if kind not in DTYPES and kind not in QUANTISED:
-            raise _Malformed(f"{name!r:.200} has the unknown type {kind}")
+            raise _Malformed(f"{quoted(name)} has the unknown type {kind}")
         tensor = Tensor(shape, DTYPES.get(kind, np.dtype(np.float32)))
         stored = self._size - begin
         fits = tensor.bytes <= stored if kind in DTYPES else fits_memory(tensor.bytes, stored)
         if stored < 0 or not fits:
-            raise _Malformed(f"{name!r:.200} of shape {shape} reaches over the file's end")
+            raise _Malformed(f"{quoted(name)} of shape {shape} reaches over the file's end")
         return tensor
 
     def _value(self, kind: int, depth: int = 0) -> Any:
@@ -171,14 +172,16 @@ class GgufReader(Reader):
     def _read(self, name: str) -> np.ndarray:
         kind, begin = self._places[name]
         tensor = self.tensors[name]
+        if not tensor.size:
+            return np.empty(tensor.shape, tensor.dtype)
         blocks = tensor if kind in DTYPES else self._blocks(name, kind, tensor)
         try:
             self._stream.seek(begin)
             array = read_array(blocks, self._stream)
         except OSError as error:
-            raise FileError(f"{self.path} cannot be read: {error.strerror}.") from error
+            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
         if array is None:
-            raise self.broken(f"it ends within {name!r:.200}")
+            raise self.broken(f"it ends within {quoted(name)}")
         return array if kind in DTYPES else self._dequantised(name, kind, array)
 
     def _blocks(self, name: str, kind: int, tensor: Tensor) -> Tensor:
@@ -187,20 +190,20 @@ class GgufReader(Reader):
         try:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, gguf.GGMLQuantizationType(kind))
         except (ValueError, KeyError, IndexError) as error:
-            raise self.broken(f"{name!r:.200} of {QUANTISED[kind]}: {error}") from error
+            raise self.broken(f"{quoted(name)} of {QUANTISED[kind]}: {error}") from error
         blocks = Tensor(tuple(map(int, shape)), np.dtype(np.uint8))
         if blocks.bytes > self._size - self._places[name][1]:
-            raise self.broken(f"it ends within {name!r:.200}")
+            raise self.broken(f"it ends within {quoted(name)}")
         return blocks
 
     def _dequantised(self, name: str, kind: int, blocks: np.ndarray) -> np.ndarray:
         gguf = require_library("gguf", self.path, "gguf")
         try:
             array = gguf.dequantize(blocks, gguf.GGMLQuantizationType(kind))
-        except (NotImplementedError, gguf.QuantError) as error:
+        except (NotImplementedError, ValueError, gguf.QuantError) as error:
             raise FileError(
-                f"{self.path}: {name!r:.200} is quantised as {QUANTISED[kind]}, which the package "
-                "gguf cannot dequantise."
+                f"{shown(self.path)}: {quoted(name)} is quantised as {QUANTISED[kind]}, which the "
+                "package gguf cannot dequantise."
             ) from error
         return np.ascontiguousarray(array, np.float32).reshape(self.tensors[name].shape)
 

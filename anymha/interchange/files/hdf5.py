@@ -20,8 +20,10 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.atomic_write import atomic_file
+from anymha.interchange.files.hdf5_chunks import BrokenChunk, Chunks
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import (
+    MAX_NAME,
     Reader,
     Tensor,
     check_all_written,
@@ -29,6 +31,7 @@ from anymha.interchange.files.reader import (
     fits_memory,
     open_stream,
 )
+from anymha.text import quoted, shown
 
 KIND = "an HDF5"
 KINDS = "biufc"
@@ -52,14 +55,16 @@ class Hdf5Reader(Reader):
         super().__init__(path, kind)
         self._h5py = require_library("h5py", path, "hdf5")
         self._stream = open_stream(path)[0] if stream is None else stream
+        self._size = self._stream.seek(0, 2)
         self._file: Any = None
         self._datasets: dict[str, Any] = {}
+        self._chunks: dict[str, Chunks] = {}
+        self._unpacked = 0
         self._groups: set[int] = set()
         try:
             with self._guard():
                 self._file = self._h5py.File(self._stream, "r")
-                tensors = dict(self._walk(self._file, ""))
-            self.set_tensors(tensors)
+                self.set_tensors(self._walk(self._file, ""))
         except BaseException:
             self.close()
             raise
@@ -71,17 +76,21 @@ class Hdf5Reader(Reader):
         except FileError:
             raise
         except Exception as error:  # of HDF5's library, which raises nearly every kind
-            raise self.broken(f"{error!s:.200}".rstrip(".")) from error
+            raise self.broken(shown(error).rstrip(".")) from error
 
     def _walk(self, group: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         address = self._h5py.h5o.get_info(group.id).addr
         if address in self._groups or prefix.count("/") > MAX_DEPTH:
-            raise self.broken(f"its group {prefix!r} holds itself, or lies too deep")
+            raise self.broken(f"its group {quoted(prefix)} holds itself, or lies too deep")
         self._groups.add(address)
         for key in group:
             name = f"{prefix}{key}"
+            if len(name) > MAX_NAME:
+                raise self.broken(f"its name {quoted(name)} is too long")
             if not isinstance(group.get(key, getlink=True), self._h5py.HardLink):
-                raise self.broken(f"{name!r} is a link to another place, which is not followed")
+                raise self.broken(
+                    f"{quoted(name)} is a link to another place, which is not followed"
+                )
             item = group[key]
             if isinstance(item, self._h5py.Group):
                 yield from self._walk(item, f"{name}/")
@@ -94,22 +103,36 @@ class Hdf5Reader(Reader):
 
     def _tensor(self, name: str, item: Any) -> Tensor:
         if item.external or item.is_virtual or item.shape is None:
-            raise self.broken(f"the elements of {name!r} do not lie in this file")
+            raise self.broken(f"the elements of {quoted(name)} do not lie in this file")
         dtype = item.dtype
         if dtype.kind == "V":
             named = OPAQUE.get(self._opaque(item))
             if named is None or named.itemsize != dtype.itemsize:
-                raise self.broken(f"{name!r} holds bytes without the name of their dtype")
+                raise self.broken(f"{quoted(name)} holds bytes without the name of their dtype")
             dtype = named
         elif dtype.kind not in KINDS:
-            raise self.broken(f"{name!r} holds {dtype}, not numbers")
+            raise self.broken(f"{quoted(name)} holds {dtype}, not numbers")
         tensor = Tensor(tuple(int(size) for size in item.shape), dtype.newbyteorder("="))
         if not fits_memory(tensor.bytes, item.id.get_storage_size()):
             raise self.broken(
-                f"{name!r} claims {tensor.bytes} bytes in {item.id.get_storage_size()}, as a file "
-                "does that is made to fill the memory"
+                f"{quoted(name)} claims {tensor.bytes} bytes in {item.id.get_storage_size()}, as a "
+                "file does that is made to fill the memory"
             )
+        if item.chunks is not None:
+            self._check_chunks(name, item)
         return tensor
+
+    def _check_chunks(self, name: str, item: Any) -> None:
+        """Look at how a dataset is packed, before anything of it is read."""
+        stored = self._h5py.h5t.py_create(item.dtype, logical=True)
+        try:
+            chunks = Chunks(item, self._size, bool(item.id.get_type().equal(stored)))
+        except BrokenChunk as error:
+            raise self.broken(f"{quoted(name)} {error}") from error
+        self._unpacked += chunks.unpacked
+        if not fits_memory(self._unpacked, self._size):
+            raise self.broken(f"{quoted(name)} has chunks that unpack to {chunks.unpacked} bytes")
+        self._chunks[name] = chunks
 
     def _opaque(self, item: Any) -> str:
         """The name of an opaque dtype.
@@ -130,14 +153,24 @@ class Hdf5Reader(Reader):
     def _read(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
         with self._guard():
-            array = np.asarray(self._datasets[name][()])
+            array = self._elements(name, tensor)
             if array.dtype.kind == "V":
                 array = np.ascontiguousarray(array).view(tensor.dtype)
             return np.ascontiguousarray(array, tensor.dtype).reshape(tensor.shape)
 
+    def _elements(self, name: str, tensor: Tensor) -> np.ndarray:
+        """The elements in the file's dtype."""
+        if name not in self._chunks:
+            return np.asarray(self._datasets[name][()])
+        try:
+            return self._chunks[name].read(tensor)
+        except BrokenChunk as error:
+            raise self.broken(f"{quoted(name)} {error}") from error
+
     def close(self) -> None:
         """Close the file."""
         self._datasets.clear()
+        self._chunks.clear()
         if self._file is not None:
             self._file.close()
         self._stream.close()
@@ -186,7 +219,7 @@ def create_hdf5(
         if tensor.dtype.kind not in KINDS and tensor.dtype.name not in OPAQUE:
             raise FileError(f"An HDF5 file cannot hold `{name}` of dtype {tensor.dtype}.")
         if not all(part.strip(".") for part in name.split("/")):
-            raise FileError(f"An HDF5 file cannot hold the name {name!r}.")
+            raise FileError(f"An HDF5 file cannot hold the name {quoted(name)}.")
     with atomic_file(path) as stream, h5py.File(stream, "w") as file:
         writer = _Hdf5Writer(file, tensors)
         yield writer

@@ -18,6 +18,7 @@ from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.hdf5 import Hdf5Reader
 from anymha.interchange.files.reader import CHUNK, broken
+from anymha.text import shown
 
 KIND = "a .keras"
 WEIGHTS = "model.weights.h5"
@@ -58,7 +59,7 @@ def _room_for(path: Path, size: int) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileError(
-            f"{path} cannot be read: its weights, {size:,} bytes, are copied to a temporary file, "
-            f"and {tempfile.gettempdir()} cannot hold it: {error.strerror or error}. Set TMPDIR to "
-            "a folder with room."
+            f"{shown(path)} cannot be read: its weights, {size:,} bytes, are copied to a temporary "
+            f"file, and {tempfile.gettempdir()} cannot hold it: {error.strerror or error}. Set "
+            "TMPDIR to a folder with room."
         ) from error

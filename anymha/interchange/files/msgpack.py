@@ -21,6 +21,7 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.reader import Reader, Tensor, open_stream, read_array
+from anymha.text import quoted, shown
 
 KIND = "a Flax msgpack"
 MAX_DEPTH = 32
@@ -95,7 +96,7 @@ class MsgpackReader(Reader):
         self, name: str, parts: list[tuple[int, Tensor]], tensor: Tensor
     ) -> tuple[str, Tensor]:
         if name in self._parts:
-            raise _Malformed(f"it has {name!r:.200} twice")
+            raise _Malformed(f"it has {quoted(name)} twice")
         self._parts[name] = parts
         return name, tensor
 
@@ -160,7 +161,7 @@ class MsgpackReader(Reader):
         except TypeError:
             dtype = None
         if dtype is None or dtype.name != name or dtype.kind not in KINDS + "V":
-            raise _Malformed(f"it has elements of {name!r:.40}, not numbers")
+            raise _Malformed(f"it has elements of {quoted(name)}, not numbers")
         return dtype
 
     def _chunked(self, name: str, size: int) -> tuple[str, Tensor]:
@@ -215,9 +216,9 @@ class MsgpackReader(Reader):
                 self._stream.seek(start)
                 arrays.append(read_array(tensor, self._stream))
         except OSError as error:
-            raise FileError(f"{self.path} cannot be read: {error.strerror}.") from error
+            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
         if any(array is None for array in arrays):
-            raise self.broken(f"it ends within {name!r:.200}")
+            raise self.broken(f"it ends within {quoted(name)}")
         if len(arrays) == 1:
             return arrays[0].reshape(self.tensors[name].shape)
         return np.concatenate([a.reshape(-1) for a in arrays]).reshape(self.tensors[name].shape)

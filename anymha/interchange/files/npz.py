@@ -20,6 +20,7 @@ from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.reader import Reader, Tensor, check_all_written, check_array
+from anymha.text import quoted, shown
 
 KIND = "an .npz"
 SUFFIX = ".npy"
@@ -34,16 +35,18 @@ class NpzReader(Reader):
         super().__init__(path, KIND)
         self._archive = Archive(path, KIND)
         self._headers: dict[str, tuple[int, bool, np.dtype]] = {}
-        tensors = {}
         try:
-            for member in self._archive.sizes:
-                if member.endswith(SUFFIX):
-                    name = member.removesuffix(SUFFIX)
-                    tensors[name], self._headers[name] = self._header(member)
+            self.set_tensors(self._collect())
         except BaseException:
             self.close()
             raise
-        self.set_tensors(tensors)
+
+    def _collect(self) -> Iterator[tuple[str, Tensor]]:
+        for member in self._archive.sizes:
+            if member.endswith(SUFFIX):
+                name = member.removesuffix(SUFFIX)
+                tensor, self._headers[name] = self._header(member)
+                yield name, tensor
 
     def _header(self, member: str) -> tuple[Tensor, tuple[int, bool, np.dtype]]:
         with self._archive.open(member) as stream:
@@ -52,19 +55,21 @@ class NpzReader(Reader):
             except FileError:
                 raise
             except Exception as error:  # of NumPy's parser, which raises what Python's own does
-                raise self.broken(f"the header of {member!r} is broken ({error})") from error
+                raise self.broken(
+                    f"the header of {quoted(member)} is broken ({shown(error)})"
+                ) from error
             begin = stream.tell()
         if dtype.kind not in KINDS or not dtype.itemsize:
             raise self.broken(
-                f"{member!r} holds {dtype}, not numbers"
+                f"{quoted(member)} holds {dtype}, not numbers"
                 + (" (NumPy writes bfloat16 and float8 so, without saying which they were)"
                    if dtype.kind == "V" else "")
             )  # fmt: skip
         tensor = Tensor(tuple(shape), dtype.newbyteorder("="))
         if begin + tensor.bytes != self._archive.sizes[member]:
             raise self.broken(
-                f"{member!r} has {self._archive.sizes[member] - begin} bytes after its header, and "
-                f"{dtype} of shape {tensor.shape} takes {tensor.bytes}"
+                f"{quoted(member)} has {self._archive.sizes[member] - begin} bytes after its "
+                f"header, and {dtype} of shape {quoted(tensor.shape)} takes {tensor.bytes}"
             )
         return tensor, (begin, order, dtype)
 

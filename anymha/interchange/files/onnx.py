@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,9 +18,11 @@ import ml_dtypes
 import numpy as np
 
 from anymha.interchange.files.protobuf import SPAN, VARINT, MalformedMessage, fields, varints
-from anymha.interchange.files.reader import Reader, Tensor, open_stream, read_array
+from anymha.interchange.files.reader import MAX_AXES, Reader, Tensor, open_stream, read_array
+from anymha.text import quoted
 
 KIND = "an ONNX"
+MAX_FILES = 500
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _DOUBLES, _UINT64S = (
     1, 2, 4, 5, 7, 8, 9, 10, 11,
@@ -71,6 +74,8 @@ class OnnxReader(Reader):
         self._stream, self._size = open_stream(path)
         self._initializers: dict[str, _Initializer] = {}
         self._files: dict[str, tuple[BinaryIO, int]] = {}
+        self._places: dict[str, None] = {}
+        self._steps = count()
         try:
             self._collect()
             self.set_tensors(
@@ -89,24 +94,27 @@ class OnnxReader(Reader):
     def _collect(self) -> None:
         graphs = [
             (begin, end)
-            for number, wire, begin, end in fields(self._stream, 0, self._size)
+            for number, wire, begin, end in fields(self._stream, 0, self._size, self._steps)
             if number == _GRAPH and wire == SPAN
         ]
         if len(graphs) != 1:
-            raise MalformedMessage(f"it has {len(graphs)} graphs, where a model has initializer")
-        for number, wire, begin, end in fields(self._stream, *graphs[0]):
+            raise MalformedMessage(f"it has {len(graphs)} graphs, where a model has one")
+        for number, wire, begin, end in fields(self._stream, *graphs[0], self._steps):
             if number == _INITIALIZER and wire == SPAN:
                 initializer = self._initializer(begin, end)
                 if initializer.name in self._initializers:
-                    raise MalformedMessage(f"it has {initializer.name!r} twice")
+                    raise MalformedMessage(f"it has {quoted(initializer.name)} twice")
                 if initializer.kind in DTYPES:
                     self._initializers[initializer.name] = initializer
 
     def _initializer(self, begin: int, end: int) -> _Initializer:
         initializer, is_external = _Initializer(), False
-        for number, wire, start, stop in fields(self._stream, begin, end):
+        for number, wire, start, stop in fields(self._stream, begin, end, self._steps):
             if number == _DIMS:
-                initializer.dims += [start] if wire == VARINT else varints(self._bytes(start, stop))
+                sizes = [start] if wire == VARINT else varints(self._bytes(start, stop)).tolist()
+                initializer.dims += sizes
+                if len(initializer.dims) > MAX_AXES:
+                    raise MalformedMessage(f"it has an initializer of more than {MAX_AXES} axes")
             elif number == _TYPE and wire == VARINT:
                 initializer.kind = start
             elif number == _LOCATION and wire == VARINT:
@@ -116,7 +124,7 @@ class OnnxReader(Reader):
             elif number == _EXTERNAL and wire == SPAN:
                 pair = {
                     part: _text(self._bytes(a, b))
-                    for part, kind, a, b in fields(self._stream, start, stop)
+                    for part, kind, a, b in fields(self._stream, start, stop, self._steps)
                     if kind == SPAN
                 }
                 initializer.external[pair.get(1, "")] = pair.get(2, "")
@@ -124,8 +132,11 @@ class OnnxReader(Reader):
                 if wire != SPAN:
                     raise MalformedMessage("it has numbers that are not packed")
                 initializer.contents.append((number, start, stop))
+        self._places[initializer.external.get("location", "")] = None
         if is_external != bool(initializer.external):
-            raise MalformedMessage(f"{initializer.name!r} does not say where its elements lie")
+            raise MalformedMessage(
+                f"{quoted(initializer.name)} does not say where its elements lie"
+            )
         return initializer
 
     def _bytes(self, begin: int, end: int) -> bytes:
@@ -134,17 +145,15 @@ class OnnxReader(Reader):
 
     def _tensor(self, initializer: _Initializer) -> Tensor:
         tensor = Tensor(tuple(initializer.dims), DTYPES[initializer.kind])
-        if any(size >= 2**63 for size in initializer.dims) or len(initializer.dims) > 64:
-            raise MalformedMessage(f"{initializer.name!r} has the shape {initializer.dims!s:.100}")
         if initializer.external:
             offset, stored = self._external_span(initializer, tensor)
             if offset + tensor.bytes > stored:
                 raise MalformedMessage(
-                    f"{initializer.name!r} reaches beyond the file that holds it"
+                    f"{quoted(initializer.name)} reaches beyond the file that holds it"
                 )
             return tensor
         if len(initializer.contents) > 1:
-            raise MalformedMessage(f"{initializer.name!r} has its elements twice")
+            raise MalformedMessage(f"{quoted(initializer.name)} has its elements twice")
         number, begin, end = initializer.contents[0] if initializer.contents else (_RAW, 0, 0)
         stored = end - begin
         if number in _FIXED:
@@ -153,7 +162,7 @@ class OnnxReader(Reader):
             fits = tensor.size <= stored <= 10 * tensor.size and tensor.dtype.kind not in "c"
         if not fits:
             raise MalformedMessage(
-                f"{initializer.name!r} takes {tensor.bytes} bytes, but has {stored}"
+                f"{quoted(initializer.name)} takes {tensor.bytes} bytes, but has {stored}"
             )
         return tensor
 
@@ -163,14 +172,17 @@ class OnnxReader(Reader):
         offset, length = initializer.external.get("offset", "0"), initializer.external.get("length")
         if not place.strip(".") or set(place) & set("/\\:\0"):
             raise MalformedMessage(
-                f"the elements of {initializer.name!r} lie in {place!r}, not next to the file"
+                f"the elements of {quoted(initializer.name)} lie in {quoted(place)}, not next to "
+                "the file"
             )
         if not (offset.isascii() and offset.isdigit()) or len(offset) > 19:
-            raise MalformedMessage(f"{initializer.name!r} begins at {offset!r:.30}")
+            raise MalformedMessage(f"{quoted(initializer.name)} begins at {quoted(offset)}")
         if length not in (None, str(tensor.bytes)):
             raise MalformedMessage(
-                f"{initializer.name!r} takes {tensor.bytes} bytes, but has {length!r:.30}"
+                f"{quoted(initializer.name)} takes {tensor.bytes} bytes, but has {quoted(length)}"
             )
+        if len(self._places) > MAX_FILES:
+            raise MalformedMessage(f"its elements lie in more than {MAX_FILES} files")
         if place not in self._files:
             self._files[place] = open_stream(self.path.parent / place)
         return int(offset), self._files[place][1]
@@ -187,7 +199,7 @@ class OnnxReader(Reader):
         stream.seek(begin)
         array = read_array(tensor, stream)
         if array is None:
-            raise self.broken(f"it ends within {name!r}")
+            raise self.broken(f"it ends within {quoted(name)}")
         return array
 
     def _counted(self, name: str, tensor: Tensor, content: bytes) -> np.ndarray:
@@ -195,12 +207,16 @@ class OnnxReader(Reader):
         try:
             numbers = varints(content)
         except MalformedMessage as error:
-            raise self.broken(f"{name!r}: {error}") from error
+            raise self.broken(f"{quoted(name)}: {error}") from error
         if len(numbers) != tensor.size:
-            raise self.broken(f"{name!r} has {len(numbers)} elements, not {tensor.size}")
-        words = np.array(numbers, "<u8").view(np.uint8).reshape(-1, 8)
+            raise self.broken(f"{quoted(name)} has {len(numbers)} elements, not {tensor.size}")
+        words = numbers.astype("<u8").view(np.uint8).reshape(-1, 8)
         narrow = np.ascontiguousarray(words[:, : tensor.dtype.itemsize])
         return narrow.reshape(-1).view(tensor.dtype).reshape(tensor.shape)
+
+    def files(self) -> list[Path]:
+        """The file, and those next to it that its elements lie in, also of kinds left out."""
+        return [self.path, *(self.path.parent / place for place in self._places if place)]
 
     def close(self) -> None:
         """Close the file, and those next to it."""
@@ -212,7 +228,7 @@ def _text(content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MalformedMessage("initializer of its names is not text") from error
+        raise MalformedMessage("one of its names is not text") from error
 
 
 def open_onnx(path: Path) -> OnnxReader:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anymha.errors import FileError
+from anymha.text import shown
 
 
 def require_library(name: str, path: Path, extra: str) -> Any:
@@ -19,6 +20,6 @@ def require_library(name: str, path: Path, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise FileError(
-            f"{path} needs {name}, which is not installed. Install it with: "
+            f"{shown(path)} needs {name}, which is not installed. Install it with: "
             f"pip install 'anymha[{extra}]'."
         ) from error

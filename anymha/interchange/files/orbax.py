@@ -10,21 +10,23 @@ References:
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from anymha.errors import FileError
+from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream
+from anymha.text import quoted, shown
 
 KIND = "an Orbax"
 METADATA = "_METADATA"
 MAX_METADATA = 100_000_000
 ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 KINDS = "biufcV"
+SAFE_CHUNKS, CHUNK_BYTES = 10_000, 64
 
 
 class OrbaxReader(Reader):
@@ -41,7 +43,7 @@ class OrbaxReader(Reader):
             raise self.broken(f"neither it nor its folder 'default' has a file {METADATA!r}")
         self._folder = folder.resolve()
         self._stores: dict[str, Any] = {}
-        self._stored_bytes = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+        self._stored_bytes = sum(one.stat().st_size for one in self.files())
         keys = self._keys()
         tensorstore = require_library("tensorstore", path, "orbax")
         try:
@@ -52,7 +54,7 @@ class OrbaxReader(Reader):
             self._stores = {name: future.result() for name, future in opening.items()}
         except Exception as error:  # of TensorStore, which raises nearly every kind
             raise self.broken(f"{_short(error)}") from error
-        self.set_tensors({name: self._tensor(name, store) for name, store in self._stores.items()})
+        self.set_tensors((name, self._tensor(name, one)) for name, one in self._stores.items())
 
     def _keys(self) -> dict[str, list[str]]:
         """The keys of each array, by its name."""
@@ -60,7 +62,7 @@ class OrbaxReader(Reader):
         with stream:
             text = stream.read(MAX_METADATA)
         try:
-            metadata = json.loads(text.decode("utf-8"))
+            metadata = parse_json(text)
             self._database = bool(metadata.get("use_ocdbt", True))
             self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
             self._complete = bool(metadata.get("store_array_data_equal_to_fill_value"))
@@ -72,11 +74,11 @@ class OrbaxReader(Reader):
                     keys["/".join(parts)] = parts
             if all(len(parts) > 1 and parts[-1] == "value" for parts in keys.values()):
                 keys = {"/".join(parts[:-1]): parts for parts in keys.values()}
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise self.broken(f"its {METADATA!r} is broken ({error!s:.200})") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise self.broken(f"its {METADATA!r} is broken ({shown(error)})") from error
         for name, parts in keys.items():
             if any(not part.strip(".") or set(part) & set("/\\\0") for part in parts):
-                raise self.broken(f"{name!r} leads out of the folder")
+                raise self.broken(f"{quoted(name)} leads out of the folder")
         return keys
 
     def _spec(self, parts: list[str]) -> dict[str, Any]:
@@ -94,19 +96,32 @@ class OrbaxReader(Reader):
     def _tensor(self, name: str, store: Any) -> Tensor:
         dtype = np.dtype(store.dtype.numpy_dtype)
         if dtype.kind not in KINDS:
-            raise self.broken(f"{name!r} holds {dtype}, not numbers")
+            raise self.broken(f"{quoted(name)} holds {dtype}, not numbers")
         tensor = Tensor(tuple(int(size) for size in store.shape), dtype)
         if not fits_memory(tensor.bytes, self._stored_bytes):
-            raise self.broken(f"{name!r} claims {tensor.bytes} bytes in {self._stored_bytes}")
+            raise self.broken(f"{quoted(name)} claims {tensor.bytes} bytes in {self._stored_bytes}")
+        chunk = [int(size) or 1 for size in store.chunk_layout.read_chunk.shape]
+        count = math.prod(-(-size // of) for size, of in zip(tensor.shape, chunk, strict=True))
+        chunk_bytes = math.prod(chunk) * dtype.itemsize
+        if not fits_memory(chunk_bytes, self._stored_bytes) or count > self._most_chunks():
+            raise self.broken(f"{quoted(name)} has {count} chunks of {chunk_bytes} bytes each")
         return tensor
+
+    def _most_chunks(self) -> int:
+        """The most chunks of an array; those that are not stored take time all the same."""
+        return max(SAFE_CHUNKS, self._stored_bytes // CHUNK_BYTES)
 
     def _read(self, name: str) -> np.ndarray:
         try:
             array = np.asarray(self._stores[name].read().result())
         except Exception as error:  # of TensorStore, which raises nearly every kind
-            raise self.broken(f"{name!r}: {_short(error)}") from error
+            raise self.broken(f"{quoted(name)}: {_short(error)}") from error
         tensor = self.tensors[name]
         return np.ascontiguousarray(array, tensor.dtype).reshape(tensor.shape)
+
+    def files(self) -> list[Path]:
+        """All files of the folder."""
+        return [one for one in self._folder.rglob("*") if one.is_file()]
 
     def close(self) -> None:
         """Release the arrays."""
@@ -115,13 +130,11 @@ class OrbaxReader(Reader):
 
 def _short(error: Exception) -> str:
     """TensorStore's message, without its specification and its places in the source."""
-    return str(error).partition(" [")[0].rstrip(".")
+    return shown(str(error).partition(" [")[0].rstrip("."))
 
 
 def _folder(path: Path) -> Path | None:
     """The folder of the arrays: the path, or "default" in it, where Orbax's manager writes."""
-    if not path.exists():
-        raise FileError(f"{path} cannot be read: there is no such folder.")
     return next((one for one in (path, path / "default") if (one / METADATA).is_file()), None)
 
 

@@ -2,7 +2,9 @@
 
 A pickle is a program for a small machine that may call anything. This machine knows how to build
 dicts, lists, tuples, texts and numbers, and of all functions those below, which describe tensors;
-it imports nothing and calls nothing. Another name in the file is an error.
+it imports nothing and calls nothing. Another name in the file is an error. The number of its steps
+bounds time and memory: what copies a list takes a step for each item. Values may lie in one another
+as deep as they like, as nothing here descends into them; keys of dicts may not, as Python would.
 
 References:
     PyTorch 2.13, ``torch/_utils.py``, ``_rebuild_tensor_v2`` and its kin.
@@ -17,6 +19,11 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from anymha.interchange.files.reader import MAX_AXES
+from anymha.text import quoted, shown
+
+MAX_STEPS = 1_500_000
+"""A tensor takes about 33 steps."""
 MARK = object()
 
 
@@ -85,11 +92,13 @@ class StridedTensor:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StridedTensor:
-    sizes = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise RefusedPickle("a tensor has no storage, or not a stride for each axis")
+    if len(shape) > MAX_AXES:
+        raise RefusedPickle(f"a tensor has {len(shape)} axes")
+    sizes = (offset, *shape, *strides)
     if any(type(size) is not int or not 0 <= size < 2**63 for size in sizes):
-        raise RefusedPickle(f"a tensor has the offset, shape and strides {sizes!s:.100}")
+        raise RefusedPickle(f"a tensor has the offset, shape and strides {quoted(sizes)}")
     return StridedTensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -97,7 +106,7 @@ def _typed_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: An
     tensor = _tensor(storage, offset, shape, strides)
     dtype = rest[2]  # after `requires_grad` and the hooks
     if not isinstance(dtype, PickledName) or dtype.module != "torch":
-        raise RefusedPickle(f"a tensor has the dtype {dtype}")
+        raise RefusedPickle(f"a tensor has the dtype {_word(dtype)}")
     return StridedTensor(tensor.storage, offset, tensor.shape, tensor.strides, dtype.name)
 
 
@@ -106,7 +115,15 @@ def _subclass(function: Any, kind: Any, arguments: Any, *state: Any) -> Any:
 
 
 def _dict(pairs: Any = ()) -> dict[Any, Any]:
-    return {key: value for key, value in pairs}  # noqa: C416  dict() would take other things too
+    return {_key(key): value for key, value in pairs}
+
+
+def _key(key: Any) -> Any:
+    """A key of a dict; Python descends into a tuple without end to find its hash."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if not all(isinstance(part, _KEYS) for part in parts):
+        raise RefusedPickle("a key of a dict is neither a text nor a number, nor a tuple of these")
+    return key
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -152,20 +169,34 @@ _KINDS = (
 """Classes that are mentioned and not called."""
 
 
+_KEYS = (
+    str, bytes, int, float, type(None), PickledName, PickledObject, Storage, StridedTensor,
+)  # fmt: skip
+
+
+def _word(value: Any) -> str:
+    """How messages call a value: by its name, a text itself, others by their type alone."""
+    if isinstance(value, (PickledName, str)):
+        return shown(value)
+    return type(value).__name__
+
+
 def _named(module: Any, name: Any) -> PickledName:
-    full = PickledName(str(module), str(name))
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise RefusedPickle("a name is no text")
+    full = PickledName(module, name)
     dtype = full.module in ("torch", "torch.storage") and full.name.isidentifier()
     if str(full) not in _FUNCTIONS and str(full) not in _KINDS and not dtype:
         raise RefusedPickle(
-            f"it holds {full}, which is code to run, and no code of a file is run. In torch, save "
-            "`model.state_dict()`"
+            f"it holds {shown(full)}, which is code to run, and no code of a file is run. In "
+            "torch, save `model.state_dict()`"
         )
     return full
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    if str(function) not in _FUNCTIONS or not isinstance(function, PickledName):
-        raise RefusedPickle(f"it calls {function}, and no code of a file is run")
+    if not isinstance(function, PickledName) or str(function) not in _FUNCTIONS:
+        raise RefusedPickle(f"it calls {_word(function)}, and no code of a file is run")
     if not isinstance(arguments, tuple):
         raise RefusedPickle(f"it calls {function} with {type(arguments).__name__}")
     return _FUNCTIONS[str(function)](*arguments)
@@ -175,8 +206,10 @@ def _storage(ident: Any) -> Storage:
     word, kind, key, _, size, *view = ident
     if any(view):  # of torch before 0.4
         raise RefusedPickle("it has a storage that is a view of another one")
+    if not isinstance(key, (str, int)):
+        raise RefusedPickle("the key of a storage is neither a text nor a number")
     if word != "storage" or not isinstance(kind, PickledName) or type(size) is not int or size < 0:
-        raise RefusedPickle(f"it has an unknown reference {ident!r:.100}")
+        raise RefusedPickle(f"it has an unknown reference {quoted(ident)}")
     return Storage(kind.name, str(key), size)
 
 
@@ -197,30 +230,38 @@ class PickleMachine:
         self._program = io.BytesIO(program) if isinstance(program, bytes) else program
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._steps = 0
         self.storages: dict[str, Storage] = {}
 
     def run(self) -> Any:
         """Run the pickle: the result is dicts, lists, `StridedTensor`s and plain values.
 
         Raises:
-            RefusedPickle: it is broken, or holds more than tensors.
+            RefusedPickle: it is broken, has too many steps, or holds more than tensors.
         """
         try:
-            for opcode, argument, _ in pickletools.genops(self._program):
-                if opcode.name == "STOP":
-                    return self._stack.pop()
-                self._step(opcode.name, argument)
+            stream, stack = self._program, self._stack
+            while code := stream.read(1):
+                name, read = _INSTRUCTIONS[code]
+                argument = read(stream) if read else None
+                self._steps += 1
+                if name in _PUSHED:
+                    stack.append(argument)
+                elif name == "STOP":
+                    return stack.pop()
+                else:
+                    self._step(name, argument)
+                if self._steps > MAX_STEPS:
+                    raise RefusedPickle(f"its pickle takes more than {MAX_STEPS} steps")
         except RefusedPickle:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise RefusedPickle(f"its pickle is broken ({error!s:.200})") from error
-        raise RefusedPickle("its pickle has no end")
+        except _WRONG as error:
+            raise RefusedPickle(f"its pickle is broken ({shown(error)})") from error
+        raise RefusedPickle("its pickle is broken (pickle exhausted before seeing STOP)")
 
     def _step(self, name: str, argument: Any) -> None:
         stack, memo = self._stack, self._memo
-        if name in _PUSHED:
-            stack.append(argument)
-        elif name in _CONSTANTS:
+        if name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -234,7 +275,7 @@ class PickleMachine:
             stack.append(tuple(items))
         elif name in ("SETITEM", "SETITEMS"):
             items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._marked()
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            stack[-1].update(zip(map(_key, items[::2]), items[1::2], strict=True))
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
             items = [stack.pop()] if name == "APPEND" else self._marked()
             stack[-1].extend(items)
@@ -248,6 +289,8 @@ class PickleMachine:
             known = isinstance(function, PickledName) and str(function) in self._classes
             called = PickledObject(str(function), arguments) if known else None
             stack.append(called if called else _call(function, arguments))
+            if isinstance(stack[-1], (dict, list, tuple)):
+                self._steps += len(stack[-1])
         elif name == "BINPERSID":
             storage = _storage(stack.pop())
             self.storages[storage.key] = storage
@@ -269,10 +312,10 @@ class PickleMachine:
         return items[::-1]
 
 
-_PUSHED = (
+_PUSHED = {
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1",
     "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "SHORT_BINSTRING", "BINSTRING",
-)  # fmt: skip
+}  # fmt: skip
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "MARK": lambda: MARK,
     "NONE": lambda: None,
@@ -284,3 +327,10 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": list,
 }
 _TUPLES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_INSTRUCTIONS: dict[bytes, tuple[str, Callable[[BinaryIO], Any] | None]] = {
+    one.code.encode("latin-1"): (one.name, one.arg.reader if one.arg else None)
+    for one in pickletools.opcodes
+}
+_WRONG = (
+    ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, MemoryError,
+)  # fmt: skip

@@ -7,8 +7,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import BinaryIO
 
+import numpy as np
+
+MAX_FIELDS = 250_000
+"""The most fields that are read of one file; a graph has one for each node and initialiser."""
+MAX_VARINT = 10
 VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
 _SIZES = {FIXED64: 8, FIXED32: 4}
 
@@ -17,17 +23,27 @@ class MalformedMessage(ValueError):
     """Bytes that are not a message."""
 
 
-def fields(stream: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def fields(
+    stream: BinaryIO, begin: int, end: int, steps: Iterator[int] | None = None
+) -> Iterator[tuple[int, int, int, int]]:
     """The fields of the message in ``[begin, end)`` of a stream.
+
+    Args:
+        stream: The stream.
+        begin: Where the message begins.
+        end: Where it ends.
+        steps: Counts the fields of several messages together.
 
     Yields:
         Number, wire type, and the span of its content in the stream; for a varint its value and 0.
 
     Raises:
-        MalformedMessage: they do not fill the span.
+        MalformedMessage: they do not fill the span, or are more than `MAX_FIELDS`.
     """
-    position = begin
+    position, steps = begin, count() if steps is None else steps
     while position < end:
+        if next(steps) == MAX_FIELDS:
+            raise MalformedMessage(f"it has more than {MAX_FIELDS} fields")
         stream.seek(position)
         tag, position = _varint(stream, position)
         number, wire = tag >> 3, tag & 7
@@ -49,34 +65,37 @@ def fields(stream: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, int, i
         position += length
 
 
-def varints(content: bytes) -> list[int]:
-    """A sequence of unsigned numbers.
+def varints(content: bytes) -> np.ndarray:
+    """A sequence of unsigned numbers, as uint64.
 
     Raises:
-        MalformedMessage: the last one is cut short.
+        MalformedMessage: the last one is cut short, or one has more than ten bytes.
     """
-    numbers, number, shift = [], 0, 0
-    for byte in content:
-        number |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            numbers.append(number & (2**64 - 1))
-            number, shift = 0, 0
-        elif shift > 63:
-            raise MalformedMessage("a number has more than ten bytes")
-    if shift:
+    data = np.frombuffer(content, np.uint8)
+    ends = np.flatnonzero(data < 0x80)
+    if data.size and data[-1] >= 0x80:
         raise MalformedMessage("a number is cut short")
+    starts = np.concatenate([[0], ends[:-1] + 1]) if data.size else ends
+    lengths = ends - starts + 1
+    if np.any(lengths > MAX_VARINT):
+        raise MalformedMessage("a number has more than ten bytes")
+    numbers = np.zeros(ends.size, np.uint64)
+    for place in range(int(lengths.max(initial=0))):
+        longer = lengths > place
+        bits = (data[starts[longer] + place] & 0x7F).astype(np.uint64)
+        numbers[longer] |= bits << np.uint64(7 * place)
     return numbers
 
 
 def _varint(stream: BinaryIO, position: int) -> tuple[int, int]:
     """A number, and where it ends."""
     number = 0
-    for shift in range(0, 70, 7):
-        byte = stream.read(1)
-        if not byte:
-            raise MalformedMessage("it ends within a number")
-        number |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return number, position + shift // 7 + 1
+    content = stream.read(MAX_VARINT)
+    for place, byte in enumerate(content):
+        number |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            stream.seek(position + place + 1)
+            return number, position + place + 1
+    if len(content) < MAX_VARINT:
+        raise MalformedMessage("it ends within a number")
     raise MalformedMessage("a number has more than ten bytes")

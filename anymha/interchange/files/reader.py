@@ -1,28 +1,40 @@
 """The interface of all formats: first the shapes and dtypes of tensors by name, then their values.
 
-Before memory is taken for an array, the claims of the file are compared with its length. An array
-may take at most `SAFE_BYTES`, or `MAX_EXPANSION` times its bytes in the file, whichever is more; so
-a small file cannot fill the memory.
+Before memory is taken, the claims of the file are compared with its length. One array, and all
+arrays of a file together, may take `SAFE_BYTES`, or `MAX_EXPANSION` times their bytes in the file,
+whichever is more; or as many bytes as the caller of `open_file` allows. So a small file cannot fill
+the memory, or the disk that it is converted to.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 
-from anymha.errors import FileError
+from anymha.errors import ArgumentError, FileError
+from anymha.interchange.files.paths import kind_of, stat_of
+from anymha.text import quoted, shown
 
 SAFE_BYTES = 64 * 2**20
 MAX_EXPANSION = 100
 CHUNK = 2**20
+MAX_NAME = 4096
+"""The most characters of a tensor's name."""
+MAX_NAMES = 2**26
+"""The most characters of all names together: a group's name counts in each of its tensors'."""
+MAX_AXES = 64
+"""The most axes of an array of NumPy."""
+
+_max_bytes: ContextVar[int | None] = ContextVar("max_bytes", default=None)
 
 
 @dataclass(frozen=True)
@@ -70,18 +82,30 @@ class Reader(abc.ABC):
         """The files that are read."""
         return [self.path]
 
-    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_tensors(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         """Set `tensors`.
 
         Raises:
-            FileError: a name is no text, for example half a surrogate pair.
+            FileError: a name occurs twice, is too long, or is no text, for example half a surrogate
+                pair; or a shape is none that an array can have.
         """
-        for name in tensors:
+        found: dict[str, Tensor] = {}
+        characters = 0
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        for name, tensor in cast(Iterable[tuple[str, Tensor]], pairs):
+            characters += len(name)
+            if len(name) > MAX_NAME or characters > MAX_NAMES:
+                raise self.broken(f"its name {quoted(name)} is too long, or all of them together")
+            if name in found:
+                raise self.broken(f"it has {quoted(name)} twice")
             try:
                 name.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise self.broken(f"its name {name!r} is no text") from error
-        self.tensors = tensors
+                raise self.broken(f"its name {quoted(name)} is no text") from error
+            if len(tensor.shape) > MAX_AXES or any(not 0 <= n < 2**63 for n in tensor.shape):
+                raise self.broken(f"{quoted(name)} has the shape {quoted(tensor.shape)}")
+            found[name] = tensor
+        self.tensors = found
 
     def read(self, name: str) -> np.ndarray:
         """The values of a tensor, C-contiguous, in its own dtype.
@@ -90,8 +114,14 @@ class Reader(abc.ABC):
             FileError: there is no such tensor, or it is broken.
         """
         if name not in self.tensors:
-            raise FileError(f"{self.path} holds no tensor {name!r}.")
-        return self._read(name)
+            raise FileError(f"{shown(self.path)} holds no tensor {quoted(name)}.")
+        try:
+            return self._read(name)
+        except MemoryError as error:
+            raise FileError(
+                f"{shown(self.path)} cannot be read: {quoted(name)} takes "
+                f"{self.tensors[name].bytes} bytes, and so much memory is not free."
+            ) from error
 
     @abc.abstractmethod
     def _read(self, name: str) -> np.ndarray: ...
@@ -132,7 +162,7 @@ Create = Callable[
 
 def broken(path: Path, kind: str, reason: str) -> FileError:
     """The error for a file that is not of its kind."""
-    return FileError(f"{path} is not {kind} file that can be read: {reason}.")
+    return FileError(f"{shown(path)} is not {kind} file that can be read: {reason}.")
 
 
 def open_stream(path: Path) -> tuple[BinaryIO, int]:
@@ -142,20 +172,54 @@ def open_stream(path: Path) -> tuple[BinaryIO, int]:
         FileError: it cannot be read.
     """
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise FileError(f"{path} cannot be read: it is not a regular file.")
+        if kind_of(path) == "special":
+            raise FileError(f"{shown(path)} cannot be read: it is not a regular file.")
         stream = path.open("rb")
         return stream, path.stat().st_size
     except FileError:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{path} cannot be read: {reason}.") from error
+        raise FileError(f"{shown(path)} cannot be read: {reason}.") from error
+
+
+@contextmanager
+def limited(max_bytes: int | None) -> Iterator[None]:
+    """Let `fits_memory` allow so many bytes; None for what it allows by default.
+
+    Raises:
+        ArgumentError: `max_bytes` is not a positive integer.
+    """
+    if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
+        raise ArgumentError(
+            f"`max_bytes` must be a positive integer or None. Received: {quoted(max_bytes)}."
+        )
+    token = _max_bytes.set(max_bytes)
+    try:
+        yield
+    finally:
+        _max_bytes.reset(token)
 
 
 def fits_memory(claimed: int, stored: int) -> bool:
-    """Whether an array of `claimed` bytes may be made from `stored` bytes of a file."""
-    return claimed <= max(SAFE_BYTES, MAX_EXPANSION * stored)
+    """Whether `claimed` bytes of arrays may be made from `stored` bytes of a file."""
+    allowed = _max_bytes.get()
+    return claimed <= (max(SAFE_BYTES, MAX_EXPANSION * stored) if allowed is None else allowed)
+
+
+def check_total(reader: Reader) -> None:
+    """Check that all arrays together may be made from the file.
+
+    Raises:
+        FileError: they may not.
+    """
+    claimed = sum(tensor.bytes for tensor in reader.tensors.values())
+    stored = sum(status.st_size for file in reader.files() if (status := stat_of(file)))
+    if not fits_memory(claimed, stored):
+        raise reader.broken(
+            f"its arrays take {claimed} bytes, more than is allowed for a file of {stored}; if you "
+            "trust it, pass `max_bytes` (in the shell --max-bytes)"
+        )
 
 
 def read_array(tensor: Tensor, stream: BinaryIO) -> np.ndarray | None:

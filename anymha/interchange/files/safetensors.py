@@ -22,7 +22,9 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.atomic_write import atomic_file
+from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.reader import (
+    MAX_AXES,
     Reader,
     Tensor,
     bytes_of,
@@ -31,6 +33,7 @@ from anymha.interchange.files.reader import (
     open_stream,
     read_array,
 )
+from anymha.text import quoted, shown
 
 KIND = "a safetensors"
 MAX_HEADER = 100_000_000  # the format's own limit
@@ -84,9 +87,9 @@ class SafetensorsReader(Reader):
             self._stream.seek(self._starts[name])
             array = read_array(self.tensors[name], self._stream)
         except OSError as error:
-            raise FileError(f"{self.path} cannot be read: {error.strerror}.") from error
+            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
         if array is None:
-            raise self.broken(f"it ends within {name!r}")
+            raise self.broken(f"it ends within {quoted(name)}")
         return array
 
     def close(self) -> None:
@@ -135,12 +138,11 @@ def _json(text: bytes) -> dict[str, Any]:
         return unique
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-        json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        header = parse_json(text, object_pairs_hook=once)
     except _BrokenHeader:
         raise
-    except (ValueError, RecursionError) as error:
-        raise _BrokenHeader(f"its header is not JSON ({error})") from error
+    except ValueError as error:
+        raise _BrokenHeader(f"its header is not JSON ({shown(error)})") from error
     if not isinstance(header, dict):
         raise _BrokenHeader("its header is not a JSON object")
     return header
@@ -148,17 +150,23 @@ def _json(text: bytes) -> dict[str, Any]:
 
 def _entry(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _BrokenHeader(f"{name!r} must have dtype, shape and data_offsets, and nothing else")
+        raise _BrokenHeader(
+            f"{quoted(name)} must have dtype, shape and data_offsets, and nothing else"
+        )
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _BrokenHeader(f"{name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or len(shape) > 64:
-        raise _BrokenHeader(f"{name!r} has the shape {shape!r} and the span {span!r}")
+        raise _BrokenHeader(
+            f"{quoted(name)} has the dtype {quoted(dtype)}; known are {', '.join(DTYPES)}"
+        )
+    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or len(shape) > MAX_AXES:
+        raise _BrokenHeader(
+            f"{quoted(name)} has the shape {quoted(shape)} and the span {quoted(span)}"
+        )
     tensor = Tensor(tuple(shape), DTYPES[dtype])
     if span[1] - span[0] != tensor.bytes:
         raise _BrokenHeader(
-            f"{name!r} takes {tensor.bytes} bytes as {dtype} of shape {tensor.shape}, but its span "
-            f"has {span[1] - span[0]}"
+            f"{quoted(name)} takes {tensor.bytes} bytes as {dtype} of shape {tensor.shape}, but "
+            f"its span has {span[1] - span[0]}"
         )
     return tensor, (span[0], span[1])
 

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from anymha.interchange.files.atomic_write import atomic_file
+from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.reader import Create, Reader, Tensor, Writer, open_stream
+from anymha.interchange.files.siblings import MAX_INDEX
+from anymha.text import quoted, shown
 
 KIND = "an index of shards"
 INDEX = ".index.json"
-MAX_INDEX = 100_000_000
 
 
 class ShardedReader(Reader):
@@ -40,11 +42,13 @@ class ShardedReader(Reader):
                 self._files[file] = open_shard(path.parent / file)
             for name, file in self._places.items():
                 if name not in self._files[file].tensors:
-                    raise self.broken(f"{file} does not hold {name!r}, as the index says")
+                    raise self.broken(
+                        f"{shown(file)} does not hold {quoted(name)}, as the index says"
+                    )
+            self.set_tensors((n, self._files[file].tensors[n]) for n, file in self._places.items())
         except BaseException:
             self.close()
             raise
-        self.tensors = {n: self._files[file].tensors[n] for n, file in self._places.items()}
         metadata = [reader.metadata for reader in self._files.values()]
         if all(one == metadata[0] for one in metadata):
             self.metadata = metadata[0]
@@ -55,20 +59,16 @@ class ShardedReader(Reader):
             if size > MAX_INDEX:
                 raise self.broken(f"it has {size} bytes, and {MAX_INDEX} are the most")
             try:
-                index: Any = json.loads(stream.read().decode("utf-8"))
-                json.dumps(index, ensure_ascii=False).encode("utf-8")
-            except (ValueError, RecursionError) as error:
-                raise self.broken(f"it is not JSON ({error})") from error
+                index: Any = parse_json(stream.read())
+            except ValueError as error:
+                raise self.broken(f"it is not JSON ({shown(error)})") from error
         places = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(places, dict) or not places:
             raise self.broken("it has no `weight_map` of file names by tensor")
         for file in places.values():
-            if (
-                not isinstance(file, str)
-                or not file.endswith(suffixes)
-                or set(file) & set("/\\:\0")
-            ):
-                raise self.broken(f"it names {file!r}, which is no file next to it")
+            is_plain = isinstance(file, str) and not set(file) & set("/\\:\0")
+            if not is_plain or not file.endswith(suffixes):
+                raise self.broken(f"it names {quoted(file)}, which is no file next to it")
         return places
 
     def _read(self, name: str) -> np.ndarray:
@@ -76,7 +76,7 @@ class ShardedReader(Reader):
 
     def files(self) -> list[Path]:
         """The index, and the files that it names."""
-        return [self.path, *(reader.path for reader in self._files.values())]
+        return [self.path, *(file.path for file in self._files.values())]
 
     def close(self) -> None:
         """Close all files."""

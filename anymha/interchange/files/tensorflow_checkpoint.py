@@ -20,6 +20,7 @@ import numpy as np
 from anymha.errors import FileError
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import Reader, Tensor, fits_memory
+from anymha.text import shown
 
 KIND = "a TensorFlow checkpoint"
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -45,7 +46,7 @@ class TensorflowReader(Reader):
             dtypes = self._checkpoint.get_variable_to_dtype_map()
             names = self._names(list(shapes)) if GRAPH in shapes else {}
         except Exception as error:  # of TensorFlow, which raises nearly every kind
-            raise self.broken(f"{error!s:.200}".rstrip(".")) from error
+            raise self.broken(f"{shown(error)}".rstrip(".")) from error
         self._keys: dict[str, str] = {}
         tensors = {}
         for key in sorted(shapes):
@@ -83,7 +84,7 @@ class TensorflowReader(Reader):
         try:
             array = self._checkpoint.get_tensor(self._keys[name])
         except Exception as error:  # of TensorFlow, which raises nearly every kind
-            raise self.broken(f"{name!r}: {error!s:.200}".rstrip(".")) from error
+            raise self.broken(f"{name!r}: {shown(error)}".rstrip(".")) from error
         tensor = self.tensors[name]
         return np.array(array, tensor.dtype, order="C").reshape(tensor.shape)
 
@@ -118,5 +119,5 @@ def open_tensorflow(path: Path) -> TensorflowReader:
         FileError: it cannot be read, or is broken; or TensorFlow is missing.
     """
     if not _prefix(path).with_name(f"{_prefix(path).name}.index").is_file():
-        raise FileError(f"{path} cannot be read: the checkpoint's .index file is missing.")
+        raise FileError(f"{shown(path)} cannot be read: the checkpoint's .index file is missing.")
     return TensorflowReader(path)

@@ -31,6 +31,7 @@ from anymha.interchange.files.torch_reader import (
     UNTYPED,
     TorchReader,
 )
+from anymha.text import quoted, shown
 
 METADATA = ".metadata"
 _HOME = "torch.distributed.checkpoint"
@@ -115,7 +116,7 @@ class DistributedReader(Reader):
             self.close()
             if isinstance(error, OSError):
                 raise
-            raise self.broken(f"its {METADATA!r}: {error!s:.200}") from error
+            raise self.broken(f"its {METADATA!r}: {shown(error)}") from error
         except BaseException:
             self.close()
             raise
@@ -142,19 +143,19 @@ class DistributedReader(Reader):
     def _tensor(self, name: str, entry: dict[str, Any], places: dict[Any, Any]) -> Tensor:
         dtype = entry["properties"].state[0]
         if not isinstance(dtype, PickledName) or dtype.name not in _DTYPES:
-            raise RefusedPickle(f"{name!r:.200} has elements of {dtype!s:.40}")
+            raise RefusedPickle(f"{quoted(name)} has elements of {dtype!s:.40}")
         tensor = Tensor(_sizes(entry["size"]), _DTYPES[dtype.name])
         pieces = [_piece(_state(chunk), places) for chunk in entry["chunks"]]
         for piece in pieces:
             ends = [a + n for a, n in zip(piece.offsets, piece.shape, strict=True)]
             if any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
-                raise RefusedPickle(f"a piece of {name!r:.200} lies outside of it")
+                raise RefusedPickle(f"a piece of {quoted(name)} lies outside of it")
             if piece.begin + piece.length > self._opened(piece.file)[1]:
-                raise RefusedPickle(f"{piece.file!r:.100} ends within a piece of {name!r:.200}")
+                raise RefusedPickle(f"{piece.file!r:.100} ends within a piece of {quoted(name)}")
         if sum(Tensor(piece.shape, tensor.dtype).size for piece in pieces) != tensor.size:
-            raise RefusedPickle(f"pieces of {name!r:.200} are missing")
+            raise RefusedPickle(f"pieces of {quoted(name)} are missing")
         if not fits_memory(tensor.bytes, sum(piece.length for piece in pieces)):
-            raise RefusedPickle(f"{name!r:.200} claims {tensor.bytes} bytes")
+            raise RefusedPickle(f"{quoted(name)} claims {tensor.bytes} bytes")
         self._pieces[name] = pieces
         return tensor
 
@@ -172,14 +173,14 @@ class DistributedReader(Reader):
             with _PieceReader(self.path / piece.file, span) as reader:
                 (inner,) = reader.tensors.values() or (None,)
                 if inner != Tensor(piece.shape, tensor.dtype):
-                    raise self.broken(f"a piece of {name!r:.200} is {inner}")
+                    raise self.broken(f"a piece of {quoted(name)} is {inner}")
                 place = tuple(
                     slice(a, a + n) for a, n in zip(piece.offsets, piece.shape, strict=True)
                 )
                 array[place] = reader.read(*reader.tensors)
                 filled[place] = True
         if not filled.all():
-            raise self.broken(f"pieces of {name!r:.200} overlap")
+            raise self.broken(f"pieces of {quoted(name)} overlap")
         return array
 
     def files(self) -> list[Path]:
@@ -195,13 +196,13 @@ class DistributedReader(Reader):
 def _state(value: Any) -> dict[str, Any]:
     """The attributes of an object."""
     if not isinstance(value, PickledObject) or not isinstance(value.state, dict):
-        raise RefusedPickle(f"it has {value!r:.100} where an object is needed")
+        raise RefusedPickle(f"it has {quoted(value)} where an object is needed")
     return value.state
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or any(type(n) is not int or not 0 <= n < 2**63 for n in value):
-        raise RefusedPickle(f"it has {value!r:.100} where a shape is needed")
+        raise RefusedPickle(f"it has {quoted(value)} where a shape is needed")
     return value
 
 
@@ -210,7 +211,7 @@ def _piece(chunk: dict[str, Any], places: dict[Any, Any]) -> _Piece:
     info = places[offsets]
     file, begin, length = (info[name] for name in ("relative_path", "offset", "length"))
     if not isinstance(file, str) or not file.strip(".") or set(file) & set("/\\:\0"):
-        raise RefusedPickle(f"a piece lies in {file!r:.100}, not in the folder")
+        raise RefusedPickle(f"a piece lies in {quoted(file)}, not in the folder")
     if info.get("transform_descriptors"):
         raise RefusedPickle("its pieces are compressed or transformed otherwise")
     begin, length = _sizes((begin, length))

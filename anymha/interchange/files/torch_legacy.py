@@ -24,6 +24,7 @@ from anymha.interchange.files.torch_reader import (
     TorchReader,
     dtype_of,
 )
+from anymha.text import quoted, shown
 
 _PICKLES, _SAVED = 5, 3
 _COUNT = 8  # bytes of the number of elements before them
@@ -71,7 +72,7 @@ class LegacyTorchReader(TorchReader):
             length = count * sizes.get(key, 0)
             at += _COUNT
             if key not in sizes or key in self._starts or not 0 <= length <= self._size - at:
-                raise RefusedPickle(f"its storage {key!r:.40} is missing, not used, or cut short")
+                raise RefusedPickle(f"its storage {quoted(key)} is missing, not used, or cut short")
             self._starts[key] = at, length
             at += length
 
@@ -83,7 +84,7 @@ class LegacyTorchReader(TorchReader):
             self._stream.seek(self._starts[storage.key][0])
             array = read_array(Tensor((size,), np.dtype(np.uint8)), self._stream)
         except OSError as error:
-            raise FileError(f"{self.path} cannot be read: {error.strerror}.") from error
+            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
         if array is None:
             raise self.broken(f"it ends within its storage {storage.key!r}")
         return array

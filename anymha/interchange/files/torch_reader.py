@@ -19,7 +19,8 @@ import numpy as np
 
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.pickles import PickleMachine, RefusedPickle, Storage, StridedTensor
-from anymha.interchange.files.reader import Reader, Tensor, fits_memory
+from anymha.interchange.files.reader import MAX_NAME, Reader, Tensor, fits_memory
+from anymha.text import quoted, shown
 
 KIND = "a torch"
 MAX_PICKLE = 100_000_000
@@ -61,13 +62,7 @@ class TorchReader(Reader):
         self._open()
         try:
             self._tensors: dict[str, StridedTensor] = {}
-            for name, strided in _flat(self._run_pickle(), (), count()):
-                if name in self._tensors:
-                    raise RefusedPickle(f"it has {name!r} twice")
-                self._tensors[name] = strided
-            self.set_tensors(
-                {name: self._checked_tensor(name, one) for name, one in self._tensors.items()}
-            )
+            self.set_tensors(self._collect(self._run_pickle()))
         except RefusedPickle as error:
             self.close()
             raise self.broken(str(error)) from error
@@ -92,6 +87,11 @@ class TorchReader(Reader):
         record = f"{self._root}data/{storage.key}"
         return self._archive.array(record, Tensor((size,), np.dtype(np.uint8)))
 
+    def _collect(self, saved: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, strided in _flat(saved, (), count()):
+            self._tensors[name] = strided
+            yield name, self._checked_tensor(name, strided)
+
     def _pickle_folder(self) -> str:
         sizes = self._archive.sizes
         roots = [name.removesuffix("data.pkl") for name in sizes if name.endswith("/data.pkl")]
@@ -100,8 +100,7 @@ class TorchReader(Reader):
                 "it must hold one `data.pkl`, as `torch.save(model.state_dict(), file)` writes it; "
                 "programs of TorchScript are not read"
             )
-        if sizes[f"{roots[0]}data.pkl"] > MAX_PICKLE:
-            raise RefusedPickle(f"its pickle has more than {MAX_PICKLE} bytes")
+        self._archive.check_plain(f"{roots[0]}data.pkl", MAX_PICKLE)
         if f"{roots[0]}byteorder" in sizes and self._archive.read(f"{roots[0]}byteorder") != (
             b"little"
         ):
@@ -113,14 +112,14 @@ class TorchReader(Reader):
         stored = dtype_of(storage)[1] * storage.size
         if self._stored_bytes(storage) != stored:
             raise RefusedPickle(
-                f"the elements of {name!r} are missing, or fewer or more than it says"
+                f"the elements of {quoted(name)} are missing, or fewer or more than it says"
             )
         tensor = Tensor(strided.shape, dtype)
         last = sum((n - 1) * s for n, s in zip(strided.shape, strided.strides, strict=True))
         if tensor.size and (strided.offset + last + 1) * dtype.itemsize > stored:
-            raise RefusedPickle(f"{name!r} reaches beyond its elements")
+            raise RefusedPickle(f"{quoted(name)} reaches beyond its elements")
         if not fits_memory(tensor.bytes, stored):
-            raise RefusedPickle(f"{name!r} claims {tensor.bytes} bytes out of {stored}")
+            raise RefusedPickle(f"{quoted(name)} claims {tensor.bytes} bytes out of {stored}")
         return tensor
 
     def _read(self, name: str) -> np.ndarray:
@@ -152,7 +151,7 @@ def dtype_of(storage: Storage) -> tuple[np.dtype | None, int]:
     if storage.dtype == "UntypedStorage":
         return None, 1
     if storage.dtype not in STORAGES:
-        raise RefusedPickle(f"it has elements of the kind {storage.dtype}")
+        raise RefusedPickle(f"it has elements of the kind {shown(storage.dtype)}")
     return STORAGES[storage.dtype], STORAGES[storage.dtype].itemsize
 
 
@@ -177,5 +176,7 @@ def _flat(
         for key, item in value.items():
             if next(steps) == MAX_VALUES:  # dicts within dicts can name the same one many times
                 raise RefusedPickle(f"its dicts have more than {MAX_VALUES} values")
+            if isinstance(key, str) and len(key) > MAX_NAME:
+                raise RefusedPickle(f"its name {quoted(key)} is too long")
             if isinstance(key, (str, int)):
                 yield from _flat(item, (*keys, str(key)), steps)

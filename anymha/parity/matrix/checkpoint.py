@@ -21,6 +21,7 @@ from anymha.errors import UsageError, WeightsError
 from anymha.interchange.files.formats import open_file
 from anymha.interchange.layouts import get_layout, to_canonical
 from anymha.parity.oracle.cases import Arrays, MatrixCase, OracleProblem
+from anymha.text import listed, quoted, shown
 
 MODES: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("float32", {}),
@@ -83,7 +84,9 @@ def checkpoint_problems(
             try:
                 weights, _ = to_canonical(arrays, layout, num_heads=num_heads)
             except WeightsError as error:
-                raise UsageError(f"{path}, layer {start!r}: {error}") from error
+                raise UsageError(
+                    f"{shown(path)}, layer {quoted(start)}: {shown(error, 1000)}"
+                ) from error
             for mode, options in MODES:
                 case = MatrixCase(f"{label}, {mode}", options)
                 yield _problem(start, case, weights, inputs_by_name)
@@ -99,7 +102,7 @@ def _labels(starts: list[str]) -> list[str]:
     numbers = [_number(start) for start in starts]
     if len(set(numbers)) == len(numbers):
         return [f"layer {number}" for number in numbers]
-    return [start.rstrip(".") for start in starts]
+    return [shown(start.rstrip(".")) for start in starts]
 
 
 def _problem(start: str, case: MatrixCase, weights: Arrays, stored: Arrays) -> CheckpointProblem:
@@ -148,7 +151,7 @@ def _inputs_of(
         return None, {}
     if name not in stored:
         raise UsageError(
-            f"The inputs hold no {name} for the layer {start!r}. They hold: {', '.join(stored)}."
+            f"The inputs hold no {name} for the layer {quoted(start)}. They hold: {listed(stored)}."
         )
     query = stored[name]
     batch, length = (*query.shape, 0, 0)[:2]
@@ -181,14 +184,14 @@ def _prefixes(names: list[str], layout: str, prefix: str | None, path: Path) -> 
     if not every:
         mark = get_layout(layout).required()[0][0]
         raise UsageError(
-            f"{path} holds no layer of the layout {layout!r}: none of its {len(names)} names ends "
-            f"with {mark!r}. The first are: {', '.join(names[:4])}."
+            f"{shown(path)} holds no layer of the layout {layout!r}: none of its {len(names)} "
+            f"names ends with {mark!r}. The first are: {listed(names[:4])}."
         )
     chosen = [start for start in every if start.startswith(prefix or "")]
     if not chosen:
         raise UsageError(
-            f"{path} holds no layer whose names begin with {prefix!r}. Its layers begin with "
-            f"{', '.join(map(repr, every[:4]))}."
+            f"{shown(path)} holds no layer whose names begin with {quoted(prefix)}. Its layers "
+            f"begin with {listed([quoted(one) for one in every[:4]])}."
         )
     return chosen
 
@@ -206,11 +209,13 @@ def read_inputs(path: Path) -> Arrays:
             with np.load(path, allow_pickle=False) as file:
                 stored = dict(file)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise UsageError(f"{shown(path)} cannot be read: {error.strerror or error}.") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read as an .npz file: {error}.") from error
+        raise UsageError(
+            f"{shown(path)} cannot be read as an .npz file: {shown(error)}."
+        ) from error
     if stored is None:
-        raise UsageError(f"{path} is not an .npz file.")
+        raise UsageError(f"{shown(path)} is not an .npz file.")
     mask, tokens = stored.get("padding_mask"), stored.get("tokens")
     if mask is not None and (mask.ndim != 2 or mask.dtype != bool):
         raise UsageError(

@@ -25,6 +25,7 @@ from anymha.interchange.files.npz import open_npz
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
 from anymha.parity.stages.trace import INPUTS, MASKS, Arrays, Request, Trace
+from anymha.text import listed, quoted, shown
 
 SIDES = ("reference", "candidate")
 ARGUMENTS = ("attention_bias", "use_causal_mask", "training", "query_offset", "seed")
@@ -66,7 +67,7 @@ def save_case(path: Path, request: Request, traces: tuple[Trace, Trace]) -> None
         FileError: it cannot be written, or its name does not end in ``.npz``.
     """
     if path.suffix != ".npz":
-        raise FileError(f"A case is saved as an .npz file. Received: {path}.")
+        raise FileError(f"A case is saved as an .npz file. Received: {shown(path)}.")
     with atomic_file(path) as stream:
         stream.write(case_bytes(request, traces))
 
@@ -107,11 +108,15 @@ def load_case(path: Path, framework: str | None = None) -> SavedCase:
     unknown = [n for n in arrays if n not in known and n.split(".weights.")[0] not in SIDES]
     if "query" not in arrays or unknown:
         lacking = "" if "query" in arrays else " has no 'query'"
-        others = f" has {', '.join(map(repr, unknown))}, which no call takes" if unknown else ""
+        others = (
+            f" has {listed([quoted(one) for one in unknown])}, which no call takes"
+            if unknown
+            else ""
+        )
         both = f"{lacking}{' and' if lacking and others else ''}{others}"
         raise FileError(
-            f"{path}{both}. A case has: {', '.join((*INPUTS, *MASKS, *ARGUMENTS))}; of these only "
-            "the query must be there."
+            f"{shown(path)}{both}. A case has: {', '.join((*INPUTS, *MASKS, *ARGUMENTS))}; of "
+            "these only the query must be there."
         )
     for name in _json(path, arrays, "bfloat16", []):
         if name in arrays:
@@ -134,7 +139,7 @@ def _layers(path: Path, arrays: Arrays) -> dict[str, SavedLayer]:
         try:
             layers[side] = SavedLayer(AttentionConfig.from_dict(options), weights)
         except (AnymhaError, TypeError, AttributeError) as error:
-            raise FileError(f"{path} has a broken {side!r}: {error}") from error
+            raise FileError(f"{shown(path)} has a broken {side!r}: {shown(error, 1000)}") from error
     return layers
 
 
@@ -144,7 +149,7 @@ def _json(path: Path, arrays: Arrays, name: str, default: Any) -> Any:
     try:
         return json.loads(str(arrays[name]))
     except ValueError as error:
-        raise FileError(f"{path} has a broken {name!r}: it is no JSON.") from error
+        raise FileError(f"{shown(path)} has a broken {name!r}: it is no JSON.") from error
 
 
 def _framework(request: Request) -> str:

@@ -1,0 +1,425 @@
+"""Small files that claim or unfold to much, and texts that would forge a terminal's lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.cli.main import main
+from anymha.errors import AnymhaError, ArgumentError, FileError
+from anymha.interchange.convert_model import convert_file
+from anymha.interchange.files.formats import open_file
+from anymha.interchange.files.reader import MAX_NAME
+from tests.file_samples import sample, write
+from tests.test_hostile_files import with_header, zipped_pickle
+
+ROOT = Path(__file__).parents[1]
+MEMORY, SECONDS = 10**9, 10
+
+LIMITED = """
+import resource, sys
+from anymha.cli.main import main
+path, folder = sys.argv[1:]
+def run(*words):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    status = main(words)
+    print(status, resource.getrusage(resource.RUSAGE_SELF).ru_utime - before)
+    return status
+resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
+resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
+run("inspect", path)
+run("convert", path, f"{{folder}}/new.npz", "--from", "transformers.bert", "--to", "anymha",
+    "--num-heads", "2", "--others")
+"""
+
+
+def deflated(size: int, byte: bytes = b"\0") -> bytes:
+    """Zlib's stream of one byte, many times."""
+    packer = zlib.compressobj(9)
+    piece = byte * 2**22
+    parts = [packer.compress(piece) for _ in range(size // len(piece))]
+    return b"".join([*parts, packer.flush()])
+
+
+def torch_of(program: bytes, *, packed: bool = True, **records: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = zipped_pickle(folder / "a.pt", b"" if packed else program, **records)
+        if packed:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("a/data.pkl", program)
+        return path
+
+    return make
+
+
+def text(words: str) -> bytes:
+    return b"X" + struct.pack("<I", len(words)) + words.encode()
+
+
+def number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def nested_key() -> bytes:
+    """A dict with one key: a tuple in a tuple, 4,000 times."""
+    return b"\x80\x02})" + b"\x85" * 4000 + b"Ns."
+
+
+def multiplied() -> bytes:
+    """A list of 11,000 items, copied 11,000 times."""
+    copy = b"c__builtin__\nset\nh\0\x85R"
+    return b"\x80\x02]q\0(" + b"N" * 11_000 + b"e" + copy * 1_000 + b"."
+
+
+def shared_tensors(count: int, key: Callable[[int], str]) -> bytes:
+    """Tensors that all have the elements of one storage of a million."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
+    storage += number(2**18) + b"tQ"
+    place = number(0) + number(2**18) + b"\x85" + number(1) + b"\x85"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + place + b"\x89NtR"
+    first = text(key(0)) + tensor + b"q\0"
+    rest = b"".join(text(key(i)) + b"h\0" for i in range(1, count))
+    return b"\x80\x02}(" + first + rest + b"u."
+
+
+def long_names() -> bytes:
+    """A million names of 3,000,000 characters: a dict of short ones under a long one."""
+    inner = b"}q\0(" + b"".join(text(str(i)) + b"N" for i in range(9)) + b"u"
+    return b"\x80\x02}" + text("x" * 3_000_000) + inner + b"s."
+
+
+def overlapping_npz(folder: Path) -> Path:
+    """Members of 60 MB that are all the same bytes of the file."""
+    path = folder / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("a.npy", "w") as stream:
+            np.save(stream, np.zeros(60 * 2**20, np.uint8))
+        for i in range(170):
+            info = zipfile.ZipInfo(f"a{i}.npy")
+            for name in ("compress_type", "CRC", "compress_size", "file_size", "header_offset"):
+                setattr(info, name, getattr(archive.filelist[0], name))
+            archive.filelist.append(info)
+            archive.NameToInfo[info.filename] = info
+    return path
+
+
+def linked_h5(folder: Path) -> Path:
+    """One dataset of 60 MB under 170 names."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(folder / "a.h5", "w") as file:
+        first = file.create_dataset("a", (60 * 2**20,), "u1", compression="gzip", chunks=(2**20,))
+        first[...] = 0
+        for i in range(170):
+            file[f"a{i}"] = first
+    return folder / "a.h5"
+
+
+def with_chunk(
+    path: Path, content: bytes, shape: Any = (4,), chunks: Any = (4,), **options: Any
+) -> Path:
+    """A dataset whose one chunk has that stored content."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(path, "w") as file:
+        most = (None,) * len(shape)
+        dataset = file.create_dataset("a", shape, "f4", chunks=chunks, maxshape=most, **options)
+        dataset.id.write_direct_chunk((0,) * len(shape), content)
+    return path
+
+
+def swelling_chunk(folder: Path) -> Path:
+    """A chunk of 256 kB that gzip unfolds to 256 MB."""
+    content = deflated(2**28)
+    return with_chunk(folder / "a.h5", content, (4,), (2**16,), compression="gzip")
+
+
+def wide_chunk(folder: Path) -> Path:
+    """A dataset of 4 numbers in a chunk of 3 GB."""
+    size = 3 * 2**28
+    return with_chunk(folder / "a.h5", deflated(2**22), (4,), (size,), compression="gzip")
+
+
+def in_keras(folder: Path) -> Path:
+    inner = swelling_chunk(folder)
+    with zipfile.ZipFile(folder / "a.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(inner, "model.weights.h5")
+    return folder / "a.keras"
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer."""
+    length, head = len(content), bytes([number << 3 | 2])
+    while length > 0x7F:
+        head += bytes([length & 0x7F | 0x80])
+        length >>= 7
+    return head + bytes([length]) + content
+
+
+def external_onnx(folder: Path) -> Path:
+    """Ten thousand initialisers with the same megabyte of another file."""
+    (folder / "a.data").write_bytes(bytes(2**20))
+    pair = field(1, b"location") + field(2, b"a.data")
+    tensors = b"".join(
+        field(5, b"\x08\x80\x80\x40\x10\x02" + field(8, b"a%d" % i) + field(13, pair) + b"\x70\x01")
+        for i in range(10_000)
+    )
+    (folder / "a.onnx").write_bytes(field(7, tensors))
+    return folder / "a.onnx"
+
+
+def many_fields(folder: Path) -> Path:
+    (folder / "a.onnx").write_bytes(field(7, b"\x08\x00" * 2**21))
+    return folder / "a.onnx"
+
+
+def many_values(folder: Path) -> Path:
+    return with_header(folder / "a.safetensors", b'{"a":[' + b"[]," * 2**22 + b"0]}", 0)
+
+
+def index_of_values(folder: Path) -> Path:
+    path = folder / "a.safetensors.index.json"
+    path.write_bytes(b'{"weight_map":[' + b"[]," * 2**22 + b"0]}")
+    return path
+
+
+def zarr(folder: Path, shape: int, chunk: int) -> Path:
+    pytest.importorskip("tensorstore", reason="tensorstore is not installed")
+    value = {"value_type": "jax.Array", "skip_deserialize": False}
+    entry = {"key_metadata": [{"key": "a", "key_type": 2}], "value_metadata": value}
+    (folder / "_METADATA").write_text(
+        json.dumps({"tree_metadata": {"('a',)": entry}, "use_ocdbt": False})
+    )
+    (folder / "a").mkdir()
+    (folder / "a" / ".zarray").write_text(
+        json.dumps({"shape": [shape], "chunks": [chunk], "dtype": "<f4", "compressor": None,
+                    "fill_value": None, "filters": None, "order": "C", "zarr_format": 2})
+    )  # fmt: skip
+    return folder
+
+
+BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "dicts of a pickle": (torch_of(b"\x80\x02" + b"}" * (60 * 2**20) + b"."), "a/data.pkl' claims"),
+    "numbers of a pickle": (torch_of(b"\x80\x02" + b"K\1" * (30 * 2**20) + b"."), "a/data.pkl' cl"),
+    "steps of a pickle": (torch_of(b"\x80\x02" + b"}" * 2**21, packed=False), "takes more than"),
+    "nested key": (torch_of(nested_key()), "a key of a dict is neither a text nor a number"),
+    "multiplied list": (torch_of(multiplied()), "its pickle takes more than"),
+    "shared tensors": (
+        torch_of(shared_tensors(10_000, str), packed=False, **{"0": bytes(2**20)}),
+        f"its arrays take {10_000 * 2**20} bytes, more than is allowed for a file of",
+    ),
+    "long names": (torch_of(long_names(), packed=False), "is too long"),
+    "overlapping members": (overlapping_npz, "its members claim"),
+    "linked datasets": (linked_h5, "has chunks that unpack to"),
+    "swelling chunk": (swelling_chunk, "unpacks to more than 262144 bytes"),
+    "wide chunk": (wide_chunk, "has chunks that unpack to"),
+    "swelling chunk in .keras": (in_keras, "unpacks to more than 262144 bytes"),
+    "external data": (external_onnx, f"its arrays take {10_000 * 2**20} bytes, more than is"),
+    "fields": (many_fields, "it has more than 250000 fields"),
+    "values of a header": (many_values, "it has more than 3000000 values"),
+    "values of an index": (index_of_values, "it has more than 3000000 values"),
+    "chunk of Orbax": (lambda folder: zarr(folder, 1, 2**32), f"1 chunks of {2**34} bytes each"),
+    "chunks of Orbax": (lambda folder: zarr(folder, 2**23, 1), f"{2**23} chunks of 4 bytes each"),
+}
+READ_LATE = ("swelling chunk", "swelling chunk in .keras")
+"""What is seen where values are read: `inspect` reads none."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory")
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_bomb_is_refused_at_once_in_little_memory(tmp_path: Path, case: str) -> None:
+    make, told = BOMBS[case]
+    path = make(tmp_path)
+    code = LIMITED.format(memory=MEMORY, seconds=SECONDS)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path)], text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = [line.split() for line in done.stdout.splitlines() if line[:2] in ("0 ", "2 ")]
+    assert [status for status, _ in outcomes] == (["0", "2"] if case in READ_LATE else ["2", "2"])
+    assert told in done.stderr or case in READ_LATE
+    assert all(float(seconds) < 3 for _, seconds in outcomes), outcomes
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("case", READ_LATE)
+def test_a_bomb_that_is_seen_late_is_told_where_it_is_read(tmp_path: Path, case: str) -> None:
+    make, told = BOMBS[case]
+    with open_file(make(tmp_path)) as reader, pytest.raises(FileError, match=told):
+        reader.read("a")
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("gzip", [True, False])
+def test_chunks_of_an_impossible_size_are_refused(tmp_path: Path, size: int, gzip: bool) -> None:
+    """HDF5's own library ends the process on some of them."""
+    options: dict[str, Any] = {"shuffle": True, "fletcher32": True}
+    packed = zlib.compress(bytes(16)) if gzip else bytes(16)
+    options |= {"compression": "gzip"} if gzip else {}
+    path = with_chunk(tmp_path / "a.h5", packed[: size or 1], **options)
+    forge(path, size, 0)
+    with open_file(path) as reader, pytest.raises(FileError, match="'a' has a chunk"):
+        reader.read("a")
+
+
+@pytest.mark.parametrize(("size", "place"), [(2**31, 0), (24, 2**40), (2**32 - 1, 2**62)])
+def test_chunks_beyond_the_file_are_refused_before_they_are_read(
+    tmp_path: Path, size: int, place: int
+) -> None:
+    path = with_chunk(tmp_path / "a.h5", zlib.compress(bytes(16)), compression="gzip")
+    forge(path, size, place)
+    with open_file(path) as reader, pytest.raises(FileError, match="beyond the end of the file"):
+        reader.read("a")
+
+
+def forge(path: Path, size: int, place: int) -> None:
+    """Change the stored size of the only chunk, in the tree that has it; and its place, if any."""
+    content = bytearray(path.read_bytes())
+    key = content.index(b"TREE\x01") + 24  # size, filters, place of the first element, 0; address
+    content[key : key + 4] = struct.pack("<I", size)
+    if place:
+        content[key + 24 : key + 32] = struct.pack("<Q", place)
+    path.write_bytes(content)
+
+
+def test_filters_other_than_gzip_are_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("a", data=np.ones(100, "f4"), compression="lzf")
+    with pytest.raises(FileError, match="is packed in another way than by gzip, shuffle"):
+        open_file(tmp_path / "a.h5")
+
+
+def test_a_wrong_checksum_of_a_chunk_is_told(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("a", data=np.arange(99, dtype="i1"), chunks=(33,), fletcher32=True)
+    content = bytearray((tmp_path / "a.h5").read_bytes())
+    content[content.index(bytes(range(40, 60)))] ^= 1
+    (tmp_path / "a.h5").write_bytes(content)
+    with open_file(tmp_path / "a.h5") as reader, pytest.raises(FileError, match="checksum"):
+        reader.read("a")
+
+
+def test_max_bytes_bounds_a_whole_read(tmp_path: Path) -> None:
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+    path = tmp_path / "a.safetensors"
+    anymha.save(path, layer)
+    size = sum(array.nbytes for array in anymha.get_weights(layer).values())
+    assert anymha.load(path, "numpy", max_bytes=size).config.key_dim == 4
+    with pytest.raises(FileError, match=f"its arrays take {size} bytes, more than is allowed"):
+        anymha.load(path, "numpy", max_bytes=size - 1)
+    with pytest.raises(FileError, match="its arrays take"):
+        convert_file(path, tmp_path / "b.npz", "anymha", "anymha", max_bytes=size - 1)
+    for wrong in (0, -1, "1", 1.5):
+        with pytest.raises(ArgumentError, match="`max_bytes` must be a positive integer"):
+            anymha.load(path, "numpy", max_bytes=wrong)  # type: ignore[arg-type]
+    np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros(65 * 2**20, np.uint8))
+    with pytest.raises(FileError, match="made to fill the memory"):
+        open_file(tmp_path / "zeros.npz")
+    with open_file(tmp_path / "zeros.npz", 2**27) as reader:
+        assert reader.read("a").nbytes == 65 * 2**20
+
+
+FORGED = "x\x1b]0;y\x07\x1b[2J\r\nVerified: all\u202e\x9b31m"
+
+
+def forged_files(folder: Path) -> list[Path]:
+    """Files whose texts move the cursor and forge lines, of every kind of text."""
+    weights = {f"{name}.weight": sample("float32", (8, 8)) for name in
+               ("self.query", "self.key", "self.value", "output.dense")}  # fmt: skip
+    named = {f"{FORGED}.{name}": array for name, array in weights.items()}
+    paths = [write(folder / "named.safetensors", {**named, FORGED: sample("float32", (2,))})]
+    paths.append(write(folder / "other.safetensors", {FORGED: sample("float32", (2,))}))
+    paths.append(write(folder / f"{FORGED.replace('/', '')}.npz", named))
+    paths.append(folder / "missing.safetensors.index.json")
+    paths[-1].write_text(json.dumps({"weight_map": {"a": f"{FORGED}.safetensors"}}))
+    paths.append(folder / "elsewhere.safetensors.index.json")
+    paths[-1].write_text(json.dumps({"weight_map": {"a": f"/{FORGED}.safetensors"}}))
+    pair = field(1, b"location") + field(2, FORGED.encode())
+    tensor = field(5, b"\x08\x01\x10\x02" + field(8, b"a") + field(13, pair) + b"\x70\x01")
+    paths.append(folder / "a.onnx")
+    paths[-1].write_bytes(field(7, tensor))
+    for i, program in enumerate((
+        b"\x80\x04" + _short(FORGED) + _short("eval") + b"\x93.",
+        b"\x80\x04" + _short("torch") + _short("FloatStorage\x1b[2J") + b"\x93.",
+        b"\x80\x02" + text(FORGED) + b")R.",
+    )):  # fmt: skip
+        paths.append(zipped_pickle(folder / f"{i}.pt", program))
+    options = {"num_heads": 2, "key_dim": 4, FORGED: 1}
+    entry = json.dumps({"format": 1, "layers": {FORGED: options}})
+    own = {name: sample("float32", (2,)) for name in ("a",)}
+    paths.append(write(folder / "own.safetensors", own, {"anymha": entry}))
+    return paths
+
+
+def _short(words: str) -> bytes:
+    return b"\x8c" + bytes([len(words.encode())]) + words.encode()
+
+
+def test_no_text_of_a_file_reaches_the_terminal_unescaped(tmp_path: Path, capsys: Any) -> None:
+    for path in forged_files(tmp_path):
+        for words in (
+            ["inspect", str(path)],
+            ["convert", str(path), str(tmp_path / "new.npz"), "--from", "transformers.bert",
+             "--to", "anymha", "--num-heads", "2"],
+            ["convert", str(path), str(tmp_path / "new.npz"), "--from", "transformers.bert",
+             "--to", "anymha", "--num-heads", "2", "--others", "--prefix", FORGED],
+            ["convert", str(path), f"{tmp_path}/{FORGED}/", "--from", "transformers.bert",
+             "--to", "anymha"],
+            ["parity", "--backends", "numpy", "--checkpoint", str(path), "--layout",
+             "transformers.bert", "--num-heads", "3"],
+        ):  # fmt: skip
+            main(words)
+            printed = capsys.readouterr()
+            for line in (printed.out + printed.err).split("\n"):
+                assert line.isprintable(), (words, line)
+                assert not line.startswith("Verified"), (words, line)
+        with pytest.raises(AnymhaError) as error:
+            anymha.load(path, "numpy")
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("size", [MAX_NAME + 1, 5 * 10**7])
+def test_long_names_make_no_long_errors(tmp_path: Path, size: int, capsys: Any) -> None:
+    name = "x" * size
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 7]}}
+    paths = [with_header(tmp_path / "a.safetensors", header, 7)]
+    paths.append(tmp_path / "a.safetensors.index.json")
+    paths[-1].write_text(json.dumps({"weight_map": {"a": name}}))
+    paths.append(zipped_pickle(tmp_path / "a.pt", b"\x80\x02c" + name.encode() + b"\nx\n."))
+    for path in paths:
+        assert main(["inspect", str(path)]) == 2
+        assert len(capsys.readouterr().err) < 1000
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b", "-a", "a\x1b[2J", "$(id)", "a\\b\n"])
+def test_the_command_that_inspect_suggests_can_be_pasted(
+    tmp_path: Path, name: str, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arrays = {f"{name}.{word}.weight": sample("float32", (8, 8)) for word in
+              ("self.query", "self.key", "self.value", "output.dense")}  # fmt: skip
+    write(Path(f"{name}.safetensors"), arrays)
+    main(["inspect", "--", f"{name}.safetensors"])
+    command = capsys.readouterr().out.partition("To convert: ")[2].splitlines()[0]
+    assert command.isprintable()
+    script = f"anymha() {{ printf '%s\\0' \"$@\"; }}; {command}"
+    words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
+    pasted = [word.decode() for word in words.split(b"\0")[:-1]]
+    replaced = {"DST": "new.npz", "LAYOUT": "anymha", "H": "2"}
+    assert main([replaced.get(word, word) for word in pasted]) == 0, shlex.join(pasted)
