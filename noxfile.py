@@ -138,6 +138,13 @@ def selftest(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Read damaged files of every format; each must end in a clear error; see SECURITY.md."""
+    install(session, *groups("test"), extras="[hdf5,orbax]")
+    session.run("python", "-m", "tests.fuzz", *session.posargs)
+
+
+@nox.session
 def train(session: nox.Session) -> None:
     """Train one small model in every framework and compare; see docs/training.md."""
     install(session, *EVERYTHING, extras="[report]")

@@ -286,6 +286,25 @@ def test_chunks_beyond_the_file_are_refused_before_they_are_read(
         reader.read("a")
 
 
+@pytest.mark.parametrize("size", [0, 15, 17, 4095])
+def test_plain_chunks_of_another_size_are_refused(tmp_path: Path, size: int) -> None:
+    """h5py writes such a chunk beyond its buffer, and the process dies later."""
+    path = with_chunk(tmp_path / "a.h5", bytes(16))
+    with path.open("ab") as stream:
+        stream.write(bytes(8192))
+    forge(path, size, 0)
+    with open_file(path) as reader, pytest.raises(FileError, match=f"a chunk of {size} bytes, "):
+        reader.read("a")
+
+
+def test_chunks_behind_a_block_of_other_bytes_are_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(tmp_path / "a.h5", "w", userblock_size=512) as file:
+        file.create_dataset("a", data=np.ones(4, "f4"), chunks=(2,))
+    with pytest.raises(FileError, match="begins with other bytes than HDF5's"):
+        open_file(tmp_path / "a.h5")
+
+
 def forge(path: Path, size: int, place: int) -> None:
     """Change the stored size of the only chunk, in the tree that has it; and its place, if any."""
     content = bytearray(path.read_bytes())

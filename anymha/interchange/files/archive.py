@@ -75,6 +75,8 @@ class Archive:
             if info.compress_type not in METHODS or info.flag_bits & 1:
                 reason = f"its member {quoted(name)} is encrypted, or neither stored nor deflated"
                 raise self._broken(reason)
+            if info.header_offset + info.compress_size > self._size:
+                raise self._broken(f"its member {quoted(name)} reaches beyond its end")
             if not fits_memory(info.file_size, info.compress_size):
                 raise self._broken(
                     f"its member {quoted(name)} claims {info.file_size} bytes in "

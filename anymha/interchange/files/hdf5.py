@@ -126,7 +126,7 @@ class Hdf5Reader(Reader):
         """Look at how a dataset is packed, before anything of it is read."""
         stored = self._h5py.h5t.py_create(item.dtype, logical=True)
         try:
-            chunks = Chunks(item, self._size, bool(item.id.get_type().equal(stored)))
+            chunks = Chunks(item, self._stream, bool(item.id.get_type().equal(stored)))
         except BrokenChunk as error:
             raise self.broken(f"{quoted(name)} {error}") from error
         self._unpacked += chunks.unpacked

@@ -1,9 +1,9 @@
 """The chunks of HDF5's datasets, unpacked here within bounds.
 
 HDF5's own filters trust the sizes that a file states: they unpack a chunk to any size, and read
-beyond its end where it is too short. Here its length is known before it is read and after each
-step. Of the filters those that h5py offers for every file are known: gzip, shuffle, Fletcher's
-checksum.
+beyond its end where it is too short; h5py's `read_direct_chunk` writes beyond its buffer. Here a
+chunk's length is known before it is read and after each step. Of the filters those that h5py
+offers for every file are known: gzip, shuffle, Fletcher's checksum.
 
 References:
     The HDF Group, "HDF5 File Format Specification", version 3, sections on filters.
@@ -13,8 +13,9 @@ References:
 from __future__ import annotations
 
 import math
+import os
 import zlib
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Chunks:
 
     Args:
         dataset: The dataset, of h5py.
-        file_size: The length of the file.
+        stream: The file, which HDF5 reads too.
         usual_type: Whether the elements are stored as `dataset.dtype` says.
 
     Attributes:
@@ -43,11 +44,14 @@ class Chunks:
         BrokenChunk: a filter is not known, or the elements are not of a usual type.
     """
 
-    def __init__(self, dataset: Any, file_size: int, usual_type: bool) -> None:
-        self._dataset, self._file_size = dataset, file_size
+    def __init__(self, dataset: Any, stream: BinaryIO, usual_type: bool) -> None:
+        self._dataset, self._stream = dataset, stream
+        self._file_size = stream.seek(0, os.SEEK_END)
         properties = dataset.id.get_create_plist()
         filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
         known = {DEFLATE, SHUFFLE, FLETCHER32}
+        if dataset.file.userblock_size:
+            raise BrokenChunk("has chunks, and the file begins with other bytes than HDF5's")
         if not set(filters) <= known or len(set(filters)) < len(filters) or not usual_type:
             raise BrokenChunk("is packed in another way than by gzip, shuffle and fletcher32")
         self._filters = filters
@@ -77,8 +81,9 @@ class Chunks:
                 continue  # the dataset was made smaller
             if any(np.mod(begins, self._shape)):
                 raise BrokenChunk("has a chunk between two others")
-            mask, content = dataset.id.read_direct_chunk(begins)
-            block = np.frombuffer(self._unpacked(content, mask), dataset.dtype)
+            self._stream.seek(chunk.byte_offset)
+            content = self._unpacked(self._stream.read(chunk.size), chunk.filter_mask)
+            block = np.frombuffer(content, dataset.dtype)
             place = tuple(slice(b, b + c) for b, c in zip(begins, self._shape, strict=True))
             part = array[place]
             part[...] = block.reshape(self._shape)[tuple(map(slice, part.shape))]
