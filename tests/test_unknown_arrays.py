@@ -67,6 +67,16 @@ REFUSED: dict[str, tuple[str, Arrays, Arrays, str]] = {
     "a bias that is no mask": ("transformers.gpt2", GPT2, {"bias": floats(3 * D)}, "`bias`"),
     "rotary positions": ("transformers.bert", four(*BERT),
                          {"self.rotary_embeddings.inv_freq": floats(2)}, "inv_freq"),
+    "DeBERTa's positions": ("transformers.deberta_v2", four(
+        "self.query_proj", "self.key_proj", "self.value_proj", "output.dense",
+    ), {"self.pos_key_proj.weight": floats(D, D)}, "self.pos_key_proj.weight"),
+    "a second sequence": ("diffusers.Attention", four("to_q", "to_k", "to_v", "to_out.0"),
+                          {"add_q_proj.weight": floats(D, D)}, "add_q_proj.weight"),
+    "rows beside the inputs": (
+        "torch.MultiheadAttention",
+        {"in_proj_weight": floats(3 * D, D), "out_proj.weight": floats(D, D)},
+        {"bias_k": floats(1, 1, D), "bias_v": floats(1, 1, D)}, "bias_k",
+    ),
     "a weight norm": ("transformers.clip", four("q_proj", "k_proj", "v_proj", "out_proj"),
                       {"out_proj.weight_g": floats(D, 1)}, "out_proj.weight_g"),
 }  # fmt: skip
@@ -333,3 +343,40 @@ def test_file_whose_matrices_have_no_names_says_why(
                  for part in ("quantized", "scale", "zero_point")}  # fmt: skip
     write(source, quantised)
     assert "as 'onnx::MatMul_3': quantised (ONNX int8)." in inspected(source, capsys)
+
+
+def test_latent_attention_in_a_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    source = write(tmp_path / "a.safetensors", behind(PREFIX, four(*names)))
+    assert "Multi-head latent attention (DeepSeek's" in inspected(source, capsys)
+    with pytest.raises(UsageError, match="Multi-head latent attention"):
+        convert_file(source, tmp_path / "b.npz", None, "anymha", num_heads=H)
+
+
+def test_mlp_in_the_same_module_is_no_part_of_the_attention() -> None:
+    mlp = {f"{name}.weight": floats(D, D) for name in ("gate_proj", "ffn_gate", "mlp.gate")}
+    (group,) = anymha.find_layers(behind(PREFIX, four(*LLAMA) | mlp))
+    assert "transformers.llama" in [fit.name for fit in group.fits]
+    assert set(group.unknown) == set(mlp), "but named"
+
+
+def test_layout_whose_names_have_no_parts_is_found_once() -> None:
+    shapes = {"query": (D, D), "key": (D, D), "value": (D, D), "output": (D, D)}
+    (group,) = anymha.find_layers({f"{n}_weight": floats(*shape) for n, shape in shapes.items()})
+    assert group.layout == "onnxruntime.MultiHeadAttention"
+
+
+def test_name_that_two_layers_may_claim_is_no_fault() -> None:
+    outer = four("q", "k", "v", "o", bias=True)
+    inner = behind("q.", GPT2)  # whose buffer would be `q.bias`
+    groups = {group.prefixes[0]: group for group in anymha.find_layers(outer | inner)}
+    assert groups[""].layout == "transformers.mpnet"
+    assert "`bias` of shape (8,) is no causal mask" in groups["q."].misfits["transformers.gpt2"]
+
+
+def test_names_without_end_take_no_memory_or_time() -> None:
+    deep = "a." * 200_000
+    arrays = behind(deep, four(*BERT)) | behind("x" * 3_000_000 + ".", four(*BERT))
+    assert anymha.find_layers(arrays) == []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -217,6 +217,7 @@ def find_layer_groups(
     index = NameIndex(tensors)
     changed = _changed_layers(tensors)
     candidates: dict[str, list[LayoutFit]] = {prefix: [] for prefix in changed}
+    stated = {name: stated_options(model_config, get_layout(name)) for name in layouts()}
     for name in sorted(layouts(), key=lambda name: (name != family, name in UNNAMED, name)):
         for naming in file_namings(get_layout(name), file_format):
             for prefix in naming.prefixes(index):
@@ -228,28 +229,43 @@ def find_layer_groups(
         for name in fit.names.values()
     }
     groups: dict[object, LayerGroup] = {}
+    judged: dict[object, LayerGroup] = {}  # most layers are alike
     for prefix in sorted(candidates, key=natural_key):
-        found = candidates[prefix]
-        own = _own_names(index, prefix, candidates, claimed)
-        fits = [
-            replace(fit, unknown=_unknown(fit, own, tensors, prefix),
-                    options=stated_options(model_config, fit.layout))
-            for fit in found
-        ]  # fmt: skip
-        kind = changed.get(prefix) or _narrow(found, tensors, prefix)
-        if kind:
-            best, misfits = [], {fit.name: refusal(kind) for fit in fits}
-            layer = {name: tensors[prefix + name] for name in own}
-        else:
-            best, misfits = select_fits(fits, alone=bool(prefix))
-            layer = {n: tensors[prefix + n] for c in fits for n in c.names.values()}
-            layer |= {n: tensors[prefix + n] for c in best or fits if prefix for n in c.unknown}
-        key = (pattern_of(prefix), kind, tuple(fit.name for fit in best), tuple(layer.items()),
-               tuple(fit.unknown for fit in best))  # fmt: skip
-        stated = family if best and best[0].name == family else ""
-        group = groups.setdefault(key, LayerGroup(key[0], [], best, misfits, layer, kind, stated))
-        group.prefixes.append(prefix)
+        found = [replace(f, options=stated[f.name]) for f in candidates[prefix]]
+        names = [name for fit in found for name in fit.names.values()]
+        names += _own_names(index, prefix, candidates, claimed)
+        own = {name: tensors[prefix + name] for name in names}
+        alike = (changed.get(prefix), bool(prefix), tuple(own.items()),
+                 tuple((fit.name, fit.naming.separator) for fit in found))  # fmt: skip
+        if alike not in judged:
+            judged[alike] = _judge(found, own, changed.get(prefix, ""), alone=bool(prefix))
+        group = judged[alike]
+        key = (pattern_of(prefix), group.kind, tuple(fit.name for fit in group.fits),
+               tuple(group.tensors.items()), tuple(fit.unknown for fit in group.fits))  # fmt: skip
+        if key not in groups:
+            says = family if group.fits and group.fits[0].name == family else ""
+            groups[key] = replace(group, pattern=key[0], prefixes=[], stated=says)
+        groups[key].prefixes.append(prefix)
     return list(groups.values())
+
+
+def _judge(found: list[LayoutFit], own: Mapping[str, Tensor], kind: str, alone: bool) -> LayerGroup:
+    """What a layer is, as a group without prefixes.
+
+    Args:
+        found: The layouts whose names it has.
+        own: Its arrays by their names behind the prefix.
+        kind: What its projections are where they are no plain weights.
+        alone: Whether all names behind the prefix are its own.
+    """
+    fits = [replace(fit, unknown=_unknown(fit, own)) for fit in found]
+    kind = kind or _narrow(found, own)
+    if kind:
+        return LayerGroup("", [], [], {fit.name: refusal(kind) for fit in fits}, own, kind)
+    best, misfits = select_fits(fits, alone)
+    shown = [name for fit in fits for name in fit.names.values()]
+    shown += [name for fit in best or fits if alone for name in fit.unknown]
+    return LayerGroup("", [], best, misfits, {name: own[name] for name in shown})
 
 
 def layout_fit(naming: FileNaming, tensors: Mapping[str, Tensor], prefix: str) -> LayoutFit:
@@ -279,16 +295,16 @@ def _projections() -> frozenset[str]:
     return frozenset(p.module.replace("/", ".") for p in pieces if p.holds != ("output",))
 
 
-def _narrow(fits: list[LayoutFit], tensors: Mapping[str, Tensor], prefix: str) -> str:
+def _narrow(fits: list[LayoutFit], own: Mapping[str, Tensor]) -> str:
     """What kernels of other dtypes than floats are; empty where all are floats."""
     kernels = {
-        prefix + fit.names[name]
+        fit.names[name]
         for fit in fits
         for form in fit.layout.forms
         for name in form.required()
         if name in fit.names
     }
-    return not_floats({name: tensors[name].dtype.name for name in kernels}) or ""
+    return not_floats({name: own[name].dtype.name for name in kernels}) or ""
 
 
 def _own_names(
@@ -303,15 +319,13 @@ def _own_names(
     ]
 
 
-def _unknown(
-    fit: LayoutFit, own: Iterable[str], tensors: Mapping[str, Tensor], prefix: str
-) -> tuple[str, ...]:
-    """The names behind a prefix that a layout does not know."""
+def _unknown(fit: LayoutFit, own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The names of a layer that a layout does not know."""
     known = set(fit.names.values())
     return tuple(
         name
-        for name in own
-        if name not in known and not fit.layout.is_buffer(name, tensors[prefix + name].shape)
+        for name, tensor in own.items()
+        if name not in known and not fit.layout.is_buffer(name, tensor.shape)
     )
 
 
@@ -360,6 +374,9 @@ def _meant(fit: LayoutFit) -> set[str]:
 
 def _left_over(fit: LayoutFit, alone: bool) -> str | None:
     """Why an array that the layout does not know speaks against it."""
+    for name, reason in (fit.layout.refused or {}).items():
+        if name in fit.unknown:
+            return f"{fit.name} with `{name}` cannot be converted: {reason}"
     pieces = (piece for form in fit.layout.forms for piece in form.pieces)
     modules = {module_of(fit.names[p.array]) for p in pieces if p.array in fit.names}
     for name in fit.unknown:

@@ -27,6 +27,7 @@ _ROTARY = {
 }  # fmt: skip
 _STEP = re.compile(r"bias|scale|scaling|zero_point|temperature|slopes|alibi|sink|gate|relative|rel_"
                    r"|adapter")  # fmt: skip
+_MLP = re.compile(r"(ffn|mlp|moe|gate_(up_)?proj)")
 _NORM = re.compile(r"norm|ln(?![a-z])")
 _PROJECTED = re.compile(r"(^|_)(q|k|v|qk|kv|qkv|query|key|value)(?![a-z])")
 
@@ -57,6 +58,11 @@ _MARK = re.compile(
     re.IGNORECASE,
 )
 _RENAMED = re.compile(r"((onnx::)?(MatMul|Gemm)|val)_\d+(_quantized)?$")
+MLA_REASON = (
+    "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its keys "
+    "and values pass through a shared low-rank projection and a norm, and its heads mix rotated "
+    "and plain parts, for which the canonical form has no place."
+)
 ADVICE = {
     "quantised": "Convert the model before it was quantised, or dequantise it first.",
     "LoRA adapter": "Merge the adapter into its model first (peft: `merge_and_unload`).",
@@ -100,6 +106,9 @@ def remarks_on(tensors: Mapping[str, Any]) -> list[str]:
         f"{len(modules)} matrices are no plain weights, as {modules[0]!r}: {words}."
         for words, modules in kinds.items()
     ]
+    latent = [name for name in tensors if "kv_a_proj_with_mqa" in name]
+    if latent:
+        remarks.append(f"{MLA_REASON} It is in {len(latent)} arrays, as {latent[0]!r}.")
     renamed = [name for name in tensors if _RENAMED.match(name)]
     if renamed:
         remarks.append(
@@ -157,10 +166,10 @@ def changes_results(name: str, modules: Iterable[str], alone: bool) -> str | Non
     beside = any(parts[:-1] == home[: len(parts) - 1] for home in homes)
     if beside and _STEP.search(parts[-1].lower()):
         return f"`{name}` is a bias or a scale beside the projections"
-    modules_of = "/".join(parts[:-1]).lower()
-    if any(_STEP.search(part) for part in modules_of.split("/")):
+    inside = [part.lower() for part in parts[:-1]]
+    if any(map(_STEP.search, inside)) and not any(map(_MLP.match, inside)):
         return f"`{name}` is a step of the attention"
-    if any(_NORM.search(part) and _PROJECTED.search(part) for part in modules_of.split("/")):
+    if any(_NORM.search(part) and _PROJECTED.search(part) for part in inside):
         return f"`{name}` is a norm of queries, keys or values"
     if parts[-1] in _ROTARY:
         return f"`{name}` shows rotary positions"

@@ -75,8 +75,8 @@ def file_namings(layout: Layout, file_format: Format) -> list[FileNaming]:
     other = "." if layout.separator == "/" else "/"
     plain = {name: name for name in layout.names()}
     joined = {name: name.replace(layout.separator, other) for name in plain}
-    named = [FileNaming(layout, plain, layout.separator), FileNaming(layout, joined, other)]
-    return first + named
+    namings = [FileNaming(layout, plain, layout.separator), FileNaming(layout, joined, other)]
+    return first + (namings if joined != plain else namings[:1])
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -10,18 +10,13 @@ import numpy as np
 from anymha.errors import LayoutError, WeightsError
 from anymha.framework.dtypes import FLOATING
 from anymha.interchange.forms import Extra, Form
-from anymha.interchange.leftovers import changed_modules, refusal
+from anymha.interchange.leftovers import MLA_REASON, changed_modules, refusal
 from anymha.interchange.packing import Arrays
 from anymha.interchange.sizes import Shapes
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
 MLA = ("kv_a_proj_with_mqa", "kv_b_proj", "q_a_proj", "q_b_proj")
 """Names of multi-head latent attention."""
-MLA_REASON = (
-    "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its keys "
-    "and values pass through a shared low-rank projection and a norm, and its heads mix rotated "
-    "and plain parts, for which the canonical form has no place."
-)
 
 
 def form_of(

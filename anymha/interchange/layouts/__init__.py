@@ -23,7 +23,7 @@ import numpy as np
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
-from anymha.interchange.reading import MLA_REASON
+from anymha.interchange.leftovers import MLA_REASON
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import as_numpy
 from anymha.options.config import AttentionConfig
