@@ -369,6 +369,14 @@ SAMPLES = (
         optional=lambda s: {"_query_norm/scale": (s.d,), "_key_norm/scale": (s.d,)},
     ),
     *(
+        Sample(name, shapes("attn_output"), same=GROUPED, form=form)
+        for name in ("gguf.llama", "gguf.qwen2")
+        for form, shapes in (
+            ("separate", lambda output: linear("attn_q", "attn_k", "attn_v", output)),
+            ("fused", lambda output: fused("attn_qkv", output)),
+        )
+    ),
+    *(
         Sample(name, fused(*form), same=same, form=", ".join(form))
         for name in ("fused.blocks", "fused.groups")
         for form, same in (

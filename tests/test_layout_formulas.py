@@ -126,6 +126,8 @@ FORMULAS: dict[tuple[str, str], Formula] = {
     ("transformers.blip", ""): (chunks("qkv"), matrix("projection")),
     ("internlm.internlm2", ""): (grouped("wqkv"), matrix("wo")),
     ("megatron.SelfAttention", ""): (grouped("linear_qkv"), matrix("linear_proj")),
+    ("gguf.llama", "separate"): (apart("attn_q", "attn_k", "attn_v"), matrix("attn_output")),
+    ("gguf.qwen2", "fused"): (chunks("attn_qkv"), matrix("attn_output")),
     ("fused.blocks", "qkv, proj"): (chunks("qkv"), matrix("proj")),
     ("fused.groups", "qkv, proj"): (grouped("qkv"), matrix("proj")),
     ("transformers.flax_bert", ""): (flax_bert, flax_output),

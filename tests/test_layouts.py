@@ -56,7 +56,7 @@ NAMED = [
     *("transformers.flax_bert", "nanogpt.CausalSelfAttention", "internlm.internlm2"),
     *("gpt_fast.Attention", "megatron.SelfAttention", "meta.llama", "vit_pytorch.Attention"),
     *("diffusers.Attention", "flash_attn.MHA", "openai.whisper", "gemma.Attention"),
-    *("fused.blocks", "fused.groups"),
+    *("gguf.llama", "gguf.qwen2", "fused.blocks", "fused.groups"),
 ]
 
 

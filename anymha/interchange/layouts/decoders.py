@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
-from anymha.interchange.layouts.encoders import family, projections
+from anymha.interchange.layouts.encoders import family, one_kernel, projections
 from anymha.interchange.limits import same_heads
 from anymha.interchange.packing import fused, linear
 
@@ -48,7 +48,7 @@ LAYOUTS = (
     # The names of GPT-2, but linear layers of torch: all queries first, or by heads.
     Layout(
         "nanogpt.CausalSelfAttention",
-        (Form((*fused("c_attn"), *linear("output", "c_proj"))),),
+        (one_kernel("c_attn", "c_proj"),),
         extras=BUFFERS,
         limits=(same_heads,),
         reference="github.com/karpathy/nanoGPT, model.py",
@@ -62,7 +62,7 @@ LAYOUTS = (
     ),
     Layout(
         "transformers.gpt_bigcode",
-        (Form((*fused("c_attn", "groups"), *linear("output", "c_proj"))),),
+        (one_kernel("c_attn", "c_proj", "groups"),),
         extras=BUFFERS,
         reference="models/gpt_bigcode/modeling_gpt_bigcode.py",
     ),
@@ -94,7 +94,7 @@ LAYOUTS = (
     ),
     Layout(
         "transformers.bloom",
-        (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
+        (one_kernel("query_key_value", "dense", "groups"),),
         limits=(same_heads,),
         needs=(
             Need(
@@ -106,7 +106,7 @@ LAYOUTS = (
     ),
     family(
         "mpt",
-        Form((*fused("Wqkv"), *linear("output", "out_proj"))),
+        one_kernel("Wqkv", "out_proj"),
         needs=(
             Need("alibi", "ALiBi added to the logits (pass it as `attention_bias`)"),
             CLIP,

@@ -35,6 +35,34 @@ def family(name: str, *forms: Form, **options: Any) -> Layout:
     return Layout(f"transformers.{name}", forms, **fixed, **options)
 
 
+def one_kernel(
+    kernel: str, output: str, packing: str = "blocks", *, bias: bool = True,
+    output_bias: bool | None = None, name: str = "",
+) -> Form:  # fmt: skip
+    """One linear layer for queries, keys and values, and one for the output."""
+    biased = bias if output_bias is None else output_bias
+    return Form((*fused(kernel, packing, bias=bias), *linear("output", output, bias=biased)), name)
+
+
+def head_norms(names: str, how: str, parts: tuple[str, ...] = ("weight",)) -> tuple[Extra, ...]:
+    """Norms of each head of queries and keys, where a layer has them.
+
+    Args:
+        names: Their name, with ``{}`` for q and k.
+        how: Which norm, in words.
+        parts: The names of their arrays.
+    """
+    return tuple(
+        Extra(
+            f"{names.format(word[0])}.{part}",
+            f"{how} of each {word} head, `{names.format(word[0])}`, before it is rotated",
+            shows=("head_dim", 0),
+        )
+        for word in ("query", "key")
+        for part in parts
+    )
+
+
 def norm_after(name: str) -> tuple[Extra, ...]:
     """A norm after the attention, in the same module: the attention itself is the same."""
     return tuple(Extra(f"{name}.{part}") for part in ("weight", "bias", "gamma", "beta"))
@@ -137,7 +165,7 @@ LAYOUTS = (
             ),
         ),
     ),
-    family("blip", Form((*fused("qkv"), *linear("output", "projection")))),
+    family("blip", one_kernel("qkv", "projection")),
     family(
         "vit",
         Form(projections("o_proj"), "module"),

@@ -13,15 +13,14 @@ from __future__ import annotations
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.decoders import CLIP
-from anymha.interchange.layouts.encoders import projections
+from anymha.interchange.layouts.encoders import four, head_norms, one_kernel, projections
 from anymha.interchange.layouts.rotary import HALVES, PAIRS, rotary
 from anymha.interchange.limits import same_heads
-from anymha.interchange.packing import fused, linear
 
 LAYOUTS = (
     Layout(
         "transformers.gpt_neox",
-        (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
+        (one_kernel("query_key_value", "dense", "groups"),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("rotary_emb.inv_freq")),
         needs=(rotary(HALVES, ", over the share `rotary_pct` of its width", partial=True),),
         limits=(same_heads,),
@@ -30,14 +29,14 @@ LAYOUTS = (
     # One formula for its three kinds: a key head for each query head, for all, or for each group.
     Layout(
         "transformers.falcon",
-        (Form((*fused("query_key_value", "groups"), *linear("output", "dense"))),),
+        (one_kernel("query_key_value", "dense", "groups"),),
         extras=(Extra("rotary_emb.inv_freq"),),
         needs=(rotary(HALVES, "; or, with `alibi`, ALiBi added before the logits are scaled"),),
         reference="models/falcon/modeling_falcon.py",
     ),
     Layout(
         "transformers.phi3",
-        (Form((*fused("qkv_proj", bias=False), *linear("output", "o_proj", bias=False))),),
+        (one_kernel("qkv_proj", "o_proj", bias=False),),
         extras=(Extra("rotary_emb.inv_freq"),),
         options=("sliding_window",),
         needs=(rotary(HALVES),),
@@ -45,14 +44,7 @@ LAYOUTS = (
     ),
     Layout(
         "transformers.codegen",
-        (
-            Form(
-                (
-                    *fused("qkv_proj", "codegen", bias=False),
-                    *linear("output", "out_proj", bias=False),
-                )
-            ),
-        ),
+        (one_kernel("qkv_proj", "out_proj", "codegen", bias=False),),
         extras=(Extra("causal_mask"), Extra("embed_positions")),
         needs=(rotary(PAIRS, ", over the first `rotary_dim` elements", partial=True),),
         limits=(same_heads,),
@@ -60,7 +52,7 @@ LAYOUTS = (
     ),
     Layout(
         "transformers.modernbert",
-        (Form((*fused("Wqkv"), *linear("output", "Wo"))),),
+        (one_kernel("Wqkv", "Wo"),),
         options=("sliding_window",),
         needs=(rotary(HALVES),),
         limits=(same_heads,),
@@ -70,7 +62,7 @@ LAYOUTS = (
         "transformers.nomic_bert",
         (
             Form(projections("o_proj"), "module"),
-            Form((*fused("Wqkv"), *linear("output", "out_proj")), "published"),
+            one_kernel("Wqkv", "out_proj", name="published"),
         ),
         needs=(rotary(HALVES),),
         limits=(same_heads,),
@@ -78,41 +70,49 @@ LAYOUTS = (
     ),
     Layout(
         "transformers.dbrx",
-        (Form((*fused("Wqkv", bias=False), *linear("output", "out_proj", bias=False))),),
+        (one_kernel("Wqkv", "out_proj", bias=False),),
         needs=(rotary(HALVES), CLIP),
         reference="models/dbrx/modeling_dbrx.py",
     ),
     Layout(
         "internlm.internlm2",
-        (Form((*fused("wqkv", "groups"), *linear("output", "wo"))),),
+        (one_kernel("wqkv", "wo", "groups"),),
         needs=(rotary(HALVES),),
         reference="huggingface.co/internlm/internlm2-7b, modeling_internlm2.py",
     ),
     Layout(
         "gpt_fast.Attention",
-        (Form((*fused("wqkv", bias=False), *linear("output", "wo", bias=False))),),
+        (one_kernel("wqkv", "wo", bias=False),),
         needs=(rotary(PAIRS),),
         reference="github.com/pytorch-labs/gpt-fast, model.py",
     ),
     Layout(
         "megatron.SelfAttention",
-        (Form((*fused("linear_qkv", "groups"), *linear("output", "linear_proj"))),),
+        (one_kernel("linear_qkv", "linear_proj", "groups"),),
         extras=(
             *(
                 Extra(f"linear_qkv.layer_norm_{part}", "a norm of the inputs, in `linear_qkv`")
                 for part in ("weight", "bias")
             ),
-            *(
-                Extra(
-                    f"{name}_layernorm.{part}",
-                    f"a norm of each {word} head, `{name}_layernorm`, before it is rotated",
-                    shows=("head_dim", 0),
-                )
-                for name, word in (("q", "query"), ("k", "key"))
-                for part in ("weight", "bias")
-            ),
+            *head_norms("{}_layernorm", "a norm", ("weight", "bias")),
         ),
         needs=(Need("rotary", "rotary positions on queries and keys, where the model has them"),),
         reference="megatron/core/transformer/attention.py",
+    ),
+    # llama.cpp's names; its files of Llama and Mistral have the rows of Meta's.
+    *(
+        Layout(
+            f"gguf.{name}",
+            (
+                Form(four("attn_q", "attn_k", "attn_v", "attn_output"), "separate"),
+                one_kernel("attn_qkv", "attn_output", name="fused"),
+            ),
+            extras=head_norms("attn_{}_norm", "an RMS norm"),
+            needs=(rotary(order, "; or none, where the architecture has other positions"),),
+            scale="free",
+            options=("sliding_window",),
+            reference="gguf-py/gguf/tensor_mapping.py; llama_model_rope_type of llama.cpp",
+        )
+        for name, order in (("llama", PAIRS), ("qwen2", HALVES))
     ),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
-from anymha.interchange.layouts.encoders import four
+from anymha.interchange.layouts.encoders import four, one_kernel
 from anymha.interchange.layouts.rotary import HALVES
 from anymha.interchange.limits import same_heads
 from anymha.interchange.packing import QKV, Piece, fused, linear
@@ -35,7 +35,7 @@ LAYOUTS = (
     ),
     Layout(
         "timm.vit",
-        (Form((*fused("qkv"), *linear("output", "proj"))),),
+        (one_kernel("qkv", "proj"),),
         extras=tuple(
             Extra(f"{name}.{part}", TIMM_NORM, shows=("head_dim", 0))
             for name in ("q_norm", "k_norm")
@@ -49,7 +49,7 @@ LAYOUTS = (
     # Its norm of the inputs is in the same module.
     Layout(
         "vit_pytorch.Attention",
-        (Form((*fused("to_qkv", bias=False), *linear("output", "to_out.0"))),),
+        (one_kernel("to_qkv", "to_out.0", bias=False, output_bias=True),),
         extras=tuple(
             Extra(f"norm.{part}", "a layer norm of the inputs, `norm`")
             for part in ("weight", "bias")
@@ -80,7 +80,7 @@ LAYOUTS = (
     Layout(
         "flash_attn.MHA",
         (
-            Form((*fused("Wqkv"), *linear("output", "out_proj")), "self"),
+            one_kernel("Wqkv", "out_proj", name="self"),
             Form(
                 (
                     *linear("query", "Wq"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
-from anymha.interchange.layouts.encoders import four, projections
+from anymha.interchange.layouts.encoders import four, head_norms, projections
 from anymha.interchange.limits import same_heads
 
 _TURN = "rotary positions on queries and keys, where element "
@@ -119,16 +119,7 @@ LAYOUTS = (
         (Form(projections("dense")),),
         extras=(
             INVERSE,
-            *(
-                Extra(
-                    f"{name[0]}_layernorm.{part}",
-                    f"a layer norm of each {name} head, `{name[0]}_layernorm`, before it is "
-                    "rotated",
-                    shows=("head_dim", 0),
-                )
-                for name in ("query", "key")
-                for part in ("weight", "bias")
-            ),
+            *head_norms("{}_layernorm", "a layer norm", ("weight", "bias")),
         ),
         needs=(rotary(HALVES, ", over the share `partial_rotary_factor`", partial=True),),
         reference="models/phi/modeling_phi.py",
