@@ -150,6 +150,34 @@ def test_configuration_beside_the_file_decides_and_tells_the_heads(
     ) in capsys.readouterr().out
 
 
+def test_family_that_is_not_known_is_not_taken_for_one_with_its_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RoFormer has BERT's names, and rotates; RoBERTa has them, and BERT's attention."""
+    source, target = write(tmp_path / "a.safetensors", layer("e.0.", *BERT)), tmp_path / "b.npz"
+    same = dict.fromkeys(("roberta", "xlm-roberta", 7), "transformers.bert")
+    for family, layout in {"roformer": None, "llama": None, **same}.items():
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": family, "num_attention_heads": H})
+        )
+        (group,) = anymha.find_layers(source)
+        assert (group.layout, group.fits[0].name) == (layout, "transformers.bert")
+        assert main(["inspect", str(source)]) == 0
+        assert ("which is none of them" in capsys.readouterr().out) == (layout is None)
+        if layout is None:
+            with pytest.raises(UsageError, match=f"says transformers.{family}"):
+                anymha.convert_file(source, target)
+        else:
+            assert anymha.convert_file(source, target, verify=False).layout == layout
+        done = anymha.convert_file(source, target, layout="transformers.bert", verify=False)
+        assert done.layout == "transformers.bert", "who names it is believed"
+    anymha.convert_file(source, tmp_path / "ours.safetensors", num_heads=H, verify=False,
+                        layout="transformers.bert")  # fmt: skip
+    assert [group.layout for group in anymha.find_layers(tmp_path / "ours.safetensors")] == [
+        "anymha"
+    ], "our own names are no family's"
+
+
 @pytest.mark.parametrize("text", ["no json", "[1]", '{"model_type": "llama"}', "", "[" * 5000])
 def test_configuration_of_another_model_or_none_at_all_decides_nothing(
     tmp_path: Path, text: str

@@ -147,7 +147,7 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
         return
     if not names:
         yield "  No layout fits:"
-    elif group.stated:
+    elif names[0] == group.stated:
         others = f"; its names and shapes also fit {', '.join(names[1:])}" if names[1:] else ""
         yield f"  Layout: {names[0]} (the {NAME} beside the file says so{others})."
     elif len(names) == 1:
@@ -162,6 +162,11 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
             "as the order of rows in a fused kernel: name the one that the model has."
         )
     named = [(name, why) for name, why in group.misfits.items() if name not in UNNAMED]
+    if names and group.stated and not group.layout and group.stated not in names:
+        yield (
+            f"  The {NAME} beside the file says {group.stated}, which is none of them: name the "
+            "layout only if the model's attention is the same."
+        )
     for name, reason in named[:SHOWN_MISFITS]:
         yield f"  Not {name}: {reason}"
     if group.unknown and group.prefixes[0]:

@@ -15,6 +15,7 @@ from anymha.interchange.anymha_files import config_metadata
 from anymha.interchange.detect import LayerGroup, LayoutFit, matches, numbers_of
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.leftovers import refusal, remarks_on
+from anymha.interchange.model_config import NAME
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
@@ -135,9 +136,11 @@ def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) ->
         f"{group.pattern!r}: {', '.join(fit.name for fit in group.fits)}"
         for group in found.values()
     )
+    said = {group.stated for group in found.values() if group.stated and not group.layout}
+    other = f" The {NAME} beside the file says {', '.join(said)}." if said else ""
     raise UsageError(
         f"{path}: name the layout (`layout=...`, `--from`), for names and shapes leave it open. Of "
-        f"the layouts known here these fit: {fits}."
+        f"the layouts known here these fit: {fits}.{other}"
     )
 
 

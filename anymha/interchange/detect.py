@@ -111,7 +111,8 @@ class LayerGroup:
         misfits: The layouts that have these names and do not fit, and the reasons.
         tensors: Shape and dtype of each array of the first layer, by its name there.
         kind: What the layers are where no layout can fit: quantised, or adapters of another layer.
-        stated: The layout that the model's configuration names.
+        stated: The layout that the model's configuration names, which may be one that is not known
+            here or does not fit; empty where there is no configuration.
     """
 
     pattern: str
@@ -124,9 +125,12 @@ class LayerGroup:
 
     @property
     def layout(self) -> str | None:
-        """The layout, where only one fits or the model's configuration names it; else None."""
-        only = len(self.fits) == 1 or (self.stated and self.fits)
-        return self.fits[0].name if only else None
+        """The layout, where the model's configuration names it, or only one fits; else None."""
+        first = self.fits[0].name if self.fits else None
+        if first is not None and first == self.stated:
+            return first
+        other_family = self.stated and str(first).startswith("transformers.")
+        return first if len(self.fits) == 1 and not other_family else None
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -159,7 +163,8 @@ def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Laye
         numbers; `prefixes`, what the names of each begin with; `fits`, the layouts that they may
         have, the likeliest first, each with its `name`, its `names` (the names behind the prefix by
         the layout's names), its `config` (None where the number of heads is open) and its `needs`;
-        `layout`, the one layout where only one fits or the configuration names it, else None;
+        `layout`, the one that the configuration names, or where there is none, the only one that
+        fits, else None;
         `misfits`, the reasons why others do not fit; `kind`, where no layout can fit: "quantised
         (...)" or "LoRA adapter".
 
@@ -243,8 +248,7 @@ def find_layer_groups(
         key = (pattern_of(prefix), group.kind, tuple(fit.name for fit in group.fits),
                tuple(group.tensors.items()), tuple(fit.unknown for fit in group.fits))  # fmt: skip
         if key not in groups:
-            says = family if group.fits and group.fits[0].name == family else ""
-            groups[key] = replace(group, pattern=key[0], prefixes=[], stated=says)
+            groups[key] = replace(group, pattern=key[0], prefixes=[], stated=family)
         groups[key].prefixes.append(prefix)
     return list(groups.values())
 

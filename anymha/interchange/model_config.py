@@ -13,6 +13,19 @@ from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES
 
 NAME = "config.json"
+_ALIKE = {
+    name: layout
+    for layout, names in {
+        "bert": "roberta xlm_roberta camembert electra layoutlm data2vec_text",
+        "vit": "deit dinov2 vit_mae yolos",
+        "clip": "clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
+        "bart": "mbart pegasus marian m2m_100 blenderbot wav2vec2 hubert",
+        "opt": "xglm biogpt",
+        "gemma3": "gemma3_text",
+    }.items()
+    for name in names.split()
+}
+"""Families whose attention is that of another family."""
 _MOST_BYTES = 2**20
 _KEYS = {
     "num_heads": (
@@ -37,8 +50,12 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def family_of(config: Mapping[str, Any]) -> str:
-    """The name of the layout that a configuration of transformers states."""
-    return f"transformers.{config.get('model_type', '')}".replace("-", "_")
+    """The name that the layout of a model has by its configuration; empty where it says nothing."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        return ""
+    name = model_type.replace("-", "_")
+    return f"transformers.{_ALIKE.get(name, name)}"
 
 
 def stated_options(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
