@@ -313,6 +313,8 @@ def test_gguf_is_read(tmp_path: Path) -> None:
         assert all(same(reader.read(name), array) for name, array in arrays.items())
         assert reader.metadata["general.architecture"] == "llama"
         assert reader.metadata["llama.attention.head_count"] == "2"
+        sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
+        assert reader.config == sizes
         assert reader.metadata["tensor types"] == "float32, float16, Q4_1, Q8_0, int32, bfloat16"
         if find_spec("gguf") is None:
             with pytest.raises(FileError, match=r"pip install 'anymha\[gguf\]'"):

@@ -64,7 +64,9 @@ def as_data(reader: Reader, every: bool = False) -> dict[str, Any]:
         every: Whether every tensor is listed.
     """
     file_format = format_of(reader.path)
-    groups = find_layer_groups(reader.tensors, file_format, read_config(reader.path))
+    groups = find_layer_groups(
+        reader.tensors, file_format, reader.config or read_config(reader.path)
+    )
     data: dict[str, Any] = {
         "file": str(reader.path),
         "format": file_format.name,
@@ -114,7 +116,7 @@ def _report(reader: Reader, every: bool) -> Iterable[str]:
     if ENTRY in reader.metadata:
         count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."
-    groups = find_layer_groups(tensors, file_format, read_config(reader.path))
+    groups = find_layer_groups(tensors, file_format, reader.config or read_config(reader.path))
     for group in groups:
         yield ""
         yield from _group(reader.path, group)

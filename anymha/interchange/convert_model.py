@@ -99,7 +99,7 @@ def convert_file(
         sources = [*reader.files(), *siblings(reader.path)]
         check_not_source(target, source, sources)
         prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
-        file_format, model_config = format_of(source), read_config(source)
+        file_format, model_config = format_of(source), reader.config or read_config(source)
         groups = find_layer_groups(reader.tensors, file_format, model_config)
         if old is None:
             layout = _only_layout(reader, groups, prefixes)
@@ -115,7 +115,9 @@ def convert_file(
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if stated:
             known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
-            plan.note(f"Taken from the {NAME} beside the file: {known}.")
+            plan.note(
+                f"Taken from the {'file' if reader.config else f'{NAME} beside the file'}: {known}."
+            )
         if to == OWN and not new_format.metadata:
             plan.note(
                 f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "

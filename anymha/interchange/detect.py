@@ -191,7 +191,9 @@ def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Laye
         )
     path = Path(source)
     with open_file(path) as reader:
-        return find_layer_groups(reader.tensors, format_of(path), read_config(path))
+        return find_layer_groups(
+            reader.tensors, format_of(path), reader.config or read_config(path)
+        )
 
 
 def _tensor(name: str, array: Any) -> Tensor:

@@ -123,7 +123,9 @@ def distributed(folder: Path) -> Files:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no process group is there
         state = {"a": torch.ones(3, 4), "b": torch.arange(5)}
-        checkpoint.save(state, checkpoint_id=str(folder / "dcp"))
+        checkpoint.save(  # pyright: ignore[reportPrivateImportUsage]
+            state, checkpoint_id=str(folder / "dcp")
+        )
     files = sorted((folder / "dcp").iterdir())
     return {f"x/{file.name}": file.read_bytes() for file in files}
 

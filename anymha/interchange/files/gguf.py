@@ -25,6 +25,9 @@ from anymha.text import quoted, shown
 
 KIND = "a GGUF"
 TYPES = "tensor types"
+SIZES = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv",
+         "head_dim": "key_length"}  # fmt: skip
+"""The names that a `config.json` has for sizes, and those of GGUF's metadata."""
 MAX_TEXT = 100_000
 MAX_AXES = 8
 MAX_DEPTH = 4
@@ -100,6 +103,9 @@ class GgufReader(Reader):
         begin = -(-self._stream.tell() // alignment) * alignment
         self._places = {n: (kind, begin + at) for n, (kind, at) in self._places.items()}
         self.set_tensors({name: self._tensor(name, shape) for name, shape in shapes.items()})
+        model = f"{metadata.get('general.architecture')}.attention"
+        sizes = {name: metadata.get(f"{model}.{key}") for name, key in SIZES.items()}
+        self.config = {name: size for name, size in sizes.items() if type(size) is int}
         self.metadata = {k: str(v) for k, v in metadata.items() if v is not None}
         kinds = {kind for kind, _ in self._places.values()}
         self.metadata[TYPES] = ", ".join(QUANTISED.get(k) or DTYPES[k].name for k in sorted(kinds))

@@ -70,6 +70,7 @@ class Reader(abc.ABC):
     Attributes:
         tensors: Shape and dtype by name, in the file's order.
         metadata: The file's texts besides its tensors.
+        config: The sizes of the model that the file states, by the names of a `config.json`.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -77,6 +78,7 @@ class Reader(abc.ABC):
         self.kind = kind
         self.tensors: Mapping[str, Tensor] = {}
         self.metadata: Mapping[str, str] = {}
+        self.config: Mapping[str, int] = {}
 
     def files(self) -> list[Path]:
         """The files that are read."""
