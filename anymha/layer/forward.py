@@ -56,11 +56,14 @@ class Projections(NamedTuple):
             gives (B, length, width out), heads side by side.
         kind: What a plan depends on of their weights.
         key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
+        of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
+            dtype in which the layer computes.
     """
 
     functions: Mapping[str, Callable[[Array], Array]]
     kind: WeightsKind
     key_bias: Array | None = None
+    of_rows: bool = False
 
 
 def multi_head_attention(
@@ -180,11 +183,12 @@ def _read_call(
     if plain:
         return PLAIN_CALL, 0, None, None
     get = call.get
+    dropping = config.dropout > 0 and bool(get("training"))
     flags = Flags(
-        bool(get("return_attention_scores", False)),
-        bool(get("return_activity_loss", False)),
-        bool(get("use_causal_mask", False)),
-        config.dropout > 0 and bool(get("training")),
+        bool(get("return_attention_scores")),
+        bool(get("return_activity_loss")),
+        bool(get("use_causal_mask")),
+        dropping,
         observe is not None,
     )
     offset, seed = get("query_offset", 0), get("seed")
@@ -262,10 +266,12 @@ def _execute(
     activity = Activity(plan.config, ops, shape, observe) if flags.activity else None
     watch = activity or observe
     within: Any = None
+    of_rows = False
     if projections is None:
         project, functions = _computed, arrays
     else:
-        project, functions = _called, projections.functions
+        functions, of_rows = projections.functions, projections.of_rows
+        project = _multiplied if of_rows else _called
         if plan.double:  # a projection that is called has a dtype and a state of its own
             within = ops.in_float64
 
@@ -273,6 +279,8 @@ def _execute(
         query, key, value, mask, bias = _inputs(plan, shape, arrays)
     else:
         query, key, value, mask, bias = within(partial(_inputs, plan, shape), arrays)
+    if of_rows:
+        query, key, value = _rows(ops, query, key, value)
     heads = {
         "query": project(plan, functions, "query", query, shape.query_heads),
         "key": project(plan, functions, "key", key, shape.key_heads),
@@ -292,6 +300,10 @@ def _execute(
         attention = partial(_attention, plan, spec, path, flags.scores, observe)
         context, scores = within(attention, heads)
     del heads
+    if projections is not None:
+        b, t, _ = shape.folded
+        merged = (-1, plan.context_width) if of_rows else (b, t, plan.context_width)
+        context = ops.reshape(context, merged)
     output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
     if watch is not None:
         watch("output", output)
@@ -331,6 +343,17 @@ def _inputs(
     if bias is not None:
         bias = shape.fold_mask(ops, "attention_bias", _real(plan, bias))
     return query, key, value, mask, bias
+
+
+def _rows(ops: Ops, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Query, key and value (B, length, D) as matrices (B * length, D); one array as one."""
+    rows = ops.reshape(query, (-1, query.shape[-1]))
+    value_rows = rows if value is query else ops.reshape(value, (-1, value.shape[-1]))
+    if key is query:
+        return rows, rows, value_rows
+    if key is value:
+        return rows, value_rows, value_rows
+    return rows, ops.reshape(key, (-1, key.shape[-1])), value_rows
 
 
 def _real(plan: Plan, x: Array) -> Array:
@@ -374,12 +397,10 @@ def _called(
         plan: The plan.
         functions: The projections by name.
         name: The projection's name.
-        x: (B, length, D), or the context (B, T, H, d_v).
+        x: (B, length, width).
         shape: The shape of what it gives; of the output without O where that is not known.
     """
     ops = plan.ops
-    if name == "output":
-        x = ops.reshape(x, (shape[0], shape[1], plan.context_width))
     y = functions[name](x)
     y = ops.reshape(y, shape if len(shape) > 2 else (*shape, y.shape[-1]))
     if y.dtype == plan.working:
@@ -387,6 +408,18 @@ def _called(
     if plan.double:
         return ops.in_float64(lambda arrays: ops.astype(arrays["y"], plan.working), {"y": y})
     return ops.astype(y, plan.working)
+
+
+def _multiplied(
+    plan: Plan,
+    functions: Mapping[str, Callable[[Array], Array]],
+    name: str,
+    x: Array,
+    shape: tuple[Any, ...],
+) -> Array:
+    """What a projection gives that takes and gives matrices; else as `_called`."""
+    y = functions[name](x)
+    return plan.ops.reshape(y, shape if len(shape) > 2 else (*shape, y.shape[-1]))
 
 
 def _attention(

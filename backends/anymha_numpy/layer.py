@@ -97,11 +97,11 @@ class MultiHeadAttention(NativeLayer):
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
             matrix = kernel.reshape(inner, -1)
             bias = None if bias is None else bias.reshape(-1)
-            functions[name] = partial(_projected, linear, matrix, bias)
+            functions[name] = partial(linear, matrix=matrix, bias=bias)
         query, value, key = widths_of(self.weights)
         kind = WeightsKind(config.dtype, (query, value, key))
         key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
-        projections = Projections(functions, kind, key_bias)
+        projections = Projections(functions, kind, key_bias, of_rows=True)
         self.plans.prepared = config, names, list(arrays), projections
         return projections
 
@@ -169,9 +169,3 @@ class MultiHeadAttention(NativeLayer):
             else:
                 self.weights[name] = value
         return self
-
-
-def _projected(linear: Any, matrix: np.ndarray, bias: np.ndarray | None, x: np.ndarray) -> Any:
-    """``x . matrix + bias`` of (B, length, D), as (B * length, width)."""
-    batch, length, width = x.shape
-    return linear(x.reshape(batch * length, width), matrix, bias)

@@ -47,12 +47,7 @@ def fused_attention(
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
+    grouped = bool(query.shape[1] != key.shape[1])
     return scaled_dot_product_attention(
-        query,
-        key,
-        arrays["value"],
-        attn_mask=mask,
-        is_causal=causal,
-        scale=spec.scale,
-        enable_gqa=bool(query.size(1) != key.size(1)),
+        query, key, arrays["value"], mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped
     )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, addmm, is_grad_enabled, mm, nn, reshape
+from torch import Tensor, addmm, is_grad_enabled, mm, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
@@ -243,8 +243,11 @@ def projections_of(
     if len(parts) < len(PROJECTIONS) or None in parts or key_bias is not None:
         plans.prepared = None
         return projections
-    plans.prepared = Prepared(config, parts, projections if repeated else None, key_once)
-    return plans.prepared.now() if repeated else projections
+    if not repeated:
+        plans.prepared = Prepared(config, parts, key=key_once)
+        return projections
+    plans.prepared = Prepared(config, parts, projections._replace(of_rows=True), key_once)
+    return plans.prepared.now()
 
 
 def _once(
@@ -281,14 +284,14 @@ def _repeated(
         return lambda x: in_dtype_of_input(
             x, parameters["weight"], parameters["bias"], rounding_dtype
         )
-    turned, inner = None, parameters["weight"].shape[-1]
+    turned = None
     if parameters["weight"].numel() <= SMALL:
         turned = parameters["weight"].detach().t()
 
-    def product(x: torch.Tensor) -> torch.Tensor:
-        if turned is None or is_grad_enabled() or type(x) is not Tensor:
-            return linear(x, parameters["weight"], parameters["bias"])
-        rows, bias = reshape(x, (-1, inner)), parameters["bias"]
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        bias = parameters["bias"]
+        if turned is None or is_grad_enabled() or type(rows) is not Tensor:
+            return linear(rows, parameters["weight"], bias)
         return mm(rows, turned) if bias is None else addmm(bias, rows, turned)
 
     return product
