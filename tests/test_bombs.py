@@ -21,8 +21,8 @@ import anymha
 from anymha.cli.main import main
 from anymha.errors import AnymhaError, ArgumentError, FileError
 from anymha.interchange.convert_model import convert_file
-from anymha.interchange.files.formats import open_file
-from anymha.interchange.files.reader import MAX_NAME
+from anymha.interchange.files.formats import create_file, open_file
+from anymha.interchange.files.reader import MAX_NAME, Tensor
 from tests.file_samples import sample, write
 from tests.test_hostile_files import with_header, zipped_pickle
 
@@ -411,6 +411,17 @@ def test_no_text_of_a_file_reaches_the_terminal_unescaped(tmp_path: Path, capsys
         with pytest.raises(AnymhaError) as error:
             anymha.load(path, "numpy")
         assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors", ".h5"])
+def test_names_are_escaped_where_a_format_cannot_hold_them(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".h5":
+        pytest.importorskip("h5py", reason="h5py is not installed")
+    kind = np.dtype("U3") if suffix != ".npz" else np.dtype("V2")
+    with pytest.raises(FileError, match="cannot hold") as error, \
+            create_file(tmp_path / f"a{suffix}", {FORGED: Tensor((2,), kind)}):  # fmt: skip
+        pass
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("size", [MAX_NAME + 1, 5 * 10**7])

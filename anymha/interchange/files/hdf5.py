@@ -217,7 +217,7 @@ def create_hdf5(
     h5py = require_library("h5py", path, "hdf5")
     for name, tensor in tensors.items():
         if tensor.dtype.kind not in KINDS and tensor.dtype.name not in OPAQUE:
-            raise FileError(f"An HDF5 file cannot hold `{name}` of dtype {tensor.dtype}.")
+            raise FileError(f"An HDF5 file cannot hold `{shown(name)}` of dtype {tensor.dtype}.")
         if not all(part.strip(".") for part in name.split("/")):
             raise FileError(f"An HDF5 file cannot hold the name {quoted(name)}.")
     with atomic_file(path) as stream, h5py.File(stream, "w") as file:

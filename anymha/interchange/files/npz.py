@@ -135,8 +135,8 @@ def create_npz(
     for name, tensor in tensors.items():
         if tensor.dtype.kind not in KINDS or tensor.dtype.isbuiltin == 2:
             raise FileError(
-                f"An .npz file cannot hold `{name}` of dtype {tensor.dtype}: NumPy writes it "
-                "without its name. Write a .safetensors file."
+                f"An .npz file cannot hold `{shown(name)}` of dtype {tensor.dtype}: NumPy writes "
+                "it without its name. Write a .safetensors file."
             )
     with atomic_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
         writer = _NpzWriter(archive, tensors)

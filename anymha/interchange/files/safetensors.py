@@ -229,8 +229,8 @@ def create_safetensors(
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise FileError(
-                f"A safetensors file cannot hold `{name}` of dtype {tensor.dtype}. It can hold: "
-                f"{', '.join(str(dtype) for dtype in NAMES)}."
+                f"A safetensors file cannot hold `{shown(name)}` of dtype {tensor.dtype}. It can "
+                f"hold: {', '.join(str(dtype) for dtype in NAMES)}."
             )
     with atomic_file(path) as stream:
         writer = _SafetensorsWriter(stream, tensors, metadata)

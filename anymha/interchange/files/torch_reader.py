@@ -160,7 +160,7 @@ def _dtype(strided: StridedTensor) -> np.dtype:
     if dtype is None and strided.dtype in UNTYPED:
         return UNTYPED[strided.dtype]
     if dtype is None or strided.dtype is not None:
-        raise RefusedPickle(f"it has a tensor of {strided.dtype} in {strided.storage.dtype}")
+        raise RefusedPickle(f"it has a tensor of {shown(strided.dtype)} in {strided.storage.dtype}")
     return dtype
 
 

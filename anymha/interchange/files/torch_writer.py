@@ -19,6 +19,7 @@ from anymha.errors import FileError
 from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.reader import Tensor, bytes_of, check_all_written, check_array
 from anymha.interchange.files.torch_reader import STORAGES, UNTYPED
+from anymha.text import shown
 
 ALIGNMENT = 64
 _HEADER = 30  # bytes of a zip member's header before its name
@@ -70,7 +71,7 @@ def create_torch(
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPED and tensor.dtype not in _PLAIN:
-            raise FileError(f"A torch file cannot hold `{name}` of dtype {tensor.dtype}.")
+            raise FileError(f"A torch file cannot hold `{shown(name)}` of dtype {tensor.dtype}.")
     with atomic_file(path) as stream, zipfile.ZipFile(stream, "w") as archive:
         writer = _TorchWriter(archive, stream, tensors)
         yield writer
