@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import anymha
 from anymha.cli.main import main
 from anymha.errors import LayoutError, UsageError, WeightsError
 from anymha.interchange.convert_model import convert_file
+from anymha.interchange.layouts import get_layout
 from tests.file_samples import Arrays, write
+from tests.layout_samples import SAMPLES, Sample, Size, label
 
 D, H = 8, 2
 BERT = ("self.query", "self.key", "self.value", "output.dense")
@@ -380,3 +383,23 @@ def test_names_without_end_take_no_memory_or_time() -> None:
     deep = "a." * 200_000
     arrays = behind(deep, four(*BERT)) | behind("x" * 3_000_000 + ".", four(*BERT))
     assert anymha.find_layers(arrays) == []
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=label)
+def test_array_of_any_projection_of_any_layout_is_refused(sample: Sample) -> None:
+    """With each projection in turn, a bias that the layout lacks, or an array that none knows."""
+    arrays = sample.arrays(Size(H=2, K=2, d=4, v=4, D=8, S=8, U=8, O=8), False)
+    layout = get_layout(sample.layout)
+    prefix = PREFIX.replace(".", layout.separator)
+    kernels = [piece for form in layout.forms for piece in form.pieces
+               if piece.part == "kernel" and piece.array in arrays]  # fmt: skip
+    leaves = ("bias", "input_gain", "zero_point")
+    wrong = {f"{kernel.module}{layout.separator}{leaves[number % 3]}": kernel.module
+             for number, kernel in enumerate(kernels)}  # fmt: skip
+    wrong = {name: module for name, module in wrong.items() if name not in layout.names()}
+    for name in wrong:
+        with pytest.raises(WeightsError, match=re.escape(name)):
+            anymha.to_canonical({**arrays, name: floats(5)}, layout.name, num_heads=2)
+    for name in list(wrong)[-1:]:
+        for group in anymha.find_layers(behind(prefix, {**arrays, name: floats(5)})):
+            assert layout.name not in [fit.name for fit in group.fits], name
