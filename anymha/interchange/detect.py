@@ -135,12 +135,8 @@ class LayerGroup:
     @property
     def unknown(self) -> tuple[str, ...]:
         """Names behind the prefix that no layout which fits knows."""
-        everywhere = [set(fit.unknown) for fit in self.fits]
-        return (
-            tuple(n for n in self.fits[0].unknown if all(n in e for e in everywhere))
-            if self.fits
-            else ()
-        )
+        unknown = [dict.fromkeys(fit.unknown) for fit in self.fits] or [{}]
+        return tuple(name for name in unknown[0] if all(name in other for other in unknown))
 
     @property
     def config(self) -> AttentionConfig | None:
