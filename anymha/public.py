@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,12 @@ def convert_file(
     layout: str | None = None,
     to: str = "anymha",
     verify: bool = True,
-    prefix: str = "",
+    prefix: str | Sequence[str] = "",
     to_prefix: str | None = None,
     others: bool = False,
+    max_bytes: int | None = None,
+    max_shard_bytes: int | None = None,
+    dry_run: bool = False,
     num_heads: int | None = None,
     **options: Any,
 ) -> Conversion:
@@ -65,20 +69,28 @@ def convert_file(
         verify: Convert each layer back, and run it in every installed framework. This proves the
             conversion, not the choice of `layout`.
         prefix: Only layers whose names begin so; ``{i}`` stands for a number, ``*`` for any text.
+            A sequence of such prefixes takes the layers of each.
         to_prefix: What their names begin with in the new file, with ``{i}``, ``{j}`` ... for the
             numbers of the source; default as in the source.
         others: Whether the other tensors of the source are copied as they are.
+        max_bytes: The most bytes that the source's arrays may take together, whatever it claims;
+            default 100 times the bytes of the file, and 64 MiB always.
+        max_shard_bytes: The most bytes of tensors in a new file; where there are more, shards and
+            their index are written.
+        dry_run: Whether all is read, converted and verified, and nothing written.
         num_heads: Query heads, where the shapes do not show them.
         **options: Further sizes and options that the shapes do not show, as `anymha.to_canonical`
             takes them.
 
     Returns:
         `layers`, the prefix of each layer in the new file by that in the source; `layout`;
-        `tensors`, shape and dtype by name; `copied` and `left`, the names of the other tensors;
+        `tensors`, shape and dtype by name; `files`, the new file, or the index and its shards;
+        `copied` and `left`, the names of the other tensors;
         `notes` and `verification`, in words.
 
     Raises:
-        UsageError: there is no such layer, several layouts may be meant, or it cannot be converted.
+        UsageError: there is no such layer, several layouts may be meant, or it cannot be converted;
+            or a new file is one of those that the source consists of, by whatever name.
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
         AnymhaError: `verify` found a difference.
@@ -99,7 +111,8 @@ def convert_file(
     verifier = Verifier()
     done = _convert_file(
         Path(source), Path(destination), layout, to, prefix=prefix, to_prefix=to_prefix,
-        others=others, **({"check": verifier.check} if verify else {}), **options,
+        others=others, max_bytes=max_bytes, max_shard_bytes=max_shard_bytes, dry_run=dry_run,
+        **({"check": verifier.check} if verify else {}), **options,
     )  # fmt: skip
     if verify:
         done.verification += verifier.lines()

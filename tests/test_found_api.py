@@ -238,3 +238,28 @@ def test_rows_are_permuted_between_the_two_orders_of_rotary_positions(tmp_path: 
     )  # fmt: skip
     assert back.verification
     assert (tmp_path / "c.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_limit_of_bytes_is_kept(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.safetensors", layer("e.0.", *BERT))
+    target = tmp_path / "b.safetensors"
+    for call in (
+        lambda: anymha.find_layers(source, max_bytes=100),
+        lambda: anymha.convert_file(source, target, num_heads=H, max_bytes=100),
+    ):
+        with pytest.raises(FileError, match="more than is allowed"):
+            call()
+    assert not target.exists()
+
+
+def test_shards_and_trials_are_written_from_python(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.safetensors", layer("e.0.", *BERT) | layer("f.0.", *BERT))
+    options: dict[str, Any] = {"num_heads": H, "verify": False, "max_shard_bytes": 600}
+    prefixes = ["e.", "f."]
+    trial = anymha.convert_file(source, tmp_path / "b.safetensors", dry_run=True, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+    done = anymha.convert_file(source, tmp_path / "b.safetensors", prefix=prefixes, **options)
+    assert trial.files == done.files
+    assert done.files[0].name == "b.safetensors.index.json"
+    assert all(path.exists() for path in done.files)
+    assert list(done.layers) == ["e.0.", "f.0."]

@@ -145,7 +145,9 @@ class LayerGroup:
         return self.fits[0].config if self.fits else None
 
 
-def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[LayerGroup]:
+def find_layers(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, max_bytes: int | None = None
+) -> list[LayerGroup]:
     """Find the attention layers of a file or of a model's arrays, and the layouts that fit each.
 
     Names and shapes decide; no values are read. Where several layouts have the same names and
@@ -154,6 +156,8 @@ def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Laye
     Args:
         source: A file or folder of weights, of any known format, with the `config.json` beside it
             where there is one; or arrays of any framework by name, also in nested dicts.
+        max_bytes: The most bytes that a file's arrays may take together, whatever it claims;
+            default 100 times the bytes of the file, and 64 MiB always.
 
     Returns:
         A group for each kind of layer: `pattern`, what their names begin with, with letters for
@@ -166,8 +170,9 @@ def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Laye
         (...)" or "LoRA adapter".
 
     Raises:
-        FileError: the file cannot be read.
-        ArgumentError: `source` is neither a path nor a mapping of arrays.
+        FileError: the file cannot be read, or its arrays take more than is allowed.
+        ArgumentError: `source` is neither a path nor a mapping of arrays, or `max_bytes` is not a
+            positive integer.
 
     Example:
         >>> import numpy as np
@@ -187,7 +192,7 @@ def find_layers(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Laye
             f"{type(source).__qualname__}."
         )
     path = Path(source)
-    with open_file(path) as reader:
+    with open_file(path, max_bytes) as reader:
         return find_layer_groups(
             reader.tensors, format_of(path), reader.config or read_config(path)
         )
