@@ -19,7 +19,7 @@ import anymha
 from tests import wheel_lines
 
 ROOT = Path(__file__).parent.parent
-LARGEST = 20_100
+LARGEST = 20_105
 """The most lines of code in the wheel, without comments, docstrings and empty lines."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])
