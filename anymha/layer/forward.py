@@ -270,8 +270,8 @@ def _execute(
     if projections is None:
         project, functions = _computed, arrays
     else:
+        project = _called
         functions, of_rows = projections.functions, projections.of_rows
-        project = _multiplied if of_rows else _called
         if plan.double:  # a projection that is called has a dtype and a state of its own
             within = ops.in_float64
 
@@ -281,11 +281,17 @@ def _execute(
         query, key, value, mask, bias = within(partial(_inputs, plan, shape), arrays)
     if of_rows:
         query, key, value = _rows(ops, query, key, value)
-    heads = {
-        "query": project(plan, functions, "query", query, shape.query_heads),
-        "key": project(plan, functions, "key", key, shape.key_heads),
-        "value": project(plan, functions, "value", value, shape.value_heads),
-    }
+        heads = {
+            "query": ops.reshape(functions["query"](query), shape.query_heads),
+            "key": ops.reshape(functions["key"](key), shape.key_heads),
+            "value": ops.reshape(functions["value"](value), shape.value_heads),
+        }
+    else:
+        heads = {
+            "query": project(plan, functions, "query", query, shape.query_heads),
+            "key": project(plan, functions, "key", key, shape.key_heads),
+            "value": project(plan, functions, "value", value, shape.value_heads),
+        }
     del query, key, value
     if watch is not None:
         for name, y in heads.items():
@@ -300,11 +306,11 @@ def _execute(
         attention = partial(_attention, plan, spec, path, flags.scores, observe)
         context, scores = within(attention, heads)
     del heads
-    if projections is not None:
-        b, t, _ = shape.folded
-        merged = (-1, plan.context_width) if of_rows else (b, t, plan.context_width)
-        context = ops.reshape(context, merged)
-    output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
+    if of_rows:
+        output = functions["output"](ops.reshape(context, (-1, plan.context_width)))
+        output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
+    else:
+        output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
     if watch is not None:
         watch("output", output)
     results = {"output": output} if scores is None else {"output": output, "scores": scores}
@@ -397,12 +403,14 @@ def _called(
         plan: The plan.
         functions: The projections by name.
         name: The projection's name.
-        x: (B, length, width).
+        x: (B, length, D), or the context (B, T, H, d_v).
         shape: The shape of what it gives; of the output without O where that is not known.
     """
     ops = plan.ops
+    if name == "output":
+        x = ops.reshape(x, (shape[0], shape[1], plan.context_width))
     y = functions[name](x)
-    y = ops.reshape(y, shape if len(shape) > 2 else (*shape, y.shape[-1]))
+    y = ops.reshape(y, _with_width(shape, y))
     if y.dtype == plan.working:
         return y
     if plan.double:
@@ -410,16 +418,9 @@ def _called(
     return ops.astype(y, plan.working)
 
 
-def _multiplied(
-    plan: Plan,
-    functions: Mapping[str, Callable[[Array], Array]],
-    name: str,
-    x: Array,
-    shape: tuple[Any, ...],
-) -> Array:
-    """What a projection gives that takes and gives matrices; else as `_called`."""
-    y = functions[name](x)
-    return plan.ops.reshape(y, shape if len(shape) > 2 else (*shape, y.shape[-1]))
+def _with_width(shape: tuple[Any, ...], y: Array) -> tuple[Any, ...]:
+    """The shape of what a projection gives, with its own width where that was not known."""
+    return shape if len(shape) > 2 else (*shape, y.shape[-1])
 
 
 def _attention(

@@ -169,7 +169,14 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
             projections = build
         else:
-            projections = projections_of(self._modules, self.config, self._rounding_dtype, prepared)
+            plain = (
+                type(query) is torch.Tensor
+                and (value is None or type(value) is torch.Tensor)
+                and (key is None or type(key) is torch.Tensor)
+            )
+            projections = projections_of(
+                self._modules, self.config, self._rounding_dtype, prepared, plain
+            )
         return multi_head_attention(
             ops, self.config, projections, query, value, key, plans=plans, **given
         )

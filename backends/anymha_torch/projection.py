@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, addmm, is_grad_enabled, mm, nn
+from torch import addmm, is_grad_enabled, mm, nn
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
@@ -101,24 +101,24 @@ def is_plain(module: Any) -> bool:
 class Part(NamedTuple):
     """A plain projection, and what shows in a later call that it still is one.
 
-    It holds neither weight nor bias: what is moved or replaced does not stay in memory.
+    It does not hold the weight: what is moved or replaced does not stay in memory.
 
     Args:
         name: The projection's name.
         module: Its linear layer.
         kind: The class of that.
-        bias_kind: The class of its bias.
+        bias: Its bias.
         address: Where the values of the weight lie, in order.
-        shape: The shape of the weight.
+        size: The number of elements of the weight.
         dtype: Its dtype.
     """
 
     name: str
     module: nn.Linear
     kind: type
-    bias_kind: type
+    bias: nn.Parameter | None
     address: int
-    shape: torch.Size
+    size: int
     dtype: torch.dtype
 
 
@@ -130,16 +130,18 @@ class Prepared(NamedTuple):
         parts: The projections.
         projections: What computes them; None after the first call, which may be the only one.
         key: What the key is computed by where gradients are recorded; None where by the same.
+        small: What computes them where no gradients are recorded; None where by the same.
     """
 
     config: AttentionConfig
     parts: list[Part]
     projections: Projections | None = None
     key: Callable[[], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    small: Projections | None = None
 
     def hold(self, modules: Mapping[str, Any], config: AttentionConfig) -> bool:
         """Whether the layer's options and projections are the same, and these still plain."""
-        for name, module, kind, bias_kind, address, shape, dtype in self.parts:
+        for name, module, kind, bias, address, size, dtype in self.parts:
             if (
                 modules[name] is not module
                 or type(module) is not kind
@@ -154,21 +156,27 @@ class Prepared(NamedTuple):
             weight = parameters.get("weight")
             if type(weight) is not nn.Parameter:
                 return False
-            if type(parameters.get("bias", module)) is not bias_kind:
+            if parameters.get("bias", module) is not bias:
                 return False
             if (  # `.half()`, say, gives a parameter other values
                 weight.data_ptr() != address
                 or weight.dtype is not dtype
+                or weight.numel() != size
                 or not weight.is_contiguous()
-                or weight.shape != shape
             ):
                 return False
         return config is self.config and nn.Linear.forward is _FORWARD and not any(GLOBAL_HOOKS)
 
-    def now(self) -> Projections:
-        """The kept projections, the key's with what only this call can have."""
+    def now(self, plain: bool) -> Projections:
+        """The kept projections, the key's with what only this call can have.
+
+        Args:
+            plain: Whether the inputs are of torch's own class.
+        """
         found: Any = self.projections
-        if self.key is None or not torch.is_grad_enabled():
+        if not is_grad_enabled():
+            return self.small if plain and self.small is not None else found
+        if self.key is None:
             return found
         return found._replace(functions={**found.functions, "key": self.key()})
 
@@ -180,8 +188,8 @@ def _part(name: str, module: Any) -> Part | None:
         return None
     if not weight.is_contiguous():
         return None
-    place = (weight.data_ptr(), weight.shape, weight.dtype)
-    return Part(name, module, type(module), type(bias), *place)
+    place = (weight.data_ptr(), weight.numel(), weight.dtype)
+    return Part(name, module, type(module), bias, *place)
 
 
 def projections_of(
@@ -189,6 +197,7 @@ def projections_of(
     config: AttentionConfig,
     rounding_dtype: torch.dtype | None,
     plans: Plans | None,
+    plain: bool = False,
 ) -> Projections:
     """What computes the projections of a call.
 
@@ -200,12 +209,13 @@ def projections_of(
         config: The layer's options.
         rounding_dtype: The dtype to which weights are rounded first; None for their own.
         plans: Where they are kept; None for nowhere.
+        plain: Whether the inputs are of torch's own class.
     """
     kept = None if plans is None else plans.prepared
     repeated = False
     if kept is not None and kept.hold(modules, config):
         if kept.projections is not None:
-            return kept.now()
+            return kept.now(plain)
         repeated = True
     hooked = any(GLOBAL_HOOKS)
     dtype = dtype_of(modules["query"]) or getattr(torch, config.dtype)
@@ -246,8 +256,10 @@ def projections_of(
     if not repeated:
         plans.prepared = Prepared(config, parts, key=key_once)
         return projections
-    plans.prepared = Prepared(config, parts, projections._replace(of_rows=True), key_once)
-    return plans.prepared.now()
+    projections = projections._replace(of_rows=True)
+    small = None if rounding_dtype else _of_small(modules, working, projections)
+    plans.prepared = Prepared(config, parts, projections, key_once, small)
+    return plans.prepared.now(plain)
 
 
 def _once(
@@ -271,30 +283,40 @@ def _once(
     return partial(in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype)
 
 
+def _repeated(
+    parameters: Mapping[str, Any], rounding_dtype: torch.dtype | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes a plain projection in all calls, of rows; as `_once` in one."""
+    if rounding_dtype is None:
+        return lambda rows: linear(rows, parameters["weight"], parameters["bias"])
+    return lambda rows: in_dtype_of_input(
+        rows, parameters["weight"], parameters["bias"], rounding_dtype
+    )
+
+
 SMALL = 1 << 16
 """Of weights of at most so many numbers a transposed view is kept: of larger ones the product takes
 much longer than the view, and the view would keep their memory after they have moved."""
 
 
-def _repeated(
-    parameters: Mapping[str, Any], rounding_dtype: torch.dtype | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What computes a plain projection in all calls while its weight is where it is."""
-    if rounding_dtype is not None:
-        return lambda x: in_dtype_of_input(
-            x, parameters["weight"], parameters["bias"], rounding_dtype
+def _of_small(
+    modules: Mapping[str, Any], dtype: torch.dtype, projections: Projections
+) -> Projections | None:
+    """The projections by transposed views of their weights.
+
+    None where a weight is large, or is not of the dtype in which the layer computes.
+    """
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for name in PROJECTIONS:
+        parameters = modules[name]._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if weight.numel() > SMALL or weight.dtype is not dtype:
+            return None
+        turned = weight.detach().t()
+        functions[name] = (
+            partial(mm, mat2=turned) if bias is None else partial(addmm, bias, mat2=turned)
         )
-    turned = None
-    if parameters["weight"].numel() <= SMALL:
-        turned = parameters["weight"].detach().t()
-
-    def product(rows: torch.Tensor) -> torch.Tensor:
-        bias = parameters["bias"]
-        if turned is None or is_grad_enabled() or type(rows) is not Tensor:
-            return linear(rows, parameters["weight"], bias)
-        return mm(rows, turned) if bias is None else addmm(bias, rows, turned)
-
-    return product
+    return projections._replace(functions=functions)
 
 
 def _called(module: Any, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
