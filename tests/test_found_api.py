@@ -263,3 +263,22 @@ def test_shards_and_trials_are_written_from_python(tmp_path: Path) -> None:
     assert done.files[0].name == "b.safetensors.index.json"
     assert all(path.exists() for path in done.files)
     assert list(done.layers) == ["e.0.", "f.0."]
+
+
+@pytest.mark.parametrize(
+    ("shared", "layout", "fits"),
+    [
+        (H, "keras.MultiHeadAttention", ["keras.MultiHeadAttention", "keras.GroupQueryAttention"]),
+        (1, "keras.GroupQueryAttention", ["keras.GroupQueryAttention"]),
+    ],
+)
+def test_layouts_that_mean_the_same_are_no_choice(
+    shared: int, layout: str, fits: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    heads = {"query": H, "key": shared, "value": shared}
+    arrays: Arrays = {f"a/{n}/kernel": np.ones((D, k, 4), np.float32) for n, k in heads.items()}
+    arrays["a/attention_output/kernel"] = np.ones((H, 4, D), np.float32)
+    (group,) = anymha.find_layers(arrays)
+    assert (group.layout, [fit.name for fit in group.fits]) == (layout, fits)
+    main(["inspect", str(write(tmp_path / "a.safetensors", arrays))])
+    assert f"Layout: {layout} (all its names and shapes fit, and " in capsys.readouterr().out

@@ -10,7 +10,14 @@ from typing import Any
 
 from anymha.cli.progress import busy
 from anymha.interchange.anymha_files import ENTRY, read_configs
-from anymha.interchange.detect import UNNAMED, LayerGroup, find_layer_groups, numbers_of, pattern_of
+from anymha.interchange.detect import (
+    UNNAMED,
+    LayerGroup,
+    find_layer_groups,
+    mean_the_same,
+    numbers_of,
+    pattern_of,
+)
 from anymha.interchange.files.formats import format_of, open_file
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.leftovers import refusal, remarks_on
@@ -156,6 +163,11 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
         yield (
             f"  Layout: {names[0]} (all its names and shapes fit, and no other of the layouts "
             "known here does)."
+        )
+    elif mean_the_same(group.fits):
+        yield (
+            f"  Layout: {names[0]} (all its names and shapes fit, and mean the same in "
+            f"{', '.join(names[1:])})."
         )
     else:
         yield f"  Layouts that fit: {', '.join(names)} (of the layouts known here)."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from anymha.interchange.leftovers import (
     not_floats,
     refusal,
 )
+from anymha.interchange.limits import same_heads
 from anymha.interchange.model_config import family_of, read_config, stated_options
 from anymha.interchange.name_index import NameIndex
 from anymha.interchange.naming import FileNaming, file_namings, natural_key
@@ -101,6 +102,16 @@ class LayoutFit:
             return None
 
 
+def mean_the_same(fits: Sequence[LayoutFit]) -> bool:
+    """Whether layouts give the same weights and needs: then it does not matter which is chosen."""
+    first, *others = fits or [None]
+    return first is not None and all(
+        (fit.layout.forms, fit.layout.extras, fit.layout.needs, fit.config)
+        == (first.layout.forms, first.layout.extras, first.layout.needs, first.config)
+        for fit in others
+    )
+
+
 @dataclass
 class LayerGroup:
     """Layers of one kind, whose names differ in numbers alone.
@@ -126,12 +137,15 @@ class LayerGroup:
 
     @property
     def layout(self) -> str | None:
-        """The layout, where the model's configuration names it, or only one fits; else None."""
+        """The layout, where the model's configuration names it, or only one fits; else None.
+
+        Of several that give the same weights it is the likeliest.
+        """
         first = self.fits[0].name if self.fits else None
         if first is not None and first == self.stated:
             return first
         other_family = self.stated and str(first).startswith("transformers.")
-        return first if len(self.fits) == 1 and not other_family else None
+        return first if mean_the_same(self.fits) and not other_family else None
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -369,6 +383,8 @@ def select_fits(
             misfits[fit.name] = reason
         else:
             best.append(fit)
+    if mean_the_same(best):  # the layer of one key head for each query head is the usual one
+        best.sort(key=lambda fit: same_heads not in fit.layout.limits)
     names = {fit.name for fit in best}
     return best, {name: reason for name, reason in misfits.items() if name not in names}
 
