@@ -410,7 +410,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "text for weights": (
         ["--checkpoint", str(ROOT / "LICENSE"), *REAL[2:]],
-        f"{ROOT / 'LICENSE'} has a name of no known format. Known are: ",
+        f"{ROOT / 'LICENSE'} is of no known format, neither by its name nor by its first bytes. "
+        "Known are: ",
     ),
     "text for inputs": (
         [*REAL[:7], str(ROOT / "LICENSE")],

@@ -164,6 +164,10 @@ def test_paths_that_the_system_refuses_are_told(tmp_path: Path, command: str, ca
 
 
 SLEEPING = (
+    "import signal\n"  # what starts the tests may ignore some, and a process inherits that
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "for number in (signal.SIGTERM, signal.SIGHUP):\n"
+    "    signal.signal(number, signal.SIG_DFL)\n"
     "import numpy as np, sys, time\n"
     "from pathlib import Path\n"
     "from anymha.interchange.files.formats import create_file\n"
@@ -187,6 +191,16 @@ def sleeping_writer(target: Path, last: str) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process printed, to stdout and to stderr, once it is over."""
+    try:
+        return process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
 
 
 COMMAND = (
@@ -215,7 +229,7 @@ def test_a_signal_leaves_no_part_and_one_line(
     process = sleeping_writer(target, COMMAND)
     assert len(list(tmp_path.iterdir())) == 2
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert (process.returncode, err) == (status, f"anymha: {word}\n")
     assert [one.read_bytes() for one in tmp_path.iterdir()] == [b"what was there"]
 
@@ -228,7 +242,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    ended(process)
     assert process.returncode == 143
 
 
@@ -236,7 +250,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_program_leaves_no_part(tmp_path: Path) -> None:
     process = sleeping_writer(tmp_path / "a.npz", "run()\n")
     process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in ended(process)[1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,7 +263,7 @@ def test_the_part_of_a_killed_process_says_what_it_is_and_is_cleaned(tmp_path: P
     (part,) = tmp_path.glob(".*.part")
     assert re.fullmatch(r"\.model\.npz\.[0-9a-f]{8}" + re.escape(PART), part.name)
     process.kill()
-    process.communicate(timeout=60)
+    ended(process)
     assert part.exists()
     others = [tmp_path / f".other.npz.01234567{PART}", tmp_path / ".model.npz.01234567.part"]
     for other in others:
