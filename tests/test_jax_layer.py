@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -356,7 +357,9 @@ def test_reproducible_mode_is_exported_with_lengths_that_are_symbols(platforms):
     function = jax.jit(jax.value_and_grad(run))
     given = jax.ShapeDtypeStruct(export.symbolic_shape("b, t, 8"), jnp.float32)
     program = export.export(function, platforms=platforms)(given)
-    close(export.deserialize(program.serialize()).call(x), function(x))
+    if find_spec("flatbuffers"):  # JAX saves programs by it
+        program = export.deserialize(program.serialize())
+    close(program.call(x), function(x))
 
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd])
