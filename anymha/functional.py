@@ -147,7 +147,7 @@ def dot_product_attention(
     arrays |= {name: x for name, x in values.items() if x is not None and ops.is_array(x)}
 
     def forward(arrays: Mapping[str, Array]) -> Any:
-        positions = replace(spec.position_mask, offset=arrays.get("query_offset", query_offset))
+        positions = spec.position_mask.at(ops, arrays.get("query_offset", query_offset))
         drop = spec.dropout and replace(spec.dropout, seed=arrays.get("seed", seed))
         own = replace(spec, position_mask=positions, dropout=drop)
         context, scores = _attend(ops, own, path, arrays, return_scores)
