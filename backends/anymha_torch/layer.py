@@ -212,6 +212,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         tensors = []
         for full, value in values.items():
             name, _, part = full.partition(".")
+            effective(name, modules[name], PARTS[part])  # refuses what is no linear layer any more
             check_writable(name, modules[name], PARTS[part])
             tensors.append((name, PARTS[part], value))
         if any(tensor.is_meta for tensor in self.parameters()) and values:

@@ -352,25 +352,31 @@ def effective(name: str, module: Any, part: str) -> torch.Tensor | None:
             "its own. Merge or remove what wraps it first (`merge_and_unload` of peft, "
             "`remove_hook_from_module` of accelerate), or put a torch.nn.Linear there."
         )
+    made = made_parts(module).get(part)
+    return getattr(module, part) if made is None else made()
+
+
+def made_parts(module: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """What makes the tensors of a module, by name, that parametrisations or hooks make."""
+    makers: dict[str, Callable[[], torch.Tensor]] = {}
+    if parametrize.is_parametrized(module):
+        makers = {part: partial(getattr, module, part) for part in module.parametrizations}
     for hook in module._forward_pre_hooks.values():
-        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) != part:
-            continue
         if isinstance(hook, prune.BasePruningMethod):
-            return hook.apply_mask(module)
-        if isinstance(hook, WeightNorm):
-            return hook.compute_weight(module)
-        if isinstance(hook, SpectralNorm):
-            return hook.compute_weight(module, do_power_iteration=False)
-    return getattr(module, part)
+            makers[hook._tensor_name] = partial(hook.apply_mask, module)
+        elif isinstance(hook, WeightNorm):
+            makers[hook.name] = partial(hook.compute_weight, module)
+        elif isinstance(hook, SpectralNorm):
+            makers[hook.name] = partial(hook.compute_weight, module, do_power_iteration=False)
+    return makers
 
 
 def check_writable(name: str, module: Any, part: str) -> None:
-    """Refuse a weight that is not a parameter, nor made by a parametrisation.
+    """Refuse a tensor that is not a parameter, nor made by a parametrisation.
 
     Raises:
-        WeightsError: the projection is no linear layer any more, or a hook makes the weight.
+        WeightsError: a hook makes it.
     """
-    effective(name, module, part)
     if part in module._parameters or parametrize.is_parametrized(module, part):
         return
     raise WeightsError(
@@ -390,6 +396,7 @@ def write(name: str, module: Any, part: str, value: torch.Tensor) -> None:
         module._parameters[part].copy_(value)
         return
     try:
+        value = value.to(getattr(module, part).device)
         setattr(module, part, value)
         written = getattr(module, part)
         close = torch.allclose(written, value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
