@@ -686,3 +686,29 @@ def test_a_hook_for_second_gradients_keeps_nothing_in_memory():
     del heads
     output.sum().backward()
     assert kept() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({}, {}),
+        ({}, {"use_causal_mask": True, "query_offset": 1}),
+        ({"sliding_window": 2, "num_key_value_heads": 1, "value_dim": 3, "output_shape": 5}, {}),
+        ({"compute_dtype": "float64", "memory_budget": 32}, {}),
+    ],
+)
+def test_a_trace_serves_other_lengths(x, options, call):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = make(**options)
+
+        def forward(self, x):
+            return self.attention(x, **call)
+
+    model = Model()
+    traced = torch.jit.trace(model, x)
+    other = numbers(3, 7, 8)
+    torch.testing.assert_close(traced(other), model(other))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import addmm, is_grad_enabled, mm, nn
+from torch._C import _get_tracing_state
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
@@ -274,7 +275,8 @@ def _once(
         free: Whether the gradient of the bias is exactly zero.
     """
     weight, bias = parameters["weight"], parameters["bias"]
-    if free and bias.requires_grad and torch.is_grad_enabled():
+    # A trace is checked without gradients and shall be the same; its bias gets one of about zero.
+    if free and bias.requires_grad and is_grad_enabled() and _get_tracing_state() is None:
         # `anymha.layer.numerics.without_gradient` by torch's own functions
         never = torch.zeros_like(bias, dtype=torch.bool)
         bias = torch.where(never, bias, bias.detach())
