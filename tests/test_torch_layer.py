@@ -712,3 +712,24 @@ def test_a_trace_serves_other_lengths(x, options, call):
     traced = torch.jit.trace(model, x)
     other = numbers(3, 7, 8)
     torch.testing.assert_close(traced(other), model(other))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_the_default_dtype_of_torch_is_followed_unless_one_is_passed(dtype, tmp_path):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        layers = make(), make(query_features=None), make(dtype=None)
+        single = make(dtype="float32")
+        for layer in layers:
+            assert layer.config.dtype == dtype
+            assert layer(torch.randn(2, 5, 8)).dtype == getattr(torch, dtype)
+        assert single.config.dtype == "float32"
+        assert anymha.convert(single, to="torch").query.weight.dtype == torch.float32
+        anymha.save(tmp_path / "layer.safetensors", single)
+        loaded = anymha.load(tmp_path / "layer.safetensors", backend="torch")
+        assert loaded.query.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(usual)
+    assert layers[0].query.weight.dtype == getattr(torch, dtype)
+    assert make().config.dtype == "float32"

@@ -57,6 +57,7 @@ class CallOptions(TypedDict, Generic[A], total=False):
 def takes_options(
     options: Callable[P, AttentionConfig],
     read: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    default_dtype: Callable[[], Any] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
     """Give a constructor ``__init__(self, config, *, ...)`` the arguments of a class of options.
 
@@ -66,6 +67,7 @@ def takes_options(
             checkers and `help` read from it what the constructor takes.
         read: Makes of the arguments by place and by name the one argument of another constructor,
             ``__init__(self, found)``.
+        default_dtype: Gives the dtype where none is passed; default the config's.
     """
     kind: Any = options
     known = [field.name for field in fields(kind)]
@@ -77,6 +79,8 @@ def takes_options(
             if read is not None:
                 init(self, read(args, given))
                 return
+            if default_dtype is not None and given.get("dtype") is None:
+                given["dtype"] = default_dtype()
             extra = {name: given.pop(name) for name in own & given.keys()} if own else {}
             try:
                 config = AttentionConfig(*args, **given)
