@@ -19,7 +19,7 @@ from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name
 from anymha.framework.names import answer, listed
 from anymha.framework.protocol import Array, Ops
-from anymha.framework.registry import common_ops
+from anymha.framework.registry import check_named, common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
 from anymha.framework.validation import (
     checked_rate,
@@ -147,7 +147,7 @@ def dot_product_attention(
     arrays |= {name: x for name, x in values.items() if x is not None and ops.is_array(x)}
 
     def forward(arrays: Mapping[str, Array]) -> Any:
-        positions = replace(spec.position_mask, offset=arrays.get("query_offset", query_offset))
+        positions = spec.position_mask.at(ops, arrays.get("query_offset", query_offset))
         drop = spec.dropout and replace(spec.dropout, seed=arrays.get("seed", seed))
         own = replace(spec, position_mask=positions, dropout=drop)
         context, scores = _attend(ops, own, path, arrays, return_scores)
@@ -326,6 +326,7 @@ def multi_head_attention(
         if name not in KEYWORDS:
             raise unexpected(name, ("weights", "config", *BY_NAME))
     query, value, key = unpack_inputs(query, value, key)
+    check_named(weights, "weights")
     named = {"query": query, "value": value, "key": key, **weights}
     ops = common_ops(named.items())
     check_weights(ops, config, weights)

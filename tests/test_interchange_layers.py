@@ -10,6 +10,7 @@ import pytest
 import anymha
 from anymha.errors import ArgumentError, WeightsError
 from anymha.framework.registry import Backend
+from tests.frameworks import required
 from tests.support import bits, np_dtype
 
 SIZES = {"query_features": 8, "value_features": 7, "key_features": 6}
@@ -154,3 +155,55 @@ def test_what_is_no_layer_is_refused():
         ArgumentError, match=r"must be a layer of anymha, .*Received: builtins\.str"
     ):
         anymha.get_weights("layer")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("form", ["parameters", "state dict"])
+def test_weights_of_torch_are_taken_in_every_dtype(backend: Backend, form, dtype):
+    torch = required("torch")
+    options = {**SIZES, "output_shape": (3, 2)}
+    source = anymha.MultiHeadAttention(4, 3, seed=0, dtype=dtype, backend="torch", **options)
+    if form == "state dict":
+        weights = source.state_dict()
+    else:
+        weights = {name: torch.nn.Parameter(w) for name, w in source.canonical_weights().items()}
+    for widths in (options, {"output_shape": (3, 2)}):  # built, or not yet where that may be
+        if widths is not options and backend.name == "jax":
+            continue
+        layer = anymha.set_weights(backend.layer(4, 3, dtype=dtype, **widths), weights)
+        same(dict(anymha.get_weights(layer)), dict(anymha.get_weights(source)))
+
+
+@pytest.mark.parametrize("weights", [[np.zeros(3)], None, "query.kernel", "a layer"])
+def test_weights_without_names_are_refused_in_words(backend: Backend, weights):
+    layer = make(backend)
+    weights = layer if weights == "a layer" else weights
+    config = layer.config
+    for call in (
+        lambda: anymha.set_weights(layer, weights),
+        lambda: anymha.to_canonical(weights, layout="keras.MultiHeadAttention"),
+        lambda: anymha.from_canonical(weights, layout="keras.MultiHeadAttention"),
+        lambda: anymha.multi_head_attention(weights, np.zeros((1, 2, 8)), config=config),
+    ):
+        with pytest.raises(ArgumentError, match=r"must be a dict of arrays by name.*get_weights"):
+            call()
+
+
+@pytest.mark.parametrize("bad", ["complex", "text", "sparse", "quantised", "float8", "nothing"])
+def test_weights_that_are_no_real_numbers_are_refused(bad):
+    torch = required("torch")
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, seed=0, backend="torch")
+    before, zeros = anymha.get_weights(layer), torch.zeros(2, 4)
+    values = {
+        "complex": np.zeros((2, 4), complex),
+        "text": np.full((2, 4), "a"),
+        "sparse": zeros.to_sparse(),
+        "float8": zeros.to(torch.float8_e4m3fn),
+        "nothing": None,
+    }
+    if bad == "quantised":
+        with pytest.warns():
+            values[bad] = torch.quantize_per_tensor(zeros, 1.0, 0, torch.qint8)
+    with pytest.raises((WeightsError, ArgumentError)):
+        anymha.set_weights(layer, {**before, "query.bias": values[bad]})
+    same(dict(anymha.get_weights(layer)), dict(before))

@@ -390,3 +390,76 @@ def test_readme_example_torch_to_keras_to_jax() -> None:
     weights = anymha.get_weights(layer)
     assert bits(anymha.get_weights(in_jax)) == bits(weights)
     assert all(backend_of(a).name == "jax" for a in in_jax.canonical_weights().values())
+
+
+TOOLS = {
+    "weight norm": lambda nn, m, n: nn.utils.parametrizations.weight_norm(m, n),
+    "orthogonal": lambda nn, m, n: nn.utils.parametrizations.orthogonal(m, n),
+    "spectral norm": lambda nn, m, n: nn.utils.parametrizations.spectral_norm(m, n).eval(),
+    "old spectral norm": lambda nn, m, n: nn.utils.spectral_norm(m, n).eval(),
+    "old weight norm": lambda nn, m, n: nn.utils.weight_norm(m, n),
+    "prune": lambda nn, m, n: nn.utils.prune.l1_unstructured(m, n, 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("part", ["out_proj.weight", "in_proj_weight"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_weights_that_tools_of_torch_make_are_the_effective_ones(tool: str, part: str) -> None:
+    torch = need("torch")
+    importlib.import_module("torch.nn.utils.prune")
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    plain = dict(anymha.get_weights(theirs))
+    module, name = (theirs.out_proj, "weight") if "." in part else (theirs, part)
+    TOOLS[tool](torch.nn, module, name)
+    x = torch.randn(2, 5, 8)
+    ours = anymha.convert(theirs, to="torch")
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], rtol=1e-5, atol=1e-5)
+    before = {n: t.clone() for n, t in theirs.state_dict().items()}
+    wanted = {name: array + 1 for name, array in plain.items()}
+    try:
+        anymha.set_weights(theirs, wanted)
+    except WeightsError as error:
+        assert "Remove it first" in str(error)  # noqa: PT017
+        assert all(torch.equal(t, before[n]) for n, t in theirs.state_dict().items())
+    else:
+        found = anymha.get_weights(theirs)
+        assert all(np.allclose(found[n], wanted[n], atol=1e-5) for n in wanted)
+        assert tool == "weight norm"
+
+
+@pytest.mark.parametrize("kind", ["whole", "linears"])
+def test_quantised_layers_of_torch_are_named_as_such(kind: str) -> None:
+    torch = need("torch")
+    nn = torch.nn
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
+    kinds = {nn.Linear, nn.MultiheadAttention} if kind == "whole" else {nn.Linear}
+    if kind == "linears":
+        bert = importlib.import_module("transformers.models.bert.modeling_bert")
+        config = importlib.import_module("transformers").BertConfig(
+            hidden_size=16, num_attention_heads=4
+        )
+        model = nn.Sequential(bert.BertAttention(config))
+    with pytest.warns():
+        quantised = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)[0]
+    for call in (
+        lambda: anymha.get_weights(quantised),
+        lambda: anymha.convert(quantised, to="numpy", weights_only=True),
+        lambda: anymha.set_weights(quantised, {}),
+    ):
+        with pytest.raises(LayoutError, match="quantised"):
+            call()
+
+
+def test_state_of_another_kind_beside_the_weights_means_nothing() -> None:
+    torch = need("torch")
+
+    class Layer(torch.nn.MultiheadAttention):
+        def get_extra_state(self) -> Any:
+            return {"step": 1}
+
+    layer = Layer(8, 2)
+    assert list(anymha.get_weights(layer)) == list(
+        anymha.get_weights(torch.nn.MultiheadAttention(8, 2))
+    )

@@ -224,6 +224,30 @@ def test_offset_may_be_an_integer_of_numpy(backend: Backend, offset: Any) -> Non
     )
 
 
+@pytest.mark.parametrize("offset", [2**31 - 1, 2**32 + 1, -(2**31) - 1, 2**70])
+def test_an_offset_of_any_size_is_the_int(backend: Backend, offset: int) -> None:
+    distance = np.arange(S) - (np.arange(T)[:, None] + np.float64(offset))
+    for window in (3, 2**35):
+        allowed = (distance <= 0) & ((distance > -3) if window == 3 else True)
+        problem = make(sliding_window=window).calling(use_causal_mask=True, query_offset=offset)
+        got = run(backend, problem, gradients=False).scores
+        np.testing.assert_array_equal(got > 0, np.broadcast_to(allowed, got.shape))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
+def test_offsets_of_any_size_in_an_array_are_the_ints(backend: Backend, dtype: str) -> None:
+    if backend.name == "jax":
+        dtype = dtype.replace("64", "32")  # JAX has no 64 bits outside of its float64 mode
+    limits = np.iinfo(dtype)
+    offsets = np.array([limits.max, 2], dtype), np.array([limits.max - 1, limits.min], dtype)
+    for offset in offsets:
+        first = np.float64(offset)[:, None, None, None]
+        allowed = np.arange(S) - (np.arange(T)[:, None] + first) <= 0
+        problem = make().calling(use_causal_mask=True, query_offset=offset)
+        got = run(backend, problem, gradients=False).scores
+        np.testing.assert_array_equal(got > 0, np.broadcast_to(allowed, got.shape))
+
+
 def _split(problem: Problem, sides: str, step: int) -> Problem:
     inputs = dict(problem.inputs)
     for name in sides.split():

@@ -642,3 +642,94 @@ def test_symbolic_lengths_are_traced() -> None:
     with torch.no_grad():
         traced = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
         torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("frozen", [(), ("value",), ("query", "key")])
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({}, {}),
+        ({}, {"use_causal_mask": True}),
+        ({"num_key_value_heads": 1}, {"use_causal_mask": True}),
+        ({"sliding_window": 2}, {"value_mask": torch.tensor([[True] * 4 + [False], [True] * 5])}),
+        ({}, {"attention_mask": torch.eye(5, dtype=torch.bool) & (torch.arange(5) > 0)}),
+        ({}, {"attention_bias": torch.linspace(-1, 1, 25).reshape(5, 5)}),
+        ({"dropout": 0.5}, {"training": True, "seed": 3}),
+        ({"value_dim": 3, "softcap": 2.0}, {}),
+        ({"memory_budget": 32}, {"use_causal_mask": True}),
+    ],
+)
+def test_gradients_are_differentiable_in_float32(options, call, frozen):
+    """As a gradient penalty needs it."""
+
+    def second(dtype: torch.dtype) -> list[torch.Tensor]:
+        layer = MultiHeadAttention(2, 4, query_features=8, seed=0, **options).to(dtype)
+        for name in frozen:
+            getattr(layer, name).requires_grad_(False)
+        torch.manual_seed(0)
+        x = torch.randn(2, 5, 8, dtype=torch.float64).to(dtype).requires_grad_()
+        memory = torch.randn(2, 5, 8, dtype=torch.float64).to(dtype)
+        output = layer(x, memory, **call)
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return [p.grad.double() for p in (x, *layer.parameters()) if p.grad is not None]
+
+    for got, wanted in zip(second(torch.float32), second(torch.float64), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+def test_a_hook_for_second_gradients_keeps_nothing_in_memory():
+    query = torch.randn(1, 3, 2, 4, requires_grad=True)
+    heads = query * 1
+    kept = weakref.ref(heads)
+    output = anymha.dot_product_attention(heads, heads, heads)
+    del heads
+    output.sum().backward()
+    assert kept() is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({}, {}),
+        ({}, {"use_causal_mask": True, "query_offset": 1}),
+        ({"sliding_window": 2, "num_key_value_heads": 1, "value_dim": 3, "output_shape": 5}, {}),
+        ({"compute_dtype": "float64", "memory_budget": 32}, {}),
+    ],
+)
+def test_a_trace_serves_other_lengths(x, options, call):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = make(**options)
+
+        def forward(self, x):
+            return self.attention(x, **call)
+
+    model = Model()
+    traced = torch.jit.trace(model, x)
+    other = numbers(3, 7, 8)
+    torch.testing.assert_close(traced(other), model(other))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_the_default_dtype_of_torch_is_followed_unless_one_is_passed(dtype, tmp_path):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        layers = make(), make(query_features=None), make(dtype=None)
+        single = make(dtype="float32")
+        for layer in layers:
+            assert layer.config.dtype == dtype
+            assert layer(torch.randn(2, 5, 8)).dtype == getattr(torch, dtype)
+        assert single.config.dtype == "float32"
+        assert anymha.convert(single, to="torch").query.weight.dtype == torch.float32
+        anymha.save(tmp_path / "layer.safetensors", single)
+        loaded = anymha.load(tmp_path / "layer.safetensors", backend="torch")
+        assert loaded.query.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(usual)
+    assert layers[0].query.weight.dtype == getattr(torch, dtype)
+    assert make().config.dtype == "float32"

@@ -22,6 +22,9 @@ SMALL = 1 << 14
 MOST_KEPT = 32
 """and so many of them."""
 
+FAR = 1 << 30
+"""No sequence is so long: larger offsets mean the same, and a window of that width is open."""
+
 
 @dataclass(frozen=True)
 class TileOrigin:
@@ -63,6 +66,14 @@ class PositionMask:
     def is_open(self) -> bool:
         """Whether every query sees every key."""
         return self.left is None and self.right is None
+
+    def at(self, ops: Ops, offset: Any) -> PositionMask:
+        """The mask of queries whose first stands at `offset`: an int, or integers (B,)."""
+        if not isinstance(offset, int):
+            size = ops.astype(offset, ops.float32)  # which holds integers of every dtype
+            offset = ops.where(size > FAR, FAR, ops.astype(offset, ops.int32))
+            offset = ops.where(size < -FAR, -FAR, offset)
+        return replace(self, offset=offset)
 
     def of_batch(self, ops: Ops, index: Any) -> PositionMask:
         """The mask of one member of the batch; `ops` has `narrow`."""
@@ -119,7 +130,8 @@ def position_mask(
     is_causal: bool, window: tuple[int | None, int | None] | None, offset: Any
 ) -> PositionMask:
     """The `PositionMask` of a causal flag and a window of keys to the left and right."""
-    left, right = (None, None) if window is None else window
+    sides = window or (None, None)
+    left, right = (None if side is None or side >= FAR else side for side in sides)
     return PositionMask(left, 0 if is_causal else right, offset)
 
 

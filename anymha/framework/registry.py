@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -23,6 +23,7 @@ from anymha.errors import (
     BackendNotInstalledError,
     MixedBackendsError,
     UnknownBackendError,
+    WeightsError,
 )
 
 ENTRY_POINTS = "anymha.backends"
@@ -193,6 +194,52 @@ def backend_of(array: Any) -> Backend:
     """
     name = _name_of_type(type(array))
     return _MET[name]
+
+
+def as_numpy(array: Any) -> Any:
+    """An array of any framework, or what has one as a variable has, in NumPy, bit for bit.
+
+    Raises:
+        ArgumentError: it is no array.
+    """
+    try:
+        backend = backend_of(array)
+    except ArgumentError:
+        if not hasattr(array, "__array__"):
+            raise
+        return array.__array__()
+    return backend.ops.to_numpy(array)
+
+
+def named_arrays(weights: Any, argument: str = "weights") -> dict[str, Any]:
+    """A dict of arrays of any framework by name, in NumPy.
+
+    Raises:
+        ArgumentError: it is none, or a value is no array.
+        WeightsError: an array is not of real numbers.
+    """
+    check_named(weights, argument)
+    arrays = {name: as_numpy(array) for name, array in weights.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+            raise WeightsError(
+                f"`{name}` must be of real numbers. Received: dtype {array.dtype}. Cast it first."
+            )
+    return arrays
+
+
+def check_named(weights: Any, argument: str) -> None:
+    """Refuse what is no dict.
+
+    Raises:
+        ArgumentError: with what to pass.
+    """
+    if not isinstance(weights, Mapping):
+        raise ArgumentError(
+            f"`{argument}` must be a dict of arrays by name. Received: "
+            f"{type(weights).__module__}.{type(weights).__qualname__}. Pass "
+            "`anymha.get_weights(layer)` of a layer, or give each array its name."
+        )
 
 
 _NAMES: dict[type, str] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import LayoutError, WeightsError
+from anymha.framework.registry import as_numpy
 from anymha.interchange.compared_options import check_supported, result_options
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.leftovers import MASKS, is_buffer
@@ -19,7 +20,7 @@ from anymha.interchange.reading import check_floats, check_plain, config_of, for
 from anymha.interchange.rotary_order import reordered
 from anymha.interchange.sizes import Shapes, StatedSizes, possible_heads, solve_sizes
 from anymha.interchange.weights import Weights
-from anymha.interchange.writing import as_numpy, check_biases, check_weights, with_layout_biases
+from anymha.interchange.writing import check_biases, check_weights, with_layout_biases
 from anymha.layer.weights import NAMES
 from anymha.options.config import AttentionConfig
 

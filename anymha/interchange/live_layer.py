@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.framework.registry import backend_of
-from anymha.interchange.writing import as_numpy
+from anymha.framework.registry import as_numpy, backend_of
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import BiasWarning, LayoutError, WeightsError
-from anymha.framework.registry import backend_of
+from anymha.framework.registry import check_named, named_arrays
 from anymha.interchange.packing import Arrays, Piece, Sizes
 from anymha.layer.weights import NAMES
 from anymha.options.config import PROJECTIONS
-
-
-def as_numpy(array: Any) -> np.ndarray:
-    """An array of any framework in NumPy, bit for bit."""
-    return array if isinstance(array, np.ndarray) else backend_of(array).ops.to_numpy(array)
 
 
 def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
     """Canonical weights in NumPy, and their sizes; `check_biases` checks the biases.
 
     Raises:
+        ArgumentError: they are no dict of arrays.
         WeightsError: names or shapes are not canonical, or do not fit one another.
     """
+    check_named(weights, "weights")
     kernels = [f"{projection}.kernel" for projection in PROJECTIONS]
     known = {*kernels, *(f"{projection}.bias" for projection in PROJECTIONS)}
     missing = [name for name in kernels if name not in weights]
@@ -35,7 +32,7 @@ def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
             f"Canonical weights are {', '.join(kernels)} and their biases. Missing: "
             f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
         )
-    values = {name: as_numpy(array) for name, array in weights.items()}
+    values = named_arrays(weights)
     for name in kernels:
         if values[name].ndim < 3 or (name != "output.kernel" and values[name].ndim > 3):
             raise WeightsError(f"`{name}` must have 3 axes. Received: shape {values[name].shape}.")

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from anymha.attention.masks import check_boolean
+from anymha.attention.masks import FAR, check_boolean
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
 from anymha.framework.dtypes import FLOATING, dtype_name, is_floating
 from anymha.framework.protocol import Array, Dim, Ops
@@ -222,20 +222,20 @@ def check_masks(
 def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:
     """The query offset of a call: an int, or an integer array of rank 0 or of shape (B,).
 
+    An int that passes all keys is brought within 32 bits, where it means the same.
+
     `batch` is B; None where it is not known yet.
 
     Raises:
         ArgumentError: it is neither.
         ShapeError: it has another shape.
     """
-    if type(offset) is int:
-        return offset
     if ops.is_array(offset) and "int" in dtype_name(offset.dtype):
         if batch is not None:
             check_broadcast(offset, (batch,), "query_offset")
         return offset
     if not isinstance(offset, bool) and is_integer(offset):
-        return offset if isinstance(offset, int) else operator.index(offset)
+        return min(max(operator.index(offset), -FAR), FAR)
     raise ArgumentError(
         f"`query_offset` must be an int, or an integer array (B,) of {ops.name}. "
         f"Received: {_received(offset)}. Pass an int."

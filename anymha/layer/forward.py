@@ -192,7 +192,7 @@ def _read_call(
         observe is not None,
     )
     offset, seed = get("query_offset", 0), get("seed")
-    if type(offset) is not int:
+    if type(offset) is not int or offset:
         offset = check_offset(ops, offset, None)
     if seed is None:
         return flags, offset, None, None
@@ -260,7 +260,7 @@ def _execute(
     ops, flags, spec = plan.ops, plan.flags, plan.spec
     offset, seed = arrays.get("query_offset", offset), arrays.get("seed", seed)
     if flags.dropping or type(offset) is not int or offset:
-        spec = _completed(spec, offset, seed)
+        spec = _completed(ops, spec, offset, seed)
     if paths.explaining:
         paths.report(path)
     activity = Activity(plan.config, ops, shape, observe) if flags.activity else None
@@ -486,10 +486,10 @@ def _results(
     return tuple(found)
 
 
-def _completed(spec: AttentionSpec, offset: Any, seed: Any) -> AttentionSpec:
+def _completed(ops: Ops, spec: AttentionSpec, offset: Any, seed: Any) -> AttentionSpec:
     """The spec with the call's own offset and seed."""
     dropout = None if spec.dropout is None else replace(spec.dropout, seed=seed)
-    positions = replace(spec.position_mask, offset=offset)
+    positions = spec.position_mask.at(ops, offset)
     return replace(spec, position_mask=positions, dropout=dropout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields
 from operator import attrgetter
@@ -19,6 +20,7 @@ from anymha.errors import (
     WeightsError,
 )
 from anymha.framework.protocol import Array, Dim
+from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
 from anymha.layer.arguments import BY_NAME, call_documentation, call_parameters
 from anymha.layer.plan import Plans
@@ -55,6 +57,7 @@ class CallOptions(TypedDict, Generic[A], total=False):
 def takes_options(
     options: Callable[P, AttentionConfig],
     read: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    default_dtype: Callable[[], Any] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
     """Give a constructor ``__init__(self, config, *, ...)`` the arguments of a class of options.
 
@@ -64,6 +67,7 @@ def takes_options(
             checkers and `help` read from it what the constructor takes.
         read: Makes of the arguments by place and by name the one argument of another constructor,
             ``__init__(self, found)``.
+        default_dtype: Gives the dtype where none is passed; default the config's.
     """
     kind: Any = options
     known = [field.name for field in fields(kind)]
@@ -75,6 +79,8 @@ def takes_options(
             if read is not None:
                 init(self, read(args, given))
                 return
+            if default_dtype is not None and given.get("dtype") is None:
+                given["dtype"] = default_dtype()
             extra = {name: given.pop(name) for name in own & given.keys()} if own else {}
             try:
                 config = AttentionConfig(*args, **given)
@@ -311,27 +317,44 @@ def checked_values(
     Args:
         config: The layer's options.
         stored: The layer's weights; none where it has none yet, and any widths fit.
-        weights: The new values by canonical name.
+        weights: The new values by canonical name, or a `state_dict` of PyTorch's layer.
 
     Raises:
+        ArgumentError: they are no dict of arrays.
         WeightsError: a name is missing or unknown, or a shape is another.
     """
+    values = _by_canonical_name(config, named_arrays(weights))
     shapes = {name: tuple(array.shape) for name, array in stored.items()}
-    shapes = shapes or config.weight_shapes(*widths_of(weights))
-    missing = [name for name in shapes if name not in weights]
-    unknown = [name for name in weights if name not in shapes]
+    shapes = shapes or config.weight_shapes(*widths_of(values))
+    missing = [name for name in shapes if name not in values]
+    unknown = [name for name in values if name not in shapes]
     if missing or unknown:
         raise WeightsError(
             f"Weights must have the names {', '.join(shapes)}. Missing: "
             f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
         )
-    values = {name: np.asarray(weights[name]) for name in shapes}
-    for name, value in values.items():
-        if value.shape != shapes[name]:
+    for name, shape in shapes.items():
+        if values[name].shape != shape:
             raise WeightsError(
-                f"`{name}` must have shape {shapes[name]}. Received: shape {value.shape}."
+                f"`{name}` must have shape {shape}. Received: shape {values[name].shape}."
             )
-    return values
+    return {name: values[name] for name in shapes}
+
+
+def _by_canonical_name(
+    config: AttentionConfig, values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The values, in canonical form where they are a `state_dict` of PyTorch's layer."""
+    matrices = [values.get(f"{name}.weight") for name in ("query", "value", "key")]
+    widths = [matrix.shape[1] for matrix in matrices if matrix is not None and matrix.ndim == 2]
+    if len(widths) < 3:
+        return values
+    shapes, found = config.weight_shapes(*widths), {}
+    for name, value in values.items():
+        full = name.replace(".weight", ".kernel")
+        value, shape = value if full == name else value.T, shapes.get(full, ())
+        found[full] = value.reshape(shape) if value.size == math.prod(shape) else value
+    return found
 
 
 def widths_of(weights: Mapping[str, Any]) -> tuple[int, int, int]:

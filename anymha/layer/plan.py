@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from anymha.attention.dropout import Dropout, rate_threshold
-from anymha.attention.masks import PositionMask
+from anymha.attention.masks import FAR, PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import BITS, dtype_name
@@ -418,7 +418,8 @@ def _differs_by_query(masks: Mapping[str, Any], queries: int, keys: int) -> bool
 
 def attention_spec(config: AttentionConfig, causal: bool, offset: Any, seed: Any) -> AttentionSpec:
     """What `attend` computes; dropout acts where there is a seed."""
-    side = None if config.sliding_window is None else config.sliding_window - 1
+    width = config.sliding_window
+    side = None if width is None or width > FAR else width - 1
     dropout = None
     if seed is not None:
         dropout = Dropout(rate_threshold(config.dropout), seed, config.dropout_rng == "native")

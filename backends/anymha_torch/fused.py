@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import TensorWeakRef
 
+from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout
@@ -47,7 +52,39 @@ def fused_attention(
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
+    value = arrays["value"]
     grouped = bool(query.shape[1] != key.shape[1])
-    return scaled_dot_product_attention(
-        query, key, arrays["value"], mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped
+    context = scaled_dot_product_attention(
+        query, key, value, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped
     )
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return context
+    kernel = context.grad_fn
+    if kernel is not None and kernel.name().startswith("ScaledDotProduct"):
+        # The kernel keeps these tensors as long as its graph lasts; the hook keeps none alive.
+        kept = [TensorWeakRef(x) for x in (query, key, value)]
+        rest = {name: arrays[name] for name in ("mask", "bias") if name in arrays}
+        kernel.register_hook(partial(_differentiable_again, spec, causal, rest, kept))
+    return context
+
+
+def _differentiable_again(
+    spec: AttentionSpec, causal: bool, rest: Any, kept: Any, gradients: Any, cotangents: Any
+) -> Any:
+    """The gradients of the kernel, which torch cannot differentiate, as ones that it can.
+
+    Args:
+        spec: What attention computes.
+        causal: Whether the kernel was told so.
+        rest: Its mask and its bias.
+        kept: References to query, key and value.
+        gradients: Those that the kernel gives.
+        cotangents: The gradient of the context, and others.
+    """
+    arrays = [reference() for reference in kept]
+    if not torch.is_grad_enabled() or None in arrays:  # nobody differentiates them
+        return None
+    spec = replace(spec, position_mask=position_mask(causal, None, 0))
+    needed = [gradient is not None for gradient in gradients[:3]]
+    again = tiled_dropout.differentiable(spec, rest, arrays, cotangents[0], needed)
+    return (*again, *gradients[3:])

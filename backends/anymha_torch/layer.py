@@ -54,9 +54,11 @@ class TorchOptions(AttentionConfig):
     """What the constructor takes.
 
     Args:
+        dtype: Dtype of the weights; default torch's default dtype, float32 unless that is set.
         device: Where the weights are made; default torch's default device.
     """
 
+    dtype: Any = None
     device: torch.device | str | int | None = None
 
 
@@ -88,7 +90,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
     config: AttentionConfig
     _like: torch.Tensor
 
-    @takes_options(TorchOptions)
+    @takes_options(TorchOptions, default_dtype=torch.get_default_dtype)
     def __init__(self, config: AttentionConfig, *, device: Any = None) -> None:
         super().__init__()
         # `torch.fx` takes modules of this name for leaves, and does not look into their calls.
@@ -212,6 +214,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         tensors = []
         for full, value in values.items():
             name, _, part = full.partition(".")
+            effective(name, modules[name], PARTS[part])  # refuses what is no linear layer any more
             check_writable(name, modules[name], PARTS[part])
             tensors.append((name, PARTS[part], value))
         if any(tensor.is_meta for tensor in self.parameters()) and values:

@@ -125,7 +125,13 @@ def to_numpy(x, /):
         import ml_dtypes
 
         return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return x.numpy()
+    try:
+        return x.numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise WeightsError(
+            "A tensor must be dense, and of a dtype that NumPy has. Received: "
+            f"{x.dtype}, {x.layout}. Pass `x.to_dense()`, `x.dequantize()` or `x.float()`."
+        ) from error
 
 
 def from_numpy(x, /):

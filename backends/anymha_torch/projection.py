@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import addmm, is_grad_enabled, mm, nn
+from torch._C import _get_tracing_state
 from torch.nn.functional import linear
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize, prune
@@ -274,7 +275,8 @@ def _once(
         free: Whether the gradient of the bias is exactly zero.
     """
     weight, bias = parameters["weight"], parameters["bias"]
-    if free and bias.requires_grad and torch.is_grad_enabled():
+    # A trace is checked without gradients and shall be the same; its bias gets one of about zero.
+    if free and bias.requires_grad and is_grad_enabled() and _get_tracing_state() is None:
         # `anymha.layer.numerics.without_gradient` by torch's own functions
         never = torch.zeros_like(bias, dtype=torch.bool)
         bias = torch.where(never, bias, bias.detach())
@@ -352,25 +354,31 @@ def effective(name: str, module: Any, part: str) -> torch.Tensor | None:
             "its own. Merge or remove what wraps it first (`merge_and_unload` of peft, "
             "`remove_hook_from_module` of accelerate), or put a torch.nn.Linear there."
         )
+    made = made_parts(module).get(part)
+    return getattr(module, part) if made is None else made()
+
+
+def made_parts(module: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """What makes the tensors of a module, by name, that parametrisations or hooks make."""
+    makers: dict[str, Callable[[], torch.Tensor]] = {}
+    if parametrize.is_parametrized(module):
+        makers = {part: partial(getattr, module, part) for part in module.parametrizations}
     for hook in module._forward_pre_hooks.values():
-        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) != part:
-            continue
         if isinstance(hook, prune.BasePruningMethod):
-            return hook.apply_mask(module)
-        if isinstance(hook, WeightNorm):
-            return hook.compute_weight(module)
-        if isinstance(hook, SpectralNorm):
-            return hook.compute_weight(module, do_power_iteration=False)
-    return getattr(module, part)
+            makers[hook._tensor_name] = partial(hook.apply_mask, module)
+        elif isinstance(hook, WeightNorm):
+            makers[hook.name] = partial(hook.compute_weight, module)
+        elif isinstance(hook, SpectralNorm):
+            makers[hook.name] = partial(hook.compute_weight, module, do_power_iteration=False)
+    return makers
 
 
 def check_writable(name: str, module: Any, part: str) -> None:
-    """Refuse a weight that is not a parameter, nor made by a parametrisation.
+    """Refuse a tensor that is not a parameter, nor made by a parametrisation.
 
     Raises:
-        WeightsError: the projection is no linear layer any more, or a hook makes the weight.
+        WeightsError: a hook makes it.
     """
-    effective(name, module, part)
     if part in module._parameters or parametrize.is_parametrized(module, part):
         return
     raise WeightsError(
@@ -390,6 +398,7 @@ def write(name: str, module: Any, part: str, value: torch.Tensor) -> None:
         module._parameters[part].copy_(value)
         return
     try:
+        value = value.to(getattr(module, part).device)
         setattr(module, part, value)
         written = getattr(module, part)
         close = torch.allclose(written, value, rtol=1e-4, atol=1e-5 * value.abs().max().item())

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,12 @@ class _Attention(torch.autograd.Function):
         *arrays, context = ctx.saved_tensors
         (cotangent,) = cotangents
         if torch.is_grad_enabled():  # somebody differentiates the gradients
-            ops, spec, rest = ctx.tiles.ops, ctx.spec, ctx.rest
-            return None, None, None, *_differentiable(ops, spec, rest, arrays, cotangent)
+            return (
+                None,
+                None,
+                None,
+                *differentiable(ctx.spec, ctx.rest, arrays, cotangent, ctx.needs_input_grad[3:]),
+            )
         query, key, value = arrays
         spec, tiles = ctx.spec, ctx.tiles
         factor = spec.dropout.factor
@@ -171,10 +175,13 @@ class _Tiles:
         return whole[0, 0]
 
 
-def _differentiable(
-    ops: Any, spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor
-) -> Any:
+def differentiable(
+    spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor, needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
     """The gradients by the written formula, in one piece, which can be differentiated again."""
+    ops = importlib.import_module("anymha_torch.ops")  # which imports this module
     named = dict(zip(("query", "key", "value"), arrays, strict=True))
     context = written(ops, spec, None, {**named, **rest})["context"]
-    return torch.autograd.grad(context, arrays, cotangent, create_graph=True)
+    wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
+    gradients = iter(torch.autograd.grad(context, wanted, cotangent, create_graph=True))
+    return [next(gradients) if need else None for need in needed]

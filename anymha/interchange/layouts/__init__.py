@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
+from anymha.framework.registry import as_numpy, check_named
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.leftovers import MLA_REASON
 from anymha.interchange.weights import Weights
-from anymha.interchange.writing import as_numpy
 from anymha.options.config import AttentionConfig
 
 ENTRY_POINTS = "anymha.layouts"
@@ -102,6 +102,7 @@ def to_canonical(
 
     Raises:
         UnknownLayoutError: no layout has this name.
+        ArgumentError: `arrays` is no dict of arrays.
         WeightsError: names or shapes do not fit, or leave a size open.
         LayoutError: a part of the layer cannot be converted.
 
@@ -114,6 +115,7 @@ def to_canonical(
         ((8, 2, 4), False, ())
     """
     source = get_layout(layout)
+    check_named(arrays, "arrays")
     known = (*SIZES, *result_options())
     unknown = [name for name in sizes if name not in (*known, *source.need_options)]
     if unknown:

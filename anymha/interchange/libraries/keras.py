@@ -10,8 +10,8 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.framework.dtypes import FLOATING
+from anymha.framework.registry import as_numpy
 from anymha.interchange.live_layer import LiveLayer
-from anymha.interchange.writing import as_numpy
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
 
