@@ -434,3 +434,40 @@ def test_tiles_have_second_derivatives() -> None:
         found.append((first, outer.gradient(norm, x), outer.gradient(loss, x)))
     for got, want in zip(*found, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def refusing_what_is_not_finite():
+    tf.debugging.enable_check_numerics()
+    yield
+    tf.debugging.disable_check_numerics()
+
+
+@pytest.mark.usefixtures("refusing_what_is_not_finite")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compute_dtype": "float64"}, {"dtype": "float16"}, {"memory_budget": 64}],
+    ids=["float32", "reproducible", "float16", "tiles"],
+)
+@pytest.mark.parametrize("biased", [False, True], ids=["masked", "biased"])
+def test_no_number_of_a_masked_call_is_infinite(options, biased):
+    """Masks that hide whole rows, forward and backward, under TensorFlow's own check."""
+    layer = make(**options)
+    x = numbers(2, 5, 8, dtype=options.get("dtype", "float32"))
+    call = {"value_mask": tf.constant([[True] * 3 + [False] * 2, [False] * 5])}
+    if biased:
+        call["attention_bias"] = numbers(2, 2, 5, 5, seed=1)
+    with tf.GradientTape() as tape:
+        output = layer(x, use_causal_mask=True, query_offset=-1, **call)
+    gradients = tape.gradient(output, layer.trainable_variables)
+    assert all(gradient is not None for gradient in gradients)
+    assert_equal(output[1, 0], layer.output.bias + tf.zeros(8, output.dtype))
+
+
+def test_a_bias_of_the_least_number_hides_nothing():
+    """Such a bias on a whole row leaves its keys alike, beside a mask too."""
+    layer, x = make(), numbers(1, 3, 8)
+    least = tf.fill((1, 1, 3, 3), tf.float32.min)
+    seen = tf.constant([[True, True, False]])
+    _, scores = layer(x, value_mask=seen, attention_bias=least, return_attention_scores=True)
+    np.testing.assert_array_equal(scores[0, 0], [[0.5, 0.5, 0.0]] * 3)
