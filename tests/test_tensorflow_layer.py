@@ -471,3 +471,14 @@ def test_a_bias_of_the_least_number_hides_nothing():
     seen = tf.constant([[True, True, False]])
     _, scores = layer(x, value_mask=seen, attention_bias=least, return_attention_scores=True)
     np.testing.assert_array_equal(scores[0, 0], [[0.5, 0.5, 0.0]] * 3)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+@pytest.mark.parametrize("name", ["query", "value", "value_mask", "attention_bias"])
+def test_what_is_not_dense_is_refused_in_words(x, kind, name):
+    if kind == "ragged":
+        array = tf.RaggedTensor.from_tensor(x, lengths=[3, 5])
+    else:
+        array = tf.sparse.from_dense(x)
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be a dense array.*`value_mask`"):
+        make()(**{"query": x, name: array})
