@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -482,3 +484,31 @@ def test_what_is_not_dense_is_refused_in_words(x, kind, name):
         array = tf.sparse.from_dense(x)
     with pytest.raises(ArgumentError, match=rf"`{name}` must be a dense array.*`value_mask`"):
         make()(**{"query": x, name: array})
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf
+from anymha_tensorflow import MultiHeadAttention
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+x = tf.reshape(tf.range(80.0), (2, 5, 8)) / 80
+for options in ({}, {"compute_dtype": "float64"}):
+    found = []
+    with strategy.scope():
+        mirrored = MultiHeadAttention(2, 4, query_features=8, seed=0, **options)
+    alone = MultiHeadAttention(2, 4, query_features=8, seed=0, **options)
+    def gradients(layer):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, use_causal_mask=True) ** 2)
+        return tape.gradient(loss, layer.trainable_variables)
+    for gradient, want in zip(strategy.run(gradients, (mirrored,)), gradients(alone)):
+        for got in strategy.experimental_local_results(gradient):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_every_replica_of_a_strategy_has_gradients():
+    run = [sys.executable, "-c", REPLICAS]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
