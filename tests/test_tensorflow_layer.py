@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -434,3 +436,79 @@ def test_tiles_have_second_derivatives() -> None:
         found.append((first, outer.gradient(norm, x), outer.gradient(loss, x)))
     for got, want in zip(*found, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def refusing_what_is_not_finite():
+    tf.debugging.enable_check_numerics()
+    yield
+    tf.debugging.disable_check_numerics()
+
+
+@pytest.mark.usefixtures("refusing_what_is_not_finite")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compute_dtype": "float64"}, {"dtype": "float16"}, {"memory_budget": 64}],
+    ids=["float32", "reproducible", "float16", "tiles"],
+)
+@pytest.mark.parametrize("biased", [False, True], ids=["masked", "biased"])
+def test_no_number_of_a_masked_call_is_infinite(options, biased):
+    """Masks that hide whole rows, forward and backward, under TensorFlow's own check."""
+    layer = make(**options)
+    x = numbers(2, 5, 8, dtype=options.get("dtype", "float32"))
+    call = {"value_mask": tf.constant([[True] * 3 + [False] * 2, [False] * 5])}
+    if biased:
+        call["attention_bias"] = numbers(2, 2, 5, 5, seed=1)
+    with tf.GradientTape() as tape:
+        output = layer(x, use_causal_mask=True, query_offset=-1, **call)
+    gradients = tape.gradient(output, layer.trainable_variables)
+    assert all(gradient is not None for gradient in gradients)
+    assert_equal(output[1, 0], layer.output.bias + tf.zeros(8, output.dtype))
+
+
+def test_a_bias_of_the_least_number_hides_nothing():
+    """Such a bias on a whole row leaves its keys alike, beside a mask too."""
+    layer, x = make(), numbers(1, 3, 8)
+    least = tf.fill((1, 1, 3, 3), tf.float32.min)
+    seen = tf.constant([[True, True, False]])
+    _, scores = layer(x, value_mask=seen, attention_bias=least, return_attention_scores=True)
+    np.testing.assert_array_equal(scores[0, 0], [[0.5, 0.5, 0.0]] * 3)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+@pytest.mark.parametrize("name", ["query", "value", "value_mask", "attention_bias"])
+def test_what_is_not_dense_is_refused_in_words(x, kind, name):
+    if kind == "ragged":
+        array = tf.RaggedTensor.from_tensor(x, lengths=[3, 5])
+    else:
+        array = tf.sparse.from_dense(x)
+    with pytest.raises(ArgumentError, match=rf"`{name}` must be a dense array.*`value_mask`"):
+        make()(**{"query": x, name: array})
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf
+from anymha_tensorflow import MultiHeadAttention
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+x = tf.reshape(tf.range(80.0), (2, 5, 8)) / 80
+for options in ({}, {"compute_dtype": "float64"}):
+    found = []
+    with strategy.scope():
+        mirrored = MultiHeadAttention(2, 4, query_features=8, seed=0, **options)
+    alone = MultiHeadAttention(2, 4, query_features=8, seed=0, **options)
+    def gradients(layer):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x, use_causal_mask=True) ** 2)
+        return tape.gradient(loss, layer.trainable_variables)
+    for gradient, want in zip(strategy.run(gradients, (mirrored,)), gradients(alone)):
+        for got in strategy.experimental_local_results(gradient):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_every_replica_of_a_strategy_has_gradients():
+    run = [sys.executable, "-c", REPLICAS]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -70,10 +71,10 @@ def formula(
     if biased:
         logits = logits + arrays["bias"]
     mask = _visible(ops, spec, arrays, origin, logits)
-    weights, total = _softmax(ops, logits, mask, biased, observe)
+    weights, normalised = _softmax(ops, logits, mask, biased, observe)
     results = {}
     if with_scores or observe is not None:
-        results["scores"] = _divided(weights, total)
+        results["scores"] = normalised(weights)
         if observe is not None:
             observe("probabilities", results["scores"])
     if value is None:
@@ -82,14 +83,14 @@ def formula(
         keep = spec.dropout.keep(ops, (batch, heads, queries, keys), origin, like=weights)
         weights = ops.where(keep, weights * spec.dropout.factor, 0.0)
         if observe is not None:
-            observe("dropped_probabilities", _divided(weights, total))
+            observe("dropped_probabilities", normalised(weights))
     if heads != shared:
         weights = ops.reshape(weights, (batch, shared, rows, keys))
     context = ops.matmul(weights, value)  # [B, K, (H/K)*T, d_v]
     if heads != shared:
         context = ops.reshape(context, (batch, heads, queries, ops.shape(value)[3]))
-    # Divided last: a row of context is much shorter than a row of weights.
-    results["context"] = _divided(context, total)
+    # Normalised last: a row of context is much shorter than a row of weights.
+    results["context"] = normalised(context)
     return results
 
 
@@ -116,8 +117,8 @@ def softmax(ops: Ops, logits: Array) -> Array:
 
 def _softmax(
     ops: Ops, logits: Array, mask: Array | None, biased: bool, observe: Observer | None
-) -> tuple[Array, Array | None]:
-    """Weights, and by what their rows must be divided to be the masked softmax; None for nothing.
+) -> tuple[Array, Callable[[Array], Array]]:
+    """Weights, and what multiplies their rows each by one number, to be the masked softmax.
 
     Args:
         ops: The backend.
@@ -128,47 +129,59 @@ def _softmax(
     """
     unseen, exact = observe is None, logits.dtype == ops.float64
     own = ops.capabilities.softmax
+    # A framework that has a softmax may have been told to refuse numbers that are not finite.
+    finite = own is not None and unseen
+    lowest = float(np.finfo(dtype_name(logits.dtype)).min) if finite else -math.inf
     if own is not None and unseen and not (exact or biased) and logits.shape[-1] != 0:
         if mask is None:
-            return own(logits), None
-        # Not -inf, of which a whole row would give NaN; that row is divided by infinity.
-        lowest = float(np.finfo(dtype_name(logits.dtype)).min)
-        any_seen = ops.max(ops.astype(mask, logits.dtype), axis=-1, keepdims=True) > 0
-        one = ops.asarray(1.0, dtype=logits.dtype, device=ops.device(logits))
-        return own(ops.where(mask, logits, lowest)), ops.where(any_seen, one, math.inf)
+            return own(logits), _divided
+        # Not -inf, of which a whole row would give NaN; that row is multiplied by zero.
+        any_seen = ops.max(ops.astype(mask, logits.dtype), axis=-1, keepdims=True)
+        return own(ops.where(mask, logits, lowest)), lambda x: x * any_seen
     if mask is not None:
-        logits = ops.where(mask, logits, -math.inf)
+        logits = ops.where(mask, logits, lowest)
     if observe is not None:
         observe("masked_logits", logits)
     maskable = biased or mask is not None
-    weights, total = _exponentials(ops, logits, maskable=maskable, may_overwrite=unseen)
+    weights, total = _exponentials(
+        ops, logits, lowest, mask if finite else None, maskable=maskable, may_overwrite=unseen
+    )
     if exact:  # where a query sees one key, its gradient is zero to the last bit only so
-        return _divided(weights, total), None
-    return weights, total
+        return _divided(weights, total), _divided
+    return weights, partial(_divided, by=total)
 
 
 def _exponentials(
-    ops: Ops, logits: Array, *, maskable: bool, may_overwrite: bool
+    ops: Ops,
+    logits: Array,
+    lowest: float = -math.inf,
+    mask: Array | None = None,
+    *,
+    maskable: bool,
+    may_overwrite: bool,
 ) -> tuple[Array, Array | None]:
     """``exp(logits - c)`` and its sums over the last axis, c the greatest of each row.
 
     Their quotient is the softmax, to which c is indifferent: for differentiation it is a constant.
     If `maskable`, a row of -inf gives zeros and the sum 1: the two `where` keep it from making
-    NaN, forward and backward.
+    NaN, forward and backward. With a finite `lowest`, the least number that is finite, logits where
+    `mask` is False may be that instead of -inf.
     """
     if is_known(logits.shape[-1]) and logits.shape[-1] == 0:
         return logits, None  # no keys: an empty row has no maximum
     peak = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
     if maskable:
-        peak = ops.where(peak > -math.inf, peak, 0.0)
+        any_finite = peak > lowest if lowest == -math.inf else peak >= lowest
+        peak = ops.where(any_finite, peak, 0.0)
     exp_and_sum = ops.capabilities.exp_and_sum
     if exp_and_sum is not None and may_overwrite:
         weights, total = exp_and_sum(logits, peak)
     else:
         weights = ops.exp(logits - peak)
+        weights = weights if mask is None else ops.where(mask, weights, 0.0)
         total = ops.sum(weights, axis=-1, keepdims=True)
     return weights, ops.where(total > 0, total, 1.0) if maskable else total
 
 
-def _divided(x: Array, by: Array | None) -> Array:
+def _divided(x: Array, by: Array | None = None) -> Array:
     return x if by is None else x / by

@@ -118,6 +118,12 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
                 raise ArgumentError(
                     f"`{name}` must be an array of {ops.name}. Received: none. Pass it."
                 )
+            if type(array).__module__.partition(".")[0] == ops.name:
+                raise ArgumentError(
+                    f"`{name}` must be a dense array of {ops.name}. Received: {_kind(array)}. Make "
+                    "it dense; fill up rows of different lengths, and pass `value_mask`, True for "
+                    "what was there."
+                )
             foreign = hasattr(array, "shape") and hasattr(array, "dtype")
             raise (MixedBackendsError if foreign else ArgumentError)(
                 f"`{name}` must be an array of {ops.name}, like the others of this call. "

@@ -35,6 +35,7 @@ class CompiledCall:
     """
 
     def __init__(self, function: Callable[[Tensors], Any]) -> None:
+        self._eagerly = function
         self._function = tf.function(function, autograph=False)
         self._programs: dict[Any, Any] = {}
         self._without_lengths: dict[Any, Any] = {}
@@ -55,6 +56,10 @@ class CompiledCall:
         for kept in (self._programs, self._without_lengths, self._calls):
             if len(kept) >= MOST:
                 kept.clear()
+        # A program has the variables of one replica, and gives those of the others no gradients.
+        if any(isinstance(x, tf.distribute.DistributedValues) for x in arrays.values()):
+            self._programs[shapes] = self._eagerly
+            return self._eagerly
         if not varying:
             self._programs[shapes] = self._function.get_concrete_function(arrays)
             return self._programs[shapes]

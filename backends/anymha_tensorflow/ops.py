@@ -24,7 +24,6 @@ from tensorflow import (
 )
 from tensorflow import cast as astype
 from tensorflow import convert_to_tensor as from_numpy
-from tensorflow import is_tensor as is_array
 from tensorflow import reduce_max as max
 from tensorflow import reduce_sum as sum
 from tensorflow import transpose as permute_dims
@@ -40,6 +39,13 @@ bitwise_right_shift = tf.bitwise.right_shift
 
 def asarray(obj, /, *, dtype=None, device=None):
     return tf.convert_to_tensor(obj, dtype=dtype)
+
+
+def is_array(x, /):
+    return tf.is_tensor(x) and not isinstance(x, NOT_DENSE)
+
+
+NOT_DENSE = (tf.RaggedTensor, tf.SparseTensor, tf.IndexedSlices)
 
 
 def arange(start, /, stop, *, dtype, device=None):
