@@ -42,7 +42,7 @@ from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
 from anymha.interchange.model_config import NAME, read_config, stated_options
 from anymha.interchange.naming import file_namings
-from anymha.text import listed, shown
+from anymha.text import listed, quoted, shown
 
 
 def convert_file(
@@ -114,7 +114,7 @@ def convert_file(
         }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if stated:
-            known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+            known = ", ".join(f"{name}={quoted(value)}" for name, value in stated.items())
             plan.note(
                 f"Taken from the {'file' if reader.config else f'{NAME} beside the file'}: {known}."
             )
