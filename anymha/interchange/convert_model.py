@@ -96,7 +96,8 @@ def convert_file(
     check_not_source(target, source, [source])
     new, old = get_layout(to), None if layout is None else get_layout(layout)
     with open_file(source, max_bytes) as reader:
-        sources = [*reader.files(), *siblings(reader.path)]
+        sources = reader.files()
+        sources += siblings(sources, target)
         check_not_source(target, source, sources)
         prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
         file_format, model_config = format_of(source), reader.config or read_config(source)
