@@ -363,6 +363,11 @@ def forged_files(folder: Path) -> list[Path]:
                ("self.query", "self.key", "self.value", "output.dense")}  # fmt: skip
     named = {f"{FORGED}.{name}": array for name, array in weights.items()}
     paths = [write(folder / "named.safetensors", {**named, FORGED: sample("float32", (2,))})]
+    beside = {f"l.{name}": array for name, array in weights.items()}
+    paths.append(write(folder / "beside.npz", {**beside, f"l.{FORGED}": sample("float32", (2,))}))
+    (folder / "config.json").write_text(json.dumps({"model_type": FORGED}))
+    changed = {f"l.self.q.{FORGED}": sample("float32", (2,))}
+    paths.append(write(folder / "changed.npz", {**beside, **changed}))
     paths.append(write(folder / "other.safetensors", {FORGED: sample("float32", (2,))}))
     paths.append(write(folder / f"{FORGED.replace('/', '')}.npz", named))
     paths.append(folder / "missing.safetensors.index.json")
@@ -411,6 +416,21 @@ def test_no_text_of_a_file_reaches_the_terminal_unescaped(tmp_path: Path, capsys
         with pytest.raises(AnymhaError) as error:
             anymha.load(path, "numpy")
         assert str(error.value).isprintable()
+
+
+def test_what_the_library_tells_of_a_file_is_escaped(tmp_path: Path) -> None:
+    forged_files(tmp_path)
+    source = tmp_path / "beside.npz"
+    done = anymha.convert_file(
+        source, tmp_path / "new.npz", layout="transformers.bert", num_heads=2, verify=False
+    )
+    assert any("Not known to transformers.bert" in note for note in done.notes)
+    assert all(note.isprintable() for note in done.notes)
+    for path in (source, tmp_path / "changed.npz"):
+        (group,) = anymha.find_layers(path)
+        assert group.stated.startswith("transformers.x")
+        assert group.stated.isprintable()
+        assert all(reason.isprintable() for reason in group.misfits.values())
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors", ".h5"])

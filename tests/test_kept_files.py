@@ -28,6 +28,7 @@ from anymha.interchange.files.formats import open_file
 from anymha.options.initializers import Orthogonal
 from tests.file_samples import DATA, sample, save_orbax, write
 from tests.frameworks import required
+from tests.test_bombs import field
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = DATA / "minilm_attention.safetensors"
@@ -97,6 +98,53 @@ def test_a_shard_is_converted_into_no_other_shard_of_its_index(tmp_path: Path) -
     with pytest.raises(UsageError, match=r"which .* needs as model-2-of-2\.safetensors"):
         convert_file(one, two, "transformers.bert", "anymha", num_heads=2)
     convert_file(one, tmp_path / "new.npz", "transformers.bert", "anymha", num_heads=2)
+
+
+@posix
+@pytest.mark.parametrize("way", ["link", "hard link", "second name", "target by a link"])
+def test_shards_are_known_by_any_name(tmp_path: Path, way: str) -> None:
+    (tmp_path / "model").mkdir()
+    sharded(tmp_path / "model")
+    one, two = (tmp_path / "model" / f"model-{number}-of-2.safetensors" for number in (1, 2))
+    source, target = tmp_path / "other.safetensors", two
+    if way == "link":
+        source.symlink_to(one)
+    elif way == "hard link":
+        os.link(one, source)
+    elif way == "second name":
+        source = tmp_path / "model" / "second.safetensors"
+        os.link(one, source)
+    else:
+        source, target = one, tmp_path / "new.safetensors"
+        target.symlink_to(two)
+    before = two.read_bytes()
+    with pytest.raises(UsageError, match=r"needs as model-2-of-2\.safetensors"):
+        convert_file(source, target, "transformers.bert", "anymha", num_heads=2)
+    assert two.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["constant", "subgraph", "sparse", "function"])
+def test_external_data_anywhere_in_an_onnx_file_is_kept(tmp_path: Path, place: str) -> None:
+    named = "weights.npz"
+    pair = field(1, b"location") + field(2, named.encode())
+    tensor = b"\x08\x04\x10\x01" + field(8, b"c") + field(13, pair) + b"\x70\x01"
+    constant = field(4, b"Constant") + field(5, field(1, b"value") + field(5, tensor))
+    branch = field(4, b"If") + field(5, field(1, b"then_branch") + field(6, field(1, constant)))
+    parts = {"constant": field(1, constant), "subgraph": field(1, branch),
+             "sparse": field(15, field(1, tensor))}  # fmt: skip
+    weights = b"".join(
+        field(5, b"\x08\x08\x08\x08\x10\x01" + field(8, name.encode()) + field(9, array.tobytes()))
+        for name, array in ATTENTION.items()
+    )
+    # The tag of field 25 takes two bytes.
+    functions = b"\xca\x01" + field(7, field(7, constant))[1:] if place == "function" else b""
+    source, kept = tmp_path / "a.onnx", tmp_path / named
+    source.write_bytes(b"\x08\x08" + field(7, weights + parts.get(place, b"")) + functions)
+    kept.write_bytes(b"A" * 16)
+    with pytest.raises(UsageError, match="must be different ones"):
+        convert_file(source, kept, "transformers.bert", "transformers.clip", num_heads=2)
+    assert kept.read_bytes() == b"A" * 16
+    convert_file(source, tmp_path / "b.npz", "transformers.bert", "transformers.clip", num_heads=2)
 
 
 def test_no_file_of_an_orbax_checkpoint_is_overwritten(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from anymha.cli.verify import Mismatch, Verifier
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.atomic_write import check_writable
-from anymha.text import shown
+from anymha.text import escaped, shown
 
 SHOWN_LEFT = 3
 UNITS = {"": 1, "b": 1} | {
@@ -135,6 +135,6 @@ def convert(options: argparse.Namespace) -> int:
         f"{trial}{shown(files[0])}: {count} layer{'s' * (count != 1)} of {conversion.layout} as "
         f"{options.to}, {len(conversion.tensors)} tensors{shards}, {size:,} bytes"
     )
-    for line in lines:
+    for line in map(escaped, lines):  # also what layouts say about names
         print(line)
     return 0

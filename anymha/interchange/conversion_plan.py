@@ -19,7 +19,7 @@ from anymha.interchange.model_config import NAME
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
-from anymha.text import listed, quoted, shown
+from anymha.text import escaped, listed, quoted, shown
 
 OWN = "anymha"
 
@@ -72,7 +72,8 @@ class Conversion:
     files: list[Path] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Add a note, once."""
+        """Add a note, once; control characters in it are escaped."""
+        text = escaped(text)
         if text not in self.notes:
             self.notes.append(text)
 
@@ -137,7 +138,7 @@ def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) ->
         for group in found.values()
     )
     said = {group.stated for group in found.values() if group.stated and not group.layout}
-    other = f" The {NAME} beside the file says {', '.join(said)}." if said else ""
+    other = f" The {NAME} beside the file says {listed(said)}." if said else ""
     raise UsageError(
         f"{shown(path)}: name the layout (`layout=...`, `--from`), for names and shapes leave it "
         f"open. Of the layouts known here these fit: {fits}.{other}"
@@ -218,7 +219,7 @@ def plan_conversion(
     for prefix, fit in layers.items():
         if fit.unknown and prefix:
             plan.note(
-                f"Not known to {fit.name}, and left out of its layers: {', '.join(fit.unknown)}. "
+                f"Not known to {fit.name}, and left out of its layers: {listed(fit.unknown)}. "
                 "Make sure that they are no part of the attention."
             )
         layer = _layer_tensors(job, prefix, fit)

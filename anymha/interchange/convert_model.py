@@ -42,7 +42,7 @@ from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
 from anymha.interchange.model_config import NAME, read_config, stated_options
 from anymha.interchange.naming import file_namings
-from anymha.text import listed, shown
+from anymha.text import listed, quoted, shown
 
 
 def convert_file(
@@ -96,7 +96,8 @@ def convert_file(
     check_not_source(target, source, [source])
     new, old = get_layout(to), None if layout is None else get_layout(layout)
     with open_file(source, max_bytes) as reader:
-        sources = [*reader.files(), *siblings(reader.path)]
+        sources = reader.files()
+        sources += siblings(sources, target)
         check_not_source(target, source, sources)
         prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
         file_format, model_config = format_of(source), reader.config or read_config(source)
@@ -114,7 +115,7 @@ def convert_file(
         }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
         if stated:
-            known = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+            known = ", ".join(f"{name}={quoted(value)}" for name, value in stated.items())
             plan.note(
                 f"Taken from the {'file' if reader.config else f'{NAME} beside the file'}: {known}."
             )

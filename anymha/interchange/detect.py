@@ -37,7 +37,7 @@ from anymha.interchange.naming import FileNaming, file_namings, natural_key
 from anymha.interchange.packing import module_of
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
-from anymha.text import quoted
+from anymha.text import quoted, shown
 
 _NUMBER = re.compile(r"(?<![^./_])\d+(?![^./])")
 _LETTERS = "ijklmnop"
@@ -386,7 +386,7 @@ def select_fits(
     if mean_the_same(best):  # the layer of one key head for each query head is the usual one
         best.sort(key=lambda fit: same_heads not in fit.layout.limits)
     names = {fit.name for fit in best}
-    return best, {name: reason for name, reason in misfits.items() if name not in names}
+    return best, {name: shown(why, 1000) for name, why in misfits.items() if name not in names}
 
 
 def _meant(fit: LayoutFit) -> set[str]:

@@ -11,6 +11,7 @@ from anymha.interchange.compared_options import result_options
 from anymha.interchange.forms import Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES
+from anymha.text import shown
 
 NAME = "config.json"
 _ALIKE = {
@@ -54,6 +55,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         return ""
+    model_type = shown(model_type)
     name = model_type.replace("-", "_")
     return f"transformers.{_ALIKE.get(name, name)}"
 

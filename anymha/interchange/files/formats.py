@@ -187,10 +187,9 @@ def files_of(path: Path) -> list[Path]:
     try:
         with open_file(path) as reader:
             files = reader.files()
-            path = reader.path
     except FileError:  # what reads it may know more of it
         files = [path]
-    return [*files, *siblings(path)]
+    return [*files, *siblings(files)]
 
 
 def create_file(

@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,12 +24,24 @@ from anymha.text import quoted
 
 KIND = "an ONNX"
 MAX_FILES = 500
+MAX_DEPTH = 100
 _GRAPH, _INITIALIZER = 7, 5
 _DIMS, _TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _DOUBLES, _UINT64S = (
     1, 2, 4, 5, 7, 8, 9, 10, 11,
 )  # fmt: skip
 _EXTERNAL, _LOCATION = 13, 14
 _FIXED = {_RAW: None, _FLOATS: np.dtype("<f4"), _DOUBLES: np.dtype("<f8")}
+_PARTS = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "pair"},
+}
+"""The messages within a message that lead to tensors, by the numbers of their fields."""
 _VARINTS = (_INT32S, _INT64S, _UINT64S)
 
 DTYPES = {
@@ -78,6 +91,7 @@ class OnnxReader(Reader):
         self._steps = count()
         try:
             self._collect()
+            self._collect_places()
             self.set_tensors(
                 {
                     name: self._tensor(initializer)
@@ -122,22 +136,43 @@ class OnnxReader(Reader):
             elif number == _NAME and wire == SPAN:
                 initializer.name = _text(self._bytes(start, stop))
             elif number == _EXTERNAL and wire == SPAN:
-                pair = {
-                    part: _text(self._bytes(a, b))
-                    for part, kind, a, b in fields(self._stream, start, stop, self._steps)
-                    if kind == SPAN
-                }
-                initializer.external[pair.get(1, "")] = pair.get(2, "")
+                key, value = self._pair(start, stop, self._steps)
+                initializer.external[key] = value
             elif number in (*_FIXED, *_VARINTS):
                 if wire != SPAN:
                     raise MalformedMessage("it has numbers that are not packed")
                 initializer.contents.append((number, start, stop))
-        self._places[initializer.external.get("location", "")] = None
         if is_external != bool(initializer.external):
             raise MalformedMessage(
                 f"{quoted(initializer.name)} does not say where its elements lie"
             )
         return initializer
+
+    def _pair(self, begin: int, end: int, steps: Iterator[int]) -> tuple[str, str]:
+        pair = {
+            part: _text(self._bytes(start, stop))
+            for part, kind, start, stop in fields(self._stream, begin, end, steps)
+            if kind == SPAN
+        }
+        return pair.get(1, ""), pair.get(2, "")
+
+    def _collect_places(self) -> None:
+        """Collect the files that any elements lie in, also those of nodes and of their graphs."""
+        steps, waiting = count(), [("model", 0, self._size, 0)]
+        while waiting:
+            kind, begin, end, depth = waiting.pop()
+            if depth > MAX_DEPTH:
+                raise MalformedMessage("its graphs lie too deep in one another")
+            if kind == "pair":
+                key, place = self._pair(begin, end, steps)
+                if key == "location":
+                    self._places[place] = None
+            elif kind != "node" or b"location" in self._bytes(begin, end):
+                waiting += [
+                    (_PARTS[kind][number], start, stop, depth + 1)
+                    for number, wire, start, stop in fields(self._stream, begin, end, steps)
+                    if wire == SPAN and number in _PARTS[kind]
+                ]
 
     def _bytes(self, begin: int, end: int) -> bytes:
         self._stream.seek(begin)
@@ -215,7 +250,7 @@ class OnnxReader(Reader):
         return narrow.reshape(-1).view(tensor.dtype).reshape(tensor.shape)
 
     def files(self) -> list[Path]:
-        """The file, and those next to it that its elements lie in, also of kinds left out."""
+        """The file, and those next to it that any elements lie in, also those left out."""
         return [self.path, *(self.path.parent / place for place in self._places if place)]
 
     def close(self) -> None:
