@@ -179,7 +179,7 @@ def differentiable(
     spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
     """The gradients by the written formula, in one piece, which can be differentiated again."""
-    ops = importlib.import_module("anymha_torch.ops")  # which imports this module
+    ops: Any = importlib.import_module("anymha_torch.ops")  # which imports this module
     named = dict(zip(("query", "key", "value"), arrays, strict=True))
     context = written(ops, spec, None, {**named, **rest})["context"]
     wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
