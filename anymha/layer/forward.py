@@ -523,13 +523,13 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, contracted: i
     linear = ops.capabilities.linear
     if len(shape) != 2 or contracted != 1:
         kernel = reshape(kernel, (inner, width))
-    if bias is not None and len(outer) != 1:
-        bias = reshape(bias, (width,))
     if linear is not None:
         y = linear(reshape(x, (lengths[0] * lengths[1], inner)), kernel, bias)
     else:
         if contracted != 1:
+        if bias is not None and len(outer) != 1:
+            bias = reshape(bias, (width,))
             x = reshape(x, (*lengths, inner))
         y = ops.tensordot(x, kernel, axes=1)
-        y = y if bias is None else y + bias
+        y = y if bias is None else y + reshape(bias, (1, 1, width))
     return reshape(y, (*lengths, *outer))
