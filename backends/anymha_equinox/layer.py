@@ -59,7 +59,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
 
     The call takes the arguments of `anymha.multi_head_attention`, where ``training=None``
     means ``not layer.inference``, and Equinox's `inference`, which goes before the layer's own.
-    There `key` is the attention's; dropout takes its key as `seed`. The weights are leaves at
+    There `key` is the attention's; dropout takes its key as `seed`, or as `key`, where
+    Equinox's layers have it. The weights are leaves at
     their canonical names (``layer.query.kernel``). ``layer.config`` holds no `seed`, so that
     layers of different first values are of one tree structure.
 
@@ -121,6 +122,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             _jax.ops, self.config, self.canonical_weights(), query, value, key,
             plans=self.plans, **given,
         )  # fmt: skip
+        if _is_random(key):  # what `eqx.nn.Sequential` passes by that name
+            given["seed"], key = key if given.get("seed") is None else given["seed"], None
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
@@ -130,3 +133,11 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
         mine = self.canonical_weights()
         order = [as_stored(_jax.ops, values.get(n, old), old.dtype) for n, old in mine.items()]
         return eqx.tree_at(lambda layer: [*layer.canonical_weights().values()], self, order)
+
+
+def _is_random(key: Any) -> bool:
+    """Whether an argument `key` is a JAX key, typed or raw, and no input of the attention."""
+    if not isinstance(key, jax.Array):
+        return False
+    raw = key.dtype == jax.numpy.uint32 and key.ndim == 1
+    return raw or jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
