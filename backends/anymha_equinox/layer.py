@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
@@ -15,6 +14,7 @@ from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import (
     CallOptions,
     NativeLayer,
+    StaticOptions,
     as_stored,
     mode_of_training,
     takes_call,
@@ -82,8 +82,7 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     value: _Projection
     output: _Projection
     inference: bool  # a leaf, so that `eqx.tree_at` can set it
-    config: AttentionConfig = eqx.field(static=True)
-    plans: Plans = eqx.field(static=True)
+    options: StaticOptions = eqx.field(static=True)
     ops: ClassVar[Any] = _jax.ops
 
     @takes_options(EquinoxOptions)
@@ -95,8 +94,17 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
             setattr(self, name, projection)
         self.inference = inference
-        self.config = dataclasses.replace(config, seed=None)
-        self.plans = Plans()
+        self.options = StaticOptions(config)
+
+    @property
+    def config(self) -> AttentionConfig:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The options, without the seed."""
+        return self.options.config
+
+    @property
+    def plans(self) -> Plans:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The plans of the calls."""
+        return self.options.plans
 
     @takes_call
     def __call__(
@@ -114,6 +122,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             inference: Whether dropout is off; default the layer's own. It is ``not training``.
         """
         given: Any = call
+        if _is_random(key):  # what `eqx.nn.Sequential` passes by that name
+            given["seed"], key = key if given.get("seed") is None else given["seed"], None
         training = given.get("training")
         # Without dropout the flag does not matter, and may be traced.
         if training is not None or self.config.dropout > 0:
@@ -122,8 +132,6 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             _jax.ops, self.config, self.canonical_weights(), query, value, key,
             plans=self.plans, **given,
         )  # fmt: skip
-        if _is_random(key):  # what `eqx.nn.Sequential` passes by that name
-            given["seed"], key = key if given.get("seed") is None else given["seed"], None
 
     def canonical_weights(self) -> dict[str, jax.Array]:
         """The weights by canonical name."""
