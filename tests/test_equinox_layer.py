@@ -407,3 +407,43 @@ def test_signatures_name_every_argument():
     assert {"num_heads", "kernel_initializer", "key", "inference"} <= set(constructor)
     call = inspect.signature(MultiHeadAttention.__call__).parameters
     assert {"attention_mask", "seed", "inference"} <= set(call)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_function_as_initialiser_draws_from_a_traced_key(dtype):
+    def create(key):
+        normal = jax.nn.initializers.normal(0.02)
+        ones = jax.nn.initializers.ones
+        return make(
+            seed=None, key=key, dtype=dtype, kernel_initializer=normal, bias_initializer=ones
+        )
+
+    keys = jax.random.split(KEY, 3)
+    layers = eqx.filter_vmap(create)(keys)
+    for i, key in enumerate(keys):
+        one, wanted = (eqx.filter(layer, eqx.is_array) for layer in (layers, create(key)))
+        for got, want in zip(jax.tree.leaves(one), jax.tree.leaves(wanted), strict=True):
+            assert got.dtype == want.dtype == jnp.dtype(dtype)
+            np.testing.assert_allclose(got[i].astype("float32"), want.astype("float32"), rtol=1e-2)
+    assert eqx.filter_eval_shape(create, KEY).query.kernel.shape == (8, 2, 4)
+
+
+@pytest.mark.parametrize("key", [KEY, jax.random.key_data(KEY)], ids=["typed", "raw"])
+def test_key_for_dropout_is_taken_by_the_name_that_layers_of_equinox_have(key):
+    layer, x = make(dropout=0.5), jnp.ones((1, 3, 8))
+    same(layer(x, key=key), layer(x, seed=key))
+    model = eqx.nn.Sequential([layer, eqx.nn.Lambda(jax.nn.relu)])
+    own, _ = jax.random.split(key, 2)
+    same(model(x, key=key), jax.nn.relu(layer(x, seed=own)))
+    same(layer(x, x, x, seed=3), layer(x, seed=3))
+
+
+def test_layers_of_different_names_and_initialisers_have_one_structure():
+    layers = [
+        make(seed=i, name=f"layer_{i}", kernel_initializer=jax.nn.initializers.normal(0.02))
+        for i in range(2)
+    ]
+    arrays = [eqx.filter(layer, eqx.is_array) for layer in layers]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
+    assert stacked.query.kernel.shape == (2, 8, 2, 4)
+    assert [layer.config.name for layer in layers] == ["layer_0", "layer_1"]

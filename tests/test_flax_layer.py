@@ -485,3 +485,26 @@ def test_signatures_name_every_argument():
     assert {"num_heads", "kernel_initializer", "rngs", "deterministic"} <= set(constructor)
     call = inspect.signature(MultiHeadAttention.__call__).parameters
     assert {"attention_mask", "seed", "deterministic", "rngs"} <= set(call)
+
+
+def test_partitioned_initialisers_say_how_weights_are_shared_out():
+    kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "h"))
+    bias = nnx.with_metadata(nnx.initializers.zeros, of="bias")
+    mesh = jax.make_mesh((1,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    options = {"query_features": 8, "kernel_initializer": kernel, "bias_initializer": bias}
+    with jax.set_mesh(mesh):
+        layer = MultiHeadAttention(2, 4, **options, rngs=nnx.Rngs(0))
+        specs = nnx.get_partition_spec(nnx.state(layer, nnx.Param))
+    assert "'h'" in str(specs["output"]["kernel"])
+    assert layer.value.bias.get_metadata("of") == "bias"
+    options |= {"kernel_initializer": nnx.initializers.lecun_normal(), "bias_initializer": "zeros"}
+    unboxed = MultiHeadAttention(2, 4, **options, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.query.kernel[...], unboxed.query.kernel[...])
+
+
+def test_boxed_values_are_refused_in_words_elsewhere():
+    kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "h"))
+    with pytest.raises(ConfigError, match=r"`kernel_initializer` must give an array.*Metadata"):
+        anymha.MultiHeadAttention(
+            2, 4, query_features=8, seed=0, kernel_initializer=kernel, backend="jax"
+        )

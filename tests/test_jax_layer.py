@@ -489,3 +489,57 @@ def test_arrays_of_another_framework_are_refused():
         make()(X)
     with pytest.raises(MixedBackendsError, match=r"`value_mask` must be an array of jax"):
         make()(jnp.asarray(X), value_mask=np.ones((2, 5), bool))
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": "float64"}], ids=["float32", "float64"])
+def test_no_rank_is_promoted(options):
+    layer = make(output_shape=(2, 3), **options)
+    call = {"use_causal_mask": True, "attention_bias": jnp.ones(5)}
+    with jax.numpy_rank_promotion("raise"):
+        output = layer(jnp.asarray(X), **call)
+        jax.jit(jax.grad(lambda layer, x: layer(x, **call).sum()))(layer, jnp.asarray(X))
+    assert output.shape == (2, 5, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda i: {"name": f"layer_{i}"},
+        lambda i: {"kernel_initializer": jax.nn.initializers.normal(0.02)},
+        lambda i: {"kernel_initializer": {"class_name": "Ones"} if i else "zeros"},
+        lambda i: {"bias_initializer": lambda shape, dtype: np.full(shape, i)},
+    ],
+    ids=["names", "functions", "options", "biases"],
+)
+def test_layers_of_different_names_and_initialisers_stack(options):
+    layers = [MultiHeadAttention(2, 4, query_features=8, seed=i, **options(i)) for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    outputs = jax.vmap(lambda layer: layer(jnp.asarray(X)))(stacked)
+    for output, layer in zip(outputs, layers, strict=True):
+        close(output, layer(jnp.asarray(X)))
+    name = layers[0].config.name
+    assert stacked.config.name == jax.tree.map(lambda w: w, layers[0]).config.name == name
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": "float64"}], ids=["float32", "float64"])
+def test_constants_of_numpy_are_masks_within_jit(options):
+    layer, rng = make(**options), np.random.default_rng(0)
+    masks = {
+        "attention_mask": np.tril(np.ones((5, 5), bool)),
+        "value_mask": rng.random((2, 5)) < 0.8,
+        "attention_bias": rng.standard_normal((2, 1, 5, 5)),
+    }
+    if not options:
+        masks["attention_bias"] = masks["attention_bias"].astype("float32")
+    with jax.enable_x64(bool(options)):
+        arrays = {name: jnp.asarray(mask) for name, mask in masks.items()}
+    wanted = layer(jnp.asarray(X), **arrays)
+    close(jax.jit(lambda x: layer(x, **masks))(jnp.asarray(X)), wanted)
+    with pytest.raises(DtypeError, match="`value_mask` must be boolean"):
+        jax.jit(lambda x: layer(x, value_mask=np.ones((2, 5), "int32")))(jnp.asarray(X))
+
+
+def test_sparse_inputs_are_refused_in_words():
+    sparse = pytest.importorskip("jax.experimental.sparse")
+    with pytest.raises(ArgumentError, match="`query` must be a dense array of jax"):
+        make()(sparse.BCOO.fromdense(jnp.asarray(X)))

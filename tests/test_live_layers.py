@@ -463,3 +463,38 @@ def test_state_of_another_kind_beside_the_weights_means_nothing() -> None:
     assert list(anymha.get_weights(layer)) == list(
         anymha.get_weights(torch.nn.MultiheadAttention(8, 2))
     )
+
+
+def test_lora_of_a_keras_layer_is_part_of_its_kernels() -> None:
+    keras = need("keras")
+    theirs = keras.layers.MultiHeadAttention(2, 4)
+    theirs.build((2, 5, 8), (2, 5, 8))
+    before = anymha.get_weights(theirs)
+    for dense in (theirs.query_dense, theirs.output_dense):
+        dense.enable_lora(2)
+        dense.lora_kernel_b.assign(np.ones(dense.lora_kernel_b.shape, "float32"))
+    after = anymha.get_weights(theirs)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"query.kernel", "output.kernel"}
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32")
+    ours = anymha.convert(theirs, to="numpy")
+    np.testing.assert_allclose(ours(x), numbers(theirs(x, x)), atol=1e-5)
+    with pytest.raises(WeightsError, match=r"query, attention_output cannot be set: LoRA"):
+        anymha.set_weights(theirs, before)
+    assert bits(anymha.get_weights(theirs)) == bits(after)
+
+
+def test_state_of_a_flax_layer_is_read() -> None:
+    need("flax")
+    nnx: Any = importlib.import_module("flax.nnx")
+    layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+    state = nnx.state(layer, nnx.Param)
+    weights, _ = anymha.to_canonical(state, layout="flax.nnx.MultiHeadAttention")
+    assert bits(weights) == bits(anymha.get_weights(layer))
+    linen: Any = importlib.import_module("flax.linen")
+    boxed = {
+        name: {part: linen.Partitioned(x[...], (None,)) for part, x in one.items()}
+        for name, one in state.items()
+    }
+    again, _ = anymha.to_canonical(boxed, layout="flax.nnx.MultiHeadAttention")
+    assert bits(again) == bits(weights)

@@ -200,3 +200,22 @@ def test_kept_projections_are_those_of_the_names_and_the_options() -> None:
     np.testing.assert_array_equal(after, copy.deepcopy(layer)(x))
     layer.config = dataclasses.replace(layer.config, compute_dtype="float16")
     np.testing.assert_array_equal(layer(x), copy.deepcopy(layer)(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_small_numbers_vanish_whatever_numpy_is_told(dtype):
+    layer = make(dtype=dtype)
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(dtype) * 100
+    call = {"use_causal_mask": True, "value_mask": np.ones((2, 5), bool)}
+    wanted, pullback = layer.vjp(x, **call)
+    slopes = pullback(np.ones_like(wanted))
+    with np.errstate(all="raise"):
+        np.testing.assert_array_equal(layer(x, **call), wanted)
+        result, pullback = layer.vjp(x, **call)
+        for name, slope in pullback(np.ones_like(result)).items():
+            np.testing.assert_array_equal(slope, slopes[name])
+
+
+def test_overflow_is_an_error_where_numpy_is_told_so():
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
+        make()(np.full((1, 3, 8), 3e38, "float32"))

@@ -38,6 +38,8 @@ class Capabilities:
             hashable: class, dtype, device. Calls of equal keys and shapes are checked once.
         is_tracing: ``is_tracing()``: whether a compiler runs the call now, for which nothing is to
             be kept.
+        constants: ``constants(query, arrays)`` is the dict `arrays` of a call's masks, with NumPy's
+            arrays as the framework's where `query` is traced.
         compile: ``compile(function)`` of a function of a dict of arrays is the same function,
             compiled; for backends whose single functions are slow.
         seed_array: ``seed_array(seed)`` of an int is an array that `seed_words` turns into the
@@ -78,6 +80,7 @@ class Capabilities:
 
     array_key: Callable[[Array], Hashable] | None = None
     is_tracing: Callable[[], bool] | None = None
+    constants: Function | None = None
     compile: Function | None = None
     seed_array: Callable[[int], Array] | None = None
     vjp: Function | None = None

@@ -113,6 +113,9 @@ def multi_head_attention(
     if call or observe is not None:
         flags, offset, seed, draw_seed = _read_call(ops, config, call, masks, observe)
 
+    if masks and ops.capabilities.constants is not None:
+        masks = ops.capabilities.constants(query, masks)
+
     projections = cast(Projections, weights) if type(weights) is Projections else None
     kind = _kind_of(config, weights) if projections is None else projections.kind
     planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
@@ -523,13 +526,13 @@ def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, contracted: i
     linear = ops.capabilities.linear
     if len(shape) != 2 or contracted != 1:
         kernel = reshape(kernel, (inner, width))
-    if bias is not None and len(outer) != 1:
-        bias = reshape(bias, (width,))
     if linear is not None:
+        if bias is not None and len(outer) != 1:
+            bias = reshape(bias, (width,))
         y = linear(reshape(x, (lengths[0] * lengths[1], inner)), kernel, bias)
     else:
         if contracted != 1:
             x = reshape(x, (*lengths, inner))
         y = ops.tensordot(x, kernel, axes=1)
-        y = y if bias is None else y + bias
+        y = y if bias is None else y + reshape(bias, (1, 1, width))
     return reshape(y, (*lengths, *outer))

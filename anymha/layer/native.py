@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
 
@@ -170,6 +170,35 @@ Raises:
     DtypeError: a mask is not boolean, or an input is not floating.
     MixedBackendsError: an array is of another framework.
 """
+
+
+class StaticOptions:
+    """A layer's options and plans as static metadata of a pytree.
+
+    Two are equal whatever their layers' names, seeds and initialisers are, so that these layers
+    can be stacked.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self.config = replace(config, seed=None)
+        self.plans = Plans()
+        plain = {"name": None, "kernel_initializer": "zeros", "bias_initializer": "zeros"}
+        self._compared = replace(self.config, **plain)
+        self._hash = hash(self._compared)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, StaticOptions) and self._compared == other._compared
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return repr(self.config)
+
+    def __reduce__(self) -> Any:
+        return StaticOptions, (self.config,)
 
 
 class NativeLayer:

@@ -68,17 +68,24 @@ def initial_weights(
         initializer = getattr(config, argument)
         known = isinstance(initializer, Initializer)
         own = getattr(initializer, "seed", None) if known else None
-        spawn_key = (NAMES.index(name),)
-        sequence = np.random.SeedSequence(abs(seed if own is None else own), spawn_key=spawn_key)
+        sequence = _sequence(name, seed if own is None else own)
         if known:
             rng = np.random.Generator(np.random.PCG64(sequence))
             values[name] = initializer.values(rng, shape, _fans(name, shape))
         else:
-            word = int(sequence.generate_state(1)[0]) >> 1
-            dtype = accumulation_dtype(config.dtype)
-            called = _called(initializer, argument, shape, _matrix(name, shape), dtype, word, ops)
+            word, dtype = word_of(name, seed), accumulation_dtype(config.dtype)
+            called = _called(initializer, argument, shape, as_matrix(name, shape), dtype, word, ops)
             values[name] = np.reshape(called, shape)
     return values
+
+
+def _sequence(name: str, seed: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(abs(seed), spawn_key=(NAMES.index(name),))
+
+
+def word_of(name: str, seed: int) -> int:
+    """The 31 bits that the user's own initialiser of a weight draws from."""
+    return int(_sequence(name, seed).generate_state(1)[0]) >> 1
 
 
 def regularization_loss(ops: Ops, config: AttentionConfig, weights: Mapping[str, Array]) -> Array:
@@ -107,7 +114,7 @@ def regularization_loss(ops: Ops, config: AttentionConfig, weights: Mapping[str,
                 continue
             as_matrix = isinstance(regularizer, Regularizer) and regularizer.as_matrix
             if as_matrix and name.endswith("kernel"):
-                weight = ops.reshape(weight, _matrix(name, tuple(weight.shape)))
+                weight = ops.reshape(weight, as_matrix(name, tuple(weight.shape)))
             losses.append(penalty(ops, regularizer, weight, argument))
         return losses
 
@@ -167,7 +174,7 @@ def _working_dtype(config: AttentionConfig, weight: Array) -> str:
     return "float64" if "float64" in dtypes else "float32"
 
 
-def _matrix(name: str, shape: Shape) -> Shape:
+def as_matrix(name: str, shape: Shape) -> Shape:
     """A kernel's shape as the projection's matrix, (fan in, fan out); of a bias its length."""
     projection, _, part = name.partition(".")
     if part == "bias":
@@ -179,7 +186,7 @@ def _matrix(name: str, shape: Shape) -> Shape:
 def _fans(name: str, shape: Shape) -> tuple[int, int]:
     """Those of the projection as a matrix; of biases as Keras has them: their last two axes."""
     if name.endswith("kernel"):
-        inputs, outputs = _matrix(name, shape)
+        inputs, outputs = as_matrix(name, shape)
         return inputs, outputs
     *receptive, inputs, outputs = (1, *shape) if len(shape) > 1 else (*shape, *shape)
     return math.prod(receptive) * inputs, math.prod(receptive) * outputs
@@ -205,6 +212,8 @@ def _called(
             f"names. Received: {function!r}."
         )
     values = np.asarray(ops.to_numpy(found) if ops and ops.is_array(found) else found)
+    if values.dtype == object:
+        raise ConfigError(f"`{argument}` must give an array. Received: {type(found).__qualname__}.")
     if values.shape != expected or not np.all(np.isfinite(values.astype(np.float64))):
         raise ConfigError(
             f"`{argument}` must give finite numbers of shape {expected}. Received: shape "

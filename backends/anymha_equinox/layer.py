@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
@@ -15,6 +14,7 @@ from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import (
     CallOptions,
     NativeLayer,
+    StaticOptions,
     as_stored,
     mode_of_training,
     takes_call,
@@ -59,7 +59,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
 
     The call takes the arguments of `anymha.multi_head_attention`, where ``training=None``
     means ``not layer.inference``, and Equinox's `inference`, which goes before the layer's own.
-    There `key` is the attention's; dropout takes its key as `seed`. The weights are leaves at
+    There `key` is the attention's; dropout takes its key as `seed`, or as `key`, where
+    Equinox's layers have it. The weights are leaves at
     their canonical names (``layer.query.kernel``). ``layer.config`` holds no `seed`, so that
     layers of different first values are of one tree structure.
 
@@ -81,8 +82,7 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     value: _Projection
     output: _Projection
     inference: bool  # a leaf, so that `eqx.tree_at` can set it
-    config: AttentionConfig = eqx.field(static=True)
-    plans: Plans = eqx.field(static=True)
+    options: StaticOptions = eqx.field(static=True)
     ops: ClassVar[Any] = _jax.ops
 
     @takes_options(EquinoxOptions)
@@ -94,8 +94,17 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
             setattr(self, name, projection)
         self.inference = inference
-        self.config = dataclasses.replace(config, seed=None)
-        self.plans = Plans()
+        self.options = StaticOptions(config)
+
+    @property
+    def config(self) -> AttentionConfig:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The options, without the seed."""
+        return self.options.config
+
+    @property
+    def plans(self) -> Plans:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The plans of the calls."""
+        return self.options.plans
 
     @takes_call
     def __call__(
@@ -113,6 +122,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             inference: Whether dropout is off; default the layer's own. It is ``not training``.
         """
         given: Any = call
+        if _is_random(key):  # what `eqx.nn.Sequential` passes by that name
+            given["seed"], key = key if given.get("seed") is None else given["seed"], None
         training = given.get("training")
         # Without dropout the flag does not matter, and may be traced.
         if training is not None or self.config.dropout > 0:
@@ -130,3 +141,11 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
         mine = self.canonical_weights()
         order = [as_stored(_jax.ops, values.get(n, old), old.dtype) for n, old in mine.items()]
         return eqx.tree_at(lambda layer: [*layer.canonical_weights().values()], self, order)
+
+
+def _is_random(key: Any) -> bool:
+    """Whether an argument `key` is a JAX key, typed or raw, and no input of the attention."""
+    if not isinstance(key, jax.Array):
+        return False
+    raw = key.dtype == jax.numpy.uint32 and key.ndim == 1
+    return raw or jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)

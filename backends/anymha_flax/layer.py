@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class _Projection(nnx.Module):
     kernel: nnx.Param[jax.Array]
     bias: nnx.Param[jax.Array] | None
 
-    def __init__(self, kernel: jax.Array, bias: jax.Array | None) -> None:
+    def __init__(self, kernel: Any, bias: Any) -> None:
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
@@ -111,7 +113,16 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
     ) -> None:
         draws = rngs is not None and config.seed is None
         key = _stream(rngs, "params")() if draws else None
-        weights = _jax.layer(**config.to_dict(), key=key).weights
+        boxes: dict[str, nnx.VariableMetadata[Any]] = {}
+        options = config.to_dict()
+        for part in ("kernel", "bias"):
+            initializer = options[f"{part}_initializer"]
+            if callable(initializer):
+                options[f"{part}_initializer"] = _unboxed(initializer, part, boxes)
+        weights = _jax.layer(**options, key=key).weights
+        for name, value in weights.items():
+            box = boxes.get(name.partition(".")[2])
+            weights[name] = value if box is None else dataclasses.replace(box, raw_value=value)
         self.config = config
         self.plans = Plans()
         self.deterministic = deterministic
@@ -164,6 +175,19 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
         for name, value in values.items():
             params[name][...] = as_stored(_jax.ops, value, params[name].dtype)
         return self
+
+
+def _unboxed(function: Any, part: str, boxes: dict[str, Any]) -> Any:
+    """An initialiser that gives arrays; what `nnx.with_partitioning` adds to them is kept."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        if isinstance(found, nnx.VariableMetadata):
+            boxes[part], found = found, found.raw_value
+        return found
+
+    return wrapper
 
 
 def _stream(rngs: Any, name: str) -> nnx.RngStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 from jax.core import Tracer
 
 from anymha.errors import ArgumentError, ConfigError
+from anymha.framework.dtypes import accumulation_dtype
 from anymha.layer.native import first_weights
+from anymha.layer.weights import STYLES, as_matrix, word_of
 from anymha.options.config import AttentionConfig
-from anymha_jax import ops
+from anymha_jax import float64, ops
 
 
 def first_values(config: AttentionConfig, key: Any) -> dict[str, Any]:
@@ -41,26 +44,35 @@ def first_values(config: AttentionConfig, key: Any) -> dict[str, Any]:
 def _traced(config: AttentionConfig, words: jax.Array) -> dict[str, jax.Array]:
     """The values that the words stand for: NumPy's, so that a key gives the same ones anywhere."""
     dtype = np.dtype(ops.dtype(config.dtype))
+    functions = _functions(config)
+    plain = dataclasses.replace(config, **dict.fromkeys(functions, "zeros"))
     # A callback has no float64 in a float32 program; its bits have.
     split = dtype == np.float64
 
     def draw(words: Any) -> dict[str, np.ndarray]:
-        _check_no_callable(config)
-        values = first_weights(config, (), lambda: _integer(words), ops)
-        rounded = {name: value.astype(dtype) for name, value in values.items()}
-        if not split:
-            return rounded
-        return {name: value[..., None].view(np.uint32) for name, value in rounded.items()}
+        values = first_weights(plain, (), lambda: _integer(words), ops)
+        drawn = {name: value.astype(dtype) for name, value in values.items()}
+        if split:
+            drawn = {name: value[..., None].view(np.uint32) for name, value in drawn.items()}
+        own = {n: np.uint32(word_of(n, _integer(words))) for n in values if _kind(n) in functions}
+        return drawn | own
 
+    word = jax.ShapeDtypeStruct((), np.uint32)
     shapes = {
         name: jax.ShapeDtypeStruct((*shape, 2) if split else shape, np.uint32 if split else dtype)
         for name, shape in config.weight_shapes().items()
-    }
+    } | {n: word for n in config.weight_shapes() if _kind(n) in functions}
     drawn = jax.pure_callback(draw, shapes, words, vmap_method="sequential")
-    if not split:
-        return drawn
-    with jax.enable_x64(True):
-        return {n: jax.lax.bitcast_convert_type(bits, jnp.float64) for n, bits in drawn.items()}
+    with jax.enable_x64(split or float64.exists()):
+        for name, shape in config.weight_shapes().items():
+            if _kind(name) in functions:
+                key = jax.random.key(drawn[name])
+                working = jnp.dtype(accumulation_dtype(config.dtype))
+                values = functions[_kind(name)](key, as_matrix(name, shape), working)
+                drawn[name] = jnp.reshape(values, shape).astype(dtype)
+            elif split:
+                drawn[name] = jax.lax.bitcast_convert_type(drawn[name], jnp.float64)
+    return drawn
 
 
 def _words(key: Any) -> jax.Array:
@@ -82,12 +94,26 @@ def _integer(words: Any) -> int:
     return int.from_bytes(np.asarray(words).astype(">u4").tobytes(), "big")
 
 
-def _check_no_callable(config: AttentionConfig) -> None:
+def _kind(name: str) -> str:
+    """The option that has the initialiser of a weight."""
+    return f"{name.partition('.')[2]}_initializer"
+
+
+def _functions(config: AttentionConfig) -> dict[str, Any]:
+    """The initialisers that are functions of the user's, by option.
+
+    Raises:
+        ConfigError: one takes no key, and so cannot draw from one that is traced.
+    """
+    found = {}
     for name in ("kernel_initializer", "bias_initializer"):
         initializer = getattr(config, name)
         if not dataclasses.is_dataclass(initializer):
-            raise ConfigError(
-                f"`{name}` is a function, which may run JAX, and cannot draw from a traced key. "
-                f"Received: {initializer!r}. Pass `seed`, or make the layer outside of the "
-                "transformation."
-            )
+            if "key" not in inspect.signature(initializer).parameters:
+                raise ConfigError(
+                    f"`{name}` is a function, which to draw from a traced key must be callable as "
+                    f"{STYLES['key']}. Received: {initializer!r}. Pass `seed`, or make the layer "
+                    "outside of the transformation."
+                )
+            found[name] = initializer
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, Unpack
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 
 from anymha.errors import ConfigError
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, NativeLayer, takes_call, takes_options
-from anymha.layer.plan import Plans
+from anymha.layer.native import CallOptions, NativeLayer, StaticOptions, takes_call, takes_options
 from anymha.options.config import AttentionConfig, shown_options
 from anymha_jax import float64, ops
 from anymha_jax.initial import first_values
@@ -50,7 +48,7 @@ class MultiHeadAttention(NativeLayer):
 
     ops = ops
     weights: dict[str, jax.Array]
-    _static: tuple[AttentionConfig, Plans]
+    _static: StaticOptions
 
     @takes_options(JaxOptions)
     def __init__(self, config: AttentionConfig, *, key: jax.Array | None = None) -> None:
@@ -59,12 +57,12 @@ class MultiHeadAttention(NativeLayer):
                 "`query_features`, the width of the query input, is needed: a pytree cannot grow "
                 "weights at a call. Received: None. Pass it to the constructor."
             )
-        # Layers that differ in nothing but their first values have one tree structure.
-        static = config if config.seed is None else dataclasses.replace(config, seed=None)
-        self._set(config, (static, Plans()), _arrays(config, first_values(config, key)))
+        self._set(config, StaticOptions(config), _arrays(config, first_values(config, key)))
 
-    def _set(self, config: AttentionConfig, static: Any, weights: Mapping[str, Any]) -> Self:
-        vars(self).update(config=config, weights=weights, plans=static[1], _static=static)
+    def _set(
+        self, config: AttentionConfig, static: StaticOptions, weights: Mapping[str, Any]
+    ) -> Self:
+        vars(self).update(config=config, weights=weights, plans=static.plans, _static=static)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -82,7 +80,7 @@ class MultiHeadAttention(NativeLayer):
         **call: Unpack[CallOptions[jax.Array]],
     ) -> Any:
         return multi_head_attention(
-            ops, self._static[0], self.weights, query, value, key, plans=self.plans, **call
+            ops, self._static.config, self.weights, query, value, key, plans=self.plans, **call
         )
 
     def canonical_weights(self) -> dict[str, jax.Array]:
@@ -105,7 +103,7 @@ class MultiHeadAttention(NativeLayer):
     def tree_unflatten(cls, auxiliary: Any, leaves: Any) -> MultiHeadAttention:
         static, names = auxiliary
         weights = dict(zip(names, leaves, strict=True))
-        return object.__new__(cls)._set(static[0], static, weights)
+        return object.__new__(cls)._set(static.config, static, weights)
 
     def __repr__(self) -> str:
         shapes = {name: jnp.shape(leaf) for name, leaf in self.weights.items()}

@@ -107,6 +107,12 @@ def from_numpy(x, /):
         return jnp.asarray(x)
 
 
+def constants(query, arrays, /):
+    if not isinstance(query, jax.core.Tracer):
+        return arrays
+    return {n: from_numpy(x) if type(x) is np.ndarray else x for n, x in arrays.items()}
+
+
 def seed_words(seed, /):
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         seed = jax.random.key_data(seed)
@@ -148,6 +154,7 @@ def vjp(function, arrays, cotangents, /):
 
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
+    constants=constants,
     compile=compile,
     seed_array=seed_array,
     vjp=vjp,

@@ -28,6 +28,10 @@ EXACT = ("float32", "float64")
 """The dtypes of weights that are computed with as they are."""
 
 
+_where_small_numbers_vanish = np.errstate(under="ignore")
+"""Decorates what `np.seterr` must not stop at a number so small that it becomes zero."""
+
+
 class MultiHeadAttention(NativeLayer):
     """Multi-head attention on NumPy arrays.
 
@@ -66,9 +70,15 @@ class MultiHeadAttention(NativeLayer):
         **call: Unpack[CallOptions[np.ndarray]],
     ) -> Any:
         weights: Any = self._prepared() if self.weights else self._build
-        return multi_head_attention(
-            ops, self.config, weights, query, value, key, plans=self.plans, **call
-        )
+        try:
+            return multi_head_attention(
+                ops, self.config, weights, query, value, key, plans=self.plans, **call
+            )
+        except FloatingPointError:
+            with np.errstate(under="ignore"):  # around each call it would take time
+                return multi_head_attention(
+                    ops, self.config, weights, query, value, key, plans=self.plans, **call
+                )
 
     def __repr__(self) -> str:
         return f"MultiHeadAttention({shown_options(self.config)})"
@@ -105,6 +115,7 @@ class MultiHeadAttention(NativeLayer):
         self.plans.prepared = config, names, list(arrays), projections
         return projections
 
+    @_where_small_numbers_vanish
     def vjp(
         self,
         query: Any,
@@ -151,7 +162,8 @@ class MultiHeadAttention(NativeLayer):
                 variables["key"] = variables["query"]
             return multi_head_attention(tape, self.config, weights, **variables, **rest)
 
-        return vjp(ops, function, arrays)
+        result, pullback = vjp(ops, function, arrays)
+        return result, _where_small_numbers_vanish(pullback)
 
     def regularization_loss(self) -> np.ndarray:
         """The sum of the penalties of all weights; 0 where there are no regularisers."""

@@ -170,15 +170,20 @@ def from_canonical(
     return get_layout(layout).from_canonical(weights, config, extras=extras, form=form)
 
 
+WRAPPED = ("get_value", "unbox")
+"""The methods that give the array of a variable of `flax.nnx`, and of a box of `flax.linen`."""
+
+
 def flat_arrays(arrays: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict."""
+    """Nested dicts as one dict, with the arrays that Flax's variables and boxes hold."""
     flat: dict[str, Any] = {}
     for name, value in arrays.items():
         path = prefix + (separator.join(name) if isinstance(name, tuple) else str(name))
         if isinstance(value, Mapping):
             flat |= flat_arrays(value, separator, path + separator)
         else:
-            flat[path] = value
+            unwrap = next(filter(None, (getattr(value, name, None) for name in WRAPPED)), None)
+            flat[path] = value if unwrap is None else unwrap()
     return flat
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import LayoutError
+from anymha.errors import LayoutError, WeightsError
 from anymha.framework.dtypes import FLOATING
 from anymha.framework.registry import as_numpy
 from anymha.interchange.live_layer import LiveLayer
@@ -28,10 +28,22 @@ def open_layer(layer: Any, layout: str) -> LiveLayer:
         options["compute_dtype"] = layer.compute_dtype
 
     def write(arrays: Mapping[str, np.ndarray]) -> Any:
+        if merged:
+            raise WeightsError(
+                f"The kernels of {', '.join(merged)} cannot be set: LoRA is enabled, and makes "
+                "each of three variables. Set the weights before `enable_lora`, or save and load "
+                "the layer, which merges them."
+            )
         _assign(variables, arrays)
         return layer
 
+    sublayers = layer._flatten_layers(include_self=False)
+    lora = [dense for dense in sublayers if getattr(dense, "lora_enabled", False)]
+    merged = {dense.path.split("/")[-1]: dense for dense in lora}
     arrays = {name: variable.value for name, variable in variables.items()}
+    for name, dense in merged.items():  # its kernel with what LoRA adds
+        arrays = {n: x for n, x in arrays.items() if not n.startswith(f"{name}/lora_")}
+        arrays[f"{name}/kernel"] = dense.kernel
     return LiveLayer(layout, arrays, write, {}, options)
 
 
