@@ -84,6 +84,27 @@ def multiplied() -> bytes:
     return b"\x80\x02]q\0(" + b"N" * 11_000 + b"e" + copy * 1_000 + b"."
 
 
+def repeated(made: bytes, use: bytes, count: int) -> bytes:
+    """A pickle that makes something, as memo 1, and uses it many times."""
+    return b"\x80\x02" + made + b"q\1" + b"(" + use * count + b"t."
+
+
+ITEMS = b"K\1" * 100_000
+PAIRS = b"K\1K\1\x86q\0](" + b"h\0" * 100_000 + b"e"
+ORDERED = b"ccollections\nOrderedDict\nh\1\x85R"
+LONG_TEXT = text("x" * 10**6)
+
+
+def colliding() -> bytes:
+    """A dict of numbers that all have the hash 0."""
+    keys = (n * (2**61 - 1) for n in range(1, 40_000))
+    return (
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0a" + k.to_bytes(10, "little") + b"N" for k in keys)
+        + b"u."
+    )
+
+
 def shared_tensors(count: int, key: Callable[[int], str]) -> bytes:
     """Tensors that all have the elements of one storage of a million."""
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu")
@@ -214,6 +235,25 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "numbers of a pickle": (torch_of(b"\x80\x02" + b"K\1" * (30 * 2**20) + b"."), "a/data.pkl' cl"),
     "steps of a pickle": (torch_of(b"\x80\x02" + b"}" * 2**21, packed=False), "takes more than"),
     "nested key": (torch_of(nested_key()), "a key of a dict is neither a text nor a number"),
+    "pairs again and again": (torch_of(repeated(PAIRS, ORDERED, 20_000)), "takes more than"),
+    "arguments": (
+        torch_of(repeated(b"(" + ITEMS + b"t", b"cnumpy\ndtype\nh\1R", 50_000)),
+        "takes more than",
+    ),
+    "a text's letters": (
+        torch_of(repeated(LONG_TEXT, b"ctorch\nSize\nh\1\x85R", 1000), packed=False),
+        "takes more than",
+    ),
+    "long key": (
+        torch_of(repeated(b"(" + ITEMS + b"t", b"}h\1Ns", 20_000)),
+        "a key of a dict is neither",
+    ),
+    "key of calls": (
+        torch_of(repeated(b"(" + b"ctorch\nSize\n" * 90 + b"t", b"}h\1Ns", 20_000)),
+        "a key of a dict",
+    ),
+    "long text as a key": (torch_of(repeated(LONG_TEXT, b"}h\1Ns", 9)), "is too long"),
+    "keys of one hash": (torch_of(colliding()), "a key of a dict is a number beyond"),
     "multiplied list": (torch_of(multiplied()), "its pickle takes more than"),
     "shared tensors": (
         torch_of(shared_tensors(10_000, str), packed=False, **{"0": bytes(2**20)}),

@@ -3,7 +3,8 @@
 A pickle is a program for a small machine that may call anything. This machine knows how to build
 dicts, lists, tuples, texts and numbers, and of all functions those below, which describe tensors;
 it imports nothing and calls nothing. Another name in the file is an error. The number of its steps
-bounds time and memory: what copies a list takes a step for each item. Values may lie in one another
+bounds time and memory: a call takes a step for each item of its arguments, and for each in one that
+is a text, list, tuple or dict. Values may lie in one another
 as deep as they like, as nothing here descends into them; keys of dicts may not, as Python would.
 
 References:
@@ -19,11 +20,15 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from anymha.interchange.files.reader import MAX_AXES
+from anymha.interchange.files.reader import MAX_AXES, MAX_NAME
 from anymha.text import quoted, shown
 
 MAX_STEPS = 1_500_000
 """A tensor takes about 33 steps."""
+MAX_KEY = 16
+"""The most items of a tuple that is a key of a dict."""
+MAX_NUMBER = 2**53
+"""The greatest number that is a key, as thousands of greater ones may have the same hash."""
 MARK = object()
 
 
@@ -121,8 +126,17 @@ def _dict(pairs: Any = ()) -> dict[Any, Any]:
 def _key(key: Any) -> Any:
     """A key of a dict; Python descends into a tuple without end to find its hash."""
     parts = key if isinstance(key, tuple) else (key,)
-    if not all(isinstance(part, _KEYS) for part in parts):
-        raise RefusedPickle("a key of a dict is neither a text nor a number, nor a tuple of these")
+    kinds = _PLAIN if isinstance(key, tuple) else _KEYS
+    if len(parts) > MAX_KEY or not all(isinstance(part, kinds) for part in parts):
+        raise RefusedPickle(
+            "a key of a dict is neither a text nor a number, nor a tuple of these, of up to "
+            f"{MAX_KEY}"
+        )
+    for part in parts:
+        if isinstance(part, (str, bytes)) and len(part) > MAX_NAME:
+            raise RefusedPickle(f"its name {quoted(part)} is too long")
+        if isinstance(part, (int, float)) and abs(part) > MAX_NUMBER:
+            raise RefusedPickle(f"a key of a dict is a number beyond {MAX_NUMBER}")
     return key
 
 
@@ -169,9 +183,9 @@ _KINDS = (
 """Classes that are mentioned and not called."""
 
 
-_KEYS = (
-    str, bytes, int, float, type(None), PickledName, PickledObject, Storage, StridedTensor,
-)  # fmt: skip
+_SIZED = (str, bytes, dict, list, tuple)
+_PLAIN = (str, bytes, int, float, type(None))
+_KEYS = (*_PLAIN, PickledName, PickledObject, Storage, StridedTensor)
 
 
 def _word(value: Any) -> str:
@@ -251,13 +265,16 @@ class PickleMachine:
                     return stack.pop()
                 else:
                     self._step(name, argument)
-                if self._steps > MAX_STEPS:
-                    raise RefusedPickle(f"its pickle takes more than {MAX_STEPS} steps")
+                self._check_steps()
         except RefusedPickle:
             raise
         except _WRONG as error:
             raise RefusedPickle(f"its pickle is broken ({shown(error)})") from error
         raise RefusedPickle("its pickle is broken (pickle exhausted before seeing STOP)")
+
+    def _check_steps(self) -> None:
+        if self._steps > MAX_STEPS:
+            raise RefusedPickle(f"its pickle takes more than {MAX_STEPS} steps")
 
     def _step(self, name: str, argument: Any) -> None:
         stack, memo = self._stack, self._memo
@@ -286,11 +303,13 @@ class PickleMachine:
             stack.append(full if str(full) in self._classes else _named(*names))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
+            if isinstance(arguments, tuple) and str(function) != "_codecs.encode":
+                self._steps += len(arguments)
+                self._steps += sum(len(one) for one in arguments if isinstance(one, _SIZED))
+                self._check_steps()
             known = isinstance(function, PickledName) and str(function) in self._classes
             called = PickledObject(str(function), arguments) if known else None
             stack.append(called if called else _call(function, arguments))
-            if isinstance(stack[-1], (dict, list, tuple)):
-                self._steps += len(stack[-1])
         elif name == "BINPERSID":
             storage = _storage(stack.pop())
             self.storages[storage.key] = storage

@@ -19,7 +19,7 @@ import numpy as np
 
 from anymha.interchange.files.archive import Archive
 from anymha.interchange.files.pickles import PickleMachine, RefusedPickle, Storage, StridedTensor
-from anymha.interchange.files.reader import MAX_NAME, Reader, Tensor, fits_memory
+from anymha.interchange.files.reader import Reader, Tensor, fits_memory
 from anymha.text import quoted, shown
 
 KIND = "a torch"
@@ -176,7 +176,5 @@ def _flat(
         for key, item in value.items():
             if next(steps) == MAX_VALUES:  # dicts within dicts can name the same one many times
                 raise RefusedPickle(f"its dicts have more than {MAX_VALUES} values")
-            if isinstance(key, str) and len(key) > MAX_NAME:
-                raise RefusedPickle(f"its name {quoted(key)} is too long")
             if isinstance(key, (str, int)):
                 yield from _flat(item, (*keys, str(key)), steps)
