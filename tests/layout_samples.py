@@ -124,7 +124,9 @@ class Sample:
 
     def told(self, size: Size) -> dict[str, int]:
         """What must be told beside the arrays."""
-        return {"num_heads": self.size(size).H} if self.asks else {}
+        heads = self.size(size).H
+        # A norm as wide as the one head may be of all heads together.
+        return {"num_heads": heads} if self.asks or heads == 1 else {}
 
 
 ALL = "query/bias key/bias value/bias"

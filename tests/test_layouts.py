@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import anymha
 from anymha.errors import (
     ArgumentError,
     BiasWarning,
@@ -719,6 +720,43 @@ def test_arrays_of_grouped_heads_are_no_layer_of_a_library_without_them() -> Non
         shapes = {name: array.shape for name, array in arrays.items()}
         assert get_layout(grouped).fits(shapes) is None
         assert get_layout(single).fits(shapes) is not None
+
+
+def test_grouped_heads_are_written_in_gemma_s_form_of_them() -> None:
+    for shared, form in ((2, "grouped"), (4, "alike")):
+        arrays = by_name("transformers.llama").arrays(
+            Size(H=4, K=shared, d=2, v=2, D=8, S=8, U=8, O=8), False
+        )
+        weights, _ = to_canonical(arrays, "transformers.llama", num_heads=4)
+        written = from_canonical(dict(weights), "gemma.Attention")
+        assert written.form == form
+        same(to_canonical(written, "gemma.Attention")[0], weights)
+    with pytest.raises(LayoutError, match="one key head for each query head"):
+        from_canonical(
+            to_canonical(
+                by_name("transformers.llama").arrays(
+                    Size(H=4, K=2, d=2, v=2, D=8, S=8, U=8, O=8), False
+                ),
+                "transformers.llama",
+                num_heads=4,
+            )[0],
+            "gemma.Attention",
+            form="alike",
+        )
+
+
+def test_norm_as_wide_as_all_heads_does_not_tell_their_number() -> None:
+    arrays = by_name("transformers.llama").arrays(
+        Size(H=4, K=4, d=2, v=2, D=8, S=8, U=8, O=8), False
+    )
+    arrays |= {f"{name}_norm.weight": np.ones(8, np.float32) for name in "qk"}
+    with pytest.raises(WeightsError, match="needs `num_heads`"):
+        to_canonical(arrays, "transformers.qwen3")
+    with pytest.raises(WeightsError, match=r"Axis 0 of `q_norm\.weight` must be `head_dim`"):
+        to_canonical(arrays, "transformers.qwen3", num_heads=4)
+    assert to_canonical(arrays, "transformers.qwen3", num_heads=1)[1].num_heads == 1
+    (group,) = anymha.find_layers({f"m.0.self_attn.{n}": a for n, a in arrays.items()})
+    assert group.config is None, "the heads are open"
 
 
 def test_norms_and_sinks_of_other_heads_are_refused() -> None:

@@ -85,6 +85,61 @@ REFUSED: dict[str, tuple[str, Arrays, Arrays, str]] = {
 }  # fmt: skip
 
 
+STEPS: dict[str, tuple[str, str, Arrays, Arrays]] = {
+    "SegFormer's reduction": ("transformers.bert", PREFIX, four(*BERT), {
+        "self.sr.weight": floats(D, D, 2, 2)}),
+    "SegFormer's norm": ("transformers.bert", PREFIX, four(*BERT), {
+        "self.layer_norm.weight": floats(D)}),
+    "a norm before the output": ("transformers.llama", "m.0.self_attn.", four(*LLAMA), {
+        "attn_sub_norm.weight": floats(D)}),
+    "a gate of the attention": ("transformers.llama", "m.0.self_attn.", four(*LLAMA), {
+        "gate_proj.weight": floats(D, D)}),
+    "differential attention": ("transformers.llama", "m.0.attn.", four(*LLAMA), {
+        "lambda_q1": floats(4)}),
+    "a norm under a short name": ("transformers.llama", "m.0.attn.", four(*LLAMA), {
+        "subln.weight": floats(D)}),
+    "norms in one word": ("transformers.llama", "m.0.", four(*LLAMA), {
+        "qnorm.weight": floats(D // H), "knorm.weight": floats(D // H)}),
+    "a convolution": ("transformers.llama", "m.0.attention.", four(*LLAMA), {
+        "conv.weight": floats(D, D, 3)}),
+    "a module in a module": ("transformers.llama", "m.0.attention.", four(*LLAMA), {
+        "mix.0.linear.weight": floats(D, D)}),
+    "a norm of a layer without a prefix": ("transformers.bert", "", four(*BERT), {
+        "self.q_norm.weight": floats(D // H), "self.k_norm.weight": floats(D // H)}),
+    "a step of a layer without a prefix": ("transformers.bert", "", four(*BERT), {
+        "self.mix.0.linear.weight": floats(D, D)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "prefix", "known", "more"), STEPS.values(), ids=STEPS)
+def test_array_within_the_attention_is_refused_whatever_its_name(
+    layout: str, prefix: str, known: Arrays, more: Arrays, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.npz"
+    write(source, behind(prefix, known | more))
+    (group,) = anymha.find_layers(source)
+    assert next(iter(more)) in group.misfits[layout]
+    for named in (layout, None):
+        with pytest.raises(UsageError):
+            convert_file(source, target, named, "anymha", num_heads=H)
+    write(source, behind(prefix, known))
+    convert_file(source, target, layout, "anymha", num_heads=H)
+
+
+def test_dropout_and_the_norm_behind_the_output_are_no_steps() -> None:
+    known = four("attention.query", "attention.key", "attention.value", "output.dense")
+    more = {"output.LayerNorm.weight": floats(D), "attention.dropout.seed": floats(2)}
+    (group,) = anymha.find_layers(behind(PREFIX, known | more))
+    assert group.layout == "transformers.vit"
+    assert set(group.unknown) == set(more), "but named"
+
+
+def test_array_beside_a_layer_without_a_prefix_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.safetensors", four(*LLAMA) | {"extra.weight": floats(D)})
+    done = convert_file(source, tmp_path / "b.npz", "transformers.llama", "anymha", num_heads=H)
+    assert "left out of its layers: extra.weight." in done.notes[0]
+
+
 @pytest.mark.parametrize(("layout", "known", "more", "text"), REFUSED.values(), ids=REFUSED)
 def test_array_that_changes_results_is_refused_everywhere(
     layout: str, known: Arrays, more: Arrays, text: str, tmp_path: Path,
@@ -358,9 +413,9 @@ def test_latent_attention_in_a_file_is_named(
         convert_file(source, tmp_path / "b.npz", None, "anymha", num_heads=H)
 
 
-def test_mlp_in_the_same_module_is_no_part_of_the_attention() -> None:
+def test_mlp_in_the_same_block_is_no_part_of_the_attention() -> None:
     mlp = {f"{name}.weight": floats(D, D) for name in ("gate_proj", "ffn_gate", "mlp.gate")}
-    (group,) = anymha.find_layers(behind(PREFIX, four(*LLAMA) | mlp))
+    (group,) = anymha.find_layers(behind("m.0.", four(*LLAMA) | mlp))
     assert "transformers.llama" in [fit.name for fit in group.fits]
     assert set(group.unknown) == set(mlp), "but named"
 

@@ -183,7 +183,7 @@ def _group(path: Path, group: LayerGroup) -> Iterable[str]:
         )
     for name, reason in named[:SHOWN_MISFITS]:
         yield f"  Not {name}: {reason}"
-    if group.unknown and group.prefixes[0]:
+    if group.unknown:
         yield (
             f"  Not known to {'this layout' if group.layout else 'these layouts'}, and left out by "
             f"`anymha convert`: {listed(group.unknown)}."

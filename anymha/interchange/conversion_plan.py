@@ -217,7 +217,7 @@ def plan_conversion(
     examples: dict[Signature, ConvertedLayer] = {}
     configs = {}
     for prefix, fit in layers.items():
-        if fit.unknown and prefix:
+        if fit.unknown:
             plan.note(
                 f"Not known to {fit.name}, and left out of its layers: {listed(fit.unknown)}. "
                 "Make sure that they are no part of the attention."

@@ -26,7 +26,9 @@ from anymha.interchange.layouts import flat_arrays, get_layout, layouts
 from anymha.interchange.leftovers import (
     changed_modules,
     changes_results,
+    is_attention,
     is_buffer,
+    is_own,
     not_floats,
     refusal,
 )
@@ -76,6 +78,13 @@ class LayoutFit:
     def name(self) -> str:
         """The layout's name."""
         return self.layout.name
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of the projections in the file, that of the output last."""
+        pieces = [p for form in self.layout.forms for p in form.pieces if p.array in self.names]
+        pieces.sort(key=lambda piece: piece.holds == ("output",))
+        return list(dict.fromkeys(module_of(self.names[piece.array]) for piece in pieces))
 
     @property
     def config(self) -> AttentionConfig | None:
@@ -258,10 +267,10 @@ def find_layer_groups(
         names = [name for fit in found for name in fit.names.values()]
         names += _own_names(index, prefix, candidates, claimed)
         own = {name: tensors[prefix + name] for name in names}
-        alike = (changed.get(prefix), bool(prefix), tuple(own.items()),
+        alike = (changed.get(prefix), bool(prefix), is_attention(prefix), tuple(own.items()),
                  tuple((fit.name, fit.naming.separator) for fit in found))  # fmt: skip
         if alike not in judged:
-            judged[alike] = _judge(found, own, changed.get(prefix, ""), alone=bool(prefix))
+            judged[alike] = _judge(found, own, changed.get(prefix, ""), prefix)
         group = judged[alike]
         key = (pattern_of(prefix), group.kind, tuple(fit.name for fit in group.fits),
                tuple(group.tensors.items()), tuple(fit.unknown for fit in group.fits))  # fmt: skip
@@ -271,22 +280,22 @@ def find_layer_groups(
     return list(groups.values())
 
 
-def _judge(found: list[LayoutFit], own: Mapping[str, Tensor], kind: str, alone: bool) -> LayerGroup:
+def _judge(found: list[LayoutFit], own: Mapping[str, Tensor], kind: str, prefix: str) -> LayerGroup:
     """What a layer is, as a group without prefixes.
 
     Args:
         found: The layouts whose names it has.
         own: Its arrays by their names behind the prefix.
         kind: What its projections are where they are no plain weights.
-        alone: Whether all names behind the prefix are its own.
+        prefix: What its names begin with.
     """
-    fits = [replace(fit, unknown=_unknown(fit, own)) for fit in found]
+    fits = [replace(fit, unknown=_unknown(fit, own, prefix)) for fit in found]
     kind = kind or _narrow(found, own)
     if kind:
         return LayerGroup("", [], [], {fit.name: refusal(kind) for fit in fits}, own, kind)
-    best, misfits = select_fits(fits, alone)
+    best, misfits = select_fits(fits, prefix)
     shown = [name for fit in fits for name in fit.names.values()]
-    shown += [name for fit in best or fits if alone for name in fit.unknown]
+    shown += [name for fit in best or fits for name in fit.unknown]
     return LayerGroup("", [], best, misfits, {name: own[name] for name in shown})
 
 
@@ -341,18 +350,20 @@ def _own_names(
     ]
 
 
-def _unknown(fit: LayoutFit, own: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _unknown(fit: LayoutFit, own: Mapping[str, Tensor], prefix: str) -> tuple[str, ...]:
     """The names of a layer that a layout does not know."""
-    known = set(fit.names.values())
+    known, modules = set(fit.names.values()), fit.modules
     return tuple(
         name
         for name, tensor in own.items()
-        if name not in known and not fit.layout.is_buffer(name, tensor.shape)
+        if name not in known
+        and not fit.layout.is_buffer(name, tensor.shape)
+        and is_own(name, modules, prefix)
     )
 
 
 def select_fits(
-    candidates: list[LayoutFit], alone: bool = True
+    candidates: list[LayoutFit], prefix: str = ""
 ) -> tuple[list[LayoutFit], dict[str, str]]:
     """Split candidates into the layouts that a layer may have, and the others with the reasons.
 
@@ -361,7 +372,7 @@ def select_fits(
 
     Args:
         candidates: The layouts whose names the layer has.
-        alone: Whether all names behind the layer's prefix are its own.
+        prefix: What the layer's names begin with.
     """
     misfits: dict[str, str] = {}
     fits = []
@@ -375,7 +386,7 @@ def select_fits(
     for fit in fits:
         known = _meant(fit)
         larger = next((other for other in fits if _meant(other) > known), None)
-        reason = _left_over(fit, alone)
+        reason = _left_over(fit, prefix)
         if larger is not None:
             left = ", ".join(name for name in larger.names.values() if name not in known)
             misfits[fit.name] = f"it has no {left}, as {larger.name!r} has."
@@ -396,15 +407,14 @@ def _meant(fit: LayoutFit) -> set[str]:
     }
 
 
-def _left_over(fit: LayoutFit, alone: bool) -> str | None:
+def _left_over(fit: LayoutFit, prefix: str) -> str | None:
     """Why an array that the layout does not know speaks against it."""
     for name, reason in (fit.layout.refused or {}).items():
         if name in fit.unknown:
             return f"{fit.name} with `{name}` cannot be converted: {reason}"
-    pieces = (piece for form in fit.layout.forms for piece in form.pieces)
-    modules = {module_of(fit.names[p.array]) for p in pieces if p.array in fit.names}
+    modules = fit.modules
     for name in fit.unknown:
-        reason = changes_results(name, modules, alone)
+        reason = changes_results(name, modules, prefix)
         if reason is not None:
             return f"{reason}, and {fit.name} has no place for it."
     return None

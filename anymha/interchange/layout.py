@@ -18,7 +18,13 @@ from anymha.interchange.name_index import NameIndex
 from anymha.interchange.packing import Arrays, Sizes
 from anymha.interchange.reading import check_floats, check_plain, config_of, form_of
 from anymha.interchange.rotary_order import reordered
-from anymha.interchange.sizes import Shapes, StatedSizes, possible_heads, solve_sizes
+from anymha.interchange.sizes import (
+    HEADS_APART,
+    Shapes,
+    StatedSizes,
+    possible_heads,
+    solve_sizes,
+)
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, check_weights, with_layout_biases
 from anymha.layer.weights import NAMES
@@ -242,11 +248,25 @@ class Layout:
             shape = shapes.get(extra.array, ())
             if extra.shows is not None and len(shape) > extra.shows[1]:
                 name, axis = extra.shows
-                if heads is None and head_dim is None:
+                # A norm as wide as all heads together may be one of all of them, as OLMo 2's.
+                whole = name == "head_dim" and shape[axis] == self._width(shapes)
+                if heads is None and head_dim is None and not whole:
                     stated[name] = shape[axis]
         if same_heads in self.limits and shared is None:
             shared = heads
         return StatedSizes(stated["num_heads"], shared, stated["head_dim"])
+
+    def _width(self, shapes: Shapes) -> int | None:
+        """The width of all query heads together, where the heads have no axis of their own."""
+        marks = (
+            piece
+            for form in self.forms
+            for piece in form.pieces
+            if piece.part == "kernel" and piece.holds in (("query",), ("output",))
+            if piece.form not in HEADS_APART and len(shapes.get(piece.array, ())) == 2
+        )
+        mark = next(marks, None)
+        return None if mark is None else shapes[mark.array][mark.outputs]
 
     def _check_sizes(self, form: Form, sizes: Sizes) -> None:
         """Check that layers of this layout can have these heads.

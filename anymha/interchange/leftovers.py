@@ -27,9 +27,15 @@ _ROTARY = {
     "freqs_cos", "freqs_sin", "embed_positions",
 }  # fmt: skip
 _STEP = re.compile(r"bias|scale|scaling|zero_point|temperature|slopes|alibi|sink|gate|relative|rel_"
-                   r"|adapter")  # fmt: skip
+                   r"|adapter|sub_?(layer_?)?(norm|ln)|lambda_(q|k|init)")  # fmt: skip
 _MLP = re.compile(r"(ffn|mlp|moe|gate_(up_)?proj)")
 _NORM = re.compile(r"norm|ln(?![a-z])")
+_QK_NORM = re.compile(r"(^|_)(q|k|v|qk|query|key|value)_?(layer_?)?(norm|ln)")
+_ATTENTION = re.compile(r"att(entio)?n|mha", re.IGNORECASE)
+"""What the module of an attention layer is called; another one may be a whole block."""
+_DROPOUT = re.compile(r"drop")
+_NORM_AFTER = re.compile(r"layer_?norm", re.IGNORECASE)
+"""The norm behind the output projection, in a module of both, as in BERT."""
 _PROJECTED = re.compile(r"(^|_)(q|k|v|qk|kv|qkv|query|key|value)(?![a-z])")
 
 _MARKS = {
@@ -148,30 +154,71 @@ def is_buffer(name: str, shape: tuple[int, ...], rotary: bool) -> bool:
     return leaf in _BUFFERS or not _STATES.isdisjoint(parts) or (rotary and leaf in _ROTARY)
 
 
-def changes_results(name: str, modules: Iterable[str], alone: bool) -> str | None:
+def is_own(name: str, modules: Iterable[str], prefix: str) -> bool:
+    """Whether a name behind a layer's prefix is the layer's.
+
+    Without a prefix it may be any other module's: the layer's are those beside the projections, or
+    within one of the layer's own modules, as ``self.q_norm.weight`` beside ``self.query``.
+    """
+    parts = _SEPARATOR.split(name)
+    return (
+        bool(prefix) or len(parts) <= 2 or any(_homes(parts, modules))
+    )  # the root's name is empty
+
+
+def _homes(parts: list[str], modules: Iterable[str]) -> list[str]:
+    """The layer's own modules that an array is in: the names that projections' names begin with."""
+    homes = {tuple(_SEPARATOR.split(module)[:-1]) for module in modules}
+    return [".".join(home) for home in homes if tuple(parts[: len(home)]) == home]
+
+
+def changes_results(name: str, modules: Iterable[str], prefix: str) -> str | None:
     """Why an array that a layout does not know may change what its layers compute; else None.
+
+    In the module of an attention layer, and in those within it that hold projections, any array
+    may. In a module that may be a whole block, the array's name must say so.
 
     Args:
         name: The array's name, relative to the layer.
         modules: The names of the projections.
-        alone: Whether all names behind the prefix are the layer's: not where there is no prefix.
+        prefix: What the names of the layer begin with.
     """
     parts = _SEPARATOR.split(name)
     path = "/".join(parts)
+    modules = list(modules)
     homes = [_SEPARATOR.split(module) for module in modules]
     for home in homes:
         if path.startswith("/".join(home) + "/"):
             return f"`{name}` belongs to the projection `{'.'.join(home)}`"
-    if not alone and len(parts) > 2:
+    if not is_own(name, modules, prefix):
         return None
     beside = any(parts[:-1] == home[: len(parts) - 1] for home in homes)
     if beside and _STEP.search(parts[-1].lower()):
         return f"`{name}` is a bias or a scale beside the projections"
     inside = [part.lower() for part in parts[:-1]]
-    if any(map(_STEP.search, inside)) and not any(map(_MLP.match, inside)):
-        return f"`{name}` is a step of the attention"
-    if any(_NORM.search(part) and _PROJECTED.search(part) for part in inside):
+    if any((_NORM.search(part) and _PROJECTED.search(part)) or _QK_NORM.search(part)
+           for part in inside):  # fmt: skip
         return f"`{name}` is a norm of queries, keys or values"
     if parts[-1] in _ROTARY:
         return f"`{name}` shows rotary positions"
+    within = [home for home in _homes(parts, modules) if home or is_attention(prefix)]
+    steps = any(map(_STEP.search, inside)) and not any(map(_MLP.match, inside))
+    if steps or (within and not _after_the_output(parts, homes)):
+        return f"`{name}` is a step of the attention"
     return None
+
+
+def is_attention(prefix: str) -> bool:
+    """Whether a prefix ends with the module of an attention layer, whatever its number."""
+    words = [part for part in _SEPARATOR.split(prefix) if part and not part.isdecimal()]
+    return bool(words) and _ATTENTION.search(words[-1]) is not None
+
+
+def _after_the_output(parts: list[str], homes: list[list[str]]) -> bool:
+    """Whether an array is a state of dropout, or a norm in the output projection's own module."""
+    output = homes[-1][:-1] if homes else []
+    apart = bool(output) and output not in [home[:-1] for home in homes[:-1]]
+    behind = apart and parts[: len(output)] == output and len(parts) == len(output) + 2
+    return any(_DROPOUT.search(part) for part in parts) or (
+        behind and _NORM_AFTER.fullmatch(parts[-2]) is not None
+    )

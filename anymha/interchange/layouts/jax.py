@@ -79,7 +79,7 @@ LAYOUTS = (
     Layout(
         "gemma.Attention",
         (
-            Form((*einsum("qkv_einsum", QKV), GEMMA_OUTPUT), "alike"),
+            Form((*einsum("qkv_einsum", QKV), GEMMA_OUTPUT), "alike", (same_heads,)),
             Form(
                 (
                     *einsum("q_einsum", ("query",)),
