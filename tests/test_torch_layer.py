@@ -662,7 +662,7 @@ def test_symbolic_lengths_are_traced() -> None:
 def test_gradients_are_differentiable_in_float32(options, call, frozen):
     """As a gradient penalty needs it."""
 
-    def second(dtype: torch.dtype) -> list[torch.Tensor]:
+    def second(dtype: Any) -> list[Any]:
         layer = MultiHeadAttention(2, 4, query_features=8, seed=0, **options).to(dtype)
         for name in frozen:
             getattr(layer, name).requires_grad_(False)

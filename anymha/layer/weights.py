@@ -112,8 +112,8 @@ def regularization_loss(ops: Ops, config: AttentionConfig, weights: Mapping[str,
             regularizer = getattr(config, argument)
             if regularizer is None:
                 continue
-            as_matrix = isinstance(regularizer, Regularizer) and regularizer.as_matrix
-            if as_matrix and name.endswith("kernel"):
+            of_matrix = isinstance(regularizer, Regularizer) and regularizer.as_matrix
+            if of_matrix and name.endswith("kernel"):
                 weight = ops.reshape(weight, as_matrix(name, tuple(weight.shape)))
             losses.append(penalty(ops, regularizer, weight, argument))
         return losses

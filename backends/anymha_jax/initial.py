@@ -49,7 +49,7 @@ def _traced(config: AttentionConfig, words: jax.Array) -> dict[str, jax.Array]:
     # A callback has no float64 in a float32 program; its bits have.
     split = dtype == np.float64
 
-    def draw(words: Any) -> dict[str, np.ndarray]:
+    def draw(words: Any) -> dict[str, Any]:
         values = first_weights(plain, (), lambda: _integer(words), ops)
         drawn = {name: value.astype(dtype) for name, value in values.items()}
         if split:

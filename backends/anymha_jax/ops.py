@@ -7,6 +7,7 @@ from operator import attrgetter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.lax import stop_gradient
 from jax.numpy import (
     asarray,
@@ -108,7 +109,7 @@ def from_numpy(x, /):
 
 
 def constants(query, arrays, /):
-    if not isinstance(query, jax.core.Tracer):
+    if not isinstance(query, Tracer):
         return arrays
     return {n: from_numpy(x) if type(x) is np.ndarray else x for n, x in arrays.items()}
 
