@@ -117,7 +117,11 @@ class Sample:
         }
         rng = np.random.default_rng(0)
         return {
-            name: rng.standard_normal(shape).astype(dtype)
+            name: (
+                np.tril(np.ones(shape))
+                if name in ("bias", "causal_mask") and len(shape) == 4
+                else rng.standard_normal(shape)
+            ).astype(dtype)
             for name, shape in shapes.items()
             if name not in gone
         }

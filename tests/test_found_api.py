@@ -20,6 +20,7 @@ from tests.file_samples import Arrays, write
 D, H = 8, 2
 BERT = ("self.query", "self.key", "self.value", "output.dense")
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
+OPT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def layer(prefix: str, *names: str, dtype: Any = np.float32) -> Arrays:
@@ -176,6 +177,63 @@ def test_family_that_is_not_known_is_not_taken_for_one_with_its_names(
     assert [group.layout for group in anymha.find_layers(tmp_path / "ours.safetensors")] == [
         "anymha"
     ], "our own names are no family's"
+
+
+STATED: dict[str, tuple[dict[str, Any], tuple[str, ...], dict[str, Any], str]] = {
+    "Mistral's window": ({"model_type": "mistral", "sliding_window": 3}, LLAMA,
+                         {"sliding_window": 3}, ""),
+    "no window": ({"model_type": "mistral", "sliding_window": None}, LLAMA,
+                  {"sliding_window": None}, ""),
+    "a window that is off": ({"model_type": "qwen2", "sliding_window": 3}, LLAMA,
+                             {"sliding_window": None}, ""),
+    "a window of some layers": ({
+        "model_type": "qwen2", "sliding_window": 3, "use_sliding_window": True,
+        "max_window_layers": 2,
+    }, LLAMA, {"sliding_window": None}, "sliding window of 3 keys"),
+    "a window by layers' types": ({
+        "model_type": "mistral", "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }, LLAMA, {"sliding_window": None}, "sliding window of 3 keys"),
+    "a window of no layer": ({"model_type": "mistral", "sliding_window": 3,
+                              "layer_types": ["full_attention"]}, LLAMA,
+                             {"sliding_window": None}, ""),
+    "a window that the family lacks": ({"model_type": "llama", "sliding_window": 3}, LLAMA,
+                                       {"sliding_window": None}, "sliding window of 3 keys"),
+    "GPT-Neo's window": ({"model_type": "gpt_neo", "attention_layers": ["global", "local"],
+                          "window_size": 3}, OPT, {"sliding_window": None, "scale": 1.0},
+                         "sliding window of 3 keys"),
+    "GPT-Neo without": ({"model_type": "gpt_neo", "attention_types": [[["global"], 2]]}, OPT,
+                        {"sliding_window": None, "scale": 1.0}, ""),
+    "Gemma 2's factor": ({"model_type": "gemma2", "query_pre_attn_scalar": 16}, LLAMA,
+                         {"scale": 0.25}, ""),
+    "GPT-2 without a factor": ({"model_type": "gpt2", "scale_attn_weights": False}, (),
+                               {"scale": 1.0}, ""),
+    "GPT-2's factor by layers": ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+                                 (), {"scale": None}, "scale_attn_by_inverse_layer_idx"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "names", "options", "note"), STATED.values(), ids=STATED)
+def test_what_the_configuration_says_of_results_is_done_or_told(
+    said: dict[str, Any], names: tuple[str, ...], options: dict[str, Any], note: str, tmp_path: Path
+) -> None:
+    arrays = layer("h.0.attn.", *names) if names else {
+        "h.0.attn.c_attn.weight": np.ones((D, 3 * D), np.float32),
+        "h.0.attn.c_proj.weight": np.ones((D, D), np.float32),
+    }  # fmt: skip
+    source, target = write(tmp_path / "a.safetensors", arrays), tmp_path / "b.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps({**said, "num_attention_heads": H}))
+    layout = f"transformers.{said['model_type']}"
+    done = anymha.convert_file(source, target, layout=layout, verify=False)
+    config = anymha.load(target, "numpy", prefix="h.0.attn.").config
+    assert {name: getattr(config, name) for name in options} == options
+    told = [text for text in done.notes if "and the layers made" in text]
+    assert len(told) == bool(note)
+    assert all(note in text for text in told)
+    again = anymha.convert_file(
+        source, target, layout=layout, verify=False, sliding_window=2, scale=0.5
+    )
+    assert not any("and the layers made" in text for text in again.notes), "the caller's word"
 
 
 @pytest.mark.parametrize("text", ["no json", "[1]", '{"model_type": "llama"}', "", "[" * 5000])

@@ -167,6 +167,8 @@ def test_array_that_changes_results_is_refused_everywhere(
 HARMLESS: dict[str, tuple[str, Arrays, Arrays]] = {
     "GPT-2's mask": ("transformers.gpt2", GPT2, {"bias": MASK, "masked_bias": floats()}),
     "a mask of bytes": ("transformers.gpt2", GPT2, {"bias": MASK.astype(np.uint8)}),
+    "a mask to add": ("transformers.opt", four("q_proj", "k_proj", "v_proj", "out_proj"), {
+        "attn_mask": np.where(MASK[0] > 0, 0, -np.inf).astype(np.float32)}),
     "nanoGPT's mask": ("nanogpt.CausalSelfAttention", LINEAR_GPT2, {"bias": MASK}),
     "a mask under its name": ("timm.vit", {"qkv.weight": floats(3 * D, D),
                                            "proj.weight": floats(D, D)}, {"mask": MASK[0, 0]}),
@@ -199,6 +201,30 @@ def test_buffer_is_kept_and_refuses_nothing(
     done = convert_file(source, tmp_path / "b.npz", layout, "anymha", num_heads=H)
     assert list(done.layers) == [prefix]
     assert not any("Not known" in note for note in done.notes)
+
+
+OPT = four("q_proj", "k_proj", "v_proj", "out_proj")
+LEARNED: dict[str, tuple[str, Arrays, Arrays]] = {
+    "a bias of logits as a mask of OPT": ("transformers.opt", OPT, {"attn_mask": floats(1, 4, 4)}),
+    "a bias of logits as OPT's bias": ("transformers.opt", OPT, {"bias": floats(1, 1, 4, 4)}),
+    "GPT-2's bias": ("transformers.gpt2", GPT2, {"bias": floats(1, 1, 4, 4)}),
+    "a mask of what comes after": ("transformers.gpt2", GPT2, {"bias": 1 - MASK}),
+    "a table": ("transformers.opt", OPT, {"rel_pos.bias": floats(4, 4)}),
+    "a table of a kind of mask": ("transformers.opt", OPT, {"mix.bias": MASK}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "known", "more"), LEARNED.values(), ids=LEARNED)
+def test_learned_bias_of_a_mask_s_name_and_shape_is_refused(
+    layout: str, known: Arrays, more: Arrays, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.npz"
+    write(source, behind("m.0.attn.", known | more))
+    with pytest.raises(UsageError, match=next(iter(more))):
+        convert_file(source, target, layout, "anymha", num_heads=H)
+    assert not target.exists()
+    with pytest.raises(WeightsError, match=next(iter(more))):
+        anymha.to_canonical(known | more, layout, num_heads=H)
 
 
 def test_norm_after_the_attention_is_no_reason_to_refuse(tmp_path: Path) -> None:

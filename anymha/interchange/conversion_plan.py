@@ -14,7 +14,7 @@ from anymha.errors import AnymhaError, BiasWarning, UsageError
 from anymha.interchange.anymha_files import config_metadata
 from anymha.interchange.detect import LayerGroup, LayoutFit, matches, numbers_of
 from anymha.interchange.files.reader import Reader, Tensor
-from anymha.interchange.leftovers import refusal, remarks_on
+from anymha.interchange.leftovers import learned, refusal, remarks_on
 from anymha.interchange.model_config import NAME
 from anymha.interchange.naming import FileNaming
 from anymha.interchange.weights import Weights
@@ -222,6 +222,10 @@ def plan_conversion(
                 f"Not known to {fit.name}, and left out of its layers: {listed(fit.unknown)}. "
                 "Make sure that they are no part of the attention."
             )
+        for name in fit.masks:
+            reason = learned(name, job.reader.read(prefix + name))
+            if reason is not None:
+                raise UsageError(f"{shown(job.reader.path)}, layer {quoted(prefix)}: {reason}.")
         layer = _layer_tensors(job, prefix, fit)
         signature = tuple((name, t.shape, t.dtype.name) for name, t in layer.items())
         if signature not in examples or prefix in job.configs:

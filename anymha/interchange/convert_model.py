@@ -40,7 +40,7 @@ from anymha.interchange.files.reader import Reader, Tensor, Writer
 from anymha.interchange.files.siblings import siblings
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
-from anymha.interchange.model_config import NAME, read_config, stated_options
+from anymha.interchange.model_config import NAME, read_config, stated_options, unmet_options
 from anymha.interchange.naming import file_namings
 from anymha.text import listed, quoted, shown
 
@@ -119,6 +119,9 @@ def convert_file(
             plan.note(
                 f"Taken from the {'file' if reader.config else f'{NAME} beside the file'}: {known}."
             )
+        for option, words in unmet_options(model_config, old).items():
+            if option not in sizes:
+                plan.note(words)
         if to == OWN and not new_format.metadata:
             plan.note(
                 f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "

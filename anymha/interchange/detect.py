@@ -29,6 +29,7 @@ from anymha.interchange.leftovers import (
     is_attention,
     is_buffer,
     is_own,
+    may_be_mask,
     not_floats,
     refusal,
 )
@@ -60,6 +61,7 @@ class LayoutFit:
         names: The file's names by the layout's, without the layer's prefix.
         shapes: Shapes by the layout's names.
         unknown: Names behind the prefix that the layout does not know, and that are no buffers.
+        masks: Names behind the prefix that are buffers if their values are those of a causal mask.
         options: Sizes and options that the model's configuration states.
     """
 
@@ -67,6 +69,7 @@ class LayoutFit:
     names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     unknown: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -291,7 +294,7 @@ def _judge(found: list[LayoutFit], own: Mapping[str, Tensor], kind: str, prefix:
         kind: What its projections are where they are no plain weights.
         prefix: What its names begin with.
     """
-    fits = [replace(fit, unknown=_unknown(fit, own, prefix)) for fit in found]
+    fits = [replace(fit, **_unknown(fit, own, prefix)) for fit in found]
     kind = kind or _narrow(found, own)
     if kind:
         return LayerGroup("", [], [], {fit.name: refusal(kind) for fit in fits}, own, kind)
@@ -352,16 +355,15 @@ def _own_names(
     ]
 
 
-def _unknown(fit: LayoutFit, own: Mapping[str, Tensor], prefix: str) -> tuple[str, ...]:
-    """The names of a layer that a layout does not know."""
+def _unknown(fit: LayoutFit, own: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[str, ...]]:
+    """The names of a layer that a layout does not know, and those that may be masks."""
     known, modules = set(fit.names.values()), fit.modules
-    return tuple(
-        name
-        for name, tensor in own.items()
-        if name not in known
-        and not fit.layout.is_buffer(name, tensor.shape)
-        and is_own(name, modules, prefix)
-    )
+    rest = [name for name in own if name not in known and is_own(name, modules, prefix)]
+    buffers = [name for name in rest if fit.layout.is_buffer(name, own[name].shape)]
+    return {
+        "unknown": tuple(name for name in rest if name not in buffers),
+        "masks": tuple(name for name in buffers if may_be_mask(name, own[name].dtype)),
+    }
 
 
 def select_fits(

@@ -12,7 +12,7 @@ from anymha.errors import LayoutError, WeightsError
 from anymha.framework.registry import as_numpy
 from anymha.interchange.compared_options import check_supported, result_options
 from anymha.interchange.forms import Extra, Form, Need
-from anymha.interchange.leftovers import MASKS, is_buffer
+from anymha.interchange.leftovers import MASKS, is_buffer, learned
 from anymha.interchange.limits import Limit, check_scale, choose_form, same_heads, same_widths
 from anymha.interchange.name_index import NameIndex
 from anymha.interchange.packing import Arrays, Sizes
@@ -148,6 +148,10 @@ class Layout:
         sizes = solve_sizes(self.name, form.pieces, shapes, stated)
         self._check_sizes(form, sizes)
         self._check_extras(shapes, sizes)
+        for name in sorted(arrays.keys() - form.names()):
+            reason = learned(name, arrays[name])
+            if reason is not None:
+                raise WeightsError(f"{reason}, and {self.name} has no place for it.")
         read: Arrays = {}
         for piece in form.pieces:
             if piece.array in arrays:

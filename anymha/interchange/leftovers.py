@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from anymha.framework.dtypes import FLOATING
 from anymha.text import quoted
 
@@ -17,6 +19,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _SEPARATOR = re.compile(r"[./]")
 MASKS = {"bias", "masked_bias", "mask", "attn_mask", "causal_mask", "tril"}
+_FAR = -1000.0
+"""At most what a mask adds to a logit that is not to count."""
 _BUFFERS = {
     "position_ids", "relative_position_index", "num_batches_tracked", "seed_generator_state",
     "_extra_state", "version", "_float_tensor",
@@ -150,8 +154,33 @@ def is_buffer(name: str, shape: tuple[int, ...], rotary: bool) -> bool:
     if leaf == "masked_bias":
         return set(shape) <= {1}
     if leaf in MASKS:
-        return len(shape) >= 2 and shape[-1] == shape[-2] and set(shape[:-2]) <= {1}
+        square = len(shape) >= 2 and shape[-1] == shape[-2] and set(shape[:-2]) <= {1}
+        return square and (leaf != "bias" or len(parts) == 1)
     return leaf in _BUFFERS or not _STATES.isdisjoint(parts) or (rotary and leaf in _ROTARY)
+
+
+def may_be_mask(name: str, dtype: np.dtype) -> bool:
+    """Whether the values alone tell if a buffer is a causal mask, or a learned bias of its name."""
+    leaf = _SEPARATOR.split(name)[-1]
+    return leaf in MASKS - {"masked_bias"} and dtype.name not in ("bool", "uint8")
+
+
+def learned(name: str, array: np.ndarray) -> str | None:
+    """Why an array under a mask's name is no causal mask by its values; None where it is one.
+
+    A mask has a 1, or a 0 where the others are far below, where a query sees a key: nowhere behind
+    its own position. An array of one value changes nothing.
+    """
+    if not may_be_mask(name, array.dtype):
+        return None
+    values = np.unique(array)
+    if values.size <= 1:
+        return None
+    low, high = values[0], values[-1]
+    either = values.size == 2 and ((low, high) == (0, 1) or (high == 0 and low <= _FAR))
+    if either and not np.triu(array == high, 1).any():
+        return None
+    return f"`{name}` is no causal mask by its values, but may be a learned bias of the logits"
 
 
 def is_own(name: str, modules: Iterable[str], prefix: str) -> bool:

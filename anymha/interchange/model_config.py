@@ -27,6 +27,8 @@ _ALIKE = {
     for name in names.split()
 }
 """Families whose attention is that of another family."""
+_ALTERNATING = ("gemma", "gpt_oss", "cohere2")
+"""Families where some layers alone have the window, unless `layer_types` says otherwise."""
 _MOST_BYTES = 2**20
 _KEYS = {
     "num_heads": (
@@ -69,5 +71,57 @@ def stated_options(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
             stated[size] = value
     needs = [need for need in layout.needs if isinstance(need, Need)]
     stated |= {n.option: config[n.key] for n in needs if n.key and n.key in config}
+    if config.get("scale_attn_weights") is False:  # GPT-2
+        stated["scale"] = 1.0
+    scalar = config.get("query_pre_attn_scalar")  # Gemma
+    if isinstance(scalar, (int, float)) and 0 < scalar < _MOST_BYTES and scalar is not True:
+        stated["scale"] = float(scalar) ** -0.5
+    window, everywhere = _window(config)
+    if window and everywhere and "sliding_window" in layout.supported:
+        stated["sliding_window"] = window
     known = (*SIZES, *result_options(), *layout.need_options)
     return {name: value for name, value in stated.items() if name in known}
+
+
+def unmet_options(config: Mapping[str, Any], layout: Layout) -> dict[str, str]:
+    """What a configuration states and the layers made do not do, in words by option's name."""
+    unmet = {}
+    window, _ = _window(config)
+    if window and "sliding_window" not in stated_options(config, layout):
+        unmet["sliding_window"] = (
+            f"The model's {NAME} states a sliding window of {window} keys, and the layers made "
+            "have none: which layers have it cannot be told, or the layout has no such option. "
+            f"Convert the layers that have it with `sliding_window={window}`."
+        )
+    if config.get("scale_attn_by_inverse_layer_idx") is True:
+        unmet["scale"] = (
+            f"The model's {NAME} states `scale_attn_by_inverse_layer_idx`: the logits of layer i "
+            "are divided by i + 1, and the layers made do not do it. Convert each layer with its "
+            "own `scale`."
+        )
+    return unmet
+
+
+def _window(config: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """The keys that a query sees where layers have a window, and whether all layers have it."""
+    family = family_of(config).removeprefix("transformers.")
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    everywhere = not family.startswith(_ALTERNATING)
+    if family.startswith("qwen"):
+        window = window if config.get("use_sliding_window") is True else None
+        everywhere = config.get("max_window_layers") == 0
+    elif config.get("use_sliding_window") is False:
+        window = None
+    if family == "gpt_neo":
+        window, kinds = config.get("window_size", 256), config.get("attention_layers")
+        kinds = kinds or config.get("attention_types")
+        everywhere = False
+    elif family == "modernbert" and isinstance(local := config.get("local_attention"), int):
+        window = local // 2 + 1
+        everywhere = False
+    if isinstance(kinds, list) and kinds:
+        local_kinds = [any(word in str(kind) for word in ("sliding", "local")) for kind in kinds]
+        window = window if any(local_kinds) else None
+        everywhere = all(local_kinds) and not any("global" in str(kind) for kind in kinds)
+    fits = isinstance(window, int) and not isinstance(window, bool) and window > 0
+    return (window, everywhere) if fits else (None, False)
