@@ -161,8 +161,10 @@ def is_buffer(name: str, shape: tuple[int, ...], rotary: bool) -> bool:
 
 def may_be_mask(name: str, dtype: np.dtype) -> bool:
     """Whether the values alone tell if a buffer is a causal mask, or a learned bias of its name."""
-    leaf = _SEPARATOR.split(name)[-1]
-    return leaf in MASKS - {"masked_bias"} and dtype.name not in ("bool", "uint8")
+    *before, leaf = _SEPARATOR.split(name)
+    if leaf == "masked_bias" or (leaf == "bias" and before):
+        return False
+    return leaf in MASKS and dtype.name not in ("bool", "uint8")
 
 
 def learned(name: str, array: np.ndarray) -> str | None:
@@ -171,7 +173,7 @@ def learned(name: str, array: np.ndarray) -> str | None:
     A mask has a 1, or a 0 where the others are far below, where a query sees a key: nowhere behind
     its own position. An array of one value changes nothing.
     """
-    if not may_be_mask(name, array.dtype):
+    if array.ndim < 2 or not may_be_mask(name, array.dtype):
         return None
     values = np.unique(array)
     if values.size <= 1:

@@ -368,6 +368,29 @@ class CapabilityTests(BackendTests):
         compiler(function)({"query": ops.from_numpy(values(1, 2, 3))})
         must(seen and all(seen), f"`is_tracing` must give True there. Received: {seen}.")
 
+    def test_constants_are_arrays_where_a_compiler_runs_the_call(
+        self, ops: Any, compiler: Any
+    ) -> None:
+        """NumPy's arrays as they are in an eager call; the framework's within a compiled one."""
+        self.need(ops, "constants")
+        constants, mask = ops.capabilities.constants, np.ones((2, 3), np.bool_)
+        x = ops.from_numpy(values(2, 3))
+        given = constants(x, {"mask": mask})["mask"]
+        must(given is mask, f"`constants` must leave an eager call's arrays. Received: {given!r}.")
+        if compiler is None:
+            return
+        seen: list[Any] = []
+
+        def function(arrays: Mapping[str, Any]) -> Any:
+            seen.append(constants(arrays["query"], {"mask": mask})["mask"])
+            return arrays["query"] + 1.0
+
+        compiler(function)({"query": x})
+        must(
+            seen and all(map(ops.is_array, seen)),
+            f"`constants` must give arrays of {ops.name} there. Received: {seen}.",
+        )
+
     # --- differentiation and weights -------------------------------------------------------------
     def test_is_differentiated_sees_what_vjp_differentiates(self, ops: Any) -> None:
         """A bool; True inside of `vjp` for its arrays, and for what is computed from them."""

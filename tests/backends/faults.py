@@ -419,6 +419,7 @@ def sound(ops: Any) -> dict[str, Any]:
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
         "is_tracing": lambda: bool(tracing),
+        "constants": lambda query, arrays: arrays,
         "seed_array": exact(ops, int),
         "initialize": by_key,
         "initializer_style": "key",
@@ -957,6 +958,23 @@ FAULTS = (
         ("test_is_tracing_is_true_inside_of_a_compiler",),
         base="torch",
         compiler=torch_compile,
+    ),
+    Fault(
+        "constants are NumPy's within a compiler",
+        lambda o: {
+            "constants": lambda query, arrays: arrays,
+            "compile": lambda f: f, "seed_array": exact(o, int),
+        },
+        ("test_constants_are_arrays_where_a_compiler_runs_the_call",),
+        base="torch",
+    ),
+    Fault(
+        "constants takes NumPy's arrays in an eager call",
+        lambda o: {
+            "constants": lambda query, arrays: {n: o.from_numpy(x) for n, x in arrays.items()}
+        },
+        ("test_constants_are_arrays_where_a_compiler_runs_the_call",),
+        base="torch",
     ),
     Fault(
         "is_differentiated says no to all",
