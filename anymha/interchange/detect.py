@@ -116,8 +116,10 @@ class LayoutFit:
 
 def mean_the_same(fits: Sequence[LayoutFit]) -> bool:
     """Whether layouts give the same weights and needs: then it does not matter which is chosen."""
-    first, *others = fits or [None]
-    return first is not None and all(
+    if not fits:
+        return False
+    first, *others = fits
+    return all(
         (fit.layout.forms, fit.layout.extras, fit.layout.needs, fit.config)
         == (first.layout.forms, first.layout.extras, first.layout.needs, first.config)
         for fit in others
