@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from anymha.errors import AnymhaError, ArgumentError, FileError
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.formats import create_file, open_file
 from anymha.interchange.files.reader import MAX_NAME, Tensor
+from anymha.interchange.leftovers import changed_modules
 from tests.file_samples import sample, write
 from tests.test_hostile_files import with_header, zipped_pickle
 
@@ -372,6 +374,14 @@ def test_a_wrong_checksum_of_a_chunk_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.h5").write_bytes(content)
     with open_file(tmp_path / "a.h5") as reader, pytest.raises(FileError, match="checksum"):
         reader.read("a")
+
+
+@pytest.mark.parametrize("part", [".ia3_l", ".weight.quant_state", "._packed_params", ".hada_w1"])
+def test_names_of_many_marks_take_little_time(part: str) -> None:
+    names = [f"{i}{part * (4080 // len(part))}\n" for i in range(100)]
+    before = time.process_time()
+    changed_modules(names, {})
+    assert time.process_time() - before < 1
 
 
 def test_max_bytes_bounds_a_whole_read(tmp_path: Path) -> None:

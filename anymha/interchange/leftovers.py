@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anymha.framework.dtypes import FLOATING
-from anymha.text import quoted
+from anymha.text import quoted, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -66,9 +66,9 @@ _MARK = re.compile(
     r"(?P<module>.*?)[._/](?:"
     + "|".join(f"(?P<m{n}>{mark})" for n, mark in enumerate(_MARKS))
     + ")",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,  # else a name's end in a new line is tried from each separator
 )
-_RENAMED = re.compile(r"((onnx::)?(MatMul|Gemm)|val)_\d+(_quantized)?$")
+_RENAMED = re.compile(r"((onnx::)?(MatMul|Gemm)|val)_\d+(_quantized)?")
 MLA_REASON = (
     "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its keys "
     "and values pass through a shared low-rank projection and a norm, and its heads mix rotated "
@@ -120,11 +120,12 @@ def remarks_on(tensors: Mapping[str, Any]) -> list[str]:
     latent = [name for name in tensors if "kv_a_proj_with_mqa" in name]
     if latent:
         remarks.append(f"{MLA_REASON} It is in {len(latent)} arrays, as {quoted(latent[0])}.")
-    renamed = [name for name in tensors if _RENAMED.match(name)]
+    renamed = [name for name in tensors if _RENAMED.fullmatch(name)]
     if renamed:
         remarks.append(
-            f"The exporter renamed {len(renamed)} matrices ({renamed[0]}, ...): which projections "
-            "they are cannot be told from their names. Convert the file that was exported."
+            f"The exporter renamed {len(renamed)} matrices ({shown(renamed[0])}, ...): "
+            "which projections they are cannot be told from their names. Convert the file "
+            "that was exported."
         )
     return remarks
 
