@@ -436,6 +436,7 @@ def test_quantised_layers_of_torch_are_named_as_such(kind: str) -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
     kinds = {nn.Linear, nn.MultiheadAttention} if kind == "whole" else {nn.Linear}
     if kind == "linears":
+        need("transformers")
         bert = importlib.import_module("transformers.models.bert.modeling_bert")
         config = importlib.import_module("transformers").BertConfig(
             hidden_size=16, num_attention_heads=4
