@@ -688,6 +688,15 @@ def test_a_hook_for_second_gradients_keeps_nothing_in_memory():
     assert kept() is None
 
 
+def test_gradients_of_a_checkpoint_may_be_recorded(x):
+    layer = make(query_features=8)
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
+    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    (got,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -128,24 +129,28 @@ def _softmax(
         observe: Receives the masked logits.
     """
     unseen, exact = observe is None, logits.dtype == ops.float64
-    own = ops.capabilities.softmax
-    # A framework that has a softmax may have been told to refuse numbers that are not finite.
-    finite = own is not None and unseen
-    lowest = float(np.finfo(dtype_name(logits.dtype)).min) if finite else -math.inf
-    if own is not None and unseen and not (exact or biased) and logits.shape[-1] != 0:
-        if mask is None:
+    own = ops.capabilities.softmax if unseen else None
+    by_own = own is not None and not (exact or biased) and logits.shape[-1] != 0
+    if mask is None:
+        if by_own:
             return own(logits), _divided
-        # Not -inf, of which a whole row would give NaN; that row is multiplied by zero.
-        any_seen = ops.max(ops.astype(mask, logits.dtype), axis=-1, keepdims=True)
-        return own(ops.where(mask, logits, lowest)), lambda x: x * any_seen
-    if mask is not None:
-        logits = ops.where(mask, logits, lowest)
+        lowest = -math.inf
+    else:
+        # A framework that has a softmax may have been told to refuse numbers that are not finite.
+        lowest = -math.inf if own is None else float(np.finfo(dtype_name(logits.dtype)).min)
+        masked = ops.where(mask, logits, lowest)
+        if by_own:
+            # Not -inf, of which a whole row would give NaN; that row is multiplied by zero.
+            any_seen = ops.max(ops.astype(mask, logits.dtype), axis=-1, keepdims=True)
+            return own(masked), partial(operator.mul, any_seen)
+        logits = masked
     if observe is not None:
         observe("masked_logits", logits)
     maskable = biased or mask is not None
     weights, total = _exponentials(
-        ops, logits, lowest, mask if finite else None, maskable=maskable, may_overwrite=unseen
-    )
+        ops, logits, lowest, mask if lowest > -math.inf else None,
+        maskable=maskable, may_overwrite=unseen,
+    )  # fmt: skip
     if exact:  # where a query sees one key, its gradient is zero to the last bit only so
         return _divided(weights, total), _divided
     return weights, partial(_divided, by=total)

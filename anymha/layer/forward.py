@@ -138,8 +138,11 @@ def multi_head_attention(
         key_bias = projections.key_bias
         arrays = {} if key_bias is None else {"key.bias": key_bias}
     # An array that plays two parts is passed, cast and differentiated once.
-    for name, array in zip(plan.sources, inputs, strict=True):
-        arrays[name] = array
+    arrays["query"] = query
+    if value is not query:
+        arrays["value"] = value
+    if plan.sources[2] == "key":
+        arrays["key"] = inputs[2]
     if masks:
         arrays |= masks
     if plan.run is not None and projections is None and not paths.explaining:
@@ -316,6 +319,8 @@ def _execute(
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
     if watch is not None:
         watch("output", output)
+    if activity is None and plan.axes is PLAIN and output.dtype == plan.result:
+        return output if scores is None else (output, scores)
     results = {"output": output} if scores is None else {"output": output, "scores": scores}
     if within is None:
         return _results(plan, shape, activity, arrays, results)
@@ -332,12 +337,12 @@ def _inputs(
         shape: The call's lengths.
         arrays: The call's arrays by name.
     """
-    _, value_source, key_source = plan.sources  # an array of two parts is cast once
-    query = _real(plan, arrays["query"])
-    value = query if value_source == "query" else _real(plan, arrays[value_source])
-    key = query if key_source == "query" else value
-    if key_source == "key":
-        key = _real(plan, arrays["key"])
+    _, value_source, key_source = plan.sources
+    if plan.as_given:
+        query, value, key = arrays["query"], arrays[value_source], arrays[key_source]
+    else:  # an array of two parts is cast once
+        real = {name: _real(plan, arrays[name]) for name in dict.fromkeys(plan.sources)}
+        query, value, key = real["query"], real[value_source], real[key_source]
     if shape.is_plain:
         return query, key, value, None, None
     ops = plan.ops

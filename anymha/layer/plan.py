@@ -77,6 +77,7 @@ class Plan:
         working: The dtype in which the layer computes.
         result: The dtype of the results.
         rounds: Whether `compute_dtype` is narrower than `working`.
+        as_given: Whether the layer computes with the inputs as they are passed.
         double: Whether all is computed in float64.
         free_key_bias: Whether the key's bias has a gradient of exactly zero, since all that
             follows ignores one number added to all logits of a row.
@@ -97,6 +98,7 @@ class Plan:
     working: Any
     result: Any
     rounds: bool
+    as_given: bool
     double: bool
     free_key_bias: bool
     paths: dict[Any, Path]
@@ -216,7 +218,11 @@ def plan_call(
             None if value is query else array_key(value),
             None if key is value else 0 if key is query else array_key(key),
         )
-        shapes = (query.shape, value.shape, key.shape)
+        shapes = (
+            query.shape,
+            None if value is query else value.shape,
+            None if key is value or key is query else key.shape,
+        )
         others = _mask_kinds(ops, masks) if masks else ()
     except AttributeError:
         check_call(ops, config, weights.widths, inputs, masks)  # says what is no array
@@ -232,7 +238,7 @@ def plan_call(
     if call is not None:
         plans.last = signature, call
         return call
-    ranks = tuple([len(shape) for shape in shapes])
+    ranks = tuple([None if shape is None else len(shape) for shape in shapes])
     structure = (flags, weights, kinds, ranks, *[(*kind, len(shape)) for kind, shape in others])
     plan = plans.plans.get(structure)
     if plan is None:
@@ -321,6 +327,7 @@ def _make_plan(
         working=ops.dtype(working),
         result=ops.dtype(result),
         rounds=compute_dtype != working,
+        as_given=compute_dtype == working and all(x.dtype == ops.dtype(working) for x in inputs),
         double=compute_dtype == "float64",
         free_key_bias=config.ignores_a_constant,
         paths={},

@@ -51,13 +51,17 @@ permute_dims = np.ndarray.transpose
 
 
 def where(condition, x1, x2, /):
-    if isinstance(x2, float) and x2 == -inf and getattr(x1, "dtype", None) == float32:
+    masks = isinstance(x2, float) and x2 == -inf
+    if masks and getattr(x1, "dtype", None) == float32 and x1.size >= _MANY:
         return _masked(condition, x1)
     return np.where(condition, x1, x2)
 
 
-# Faster than NumPy's `where`: -0.0 is added where the mask holds, which changes nothing,
-# and -inf elsewhere, which leaves NaN and inf; where there are such, NumPy's own must do it.
+_MANY = 1 << 13
+
+
+# Of many numbers faster than NumPy's `where`: -0.0 is added where the mask holds, which changes
+# nothing, and -inf elsewhere, which leaves NaN and inf; where there are such, NumPy's own does it.
 def _masked(mask, x):
     added = np.multiply(mask, _BITS[1] - _BITS[0], dtype=int32)
     added += _BITS[0]

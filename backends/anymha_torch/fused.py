@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.weak import TensorWeakRef
 
 from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
@@ -59,32 +56,39 @@ def fused_attention(
     )
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return context
-    kernel = context.grad_fn
-    if kernel is not None and kernel.name().startswith("ScaledDotProduct"):
-        # The kernel keeps these tensors as long as its graph lasts; the hook keeps none alive.
-        kept = [TensorWeakRef(x) for x in (query, key, value)]
-        rest = {name: arrays[name] for name in ("mask", "bias") if name in arrays}
-        kernel.register_hook(partial(_differentiable_again, spec, causal, rest, kept))
+    kernel: Any = context.grad_fn
+    kind = type(kernel)
+    if kind not in _kinds:
+        _kinds[kind] = kind.__name__.startswith("ScaledDotProduct")
+    if _kinds[kind]:
+        kernel.register_hook(_differentiable_again)
     return context
 
 
-def _differentiable_again(
-    spec: AttentionSpec, causal: bool, rest: Any, kept: Any, gradients: Any, cotangents: Any
-) -> Any:
+_kinds: dict[type, bool] = {}
+"""Whether a node of torch's graph is one of its attention kernels, by class."""
+
+
+def _differentiable_again(gradients: Any, cotangents: Any) -> Any:
     """The gradients of the kernel, which torch cannot differentiate, as ones that it can.
 
     Args:
-        spec: What attention computes.
-        causal: Whether the kernel was told so.
-        rest: Its mask and its bias.
-        kept: References to query, key and value.
         gradients: Those that the kernel gives.
         cotangents: The gradient of the context, and others.
     """
-    arrays = [reference() for reference in kept]
-    if not torch.is_grad_enabled() or None in arrays:  # nobody differentiates them
+    if not torch.is_grad_enabled():  # nobody differentiates them
         return None
-    spec = replace(spec, position_mask=position_mask(causal, None, 0))
+    kernel: Any = torch._C._current_autograd_node()
+    try:  # what the kernel keeps, the hook does not keep a second time
+        arrays = [kernel._saved_query, kernel._saved_key, kernel._saved_value]
+    except RuntimeError:  # as of a checkpoint, which recomputes them once
+        return None
+    mask = getattr(kernel, "_saved_attn_mask", None)
+    if mask is None:
+        mask = getattr(kernel, "_saved_attn_bias", None)  # of a kernel of CUDA's
+    rest = {} if mask is None else {"bias": mask}
+    positions = position_mask(kernel._saved_is_causal, None, 0)
+    spec = AttentionSpec(kernel._saved_scale, (), positions)
     needed = [gradient is not None for gradient in gradients[:3]]
     again = tiled_dropout.differentiable(spec, rest, arrays, cotangents[0], needed)
     return (*again, *gradients[3:])

@@ -143,17 +143,18 @@ class Prepared(NamedTuple):
     def hold(self, modules: Mapping[str, Any], config: AttentionConfig) -> bool:
         """Whether the layer's options and projections are the same, and these still plain."""
         for name, module, kind, bias, address, size, dtype in self.parts:
+            if modules[name] is not module or type(module) is not kind:
+                return False
+            own = module.__dict__  # a module's attributes are slow to find
             if (
-                modules[name] is not module
-                or type(module) is not kind
-                or module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-                or "forward" in module.__dict__
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
             ):
                 return False
-            parameters = module._parameters
+            parameters = own["_parameters"]
             weight = parameters.get("weight")
             if type(weight) is not nn.Parameter:
                 return False
@@ -244,7 +245,8 @@ def projections_of(
         exact = rounding_dtype is None and weight.dtype is working
         how = (module._parameters, None if exact else rounding_dtype or weight.dtype)
         if free:
-            key_once = partial(_once, *how, free=True)
+            never = torch.zeros_like(bias, dtype=torch.bool) if repeated else None
+            key_once = partial(_once, *how, free=True, never=never)
         functions[name] = _repeated(*how) if repeated else _once(*how, free=free)
     query, key, value = widths
     kind = WeightsKind(NAMES[dtype], (query, value, key))
@@ -264,7 +266,11 @@ def projections_of(
 
 
 def _once(
-    parameters: Mapping[str, Any], rounding_dtype: torch.dtype | None, *, free: bool
+    parameters: Mapping[str, Any],
+    rounding_dtype: torch.dtype | None,
+    *,
+    free: bool,
+    never: torch.Tensor | None = None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes a plain projection in this call.
 
@@ -273,12 +279,13 @@ def _once(
         rounding_dtype: The dtype to which they are rounded before they get that of the input; None
             where they have that of the input.
         free: Whether the gradient of the bias is exactly zero.
+        never: False for each number of the bias, if that is kept.
     """
     weight, bias = parameters["weight"], parameters["bias"]
     # A trace is checked without gradients and shall be the same; its bias gets one of about zero.
     if free and bias.requires_grad and is_grad_enabled() and _get_tracing_state() is None:
         # `anymha.layer.numerics.without_gradient` by torch's own functions
-        never = torch.zeros_like(bias, dtype=torch.bool)
+        never = torch.zeros_like(bias, dtype=torch.bool) if never is None else never
         bias = torch.where(never, bias, bias.detach())
     if rounding_dtype is None:
         return partial(linear, weight=weight, bias=bias)
