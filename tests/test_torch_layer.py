@@ -206,7 +206,8 @@ def test_cuda(x):
 def test_weights_come_at_the_first_call(x):
     layer = MultiHeadAttention(2, 4, seed=0)
     assert not layer.built
-    assert list(layer.parameters()) == []
+    assert all(map(torch.nn.parameter.is_lazy, layer.parameters()))
+    assert layer.state_dict() == {}
     value, key = numbers(2, 6, 7), numbers(2, 6, 3)
     layer(x, value, key).sum().backward()
     assert layer.built
@@ -742,3 +743,41 @@ def test_the_default_dtype_of_torch_is_followed_unless_one_is_passed(dtype, tmp_
         torch.set_default_dtype(usual)
     assert layers[0].query.weight.dtype == getattr(torch, dtype)
     assert make().config.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "how", ["call", "copy", "pickle", "bfloat16", "load_state_dict", "compile", "compiled model"]
+)
+def test_an_optimizer_made_before_the_first_call_trains(x, how):
+    layer = run = make(query_features=None)
+    if how == "copy":
+        layer = copy.deepcopy(layer)
+        run = layer
+    elif how == "pickle":
+        run = layer = pickle.loads(pickle.dumps(layer))
+    elif how == "bfloat16":
+        x = x.bfloat16()
+        layer.bfloat16()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    if how == "load_state_dict":
+        layer.load_state_dict(make(seed=1).state_dict())
+    if how.startswith("compile"):
+        run = layer if how == "compile" else torch.nn.Sequential(layer, torch.nn.ReLU())
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    run(x)
+    before = anymha.get_weights(layer)
+    assert all(type(p) is torch.nn.Parameter for p in layer.parameters())
+    run(x).square().sum().backward()
+    optimizer.step()
+    after = anymha.get_weights(layer)
+    assert [n for n in after if np.array_equal(after[n], before[n])] in ([], ["key.bias"])
+
+
+def test_what_is_said_of_weights_before_the_first_call_holds_afterwards(x):
+    layer = make(query_features=None).double().requires_grad_(False)
+    with pytest.raises(ShapeError):
+        torch.compile(layer, backend="eager")(x[0].double())
+    assert not layer.built
+    layer(x.double())
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert layer.query.weight.dtype == torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,8 +19,11 @@ from torch._C import (
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from anymha.errors import WeightsError
+from anymha.layer.arguments import ARRAYS
+from anymha.layer.checks import check_call, unpack_inputs
 from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
     CallOptions,
@@ -35,6 +39,7 @@ from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_torch import ops
 from anymha_torch.projection import (
     NAMES,
+    LazyWeight,
     check_writable,
     dtype_of,
     effective,
@@ -62,15 +67,16 @@ class TorchOptions(AttentionConfig):
     device: torch.device | str | int | None = None
 
 
-class MultiHeadAttention(NativeLayer, nn.Module):
+class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
     """Multi-head attention as a `torch.nn.Module`, batch first.
 
     The constructor takes the options of `anymha.AttentionConfig` and torch's `device`; the call
     the arguments of `anymha.multi_head_attention`, where ``training=None`` means
     ``module.training``. The projections `query`, `key`, `value` and `output` are
     `torch.nn.Linear`s: hooks, pruning, parametrisations, adapters, quantisation and whatever
-    stands in their place act as on any layer. Without `query_features` their weights are made at
-    the first call, or by `load_state_dict`.
+    stands in their place act as on any layer. Without `query_features` their weights get shape and
+    values at the first call, compiled or not, or by `load_state_dict`; until then they are
+    uninitialised parameters as those of `torch.nn.LazyLinear`, which an optimiser takes.
 
     Differs from:
         `torch.nn.MultiheadAttention`: the call is ``(query, value, key)``; a boolean mask is True
@@ -92,7 +98,7 @@ class MultiHeadAttention(NativeLayer, nn.Module):
 
     @takes_options(TorchOptions, default_dtype=torch.get_default_dtype)
     def __init__(self, config: AttentionConfig, *, device: Any = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the mixin's, whose hooks ours does without
         # `torch.fx` takes modules of this name for leaves, and does not look into their calls.
         self.__module__ = "torch.nn"
         self.config = config
@@ -108,6 +114,14 @@ class MultiHeadAttention(NativeLayer, nn.Module):
         self.register_buffer("_like", like, persistent=False)
         if config.query_features is not None:
             self._build()
+            return
+        # An optimiser that is given these trains them, as those of `torch.nn.LazyLinear`.
+        self._initialize_hook = True  # torch's compiler calls `_infer_parameters` where this is
+        for name in PROJECTIONS:
+            for part in ("weight", "bias") if name in config.biased else ("weight",):
+                kind: Any = LazyWeight
+                lazy = kind(device=like.device, dtype=like.dtype)
+                setattr(self._modules[name], part, lazy)
 
     @property
     def built(self) -> bool:
@@ -124,19 +138,37 @@ class MultiHeadAttention(NativeLayer, nn.Module):
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]], device: Any = None) -> None:
         like = self._like
         del self._like
+        self.__dict__.pop("_initialize_hook", None)
         for full, shape in shapes.items():
             name, _, part = full.partition(".")
             module: Any = self._modules[name]
-            tensor = like.new_empty(linear_shape(name, part, shape), device=device)
-            setattr(module, PARTS[part], nn.Parameter(tensor))
+            sizes = linear_shape(name, part, shape)
+            place = torch.device(like.device if device is None else device)
+            lazy = module._parameters[PARTS[part]]
+            # A meta tensor cannot become any other.
+            if isinstance(lazy, LazyWeight) and lazy.is_meta == (place.type == "meta"):
+                lazy.materialize(sizes, place, like.dtype)
+            else:
+                tensor = like.new_empty(sizes, device=place)
+                setattr(module, PARTS[part], nn.Parameter(tensor))
             if part == "kernel":
-                module.out_features, module.in_features = tensor.shape
+                module.out_features, module.in_features = sizes
 
     def reset_parameters(self) -> None:
         """Give the weights initial values, as at the start; after `to_empty`, for example."""
         mine = self.canonical_weights()
         if mine:
             self._assigned(first_weights(self.config, widths_of(mine), ops.draw_seed, ops))
+
+    def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
+        """Make the weights for a call, before it is compiled."""
+        call: dict[str, Any] = dict(zip(("query", "value", "key"), args, strict=False))
+        call |= kwargs or {}
+        query, *others = unpack_inputs(*map(call.get, ("query", "value", "key")))
+        masks = {a.name: call[a.name] for a in ARRAYS if call.get(a.name) is not None}
+        inputs = (query, *others)
+        check_call(ops, self.config, (None, None, None), inputs, masks)
+        self._build([x.shape[-1] for x in inputs], query.device)
 
     @takes_call
     def forward(
@@ -237,6 +269,13 @@ class MultiHeadAttention(NativeLayer, nn.Module):
             self.load_state_dict(before)
             raise
         return self
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:  # pyright: ignore
+        """The weights as in every module; none where they do not exist yet."""
+        if self.built:
+            return super().state_dict(*args, **options)
+        destination = options.get("destination", args[0] if args else None)
+        return OrderedDict() if destination is None else destination
 
     def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Any, prefix: str, *args: Any

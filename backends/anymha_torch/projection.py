@@ -71,6 +71,20 @@ def in_dtype_of_input(
     return linear(x, weight, bias)
 
 
+class LazyWeight(nn.UninitializedParameter):
+    """A weight without a shape; what `.to` and its kin do to a module does not need one."""
+
+    _allowed_methods = (
+        *nn.UninitializedParameter._allowed_methods,  # pyright: ignore
+        torch.Tensor.bfloat16,
+        torch.Tensor.requires_grad_,
+        torch.empty_like,
+    )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (self.requires_grad, self.data.device, self.data.dtype)
+
+
 def empty_linear(rounding_dtype: torch.dtype | None) -> nn.Linear:
     """A linear layer that has no weights yet."""
     cls = nn.Linear if rounding_dtype is None else WorkingLinear
@@ -244,7 +258,7 @@ def projections_of(
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
         exact = rounding_dtype is None and weight.dtype is working
         how = (module._parameters, None if exact else rounding_dtype or weight.dtype)
-        if free:
+        if bias is not None and free:
             never = torch.zeros_like(bias, dtype=torch.bool) if repeated else None
             key_once = partial(_once, *how, free=True, never=never)
         functions[name] = _repeated(*how) if repeated else _once(*how, free=free)
