@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from anymha.errors import AnymhaError
@@ -14,6 +13,7 @@ from anymha.interchange.anymha_files import load, save
 from anymha.interchange.conversion_plan import Conversion
 from anymha.interchange.convert_model import convert_file as _convert_file
 from anymha.interchange.detect import find_layers
+from anymha.interchange.files.paths import as_path
 from anymha.interchange.homes import MultiHeadAttention
 from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
@@ -89,6 +89,7 @@ def convert_file(
         `notes` and `verification`, in words.
 
     Raises:
+        ArgumentError: an argument is of another type.
         UsageError: there is no such layer, several layouts may be meant, or it cannot be converted;
             or a new file is one of those that the source consists of, by whatever name.
         FileError: a file cannot be read or written.
@@ -110,8 +111,9 @@ def convert_file(
         options["num_heads"] = num_heads
     verifier = Verifier()
     done = _convert_file(
-        Path(source), Path(destination), layout, to, prefix=prefix, to_prefix=to_prefix,
-        others=others, max_bytes=max_bytes, max_shard_bytes=max_shard_bytes, dry_run=dry_run,
+        as_path("source", source), as_path("destination", destination), layout, to,
+        prefix=prefix, to_prefix=to_prefix, others=others, max_bytes=max_bytes,
+        max_shard_bytes=max_shard_bytes, dry_run=dry_run,
         **({"check": verifier.check} if verify else {}), **options,
     )  # fmt: skip
     if verify:

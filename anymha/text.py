@@ -71,5 +71,10 @@ class _Short(reprlib.Repr):
         self.maxlist = self.maxtuple = 32
         self.maxlong = 60
 
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write integers of thousands of digits."""
+        huge = f"an integer of {x.bit_length()} bits"
+        return huge if x.bit_length() > 1000 else super().repr_int(x, level)
+
 
 _SHORT = _Short()

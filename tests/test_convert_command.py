@@ -17,7 +17,7 @@ import anymha
 import anymha.cli.verify
 from anymha.cli.main import main
 from anymha.cli.peers import FAMILIES
-from anymha.errors import UsageError
+from anymha.errors import AnymhaError, ArgumentError, UsageError
 from anymha.framework.registry import Backend, get_backend
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.conversion_plan import Conversion
@@ -394,6 +394,49 @@ def test_python_s_function_says_the_same(tmp_path: Path) -> None:
     assert steps == [(0, 2, starts[0]), (1, 2, starts[1])]
     assert list(done.layers) == starts
     assert list(done.tensors) == list(read(tmp_path / "a.npz"))
+
+
+WRONG_TYPES: dict[str, Any] = {
+    "prefix": [5, ["a", 5], b"a", None], "layout": [5, ["transformers.bert"], b"x"],
+    "to": [None, [], b"anymha"], "to_prefix": [3, ["a"]], "num_heads": ["4", 4.0, True, 10**5000],
+    "head_dim": [4.0], "num_key_value_heads": ["4"], "max_bytes": ["x", True, 0, 1.5],
+    "max_shard_bytes": ["5GB", True, 0, -(10**5000)], "nonsense": [3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_arguments_of_a_wrong_type_are_told(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "a.safetensors", bert("0."))
+    for value in WRONG_TYPES[name]:
+        stated = {"layout": BERT, "num_heads": 2, "verify": False, name: value}
+        with pytest.raises(AnymhaError, match=name):
+            anymha.convert_file(tmp_path / "a.safetensors", tmp_path / "b.npz", **stated)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("path", [5, None, b"a.npz", ["a.npz"]])
+def test_what_is_no_path_is_told(tmp_path: Path, path: Any) -> None:
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+    calls: list[Callable[[], Any]] = [
+        lambda: anymha.convert_file(path, tmp_path / "a.npz"),
+        lambda: anymha.convert_file(tmp_path / "a.npz", path),
+        lambda: anymha.load(path, "numpy"),
+        lambda: anymha.save(path, layer),
+        lambda: anymha.find_layers(path),
+    ]
+    for call in calls:
+        with pytest.raises(ArgumentError, match="must be a path"):
+            call()
+
+
+def test_a_size_of_many_digits_is_a_size(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", bert("0."))
+    for size in ("9" * 400, "9" * 4000 + "GiB"):
+        status, out, _ = command(
+            "convert", tmp_path / "a.safetensors", tmp_path / "b.npz", "--from", BERT, "--to", BERT,
+            "--num-heads", 2, "--max-shard-size", size,
+        )  # fmt: skip
+        assert (status, "in 1 file" in out) == (0, False)
 
 
 def test_inspect_names_all_layouts_that_fit(tmp_path: Path, command: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -28,6 +29,8 @@ from anymha.interchange.files.pickles import PickleMachine, RefusedPickle
 from anymha.interchange.files.reader import SAFE_BYTES, Tensor
 from tests.file_samples import DATA, WRITTEN, announced, same, sample, save_orbax, write
 from tests.frameworks import required
+from tests.fuzz import command as fuzz_command
+from tests.fuzz import samples as fuzz_samples
 
 FLOATS = sample("float32", (3, 4))
 
@@ -511,6 +514,107 @@ def test_damaged_file_gives_arrays_or_an_error_of_anymha(
 def test_any_bytes_as_a_pickle_are_refused_or_plain(program: bytes) -> None:
     with suppress(RefusedPickle):
         PickleMachine(b"\x80\x02" + program).run()
+
+
+def empty_and_huge(path: Path) -> Path:
+    """An array of no elements that NumPy cannot make, in any of the formats."""
+    shape = (0, 2**61, 4)
+    with create_file(path, {"a": Tensor((0, 3, 4), np.dtype("f4"))}) as writer:
+        writer.write("a", np.zeros((0, 3, 4), "f4"))
+    content = path.read_bytes()
+    if path.suffix == ".npz":
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            stream, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.npy", stream.getvalue())
+    elif path.suffix == ".pt":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            program = archive.read("archive/data.pkl")
+        three = b"\x8a\x09" + (3).to_bytes(9, "little")
+        assert three in program
+        zipped_pickle(path, program.replace(three, three[:2] + shape[1].to_bytes(9, "little")),
+                      **{"0": b""})  # fmt: skip
+    return path
+
+
+def test_an_array_without_elements_of_an_impossible_shape_is_told(tmp_path: Path) -> None:
+    """NumPy counts the other axes for its limit of bytes, although the array has none."""
+    for suffix in (".npz", ".pt"):
+        told = refused(empty_and_huge(tmp_path / f"a{suffix}"))
+        assert "'a' has the shape (0, 2305843009213693952, 4)" in told
+    header = {"a": entry(shape=[0, 2**61, 4], span=[0, 0])}
+    told = refused(with_header(tmp_path / "a.safetensors", header, 0))
+    assert "'a' has the shape (0, 2305843009213693952, 4)" in told
+    flax = b"\x81\xa1a\xc7\x16\x01\x93\x92\x00\xcf" + (2**62).to_bytes(8) + b"\xa7float32"
+    (tmp_path / "a.msgpack").write_bytes(flax + b"\xc4\x00")
+    assert "'a' has the shape (0, 4611686018427387904)" in refused(tmp_path / "a.msgpack")
+    dims = b"\x08\x00\x08" + b"\x80" * 8 + b"\x40\x10\x01\x42\x01a"
+    graph = b"\x2a" + bytes([len(dims)]) + dims
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x08\x3a" + bytes([len(graph)]) + graph)
+    assert "'a' has the shape (0, 4611686018427387904)" in refused(tmp_path / "a.onnx")
+
+
+class Broken(io.BytesIO):
+    """A file on a disk that fails."""
+
+    def __init__(self, content: bytes, good: int) -> None:
+        super().__init__(content)
+        self.good = good
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.good -= 1
+        if self.good < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("good", range(8))
+@pytest.mark.parametrize(
+    "suffix", [".safetensors", ".npz", ".pt", ".bin", ".h5", ".keras", ".onnx", ".gguf", ".msgpack"]
+)
+def test_a_disk_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, good: int
+) -> None:
+    kind = {".bin": "torch before 1.6", ".keras": "keras", ".onnx": "onnx", ".gguf": "gguf",
+            ".msgpack": "msgpack", ".h5": "hdf5"}.get(suffix)  # fmt: skip
+    if kind is not None and not fuzz_samples.installed(kind):
+        pytest.skip(f"no library reads {kind} here")
+    if kind is None:
+        path = write(tmp_path / f"a{suffix}", {"a": FLOATS})
+    else:
+        make = next(iter(fuzz_samples.SAMPLES[kind].values()))
+        path = fuzz_command.place(make(tmp_path), tmp_path / "case")
+    content, opened = path.read_bytes(), Path.open
+
+    def fail(self: Path, *args: Any, **options: Any) -> Any:
+        return opened(self, *args, **options) if self != path else Broken(content, good)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with suppress(FileError):
+        read(path)  # enough reads may be good
+
+
+def test_what_vanishes_or_is_closed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.safetensors", {"a": FLOATS})
+    with open_file(path) as reader:
+        monkeypatch.setattr(reader, "_read", lambda name: os.stat(tmp_path / "gone"))
+        with pytest.raises(FileError, match="cannot be read: No such file or directory"):
+            reader.read("a")
+
+    def closed(self: Path) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert refused(tmp_path).endswith("cannot be read: Permission denied.")
+
+
+def test_json_that_is_nested_too_deeply_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a":' + "[" * 100_000)
+    assert refused(tmp_path / "a.json").endswith("a.json is JSON, not weights.")
 
 
 def test_unreadable_files_are_told(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _size(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS:
         raise argparse.ArgumentTypeError(f"expected bytes, as 5GB or 500MiB, not {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(Decimal(found[1]) * UNITS[found[2]])
 
 
 def convert(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from anymha.errors import AnymhaError, ConfigError, DtypeError, FileError
 from anymha.framework.registry import get_layer
 from anymha.interchange.files.formats import create_file, format_of, open_file
 from anymha.interchange.files.json_text import parse_json
-from anymha.interchange.files.paths import kind_of
+from anymha.interchange.files.paths import as_path, kind_of
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.options.config import AttentionConfig
@@ -59,7 +59,7 @@ def save(path: PathLike, layer: Any) -> None:
         >>> load(path, backend="numpy").config.key_dim
         4
     """
-    target = Path(path)
+    target = as_path("path", path)
     if not target.name.endswith(SUFFIX):
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
     plain = convert(layer, to="numpy")
@@ -133,7 +133,7 @@ def load(
         >>> layer.weights["query.kernel"].shape, layer.config.num_heads
         ((8, 2, 4), 2)
     """
-    source = Path(path)
+    source = as_path("path", path)
     get_layer(backend)
     if kind_of(source) != "nothing" and not format_of(source).metadata:
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")

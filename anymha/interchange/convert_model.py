@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import BiasWarning, UsageError
+from anymha.errors import ArgumentError, BiasWarning, UsageError
 from anymha.interchange.anymha_files import ENTRY, read_configs
 from anymha.interchange.conversion_plan import (
     OWN,
@@ -86,11 +86,14 @@ def convert_file(
         **sizes: Sizes and options that the shapes do not show, as `anymha.to_canonical` takes them.
 
     Raises:
+        ArgumentError: an argument is of another type.
         UsageError: there is no such layer, several layouts may be meant, or it cannot be
             converted; or a new file is one of those that the source consists of, by whatever name.
         FileError: a file cannot be read or written.
         UnknownLayoutError: no layout has this name.
     """
+    prefixes = [prefix] if isinstance(prefix, str) else prefix
+    _check_texts(layout=[layout or ""], to=[to], prefix=prefixes, to_prefix=[to_prefix or ""])
     new_format = writable_format(target)
     check_writable(target)
     check_not_source(target, source, [source])
@@ -99,7 +102,7 @@ def convert_file(
         sources = reader.files()
         sources += siblings(sources, target)
         check_not_source(target, source, sources)
-        prefixes = [prefix] if isinstance(prefix, str) else list(prefix) or [""]
+        prefixes = list(prefixes) or [""]
         file_format, model_config = format_of(source), reader.config or read_config(source)
         groups = find_layer_groups(reader.tensors, file_format, model_config)
         if old is None:
@@ -140,6 +143,15 @@ def convert_file(
             for name in plan.copied:
                 writer.write(name, reader.read(name))
         return plan
+
+
+def _check_texts(**arguments: Any) -> None:
+    """Check that each argument is a text, or a sequence of texts."""
+    for name, texts in arguments.items():
+        is_list = isinstance(texts, Sequence)
+        if not is_list or not all(isinstance(text, str) for text in texts):
+            received = texts[0] if is_list and len(texts) == 1 else texts
+            raise ArgumentError(f"`{name}` must be a text. Received: {quoted(received)}.")
 
 
 def _stated(

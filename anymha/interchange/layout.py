@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import LayoutError, WeightsError
+from anymha.errors import ArgumentError, LayoutError, WeightsError
 from anymha.framework.registry import as_numpy
 from anymha.interchange.compared_options import check_supported, result_options
 from anymha.interchange.forms import Extra, Form, Need
@@ -29,6 +29,7 @@ from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, check_weights, with_layout_biases
 from anymha.layer.weights import NAMES
 from anymha.options.config import AttentionConfig
+from anymha.text import quoted
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class Layout:
         **options: Any,
     ) -> tuple[Weights, AttentionConfig]:
         """The canonical weights and the config that they fit; see `anymha.to_canonical`."""
+        _check_integers(
+            num_heads=num_heads, num_key_value_heads=num_key_value_heads, head_dim=head_dim
+        )
         check_plain(arrays)
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         form = self._form(shapes)
@@ -343,3 +347,13 @@ class Layout:
                 f"Unknown: {', '.join(unknown) or 'none'}. Pass them by name as `extras`."
             )
         return extras
+
+
+def _check_integers(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+            raise ArgumentError(f"`{name}` must be an integer. Received: {quoted(size)}.")
+        if size >= 2**63:
+            raise ArgumentError(f"`{name}` must be below 2**63. Received: {quoted(size)}.")

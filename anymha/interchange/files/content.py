@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from anymha.errors import FileError
 from anymha.interchange.files.archive import Archive
+from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.reader import open_stream
 from anymha.text import quoted, shown
 
@@ -143,7 +143,7 @@ def _json_words(text: bytes) -> str:
     if b'"model_type"' in text or b'"architectures"' in text:
         return "; it is a model's configuration. Name the folder, or the file of weights beside it"
     try:
-        answer = json.loads(text)
+        answer = parse_json(text)
     except ValueError:
         return ""
     error = answer.get("error") or answer.get("message")

@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymha.errors import FileError, UsageError
+from anymha.errors import FileError
 from anymha.interchange.files import content
 from anymha.interchange.files.folders import WEIGHTS, folder_kind, refuse_folder
-from anymha.interchange.files.paths import kind_of
-from anymha.interchange.files.reader import Reader, Tensor, Writer, check_total, limited
+from anymha.interchange.files.paths import kind_of, readable
+from anymha.interchange.files.reader import (
+    Reader,
+    Tensor,
+    Writer,
+    check_bytes,
+    check_total,
+    limited,
+)
 from anymha.interchange.files.sharded import (
     INDEX,
     ShardedReader,
@@ -100,8 +107,14 @@ def locate(path: Path) -> tuple[Format, Path]:
     does. In a folder of Hugging Face it is the file of weights, or their index.
 
     Raises:
-        FileError: it is of no known format; the message says what it is, where that is known.
+        FileError: it is of no known format, and what it is, where that is known; or it cannot be
+            read.
     """
+    with readable(path):
+        return _located(path)
+
+
+def _located(path: Path) -> tuple[Format, Path]:
     kind = kind_of(path)
     if kind == "folder":
         return _locate_in(path)
@@ -161,7 +174,7 @@ def open_file(path: Path, max_bytes: int | None = None) -> Reader:
     file_format, file = locate(path)
     if kind_of(file) == "nothing" and file_format.name != "TensorFlow checkpoint":
         raise FileError(f"{shown(path)} cannot be read: there is no such file.")
-    with limited(max_bytes):
+    with limited(max_bytes), readable(path):
         reader = _reader(file_format, file, max_bytes)
         try:
             check_total(reader)
@@ -225,11 +238,10 @@ def new_files(
     """The files that `create_file` writes: the one to open, then the shards where there are any.
 
     Raises:
-        UsageError: `max_shard_bytes` is no positive number.
+        ArgumentError: `max_shard_bytes` is no positive integer.
         FileError: the format is not written.
     """
-    if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise UsageError(f"`max_shard_bytes` must be 1 or more. Received: {max_shard_bytes}.")
+    check_bytes("max_shard_bytes", max_shard_bytes)
     size = sum(tensor.bytes for tensor in tensors.values())
     is_index = writable_format(path).reader == _SHARDS
     if not is_index and (max_shard_bytes is None or size <= max_shard_bytes):

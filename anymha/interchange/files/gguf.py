@@ -181,11 +181,8 @@ class GgufReader(Reader):
         if not tensor.size:
             return np.empty(tensor.shape, tensor.dtype)
         blocks = tensor if kind in DTYPES else self._blocks(name, kind, tensor)
-        try:
-            self._stream.seek(begin)
-            array = read_array(blocks, self._stream)
-        except OSError as error:
-            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
+        self._stream.seek(begin)
+        array = read_array(blocks, self._stream)
         if array is None:
             raise self.broken(f"it ends within {quoted(name)}")
         return array if kind in DTYPES else self._dequantised(name, kind, array)

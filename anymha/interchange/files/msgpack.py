@@ -19,9 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anymha.errors import FileError
 from anymha.interchange.files.reader import Reader, Tensor, open_stream, read_array
-from anymha.text import quoted, shown
+from anymha.text import quoted
 
 KIND = "a Flax msgpack"
 MAX_DEPTH = 32
@@ -211,17 +210,13 @@ class MsgpackReader(Reader):
 
     def _read(self, name: str) -> np.ndarray:
         arrays = []
-        try:
-            for start, tensor in self._parts[name]:
-                self._stream.seek(start)
-                arrays.append(read_array(tensor, self._stream))
-        except OSError as error:
-            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
+        for start, part in self._parts[name]:
+            self._stream.seek(start)
+            arrays.append(read_array(Tensor((part.size,), part.dtype), self._stream))
         if any(array is None for array in arrays):
             raise self.broken(f"it ends within {quoted(name)}")
-        if len(arrays) == 1:
-            return arrays[0].reshape(self.tensors[name].shape)
-        return np.concatenate([a.reshape(-1) for a in arrays]).reshape(self.tensors[name].shape)
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return whole.reshape(self.tensors[name].shape)
 
     def close(self) -> None:
         """Close the file."""

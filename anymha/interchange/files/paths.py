@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from anymha.errors import FileError, UsageError
-from anymha.text import shown
+from anymha.errors import ArgumentError, FileError, UsageError
+from anymha.text import quoted, shown
 
 Kind = Literal["file", "folder", "special", "nothing"]
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The path that an argument stands for.
+
+    Raises:
+        ArgumentError: it is neither a text nor an object with a path, as `pathlib.Path`.
+    """
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise ArgumentError(f"`{name}` must be a path. Received: {quoted(value)}.") from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn errors of the system, while a file or folder is read, into errors of ours.
+
+    Raises:
+        FileError: it cannot be read: no permission, a broken disk, or it has vanished.
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"{shown(path)} cannot be read: {reason}.") from error
 
 
 def stat_of(path: Path) -> os.stat_result | None:

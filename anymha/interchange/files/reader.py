@@ -21,7 +21,7 @@ from typing import BinaryIO, Protocol, cast
 import numpy as np
 
 from anymha.errors import ArgumentError, FileError
-from anymha.interchange.files.paths import kind_of, stat_of
+from anymha.interchange.files.paths import kind_of, readable, stat_of
 from anymha.text import quoted, shown
 
 SAFE_BYTES = 64 * 2**20
@@ -104,7 +104,7 @@ class Reader(abc.ABC):
                 name.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise self.broken(f"its name {quoted(name)} is no text") from error
-            if len(tensor.shape) > MAX_AXES or any(not 0 <= n < 2**63 for n in tensor.shape):
+            if not _may_be_array(tensor):
                 raise self.broken(f"{quoted(name)} has the shape {quoted(tensor.shape)}")
             found[name] = tensor
         self.tensors = found
@@ -113,12 +113,13 @@ class Reader(abc.ABC):
         """The values of a tensor, C-contiguous, in its own dtype.
 
         Raises:
-            FileError: there is no such tensor, or it is broken.
+            FileError: there is no such tensor, or it is broken or cannot be read.
         """
         if name not in self.tensors:
             raise FileError(f"{shown(self.path)} holds no tensor {quoted(name)}.")
         try:
-            return self._read(name)
+            with readable(self.path):
+                return self._read(name)
         except MemoryError as error:
             raise FileError(
                 f"{shown(self.path)} cannot be read: {quoted(name)} takes "
@@ -173,16 +174,22 @@ def open_stream(path: Path) -> tuple[BinaryIO, int]:
     Raises:
         FileError: it cannot be read.
     """
-    try:
-        if kind_of(path) == "special":
-            raise FileError(f"{shown(path)} cannot be read: it is not a regular file.")
-        stream = path.open("rb")
-        return stream, path.stat().st_size
-    except FileError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{shown(path)} cannot be read: {reason}.") from error
+    if kind_of(path) == "special":
+        raise FileError(f"{shown(path)} cannot be read: it is not a regular file.")
+    with readable(path):
+        return path.open("rb"), path.stat().st_size
+
+
+def check_bytes(name: str, value: int | None) -> None:
+    """Check an argument that is a number of bytes, or None.
+
+    Raises:
+        ArgumentError: it is not a positive integer.
+    """
+    if value is not None and (type(value) is not int or value < 1):
+        raise ArgumentError(
+            f"`{name}` must be a positive integer or None. Received: {quoted(value)}."
+        )
 
 
 @contextmanager
@@ -192,15 +199,20 @@ def limited(max_bytes: int | None) -> Iterator[None]:
     Raises:
         ArgumentError: `max_bytes` is not a positive integer.
     """
-    if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
-        raise ArgumentError(
-            f"`max_bytes` must be a positive integer or None. Received: {quoted(max_bytes)}."
-        )
+    check_bytes("max_bytes", max_bytes)
     token = _max_bytes.set(max_bytes)
     try:
         yield
     finally:
         _max_bytes.reset(token)
+
+
+def _may_be_array(tensor: Tensor) -> bool:
+    """Whether NumPy can make the array; axes of length 0 do not count for its limit of bytes."""
+    sizes = tensor.shape
+    if len(sizes) > MAX_AXES or any(not 0 <= n < 2**63 for n in sizes):
+        return False
+    return math.prod(n for n in sizes if n) * tensor.dtype.itemsize < 2**63
 
 
 def fits_memory(claimed: int, stored: int) -> bool:

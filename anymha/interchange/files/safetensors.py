@@ -83,11 +83,8 @@ class SafetensorsReader(Reader):
             raise
 
     def _read(self, name: str) -> np.ndarray:
-        try:
-            self._stream.seek(self._starts[name])
-            array = read_array(self.tensors[name], self._stream)
-        except OSError as error:
-            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
+        self._stream.seek(self._starts[name])
+        array = read_array(self.tensors[name], self._stream)
         if array is None:
             raise self.broken(f"it ends within {quoted(name)}")
         return array

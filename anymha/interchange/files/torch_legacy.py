@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from anymha.errors import FileError
 from anymha.interchange.files.content import TORCH_LEGACY, head_of
 from anymha.interchange.files.pickles import PickleMachine, RefusedPickle, Storage
 from anymha.interchange.files.reader import Tensor, open_stream, read_array
@@ -24,7 +23,7 @@ from anymha.interchange.files.torch_reader import (
     TorchReader,
     dtype_of,
 )
-from anymha.text import quoted, shown
+from anymha.text import quoted
 
 _PICKLES, _SAVED = 5, 3
 _COUNT = 8  # bytes of the number of elements before them
@@ -80,11 +79,8 @@ class LegacyTorchReader(TorchReader):
         return self._starts.get(storage.key, (0, None))[1]
 
     def _storage(self, storage: Storage, size: int) -> np.ndarray:
-        try:
-            self._stream.seek(self._starts[storage.key][0])
-            array = read_array(Tensor((size,), np.dtype(np.uint8)), self._stream)
-        except OSError as error:
-            raise FileError(f"{shown(self.path)} cannot be read: {error.strerror}.") from error
+        self._stream.seek(self._starts[storage.key][0])
+        array = read_array(Tensor((size,), np.dtype(np.uint8)), self._stream)
         if array is None:
             raise self.broken(f"it ends within its storage {storage.key!r}")
         return array

@@ -18,8 +18,6 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
 from anymha.framework.registry import as_numpy, check_named
 from anymha.interchange.compared_options import result_options
@@ -122,9 +120,6 @@ def to_canonical(
         raise ArgumentError(
             f"Sizes are {', '.join(known)}. Received: {', '.join(map(repr, unknown))}."
         )
-    for name in ("num_heads", "num_key_value_heads", "head_dim"):
-        if not isinstance(sizes.get(name, 1), (int, np.integer, type(None))):
-            raise ArgumentError(f"`{name}` must be an integer. Received: {sizes[name]!r}.")
     flat = {name: as_numpy(array) for name, array in flat_arrays(arrays, source.separator).items()}
     return source.to_canonical(flat, **sizes)
 
