@@ -23,7 +23,8 @@ from anymha.cli.main import main
 from anymha.errors import AnymhaError, ArgumentError, FileError
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.files.formats import create_file, open_file
-from anymha.interchange.files.reader import MAX_NAME, Tensor
+from anymha.interchange.files.names import MAX_NAME
+from anymha.interchange.files.reader import Tensor
 from anymha.interchange.leftovers import changed_modules
 from tests.file_samples import sample, write
 from tests.test_hostile_files import with_header, zipped_pickle

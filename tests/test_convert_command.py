@@ -187,6 +187,88 @@ def test_other_tensors_are_copied_where_that_is_asked_for(tmp_path: Path, comman
     assert "x.query_proj.weight" in found
 
 
+ODD_NAMES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "NUL": (["a\0b"], {".npz": "NUL", ".h5": "NUL"}),
+    "alike before NUL": (["n\0x", "n\0y"], {".npz": "NUL", ".h5": "NUL"}),
+    "a group": (["g", "g/h"], {".h5": "needs a group 'g', which is the name of another tensor"}),
+    "a far group": (["g", "g/h/i/j"], {".h5": "needs a group 'g'"}),
+    "empty": ([""], {".h5": "has a part that is empty"}),
+    "empty part": (["a//b"], {".h5": "has a part that is empty"}),
+    "slash behind": (["q/"], {".h5": "has a part that is empty"}),
+    "slash before": (["/q"], {".h5": "has a part that is empty"}),
+    "dots": (["./x", "a/../x"], {".h5": "dots alone"}),
+    "one dot": (["."], {".h5": "dots alone"}),
+    "output": (["w:0"], {".h5": "is read as 'w'"}),
+    "output in a group": (["g/w:0"], {".h5": "is read as 'g/w'"}),
+    "outputs": (["w:0:0", "w:0"], {".h5": "is read as 'w'"}),
+    "output and plain": (["w:0", "w"], {}),
+    "metadata": (["__metadata__"], {".safetensors": "is that of the file's metadata"}),
+    "depth": (["/".join("a" * 33)], {}),
+    "too deep": (["/".join("a" * 34)], {".h5": "has more than 32 groups"}),
+    "ends": (["x.npy", "data.pkl", "archive/data/0", "byteorder"], {}),
+    "letters": (["\u00e9", "e\u0301", "\u65e5\u672c", "\U0001f600"], {}),
+    "marks": (["a\\b", "a b", "a\nb", "*", "%", '"', "\x7f"], {}),
+    "long": (["x" * 4096], {}),
+    "device": (["CON", "a:b", "C:/x"], {}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".h5", ".shards"])
+@pytest.mark.parametrize("case", ODD_NAMES)
+def test_odd_names_are_carried_or_refused(
+    tmp_path: Path, command: Run, case: str, suffix: str
+) -> None:
+    if suffix == ".h5":
+        pytest.importorskip("h5py", reason="h5py is not installed")
+    names, refusals = ODD_NAMES[case]
+    odd = {name: np.full((2, i + 1), i, np.float32) for i, name in enumerate(names)}
+    source = tmp_path / ("a.pt" if case == "metadata" else "a.safetensors")
+    write(source, {**bert("0."), **odd})
+    end = ".safetensors" if suffix == ".shards" else suffix
+    target = tmp_path / "deep" / f"b{end}"
+    shards = ("--max-shard-size", 300) if suffix == ".shards" else ()
+    for trial in (["--dry-run"], []):
+        status, _, err = command("convert", source, target, "--from", BERT, "--to",
+                                 "transformers.clip", "--num-heads", H, "--others", *trial,
+                                 *shards)  # fmt: skip
+        if end in refusals:
+            assert (status, len(err.splitlines())) == (2, 1)
+            assert refusals[end] in err
+            assert not target.parent.exists()
+        else:
+            assert status == 0, err
+    if end not in refusals:
+        written = read(target.with_name(f"b{end}.index.json") if shards else target)
+        assert equal({name: written[name] for name in names}, odd)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".h5"])
+def test_a_new_prefix_that_no_file_can_have_is_told(
+    tmp_path: Path, command: Run, suffix: str
+) -> None:
+    write(tmp_path / "a.safetensors", bert("0."))
+    for prefix, told in (("x" * 5000, "is too long"), ("\udcff", "is no text")):
+        status, _, err = command("convert", tmp_path / "a.safetensors", tmp_path / f"b{suffix}",
+                                 "--from", BERT, "--to", BERT, "--num-heads", H, "--to-prefix",
+                                 prefix)  # fmt: skip
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert told in err
+
+
+def test_texts_besides_the_tensors_are_copied_with_the_others(tmp_path: Path, command: Run) -> None:
+    write(tmp_path / "a.safetensors", bert("0."), {"format": "pt", "anymha": "{}"})
+    for others, expected in (((), {}), (("--others",), {"format": "pt"})):
+        command("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--from", BERT,
+                "--to", "transformers.clip", "--num-heads", H, *others)  # fmt: skip
+        with open_file(tmp_path / "b.safetensors") as reader:
+            assert reader.metadata == expected
+
+
+def test_arrays_of_one_name_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"Two arrays have the name 'a\.b'"):
+        anymha.find_layers({"a.b": np.ones(2), "a": {"b": np.ones(3)}})
+
+
 def test_what_changes_is_told(tmp_path: Path, command: Run) -> None:
     arrays = bert("0.")
     del arrays["0.self.key.bias"]

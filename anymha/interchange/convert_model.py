@@ -74,7 +74,8 @@ def convert_file(
             A sequence of such prefixes takes the layers of each.
         to_prefix: What their names begin with in the target, with ``{i}``, ``{j}`` ... for the
             numbers of the source; default as in the source.
-        others: Whether the other tensors of the source are copied as they are.
+        others: Whether the other tensors of the source are copied as they are, and the texts that
+            a safetensors file has besides them.
         max_bytes: The most bytes that the source's arrays may take together, whatever it claims;
             default 100 times the bytes of the file, and 64 MiB always.
         max_shard_bytes: The most bytes of tensors in a file; where there are more, `target` stands
@@ -130,6 +131,8 @@ def convert_file(
                 f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "
                 "read it. Write a .safetensors file."
             )
+        if others and file_format.metadata:
+            metadata = {n: text for n, text in reader.metadata.items() if n != ENTRY} | metadata
         metadata = metadata if new_format.metadata else {}
         plan.files = new_files(target, plan.tensors, max_shard_bytes)
         for file in plan.files:

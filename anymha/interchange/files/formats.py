@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,12 @@ from typing import Any
 from anymha.errors import FileError
 from anymha.interchange.files import content
 from anymha.interchange.files.folders import WEIGHTS, folder_kind, refuse_folder
+from anymha.interchange.files.names import (
+    hdf5_fault,
+    name_fault,
+    npz_fault,
+    safetensors_fault,
+)
 from anymha.interchange.files.paths import kind_of, readable
 from anymha.interchange.files.reader import (
     Reader,
@@ -29,7 +35,7 @@ from anymha.interchange.files.sharded import (
     split_shards,
 )
 from anymha.interchange.files.siblings import siblings
-from anymha.text import shown
+from anymha.text import quoted, shown
 
 MAX_SHARD_BYTES = 5 * 10**9
 """The size of shards where none is stated."""
@@ -49,6 +55,7 @@ class Format:
         separator: The text between the parts of a tensor's name.
         metadata: Whether its files can have texts besides the tensors.
         begins: Whether a file with these first bytes may be of the format; None where any may.
+        name_fault: Why it cannot hold a tensor's name among all those of a file, in words.
     """
 
     name: str
@@ -58,6 +65,7 @@ class Format:
     separator: str = "."
     metadata: bool = False
     begins: Callable[[bytes], bool] | None = None
+    name_fault: Callable[[str, Collection[str]], str | None] = lambda name, names: None
 
 
 _HERE = "anymha.interchange.files"
@@ -65,19 +73,22 @@ _SHARDS = "shards"
 """Stands for the reader of an index, whose files are of another format."""
 FORMATS = (
     Format("safetensors", (".safetensors",), "safetensors:open_safetensors",
-           "safetensors:create_safetensors", metadata=True, begins=content.is_safetensors),
+           "safetensors:create_safetensors", metadata=True, begins=content.is_safetensors,
+           name_fault=safetensors_fault),
     Format("sharded safetensors", (".safetensors.index.json",), _SHARDS,
-           "safetensors:create_safetensors", metadata=True, begins=content.is_json),
+           "safetensors:create_safetensors", metadata=True, begins=content.is_json,
+           name_fault=safetensors_fault),
     Format("sharded torch", (".bin.index.json", ".pt.index.json"), _SHARDS,
            "torch_writer:create_torch", begins=content.is_json),
     Format("sharded Flax msgpack", (".msgpack.index.json",), _SHARDS, None, "/",
            begins=content.is_json),
     Format("sharded HDF5", (".h5.index.json",), _SHARDS, None, "/", begins=content.is_json),
-    Format("NumPy", (".npz",), "npz:open_npz", "npz:create_npz", begins=content.is_zip),
+    Format("NumPy", (".npz",), "npz:open_npz", "npz:create_npz", begins=content.is_zip,
+           name_fault=npz_fault),
     Format("torch", (".pt", ".pth", ".bin", ".ckpt", ".pth.tar"), "torch_legacy:open_any_torch",
            "torch_writer:create_torch", begins=content.is_torch),
     Format("Keras weights (HDF5)", (".h5", ".hdf5"), "hdf5:open_hdf5", "hdf5:create_hdf5", "/",
-           begins=content.is_hdf5),
+           begins=content.is_hdf5, name_fault=hdf5_fault),
     Format("Keras model", (".keras",), "keras:open_keras", separator="/", begins=content.is_zip),
     Format("ONNX", (".onnx",), "onnx:open_onnx", begins=content.is_onnx),
     Format("GGUF", (".gguf",), "gguf:open_gguf", begins=content.is_gguf),
@@ -224,7 +235,15 @@ def create_file(
     Raises:
         FileError: the format is not written, or cannot hold the tensors.
     """
-    create = _function(writable_format(path).writer)
+    file_format = writable_format(path)
+    for name in tensors:
+        fault = name_fault(name) or file_format.name_fault(name, tensors.keys())
+        if fault is not None:
+            raise FileError(
+                f"{shown(path.name)}: {file_format.name} cannot hold the name {quoted(name)}, as "
+                f"it {fault}."
+            )
+    create = _function(file_format.writer)
     index, *shards = new_files(path, tensors, max_shard_bytes)
     if not shards:
         return create(path, tensors, metadata or {})

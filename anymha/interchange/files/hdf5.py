@@ -21,9 +21,9 @@ import numpy as np
 from anymha.errors import FileError
 from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.hdf5_chunks import BrokenChunk, Chunks
+from anymha.interchange.files.names import MAX_GROUPS, MAX_NAME, OUTPUT
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import (
-    MAX_NAME,
     Reader,
     Tensor,
     check_all_written,
@@ -35,7 +35,6 @@ from anymha.text import quoted, shown
 
 KIND = "an HDF5"
 KINDS = "biufc"
-MAX_DEPTH = 32
 OPAQUE = {
     name: np.dtype(getattr(ml_dtypes, name))
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -80,7 +79,7 @@ class Hdf5Reader(Reader):
 
     def _walk(self, group: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         address = self._h5py.h5o.get_info(group.id).addr
-        if address in self._groups or prefix.count("/") > MAX_DEPTH:
+        if address in self._groups or prefix.count("/") > MAX_GROUPS:
             raise self.broken(f"its group {quoted(prefix)} holds itself, or lies too deep")
         self._groups.add(address)
         for key in group:
@@ -96,7 +95,7 @@ class Hdf5Reader(Reader):
                 yield from self._walk(item, f"{name}/")
             elif isinstance(item, self._h5py.Dataset):
                 # Older names of TensorFlow's variables end with an operation's output.
-                plain = name.removesuffix(":0")
+                plain = name.removesuffix(OUTPUT)
                 name = name if plain.removeprefix(prefix) in group else plain
                 self._datasets[name] = item
                 yield name, self._tensor(name, item)
@@ -212,14 +211,12 @@ def create_hdf5(
     """A new HDF5 file, which is there once all its datasets are. It has no metadata.
 
     Raises:
-        FileError: it cannot be written, or cannot hold a name or a dtype; or h5py is missing.
+        FileError: it cannot be written, or cannot hold a dtype; or h5py is missing.
     """
     h5py = require_library("h5py", path, "hdf5")
     for name, tensor in tensors.items():
         if tensor.dtype.kind not in KINDS and tensor.dtype.name not in OPAQUE:
             raise FileError(f"An HDF5 file cannot hold `{shown(name)}` of dtype {tensor.dtype}.")
-        if not all(part.strip(".") for part in name.split("/")):
-            raise FileError(f"An HDF5 file cannot hold the name {quoted(name)}.")
     with atomic_file(path) as stream, h5py.File(stream, "w") as file:
         writer = _Hdf5Writer(file, tensors)
         yield writer

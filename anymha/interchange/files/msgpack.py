@@ -89,7 +89,7 @@ class MsgpackReader(Reader):
         elif kind == "extension":
             part = self._array(*size)
             if part is not None:
-                yield self._announce("/".join(keys) or "array", [part], part[1])
+                yield self._announce("/".join(keys) if keys else "array", [part], part[1])
 
     def _announce(
         self, name: str, parts: list[tuple[int, Tensor]], tensor: Tensor

@@ -20,7 +20,8 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from anymha.interchange.files.reader import MAX_AXES, MAX_NAME
+from anymha.interchange.files.names import MAX_NAME
+from anymha.interchange.files.reader import MAX_AXES
 from anymha.text import quoted, shown
 
 MAX_STEPS = 1_500_000

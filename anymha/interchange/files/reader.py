@@ -21,14 +21,13 @@ from typing import BinaryIO, Protocol, cast
 import numpy as np
 
 from anymha.errors import ArgumentError, FileError
+from anymha.interchange.files.names import name_fault
 from anymha.interchange.files.paths import kind_of, readable, stat_of
 from anymha.text import quoted, shown
 
 SAFE_BYTES = 64 * 2**20
 MAX_EXPANSION = 100
 CHUNK = 2**20
-MAX_NAME = 4096
-"""The most characters of a tensor's name."""
 MAX_NAMES = 2**26
 """The most characters of all names together: a group's name counts in each of its tensors'."""
 MAX_AXES = 64
@@ -96,14 +95,13 @@ class Reader(abc.ABC):
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
         for name, tensor in cast(Iterable[tuple[str, Tensor]], pairs):
             characters += len(name)
-            if len(name) > MAX_NAME or characters > MAX_NAMES:
-                raise self.broken(f"its name {quoted(name)} is too long, or all of them together")
+            fault = name_fault(name)
+            if characters > MAX_NAMES:
+                fault = "is too long, with all others together"
+            if fault is not None:
+                raise self.broken(f"its name {quoted(name)} {fault}")
             if name in found:
                 raise self.broken(f"it has {quoted(name)} twice")
-            try:
-                name.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise self.broken(f"its name {quoted(name)} is no text") from error
             if not _may_be_array(tensor):
                 raise self.broken(f"{quoted(name)} has the shape {quoted(tensor.shape)}")
             found[name] = tensor

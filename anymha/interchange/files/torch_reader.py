@@ -169,7 +169,7 @@ def _flat(
 ) -> Iterator[tuple[str, StridedTensor]]:
     """The tensors of nested dicts, with the keys joined by dots."""
     if isinstance(value, StridedTensor):
-        yield ".".join(keys) or "tensor", value
+        yield ".".join(keys) if keys else "tensor", value
     elif isinstance(value, dict):
         if len(keys) == MAX_DEPTH:
             raise RefusedPickle(f"its dicts are nested more than {MAX_DEPTH} deep")

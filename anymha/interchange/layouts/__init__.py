@@ -25,6 +25,7 @@ from anymha.interchange.layout import Layout
 from anymha.interchange.leftovers import MLA_REASON
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
+from anymha.text import quoted
 
 ENTRY_POINTS = "anymha.layouts"
 FAMILIES = (
@@ -170,15 +171,22 @@ WRAPPED = ("get_value", "unbox")
 
 
 def flat_arrays(arrays: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict, with the arrays that Flax's variables and boxes hold."""
+    """Nested dicts as one dict, with the arrays that Flax's variables and boxes hold.
+
+    Raises:
+        ArgumentError: two of them have one name.
+    """
     flat: dict[str, Any] = {}
     for name, value in arrays.items():
         path = prefix + (separator.join(name) if isinstance(name, tuple) else str(name))
         if isinstance(value, Mapping):
-            flat |= flat_arrays(value, separator, path + separator)
+            inner = flat_arrays(value, separator, path + separator)
         else:
             unwrap = next(filter(None, (getattr(value, name, None) for name in WRAPPED)), None)
-            flat[path] = value if unwrap is None else unwrap()
+            inner = {path: value if unwrap is None else unwrap()}
+        for twice in inner.keys() & flat.keys():
+            raise ArgumentError(f"Two arrays have the name {quoted(twice)}.")
+        flat |= inner
     return flat
 
 
