@@ -218,7 +218,9 @@ def index_of_values(folder: Path) -> Path:
     return path
 
 
-def zarr(folder: Path, shape: int, chunk: int) -> Path:
+def zarr(
+    folder: Path, shape: int, chunk: int, compressor: Any = None, content: bytes = b""
+) -> Path:
     pytest.importorskip("tensorstore", reason="tensorstore is not installed")
     value = {"value_type": "jax.Array", "skip_deserialize": False}
     entry = {"key_metadata": [{"key": "a", "key_type": 2}], "value_metadata": value}
@@ -227,10 +229,85 @@ def zarr(folder: Path, shape: int, chunk: int) -> Path:
     )
     (folder / "a").mkdir()
     (folder / "a" / ".zarray").write_text(
-        json.dumps({"shape": [shape], "chunks": [chunk], "dtype": "<f4", "compressor": None,
+        json.dumps({"shape": [shape], "chunks": [chunk], "dtype": "<f4", "compressor": compressor,
                     "fill_value": None, "filters": None, "order": "C", "zarr_format": 2})
     )  # fmt: skip
+    if content:
+        (folder / "a" / "0").write_bytes(content)
     return folder
+
+
+def blosc(folder: Path) -> Path:
+    """A chunk of 16 bytes whose head says that it unpacks to 1 GiB."""
+    head = b"\2\1\0\4" + struct.pack("<III", 2**30, 2**20, 64)
+    return zarr(folder, 4, 4, {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 0},
+                head + bytes(48))  # fmt: skip
+
+
+def packed_twice(folder: Path) -> Path:
+    """Blosc within gzip: gzip unfolds to a Blosc chunk of any size, and that again."""
+    grid = {"name": "regular", "configuration": {"chunk_shape": [4]}}
+    gzip = {"name": "gzip", "configuration": {"level": 1}}
+    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "noshuffle", "blocksize": 0, "typesize": 4}
+    metadata = {
+        "zarr_format": 3, "node_type": "array", "shape": [4], "data_type": "float32",
+        "chunk_grid": grid, "fill_value": 0, "attributes": {},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}},
+                   {"name": "blosc", "configuration": blosc}, gzip],
+    }  # fmt: skip
+    return zarr3(folder, metadata)
+
+
+def blosc_in_shards(folder: Path) -> Path:
+    """Chunks within chunks, which Blosc packs."""
+    packed_twice(folder)
+    metadata = json.loads((folder / "a" / "zarr.json").read_text())
+    plain, blosc, _ = metadata["codecs"]
+    inner = {"chunk_shape": [2], "codecs": [plain, blosc], "index_codecs": [plain]}
+    metadata["codecs"] = [{"name": "sharding_indexed", "configuration": inner}]
+    return zarr3(folder, metadata)
+
+
+def zarr3(folder: Path, metadata: dict[str, Any]) -> Path:
+    if not (folder / "a").is_dir():
+        zarr(folder, 4, 4)
+    content = json.loads((folder / "_METADATA").read_text()) | {"use_zarr3": True}
+    (folder / "_METADATA").write_text(json.dumps(content))
+    (folder / "a" / "zarr.json").write_text(json.dumps(metadata))
+    return folder
+
+
+def deep_zarr(folder: Path) -> Path:
+    """Metadata of which TensorStore's parser dies."""
+    path = zarr(folder, 4, 4) / "a" / ".zarray"
+    deep = "[" * 300_000 + "]" * 300_000
+    path.write_text(path.read_text()[:-1] + f', "attributes": {deep}}}')
+    return folder
+
+
+def gguf_of_values(folder: Path) -> Path:
+    """A list of a million texts within lists."""
+    text_of_1 = struct.pack("<Q", 0)
+    inner = struct.pack("<IQ", 8, 2**17) + text_of_1 * 2**17
+    value = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + inner
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, 2**40) + value * 9
+    (folder / "a.gguf").write_bytes(content)
+    return folder / "a.gguf"
+
+
+def lists_of_msgpack(folder: Path) -> Path:
+    (folder / "a.msgpack").write_bytes(b"\x81\xa1a\xdd\x00\x10\x00\x00" + b"\x90" * 2**20)
+    return folder / "a.msgpack"
+
+
+def filled_h5(folder: Path) -> Path:
+    """Datasets of 10 GB that are not stored at all: every element is the fill value."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(folder / "a.h5", "w") as file:
+        file.create_dataset("a", (10 * 2**28,), "f4")
+        file.create_dataset("b", (10 * 2**28,), "f4", chunks=(2**20,), compression="gzip")
+    return folder / "a.h5"
 
 
 BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -273,9 +350,16 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "values of a header": (many_values, "it has more than 3000000 values"),
     "values of an index": (index_of_values, "it has more than 3000000 values"),
     "chunk of Orbax": (lambda folder: zarr(folder, 1, 2**32), f"1 chunks of {2**34} bytes each"),
+    "Blosc in gzip": (packed_twice, "packed twice, by blosc and gzip"),
+    "Blosc in shards": (blosc_in_shards, "chunks within chunks that are packed by Blosc"),
+    "Blosc": (blosc, f"a chunk of 16 bytes unpacks to {2**30}"),
+    "deep metadata of Zarr": (deep_zarr, "its values are nested too deeply"),
+    "values of GGUF": (gguf_of_values, "it ends within its header"),
+    "lists of msgpack": (lists_of_msgpack, "have more than 200000 values"),
+    "fill values": (filled_h5, "'a' claims 10737418240 bytes in 0"),
     "chunks of Orbax": (lambda folder: zarr(folder, 2**23, 1), f"{2**23} chunks of 4 bytes each"),
 }
-READ_LATE = ("swelling chunk", "swelling chunk in .keras")
+READ_LATE = ("swelling chunk", "swelling chunk in .keras", "Blosc")
 """What is seen where values are read: `inspect` reads none."""
 
 

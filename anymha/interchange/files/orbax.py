@@ -27,6 +27,9 @@ MAX_METADATA = 100_000_000
 ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 KINDS = "biufcV"
 SAFE_CHUNKS, CHUNK_BYTES = 10_000, 64
+PLAIN_CODECS = ("bytes", "transpose", "crc32c", "sharding_indexed")
+"""The codecs of Zarr 3 whose result has the size that the array's shape says."""
+BLOSC_HEADER = 16
 
 
 class OrbaxReader(Reader):
@@ -43,14 +46,18 @@ class OrbaxReader(Reader):
             raise self.broken(f"neither it nor its folder 'default' has a file {METADATA!r}")
         self._folder = folder.resolve()
         self._stores: dict[str, Any] = {}
+        self._blosc: dict[str, bool] = {}
         self._stored_bytes = sum(one.stat().st_size for one in self.files())
         keys = self._keys()
         tensorstore = require_library("tensorstore", path, "orbax")
         try:
-            opening = {
-                name: tensorstore.open(self._spec(parts), open=True, read=True)
-                for name, parts in keys.items()
-            }
+            specs = {name: self._spec(parts) for name, parts in keys.items()}
+            places = {n: tensorstore.KvStore.open(s["kvstore"]) for n, s in specs.items()}
+            file = "zarr.json" if self._driver == "zarr3" else ".zarray"
+            texts = {name: place.result().read(file) for name, place in places.items()}
+            for name, text in texts.items():  # TensorStore's own parser dies of deep ones
+                self._blosc[name] = _has_blosc(parse_json(bytes(text.result().value or b"{}")))
+            opening = {n: tensorstore.open(s, open=True, read=True) for n, s in specs.items()}
             self._stores = {name: future.result() for name, future in opening.items()}
         except Exception as error:  # of TensorStore, which raises nearly every kind
             raise self.broken(f"{_short(error)}") from error
@@ -113,7 +120,11 @@ class OrbaxReader(Reader):
 
     def _read(self, name: str) -> np.ndarray:
         try:
-            array = np.asarray(self._stores[name].read().result())
+            store = self._stores[name]
+            if self._blosc[name]:
+                shape = store.chunk_layout.read_chunk.shape
+                _check_blosc(store.kvstore, math.prod(shape) * store.dtype.numpy_dtype.itemsize)
+            array = np.asarray(store.read().result())
         except Exception as error:  # of TensorStore, which raises nearly every kind
             raise self.broken(f"{quoted(name)}: {_short(error)}") from error
         tensor = self.tensors[name]
@@ -126,6 +137,41 @@ class OrbaxReader(Reader):
     def close(self) -> None:
         """Release the arrays."""
         self._stores = {}
+
+
+def _has_blosc(metadata: dict[str, Any]) -> bool:
+    """Whether an array's chunks are packed by Blosc, which unfolds a chunk to the size it states.
+
+    The other codecs are unpacked by TensorStore as far as a chunk needs, where there is only one.
+
+    Raises:
+        ValueError: several lie in one another.
+    """
+    if "codecs" not in metadata:  # Zarr 2
+        return (metadata.get("compressor") or {}).get("id") == "blosc"
+    codecs = [codec["name"] for codec in metadata["codecs"]]
+    packing = [name for name in codecs if name not in PLAIN_CODECS]
+    if "sharding_indexed" in codecs:
+        inner = metadata["codecs"][codecs.index("sharding_indexed")]["configuration"]
+        if _has_blosc(inner) or _has_blosc({"codecs": inner.get("index_codecs", [])}):
+            raise ValueError("it has chunks within chunks that are packed by Blosc")
+        packing = ["sharding_indexed", *packing] if packing else []
+    if len(packing) > 1:
+        raise ValueError(f"it has chunks that are packed twice, by {' and '.join(packing)}")
+    return packing == ["blosc"]
+
+
+def _check_blosc(chunks: Any, most: int) -> None:
+    """Check that no chunk states another size than a chunk has.
+
+    Raises:
+        ValueError: one does.
+    """
+    for key in chunks.list().result():
+        head = bytes(chunks.read(key).result().value)[:BLOSC_HEADER]
+        size = int.from_bytes(head[4:8], "little")
+        if not key.rpartition(b"/")[2].startswith(b".z") and key != b"zarr.json" and size != most:
+            raise ValueError(f"a chunk of {most} bytes unpacks to {size}")
 
 
 def _short(error: Exception) -> str:
