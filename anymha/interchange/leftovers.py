@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from anymha.framework.dtypes import FLOATING
+from anymha.interchange.files.onnx_graph import ANONYMOUS
 from anymha.text import quoted, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,7 +69,6 @@ _MARK = re.compile(
     + ")",
     re.IGNORECASE | re.DOTALL,  # else a name's end in a new line is tried from each separator
 )
-_RENAMED = re.compile(r"((onnx::)?(MatMul|Gemm)|val)_\d+(_quantized)?")
 MLA_REASON = (
     "Multi-head latent attention (DeepSeek's `kv_a_proj_with_mqa`) cannot be converted: its keys "
     "and values pass through a shared low-rank projection and a norm, and its heads mix rotated "
@@ -120,7 +120,7 @@ def remarks_on(tensors: Mapping[str, Any]) -> list[str]:
     latent = [name for name in tensors if "kv_a_proj_with_mqa" in name]
     if latent:
         remarks.append(f"{MLA_REASON} It is in {len(latent)} arrays, as {quoted(latent[0])}.")
-    renamed = [name for name in tensors if _RENAMED.fullmatch(name)]
+    renamed = [name for name in tensors if ANONYMOUS.fullmatch(name)]
     if renamed:
         remarks.append(
             f"The exporter renamed {len(renamed)} matrices ({shown(renamed[0])}, ...): "

@@ -1,4 +1,7 @@
-"""ONNX: the initialisers of a model's graph by name. The graph itself is not read.
+"""ONNX: the arrays of a model's graph by name, its initialisers and the values of `Constant` nodes.
+
+Weights of linear layers that the exporter renamed have their former names, where the graph tells
+them; see `onnx_graph`. Such matrices are transposed back.
 
 This module reads the file, so the package onnx is not needed. Elements may lie in another file next
 to it, of a plain name; any other place is refused.
@@ -10,7 +13,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -18,14 +21,25 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from anymha.interchange.files.protobuf import SPAN, VARINT, MalformedMessage, fields, varints
+from anymha.interchange.files.onnx_graph import Node, former_names
+from anymha.interchange.files.protobuf import (
+    SPAN,
+    VARINT,
+    MalformedMessage,
+    TooManyFields,
+    fields,
+    varints,
+)
 from anymha.interchange.files.reader import MAX_AXES, Reader, Tensor, open_stream, read_array
 from anymha.text import quoted
 
 KIND = "an ONNX"
 MAX_FILES = 500
 MAX_DEPTH = 100
-_GRAPH, _INITIALIZER = 7, 5
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
+_INPUT, _OUTPUT, _NODE_NAME, _OPERATOR, _ATTRIBUTE = 1, 2, 3, 4, 5
+_VALUE = 5
+"""The field of an attribute that is a tensor."""
 _DIMS, _TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _DOUBLES, _UINT64S = (
     1, 2, 4, 5, 7, 8, 9, 10, 11,
 )  # fmt: skip
@@ -67,6 +81,9 @@ DTYPES = {
     24: np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 
+FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.kind in "fV")
+"""The dtypes of weights; of other constants those of one axis, as shapes, are left out."""
+
 
 @dataclass
 class _Initializer:
@@ -80,23 +97,23 @@ class _Initializer:
 
 
 class OnnxReader(Reader):
-    """The initialisers of an open ONNX file; texts and numbers of four bits are left out."""
+    """The arrays of an open ONNX file; texts and numbers of four bits are left out."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KIND)
         self._stream, self._size = open_stream(path)
         self._initializers: dict[str, _Initializer] = {}
         self._files: dict[str, tuple[BinaryIO, int]] = {}
+        self._nodes: list[Node] = []
+        self._constants: dict[str, tuple[int, int]] = {}
+        self._former: dict[str, tuple[str, bool]] = {}
         self._places: dict[str, None] = {}
         self._steps = count()
         try:
             self._collect()
             self._collect_places()
             self.set_tensors(
-                {
-                    name: self._tensor(initializer)
-                    for name, initializer in self._initializers.items()
-                }
+                self._named({n: self._tensor(i) for n, i in self._initializers.items()})
             )
         except MalformedMessage as error:
             self.close()
@@ -113,6 +130,8 @@ class OnnxReader(Reader):
         ]
         if len(graphs) != 1:
             raise MalformedMessage(f"it has {len(graphs)} graphs, where a model has one")
+        spans: list[tuple[int, int]] = []
+        steps = count()
         for number, wire, begin, end in fields(self._stream, *graphs[0], self._steps):
             if number == _INITIALIZER and wire == SPAN:
                 initializer = self._initializer(begin, end)
@@ -120,6 +139,49 @@ class OnnxReader(Reader):
                     raise MalformedMessage(f"it has {quoted(initializer.name)} twice")
                 if initializer.kind in DTYPES:
                     self._initializers[initializer.name] = initializer
+            elif number == _NODE and wire == SPAN:
+                spans.append((begin, end))
+        try:
+            self._nodes = [self._node(*span, steps) for span in spans]
+        except TooManyFields:  # of a graph so large its arrays alone are read
+            self._constants.clear()
+        for name, span in self._constants.items():
+            value = replace(self._initializer(*span), name=name)
+            is_weight = value.dims and (value.dims[1:] or DTYPES.get(value.kind) in FLOATS)
+            if value.kind in DTYPES and is_weight:
+                self._initializers.setdefault(name, value)
+
+    def _node(self, begin: int, end: int, steps: Iterator[int]) -> Node:
+        node, values = Node(), []
+        for number, wire, start, stop in fields(self._stream, begin, end, steps):
+            if wire != SPAN:
+                continue
+            if number in (_INPUT, _OUTPUT):
+                names = node.inputs if number == _INPUT else node.outputs
+                names.append(_text(self._bytes(start, stop)))
+            elif number == _NODE_NAME:
+                node.name = _text(self._bytes(start, stop))
+            elif number == _OPERATOR:
+                node.operator = _text(self._bytes(start, stop))
+            elif number == _ATTRIBUTE:
+                values.append((start, stop))
+        if node.operator == "Constant" and len(values) == len(node.outputs) == 1:
+            for number, wire, *span in fields(self._stream, *values[0], steps):
+                if number == _VALUE and wire == SPAN:
+                    self._constants[node.outputs[0]] = span[0], span[1]
+        return node
+
+    def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by their former names, as far as they are known."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._former = former_names(self._nodes, shapes)
+        self._nodes.clear()
+        renamed = {name for name, folded in self._former.values() if folded}
+        named = {name: tensor for name, tensor in tensors.items() if name not in renamed}
+        for former, (name, folded) in self._former.items():
+            shape = tensors[name].shape
+            named[former] = Tensor(shape[::-1] if folded else shape, tensors[name].dtype)
+        return named
 
     def _initializer(self, begin: int, end: int) -> _Initializer:
         initializer, is_external = _Initializer(), False
@@ -223,7 +285,16 @@ class OnnxReader(Reader):
         return int(offset), self._files[place][1]
 
     def _read(self, name: str) -> np.ndarray:
-        initializer, tensor = self._initializers[name], self.tensors[name]
+        if name in self._former:
+            place, folded = self._former[name]
+            array = self._stored(place)
+            return np.ascontiguousarray(array.T) if folded else array
+        return self._stored(name)
+
+    def _stored(self, name: str) -> np.ndarray:
+        """The array of that name in the graph."""
+        initializer = self._initializers[name]
+        tensor = Tensor(tuple(initializer.dims), DTYPES[initializer.kind])
         number, begin, end = initializer.contents[0] if initializer.contents else (_RAW, 0, 0)
         if number in _VARINTS:
             return self._counted(name, tensor, self._bytes(begin, end))
@@ -267,7 +338,7 @@ def _text(content: bytes) -> str:
 
 
 def open_onnx(path: Path) -> OnnxReader:
-    """The initialisers of an ONNX file.
+    """The arrays of an ONNX file.
 
     Raises:
         FileError: it cannot be read, is broken, or has elements that are not next to it.

@@ -23,6 +23,10 @@ class MalformedMessage(ValueError):
     """Bytes that are not a message."""
 
 
+class TooManyFields(MalformedMessage):
+    """A message, or several together, that would take too long."""
+
+
 def fields(
     stream: BinaryIO, begin: int, end: int, steps: Iterator[int] | None = None
 ) -> Iterator[tuple[int, int, int, int]]:
@@ -38,12 +42,13 @@ def fields(
         Number, wire type, and the span of its content in the stream; for a varint its value and 0.
 
     Raises:
-        MalformedMessage: they do not fill the span, or are more than `MAX_FIELDS`.
+        MalformedMessage: they do not fill the span.
+        TooManyFields: they are more than `MAX_FIELDS`.
     """
     position, steps = begin, count() if steps is None else steps
     while position < end:
-        if next(steps) == MAX_FIELDS:
-            raise MalformedMessage(f"it has more than {MAX_FIELDS} fields")
+        if next(steps) >= MAX_FIELDS:
+            raise TooManyFields(f"it has more than {MAX_FIELDS} fields")
         stream.seek(position)
         tag, position = _varint(stream, position)
         number, wire = tag >> 3, tag & 7
