@@ -26,6 +26,8 @@ from anymha.text import quoted, shown
 
 MAX_STEPS = 1_500_000
 """A tensor takes about 33 steps."""
+CALL_STEPS = 2
+"""The steps that a call counts for each item of its arguments."""
 MAX_KEY = 16
 """The most items of a tuple that is a key of a dict."""
 MAX_NUMBER = 2**53
@@ -305,8 +307,8 @@ class PickleMachine:
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             if isinstance(arguments, tuple) and str(function) != "_codecs.encode":
-                self._steps += len(arguments)
-                self._steps += sum(len(one) for one in arguments if isinstance(one, _SIZED))
+                sizes = [len(arguments), *(len(a) for a in arguments if isinstance(a, _SIZED))]
+                self._steps += CALL_STEPS * sum(sizes)
                 self._check_steps()
             known = isinstance(function, PickledName) and str(function) in self._classes
             called = PickledObject(str(function), arguments) if known else None
