@@ -354,7 +354,7 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Blosc in shards": (blosc_in_shards, "chunks within chunks that are packed by Blosc"),
     "Blosc": (blosc, f"a chunk of 16 bytes unpacks to {2**30}"),
     "deep metadata of Zarr": (deep_zarr, "its values are nested too deeply"),
-    "values of GGUF": (gguf_of_values, "it ends within its header"),
+    "values of GGUF": (gguf_of_values, "it ends too early"),
     "lists of msgpack": (lists_of_msgpack, "have more than 200000 values"),
     "fill values": (filled_h5, "'a' claims 10737418240 bytes in 0"),
     "chunks of Orbax": (lambda folder: zarr(folder, 2**23, 1), f"{2**23} chunks of 4 bytes each"),

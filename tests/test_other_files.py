@@ -346,10 +346,10 @@ def entry(shape: tuple[int, ...], kind: int = 0, at: int = 0) -> bytes:
     ("content", "words"),
     [
         (gguf(version=1), "it has the version 1"),
-        (gguf(2**60), "it ends within its header"),
-        (gguf(0, 2**60), "it ends within its header"),
+        (gguf(2**60), "it ends too early"),
+        (gguf(0, 2**60), "it ends too early"),
         (gguf(0, 1, text(b"", 2**60)), f"it has a name of {2**60} bytes"),
-        (gguf(0, 1, text(b"k") + struct.pack("<IIQ", 9, 4, 2**61)), "it ends within its header"),
+        (gguf(0, 1, text(b"k") + struct.pack("<IIQ", 9, 4, 2**61)), "it ends too early"),
         (gguf(0, 1, text(b"k") + struct.pack("<I", 77)), "a value of the kind 77"),
         (gguf(1, 0, entry((2**40, 4))), "reaches over the file's end"),
         (gguf(1, 0, entry((4,), at=2**63)), "reaches over the file's end"),
@@ -371,9 +371,9 @@ def extension(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\x81\xa1a", "it ends within a value"),
-        (b"\xdf\xff\xff\xff\xff", "it ends within a value"),
-        (b"\x81\xa1a\xc6\xff\xff\xff\xff", "it ends within a value"),
+        (b"\x81\xa1a", "it ends too early"),
+        (b"\xdf\xff\xff\xff\xff", "it ends too early"),
+        (b"\x81\xa1a\xc6\xff\xff\xff\xff", "it ends too early"),
         (b"\x81\xa1a" * 40 + b"\xc0", "its dicts are nested more than 32 deep"),
         (b"\x81\xa1a\xc1", "byte 3 is none of msgpack's"),
         (b"\x81\xc0\xc0", "a key is no text"),

@@ -20,7 +20,8 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.optional import require_library
-from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream, read_array
+from anymha.interchange.files.reader import Tensor, fits_memory
+from anymha.interchange.files.streams import Malformed, StreamReader
 from anymha.text import quoted, shown
 
 KIND = "a GGUF"
@@ -55,32 +56,19 @@ QUANTISED = {
 }  # fmt: skip
 
 
-class _Malformed(ValueError):
-    """A header that is not GGUF's."""
-
-
-class GgufReader(Reader):
-    """An open GGUF file; only the tensors that are asked for are read."""
+class GgufReader(StreamReader):
+    """An open GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, KIND)
-        self._stream, self._size = open_stream(path)
         self._places: dict[str, tuple[int, int]] = {}
-        try:
-            self._read_header()
-        except (_Malformed, UnicodeDecodeError) as error:
-            self.close()
-            raise self.broken(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path, KIND)
 
-    def _read_header(self) -> None:
+    def _parse(self) -> None:
         if self._take(4) != b"GGUF":
-            raise _Malformed("it does not begin with 'GGUF'")
+            raise Malformed("it does not begin with 'GGUF'")
         version = self._number("I")
         if version not in _VERSIONS:
-            raise _Malformed(f"it has the version {version}, and {_VERSIONS} are read")
+            raise Malformed(f"it has the version {version}, and {_VERSIONS} are read")
         tensors, values = self._number("Q"), self._number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(values):
@@ -95,11 +83,11 @@ class GgufReader(Reader):
         for _ in range(tensors):
             name, shape, kind, offset = self._entry()
             if name in shapes:
-                raise _Malformed(f"it has {quoted(name)} twice")
+                raise Malformed(f"it has {quoted(name)} twice")
             shapes[name], self._places[name] = shape, (kind, offset)
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 2**20:
-            raise _Malformed(f"its alignment is {quoted(alignment)}")
+            raise Malformed(f"its alignment is {quoted(alignment)}")
         begin = -(-self._stream.tell() // alignment) * alignment
         self._places = {n: (kind, begin + at) for n, (kind, at) in self._places.items()}
         self.set_tensors({name: self._tensor(name, shape) for name, shape in shapes.items()})
@@ -114,21 +102,21 @@ class GgufReader(Reader):
         """Name, shape, type and offset of a tensor. GGUF's first axis is the fastest one."""
         name, axes = self._text(), self._number("I")
         if axes > MAX_AXES:
-            raise _Malformed(f"{quoted(name)} has {axes} axes")
+            raise Malformed(f"{quoted(name)} has {axes} axes")
         shape = tuple(self._number("Q") for _ in range(axes))[::-1]
         if any(size >= 2**63 for size in shape):
-            raise _Malformed(f"{quoted(name)} has the shape {shape}")
+            raise Malformed(f"{quoted(name)} has the shape {shape}")
         return name, shape, self._number("I"), self._number("Q")
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         kind, begin = self._places[name]
         if kind not in DTYPES and kind not in QUANTISED:
-            raise _Malformed(f"{quoted(name)} has the unknown type {kind}")
+            raise Malformed(f"{quoted(name)} has the unknown type {kind}")
         tensor = Tensor(shape, DTYPES.get(kind, np.dtype(np.float32)))
         stored = self._size - begin
         fits = tensor.bytes <= stored if kind in DTYPES else fits_memory(tensor.bytes, stored)
         if stored < 0 or not fits:
-            raise _Malformed(f"{quoted(name)} of shape {shape} reaches over the file's end")
+            raise Malformed(f"{quoted(name)} of shape {shape} reaches over the file's end")
         return tensor
 
     def _value(self, kind: int, depth: int = 0) -> Any:
@@ -138,7 +126,7 @@ class GgufReader(Reader):
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
         if kind != _ARRAY or depth > MAX_DEPTH:
-            raise _Malformed(f"its metadata has a value of the kind {kind}")
+            raise Malformed(f"its metadata has a value of the kind {kind}")
         inner, count = self._number("I"), self._number("Q")
         if inner in _NUMBERS:
             self._skip(count * struct.calcsize("<" + _NUMBERS[inner]))
@@ -150,7 +138,7 @@ class GgufReader(Reader):
     def _text(self) -> str:
         size = self._number("Q")
         if size > min(MAX_TEXT, self._size - self._stream.tell()):
-            raise _Malformed(f"it has a name of {size} bytes")
+            raise Malformed(f"it has a name of {size} bytes")
         return self._take(size).decode("utf-8")
 
     def _long_text(self, keep: bool) -> str | None:
@@ -164,27 +152,13 @@ class GgufReader(Reader):
     def _number(self, form: str) -> Any:
         return struct.unpack("<" + form, self._take(struct.calcsize("<" + form)))[0]
 
-    def _take(self, size: int) -> bytes:
-        content = self._stream.read(size)
-        if len(content) < size:
-            raise _Malformed("it ends within its header")
-        return content
-
-    def _skip(self, size: int) -> None:
-        if self._stream.tell() + size > self._size:
-            raise _Malformed("it ends within its header")
-        self._stream.seek(size, 1)
-
     def _read(self, name: str) -> np.ndarray:
         kind, begin = self._places[name]
         tensor = self.tensors[name]
         if not tensor.size:
             return np.empty(tensor.shape, tensor.dtype)
         blocks = tensor if kind in DTYPES else self._blocks(name, kind, tensor)
-        self._stream.seek(begin)
-        array = read_array(blocks, self._stream)
-        if array is None:
-            raise self.broken(f"it ends within {quoted(name)}")
+        array = self._elements(name, begin, blocks)
         return array if kind in DTYPES else self._dequantised(name, kind, array)
 
     def _blocks(self, name: str, kind: int, tensor: Tensor) -> Tensor:
@@ -209,10 +183,6 @@ class GgufReader(Reader):
                 "package gguf cannot dequantise."
             ) from error
         return np.ascontiguousarray(array, np.float32).reshape(self.tensors[name].shape)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
 
 
 def open_gguf(path: Path) -> GgufReader:

@@ -19,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anymha.interchange.files.reader import Reader, Tensor, open_stream, read_array
+from anymha.interchange.files.reader import Tensor
+from anymha.interchange.files.streams import Malformed, StreamReader
 from anymha.text import quoted
 
 KIND = "a Flax msgpack"
@@ -39,40 +40,30 @@ _NUMBERS = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE:
             0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}  # fmt: skip
 
 
-class _Malformed(ValueError):
-    """Bytes that are not what Flax writes."""
-
-
 Value = tuple[str, Any]
 """The kind of a value, "dict", "list", "bytes", "extension" or "number", and its size or itself."""
 
 
-class MsgpackReader(Reader):
+class MsgpackReader(StreamReader):
     """An open file of Flax. Keys of nested dicts are joined by slashes; numbers are left out."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, KIND)
-        self._stream, self._size = open_stream(path)
         self._parts: dict[str, list[tuple[int, Tensor]]] = {}
         self._steps = count()
-        try:
-            tensors = dict(self._walk((), 0))
-            if self._stream.tell() != self._size:
-                raise _Malformed("there are bytes behind its end")
-            self.set_tensors(tensors)
-        except (_Malformed, UnicodeDecodeError) as error:
-            self.close()
-            raise self.broken(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path, KIND)
+
+    def _parse(self) -> None:
+        tensors = dict(self._walk((), 0))
+        if self._stream.tell() != self._size:
+            raise Malformed("there are bytes behind its end")
+        self.set_tensors(tensors)
 
     def _walk(self, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the value that comes next."""
         if next(self._steps) == MAX_VALUES:
-            raise _Malformed(f"its dicts have more than {MAX_VALUES} values")
+            raise Malformed(f"its dicts have more than {MAX_VALUES} values")
         if depth > MAX_DEPTH:
-            raise _Malformed(f"its dicts are nested more than {MAX_DEPTH} deep")
+            raise Malformed(f"its dicts are nested more than {MAX_DEPTH} deep")
         kind, size = self._value()
         if kind == "dict":
             for number in range(size):
@@ -95,7 +86,7 @@ class MsgpackReader(Reader):
         self, name: str, parts: list[tuple[int, Tensor]], tensor: Tensor
     ) -> tuple[str, Tensor]:
         if name in self._parts:
-            raise _Malformed(f"it has {quoted(name)} twice")
+            raise Malformed(f"it has {quoted(name)} twice")
         self._parts[name] = parts
         return name, tensor
 
@@ -121,7 +112,7 @@ class MsgpackReader(Reader):
         if first in _EXTENSIONS:
             size = int.from_bytes(self._take(_EXTENSIONS[first]))
             return "extension", (self._take(1)[0], size)
-        raise _Malformed(f"byte {self._stream.tell() - 1} is none of msgpack's")
+        raise Malformed(f"byte {self._stream.tell() - 1} is none of msgpack's")
 
     def _key(self) -> str:
         kind, size = self._value()
@@ -129,7 +120,7 @@ class MsgpackReader(Reader):
             return self._take(size).decode("utf-8")
         if kind == "number" and size is not None:
             return str(size)
-        raise _Malformed("a key is no text")
+        raise Malformed("a key is no text")
 
     def _array(self, code: int, size: int) -> tuple[int, Tensor] | None:
         """Where the elements of an array begin, and its shape and dtype."""
@@ -138,18 +129,18 @@ class MsgpackReader(Reader):
             self._skip(size)
             return None
         if self._value() != ("list", 3):
-            raise _Malformed("an array is not a shape, a dtype and elements")
+            raise Malformed("an array is not a shape, a dtype and elements")
         kind, axes = self._value()
         if kind != "list" or axes > 64:
-            raise _Malformed("an array's shape is no list")
+            raise Malformed("an array's shape is no list")
         sizes = [self._value() for _ in range(axes)]
         if any(kind != "number" or axis is None or axis < 0 for kind, axis in sizes):
-            raise _Malformed("an array has a shape that is none")
+            raise Malformed("an array has a shape that is none")
         tensor = Tensor(tuple(axis for _, axis in sizes), self._dtype())
         kind, stored = self._value()
         start = self._stream.tell()
         if kind != "bytes" or stored != tensor.bytes or start + stored != end:
-            raise _Malformed(f"an array of shape {tensor.shape} has {stored!s:.40} bytes")
+            raise Malformed(f"an array of shape {tensor.shape} has {stored!s:.40} bytes")
         self._skip(stored)
         return start, tensor
 
@@ -160,67 +151,50 @@ class MsgpackReader(Reader):
         except TypeError:
             dtype = None
         if dtype is None or dtype.name != name or dtype.kind not in KINDS + "V":
-            raise _Malformed(f"it has elements of {quoted(name)}, not numbers")
+            raise Malformed(f"it has elements of {quoted(name)}, not numbers")
         return dtype
 
     def _chunked(self, name: str, size: int) -> tuple[str, Tensor]:
         """An array that is in chunks: a dict whose first entry has been read up to its value."""
         self._value()
         if size != 3 or self._key() != "shape":
-            raise _Malformed("an array in chunks has no shape")
+            raise Malformed("an array in chunks has no shape")
         shape = self._numbered()
         if self._key() != "chunks":
-            raise _Malformed("an array in chunks has no chunks")
+            raise Malformed("an array in chunks has no chunks")
         kind, chunks = self._value()
         if kind != "dict":
-            raise _Malformed("an array's chunks are no dict")
+            raise Malformed("an array's chunks are no dict")
         parts = []
         for number in range(chunks):
             key, (kind, extension) = self._key(), self._value()
             part = self._array(*extension) if kind == "extension" else None
             if key != str(number) or part is None or part[1].dtype != (parts or [part])[0][1].dtype:
-                raise _Malformed("an array's chunks do not fit one another")
+                raise Malformed("an array's chunks do not fit one another")
             parts.append(part)
         tensor = Tensor(shape, parts[0][1].dtype) if parts else None
         if tensor is None or sum(part.size for _, part in parts) != tensor.size:
-            raise _Malformed("an array's chunks do not fit its shape")
+            raise Malformed("an array's chunks do not fit its shape")
         return self._announce(name, parts, tensor)
 
     def _numbered(self) -> tuple[int, ...]:
         """A tuple of sizes, which Flax writes as a dict with the keys "0", "1", ..."""
         kind, axes = self._value()
         if kind != "dict" or axes > 64:
-            raise _Malformed("an array's shape is no dict")
+            raise Malformed("an array's shape is no dict")
         pairs = [(self._key(), self._value()) for _ in range(axes)]
         for number, (key, (kind, axis)) in enumerate(pairs):
             if key != str(number) or kind != "number" or axis is None or axis < 0:
-                raise _Malformed("an array has a shape that is none")
+                raise Malformed("an array has a shape that is none")
         return tuple(axis for _, (_, axis) in pairs)
 
-    def _take(self, size: int) -> bytes:
-        content = self._stream.read(size)
-        if len(content) < size:
-            raise _Malformed("it ends within a value")
-        return content
-
-    def _skip(self, size: int) -> None:
-        if self._stream.tell() + size > self._size:
-            raise _Malformed("it ends within a value")
-        self._stream.seek(size, 1)
-
     def _read(self, name: str) -> np.ndarray:
-        arrays = []
-        for start, part in self._parts[name]:
-            self._stream.seek(start)
-            arrays.append(read_array(Tensor((part.size,), part.dtype), self._stream))
-        if any(array is None for array in arrays):
-            raise self.broken(f"it ends within {quoted(name)}")
+        arrays = [
+            self._elements(name, start, Tensor((part.size,), part.dtype))
+            for start, part in self._parts[name]
+        ]
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return whole.reshape(self.tensors[name].shape)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
 
 
 def open_msgpack(path: Path) -> MsgpackReader:

@@ -30,7 +30,8 @@ from anymha.interchange.files.protobuf import (
     fields,
     varints,
 )
-from anymha.interchange.files.reader import MAX_AXES, Reader, Tensor, open_stream, read_array
+from anymha.interchange.files.reader import MAX_AXES, Tensor, open_stream, read_array
+from anymha.interchange.files.streams import StreamReader
 from anymha.text import quoted
 
 KIND = "an ONNX"
@@ -96,12 +97,10 @@ class _Initializer:
     external: dict[str, str] = field(default_factory=dict)
 
 
-class OnnxReader(Reader):
+class OnnxReader(StreamReader):
     """The arrays of an open ONNX file; texts and numbers of four bits are left out."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, KIND)
-        self._stream, self._size = open_stream(path)
         self._initializers: dict[str, _Initializer] = {}
         self._files: dict[str, tuple[BinaryIO, int]] = {}
         self._nodes: list[Node] = []
@@ -109,18 +108,13 @@ class OnnxReader(Reader):
         self._former: dict[str, tuple[str, bool]] = {}
         self._places: dict[str, None] = {}
         self._steps = count()
-        try:
-            self._collect()
-            self._collect_places()
-            self.set_tensors(
-                self._named({n: self._tensor(i) for n, i in self._initializers.items()})
-            )
-        except MalformedMessage as error:
-            self.close()
-            raise self.broken(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(path, KIND)
+
+    def _parse(self) -> None:
+        self._collect()
+        self._collect_places()
+        tensors = {name: self._tensor(one) for name, one in self._initializers.items()}
+        self.set_tensors(self._named(tensors))
 
     def _collect(self) -> None:
         graphs = [

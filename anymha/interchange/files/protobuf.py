@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from anymha.interchange.files.streams import Malformed
+
 MAX_FIELDS = 250_000
 """The most fields that are read of one file; a graph has one for each node and initialiser."""
 MAX_VARINT = 10
@@ -19,7 +21,7 @@ VARINT, FIXED64, SPAN, FIXED32 = 0, 1, 2, 5
 _SIZES = {FIXED64: 8, FIXED32: 4}
 
 
-class MalformedMessage(ValueError):
+class MalformedMessage(Malformed):
     """Bytes that are not a message."""
 
 

@@ -25,14 +25,12 @@ from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.reader import (
     MAX_AXES,
-    Reader,
     Tensor,
     bytes_of,
     check_all_written,
     check_array,
-    open_stream,
-    read_array,
 )
+from anymha.interchange.files.streams import Malformed, StreamReader
 from anymha.text import quoted, shown
 
 KIND = "a safetensors"
@@ -62,36 +60,18 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class _BrokenHeader(ValueError):
-    """An error in a header."""
-
-
-class SafetensorsReader(Reader):
-    """An open safetensors file; only the tensors that are asked for are read."""
+class SafetensorsReader(StreamReader):
+    """An open safetensors file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KIND)
-        self._stream, size = open_stream(path)
-        try:
-            tensors, self._starts, self.metadata = _parsed(self._stream, size)
-            self.set_tensors(tensors)
-        except _BrokenHeader as error:
-            self.close()
-            raise self.broken(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+
+    def _parse(self) -> None:
+        tensors, self._starts, self.metadata = _parsed(self._stream, self._size)
+        self.set_tensors(tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        self._stream.seek(self._starts[name])
-        array = read_array(self.tensors[name], self._stream)
-        if array is None:
-            raise self.broken(f"it ends within {quoted(name)}")
-        return array
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        return self._elements(name, self._starts[name], self.tensors[name])
 
 
 def open_safetensors(path: Path) -> SafetensorsReader:
@@ -108,17 +88,17 @@ def _parsed(
 ) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
     """The tensors, where each begins in the file, and the metadata."""
     if size < 8:
-        raise _BrokenHeader(f"it has {size} bytes, and the length of the header alone takes 8")
+        raise Malformed(f"it has {size} bytes, and the length of the header alone takes 8")
     length = int.from_bytes(stream.read(8), "little")
     if length > min(MAX_HEADER, size - 8):
-        raise _BrokenHeader(
+        raise Malformed(
             f"its header claims {length} bytes, where the file has {size} and the format allows "
             f"{MAX_HEADER}"
         )
     header = _json(stream.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _BrokenHeader("its metadata must be texts by name")
+        raise Malformed("its metadata must be texts by name")
     begin = 8 + length
     tensors, spans = {}, {}
     for name, entry in header.items():
@@ -131,37 +111,33 @@ def _json(text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         unique = dict(pairs)
         if len(unique) != len(pairs):
-            raise _BrokenHeader("its header has a name twice")
+            raise Malformed("its header has a name twice")
         return unique
 
     try:
         header = parse_json(text, object_pairs_hook=once)
-    except _BrokenHeader:
+    except Malformed:
         raise
     except ValueError as error:
-        raise _BrokenHeader(f"its header is not JSON ({shown(error)})") from error
+        raise Malformed(f"its header is not JSON ({shown(error)})") from error
     if not isinstance(header, dict):
-        raise _BrokenHeader("its header is not a JSON object")
+        raise Malformed("its header is not a JSON object")
     return header
 
 
 def _entry(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _BrokenHeader(
-            f"{quoted(name)} must have dtype, shape and data_offsets, and nothing else"
-        )
+        raise Malformed(f"{quoted(name)} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _BrokenHeader(
+        raise Malformed(
             f"{quoted(name)} has the dtype {quoted(dtype)}; known are {', '.join(DTYPES)}"
         )
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or len(shape) > MAX_AXES:
-        raise _BrokenHeader(
-            f"{quoted(name)} has the shape {quoted(shape)} and the span {quoted(span)}"
-        )
+        raise Malformed(f"{quoted(name)} has the shape {quoted(shape)} and the span {quoted(span)}")
     tensor = Tensor(tuple(shape), DTYPES[dtype])
     if span[1] - span[0] != tensor.bytes:
-        raise _BrokenHeader(
+        raise Malformed(
             f"{quoted(name)} takes {tensor.bytes} bytes as {dtype} of shape {tensor.shape}, but "
             f"its span has {span[1] - span[0]}"
         )
@@ -176,7 +152,7 @@ def _check_spans(spans: Mapping[str, tuple[int, int]], size: int) -> None:
     ordered = [(0, 0), *sorted(spans.values()), (size, size)]
     for (_, end), (start, _) in pairwise(ordered):
         if start != end:
-            raise _BrokenHeader(
+            raise Malformed(
                 f"its tensors must fill the {size} bytes after the header; one ends at byte {end}, "
                 f"the next begins at {start}"
             )
