@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import warnings
+from itertools import permutations
 from typing import Any
 
 import ml_dtypes
@@ -29,9 +30,11 @@ from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
 from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
+from anymha.interchange.packing import LARGE, contiguous_copy
 from anymha.interchange.weights import Weights
 from anymha.layer.forward import multi_head_attention
 from anymha.options.config import AttentionConfig
+from tests.file_samples import same as same_bits
 from tests.layout_samples import SAMPLES, Sample, Size, by_name, label
 
 BERT = "transformers.bert"
@@ -904,3 +907,18 @@ def test_layouts_of_others_are_found_by_entry_point(monkeypatch: pytest.MonkeyPa
 def test_a_misspelt_layout_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownLayoutError, match=r"Did you mean 'torch\.MultiheadAttention'\?"):
         to_canonical({}, layout="torch.MultiHeadAttention")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(640, 640), (24, 27, 700), (5, 4, 16, 900), (70, 3, 4000)])
+def test_copies_in_tiles_are_exact(shape: tuple[int, ...], dtype: str) -> None:
+    """Large arrays whose axes are exchanged are copied in tiles, for the memory's sake."""
+    array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    assert array.size > LARGE
+    for axes in permutations(range(len(shape))):
+        turned = array.transpose(axes)
+        for view in (turned, turned[::-1], turned[..., ::2]):
+            made = contiguous_copy(view)
+            assert same_bits(made, np.array(view, order="C"))
+            assert made.flags.c_contiguous
+            assert not np.shares_memory(made, array)

@@ -106,7 +106,7 @@ class ConversionJob:
         try:
             weights, config = layout.to_canonical(arrays, **self.sizes)
             config = self.configs.get(prefix, config)
-            result = self.target.layout.from_canonical(weights, config)
+            result = self.target.layout.from_canonical(weights, config, copy=False)
         except AnymhaError as error:
             raise UsageError(
                 f"{shown(self.reader.path)}, layer {quoted(prefix)}: {shown(error, 1000)}"

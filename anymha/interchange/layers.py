@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, WeightsError
-from anymha.framework.registry import backend_of, get_layer
+from anymha.framework.registry import backend_of, get_layer, named_arrays
 from anymha.interchange.compared_options import check_same_results
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
+from anymha.interchange.layouts.own import from_torch_state
 from anymha.interchange.libraries import make_layer, open_layer
 from anymha.interchange.live_layer import LiveLayer
 from anymha.interchange.rotary_order import reordered
@@ -80,7 +81,8 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
 
     Args:
         layer: A layer, as `get_weights` takes it.
-        weights: Arrays by canonical name, one for each weight of the layer. Another library's
+        weights: Arrays by canonical name, one for each weight of the layer; or for a layer of
+            anymha the `state_dict` of PyTorch's layer. Another library's
             layer gets zeros for biases that the weights do not have. Weights of `get_weights` and
             `to_canonical` bring the options of their layer, which are compared with this one's;
             ``dict(weights)`` sets the arrays alone.
@@ -110,7 +112,8 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
         if source is not None and source.config is not None:
             check_same_results("the layer", layer.config, source.config, unknown=source.unknown)
         with nothing_drawn():  # where the layer has no weights yet
-            return layer.with_canonical_weights(weights)
+            arrays = from_torch_state(layer.config, named_arrays(weights))
+            return layer.with_canonical_weights(arrays)
     live = open_layer(layer)
     current = _read(live, sizes)
     values, _ = check_weights(weights)

@@ -197,8 +197,12 @@ class Layout:
         *,
         extras: Mapping[str, Any] | None = None,
         form: str | None = None,
+        copy: bool = True,
     ) -> Weights:
-        """The arrays of this layout that hold canonical weights; see `anymha.from_canonical`."""
+        """The arrays of this layout that hold canonical weights; see `anymha.from_canonical`.
+
+        Without `copy` those that are the same as a weight are that weight.
+        """
         source = weights if isinstance(weights, Weights) else None
         needs, unknown = (source.needs, source.unknown) if source is not None else ((), ())
         extra_arrays = self._extras(source, extras)
@@ -221,7 +225,7 @@ class Layout:
             check_scale(self.name, self.scale, sizes, config)
         values = with_layout_biases(self.name, chosen.pieces, self.together, values)
         arrays = {
-            piece.array: piece.write(values, sizes)
+            piece.array: piece.write(values, sizes, copy)
             for piece in chosen.pieces
             if piece.names[0] in values
         }

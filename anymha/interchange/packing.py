@@ -16,6 +16,8 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 QKV = ("query", "key", "value")
+LARGE, TILE = 2**18, 64
+"""The elements of an array that is copied in tiles, and the rows and columns of a tile."""
 CODEGEN_BLOCKS = 4
 """CodeGen's fused kernel has the shares of the four devices that trained it."""
 
@@ -105,13 +107,13 @@ class Piece:
     def read(self, array: np.ndarray, sizes: Sizes) -> Arrays:
         """The canonical weights in an array, which are copies."""
         if self.form == "heads":
-            return {self.names[0]: np.array(array, order="C")}
+            return {self.names[0]: contiguous_copy(array)}
         if self.form == "einsum":
             kernels = array.reshape(-1, *array.shape[-3:]).transpose(0, 2, 1, 3)
-            return {n: np.array(k, order="C") for n, k in zip(self.names, kernels, strict=True)}
+            return {n: contiguous_copy(k) for n, k in zip(self.names, kernels, strict=True)}
         if self.holds == ("output",):
             if self.part == "bias":
-                return {"output.bias": np.array(array, order="C")}
+                return {"output.bias": contiguous_copy(array)}
             rows = array.T if self.form == "linear" else array  # (H*d_v, O)
             parts = [rows.reshape(*sizes.split("output"), -1)]  # (H, d_v, O)
         else:
@@ -123,17 +125,27 @@ class Piece:
                 heads = heads[_tiles(sizes)]
             if self.part == "kernel" and self.holds != ("output",):
                 heads = heads.transpose(2, 0, 1)
-            weights[name] = np.array(heads, order="C")
+            weights[name] = contiguous_copy(heads)
         return weights
 
-    def write(self, weights: Mapping[str, np.ndarray], sizes: Sizes) -> np.ndarray:
-        """The array that holds these canonical weights, C-contiguous and a copy."""
+    def write(
+        self, weights: Mapping[str, np.ndarray], sizes: Sizes, copy: bool = True
+    ) -> np.ndarray:
+        """The array that holds these canonical weights, C-contiguous.
+
+        Args:
+            weights: The weights by name.
+            sizes: Their sizes.
+            copy: Whether it is always a copy, also where it is the same as a weight.
+        """
         values = [weights[name] for name in self.names]
         if self.form == "heads" or self.names == ("output.bias",):
-            return np.array(values[0], order="C")
+            if values[0].flags.c_contiguous and not copy:
+                return values[0]
+            return contiguous_copy(values[0])
         if self.form == "einsum":
             kernels = [weight.transpose(1, 0, 2) for weight in values]
-            return np.array(kernels[0] if len(kernels) == 1 else kernels, order="C")
+            return contiguous_copy(kernels[0] if len(kernels) == 1 else np.stack(kernels))
         parts = []
         for name, weight in zip(self.names, values, strict=True):
             turned = self.part == "kernel" and self.holds != ("output",)
@@ -143,9 +155,9 @@ class Piece:
             parts.append(heads)
         if self.holds == ("output",):
             rows = parts[0].reshape(sizes.rows(self.holds), -1)  # (H*d_v, O)
-            return np.array(rows.T if self.form == "linear" else rows, order="C")
+            return contiguous_copy(rows.T if self.form == "linear" else rows)
         rows = self._pack(parts, sizes)
-        return np.array(rows.T if self.outputs else rows, order="C")
+        return contiguous_copy(rows.T if self.outputs else rows)
 
     def _unpack(self, rows: np.ndarray, sizes: Sizes) -> list[np.ndarray]:
         rest = rows.shape[1:]
@@ -166,7 +178,9 @@ class Piece:
     def _pack(self, parts: list[np.ndarray], sizes: Sizes) -> np.ndarray:
         rest = parts[0].shape[2:]
         if self.packing == "blocks":
-            return np.concatenate([part.reshape(-1, *rest) for part in parts])
+            if len(parts) == 1:
+                return parts[0].reshape(-1, *rest)
+            return np.concatenate([contiguous_copy(part).reshape(-1, *rest) for part in parts])
         query, key, value = parts
         width = sizes.key_dim
         if self.packing == "groups":
@@ -175,6 +189,28 @@ class Piece:
         shape = (CODEGEN_BLOCKS, -1, width, *rest)
         blocks = [part.reshape(shape) for part in (query, value, key)]
         return np.stack(blocks, 1).reshape(-1, *rest)
+
+
+def contiguous_copy(view: np.ndarray) -> np.ndarray:
+    """A C-contiguous copy.
+
+    Of a large array whose axes are exchanged it is made in tiles: element by element each would be
+    in another page of memory, which takes seven times as long.
+    """
+    strides = np.abs(view.strides)
+    fast, last = int(np.argmin(strides)) if view.ndim else 0, view.ndim - 1
+    plain = view.ndim < 2 or strides[fast] == strides[last] or view.size < LARGE
+    if plain or min(view.shape[fast], view.shape[last]) < TILE // 4:
+        return np.array(view, order="C")
+    copy = np.empty(view.shape, view.dtype)
+    sources, targets = (np.moveaxis(array, (fast, last), (-2, -1)) for array in (view, copy))
+    rows, columns = sources.shape[-2:]
+    for place in np.ndindex(sources.shape[:-2]):
+        source, target = sources[place], targets[place]
+        for i in range(0, rows, TILE):
+            for j in range(0, columns, TILE):
+                target[i : i + TILE, j : j + TILE] = source[i : i + TILE, j : j + TILE]
+    return copy
 
 
 def module_of(array: str) -> str:

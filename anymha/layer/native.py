@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
@@ -346,13 +345,13 @@ def checked_values(
     Args:
         config: The layer's options.
         stored: The layer's weights; none where it has none yet, and any widths fit.
-        weights: The new values by canonical name, or a `state_dict` of PyTorch's layer.
+        weights: The new values by canonical name.
 
     Raises:
         ArgumentError: they are no dict of arrays.
         WeightsError: a name is missing or unknown, or a shape is another.
     """
-    values = _by_canonical_name(config, named_arrays(weights))
+    values = named_arrays(weights)
     shapes = {name: tuple(array.shape) for name, array in stored.items()}
     shapes = shapes or config.weight_shapes(*widths_of(values))
     missing = [name for name in shapes if name not in values]
@@ -368,22 +367,6 @@ def checked_values(
                 f"`{name}` must have shape {shape}. Received: shape {values[name].shape}."
             )
     return {name: values[name] for name in shapes}
-
-
-def _by_canonical_name(
-    config: AttentionConfig, values: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The values, in canonical form where they are a `state_dict` of PyTorch's layer."""
-    matrices = [values.get(f"{name}.weight") for name in ("query", "value", "key")]
-    widths = [matrix.shape[1] for matrix in matrices if matrix is not None and matrix.ndim == 2]
-    if len(widths) < 3:
-        return values
-    shapes, found = config.weight_shapes(*widths), {}
-    for name, value in values.items():
-        full = name.replace(".weight", ".kernel")
-        value, shape = value if full == name else value.T, shapes.get(full, ())
-        found[full] = value.reshape(shape) if value.size == math.prod(shape) else value
-    return found
 
 
 def widths_of(weights: Mapping[str, Any]) -> tuple[int, int, int]:

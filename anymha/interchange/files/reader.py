@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 
@@ -240,11 +240,10 @@ def read_array(tensor: Tensor, stream: BinaryIO) -> np.ndarray | None:
     buffer = bytes_of(array)
     done = 0
     while done < len(buffer):
-        chunk = stream.read(min(CHUNK, len(buffer) - done))
-        if not chunk:
+        count = cast(Any, stream).readinto(buffer[done : done + CHUNK])
+        if not count:
             return None
-        buffer[done : done + len(chunk)] = chunk
-        done += len(chunk)
+        done += count
     return array
 
 
