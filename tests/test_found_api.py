@@ -151,6 +151,49 @@ def test_configuration_beside_the_file_decides_and_tells_the_heads(
     ) in capsys.readouterr().out
 
 
+PARTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "CLIP": ({"model_type": "clip", "text_config": {"num_attention_heads": H},
+              "vision_config": {"num_attention_heads": 4, "model_type": "clip_vision_model"}},
+             "text_model.encoder.layers.0.self_attn.", "vision_model.encoder.layers.0.self_attn."),
+    "LLaVA": ({"model_type": "llava", "text_config": {"num_attention_heads": H},
+               "vision_config": {"num_heads": 4}},
+              "model.language_model.layers.0.self_attn.", "model.visual.layers.0.self_attn."),
+    "encoder and decoder": ({"encoder": {"num_attention_heads": H}, "decoder": {"n_head": 4}},
+                            "encoder.layers.0.self_attn.", "decoder.layers.0.self_attn."),
+    "one within": ({"num_attention_heads": H, "vision_config": {"num_attention_heads": 4},
+                    "text_config": {"hidden_size": 3}, "self_attn_config": {"clip": 3}},
+                   "text_model.layers.0.self_attn.", "vision_tower.vision.layers.0.self_attn."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_configurations_within_another_are_those_of_a_part_of_the_model(
+    tmp_path: Path, case: str
+) -> None:
+    """Both parts have layers of the same shapes, and other numbers of heads."""
+    config, two_heads, four_heads = PARTS[case]
+    source = write(tmp_path / "model.safetensors", layer(two_heads, *OPT) | layer(four_heads, *OPT))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    heads = {two_heads: H, four_heads: 4}
+    for group in anymha.find_layers(source):
+        assert group.config is not None
+        assert group.config.num_heads == heads[group.prefixes[0]]
+    done = anymha.convert_file(source, tmp_path / "b.safetensors", layout="transformers.clip",
+                               verify=False)  # fmt: skip
+    for prefix, count in heads.items():
+        loaded = anymha.load(tmp_path / "b.safetensors", "numpy", prefix=prefix)
+        assert loaded.config.num_heads == count
+    assert sum("Taken from the config.json beside the file" in note for note in done.notes) == 2
+
+
+def test_a_part_that_the_name_does_not_tell_has_no_number_of_heads(tmp_path: Path) -> None:
+    source = write(tmp_path / "model.safetensors", layer("layers.0.self_attn.", *OPT))
+    parts = {f"{name}_config": {"num_attention_heads": H} for name in ("text", "vision")}
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    with pytest.raises(UsageError, match="needs `num_heads`"):
+        anymha.convert_file(source, tmp_path / "b.npz", layout="transformers.clip")
+
+
 def test_family_that_is_not_known_is_not_taken_for_one_with_its_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from anymha.text import escaped, listed, quoted, shown
 OWN = "anymha"
 
 Arrays = dict[str, np.ndarray]
-Signature = tuple[tuple[str, tuple[int, ...], str], ...]
+Signature = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,15 @@ class ConversionJob:
         reader: The source.
         namings: The names that the source may use for its layout.
         target: The names in the new file.
-        sizes: Sizes and options that the shapes do not show, as `to_canonical` takes them.
+        sizes: Gives the sizes and options that the shapes do not show, as `to_canonical` takes
+            them, by a layer's prefix.
         configs: The configs that the source states, by prefix.
     """
 
     reader: Reader
     namings: list[FileNaming]
     target: FileNaming
-    sizes: Mapping[str, Any]
+    sizes: Callable[[str], Mapping[str, Any]]
     configs: Mapping[str, AttentionConfig]
 
     def convert(self, prefix: str, arrays: Arrays) -> ConvertedLayer:
@@ -104,7 +105,7 @@ class ConversionJob:
         """
         layout = self.namings[0].layout
         try:
-            weights, config = layout.to_canonical(arrays, **self.sizes)
+            weights, config = layout.to_canonical(arrays, **self.sizes(prefix))
             config = self.configs.get(prefix, config)
             result = self.target.layout.from_canonical(weights, config, copy=False)
         except AnymhaError as error:
@@ -227,7 +228,7 @@ def plan_conversion(
             if reason is not None:
                 raise UsageError(f"{shown(job.reader.path)}, layer {quoted(prefix)}: {reason}.")
         layer = _layer_tensors(job, prefix, fit)
-        signature = tuple((name, t.shape, t.dtype.name) for name, t in layer.items())
+        signature = repr(job.sizes(prefix)), *((n, t.shape, t.dtype.name) for n, t in layer.items())
         if signature not in examples or prefix in job.configs:
             zeros = {name: np.zeros(t.shape, t.dtype) for name, t in layer.items()}
             with warnings.catch_warnings(record=True) as caught:

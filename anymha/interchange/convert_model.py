@@ -40,7 +40,14 @@ from anymha.interchange.files.reader import Reader, Tensor, Writer
 from anymha.interchange.files.siblings import siblings
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
-from anymha.interchange.model_config import NAME, read_config, stated_options, unmet_options
+from anymha.interchange.model_config import (
+    NAME,
+    part_of,
+    read_config,
+    stated_options,
+    unmet_options,
+    with_part,
+)
 from anymha.interchange.naming import file_namings
 from anymha.text import listed, quoted, shown
 
@@ -109,23 +116,28 @@ def convert_file(
         if old is None:
             layout = _only_layout(reader, groups, prefixes)
             old = get_layout(layout)
-        stated = _stated(model_config, old, sizes)
+        parts = ["", *(key for key, value in model_config.items() if isinstance(value, dict))]
+        stated = {part: _stated(with_part(model_config, part), old, sizes) for part in parts}
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
+
+        def sizes_of(start: str) -> dict[str, Any]:
+            return {**stated[part_of(model_config, start)], **sizes}
+
         namings = file_namings(old, file_format)
         target_naming = file_namings(new, new_format)[0]
-        job = ConversionJob(reader, namings, target_naming, {**stated, **sizes}, configs)
+        job = ConversionJob(reader, namings, target_naming, sizes_of, configs)
         layers = {
             start: fit for one in prefixes for start, fit in choose_layers(job, groups, one).items()
         }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
-        if stated:
-            known = ", ".join(f"{name}={quoted(value)}" for name, value in stated.items())
-            plan.note(
-                f"Taken from the {'file' if reader.config else f'{NAME} beside the file'}: {known}."
-            )
-        for option, words in unmet_options(model_config, old).items():
-            if option not in sizes:
-                plan.note(words)
+        for part in dict.fromkeys(part_of(model_config, start) for start in layers):
+            if stated[part]:
+                known = ", ".join(f"{n}={quoted(value)}" for n, value in stated[part].items())
+                place = "file" if reader.config else f"{NAME} beside the file"
+                plan.note(f"Taken from the {place}{f' ({shown(part)})' * bool(part)}: {known}.")
+            for option, words in unmet_options(with_part(model_config, part), old).items():
+                if option not in sizes:
+                    plan.note(words)
         if to == OWN and not new_format.metadata:
             plan.note(
                 f"{shown(target.name)} has no place for the configuration: `anymha.load` will not "

@@ -34,7 +34,13 @@ from anymha.interchange.leftovers import (
     refusal,
 )
 from anymha.interchange.limits import same_heads
-from anymha.interchange.model_config import family_of, read_config, stated_options
+from anymha.interchange.model_config import (
+    family_of,
+    part_of,
+    read_config,
+    stated_options,
+    with_part,
+)
 from anymha.interchange.name_index import NameIndex
 from anymha.interchange.naming import FileNaming, file_namings, natural_key
 from anymha.interchange.packing import module_of
@@ -250,12 +256,10 @@ def find_layer_groups(
         model_config: The model's configuration, as transformers has it.
     """
     model_config = model_config or {}
-    family = family_of(model_config)
     index = NameIndex(tensors)
     changed = _changed_layers(tensors)
     candidates: dict[str, list[LayoutFit]] = {prefix: [] for prefix in changed}
-    stated = {name: stated_options(model_config, get_layout(name)) for name in layouts()}
-    for name in sorted(layouts(), key=lambda name: (name != family, name in UNNAMED, name)):
+    for name in sorted(layouts(), key=lambda name: (name in UNNAMED, name)):
         for naming in file_namings(get_layout(name), file_format):
             for prefix in naming.prefixes(index):
                 candidates.setdefault(prefix, []).append(layout_fit(naming, tensors, prefix))
@@ -265,22 +269,31 @@ def find_layer_groups(
         for fit in candidates[prefix]
         for name in fit.names.values()
     }
+
+    @cache
+    def options_of(part: str, name: str) -> dict[str, Any]:
+        return stated_options(with_part(model_config, part), get_layout(name))
+
     groups: dict[object, LayerGroup] = {}
     judged: dict[object, LayerGroup] = {}  # most layers are alike
     for prefix in sorted(candidates, key=natural_key):
-        found = [replace(f, options=stated[f.name]) for f in candidates[prefix]]
+        part = part_of(model_config, prefix)
+        config = with_part(model_config, part)
+        family = family_of(config)
+        found = sorted(candidates[prefix], key=lambda fit: fit.name != family)
+        found = [replace(fit, options=options_of(part, fit.name)) for fit in found]
         names = [name for fit in found for name in fit.names.values()]
         names += _own_names(index, prefix, candidates, claimed)
         own = {name: tensors[prefix + name] for name in names}
-        alike = (changed.get(prefix), bool(prefix), is_attention(prefix), tuple(own.items()),
+        alike = (part, changed.get(prefix), bool(prefix), is_attention(prefix), tuple(own.items()),
                  tuple((fit.name, fit.naming.separator) for fit in found))  # fmt: skip
         if alike not in judged:
             judged[alike] = _judge(found, own, changed.get(prefix, ""), prefix)
         group = judged[alike]
-        key = (pattern_of(prefix), group.kind, tuple(fit.name for fit in group.fits),
+        key = (part, pattern_of(prefix), group.kind, tuple(fit.name for fit in group.fits),
                tuple(group.tensors.items()), tuple(fit.unknown for fit in group.fits))  # fmt: skip
         if key not in groups:
-            groups[key] = replace(group, pattern=key[0], prefixes=[], stated=family)
+            groups[key] = replace(group, pattern=key[1], prefixes=[], stated=family)
         groups[key].prefixes.append(prefix)
     return list(groups.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ _ALIKE = {
 """Families whose attention is that of another family."""
 _ALTERNATING = ("gemma", "gpt_oss", "cohere2")
 """Families where some layers alone have the window, unless `layer_types` says otherwise."""
+_SYNONYMS = {"text": ("language",), "vision": ("visual", "image"), "audio": ("speech",)}
+"""Other words in the names of layers for the parts of a model that have a configuration."""
 _MOST_BYTES = 2**20
 _KEYS = {
     "num_heads": (
@@ -50,6 +53,31 @@ def read_config(source: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def part_of(config: Mapping[str, Any], prefix: str) -> str:
+    """The key of the configuration within another, as CLIP's, that is about a layer.
+
+    It is told by the parts of the layer's name: "text_config" by ``text_model.`` or
+    ``language_model.``. Empty where there is none that states a number of heads, or several.
+    """
+    words = set(re.split(r"[._/]", prefix))
+    found = [
+        key for key, part in config.items()
+        if isinstance(part, dict) and not words.isdisjoint(_words_of(key))
+        and not part.keys().isdisjoint(_KEYS["num_heads"])
+    ]  # fmt: skip
+    return found[0] if len(found) == 1 else ""
+
+
+def _words_of(key: str) -> set[str]:
+    word = key.removesuffix("_config")
+    return {word, *_SYNONYMS.get(word, ())}
+
+
+def with_part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A configuration with what one of those within it states, which counts for more."""
+    return {**config, **config[key]} if key else config
 
 
 def family_of(config: Mapping[str, Any]) -> str:
