@@ -146,7 +146,8 @@ class OnnxReader(StreamReader):
                 self._initializers.setdefault(name, value)
 
     def _node(self, begin: int, end: int, steps: Iterator[int]) -> Node:
-        node, values = Node(), []
+        node = Node()
+        values: list[tuple[int, int]] = []
         for number, wire, start, stop in fields(self._stream, begin, end, steps):
             if wire != SPAN:
                 continue
@@ -160,9 +161,9 @@ class OnnxReader(StreamReader):
             elif number == _ATTRIBUTE:
                 values.append((start, stop))
         if node.operator == "Constant" and len(values) == len(node.outputs) == 1:
-            for number, wire, *span in fields(self._stream, *values[0], steps):
+            for number, wire, start, stop in fields(self._stream, *values[0], steps):
                 if number == _VALUE and wire == SPAN:
-                    self._constants[node.outputs[0]] = span[0], span[1]
+                    self._constants[node.outputs[0]] = start, stop
         return node
 
     def _named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
