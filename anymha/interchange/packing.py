@@ -204,7 +204,7 @@ def contiguous_copy(view: np.ndarray) -> np.ndarray:
         return np.array(view, order="C")
     copy = np.empty(view.shape, view.dtype)
     sources, targets = (np.moveaxis(array, (fast, last), (-2, -1)) for array in (view, copy))
-    rows, columns = sources.shape[-2], sources.shape[-1]
+    rows, columns = view.shape[fast], view.shape[last]
     for place in np.ndindex(sources.shape[:-2]):
         source, target = sources[place], targets[place]
         for i in range(0, rows, TILE):
