@@ -87,7 +87,7 @@ class ConversionJob:
         namings: The names that the source may use for its layout.
         target: The names in the new file.
         sizes: Gives the sizes and options that the shapes do not show, as `to_canonical` takes
-            them, by a layer's prefix.
+            them, by a layer's prefix; the same object where they are the same.
         configs: The configs that the source states, by prefix.
     """
 
@@ -228,7 +228,7 @@ def plan_conversion(
             if reason is not None:
                 raise UsageError(f"{shown(job.reader.path)}, layer {quoted(prefix)}: {reason}.")
         layer = _layer_tensors(job, prefix, fit)
-        signature = repr(job.sizes(prefix)), *((n, t.shape, t.dtype.name) for n, t in layer.items())
+        signature = id(job.sizes(prefix)), *((n, t.shape, t.dtype.name) for n, t in layer.items())
         if signature not in examples or prefix in job.configs:
             zeros = {name: np.zeros(t.shape, t.dtype) for name, t in layer.items()}
             with warnings.catch_warnings(record=True) as caught:

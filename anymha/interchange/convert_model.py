@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +44,7 @@ from anymha.interchange.layouts import SIZES, get_layout
 from anymha.interchange.model_config import (
     NAME,
     part_of,
+    parts_of,
     read_config,
     stated_options,
     unmet_options,
@@ -116,23 +118,29 @@ def convert_file(
         if old is None:
             layout = _only_layout(reader, groups, prefixes)
             old = get_layout(layout)
-        parts = ["", *(key for key, value in model_config.items() if isinstance(value, dict))]
-        stated = {part: _stated(with_part(model_config, part), old, sizes) for part in parts}
+        parts = parts_of(model_config)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
 
-        def sizes_of(start: str) -> dict[str, Any]:
-            return {**stated[part_of(model_config, start)], **sizes}
+        @cache
+        def stated(part: str) -> dict[str, Any]:
+            return _stated(with_part(model_config, part), old, sizes)
+
+        @cache
+        def sizes_of(part: str) -> dict[str, Any]:
+            return {**stated(part), **sizes}
 
         namings = file_namings(old, file_format)
         target_naming = file_namings(new, new_format)[0]
-        job = ConversionJob(reader, namings, target_naming, sizes_of, configs)
+        job = ConversionJob(
+            reader, namings, target_naming, lambda start: sizes_of(part_of(parts, start)), configs
+        )
         layers = {
             start: fit for one in prefixes for start, fit in choose_layers(job, groups, one).items()
         }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
-        for part in dict.fromkeys(part_of(model_config, start) for start in layers):
-            if stated[part]:
-                known = ", ".join(f"{n}={quoted(value)}" for n, value in stated[part].items())
+        for part in dict.fromkeys(part_of(parts, start) for start in layers):
+            if stated(part):
+                known = ", ".join(f"{n}={quoted(value)}" for n, value in stated(part).items())
                 place = "file" if reader.config else f"{NAME} beside the file"
                 plan.note(f"Taken from the {place}{f' ({shown(part)})' * bool(part)}: {known}.")
             for option, words in unmet_options(with_part(model_config, part), old).items():

@@ -37,6 +37,7 @@ from anymha.interchange.limits import same_heads
 from anymha.interchange.model_config import (
     family_of,
     part_of,
+    parts_of,
     read_config,
     stated_options,
     with_part,
@@ -256,6 +257,7 @@ def find_layer_groups(
         model_config: The model's configuration, as transformers has it.
     """
     model_config = model_config or {}
+    parts = parts_of(model_config)
     index = NameIndex(tensors)
     changed = _changed_layers(tensors)
     candidates: dict[str, list[LayoutFit]] = {prefix: [] for prefix in changed}
@@ -277,7 +279,7 @@ def find_layer_groups(
     groups: dict[object, LayerGroup] = {}
     judged: dict[object, LayerGroup] = {}  # most layers are alike
     for prefix in sorted(candidates, key=natural_key):
-        part = part_of(model_config, prefix)
+        part = part_of(parts, prefix)
         config = with_part(model_config, part)
         family = family_of(config)
         found = sorted(candidates[prefix], key=lambda fit: fit.name != family)

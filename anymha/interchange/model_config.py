@@ -55,24 +55,26 @@ def read_config(source: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def part_of(config: Mapping[str, Any], prefix: str) -> str:
-    """The key of the configuration within another, as CLIP's, that is about a layer.
+def parts_of(config: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The configurations within another, as CLIP's, that state a number of heads.
 
-    It is told by the parts of the layer's name: "text_config" by ``text_model.`` or
-    ``language_model.``. Empty where there is none that states a number of heads, or several.
+    Returns:
+        Their keys by the words in the names of layers that tell them: ``text``, ``language``.
     """
+    parts: dict[str, set[str]] = {}
+    for key, part in config.items():
+        if isinstance(part, dict) and not part.keys().isdisjoint(_KEYS["num_heads"]):
+            word = key.removesuffix("_config")
+            for one in (word, *_SYNONYMS.get(word, ())):
+                parts.setdefault(one, set()).add(key)
+    return parts
+
+
+def part_of(parts: Mapping[str, set[str]], prefix: str) -> str:
+    """The key in `parts_of` that is about a layer; empty where there is none, or are several."""
     words = set(re.split(r"[._/]", prefix))
-    found = [
-        key for key, part in config.items()
-        if isinstance(part, dict) and not words.isdisjoint(_words_of(key))
-        and not part.keys().isdisjoint(_KEYS["num_heads"])
-    ]  # fmt: skip
-    return found[0] if len(found) == 1 else ""
-
-
-def _words_of(key: str) -> set[str]:
-    word = key.removesuffix("_config")
-    return {word, *_SYNONYMS.get(word, ())}
+    found = {key for word in words for key in parts.get(word, ())}
+    return found.pop() if len(found) == 1 else ""
 
 
 def with_part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
