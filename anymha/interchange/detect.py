@@ -273,15 +273,18 @@ def find_layer_groups(
     }
 
     @cache
+    def config_of(part: str) -> Mapping[str, Any]:
+        return with_part(model_config, part)
+
+    @cache
     def options_of(part: str, name: str) -> dict[str, Any]:
-        return stated_options(with_part(model_config, part), get_layout(name))
+        return stated_options(config_of(part), get_layout(name))
 
     groups: dict[object, LayerGroup] = {}
     judged: dict[object, LayerGroup] = {}  # most layers are alike
     for prefix in sorted(candidates, key=natural_key):
         part = part_of(parts, prefix)
-        config = with_part(model_config, part)
-        family = family_of(config)
+        family = family_of(config_of(part))
         found = sorted(candidates[prefix], key=lambda fit: fit.name != family)
         found = [replace(fit, options=options_of(part, fit.name)) for fit in found]
         names = [name for fit in found for name in fit.names.values()]

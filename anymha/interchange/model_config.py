@@ -33,6 +33,8 @@ _ALTERNATING = ("gemma", "gpt_oss", "cohere2")
 _SYNONYMS = {"text": ("language",), "vision": ("visual", "image"), "audio": ("speech",)}
 """Other words in the names of layers for the parts of a model that have a configuration."""
 _MOST_BYTES = 2**20
+_MOST_PARTS = 100
+"""No model has more parts; each costs a judgement of its layers."""
 _KEYS = {
     "num_heads": (
         "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
@@ -67,7 +69,7 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, set[str]]:
             word = key.removesuffix("_config")
             for one in (word, *_SYNONYMS.get(word, ())):
                 parts.setdefault(one, set()).add(key)
-    return parts
+    return parts if len(parts) <= _MOST_PARTS else {}
 
 
 def part_of(parts: Mapping[str, set[str]], prefix: str) -> str:
