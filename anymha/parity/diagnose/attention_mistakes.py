@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
-import ml_dtypes
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, fields, steps
+from anymha.parity.diagnose.changes import Maker, Row, fields, steps
+from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.oracle.recipe import (
     STEPS,
     Arrays,
@@ -45,6 +45,144 @@ def _scale_wrong(recipe: Recipe) -> Variants:
             yield words, recipe.but(scale=factor)
 
 
+def _any_scale(recipe: Recipe) -> Iterator[Family]:
+    """Any factor of the logits, of either sign, beside the right one."""
+    known = {math.log(2): "2 to the power in place of e: log2(e) is missing",
+             1 / math.log(2): "log2(e) too many"}  # fmt: skip
+
+    def words(times: float) -> str:
+        for factor, meaning in known.items():
+            if math.isclose(times, factor, rel_tol=1e-3):
+                return f"{number(times)} times, {meaning}"
+        return f"{number(times)} times"
+
+    for sign in (1, -1):
+
+        def make(power: float, sign: int = sign) -> Recipe:
+            return recipe.but(scale=sign * recipe.scale * math.exp(power))
+
+        def named(power: float, sign: int = sign) -> str:
+            return words(sign * math.exp(power))
+
+        yield Family(make, tuple(np.linspace(-6, 6, 25)), named)
+
+
+def _bias_unscaled(recipe: Recipe) -> Variants:
+    """The scale taken for the product of a projection, before its bias is added."""
+    for name in ("query", "key"):
+        bias = recipe.weights.get(f"{name}.bias")
+        if bias is not None and recipe.scale:
+            weights = {**recipe.weights, f"{name}.bias": bias / recipe.scale}
+            yield f"not of the {name}'s bias", recipe.but(weights=weights)
+
+
+def _shares(
+    weigh: Callable[[np.ndarray], np.ndarray], more: float = 0.0, shifted: bool = True
+) -> Step:
+    """Probabilities as ``weigh(logits)``, divided by their sum and `more`.
+
+    `shifted`: their greatest is subtracted from the logits before.
+    """
+
+    def step(_: Recipe, stages: Arrays) -> np.ndarray:
+        logits = stages["masked_logits"]
+        top = logits.max(-1, keepdims=True)
+        top = np.where(np.isfinite(top) & shifted, top, 0.0)
+        weights = weigh(logits - top)
+        total = weights.sum(-1, keepdims=True) + more
+        return np.where(np.isneginf(logits), 0.0, weights / np.where(total == 0, 1.0, total))
+
+    return step
+
+
+def _denominator(recipe: Recipe) -> Iterator[Family]:
+    """Something added to the sum of the exponentials, with or without their maximum removed."""
+    for shifted in (True, False):
+
+        def make(power: float, shifted: bool = shifted) -> Recipe:
+            step = _shares(np.exp, math.exp(power), shifted)
+            return recipe.stepping("probabilities", step)
+
+        def words(power: float, shifted: bool = shifted) -> str:
+            rest = "" if shifted else ", the maximum not subtracted, as of one more logit"
+            return f"{number(math.exp(power))} added to the denominator, the sum{rest}"
+
+        yield Family(make, tuple(np.linspace(-20, 6, 27)), words)
+
+
+def _other_softmax(recipe: Recipe) -> Variants:
+    """Other functions of the logits in the place of the softmax."""
+
+    def sigmoid(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        return 1 / (1 + np.exp(-stages["masked_logits"]))
+
+    def twice(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        once = softmax(stages["masked_logits"])
+        return softmax(np.where(np.isneginf(stages["masked_logits"]), -np.inf, once))
+
+    def logarithm(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        return np.where(np.isneginf(stages["masked_logits"]), 0.0,
+                        np.log(softmax(stages["masked_logits"])))  # fmt: skip
+
+    def scaled(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        whole = softmax(stages["masked_logits"])
+        return whole / np.max(whole, axis=-1, keepdims=True)
+
+    relu = partial(np.maximum, 0.0)
+    keys = recipe.lengths[2]
+    steps = {
+        "sigmoid": sigmoid,
+        "sigmoid, divided by its sum": _shares(lambda x: 1 / (1 + np.exp(-x)), shifted=False),
+        "softmax twice": twice,
+        "log_softmax": logarithm,
+        "divided by the greatest, not by the sum": scaled,
+        "relu, divided by its sum": _shares(relu, shifted=False),
+        "relu, divided by the number of keys": lambda r, s: relu(s["masked_logits"]) / keys,
+        "squared relu, divided by its sum": _shares(lambda x: relu(x) ** 2, shifted=False),
+        "squares, divided by their sum": _shares(
+            lambda x: np.where(np.isinf(x), 0.0, x) ** 2, shifted=False
+        ),
+        "all keys alike": _shares(lambda x: np.where(np.isneginf(x), 0.0, 1.0)),
+        "the greatest alone": _shares(lambda x: np.where(x == 0, 1.0, 0.0)),
+    }
+    for words, step in steps.items():
+        yield words, recipe.stepping("probabilities", step)
+    for words, step in _chunked(keys):
+        yield words, recipe.stepping("context", step)
+
+
+def _chunked(keys: int) -> Iterator[tuple[str, Step]]:
+    """A running softmax over chunks of the keys that is not brought to the new maximum."""
+    sizes = [n for n in range(1, keys) if n < 17 or n & (n - 1) == 0]
+    for size in sizes:
+        for words, of_sum, of_values in (
+            ("the values are", True, False), ("the sum is", False, True),
+            ("values and sum are", False, False),
+        ):  # fmt: skip
+
+            def step(
+                recipe: Recipe, stages: Arrays, size: int = size, of_sum: bool = of_sum,
+                of_values: bool = of_values,
+            ) -> np.ndarray:  # fmt: skip
+                logits = stages["masked_logits"]
+                starts = range(0, logits.shape[-1], size)
+                tops = np.stack([logits[..., s : s + size].max(-1) for s in starts])
+                running = np.maximum.accumulate(np.maximum(tops, -1e30))
+                weights = np.empty_like(logits)
+                for at, start in enumerate(starts):
+                    part = logits[..., start : start + size]
+                    weights[..., start : start + size] = np.exp(part - running[at][..., None])
+                # What a chunk lacks that is not brought to the last maximum.
+                lacks = np.exp(running - running[-1])
+                lacks = np.repeat(np.moveaxis(lacks, 0, -1), size, axis=-1)
+                lacks = lacks[..., : logits.shape[-1]]
+                total = (weights * (lacks if of_sum else 1.0)).sum(-1, keepdims=True)
+                shares = weights * (lacks if of_values else 1.0) / np.where(total > 0, total, 1.0)
+                return context_by(recipe, {**stages, "dropped_probabilities": shares})
+
+            yield f"{words} not rescaled to the running maximum, chunks of {size} keys", step
+
+
 def _grouped_tiled(recipe: Recipe) -> Variants:
     """Key heads tiled over the query heads: h % K in place of h // (H / K)."""
     heads, shared = recipe.heads
@@ -53,8 +191,10 @@ def _grouped_tiled(recipe: Recipe) -> Variants:
         def tiled(recipe: Recipe) -> np.ndarray:
             return np.arange(heads) % shared
 
-        wrong = recipe.stepping("logits", partial(logits_by, heads=tiled))
-        yield "", wrong.stepping("context", partial(context_by, heads=tiled))
+        keys = recipe.stepping("logits", partial(logits_by, heads=tiled))
+        yield "", keys.stepping("context", partial(context_by, heads=tiled))
+        yield "of the keys alone", keys
+        yield "of the values alone", recipe.stepping("context", partial(context_by, heads=tiled))
 
 
 def _inputs_exchanged(recipe: Recipe) -> Variants:
@@ -133,28 +273,15 @@ def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:
     return np.where(np.isneginf(stages["masked_logits"]), 0.0, stages["masked_logits"])
 
 
-def precision(recipe: Recipe, dtype: str) -> Variants:
-    """Every stage rounded to a narrower dtype."""
-    narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-    def rounding(name: str) -> Step:
-        def rounded(_: Recipe, stages: Arrays) -> np.ndarray:
-            with np.errstate(over="ignore"):
-                return recipe.stage(name, stages).astype(narrow).astype(np.float64)
-
-        return rounded
-
-    # The steps have what the sections make of a stage in them, so that this is rounded too.
-    yield "", recipe.but(steps={name: rounding(name) for name in recipe.steps}, sections=())
-
-
 def _width(recipe: Recipe, name: str) -> int:
     return recipe.weights[f"{name}.kernel"].shape[2]
 
 
-MISTAKES: tuple[tuple[str, str, Maker], ...] = (
+MISTAKES: tuple[Row, ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
-     "`scale` says otherwise.", _scale_wrong),
+     "`scale` says otherwise.", _scale_wrong, _any_scale),
+    ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
+     _bias_unscaled),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",
      steps("probabilities", {
          "over the queries": lambda r, stages: softmax(stages["masked_logits"], 2),
@@ -165,6 +292,9 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
          "no softmax": _no_softmax,
          "rows not divided by their sum":
              lambda r, stages: np.exp(np.minimum(stages["masked_logits"], 700.0))})),
+    ("another softmax", "Probabilities are exp(logits - max), divided by their sum over the keys "
+     "and by nothing more; over chunks, sum and values are brought to each new maximum.",
+     _other_softmax, _denominator),
     ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
      "head, do not tile them all.", _grouped_tiled),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
@@ -190,6 +320,3 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
      "(B, H, T, d).", _projections(("query", "key", "value"), _split_by_reshape,
                                    "heads split by a reshape alone")),
 )  # fmt: skip
-
-PRECISIONS = ("float32", "bfloat16", "float16")
-"""Dtypes in which a stage may have been computed by mistake; the widest first."""

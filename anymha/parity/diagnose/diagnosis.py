@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from anymha.parity.diagnose.attention_mistakes import PRECISIONS, precision
+from anymha.parity.diagnose.around import around
 from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.evidence import FEW, Evidence
+from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
+from anymha.parity.diagnose.precision import rounded_cause
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares
-from anymha.parity.stages.stagewise import OBSERVED
-from anymha.parity.stages.structure import distance, looks_like_rounding
-from anymha.parity.stages.tolerance import eps
+from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
 SECONDS = 10.0
@@ -24,25 +26,31 @@ SECONDS = 10.0
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
 
-FEW = 3
-"""Where a candidate reports more stages, mistakes are found one after another."""
+EXPLAINED = 0.5
+"""The greatest part of the differences that may be left where a cause explains them."""
 
-FAR = 1 << 14
-"""No rounding explains an error of so many units of the dtype."""
+SMALL = 0.02
+"""Relative differences up to this are small."""
 
-GREATER, SMALLER = 4.0, 1 / 16
-"""How much greater or smaller the errors of a dtype may be than where each stage is rounded."""
+FIRST = 40
+"""How many of the nearest single mistakes are tried together with every other."""
 
 
 @dataclass(frozen=True)
 class _Tried:
-    cause: Cause
+    causes: tuple[Cause, ...]
     recipe: Recipe
     errors: dict[str, float]  # by observed stage, over what rounding explains
+    left: float  # the distance that is left, as a share of that of the right recipe
+    alone: bool = False  # whether it is tried alone
 
     @property
     def worst(self) -> float:
         return max(self.errors.values())
+
+    @property
+    def explains(self) -> bool:
+        return self.worst <= 1 and self.left <= EXPLAINED
 
     def prefix(self) -> int:
         """How many of the reported stages fit, from the first on."""
@@ -64,10 +72,16 @@ class Search:
     ) -> None:
         self.recipe, self.trace, self.reference = recipe, trace, reference
         self.reported, self.exact = reported, recipe.stages
+        self.evidence = Evidence(trace, reported, reference)
 
     def fits(self) -> bool:
         """Whether the recipe itself gives the reported results."""
-        return max(self._errors(self.recipe).values()) <= 1
+        return max(self.evidence.errors(self.recipe).values()) <= 1
+
+    @cached_property
+    def before(self) -> float:
+        """The distance of the right recipe from what is reported."""
+        return self.evidence.distance(self.recipe) or 1.0
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
         """The mistakes that explain the reported results; one alone without `pairs`."""
@@ -78,19 +92,22 @@ class Search:
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
-        singles = list(_in_time(self._tried(self.recipe), 3 * SECONDS))
+        singles = []
+        for one in _in_time(self._tried(self.recipe), 3 * SECONDS):
+            singles.append(one)
         best = self._fitting(singles)
         if best is not None:
             return best
-        narrower = self._precision()
-        if narrower is not None:
-            return Diagnosis((narrower,), 0.0, (), self.recipe)
+        rounded = rounded_cause(self.recipe, self.evidence)
+        if rounded is not None:
+            return Diagnosis((rounded[0],), 0.0, (), rounded[1])
         if not pairs:
             return Diagnosis()
         begun = self._by_prefix(singles)
-        if begun.explained or len(self.reported) > FEW:
+        if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
-        return self._pairs(singles) or begun
+        found = self._pairs(singles) or begun
+        return found if found.causes else replace(found, small=self.before < SMALL)
 
     def _of_one_batch_element(self, pairs: bool) -> Diagnosis:
         """The diagnosis of the one batch element that differs most, to save time."""
@@ -108,23 +125,32 @@ class Search:
         return replace(one, recipe=None if one.recipe is None else whole)
 
     def _fitting(self, tried: Iterable[_Tried]) -> Diagnosis | None:
-        good = [t for t in tried if t.worst <= 1]
+        good = [t for t in tried if t.explains]
         if not good:
             return None
-        others = dict.fromkeys(str(t.cause) for t in good[1:] if t.cause.name != good[0].cause.name)
-        return Diagnosis((good[0].cause,), good[0].worst, tuple(others), good[0].recipe)
+        # The first in the catalogue's order, unless another leaves far less.
+        least = min(t.left for t in good)
+        near = [t for t in good if t.left <= max(2 * least, 0.1)]
+        first, names = near[0], [cause.name for cause in near[0].causes]
+        others = dict.fromkeys(
+            " and ".join(map(str, t.causes))
+            for t in near[1:]
+            if t.alone <= first.alone and [cause.name for cause in t.causes] != names
+        )
+        alternatives = tuple(itertools.islice(others, 3))
+        return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
         """One mistake after another: with each, more of the reported stages must fit."""
         causes: list[Cause] = []
-        right = self._errors(self.recipe)
+        right = self.evidence.errors(self.recipe)
         reached = next((i for i, error in enumerate(right.values()) if not error <= 1), 0)
         tried = singles
         while tried:
             best = max(tried, key=_Tried.prefix)
             if best.prefix() <= reached:
                 break
-            causes.append(best.cause)
+            causes += best.causes
             reached = best.prefix()
             if best.worst <= 1:
                 return Diagnosis(tuple(causes), best.worst, (), best.recipe)
@@ -132,90 +158,70 @@ class Search:
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
+        """Two mistakes: the nearest single ones first, each with every other."""
         until = time.monotonic() + SECONDS
-        for first in singles:
-            for second in self._tried(first.recipe, skip=first.cause.name):
-                if second.worst <= 1:
-                    pair = sorted((first.cause, second.cause), key=lambda c: STAGES.index(c.stage))
-                    return Diagnosis(tuple(pair), second.worst, (), second.recipe)
+        nearest = sorted(singles, key=lambda one: one.left)
+        first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if not one.alone)]
+        for one in first:
+            skip = one.causes[0].name
+            for other in self._tried(one.recipe, skip=skip, together=True):
+                if other.explains:
+                    both = sorted(
+                        (*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage)
+                    )
+                    return Diagnosis(tuple(both), other.worst, (), other.recipe)
                 if time.monotonic() > until:
                     return None
         return None
 
-    def _precision(self) -> Cause | None:
-        """A narrower dtype in which the stages were computed: the errors have its size."""
-        expected = computed_dtype(self.reference or self.trace)
-        mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.exact).items()}
-        if not looks_like_rounding(self.reported.get("output"), self.exact["output"]):
-            return None
-        right = self._errors(self.recipe)
-        for dtype in PRECISIONS:
-            if eps(dtype) <= eps(expected):
-                continue
-            [(_, rounded)] = precision(self.recipe, dtype)
-            results = rounded.stages
-            usual = {n: float(np.max(distance(a, self.exact[n], n))) for n, a in results.items()}
-            usual["scores"] = usual["probabilities"]
-            wrong = [name for name in mine if not right[name] <= 1]
-            if all(mine[n] <= GREATER * usual[n] for n in mine) and any(
-                mine[n] >= SMALLER * usual[n] for n in wrong
-            ):
-                stage = wrong[0] if len(self.reported) > 2 else "query"
-                stage = "probabilities" if stage == "scores" else stage
-                fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
-                        "mixed precision and TF32 off.")  # fmt: skip
-                return Cause(f"computed in {dtype}", "", stage, fix)
-        return None
+    def _tried(
+        self, recipe: Recipe, skip: str | None = None, together: bool = False
+    ) -> Iterator[_Tried]:
+        """Each mistake in a recipe; those alone that are tried `together` with another."""
+        for mistake, detail, wrong in self._variants(recipe, skip, together):
+            one = self._judged(recipe, mistake, detail, wrong)
+            if one is not None:
+                yield one
+        near = self.evidence.distance(recipe)
+        for mistake in () if together else catalogue(recipe):
+            for family in mistake.families(recipe) if mistake.name != skip else ():
+                found = fitted(family, self.evidence, near)
+                if found is not None:
+                    one = self._judged(recipe, mistake, *found)
+                    if one is not None:
+                        yield one
+        if "output" in self.reported:
+            for causes, wrong in around(recipe, self.reported["output"]):
+                errors = self.evidence.errors(wrong, hasty=True)
+                left = self.evidence.distance(wrong) / self.before
+                yield _Tried(causes, replace(wrong), errors, left)
 
-    def _distances(self, results: Arrays) -> dict[str, np.ndarray]:
-        """The distances of the reported stages from a recipe's."""
-        distances = {}
-        for name in OBSERVED:
-            if name in self.reported:
-                exact, got = (
-                    results["probabilities" if name == "scores" else name],
-                    self.reported[name],
-                )
-                fits = got.shape == exact.shape
-                distances[name] = distance(got, exact, name) if fits else np.full(1, np.inf)
-        return distances
-
-    def _tried(self, recipe: Recipe, skip: str | None = None) -> Iterator[_Tried]:
-        for mistake, detail, wrong in self._variants(recipe, skip):
-            with np.errstate(all="ignore"):
-                stage = _first_change(recipe.stages, wrong.stages)
-            if stage is not None:
-                cause = Cause(mistake.name, detail, stage, mistake.fix)
-                errors = self._errors(wrong, hasty=True)
-                yield _Tried(cause, wrong.but(), errors)  # a copy, which does not keep its stages
+    def _judged(
+        self, recipe: Recipe, mistake: Mistake, detail: str, wrong: Recipe
+    ) -> _Tried | None:
+        with np.errstate(all="ignore"):
+            stage = _first_change(recipe.stages, wrong.stages)
+            if stage is None:
+                return None
+            cause = Cause(mistake.name, detail, stage, mistake.fix)
+            left = self.evidence.distance(wrong) / self.before
+            if left > 1 and len(self.reported) <= FEW:
+                errors = dict.fromkeys(self.reported, np.inf)
+            else:
+                errors = self.evidence.errors(wrong, hasty=True)
+        return _Tried((cause,), replace(wrong), errors, left, mistake.alone)
 
     def _variants(
-        self, recipe: Recipe, skip: str | None = None
+        self, recipe: Recipe, skip: str | None = None, together: bool = False
     ) -> Iterator[tuple[Mistake, str, Recipe]]:
         """Each mistake with its detail and the recipe that has it, but those of one name."""
         for mistake, detail, wrong in other_options(recipe, self.trace.config):
             if mistake.name != skip:
                 yield mistake, detail, wrong
-        for mistake in catalogue():
-            if mistake.name != skip:
+        for mistake in catalogue(recipe):
+            if mistake.name != skip and not (together and mistake.alone):
                 for detail, wrong in mistake.variants(recipe):
                     yield mistake, detail, wrong
-
-    def _errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
-        """The errors of the reported stages, as shares of what rounding explains.
-
-        In haste, a large error counts as infinite, without its limit.
-        """
-        results = recipe.stages
-        distances = self._distances(results)
-        far = FAR * eps(computed_dtype(self.trace)) * float(np.max(np.abs(results["output"])))
-        if hasty and len(distances) <= FEW and np.any(distances.get("output", 0.0) > far):
-            return dict.fromkeys(distances, np.inf)
-        tolerances = Tolerances(recipe, self.reference)
-        return {
-            name: float(np.max(error_shares(apart, tolerances.of(name, self.trace)), initial=0.0))
-            for name, apart in distances.items()
-        }
 
 
 def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
@@ -231,6 +237,8 @@ def _first_change(right: Arrays, wrong: Arrays) -> str | None:
     """The first stage that a mistake changes; None where it changes none."""
     for name in STAGES:
         one, other = right[name], wrong[name]
+        if one is other:
+            continue
         if one.shape != other.shape:
             return name
         size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))

@@ -14,6 +14,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import Search
+from anymha.parity.diagnose.reported_stages import told_otherwise
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.tolerance import eps
@@ -68,11 +69,10 @@ class ReferenceSemantics:
     def _of_flow(self, trace: Trace, reported: Arrays) -> Diagnosis:
         if self.reason is not None and self._search(self.plain, trace, reported).fits():
             return _of_the_reference(self.reason, self.plain)
+        told = told_otherwise(self._known, trace, reported, self.trace)
+        if told.causes:
+            return told
         diagnosis = self._search(self._known, trace, reported).diagnose()
-        if not diagnosis.causes and "query" in reported and len(reported) > 1:
-            # Projections may be reported before heads are split.
-            rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
-            diagnosis = self._search(self._known, trace, rest).diagnose()
         if diagnosis.explained or self.reason is None:
             return diagnosis
         plain = self._search(self.plain, trace, reported).diagnose()

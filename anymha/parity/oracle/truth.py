@@ -109,6 +109,7 @@ def fold(problem: OracleProblem) -> Folded:
         bias,
         _kept(problem, flat),
         sections=sections_of(config),
+        batches=tuple(batches),
     )
     return Folded(problem, recipe, order, batches, t, s)
 
