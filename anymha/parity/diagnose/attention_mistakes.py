@@ -11,7 +11,6 @@ import numpy as np
 from anymha.parity.diagnose.changes import Maker, Row, fields, steps
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.oracle.recipe import (
-    STEPS,
     Arrays,
     Recipe,
     Step,
@@ -212,23 +211,6 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
             yield words, recipe.but(inputs={**x, **wrong})
 
 
-def _batch_and_time(recipe: Recipe) -> Variants:
-    """(T, B, D) taken for (B, T, D): attention over the batch."""
-    batch, queries, keys = recipe.lengths
-    turned = {name: x.swapaxes(0, 1) for name, x in recipe.inputs.items()}
-    if queries != keys or recipe.kept is not None or recipe.bias is not None:
-        return
-    fits = all(m.shape[2] in (1, batch) and m.shape[3] in (1, batch) for m in recipe.masks.values())
-    masks = recipe.masks if fits and batch == queries else {}
-    offset = recipe.offset if recipe.offset is not None and not np.any(recipe.offset) else None
-
-    def back(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        return STEPS["output"](recipe, stages).swapaxes(0, 1)
-
-    wrong = recipe.but(inputs=turned, masks=masks, offset=None if offset is None else offset[:1])
-    yield "", wrong.stepping("output", back)
-
-
 def _projections(names: tuple[str, ...], change: Callable[[np.ndarray], np.ndarray],
                  words: str = "", even: bool = False) -> Maker:  # fmt: skip
     """Projections (B, T, H, d) changed; `even`: only where a head has an even width."""
@@ -255,18 +237,6 @@ def _rotated(x: np.ndarray, pairs: bool) -> np.ndarray:
     a, b = (x[..., ::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
     one, two = a * cos - b * sin, a * sin + b * cos
     return np.stack([one, two], -1).reshape(x.shape) if pairs else np.concatenate([one, two], -1)
-
-
-def _split_by_reshape(y: np.ndarray) -> np.ndarray:
-    """Heads split without exchanging the axes: (B, T, H, d) read as (B, H, T, d)."""
-    batch, length, heads, width = y.shape
-    return y.reshape(batch, heads, length, width).swapaxes(1, 2)
-
-
-def _merged(recipe: Recipe, stages: Arrays) -> np.ndarray:
-    """The context's axes (heads, positions) taken for one another as heads are merged."""
-    context = context_by(recipe, stages)  # (B, T, H, d)
-    return context.swapaxes(1, 2).reshape(context.shape)
 
 
 def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:
@@ -299,8 +269,6 @@ MISTAKES: tuple[Row, ...] = (
      "head, do not tile them all.", _grouped_tiled),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
-    ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
-     "`batch_first=True`, or exchange the axes.", _batch_and_time),
     ("rotary positions, by halves", "The candidate rotates queries and keys by their "
      "positions, by halves of a head; the reference does not, or by pairs.",
      _projections(("query", "key"), partial(_rotated, pairs=False), even=True)),
@@ -313,10 +281,4 @@ MISTAKES: tuple[Row, ...] = (
          "does not act": {"kept": None},
          "kept probabilities are not scaled by 1/(1 - rate)":
              {"kept": np.where(np.asarray(r.kept) > 0, 1.0, 0.0)}})),
-    ("heads merged wrongly", "Exchange heads and positions before the heads are "
-     "merged: (B, H, T, d) to (B, T, H, d).", steps("context", {
-         "heads and positions not exchanged before heads are merged": _merged})),
-    ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
-     "(B, H, T, d).", _projections(("query", "key", "value"), _split_by_reshape,
-                                   "heads split by a reshape alone")),
 )  # fmt: skip

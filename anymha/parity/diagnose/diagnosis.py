@@ -42,7 +42,9 @@ class _Tried:
     recipe: Recipe
     errors: dict[str, float]  # by observed stage, over what rounding explains
     left: float  # the distance that is left, as a share of that of the right recipe
-    alone: bool = False  # whether it is tried alone
+    # 0: a usual mistake; 1: its number is measured; 2: one of many variants. What fits by a lower
+    # rank needs no explanation by a higher one.
+    rank: int = 0
 
     @property
     def worst(self) -> float:
@@ -83,6 +85,14 @@ class Search:
         """The distance of the right recipe from what is reported."""
         return self.evidence.distance(self.recipe) or 1.0
 
+    @cached_property
+    def singles(self) -> list[_Tried]:
+        """Each known mistake alone; those with many variants where no other explains it."""
+        tried = list(_in_time(self._tried(self.recipe), 2 * SECONDS))
+        if not any(one.explains for one in tried):
+            tried += _in_time(self._tried(self.recipe, alone=True), SECONDS)
+        return tried
+
     def diagnose(self, pairs: bool = True) -> Diagnosis:
         """The mistakes that explain the reported results; one alone without `pairs`."""
         if self.trace.random:
@@ -92,9 +102,7 @@ class Search:
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
-        singles = []
-        for one in _in_time(self._tried(self.recipe), 3 * SECONDS):
-            singles.append(one)
+        singles = self.singles
         best = self._fitting(singles)
         if best is not None:
             return best
@@ -120,8 +128,8 @@ class Search:
         one = Search(self.recipe.of_batch(at), self.trace, reported, self.reference).diagnose(pairs)
         whole = self.recipe
         for cause in one.causes:
-            same = (w for m, d, w in self._variants(whole) if (m.name, d) == cause.key)
-            whole = next(same, whole)
+            every = itertools.chain(self._variants(whole), self._variants(whole, alone=True))
+            whole = next((w for m, d, w in every if (m.name, d) == cause.key), whole)
         return replace(one, recipe=None if one.recipe is None else whole)
 
     def _fitting(self, tried: Iterable[_Tried]) -> Diagnosis | None:
@@ -135,7 +143,7 @@ class Search:
         others = dict.fromkeys(
             " and ".join(map(str, t.causes))
             for t in near[1:]
-            if t.alone <= first.alone and [cause.name for cause in t.causes] != names
+            if t.rank <= first.rank and [cause.name for cause in t.causes] != names
         )
         alternatives = tuple(itertools.islice(others, 3))
         return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
@@ -161,65 +169,71 @@ class Search:
         """Two mistakes: the nearest single ones first, each with every other."""
         until = time.monotonic() + SECONDS
         nearest = sorted(singles, key=lambda one: one.left)
-        first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if not one.alone)]
+        first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
         for one in first:
             skip = one.causes[0].name
-            for other in self._tried(one.recipe, skip=skip, together=True):
+            for other in self._tried(one.recipe, skip=skip):
                 if other.explains:
-                    both = sorted(
-                        (*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage)
-                    )
+                    both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(both), other.worst, (), other.recipe)
                 if time.monotonic() > until:
                     return None
         return None
 
     def _tried(
-        self, recipe: Recipe, skip: str | None = None, together: bool = False
+        self, recipe: Recipe, skip: str | None = None, alone: bool = False
     ) -> Iterator[_Tried]:
-        """Each mistake in a recipe; those alone that are tried `together` with another."""
-        for mistake, detail, wrong in self._variants(recipe, skip, together):
-            one = self._judged(recipe, mistake, detail, wrong)
+        """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
+
+        Numbers are measured in the right recipe alone.
+        """
+        errors = self.evidence.errors(recipe)
+        for mistake, detail, wrong in self._variants(recipe, skip, alone):
+            one = self._judged(recipe, errors, mistake, detail, wrong)
             if one is not None:
                 yield one
-        near = self.evidence.distance(recipe)
-        for mistake in () if together else catalogue(recipe):
-            for family in mistake.families(recipe) if mistake.name != skip else ():
-                found = fitted(family, self.evidence, near)
+        if alone:
+            return
+        for mistake in catalogue(recipe) if recipe is self.recipe else ():
+            for family in mistake.families(recipe):
+                found = fitted(family, self.evidence, self.before)
                 if found is not None:
-                    one = self._judged(recipe, mistake, *found)
+                    one = self._judged(recipe, errors, mistake, *found, rank=1)
                     if one is not None:
                         yield one
         if "output" in self.reported:
             for causes, wrong in around(recipe, self.reported["output"]):
-                errors = self.evidence.errors(wrong, hasty=True)
                 left = self.evidence.distance(wrong) / self.before
-                yield _Tried(causes, replace(wrong), errors, left)
+                own = self.evidence.first_errors(wrong, recipe, errors)
+                yield _Tried(causes, replace(wrong), own, left, 1)
 
     def _judged(
-        self, recipe: Recipe, mistake: Mistake, detail: str, wrong: Recipe
-    ) -> _Tried | None:
+        self, recipe: Recipe, errors: dict[str, float], mistake: Mistake, detail: str,
+        wrong: Recipe, rank: int = 0,
+    ) -> _Tried | None:  # fmt: skip
+
         with np.errstate(all="ignore"):
-            stage = _first_change(recipe.stages, wrong.stages)
+            try:
+                stage = _first_change(recipe.stages, wrong.stages)
+            except (ValueError, IndexError):
+                return None  # its arrays do not fit to those of the mistake before
             if stage is None:
                 return None
             cause = Cause(mistake.name, detail, stage, mistake.fix)
             left = self.evidence.distance(wrong) / self.before
-            if left > 1 and len(self.reported) <= FEW:
-                errors = dict.fromkeys(self.reported, np.inf)
-            else:
-                errors = self.evidence.errors(wrong, hasty=True)
-        return _Tried((cause,), replace(wrong), errors, left, mistake.alone)
+            own = self.evidence.first_errors(wrong, recipe, errors)
+        return _Tried((cause,), replace(wrong), own, left, max(rank, 2 * mistake.alone))
 
     def _variants(
-        self, recipe: Recipe, skip: str | None = None, together: bool = False
+        self, recipe: Recipe, skip: str | None = None, alone: bool = False
     ) -> Iterator[tuple[Mistake, str, Recipe]]:
         """Each mistake with its detail and the recipe that has it, but those of one name."""
-        for mistake, detail, wrong in other_options(recipe, self.trace.config):
-            if mistake.name != skip:
-                yield mistake, detail, wrong
+        if not alone:
+            for mistake, detail, wrong in other_options(recipe, self.trace.config):
+                if mistake.name != skip:
+                    yield mistake, detail, wrong
         for mistake in catalogue(recipe):
-            if mistake.name != skip and not (together and mistake.alone):
+            if mistake.name != skip and mistake.alone == alone:
                 for detail, wrong in mistake.variants(recipe):
                     yield mistake, detail, wrong
 

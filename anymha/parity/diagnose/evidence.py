@@ -32,21 +32,40 @@ class Evidence:
     reported: Arrays
     reference: Trace | None = None
 
-    def errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
-        """The errors of the reported stages, as shares of what rounding explains.
-
-        In haste, a large error counts as infinite, without its limit.
-        """
-        distances = self.distances(recipe.stages)
-        size = float(np.max(np.abs(recipe.stages["output"])))
-        far = FAR * eps(computed_dtype(self.trace)) * size
-        if hasty and len(distances) <= FEW and np.any(distances.get("output", 0.0) > far):
-            return dict.fromkeys(distances, np.inf)
+    def errors(self, recipe: Recipe) -> dict[str, float]:
+        """The errors of the reported stages, as shares of what rounding explains."""
         tolerances = Tolerances(recipe, self.reference)
         return {
-            name: float(np.max(error_shares(apart, tolerances.of(name, self.trace)), initial=0.0))
-            for name, apart in distances.items()
+            name: self._share(name, apart, tolerances)
+            for name, apart in self.distances(recipe.stages).items()
         }
+
+    def first_errors(
+        self, recipe: Recipe, like: Recipe, errors: dict[str, float]
+    ) -> dict[str, float]:
+        """The errors up to the first that is too great; infinite behind it.
+
+        `errors` are those of `like`, with which the recipe may have stages in common. A large error
+        counts as infinite, without its limit.
+        """
+        results, found = recipe.stages, dict.fromkeys(self._observed, np.inf)
+        tolerances = None
+        for name, apart in self.distances(results).items():
+            if _stage(results, name) is _stage(like.stages, name):
+                found[name] = errors[name]
+            else:
+                exact = _stage(results, name)
+                size = float(np.max(np.abs(exact[np.isfinite(exact)]), initial=0.0))
+                if not np.any(apart > FAR * eps(computed_dtype(self.trace)) * size):
+                    tolerances = tolerances or Tolerances(recipe, self.reference)
+                    found[name] = self._share(name, apart, tolerances)
+            if not found[name] <= 1:
+                break
+        return found
+
+    def _share(self, name: str, apart: np.ndarray, tolerances: Tolerances) -> float:
+        shares = error_shares(apart, tolerances.of(name, self.trace))
+        return float(np.max(shares, initial=0.0))
 
     def distances(self, results: Arrays) -> Arrays:
         """The distances of the reported stages from those of a recipe."""

@@ -66,8 +66,8 @@ def _added(recipe: Recipe) -> Variants:
     """A mask added to the logits as the numbers 0 and 1, or taken for additive."""
     for name, mask in recipe.masks.items():
         rest = recipe.but(masks={n: m for n, m in recipe.masks.items() if n != name})
-        for words, number in (("1 where True", mask), ("1 where False", ~mask)):
-            extra = number.astype(np.float64)
+        for words, ones in (("1 where True", mask), ("1 where False", ~mask)):
+            extra = ones.astype(np.float64)
             bias = extra if recipe.bias is None else recipe.bias + extra
             yield f"{_named(name, recipe)}, {words}", rest.but(bias=bias)
 
@@ -202,9 +202,10 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         yield f"it hides {other} as well as {of}", mask & turned
         yield f"it hides pairs where both, {other} and {of}, are hidden", mask | turned
     if mask.shape[2] > 1 and mask.shape[3] > 1 and queries != keys:
-        yield "reshaped to (keys, queries)", np.swapaxes(
-            mask.reshape(*mask.shape[:2], keys, queries), 2, 3
-        ).reshape(mask.shape)
+        yield (
+            "reshaped to (keys, queries)",
+            np.swapaxes(mask.reshape(*mask.shape[:2], keys, queries), 2, 3).reshape(mask.shape),
+        )
     for axis, name in enumerate(names):
         count = mask.shape[axis]
         if count == 1:
@@ -243,7 +244,7 @@ def _shifted(mask: np.ndarray, by: int, axis: int) -> np.ndarray:
 def _chunks(recipe: Recipe) -> Variants:
     """Keys at the ends that are never visited, and positions that begin anew in each chunk."""
     _, queries, keys = recipe.lengths
-    place = np.arange(keys)
+    place = np.arange(keys)[None, None, None]
     for count in [n for n in range(1, keys) if n < 33 or n % 64 == 0 or keys % n == 0]:
         last = recipe.but(masks={**recipe.masks, "end": place < keys - count})
         yield f"the last {count} keys are left out, as an incomplete chunk", last
@@ -256,10 +257,10 @@ def _chunks(recipe: Recipe) -> Variants:
                 "keys": place % count - np.arange(queries)[:, None],
                 "queries": place - np.arange(queries)[:, None] % count,
             }.items():
-                seen = np.ones((queries, keys), bool) if not recipe.causal else distance <= 0
+                seen = distance <= 0 if recipe.causal else np.ones_like(distance, bool)
                 if recipe.window is not None:
                     seen = seen & (np.abs(distance) < recipe.window)
-                masks = {**recipe.masks, "chunks": seen[None, None]}
+                masks = {**recipe.masks, "chunks": seen}
                 yield (f"positions of {words} begin anew in each chunk of {count}",
                        free.but(masks=masks))  # fmt: skip
 

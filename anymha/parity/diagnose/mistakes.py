@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from anymha.parity.diagnose import attention_mistakes, mask_mistakes, weight_mistakes
+from anymha.parity.diagnose import (
+    attention_mistakes,
+    axes_mistakes,
+    mask_mistakes,
+    weight_mistakes,
+)
 from anymha.parity.diagnose.changes import no_families
 from anymha.parity.diagnose.measured import Families
 from anymha.parity.oracle.features import SECTIONS
@@ -38,7 +43,8 @@ def catalogue(recipe: Recipe | None = None) -> Iterator[Mistake]:
 
     With a recipe also those of its sections that no option of anymha has.
     """
-    yield from (Mistake(*one) for one in (*mask_mistakes.MISTAKES, *attention_mistakes.MISTAKES))
+    several = (mask_mistakes, attention_mistakes, axes_mistakes)
+    yield from (Mistake(*one) for module in several for one in module.MISTAKES)
     own = () if recipe is None else map(type, recipe.sections)
     for section in dict.fromkeys((*SECTIONS.values(), *own)):
         yield from option_mistakes(section)

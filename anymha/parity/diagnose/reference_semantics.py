@@ -72,11 +72,32 @@ class ReferenceSemantics:
         told = told_otherwise(self._known, trace, reported, self.trace)
         if told.causes:
             return told
-        diagnosis = self._search(self._known, trace, reported).diagnose()
+        diagnosis = self._of_stages(trace, reported)
         if diagnosis.explained or self.reason is None:
             return diagnosis
         plain = self._search(self.plain, trace, reported).diagnose()
         return plain if plain.explained else diagnosis
+
+    def _of_stages(self, trace: Trace, reported: Arrays) -> Diagnosis:
+        """The mistakes that explain the stages, or those but the projections.
+
+        Projections may be reported before heads are split, as they are recorded in a module.
+        """
+        search = self._search(self._known, trace, reported)
+        rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
+        if len(rest) == len(reported) or search.diagnose(pairs=False).causes:
+            return search.diagnose()
+        later = self._search(self._known, trace, rest)
+        if later.fits():  # what is reported of the projections is not what it computes with
+            return search.diagnose()
+        found = later.diagnose(pairs=False)
+        if found.causes:
+            return found
+        projections = {n: a for n, a in reported.items() if n not in rest}
+        right = self._search(self._known, trace, projections).fits()
+        one, other = (later, search) if right else (search, later)
+        found = one.diagnose()
+        return found if found.explained else other.diagnose()
 
     def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
         return Search(recipe, trace, reported, self.trace)
