@@ -80,8 +80,9 @@ def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, R
 
 
 def _left_out(option: str, recipe: Recipe) -> Variants:
-    if option in recipe.options:
-        yield "", recipe.without_section(option)
+    for section in recipe.sections:
+        if section.option == option:
+            yield getattr(section, "left_out", ""), recipe.without_section(option)
 
 
 def _another(option: str, recipe: Recipe) -> Variants:

@@ -7,13 +7,14 @@ anymha's semantics: then a candidate that has these semantics is not the one to 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import Search
+from anymha.parity.diagnose.model_steps import featured
 from anymha.parity.diagnose.reported_stages import told_otherwise
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import computed_dtype
@@ -42,14 +43,23 @@ class ReferenceSemantics:
     def _known(self) -> Recipe:
         return self.plain if self.recipe is None else self.recipe
 
-    def diagnose(self, trace: Trace, reported: Arrays, wrong: Collection[str]) -> Diagnosis | None:
-        """Why a candidate with these stages differs; None where no stage is wrong."""
+    def diagnose(
+        self,
+        trace: Trace,
+        reported: Arrays,
+        wrong: Collection[str],
+        gradients: Callable[[], Diagnosis] = Diagnosis,
+    ) -> Diagnosis | None:
+        """Why a candidate with these stages differs; None where no stage is wrong.
+
+        `gradients` tells why where no value differs.
+        """
         flow, scores = _flow_and_scores(reported)
         diagnosis = None
         if trace.random or any(name in flow for name in wrong):
             diagnosis = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
-            return _of_gradients_alone(wrong)
+            return gradients()
         if diagnosis is not None and not diagnosis.explained:
             diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
         if "scores" not in wrong:
@@ -134,6 +144,10 @@ def reference_semantics_of(plain: Recipe, trace: Trace, reported: Arrays) -> Ref
     flow, scores = _flow_and_scores(reported)
     recipe, reason, notes = plain, None, []
     if not Search(plain, trace, flow).fits():
+        more = featured(plain, trace, flow)
+        if more is not None:
+            return ReferenceSemantics(trace, more, more, more)
+    if not Search(plain, trace, flow).fits():
         reason = Search(plain, trace, flow).diagnose()
         if reason.recipe is None or trace.random:
             note = (f"The reference, {trace.name}, is not plain attention of its weights: "
@@ -174,16 +188,6 @@ def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
         name = "in the reference: its scores are not the probabilities of its output"
         causes = (Cause(name, "", "scores", fix),)
     return Diagnosis(causes, reason.remaining if reason.causes else 0.0, (), recipe)
-
-
-def _of_gradients_alone(wrong: Collection[str]) -> Diagnosis:
-    """Every value agrees; the gradients alone differ, or weights that change no value."""
-    first = next(iter(wrong))
-    if not first.startswith("gradient"):
-        return Diagnosis()
-    fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
-            "or a factor that the backward pass leaves out.")  # fmt: skip
-    return Diagnosis.certain("the gradients alone differ", first, fix)
 
 
 def _of_another_dtype(
