@@ -23,12 +23,20 @@ NEARER = 0.5
 
 
 def around(recipe: Recipe, got: np.ndarray) -> Iterator[tuple[tuple[Cause, ...], Recipe]]:
-    """The sums of one or two of these terms, more or less of them, that are near to an output."""
+    """The recipes whose output has more or less of one or two terms, near to an output."""
     exact = recipe.stages["output"]
-    finite = np.isfinite(got) & np.isfinite(exact) if got.shape == exact.shape else np.zeros(0)
+    if got.shape == exact.shape:
+        for causes, more in sums(_terms(recipe, exact), exact, got):
+            yield causes, recipe.stepping("output", _step(recipe, more))
+
+
+def sums(
+    terms: Arrays, exact: np.ndarray, got: np.ndarray
+) -> Iterator[tuple[tuple[Cause, ...], dict[str, float]]]:
+    """How much more of one or two terms brings an output near to another, and what that means."""
+    finite = np.isfinite(got) & np.isfinite(exact)
     if not np.any(finite):
         return
-    terms = _terms(recipe, exact)
     apart = (got - exact)[finite]
     before, clear = float(apart @ apart), False
     for count in (1, 2):
@@ -42,8 +50,7 @@ def around(recipe: Recipe, got: np.ndarray) -> Iterator[tuple[tuple[Cause, ...],
                 continue
             clear = clear or float(left @ left) <= CLEAR**2 * before
             more = dict(zip(chosen, map(_rounded, map(float, factors)), strict=True))
-            causes = tuple(_cause(name, factor) for name, factor in more.items())
-            yield causes, recipe.stepping("output", _step(recipe, more))
+            yield tuple(_cause(name, factor) for name, factor in more.items()), more
 
 
 def _terms(recipe: Recipe, output: np.ndarray) -> Arrays:
