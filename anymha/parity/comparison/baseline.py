@@ -124,9 +124,9 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         numbers = (reference, candidate, reference, reference, allowed)
         stages.append(compare_stage(name, *numbers, dtype, faults))
     divergence = next((stage.name for stage in stages if not stage.passed), None)
-    unknown = ("The weights of neither are known: the outputs alone are compared, and of causes "
-               "those in the arguments and around the output are searched for. Name the weights "
-               "with `declare`, and all are.",) if first.weights is second.weights is None else ()  # fmt: skip
+    unknown = ("The weights of neither are known: outputs alone are compared, and causes are "
+               "searched for in the arguments and around the output. Tell the weights with "
+               "`declare`.",) if first.weights is second.weights is None else ()  # fmt: skip
     return Comparison(
         first.name, second.name, tuple(stages), divergence, Diagnosis() if divergence else None,
         (), (*notes, *unknown), request, (first, second),

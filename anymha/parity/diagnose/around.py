@@ -49,6 +49,9 @@ def sums(
             if not float(left @ left) <= NEARER**2 * before or min(abs(factors)) < CLEAR:
                 continue
             clear = clear or float(left @ left) <= CLEAR**2 * before
+            if any(name in ("output", "heads") and abs(factor + 1) < CLEAR
+                   for name, factor in zip(chosen, factors, strict=True)):  # fmt: skip
+                continue  # nothing of attention is left
             more = dict(zip(chosen, map(_rounded, map(float, factors)), strict=True))
             yield tuple(_cause(name, factor) for name, factor in more.items()), more
 

@@ -15,7 +15,8 @@ NORM_EPS = (1e-5, 1e-6, 1e-3, 1e-12)
 
 
 def _batch_and_time(recipe: Recipe) -> Variants:
-    """(T, B, D) taken for (B, T, D): attention over the batch."""
+    """(T, B, D) taken for (B, T, D), or another axis of the batch for the time."""
+    yield from _other_axis(recipe)
     batch, queries, keys = recipe.lengths
     turned = {name: x.swapaxes(0, 1) for name, x in recipe.inputs.items()}
     if queries != keys or recipe.kept is not None or recipe.bias is not None:
@@ -184,7 +185,6 @@ def _after(own: Step, change: Callable[[np.ndarray], np.ndarray]) -> Step:
 MISTAKES: tuple[Row, ...] = (
     ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
      "`batch_first=True`, or exchange the axes.", _batch_and_time),
-    ("attention along another axis", "Attend along the same axes: `attention_axes`.", _other_axis),
     ("heads merged wrongly", "Exchange heads and positions before the heads are "
      "merged: (B, H, T, d) to (B, T, H, d).", _merged, no_families, True),
     ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "

@@ -14,7 +14,9 @@ from anymha.parity.diagnose.around import around
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.measured import fitted
+from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
+from anymha.parity.diagnose.own_weights import FIX, one_weight, with_own_weights
 from anymha.parity.diagnose.precision import rounded_cause
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
@@ -98,7 +100,10 @@ class Search:
         if self.trace.random:
             fix = "Two calls gave two results: switch the candidate to evaluation."
             return Diagnosis.certain("dropout left on", "dropped_probabilities", fix)
-        if any(a.shape != self.exact.get(n, a).shape for n, a in self.reported.items()):
+        output = self.reported.get("output")
+        if output is not None and output.shape != self.exact["output"].shape:
+            return Diagnosis()
+        if self.fits():
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
@@ -109,13 +114,38 @@ class Search:
         rounded = rounded_cause(self.recipe, self.evidence)
         if rounded is not None:
             return Diagnosis((rounded[0],), 0.0, (), rounded[1])
-        if not pairs:
-            return Diagnosis()
+        own = self._of_weights()
+        if own is not None or not pairs:
+            return own or Diagnosis()
+        seen = measured_mask(self.recipe, self.reported)
+        if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
+            return Diagnosis((seen[0],), 0.0, (), seen[1])
         begun = self._by_prefix(singles)
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found = self._pairs(singles) or begun
         return found if found.causes else replace(found, small=self.before < SMALL)
+
+    def _of_weights(self) -> Diagnosis | None:
+        """Other weights that the candidate tells, and one mistake more; or one other weight."""
+        told = with_own_weights(self.recipe, self.trace)
+        if told is None:
+            one = one_weight(self.recipe, self.evidence, self.before)
+            if one is None:
+                return None
+            return self._weights_cause("one weight differs", *one)
+        first = self._weights_cause("other weights", *told)
+        rest = Search(told[1], self.trace, self.reported, self.reference)
+        if rest.fits():
+            return first
+        more = rest.diagnose(pairs=False)
+        if not more.explained:
+            return None
+        return replace(more, causes=(*first.causes, *more.causes))
+
+    def _weights_cause(self, name: str, detail: str, recipe: Recipe) -> Diagnosis:
+        stage = _first_change(self.exact, recipe.stages) or "output"
+        return Diagnosis((Cause(name, detail, stage, FIX),), 0.0, (), recipe)
 
     def _of_one_batch_element(self, pairs: bool) -> Diagnosis:
         """The diagnosis of the one batch element that differs most, to save time."""

@@ -15,7 +15,7 @@ from anymha.parity.stages.trace import Trace
 
 AXES = {"query": "BTHd", "key": "BSHd", "value": "BSHd", "logits": "BHTS",
         "masked_logits": "BHTS", "probabilities": "BHTS", "dropped_probabilities": "BHTS",
-        "context": "BTHd", "scores": "BHTS"}  # fmt: skip
+        "context": "BTHd", "output": "BTO", "scores": "BHTS"}  # fmt: skip
 """The axes in which a stage is reported: batch, queries T, keys S, heads, width d."""
 
 
@@ -25,8 +25,11 @@ def told_otherwise(
     """The stages that are reported in another form, where all is right; else no cause."""
     evidence = Evidence(trace, reported, reference)
     errors = evidence.errors(recipe)
-    wrong = [name for name, error in errors.items() if not error <= 1]
-    if not wrong or "output" in wrong or not set(wrong) <= set(AXES):
+    shapes = {name: a.shape for name, a in (recipe.stages | {"scores": recipe.stages[
+        "probabilities"]}).items()}  # fmt: skip
+    wrong = [n for n, error in errors.items() if not error <= 1 or reported[n].shape != shapes[n]]
+    right_shape = "output" in reported and reported["output"].shape == recipe.stages["output"].shape
+    if not wrong or ("output" in wrong and right_shape):
         return Diagnosis()
     causes, right = [], dict(reported)
     for name in wrong:
@@ -49,12 +52,14 @@ def _forms(name: str, got: np.ndarray, exact: np.ndarray) -> Iterator[tuple[str,
     axes = AXES[name]
     if got.size != exact.size:
         return
-    for order in itertools.permutations(range(4)):
+    for order in itertools.permutations(range(exact.ndim)):
         shape = [exact.shape[i] for i in order]
         back = np.transpose(got.reshape(shape), np.argsort(order))
-        if back.shape != got.shape or order != (0, 1, 2, 3):
+        if back.shape != got.shape or order != tuple(range(exact.ndim)):
             folded = "" if list(got.shape) == shape else f", in the shape {got.shape}"
             yield f"as ({', '.join(axes[i] for i in order)}){folded}", back
+    if name == "output":
+        return
     finite = np.isfinite(exact) & np.isfinite(got) if got.shape == exact.shape else np.zeros(1)
     if np.any(finite) and name != "probabilities":
         own = exact[finite]
