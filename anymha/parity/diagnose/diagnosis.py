@@ -58,10 +58,7 @@ class _Tried:
 
     def prefix(self) -> int:
         """How many of the reported stages fit, from the first on."""
-        for count, error in enumerate(self.errors.values()):
-            if not error <= 1:
-                return count
-        return len(self.errors)
+        return _reached(self.errors)
 
 
 class Search:
@@ -91,7 +88,9 @@ class Search:
     def singles(self) -> list[_Tried]:
         """Each known mistake alone; those with many variants where no other explains it."""
         tried = list(_in_time(self._tried(self.recipe), 2 * SECONDS))
-        if not any(one.explains for one in tried):
+        reached = _reached(self.evidence.errors(self.recipe))
+        nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
+        if not nearer and not any(one.explains for one in tried):
             tried += _in_time(self._tried(self.recipe, alone=True), SECONDS)
         return tried
 
@@ -181,8 +180,7 @@ class Search:
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
         """One mistake after another: with each, more of the reported stages must fit."""
         causes: list[Cause] = []
-        right = self.evidence.errors(self.recipe)
-        reached = next((i for i, error in enumerate(right.values()) if not error <= 1), 0)
+        reached = _reached(self.evidence.errors(self.recipe))
         tried = singles
         while tried:
             best = max(tried, key=_Tried.prefix)
@@ -193,6 +191,8 @@ class Search:
             if best.worst <= 1:
                 return Diagnosis(tuple(causes), best.worst, (), best.recipe)
             tried = list(self._tried(best.recipe))
+            if max(map(_Tried.prefix, tried), default=0) <= reached:
+                tried += self._tried(best.recipe, alone=True)
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
@@ -202,7 +202,7 @@ class Search:
         first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
         for one in first:
             skip = one.causes[0].name
-            for other in self._tried(one.recipe, skip=skip):
+            for other in self._tried(one.recipe, skip=skip, measured=False):
                 if other.explains:
                     both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(both), other.worst, (), other.recipe)
@@ -211,12 +211,13 @@ class Search:
         return None
 
     def _tried(
-        self, recipe: Recipe, skip: str | None = None, alone: bool = False
+        self,
+        recipe: Recipe,
+        skip: str | None = None,
+        alone: bool = False,
+        measured: bool = True,
     ) -> Iterator[_Tried]:
-        """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
-
-        Numbers are measured in the right recipe alone.
-        """
+        """Each mistake in a recipe but those of one name: those tried `alone`, or the rest."""
         errors = self.evidence.errors(recipe)
         for mistake, detail, wrong in self._variants(recipe, skip, alone):
             one = self._judged(recipe, errors, mistake, detail, wrong)
@@ -224,9 +225,11 @@ class Search:
                 yield one
         if alone:
             return
-        for mistake in catalogue(recipe) if recipe is self.recipe else ():
+        evidence = self._up_to_the_first_wrong(errors)
+        before = evidence.distance(recipe)
+        for mistake in catalogue(recipe) if measured else ():
             for family in mistake.families(recipe):
-                found = fitted(family, self.evidence, self.before)
+                found = fitted(family, evidence, before)
                 if found is not None:
                     one = self._judged(recipe, errors, mistake, *found, rank=1)
                     if one is not None:
@@ -236,6 +239,14 @@ class Search:
                 left = self.evidence.distance(wrong) / self.before
                 own = self.evidence.first_errors(wrong, recipe, errors)
                 yield _Tried(causes, replace(wrong), own, left, 1)
+
+    def _up_to_the_first_wrong(self, errors: dict[str, float]) -> Evidence:
+        """The evidence by which numbers are measured: what follows may have other mistakes too."""
+        if len(errors) <= FEW:
+            return self.evidence
+        names = list(errors)[: _reached(errors) + 1]
+        reported = {name: self.reported[name] for name in names}
+        return Evidence(self.trace, reported, self.reference)
 
     def _judged(
         self, recipe: Recipe, errors: dict[str, float], mistake: Mistake, detail: str,
@@ -266,6 +277,12 @@ class Search:
             if mistake.name != skip and mistake.alone == alone:
                 for detail, wrong in mistake.variants(recipe):
                     yield mistake, detail, wrong
+
+
+def _reached(errors: dict[str, float]) -> int:
+    """How many stages fit, from the first on."""
+    wrong = (count for count, error in enumerate(errors.values()) if not error <= 1)
+    return next(wrong, len(errors))
 
 
 def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:

@@ -49,7 +49,10 @@ def diagnose_gradients(
     if known and np.linalg.norm(vector({}) - right) < LEFT * np.linalg.norm(got - right):
         exact = vector({})
         scale = folded.recipe.scale
-        for name, detail, theirs in _models(exact, vector, got, scale):
+        lost = [n for n in names if np.any(reference[n]) and not np.any(candidate[n])]
+        cut = _joined({**reference, **{n: 0 * reference[n] for n in lost}}, reference, names)
+        alone = ("gradient detached", f"no gradient reaches {', '.join(lost)}", cut)
+        for name, detail, theirs in (*_models(exact, vector, got, scale), alone):
             left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
             fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
                    "tensor that is detached.")  # fmt: skip

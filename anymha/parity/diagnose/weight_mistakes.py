@@ -261,9 +261,11 @@ def _bias_of_another(recipe: Recipe) -> Variants:
         one, two = biases[name], biases[other]
         if one is not None and two is not None and one.shape == two.shape:
             yield f"{name} has that of {other}", _with(recipe, {f"{name}.bias": two})
-            if NAMES.index(name) < NAMES.index(other):
-                swapped = {f"{name}.bias": two, f"{other}.bias": one}
-                yield f"the biases of {name} and {other} are swapped", _with(recipe, swapped)
+    for name, other in itertools.combinations(NAMES, 2):
+        one, two = biases[name], biases[other]
+        if one is not None and two is not None and one.shape == two.shape:
+            swapped = {f"{name}.bias": two, f"{other}.bias": one}
+            yield f"the biases of {name} and {other} are swapped", _with(recipe, swapped)
 
 
 def _output_not_by_head(recipe: Recipe) -> Variants:
