@@ -16,7 +16,7 @@ from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
-from anymha.parity.diagnose.own_weights import FIX, one_weight, with_own_weights
+from anymha.parity.diagnose.own_weights import FIX, one_weight, same_weights, with_own_weights
 from anymha.parity.diagnose.precision import rounded_cause
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
@@ -133,7 +133,12 @@ class Search:
             if one is None:
                 return None
             return self._weights_cause("one weight differs", *one)
-        first = self._weights_cause("other weights", *told)
+        every = itertools.chain(
+            self._variants(self.recipe), self._variants(self.recipe, alone=True)
+        )
+        known = ((m.name, d) for m, d, w in every if same_weights(w.weights, told[1].weights))
+        name, detail = next(known, ("other weights", told[0]))
+        first = self._weights_cause(name, detail, told[1])
         rest = Search(told[1], self.trace, self.reported, self.reference)
         if rest.fits():
             return first
@@ -203,7 +208,8 @@ class Search:
         for one in first:
             skip = one.causes[0].name
             for other in self._tried(one.recipe, skip=skip, measured=False):
-                if other.explains:
+                # Two measured numbers may fit what is no attention at all.
+                if other.explains and not one.rank == other.rank == 1:
                     both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(both), other.worst, (), other.recipe)
                 if time.monotonic() > until:

@@ -59,7 +59,8 @@ def _improved(family: Family, evidence: Evidence, value: float, room: float) -> 
         small = SMALL * room
         slope = (apart - evidence.differences(family.make(value + small).stages)) / small
         step = float(slope @ apart) / (float(slope @ slope) or 1.0)
-        step = float(np.clip(step, -room, room))
+        least, most = min(family.starts) - value, max(family.starts) - value
+        step = float(np.clip(np.clip(step, -room, room), least, most))
         for _ in range(4):
             nearer = evidence.differences(family.make(value + step).stages)
             if nearer @ nearer <= apart @ apart:

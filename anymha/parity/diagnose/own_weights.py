@@ -41,6 +41,18 @@ def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
     return ", ".join(words), recipe.but(weights={**recipe.weights, **changed})
 
 
+def same_weights(one: Arrays, other: Arrays) -> bool:
+    """Whether two recipes have the same weights but for rounding; a bias of zeros is as none."""
+    for name in {**one, **other}:
+        a, b = one.get(name), other.get(name)
+        a = np.zeros_like(b) if a is None and b is not None else np.asarray(a)
+        b = np.zeros_like(a) if b is None else b
+        near = 1e-6 * float(np.max(np.abs(b), initial=0.0))
+        if a.shape != b.shape or not np.allclose(a, b, rtol=0, atol=near):
+            return False
+    return True
+
+
 def one_weight(recipe: Recipe, evidence: Evidence, before: float) -> tuple[str, Recipe] | None:
     """The recipe with the one other weight that explains an output, and which one it is."""
     output, exact = evidence.reported.get("output"), recipe.stages["output"]

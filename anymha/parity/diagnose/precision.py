@@ -12,6 +12,7 @@ from anymha.parity.diagnose.causes import Cause
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, softmax
 from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.structure import looks_like_rounding
 from anymha.parity.stages.tolerance import eps
 
 Rounding = Callable[[np.ndarray], np.ndarray]
@@ -26,7 +27,7 @@ GREATER = 2.5
 """How many times greater or smaller than the errors of the rounding those may be."""
 
 WIDE_GREATER = 12.0
-"""The same for an output of float32's numbers, whose sums lose more than its roundings."""
+"""The same for all of float32: its sums may lose more than its roundings."""
 
 PRODUCTS = ("logits", "context", "output")
 """The stages that are products of stages before them."""
@@ -41,13 +42,17 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | 
         with np.errstate(all="ignore"):
             theirs = mine - evidence.differences(wrong.stages)
         sizes = np.linalg.norm(mine), np.linalg.norm(theirs)
-        all_of_it = wide and not detail and _is_of_float32(evidence.reported.get("output"))
-        most = WIDE_GREATER if all_of_it else GREATER
+        output, exact = evidence.reported.get("output"), recipe.stages["output"]
+        computed = wide and not detail and name.startswith("computed")
+        all_of_it = computed and _is_of_float32(output)
+        most = WIDE_GREATER if computed else GREATER
         if not (all(sizes) and 1 / most < sizes[0] / sizes[1] < most):
             continue
         alike = float(mine @ theirs) / (sizes[0] * sizes[1])
-        if all_of_it and name.startswith("computed"):
+        if all_of_it:
             alike = max(alike, ALIKE)
+        elif computed and looks_like_rounding(output, exact):
+            alike = max(alike, WIDE_ALIKE)
         if alike >= (WIDE_ALIKE if wide else ALIKE):
             fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
                    "mixed precision and TF32 off.")  # fmt: skip
