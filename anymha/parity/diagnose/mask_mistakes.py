@@ -15,7 +15,7 @@ from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, Variants, a
 
 def _empty(recipe: Recipe) -> np.ndarray:
     """The rows that see nothing."""
-    return ~allowed(recipe).any(-1)
+    return np.logical_not(np.any(allowed(recipe), axis=-1, keepdims=True))
 
 
 def _with_empty_rows(make: Maker) -> Maker:

@@ -41,7 +41,7 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | 
     for name, detail, stage, wide, wrong in _roundings(recipe, expected):
         with np.errstate(all="ignore"):
             theirs = mine - evidence.differences(wrong.stages)
-        sizes = np.linalg.norm(mine), np.linalg.norm(theirs)
+        sizes = float(np.linalg.norm(mine)), float(np.linalg.norm(theirs))
         output, exact = evidence.reported.get("output"), recipe.stages["output"]
         computed = wide and not detail and name.startswith("computed")
         all_of_it = computed and _is_of_float32(output)

@@ -60,8 +60,10 @@ def _forms(name: str, got: np.ndarray, exact: np.ndarray) -> Iterator[tuple[str,
             yield f"as ({', '.join(axes[i] for i in order)}){folded}", back
     if name == "output":
         return
-    finite = np.isfinite(exact) & np.isfinite(got) if got.shape == exact.shape else np.zeros(1)
-    if np.any(finite) and name != "probabilities":
+    if got.shape != exact.shape or name == "probabilities":
+        return
+    finite = np.isfinite(exact) & np.isfinite(got)
+    if np.any(finite):
         own = exact[finite]
         factor = float(own @ got[finite]) / (float(own @ own) or 1.0)
         if factor:
