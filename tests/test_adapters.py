@@ -120,7 +120,7 @@ def test_layers_of_other_dtypes_agree_within_their_own_rounding(kind, dtype) -> 
     report = compare(layer, other, inputs, value_mask=PADDED)
     assert name_of_dtype(report.traces[1].output) == dtype
     if dtype == "float64" and (kind == "nnx" or (kind == "keras" and not report.passed)):
-        assert str(report.diagnosis) == "computed in float32"  # its softmax, always
+        assert str(report.diagnosis).startswith("computed in float32")  # its softmax, always
     else:
         assert report.passed, report.to_text()
 

@@ -57,6 +57,8 @@ _FAULTS = (
     Fault("window narrower", "window off by one", "masked_logits", (), {"sliding_window": 3}),
     Fault("window ignored", "window ignored", "masked_logits", (), {"sliding_window": 3}),
     Fault("window of one side", "window of one side", "masked_logits", (), {"sliding_window": 3}),
+    Fault("hidden logits filled", "mask applied wrongly", "masked_logits"),
+    Fault("mask of another sequence", "mask of other positions", "masked_logits"),
     Fault("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
     Fault("bias doubled", "wrong attention bias", "masked_logits", ("mask", "bias")),
     Fault("rows mean", "fully masked rows give the mean of the values", "probabilities",
@@ -68,6 +70,8 @@ _FAULTS = (
     Fault("scale twice", "wrong scale", "logits"),
     Fault("scale by the model's width", "wrong scale", "logits"),
     Fault("scale by the value's width", "wrong scale", "logits", ("mask",), {"value_dim": 5}),
+    Fault("query scaled before its bias", "scale before the bias", "query"),
+    Fault("sum with an epsilon", "another softmax", "probabilities"),
     Fault("softmax over queries", "softmax over another axis", "probabilities"),
     Fault("softmax over heads", "softmax over another axis", "probabilities"),
     Fault("no softmax", "no softmax", "probabilities"),
@@ -83,6 +87,8 @@ _FAULTS = (
           ("mask", "training"), DROPPING),
     Fault("heads merged without exchange", "heads merged wrongly", "context"),
     Fault("heads split without exchange", "heads split wrongly", "query"),
+    Fault("output reversed", "in another order of positions", "output"),
+    Fault("inputs normalized", "normalized once more", "query"),
     Fault("query transposed", "transposed kernel", "query"),
     Fault("value transposed", "transposed kernel", "value"),
     Fault("packed in another order", "packed weights in another order", "query"),
@@ -97,6 +103,11 @@ _FAULTS = (
     Fault("output interleaved", "output kernel interleaved", "output"),
     Fault("output by the first head", "output projection not applied by head", "output"),
     Fault("output left out", "output projection not applied by head", "output"),
+    Fault("value has the key's weights", "weights of another projection", "value"),
+    Fault("twice as many heads", "another number of heads", "query"),
+    Fault("one head's values for all", "one head for all", "value"),
+    Fault("key and value cut wrongly", "packed parts cut wrongly", "key"),
+    Fault("packed without a transpose", "weights reshaped without a transpose", "query"),
     Fault("heads in another order", "heads permuted", "output"),
     Fault("bfloat16", "computed in bfloat16", "query"),
     Fault("float32", "computed in float32", "query", ("mask",), {}, "float64"),
@@ -183,6 +194,24 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
         ).reshape(heads, 3, width)
         for i, name in enumerate(("query", "key", "value")):
             w[f"{name}.kernel"], w[f"{name}.bias"] = block[:, :, i], biases[:, i]
+    if "value has the key's weights" in wrong:
+        w |= {f"value.{part}": weights[f"key.{part}"] for part in ("kernel", "bias")}
+    if "one head's values for all" in wrong:
+        w |= {n: np.broadcast_to(w[n][..., :1, :], w[n].shape)
+              for n in ("value.kernel", "value.bias")}  # fmt: skip
+    if "twice as many heads" in wrong:
+        w |= {n: a.reshape(*a.shape[:-2], 2 * heads, -1)
+              for n, a in w.items() if not n.startswith("output")}  # fmt: skip
+        w["output.kernel"] = w["output.kernel"].reshape(2 * heads, -1, features)
+    if "key and value cut wrongly" in wrong:
+        for part in ("kernel", "bias"):
+            pack = np.stack([weights[f"{n}.{part}"] for n in ("key", "value")], -2)
+            blocks = pack.reshape(*pack.shape[:-3], 2, heads, width)
+            w |= {f"key.{part}": blocks[..., 0, :, :], f"value.{part}": blocks[..., 1, :, :]}
+    if "packed without a transpose" in wrong:
+        pack = np.stack([weights[f"{n}.kernel"] for n in ("query", "key", "value")], 1)
+        read = np.moveaxis(pack.reshape(3, heads, width, features), -1, 1)
+        w |= {f"{n}.kernel": a for n, a in zip(("query", "key", "value"), read, strict=True)}
     if "value bias of the key" in wrong:
         w["value.bias"] = weights["key.bias"]
     if "output interleaved" in wrong:

@@ -89,6 +89,10 @@ def can_be_combined(one: Fault, other: Fault) -> bool:
     alike = one.options == other.options and one.dtype == other.dtype
     chance = {"dropout left on", "bfloat16", "batch and time exchanged", "scores averaged",
               "no softmax"}  # fmt: skip
+    packs = {"packed in another order", "packed by head", "packed without a transpose",
+             "key and value cut wrongly", "value has the key's weights"}  # fmt: skip
+    if {one.wrong, other.wrong} <= packs:
+        return False  # the second writes over the first
     clear = not chance & {one.wrong, other.wrong}
     return alike and clear and one.case == other.case == ("mask",) and one.stage != other.stage
 

@@ -71,6 +71,8 @@ class Port:
                 query, key, value = (
                     ops.astype(ops.astype(x, ops.dtype(narrow)), dtype) for x in (query, key, value)
                 )
+        if "inputs normalized" in wrong:
+            query, key, value = (self._normalized(x) for x in (query, key, value))
         q, k, v = (self._heads(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
         for pairs in ("rotary halves", "rotary pairs"):
             if pairs in wrong:
@@ -92,7 +94,8 @@ class Port:
         if "mask added" in wrong:
             number = ops.astype(self._mask(attention_mask), dtype)
             logits = logits + number
-        masked = self._with("masked_logits", ops.where(seen, logits, -math.inf))
+        hidden = -5.0 if "hidden logits filled" in wrong else -math.inf
+        masked = self._with("masked_logits", ops.where(seen, logits, hidden))
         stages["masked_logits"] = masked
         scores = self._with("probabilities", self._softmax(masked, raw))
         stages["probabilities"] = scores
@@ -113,6 +116,9 @@ class Port:
         context = self._with("context", context)
         stages["context"] = context
         output = self._output(context)
+        if "output reversed" in wrong:
+            places = [output[:, i : i + 1] for i in reversed(range(output.shape[1]))]
+            output = ops.concat(places, axis=1)
         if "batch and time exchanged" in wrong:
             output = ops.permute_dims(output, (1, 0, 2))
         returned = scores
@@ -144,12 +150,21 @@ class Port:
         bias = self.weights.get(f"{name}.bias")
         if bias is not None and f"{name} bias left out" not in self.wrong:
             factor = 2.0 if f"{name} bias doubled" in self.wrong else 1.0
+            if name == "query" and "query scaled before its bias" in self.wrong:
+                factor /= self.scale
             y = y + ops.from_numpy(np.ascontiguousarray(bias.reshape(-1))) * factor
         batch, length, _ = y.shape
         if "heads split without exchange" in self.wrong:
             split = ops.reshape(y, (batch, heads, length, width))
             return ops.permute_dims(split, (0, 2, 1, 3))
         return ops.reshape(y, (batch, length, heads, width))
+
+    def _normalized(self, x: Any) -> Any:
+        """A layer norm without weights."""
+        ops, width = self.ops, x.shape[-1]
+        apart = x - ops.sum(x, axis=-1, keepdims=True) / width
+        variance = ops.sum(apart * apart, axis=-1, keepdims=True) / width
+        return apart / ops.sqrt(variance + 1e-5)
 
     def _repeated(self, x: Any, group: int) -> Any:
         """Key or value heads for every query head."""
@@ -195,6 +210,8 @@ class Port:
         shape = tuple(mask.shape)
         if rank == 2:
             return ops.reshape(mask, (1, 1, *shape))
+        if rank == 3 and "mask of another sequence" in self.wrong:
+            mask = ops.concat([mask[1:], mask[:1]], axis=0)
         if rank == 3 and "mask of the heads" in self.wrong:
             return ops.reshape(mask, (1, *shape))
         return ops.reshape(mask, (shape[0], 1, *shape[1:])) if rank == 3 else mask
@@ -236,7 +253,8 @@ class Port:
         safe = ops.where(empty, 0.0, logits) if "rows NaN" not in wrong else logits
         peak = ops.where(empty, 0.0, peak) if "rows NaN" not in wrong else peak
         weights = ops.exp(safe - peak)
-        even = weights / ops.sum(weights, axis=axis, keepdims=True)
+        more = 0.01 if "sum with an epsilon" in wrong else 0.0
+        even = weights / (ops.sum(weights, axis=axis, keepdims=True) + more)
         if "rows NaN" in wrong or "rows mean" in wrong:
             return even
         if "rows unmasked" in wrong:

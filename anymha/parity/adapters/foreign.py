@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class LayerDescription:
     arrays: Mapping[str, Any]  # Its arrays by their names there
     # The steps of its forward pass apart from plain attention, in words
     needs: tuple[str, ...] = ()
+    # Arrays of these steps, by their names there
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ def describe_layer(layer: Any, **sizes: Any) -> LayerDescription:
     assert weights.config is not None
     live = open_layer(layer)
     return LayerDescription(
-        dict(weights), weights.config, weights.layout, live.arrays, weights.needs
+        dict(weights), weights.config, weights.layout, live.arrays, weights.needs, weights.extras
     )
 
 
@@ -81,7 +83,9 @@ def describe_arrays(
     names = get_layout(layout).names()
     describe_layer = {name: arrays[name] for name in names if name in arrays}
     weights, config = to_canonical(describe_layer, layout, **sizes)
-    return LayerDescription(dict(weights), config, layout, describe_layer, weights.needs)
+    return LayerDescription(
+        dict(weights), config, layout, describe_layer, weights.needs, weights.extras
+    )
 
 
 def dense_mask(recipe: Recipe) -> np.ndarray | None:
@@ -133,8 +137,9 @@ def make_trace(
         stages = settle_masked_positions(stages, description.recipe(request))
         notes = (*description.notes, *notes)
     random = differs_between_calls(output, again["output"])
+    extras = {} if description is None else description.extras
     return Trace(name, output, scores, stages, gradients or {}, weights, config, accumulated,
-                 stored, random, notes)  # fmt: skip
+                 stored, random, notes, extras)  # fmt: skip
 
 
 def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:

@@ -6,6 +6,7 @@ function. Rotary positions come from the model's own class for them.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Mapping
@@ -70,7 +71,23 @@ class Transformers:
             )
             left_out = ("the residual and the norm after its attention are left out",)
             notes = left_out if family == "bert" else ()
-            return make_trace(self.name, request, call, description, gradients, notes)
+            trace = make_trace(self.name, request, call, description, gradients, notes)
+        return dataclasses.replace(trace, extras={**trace.extras, **_turns(layer, family, inputs)})
+
+
+def _turns(layer: Any, family: str, inputs: Mapping[str, Any]) -> Arrays:
+    """The cosines and sines of its positions, where its model gives them to it."""
+    if family not in TURNED:
+        return {}
+    query = inputs["query"]
+    positions = _positions(query)
+    return dict(zip(("cos", "sin"), map(array, _rotary(layer)(query, positions)), strict=True))
+
+
+def _positions(query: Any) -> Any:
+    """The positions of the query (B, T)."""
+    torch: Any = importlib.import_module("torch")
+    return torch.arange(query.shape[1], device=query.device).expand(query.shape[:2])
 
 
 def _mask(layer: Any, recipe: Recipe) -> Any:
@@ -95,7 +112,6 @@ def _mask(layer: Any, recipe: Recipe) -> Any:
 
 def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
     """The result of the module; of its parts where more than attention follows."""
-    torch: Any = importlib.import_module("torch")
     if family == "bert":
         memory = {} if value is None else {"encoder_hidden_states": value}
         context, *rest = layer.self(query, attention_mask=mask, **memory)
@@ -107,7 +123,7 @@ def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
         return layer(query, **{name: mask}, **states)
     if family in SELF:
         return layer(query, attention_mask=mask)
-    positions = torch.arange(query.shape[1], device=query.device).expand(query.shape[:2])
+    positions = _positions(query)
     if family in COUNTED:
         return layer(query, attention_mask=mask, position_ids=positions)
     if family in TURNED:

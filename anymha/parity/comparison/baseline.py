@@ -11,6 +11,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.diagnose.exercised import not_exercised
+from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded, expected
@@ -71,7 +72,13 @@ class Baseline:
             notes += nonfinite_gradients(first, gradients)
             stages += gradients
         wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
-        diagnosis = semantics.diagnose(second, reported, wrong)
+
+        def of_gradients() -> Diagnosis:
+            if cotangent is None:
+                return Diagnosis()
+            return diagnose_gradients(self.folded, traces, cotangent, wrong)
+
+        diagnosis = semantics.diagnose(second, reported, wrong, of_gradients)
         return Comparison(
             first.name,
             second.name,
@@ -117,8 +124,9 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         numbers = (reference, candidate, reference, reference, allowed)
         stages.append(compare_stage(name, *numbers, dtype, faults))
     divergence = next((stage.name for stage in stages if not stage.passed), None)
-    unknown = ("The weights of neither are known: the outputs alone are compared, and causes are "
-               "not searched for.",) if first.weights is second.weights is None else ()  # fmt: skip
+    unknown = ("The weights of neither are known: outputs alone are compared, and causes are "
+               "searched for in the arguments and around the output. Tell the weights with "
+               "`declare`.",) if first.weights is second.weights is None else ()  # fmt: skip
     return Comparison(
         first.name, second.name, tuple(stages), divergence, Diagnosis() if divergence else None,
         (), (*notes, *unknown), request, (first, second),

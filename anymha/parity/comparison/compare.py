@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from anymha.errors import AnymhaError
 from anymha.parity.adapters import adapter_for
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
+from anymha.parity.diagnose.calls import diagnose_by_calls
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
@@ -70,7 +73,27 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
     second = _traced("candidate", other, request, cotangent if first.gradients else None)
-    return judge_traces(request, first, second, cotangent)
+    comparison = judge_traces(request, first, second, cotangent)
+    if first.weights is second.weights is None and comparison.first_divergence == "output":
+        return _explained_by_calls(comparison, one)
+    return comparison
+
+
+def _explained_by_calls(comparison: Comparison, reference: Adapter) -> Comparison:
+    """The comparison with the mistakes that show as the reference is called with them."""
+    request, (first, second) = comparison.request, comparison.traces
+
+    def judge(output: np.ndarray) -> float:
+        trace = dataclasses.replace(first, output=output.astype(first.output.dtype), scores=None)
+        stage = outputs_alone(request, trace, second).stages[0]
+        return stage.units / stage.budget if stage.budget else math.inf
+
+    with np.errstate(all="ignore"):
+        diagnosis = diagnose_by_calls(
+            request, lambda other: reference.trace(other, None).output, first.output,
+            second.output, judge,
+        )  # fmt: skip
+    return dataclasses.replace(comparison, diagnosis=diagnosis)
 
 
 def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray | None) -> Trace:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
-import ml_dtypes
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, fields, steps
+from anymha.parity.diagnose.changes import Maker, Row, fields, steps
+from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.oracle.recipe import (
-    STEPS,
     Arrays,
     Recipe,
     Step,
@@ -45,6 +44,144 @@ def _scale_wrong(recipe: Recipe) -> Variants:
             yield words, recipe.but(scale=factor)
 
 
+def _any_scale(recipe: Recipe) -> Iterator[Family]:
+    """Any factor of the logits, of either sign, beside the right one."""
+    known = {math.log(2): "2 to the power in place of e: log2(e) is missing",
+             1 / math.log(2): "log2(e) too many"}  # fmt: skip
+
+    def words(times: float) -> str:
+        for factor, meaning in known.items():
+            if math.isclose(times, factor, rel_tol=1e-3):
+                return f"{number(times)} times, {meaning}"
+        return f"{number(times)} times"
+
+    for sign in (1, -1):
+
+        def make(power: float, sign: int = sign) -> Recipe:
+            return recipe.but(scale=sign * recipe.scale * math.exp(power))
+
+        def named(power: float, sign: int = sign) -> str:
+            return words(sign * math.exp(power))
+
+        yield Family(make, tuple(np.linspace(-6, 6, 25)), named)
+
+
+def _bias_unscaled(recipe: Recipe) -> Variants:
+    """The scale taken for the product of a projection, before its bias is added."""
+    for name in ("query", "key"):
+        bias = recipe.weights.get(f"{name}.bias")
+        if bias is not None and recipe.scale:
+            weights = {**recipe.weights, f"{name}.bias": bias / recipe.scale}
+            yield f"not of the {name}'s bias", recipe.but(weights=weights)
+
+
+def _shares(
+    weigh: Callable[[np.ndarray], np.ndarray], more: float = 0.0, shifted: bool = True
+) -> Step:
+    """Probabilities as ``weigh(logits)``, divided by their sum and `more`.
+
+    `shifted`: their greatest is subtracted from the logits before.
+    """
+
+    def step(_: Recipe, stages: Arrays) -> np.ndarray:
+        logits = stages["masked_logits"]
+        top = logits.max(-1, keepdims=True)
+        top = np.where(np.isfinite(top) & shifted, top, 0.0)
+        weights = weigh(logits - top)
+        total = weights.sum(-1, keepdims=True) + more
+        return np.where(np.isneginf(logits), 0.0, weights / np.where(total == 0, 1.0, total))
+
+    return step
+
+
+def _denominator(recipe: Recipe) -> Iterator[Family]:
+    """Something added to the sum of the exponentials, with or without their maximum removed."""
+    for shifted in (True, False):
+
+        def make(power: float, shifted: bool = shifted) -> Recipe:
+            step = _shares(np.exp, math.exp(power), shifted)
+            return recipe.stepping("probabilities", step)
+
+        def words(power: float, shifted: bool = shifted) -> str:
+            rest = "" if shifted else ", the maximum not subtracted, as of one more logit"
+            return f"{number(math.exp(power))} added to the denominator, the sum{rest}"
+
+        yield Family(make, tuple(np.linspace(-20, 6, 27)), words)
+
+
+def _other_softmax(recipe: Recipe) -> Variants:
+    """Other functions of the logits in the place of the softmax."""
+
+    def sigmoid(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        return 1 / (1 + np.exp(-stages["masked_logits"]))
+
+    def twice(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        once = softmax(stages["masked_logits"])
+        return softmax(np.where(np.isneginf(stages["masked_logits"]), -np.inf, once))
+
+    def logarithm(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        return np.where(np.isneginf(stages["masked_logits"]), 0.0,
+                        np.log(softmax(stages["masked_logits"])))  # fmt: skip
+
+    def scaled(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        whole = softmax(stages["masked_logits"])
+        return whole / np.max(whole, axis=-1, keepdims=True)
+
+    relu = partial(np.maximum, 0.0)
+    keys = recipe.lengths[2]
+    steps = {
+        "sigmoid": sigmoid,
+        "sigmoid, divided by its sum": _shares(lambda x: 1 / (1 + np.exp(-x)), shifted=False),
+        "softmax twice": twice,
+        "log_softmax": logarithm,
+        "divided by the greatest, not by the sum": scaled,
+        "relu, divided by its sum": _shares(relu, shifted=False),
+        "relu, divided by the number of keys": lambda r, s: relu(s["masked_logits"]) / keys,
+        "squared relu, divided by its sum": _shares(lambda x: relu(x) ** 2, shifted=False),
+        "squares, divided by their sum": _shares(
+            lambda x: np.where(np.isinf(x), 0.0, x) ** 2, shifted=False
+        ),
+        "all keys alike": _shares(lambda x: np.where(np.isneginf(x), 0.0, 1.0)),
+        "the greatest alone": _shares(lambda x: np.where(x == 0, 1.0, 0.0)),
+    }
+    for words, step in steps.items():
+        yield words, recipe.stepping("probabilities", step)
+    for words, step in _chunked(keys):
+        yield words, recipe.stepping("context", step)
+
+
+def _chunked(keys: int) -> Iterator[tuple[str, Step]]:
+    """A running softmax over chunks of the keys that is not brought to the new maximum."""
+    sizes = [n for n in range(1, keys) if n < 17 or n & (n - 1) == 0]
+    for size in sizes:
+        for words, of_sum, of_values in (
+            ("the values are", True, False), ("the sum is", False, True),
+            ("values and sum are", False, False),
+        ):  # fmt: skip
+
+            def step(
+                recipe: Recipe, stages: Arrays, size: int = size, of_sum: bool = of_sum,
+                of_values: bool = of_values,
+            ) -> np.ndarray:  # fmt: skip
+                logits = stages["masked_logits"]
+                starts = range(0, logits.shape[-1], size)
+                tops = np.stack([logits[..., s : s + size].max(-1) for s in starts])
+                running = np.maximum.accumulate(np.maximum(tops, -1e30))
+                weights = np.empty_like(logits)
+                for at, start in enumerate(starts):
+                    part = logits[..., start : start + size]
+                    weights[..., start : start + size] = np.exp(part - running[at][..., None])
+                # What a chunk lacks that is not brought to the last maximum.
+                lacks = np.exp(running - running[-1])
+                lacks = np.repeat(np.moveaxis(lacks, 0, -1), size, axis=-1)
+                lacks = lacks[..., : logits.shape[-1]]
+                total = (weights * (lacks if of_sum else 1.0)).sum(-1, keepdims=True)
+                shares = weights * (lacks if of_values else 1.0) / np.where(total > 0, total, 1.0)
+                return context_by(recipe, {**stages, "dropped_probabilities": shares})
+
+            yield f"{words} not rescaled to the running maximum, chunks of {size} keys", step
+
+
 def _grouped_tiled(recipe: Recipe) -> Variants:
     """Key heads tiled over the query heads: h % K in place of h // (H / K)."""
     heads, shared = recipe.heads
@@ -53,8 +190,10 @@ def _grouped_tiled(recipe: Recipe) -> Variants:
         def tiled(recipe: Recipe) -> np.ndarray:
             return np.arange(heads) % shared
 
-        wrong = recipe.stepping("logits", partial(logits_by, heads=tiled))
-        yield "", wrong.stepping("context", partial(context_by, heads=tiled))
+        keys = recipe.stepping("logits", partial(logits_by, heads=tiled))
+        yield "", keys.stepping("context", partial(context_by, heads=tiled))
+        yield "of the keys alone", keys
+        yield "of the values alone", recipe.stepping("context", partial(context_by, heads=tiled))
 
 
 def _inputs_exchanged(recipe: Recipe) -> Variants:
@@ -70,23 +209,6 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
         if all(a.shape == b.shape and not np.array_equal(a, b) for a, b in pairs):
             wrong = {name: x[source] for name, source in sources.items()}
             yield words, recipe.but(inputs={**x, **wrong})
-
-
-def _batch_and_time(recipe: Recipe) -> Variants:
-    """(T, B, D) taken for (B, T, D): attention over the batch."""
-    batch, queries, keys = recipe.lengths
-    turned = {name: x.swapaxes(0, 1) for name, x in recipe.inputs.items()}
-    if queries != keys or recipe.kept is not None or recipe.bias is not None:
-        return
-    fits = all(m.shape[2] in (1, batch) and m.shape[3] in (1, batch) for m in recipe.masks.values())
-    masks = recipe.masks if fits and batch == queries else {}
-    offset = recipe.offset if recipe.offset is not None and not np.any(recipe.offset) else None
-
-    def back(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        return STEPS["output"](recipe, stages).swapaxes(0, 1)
-
-    wrong = recipe.but(inputs=turned, masks=masks, offset=None if offset is None else offset[:1])
-    yield "", wrong.stepping("output", back)
 
 
 def _projections(names: tuple[str, ...], change: Callable[[np.ndarray], np.ndarray],
@@ -117,44 +239,19 @@ def _rotated(x: np.ndarray, pairs: bool) -> np.ndarray:
     return np.stack([one, two], -1).reshape(x.shape) if pairs else np.concatenate([one, two], -1)
 
 
-def _split_by_reshape(y: np.ndarray) -> np.ndarray:
-    """Heads split without exchanging the axes: (B, T, H, d) read as (B, H, T, d)."""
-    batch, length, heads, width = y.shape
-    return y.reshape(batch, heads, length, width).swapaxes(1, 2)
-
-
-def _merged(recipe: Recipe, stages: Arrays) -> np.ndarray:
-    """The context's axes (heads, positions) taken for one another as heads are merged."""
-    context = context_by(recipe, stages)  # (B, T, H, d)
-    return context.swapaxes(1, 2).reshape(context.shape)
-
-
 def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:
     return np.where(np.isneginf(stages["masked_logits"]), 0.0, stages["masked_logits"])
-
-
-def precision(recipe: Recipe, dtype: str) -> Variants:
-    """Every stage rounded to a narrower dtype."""
-    narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-    def rounding(name: str) -> Step:
-        def rounded(_: Recipe, stages: Arrays) -> np.ndarray:
-            with np.errstate(over="ignore"):
-                return recipe.stage(name, stages).astype(narrow).astype(np.float64)
-
-        return rounded
-
-    # The steps have what the sections make of a stage in them, so that this is rounded too.
-    yield "", recipe.but(steps={name: rounding(name) for name in recipe.steps}, sections=())
 
 
 def _width(recipe: Recipe, name: str) -> int:
     return recipe.weights[f"{name}.kernel"].shape[2]
 
 
-MISTAKES: tuple[tuple[str, str, Maker], ...] = (
+MISTAKES: tuple[Row, ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
-     "`scale` says otherwise.", _scale_wrong),
+     "`scale` says otherwise.", _scale_wrong, _any_scale),
+    ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
+     _bias_unscaled),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",
      steps("probabilities", {
          "over the queries": lambda r, stages: softmax(stages["masked_logits"], 2),
@@ -165,12 +262,13 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
          "no softmax": _no_softmax,
          "rows not divided by their sum":
              lambda r, stages: np.exp(np.minimum(stages["masked_logits"], 700.0))})),
+    ("another softmax", "Probabilities are exp(logits - max), divided by their sum over the keys "
+     "and by nothing more; over chunks, sum and values are brought to each new maximum.",
+     _other_softmax, _denominator),
     ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
      "head, do not tile them all.", _grouped_tiled),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
-    ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
-     "`batch_first=True`, or exchange the axes.", _batch_and_time),
     ("rotary positions, by halves", "The candidate rotates queries and keys by their "
      "positions, by halves of a head; the reference does not, or by pairs.",
      _projections(("query", "key"), partial(_rotated, pairs=False), even=True)),
@@ -183,13 +281,4 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
          "does not act": {"kept": None},
          "kept probabilities are not scaled by 1/(1 - rate)":
              {"kept": np.where(np.asarray(r.kept) > 0, 1.0, 0.0)}})),
-    ("heads merged wrongly", "Exchange heads and positions before the heads are "
-     "merged: (B, H, T, d) to (B, T, H, d).", steps("context", {
-         "heads and positions not exchanged before heads are merged": _merged})),
-    ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
-     "(B, H, T, d).", _projections(("query", "key", "value"), _split_by_reshape,
-                                   "heads split by a reshape alone")),
 )  # fmt: skip
-
-PRECISIONS = ("float32", "bfloat16", "float16")
-"""Dtypes in which a stage may have been computed by mistake; the widest first."""

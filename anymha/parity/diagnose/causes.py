@@ -39,6 +39,7 @@ class Diagnosis:
     alternatives: tuple[str, ...] = ()  # Other mistakes that give the same numbers for these inputs
     # The recipe with these mistakes, which gives the reported results; None if none does
     recipe: Recipe | None = field(default=None, repr=False)
+    small: bool = False  # Whether an unexplained difference is small everywhere
 
     @classmethod
     def certain(cls, name: str, stage: str, fix: str) -> Diagnosis:
@@ -52,7 +53,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         if not self.causes:
-            return "no known mistake, nor any two of them, explains the difference"
+            unknown = "no known mistake, nor any two of them, explains the difference"
+            return f"{unknown}, which is small everywhere" if self.small else unknown
         named = " and ".join(map(str, self.causes))
         if not self.explained:
             return f"{named}; something else differs too"

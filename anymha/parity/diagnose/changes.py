@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from anymha.parity.oracle.recipe import Recipe, Step, Variants
 
 Maker = Callable[[Recipe], Variants]
 """Makes the recipes that have a mistake from a right one, with words for each."""
+
+Row = tuple[Any, ...]
+"""The fields of a `Mistake` in order, as the lists of mistakes have them."""
+
+
+def no_families(recipe: Recipe) -> Iterator[Any]:
+    """None: nothing is measured."""
+    return iter(())
 
 
 def fields(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from anymha.parity.diagnose.attention_mistakes import PRECISIONS, precision
+from anymha.parity.diagnose.around import around
 from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.evidence import FEW, Evidence
+from anymha.parity.diagnose.measured import fitted
+from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
+from anymha.parity.diagnose.own_weights import FIX, one_weight, same_weights, with_own_weights
+from anymha.parity.diagnose.precision import rounded_cause
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares
-from anymha.parity.stages.stagewise import OBSERVED
-from anymha.parity.stages.structure import distance, looks_like_rounding
-from anymha.parity.stages.tolerance import eps
+from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
 SECONDS = 10.0
@@ -24,32 +28,37 @@ SECONDS = 10.0
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
 
-FEW = 3
-"""Where a candidate reports more stages, mistakes are found one after another."""
+EXPLAINED = 0.5
+"""The greatest part of the differences that may be left where a cause explains them."""
 
-FAR = 1 << 14
-"""No rounding explains an error of so many units of the dtype."""
+SMALL = 0.02
+"""Relative differences up to this are small."""
 
-GREATER, SMALLER = 4.0, 1 / 16
-"""How much greater or smaller the errors of a dtype may be than where each stage is rounded."""
+FIRST = 40
+"""How many of the nearest single mistakes are tried together with every other."""
 
 
 @dataclass(frozen=True)
 class _Tried:
-    cause: Cause
+    causes: tuple[Cause, ...]
     recipe: Recipe
     errors: dict[str, float]  # by observed stage, over what rounding explains
+    left: float  # the distance that is left, as a share of that of the right recipe
+    # 0: a usual mistake; 1: its number is measured; 2: one of many variants. What fits by a lower
+    # rank needs no explanation by a higher one.
+    rank: int = 0
 
     @property
     def worst(self) -> float:
         return max(self.errors.values())
 
+    @property
+    def explains(self) -> bool:
+        return self.worst <= 1 and self.left <= EXPLAINED
+
     def prefix(self) -> int:
         """How many of the reported stages fit, from the first on."""
-        for count, error in enumerate(self.errors.values()):
-            if not error <= 1:
-                return count
-        return len(self.errors)
+        return _reached(self.errors)
 
 
 class Search:
@@ -64,33 +73,83 @@ class Search:
     ) -> None:
         self.recipe, self.trace, self.reference = recipe, trace, reference
         self.reported, self.exact = reported, recipe.stages
+        self.evidence = Evidence(trace, reported, reference)
 
     def fits(self) -> bool:
         """Whether the recipe itself gives the reported results."""
-        return max(self._errors(self.recipe).values()) <= 1
+        return max(self.evidence.errors(self.recipe).values()) <= 1
+
+    @cached_property
+    def before(self) -> float:
+        """The distance of the right recipe from what is reported."""
+        return self.evidence.distance(self.recipe) or 1.0
+
+    @cached_property
+    def singles(self) -> list[_Tried]:
+        """Each known mistake alone; those with many variants where no other explains it."""
+        tried = list(_in_time(self._tried(self.recipe), 2 * SECONDS))
+        reached = _reached(self.evidence.errors(self.recipe))
+        nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
+        if not nearer and not any(one.explains for one in tried):
+            tried += _in_time(self._tried(self.recipe, alone=True), SECONDS)
+        return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
         """The mistakes that explain the reported results; one alone without `pairs`."""
         if self.trace.random:
             fix = "Two calls gave two results: switch the candidate to evaluation."
             return Diagnosis.certain("dropout left on", "dropped_probabilities", fix)
-        if any(a.shape != self.exact.get(n, a).shape for n, a in self.reported.items()):
+        output = self.reported.get("output")
+        if output is not None and output.shape != self.exact["output"].shape:
+            return Diagnosis()
+        if self.fits():
             return Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
-        singles = list(_in_time(self._tried(self.recipe), 3 * SECONDS))
+        singles = self.singles
         best = self._fitting(singles)
         if best is not None:
             return best
-        narrower = self._precision()
-        if narrower is not None:
-            return Diagnosis((narrower,), 0.0, (), self.recipe)
-        if not pairs:
-            return Diagnosis()
+        rounded = rounded_cause(self.recipe, self.evidence)
+        if rounded is not None:
+            return Diagnosis((rounded[0],), 0.0, (), rounded[1])
+        own = self._of_weights()
+        if own is not None or not pairs:
+            return own or Diagnosis()
+        seen = measured_mask(self.recipe, self.reported)
+        if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
+            return Diagnosis((seen[0],), 0.0, (), seen[1])
         begun = self._by_prefix(singles)
-        if begun.explained or len(self.reported) > FEW:
+        if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
-        return self._pairs(singles) or begun
+        found = self._pairs(singles) or begun
+        return found if found.causes else replace(found, small=self.before < SMALL)
+
+    def _of_weights(self) -> Diagnosis | None:
+        """Other weights that the candidate tells, and one mistake more; or one other weight."""
+        told = with_own_weights(self.recipe, self.trace)
+        if told is None:
+            one = one_weight(self.recipe, self.evidence, self.before)
+            if one is None:
+                return None
+            return self._weights_cause("one weight differs", *one)
+        every = itertools.chain(
+            self._variants(self.recipe), self._variants(self.recipe, alone=True)
+        )
+        known = ((m.name, d) for m, d, w in every if same_weights(w.weights, told[1].weights))
+        name, detail = next(known, ("other weights", told[0]))
+        first = self._weights_cause(name, detail, told[1])
+        rest = Search(told[1], self.trace, self.reported, self.reference)
+        if rest.fits():
+            return first
+        more = rest.diagnose(pairs=False)
+        if not more.explained:
+            return None
+        return replace(more, causes=(*first.causes, *more.causes))
+
+    def _weights_cause(self, name: str, detail: str, recipe: Recipe) -> Diagnosis:
+        stage = _first_change(self.exact, recipe.stages) or "output"
+        return Diagnosis((Cause(name, detail, stage, FIX),), 0.0, (), recipe)
 
     def _of_one_batch_element(self, pairs: bool) -> Diagnosis:
         """The diagnosis of the one batch element that differs most, to save time."""
@@ -103,119 +162,133 @@ class Search:
         one = Search(self.recipe.of_batch(at), self.trace, reported, self.reference).diagnose(pairs)
         whole = self.recipe
         for cause in one.causes:
-            same = (w for m, d, w in self._variants(whole) if (m.name, d) == cause.key)
-            whole = next(same, whole)
+            every = itertools.chain(self._variants(whole), self._variants(whole, alone=True))
+            whole = next((w for m, d, w in every if (m.name, d) == cause.key), whole)
         return replace(one, recipe=None if one.recipe is None else whole)
 
     def _fitting(self, tried: Iterable[_Tried]) -> Diagnosis | None:
-        good = [t for t in tried if t.worst <= 1]
+        good = [t for t in tried if t.explains]
         if not good:
             return None
-        others = dict.fromkeys(str(t.cause) for t in good[1:] if t.cause.name != good[0].cause.name)
-        return Diagnosis((good[0].cause,), good[0].worst, tuple(others), good[0].recipe)
+        # The first in the catalogue's order, unless another leaves far less.
+        least = min(t.left for t in good)
+        near = [t for t in good if t.left <= max(2 * least, 0.1)]
+        first, names = near[0], [cause.name for cause in near[0].causes]
+        others = dict.fromkeys(
+            " and ".join(map(str, t.causes))
+            for t in near[1:]
+            if t.rank <= first.rank and [cause.name for cause in t.causes] != names
+        )
+        alternatives = tuple(itertools.islice(others, 3))
+        return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
         """One mistake after another: with each, more of the reported stages must fit."""
         causes: list[Cause] = []
-        right = self._errors(self.recipe)
-        reached = next((i for i, error in enumerate(right.values()) if not error <= 1), 0)
+        reached = _reached(self.evidence.errors(self.recipe))
         tried = singles
         while tried:
             best = max(tried, key=_Tried.prefix)
             if best.prefix() <= reached:
                 break
-            causes.append(best.cause)
+            causes += best.causes
             reached = best.prefix()
             if best.worst <= 1:
                 return Diagnosis(tuple(causes), best.worst, (), best.recipe)
             tried = list(self._tried(best.recipe))
+            if max(map(_Tried.prefix, tried), default=0) <= reached:
+                tried += self._tried(best.recipe, alone=True)
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
+        """Two mistakes: the nearest single ones first, each with every other."""
         until = time.monotonic() + SECONDS
-        for first in singles:
-            for second in self._tried(first.recipe, skip=first.cause.name):
-                if second.worst <= 1:
-                    pair = sorted((first.cause, second.cause), key=lambda c: STAGES.index(c.stage))
-                    return Diagnosis(tuple(pair), second.worst, (), second.recipe)
+        nearest = sorted(singles, key=lambda one: one.left)
+        first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
+        for one in first:
+            skip = one.causes[0].name
+            for other in self._tried(one.recipe, skip=skip, measured=False):
+                # Two measured numbers may fit what is no attention at all.
+                if other.explains and not one.rank == other.rank == 1:
+                    both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
+                    return Diagnosis(tuple(both), other.worst, (), other.recipe)
                 if time.monotonic() > until:
                     return None
         return None
 
-    def _precision(self) -> Cause | None:
-        """A narrower dtype in which the stages were computed: the errors have its size."""
-        expected = computed_dtype(self.reference or self.trace)
-        mine = {n: float(np.max(a, initial=0.0)) for n, a in self._distances(self.exact).items()}
-        if not looks_like_rounding(self.reported.get("output"), self.exact["output"]):
-            return None
-        right = self._errors(self.recipe)
-        for dtype in PRECISIONS:
-            if eps(dtype) <= eps(expected):
-                continue
-            [(_, rounded)] = precision(self.recipe, dtype)
-            results = rounded.stages
-            usual = {n: float(np.max(distance(a, self.exact[n], n))) for n, a in results.items()}
-            usual["scores"] = usual["probabilities"]
-            wrong = [name for name in mine if not right[name] <= 1]
-            if all(mine[n] <= GREATER * usual[n] for n in mine) and any(
-                mine[n] >= SMALLER * usual[n] for n in wrong
-            ):
-                stage = wrong[0] if len(self.reported) > 2 else "query"
-                stage = "probabilities" if stage == "scores" else stage
-                fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
-                        "mixed precision and TF32 off.")  # fmt: skip
-                return Cause(f"computed in {dtype}", "", stage, fix)
-        return None
+    def _tried(
+        self,
+        recipe: Recipe,
+        skip: str | None = None,
+        alone: bool = False,
+        measured: bool = True,
+    ) -> Iterator[_Tried]:
+        """Each mistake in a recipe but those of one name: those tried `alone`, or the rest."""
+        errors = self.evidence.errors(recipe)
+        for mistake, detail, wrong in self._variants(recipe, skip, alone):
+            one = self._judged(recipe, errors, mistake, detail, wrong)
+            if one is not None:
+                yield one
+        if alone:
+            return
+        evidence = self._up_to_the_first_wrong(errors)
+        before = evidence.distance(recipe)
+        for mistake in catalogue(recipe) if measured else ():
+            for family in mistake.families(recipe):
+                found = fitted(family, evidence, before)
+                if found is not None:
+                    one = self._judged(recipe, errors, mistake, *found, rank=1)
+                    if one is not None:
+                        yield one
+        if "output" in self.reported:
+            for causes, wrong in around(recipe, self.reported["output"]):
+                left = self.evidence.distance(wrong) / self.before
+                own = self.evidence.first_errors(wrong, recipe, errors)
+                yield _Tried(causes, replace(wrong), own, left, 1)
 
-    def _distances(self, results: Arrays) -> dict[str, np.ndarray]:
-        """The distances of the reported stages from a recipe's."""
-        distances = {}
-        for name in OBSERVED:
-            if name in self.reported:
-                exact, got = (
-                    results["probabilities" if name == "scores" else name],
-                    self.reported[name],
-                )
-                fits = got.shape == exact.shape
-                distances[name] = distance(got, exact, name) if fits else np.full(1, np.inf)
-        return distances
+    def _up_to_the_first_wrong(self, errors: dict[str, float]) -> Evidence:
+        """The evidence by which numbers are measured: what follows may have other mistakes too."""
+        if len(errors) <= FEW:
+            return self.evidence
+        names = list(errors)[: _reached(errors) + 1]
+        reported = {name: self.reported[name] for name in names}
+        return Evidence(self.trace, reported, self.reference)
 
-    def _tried(self, recipe: Recipe, skip: str | None = None) -> Iterator[_Tried]:
-        for mistake, detail, wrong in self._variants(recipe, skip):
-            with np.errstate(all="ignore"):
+    def _judged(
+        self, recipe: Recipe, errors: dict[str, float], mistake: Mistake, detail: str,
+        wrong: Recipe, rank: int = 0,
+    ) -> _Tried | None:  # fmt: skip
+
+        with np.errstate(all="ignore"):
+            try:
                 stage = _first_change(recipe.stages, wrong.stages)
-            if stage is not None:
-                cause = Cause(mistake.name, detail, stage, mistake.fix)
-                errors = self._errors(wrong, hasty=True)
-                yield _Tried(cause, wrong.but(), errors)  # a copy, which does not keep its stages
+            except (ValueError, IndexError):
+                return None  # its arrays do not fit to those of the mistake before
+            if stage is None:
+                return None
+            cause = Cause(mistake.name, detail, stage, mistake.fix)
+            left = self.evidence.distance(wrong) / self.before
+            own = self.evidence.first_errors(wrong, recipe, errors)
+        return _Tried((cause,), replace(wrong), own, left, max(rank, 2 * mistake.alone))
 
     def _variants(
-        self, recipe: Recipe, skip: str | None = None
+        self, recipe: Recipe, skip: str | None = None, alone: bool = False
     ) -> Iterator[tuple[Mistake, str, Recipe]]:
         """Each mistake with its detail and the recipe that has it, but those of one name."""
-        for mistake, detail, wrong in other_options(recipe, self.trace.config):
-            if mistake.name != skip:
-                yield mistake, detail, wrong
-        for mistake in catalogue():
-            if mistake.name != skip:
+        if not alone:
+            for mistake, detail, wrong in other_options(recipe, self.trace.config):
+                if mistake.name != skip:
+                    yield mistake, detail, wrong
+        for mistake in catalogue(recipe):
+            if mistake.name != skip and mistake.alone == alone:
                 for detail, wrong in mistake.variants(recipe):
                     yield mistake, detail, wrong
 
-    def _errors(self, recipe: Recipe, hasty: bool = False) -> dict[str, float]:
-        """The errors of the reported stages, as shares of what rounding explains.
 
-        In haste, a large error counts as infinite, without its limit.
-        """
-        results = recipe.stages
-        distances = self._distances(results)
-        far = FAR * eps(computed_dtype(self.trace)) * float(np.max(np.abs(results["output"])))
-        if hasty and len(distances) <= FEW and np.any(distances.get("output", 0.0) > far):
-            return dict.fromkeys(distances, np.inf)
-        tolerances = Tolerances(recipe, self.reference)
-        return {
-            name: float(np.max(error_shares(apart, tolerances.of(name, self.trace)), initial=0.0))
-            for name, apart in distances.items()
-        }
+def _reached(errors: dict[str, float]) -> int:
+    """How many stages fit, from the first on."""
+    wrong = (count for count, error in enumerate(errors.values()) if not error <= 1)
+    return next(wrong, len(errors))
 
 
 def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
@@ -231,6 +304,8 @@ def _first_change(right: Arrays, wrong: Arrays) -> str | None:
     """The first stage that a mistake changes; None where it changes none."""
     for name in STAGES:
         one, other = right[name], wrong[name]
+        if one is other:
+            continue
         if one.shape != other.shape:
             return name
         size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))

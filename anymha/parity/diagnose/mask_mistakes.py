@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, fields
-from anymha.parity.oracle.recipe import Arrays, Recipe, Step, Variants, allowed, softmax
+from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
+from anymha.parity.diagnose.measured import Family, number
+from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, Variants, allowed, softmax
+
+
+def _empty(recipe: Recipe) -> np.ndarray:
+    """The rows that see nothing."""
+    return np.logical_not(np.any(allowed(recipe), axis=-1, keepdims=True))
+
+
+def _with_empty_rows(make: Maker) -> Maker:
+    """The same mistakes, also with other numbers in the rows that only they leave empty."""
+
+    def variants(recipe: Recipe) -> Variants:
+        empty = np.any(_empty(recipe))
+        for words, wrong in make(recipe):
+            yield words, wrong
+            if not empty and np.any(_empty(wrong)):
+                for rows, step in _ROWS.items():
+                    several = f"{words}; " if words else ""
+                    detail = f"{several}rows that see nothing {rows}"
+                    yield detail, wrong.stepping("probabilities", _in_empty_rows(step))
+
+    return variants
 
 
 def _masks(
@@ -19,6 +42,7 @@ def _masks(
     `change` gives the wrong mask; None: it is left out; the mask itself: no mistake can be made.
     """
 
+    @_with_empty_rows
     def variants(recipe: Recipe) -> Variants:
         right = recipe.masks
         wrong = {name: change(recipe, mask) for name, mask in right.items()}
@@ -42,8 +66,8 @@ def _added(recipe: Recipe) -> Variants:
     """A mask added to the logits as the numbers 0 and 1, or taken for additive."""
     for name, mask in recipe.masks.items():
         rest = recipe.but(masks={n: m for n, m in recipe.masks.items() if n != name})
-        for words, number in (("1 where True", mask), ("1 where False", ~mask)):
-            extra = number.astype(np.float64)
+        for words, ones in (("1 where True", mask), ("1 where False", ~mask)):
+            extra = ones.astype(np.float64)
             bias = extra if recipe.bias is None else recipe.bias + extra
             yield f"{_named(name, recipe)}, {words}", rest.but(bias=bias)
 
@@ -102,19 +126,21 @@ def _bias_wrong(recipe: Recipe) -> Mapping[str, Any]:
     }
 
 
+def _in_empty_rows(instead: Step) -> Step:
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        empty = np.all(np.isneginf(stages["masked_logits"]), axis=-1, keepdims=True)
+        return np.where(empty, instead(recipe, stages), softmax(stages["masked_logits"]))
+
+    return step
+
+
 def _empty_rows(wrong: Mapping[str, Step]) -> Maker:
     """Other probabilities in the rows that see nothing, by the words of each variant."""
 
     def make(recipe: Recipe) -> Variants:
-        if np.all(allowed(recipe).any(-1)):
-            return
-        for words, instead in wrong.items():
-
-            def step(recipe: Recipe, stages: Arrays, instead: Step = instead) -> np.ndarray:
-                empty = np.all(np.isneginf(stages["masked_logits"]), axis=-1, keepdims=True)
-                return np.where(empty, instead(recipe, stages), softmax(stages["masked_logits"]))
-
-            yield words, recipe.stepping("probabilities", step)
+        if np.any(_empty(recipe)):
+            for words, instead in wrong.items():
+                yield words, recipe.stepping("probabilities", _in_empty_rows(instead))
 
     return make
 
@@ -128,7 +154,184 @@ def _unmasked(recipe: Recipe, stages: Arrays) -> np.ndarray:
     return softmax(stages["logits"] if recipe.bias is None else stages["logits"] + recipe.bias)
 
 
-MISTAKES: tuple[tuple[str, str, Maker], ...] = (
+_ROWS: Mapping[str, Step] = {
+    "take the mean of all values": lambda r, stages: np.full(1, 1 / stages["logits"].shape[-1]),
+    "give NaN": lambda r, stages: np.full(1, np.nan),
+    "are not masked": _unmasked,
+}
+"""What rows that see nothing give, where they do not give zeros."""
+
+
+def _groups(recipe: Recipe) -> Iterator[tuple[str, np.ndarray, Recipe]]:
+    """Masks that may be wrong together: their name, what they let see, and the rest."""
+    plain = recipe.but(masks={}, causal=False, window=None)
+    positions = allowed(recipe.but(masks={}))
+    by_position = recipe.causal or recipe.window is not None
+    for name, mask in recipe.masks.items():
+        rest = {other: m for other, m in recipe.masks.items() if other != name}
+        yield _named(name, recipe), mask, recipe.but(masks=rest)
+    if by_position:
+        yield "the mask of positions", positions, recipe.but(causal=False, window=None)
+    if len(recipe.masks) + by_position > 1:
+        yield "all masks", allowed(recipe), plain
+
+
+@_with_empty_rows
+def _of_others(recipe: Recipe) -> Variants:
+    """Masks of other positions, of another sequence or head, or in another order."""
+    for named, mask, rest in _groups(recipe):
+        for words, moved in _moved(recipe, mask):
+            yield f"{named}, {words}", rest.but(masks={**rest.masks, "moved": moved})
+    if len(recipe.masks) > 1 or (recipe.masks and recipe.causal):
+        parts = [*recipe.masks.values(), allowed(recipe.but(masks={}))]
+        both = recipe.but(masks={"either": reduce(np.logical_or, parts)}, causal=False, window=None)
+        yield "what one mask lets see, no other hides", both
+    yield from _chunks(recipe)
+
+
+def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A mask after what people do to its axes by mistake."""
+    batch, queries, keys = recipe.lengths
+    heads = recipe.heads[0]
+    names = ("sequences", "heads", "queries", "keys")
+    one_side = 1 in mask.shape[2:]
+    if queries == keys and one_side and mask.shape[2:] != (1, 1):
+        turned = np.swapaxes(mask, 2, 3)
+        of, other = ("keys", "queries") if mask.shape[2] == 1 else ("queries", "keys")
+        yield f"it hides {other}, not {of}", turned
+        yield f"it hides {other} as well as {of}", mask & turned
+        yield f"it hides pairs where both, {other} and {of}, are hidden", mask | turned
+    if mask.shape[2] > 1 and mask.shape[3] > 1 and queries != keys:
+        yield (
+            "reshaped to (keys, queries)",
+            np.swapaxes(mask.reshape(*mask.shape[:2], keys, queries), 2, 3).reshape(mask.shape),
+        )
+    for axis, name in enumerate(names):
+        count = mask.shape[axis]
+        if count == 1:
+            continue
+        yield f"in reverse along the {name}", np.flip(mask, axis)
+        if axis > 1:
+            for by in (1, -1):
+                later = _shifted(mask, by, axis)
+                place = "after" if by > 0 else "before"
+                yield f"shifted by one of the {name}", np.roll(mask, by, axis)
+                yield f"one of the {name} more is seen {place} each, off by one", mask | later
+                yield f"one of the {name} fewer is seen {place} each, off by one", mask & later
+        else:
+            for by in range(1, min(count, 5)):
+                yield f"of another of the {name}, {by} on", np.roll(mask, by, axis)
+        for at, which in ((0, "first"), (count - 1, "last")):
+            yield f"that of the {which} of the {name} for all", np.take(mask, [at], axis)
+    if mask.shape[1] == 1 < mask.shape[0]:
+        place = np.arange(batch * heads)
+        orders = {"repeated": (place % batch).reshape(batch, heads),
+                  "laid out": (place // heads).reshape(heads, batch).T}  # fmt: skip
+        for words, order in orders.items():
+            detail = f"{words} with batch and heads in the wrong order"
+            yield detail, mask[:, 0][order]
+
+
+def _shifted(mask: np.ndarray, by: int, axis: int) -> np.ndarray:
+    """The mask moved along an axis; the ends keep theirs."""
+    moved = np.roll(mask, by, axis)
+    end = [slice(None)] * mask.ndim
+    end[axis] = slice(0, 1) if by > 0 else slice(-1, None)
+    moved[tuple(end)] = mask[tuple(end)]
+    return moved
+
+
+def _chunks(recipe: Recipe) -> Variants:
+    """Keys at the ends that are never visited, and positions that begin anew in each chunk."""
+    _, queries, keys = recipe.lengths
+    place = np.arange(keys)[None, None, None]
+    for count in [n for n in range(1, keys) if n < 33 or n % 64 == 0 or keys % n == 0]:
+        last = recipe.but(masks={**recipe.masks, "end": place < keys - count})
+        yield f"the last {count} keys are left out, as an incomplete chunk", last
+        if count < 4:
+            first = recipe.but(masks={**recipe.masks, "start": place >= count})
+            yield f"the first {count} keys are left out", first
+        if (recipe.causal or recipe.window is not None) and count > 1:
+            free = recipe.but(causal=False, window=None)
+            for words, distance in {
+                "keys": place % count - np.arange(queries)[:, None],
+                "queries": place - np.arange(queries)[:, None] % count,
+            }.items():
+                seen = distance <= 0 if recipe.causal else np.ones_like(distance, bool)
+                if recipe.window is not None:
+                    seen = seen & (np.abs(distance) < recipe.window)
+                masks = {**recipe.masks, "chunks": seen}
+                yield (f"positions of {words} begin anew in each chunk of {count}",
+                       free.but(masks=masks))  # fmt: skip
+
+
+def _weak(recipe: Recipe) -> Iterator[Family]:
+    """Hidden logits that are replaced by a number, or lowered by it, in place of -inf."""
+    for named, seen, rest in _groups(recipe):
+        own = rest.steps["masked_logits"]
+
+        def filled(number: float, seen: np.ndarray = seen, rest: Recipe = rest,
+                   own: Step = own) -> Recipe:  # fmt: skip
+            def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+                logits = own(recipe, stages)
+                return np.where(seen | np.isneginf(logits), logits, number)
+
+            return rest.stepping("masked_logits", step)
+
+        def lowered(number: float, seen: np.ndarray = seen, rest: Recipe = rest,
+                    own: Step = own) -> Recipe:  # fmt: skip
+            def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+                return own(recipe, stages) + np.where(seen, 0.0, number)
+
+            return rest.stepping("masked_logits", step)
+
+        def words(value: float, named: str = named) -> str:
+            close = "zero" if abs(value) < 1e-4 else number(value)
+            return f"{named}: hidden logits are filled with {close}, a finite number"
+
+        def lower(value: float, named: str = named) -> str:
+            return f"{named}: hidden logits are lowered by {number(-value)} only, a finite number"
+
+        yield Family(filled, tuple(np.linspace(-30, 18, 25)), words)
+        yield Family(lowered, tuple(np.linspace(-30, 18, 25)), lower)
+
+
+def _elsewhere(recipe: Recipe) -> Variants:
+    """A mask that acts after the softmax, or on inputs or projections."""
+    for named, seen, rest in _groups(recipe):
+
+        def step(recipe: Recipe, stages: Arrays, seen: np.ndarray = seen,
+                 rest: Recipe = rest) -> np.ndarray:  # fmt: skip
+            return rest.steps["probabilities"](recipe, stages) * seen
+
+        late = rest.stepping("probabilities", step)
+        yield f"{named}: multiplied after the softmax, so that rows do not sum to 1", late
+        if seen.shape[1:3] != (1, 1):
+            continue
+        of_keys = seen[:, 0, 0, :, None]  # [B, S, 1]
+        every = ("query", "key", "value")
+        for names in (("key", "value"), every, ("key",)):
+            inputs = {n: x * of_keys if n in names else x for n, x in rest.inputs.items()
+                      if n not in names or x.shape[1] == seen.shape[3]}  # fmt: skip
+            if len(inputs) == 3:
+                words = "inputs are" if len(names) > 1 else "keys' input is"
+                also = ", those of the queries too" if "query" in names else ""
+                yield (f"{named}: hidden {words} zeroed in place of masked{also}",
+                       rest.but(inputs=inputs))  # fmt: skip
+        for names in (("key",), ("key", "value")):
+            zeroed = {**rest.steps}
+            for name in names:
+
+                def projection(recipe: Recipe, stages: Arrays, name: str = name,
+                               of_keys: np.ndarray = of_keys) -> np.ndarray:  # fmt: skip
+                    return STEPS[name](recipe, stages) * of_keys[..., None]
+
+                zeroed[name] = projection
+            yield (f"{named}: hidden {' and '.join(names)} are zeroed in place of masked",
+                   rest.but(steps=zeroed))  # fmt: skip
+
+
+MISTAKES: tuple[Row, ...] = (
     ("inverted mask", "Pass the opposite of the mask, `~mask`: in one of the two "
      "implementations, True means that a position may not be attended to.",
      _masks(lambda recipe, mask: ~mask, together=True)),
@@ -169,6 +372,10 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
     ("fully masked rows are not masked", "A query that sees nothing gives zeros "
      "in anymha; here its mask shifts such a row by a constant, which a softmax ignores.",
      _empty_rows({"": _unmasked})),
+    ("mask applied wrongly", "Hide with -inf, before the softmax: a finite number lets hidden "
+     "positions be seen, and zeros take part in the softmax.", _elsewhere, _weak),
+    ("mask of other positions", "Give each sequence, head, query and key its own place in the "
+     "mask.", _of_others, no_families, True),
     ("causal mask not asked for", "Switch the causal mask off.",
      fields(lambda r: not r.causal, causal=True)),
 )  # fmt: skip

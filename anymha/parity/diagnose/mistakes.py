@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from anymha.parity.diagnose import attention_mistakes, mask_mistakes, weight_mistakes
+from anymha.parity.diagnose import (
+    attention_mistakes,
+    axes_mistakes,
+    mask_mistakes,
+    weight_mistakes,
+)
+from anymha.parity.diagnose.changes import no_families
+from anymha.parity.diagnose.measured import Families
 from anymha.parity.oracle.features import SECTIONS
 from anymha.parity.oracle.recipe import Recipe, Section, Variants
 
@@ -23,13 +30,23 @@ class Mistake:
 
     name: str  # A short name, as "inverted mask"
     fix: str  # How to fix it
-    variants: Callable[[Recipe], Variants]  # Makes the recipes that have it from a right one
+    # Make the recipes that have it from a right one: those that are known, and those with a number
+    # that is to be measured
+    variants: Callable[[Recipe], Variants] = lambda recipe: iter(())
+    families: Families = no_families
+    # Whether it has so many variants that it is tried alone, not together with another
+    alone: bool = False
 
 
-def catalogue() -> Iterator[Mistake]:
-    """All mistakes; those that ports make most often first."""
-    yield from (Mistake(*one) for one in (*mask_mistakes.MISTAKES, *attention_mistakes.MISTAKES))
-    for section in SECTIONS.values():
+def catalogue(recipe: Recipe | None = None) -> Iterator[Mistake]:
+    """All mistakes; those that ports make most often first.
+
+    With a recipe also those of its sections that no option of anymha has.
+    """
+    several = (mask_mistakes, attention_mistakes, axes_mistakes)
+    yield from (Mistake(*one) for module in several for one in module.MISTAKES)
+    own = () if recipe is None else map(type, recipe.sections)
+    for section in dict.fromkeys((*SECTIONS.values(), *own)):
         yield from option_mistakes(section)
     yield from (Mistake(*one) for one in weight_mistakes.MISTAKES)
 
@@ -63,8 +80,9 @@ def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, R
 
 
 def _left_out(option: str, recipe: Recipe) -> Variants:
-    if option in recipe.options:
-        yield "", recipe.without_section(option)
+    for section in recipe.sections:
+        if section.option == option:
+            yield getattr(section, "left_out", ""), recipe.without_section(option)
 
 
 def _another(option: str, recipe: Recipe) -> Variants:

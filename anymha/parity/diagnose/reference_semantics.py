@@ -7,13 +7,15 @@ anymha's semantics: then a candidate that has these semantics is not the one to 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import Search
+from anymha.parity.diagnose.model_steps import featured
+from anymha.parity.diagnose.reported_stages import told_otherwise
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.tolerance import eps
@@ -41,14 +43,23 @@ class ReferenceSemantics:
     def _known(self) -> Recipe:
         return self.plain if self.recipe is None else self.recipe
 
-    def diagnose(self, trace: Trace, reported: Arrays, wrong: Collection[str]) -> Diagnosis | None:
-        """Why a candidate with these stages differs; None where no stage is wrong."""
+    def diagnose(
+        self,
+        trace: Trace,
+        reported: Arrays,
+        wrong: Collection[str],
+        gradients: Callable[[], Diagnosis] = Diagnosis,
+    ) -> Diagnosis | None:
+        """Why a candidate with these stages differs; None where no stage is wrong.
+
+        `gradients` tells why where no value differs.
+        """
         flow, scores = _flow_and_scores(reported)
         diagnosis = None
         if trace.random or any(name in flow for name in wrong):
             diagnosis = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
-            return _of_gradients_alone(wrong)
+            return gradients()
         if diagnosis is not None and not diagnosis.explained:
             diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
         if "scores" not in wrong:
@@ -68,15 +79,35 @@ class ReferenceSemantics:
     def _of_flow(self, trace: Trace, reported: Arrays) -> Diagnosis:
         if self.reason is not None and self._search(self.plain, trace, reported).fits():
             return _of_the_reference(self.reason, self.plain)
-        diagnosis = self._search(self._known, trace, reported).diagnose()
-        if not diagnosis.causes and "query" in reported and len(reported) > 1:
-            # Projections may be reported before heads are split.
-            rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
-            diagnosis = self._search(self._known, trace, rest).diagnose()
+        told = told_otherwise(self._known, trace, reported, self.trace)
+        if told.causes:
+            return told
+        diagnosis = self._of_stages(trace, reported)
         if diagnosis.explained or self.reason is None:
             return diagnosis
         plain = self._search(self.plain, trace, reported).diagnose()
         return plain if plain.explained else diagnosis
+
+    def _of_stages(self, trace: Trace, reported: Arrays) -> Diagnosis:
+        """The mistakes that explain the stages, or those but the projections.
+
+        Projections may be reported before heads are split, as they are recorded in a module.
+        """
+        search = self._search(self._known, trace, reported)
+        rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
+        if len(rest) == len(reported) or search.diagnose(pairs=False).causes:
+            return search.diagnose()
+        later = self._search(self._known, trace, rest)
+        if later.fits():  # what is reported of the projections is not what it computes with
+            return search.diagnose()
+        found = later.diagnose(pairs=False)
+        if found.causes:
+            return found
+        projections = {n: a for n, a in reported.items() if n not in rest}
+        right = self._search(self._known, trace, projections).fits()
+        one, other = (later, search) if right else (search, later)
+        found = one.diagnose()
+        return found if found.explained else other.diagnose()
 
     def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
         return Search(recipe, trace, reported, self.trace)
@@ -112,6 +143,10 @@ def reference_semantics_of(plain: Recipe, trace: Trace, reported: Arrays) -> Ref
     """What a reference computes, from the recipe of its weights and its stages by name."""
     flow, scores = _flow_and_scores(reported)
     recipe, reason, notes = plain, None, []
+    if not Search(plain, trace, flow).fits():
+        more = featured(plain, trace, flow)
+        if more is not None:
+            return ReferenceSemantics(trace, more, more, more)
     if not Search(plain, trace, flow).fits():
         reason = Search(plain, trace, flow).diagnose()
         if reason.recipe is None or trace.random:
@@ -153,16 +188,6 @@ def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
         name = "in the reference: its scores are not the probabilities of its output"
         causes = (Cause(name, "", "scores", fix),)
     return Diagnosis(causes, reason.remaining if reason.causes else 0.0, (), recipe)
-
-
-def _of_gradients_alone(wrong: Collection[str]) -> Diagnosis:
-    """Every value agrees; the gradients alone differ, or weights that change no value."""
-    first = next(iter(wrong))
-    if not first.startswith("gradient"):
-        return Diagnosis()
-    fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
-            "or a factor that the backward pass leaves out.")  # fmt: skip
-    return Diagnosis.certain("the gradients alone differ", first, fix)
 
 
 def _of_another_dtype(

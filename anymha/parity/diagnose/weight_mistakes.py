@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker
+from anymha.parity.diagnose.changes import Row, no_families
 from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 NAMES = ("query", "key", "value")
@@ -62,10 +62,9 @@ def _heads_permuted(recipe: Recipe) -> Variants:
 
 def _packed_order(recipe: Recipe) -> Variants:
     """Query, key and value taken from a packed kernel in another order."""
-    if not _alike(recipe):
-        return
     for order in itertools.permutations(NAMES):
-        if order != NAMES:
+        moved = [pair for pair in zip(NAMES, order, strict=True) if pair[0] != pair[1]]
+        if moved and all(_alike(recipe, pair) for pair in moved):
             changed: dict[str, np.ndarray | None] = dict.fromkeys(
                 key for name in NAMES for key in _own(recipe, name)
             )
@@ -95,6 +94,154 @@ def _packed_heads(recipe: Recipe) -> Variants:
         yield words, _with(recipe, changed)
 
 
+STORED = ("PHdD", "DPHd", "HPdD", "DHPd", "PdHD", "DPdH", "HdPD", "DHdP", "dHPD", "DdHP", "dPHD",
+          "DdPH")  # fmt: skip
+"""The orders in which a packed kernel lies in memory: features first (Dense) or last (Linear)."""
+
+
+def _reshaped(recipe: Recipe) -> Variants:
+    """Kernels whose memory is read in another order of axes than that in which it was written."""
+    groups = [names for names in (NAMES, ("key", "value")) if _alike(recipe, names)]
+    for names in (*groups, *((name,) for name in (*NAMES, "output"))):
+        orders = STORED if len(names) > 1 else _orders_of_one(names[0])
+        for written, read in itertools.permutations(orders, 2):
+            for parts in (("kernel", "bias"), ("kernel",)):
+                changed = _as_read(recipe, names, parts, written, read)
+                if changed:
+                    words = f"{' and '.join(names)}, written as {written}, read as {read}"
+                    alone = "" if len(parts) > 1 else ", the biases are right"
+                    yield words + alone, _with(recipe, changed)
+
+
+def _orders_of_one(name: str) -> tuple[str, ...]:
+    """The orders of the axes of one projection's kernel."""
+    inner = ("Hd", "dH")
+    return tuple(order for hd in inner for order in (f"P{hd}D", f"DP{hd}", f"P{hd[0]}D{hd[1]}"))
+
+
+def _as_read(
+    recipe: Recipe, names: tuple[str, ...], parts: tuple[str, ...], written: str, read: str
+) -> Arrays:
+    changed: Arrays = {}
+    for part in parts:
+        arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
+        if any(array is None for array in arrays) or (part == "bias" and names == ("output",)):
+            continue
+        axes = ("HdD" if names == ("output",) else "DHd") if part == "kernel" else "Hd"
+        pack = np.stack([np.asarray(array) for array in arrays])  # (P, ...)
+        own = "P" + axes
+        sizes = dict(zip(own, pack.shape, strict=True))
+        before, after = ("".join(a for a in order if a in own) for order in (written, read))
+        memory = np.transpose(pack, [own.index(a) for a in before]).reshape(-1)
+        again = memory.reshape([sizes[a] for a in after])
+        again = np.transpose(again, [after.index(a) for a in own])
+        changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
+    return changed
+
+
+def _cut(recipe: Recipe) -> Variants:
+    """Packs of parts of several widths, cut in another order, or by head and by block."""
+    for names in (("key", "value"), NAMES):
+        kernels = [recipe.weights[f"{name}.kernel"] for name in names]
+        if len({len(kernel) for kernel in kernels}) > 1:
+            continue
+        orders = [(kind, order) for kind in ("by block", "by head")
+                  for order in itertools.permutations(range(len(names)))]  # fmt: skip
+        for written, read in itertools.permutations(orders, 2):
+            changed: Arrays = {}
+            for part in ("kernel", "bias"):
+                arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
+                if all(array is not None for array in arrays):
+                    again = _unpacked(_packed([np.asarray(a) for a in arrays], *written),
+                                      [np.asarray(a) for a in arrays], *read)  # fmt: skip
+                    changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
+            words = [f"{', '.join(names[i] for i in order)} {kind}" for kind, order in
+                     (written, read)]  # fmt: skip
+            yield f"written in the order {words[0]}, split as {words[1]}", _with(recipe, changed)
+
+
+def _groups_of(array: np.ndarray, groups: int, kind: str) -> np.ndarray:
+    """(..., groups, features of a group): groups of heads, or one block."""
+    return array.reshape(*array.shape[:-2], groups if kind == "by head" else 1, -1)
+
+
+def _packed(arrays: list[np.ndarray], kind: str, order: tuple[int, ...]) -> np.ndarray:
+    groups = min(array.shape[-2] for array in arrays)
+    parts = [_groups_of(arrays[i], groups, kind) for i in order]
+    pack = np.concatenate(parts, -1)
+    return pack.reshape(*pack.shape[:-2], -1)
+
+
+def _unpacked(pack: np.ndarray, like: list[np.ndarray], kind: str,
+              order: tuple[int, ...]) -> list[np.ndarray]:  # fmt: skip
+    groups = min(array.shape[-2] for array in like) if kind == "by head" else 1
+    whole = pack.reshape(*pack.shape[:-1], groups, -1)
+    widths = [like[i].shape[-2] * like[i].shape[-1] // groups for i in order]
+    parts = np.split(whole, np.cumsum(widths)[:-1], axis=-1)
+    by_name = dict(zip(order, parts, strict=True))
+    return [by_name[i].reshape(array.shape) for i, array in enumerate(like)]
+
+
+def _other_heads(recipe: Recipe) -> Variants:
+    """Another number of heads for the same kernels, with the scale of their width, or the right."""
+    heads, shared = recipe.heads
+    widths = [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
+    options = {(h, k) for h in range(1, 2 * heads * widths[0] + 1) for k in (h, shared, 1)
+               if h % k == 0}  # fmt: skip
+    for h, k in sorted(options):
+        counts = {"query": h, "key": k, "value": k, "output": h}
+        changed = {name: _split(array, name, counts[name.partition(".")[0]])
+                   for name, array in recipe.weights.items() if name != "output.bias"}  # fmt: skip
+        shapes = {n: a.shape for n, a in changed.items() if a is not None}
+        fits = len(shapes) == len(changed) and (h, k) != (heads, shared)
+        if not fits or shapes["query.kernel"][2] != shapes["key.kernel"][2]:
+            continue
+        if shapes["value.kernel"][2] != shapes["output.kernel"][1]:
+            continue
+        masks = [m for m in (*recipe.masks.values(), recipe.bias, recipe.kept) if m is not None]
+        if recipe.sections or any(np.ndim(m) > 3 and np.shape(m)[1] != 1 for m in masks):
+            continue
+        words = f"{h} heads in place of {heads}"
+        words += "" if heads == shared and h == k else f", {k} of keys in place of {shared}"
+        width = shapes["query.kernel"][2]
+        wrong = _with(recipe, changed)
+        own = recipe.scale * (widths[0] / width) ** 0.5
+        yield words, wrong.but(scale=own)
+        yield f"{words}, with the scale of {heads}", wrong
+
+
+def _split(array: np.ndarray, name: str, heads: int) -> np.ndarray | None:
+    """A projection's array with another number of heads; None where that does not divide it."""
+    *front, own, width = array.shape[:2] if name == "output.kernel" else array.shape
+    back = array.shape[2:] if name == "output.kernel" else ()
+    if own * width % heads:
+        return None
+    return array.reshape(*front, heads, own * width // heads, *back)
+
+
+def _tied(recipe: Recipe) -> Variants:
+    """One head's weights in all heads."""
+    for name in NAMES:
+        own = _own(recipe, name)
+        for parts in ((*own,), *(((key,) for key in own) if len(own) > 1 else ())):
+            words = name if len(parts) == len(own) else parts[0].replace(".", "'s ")
+            changed = {key: np.broadcast_to(own[key][..., :1, :], own[key].shape) for key in parts}
+            yield f"{words}: that of the first head", _with(recipe, changed)
+
+
+def _of_another(recipe: Recipe) -> Variants:
+    """A projection with the weights of another."""
+    for name, other in itertools.permutations(NAMES, 2):
+        if _alike(recipe, (name, other)):
+            changed = {f"{name}.{key.partition('.')[2]}": array
+                       for key, array in _own(recipe, other).items()}  # fmt: skip
+            yield f"{name} has those of {other}", _with(recipe, changed)
+            if NAMES.index(name) < NAMES.index(other):
+                swapped = {f"{other}.{key.partition('.')[2]}": array
+                           for key, array in _own(recipe, name).items()}  # fmt: skip
+                yield f"{name} and {other} swapped", _with(recipe, {**changed, **swapped})
+
+
 def _bias_left_out(recipe: Recipe) -> Variants:
     yield from _each(recipe, {name: None for name in recipe.weights if name.endswith(".bias")})
 
@@ -114,6 +261,11 @@ def _bias_of_another(recipe: Recipe) -> Variants:
         one, two = biases[name], biases[other]
         if one is not None and two is not None and one.shape == two.shape:
             yield f"{name} has that of {other}", _with(recipe, {f"{name}.bias": two})
+    for name, other in itertools.combinations(NAMES, 2):
+        one, two = biases[name], biases[other]
+        if one is not None and two is not None and one.shape == two.shape:
+            swapped = {f"{name}.bias": two, f"{other}.bias": one}
+            yield f"the biases of {name} and {other} are swapped", _with(recipe, swapped)
 
 
 def _output_not_by_head(recipe: Recipe) -> Variants:
@@ -139,8 +291,8 @@ def _orders(heads: int) -> Iterator[tuple[int, ...]]:
         yield from (tuple((h + n) % heads for h in range(heads)) for n in (1, -1, heads // 2))
 
 
-def _alike(recipe: Recipe) -> bool:
-    return len({recipe.weights[f"{name}.kernel"].shape for name in NAMES}) == 1
+def _alike(recipe: Recipe, names: tuple[str, ...] = NAMES) -> bool:
+    return len({recipe.weights[f"{name}.kernel"].shape for name in names}) == 1
 
 
 def _each(recipe: Recipe, changed: Changed, together: tuple[str, ...] = ()) -> Variants:
@@ -166,7 +318,7 @@ def _own(recipe: Recipe, name: str) -> Arrays:
     return {n: a for n, a in recipe.weights.items() if n in (f"{name}.kernel", f"{name}.bias")}
 
 
-MISTAKES: tuple[tuple[str, str, Maker], ...] = (
+MISTAKES: tuple[Row, ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
      "transpose the kernel.", _transposed),
     ("packed weights in another order", "Split the packed kernel into query, key, value "
@@ -185,4 +337,15 @@ MISTAKES: tuple[tuple[str, str, Maker], ...] = (
     ("output projection not applied by head", "The output's kernel has a part of its "
      "own for each head, (H, d_v, O); the heads' results are added.", _output_not_by_head),
     ("heads permuted", "Bring the heads into one order.", _heads_permuted),
+    ("weights of another projection", "Give each projection its own kernel and bias.",
+     _of_another),
+    ("another number of heads", "Give both the same number of heads: the shapes of kernels as "
+     "matrices do not tell it.", _other_heads, no_families, True),
+    ("one head for all", "Each head has its own part of kernel and bias: do not broadcast one.",
+     _tied, no_families, True),
+    ("packed parts cut wrongly", "Cut a packed kernel in the order and by the widths by which it "
+     "was packed.", _cut, no_families, True),
+    ("weights reshaped without a transpose", "The axes of a kernel in memory are packed parts P, "
+     "heads H, width d, features D in some order: read them in the order in which they were "
+     "written, and transpose them then.", _reshaped, no_families, True),
 )  # fmt: skip

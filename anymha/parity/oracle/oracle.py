@@ -6,7 +6,7 @@ is compared with it. The forward pass is `anymha.parity.oracle.recipe`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,23 @@ class Truth:
     # value, or the root of the sum of its squared terms where that is greater, as rounding errors
     # have random signs
     magnitudes: Arrays
+
+
+Changes = Mapping[str, Callable[..., np.ndarray]]
+"""Other gradients on the way back, by the place where they act.
+
+For "output", "context", "logits", "query", "key" and "value", and for "input of" the last three, it
+takes the gradient that comes there; for "softmax" the probabilities and their gradient, and gives
+that of the logits.
+"""
+
+
+def gradients_of(recipe: Recipe, d_output: np.ndarray, changes: Changes) -> Arrays:
+    """The gradients of ``sum(output * d_output)``, by name, of a backward pass with changes."""
+    g_output = np.asarray(d_output, np.float64)
+    features = _Features(recipe, recipe.stages, changes=changes)
+    g_scores = np.zeros_like(recipe.stages["probabilities"])
+    return _passes(features, recipe, g_output, g_scores, einsum)[1]
 
 
 def evaluate(
@@ -93,9 +110,25 @@ class _Sizes:
 class _Features:
     """The sections of a recipe on the way forward and back; or, without `cancel`, sizes in sums."""
 
-    def __init__(self, recipe: Recipe, stages: Arrays, cancel: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, stages: Arrays, cancel: bool = True, changes: Changes | None = None
+    ) -> None:
         self.recipe, self.stages, self.cancel = recipe, stages, cancel
+        self.changes = changes or {}
         self.gradients: Arrays = {}
+
+    def changed(self, place: str, gradient: np.ndarray) -> np.ndarray:
+        """The gradient at a place of the backward pass."""
+        return self.changes[place](gradient) if place in self.changes else gradient
+
+    def of_softmax(
+        self, scores: np.ndarray, gradient: np.ndarray, einsum: Callable[..., np.ndarray]
+    ) -> np.ndarray:
+        """The gradient of the logits from that of the probabilities."""
+        if "softmax" in self.changes:
+            return self.changes["softmax"](scores, gradient)
+        mean = einsum("bhts,bhts->bht", scores, gradient)[..., None]
+        return scores * (gradient - mean if self.cancel else gradient + mean)
 
     def forward(self, stage: str, array: np.ndarray) -> np.ndarray:
         """A stage, or its sizes, from what its step gives."""
@@ -107,6 +140,7 @@ class _Features:
 
     def backward(self, stage: str, gradient: np.ndarray) -> np.ndarray:
         """The gradient of what a stage's step gives, from that of the stage."""
+        gradient = self.changed(stage, gradient)
         for section, taken in reversed(self.recipe.taken(stage, self.stages)):
             arguments = (stage, gradient, taken, self.recipe, self.stages, self.cancel)
             for name, own in section.own_gradients(*arguments).items():
@@ -133,6 +167,7 @@ def _passes(
     context = features.forward("context", einsum("bhts,bshv->bthv", dropped, values))
     output = einsum("bthv,hvo->bto", context, w["output.kernel"]) + w.get("output.bias", 0.0)
 
+    g_output = features.changed("output", g_output)
     gradients = {
         "output.kernel": einsum("bthv,bto->hvo", context, g_output),
         "output.bias": einsum("bto->o", g_output),
@@ -142,8 +177,7 @@ def _passes(
     g_values = einsum("bhts,bthv->bshv", dropped, g_context)
     g_probs = einsum("bthv,bshv->bhts", g_context, values) * kept + g_scores
     g_probs = features.backward("probabilities", g_probs)
-    g_mean = einsum("bhts,bhts->bht", scores, g_probs)[..., None]
-    g_logits = scores * (g_probs - g_mean if features.cancel else g_probs + g_mean)
+    g_logits = features.of_softmax(scores, g_probs, einsum)
     g_logits = features.backward("masked_logits", g_logits)
     if bias is not None:
         shape = np.shape(bias)
@@ -163,7 +197,8 @@ def _passes(
         gradient = features.backward(name, gradient)
         gradients[f"{name}.kernel"] = einsum("btd,bthk->dhk", x[name], gradient)
         gradients[f"{name}.bias"] = einsum("bthk->hk", gradient)
-        gradients[name] = einsum("bthk,dhk->btd", gradient, w[f"{name}.kernel"])
+        own = einsum("bthk,dhk->btd", gradient, w[f"{name}.kernel"])
+        gradients[name] = features.changed(f"input of {name}", own)
     for name, own in features.gradients.items():
         gradients[name] = gradients.get(name, 0.0) + own
     known = {*w, *x, "attention_bias"}

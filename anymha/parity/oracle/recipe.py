@@ -17,7 +17,7 @@ An option of the attention (a softcap, rotary positions) changes what some of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from typing import Any, ClassVar, Self
@@ -146,6 +146,10 @@ class Recipe:
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
     # The options that change the results of steps, in the order of their `order`
     sections: tuple[Section, ...] = ()
+    # Lengths of the axes that the batch was folded from; empty: it is one axis
+    batches: tuple[int, ...] = ()
+    # Stages that are as in the recipe from which this one was made
+    known: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def stages(self) -> Arrays:
@@ -168,9 +172,15 @@ class Recipe:
         (batch, queries, _), keys = self.inputs["query"].shape, self.inputs["key"].shape[1]
         return batch, queries, keys
 
-    def but(self, **changes: object) -> Recipe:
-        """The recipe with other fields."""
-        return replace(self, **changes)  # pyright: ignore[reportArgumentType]
+    def but(self, **changes: Any) -> Recipe:
+        """The recipe with other fields; it knows the stages that these do not change."""
+        known = self.__dict__.get("stages", self.known)
+        changed = set().union(*(_changed(self, name, new) for name, new in changes.items()))
+        first = min((place for place, n in enumerate(STEPS) if n in changed), default=len(STEPS))
+        # The projections do not depend on each other.
+        kept = [n for at, n in enumerate(STEPS) if at < max(first, 3) and n not in changed]
+        known = {name: known[name] for name in kept if name in known}
+        return replace(self, **changes, known=known)
 
     def of_batch(self, at: int) -> Recipe:
         """The recipe for one element of the batch."""
@@ -187,7 +197,7 @@ class Recipe:
 
     def stepping(self, stage: str, step: Step) -> Recipe:
         """The recipe with another step for a stage; the sections change its result as before."""
-        return replace(self, steps={**self.steps, stage: step})
+        return self.but(steps={**self.steps, stage: step})
 
     @property
     def options(self) -> dict[str, Any]:
@@ -197,11 +207,11 @@ class Recipe:
     def with_section(self, section: Section) -> Recipe:
         """The recipe with an option; it replaces another value of the option."""
         others = [one for one in self.sections if one.option != section.option]
-        return replace(self, sections=ordered((*others, section)))
+        return self.but(sections=ordered((*others, section)))
 
     def without_section(self, option: str) -> Recipe:
         """The recipe with an option switched off."""
-        return replace(self, sections=tuple(s for s in self.sections if s.option != option))
+        return self.but(sections=tuple(s for s in self.sections if s.option != option))
 
     def stage(self, name: str, stages: Arrays) -> np.ndarray:
         """A stage, from those before it: the result of its step, changed by the sections."""
@@ -237,8 +247,22 @@ def run(recipe: Recipe) -> Arrays:
     """Every stage by name, in order."""
     stages: Arrays = {}
     for name in recipe.steps:
-        stages[name] = recipe.stage(name, stages)
+        stages[name] = recipe.known[name] if name in recipe.known else recipe.stage(name, stages)
     return stages
+
+
+def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
+    """The stages whose own steps another value of a field may change."""
+    if field_name in ("masks", "causal", "window", "bias"):
+        return {"masked_logits"}
+    if field_name in ("scale", "kept"):
+        return {"scale": {"logits"}, "kept": {"dropped_probabilities"}}[field_name]
+    if field_name == "steps":
+        return {name for name in STEPS if new[name] is not recipe.steps[name]}
+    if field_name == "weights":
+        every = {**recipe.weights, **new}
+        return {n.partition(".")[0] for n in every if recipe.weights.get(n) is not new.get(n)}
+    return STEPS
 
 
 def projected(recipe: Recipe, name: str) -> np.ndarray:

@@ -59,6 +59,21 @@ class Folded:
         front = np.moveaxis(whole, self.order, range(axes))
         return front.reshape(*self.recipe.lengths[:2], -1)
 
+    def shaped(self, arrays: Arrays) -> Arrays:
+        """Gradients of the recipe in the shapes of weights, inputs and bias."""
+        problem, recipe = self.problem, self.recipe
+        arrays = {n: a for n, a in arrays.items() if n not in ("output", "scores")}
+        for name, x in recipe.inputs.items():
+            lengths = self.queries if name == "query" else self.keys
+            arrays[name] = self.unfolded(arrays[name], lengths, (x.shape[-1],))
+        if problem.case.value is None:
+            arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
+        if recipe.bias is not None:
+            shape = problem.inputs["attention_bias"].shape
+            arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(self.full), shape)
+        weights = {n: arrays[n].reshape(w.shape) for n, w in problem.weights.items()}
+        return {**arrays, **weights}
+
 
 def fold(problem: OracleProblem) -> Folded:
     """The recipe of a problem, in float64."""
@@ -109,6 +124,7 @@ def fold(problem: OracleProblem) -> Folded:
         bias,
         _kept(problem, flat),
         sections=sections_of(config),
+        batches=tuple(batches),
     )
     return Folded(problem, recipe, order, batches, t, s)
 
@@ -124,22 +140,11 @@ def expected(problem: OracleProblem) -> Truth:
         problem.d_scores.reshape(count, recipe.heads[0], t, s),
     )
 
-    def shaped(arrays: Arrays) -> Arrays:
-        arrays = {n: a for n, a in arrays.items() if n not in ("output", "scores")}
-        for name, x in recipe.inputs.items():
-            lengths = folded.queries if name == "query" else folded.keys
-            arrays[name] = folded.unfolded(arrays[name], lengths, (x.shape[-1],))
-        if problem.case.value is None:
-            arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
-        if recipe.bias is not None:
-            shape = problem.inputs["attention_bias"].shape
-            arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(full), shape)
-        weights = {n: arrays[n].reshape(w.shape) for n, w in problem.weights.items()}
-        return {**arrays, **weights}
-
-    magnitudes = {n: truth.magnitudes[n] for n in ("output", "scores")} | shaped(truth.magnitudes)
+    magnitudes = {n: truth.magnitudes[n] for n in ("output", "scores")} | folded.shaped(
+        truth.magnitudes
+    )
     scores = truth.scores.reshape(full)
-    gradients = shaped(truth.gradients)
+    gradients = folded.shaped(truth.gradients)
     return Truth(folded.output(truth.output), scores, truth.stages, gradients, magnitudes)
 
 

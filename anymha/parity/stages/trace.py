@@ -161,6 +161,9 @@ class Trace:
     stored: str | None = None
     random: bool = False  # Whether two calls gave two results
     notes: tuple[str, ...] = ()  # What its users should know
+    # Arrays of its steps besides plain attention, by name: norms of queries and keys, sinks, and
+    # the "cos" and "sin" of rotary positions (B, T, d)
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Adapter(Protocol):

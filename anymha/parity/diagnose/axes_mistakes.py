@@ -1,0 +1,196 @@
+"""Mistakes with axes: attention along another, heads split and merged, the order along one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from anymha.parity.diagnose.changes import Row, no_families
+from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, Variants
+
+NORM_EPS = (1e-5, 1e-6, 1e-3, 1e-12)
+"""What is added to the variance in layers that normalize."""
+
+
+def _batch_and_time(recipe: Recipe) -> Variants:
+    """(T, B, D) taken for (B, T, D), or another axis of the batch for the time."""
+    yield from _other_axis(recipe)
+    batch, queries, keys = recipe.lengths
+    turned = {name: x.swapaxes(0, 1) for name, x in recipe.inputs.items()}
+    if queries != keys or recipe.kept is not None or recipe.bias is not None:
+        return
+    fits = all(m.shape[2] in (1, batch) and m.shape[3] in (1, batch) for m in recipe.masks.values())
+    masks = recipe.masks if fits and batch == queries else {}
+    offset = recipe.offset if recipe.offset is not None and not np.any(recipe.offset) else None
+
+    def back(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        return STEPS["output"](recipe, stages).swapaxes(0, 1)
+
+    wrong = recipe.but(inputs=turned, masks=masks, offset=None if offset is None else offset[:1])
+    yield "", wrong.stepping("output", back)
+
+
+def _other_axis(recipe: Recipe) -> Variants:
+    """Attention along an axis of the batch, where inputs have several, in place of its own."""
+    axes = recipe.batches
+    _, queries, keys = recipe.lengths
+    free = recipe.kept is None and recipe.bias is None and not recipe.masks
+    if len(axes) < 2 or queries != keys or not free:
+        return
+    for at, count in enumerate(axes):
+
+        def turned(x: np.ndarray, at: int = at, length: int = queries) -> np.ndarray:
+            whole = x.reshape(*axes, length, x.shape[-1])
+            return np.swapaxes(whole, at, len(axes)).reshape(-1, axes[at], x.shape[-1])
+
+        def back(recipe: Recipe, stages: Arrays, at: int = at, count: int = count) -> np.ndarray:
+            output = STEPS["output"](recipe, stages)
+            turned = [*axes, count]
+            turned[at] = queries
+            whole = np.swapaxes(output.reshape(*turned, output.shape[-1]), at, len(axes))
+            return whole.reshape(-1, queries, output.shape[-1])
+
+        inputs = {name: turned(x) for name, x in recipe.inputs.items()}
+        wrong = recipe.but(inputs=inputs, offset=None)
+        yield (
+            f"along axis {at} of the inputs in place of {len(axes)}",
+            wrong.stepping("output", back),
+        )
+
+
+def _memory(array: np.ndarray, axes: str, written: str, read: str) -> np.ndarray:
+    """An array whose memory is written in one order of its axes, and read in another."""
+    sizes = dict(zip(axes, array.shape, strict=True))
+    flat = np.transpose(array, [axes.index(a) for a in written]).reshape(-1)
+    again = flat.reshape([sizes[a] for a in read])
+    return np.transpose(again, [read.index(a) for a in axes])
+
+
+def _orders() -> list[tuple[str, str]]:
+    """Orders in which (B, T, H, d) is written and read, the usual ones first."""
+    usual = ("BTHd", "BHTd", "TBHd", "HBTd", "THBd", "HTBd", "BHdT", "BTdH", "BdHT", "BdTH")
+    return list(itertools.permutations(usual, 2))
+
+
+def _merged(recipe: Recipe) -> Variants:
+    """The context's memory read in another order of axes as heads are merged."""
+    own = recipe.steps["context"]
+    for written, read in _orders():
+
+        def step(recipe: Recipe, stages: Arrays, written: str = written,
+                 read: str = read) -> np.ndarray:  # fmt: skip
+            return _memory(own(recipe, stages), "BTHd", written, read)
+
+        yield _words(written, read), recipe.stepping("context", step)
+
+
+def _split(recipe: Recipe) -> Variants:
+    """Projections whose memory is read in another order of axes as heads are split."""
+    every = ("query", "key", "value")
+    for names in (every, ("value",), ("key",), ("query",), ("key", "value"), ("query", "key")):
+        for written, read in _orders():
+            if written not in ("BTHd", "TBHd"):
+                continue
+            wrong = recipe
+            for name in names:
+                wrong = wrong.stepping(name, _read(recipe.steps[name], written, read))
+            of = "" if len(names) == 3 else f" of {' and '.join(names)}"
+            yield _words(written, read) + of, wrong
+
+
+def _read(own: Step, written: str, read: str) -> Step:
+    return lambda recipe, stages: _memory(own(recipe, stages), "BTHd", written, read)
+
+
+def _words(written: str, read: str) -> str:
+    """Which axes are taken for others, in words."""
+    for one, other, words in (("B", "H", "batch and heads"), ("T", "H", "heads and positions"),
+                              ("H", "d", "heads and width"), ("B", "T", "batch and positions"),
+                              ("T", "d", "positions and width")):  # fmt: skip
+        if written.translate(str.maketrans(one + other, other + one)) == read:
+            return f"{words} not exchanged: written as {written}, read as {read}"
+    return f"written as {written}, read as {read}"
+
+
+def _reversed(recipe: Recipe) -> Variants:
+    """Positions, sequences or features in another order, of an input or of the output."""
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "flipped, in reverse along the positions": lambda x: np.flip(x, 1),
+        "flipped, in reverse along the batch": lambda x: np.flip(x, 0),
+        "flipped, in reverse along the features": lambda x: np.flip(x, 2),
+        "one position later": lambda x: np.roll(x, 1, 1),
+        "one position earlier": lambda x: np.roll(x, -1, 1),
+    }
+    own = recipe.steps["output"]
+    for words, change in changes.items():
+
+        def step(recipe: Recipe, stages: Arrays,
+                 change: Callable[[np.ndarray], np.ndarray] = change) -> np.ndarray:  # fmt: skip
+            return change(own(recipe, stages))
+
+        yield f"the output is {words}", recipe.stepping("output", step)
+        for names in (("query",), ("key", "value"), ("value",), ("query", "key", "value")):
+            inputs = {n: change(x) if n in names else x for n, x in recipe.inputs.items()}
+            what = f"the input{'s' if len(names) > 1 else ''} of {' and '.join(names)}"
+            yield f"{what}, {words}", recipe.but(inputs=inputs)
+
+
+def _norms(axis: int | tuple[int, ...]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Norms over an axis, without weights."""
+
+    def layer(x: np.ndarray, eps: float) -> np.ndarray:
+        apart = x - x.mean(axis, keepdims=True)
+        return apart / np.sqrt(np.mean(apart**2, axis, keepdims=True) + eps)
+
+    def rms(x: np.ndarray, eps: float) -> np.ndarray:
+        return x / np.sqrt(np.mean(x**2, axis, keepdims=True) + eps)
+
+    def l2(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.sqrt(np.sum(x**2, axis, keepdims=True)), 1e-12)
+
+    for eps in NORM_EPS:
+        yield f"layer norm, epsilon {eps:g}", lambda x, eps=eps: layer(x, eps)
+        yield f"RMS norm, epsilon {eps:g}", lambda x, eps=eps: rms(x, eps)
+    yield "L2 norm", l2
+
+
+def _normed(recipe: Recipe) -> Variants:
+    """Inputs, queries and keys, values, context or output that are normalized once more."""
+    for words, norm in _norms(-1):
+        every = ("query", "key", "value")
+        for names in (every, ("query",), ("key", "value")):
+            inputs = {n: norm(x) if n in names else x for n, x in recipe.inputs.items()}
+            yield f"{words}, of the input of {' and '.join(names)}", recipe.but(inputs=inputs)
+        for names in (("query", "key"), ("query",), ("key",), ("value",), ("context",),
+                      ("output",)):  # fmt: skip
+            wrong = recipe
+            for name in names:
+                wrong = wrong.stepping(name, _after(recipe.steps[name], norm))
+            yield f"{words}, of {' and '.join(names)}", wrong
+    for words, norm in _norms((-2, -1)):
+        wrong = recipe
+        for name in ("query", "key"):
+            wrong = wrong.stepping(name, _after(recipe.steps[name], norm))
+        yield f"{words}, of query and key over all heads", wrong
+        yield (f"{words}, of the context over all heads",
+               recipe.stepping("context", _after(recipe.steps["context"], norm)))  # fmt: skip
+
+
+def _after(own: Step, change: Callable[[np.ndarray], np.ndarray]) -> Step:
+    return lambda recipe, stages: change(own(recipe, stages))
+
+
+MISTAKES: tuple[Row, ...] = (
+    ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
+     "`batch_first=True`, or exchange the axes.", _batch_and_time),
+    ("heads merged wrongly", "Exchange heads and positions before the heads are "
+     "merged: (B, H, T, d) to (B, T, H, d).", _merged, no_families, True),
+    ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
+     "(B, H, T, d).", _split, no_families, True),
+    ("in another order of positions", "Leave positions, sequences and features in their order.",
+     _reversed, no_families, True),
+    ("normalized once more", "The layer has no norm of its own here: leave it to the block around "
+     "it.", _normed, no_families, True),
+)  # fmt: skip

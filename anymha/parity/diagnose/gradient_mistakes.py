@@ -1,0 +1,126 @@
+"""Mistakes of the backward pass alone: what the gradients lack, or have too often."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator
+
+import numpy as np
+
+from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.measured import number
+from anymha.parity.oracle.oracle import Changes, gradients_of
+from anymha.parity.oracle.recipe import Arrays
+from anymha.parity.oracle.truth import Folded
+from anymha.parity.stages.trace import Trace
+
+START = "gradient of "
+LEFT = 0.05
+"""The greatest part of the differences of gradients that a mistake may leave."""
+
+PLACES = ("output", "context", "logits", "query", "key", "value", "input of query", "input of key",
+          "input of value")  # fmt: skip
+"""Where a gradient may be lost or multiplied."""
+
+
+def diagnose_gradients(
+    folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarray, wrong: Collection[str]
+) -> Diagnosis:
+    """Why the gradients of a candidate alone differ.
+
+    Without a cause that fits it is "the gradients alone differ", or nothing where others do.
+    """
+    first = next(iter(wrong))
+    if not first.startswith(START):
+        return Diagnosis()
+    reference, candidate = ({n: a.astype(np.float64) for n, a in trace.gradients.items()}
+                            for trace in traces)  # fmt: skip
+    names = [n for n in reference if n in candidate and reference[n].shape == candidate[n].shape]
+    flat = folded.flat(cotangent)
+
+    def vector(changes: Changes) -> np.ndarray:
+        gradients = folded.shaped(gradients_of(folded.recipe, flat, changes))
+        return _joined(gradients, reference, names)
+
+    right, got = (_joined(side, reference, names) for side in (reference, candidate))
+    known = set(names) <= set(folded.shaped(gradients_of(folded.recipe, flat, {})))
+    found: list[tuple[float, Cause]] = []
+    if known and np.linalg.norm(vector({}) - right) < LEFT * np.linalg.norm(got - right):
+        exact = vector({})
+        scale = folded.recipe.scale
+        lost = [n for n in names if np.any(reference[n]) and not np.any(candidate[n])]
+        cut = _joined({**reference, **{n: 0 * reference[n] for n in lost}}, reference, names)
+        alone = ("gradient detached", f"no gradient reaches {', '.join(lost)}", cut)
+        for name, detail, theirs in (*_models(exact, vector, got, scale), alone):
+            left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
+            fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
+                   "tensor that is detached.")  # fmt: skip
+            found.append((left, Cause(name, detail, first, fix)))
+    found = [one for one in found if one[0] <= LEFT]
+    if found:
+        # The first of those that leave about the same: the places stand in the order of the layer.
+        least = min(left for left, _ in found)
+        left, cause = next(one for one in found if one[0] <= 1.5 * least + 1e-5)
+        return Diagnosis((cause,), min(left / LEFT, 1.0))
+    fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
+           "or a factor that the backward pass leaves out.")  # fmt: skip
+    return Diagnosis.certain("the gradients alone differ", first, fix)
+
+
+def _models(
+    right: np.ndarray, vector: Callable[[Changes], np.ndarray], got: np.ndarray, scale: float
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name, detail and the gradients of each mistake, with its factor measured."""
+    for count in (1, 2, 3):
+        for places in itertools.combinations(PLACES, count):
+            if count > 1 and len({place.startswith("input") for place in places}) > 1:
+                continue
+            if count > 1 and not set(places) <= set(PLACES[3:]):
+                continue
+            # Gradients are linear in one factor; of several, those that are all lost are tried.
+            without = vector(dict.fromkeys(places, np.zeros_like))
+            part = right - without
+            if not np.any(part):
+                continue
+            factor = float((got - without) @ part / (part @ part)) if count == 1 else 0.0
+            what = " and ".join(places)
+            if abs(factor) < 1e-3:
+                yield "gradient detached", f"no gradient flows through the {what}", without
+            elif abs(factor - 1) > 1e-3:
+                words = f"that of the {what} is multiplied by {number(factor)}"
+                for known, meaning in {1 / scale: "the scale is left out", scale: "the scale acts "
+                                       "twice"}.items() if scale else ():  # fmt: skip
+                    if math.isclose(factor, known, rel_tol=1e-2) and known != 1:
+                        words += f", {meaning}"
+                yield "gradient scaled", words, without + factor * part
+    jacobians = {
+        "the softmax's derivative lacks the sum over the keys, p * dp": lambda p, g: p * g,
+        "the softmax's derivative is left out, dp": lambda p, g: g,
+        "the softmax's derivative lacks its factor p": lambda p, g: (
+            g - np.sum(p * g, -1, keepdims=True)
+        ),
+        "the softmax's derivative is that of a sigmoid, p * (1 - p) * dp": lambda p, g: (
+            p * (1 - p) * g
+        ),
+        "the sum over the keys in the softmax's derivative has no p": lambda p, g: (
+            p * (g - np.sum(g, -1, keepdims=True))
+        ),
+        "the sum over the keys in the softmax's derivative is added": lambda p, g: (
+            p * (g + np.sum(p * g, -1, keepdims=True))
+        ),
+        "the mean over the keys is taken in the softmax's derivative": lambda p, g: (
+            p * (g - np.mean(p * g, -1, keepdims=True))
+        ),
+    }
+    for words, change in jacobians.items():
+        yield "wrong jacobian", words, vector({"softmax": change})
+
+
+def _joined(gradients: Arrays, reference: Arrays, names: list[str]) -> np.ndarray:
+    """Gradients as one vector, those of each name by the usual size of the reference's."""
+    parts = []
+    for name in names:
+        size = float(np.sqrt(np.mean(np.square(reference[name])))) or 1.0
+        parts.append(np.nan_to_num(gradients[name]).reshape(-1) / size)
+    return np.concatenate(parts)

@@ -1,0 +1,80 @@
+"""Mistakes with a number in them, which is measured: the one that fits the results best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.oracle.recipe import Recipe
+
+STEPS = 12
+"""How often a fitted number is improved."""
+
+NEARER = 0.9
+"""A number that leaves more of the differences is of no use."""
+
+SMALL = 1e-4
+"""By how much, of the distance between two starts, a number is changed to see its effect."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Recipes that differ in one number."""
+
+    make: Callable[[float], Recipe]  # The recipe with this number
+    starts: Sequence[float]  # Numbers from which the search begins, in order
+    words: Callable[[float], str]  # Words for the number
+
+
+Families = Callable[[Recipe], Iterator[Family]]
+"""Makes the families that have a mistake, each with another number, from a right recipe."""
+
+
+def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Recipe] | None:
+    """The recipe of a family that is nearest to the evidence, with words for its number.
+
+    None where the family comes no nearer than `before`, the distance of the right recipe.
+    """
+    starts = np.asarray(family.starts, float)
+    with np.errstate(all="ignore"):
+        far = [evidence.distance(family.make(start)) for start in starts]
+        best = int(np.argmin(far))
+        if not far[best] <= before * (1 + 1e-9):
+            return None
+        room = float(np.max(np.abs(np.diff(starts)[max(best - 1, 0) : best + 1]), initial=1e-3))
+        value = _improved(family, evidence, float(starts[best]), room)
+        recipe = family.make(value)
+        if not evidence.distance(recipe) < NEARER * before:
+            return None
+    return family.words(value), recipe
+
+
+def _improved(family: Family, evidence: Evidence, value: float, room: float) -> float:
+    """Gauss and Newton's steps from a value, none longer than the room between two starts."""
+    apart = evidence.differences(family.make(value).stages)
+    for _ in range(STEPS):
+        small = SMALL * room
+        slope = (apart - evidence.differences(family.make(value + small).stages)) / small
+        step = float(slope @ apart) / (float(slope @ slope) or 1.0)
+        least, most = min(family.starts) - value, max(family.starts) - value
+        step = float(np.clip(np.clip(step, -room, room), least, most))
+        for _ in range(4):
+            nearer = evidence.differences(family.make(value + step).stages)
+            if nearer @ nearer <= apart @ apart:
+                break
+            step /= 4
+        else:
+            break
+        value, apart = value + step, nearer
+        if abs(step) < 1e-9 * room:
+            break
+        room = max(4 * abs(step), 1e-6)
+    return value
+
+
+def number(value: float) -> str:
+    """A measured number, as short as it is certain."""
+    return f"{value:.3g}"

@@ -1,0 +1,129 @@
+"""Weights of a candidate that differ: those that it tells, or one that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.diagnose.measured import Family, fitted, number
+from anymha.parity.oracle.oracle import gradients_of
+from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads
+from anymha.parity.stages.tolerance import eps
+from anymha.parity.stages.trace import Trace, name_of_dtype
+
+MOST = 1 << 22
+"""Up to so many numbers the effects of single weights are computed."""
+
+ALONG = 0.5
+"""The least part of the differences along which one weight must move the output."""
+
+FIX = "Give both the same weights: save and load them again."
+
+
+def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
+    """The recipe with the weights that a trace tells, and which differ; None where none do."""
+    own: Mapping[str, np.ndarray] = trace.weights or {}
+    changed: Arrays = {}
+    words = []
+    for name, right in recipe.weights.items():
+        array = own.get(name)
+        if array is None or array.size != right.size:
+            continue
+        apart = np.abs(array.reshape(right.shape).astype(np.float64) - right)
+        unit = eps(name_of_dtype(array)) * float(np.max(np.abs(right), initial=0.0))
+        if np.any(apart > unit):
+            changed[name] = array.reshape(right.shape).astype(np.float64)
+            words.append(f"{int((apart > unit).sum())} of {right.size} numbers of {name}")
+    if not changed:
+        return None
+    return ", ".join(words), recipe.but(weights={**recipe.weights, **changed})
+
+
+def same_weights(one: Arrays, other: Arrays) -> bool:
+    """Whether two recipes have the same weights but for rounding; a bias of zeros is as none."""
+    for name in {**one, **other}:
+        a, b = one.get(name), other.get(name)
+        a = np.zeros_like(b) if a is None and b is not None else np.asarray(a)
+        b = np.zeros_like(a) if b is None else b
+        near = 1e-6 * float(np.max(np.abs(b), initial=0.0))
+        if a.shape != b.shape or not np.allclose(a, b, rtol=0, atol=near):
+            return False
+    return True
+
+
+def one_weight(recipe: Recipe, evidence: Evidence, before: float) -> tuple[str, Recipe] | None:
+    """The recipe with the one other weight that explains an output, and which one it is."""
+    output, exact = evidence.reported.get("output"), recipe.stages["output"]
+    if output is None or output.shape != exact.shape or recipe.sections:
+        return None
+    apart = output - exact
+    if not np.all(np.isfinite(apart)):
+        return None
+    whole = float(np.sum(apart**2))
+    slopes = gradients_of(recipe, apart, {})
+    found = []
+    for name, sizes in _effects(recipe):
+        along = np.square(slopes[name]) / np.where(sizes > 0, sizes, np.inf)
+        at = np.unravel_index(int(np.argmax(along)), along.shape)
+        found.append((float(along[at]), name, at, float(slopes[name][at] / sizes[at])))
+    for share, name, at, step in sorted(found, reverse=True, key=lambda one: one[0])[:2]:
+        if share < ALONG * whole:
+            return None
+        old = float(recipe.weights[name][at])
+
+        def make(more: float, name: str = name, at: tuple[int, ...] = at) -> Recipe:
+            array = recipe.weights[name].copy()
+            array[at] += more
+            return recipe.but(weights={**recipe.weights, name: array})
+
+        def words(more: float, name: str = name, at: tuple[int, ...] = at, old: float = old) -> str:
+            place = ", ".join(map(str, at))
+            return f"{name}[{place}] is {number(old + more)} in place of {number(old)}"
+
+        family = Family(make, (0.5 * step, step, 1.5 * step), words)
+        one = fitted(family, evidence, before)
+        if one is not None and max(evidence.errors(one[1]).values()) <= 1:
+            return one
+    return None
+
+
+def _effects(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:
+    """By weight the squared length of the change of the output as it is changed by 1."""
+    stages, w, x = recipe.stages, recipe.weights, recipe.inputs
+    shares, context, heads = stages["dropped_probabilities"], stages["context"], reads(recipe)
+    kernel = w["output.kernel"]
+    grouped = np.eye(stages["value"].shape[2])[heads]  # [H, K]
+    strength = np.sum(kernel**2, -1)  # (H, d_v)
+    mixed = np.square(einsum("bhts,bsi->bhti", shares, x["value"])).sum((0, 2))  # (H, D)
+    yield "value.kernel", einsum("hi,hj,hg->igj", mixed, strength, grouped)
+    if "value.bias" in w:
+        sums = np.square(shares.sum(-1)).sum((0, 2))
+        yield "value.bias", einsum("h,hj,hg->gj", sums, strength, grouped)
+    of_context = np.square(context).sum((0, 1))[..., None]
+    yield "output.kernel", np.broadcast_to(of_context, kernel.shape)
+    if "output.bias" in w:
+        count = float(np.prod(stages["output"].shape[:2]))
+        yield "output.bias", np.full(w["output.bias"].shape, count)
+    # The output's change as one logit's part of a query's or key's feature changes.
+    keys, values = stages["key"][:, :, heads], stages["value"][:, :, heads]
+    batch, queries, count = recipe.lengths
+    features = max(x["query"].shape[-1], x["key"].shape[-1], keys.shape[-1])
+    if batch * queries * len(heads) * features * kernel.shape[-1] > MOST:
+        return
+
+    def moved(sides: np.ndarray) -> np.ndarray:
+        """(B, T, H, f): squared changes as logits change by sides (B, S, H, f)."""
+        mean = einsum("bhts,bshf->bthf", shares, sides)
+        change = einsum("bhts,bshf,bshv->bthfv", shares, sides, values)
+        change = change - einsum("bthf,bthv->bthfv", mean, context)
+        return np.square(einsum("bthfv,hvo->bthfo", change, kernel)).sum(-1)
+
+    by_key = recipe.scale**2 * moved(keys)
+    yield "query.kernel", einsum("bti,bthf->ihf", x["query"] ** 2, by_key)
+    if "query.bias" in w:
+        yield "query.bias", by_key.sum((0, 1))
+    whole = np.broadcast_to(x["key"][:, :, None], (batch, count, len(heads), x["key"].shape[-1]))
+    by_input = recipe.scale**2 * moved(whole)
+    yield "key.kernel", einsum("bthf,bthi,hg->igf", stages["query"] ** 2, by_input, grouped)

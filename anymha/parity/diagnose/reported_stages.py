@@ -1,0 +1,70 @@
+"""Stages that are right, but reported in other axes or with a factor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.diagnose.measured import number
+from anymha.parity.oracle.recipe import Arrays, Recipe
+from anymha.parity.stages.trace import Trace
+
+AXES = {"query": "BTHd", "key": "BSHd", "value": "BSHd", "logits": "BHTS",
+        "masked_logits": "BHTS", "probabilities": "BHTS", "dropped_probabilities": "BHTS",
+        "context": "BTHd", "output": "BTO", "scores": "BHTS"}  # fmt: skip
+"""The axes in which a stage is reported: batch, queries T, keys S, heads, width d."""
+
+
+def told_otherwise(
+    recipe: Recipe, trace: Trace, reported: Arrays, reference: Trace | None
+) -> Diagnosis:
+    """The stages that are reported in another form, where all is right; else no cause."""
+    evidence = Evidence(trace, reported, reference)
+    errors = evidence.errors(recipe)
+    shapes = {name: a.shape for name, a in (recipe.stages | {"scores": recipe.stages[
+        "probabilities"]}).items()}  # fmt: skip
+    wrong = [n for n, error in errors.items() if not error <= 1 or reported[n].shape != shapes[n]]
+    right_shape = "output" in reported and reported["output"].shape == recipe.stages["output"].shape
+    if not wrong or ("output" in wrong and right_shape):
+        return Diagnosis()
+    causes, right = [], dict(reported)
+    for name in wrong:
+        exact = recipe.stages["probabilities" if name == "scores" else name]
+        for words, array in _forms(name, reported[name], exact):
+            one = Evidence(trace, {name: array}, reference)
+            if one.errors(recipe)[name] <= 1:
+                axes = ", ".join(AXES[name])
+                fix = f"Report the {name} as ({axes}), without a factor: all that follows is right."
+                causes.append(Cause(f"the {name} is reported {words}", "", name, fix))
+                right[name] = array
+                break
+    if len(causes) < len(wrong):
+        return Diagnosis()
+    return Diagnosis(tuple(causes), max(Evidence(trace, right, reference).errors(recipe).values()))
+
+
+def _forms(name: str, got: np.ndarray, exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """What was reported, as the stage's own axes: from other orders and folds of them."""
+    axes = AXES[name]
+    if got.size != exact.size:
+        return
+    for order in itertools.permutations(range(exact.ndim)):
+        shape = [exact.shape[i] for i in order]
+        back = np.transpose(got.reshape(shape), np.argsort(order))
+        if back.shape != got.shape or order != tuple(range(exact.ndim)):
+            folded = "" if list(got.shape) == shape else f", in the shape {got.shape}"
+            yield f"as ({', '.join(axes[i] for i in order)}){folded}", back
+    if name == "output":
+        return
+    if got.shape != exact.shape or name == "probabilities":
+        return
+    finite = np.isfinite(exact) & np.isfinite(got)
+    if np.any(finite):
+        own = exact[finite]
+        factor = float(own @ got[finite]) / (float(own @ own) or 1.0)
+        if factor:
+            yield f"with a factor of {number(factor)} in it, a scale", got / factor
