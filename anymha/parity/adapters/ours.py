@@ -62,8 +62,8 @@ class Ours:
             as_numpy(scores),
             settle_masked_positions(stages, recipe),
             {} if cotangent is None else self._gradients(inputs, others, cotangent, result.dtype),
-            canonical,
-            layer.config,
+            weights=canonical,
+            config=layer.config,
             random=differs_between_calls(result, as_numpy(again)),
         )
 

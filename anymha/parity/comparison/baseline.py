@@ -61,7 +61,8 @@ class Baseline:
         notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
         notes += semantics.notes
         if semantics.recipe is None:
-            return outputs_alone(self.request, first, second, *notes)
+            return outputs_alone(self.request, first, second, cotangent, *notes)
+        notes += gradients_not_compared(self.request, first, second)
         traces, exact = (first, second), semantics.stages()
         reported = _reported(second, self.folded)
         stages = compare_stages(semantics.recipe, exact, traces, (self.reported, reported))
@@ -98,7 +99,25 @@ def _reported(trace: Trace, folded: Folded) -> Arrays:
     return stages
 
 
-def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -> Comparison:
+def gradients_not_compared(request: Request, first: Trace, second: Trace) -> list[str]:
+    """Why gradients, or some of them, are not compared; empty where all are."""
+    if request.training:
+        return ["Gradients are not compared: dropout acts in training."]
+    reasons = [f"{trace.name}: {trace.without_gradients}" for trace in (first, second)
+               if trace.without_gradients]  # fmt: skip
+    if reasons or not first.gradients or not second.gradients:
+        return [f"Gradients are not compared. {'; '.join(reasons)}".rstrip(". ") + "."]
+    named = {name for name in (*first.gradients, *second.gradients) if "." in name}
+    silent = [trace.name for trace in (first, second) if not named & {*trace.gradients}]
+    if not silent or not named:
+        return []
+    return [f"Gradients of the weights are not compared: {silent[0]} does not tell its weights; "
+            "those of the inputs are."]  # fmt: skip
+
+
+def outputs_alone(
+    request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None, *notes: str
+) -> Comparison:
     """The comparison of what both returned, where no weights are known; with these notes."""
     stages = []
     dtype = computed_dtype(first)
@@ -108,21 +127,47 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         if one is None or other is None:
             continue
         reference = one.astype(np.float64)
-        finite = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
-        axes = (-1,) if name == "output" else (-3, -1) if finite.ndim > 3 else (-1,)
-        size = 8 * np.max(finite, axis=axes, keepdims=True, initial=0.0)  # sums exceed results
+        axes = (-1,) if name == "output" else (-3, -1) if reference.ndim > 3 else (-1,)
+        size = 8 * _sizes_alone(reference, axes)  # sums exceed results
         allowed = 2 * tolerance(dtype, length, 1.0) * size + length * smallest(dtype)
         candidate = other.astype(np.float64)
         faults = output_faults((first, second)) if name == "output" else ()
         numbers = (reference, candidate, reference, reference, allowed)
         stages.append(compare_stage(name, *numbers, dtype, faults))
+    if cotangent is not None and first.gradients and second.gradients:
+        exact = {name: array.astype(np.float64) for name, array in first.gradients.items()}
+        dtype = max(map(computed_dtype, (first, second)), key=eps)
+        # A gradient comes through the sums of the forward pass too, and sums over positions.
+        length = max(length, *(math.prod(a.shape[:-1]) for a in request.three))
+        relative = 32 * tolerance(dtype, length, 1.0, stored=dtype)
+        allowed = {
+            name: relative * float(np.max(np.abs(array), initial=0.0)) + length * smallest(dtype)
+            for name, array in exact.items()
+        }
+        stages += compare_gradients((first, second), exact, allowed)
     divergence = next((stage.name for stage in stages if not stage.passed), None)
     unknown = ("The weights of neither are known: the outputs alone are compared, and causes are "
                "not searched for.",) if first.weights is second.weights is None else ()  # fmt: skip
     return Comparison(
         first.name, second.name, tuple(stages), divergence, Diagnosis() if divergence else None,
-        (), (*notes, *unknown), request, (first, second),
+        (), (*notes, *unknown, *gradients_not_compared(request, first, second)), request,
+        (first, second),
     )  # fmt: skip
+
+
+def _sizes_alone(reference: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The size of each number of a result whose sums are not known.
+
+    It is the greatest of its position over the features; and not more than the greatest of its
+    feature over the positions, so that one great feature hides no other. A feature counts as at
+    least as great as the median of all.
+    """
+    finite = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
+    rows = np.max(finite, axis=axes, keepdims=True, initial=0.0)
+    if axes != (-1,) or finite.size < 8 * finite.shape[-1]:
+        return rows
+    features = np.max(finite.reshape(-1, finite.shape[-1]), axis=0)
+    return np.minimum(rows, np.maximum(features, np.median(features)))
 
 
 def _undecided(stages: list[Stage], dtype: str) -> list[str]:

@@ -36,7 +36,8 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     Args:
         reference: The implementation that counts as right: a layer of anymha in any framework; a
             live layer of torch, Keras, Flax or Equinox; or a function of query, value and
-            key, which returns the output, or the output and the scores, or a dict of stages.
+            key, by its own names for them, which returns the output, or the output and the scores,
+            or a dict of stages.
         candidate: What is judged; likewise.
         inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
             name; arrays of NumPy or of any framework.
@@ -49,7 +50,7 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
 
     Raises:
         ArgumentError: an implementation or an argument is not known.
-        LayoutError: a library's layer cannot do what the call asks for.
+        LayoutError: an implementation cannot do, or does not take, what the call asks for.
 
     Example:
         >>> import anymha, numpy as np
@@ -89,7 +90,7 @@ def judge_traces(
     basis = first if first.weights is not None else second
     with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:
-            return outputs_alone(request, first, second)
+            return outputs_alone(request, first, second, cotangent)
         folded = fold(problem_of(basis.config, basis.weights, request))
         return Baseline(request, folded, first).judge(second, cotangent)
 
@@ -106,7 +107,7 @@ def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> N
     Raises:
         ParityError: they do not agree; it is an AssertionError too.
         ArgumentError: an implementation or an argument is not known.
-        LayoutError: a library's layer cannot do what the call asks for.
+        LayoutError: an implementation cannot do, or does not take, what the call asks for.
 
     Example:
         >>> import anymha, numpy as np
