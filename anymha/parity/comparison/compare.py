@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from anymha.errors import AnymhaError
+from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
+from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
 
 
@@ -71,7 +75,22 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
     second = _traced("candidate", other, request, cotangent if first.gradients else None)
-    return judge_traces(request, first, second, cotangent)
+    stirred = None
+    if first.gradients and second.gradients and first.weights is second.weights is None:
+        stirred = _traced("reference", one, _stirred(request, first), cotangent)
+    return judge_traces(request, first, second, cotangent, stirred)
+
+
+def _stirred(request: Request, trace: Trace) -> Request:
+    """The request with inputs that are off by their rounding, in the dtype of the trace."""
+    rng, unit = np.random.default_rng(0), eps(computed_dtype(trace))
+    inputs = {
+        name: (array * (1 + unit * rng.choice([-1.0, 1.0], array.shape))).astype(array.dtype)
+        for name, array in request.inputs.items()
+    }
+    ops = backend_of(request.originals["query"]).ops
+    originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
+    return dataclasses.replace(request, inputs=inputs, originals=originals)
 
 
 def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray | None) -> Trace:
@@ -84,13 +103,21 @@ def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray
 
 
 def judge_traces(
-    request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None = None
+    request: Request,
+    first: Trace,
+    second: Trace,
+    cotangent: np.ndarray | None = None,
+    stirred: Trace | None = None,
 ) -> Comparison:
-    """The comparison of two traces of one call; with the output's cotangent, of gradients too."""
+    """The comparison of two traces of one call; with the output's cotangent, of gradients too.
+
+    `stirred` is the trace of the reference with inputs that are off by their rounding: where no
+    weights are known, it tells what rounding changes.
+    """
     basis = first if first.weights is not None else second
     with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:
-            return outputs_alone(request, first, second, cotangent)
+            return outputs_alone(request, first, second, cotangent, stirred=stirred)
         folded = fold(problem_of(basis.config, basis.weights, request))
         return Baseline(request, folded, first).judge(second, cotangent)
 

@@ -118,6 +118,8 @@ def compare_stage(
     limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
     sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
     axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
+    if limits.shape == reference.shape and not axes:
+        axes = tuple(range(2, reference.ndim))  # of each feature: one position is the unit's
     wrong = structure(name, reference, candidate)
     faults = (*wrong, *faults)
     if candidate.shape != reference.shape or not reference.size:
