@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from anymha.parity.diagnose.causes import Diagnosis
-from anymha.parity.diagnose.exercised import not_exercised
+from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded, expected
@@ -80,7 +80,11 @@ class Baseline:
             tuple(stages),
             _first_divergence(stages, reported, diagnosis),
             diagnosis,
-            (*self.not_exercised, *_undecided(stages, computed_dtype(first))),
+            (
+                *self.not_exercised,
+                *not_told_apart(self.request, semantics.recipe, reported),
+                *_undecided(stages, computed_dtype(first)),
+            ),
             tuple(notes),
             self.request,
             traces,
