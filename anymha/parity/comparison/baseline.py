@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,7 +63,7 @@ class Baseline:
         notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
         notes += semantics.notes
         if semantics.recipe is None:
-            return outputs_alone(self.request, first, second, cotangent, *notes)
+            return outputs_alone(self.request, first, second, cotangent, notes)
         notes += gradients_not_compared(self.request, first, second)
         traces, exact = (first, second), semantics.stages()
         reported = _reported(second, self.folded)
@@ -124,8 +125,8 @@ def outputs_alone(
     request: Request,
     first: Trace,
     second: Trace,
-    cotangent: np.ndarray | None,
-    *notes: str,
+    cotangent: np.ndarray | None = None,
+    notes: Sequence[str] = (),
     stirred: Trace | None = None,
 ) -> Comparison:
     """The comparison of what both returned, where no weights are known; with these notes.

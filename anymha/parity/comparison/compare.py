@@ -10,7 +10,10 @@ import numpy as np
 from anymha.errors import AnymhaError
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
+from anymha.parity.comparison.cut import cut, sequences, words
+from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype
@@ -70,6 +73,20 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     """
     request = make_request(inputs, call)
     one, other = adapter_for(reference), adapter_for(candidate)
+    part = cut(request)
+    if part is None:
+        return _compared(one, other, request)
+    try:
+        comparison = _compared(one, other, part)
+    except AnymhaError:
+        raise
+    except Exception:  # of what takes no other length
+        return _compared(one, other, request)
+    return _at_full_length(comparison, one, other, request)
+
+
+def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
+    """The comparison of two implementations in one call."""
     first, cotangent = _traced("reference", one, request, None), None
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
@@ -79,6 +96,41 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     if first.gradients and second.gradients and first.weights is second.weights is None:
         stirred = _traced("reference", one, _stirred(request, first), cotangent)
     return judge_traces(request, first, second, cotangent, stirred)
+
+
+def _at_full_length(
+    comparison: Comparison, one: Adapter, other: Adapter, whole: Request
+) -> Comparison:
+    """The comparison of a part, with the outputs at the full length of the call."""
+    note = ("The case is large: stages, gradients and causes are those of its first part, "
+            f"{words(whole, comparison.request)}.")  # fmt: skip
+    request = None if whole.training or not comparison.passed else sequences(whole)
+    if request is None:
+        rest = "" if not comparison.passed else " Nothing is known of greater lengths."
+        return dataclasses.replace(comparison, notes=(note + rest, *comparison.notes))
+    outputs = [
+        adapter.output(request) if isinstance(adapter, Ours)
+        else _traced(role, adapter, request, None).output
+        for role, adapter in (("reference", one), ("candidate", other))
+    ]  # fmt: skip
+    first, second = (
+        dataclasses.replace(trace, output=output, scores=None)
+        for trace, output in zip(comparison.traces, outputs, strict=True)
+    )
+    with np.errstate(all="ignore"):
+        (stage,) = outputs_alone(request, first, second).stages
+    stage = dataclasses.replace(stage, name="output at full length")
+    stages = (*comparison.stages, stage)
+    note += f" The outputs agree at {words(whole, request)}." * stage.passed
+    changes: dict[str, Any] = {"stages": stages, "notes": (note, *comparison.notes)}
+    if not stage.passed:
+        fix = ("The first positions agree: look for tables of positions, windows, chunks, and "
+               "limits that long sequences exceed.")  # fmt: skip
+        name = "a mistake that long sequences alone show"
+        changes["diagnosis"] = Diagnosis.certain(name, stage.name, fix)
+        changes["first_divergence"] = stage.name
+        changes["request"] = whole  # what repeats it
+    return dataclasses.replace(comparison, **changes)
 
 
 def _stirred(request: Request, trace: Trace) -> Request:
