@@ -164,7 +164,7 @@ class Parameters:
                 folded.append(name)
             elif self.anything:
                 own[name] = value
-            elif isinstance(value, np.ndarray) or bool(value):
+            elif name != "seed" and (isinstance(value, np.ndarray) or bool(value)):
                 lost.append(name)
         whole = self.masks.get("whole")
         if whole in own and any(n not in ("value_mask", "key_mask") or "keys" not in self.masks

@@ -13,6 +13,7 @@ from anymha.parity.adapters import adapter_for
 from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
+from anymha.parity.comparison.unexplained import explained
 from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
@@ -95,7 +96,8 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     stirred = None
     if first.gradients and second.gradients and first.weights is second.weights is None:
         stirred = _traced("reference", one, _stirred(request, first), cotangent)
-    return judge_traces(request, first, second, cotangent, stirred)
+    comparison = judge_traces(request, first, second, cotangent, stirred)
+    return explained(comparison, (one, other))
 
 
 def _at_full_length(

@@ -40,6 +40,8 @@ class Diagnosis:
     # The recipe with these mistakes, which gives the reported results; None if none does
     recipe: Recipe | None = field(default=None, repr=False)
 
+    untried: str = ""  # Why known mistakes could not be tried, or not all; empty where they were
+
     @classmethod
     def certain(cls, name: str, stage: str, fix: str) -> Diagnosis:
         """One cause, which leaves nothing to explain."""
@@ -51,6 +53,8 @@ class Diagnosis:
         return bool(self.causes) and self.remaining <= 1
 
     def __str__(self) -> str:
+        if not self.causes and self.untried:
+            return f"no known mistake is found, as few or none could be tried: {self.untried}"
         if not self.causes:
             return "no known mistake, nor any two of them, explains the difference"
         named = " and ".join(map(str, self.causes))

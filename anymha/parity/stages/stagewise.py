@@ -65,7 +65,13 @@ def reported_stages(trace: Trace, output: np.ndarray) -> Arrays:
     stages = {**trace.stages, "output": output}
     if trace.scores is not None:
         stages["scores"] = trace.scores
-    return {name: stages[name].astype(np.float64) for name in OBSERVED if name in stages}
+    every = {name: stages[name].astype(np.float64) for name in OBSERVED if name in stages}
+    for name in ("probabilities", "dropped_probabilities", "scores"):
+        if name in every:
+            # In a row that holds NaN, frameworks give a hidden key zero or NaN: it says nothing.
+            rows = np.isnan(every[name]).any(-1, keepdims=True)
+            every[name] = np.where(rows, np.nan, every[name])
+    return every
 
 
 def compare_stages(
