@@ -331,6 +331,21 @@ def test_every_form_is_written(command: Run, folder: Path) -> None:
     assert out.splitlines()[-1] == f"Saved (causal); repeat it with: {repeats}"
 
 
+def test_summary_of_a_step_is_appended_to(
+    command: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = folder / "summary"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    arguments = ("port:layer", "port:right", "--cases", "self", "--markdown", str(summary))
+    assert command(*arguments)[0] == 0
+    first = summary.read_text("utf-8")
+    assert command(*arguments)[0] == 0
+    assert summary.read_text("utf-8") == f"{first}\n{first}"
+    other = (*arguments[:-1], "other")
+    assert (command(*other)[0], command(*other)[0]) == (0, 0)
+    assert (folder / "other").read_text("utf-8") == first
+
+
 def test_saved_case_is_repeated(command: Run) -> None:
     first = command("port:layer", "port:forgot", "--json", "a.json", "--save", "a.npz")
     again = command("port:layer", "port:forgot", "--inputs", "a.npz", "--json", "b.json")
