@@ -228,7 +228,7 @@ def _outcome(
 
 def _lacking(implementation: Any, request: Request) -> str:
     """Why an implementation cannot be given a call; empty where it can, or does not say."""
-    adapter = adapter_for(implementation)
+    adapter: Any = adapter_for(implementation)
     lacking = getattr(adapter, "lacking", None)
     reason = "" if lacking is None else lacking(request)
     if not reason and len(request.masks) > 1 and hasattr(adapter, "parameters"):

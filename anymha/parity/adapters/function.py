@@ -31,8 +31,9 @@ class Function:
         self, function: Callable[..., Any], description: LayerDescription | None = None
     ) -> None:
         self.function, self.description = function, description
-        keras = any(kind.__module__.startswith("keras.") for kind in type(function).__mro__)
-        called: Any = function.call if keras and hasattr(function, "call") else function
+        kinds: tuple[type, ...] = getattr(type(function), "__mro__", ())
+        keras = any(kind.__module__.startswith("keras.") for kind in kinds)
+        called: Any = getattr(function, "call", function) if keras else function
         self.parameters = Parameters.of(called, function)
         self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
