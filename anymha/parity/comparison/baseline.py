@@ -32,6 +32,8 @@ from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
 
 PROJECTIONS = ("query", "key", "value")
+SATURATED = 64
+"""How much greater the terms of a gradient may be than the output tells."""
 UNSETTLED = 0.05
 """Gradients that the rounding of inputs changes by more than this part say nothing."""
 
@@ -162,13 +164,17 @@ def outputs_alone(
         # A gradient comes through the sums of the forward pass too, and sums over positions.
         length = max(length, *(math.prod(a.shape[:-1]) for a in request.three))
         relative = 32 * tolerance(dtype, length, 1.0, stored=dtype)
+        # Where the softmax is saturated, a gradient is the small rest of terms as great as these.
+        terms = _greatest(first.output) * _greatest(cotangent)
+        saturated = min(SATURATED * relative, 0.1) * terms
         allowed = {
-            name: relative * float(np.max(np.abs(array), initial=0.0)) + length * smallest(dtype)
+            name: relative * _greatest(array) + length * smallest(dtype)
+            + saturated / (_greatest(request.inputs.get(name, np.ones(1))) or 1.0)
             for name, array in exact.items()
-        }
+        }  # fmt: skip
         for name, array in ({} if stirred is None else stirred.gradients).items():
             apart = float(np.max(distance(array.astype(np.float64), exact[name]), initial=0.0))
-            if apart > UNSETTLED * float(np.max(np.abs(exact[name]), initial=0.0)):
+            if apart > UNSETTLED * _greatest(exact[name]):
                 notes = (*notes, f"The gradient of {name} is not compared: rounding of the inputs "
                          "alone changes it, as great as the logits are.")  # fmt: skip
                 del exact[name]
@@ -188,6 +194,12 @@ def outputs_alone(
         (), (*notes, *unknown, *gradients_not_compared(request, first, second)), request,
         (first, second),
     )  # fmt: skip
+
+
+def _greatest(array: np.ndarray) -> float:
+    """The greatest finite size of its numbers."""
+    sizes = np.abs(array.astype(np.float64))
+    return float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
 
 
 def _sizes_alone(reference: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
