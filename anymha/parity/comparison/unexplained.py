@@ -25,7 +25,7 @@ def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> Comparison
     if comparison.passed or diagnosis is None:
         return comparison
     if any(trace.random for trace in comparison.traces):
-        return _with(comparison, _random(comparison))
+        return _with(comparison, _random(comparison, adapters[1]))
     if diagnosis.causes:
         return comparison
     axes = _other_axes(comparison)
@@ -72,7 +72,7 @@ def _other_axes(comparison: Comparison) -> Diagnosis | None:
     return None
 
 
-def _random(comparison: Comparison) -> Diagnosis:
+def _random(comparison: Comparison, adapter: Any) -> Diagnosis:
     """Why two calls gave two results, as far as the numbers tell."""
     first, second = comparison.traces
     if comparison.request.training:
@@ -89,10 +89,21 @@ def _random(comparison: Comparison) -> Diagnosis:
         if _is_dropped(second.output.astype(np.float64), first.output.astype(np.float64)):
             return Diagnosis.certain("dropout of the output left on", "output", fix)
         shares = _dropped_shares(comparison)
-        if shares is not None and _is_dropped(*shares):
+        if _is_dropped(*shares) if shares is not None else _has_dropout(adapter):
             return Diagnosis.certain("dropout left on", "dropped_probabilities", fix)
     name = "another result each time: dropout left on, or other random numbers"
     return Diagnosis.certain(name, "output", fix)
+
+
+def _has_dropout(adapter: Any) -> bool:
+    """Whether a module has dropout that acts, or a layer has it among its options."""
+    config = getattr(getattr(adapter, "layer", None), "config", None)
+    if getattr(config, "dropout", 0):
+        return True
+    module = getattr(adapter, "module", None)
+    parts = () if module is None else module.modules()
+    return any("Dropout" in type(part).__name__ and part.training and getattr(part, "p", 0)
+               for part in parts)  # fmt: skip
 
 
 def _is_dropped(got: np.ndarray, whole: np.ndarray) -> bool:
