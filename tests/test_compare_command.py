@@ -161,15 +161,143 @@ def test_backend_gets_the_weights_of_the_layer_beside_it(command: Run) -> None:
 
 def test_function_is_asked_only_what_it_takes(command: Run) -> None:
     status, out, _ = command("port:layer", "port:one_input")
-    assert status == 0
-    assert out.splitlines()[0] == "PARITY HOLDS: 1 comparison agrees; 3 could not be run"
+    assert status == 3
+    assert out.splitlines()[0] == (
+        "PARITY IS NOT SHOWN: 2 comparisons agree, but self-masked could not be run: one_input "
+        "does not take `attention_mask`, `value_mask`; 3 do not apply"
+    )
     assert "cross: not run: one_input takes one input alone" in out
-    assert "padded: not run: one_input does not take `attention_mask`, `value_mask`" in out
+    arguments = ("port:layer", "port:one_input", "--cases", "self,self-causal")
+    assert command(*arguments)[0] == 0
     status, out, _ = command("port:layer", "port:three_inputs", "port:two_inputs", "--cases",
                              "self,cross")  # fmt: skip
     assert status == 0, out
-    assert out.splitlines()[0] == "PARITY HOLDS: 4 comparisons agree; 2 could not be run"
-    assert "self: not run: two_inputs takes two inputs alone" in out
+    assert out.splitlines()[0] == "PARITY HOLDS: 6 comparisons agree"
+    assert "Without `key`: two_inputs takes two inputs alone." in out
+
+
+MASKED = """
+import numpy as np
+import torch
+import anymha
+from anymha.parity import declare
+
+layer = anymha.MultiHeadAttention(4, 6, query_features=12, backend="numpy", seed=0,
+                                  bias_initializer="random_normal")
+
+
+def forgets_causal(query, use_causal_mask=False):
+    return layer(query)
+
+
+def inverts(x, attention_mask=None, is_causal=False):
+    mask = None if attention_mask is None else ~attention_mask
+    return layer(x, attention_mask=mask, use_causal_mask=is_causal)
+
+
+def four_axes(x, mask=None, causal=False):
+    if mask is not None:
+        assert mask.ndim == 4
+        mask = mask[:, 0]
+    return layer(x, attention_mask=mask, use_causal_mask=causal)
+
+
+def three_axes(x, attn_mask=None, is_causal=False):
+    if attn_mask is not None:
+        assert attn_mask.ndim == 3
+    return layer(x, attention_mask=attn_mask, use_causal_mask=is_causal)
+
+
+def padding(x, key_padding_mask=None, is_causal=False):
+    mask = None if key_padding_mask is None else ~key_padding_mask
+    return layer(x, value_mask=mask, use_causal_mask=is_causal)
+
+
+def inverted_padding(x, key_padding_mask=None, is_causal=False):
+    return layer(x, value_mask=key_padding_mask, use_causal_mask=is_causal)
+
+
+def whole(x, mask):
+    return layer(x, attention_mask=mask[:, 0])
+
+
+class Own(torch.nn.Module):
+    def __init__(self, reads="causal"):
+        super().__init__()
+        self.qkv, self.proj = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.reads = reads
+
+    def forward(self, x, mask=None, causal=False):
+        b, t, _ = x.shape
+        q, k, v = (a.view(b, t, 2, 8).transpose(1, 2) for a in self.qkv(x).chunk(3, -1))
+        causal = causal and self.reads == "causal"
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        return self.proj(y.transpose(1, 2).reshape(b, t, 16))
+
+
+torch.manual_seed(0)
+original, forgetful = Own().eval(), Own("nothing").eval()
+forgetful.load_state_dict(original.state_dict())
+declared = declare(original, layout="timm.vit", num_heads=2)
+calls = lambda x, mask=None, causal=False: original(x, mask, causal)
+"""
+
+
+@pytest.fixture
+def masked(folder: Path) -> Iterator[None]:
+    """A module `masked`, whose implementations take one input and masks by names of their own."""
+    usable("torch")
+    (folder / "masked.py").write_text(MASKED)
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("masked", None)
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize(
+    ("names", "case", "cause"),
+    [
+        (("layer", "forgets_causal"), "self-causal", "causal mask ignored"),
+        (("layer", "inverts"), "self-masked", "inverted mask"),
+        (("layer", "inverted_padding"), "self-masked", "inverted mask"),
+        (("declared", "forgetful"), "self-causal", "causal mask ignored"),
+    ],
+)
+def test_masks_of_self_attention_are_tried(
+    command: Run, names: tuple[str, str], case: str, cause: str
+) -> None:
+    status, out, err = command(*(f"masked:{name}" for name in names))
+    assert (status, err) == (1, "")
+    assert f"on {case}" in out.splitlines()[0]
+    assert cause in out
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize("name", ["four_axes", "three_axes", "padding"])
+def test_masks_of_any_name_and_shape_are_handed_over(command: Run, name: str) -> None:
+    status, out, err = command("masked:layer", f"masked:{name}")
+    assert (status, err) == (0, ""), out
+    assert out.splitlines()[0] == "PARITY HOLDS: 3 comparisons agree; 3 do not apply"
+    assert "is given" in out
+
+
+@pytest.mark.usefixtures("masked")
+def test_causal_rule_reaches_a_port_that_takes_masks_alone(command: Run) -> None:
+    status, out, _ = command("masked:layer", "masked:whole", "--cases", "self-causal,self-masked")
+    assert status == 0, out
+
+
+@pytest.mark.usefixtures("masked")
+def test_widths_are_those_of_the_first_linear_layer(command: Run) -> None:
+    arguments = ("masked:original", "masked:forgetful")
+    status, out, err = command(*arguments)
+    assert (status, err) == (1, "")
+    assert "on self-causal" in out.splitlines()[0]
+    status, out, _ = command("masked:original", "masked:calls", "--arrays", "torch")
+    assert status == 0, out
+    status, out, _ = command("masked:original", "masked:calls")
+    assert status == 1
+    assert "`--arrays torch`" in out
 
 
 def test_nothing_that_could_be_run_is_no_parity(command: Run) -> None:
@@ -201,6 +329,21 @@ def test_every_form_is_written(command: Run, folder: Path) -> None:
     assert "PARITY DOES NOT HOLD" in (folder / "r/a.md").read_text(encoding="utf-8")
     repeats = "anymha compare port:layer port:forgot --inputs r/a.npz"
     assert out.splitlines()[-1] == f"Saved (causal); repeat it with: {repeats}"
+
+
+def test_summary_of_a_step_is_appended_to(
+    command: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = folder / "summary"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    arguments = ("port:layer", "port:right", "--cases", "self", "--markdown", str(summary))
+    assert command(*arguments)[0] == 0
+    first = summary.read_text("utf-8")
+    assert command(*arguments)[0] == 0
+    assert summary.read_text("utf-8") == f"{first}\n{first}"
+    other = (*arguments[:-1], "other")
+    assert (command(*other)[0], command(*other)[0]) == (0, 0)
+    assert (folder / "other").read_text("utf-8") == first
 
 
 def test_saved_case_is_repeated(command: Run) -> None:
@@ -279,9 +422,12 @@ WRONG = {
     "no file": (["numpy", "numpy", "--inputs", "none.npz"], "none.npz"),
     "no query": (["numpy", "numpy", "--inputs", "key.npz"], "key.npz has no 'query'"),
     "no model": (["numpy", "none.onnx"], "none.onnx"),
-    "no widths": (["port:right", "port:forgot"], "give inputs with `--inputs`"),
+    "no widths": (["port:right", "port:forgot"], "Give inputs with `--inputs`"),
     "no weights": (["numpy", "port:right"], "which are not known. Name a layer"),
-    "unknown case": (["numpy", "numpy", "--cases", "self,colour"], "self, cross, causal, padded"),
+    "unknown case": (
+        ["numpy", "numpy", "--cases", "self,colour"],
+        "self-causal, self-masked, cross",
+    ),
     "cases and inputs": (["numpy", "numpy", "--cases", "self", "--inputs", "x.npz"], "give one"),
     "unknown arrays": (["numpy", "numpy", "--arrays", "colour"], "Received: 'colour'"),
     "one file twice": (["numpy", "numpy", "--json", "a", "--junit", "a"], "must be two files"),
@@ -362,9 +508,9 @@ def test_made_inputs_are_the_same_each_time_and_make_masks_matter() -> None:
     for a, b in zip(one, two, strict=True):
         for name, array in {**a.inputs, **a.call}.items():
             np.testing.assert_array_equal(array, {**b.inputs, **b.call}[name])
-    padded = one[3].call
-    empty = ~(padded["attention_mask"] & padded["value_mask"][:, None]).any(-1)
-    assert empty.sum() == 1, "one query sees nothing"
+    for padded in (one[2].call, one[5].call):
+        empty = ~(padded["attention_mask"] & padded["value_mask"][:, None]).any(-1)
+        assert empty.sum() == 1, "one query sees nothing"
 
 
 def test_layers_of_three_libraries_are_compared_in_one_command(folder: Path) -> None:

@@ -125,7 +125,6 @@ def test_any_scale_is_measured(factor, words) -> None:
         ("mask", seen_as(lambda m: m & np.swapaxes(m, 2, 3)), "measured: query"),
         ("causal", seen_as(lambda m: m & (np.arange(LENGTH) < 4)), "the last 2 keys are left out"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_a_mask_that_acts_otherwise_is_named(call, steps, words) -> None:
     report = report_of(steps, call)

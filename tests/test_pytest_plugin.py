@@ -117,6 +117,54 @@ def test_a_difference_fails_the_test_with_stage_and_cause_and_no_lines_of_ours(r
     assert "pytest_plugin.py" not in result.stdout.str()
 
 
+RAISES = """
+def broken(query):
+    return query @ np.ones((3, 3))
+
+def test_raises(parity):
+    parity.check(layer, broken, x)
+
+def test_expects(parity):
+    with pytest.raises(ValueError):
+        parity.check(layer, broken, x)
+"""
+
+
+def test_a_call_that_raises_is_in_the_section_without_lines_of_ours(
+    run: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = pytester.path / "summary"
+    summary.write_text("# Before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    forms = [f"--parity-report={name}" for name in ("a.json", "a.xml", "a.html", "summary")]
+    result = run(SAMPLE + AGREES + RAISES, *forms)
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            ">       parity.check(layer, broken, x)",
+            ">       return query @ np.ones((3, 3))",
+            "*= parity =*",
+            "2 compared: 1 agree, 0 differ, 1 raised an error",
+            "test_*::test_raises: NOT COMPARED: ValueError: *",
+        ]
+    )
+    text = result.stdout.str()
+    assert "compare.py" not in text
+    assert "pytest_plugin.py" not in text
+    told = json.loads((pytester.path / "a.json").read_text("utf-8"))
+    assert [one["passed"] for one in told["comparisons"]] == [True, False]
+    assert "<error" in (pytester.path / "a.xml").read_text("utf-8")
+    written = summary.read_text("utf-8")
+    assert written.startswith("# Before\n\n### ")
+    assert "NOT COMPARED: ValueError" in written
+
+
+def test_report_without_an_ending_is_markdown(run: Run, pytester: pytest.Pytester) -> None:
+    (pytester.path / "report").write_text("old")
+    run(SAMPLE + AGREES, "--parity-report=report").assert_outcomes(passed=1)
+    assert (pytester.path / "report").read_text("utf-8").startswith("### ")
+
+
 def test_compare_tells_a_difference_without_failing_the_test(run: Run) -> None:
     result = run(SAMPLE + ODD)
     result.assert_outcomes(passed=1)

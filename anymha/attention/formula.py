@@ -130,16 +130,18 @@ def _softmax(
     """
     unseen, exact = observe is None, logits.dtype == ops.float64
     own = ops.capabilities.softmax if unseen else None
-    by_own = own is not None and not (exact or biased) and logits.shape[-1] != 0
+    # A framework that has a softmax may have been told to refuse numbers that are not finite.
+    finite = own is not None
+    if exact or biased or logits.shape[-1] == 0:
+        own = None
     if mask is None:
-        if by_own:
+        if own is not None:
             return own(logits), _divided
         lowest = -math.inf
     else:
-        # A framework that has a softmax may have been told to refuse numbers that are not finite.
-        lowest = -math.inf if own is None else float(np.finfo(dtype_name(logits.dtype)).min)
+        lowest = float(np.finfo(dtype_name(logits.dtype)).min) if finite else -math.inf
         masked = ops.where(mask, logits, lowest)
-        if by_own:
+        if own is not None:
             # Not -inf, of which a whole row would give NaN; that row is multiplied by zero.
             any_seen = ops.max(ops.astype(mask, logits.dtype), axis=-1, keepdims=True)
             return own(masked), partial(operator.mul, any_seen)

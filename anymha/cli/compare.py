@@ -11,17 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from anymha.cli.forms import FORMS, add_forms, check_files, write_forms
-from anymha.cli.inputs import CASES, FEATURES, CallInputs, fit_functions, make_cases, make_layer
+from anymha.cli.inputs import (
+    CASES,
+    FEATURES,
+    SELF,
+    CallInputs,
+    make_cases,
+    make_layer,
+    variants,
+    widths_of,
+)
 from anymha.cli.names import Implementation, implementation_named, is_model
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
+from anymha.parity.adapters import adapter_for
 from anymha.parity.comparison.compare import compare as compare_two
 from anymha.parity.oracle.cases import trio
 from anymha.parity.reports.comparison_view import comparison_document
-from anymha.parity.reports.outcome import Outcome, to_dict
+from anymha.parity.reports.outcome import Outcome, exit_status, to_dict
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.saved_case import SavedCase, SavedLayer, load_case
-from anymha.parity.stages.trace import as_numpy, name_of_dtype
+from anymha.parity.stages.trace import Request, as_numpy, make_request, name_of_dtype
 from anymha.text import shown
 
 FILES = (*FORMS, "save")
@@ -45,7 +55,8 @@ def add_command(commands: Any) -> None:
                          help="an .npz file with query, value, key, masks; or a saved case; "
                          "default: inputs are made")  # fmt: skip
     command.add_argument("--cases", metavar="A,B",
-                         help=f"which inputs are made; default {','.join(CASES)}")  # fmt: skip
+                         help=f"which inputs are made: {','.join(CASES)}; default: those that the "
+                         "implementations are made for")  # fmt: skip
     command.add_argument("--arrays", metavar="BACKEND",
                          help="the framework whose arrays plain functions get; default numpy, or "
                          "as saved")  # fmt: skip
@@ -80,7 +91,7 @@ def compare(options: argparse.Namespace) -> int:
     # One comparison of a command is written as several are.
     write_forms(dataclasses.replace(document, data=to_dict(outcomes)), options)
     _save(options, outcomes)
-    return 0 if document.passed else 1
+    return exit_status(outcomes)
 
 
 def _cases(options: argparse.Namespace) -> tuple[str, ...]:
@@ -119,7 +130,14 @@ def _outcomes(
         other = saved.layers.get("candidate") if not several else None
     else:
         if known is None and all(one.implementation is not None for one in every):
-            raise UsageError("The widths of the inputs are not known: give inputs with `--inputs`.")
+            told = (widths_of(one.implementation) for one in every)
+            widths = next(filter(None, told), None)
+            if widths is None:
+                raise UsageError(
+                    "The widths of the inputs are not known: none of these has weights that "
+                    "anymha knows, or a linear layer. Give inputs with `--inputs`."
+                )
+            known = make_layer(widths)
         layer = known or _random_layer(every, (FEATURES, FEATURES, FEATURES))
         widths = [layer.weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
         dtype = layer.weights["query.kernel"].dtype
@@ -127,8 +145,21 @@ def _outcomes(
     layers = [other if i and other is not None else layer for i in range(len(every))]
     live = [one.make(own) for one, own in zip(every, layers, strict=True)]
     for (i, one), (j, two) in itertools.combinations(enumerate(every), 2):
+        explicit = options.cases is not None or saved is not None
+        pair, both = (one, two), (live[i], live[j])
+        done = {case.name: _outcome(case, pair, both, options.arrays, explicit) for case in cases
+                if explicit or case.name not in SELF.values() or case.name == "self"}  # fmt: skip
+        alone = any("one input alone" in (outcome.reason or "") for outcome in done.values())
         for case in cases:
-            yield _outcome(case, (one, two), (live[i], live[j]), options.arrays)
+            if case.name not in done and alone:
+                done[case.name] = _outcome(case, pair, both, options.arrays, explicit)
+        for case in cases:
+            outcome = done.get(case.name)
+            if outcome is None:
+                continue
+            if not explicit and outcome.reason and "one input alone" in outcome.reason:
+                outcome = dataclasses.replace(outcome, left_out=True)
+            yield outcome
 
 
 def _random_layer(
@@ -158,26 +189,52 @@ def _outcome(
     pair: tuple[Implementation, Implementation],
     live: tuple[Any, Any],
     arrays: str | None,
+    explicit: bool,
 ) -> Outcome:
     """One comparison: its result, the error that was raised, or why it cannot run."""
     names = (pair[0].name, pair[1].name)
-    functions = [one.function for one in pair if one.function is not None]
-    fits = fit_functions(case, functions)
-    if isinstance(fits, str):
-        return Outcome(case.name, *names, reason=fits)
-    if arrays is not None:
-        ops = get_backend(arrays).ops
-        inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in fits.inputs.items()}
-        fits = dataclasses.replace(fits, inputs=inputs)
-    try:
-        result: Comparison = compare_two(*live, fits.inputs, **fits.call)
-    except LayoutError as error:
-        return Outcome(case.name, *names, reason=str(error))
-    except AnymhaError:
-        raise
-    except Exception as error:  # whatever an implementation raises is its result
-        return Outcome(case.name, *names, error=f"{type(error).__name__}: {error}")
-    return Outcome(case.name, *names, result=dataclasses.replace(result, command_names=names))
+    ops = None if arrays is None else get_backend(arrays).ops
+    reason, left_out = "", False
+    for part in variants(case):
+        inputs = part.inputs
+        if ops is not None:
+            inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in inputs.items()}
+        request = make_request(inputs, part.call)
+        lacking = [_lacking(one, request) for one in live]
+        try:
+            if any(lacking):
+                raise LayoutError(" and ".join(filter(None, lacking)))
+            result: Comparison = compare_two(*live, inputs, **part.call)
+        except LayoutError as error:
+            if not reason:
+                # Where neither takes an argument, there is nothing of it to compare.
+                reason, left_out = str(error), all(lacking)
+            continue
+        except AnymhaError:
+            raise
+        except Exception as error:  # whatever an implementation raises is its result
+            words = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            return Outcome(case.name, *names, error=words)
+        if reason:
+            tried = {**part.inputs, **part.call}
+            names_left = [f"`{n}`" for n in {**case.inputs, **case.call} if n not in tried]
+            instead = [f"`{n}`" for n in part.call if n not in case.call]
+            left = f"Without {', '.join(names_left)}: {reason}."
+            left = f"With {instead[0]} in place of {names_left[0]}: {reason}." if instead else left
+            result = dataclasses.replace(result, notes=(left, *result.notes))
+        return Outcome(case.name, *names, result=dataclasses.replace(result, command_names=names))
+    return Outcome(case.name, *names, reason=reason, left_out=left_out and not explicit)
+
+
+def _lacking(implementation: Any, request: Request) -> str:
+    """Why an implementation cannot be given a call; empty where it can, or does not say."""
+    adapter: Any = adapter_for(implementation)
+    lacking = getattr(adapter, "lacking", None)
+    reason = "" if lacking is None else lacking(request)
+    if not reason and len(request.masks) > 1 and hasattr(adapter, "parameters"):
+        # A mistake in one mask is named more surely where it is the only one.
+        reason = adapter.parameters.joined(request)
+    return f"{adapter.name} {reason}" if reason else ""
 
 
 def _save(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:

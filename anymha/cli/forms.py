@@ -13,7 +13,7 @@ from anymha.interchange.files.formats import files_of
 from anymha.interchange.files.paths import check_not_source
 from anymha.parity.reports.document import Document, to_json
 from anymha.parity.reports.junit import to_junit
-from anymha.parity.reports.markdown import to_markdown
+from anymha.parity.reports.markdown import to_markdown, write_markdown
 from anymha.parity.reports.page import to_page
 from anymha.text import shown
 
@@ -21,7 +21,7 @@ FORMS: dict[str, tuple[Callable[[Document], str], str]] = {
     "html": (to_page, "write a page with pictures"),
     "json": (to_json, "write every number"),
     "junit": (to_junit, "write JUnit's XML, a test case for each stage or backend"),
-    "markdown": (to_markdown, "write a summary for a CI job"),
+    "markdown": (to_markdown, "write a summary for a CI job; $GITHUB_STEP_SUMMARY is appended to"),
 }
 
 
@@ -61,5 +61,6 @@ def write_forms(document: Document, options: argparse.Namespace) -> None:
     for name, (write, _) in FORMS.items():
         path = getattr(options, name)
         if path is not None:
-            write_atomically(path, write(document))
+            put = write_markdown if name == "markdown" else write_atomically
+            put(path, write(document))
             print(f"{name}: {shown(path)}")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.cases import MatrixCase, make_problem
+from anymha.parity.adapters import Declared
+from anymha.parity.oracle.cases import MatrixCase, make_problem, trio
 from anymha.parity.stages.saved_case import SavedLayer
+from anymha.parity.stages.trace import MASKS
 
-CASES = ("self", "cross", "causal", "padded")
+SELF = {"cross": "self", "causal": "self-causal", "padded": "self-masked"}
+"""The case of self-attention for each case of cross-attention."""
+
+CASES = ("self", "self-causal", "self-masked", "cross", "causal", "padded")
+OF_KEYS = re.compile(r"(?:^|_)(?:k|kv|keys?|values?|v)(?:_|$)|kv$|context|memory")
 BATCH, QUERIES, KEYS = 2, 5, 7
 FEATURES = 32
 
@@ -31,9 +39,9 @@ def make_cases(
 ) -> list[CallInputs]:
     """Some of `CASES` by name, for inputs of these widths.
 
-    "self" has one input, the others a query (2, 5, D) and a value and a key (2, 7, D); "causal" the
-    causal mask; "padded" a mask of its own for each query, one of which attends to nothing, and a
-    second key sequence that is shorter.
+    Those of "self" have one input, the others a query (2, 5, D) and a value and a key (2, 7, D);
+    "causal" has the causal mask; "padded" and "self-masked" a mask of its own for each query, one
+    of which attends to nothing, and a second key sequence that is shorter.
     """
     rng = np.random.default_rng(20170612)
 
@@ -46,8 +54,15 @@ def make_cases(
     mask[:, :, 0] = True  # so that one row alone is empty
     mask[0, 1] = False
     padding = np.arange(KEYS) < np.array([[KEYS - 1], [KEYS - 3]])
+    alone = {"query": normal(KEYS, widths[0])}
+    own = rng.random((BATCH, KEYS, KEYS)) < 0.6
+    own[:, np.arange(KEYS), np.arange(KEYS)] = own[:, :, 0] = True
+    own[0, 1] = False
+    masked = {"attention_mask": own, "value_mask": padding}
     every = {
-        "self": CallInputs("self", {"query": normal(KEYS, widths[0])}, {}),
+        "self": CallInputs("self", alone, {}),
+        "self-causal": CallInputs("self-causal", alone, {"use_causal_mask": True}),
+        "self-masked": CallInputs("self-masked", alone, masked),
         "cross": CallInputs("cross", cross, {}),
         "causal": CallInputs("causal", cross, {"use_causal_mask": True}),
         "padded": CallInputs("padded", cross, {"attention_mask": mask, "value_mask": padding}),
@@ -63,48 +78,74 @@ def make_layer(widths: tuple[int, int, int], dtype: str = "float32") -> SavedLay
     return SavedLayer(problem.case.config, problem.weights)
 
 
-def fit_functions(case: CallInputs, functions: Sequence[Callable[..., Any]]) -> CallInputs | str:
-    """Fit inputs to plain functions; or say why that is not possible.
+def variants(case: CallInputs) -> Iterator[CallInputs]:
+    """The case, then others like it for implementations that take less.
 
-    A function that needs a value and a key gets them for self-attention too; one that takes no key
-    gets none, and the value is the key.
+    They have no key, one mask of two, or a mask in place of `use_causal_mask`.
     """
-    least, most = len(case.inputs) if len(case.inputs) == 1 else 2, 3
-    for function in functions:
-        name = getattr(function, "__qualname__", "the function")
-        needs, takes, names = _parameters_of(function)
-        lacking = [f"`{n}`" for n in case.call if names is not None and n not in names]
-        if lacking:
-            return f"{name} does not take {', '.join(lacking)}"
-        least, most = max(least, needs), min(most, takes)
-        if most < least:
-            counts = ("nothing", "one input alone", "two inputs alone")
-            return f"{name} takes {counts[most]}" if takes == most else f"{name} needs {needs}"
-    inputs = dict(case.inputs)
-    for name in ("value", "key")[: least - 1]:
-        inputs.setdefault(name, inputs["query"])
-    if most < 3 and "key" in inputs:
-        key = inputs.pop("key")
-        if key.shape[-1] != inputs["value"].shape[-1]:
-            return "a function takes no key, and keys are of another width than values"
-    return CallInputs(case.name, inputs, case.call)
+    masks = [name for name in MASKS if name in case.call]
+    subsets = [masks, *([name] for name in masks)] if len(masks) > 1 else [masks]
+    rest = {name: value for name, value in case.call.items() if name not in masks}
+    inputs = [case.inputs]
+    if "key" in case.inputs and case.inputs["key"].shape == case.inputs["value"].shape:
+        inputs.append({name: case.inputs[name] for name in ("query", "value")})
+    for names in subsets:
+        for some in inputs:
+            yield CallInputs(case.name, some, {**{n: case.call[n] for n in names}, **rest})
+    if case.call.get("use_causal_mask"):
+        for some in inputs:
+            _, value, _ = trio(some)
+            seen = np.tri(some["query"].shape[1], value.shape[1], dtype=bool)
+            call = {n: v for n, v in case.call.items() if n != "use_causal_mask"}
+            yield CallInputs(case.name, some, {**call, "attention_mask": seen})
 
 
-def _parameters_of(function: Callable[..., Any]) -> tuple[int, int, set[str] | None]:
-    """The least and the greatest number of inputs of a function, and its names; None: any."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # of some functions that are written in C
-        return 1, 3, None
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    inputs = [p for i, p in enumerate(places) if i < 3 and not _is_option(p.name)]
-    least = sum(p.default is p.empty for p in inputs)
-    most = 3 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(inputs)
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    return least, most, None if anything else names
+def widths_of(implementation: Any) -> tuple[int, int, int] | None:
+    """The widths of query, value and key, as an implementation's linear layers tell them.
+
+    These are looked for in its parts, and in what a function refers to. The first tells the width
+    of the query; one whose name speaks of keys tells those of key and value.
+    """
+    found = list(_linear_widths(implementation, "", 0, set()))
+    if not found:
+        return None
+    query = found[0][1]
+    other = next((width for name, width in found if OF_KEYS.search(name)), query)
+    return query, other, other
 
 
-def _is_option(name: str) -> bool:
-    """Whether a parameter is one of the call's other arguments."""
-    return name.endswith(("mask", "bias")) or name in ("training", "query_offset", "seed")
+def _linear_widths(thing: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, int]]:
+    if id(thing) in seen or depth > 5:
+        return
+    seen.add(id(thing))
+    for attribute in ("in_features", "in_channels"):
+        width = getattr(thing, attribute, None)
+        if isinstance(width, int):
+            yield name, width
+            return
+    kernel = getattr(thing, "kernel", None)
+    if type(thing).__name__ == "Dense" and kernel is not None:
+        yield name, int(kernel.shape[0])
+        return
+    for part, value in _parts_of(thing):
+        if not isinstance(value, (int, float, str, bytes, type(None), type, ModuleType)):
+            yield from _linear_widths(value, part, depth + 1, seen)
+
+
+def _parts_of(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What an object is made of, or what a function refers to, by name."""
+    if isinstance(thing, partial):
+        yield from (("", value) for value in (thing.func, *thing.args, *thing.keywords.values()))
+    elif isinstance(thing, FunctionType):
+        yield from ((n, thing.__globals__[n]) for n in thing.__code__.co_names
+                    if n in thing.__globals__)  # fmt: skip
+        cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+        yield from ((name, cell.cell_contents) for name, cell in cells)
+    elif isinstance(thing, Declared):
+        yield "", thing.implementation
+    elif isinstance(thing, Mapping):
+        yield from ((str(name), value) for name, value in thing.items())
+    elif hasattr(thing, "__dict__") and not isinstance(thing, (np.ndarray, ModuleType)):
+        own = vars(thing)
+        yield from own.items()
+        yield from dict(own.get("_modules") or {}).items()

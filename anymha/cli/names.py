@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.interchange.libraries import MAKERS
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters import adapter_for
-from anymha.parity.adapters.function import Function
 from anymha.parity.stages.saved_case import SavedLayer
 
 LIVE = tuple(name for name, (module, _) in MAKERS.items() if module != "params")
@@ -50,14 +48,6 @@ class Implementation:
         config = AttentionConfig.from_dict(options)
         ours = new_layer("numpy", config, layer.weights)
         return convert(ours, to=self.name)
-
-    @property
-    def function(self) -> Callable[..., Any] | None:
-        """The plain function that it is, if it is one."""
-        if self.implementation is None or isinstance(self.implementation, Path):
-            return None
-        adapter = adapter_for(self.implementation)
-        return adapter.function if isinstance(adapter, Function) else None
 
 
 def is_model(name: str) -> bool:

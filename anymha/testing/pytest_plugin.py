@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,7 @@ import pytest
 if TYPE_CHECKING:
     from anymha.parity.reports.report import Comparison
 
-SUFFIXES = (".html", ".json", ".md", ".xml")
+SUFFIXES = (".html", ".json", ".md", ".xml", "")
 ATTRIBUTE = "anymha_parity"
 """Of a test's report: what the test compared, as plain data, which xdist sends."""
 
@@ -53,10 +54,15 @@ class Parity:
         Returns:
             The comparison.
         """
+        __tracebackhide__ = True
         from anymha.parity.comparison.compare import compare  # noqa: PLC0415
-        from anymha.parity.reports.collection import record  # noqa: PLC0415
+        from anymha.parity.reports.collection import raised, record  # noqa: PLC0415
 
-        comparison = compare(reference, candidate, inputs, **call)
+        try:
+            comparison = compare(reference, candidate, inputs, **call)
+        except Exception as error:
+            self._records.append(raised(error, self._item.nodeid))
+            raise error.with_traceback(_outside(error.__traceback__)) from error.__cause__
         config = self._item.config
         saved = config.option.parity_save and _absolute(config, config.option.parity_save)
         pages = any(path.endswith(".html") for path in config.option.parity_report)
@@ -100,8 +106,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity", "comparison of implementations of attention (anymha)")
     group.addoption(
         "--parity-report", action="append", default=[], metavar="PATH",
-        help="write all comparisons into this file: .html, .json, .md, or .xml (JUnit); may be "
-        "given more than once",
+        help="write all comparisons into this file: .html, .json, .md, or .xml (JUnit); "
+        "without an ending Markdown, and $GITHUB_STEP_SUMMARY is appended to; may be given more "
+        "than once",
     )  # fmt: skip
     group.addoption(
         "--parity-save", metavar="DIR",
@@ -127,8 +134,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for path in paths:
         if path.suffix not in SUFFIXES or path.is_dir():
             raise pytest.UsageError(
-                f"--parity-report must be a file that ends in {', '.join(SUFFIXES)}. "
-                f"Received: {path}."
+                f"--parity-report must be a file that ends in {', '.join(SUFFIXES[:-1])}, or a "
+                f"file without an ending, for Markdown. Received: {path}."
             )
         _writable("--parity-report", path.parent)
     if config.option.parity_save is not None:
@@ -162,6 +169,8 @@ def pytest_runtest_makereport(
     """Give the report of each phase of a test what was compared in it."""
     report = yield
     records = item.stash.get(RECORDS, [])
+    if report.passed:  # the test expected the error
+        records[:] = [record for record in records if "error" not in record]
     setattr(report, ATTRIBUTE, records[:])
     records.clear()
     return report
@@ -199,10 +208,12 @@ class Collector:
             return
         write = terminalreporter.write_line
         terminalreporter.section("parity")
-        differ = [record for record in self.records if not record["passed"]]
-        count = len(self.records)
-        write(f"{count} compared: {count - len(differ)} agree, {len(differ)} differ")
-        for record in differ:
+        wrong = [record for record in self.records if not record["passed"]]
+        count, errors = len(self.records), sum("error" in record for record in wrong)
+        more = f", {errors} raised an error" if errors else ""
+        agree, differ = count - len(wrong), len(wrong) - errors
+        write(f"{count} compared: {agree} agree, {differ} differ{more}")
+        for record in wrong:
             write(f"{record['test']}: {record['verdict']}", red=True)
             if record["saved"]:
                 write(f"  saved: {record['saved']}")
@@ -214,6 +225,14 @@ class Collector:
             write(f"no report: {self.failure}", red=True)
         elif self.paths:
             write(f"report: {', '.join(map(str, self.paths))}")
+
+
+def _outside(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback from its first frame outside of anymha: what the user's own code did."""
+    home = str(Path(__file__).parents[1])
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(home):
+        frames = frames.tb_next
+    return frames
 
 
 def _missing(needs: str | Sequence[str] = ()) -> list[str]:

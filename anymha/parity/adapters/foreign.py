@@ -113,18 +113,19 @@ def refuse(request: Request, library: str, **unknown: bool) -> None:
 def make_trace(
     name: str,
     request: Request,
-    call: Callable[[], Arrays],
+    call: Callable[[], Mapping[str, Any]],
     description: LayerDescription | None,
-    gradients: Arrays | None = None,
+    gradients: Arrays | str = "",
     notes: tuple[str, ...] = (),
     framework: str = "",
 ) -> Trace:
     """The trace of a layer that is called twice, to see whether it gives the same.
 
     `call` returns "output", and the stages and "scores" that it reports, by name. `framework` is
-    that of its operations, where these add half precision in itself.
+    that of its operations, where these add half precision in itself. In place of gradients stand
+    words that say why there are none.
     """
-    results, again = call(), call()
+    results, again = dict(call()), call()
     check_numbers(name, results)
     stages = {n: a.astype(np.float64) if n in STAGES[:-1] else a for n, a in results.items()}
     output, scores = stages.pop("output"), stages.pop("scores", None)
@@ -138,7 +139,11 @@ def make_trace(
         notes = (*description.notes, *notes)
     random = differs_between_calls(output, again["output"])
     extras = {} if description is None else description.extras
-    return Trace(name, output, scores, stages, gradients or {}, weights, config, accumulated,
+    if not random and not np.array_equal(output, again["output"], equal_nan=True):
+        notes = (*notes, "two calls gave results that differ, as the order of sums explains")
+    reason = gradients if isinstance(gradients, str) else ""
+    gradients = {} if isinstance(gradients, str) else gradients
+    return Trace(name, output, scores, stages, gradients, reason, weights, config, accumulated,
                  stored, random, notes, extras)  # fmt: skip
 
 

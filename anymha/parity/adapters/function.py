@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from anymha.errors import ArgumentError
+from anymha.errors import AnymhaError, ArgumentError
 from anymha.framework.registry import backend_of
+from anymha.parity.adapters.arguments import Fitted, Parameters, first_that_runs
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.stages.layer_call import native
 from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
@@ -17,29 +21,113 @@ from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, a
 class Function:
     """A function, in the framework of the arrays that the user gave.
 
-    It gets as many of the caller's own arrays as the call has, and the call's other arguments by
-    name. It returns the output; or the output and the scores; or a dict with "output" and any of
-    "scores" and the stages. Its gradients are not compared.
+    It gets the caller's own arrays and the call's other arguments, by its own names where its
+    signature has them: see `anymha.parity.adapters.arguments`. It returns the output; or the output
+    and the scores; or a dict with "output" and any of "scores" and the stages. Its gradients are
+    those of its inputs, where its framework differentiates.
     """
 
     def __init__(
         self, function: Callable[..., Any], description: LayerDescription | None = None
     ) -> None:
         self.function, self.description = function, description
-        self.name = getattr(function, "__qualname__", type(function).__qualname__)
+        kinds: tuple[type, ...] = getattr(type(function), "__mro__", ())
+        keras = any(kind.__module__.startswith("keras.") for kind in kinds)
+        called: Any = getattr(function, "call", function) if keras else function
+        self.parameters = Parameters.of(called, function)
+        self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
-        inputs = [request.originals[name] for name in INPUTS if name in request.originals]
-        ops = backend_of(inputs[0]).ops
-        arguments = native(ops, request.arguments())
+        inputs = {name: request.originals[name] for name in INPUTS if name in request.originals}
+        ops = backend_of(inputs["query"]).ops
 
-        def call() -> Arrays:
-            copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in inputs]
-            results = named_stages(self.function(*copies, **arguments), self.name)
-            return {name: as_numpy(array) for name, array in results.items()}
+        def results(form: Fitted, ops: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            arguments = native(ops, form.arguments)
+            return named_stages(form.call(self.function, inputs, arguments), self.name)
 
-        return make_trace(self.name, request, call, self.description, framework=ops.name)
+        def run(form: Fitted) -> dict[str, Any]:
+            own = {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in inputs.items()}
+            return results(form, ops, own)
+
+        try:
+            form, first = first_that_runs(self.parameters.forms(request), run, request)
+        except Exception as error:
+            about = any(word in str(error) for word in ("ndarray", "Tensor", "tensor", "Array"))
+            if ops.name == "numpy" and about and not isinstance(error, AnymhaError):
+                error.add_note(
+                    f"{self.name} got arrays of NumPy, as the inputs are. If it takes those of "
+                    "another framework, give such inputs; on the command line: `--arrays torch`."
+                )
+            raise
+        both = [{name: as_numpy(x) for name, x in one.items()} for one in (first, run(form))]
+        gradients: Arrays | str = {}
+        if cotangent is not None:
+            gradients = _gradients(partial(results, form), first["output"], request, cotangent)
+        call = iter(both).__next__
+        return make_trace(
+            self.name, request, call, self.description, gradients, form.notes, ops.name
+        )
+
+
+def _gradients(
+    results: Callable[[Any, Any], Mapping[str, Any]],
+    output: Any,
+    request: Request,
+    cotangent: np.ndarray,
+) -> Arrays | str:
+    """The gradients of a function's inputs by the framework of its output; or why there are none.
+
+    `results` takes a framework's functions and the inputs by name.
+    """
+    try:
+        ops = backend_of(output).ops
+    except AnymhaError:
+        return "its output is of no framework"
+    if ops.capabilities.vjp is None:
+        return f"its output is of {ops.name}, which does not differentiate"
+    if any(array.dtype.kind in "iub" for array in request.inputs.values()):
+        return "its inputs are not floating-point numbers"
+
+    def of(arrays: Mapping[str, Any]) -> Any:
+        return results(ops, arrays)["output"]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of copies of tensors that have gradients
+            inputs = {
+                name: ops.from_numpy(array) if isinstance(request.originals[name], np.ndarray)
+                else request.originals[name]
+                for name, array in request.inputs.items()
+            }  # fmt: skip
+            to = ops.from_numpy(cotangent.astype(as_numpy(output).dtype))
+            vjp = _torch_vjp if ops.name == "torch" else ops.capabilities.vjp
+            pulled = vjp(of, inputs, to)[1]
+    except Exception as error:  # as of a function that leaves the framework on the way
+        words = " ".join(str(error).split())
+        return f"{type(error).__name__}: {words[:160]}"
+    if all(array is None for array in pulled.values()):
+        return "its output is detached from its inputs"
+    return {
+        name: np.zeros_like(request.inputs[name]) if array is None else as_numpy(array)
+        for name, array in pulled.items()
+    }
+
+
+def _torch_vjp(
+    function: Callable[[Any], Any], arrays: Mapping[str, Any], to: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The value and the gradients of a function; None for what the output is detached from."""
+    torch: Any = importlib.import_module("torch")
+    leaves = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
+    with torch.enable_grad():
+        output = function(leaves)
+    pulled: Any = [None] * len(leaves)
+    if output.requires_grad:
+        pulled = torch.autograd.grad(
+            output, list(leaves.values()), to.to(output.device), allow_unused=True
+        )
+    return output, dict(zip(leaves, pulled, strict=True))
 
 
 def named_stages(result: Any, name: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class KerasLayer:
                 stages |= {"output": result, "scores": scores}
                 return {name: torch_layers.array(x) for name, x in stages.items()}
 
-            gradients: Arrays = {}
+            gradients: Arrays | str = {}
             if cotangent is not None:
                 gradients = _gradients(keras, layer, output, inputs, cotangent, description)
             return make_trace(self.name, request, call, description, gradients, framework=framework)
@@ -137,8 +137,8 @@ def _recording(layer: Any) -> Iterator[dict[str, Any]]:
 def _gradients(
     keras: Any, layer: Any, output: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any],
     cotangent: np.ndarray, description: LayerDescription,
-) -> Arrays:  # fmt: skip
-    """Gradients by the autodiff of Keras's backend; empty where it has none."""
+) -> Arrays | str:  # fmt: skip
+    """Gradients by the autodiff of Keras's backend; or why there are none."""
     variables = dict(zip(description.arrays, layer.weights, strict=True))
     backend = keras.backend.backend()
     parameters = {name: variable.value for name, variable in variables.items()}
@@ -164,4 +164,4 @@ def _gradients(
             result, (parameters, dict(inputs)), to, tensorflow.UnconnectedGradients.ZERO
         )
         return {**description.canonical(ours), **{name: as_numpy(x) for name, x in theirs.items()}}
-    return {}
+    return f"Keras on {backend} has no gradients"

@@ -57,19 +57,37 @@ class Session:
             stages = {names[name] or name: np.asarray(array) for name, array in results.items()}
             return {n: a for n, a in stages.items() if n in (*STAGES, "scores")}
 
-        return make_trace(self.name, request, call, None)
+        return make_trace(self.name, request, call, None, "onnxruntime gives no gradients")
 
-    def _feed(self, request: Request) -> Arrays:
-        """The model's inputs by name; an error where it has others than the call."""
+    def lacking(self, request: Request) -> str:
+        """Why it cannot be given the call, in words; empty where it can."""
+        lacking, unknown = self._names(request)
+        if "value" in lacking:
+            return "takes one input alone"
+        words = [f"{verb} {', '.join(f'`{name}`' for name in names)}"
+                 for verb, names in (("does not take", lacking), ("needs", unknown))
+                 if names]  # fmt: skip
+        return " and ".join(words)
+
+    def _inputs(self, request: Request) -> dict[str, Any]:
         query, value, key = request.three
-        inputs = {**request.arguments(), "query": query, "value": value, "key": key}
-        places = {place.name: place.type for place in self.session.get_inputs()}
+        return {**request.arguments(), "query": query, "value": value, "key": key}
+
+    def _names(self, request: Request) -> tuple[list[str], list[str]]:
+        """What the call has and the model does not take; what it needs and the call lacks."""
+        places = {place.name for place in self.session.get_inputs()}
         needed = {*request.inputs, *request.masks} | {
             name
             for name, value in request.arguments().items()
             if isinstance(value, np.ndarray) or (name != "training" and value)
         }
-        lacking, unknown = sorted(needed - set(places)), sorted(set(places) - set(inputs))
+        return sorted(needed - places), sorted(places - set(self._inputs(request)))
+
+    def _feed(self, request: Request) -> Arrays:
+        """The model's inputs by name; an error where it has others than the call."""
+        inputs = self._inputs(request)
+        places = {place.name: place.type for place in self.session.get_inputs()}
+        lacking, unknown = self._names(request)
         if lacking or unknown:
             raise ArgumentError(
                 f"The inputs of {self.name} must be named as the arguments of anymha's layer. It "

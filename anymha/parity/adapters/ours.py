@@ -62,10 +62,16 @@ class Ours:
             as_numpy(scores),
             settle_masked_positions(stages, recipe),
             {} if cotangent is None else self._gradients(inputs, others, cotangent, result.dtype),
-            canonical,
-            layer.config,
+            weights=canonical,
+            config=layer.config,
             random=differs_between_calls(result, as_numpy(again)),
         )
+
+    def output(self, request: Request) -> np.ndarray:
+        """The output alone."""
+        inputs = native(self.ops, request.inputs)
+        three = [inputs.get(name) for name in INPUTS]
+        return as_numpy(self.layer(*three, **native(self.ops, request.arguments())))
 
     def _gradients(
         self, inputs: dict[str, Any], others: dict[str, Any], cotangent: np.ndarray, dtype: Any

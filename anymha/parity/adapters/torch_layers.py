@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ from anymha.framework.registry import get_backend
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.packing import Sizes
 from anymha.interchange.reading import form_of
+from anymha.parity.adapters.arguments import Fitted, Parameters, first_that_runs
 from anymha.parity.adapters.foreign import (
     LayerDescription,
     dense_mask,
@@ -23,7 +25,7 @@ from anymha.parity.adapters.foreign import (
 from anymha.parity.adapters.function import named_stages
 from anymha.parity.oracle.cases import trio
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.trace import INPUTS, Request, Trace, as_numpy
+from anymha.parity.stages.trace import Request, Trace, as_numpy
 
 
 class TorchLayer:
@@ -126,33 +128,40 @@ class TorchModule:
     ) -> None:
         self.module, self.description = module, description
         self.state = description if own else None
-        self.name = type(module).__qualname__
+        self.parameters = Parameters.of(module.forward, module)
+        self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
-        torch: Any = importlib.import_module("torch")
         module, state = self.module, self.state
-        arguments = request.arguments()
-        training = arguments.pop("training", None)
-        arrays = {n: a for n, a in arguments.items() if isinstance(a, np.ndarray)}
-        arguments |= tensors(module, arrays)
+        training = request.call.get("training")
+        rest = {name: value for name, value in request.call.items() if name != "training"}
+        forms = self.parameters.forms(dataclasses.replace(request, call=rest))
         inputs = tensors(module, request.inputs)
+        # torch's own layer, and those that have its option, take the time first by default.
+        turned = getattr(module, "batch_first", True) is False
 
-        def results(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-            present = [inputs[name] for name in INPUTS if name in inputs]
-            return named_stages(module(*present, **arguments), self.name)
+        def results(form: Fitted, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+            arrays = {n: a for n, a in form.arguments.items() if isinstance(a, np.ndarray)}
+            given = {n: x.transpose(0, 1) if turned else x for n, x in inputs.items()}
+            result = form.call(module, given, {**form.arguments, **tensors(module, arrays)})
+            stages = named_stages(result, self.name)
+            if turned:
+                stages["output"] = stages["output"].transpose(0, 1)
+            return stages
 
-        def call() -> Arrays:
+        def run(form: Fitted) -> Mapping[str, Any]:
             recording = nullcontext({}) if state is None else recorded_projections(module, state)
-            with torch.no_grad(), recording as recorded:
-                reported = results(inputs)
+            with importlib.import_module("torch").no_grad(), recording as recorded:
+                reported = results(form, inputs)
             return {**recorded, **{name: array(x) for name, x in reported.items()}}
 
         with restored(module, training):
-            gradients = gradients_through(
-                module, lambda inputs: results(inputs)["output"], inputs, cotangent, state
-            )
-            return make_trace(self.name, request, call, self.description, gradients)
+            form, first = first_that_runs(forms, run, request)
+            call = iter((first, run(form))).__next__
+            arguments = (lambda inputs: results(form, inputs)["output"], inputs, cotangent, state)
+            gradients = gradients_through(module, *arguments)
+            return make_trace(self.name, request, call, self.description, gradients, form.notes)
 
 
 def tensors(module: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -203,8 +212,8 @@ def gradients_through(
     """Gradients of the sum of an output times a cotangent, by canonical name; no `.grad` changes.
 
     They are of the inputs, and of the module's parameters where the layout of these is described;
-    the module may also be a mapping of its parameters. There are none without a cotangent, or where
-    the output has no gradient.
+    the module may also be a mapping of its parameters. There are none without a cotangent. Where
+    the output is detached from what it is computed from, all are zero.
     """
     if cotangent is None:
         return {}
@@ -219,11 +228,11 @@ def gradients_through(
             parameter.requires_grad_()
         with torch.enable_grad():
             output = function(leaves)
-            if not output.requires_grad:
-                return {}
-            to = get_backend("torch").ops.from_numpy(cotangent).to(output.device, output.dtype)
             sources = [*parameters.values(), *leaves.values()]
-            gradients = torch.autograd.grad(output, sources, to, allow_unused=True)
+            gradients = [None] * len(sources)
+            if output.requires_grad:
+                to = get_backend("torch").ops.from_numpy(cotangent).to(output.device, output.dtype)
+                gradients = torch.autograd.grad(output, sources, to, allow_unused=True)
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(wanted[name])

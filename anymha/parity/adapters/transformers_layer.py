@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import LayoutError
-from anymha.parity.adapters.foreign import dense_mask, describe_layer, make_trace, refuse
+from anymha.parity.adapters.foreign import (
+    LayerDescription,
+    dense_mask,
+    describe_layer,
+    make_trace,
+    refuse,
+)
 from anymha.parity.adapters.torch_layers import (
     array,
     gradients_through,
@@ -43,12 +49,23 @@ class Transformers:
         self.layer = layer
         self.name = f"{type(layer).__name__} of transformers"
 
+    def lacking(self, request: Request) -> str:
+        """Why it cannot be given the call, in words; empty where it can."""
+        alone = "value" in request.inputs and not self._attends_to_others(
+            describe_layer(self.layer)
+        )
+        return "takes one input alone" if alone else ""
+
+    def _attends_to_others(self, description: LayerDescription) -> bool:
+        family = description.layout.partition(".")[2]
+        return family in CROSS or bool(getattr(self.layer, "is_cross_attention", False))
+
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         torch: Any = importlib.import_module("torch")
         layer, description = self.layer, describe_layer(self.layer)
         family = description.layout.partition(".")[2]
-        cross = family in CROSS or bool(getattr(layer, "is_cross_attention", False))
+        cross = self._attends_to_others(description)
         refuse(request, self.name, key="key" in request.inputs,
                value="value" in request.inputs and not cross)  # fmt: skip
         inputs = tensors(layer, request.inputs)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from anymha.parity.diagnose.causes import Diagnosis
-from anymha.parity.diagnose.exercised import not_exercised
-from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients
+from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
+from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded, expected
@@ -27,10 +28,15 @@ from anymha.parity.stages.stagewise import (
     output_faults,
     reported_stages,
 )
+from anymha.parity.stages.structure import distance
 from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
 
 PROJECTIONS = ("query", "key", "value")
+SATURATED = 64
+"""How much greater the terms of a gradient may be than the output tells."""
+UNSETTLED = 0.05
+"""Gradients that the rounding of inputs changes by more than this part say nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class Baseline:
         notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
         notes += semantics.notes
         if semantics.recipe is None:
-            return outputs_alone(self.request, first, second, *notes)
+            return outputs_alone(self.request, first, second, cotangent, notes)
+        notes += gradients_not_compared(self.request, first, second)
         traces, exact = (first, second), semantics.stages()
         reported = _reported(second, self.folded)
         stages = compare_stages(semantics.recipe, exact, traces, (self.reported, reported))
@@ -85,7 +92,11 @@ class Baseline:
             tuple(stages),
             _first_divergence(stages, reported, diagnosis),
             diagnosis,
-            (*self.not_exercised, *_undecided(stages, computed_dtype(first))),
+            (
+                *self.not_exercised,
+                *not_told_apart(self.request, semantics.recipe, reported),
+                *_undecided(stages, computed_dtype(first)),
+            ),
             tuple(notes),
             self.request,
             traces,
@@ -105,8 +116,34 @@ def _reported(trace: Trace, folded: Folded) -> Arrays:
     return stages
 
 
-def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) -> Comparison:
-    """The comparison of what both returned, where no weights are known; with these notes."""
+def gradients_not_compared(request: Request, first: Trace, second: Trace) -> list[str]:
+    """Why gradients, or some of them, are not compared; empty where all are."""
+    if request.training:
+        return ["Gradients are not compared: dropout acts in training."]
+    reasons = [f"{trace.name}: {trace.without_gradients}" for trace in (first, second)
+               if trace.without_gradients]  # fmt: skip
+    if reasons or not first.gradients or not second.gradients:
+        return [f"Gradients are not compared. {'; '.join(reasons)}".rstrip(". ") + "."]
+    named = {name for name in (*first.gradients, *second.gradients) if "." in name}
+    silent = [trace.name for trace in (first, second) if not named & {*trace.gradients}]
+    if not silent or not named:
+        return []
+    return [f"Gradients of the weights are not compared: {silent[0]} does not tell its weights; "
+            "those of the inputs are."]  # fmt: skip
+
+
+def outputs_alone(
+    request: Request,
+    first: Trace,
+    second: Trace,
+    cotangent: np.ndarray | None = None,
+    notes: Sequence[str] = (),
+    stirred: Trace | None = None,
+) -> Comparison:
+    """The comparison of what both returned, where no weights are known; with these notes.
+
+    `stirred` as for `judge_traces`.
+    """
     stages = []
     dtype = computed_dtype(first)
     length = max(a.shape[-1] for a in request.three)
@@ -115,22 +152,76 @@ def outputs_alone(request: Request, first: Trace, second: Trace, *notes: str) ->
         if one is None or other is None:
             continue
         reference = one.astype(np.float64)
-        finite = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
-        axes = (-1,) if name == "output" else (-3, -1) if finite.ndim > 3 else (-1,)
-        size = 8 * np.max(finite, axis=axes, keepdims=True, initial=0.0)  # sums exceed results
-        allowed = 2 * tolerance(dtype, length, 1.0) * size + length * smallest(dtype)
+        axes = (-1,) if name == "output" else (-3, -1) if reference.ndim > 3 else (-1,)
+        # Sums exceed results, and layers of other libraries round each step.
+        relative = max(8 * tolerance(dtype, length, 1.0),
+                       6 * tolerance(dtype, length, 1.0, stored=first.stored))  # fmt: skip
+        allowed = 2 * relative * _sizes_alone(reference, axes) + length * smallest(dtype)
+        if stirred is not None and name == "output":
+            apart = distance(stirred.output.astype(np.float64), reference)
+            most = float(np.max(apart, initial=0.0))
+            if most > UNSETTLED * _greatest(first.output):  # elsewhere by chance less
+                apart = np.full_like(apart, most)
+            allowed = np.maximum(allowed, 8 * apart)
         candidate = other.astype(np.float64)
         faults = output_faults((first, second)) if name == "output" else ()
         numbers = (reference, candidate, reference, reference, allowed)
         stages.append(compare_stage(name, *numbers, dtype, faults))
+    if cotangent is not None and first.gradients and second.gradients:
+        exact = {name: array.astype(np.float64) for name, array in first.gradients.items()}
+        dtype = max(map(computed_dtype, (first, second)), key=eps)
+        # A gradient comes through the sums of the forward pass too, and sums over positions.
+        length = max(length, *(math.prod(a.shape[:-1]) for a in request.three))
+        relative = 32 * tolerance(dtype, length, 1.0, stored=dtype)
+        # Where the softmax is saturated, a gradient is the small rest of terms as great as these.
+        terms = _greatest(first.output) * _greatest(cotangent)
+        saturated = min(SATURATED * relative, 0.1) * terms
+        allowed = {
+            name: relative * _greatest(array) + length * smallest(dtype)
+            + saturated / (_greatest(request.inputs.get(name, np.ones(1))) or 1.0)
+            for name, array in exact.items()
+        }  # fmt: skip
+        for name, array in ({} if stirred is None else stirred.gradients).items():
+            apart = float(np.max(distance(array.astype(np.float64), exact[name]), initial=0.0))
+            if apart > UNSETTLED * _greatest(exact[name]):
+                notes = (*notes, f"The gradient of {name} is not compared: rounding of the inputs "
+                         "alone changes it, as great as the logits are.")  # fmt: skip
+                del exact[name]
+            allowed[name] = max(allowed[name], 8 * apart)
+        stages += compare_gradients((first, second), exact, allowed)
     divergence = next((stage.name for stage in stages if not stage.passed), None)
+    diagnosis = Diagnosis()
+    if divergence is not None and divergence.startswith("gradient"):
+        diagnosis = gradients_alone(divergence)
     unknown = ("The weights of neither are known: outputs alone are compared, and causes are "
                "searched for in the arguments and around the output. Tell the weights with "
                "`declare`.",) if first.weights is second.weights is None else ()  # fmt: skip
     return Comparison(
-        first.name, second.name, tuple(stages), divergence, Diagnosis() if divergence else None,
-        (), (*notes, *unknown), request, (first, second),
+        first.name, second.name, tuple(stages), divergence, diagnosis if divergence else None,
+        (), (*notes, *unknown, *gradients_not_compared(request, first, second)), request,
+        (first, second),
     )  # fmt: skip
+
+
+def _greatest(array: np.ndarray) -> float:
+    """The greatest finite size of its numbers."""
+    sizes = np.abs(array.astype(np.float64))
+    return float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
+
+
+def _sizes_alone(reference: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The size of each number of a result whose sums are not known.
+
+    It is the greatest of its position over the features; and not more than the greatest of its
+    feature over the positions, so that one great feature hides no other. A feature counts as at
+    least as great as the median of all.
+    """
+    finite = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
+    rows = np.max(finite, axis=axes, keepdims=True, initial=0.0)
+    if axes != (-1,) or finite.size < 8 * finite.shape[-1]:
+        return rows
+    features = np.max(finite.reshape(-1, finite.shape[-1]), axis=0)
+    return np.minimum(rows, np.maximum(features, np.median(features)))
 
 
 def _undecided(stages: list[Stage], dtype: str) -> list[str]:

@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import AnymhaError
+from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
+from anymha.parity.comparison.cut import cut, sequences, words
+from anymha.parity.comparison.unexplained import explained
 from anymha.parity.diagnose.calls import diagnose_by_calls
+from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
+from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
 
 
@@ -39,7 +46,8 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     Args:
         reference: The implementation that counts as right: a layer of anymha in any framework; a
             live layer of torch, Keras, Flax or Equinox; or a function of query, value and
-            key, which returns the output, or the output and the scores, or a dict of stages.
+            key, by its own names for them, which returns the output, or the output and the scores,
+            or a dict of stages.
         candidate: What is judged; likewise.
         inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
             name; arrays of NumPy or of any framework.
@@ -52,7 +60,7 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
 
     Raises:
         ArgumentError: an implementation or an argument is not known.
-        LayoutError: a library's layer cannot do what the call asks for.
+        LayoutError: an implementation cannot do, or does not take, what the call asks for.
 
     Example:
         >>> import anymha, numpy as np
@@ -68,24 +76,47 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     """
     request = make_request(inputs, call)
     one, other = adapter_for(reference), adapter_for(candidate)
+    part = cut(request)
+    if part is None:
+        return _compared(one, other, request)
+    try:
+        comparison = _compared(one, other, part)
+    except AnymhaError:
+        raise
+    except Exception:  # of what takes no other length
+        return _compared(one, other, request)
+    return _at_full_length(comparison, one, other, request)
+
+
+def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
+    """The comparison of two implementations in one call."""
     first, cotangent = _traced("reference", one, request, None), None
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
     second = _traced("candidate", other, request, cotangent if first.gradients else None)
-    comparison = judge_traces(request, first, second, cotangent)
-    if first.weights is second.weights is None and comparison.first_divergence == "output":
-        return _explained_by_calls(comparison, one)
-    return comparison
+    stirred = None
+    if first.gradients and second.gradients and first.weights is second.weights is None:
+        stirred = _traced("reference", one, _stirred(request, first), cotangent)
+    comparison = judge_traces(request, first, second, cotangent, stirred)
+    unknown = first.weights is second.weights is None and not (first.random or second.random)
+    if unknown and comparison.first_divergence == "output":
+        comparison = _explained_by_calls(comparison, one, stirred)
+    return explained(comparison, (one, other))
 
 
-def _explained_by_calls(comparison: Comparison, reference: Adapter) -> Comparison:
+def _explained_by_calls(
+    comparison: Comparison, reference: Adapter, stirred: Trace | None
+) -> Comparison:
     """The comparison with the mistakes that show as the reference is called with them."""
     request, (first, second) = comparison.request, comparison.traces
+    rounding = 0.0 if stirred is None else stirred.output - first.output
 
     def judge(output: np.ndarray) -> float:
-        trace = dataclasses.replace(first, output=output.astype(first.output.dtype), scores=None)
-        stage = outputs_alone(request, trace, second).stages[0]
+        output = output.astype(first.output.dtype)
+        trace = dataclasses.replace(first, output=output, scores=None)
+        nearby = stirred and dataclasses.replace(stirred, output=output + rounding)
+        stage = outputs_alone(request, trace, second, stirred=nearby).stages[0]
         return stage.units / stage.budget if stage.budget else math.inf
 
     with np.errstate(all="ignore"):
@@ -94,6 +125,53 @@ def _explained_by_calls(comparison: Comparison, reference: Adapter) -> Compariso
             second.output, judge,
         )  # fmt: skip
     return dataclasses.replace(comparison, diagnosis=diagnosis)
+
+
+def _at_full_length(
+    comparison: Comparison, one: Adapter, other: Adapter, whole: Request
+) -> Comparison:
+    """The comparison of a part, with the outputs at the full length of the call."""
+    note = ("The case is large: stages, gradients and causes are those of its first part, "
+            f"{words(whole, comparison.request)}.")  # fmt: skip
+    request = None if whole.training or not comparison.passed else sequences(whole)
+    if request is None:
+        rest = "" if not comparison.passed else " Nothing is known of greater lengths."
+        return dataclasses.replace(comparison, notes=(note + rest, *comparison.notes))
+    outputs = [
+        adapter.output(request) if isinstance(adapter, Ours)
+        else _traced(role, adapter, request, None).output
+        for role, adapter in (("reference", one), ("candidate", other))
+    ]  # fmt: skip
+    first, second = (
+        dataclasses.replace(trace, output=output, scores=None)
+        for trace, output in zip(comparison.traces, outputs, strict=True)
+    )
+    with np.errstate(all="ignore"):
+        (stage,) = outputs_alone(request, first, second).stages
+    stage = dataclasses.replace(stage, name="output at full length")
+    stages = (*comparison.stages, stage)
+    note += f" The outputs agree at {words(whole, request)}." * stage.passed
+    changes: dict[str, Any] = {"stages": stages, "notes": (note, *comparison.notes)}
+    if not stage.passed:
+        fix = ("The first positions agree: look for tables of positions, windows, chunks, and "
+               "limits that long sequences exceed.")  # fmt: skip
+        name = "a mistake that long sequences alone show"
+        changes["diagnosis"] = Diagnosis.certain(name, stage.name, fix)
+        changes["first_divergence"] = stage.name
+        changes["request"] = whole  # what repeats it
+    return dataclasses.replace(comparison, **changes)
+
+
+def _stirred(request: Request, trace: Trace) -> Request:
+    """The request with inputs that are off by their rounding, in the dtype of the trace."""
+    rng, unit = np.random.default_rng(0), eps(computed_dtype(trace))
+    inputs = {
+        name: (array * (1 + unit * rng.choice([-1.0, 1.0], array.shape))).astype(array.dtype)
+        for name, array in request.inputs.items()
+    }
+    ops = backend_of(request.originals["query"]).ops
+    originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
+    return dataclasses.replace(request, inputs=inputs, originals=originals)
 
 
 def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray | None) -> Trace:
@@ -106,13 +184,21 @@ def _traced(role: str, adapter: Adapter, request: Request, cotangent: np.ndarray
 
 
 def judge_traces(
-    request: Request, first: Trace, second: Trace, cotangent: np.ndarray | None = None
+    request: Request,
+    first: Trace,
+    second: Trace,
+    cotangent: np.ndarray | None = None,
+    stirred: Trace | None = None,
 ) -> Comparison:
-    """The comparison of two traces of one call; with the output's cotangent, of gradients too."""
+    """The comparison of two traces of one call; with the output's cotangent, of gradients too.
+
+    `stirred` is the trace of the reference with inputs that are off by their rounding: where no
+    weights are known, it tells what rounding changes.
+    """
     basis = first if first.weights is not None else second
     with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:
-            return outputs_alone(request, first, second)
+            return outputs_alone(request, first, second, cotangent, stirred=stirred)
         folded = fold(problem_of(basis.config, basis.weights, request))
         return Baseline(request, folded, first).judge(second, cotangent)
 
@@ -129,7 +215,7 @@ def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> N
     Raises:
         ParityError: they do not agree; it is an AssertionError too.
         ArgumentError: an implementation or an argument is not known.
-        LayoutError: a library's layer cannot do what the call asks for.
+        LayoutError: an implementation cannot do, or does not take, what the call asks for.
 
     Example:
         >>> import anymha, numpy as np

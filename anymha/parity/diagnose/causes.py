@@ -41,6 +41,8 @@ class Diagnosis:
     recipe: Recipe | None = field(default=None, repr=False)
     small: bool = False  # Whether an unexplained difference is small everywhere
 
+    untried: str = ""  # Why known mistakes could not be tried, or not all; empty where they were
+
     @classmethod
     def certain(cls, name: str, stage: str, fix: str) -> Diagnosis:
         """One cause, which leaves nothing to explain."""
@@ -52,6 +54,8 @@ class Diagnosis:
         return bool(self.causes) and self.remaining <= 1
 
     def __str__(self) -> str:
+        if not self.causes and self.untried:
+            return f"no known mistake is found, as few or none could be tried: {self.untried}"
         if not self.causes:
             unknown = "no known mistake, nor any two of them, explains the difference"
             return f"{unknown}, which is small everywhere" if self.small else unknown

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 from anymha.parity.oracle.recipe import Recipe
+from anymha.parity.stages.trace import Request
 
 PROJECTIONS = ("query", "key", "value", "output")
 LARGE = 1 << 20
@@ -32,6 +33,50 @@ def not_exercised(recipe: Recipe) -> list[str]:
     return silent
 
 
+def not_told_apart(request: Request, recipe: Recipe, reported: Collection[str]) -> list[str]:
+    """What this call cannot tell apart, in words: arguments that are alike, a bias that is unseen.
+
+    `reported` are the stages that the candidate reports.
+    """
+    words = []
+    inputs, offset = request.inputs, request.call.get("query_offset")
+    if "key" in inputs and _alike(inputs["key"], inputs["value"]):
+        words.append("the order of value and key: they are the same")
+    if "value" in inputs and _alike(inputs["query"], inputs["value"]):
+        words.append("the order of query and value: they are the same")
+    if offset is not None and not np.any(offset):
+        words.append("`query_offset`: it is 0")
+    elif offset is not None and not recipe.causal and recipe.window is None:
+        words.append("`query_offset`: without causal mask or window it changes nothing")
+    mask = request.masks.get("attention_mask")
+    square = mask is not None and mask.shape[-2:] == recipe.lengths[1:] and mask.shape[-1] > 1
+    if square and mask is not None and _alike(mask, mask.swapaxes(-1, -2)):
+        words.append("the order of the axes of `attention_mask`: it is symmetric")
+    for name, mask in request.masks.items():
+        several = len(mask) == recipe.lengths[0] > 1 and (name != "attention_mask" or mask.ndim > 2)
+        if several and all(_alike(mask[0], other) for other in mask[1:]):
+            words.append(f"the batch of `{name}`: it is the same for all sequences")
+    ignored = all(section.ignores_a_constant for section in recipe.sections)
+    seen = {"key", "logits", "masked_logits"} & {*reported}
+    if ignored and not seen and np.any(recipe.weights.get("key.bias", 0)):
+        words.append("`key.bias`: the output does not depend on it, and no earlier stage is told")
+    return words
+
+
+def _turned(recipe: Recipe, names: Collection[str], axis: int) -> Recipe:
+    """The recipe with the heads of some projections in another order, on this axis of kernels."""
+    changed = {f"{name}.kernel": np.roll(recipe.weights[f"{name}.kernel"], 1, axis)
+               for name in names}  # fmt: skip
+    biases = [f"{name}.bias" for name in names if axis and f"{name}.bias" in recipe.weights]
+    changed |= {name: np.roll(recipe.weights[name], 1, 0) for name in biases}
+    return recipe.but(weights={**recipe.weights, **changed})
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    nan = one.dtype.kind == "f"
+    return one.shape == other.shape and np.array_equal(one, other, equal_nan=nan)
+
+
 def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     for name in recipe.masks:
         rest = {other: mask for other, mask in recipe.masks.items() if other != name}
@@ -46,6 +91,11 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "dropout", recipe.but(kept=None)
     for section in recipe.sections:
         yield f"`{section.option}`", recipe.without_section(section.option)
+    if recipe.heads[0] > 1:
+        yield "the order of the heads: they are alike", _turned(recipe, ("output",), 0)
+    if 1 < recipe.heads[1] < recipe.heads[0]:
+        alike = _turned(recipe, ("key", "value"), 1)
+        yield "the order of the grouped heads of key and value: they are alike", alike
     yield "the scale: the logits are about equal", recipe.but(scale=2 * recipe.scale)
     # The key's bias adds one number to all logits of a row, which the softmax alone ignores.
     ignored = all(section.ignores_a_constant for section in recipe.sections)

@@ -63,6 +63,11 @@ def diagnose_gradients(
         least = min(left for left, _ in found)
         left, cause = next(one for one in found if one[0] <= 1.5 * least + 1e-5)
         return Diagnosis((cause,), min(left / LEFT, 1.0))
+    return gradients_alone(first)
+
+
+def gradients_alone(first: str) -> Diagnosis:
+    """All that the forward pass gives agrees, and gradients differ, this one first."""
     fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
            "or a factor that the backward pass leaves out.")  # fmt: skip
     return Diagnosis.certain("the gradients alone differ", first, fix)

@@ -7,6 +7,7 @@ anymha's semantics: then a candidate that has these semantics is not the one to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
@@ -180,7 +181,7 @@ def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
     """The candidate has anymha's semantics: the cause lies in the reference."""
     causes = tuple(
         replace(cause, name=f"in the reference: {cause.name}",
-                fix="The candidate has anymha's semantics. " + cause.fix)
+                fix="The candidate is plain attention of these weights. " + _turned(cause.fix))
         for cause in reason.causes
     )  # fmt: skip
     if not causes:
@@ -188,6 +189,12 @@ def _of_the_reference(reason: Diagnosis, recipe: Recipe) -> Diagnosis:
         name = "in the reference: its scores are not the probabilities of its output"
         causes = (Cause(name, "", "scores", fix),)
     return Diagnosis(causes, reason.remaining if reason.causes else 0.0, (), recipe)
+
+
+def _turned(fix: str) -> str:
+    """What a mistake's fix says of the candidate, said of the reference, and the other way."""
+    sides = {"candidate": "reference", "reference": "candidate"}
+    return re.sub("candidate|reference", lambda found: sides[found.group()], fix)
 
 
 def _of_another_dtype(

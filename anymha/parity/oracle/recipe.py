@@ -353,8 +353,9 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     greater, as rounding errors have random signs. Stages after the logits have the size of the
     effect of the logits' errors.
 
-    By stage, and for "scores", the array broadcasts to it: one size for each position of each
-    element of the batch.
+    By stage, and for "scores", the array broadcasts to it: one size for each row of logits and
+    probabilities, and for each feature of each position of projections, context and output, which
+    are sums of their own.
     """
 
     def size(sums: np.ndarray, stage: np.ndarray) -> np.ndarray:
@@ -390,9 +391,9 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     keep("context", size(_squared("bhts,bshv->bthv", dropped, values), stages["context"]))
     mixed = _squared("bthv,hvo->bto", kept["context"], recipe.weights["output.kernel"])
     keep("output", size(mixed, stages["output"]))
-    axes = {"output": (2,), "context": (2, 3), "query": (2, 3), "key": (2, 3), "value": (2, 3)}
-    rows = {  # the greatest of each position
-        name: np.max(array, axis=axes.get(name, (1, 3)), keepdims=True, initial=0.0)
+    features = ("output", "context", "query", "key", "value")
+    rows = {
+        name: array if name in features else np.max(array, (1, 3), keepdims=True, initial=0.0)
         for name, array in kept.items()
     }
     return {**rows, "scores": rows["probabilities"]}

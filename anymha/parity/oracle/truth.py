@@ -93,7 +93,7 @@ def fold(problem: OracleProblem) -> Folded:
     full = (*batches, config.num_heads, *t, *s)
     flat = (count, config.num_heads, math.prod(t), math.prod(s))
     masks = {
-        name: _flattened(_spread(name, mask, b, len(t), len(s)), full, b, len(t))
+        name: _flattened(spread_mask(name, mask, b, len(t), len(s)), full, b, len(t))
         for name, mask in problem.masks.items()
     }
     rounded = _as_computed(problem)
@@ -156,7 +156,7 @@ def _as_computed(problem: OracleProblem) -> Arrays:
     return {name: array.astype(dtype).astype(np.float64) for name, array in arrays.items()}
 
 
-def _spread(name: str, mask: np.ndarray, batch: int, queries: int, keys: int) -> np.ndarray:
+def spread_mask(name: str, mask: np.ndarray, batch: int, queries: int, keys: int) -> np.ndarray:
     """A mask with an axis for each of (batch axes, heads, query axes, key axes)."""
     shape = list(mask.shape)
     if name == "query_mask":

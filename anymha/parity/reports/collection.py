@@ -18,7 +18,7 @@ from anymha.parity.reports import document as doc
 from anymha.parity.reports.comparison_view import details
 from anymha.parity.reports.environment import Environment
 from anymha.parity.reports.junit import to_junit
-from anymha.parity.reports.markdown import to_markdown
+from anymha.parity.reports.markdown import to_markdown, write_markdown
 from anymha.parity.reports.page import to_fragment, to_page
 from anymha.version import __version__
 
@@ -54,16 +54,33 @@ def record(
     return json.loads(json.dumps(data))
 
 
+def raised(error: Exception, test: str) -> dict[str, Any]:
+    """The record of a comparison whose call raised an error."""
+    words = f"NOT COMPARED: {type(error).__name__}: {error}"
+    return {
+        "test": test, "passed": False, "verdict": words, "reference": "", "candidate": "",
+        "first_divergence": None, "diagnosis": None, "stages": [], "untested": [],
+        "notes": list(getattr(error, "__notes__", [])), "error": words, "text": words,
+        "page": None, "saved": None,
+    }  # fmt: skip
+
+
 def write(records: Records, path: Path) -> None:
-    """Write all of them into one file; the suffix of its name says in which form."""
-    forms = {".html": to_page, ".json": doc.to_json, ".md": to_markdown, ".xml": to_junit}
-    write_atomically(path, forms[path.suffix](collection_document(records)))
+    """Write all of them into one file, in the form of its suffix; without one, as Markdown."""
+    document = collection_document(records)
+    if path.suffix in ("", ".md"):
+        write_markdown(path, to_markdown(document))
+        return
+    forms = {".html": to_page, ".json": doc.to_json, ".xml": to_junit}
+    write_atomically(path, forms[path.suffix](document))
 
 
 def verdict(records: Records) -> str:
     """The verdict in one line."""
-    differ = sum(not record["passed"] for record in records)
-    return f"{len(records)} compared: {len(records) - differ} agree, {differ} differ"
+    states = [_state(record) for record in records]
+    agree, differ, errors = (states.count(one) for one in ("agrees", "differs", "error"))
+    more = f", {errors} raised an error" if errors else ""
+    return f"{len(records)} compared: {agree} agree, {differ} differ{more}"
 
 
 def collection_document(records: Records) -> doc.Document:
@@ -105,19 +122,19 @@ def _fold(one: dict[str, Any]) -> doc.Fold:
     if one["saved"]:
         blocks.append(doc.Code(one["command"], "Once more:", forms=(doc.PAGE,)))
     return doc.Fold(
-        one["test"], _state(one), one["first_divergence"] or "agrees", blocks, folded=True
+        one["test"], _state(one), one["first_divergence"] or _state(one), blocks, folded=True
     )
 
 
 def _check(one: dict[str, Any]) -> doc.Check:
-    name = f"{one['candidate']} as {one['reference']}"
+    name = "call" if "error" in one else f"{one['candidate']} as {one['reference']}"
     text = "" if one["passed"] else one["text"]
     return doc.Check(name, _state(one), one["verdict"], text=text, group=one["test"])
 
 
 def _state(one: dict[str, Any]) -> str:
-    return "agrees" if one["passed"] else "differs"
+    return "agrees" if one["passed"] else "error" if "error" in one else "differs"
 
 
 def _cause(one: dict[str, Any]) -> str:
-    return "" if one["diagnosis"] is None else one["diagnosis"]["told"]
+    return one.get("error", "") if one["diagnosis"] is None else one["diagnosis"]["told"]

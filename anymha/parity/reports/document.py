@@ -179,11 +179,14 @@ class Document:
         states = [block.state for block in self.blocks if isinstance(block, Fold)]
         alone = "agrees" if self.passed else "differs"
         worst = (state for state in ("error", "differs", "agrees", "not run") if state in states)
-        return next(worst, alone)
+        state = next(worst, alone)
+        return "not run" if state == "agrees" and not self.passed else state
 
     @property
     def outcome(self) -> str:
         """The verdict in two or three words."""
+        if not self.passed and self.state == "not run":
+            return "parity is not shown"
         return "parity holds" if self.passed else "parity does not hold"
 
 

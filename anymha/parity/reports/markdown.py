@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
+from pathlib import Path
 
+from anymha.interchange.files.atomic_write import write_atomically
 from anymha.parity.reports import document as doc
 
 SIGNS = {"agrees": "✅", "differs": "❌", "error": "❌", "not run": "⚪", "first": "➡️", "": ""}
@@ -23,6 +26,19 @@ def to_markdown(document: doc.Document) -> str:
         words = ", ".join(f"{name} {value}" for name, value in values.items())
         lines.append(f"<sub>{_plain(words)}</sub>")
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def write_markdown(path: Path, text: str) -> None:
+    """Write a report; append it where the file is the summary of a step of GitHub's CI.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary and os.path.realpath(summary) == os.path.realpath(path) and path.is_file():
+        before = path.read_text(encoding="utf-8")
+        text = before + "\n" * (bool(before) + (not before.endswith("\n"))) + text
+    write_atomically(path, text)
 
 
 def _blocks(blocks: Sequence[doc.Block]) -> Iterator[str]:

@@ -22,6 +22,9 @@ class Outcome:
     result: ComparisonResult | None = field(default=None, repr=False)
     error: str | None = None  # The error that an implementation raised
     reason: str | None = None  # Why it could not be run
+    # Whether it was not run because the implementations are not made for such a call: parity can
+    # hold without it
+    left_out: bool = False
 
     @property
     def state(self) -> str:
@@ -61,21 +64,41 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
         return outcomes[0].result.verdict
     ran = [one for one in outcomes if one.state != "not run"]
     failed = [one for one in ran if one.state != "agrees"]
-    left = len(outcomes) - len(ran)
-    more = f"; {left} could not be run" if left else ""
+    missing = not_run(outcomes)
+    left = len(outcomes) - len(ran) - len(missing)
+    more = f"; {left} do{'es' * (left == 1)} not apply" if left else ""
     if not ran:
         return f"PARITY IS NOT SHOWN: none of {len(outcomes)} comparisons could be run"
-    if not failed:
-        return f"PARITY HOLDS: {_counted(len(ran))} agree{'s' if len(ran) == 1 else ''}{more}"
-    places = dict.fromkeys(one.case for one in failed if one.case)
-    where = f", on {', '.join(places)}" if places else ""
-    return f"PARITY DOES NOT HOLD: {len(failed)} of {_counted(len(ran))} differ{where}{more}"
+    if failed:
+        places = dict.fromkeys(one.case for one in failed if one.case)
+        where = f", on {', '.join(places)}" if places else ""
+        more = f"; {len(missing)} could not be run{more}" if missing else more
+        return f"PARITY DOES NOT HOLD: {len(failed)} of {_counted(len(ran))} differ{where}{more}"
+    agree = f"{_counted(len(ran))} agree{'s' if len(ran) == 1 else ''}"
+    if missing:
+        cases = ", ".join(dict.fromkeys(one.case or "the case" for one in missing))
+        return (f"PARITY IS NOT SHOWN: {agree}, but {cases} could not be run: "
+                f"{missing[0].reason}{more}")  # fmt: skip
+    return f"PARITY HOLDS: {agree}{more}"
+
+
+def not_run(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The comparisons that could not be run, and without which parity is not shown."""
+    return [one for one in outcomes if one.state == "not run" and not one.left_out]
 
 
 def passed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether at least one comparison ran, and all that ran agree."""
+    """Whether at least one comparison ran, all that ran agree, and none was missed."""
     ran = [one for one in outcomes if one.state != "not run"]
-    return bool(ran) and all(one.state == "agrees" for one in ran)
+    return bool(ran) and all(one.state == "agrees" for one in ran) and not not_run(outcomes)
+
+
+def exit_status(outcomes: Sequence[Outcome]) -> int:
+    """0 where parity holds; 1 where it does not, or nothing ran; 3 where some could not be run."""
+    if passed(outcomes):
+        return 0
+    states = {one.state for one in outcomes}
+    return 3 if "agrees" in states and not states & {"differs", "error"} else 1
 
 
 def to_dict(outcomes: Sequence[Outcome]) -> dict[str, Any]:

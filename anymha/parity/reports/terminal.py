@@ -46,6 +46,12 @@ class Terminal(Console):
 def print_document(console: Console, document: doc.Document) -> None:
     """Print all of a document but its verdict."""
     _print_blocks(console, (*document.blocks, *document.findings))
+    # What agrees is one line; what is to know about it stands here, once.
+    agree = [fold for fold in document.blocks
+             if isinstance(fold, doc.Fold) and fold.state == "agrees"]  # fmt: skip
+    notes = [block for fold in agree for block in fold.blocks
+             if isinstance(block, doc.Text) and block.label]  # fmt: skip
+    _print_blocks(console, list(dict.fromkeys(notes)))
 
 
 def print_verdict(console: Console, document: doc.Document) -> None:

@@ -65,7 +65,13 @@ def reported_stages(trace: Trace, output: np.ndarray) -> Arrays:
     stages = {**trace.stages, "output": output}
     if trace.scores is not None:
         stages["scores"] = trace.scores
-    return {name: stages[name].astype(np.float64) for name in OBSERVED if name in stages}
+    every = {name: stages[name].astype(np.float64) for name in OBSERVED if name in stages}
+    for name in ("probabilities", "dropped_probabilities", "scores"):
+        if name in every:
+            # In a row that holds NaN, frameworks give a hidden key zero or NaN: it says nothing.
+            rows = np.isnan(every[name]).any(-1, keepdims=True)
+            every[name] = np.where(rows, np.nan, every[name])
+    return every
 
 
 def compare_stages(
@@ -118,6 +124,8 @@ def compare_stage(
     limits = np.nan_to_num(np.asarray(allowed, np.float64), nan=np.inf, posinf=np.inf)
     sizes_of = np.nan_to_num(np.abs(reference), nan=0.0, posinf=0.0)
     axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
+    if limits.shape == reference.shape and not axes:
+        axes = tuple(range(2, reference.ndim))  # of each feature: one position is the unit's
     wrong = structure(name, reference, candidate)
     faults = (*wrong, *faults)
     if candidate.shape != reference.shape or not reference.size:

@@ -154,6 +154,7 @@ class Trace:
     stages: Arrays = field(default_factory=dict)
     # Of the sum of the output times a fixed cotangent, by canonical name; empty where it has none
     gradients: Arrays = field(default_factory=dict)
+    without_gradients: str = ""  # Why it has none, in words
     weights: Arrays | None = None  # Its canonical weights, where they are known
     config: AttentionConfig | None = None  # Its options, where they are known
     accumulated: str | None = None  # The dtype of its sums; None: that which anymha would take

@@ -1,0 +1,281 @@
+"""How a callable of the user's own takes a call: inputs, masks and options by its own names.
+
+A function may name its inputs in another order than anymha's layer, and its masks as its library
+does. What its signature does not tell is passed as anymha's layer takes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import LayoutError
+from anymha.parity.oracle.truth import spread_mask
+from anymha.parity.stages.trace import INPUTS, MASKS, Request
+
+SYNONYMS = {
+    "use_causal_mask": ("is_causal", "causal"),
+    "attention_bias": ("attn_bias", "bias", "position_bias"),
+    "training": ("train",),
+}
+"""Other names of anymha's arguments, apart from masks."""
+
+PADDING = "padding"
+"""In the name of a mask: True = padding, which nobody attends to, as in torch."""
+
+OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_causal", "causal",
+           "dropout", "need_weights", "average_attn_weights", "rngs", "rng")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One form in which a callable may be given a call."""
+
+    inputs: tuple[tuple[str, str], ...]  # Its parameter, or "" for a place, and the input's name
+    arguments: dict[str, Any]  # The call's other arguments by its own names, in NumPy
+    notes: tuple[str, ...] = ()  # How masks were handed over, where it could be meant otherwise
+
+    def call(self, function: Callable[..., Any], inputs: Mapping[str, Any], arguments: Any) -> Any:
+        """The result for these inputs by name, of which later ones default to earlier ones."""
+        query = inputs["query"]
+        value = inputs.get("value", query)
+        three = {"query": query, "value": value, "key": inputs.get("key", value)}
+        places = [three[which] for name, which in self.inputs if not name]
+        named = {name: three[which] for name, which in self.inputs if name}
+        return function(*places, **named, **arguments)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a callable can be given, as its signature tells."""
+
+    name: str  # What messages call it
+    inputs: tuple[str, ...] = INPUTS  # What its inputs are, in its order
+    places: tuple[str, ...] = ("", "", "")  # The name of each input's parameter; "": by place
+    needs: int = 1  # How many of the inputs it needs
+    names: frozenset[str] = frozenset()  # Its other parameters
+    unknown: tuple[str, ...] = ()  # Parameters that it needs and no call has
+    anything: bool = True  # Whether it takes arguments of any name
+    heads: int = 0  # How many heads it says that it has; 0: it does not say
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], owner: Any = None) -> Parameters:
+        """Those of a function; `owner` is the object whose method it is."""
+        name = name_of(function if owner is None else owner)
+        try:
+            every = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # of some functions that are written in C
+            return cls(name)
+        if any(p.kind is p.VAR_POSITIONAL for p in every):
+            named = frozenset(p.name for p in every if p.kind is p.KEYWORD_ONLY)
+            return cls(name, names=named, anything=any(p.kind is p.VAR_KEYWORD for p in every))
+        places = [p for p in every if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        inputs = [p for p in places if not _is_option(p)][:3]
+        led = [a is b for a, b in zip(places, inputs, strict=False)]
+        front = led.index(False) if False in led else len(led)
+        # Inputs behind the first option cannot be given by their place.
+        names = ["" if i < front else p.name for i, p in enumerate(inputs)]
+        others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
+        unknown = [p.name for p in others if p.default is p.empty and not _is_option(p)]
+        said = [getattr(owner, n, 0) for n in ("num_heads", "n_heads", "n_head", "heads", "nhead")]
+        return cls(
+            name,
+            tuple(_roles([p.name for p in inputs])),
+            tuple(names),
+            sum(p.default is p.empty for p in inputs),
+            frozenset(p.name for p in others),
+            tuple(unknown),
+            any(p.kind is p.VAR_KEYWORD for p in every),
+            next((n for n in said if isinstance(n, int) and n), 0),
+        )
+
+    @property
+    def like_torch(self) -> bool:
+        """Whether its masks have the names of `torch.nn.MultiheadAttention`'s, and their sense."""
+        return {"key_padding_mask", "attn_mask"} <= self.names
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """Its parameters for masks: for the whole mask, and for the mask of the keys."""
+        free = sorted(n for n in self.names if "mask" in n and n not in SYNONYMS)
+        free = [n for n in free if n not in MASKS or n == "attention_mask"]
+        padding = [n for n in free if PADDING in n]
+        whole = [n for n in free if n not in padding]
+        whole.sort(key=lambda n: (n != "attention_mask", n != "attn_mask", n != "mask"))
+        return {kind: several[0] for kind, several in (("whole", whole), ("keys", padding))
+                if several}  # fmt: skip
+
+    def lacking(self, request: Request) -> str:
+        """Why it cannot be given the call, in words; empty where it can."""
+        if self.unknown:
+            return f"needs {_listed(self.unknown)}, which no call has"
+        if "value" in request.inputs and len(self.inputs) < 2:
+            return "takes one input alone"
+        if "key" in request.inputs and not {"value", "key"} <= {*self.inputs}:
+            _, value, key = request.three
+            if not (key.shape == value.shape and np.array_equal(key, value, equal_nan=True)):
+                return "takes two inputs alone"
+        lost = self._assigned(request)[2]
+        return f"does not take {_listed(lost)}" if lost else ""
+
+    def joined(self, request: Request) -> str:
+        """Which masks would reach it as one, in words; empty where none would."""
+        folded = self._assigned(request)[1]
+        keys = {"value_mask", "key_mask"} if "keys" in self.masks else set()
+        whole = [name for name in folded if name not in keys]
+        return f"takes {_listed(whole)} as one mask" if len(whole) > 1 else ""
+
+    def forms(self, request: Request) -> Iterator[Fitted]:
+        """The forms in which it may take a call, the likeliest first.
+
+        Raises:
+            LayoutError: it cannot be given the call.
+        """
+        reason = self.lacking(request)
+        if reason:
+            raise LayoutError(f"{self.name} {reason}.")
+        present = [i + 1 for i, name in enumerate(self.inputs) if name in request.inputs]
+        count = max(self.needs, *present)
+        inputs = tuple(zip(self.places[:count], self.inputs[:count], strict=True))
+        own, folded, _ = self._assigned(request)
+        if self.like_torch and "need_weights" in self.names:
+            own["need_weights"] = False
+        if not folded:
+            yield Fitted(inputs, own)
+            return
+        for masks, words in self._mask_forms(request, folded):
+            yield Fitted(inputs, {**own, **masks}, ("; ".join(words),))
+
+    def _assigned(self, request: Request) -> tuple[dict[str, Any], list[str], list[str]]:
+        """Arguments by its own names; those that reach it in a mask of another name; the others."""
+        own: dict[str, Any] = {}
+        folded, lost = [], []
+        for name, value in request.arguments().items():
+            others = [other for other in SYNONYMS.get(name, ()) if other in self.names]
+            keys = "keys" in self.masks and name in ("value_mask", "key_mask")
+            if name in self.names or others:
+                own[name if name in self.names else others[0]] = value
+            elif name in MASKS and (keys or "whole" in self.masks):
+                folded.append(name)
+            elif self.anything:
+                own[name] = value
+            elif name != "seed" and (isinstance(value, np.ndarray) or bool(value)):
+                lost.append(name)
+        whole = self.masks.get("whole")
+        if whole in own and any(n not in ("value_mask", "key_mask") or "keys" not in self.masks
+                                for n in folded):  # fmt: skip
+            folded.append(str(whole))
+            del own[str(whole)]
+        return own, folded, lost
+
+    def _mask_forms(
+        self, request: Request, folded: list[str]
+    ) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Masks by its own names, in each shape that it may want, and words for it."""
+        kinds = self.masks
+        keys = [n for n in folded if n in ("value_mask", "key_mask") and "keys" in kinds]
+        rest = [n for n in folded if n not in keys]
+        padding, words = {}, []
+        if keys:
+            seen = np.logical_and.reduce([request.masks[n] for n in keys])
+            padding[kinds["keys"]] = ~seen
+            words.append(f"`{kinds['keys']}` is given with True = padding")
+        if not rest:
+            yield padding, words
+            return
+        name, hidden = kinds["whole"], self.like_torch
+        seen = _dense(request, rest)
+        sense = "may not attend" if hidden else "may attend"
+        for mask in _shapes(seen, hidden, self.heads):
+            told = f"`{name}` is given as {mask.shape}, True = {sense}"
+            yield {**padding, name: ~mask if hidden else mask}, [*words, told]
+
+
+def _shapes(seen: np.ndarray, torch: bool, heads: int) -> Iterator[np.ndarray]:
+    """A mask (B, 1 or H, T, S) in each shape that attention takes masks in."""
+    batch, count, queries, keys = seen.shape
+    if torch:
+        if count == 1 and np.array_equal(seen, np.broadcast_to(seen[:1], seen.shape)):
+            yield seen[0, 0]
+        if heads:
+            whole = np.broadcast_to(seen, (batch, heads, queries, keys))
+            yield whole.reshape(batch * heads, queries, keys)
+    yield seen  # before (B, T, S), whose batch a port with as many heads would take for these
+    if count == 1:
+        yield seen[:, 0]
+    if count == 1 and np.array_equal(seen, np.broadcast_to(seen[:, :, :1], seen.shape)):
+        yield seen[:, 0, 0]
+
+
+def _dense(request: Request, names: list[str]) -> np.ndarray:
+    """These masks as one (B, 1 or H, T, S), True = may attend."""
+    query, value, _ = request.three
+    batch, queries, keys = query.shape[0], query.shape[1], value.shape[1]
+    seen = np.ones((batch, 1, queries, keys), bool)
+    for name in names:
+        seen = seen & spread_mask(name, request.masks[name], 1, 1, 1)
+    return seen
+
+
+def first_that_runs(
+    forms: Iterator[Fitted], run: Callable[[Fitted], Mapping[str, Any]], request: Request
+) -> tuple[Fitted, Mapping[str, Any]]:
+    """The first form in which a callable gives an output of the query's lengths; and the results.
+
+    Where none does, what the first gives, or raises.
+    """
+    every = list(forms)
+    failed: list[Exception] = []
+    for form in every[:-1] or every:
+        try:
+            results = run(form)
+        except Exception as error:  # whatever it raises; another form may be the one it takes
+            failed.append(error)
+            continue
+        lengths = request.inputs["query"].shape[:-1]
+        if len(every) == 1 or tuple(results["output"].shape[:-1]) == lengths:
+            return form, results
+    try:
+        return every[-1], run(every[-1])
+    except Exception as error:
+        raise (failed or [error])[0] from None
+
+
+def name_of(function: Any) -> str:
+    """The name of a callable in messages, without the place where it was made."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    name = name.rpartition("<locals>.")[2]
+    return "the function" if name == "<lambda>" else name
+
+
+def _is_option(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is not an input, but one of the call's other arguments."""
+    if parameter.default is not parameter.empty and parameter.default is not None:
+        return True
+    name = parameter.name
+    return "mask" in name or name.endswith("bias") or name in OPTIONS
+
+
+def _roles(names: list[str]) -> list[str]:
+    """Which input each of these parameters is: by its name, else by its place."""
+    roles = [next((role for role in INPUTS if _plays(name, role)), "") for name in names]
+    if len(set(filter(None, roles))) < sum(map(bool, roles)):
+        roles = [""] * len(names)  # two of one name say nothing
+    free = [role for role in INPUTS if role not in roles]
+    return [role or free.pop(0) for role in roles]
+
+
+def _plays(name: str, role: str) -> bool:
+    return name in (role, role[0], f"{role}s", f"{role}_states", f"x_{role[0]}", f"x{role[0]}",
+                    f"{role[0]}_in", f"input{role[0].upper()}", f"input_{role[0]}")  # fmt: skip
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,149 @@
+"""Functions and modules are called by their own names for inputs, masks and options."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.errors import LayoutError
+from anymha.parity import compare
+from tests.conftest import usable
+
+RNG = np.random.default_rng(13)
+X, Y, Z = (RNG.standard_normal((2, n, 8)).astype(np.float32) for n in (5, 6, 6))
+LAYER = anymha.MultiHeadAttention(
+    2, 4, query_features=8, backend="numpy", seed=0, bias_initializer="random_normal"
+)
+TOKENS = np.arange(6) < [[6], [3]]
+MASK = RNG.random((2, 5, 6)) < 0.6
+MASK[..., 0] = True
+
+
+def by_torch_order(query: Any, key: Any, value: Any) -> Any:
+    return LAYER(query, value, key)
+
+
+def by_letters(v: Any, q: Any, k: Any) -> Any:
+    return LAYER(q, v, k)
+
+
+def mask_between(q: Any, mask: Any, k: Any, v: Any) -> Any:
+    return LAYER(q, v, k, attention_mask=mask[:, 0])
+
+
+def unnamed(a: Any, b: Any = None, c: Any = None) -> Any:
+    return LAYER(a, b, c)
+
+
+def with_settings(x: Any, heads: int = 2, scale: float = 1.0) -> Any:
+    assert (heads, scale) == (2, 1.0)
+    return LAYER(x)
+
+
+def padding(q: Any, k: Any, v: Any, key_padding_mask: Any = None) -> Any:
+    return LAYER(q, v, k, value_mask=None if key_padding_mask is None else ~key_padding_mask)
+
+
+def causal(x: Any, is_causal: bool = False) -> Any:
+    return LAYER(x, use_causal_mask=is_causal)
+
+
+CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
+    "torch's order": (by_torch_order, [X, Y, Z], {}),
+    "torch's order, two inputs": (by_torch_order, [X, Y], {}),
+    "torch's order, one input": (by_torch_order, [X], {}),
+    "letters": (by_letters, [X, Y, Z], {}),
+    "a mask between": (mask_between, [X, Y, Z], {"attention_mask": MASK}),
+    "no names": (unnamed, [X, Y, Z], {}),
+    "settings": (with_settings, [X], {}),
+    "padding": (padding, [X, Y, Z], {"value_mask": TOKENS}),
+    "causal": (causal, [X], {"use_causal_mask": True}),
+    "partial": (functools.partial(by_torch_order), [X, Y, Z], {}),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_function_gets_what_its_names_say(case: str) -> None:
+    function, inputs, call = CALLS[case]
+    report = compare(LAYER, function, inputs, **call)
+    assert report.passed, report.to_text()
+
+
+def test_exchanged_arguments_inside_are_still_found() -> None:
+    report = compare(LAYER, lambda query, key, value: LAYER(query, key, value), [X, Y, Z])
+    assert "inputs exchanged" in str(report.diagnosis)
+
+
+def test_names_in_messages_have_no_place_of_making() -> None:
+    def adapt() -> Callable[..., Any]:
+        def ported(query: Any) -> Any:
+            return -LAYER(query)
+
+        return ported
+
+    assert compare(LAYER, adapt(), X).candidate == "ported"
+    assert compare(LAYER, functools.partial(adapt()), X).candidate == "ported"
+    assert compare(LAYER, lambda query: LAYER(query), X).candidate == "the function"
+
+
+def test_arrays_of_numpy_in_a_function_of_torch_are_hinted_at() -> None:
+    usable("torch")
+    torch: Any = importlib.import_module("torch")
+    with pytest.raises(TypeError) as failure:
+        compare(LAYER, lambda query: torch.softmax(query, -1), X)
+    assert "`--arrays torch`" in failure.value.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_what_a_callable_does_not_take_is_refused_in_words(kind: str) -> None:
+    def port(query: Any) -> Any:
+        return LAYER(query)
+
+    candidate: Any = port
+    if kind == "module":
+        usable("torch")
+        torch: Any = importlib.import_module("torch")
+
+        class Module(torch.nn.Module):
+            def forward(self, query: Any) -> Any:
+                return query
+
+        candidate = Module()
+    with pytest.raises(LayoutError, match="does not take `value_mask`"):
+        compare(LAYER, candidate, X, value_mask=TOKENS[:, :5])
+    with pytest.raises(LayoutError, match="takes one input alone"):
+        compare(LAYER, candidate, [X, Y])
+
+
+@pytest.mark.parametrize("first", ["batch", "time"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_module_that_plays_torchs_layer(first: str, wrong: bool) -> None:
+    usable("torch")
+    torch: Any = importlib.import_module("torch")
+    inner = torch.nn.MultiheadAttention(8, 2, batch_first=first == "batch")
+    anymha.set_weights(inner, anymha.get_weights(LAYER))
+
+    class Plays(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.num_heads, self.batch_first = inner, 2, first == "batch"
+
+        def forward(
+            self, query: Any, key: Any, value: Any, key_padding_mask: Any = None,
+            need_weights: bool = True, attn_mask: Any = None,
+        ) -> Any:  # fmt: skip
+            if wrong and key_padding_mask is not None:
+                key_padding_mask = ~key_padding_mask
+            return self.inner(query, key, value, key_padding_mask, need_weights, attn_mask)
+
+    call = {"value_mask": TOKENS, "attention_mask": MASK[:, :, ::-1] | TOKENS[:, None]}
+    report = compare(LAYER, Plays(), [X, Y, Z], **call)
+    assert report.passed is not wrong, report.to_text()
+    if wrong:
+        assert "inverted mask" in str(report.diagnosis)
