@@ -115,7 +115,9 @@ def _explained_by_calls(
     def judge(output: np.ndarray) -> float:
         output = output.astype(first.output.dtype)
         trace = dataclasses.replace(first, output=output, scores=None)
-        nearby = stirred and dataclasses.replace(stirred, output=output + rounding)
+        nearby = None
+        if stirred is not None and output.shape == first.output.shape:
+            nearby = dataclasses.replace(stirred, output=output + rounding)
         stage = outputs_alone(request, trace, second, stirred=nearby).stages[0]
         return stage.units / stage.budget if stage.budget else math.inf
 
