@@ -132,7 +132,7 @@ def _softmax(
     own = ops.capabilities.softmax if unseen else None
     # A framework that has a softmax may have been told to refuse numbers that are not finite.
     finite = own is not None
-    if exact or biased or logits.shape[-1] == 0:
+    if own is not None and (exact or biased or logits.shape[-1] == 0):
         own = None
     if mask is None:
         if own is not None:
