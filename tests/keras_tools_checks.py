@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.errors import AnymhaError
+from anymha.errors import AnymhaError, WeightsError
 from anymha_keras import MultiHeadAttention
 
 BACKEND = keras.config.backend()
@@ -454,6 +454,9 @@ def test_activation_of_a_projection_acts(subject: str, name: str) -> None:
         layer = attention(kind)
         dense(layer, name).activation = keras.activations.tanh
         outputs.append(to_numpy(layer(X, X)))
+        if kind != "reference":
+            with pytest.raises(WeightsError, match="an activation of its own"):
+                anymha.get_weights(layer)
     close(*outputs)
     assert np.abs(outputs[0] - to_numpy(attention(subject)(X, X))).max() > 1e-3
 

@@ -219,3 +219,23 @@ def test_small_numbers_vanish_whatever_numpy_is_told(dtype):
 def test_overflow_is_an_error_where_numpy_is_told_so():
     with np.errstate(all="raise"), pytest.raises(FloatingPointError, match="overflow"):
         make()(np.full((1, 3, 8), 3e38, "float32"))
+
+
+def test_a_number_that_vanishes_changes_no_seed() -> None:
+    layer = make(dropout=0.5)
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32) * 1000
+    drawn: list[int] = []
+
+    def seed() -> int:
+        drawn.append(len(drawn))
+        return 7
+
+    layer(x)
+    expected = layer(x, training=True, seed=7)
+    np.random.seed(3)
+    first = layer(x, training=True)
+    with np.errstate(under="raise"):
+        assert np.array_equal(layer(x, training=True, seed=seed), expected)
+        assert drawn == [0]
+        np.random.seed(3)
+        assert np.array_equal(layer(x, training=True), first)

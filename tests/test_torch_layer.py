@@ -22,6 +22,7 @@ from tests.frameworks import required
 
 torch = required("torch")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from anymha_torch import MultiHeadAttention  # noqa: E402
@@ -781,3 +782,71 @@ def test_what_is_said_of_weights_before_the_first_call_holds_afterwards(x):
     layer(x.double())
     assert not any(p.requires_grad for p in layer.parameters())
     assert layer.query.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({"dropout": 0.1}, {"use_causal_mask": True, "training": True, "seed": 1}),
+        ({"softcap": 5.0}, {"use_causal_mask": True, "return_attention_scores": True}),
+        ({"value_dim": 3}, {"return_attention_scores": True}),
+        ({"sliding_window": 2}, {"return_attention_scores": True}),
+    ],
+)
+def test_calls_under_autocast_are_all_alike(x, options, call, stored, dtype):
+    layer = make(**options).to(getattr(torch, stored))
+    with torch.autocast("cpu", getattr(torch, dtype)):
+        found = [layer(x.to(getattr(torch, stored)), **call) for _ in range(4)]
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=0, atol=0)
+    if "return_attention_scores" in call:
+        sums = found[-1][1].float().sum(-1)
+        rounding = 1e-6 if stored == "float32" else 2e-2
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=rounding)
+
+
+def test_what_inference_mode_made_is_not_kept_for_training(x):
+    config = anymha.AttentionConfig(2, 4, query_features=8, softcap=3.0)
+    weights = {n: torch.from_numpy(w) for n, w in anymha.get_weights(make(softcap=3.0)).items()}
+    for _ in range(3):
+        with torch.inference_mode():
+            anymha.multi_head_attention(weights, x, config=config, use_causal_mask=True)
+    x.requires_grad_()
+    anymha.multi_head_attention(weights, x, config=config, use_causal_mask=True).sum().backward()
+    assert x.grad is not None
+
+
+def test_what_a_fake_tensor_mode_made_is_not_kept(x):
+    layer = make(softcap=3.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for _ in range(3):
+            layer(x, use_causal_mask=True)
+    assert type(layer(x, use_causal_mask=True)) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", ["query", "output"])
+def test_a_bias_that_the_options_do_not_have_is_refused(x, name):
+    layer, other = make(use_bias=False), make(use_bias=False, seed=1)
+    weights = anymha.get_weights(other)
+    getattr(layer, name).bias = torch.nn.Parameter(torch.ones(8))
+    for act in (anymha.get_weights, lambda one: anymha.set_weights(one, weights)):
+        with pytest.raises(WeightsError, match=f"`{name}.bias` must not be there"):
+            act(layer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_replica_of_data_parallel_computes_the_same(x, dtype):
+    layer = make().to(getattr(torch, dtype))
+    replica = layer._replicate_for_data_parallel()
+    for name, module in layer.named_children():  # as `torch.nn.parallel.replicate` does
+        copy_of = module._replicate_for_data_parallel()
+        for part, parameter in module.named_parameters():
+            setattr(copy_of, part, parameter.detach().clone())
+        replica._modules[name] = copy_of
+    x = x.to(getattr(torch, dtype))
+    rounding = 2e-2 if dtype == "bfloat16" else 1e-6
+    torch.testing.assert_close(replica(x), layer(x), rtol=0, atol=rounding)
+    with pytest.raises(RuntimeError, match="DataParallel"):
+        make(query_features=None)._replicate_for_data_parallel()

@@ -59,15 +59,22 @@ def is_plain(dense: Any) -> bool:
 
 
 def check_readable(name: str, dense: Any) -> None:
-    """Refuse the weights of what stands in the place of a projection.
+    """Refuse the weights of what stands in the place of a projection, or computes more than it.
 
     Raises:
-        WeightsError: it is no projection of ours.
+        WeightsError: it is no projection of ours, or has an activation or a call of its own.
     """
     if not isinstance(dense, Projection):
         raise WeightsError(
             f"`{name}` must be the layer's own projection for its weights to be read or written. "
             f"Received: {type(dense).__module__}.{type(dense).__qualname__} in its place."
+        )
+    own_call = type(dense).call is not _CALL or "call" in vars(dense)
+    if own_call or dense.activation is not keras.activations.linear:
+        raise WeightsError(
+            f"`{name}` must compute ``x . kernel + bias`` for its weights to be read or written. "
+            f"Received: a projection with {'a `call`' if own_call else 'an activation'} of its "
+            "own, which the weights alone do not tell. Remove it first."
         )
 
 

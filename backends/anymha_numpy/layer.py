@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from operator import is_
 from typing import Any, Unpack
 
@@ -69,16 +69,23 @@ class MultiHeadAttention(NativeLayer):
         key: np.ndarray | None = None,
         **call: Unpack[CallOptions[np.ndarray]],
     ) -> Any:
+        given: Any = call
+        if self.config.dropout and given.get("training"):
+            seed = given.get("seed")
+            if seed is None or callable(seed):
+                given["seed"] = cache(seed or ops.draw_seed)
         weights: Any = self._prepared() if self.weights else self._build
-        try:
-            return multi_head_attention(
-                ops, self.config, weights, query, value, key, plans=self.plans, **call
-            )
-        except FloatingPointError:
-            with np.errstate(under="ignore"):  # around each call it would take time
+        if self.weights:
+            try:
                 return multi_head_attention(
-                    ops, self.config, weights, query, value, key, plans=self.plans, **call
+                    ops, self.config, weights, query, value, key, plans=self.plans, **given
                 )
+            except FloatingPointError:  # where `np.seterr` says so; with the same seed once more
+                pass
+        with np.errstate(under="ignore"):  # around each call it would take time
+            return multi_head_attention(
+                ops, self.config, weights, query, value, key, plans=self.plans, **given
+            )
 
     def __repr__(self) -> str:
         return f"MultiHeadAttention({shown_options(self.config)})"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._C import (
     _get_tracing_state,
+    _is_any_autocast_enabled,  # pyright: ignore
     _len_torch_dispatch_stack,  # pyright: ignore
     _len_torch_function_stack,  # pyright: ignore
 )
@@ -40,6 +41,7 @@ from anymha_torch import ops
 from anymha_torch.projection import (
     NAMES,
     LazyWeight,
+    check_biases,
     check_writable,
     dtype_of,
     effective,
@@ -160,6 +162,10 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         if mine:
             self._assigned(first_weights(self.config, widths_of(mine), ops.draw_seed, ops))
 
+    def _replicate_for_data_parallel(self) -> Any:
+        module: Any = nn.Module if self.built else LazyModuleMixin  # which says that it cannot
+        return module._replicate_for_data_parallel(self)
+
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         """Make the weights for a call, before it is compiled."""
         call: dict[str, Any] = dict(zip(("query", "value", "key"), args, strict=False))
@@ -187,12 +193,14 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
             or _get_tracing_state() is not None
+            or _len_torch_dispatch_stack() > 0
         )
         plans = prepared = None
         if not tracing:
             plans = self._inference_plans if torch.is_inference_mode_enabled() else self.plans
-            # A mode that watches torch's functions shall see `linear`.
-            watched = _len_torch_function_stack() or _len_torch_dispatch_stack()
+            # A mode that watches torch's functions shall see `linear`, and what runs in another
+            # dtype than it was given is no matter of rows.
+            watched = _len_torch_function_stack() or _is_any_autocast_enabled()
             prepared = None if watched else plans
         projections: Any
         if "_like" in self._buffers:
@@ -231,6 +239,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         modules: Any = self._modules
         widths = [getattr(modules[n], "in_features", None) for n in ("query", "value", "key")]
         arrays = {}
+        check_biases(modules, self.config)
         for full, shape in self.config.weight_shapes(*widths).items():
             name, _, part = full.partition(".")
             weight = effective(name, modules[name], PARTS[part])
@@ -244,6 +253,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         if not self.built:
             self._allocate({name: tuple(value.shape) for name, value in values.items()})
         tensors = []
+        check_biases(modules, self.config)
         for full, value in values.items():
             name, _, part = full.partition(".")
             effective(name, modules[name], PARTS[part])  # refuses what is no linear layer any more

@@ -94,7 +94,12 @@ def chunk_size(device, /):
 
 
 def is_tracing():
-    return torch.compiler.is_compiling() or transformed()
+    return (
+        torch.compiler.is_compiling()
+        or transformed()
+        or torch.is_inference_mode_enabled()  # its tensors are of no use outside
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def is_differentiated(x, /):

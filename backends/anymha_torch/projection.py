@@ -348,7 +348,7 @@ def _called(module: Any, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
 
 def dtype_of(module: Any) -> torch.dtype | None:
     """The dtype of a projection's weights; None where it has no floating parameter."""
-    parameter = module._parameters.get("weight")
+    parameter = module._parameters.get("weight", module.__dict__.get("weight"))  # of a replica
     if parameter is None:
         parameter = next(module.parameters(), None)
     if parameter is None or not parameter.dtype.is_floating_point:
@@ -377,6 +377,22 @@ def effective(name: str, module: Any, part: str) -> torch.Tensor | None:
         )
     made = made_parts(module).get(part)
     return getattr(module, part) if made is None else made()
+
+
+def check_biases(modules: Mapping[str, Any], config: AttentionConfig) -> None:
+    """Refuse a projection that adds a bias which the options do not have.
+
+    Raises:
+        WeightsError: there is one.
+    """
+    for name in PROJECTIONS:
+        bias = getattr(modules[name], "bias", None)
+        if name not in config.biased and isinstance(bias, torch.Tensor):
+            raise WeightsError(
+                f"`{name}.bias` must not be there: the layer's options have no bias there, and "
+                f"its weights would leave it out. Received: a bias of shape {tuple(bias.shape)}. "
+                f"Make the layer with `use_bias`, or set `layer.{name}.bias = None`."
+            )
 
 
 def made_parts(module: Any) -> dict[str, Callable[[], torch.Tensor]]:
