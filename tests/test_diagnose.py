@@ -274,6 +274,14 @@ def test_a_stage_that_is_reported_otherwise_is_no_mistake_of_the_weights() -> No
         )
 
 
+def clamped(x: Any) -> Any:
+    """`x`, whose gradient is cut off."""
+    x = x.clone()
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    return x
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -281,6 +289,7 @@ def test_a_stage_that_is_reported_otherwise_is_no_mistake_of_the_weights() -> No
         (lambda q, k, v: (q, k, v.detach()), "no gradient flows through the value"),
         (lambda q, k, v: (q.detach(), k.detach(), v), "no gradient flows through"),
         (lambda q, k, v: (q, 0.5 * k + 0.5 * k.detach(), v), "key is multiplied by 0.5"),
+        (lambda q, k, v: (q, k, clamped(v)), "the gradients alone differ"),
     ],
 )
 def test_where_gradients_are_lost_is_named(wrong, words) -> None:
@@ -319,3 +328,29 @@ def test_a_mask_is_named_where_no_weights_are_known() -> None:
     mask[:, :, 0], mask[:, :, 1] = True, False
     report = compare(reference, inverted, X, attention_mask=mask)
     assert str(report.diagnosis).startswith("inverted mask (the mask)")
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("query", lambda q: q - WEIGHTS["query.bias"]),
+        ("query", lambda q: q[:, :, ::-1]),
+        ("key", lambda k: k[:, :, ::-1] - 0.3),
+    ],
+)
+def test_a_stage_that_is_told_wrongly_beside_a_right_output_is_no_mistake(stage, change) -> None:
+    right = np.einsum("btd,dhk->bthk", X, WEIGHTS[f"{stage}.kernel"]) + WEIGHTS[f"{stage}.bias"]
+    port = declare(lambda query: {"output": LAYER(query), stage: change(right)},
+                   anymha.get_weights(LAYER), "anymha")  # fmt: skip
+    told = str(compare(LAYER, port, X).diagnosis)
+    assert told == f"the reported {stage} is not that of which the output is made"
+
+
+def test_a_value_that_is_the_key_too_has_the_gradients_of_both() -> None:
+    torch = need("torch")
+    options = {"query_features": FEATURES, "softcap": 1.5, "seed": 1}
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, backend="torch", **options)
+    x, y = (torch.from_numpy(10 * np.random.default_rng(n).standard_normal(X.shape)).float()
+            for n in (1, 2))  # fmt: skip
+    report = compare(layer, lambda query, value: layer(query, value), (x, y))
+    assert report.passed, report.to_text()

@@ -13,11 +13,14 @@ from anymha.parity.diagnose.measured import number
 from anymha.parity.oracle.oracle import Changes, gradients_of
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded
+from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Trace
 
 START = "gradient of "
-LEFT = 0.05
-"""The greatest part of the differences of gradients that a mistake may leave."""
+LEFT = 1e-3, 0.05
+"""The least and the greatest part of the differences of gradients that a mistake may leave, by
+their rounding."""
 
 PLACES = ("output", "context", "logits", "query", "key", "value", "input of query", "input of key",
           "input of value")  # fmt: skip
@@ -43,10 +46,11 @@ def diagnose_gradients(
         gradients = folded.shaped(gradients_of(folded.recipe, flat, changes))
         return _joined(gradients, reference, names)
 
+    most = min(max(LEFT[0], 32 * max(eps(computed_dtype(trace)) for trace in traces)), LEFT[1])
     right, got = (_joined(side, reference, names) for side in (reference, candidate))
     known = set(names) <= set(folded.shaped(gradients_of(folded.recipe, flat, {})))
     found: list[tuple[float, Cause]] = []
-    if known and np.linalg.norm(vector({}) - right) < LEFT * np.linalg.norm(got - right):
+    if known and np.linalg.norm(vector({}) - right) < most * np.linalg.norm(got - right):
         exact = vector({})
         scale = folded.recipe.scale
         lost = [n for n in names if np.any(reference[n]) and not np.any(candidate[n])]
@@ -57,12 +61,12 @@ def diagnose_gradients(
             fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
                    "tensor that is detached.")  # fmt: skip
             found.append((left, Cause(name, detail, first, fix)))
-    found = [one for one in found if one[0] <= LEFT]
+    found = [one for one in found if one[0] <= most]
     if found:
         # The first of those that leave about the same: the places stand in the order of the layer.
         least = min(left for left, _ in found)
         left, cause = next(one for one in found if one[0] <= 1.5 * least + 1e-5)
-        return Diagnosis((cause,), min(left / LEFT, 1.0))
+        return Diagnosis((cause,), min(left / most, 1.0))
     return gradients_alone(first)
 
 

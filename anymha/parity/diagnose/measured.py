@@ -76,5 +76,6 @@ def _improved(family: Family, evidence: Evidence, value: float, room: float) -> 
 
 
 def number(value: float) -> str:
-    """A measured number, as short as it is certain."""
-    return f"{value:.3g}"
+    """A measured number, as short as it is certain; what is almost 1 is told from it."""
+    short = f"{value:.3g}"
+    return f"{value:.6g}" if short == "1" else short

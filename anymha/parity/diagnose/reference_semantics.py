@@ -63,6 +63,8 @@ class ReferenceSemantics:
             return gradients()
         if diagnosis is not None and not diagnosis.explained:
             diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
+        if diagnosis is not None and not (diagnosis.explained or diagnosis.small):
+            diagnosis = self._of_a_stage_alone(trace, flow, wrong) or diagnosis
         if "scores" not in wrong:
             return diagnosis
         own = self._of_scores(trace, scores, diagnosis)
@@ -76,6 +78,19 @@ class ReferenceSemantics:
         remaining = max(diagnosis.remaining, own.remaining)
         causes = (*diagnosis.causes, *own.causes)
         return replace(diagnosis, causes=causes, remaining=remaining)
+
+    def _of_a_stage_alone(
+        self, trace: Trace, reported: Arrays, wrong: Collection[str]
+    ) -> Diagnosis | None:
+        """A stage that is not the one of which the right output is made; None if that is wrong."""
+        output = {name: array for name, array in reported.items() if name == "output"}
+        stage = next((name for name in wrong if name in reported), "output")
+        if not output or stage == "output" or not self._search(self._known, trace, output).fits():
+            return None
+        verb = "are not those" if stage.endswith("s") else "is not that"
+        fix = "The output agrees: report what the next stage is computed from."
+        name = f"the reported {stage} {verb} of which the output is made"
+        return Diagnosis.certain(name, stage, fix)
 
     def _of_flow(self, trace: Trace, reported: Arrays) -> Diagnosis:
         if self.reason is not None and self._search(self.plain, trace, reported).fits():

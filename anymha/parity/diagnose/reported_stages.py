@@ -39,7 +39,8 @@ def told_otherwise(
             if one.errors(recipe)[name] <= 1:
                 axes = ", ".join(AXES[name])
                 fix = f"Report the {name} as ({axes}), without a factor: all that follows is right."
-                causes.append(Cause(f"the {name} is reported {words}", "", name, fix))
+                verb = "are" if name.endswith("s") else "is"
+                causes.append(Cause(f"the {name} {verb} reported {words}", "", name, fix))
                 right[name] = array
                 break
     if len(causes) < len(wrong):

@@ -68,6 +68,8 @@ class Folded:
             arrays[name] = self.unfolded(arrays[name], lengths, (x.shape[-1],))
         if problem.case.value is None:
             arrays["query"] = arrays["query"] + arrays.pop("value") + arrays.pop("key")
+        elif problem.inputs.get("key") is problem.inputs.get("value"):  # one array of both parts
+            arrays["value"] = arrays["value"] + arrays.pop("key")
         if recipe.bias is not None:
             shape = problem.inputs["attention_bias"].shape
             arrays["attention_bias"] = _summed(arrays["attention_bias"].reshape(self.full), shape)
