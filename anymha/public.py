@@ -98,6 +98,7 @@ def convert_file(
 
     Example:
         >>> import tempfile, numpy as np
+        >>> from pathlib import Path
         >>> names = ("self.query", "self.key", "self.value", "output.dense")
         >>> file = Path(tempfile.mkdtemp()) / "bert.npz"
         >>> np.savez(file, **{f"0.{name}.weight": np.ones((8, 8), "float32") for name in names})

@@ -157,7 +157,7 @@ def zip_member(content: bytes, another: bytes, rng: random.Random) -> bytes:
         method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
         with zipfile.ZipFile(stream, "w", method) as new:
             for key, inner in members:
-                new.writestr(key, inner)
+                new.writestr(zipfile.ZipInfo(key), inner, method)  # of no time
     return stream.getvalue()
 
 

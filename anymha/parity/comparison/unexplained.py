@@ -119,12 +119,15 @@ def _is_dropped(got: np.ndarray, whole: np.ndarray) -> bool:
 
 
 def _dropped_shares(comparison: Comparison) -> tuple[np.ndarray, np.ndarray] | None:
-    """The factors of the probabilities that give the candidate's output, and ones.
+    """The dropped probabilities and the whole ones, or their factors by the output, and ones.
 
     None where the weights are not known, or the output has fewer features than the unknowns.
     """
     exact, (first, second) = comparison.exact, comparison.traces
     weights = first.weights or second.weights
+    told = comparison.reported.get("dropped_probabilities")
+    if exact and told is not None and told.shape == exact["probabilities"].shape:
+        return told, exact["probabilities"]
     if not exact or weights is None or second.output.ndim != 3:
         return None
     shares, values = exact["probabilities"], exact["value"]
