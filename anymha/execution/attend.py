@@ -23,7 +23,6 @@ def attend(
     query: Array,
     key: Array,
     value: Array,
-    *,
     mask: Array | None = None,
     bias: Array | None = None,
     observe: Observer | None = None,
