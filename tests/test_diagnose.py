@@ -354,3 +354,9 @@ def test_a_value_that_is_the_key_too_has_the_gradients_of_both() -> None:
             for n in (1, 2))  # fmt: skip
     report = compare(layer, lambda query, value: layer(query, value), (x, y))
     assert report.passed, report.to_text()
+
+
+def test_that_the_time_ran_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.0)
+    report = report_of({"output": lambda y, x: np.sin(3 * y)})
+    assert "nor any two of those that there was time for" in str(report.diagnosis)

@@ -41,6 +41,8 @@ class Diagnosis:
     recipe: Recipe | None = field(default=None, repr=False)
     small: bool = False  # Whether an unexplained difference is small everywhere
 
+    hurried: bool = False  # Whether the time ran out before every two mistakes were tried
+
     untried: str = ""  # Why known mistakes could not be tried, or not all; empty where they were
 
     @classmethod
@@ -57,7 +59,8 @@ class Diagnosis:
         if not self.causes and self.untried:
             return f"no known mistake is found, as few or none could be tried: {self.untried}"
         if not self.causes:
-            unknown = "no known mistake, nor any two of them, explains the difference"
+            two = "any two of those that there was time for" if self.hurried else "any two of them"
+            unknown = f"no known mistake, nor {two}, explains the difference"
             return f"{unknown}, which is small everywhere" if self.small else unknown
         named = " and ".join(map(str, self.causes))
         if not self.explained:

@@ -122,8 +122,11 @@ class Search:
         begun = self._by_prefix(singles)
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
-        found = self._pairs(singles) or begun
-        return found if found.causes else replace(found, small=self.before < SMALL)
+        found, hurried = self._pairs(singles)
+        found = found or begun
+        if found.causes:
+            return found
+        return replace(found, small=self.before < SMALL, hurried=hurried)
 
     def _of_weights(self) -> Diagnosis | None:
         """Other weights that the candidate tells, and one mistake more; or one other weight."""
@@ -200,8 +203,8 @@ class Search:
                 tried += self._tried(best.recipe, alone=True)
         return Diagnosis(tuple(causes), np.inf)
 
-    def _pairs(self, singles: list[_Tried]) -> Diagnosis | None:
-        """Two mistakes: the nearest single ones first, each with every other."""
+    def _pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
+        """Two mistakes, the nearest single ones first; and whether the time ran out."""
         until = time.monotonic() + SECONDS
         nearest = sorted(singles, key=lambda one: one.left)
         first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
@@ -211,10 +214,10 @@ class Search:
                 # Two measured numbers may fit what is no attention at all.
                 if other.explains and not one.rank == other.rank == 1:
                     both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
-                    return Diagnosis(tuple(both), other.worst, (), other.recipe)
+                    return Diagnosis(tuple(both), other.worst, (), other.recipe), False
                 if time.monotonic() > until:
-                    return None
-        return None
+                    return None, True
+        return None, False
 
     def _tried(
         self,
