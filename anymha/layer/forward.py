@@ -450,17 +450,15 @@ def _attention(
         heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
             and "bias".
     """
-    ops, query, key, features = plan.ops, heads["query"], heads["key"], spec.features
-    if features:
-        for feature in features:
-            query, key = feature.heads(ops, query, key)
+    ops, query, key = plan.ops, heads["query"], heads["key"]
+    for feature in spec.features:
+        query, key = feature.heads(ops, query, key)
     context, scores = attend(
         ops, spec, path, query, key, heads["value"], heads.get("mask"), heads.get("bias"),
         observe, with_scores,
     )  # fmt: skip
-    if features:
-        for feature in features:
-            context = feature.context(ops, context)
+    for feature in spec.features:
+        context = feature.context(ops, context)
     return context, scores
 
 

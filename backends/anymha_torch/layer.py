@@ -198,8 +198,8 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         plans = prepared = None
         if not tracing:
             plans = self._inference_plans if torch.is_inference_mode_enabled() else self.plans
-            # A mode that watches torch's functions shall see `linear`, and what runs in another
-            # dtype than it was given is no matter of rows.
+            # A mode that watches torch's functions shall see `linear`. Under autocast a projection
+            # gives another dtype than the layer computes in, which the kept ones do not cast.
             watched = _len_torch_function_stack() or _is_any_autocast_enabled()
             prepared = None if watched else plans
         projections: Any
