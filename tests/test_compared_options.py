@@ -147,7 +147,13 @@ SAME = {
     "one axis from the end": ({}, {"attention_axes": -2}),
     "two axes": ({}, {"attention_axes": (1, 2)}),
     "biases": ({}, {"use_bias": ("query", "key", "value", "output")}),
+    "window wider than any sequence": ({}, {"sliding_window": 1 << 31}),
 }
+
+
+def test_windows_are_compared_exactly() -> None:
+    configs = [AttentionConfig(**BASE, sliding_window=10_000_000 + more) for more in (0, 1)]
+    assert differing_options(*configs) == ("sliding_window",)
 
 
 @pytest.mark.parametrize(("one", "two"), SAME.values(), ids=SAME)

@@ -612,8 +612,9 @@ def test_a_kept_projection_is_the_one_that_is_there(name: str, change: Any) -> N
         assert not torch.equal(before, after)
 
 
-def test_training_after_inference_mode() -> None:
-    layer = MultiHeadAttention(2, 4, query_features=8, seed=0, softcap=2.0)
+@pytest.mark.parametrize("width", [8, None], ids=["built", "built by the call"])
+def test_training_after_inference_mode(width: int | None) -> None:
+    layer = MultiHeadAttention(2, 4, query_features=width, seed=0, softcap=2.0)
     x = torch.ones(1, 3, 8)
     with torch.inference_mode():
         for _ in range(3):

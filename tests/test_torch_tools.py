@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.errors import AnymhaError
+from anymha.errors import AnymhaError, ShapeError
 from tests.frameworks import required
 from tests.peer_layers import need
 
@@ -315,6 +315,27 @@ def test_projections_are_linears_with_their_names_and_shapes():
 def test_projections_of_the_reproducible_mode_are_linears():
     layer = attention("reproducible")
     assert all(isinstance(getattr(layer, name), nn.Linear) for name in PROJECTIONS)
+
+
+@pytest.mark.parametrize("calls_before", [0, 3])
+@pytest.mark.parametrize(
+    ("name", "widths"), [("query", (8, 6)), ("key", (6, 9)), ("value", (7, 2)), ("output", (5, 8))]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_projection_of_another_width_is_refused(name, widths, calls_before, wrapped):
+    layer = MultiHeadAttention(
+        2, 4, query_features=8, value_features=7, key_features=6, value_dim=3, seed=0
+    )
+    arrays = torch.ones(2, 3, 8), torch.ones(2, 5, 7), torch.ones(2, 5, 6)
+    for _ in range(calls_before):
+        layer(*arrays)
+    linear = nn.Linear(*widths)
+    if wrapped and name != "output":  # what it takes, nothing tells
+        linear = nn.Sequential(linear)
+    setattr(layer, name, linear)
+    wanted = {"query": 8, "key": 8, "value": 6, "output": 6}[name]
+    with pytest.raises(ShapeError, match=f"`{name}` must .* {wanted} features"):
+        layer(*arrays)
 
 
 def test_shapes_with_every_option():

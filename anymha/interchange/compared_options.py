@@ -11,6 +11,7 @@ import math
 from collections.abc import Container, Iterable
 from typing import Any
 
+from anymha.attention.masks import FAR
 from anymha.errors import LayoutError
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
@@ -141,7 +142,10 @@ def _default_of(config: AttentionConfig) -> AttentionConfig:
 
 def _meaning(config: AttentionConfig, name: str) -> Any:
     """The option's value; where it is the default None, what None stands for."""
-    return config.scale_value if name == "scale" else getattr(config, name, None)
+    if name == "scale":
+        return config.scale_value
+    value = getattr(config, name, None)
+    return None if name == "sliding_window" and value is not None and value > FAR else value
 
 
 def _same(config: AttentionConfig, other: AttentionConfig, name: str) -> bool:
@@ -151,7 +155,7 @@ def _same(config: AttentionConfig, other: AttentionConfig, name: str) -> bool:
     if name == "attention_axes":
         return _same_axes(one, two)
     numbers = isinstance(one, (int, float)) and isinstance(two, (int, float))
-    if numbers and not isinstance(one, bool) and not isinstance(two, bool):
+    if numbers and (isinstance(one, float) or isinstance(two, float)):
         return math.isclose(one, two, rel_tol=PRECISION)
     return one == two
 

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, cast
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
 from anymha.attention.spec import AttentionSpec
+from anymha.errors import ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.framework.protocol import Array, Dim, Ops
@@ -116,14 +118,14 @@ def multi_head_attention(
     if masks and ops.capabilities.constants is not None:
         masks = ops.capabilities.constants(query, masks)
 
-    projections = cast(Projections, weights) if type(weights) is Projections else None
+    projections: Any = weights if type(weights) is Projections else None
     kind = _kind_of(config, weights) if projections is None else projections.kind
     planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if type(offset) is not int:
         check_offset(ops, offset, planned.shape.folded[0])
     if projections is None and not isinstance(weights, Mapping):
         weights = cast(Any, weights)([array.shape[-1] for array in cast(Any, inputs)])
-        projections = cast(Projections, weights) if type(weights) is Projections else None
+        projections = weights if type(weights) is Projections else None
         kind = _kind_of(config, weights) if projections is None else projections.kind
         planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if not flags.dropping:
@@ -418,6 +420,12 @@ def _called(
     if name == "output":
         x = ops.reshape(x, (shape[0], shape[1], plan.context_width))
     y = functions[name](x)
+    width, wanted = y.shape[-1], math.prod(shape[2:])
+    if len(shape) > 2 and isinstance(width, int) and width != wanted:
+        raise ShapeError(
+            f"The projection `{name}` must give {wanted} features, as the layer's options say. "
+            f"Received: {width}. Put a projection of that width there, or make the layer anew."
+        )
     y = ops.reshape(y, _with_width(shape, y))
     if y.dtype == plan.working:
         return y

@@ -49,6 +49,8 @@ def fused_attention(
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
+    elif mask.__class__ is torch.Tensor and mask.is_cpu:
+        mask = torch.where(mask, _SEEN, _HIDDEN)  # as the kernel does, by numbers that are kept
     value = arrays["value"]
     grouped = bool(query.shape[1] != key.shape[1])
     context = scaled_dot_product_attention(
@@ -64,6 +66,8 @@ def fused_attention(
         kernel.register_hook(_differentiable_again)
     return context
 
+
+_SEEN, _HIDDEN = torch.tensor([0.0, -torch.inf], device="cpu").unbind()
 
 _kinds: dict[type, bool] = {}
 """Whether a node of torch's graph is one of its attention kernels, by class."""

@@ -132,9 +132,10 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
 
     def _build(self, widths: Sequence[int] = (), device: Any = None) -> Projections:
         meta = (self._like if device is None else torch.empty(0, device=device)).is_meta
-        values = {} if meta else first_weights(self.config, widths, ops.draw_seed, ops)
-        self._allocate(self.config.weight_shapes(*widths), device)
-        self._assigned(values)
+        with torch.inference_mode(False):  # weights of that mode could not be trained later
+            values = {} if meta else first_weights(self.config, widths, ops.draw_seed, ops)
+            self._allocate(self.config.weight_shapes(*widths), device)
+            self._assigned(values)
         return projections_of(self._modules, self.config, self._rounding_dtype, None)
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]], device: Any = None) -> None:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from anymha.errors import WeightsError
+from anymha.errors import ShapeError, WeightsError
 from anymha.layer.forward import Projections
 from anymha.layer.plan import Plans, WeightsKind
 from anymha.options.config import PROJECTIONS, AttentionConfig
@@ -226,6 +226,9 @@ def projections_of(
         rounding_dtype: The dtype to which weights are rounded first; None for their own.
         plans: Where they are kept; None for nowhere.
         plain: Whether the inputs are of torch's own class.
+
+    Raises:
+        ShapeError: the output's projection takes another width than the heads have.
     """
     kept = None if plans is None else plans.prepared
     repeated = False
@@ -241,8 +244,7 @@ def projections_of(
     functions, widths, key_bias, parts, key_once = {}, [], None, [], None
     for name in PROJECTIONS:
         module = modules[name]
-        if name != "output":
-            widths.append(getattr(module, "in_features", None))
+        widths.append(getattr(module, "in_features", None))
         if hooked or not is_plain(module):
             functions[name] = (
                 module
@@ -262,7 +264,14 @@ def projections_of(
             never = torch.zeros_like(bias, dtype=torch.bool) if repeated else None
             key_once = partial(_once, *how, free=True, never=never)
         functions[name] = _repeated(*how) if repeated else _once(*how, free=free)
-    query, key, value = widths
+    query, key, value, context = widths
+    value_dim: Any = config.value_dim
+    if context not in (None, config.num_heads * value_dim):
+        raise ShapeError(
+            f"The projection `output` must take {config.num_heads * value_dim} features, the "
+            f"width of all heads. Received: one that takes {context}. Put a projection there that "
+            "takes them, or make the layer anew."
+        )
     kind = WeightsKind(NAMES[dtype], (query, value, key))
     projections = Projections(functions, kind, key_bias)
     if plans is None:
