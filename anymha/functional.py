@@ -16,7 +16,7 @@ from anymha.errors import ArgumentError, DtypeError, ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.execution.path import AttentionShape, Path, choose_path
-from anymha.framework.dtypes import accumulation_dtype, dtype_name
+from anymha.framework.dtypes import BITS, accumulation_dtype, dtype_name
 from anymha.framework.names import answer, listed
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import check_named, common_ops
@@ -132,6 +132,14 @@ def dot_product_attention(
     if not threshold:
         seed = None
     dtype = dtype_name(query.dtype)
+    working = accumulation_dtype(dtype)
+    multiplies = ops.capabilities.multiplies
+    narrow = (
+        multiplies is not None
+        and BITS[dtype] < BITS[working]
+        and (bias is None or bias.dtype == query.dtype)
+        and multiplies(query.dtype, ops.device(query))
+    )
     spec = AttentionSpec(
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
         () if softcap is None else (Softcap(softcap),),
@@ -139,7 +147,7 @@ def dot_product_attention(
         Dropout(threshold, seed) if threshold else None,
         memory_budget,
     )
-    shape = _attention_shape(ops, arrays, ops.dtype(accumulation_dtype(dtype)))
+    shape = _attention_shape(ops, arrays, ops.dtype(working), query.dtype if narrow else None)
     path = choose_path(ops, spec, shape, observed=False, with_scores=return_scores)
     if paths.explaining:
         paths.report(path)
@@ -179,7 +187,9 @@ def _wrong_names(unknown: Mapping[str, Any], **inputs: Any) -> ArgumentError:
     )
 
 
-def _attention_shape(ops: Ops, arrays: Mapping[str, Array], working: Any) -> AttentionShape:
+def _attention_shape(
+    ops: Ops, arrays: Mapping[str, Array], working: Any, narrow: Any
+) -> AttentionShape:
     """What the path is chosen by."""
     query, value = arrays["query"], arrays["value"]
     batch, queries, heads, key_dim = query.shape
@@ -188,6 +198,7 @@ def _attention_shape(ops: Ops, arrays: Mapping[str, Array], working: Any) -> Att
     differentiated = ops.capabilities.is_differentiated
     return AttentionShape(
         batch, heads, key_heads, queries, keys, key_dim, value_dim, working, ops.device(query),
+        narrow,
         has_mask=any(name in arrays for name in ("mask", "query_mask", "value_mask")),
         has_bias=bias is not None,
         per_query="query_mask" in arrays
@@ -206,7 +217,10 @@ def _attend(
 ) -> tuple[Array, Array | None]:
     dtype = arrays["query"].dtype
     working = ops.dtype(accumulation_dtype(dtype_name(dtype)))
-    q, k, v = (ops.astype(arrays[name], working) for name in ("query", "key", "value"))
+    q, k, v = (
+        arrays[name] if path.narrow else ops.astype(arrays[name], working)
+        for name in ("query", "key", "value")
+    )
     query_mask = key_mask = None
     if "query_mask" in arrays:
         batch, length = ops.shape(arrays["query_mask"])

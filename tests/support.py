@@ -231,12 +231,14 @@ def truth(
         sections=sections_of(config),
         d_output=problem.d_output.reshape(*problem.d_output.shape[:2], math.prod(features)),
         d_scores=problem.d_scores,
+        dtype=config.compute_dtype or config.dtype,
     )
     return dataclasses.replace(
         found,
         output=found.output.reshape(problem.d_output.shape),
         gradients=_shaped(found.gradients, problem),
         magnitudes=_shaped(found.magnitudes, problem),
+        rounding=_shaped(found.rounding, problem) if found.rounding else {},
     )
 
 
@@ -275,7 +277,8 @@ def agree(result: Result, exact: Truth, problem: Problem) -> Result:
     for name, got in result.all.items():
         rounded = tolerance(narrow, 0, float(np.max(np.abs(wanted[name]), initial=0)))
         summed = tolerance(working, length, float(np.max(exact.magnitudes[name], initial=0)))
-        close(got, wanted[name], rounded + summed, name)
+        staged = 2 * float(np.max(exact.rounding.get(name, 0.0), initial=0))
+        close(got, wanted[name], rounded + summed + staged, name)
     return result
 
 

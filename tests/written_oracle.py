@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from anymha.parity.oracle.oracle import Truth, evaluate
 from anymha.parity.oracle.recipe import Recipe, Section, ordered
+from anymha.parity.oracle.rounding import rounding_errors
 
 
 def attention_oracle(
@@ -21,6 +23,7 @@ def attention_oracle(
     sections: tuple[Section, ...] = (),
     d_output: np.ndarray | None = None,
     d_scores: np.ndarray | None = None,
+    dtype: str = "float64",
 ) -> Truth:
     """Multi-head attention of (B, T, D) inputs, and its gradients.
 
@@ -34,9 +37,13 @@ def attention_oracle(
         sections: The options of the attention that are on.
         d_output: Cotangent of the output; default zero.
         d_scores: Cotangent of the scores; default zero.
+        dtype: The dtype in which the layer computes; in half precision both cotangents are needed.
     """
     w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     x = {name: np.asarray(array, np.float64) for name, array in inputs.items()}
     masks = {} if allowed is None else {"allowed": np.asarray(allowed)}
     recipe = Recipe(w, x, scale, masks, bias=bias, kept=kept, sections=ordered(sections))
-    return evaluate(recipe, d_output, d_scores)
+    found = evaluate(recipe, d_output, d_scores)
+    if d_output is None or d_scores is None:
+        return found
+    return replace(found, rounding=rounding_errors(recipe, d_output, d_scores, dtype))

@@ -34,7 +34,7 @@ def attend(
         ops: The backend.
         spec: The options.
         path: The way to take, from `anymha.execution.path.choose_path`.
-        query: (B, T, H, d_k) in the accumulation dtype.
+        query: (B, T, H, d_k) in the accumulation dtype; in half precision if the path is `narrow`.
         key: (B, S, K, d_k); K divides H, and query head h reads key head ``h // (H // K)``.
         value: (B, S, K, d_v).
         mask: Booleans that broadcast to (B, H, T, S), True = may attend.
@@ -58,6 +58,9 @@ def attend(
         results = {"context": _fused(ops, spec, path, arrays)}
         if with_scores:  # in a second pass, so that the context has the same bits
             del arrays["value"]
+            if path.narrow:
+                for name in ("query", "key"):
+                    arrays[name] = ops.astype(arrays[name], ops.float32)
             results |= written(ops, spec, path.for_scores, arrays, observe, True)
     else:
         results = written(ops, spec, path, arrays, observe, with_scores)

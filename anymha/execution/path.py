@@ -33,6 +33,8 @@ class AttentionShape(NamedTuple):
         value_dim: d_v.
         dtype: The dtype in which attention is computed.
         device: Where.
+        narrow: The half-precision dtype of query, key and value as they are given, if a kernel may
+            take them so; None where they are given in `dtype`.
         has_mask: Whether there is a mask beside that of positions.
         has_bias: Whether there is a bias.
         per_query: Whether a mask or the bias differs from query to query.
@@ -48,6 +50,7 @@ class AttentionShape(NamedTuple):
     value_dim: Dim
     dtype: Any
     device: Any
+    narrow: Any = None
     has_mask: bool = False
     has_bias: bool = False
     per_query: bool = False
@@ -66,6 +69,7 @@ class Path:
         together: Whether a tile has the queries of all heads.
         causal_kernel: Whether the fused kernel masks by causality itself.
         why_not_fused: Why no fused kernel is taken; empty where one is.
+        narrow: Whether the fused kernel takes query, key and value in half precision, as they are.
         for_scores: The path of the second pass that gives the scores beside a fused kernel.
         most_queries: Calls that differ in their lengths alone take this path too, if they have at
             most so many queries,
@@ -78,13 +82,14 @@ class Path:
     together: bool = False
     causal_kernel: bool = False
     why_not_fused: str = ""
+    narrow: bool = False
     for_scores: Path | None = None
     most_queries: float = 0
     most_logits: float = 0
 
     def __str__(self) -> str:
         count = sum(tiles.count for tiles in self.tiles)
-        text = f"{self.kernel}: {self.why}"
+        text = f"{self.kernel}: {self.why}" + (", in half precision" if self.narrow else "")
         if count > 1:
             text += f"; {count} tiles of up to {max(t.height for t in self.tiles)} queries"
         return text + (f". Not fused: {self.why_not_fused}" if self.why_not_fused else "")
@@ -153,12 +158,15 @@ def choose_path(
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
     if any(isinstance(n, int) and n == 0 for n in lengths):
         return Path("whole", "there is nothing to attend to")
-    reason = _why_not_fused(ops, spec, shape)
+    narrow = shape.narrow is not None and (
+        _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow)) is None
+    )
+    reason = None if narrow else _why_not_fused(ops, spec, shape)
     if reason is None and spec.dropout is not None and _fits(ops, spec, shape):
         reason = "the probabilities are few enough to be kept"
     if reason is not None:
         return _written_path(ops, spec, shape, reason)
-    path = _fused_path(ops, spec, shape)
+    path = replace(_fused_path(ops, spec, shape), narrow=narrow)
     if with_scores:
         second = _written_path(ops, spec, shape, "the scores are asked for")
         path = replace(

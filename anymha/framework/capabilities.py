@@ -68,6 +68,9 @@ class Capabilities:
             "mask", or `causal` says them.
         why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
             `anymha.execution.path.AttentionShape`; None where it can.
+        multiplies: ``multiplies(dtype, device)``: whether layers in a half-precision dtype shall
+            multiply arrays of that dtype as they are, since the device adds such products in
+            float32 and is faster so. Without it they are computed in float32 and rounded once.
         linear: ``linear(x, matrix, bias)`` is ``x . matrix + bias`` of (N, D) and (D, W).
         softmax: ``softmax(x)`` over the last axis, of finite numbers.
         exp_and_sum: ``exp_and_sum(x, peak)`` is ``exp(x - peak)`` and its sums over the last axis,
@@ -94,6 +97,7 @@ class Capabilities:
     narrow: Function | None = None
     fused_attention: Function | None = None
     why_not_fused: Callable[[Any, Any], str | None] | None = None
+    multiplies: Callable[[Any, Any], bool] | None = None
     linear: Function | None = None
     softmax: Callable[[Array], Array] | None = None
     exp_and_sum: Function | None = None

@@ -303,7 +303,7 @@ def _execute(
     del query, key, value
     if watch is not None:
         for name, y in heads.items():
-            watch(name, y)
+            watch(name, ops.astype(y, plan.working) if plan.narrow else y)
     if mask is not None:
         heads["mask"] = mask
     if bias is not None:
@@ -320,9 +320,12 @@ def _execute(
     else:
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
     if watch is not None:
-        watch("output", output)
+        watch("output", ops.astype(output, plan.working) if plan.narrow else output)
     if activity is None and plan.axes is PLAIN and output.dtype == plan.result:
-        return output if scores is None else (output, scores)
+        if scores is None:
+            return output
+        if not plan.narrow:  # where it is, scores are wider
+            return output, scores
     results = {"output": output} if scores is None else {"output": output, "scores": scores}
     if within is None:
         return _results(plan, shape, activity, arrays, results)
@@ -357,7 +360,8 @@ def _inputs(
     elif query_mask is not None or key_mask is not None:
         mask = all_of(ops, [mask, query_mask, key_mask])
     if bias is not None:
-        bias = shape.fold_mask(ops, "attention_bias", _real(plan, bias))
+        bias = cast_to(ops, cast_to(ops, bias, plan.compute_dtype), plan.working)
+        bias = shape.fold_mask(ops, "attention_bias", bias)
     return query, key, value, mask, bias
 
 
@@ -373,10 +377,10 @@ def _rows(ops: Ops, query: Array, key: Array, value: Array) -> tuple[Array, Arra
 
 
 def _real(plan: Plan, x: Array) -> Array:
-    """An array rounded to the compute dtype, in the dtype in which the layer computes."""
-    if x.dtype == plan.working and not plan.rounds:
+    """An array rounded to the compute dtype, in the dtype of what goes from stage to stage."""
+    if x.dtype == plan.carried and not plan.rounds:
         return x
-    return cast_to(plan.ops, cast_to(plan.ops, x, plan.compute_dtype), plan.working)
+    return cast_to(plan.ops, cast_to(plan.ops, x, plan.compute_dtype), plan.carried)
 
 
 def _computed(
@@ -427,11 +431,11 @@ def _called(
             f"Received: {width}. Put a projection of that width there, or make the layer anew."
         )
     y = ops.reshape(y, _with_width(shape, y))
-    if y.dtype == plan.working:
+    if y.dtype == plan.carried:
         return y
     if plan.double:
-        return ops.in_float64(lambda arrays: ops.astype(arrays["y"], plan.working), {"y": y})
-    return ops.astype(y, plan.working)
+        return ops.in_float64(lambda arrays: ops.astype(arrays["y"], plan.carried), {"y": y})
+    return ops.astype(y, plan.carried)
 
 
 def _with_width(shape: tuple[Any, ...], y: Array) -> tuple[Any, ...]:
@@ -458,15 +462,19 @@ def _attention(
         heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
             and "bias".
     """
-    ops, query, key = plan.ops, heads["query"], heads["key"]
+    ops, query, key, value = plan.ops, heads["query"], heads["key"], heads["value"]
+    if plan.narrow and not path.narrow:
+        query, key, value = (ops.astype(x, plan.working) for x in (query, key, value))
     for feature in spec.features:
         query, key = feature.heads(ops, query, key)
     context, scores = attend(
-        ops, spec, path, query, key, heads["value"], heads.get("mask"), heads.get("bias"),
+        ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
         observe, with_scores,
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context)
+    if plan.narrow and not path.narrow:
+        context = ops.astype(context, plan.carried)
     return context, scores
 
 

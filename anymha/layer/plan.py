@@ -74,9 +74,12 @@ class Plan:
         sources: For query, value and key the name of the array that it is.
         spec: What attention computes where there is neither offset nor dropout.
         compute_dtype: The dtype to which weights and inputs are rounded.
-        working: The dtype in which the layer computes.
+        working: The dtype in which the layer computes: logits, softmax and sums at least.
+        carried: The dtype of what goes from stage to stage: `compute_dtype` where the backend
+            multiplies in it, else `working`.
         result: The dtype of the results.
-        rounds: Whether `compute_dtype` is narrower than `working`.
+        rounds: Whether `compute_dtype` is narrower than `carried`.
+        narrow: Whether `carried` is narrower than `working`.
         as_given: Whether the layer computes with the inputs as they are passed.
         double: Whether all is computed in float64.
         free_key_bias: Whether the key's bias has a gradient of exactly zero, since all that
@@ -96,8 +99,10 @@ class Plan:
     spec: AttentionSpec
     compute_dtype: Any
     working: Any
+    carried: Any
     result: Any
     rounds: bool
+    narrow: bool
     as_given: bool
     double: bool
     free_key_bias: bool
@@ -314,6 +319,13 @@ def _make_plan(
     dtype = weights.dtype if isinstance(weights.dtype, str) else dtype_name(weights.dtype)
     compute_dtype = config.compute_dtype or dtype
     working = "float64" if compute_dtype == "float64" else "float32"
+    multiplies = ops.capabilities.multiplies
+    narrow = (
+        multiplies is not None
+        and BITS[compute_dtype] < BITS[working]
+        and multiplies(ops.dtype(compute_dtype), ops.device(query))
+    )
+    carried = compute_dtype if narrow else working
     result = compute_dtype if BITS[compute_dtype] <= BITS[dtype] else dtype
     value_dim: Any = config.value_dim
     plan = Plan(
@@ -325,9 +337,11 @@ def _make_plan(
         spec=attention_spec(config, flags.causal, 0, 0 if flags.dropping else None),
         compute_dtype=ops.dtype(compute_dtype),
         working=ops.dtype(working),
+        carried=ops.dtype(carried),
         result=ops.dtype(result),
-        rounds=compute_dtype != working,
-        as_given=compute_dtype == working and all(x.dtype == ops.dtype(working) for x in inputs),
+        rounds=compute_dtype != carried,
+        narrow=narrow,
+        as_given=compute_dtype == carried and all(x.dtype == ops.dtype(carried) for x in inputs),
         double=compute_dtype == "float64",
         free_key_bias=config.ignores_a_constant,
         paths={},
@@ -389,7 +403,7 @@ def _with_lengths(
         spec,
         AttentionShape(
             b, config.num_heads, config.key_value_heads, t, s, config.key_dim, config.value_dim,
-            plan.working, ops.device(inputs[0]),
+            plan.working, ops.device(inputs[0]), plan.carried if plan.narrow else None,
             has_mask=len(masks) > (bias is not None),
             has_bias=bias is not None,
             per_query=per_query,

@@ -23,9 +23,11 @@ def transformed() -> bool:
 
 def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
     """Why the kernel cannot do a call, or None where it can."""
-    if shape.dtype != torch.float32:
-        return f"torch's kernel is taken for float32, not for {shape.dtype}"
+    if shape.dtype == torch.float64:
+        return "torch's kernel is not taken for torch.float64"
     if spec.dropout is not None:
+        if shape.dtype != torch.float32:
+            return f"the tiles with dropout are computed in float32, not in {shape.dtype}"
         if spec.dropout.native or shape.device.type != "cpu":
             return "torch's kernel has no dropout of that kind"
         if torch.compiler.is_compiling():
@@ -48,6 +50,7 @@ def fused_attention(
     query, key = arrays["query"], arrays["key"]
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
+        bias = bias.to(query.dtype)  # to which it was rounded
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
     elif mask.__class__ is torch.Tensor and mask.is_cpu:
         mask = torch.where(mask, _SEEN, _HIDDEN)  # as the kernel does, by numbers that are kept
@@ -56,15 +59,40 @@ def fused_attention(
     context = scaled_dot_product_attention(
         query, key, value, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped
     )
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return context
-    kernel: Any = context.grad_fn
-    kind = type(kernel)
-    if kind not in _kinds:
-        _kinds[kind] = kind.__name__.startswith("ScaledDotProduct")
-    if _kinds[kind]:
-        kernel.register_hook(_differentiable_again)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        kernel: Any = context.grad_fn
+        kind = type(kernel)
+        if kind not in _kinds:
+            _kinds[kind] = kind.__name__.startswith("ScaledDotProduct")
+        if _kinds[kind]:
+            kernel.register_hook(_differentiable_again)
+    if mask is not None and query.dtype in HALF and not context.is_cpu:
+        # cuDNN's kernel gives a row that sees nothing other numbers than zero.
+        seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+        context = torch.where(seen.any(-1, keepdim=True), context, 0.0)
     return context
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+_OF_PROCESSOR = set()
+if torch.backends.mkldnn.is_available():
+    _CHECKS = {  # some versions lack some
+        "_is_avx512_bf16_supported": (torch.cpu, torch.bfloat16),
+        "_is_amx_tile_supported": (torch.cpu, torch.bfloat16),
+        "_is_mkldnn_fp16_supported": (torch.ops.mkldnn, torch.float16),
+    }
+    _OF_PROCESSOR |= {
+        dtype for name, (where, dtype) in _CHECKS.items() if getattr(where, name, bool)()
+    }
+"""The dtypes whose products the processor has."""
+
+
+def multiplies(dtype: torch.dtype, device: torch.device, /) -> bool:
+    """Whether a device has fast products of a half-precision dtype, which it adds in float32."""
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.get_device_properties(device).major >= 8
+    return device.type == "cpu" and dtype in _OF_PROCESSOR
 
 
 _SEEN, _HIDDEN = torch.tensor([0.0, -torch.inf], device="cpu").unbind()
@@ -90,9 +118,12 @@ def _differentiable_again(gradients: Any, cotangents: Any) -> Any:
     mask = getattr(kernel, "_saved_attn_mask", None)
     if mask is None:
         mask = getattr(kernel, "_saved_attn_bias", None)  # of a kernel of CUDA's
-    rest = {} if mask is None else {"bias": mask}
+    rest = {} if mask is None else {"bias": mask.to(torch.float32)}
     positions = position_mask(kernel._saved_is_causal, None, 0)
     spec = AttentionSpec(kernel._saved_scale, (), positions)
     needed = [gradient is not None for gradient in gradients[:3]]
-    again = tiled_dropout.differentiable(spec, rest, arrays, cotangents[0], needed)
-    return (*again, *gradients[3:])
+    cotangent = cotangents[0].to(torch.float32)
+    wide = [array.to(torch.float32) for array in arrays]
+    again = tiled_dropout.differentiable(spec, rest, wide, cotangent, needed)
+    narrowed = [g if g is None else g.to(x.dtype) for g, x in zip(again, arrays, strict=True)]
+    return (*narrowed, *gradients[3:])

@@ -32,7 +32,7 @@ from anymha.errors import WeightsError
 from anymha.framework.capabilities import Capabilities
 from anymha_torch import mkl
 from anymha_torch.autograd import loop, vjp
-from anymha_torch.fused import fused_attention, transformed, why_not_fused
+from anymha_torch.fused import fused_attention, multiplies, transformed, why_not_fused
 from anymha_torch.native import native_keep_mask, seed_tensor
 
 bool = torch.bool
@@ -228,6 +228,7 @@ capabilities = Capabilities(
     narrow=narrow,
     fused_attention=fused_attention,
     why_not_fused=why_not_fused,
+    multiplies=multiplies,
     linear=linear,
     softmax=softmax,
     is_differentiated=is_differentiated,

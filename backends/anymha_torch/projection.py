@@ -24,6 +24,7 @@ from anymha.errors import ShapeError, WeightsError
 from anymha.layer.forward import Projections
 from anymha.layer.plan import Plans, WeightsKind
 from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha_torch.fused import HALF, multiplies
 
 NAMES = {
     torch.float16: "float16",
@@ -241,6 +242,9 @@ def projections_of(
     working = torch.float64 if (rounding_dtype or dtype) is torch.float64 else torch.float32
     if rounding_dtype is None and dtype is not working:
         rounding_dtype = dtype
+    carried = working  # the dtype of what goes from stage to stage, as in a plan
+    if rounding_dtype in HALF and multiplies(rounding_dtype, modules["query"].weight.device):
+        carried = rounding_dtype
     functions, widths, key_bias, parts, key_once = {}, [], None, [], None
     for name in PROJECTIONS:
         module = modules[name]
@@ -258,7 +262,7 @@ def projections_of(
         free = name == "key" and bias is not None and config.ignores_a_constant
         if bias is not None and free and config.activity_regularizer is not None:
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
-        exact = rounding_dtype is None and weight.dtype is working
+        exact = weight.dtype is carried and rounding_dtype in (None, carried)
         how = (module._parameters, None if exact else rounding_dtype or weight.dtype)
         if bias is not None and free:
             never = torch.zeros_like(bias, dtype=torch.bool) if repeated else None
@@ -283,7 +287,7 @@ def projections_of(
         plans.prepared = Prepared(config, parts, key=key_once)
         return projections
     projections = projections._replace(of_rows=True)
-    small = None if rounding_dtype else _of_small(modules, working, projections)
+    small = _of_small(modules, carried, projections) if rounding_dtype in (None, carried) else None
     plans.prepared = Prepared(config, parts, projections, key_once, small)
     return plans.prepared.now(plain)
 

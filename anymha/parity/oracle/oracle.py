@@ -7,7 +7,7 @@ is compared with it. The forward pass is `anymha.parity.oracle.recipe`'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Truth:
     # value, or the root of the sum of its squared terms where that is greater, as rounding errors
     # have random signs
     magnitudes: Arrays
+    # Likewise, how far each may be off where half precision rounds the result of each stage
+    rounding: Arrays = field(default_factory=dict)
 
 
 Changes = Mapping[str, Callable[..., np.ndarray]]
@@ -45,6 +47,20 @@ def gradients_of(recipe: Recipe, d_output: np.ndarray, changes: Changes) -> Arra
     features = _Features(recipe, recipe.stages, changes=changes)
     g_scores = np.zeros_like(recipe.stages["probabilities"])
     return _passes(features, recipe, g_output, g_scores, einsum)[1]
+
+
+def results_of(
+    recipe: Recipe,
+    d_output: np.ndarray,
+    d_scores: np.ndarray,
+    einsum: Callable[..., np.ndarray],
+    changes: Changes,
+) -> Arrays:
+    """Output, scores and gradients by name, by other sums, with changes on the way back."""
+    stages = run(recipe)
+    features = _Features(recipe, stages, changes=changes)
+    gradients = _passes(features, recipe, d_output, d_scores, einsum)[1]
+    return {"output": stages["output"], "scores": stages["probabilities"], **gradients}
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from anymha.parity.oracle.cases import Arrays, OracleProblem, axes_of, numpy_dty
 from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, evaluate
 from anymha.parity.oracle.recipe import Recipe
+from anymha.parity.oracle.rounding import rounding_errors
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,23 @@ def expected(problem: OracleProblem) -> Truth:
     folded = fold(problem)
     recipe, full = folded.recipe, folded.full
     count, t, s = recipe.lengths
-    truth = evaluate(
-        recipe,
-        folded.flat(problem.d_output),
-        problem.d_scores.reshape(count, recipe.heads[0], t, s),
-    )
+    d_output = folded.flat(problem.d_output)
+    d_scores = problem.d_scores.reshape(count, recipe.heads[0], t, s)
+    truth = evaluate(recipe, d_output, d_scores)
 
-    magnitudes = {n: truth.magnitudes[n] for n in ("output", "scores")} | folded.shaped(
-        truth.magnitudes
+    def with_gradients(arrays: Arrays) -> Arrays:
+        return {n: arrays[n] for n in ("output", "scores")} | folded.shaped(arrays)
+
+    config = problem.case.config
+    rounding = rounding_errors(recipe, d_output, d_scores, config.compute_dtype or config.dtype)
+    return Truth(
+        folded.output(truth.output),
+        truth.scores.reshape(full),
+        truth.stages,
+        folded.shaped(truth.gradients),
+        with_gradients(truth.magnitudes),
+        with_gradients(rounding) if rounding else {},
     )
-    scores = truth.scores.reshape(full)
-    gradients = folded.shaped(truth.gradients)
-    return Truth(folded.output(truth.output), scores, truth.stages, gradients, magnitudes)
 
 
 def _as_computed(problem: OracleProblem) -> Arrays:

@@ -6,8 +6,10 @@ The error of a quantity of a problem may be
 
 eps being the distance from 1 to the next number of its dtype: half an eps for the last rounding,
 and what the sums before it lose, which grows with the terms that they are made of, however much
-these cancel. One unit is this over ``1/2 + sums``: so every quantity of a problem may be off by
-``1/2 + sums`` units, and a unit is about the rounding of one number as great as its greatest.
+these cancel. Half precision may also round the result of each stage: twice what that was seen to
+do (`anymha.parity.oracle.rounding`) is added. One unit is this over ``1/2 + sums``: so every
+quantity of a problem may be off by ``1/2 + sums`` units, and without such stages a unit is about
+the rounding of one number as great as its greatest.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ def units_of(problem: OracleProblem, truth: Truth) -> tuple[float, dict[str, flo
         coarse = eps(narrow) if name not in truth.gradients else max(eps(narrow), eps(config.dtype))
         last = float(np.max(np.abs(exact), initial=0.0)) / 2
         before = sums * float(np.max(truth.magnitudes[name], initial=0.0))
-        units[name] = coarse * (last + before) / (0.5 + sums)
+        rounded = 2 * float(np.max(truth.rounding.get(name, 0.0), initial=0.0))
+        units[name] = (coarse * (last + before) + rounded) / (0.5 + sums)
     return 0.5 + sums, units
 
 

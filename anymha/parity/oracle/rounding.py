@@ -1,0 +1,62 @@
+"""How far half precision takes results from the exact ones, where each stage is rounded.
+
+Half precision may round the result of each projection, the probabilities, the context and the
+output to its dtype, with float32 between, and likewise the gradients of these on the way back. The
+sums of the oracle are done again with random errors of at most half a distance between two numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from anymha.framework.dtypes import BITS
+from anymha.parity.oracle.oracle import results_of
+from anymha.parity.oracle.recipe import Arrays, Recipe, Step, einsum
+
+SAMPLES = 8
+"""How often results are computed with other errors."""
+
+ROUNDED = ("query", "key", "value", "probabilities", "context", "output")
+"""The stages whose results are rounded."""
+
+
+def rounding_errors(
+    recipe: Recipe, d_output: np.ndarray, d_scores: np.ndarray, dtype: str
+) -> Arrays:
+    """The greatest error of each element of output, scores and gradients, by name.
+
+    There is none in float32 and float64, whose stages are not rounded further.
+
+    Args:
+        recipe: The computation.
+        d_output: The gradient of the output, (B, T, O).
+        d_scores: The gradient of the scores, (B, H, T, S).
+        dtype: The dtype in which the layer computes.
+    """
+    if BITS[dtype] > 16:
+        return {}
+    d_output, d_scores = np.asarray(d_output, np.float64), np.asarray(d_scores, np.float64)
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    generator = np.random.default_rng(0)
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        return array * (1 + eps * generator.uniform(-0.5, 0.5, np.shape(array)))
+
+    def rounding(step: Step) -> Step:
+        return lambda recipe, stages: rounded(step(recipe, stages))
+
+    def sums(formula: str, *arrays: np.ndarray) -> np.ndarray:
+        return rounded(einsum(formula, *arrays))
+
+    exact = results_of(recipe, d_output, d_scores, einsum, {})
+    steps = {n: rounding(s) if n in ROUNDED else s for n, s in recipe.steps.items()}
+    errors = {name: np.zeros_like(array) for name, array in exact.items()}
+    changes: dict[str, Callable[..., np.ndarray]] = {"logits": rounded}
+    for _ in range(SAMPLES):
+        found = results_of(recipe.but(steps=steps), d_output, d_scores, sums, changes)
+        for name, array in found.items():
+            np.maximum(errors[name], np.abs(array - exact[name]), out=errors[name])
+    return errors
