@@ -12,6 +12,8 @@ import pytest
 from anymha.attention.dropout import keep_mask
 from anymha.attention.formula import softmax
 from anymha.attention.masks import TileOrigin
+from anymha.execution.path import choose_path
+from anymha.parity.oracle.cases import numpy_dtype
 from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.testing import fused
 from anymha.testing.arithmetic import by_dtype
@@ -34,6 +36,7 @@ ROUNDS = (1, 3, 9)
 ULPS = 16.0
 """By how many eps two ways of computing the same exponential may differ."""
 
+by_half = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 by_case = pytest.mark.parametrize("case", fused.CASES, ids=lambda case: case.name)
 
 
@@ -53,6 +56,21 @@ class CapabilityTests(BackendTests):
         got = call(ops, "capabilities.linear", x, matrix, bias)
         sizes = np.tensordot(np.abs(x), np.abs(matrix), axes=1) + 1
         got.is_near(expected, 4 * eps(dtype) * sizes, dtype)
+
+    @by_half
+    def test_multiplies_says_that_sums_are_of_float32(self, ops: Any, dtype: str) -> None:
+        """A bool; True only where 4,096 ones add up, as in half precision they do not."""
+        self.need(ops, "multiplies", dtype)
+        x, matrix = np.ones((2, 4096), numpy_dtype(dtype)), np.ones((4096, 3), numpy_dtype(dtype))
+        answer = _multiplies(ops, dtype)
+        must(isinstance(answer, bool), f"`multiplies` must give a bool. Received: {answer!r}.")
+        if not answer:
+            pytest.skip(f"`multiplies` of {ops.name} says no for {dtype} here")
+        expected = np.full((2, 3), 4096.0)
+        call(ops, "matmul", x, matrix).is_near(expected, 0.0, dtype)
+        call(ops, "tensordot", x, matrix, axes=1).is_near(expected, 0.0, dtype)
+        if ops.capabilities.linear is not None:
+            call(ops, "capabilities.linear", x, matrix, None).is_near(expected, 0.0, dtype)
 
     @by_dtype
     def test_softmax_is_the_general_softmax(self, ops: Any, dtype: str) -> None:
@@ -285,6 +303,28 @@ class CapabilityTests(BackendTests):
         for name, expected in every.items():
             got = Returned(f"the gradient of {name}, {case.name}", found[name])
             got.is_near(expected, _allowed(case, expected), case.dtype)
+
+    @by_case
+    @by_half
+    def test_half_precision_in_the_fused_kernel(
+        self, ops: Any, case: AttentionCase, dtype: str
+    ) -> None:
+        """The context as in float32, of which each number is rounded; exactly 0 as there."""
+        self.need(ops, "multiplies", "fused_attention", dtype)
+        shape = case.shape(ops)._replace(narrow=ops.dtype(dtype))
+        path = choose_path(ops, case.spec(ops), shape, observed=False, with_scores=False)
+        if case.dtype != "float32" or not path.narrow or not _multiplies(ops, dtype):
+            pytest.skip(f"{ops.name} does not fuse the case {case.name!r} in {dtype}: {path}")
+        heads = ("query", "key", "value")
+        arrays = replace(case, dtype=dtype).arrays()
+        wide = {n: x if n == "mask" else x.astype(np.float32) for n, x in arrays.items()}
+        narrow = {n: arrays[n] if n in heads else x for n, x in wide.items()}
+        native = [{n: ops.from_numpy(x) for n, x in each.items()} for each in (wide, narrow)]
+        expected = ops.to_numpy(fused.context(general(ops), WHOLE, case, native[0]))
+        found = ops.to_numpy(fused.context(ops, path, case, native[1]))
+        got = Returned(f"fused_attention, {case.name}, {dtype}", found)
+        allowed = 4 * eps(dtype) * max(1, np.max(np.abs(expected)))
+        got.is_near(expected, np.where(expected == 0, 0, allowed), dtype)
 
     def _need_fused(self, ops: Any, case: AttentionCase) -> None:
         """Skip the test unless the backend's kernel can do the call."""
@@ -540,6 +580,12 @@ def _part(ops: Any, x: Any, index: int) -> Any:
 def _row(ops: Any, x: Any, index: Any) -> Any:
     """The part of a whole array that belongs to a round: by `narrow`, as the core takes it."""
     return ops.reshape(ops.capabilities.narrow(x, index, 1, axis=0), ops.shape(x)[1:])
+
+
+def _multiplies(ops: Any, dtype: str) -> Any:
+    """What the capability `multiplies` says where arrays are made."""
+    array = ops.from_numpy(np.ones(1, numpy_dtype(dtype)))
+    return ops.capabilities.multiplies(array.dtype, ops.device(array))
 
 
 def _allowed(case: AttentionCase, expected: np.ndarray) -> float:

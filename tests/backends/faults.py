@@ -416,6 +416,7 @@ def sound(ops: Any) -> dict[str, Any]:
         **{name: getattr(own, name) for name in names},
         **kept(lambda origin: {})(ops),
         **fused()(ops),
+        "multiplies": lambda dtype, device: False,
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
         "is_tracing": lambda: bool(tracing),
@@ -777,6 +778,23 @@ FAULTS = (
         "linear in half precision",
         lambda o: {"linear": lambda x, m, b: half(np.matmul)(x, m) + (0 if b is None else b)},
         ("test_linear_is_tensordot_and_bias",),
+    ),
+    Fault(
+        "half precision added in itself",
+        lambda o: {"multiplies": lambda dtype, device: True},
+        ("test_multiplies_says_that_sums_are_of_float32",),
+    ),
+    Fault(
+        "another context in half precision",
+        lambda o: {
+            "multiplies": lambda dtype, device: True,
+            "fused_attention": lambda spec, arrays, causal: (
+                o.capabilities.fused_attention(spec, arrays, causal=causal)
+                + 0.2 * (arrays["query"].element_size() == 2)
+            ),
+        },
+        ("test_half_precision_in_the_fused_kernel",),
+        base="torch",
     ),
     Fault(
         "softmax over the axis before the last",
