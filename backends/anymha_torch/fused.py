@@ -52,7 +52,7 @@ def fused_attention(
     if bias is not None:
         bias = bias.to(query.dtype)  # to which it was rounded
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
-    elif mask.__class__ is torch.Tensor and mask.is_cpu:
+    elif mask is not None and mask.__class__ is torch.Tensor and mask.is_cpu:
         mask = torch.where(mask, _SEEN, _HIDDEN)  # as the kernel does, by numbers that are kept
     value = arrays["value"]
     grouped = bool(query.shape[1] != key.shape[1])
