@@ -16,7 +16,7 @@ from anymha.errors import ArgumentError, DtypeError, ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.execution.path import AttentionShape, Path, choose_path
-from anymha.framework.dtypes import BITS, accumulation_dtype, dtype_name
+from anymha.framework.dtypes import accumulation_dtype, dtype_name, multiplies
 from anymha.framework.names import answer, listed
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import check_named, common_ops
@@ -133,13 +133,9 @@ def dot_product_attention(
         seed = None
     dtype = dtype_name(query.dtype)
     working = accumulation_dtype(dtype)
-    multiplies = ops.capabilities.multiplies
-    narrow = (
-        multiplies is not None
-        and BITS[dtype] < BITS[working]
-        and (bias is None or bias.dtype == query.dtype)
-        and multiplies(query.dtype, ops.device(query))
-    )
+    narrow = multiplies(ops, dtype, ops.device(query))
+    if bias is not None and bias.dtype != query.dtype:
+        narrow = False  # which the kernel would round
     spec = AttentionSpec(
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
         () if softcap is None else (Softcap(softcap),),

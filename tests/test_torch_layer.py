@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 import anymha
+from anymha.attention.masks import position_mask
+from anymha.attention.spec import AttentionSpec
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
 from tests.frameworks import required
 
@@ -25,7 +27,7 @@ torch = required("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from anymha_torch import MultiHeadAttention  # noqa: E402
+from anymha_torch import MultiHeadAttention, fused  # noqa: E402
 
 NAMES = [
     f"{projection}.{part}"
@@ -851,3 +853,127 @@ def test_a_replica_of_data_parallel_computes_the_same(x, dtype):
     torch.testing.assert_close(replica(x), layer(x), rtol=0, atol=rounding)
     with pytest.raises(RuntimeError, match="DataParallel"):
         make(query_features=None)._replicate_for_data_parallel()
+
+
+# --- Half precision ------------------------------------------------------------------------------
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=HALF, ids=["bfloat16", "float16"])
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    if not fused.multiplies(request.param, torch.device("cpu")):
+        pytest.skip(f"the processor has no products of {request.param}")
+    return request.param
+
+
+def half_layer(dtype: torch.dtype, **options: Any) -> MultiHeadAttention:
+    return MultiHeadAttention(4, 16, query_features=64, seed=0, dtype=str(dtype)[6:], **options)
+
+
+def by_hand(layer: MultiHeadAttention, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    """The layer as one writes it in torch."""
+    batch, length, width = x.shape
+    linear, attention = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (
+        linear(x, p.weight, p.bias).view(batch, length, 4, 16).transpose(1, 2)
+        for p in (layer.query, layer.key, layer.value)
+    )
+    context = attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, length, width)
+    return linear(context, layer.output.weight, layer.output.bias)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_half_precision_is_that_of_torch_itself(half, causal, calls) -> None:
+    layer = half_layer(half)
+    x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).to(half)
+    with torch.no_grad():
+        for _ in range(calls):
+            output = layer(x, use_causal_mask=causal)
+        wanted = by_hand(layer, x, causal)
+    assert output.dtype == half
+    torch.testing.assert_close(output, wanted, rtol=0, atol=4 * torch.finfo(half).eps)
+
+
+def test_half_precision_is_told_by_explain(half) -> None:
+    layer, x = half_layer(half), torch.ones(2, 5, 64, dtype=half)
+    assert "fused" in anymha.explain(layer, x)
+    assert "in half precision" in anymha.explain(layer, x)
+    heads = torch.ones(2, 5, 4, 16, dtype=half)
+    told = anymha.explain(anymha.dot_product_attention, heads, heads, heads)
+    assert "in half precision" in told
+    exact = half_layer(half, compute_dtype="float32")
+    assert "in half precision" not in anymha.explain(exact, x)
+    assert exact(x).dtype == half
+
+
+def test_output_in_half_precision_is_the_same_with_the_scores(half) -> None:
+    layer = half_layer(half)
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).to(half)
+    output, scores = layer(x, use_causal_mask=True, return_attention_scores=True)
+    assert scores.dtype == half
+    torch.testing.assert_close(output, layer(x, use_causal_mask=True), rtol=0, atol=0)
+    total = scores.float().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=0.02)
+
+
+def test_hidden_positions_in_half_precision_change_no_bit(half) -> None:
+    layer = half_layer(half)
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0)).to(half)
+    other = x.clone()
+    other[0, 5:], other[1] = torch.nan, torch.inf
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 5:], mask[1] = False, False
+    call = {"query_mask": mask, "value_mask": mask}
+    one, two = layer(x, **call), layer(other, **call)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    bias = layer.output.bias.detach().expand(9, 64)
+    torch.testing.assert_close(one[1], bias, rtol=0, atol=0)
+
+
+def test_rows_that_see_nothing_are_zero_whatever_the_kernel_gives(half, monkeypatch) -> None:
+    """As cuDNN's, which leaves them other numbers; `is_cpu` alone tells that it is not there."""
+    spec = AttentionSpec(0.25, (), position_mask(False, None, 0))
+    query = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0)).to(half)
+    seen = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    seen[0, 0, 1] = False
+    bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    right = fused.scaled_dot_product_attention
+
+    class OnGPU(torch.Tensor):
+        is_cpu = False
+
+    def kernel(*arguments: Any, **options: Any) -> torch.Tensor:
+        context = right(*arguments, **options)
+        context[:, :, 1] += 0.4
+        return context.as_subclass(OnGPU)
+
+    monkeypatch.setattr(fused, "scaled_dot_product_attention", kernel)
+    for given in ({"mask": seen}, {"bias": bias}, {"mask": seen, "bias": torch.zeros(3)}):
+        arrays = {"query": query, "key": query, "value": query, **given}
+        context = fused.fused_attention(spec, arrays, causal=False)
+        assert torch.equal(context[:, :, 1], torch.zeros(1, 2, 8, dtype=half))
+        assert bool((context[:, :, 0] != 0).any())
+
+
+def test_gradients_of_gradients_in_half_precision(half) -> None:
+    layer, exact = half_layer(half), half_layer(half, compute_dtype="float32")
+    found = []
+    for each in (layer, exact):
+        x = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0)).to(half)
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(each(x).float().square().sum(), x, create_graph=True)
+        (again,) = torch.autograd.grad(slope.float().square().sum(), x)
+        found.append(again.float())
+    size = found[1].abs().max().item()
+    torch.testing.assert_close(*found, rtol=0, atol=32 * torch.finfo(half).eps * size)
+
+
+def test_half_precision_compiles_as_one_graph(half) -> None:
+    layer, x = half_layer(half), torch.ones(2, 5, 64, dtype=half)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, value_mask=mask), layer(x, value_mask=mask), rtol=0, atol=0.05
+    )

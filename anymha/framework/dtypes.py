@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anymha.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anymha.framework.protocol import Ops
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
@@ -45,3 +48,15 @@ def output_dtype(weights: str, compute: str) -> str:
     give float32, rounded once (reproducible mode).
     """
     return compute if BITS[compute] <= BITS[weights] else weights
+
+
+def multiplies(ops: Ops, dtype: str, device: Any) -> bool:
+    """Whether layers keep half precision between stages: products of that dtype, sums in float32.
+
+    Args:
+        ops: The backend.
+        dtype: The name of the dtype in which a layer computes.
+        device: Where.
+    """
+    own = ops.capabilities.multiplies
+    return own is not None and BITS[dtype] == 16 and own(ops.dtype(dtype), device)

@@ -15,7 +15,7 @@ from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.masks import FAR, PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape, Path, choose_path
-from anymha.framework.dtypes import BITS, dtype_name
+from anymha.framework.dtypes import BITS, dtype_name, multiplies
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
 from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
@@ -319,12 +319,7 @@ def _make_plan(
     dtype = weights.dtype if isinstance(weights.dtype, str) else dtype_name(weights.dtype)
     compute_dtype = config.compute_dtype or dtype
     working = "float64" if compute_dtype == "float64" else "float32"
-    multiplies = ops.capabilities.multiplies
-    narrow = (
-        multiplies is not None
-        and BITS[compute_dtype] < BITS[working]
-        and multiplies(ops.dtype(compute_dtype), ops.device(query))
-    )
+    narrow = multiplies(ops, compute_dtype, ops.device(query))
     carried = compute_dtype if narrow else working
     result = compute_dtype if BITS[compute_dtype] <= BITS[dtype] else dtype
     value_dim: Any = config.value_dim

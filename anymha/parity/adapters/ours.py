@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from anymha.framework.dtypes import multiplies
 from anymha.framework.registry import backend_of
 from anymha.interchange.layers import get_weights
 from anymha.layer.forward import multi_head_attention
@@ -55,6 +56,8 @@ class Ours:
         )  # fmt: skip
         stages.pop("output", None)  # the output of the layer's own call counts
         result = as_numpy(output)
+        computed = layer.config.compute_dtype or layer.config.dtype
+        narrow = multiplies(ops, computed, ops.device(next(iter(weights.values()))))
         recipe = fold(problem_of(layer.config, canonical, request)).recipe
         return Trace(
             self.name,
@@ -64,6 +67,7 @@ class Ours:
             {} if cotangent is None else self._gradients(inputs, others, cotangent, result.dtype),
             weights=canonical,
             config=layer.config,
+            stored=computed if narrow else None,
             random=differs_between_calls(result, as_numpy(again)),
         )
 
