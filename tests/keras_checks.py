@@ -300,7 +300,7 @@ def test_dtype_policies_say_what_weights_and_results_are(name: str) -> None:
     numpy = NumpyLayer(2, 4, dtype=wanted, compute_dtype=half, query_features=8, seed=0)
     kind = np.dtype(getattr(ml_dtypes, half, half))
     want = numpy(X.astype(kind)).astype("float32")
-    margin = tolerance(half, 16, float(np.abs(want).max()))
+    margin = 2 * tolerance(half, 16, float(np.abs(want).max()), stored=half)
     np.testing.assert_allclose(to_numpy(output).astype("float32"), want, rtol=0, atol=margin)
 
 

@@ -319,7 +319,7 @@ def _make_plan(
     dtype = weights.dtype if isinstance(weights.dtype, str) else dtype_name(weights.dtype)
     compute_dtype = config.compute_dtype or dtype
     working = "float64" if compute_dtype == "float64" else "float32"
-    narrow = multiplies(ops, compute_dtype, ops.device(query))
+    narrow = BITS[compute_dtype] == 16 and multiplies(ops, compute_dtype, ops.device(query))
     carried = compute_dtype if narrow else working
     result = compute_dtype if BITS[compute_dtype] <= BITS[dtype] else dtype
     value_dim: Any = config.value_dim
