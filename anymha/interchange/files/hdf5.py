@@ -147,6 +147,8 @@ class Hdf5Reader(Reader):
             return ""
         if kind.is_variable_str():
             return "bfloat16"
+        if kind.get_size() > MAX_NAME:
+            return ""
         return bytes(item.attrs["dtype"]).decode("ascii")
 
     def _read(self, name: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -138,6 +139,14 @@ class DistributedReader(Reader):
         for name, entry in metadata["state_dict_metadata"].items():
             if entry.kind.endswith(".TensorStorageMetadata"):
                 tensors[name] = self._tensor(name, _state(entry), places.get(name, {}))
+        spans = sorted(
+            (one.file, one.begin, one.begin + one.length)
+            for pieces in self._pieces.values()
+            for one in pieces
+        )
+        for (file, _, end), (other, begin, _) in pairwise(spans):
+            if file == other and begin < end:  # reading the same bytes again takes time
+                raise RefusedPickle(f"two pieces lie in the same bytes of {quoted(file)}")
         return tensors
 
     def _tensor(self, name: str, entry: dict[str, Any], places: dict[Any, Any]) -> Tensor:
