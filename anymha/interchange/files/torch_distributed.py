@@ -224,6 +224,8 @@ def _piece(chunk: dict[str, Any], places: dict[Any, Any]) -> _Piece:
     if info.get("transform_descriptors"):
         raise RefusedPickle("its pieces are compressed or transformed otherwise")
     begin, length = _sizes((begin, length))
+    if not length:
+        raise RefusedPickle(f"a piece in {quoted(file)} has no bytes")
     return _Piece(offsets, shape, file, begin, length)
 
 
