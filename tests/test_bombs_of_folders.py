@@ -20,7 +20,7 @@ from tests.file_samples import write
 from tests.frameworks import required
 from tests.fuzz.samples import orbax
 from tests.tensorflow_files import HEADER, entry, field, index_of, index_of_rows, row
-from tests.test_bombs import check_bomb, zarr, zarr3
+from tests.test_bombs import check_bomb, holding_one_another, text, zarr, zarr3
 
 FLOATS = entry(1, (4,), 0, 16)
 
@@ -79,6 +79,21 @@ def distributed(
         stream = io.BytesIO()
         torch.save(torch.ones(1), stream)
         (folder / "x.distcp").write_bytes(stream.getvalue())
+        return folder
+
+    return make
+
+
+HOME = b"ctorch.distributed.checkpoint.metadata\n"
+
+
+def metadata_of(pieces: bytes, tensors: bytes = b"}") -> Callable[[Path], Path]:
+    """A checkpoint of torch with these tables in its metadata."""
+    tables = text("storage_data") + pieces + text("state_dict_metadata") + tensors
+    program = HOME + b"Metadata\n)R}(" + tables + b"ub"
+
+    def make(folder: Path) -> Path:
+        (folder / ".metadata").write_bytes(holding_one_another(program))
         return folder
 
     return make
@@ -189,6 +204,18 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "distributed, files that are missing": (
         distributed((9000,), [(i, f"{i}.distcp", 0, 10) for i in range(9000)]),
         "0.distcp cannot be read: No such file"),
+    "distributed, a name of tuples": (
+        metadata_of(
+            b"}" + HOME + b"MetadataIndex\n)R}(" + text("fqn") + b")" + b"\x85" * 300_000
+            + text("offset") + b")ub}s"
+        ),
+        "a piece has no tensor's name"),
+    "distributed, lists in one another": (
+        metadata_of(
+            b"}", b"}" + text("a") + HOME + b"TensorStorageMetadata\n)R}" + text("properties")
+            + HOME + b"TensorProperties\n)Rh\x0c\x85bsbs",
+        ),
+        "[...], [...]]]]"),
     "Orbax, manifest": (manifest, "Error decoding manifest"),
     "Orbax, a chunk": (packed_chunk, "Error reading local file"),
     "Orbax, chunks": (lambda folder: zarr(folder, 2**24, 1), "'a' has 16777216 chunks of 4 bytes"),

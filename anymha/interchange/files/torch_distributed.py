@@ -134,6 +134,8 @@ class DistributedReader(Reader):
         for index, info in metadata["storage_data"].items():
             key = _state(index)
             if key.get("offset") is not None:
+                if not isinstance(key["fqn"], str):
+                    raise RefusedPickle("a piece has no tensor's name")
                 places.setdefault(key["fqn"], {})[_sizes(key["offset"])] = _state(info)
         tensors = {}
         for name, entry in metadata["state_dict_metadata"].items():
@@ -152,7 +154,7 @@ class DistributedReader(Reader):
     def _tensor(self, name: str, entry: dict[str, Any], places: dict[Any, Any]) -> Tensor:
         dtype = entry["properties"].state[0]
         if not isinstance(dtype, PickledName) or dtype.name not in _DTYPES:
-            raise RefusedPickle(f"{quoted(name)} has elements of {dtype!s:.40}")
+            raise RefusedPickle(f"{quoted(name)} has elements of {quoted(dtype)}")
         tensor = Tensor(_sizes(entry["size"]), _DTYPES[dtype.name])
         pieces = [_piece(_state(chunk), places) for chunk in entry["chunks"]]
         for piece in pieces:
