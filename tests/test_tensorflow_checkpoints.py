@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from anymha.errors import FileError
+import anymha
+from anymha.errors import FileError, UsageError
 from anymha.interchange.files.crc32c import crc32c
 from anymha.interchange.files.formats import open_file
 from anymha.interchange.files.reader import CHUNK
@@ -137,6 +138,38 @@ def test_several_files_of_data_are_read(tmp_path: Path) -> None:
         assert len(reader.files()) == 3
     (tmp_path / "both.data-00001-of-00002").unlink()
     assert "do not lie beside it" in refused(tmp_path / "both.index")
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [("adam_m", "adam_v"), ("Adam", "Adam_1"), ("Momentum",), ("ExponentialMovingAverage",)],
+)
+def test_what_an_optimiser_keeps_of_each_variable_is_left_out(
+    tmp_path: Path, slots: tuple[str, ...]
+) -> None:
+    """As Google's checkpoints of BERT have it."""
+    rng = np.random.default_rng(0)
+    weights = {
+        f"bert/encoder/layer_0/attention/{part}/{kind}": rng.standard_normal(shape).astype("f4")
+        for part in ("self/query", "self/key", "self/value", "output/dense")
+        for kind, shape in (("kernel", (8, 8)), ("bias", (8,)))
+    }
+    kept = {f"{name}/{slot}": array for name, array in weights.items() for slot in slots}
+    source = placed(tmp_path, checkpoint({**weights, **kept, "step": np.array(3)}, False))
+    done = anymha.convert_file(
+        source, tmp_path / "a.safetensors", num_heads=2, verify=False, layout=None
+    )
+    assert done.layout == "transformers.flax_bert"
+    found = anymha.get_weights(anymha.load(tmp_path / "a.safetensors", "numpy"))
+    kernel = weights["bert/encoder/layer_0/attention/self/query/kernel"]
+    assert np.array_equal(found["query.kernel"].reshape(8, 8), kernel)
+    unknown = {
+        **weights,
+        "bert/encoder/layer_0/attention/self/query/kernel/other": np.ones(3, "f4"),
+    }
+    placed(tmp_path, checkpoint(unknown, False))
+    with pytest.raises(UsageError, match="no attention layer of a known layout"):
+        anymha.convert_file(source, tmp_path / "b.safetensors", num_heads=2, verify=False)
 
 
 @pytest.mark.parametrize("file", ["a.index", "a.data-00000-of-00001"])
