@@ -228,7 +228,7 @@ def many_blocks(count: int) -> bytes:
         (lambda: index_of_rows(row(b"abc", b"", 3)), "reaches over its block"),
         (lambda: index_of_rows(row(b"a", b"x") + b"\0\7\0"), "reaches over its block"),
         (lambda: index_of_rows(row(b"a", b"") * 2), "a name twice"),
-        (lambda: index_of_rows(b"\xff" * 20), "no end"),
+        (lambda: index_of_rows(b"\xff" * 20), "more than ten bytes"),
         (lambda: table_of(block(b""), block(row(b"a", varint(0) + varint(2**40)))), "outside of"),
         (lambda: table_of(block(b"", b"\1"), block(row(b"a", varint(0) + varint(8)))), "packed"),
         (lambda: blocks_over_one_another(2), "lie over one another"),

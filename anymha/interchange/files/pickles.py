@@ -313,8 +313,8 @@ class PickleMachine:
             stack[-1].extend(items)
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             last = stack.pop() if name == "STACK_GLOBAL" else None
-            names = (stack.pop(), last) if last else argument.split(" ", 1)
-            stack.append(_named(*names, self._classes))
+            module, word = (stack.pop(), last) if last else argument.split(" ", 1)
+            stack.append(_named(module, word, self._classes))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             named = isinstance(function, PickledName)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anymha.interchange.files.crc32c import crc32c
+from anymha.interchange.files.protobuf import varint
 from anymha.interchange.files.reader import MAX_NAMES
 from anymha.interchange.files.streams import Malformed
 
@@ -27,20 +28,6 @@ MAX_ENTRIES, MAX_BLOCKS = 100_000, 4_000
 def masked(checksum: int) -> int:
     """A CRC-32C as it is stored beside what it is of."""
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) % 2**32
-
-
-def varint(content: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number of variable length at a place, and where it ends.
-
-    Raises:
-        Malformed: it does not end before `end`, or has more than ten bytes.
-    """
-    number = 0
-    for place, byte in enumerate(content[at : min(at + 10, end)]):
-        number |= (byte & 0x7F) << 7 * place
-        if byte < 0x80:
-            return number, at + place + 1
-    raise Malformed("a number in it has no end")
 
 
 def entries(content: bytes) -> dict[bytes, bytes]:

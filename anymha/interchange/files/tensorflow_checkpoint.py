@@ -25,16 +25,17 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.crc32c import crc32c
-from anymha.interchange.files.protobuf import fields
+from anymha.interchange.files.protobuf import fields, varint
 from anymha.interchange.files.reader import (
     MAX_AXES,
     Reader,
     Tensor,
     bytes_of,
+    joined,
     open_stream,
     read_array,
 )
-from anymha.interchange.files.sorted_table import entries, masked, varint
+from anymha.interchange.files.sorted_table import entries, masked
 from anymha.interchange.files.streams import Malformed
 from anymha.text import quoted, shown
 
@@ -245,17 +246,14 @@ class TensorflowReader(Reader):
         return graph
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
         parts = self._parts[name]
-        arrays = [self._elements(name, place) for _, place in parts]
         if parts[0][0] == ():
-            return arrays[0]
-        whole, filled = np.empty(tensor.shape, tensor.dtype), np.zeros(tensor.shape, bool)
-        for (where, _), array in zip(parts, arrays, strict=True):
-            whole[where], filled[where] = array, True
-        if not filled.all():
+            return self._elements(name, parts[0][1])
+        pieces = ((where, self._elements(name, place)) for where, place in parts)
+        array = joined(self.tensors[name], pieces)
+        if array is None:
             raise self.broken(f"parts of {quoted(name)} overlap")
-        return whole
+        return array
 
     def _elements(self, name: str, place: _Place) -> np.ndarray:
         stream, _ = self._data[place.file]

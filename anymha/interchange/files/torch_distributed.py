@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from anymha.interchange.files.pickles import (
     PickleMachine,
     RefusedPickle,
 )
-from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream
+from anymha.interchange.files.reader import Reader, Tensor, fits_memory, joined, open_stream
 from anymha.interchange.files.torch_reader import (
     KIND,
     MAX_PICKLE,
@@ -176,23 +177,23 @@ class DistributedReader(Reader):
         return self._files[file]
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        array = np.empty(tensor.shape, tensor.dtype)
-        filled = np.zeros(tensor.shape, bool)
+        array = joined(self.tensors[name], self._read_pieces(name))
+        if array is None:
+            raise self.broken(f"pieces of {quoted(name)} overlap")
+        return array
+
+    def _read_pieces(self, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The place of each piece in its tensor, and its elements."""
         for piece in self._pieces[name]:
             span = _Span(self._opened(piece.file)[0], piece.begin, piece.length)
             with _PieceReader(self.path / piece.file, span) as reader:
                 (inner,) = reader.tensors.values() or (None,)
-                if inner != Tensor(piece.shape, tensor.dtype):
+                if inner != Tensor(piece.shape, self.tensors[name].dtype):
                     raise self.broken(f"a piece of {quoted(name)} is {inner}")
                 place = tuple(
                     slice(a, a + n) for a, n in zip(piece.offsets, piece.shape, strict=True)
                 )
-                array[place] = reader.read(*reader.tensors)
-                filled[place] = True
-        if not filled.all():
-            raise self.broken(f"pieces of {quoted(name)} overlap")
-        return array
+                yield place, reader.read(*reader.tensors)
 
     def files(self) -> list[Path]:
         """The metadata, and the files that hold the pieces."""
