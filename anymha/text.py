@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 SHOWN_CHARACTERS = 200
 SHOWN_ITEMS = 12
+SHOWN_LEVELS = 3
 
 
 def escaped(text: str, kept: str = "") -> str:
@@ -31,8 +32,8 @@ def shown(text: object, most: int = SHOWN_CHARACTERS) -> str:
 
 
 def quoted(value: object) -> str:
-    """``repr(value)`` of a text, number, list or dict, shortened at every level."""
-    return _SHORT.repr(value)
+    """``repr(value)`` of a text, number, list or dict, shortened at every level and as a whole."""
+    return shown(_SHORT.repr(value), 5 * SHOWN_CHARACTERS)
 
 
 def listed(names: Collection[object]) -> str:
@@ -69,6 +70,7 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxstring = self.maxother = SHOWN_CHARACTERS
         self.maxlist = self.maxtuple = 32
+        self.maxlevel = SHOWN_LEVELS  # lists may hold one another many times
         self.maxlong = 60
 
     def repr_int(self, x: int, level: int) -> str:

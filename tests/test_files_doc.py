@@ -57,5 +57,5 @@ def test_every_format_is_in_the_table() -> None:
 
 
 def test_every_extra_of_a_format_is_in_the_table() -> None:
-    for extra in ("hdf5", "orbax", "tensorflow", "gguf"):
+    for extra in ("hdf5", "orbax", "gguf"):
         assert f"`anymha[{extra}]`" in PAGE

@@ -31,6 +31,12 @@ _ROTARY = {
     "inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "cos", "sin", "freqs", "freqs_cis",
     "freqs_cos", "freqs_sin", "embed_positions",
 }  # fmt: skip
+_SLOT = re.compile(
+    r".*[./](kernel|bias|weight)[./]((adam|adamw|lamb)_[mv]|(Adam|AdamW|Momentum|RMSProp|Adagrad|"
+    r"Adadelta|Ftrl|LAMB)(_\d+)?|ExponentialMovingAverage)",
+    re.DOTALL,
+)
+"""An average that an optimiser of TensorFlow keeps of a variable or its gradients."""
 _STEP = re.compile(r"bias|scale|scaling|zero_point|temperature|slopes|alibi|sink|gate|relative|rel_"
                    r"|adapter|sub_?(layer_?)?(norm|ln)|lambda_(q|k|init)")  # fmt: skip
 _MLP = re.compile(r"(ffn|mlp|moe|gate_(up_)?proj)")
@@ -143,7 +149,7 @@ def refusal(words: str) -> str:
 
 
 def is_buffer(name: str, shape: tuple[int, ...], rotary: bool) -> bool:
-    """Whether an array means nothing to a layer: a mask, tables of angles, states of generators.
+    """Whether an array means nothing to a layer: a mask, tables of angles, states of training.
 
     Args:
         name: Its name, relative to the layer.
@@ -157,6 +163,8 @@ def is_buffer(name: str, shape: tuple[int, ...], rotary: bool) -> bool:
     if leaf in MASKS:
         square = len(shape) >= 2 and shape[-1] == shape[-2] and set(shape[:-2]) <= {1}
         return square and (leaf != "bias" or len(parts) == 1)
+    if _SLOT.fullmatch(name):
+        return True
     return leaf in _BUFFERS or not _STATES.isdisjoint(parts) or (rotary and leaf in _ROTARY)
 
 

@@ -13,7 +13,9 @@ import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.fuzz.samples import Files, varint
+from anymha.interchange.files.sorted_table import entries
+from tests.fuzz.samples import Files
+from tests.tensorflow_files import index_of, varint
 
 NUMBERS = (0, 1, 2, 3, 7, 8, 24, 63, 64, 127, 128, 255, 256, 4095, 65535, 65536, 2**24, 2**31 - 1,
            2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
@@ -50,6 +52,10 @@ def damages_of(name: str, content: bytes) -> list[Damage]:
         own = [zip_member, zip_member, zip_member, zip_header]
     elif content[:4] == b"\x89HDF":
         own = [hdf5_number, hdf5_address, hdf5_chunk]
+    elif name.endswith(".index"):
+        own = [table_entry, table_entry]
+    elif content[:2] == b"\x80\x02":
+        own = [pickle_program]
     elif name.endswith(".onnx"):
         own = [protobuf_field, protobuf_field]
     elif name.endswith(".safetensors"):
@@ -241,6 +247,9 @@ def protobuf_field(content: bytes, another: bytes, rng: random.Random) -> bytes:
         elif tag & 7 == 0:
             number, at = _varint(content, at)
             parts.append((tag, number))
+        elif tag & 7 == 5 and at + 4 <= len(content):
+            parts.append((tag, content[at : at + 4]))
+            at += 4
         else:
             raise ValueError(begin)
     where = rng.randrange(len(parts))
@@ -263,9 +272,31 @@ def protobuf_field(content: bytes, another: bytes, rng: random.Random) -> bytes:
         parts[where] = (rng.randrange(1, 20) << 3 | tag & 7, value)
     else:
         parts[where] = (tag & ~7, rng.choice(NUMBERS))
-    return b"".join(
-        varint(tag) + (varint(v) if isinstance(v, int) else varint(len(v)) + v) for tag, v in parts
-    )
+    return b"".join(varint(tag) + _encoded(tag, value) for tag, value in parts)
+
+
+def _encoded(tag: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return varint(value)
+    return value if tag & 7 == 5 else varint(len(value)) + value
+
+
+def table_entry(content: bytes, another: bytes, rng: random.Random) -> bytes:
+    """A key or a value of a checkpoint's index, whose checksums are right."""
+    table = entries(content)
+    key = rng.choice(list(table))
+    value = table[key]
+    action = rng.random()
+    if action < 0.1:
+        del table[key]
+    elif action < 0.2:
+        table[rng.choice(TEXTS).encode("utf-8", "replace")] = value
+    elif action < 0.3:
+        table[rng.choice(list(table))] = value
+    else:
+        damage = protobuf_field if action < 0.8 else rng.choice(BYTES)
+        table[key] = damage(value, another, rng)
+    return index_of(table)
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:

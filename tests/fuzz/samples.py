@@ -17,6 +17,7 @@ import numpy as np
 import anymha
 from anymha.interchange.files.formats import create_file
 from anymha.interchange.files.reader import Tensor
+from tests.tensorflow_files import checkpoint, field, varint
 
 DATA = Path(__file__).parents[1] / "data"
 PARTS = ("self.query", "self.key", "self.value", "output.dense")
@@ -59,22 +60,41 @@ def own(folder: Path) -> Files:
     return {"own.safetensors": (folder / "own.safetensors").read_bytes()}
 
 
-def sharded(folder: Path) -> Files:
-    halves: list[dict[str, np.ndarray]] = [{}, {}]
-    for number, (name, array) in enumerate(arrays().items()):
-        halves[number % 2][name] = array
-    files, places = {}, {}
-    for number, half in enumerate(halves):
-        file = f"m-{number}.safetensors"
-        with create_file(
-            folder / file, {n: Tensor(a.shape, a.dtype) for n, a in half.items()}
-        ) as w:
-            for name, array in half.items():
-                w.write(name, array)
-        files[file] = (folder / file).read_bytes()
-        places |= dict.fromkeys(half, file)
-    index = json.dumps({"metadata": {"total_size": 9}, "weight_map": places}).encode()
-    return {"m.safetensors.index.json": index, **files}
+def sharded(suffix: str) -> Callable[[Path], Files]:
+    """Two files of a format, and their index."""
+
+    def make(folder: Path) -> Files:
+        halves: list[dict[str, np.ndarray]] = [{}, {}]
+        for number, (name, array) in enumerate(arrays().items()):
+            halves[number % 2][name.replace(".", "/") if suffix == ".h5" else name] = array
+        files, places = {}, {}
+        for number, half in enumerate(halves):
+            file = f"m-{number}{suffix}"
+            tensors = {name: Tensor(array.shape, array.dtype) for name, array in half.items()}
+            with create_file(folder / file, tensors) as writer:
+                for name, array in half.items():
+                    writer.write(name, array)
+            files[file] = (folder / file).read_bytes()
+            places |= dict.fromkeys(half, file)
+        index = json.dumps({"metadata": {"total_size": 9}, "weight_map": places}).encode()
+        return {f"m{suffix}.index.json": index, **files}
+
+    return make
+
+
+def npz_others(folder: Path) -> Files:
+    """Arrays of other orders, and of no axes, texts and complex numbers; the second header."""
+    stream = io.BytesIO()
+    mixed = {
+        "big": np.arange(6, dtype=">f8").reshape(2, 3), "one": np.array(3, "i2"),
+        "text": np.array(["ab", "c"]), "bytes": np.array([b"ab"]), "c": np.ones((2, 2), "c8"),
+        "layer.0.self.query.weight": np.asfortranarray(arrays()["layer.0.self.query.weight"]),
+    }  # fmt: skip
+    with zipfile.ZipFile(stream, "w") as archive:
+        for number, (name, array) in enumerate(mixed.items()):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, version=(1 + number % 2, 0))
+    return {"a.npz": stream.getvalue()}
 
 
 def npz(folder: Path) -> Files:
@@ -130,6 +150,12 @@ def distributed(folder: Path) -> Files:
     return {f"x/{file.name}": file.read_bytes() for file in files}
 
 
+def two_processes(folder: Path) -> Files:
+    """A checkpoint of which two processes wrote half of the rows each; see tests/data."""
+    files = sorted((DATA / "distributed").iterdir())
+    return {f"x/{file.name}": file.read_bytes() for file in files}
+
+
 def flax_saved(folder: Path) -> Files:
     import flax.serialization  # noqa: PLC0415  installed where it is called
 
@@ -138,6 +164,13 @@ def flax_saved(folder: Path) -> Files:
 
 def gguf(folder: Path) -> Files:
     return {"a.gguf": (DATA / "sample.gguf").read_bytes()}
+
+
+def tensorflow(graph: bool) -> Callable[[Path], Files]:
+    def make(folder: Path) -> Files:
+        return checkpoint({n.replace(".", "/"): a for n, a in arrays().items()}, graph)
+
+    return make
 
 
 def h5(latest: bool) -> Callable[[Path], Files]:
@@ -158,27 +191,51 @@ def h5(latest: bool) -> Callable[[Path], Files]:
     return make
 
 
-def keras(folder: Path) -> Files:
+def keras_weights(folder: Path) -> Files:
+    """As Keras 3 saves them: numbers in groups that have names."""
+    h5py: Any = importlib.import_module("h5py")
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("config.json", "{}")
-        archive.writestr("model.weights.h5", h5(False)(folder)["a.weights.h5"])
-    return {"a.keras": stream.getvalue()}
+    with h5py.File(stream, "w") as file:
+        for number, (name, array) in enumerate(arrays().items()):
+            group = file.require_group(f"layers/attention/{name.rpartition('.')[0] or number}/vars")
+            group.parent.attrs["name"] = name
+            group[str(len(group))] = array
+        file.create_group("optimizer/vars")["0"] = np.arange(3)
+    return {"model.weights.h5": stream.getvalue()}
 
 
-def field(number: int, content: bytes | int) -> bytes:
-    """A field of a protocol buffer."""
-    if isinstance(content, int):
-        return bytes([number << 3]) + varint(content)
-    return bytes([number << 3 | 2]) + varint(len(content)) + content
+def whole_h5(folder: Path) -> Files:
+    """As Keras 2 saves a whole model: its configuration, lists of names, and `:0` behind them."""
+    h5py: Any = importlib.import_module("h5py")
+    stream = io.BytesIO()
+    config = {"class_name": "Functional", "config": {"layers": [{"class_name": "Dense"}] * 3}}
+    with h5py.File(stream, "w") as file:
+        file.attrs["model_config"] = json.dumps(config)
+        file.attrs["keras_version"] = np.bytes_("2.15.0")
+        weights = file.create_group("model_weights")
+        weights.attrs["layer_names"] = np.array([b"bert", b"dropout"])
+        layer = weights.create_group("bert")
+        weights.create_group("dropout").attrs["weight_names"] = np.zeros(0)
+        names = [f"tf_bert_model/bert/{n.replace('.', '/')}:0" for n in arrays()]
+        layer.attrs["weight_names"] = np.array([name.encode() for name in names])
+        for name, array in zip(names, arrays().values(), strict=True):
+            layer[name] = array
+        file["optimizer_weights/Adam/iteration:0"] = np.int64(7)
+    return {"tf_model.h5": stream.getvalue()}
 
 
-def varint(number: int) -> bytes:
-    head = b""
-    while number > 0x7F:
-        head += bytes([number & 0x7F | 0x80])
-        number >>= 7
-    return head + bytes([number])
+def keras(weights: Callable[[Path], Files], method: int) -> Callable[[Path], Files]:
+    """As Keras 3 saves a whole model."""
+
+    def make(folder: Path) -> Files:
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", method) as archive:
+            archive.writestr("metadata.json", json.dumps({"keras_version": "3.15.1"}))
+            archive.writestr("config.json", json.dumps({"module": "keras", "config": {}}))
+            archive.writestr("model.weights.h5", next(iter(weights(folder).values())))
+        return {"a.keras": stream.getvalue()}
+
+    return make
 
 
 def onnx(folder: Path) -> Files:
@@ -236,23 +293,31 @@ def orbax(driver: str, database: bool) -> Callable[[Path], Files]:
 
 SAMPLES: dict[str, dict[str, Callable[[Path], Files]]] = {
     "safetensors": {"plain": written("a.safetensors"), "own": own},
-    "shards": {"two": sharded},
-    "npz": {"stored": written("a.npz"), "deflated": npz},
+    "shards": {"safetensors": sharded(".safetensors"), "torch": sharded(".bin")},
+    "npz": {"stored": written("a.npz"), "deflated": npz, "others": npz_others},
     "torch": {"plain": written("a.pt"), "saved": torch_saved},
     "torch before 1.6": {"saved": torch_before_1_6},
-    "torch distributed": {"one process": distributed},
+    "torch distributed": {"one process": distributed, "two": two_processes},
     "msgpack": {"flax": flax_saved},
     "gguf": {"all types": gguf},
     "hdf5": {"old": h5(False), "latest": h5(True)},
-    "keras": {"old": keras},
+    "hdf5 shards": {"two": sharded(".h5")},
+    "keras": {"old": keras(h5(False), zipfile.ZIP_DEFLATED),
+              "three": keras(keras_weights, zipfile.ZIP_STORED)},
+    "keras weights": {"three": keras_weights},
+    "whole h5": {"two": whole_h5},
     "onnx": {"both": onnx},
+    "tensorflow": {"objects": tensorflow(True), "names": tensorflow(False)},
     "orbax": {f"{driver}{' database' * base}": orbax(driver, base)
               for driver in ("zarr", "zarr3") for base in (False, True)},
 }  # fmt: skip
+HDF5 = ("hdf5", "hdf5 shards", "keras", "keras weights", "whole h5")
 NEEDS = {
     "torch before 1.6": "torch", "torch distributed": "torch", "msgpack": "flax", "gguf": "gguf",
-    "hdf5": "h5py", "keras": "h5py", "orbax": "tensorstore",
+    "orbax": "tensorstore", **dict.fromkeys(HDF5, "h5py"),
 }  # fmt: skip
+LOADED = {"orbax": "tensorstore", "gguf": "gguf", **dict.fromkeys(HDF5, "h5py")}
+"""The library that reads a format, which is loaded before its files are."""
 
 
 def installed(name: str) -> bool:

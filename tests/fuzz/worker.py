@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.metadata
 import json
 import os
 import resource
@@ -24,6 +27,7 @@ MEMORY = 10**9
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod")
 NEVER = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect", "os.fork",
          "pickle.find_class", "ctypes.dlopen")  # fmt: skip
+SYSTEM = {"/proc", "/sys", "/dev/null", "/dev/urandom"}
 
 
 class Watch:
@@ -34,7 +38,7 @@ class Watch:
         self.touched: list[str] = []
         own = [sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(anymha.__file__))]
         own += [entry for entry in sys.path if entry]
-        self._allowed = tuple({os.path.realpath(one) for one in own} | {"/proc", "/dev", "/sys"})
+        self._allowed = tuple({os.path.realpath(one) for one in own} | SYSTEM)
         self._unnamed = tempfile.gettempdir()  # opened for a file without a name
         sys.addaudithook(self._hear)
 
@@ -114,12 +118,14 @@ def peak() -> int:
 
 
 def main() -> None:
-    """Answer each line with a path, and one of the honest file where its arrays are to be told."""
-    for library in ("h5py", "tensorstore"):
-        try:
-            __import__(library)
-        except ImportError:
-            continue
+    """Answer each line with a path, and one of the honest file where its arrays are to be told.
+
+    The argument is the library that reads the format; it is loaded first.
+    """
+    for library in sys.argv[1:]:
+        importlib.import_module(library)
+    # Packages are looked for once, not at every file.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     watch, honest = Watch(), {}
     usual = peak()
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -20,7 +20,7 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.optional import require_library
-from anymha.interchange.files.reader import Tensor, fits_memory
+from anymha.interchange.files.reader import CHUNK, Tensor, fits_memory
 from anymha.interchange.files.streams import Malformed, StreamReader
 from anymha.text import quoted, shown
 
@@ -130,10 +130,26 @@ class GgufReader(StreamReader):
         inner, count = self._number("I"), self._number("Q")
         if inner in _NUMBERS:
             self._skip(count * struct.calcsize("<" + _NUMBERS[inner]))
+        elif inner == _TEXT:
+            self._skip_texts(count)
         else:
             for _ in range(count):
                 self._value(inner, depth + 1)
         return None
+
+    def _skip_texts(self, count: int) -> None:
+        """Leave out texts, a million of which are usual in a tokenizer."""
+        length = struct.Struct("<Q").unpack_from
+        begin = self._stream.tell()
+        while count:
+            content, at = self._stream.read(CHUNK), 0
+            while count and at + 8 <= len(content):
+                at += 8 + length(content, at)[0]
+                count -= 1
+            begin += at
+            if not at or begin > self._size:
+                raise Malformed("it ends too early")
+            self._stream.seek(begin)
 
     def _text(self) -> str:
         size = self._number("Q")

@@ -35,6 +35,8 @@ from anymha.text import quoted, shown
 
 KIND = "an HDF5"
 KINDS = "biufc"
+MAX_LINKS = 1_000
+"""The most second names of datasets that a file may have; each is looked at anew."""
 OPAQUE = {
     name: np.dtype(getattr(ml_dtypes, name))
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -59,7 +61,8 @@ class Hdf5Reader(Reader):
         self._datasets: dict[str, Any] = {}
         self._chunks: dict[str, Chunks] = {}
         self._unpacked = 0
-        self._groups: set[int] = set()
+        self._addresses: set[int] = set()
+        self._links = 0
         try:
             with self._guard():
                 self._file = self._h5py.File(self._stream, "r")
@@ -78,10 +81,8 @@ class Hdf5Reader(Reader):
             raise self.broken(shown(error).rstrip(".")) from error
 
     def _walk(self, group: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        address = self._h5py.h5o.get_info(group.id).addr
-        if address in self._groups or prefix.count("/") > MAX_GROUPS:
+        if self._is_known(group) or prefix.count("/") > MAX_GROUPS:
             raise self.broken(f"its group {quoted(prefix)} holds itself, or lies too deep")
-        self._groups.add(address)
         for key in group:
             name = f"{prefix}{key}"
             if len(name) > MAX_NAME:
@@ -94,11 +95,21 @@ class Hdf5Reader(Reader):
             if isinstance(item, self._h5py.Group):
                 yield from self._walk(item, f"{name}/")
             elif isinstance(item, self._h5py.Dataset):
+                self._links += self._is_known(item)
+                if self._links > MAX_LINKS:
+                    raise self.broken(f"it has more than {MAX_LINKS} second names of datasets")
                 # Older names of TensorFlow's variables end with an operation's output.
                 plain = name.removesuffix(OUTPUT)
                 name = name if plain.removeprefix(prefix) in group else plain
                 self._datasets[name] = item
                 yield name, self._tensor(name, item)
+
+    def _is_known(self, item: Any) -> bool:
+        """Whether a group or dataset was seen before, under another name."""
+        address = self._h5py.h5o.get_info(item.id).addr
+        known = address in self._addresses
+        self._addresses.add(address)
+        return known
 
     def _tensor(self, name: str, item: Any) -> Tensor:
         if item.external or item.is_virtual or item.shape is None:
@@ -147,6 +158,8 @@ class Hdf5Reader(Reader):
             return ""
         if kind.is_variable_str():
             return "bfloat16"
+        if kind.get_size() > MAX_NAME:
+            return ""
         return bytes(item.attrs["dtype"]).decode("ascii")
 
     def _read(self, name: str) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-MAX_VALUES = 3_000_000
+MAX_VALUES = 1_000_000
 """The most values; a tensor of safetensors takes eight. A value of one byte takes 64 in memory."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(content: bytes, **options: Any) -> Any:
@@ -24,7 +26,8 @@ def parse_json(content: bytes, **options: Any) -> Any:
         raise ValueError(f"it has more than {MAX_VALUES} values")
     try:
         value = json.loads(content.decode("utf-8"), **options)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if _SURROGATE.search(content):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("its values are nested too deeply") from error
     return value

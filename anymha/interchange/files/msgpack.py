@@ -53,10 +53,9 @@ class MsgpackReader(StreamReader):
         super().__init__(path, KIND)
 
     def _parse(self) -> None:
-        tensors = dict(self._walk((), 0))
+        self.set_tensors(self._walk((), 0))  # which looks at each name before the next is made
         if self._stream.tell() != self._size:
             raise Malformed("there are bytes behind its end")
-        self.set_tensors(tensors)
 
     def _walk(self, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the value that comes next."""

@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers, as far as ONNX needs it: fields, without a schema.
+"""The wire format of protocol buffers: fields, without a schema.
 
 References:
     Google, "Protocol Buffers", section "Encoding".
@@ -94,15 +94,24 @@ def varints(content: bytes) -> np.ndarray:
     return numbers
 
 
-def _varint(stream: BinaryIO, position: int) -> tuple[int, int]:
-    """A number, and where it ends."""
-    number = 0
-    content = stream.read(MAX_VARINT)
-    for place, byte in enumerate(content):
+def varint(content: bytes, at: int, end: int) -> tuple[int, int]:
+    """The number at a place, and where it ends.
+
+    Raises:
+        MalformedMessage: it does not end before `end`, or has more than ten bytes.
+    """
+    number, span = 0, content[at : min(at + MAX_VARINT, end)]
+    for place, byte in enumerate(span):
         number |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
-            stream.seek(position + place + 1)
-            return number, position + place + 1
-    if len(content) < MAX_VARINT:
+            return number, at + place + 1
+    if len(span) < MAX_VARINT:
         raise MalformedMessage("it ends within a number")
     raise MalformedMessage("a number has more than ten bytes")
+
+
+def _varint(stream: BinaryIO, position: int) -> tuple[int, int]:
+    """The number that comes next in a stream, and where it ends."""
+    number, length = varint(stream.read(MAX_VARINT), 0, MAX_VARINT)
+    stream.seek(position + length)
+    return number, position + length

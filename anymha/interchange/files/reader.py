@@ -247,6 +247,16 @@ def read_array(tensor: Tensor, stream: BinaryIO) -> np.ndarray | None:
     return array
 
 
+def joined(
+    tensor: Tensor, pieces: Iterable[tuple[tuple[slice, ...], np.ndarray]]
+) -> np.ndarray | None:
+    """The array of pieces, each with its place in it; None where they leave a gap."""
+    array, filled = np.empty(tensor.shape, tensor.dtype), np.zeros(tensor.shape, bool)
+    for place, piece in pieces:
+        array[place], filled[place] = piece, True
+    return array if filled.all() else None
+
+
 def bytes_of(array: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array, without a copy."""
     return array.reshape(-1).view(np.uint8).data

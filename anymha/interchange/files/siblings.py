@@ -9,7 +9,7 @@ from anymha.errors import FileError
 from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.paths import stat_of
 
-MAX_INDEX = 100_000_000
+MAX_INDEX = 25_000_000
 
 
 def siblings(files: Collection[Path], target: Path | None = None) -> list[Path]:

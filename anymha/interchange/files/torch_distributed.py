@@ -10,7 +10,9 @@ References:
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,7 +25,7 @@ from anymha.interchange.files.pickles import (
     PickleMachine,
     RefusedPickle,
 )
-from anymha.interchange.files.reader import Reader, Tensor, fits_memory, open_stream
+from anymha.interchange.files.reader import Reader, Tensor, fits_memory, joined, open_stream
 from anymha.interchange.files.torch_reader import (
     KIND,
     MAX_PICKLE,
@@ -133,17 +135,27 @@ class DistributedReader(Reader):
         for index, info in metadata["storage_data"].items():
             key = _state(index)
             if key.get("offset") is not None:
+                if not isinstance(key["fqn"], str):
+                    raise RefusedPickle("a piece has no tensor's name")
                 places.setdefault(key["fqn"], {})[_sizes(key["offset"])] = _state(info)
         tensors = {}
         for name, entry in metadata["state_dict_metadata"].items():
             if entry.kind.endswith(".TensorStorageMetadata"):
                 tensors[name] = self._tensor(name, _state(entry), places.get(name, {}))
+        spans = sorted(
+            (one.file, one.begin, one.begin + one.length)
+            for pieces in self._pieces.values()
+            for one in pieces
+        )
+        for (file, _, end), (other, begin, _) in pairwise(spans):
+            if file == other and begin < end:  # reading the same bytes again takes time
+                raise RefusedPickle(f"two pieces lie in the same bytes of {quoted(file)}")
         return tensors
 
     def _tensor(self, name: str, entry: dict[str, Any], places: dict[Any, Any]) -> Tensor:
         dtype = entry["properties"].state[0]
         if not isinstance(dtype, PickledName) or dtype.name not in _DTYPES:
-            raise RefusedPickle(f"{quoted(name)} has elements of {dtype!s:.40}")
+            raise RefusedPickle(f"{quoted(name)} has elements of {quoted(dtype)}")
         tensor = Tensor(_sizes(entry["size"]), _DTYPES[dtype.name])
         pieces = [_piece(_state(chunk), places) for chunk in entry["chunks"]]
         for piece in pieces:
@@ -165,23 +177,23 @@ class DistributedReader(Reader):
         return self._files[file]
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self.tensors[name]
-        array = np.empty(tensor.shape, tensor.dtype)
-        filled = np.zeros(tensor.shape, bool)
+        array = joined(self.tensors[name], self._read_pieces(name))
+        if array is None:
+            raise self.broken(f"pieces of {quoted(name)} overlap")
+        return array
+
+    def _read_pieces(self, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """The place of each piece in its tensor, and its elements."""
         for piece in self._pieces[name]:
             span = _Span(self._opened(piece.file)[0], piece.begin, piece.length)
             with _PieceReader(self.path / piece.file, span) as reader:
                 (inner,) = reader.tensors.values() or (None,)
-                if inner != Tensor(piece.shape, tensor.dtype):
+                if inner != Tensor(piece.shape, self.tensors[name].dtype):
                     raise self.broken(f"a piece of {quoted(name)} is {inner}")
                 place = tuple(
                     slice(a, a + n) for a, n in zip(piece.offsets, piece.shape, strict=True)
                 )
-                array[place] = reader.read(*reader.tensors)
-                filled[place] = True
-        if not filled.all():
-            raise self.broken(f"pieces of {quoted(name)} overlap")
-        return array
+                yield place, reader.read(*reader.tensors)
 
     def files(self) -> list[Path]:
         """The metadata, and the files that hold the pieces."""
@@ -215,6 +227,8 @@ def _piece(chunk: dict[str, Any], places: dict[Any, Any]) -> _Piece:
     if info.get("transform_descriptors"):
         raise RefusedPickle("its pieces are compressed or transformed otherwise")
     begin, length = _sizes((begin, length))
+    if not length:
+        raise RefusedPickle(f"a piece in {quoted(file)} has no bytes")
     return _Piece(offsets, shape, file, begin, length)
 
 

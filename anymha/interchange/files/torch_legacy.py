@@ -56,9 +56,9 @@ class LegacyTorchReader(TorchReader):
         _, version, system, saved, keys = (machine.run() for machine in machines)
         if version != 1001 or not isinstance(system, dict) or not system.get("little_endian"):
             raise RefusedPickle("it has another version, or its numbers are not little-endian")
-        if not isinstance(keys, list):
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise RefusedPickle("it has no list of its storages")
-        self._find_storages([str(key) for key in keys], machines[_SAVED].storages)
+        self._find_storages(keys, machines[_SAVED].storages)
         return saved
 
     def _find_storages(self, keys: list[str], storages: dict[str, Storage]) -> None:
