@@ -6,6 +6,7 @@ A framework that is not installed skips its tests, with the reason printed. The 
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -56,3 +57,8 @@ def installed() -> list[Backend]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the long files first."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from searching the frameworks' objects again and again."""
+    gc.freeze()
