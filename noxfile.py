@@ -3,6 +3,7 @@
 Each session installs what it needs into an environment of its own, which later runs use again.
 """
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ nox.needs_version = ">=2025.5.1"
 nox.options.sessions = ["lint", "tests"]
 nox.options.reuse_venv = "yes"
 nox.options.default_venv_backend = "virtualenv"
+
+# Tests start hundreds of processes; each would compile every module that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = "constraints.txt"

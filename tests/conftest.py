@@ -6,6 +6,7 @@ A framework that is not installed skips its tests, with the reason printed. The 
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -23,7 +24,8 @@ from tests.frameworks import EXPECTED, skip_or_fail
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
 
 # These take longest: where workers share the files, none starts one of them when the others end.
-LONG = ("test_keras_layer.py", "test_keras_tools.py", "test_conformance.py", "test_torch_tools.py")
+LONG = ("test_keras_layer.py", "test_keras_tools.py", "test_conformance.py", "test_torch_tools.py",
+        "test_semantics.py", "test_adapters.py", "test_selftest.py")  # fmt: skip
 
 settings.register_profile("anymha", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.load_profile("anymha")
@@ -56,3 +58,8 @@ def installed() -> list[Backend]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the long files first."""
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from searching the frameworks' objects again and again."""
+    gc.freeze()

@@ -458,7 +458,7 @@ def test_sharded_inputs_and_weights():
         layer = MultiHeadAttention(2, 4, query_features=8, dropout=0.5, seed=0, **options)
         run = lambda layer, x: layer(x, use_causal_mask=True, training=True, seed=3)
         grad = jax.jit(jax.grad(lambda layer, x: run(layer, x).sum(), (0, 1)))
-        wanted, slope = run(layer, jnp.asarray(x)), grad(layer, jnp.asarray(x))
+        wanted, slope = jax.jit(run)(layer, jnp.asarray(x)), grad(layer, jnp.asarray(x))
         for spec in (P("d"), P(None, "d"))[: 1 if options else 2]:
             placed = jax.device_put(x, NamedSharding(mesh, spec))
             output = jax.jit(run)(layer, placed)

@@ -36,8 +36,8 @@ class Evidence:
         """The errors of the reported stages, as shares of what rounding explains."""
         tolerances = Tolerances(recipe, self.reference)
         return {
-            name: self._share(name, apart, tolerances)
-            for name, apart in self.distances(recipe.stages).items()
+            name: self._share(name, self._distance(name, recipe.stages), tolerances)
+            for name in self._observed
         }
 
     def first_errors(
@@ -50,11 +50,12 @@ class Evidence:
         """
         results, found = recipe.stages, dict.fromkeys(self._observed, np.inf)
         tolerances = None
-        for name, apart in self.distances(results).items():
-            if _stage(results, name) is _stage(like.stages, name):
+        for name in self._observed:
+            exact = _stage(results, name)
+            if exact is _stage(like.stages, name):
                 found[name] = errors[name]
             else:
-                exact = _stage(results, name)
+                apart = self._distance(name, results)
                 size = float(np.max(np.abs(exact[np.isfinite(exact)]), initial=0.0))
                 if not np.any(apart > FAR * eps(computed_dtype(self.trace)) * size):
                     tolerances = tolerances or Tolerances(recipe, self.reference)
@@ -67,16 +68,12 @@ class Evidence:
         shares = error_shares(apart, tolerances.of(name, self.trace))
         return float(np.max(shares, initial=0.0))
 
-    def distances(self, results: Arrays) -> Arrays:
-        """The distances of the reported stages from those of a recipe."""
-        distances = {}
-        for name, got in self._observed.items():
-            exact = _stage(results, name)
-            if exact.size == got.size and name in ("query", "key", "value", "context"):
-                exact = exact.reshape(got.shape)  # of another number of heads
-            fits = got.shape == exact.shape
-            distances[name] = distance(got, exact, name) if fits else np.full(1, np.inf)
-        return distances
+    def _distance(self, name: str, results: Arrays) -> np.ndarray:
+        """The distance of a reported stage from that of a recipe."""
+        got, exact = self._observed[name], _stage(results, name)
+        if exact.size == got.size and name in ("query", "key", "value", "context"):
+            exact = exact.reshape(got.shape)  # of another number of heads
+        return distance(got, exact, name) if got.shape == exact.shape else np.full(1, np.inf)
 
     def differences(self, results: Arrays) -> np.ndarray:
         """What the reported stages have more than a recipe's, in one vector.
