@@ -234,6 +234,30 @@ def test_any_strides(products_made: Any, case: str) -> None:
         near(one, other, 400)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_values_of_a_view_are_repeated(products_made: Any, deterministic: bool) -> None:
+    x, (weight, bias) = torch.complex(numbers(512, D), numbers(512, D)).conj(), weights()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        y = products.by_size(x.imag, weight, bias)  # negative only by a flag
+        assert torch.equal(products.by_size(x.imag, weight, bias), y)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    near(y, linear(-numbers(512, D), weight, bias), D)
+    assert len(products_made) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_sparse_and_flat_weights_are_torchs(products_made: Any) -> None:
+    x, (weight, _) = numbers(512, D), weights()
+    sparse = weight.to_sparse_csr()
+    assert torch.equal(products.by_size(x, sparse), linear(x, sparse))
+    flat, wide = numbers(1 << 17), numbers(256, 1 << 17)
+    assert torch.equal(products.by_size(wide, flat), linear(wide, flat))
+    assert not products_made
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_frozen_arrays_get_no_gradient(products_made: Any, frozen: int) -> None:
     x, (weight, bias) = numbers(512, D), weights()

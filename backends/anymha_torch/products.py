@@ -124,6 +124,7 @@ def _is_large(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     """Whether oneDNN is faster for a product, if it is on this processor."""
     return (
         weight.numel() > NUMBERS
+        and weight.dim() == 2
         and min(weight.shape) >= WIDTH
         and x.numel() >= ROWS * weight.shape[1]
         and x.shape[-1] == weight.shape[1]
@@ -131,6 +132,7 @@ def _is_large(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         and (bias is None or (bias.dtype is torch.float32 and bias.shape == weight.shape[:1]))
         and x.is_cpu
         and weight.is_cpu
+        and x.layout is weight.layout is torch.strided
         and type(x) is torch.Tensor
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and _get_mkldnn_enabled()
