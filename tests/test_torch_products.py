@@ -90,7 +90,8 @@ def test_processors_for_which_onednn_is_preferred(
         monkeypatch.setenv(products.SWITCH, switch)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    assert products.is_preferred(processor) is preferred
+    monkeypatch.setattr(products, "processor", lambda: processor)
+    assert products.is_preferred() is preferred
 
 
 def test_this_processor_is_asked() -> None:
@@ -136,11 +137,11 @@ def test_sizes_of_blocks_are_few_whatever_the_lengths() -> None:
     sizes = set()
     for count in range(products.ROWS, 5000):
         blocks = list(products._blocks(count))
-        assert [block.start for block in blocks] == [0, *[block.stop for block in blocks[:-1]]]
-        assert blocks[-1].stop == count
-        *blocks, last = [block.stop - block.start for block in blocks]
-        sizes |= {*blocks, *([last] if last >= products.ROWS else [])}
-        assert last < products.ROWS or last & (last - 1) == 0
+        starts, stops = zip(*[(rows.start, rows.stop) for rows, _ in blocks], strict=True)
+        assert starts == (0, *stops[:-1])
+        assert stops[-1] == count
+        sizes |= {rows.stop - rows.start for rows, product in blocks if product is not linear}
+        assert all(rows.stop - rows.start < products.ROWS for rows, p in blocks if p is linear)
     assert sizes == {256, 512, 1024, 2048, 4096}
 
 

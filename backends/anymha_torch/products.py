@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,30 +46,25 @@ ZEN_5 = 26
 NOTE = "projections: by oneDNN, which has AVX-512 on this processor, and MKL has not"
 
 
-def is_preferred(processor: str | None = None) -> bool:
-    """Whether oneDNN is faster than MKL, by what torch and the system say of the processor.
-
-    Args:
-        processor: The system's words; None to ask it.
-    """
+def is_preferred() -> bool:
+    """Whether oneDNN is faster than MKL, by what torch and the system say of the processor."""
     switch = os.environ.get(SWITCH)
     if switch in ("0", "1"):
         return switch == "1"
-    if not torch.backends.mkl.is_available():
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if not wide or not torch.backends.mkl.is_available():
         return False
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return False
-    text = _processor() if processor is None else processor
-    family = re.search(r"family\s*:?\s*(\d+)", text, re.IGNORECASE)
-    return "AuthenticAMD" in text and family is not None and int(family[1]) >= ZEN_5
+    family = re.search(r"family\s*:?\s*(\d+)", processor(), re.IGNORECASE)
+    return "AuthenticAMD" in processor() and int(family[1] if family else 0) >= ZEN_5
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Maker and family of the processor, among other words of the system's."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             return file.read(512)  # of the first core
     except OSError:
-        return platform.processor()  # which names maker and family on Windows
+        return platform.processor()  # of Windows
 
 
 @cache
@@ -163,42 +158,40 @@ def _of_rows(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x . weight^T + bias`` of (N, D) and (W, D)."""
-    blocks = list(_blocks(x.shape[0]))
-    if len(blocks) == 1:
+    if x.shape[0].bit_count() == 1:
         return _product(x, weight, bias)
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    for block in blocks:
-        part = x[block]
-        product = _product if part.shape[0] >= ROWS else functional.linear
-        y[block] = product(part, weight, bias)
+    for block, product in _blocks(x.shape[0]):
+        y[block] = product(x[block], weight, bias)
     return y
 
 
 def _over_rows(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``x^T . y`` of (N, W) and (N, D)."""
-    first, *blocks = _blocks(x.shape[0])
-    total = _product(x[first].t(), y[first].t())
-    for block in blocks:
-        one, other = x[block].t(), y[block]
-        if other.shape[0] >= ROWS:
-            total += _product(one, other.t())
-        else:
-            total.addmm_(one, other)
+    if x.shape[0].bit_count() == 1:
+        return _product(x.t(), y.t())
+    total = x.new_zeros((x.shape[1], y.shape[1]))
+    for block, product in _blocks(x.shape[0]):
+        total += product(x[block].t(), y[block].t())
     return total
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    """Blocks whose sizes are powers of two, the largest first, and a rest of fewer than ROWS.
+def _blocks(count: int) -> Iterator[tuple[slice, Callable[..., torch.Tensor]]]:
+    """Blocks of rows whose numbers are powers of two, then a rest of fewer than ROWS.
 
     Args:
         count: How many rows there are, at least ROWS.
+
+    Yields:
+        The rows, and what multiplies them.
     """
     start = 0
-    while start < count:
-        left = count - start
-        stop = start + (1 << (left.bit_length() - 1)) if left >= ROWS else count
-        yield slice(start, stop)
-        start = stop
+    while (left := count - start) >= ROWS:
+        height = 1 << (left.bit_length() - 1)
+        yield slice(start, start + height), _product
+        start += height
+    if left:
+        yield slice(start, count), functional.linear
 
 
 def _product(
