@@ -95,8 +95,10 @@ class Path:
         return text + (f". Not fused: {self.why_not_fused}" if self.why_not_fused else "")
 
 
-_REPORT: ContextVar[list[Path] | None] = ContextVar("anymha_path_report", default=None)
-"""The list into which `explain` collects the paths of the call that it makes."""
+_REPORT: ContextVar[tuple[list[Path], dict[str, None]] | None] = ContextVar(
+    "anymha_path_report", default=None
+)
+"""Where `explain` collects the paths of the call that it makes, and notes, each once."""
 
 _LOCK = threading.Lock()
 
@@ -106,9 +108,16 @@ explaining = 0
 
 def report(path: Path) -> None:
     """Tell the `explain` of this thread or task, if there is one, which way a call takes."""
-    paths = _REPORT.get()
-    if paths is not None:
-        paths += [path] if path.for_scores is None else [path, path.for_scores]
+    collected = _REPORT.get()
+    if collected is not None:
+        collected[0].extend([path] if path.for_scores is None else [path, path.for_scores])
+
+
+def report_note(note: str) -> None:
+    """Tell it how a backend computes what is outside of the attention; it is printed once."""
+    collected = _REPORT.get()
+    if collected is not None:
+        collected[1][note] = None
 
 
 def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
@@ -124,7 +133,8 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
     Returns:
         A line for each attention that was computed: "fused" is a kernel of the framework's,
         "tiles" the written formula tile after tile of queries, "whole" the formula in one piece;
-        then why, and why not a fused kernel.
+        then why, and why not a fused kernel. A last line where the backend's projections take
+        another way than the framework's.
 
     Raises:
         AnymhaError: the call itself does; whatever it raises passes through.
@@ -137,7 +147,8 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
     """
     global explaining
     paths: list[Path] = []
-    token = _REPORT.set(paths)
+    notes: dict[str, None] = {}
+    token = _REPORT.set((paths, notes))
     with _LOCK:
         explaining += 1
     try:
@@ -146,7 +157,7 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
         with _LOCK:
             explaining -= 1
         _REPORT.reset(token)
-    return "\n".join(map(str, paths))
+    return "\n".join([*map(str, paths), *notes])
 
 
 def choose_path(

@@ -46,11 +46,15 @@ class CapabilityTests(BackendTests):
     # --- arithmetic ------------------------------------------------------------------------------
     @by_dtype
     @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
-    def test_linear_is_tensordot_and_bias(self, ops: Any, dtype: str, biased: bool) -> None:
-        """Of (N, D), (D, W) and maybe (W,)."""
+    @pytest.mark.parametrize("lengths", [(6, 40, 5), (600, 260, 288)], ids=["small", "large"])
+    def test_linear_is_tensordot_and_bias(
+        self, ops: Any, dtype: str, biased: bool, lengths: tuple[int, int, int]
+    ) -> None:
+        """Of (N, D), (D, W) and maybe (W,), where another product may be taken for large ones."""
         self.need(ops, "linear", dtype)
-        x, matrix = values(6, 40, dtype=dtype), values(40, 5, dtype=dtype, seed=1)
-        bias = values(5, dtype=dtype, seed=2) if biased else None
+        rows, inner, width = lengths
+        x, matrix = values(rows, inner, dtype=dtype), values(inner, width, dtype=dtype, seed=1)
+        bias = values(width, dtype=dtype, seed=2) if biased else None
         expected = call(ops, "tensordot", x, matrix, axes=1).value
         expected = expected if bias is None else expected + bias
         got = call(ops, "capabilities.linear", x, matrix, bias)

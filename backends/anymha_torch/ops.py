@@ -30,7 +30,7 @@ from torch import permute as permute_dims
 from anymha.attention.dropout import keep_mask as made_of_ops
 from anymha.errors import WeightsError
 from anymha.framework.capabilities import Capabilities
-from anymha_torch import mkl
+from anymha_torch import mkl, products
 from anymha_torch.autograd import loop, vjp
 from anymha_torch.fused import fused_attention, multiplies, transformed, why_not_fused
 from anymha_torch.native import native_keep_mask, seed_tensor
@@ -117,7 +117,10 @@ def is_differentiated(x, /):
 
 
 def linear(x, matrix, bias, /):
-    y = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
+    if products.linear is products.by_size:
+        y = products.by_size(x, matrix.t(), bias)
+    else:
+        y = torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # as above
 
 

@@ -24,6 +24,7 @@ from anymha.errors import ShapeError, WeightsError
 from anymha.layer.forward import Projections
 from anymha.layer.plan import Plans, WeightsKind
 from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha_torch import products
 from anymha_torch.fused import HALF, multiplies
 
 NAMES = {
@@ -69,7 +70,7 @@ def in_dtype_of_input(
     rounded = rounding_dtype or weight.dtype
     weight = weight.to(rounded).to(x.dtype)
     bias = None if bias is None else bias.to(rounded).to(x.dtype)
-    return linear(x, weight, bias)
+    return products.linear(x, weight, bias)
 
 
 class LazyWeight(nn.UninitializedParameter):
@@ -263,7 +264,9 @@ def projections_of(
         if bias is not None and free and config.activity_regularizer is not None:
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
         exact = weight.dtype is carried and rounding_dtype in (None, carried)
-        how = (module._parameters, None if exact else rounding_dtype or weight.dtype)
+        small = module.in_features * module.out_features <= SMALL
+        product = linear if small else products.linear
+        how = (product, module._parameters, None if exact else rounding_dtype or weight.dtype)
         if bias is not None and free:
             never = torch.zeros_like(bias, dtype=torch.bool) if repeated else None
             key_once = partial(_once, *how, free=True, never=never)
@@ -293,6 +296,7 @@ def projections_of(
 
 
 def _once(
+    product: Callable[..., torch.Tensor],
     parameters: Mapping[str, Any],
     rounding_dtype: torch.dtype | None,
     *,
@@ -302,6 +306,7 @@ def _once(
     """What computes a plain projection in this call.
 
     Args:
+        product: Computes it where nothing is rounded.
         parameters: Its weight and its bias, by "weight" and "bias".
         rounding_dtype: The dtype to which they are rounded before they get that of the input; None
             where they have that of the input.
@@ -315,22 +320,24 @@ def _once(
         never = torch.zeros_like(bias, dtype=torch.bool) if never is None else never
         bias = torch.where(never, bias, bias.detach())
     if rounding_dtype is None:
-        return partial(linear, weight=weight, bias=bias)
+        return partial(product, weight=weight, bias=bias)
     return partial(in_dtype_of_input, weight=weight, bias=bias, rounding_dtype=rounding_dtype)
 
 
 def _repeated(
-    parameters: Mapping[str, Any], rounding_dtype: torch.dtype | None
+    product: Callable[..., torch.Tensor],
+    parameters: Mapping[str, Any],
+    rounding_dtype: torch.dtype | None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes a plain projection in all calls, of rows; as `_once` in one."""
     if rounding_dtype is None:
-        return lambda rows: linear(rows, parameters["weight"], parameters["bias"])
+        return lambda rows: product(rows, parameters["weight"], parameters["bias"])
     return lambda rows: in_dtype_of_input(
         rows, parameters["weight"], parameters["bias"], rounding_dtype
     )
 
 
-SMALL = 1 << 16
+SMALL = products.NUMBERS
 """Of weights of at most so many numbers a transposed view is kept: of larger ones the product takes
 much longer than the view, and the view would keep their memory after they have moved."""
 
