@@ -56,12 +56,17 @@ class ReferenceSemantics:
         `gradients` tells why where no value differs.
         """
         flow, scores = _flow_and_scores(reported)
+        if "scores" in wrong and any(name in flow for name in wrong) and not trace.random:
+            both = self._search(self._known, trace, reported).diagnose(pairs=False)
+            if both.explained:
+                return both
         diagnosis = None
         if trace.random or any(name in flow for name in wrong):
             diagnosis = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
             return gradients()
-        if diagnosis is not None and not diagnosis.explained:
+        unknown = diagnosis is not None and not diagnosis.explained
+        if diagnosis and unknown and self._search(self._known, trace, flow).fits():
             diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
         if diagnosis is not None and not (diagnosis.explained or diagnosis.small):
             diagnosis = self._of_a_stage_alone(trace, flow, wrong) or diagnosis
@@ -113,17 +118,16 @@ class ReferenceSemantics:
         rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
         if len(rest) == len(reported) or search.diagnose(pairs=False).causes:
             return search.diagnose()
+        projections = {n: a for n, a in reported.items() if n not in rest}
         later = self._search(self._known, trace, rest)
-        if later.fits():  # what is reported of the projections is not what it computes with
+        # Where the rest is right, what is reported of the projections is not what it computes with.
+        if later.fits() or self._search(self._known, trace, projections).fits():
             return search.diagnose()
         found = later.diagnose(pairs=False)
         if found.causes:
             return found
-        projections = {n: a for n, a in reported.items() if n not in rest}
-        right = self._search(self._known, trace, projections).fits()
-        one, other = (later, search) if right else (search, later)
-        found = one.diagnose()
-        return found if found.explained else other.diagnose()
+        found = search.diagnose()
+        return found if found.explained else later.diagnose()
 
     def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
         return Search(recipe, trace, reported, self.trace)

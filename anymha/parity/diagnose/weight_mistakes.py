@@ -220,13 +220,23 @@ def _split(array: np.ndarray, name: str, heads: int) -> np.ndarray | None:
 
 
 def _tied(recipe: Recipe) -> Variants:
-    """One head's weights in all heads."""
-    for name in NAMES:
-        own = _own(recipe, name)
-        for parts in ((*own,), *(((key,) for key in own) if len(own) > 1 else ())):
-            words = name if len(parts) == len(own) else parts[0].replace(".", "'s ")
-            changed = {key: np.broadcast_to(own[key][..., :1, :], own[key].shape) for key in parts}
-            yield f"{words}: that of the first head", _with(recipe, changed)
+    """One head's weights in all heads, the mean of all, or features in reverse."""
+    groups = [(name,) for name in NAMES] + [("key", "value"), ("query", "key")]
+    parts = [tuple(n for name in names for n in _own(recipe, name)) for names in groups]
+    parts += [(n,) for names in groups[:3] for n in _own(recipe, *names)]
+    for keys in dict.fromkeys(parts):
+        owners = dict.fromkeys(key.partition(".")[0] for key in keys)
+        whole = len(keys) > 1 or f"{keys[0].partition('.')[0]}.bias" not in recipe.weights
+        words = " and ".join(owners) if whole else keys[0].replace(".", "'s ")
+        arrays = {key: recipe.weights[key] for key in keys}
+        for how, change in {
+            "that of the first head": lambda a: a[..., :1, :] + 0 * a,
+            "that of the last head": lambda a: a[..., -1:, :] + 0 * a,
+            "the mean of all heads": lambda a: a.mean(-2, keepdims=True) + 0 * a,
+            "the sum of all heads": lambda a: a.sum(-2, keepdims=True) + 0 * a,
+            "the features of each head in reverse": lambda a: a[..., ::-1],
+        }.items():
+            yield f"{words}: {how}", _with(recipe, {key: change(a) for key, a in arrays.items()})
 
 
 def _of_another(recipe: Recipe) -> Variants:
@@ -243,15 +253,60 @@ def _of_another(recipe: Recipe) -> Variants:
 
 
 def _bias_left_out(recipe: Recipe) -> Variants:
-    yield from _each(recipe, {name: None for name in recipe.weights if name.endswith(".bias")})
+    yield from _each(
+        recipe, {name: None for name in recipe.weights if name.endswith(".bias")}, NAMES
+    )
 
 
 def _bias_doubled(recipe: Recipe) -> Variants:
     doubled = {n: 2 * w for n, w in recipe.weights.items() if n.endswith(".bias")}
-    yield from _each(recipe, doubled)
+    yield from _each(recipe, doubled, NAMES)
     if "output.bias" in recipe.weights:
         often = recipe.heads[0] * recipe.weights["output.bias"]
         yield "output, once for each head", _with(recipe, {"output.bias": often})
+
+
+def _bias_subtracted(recipe: Recipe) -> Variants:
+    yield from _each(
+        recipe, {n: -w for n, w in recipe.weights.items() if n.endswith(".bias")}, NAMES
+    )
+    bias, kernel = recipe.weights.get("output.bias"), recipe.weights["output.kernel"]
+    if bias is not None and bias.size == kernel.shape[0] * kernel.shape[1]:
+        through = np.einsum("hv,hvo->o", bias.reshape(kernel.shape[:2]), kernel)
+        yield "that of the output before its projection", _with(recipe, {"output.bias": through})
+
+
+def _twice(recipe: Recipe) -> Variants:
+    """A projection applied twice, or not at all."""
+    for name in (*NAMES, "output"):
+        kernel, bias = recipe.weights[f"{name}.kernel"], recipe.weights.get(f"{name}.bias")
+        split = 2 if name == "output" else 1
+        rows, columns = np.prod(kernel.shape[:split]), np.prod(kernel.shape[split:])
+        if rows != columns:
+            continue
+        flat = kernel.reshape(rows, rows)
+        twice: dict[str, np.ndarray | None] = {
+            f"{name}.kernel": (flat @ flat).reshape(kernel.shape)
+        }
+        if bias is not None:
+            twice[f"{name}.bias"] = bias + (bias.reshape(-1) @ flat).reshape(bias.shape)
+        yield f"{name}, applied twice", _with(recipe, twice)
+        plain = np.eye(rows).reshape(kernel.shape)
+        yield f"{name}, its kernel is left out", _with(recipe, {f"{name}.kernel": plain})
+        none = {f"{name}.kernel": plain, f"{name}.bias": None}
+        yield f"{name}, left out", _with(recipe, none)
+    same = [n for n in NAMES if recipe.inputs[n] is recipe.inputs["query"]]
+    for name, other in itertools.permutations(NAMES, 2):
+        first, then = recipe.weights[f"{other}.kernel"], recipe.weights[f"{name}.kernel"]
+        if first[0].size == len(then) and len(same) == 3:
+            kernel = np.einsum("dhk,hkfj->dfj", first, then.reshape(*first.shape[1:],
+                               *then.shape[1:]))  # fmt: skip
+            bias = np.einsum("hk,hkfj->fj", recipe.weights.get(
+                f"{other}.bias", np.zeros(first.shape[1:])), then.reshape(*first.shape[1:],
+                *then.shape[1:]))  # fmt: skip
+            bias = bias + recipe.weights.get(f"{name}.bias", 0.0)
+            yield f"{name}, of the {other} in place of the input", _with(
+                recipe, {f"{name}.kernel": kernel, f"{name}.bias": bias})  # fmt: skip
 
 
 def _bias_of_another(recipe: Recipe) -> Variants:
@@ -271,15 +326,12 @@ def _bias_of_another(recipe: Recipe) -> Variants:
 def _output_not_by_head(recipe: Recipe) -> Variants:
     """The output's kernel not applied to each head's own part."""
     kernel = recipe.weights["output.kernel"]
-    heads, width, features = kernel.shape
+    heads = len(kernel)
     first = np.broadcast_to(kernel[:1], kernel.shape)
     yield "every head has the first head's part", _with(recipe, {"output.kernel": first})
     mean = np.broadcast_to(kernel.mean(0, keepdims=True), kernel.shape)
     yield "heads are averaged before it", _with(recipe, {"output.kernel": mean})
     yield "the heads' outputs are averaged", _with(recipe, {"output.kernel": kernel / heads})
-    if heads * width == features:
-        plain = np.eye(features).reshape(kernel.shape)
-        yield "it is left out", _with(recipe, {"output.kernel": plain, "output.bias": None})
 
 
 def _orders(heads: int) -> Iterator[tuple[int, ...]]:
@@ -330,6 +382,9 @@ MISTAKES: tuple[Row, ...] = (
      "this order.", _interleaved),
     ("missing bias", "The projection has a bias: load it.", _bias_left_out),
     ("doubled bias", "Add the bias once.", _bias_doubled),
+    ("bias subtracted or elsewhere", "Add each bias once, behind its own product.",
+     _bias_subtracted),
+    ("projection twice or left out", "Apply each projection once, to its own input.", _twice),
     ("bias of another projection", "Give each projection its own bias.",
      _bias_of_another),
     ("output kernel interleaved", "The rows of the output's kernel are (heads, width): "
