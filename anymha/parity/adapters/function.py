@@ -130,8 +130,20 @@ def _torch_vjp(
     return output, dict(zip(leaves, pulled, strict=True))
 
 
+def _is_array(result: list[Any]) -> bool:
+    """Whether nested lists are the numbers of one array, and not several results."""
+    if not all(isinstance(part, (list, int, float)) for part in result):
+        return False
+    try:
+        return np.asarray(result).dtype.kind in "iuf"
+    except ValueError:  # of lists of several lengths
+        return False
+
+
 def named_stages(result: Any, name: str) -> dict[str, Any]:
     """The results of a function by name: stages, "output" and "scores"."""
+    if isinstance(result, list) and _is_array(result):
+        result = np.asarray(result)
     if isinstance(result, Mapping):
         stages = dict(result)
     elif isinstance(result, (tuple, list)):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
+from anymha.parity.diagnose.head_maps import averaged
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
 from anymha.parity.oracle.features.softcap import SoftcapSection
@@ -447,6 +448,8 @@ MISTAKES: tuple[Row, ...] = (
      _in_place_of_softmax, no_families, True),
     ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
      "head, do not tile them all.", _grouped_tiled),
+    ("heads averaged", "Each query head has queries, keys, values and a part of the output of its "
+     "own: add nothing up over the heads before the output.", averaged),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
     *(("rotary positions, by halves", "The candidate rotates queries and keys by their "

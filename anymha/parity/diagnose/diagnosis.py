@@ -24,7 +24,7 @@ from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
 SECONDS = 2.0
-"""How long, in computing time, pairs of mistakes are tried; single ones three times as long."""
+"""How long pairs of mistakes are computed; single ones up to four times as long."""
 
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
@@ -108,7 +108,7 @@ class Search:
         reached = _reached(self.evidence.errors(self.recipe))
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), SECONDS)
+            tried += _in_time(self._tried(self.recipe, alone=True), 2 * SECONDS)
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:

@@ -14,7 +14,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
 from anymha.parity.diagnose.measured import number
-from anymha.parity.oracle.recipe import Arrays, Recipe, context_by, einsum
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants, context_by, einsum
 
 MOST = 1 << 22
 """The most numbers of all that heads would add."""
@@ -71,7 +71,7 @@ def _added(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:
 
     def with_map(stage: str, to: np.ndarray) -> Arrays:
         """The stages with a map of heads of a stage, as a row of head numbers."""
-        return _with(recipe, stage, np.eye(recipe.stages[stage].shape[2])[to]).stages
+        return with_heads(recipe, stage, np.eye(recipe.stages[stage].shape[2])[to]).stages
 
     turned = [(own + n) % heads for n in range(heads)]
     contexts = [brought(stages["context"][:, :, turn]) for turn in turned]
@@ -112,7 +112,7 @@ def _logits(recipe: Recipe, stages: Arrays, matrix: np.ndarray) -> np.ndarray:
     return recipe.scale * einsum("bthk,bshk->bhts", stages["query"], keys)
 
 
-def _with(recipe: Recipe, place: str, matrix: np.ndarray) -> Recipe:
+def with_heads(recipe: Recipe, place: str, matrix: np.ndarray) -> Recipe:
     """The recipe in which the heads of a stage are read by a map, where they are used."""
     if place == "query":
 
@@ -127,7 +127,7 @@ def _with(recipe: Recipe, place: str, matrix: np.ndarray) -> Recipe:
     if place == "value":
         return recipe.stepping("context", partial(_context, matrix=matrix))
     if place == "key and value":
-        return _with(_with(recipe, "key", matrix), "value", matrix)
+        return with_heads(with_heads(recipe, "key", matrix), "value", matrix)
     before = recipe.steps["context"]
 
     def mixed(recipe: Recipe, stages: Arrays) -> np.ndarray:
@@ -137,6 +137,15 @@ def _with(recipe: Recipe, place: str, matrix: np.ndarray) -> Recipe:
         return before(recipe, {**stages, "dropped_probabilities": shares})
 
     return recipe.stepping("context", mixed)
+
+
+def averaged(recipe: Recipe) -> Variants:
+    """The mean or the sum of all heads in the place of each."""
+    for place in PLACES:
+        count = recipe.heads[place in ("key and value", "key", "value")]
+        for words, part in (("mean", 1 / count), ("sum", 1.0)) if recipe.heads[0] > 1 else ():
+            matrix = np.full((recipe.heads[0], count), part)
+            yield f"{place}: {words} of all heads", with_heads(recipe, place, matrix)
 
 
 def _mapped(recipe: Recipe, place: str, matrix: np.ndarray) -> Iterator[tuple[str, Recipe]]:
@@ -153,7 +162,7 @@ def _mapped(recipe: Recipe, place: str, matrix: np.ndarray) -> Iterator[tuple[st
         kernel = einsum("hr,hvo->rvo", matrix, recipe.weights["output.kernel"])
         yield "output", recipe.but(weights={**recipe.weights, "output.kernel": kernel})
     first = "logits" if place in ("query", "key", "key and value") else "context"
-    yield first, _with(recipe, place, matrix)
+    yield first, with_heads(recipe, place, matrix)
 
 
 def _simple(matrix: np.ndarray) -> np.ndarray | None:

@@ -39,6 +39,8 @@ STIRRED = 0.95
 TURNS = 3
 """How often each place is tried."""
 
+PROJECTIONS = ("query", "key", "value")
+
 PRODUCTS = ("logits", "context", "output")
 """The stages that are products of stages before them."""
 
@@ -137,7 +139,8 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
             for place in every:
                 other = [p for p in every if (p in chosen) != (p == place)]
                 share = left(form, other)
-                if share < least:
+                # What changes nothing is not rounded.
+                if share < least * (1 + 1e-6 if place in chosen else 1 - 1e-6):
                     chosen, least = other, share
             if least > STIRRED or (turn and least > 0.9 * already):
                 break
@@ -200,6 +203,9 @@ def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
             yield _Format(f"int{bits}", words, weights, arrays)
 
 
+FACTORS = "factors of "
+"""Before a stage: what is multiplied for it is rounded."""
+
 BEFORE = " before the bias"
 """Behind a stage: what its product gives is rounded, before the bias or the scale."""
 
@@ -212,6 +218,7 @@ def _places(recipe: Recipe) -> list[str]:
     for stage in STEPS:
         own = [f"{stage}.{part}" for part in ("kernel", "bias")]
         places += [name for name in own if name in recipe.weights]
+        places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
         if not recipe.sections:
             places += [stage + BEFORE] * (stage in ("logits", "output") or own[1] in recipe.weights)
         same = {"masked_logits": recipe.bias, "dropped_probabilities": recipe.kept}
@@ -226,9 +233,11 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
               for n, x in recipe.inputs.items()}  # fmt: skip
     steps = dict(recipe.steps)
     for stage in STEPS:
+        if FACTORS + stage in places:
+            steps[stage] = _of_factors(recipe.but(steps=dict(steps)), stage, form.arrays)
         if stage + BEFORE in places:
             steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
-        if stage in places or recipe.sections:
+        if stage in places or (recipe.sections and FACTORS + stage not in places):
             rounding = form.arrays if stage in places else lambda x: x
             steps[stage] = _stored(recipe.but(steps=dict(steps)), stage, rounding)
     return recipe.but(weights=weights, inputs=inputs, steps=steps, sections=())
@@ -250,7 +259,13 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     """Name, detail and first stage of what is rounded."""
     every = set(_places(recipe))
     weights = [name for name in places if name in recipe.weights]
-    stage = places[0].removeprefix("input of ").partition(".")[0].removesuffix(BEFORE)
+    stage = (
+        places[0]
+        .removeprefix("input of ")
+        .removeprefix(FACTORS)
+        .partition(".")[0]
+        .removesuffix(BEFORE)
+    )
     stage = "query" if stage == "inputs" else stage
     bits = form.name.removeprefix("int")
     verb = "quantised" if bits != form.name else "rounded"
@@ -302,10 +317,18 @@ def _stored(recipe: Recipe, name: str, rounding: Rounding) -> Step:
 
 def _of_factors(recipe: Recipe, name: str, rounding: Rounding) -> Step:
     """A product of rounded factors; the result is not rounded."""
+    kernel = f"{name}.kernel"
 
     def step(other: Recipe, stages: Arrays) -> np.ndarray:
         factors = {n: rounding(array) for n, array in stages.items()}
-        return other.but(sections=recipe.sections, steps=recipe.steps).stage(name, factors)
+        weights, inputs = dict(other.weights), dict(other.inputs)
+        if name in PROJECTIONS:
+            weights[kernel], inputs[name] = rounding(weights[kernel]), rounding(inputs[name])
+        elif kernel in weights:
+            weights[kernel] = rounding(weights[kernel])
+        own = other.but(sections=recipe.sections, steps=recipe.steps, weights=weights,
+                        inputs=inputs)  # fmt: skip
+        return own.stage(name, factors)
 
     return step
 

@@ -220,7 +220,7 @@ def _split(array: np.ndarray, name: str, heads: int) -> np.ndarray | None:
 
 
 def _tied(recipe: Recipe) -> Variants:
-    """One head's weights in all heads, the mean of all, or features in reverse."""
+    """One head's weights in all heads, or features in reverse."""
     groups = [(name,) for name in NAMES] + [("key", "value"), ("query", "key")]
     parts = [tuple(n for name in names for n in _own(recipe, name)) for names in groups]
     parts += [(n,) for names in groups[:3] for n in _own(recipe, *names)]
@@ -232,8 +232,6 @@ def _tied(recipe: Recipe) -> Variants:
         for how, change in {
             "that of the first head": lambda a: a[..., :1, :] + 0 * a,
             "that of the last head": lambda a: a[..., -1:, :] + 0 * a,
-            "the mean of all heads": lambda a: a.mean(-2, keepdims=True) + 0 * a,
-            "the sum of all heads": lambda a: a.sum(-2, keepdims=True) + 0 * a,
             "the features of each head in reverse": lambda a: a[..., ::-1],
         }.items():
             yield f"{words}: {how}", _with(recipe, {key: change(a) for key, a in arrays.items()})
@@ -329,8 +327,6 @@ def _output_not_by_head(recipe: Recipe) -> Variants:
     heads = len(kernel)
     first = np.broadcast_to(kernel[:1], kernel.shape)
     yield "every head has the first head's part", _with(recipe, {"output.kernel": first})
-    mean = np.broadcast_to(kernel.mean(0, keepdims=True), kernel.shape)
-    yield "heads are averaged before it", _with(recipe, {"output.kernel": mean})
     yield "the heads' outputs are averaged", _with(recipe, {"output.kernel": kernel / heads})
 
 
