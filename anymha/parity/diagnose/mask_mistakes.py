@@ -452,16 +452,17 @@ MISTAKES: tuple[Row, ...] = (
     ("causal mask ignored", "Switch the causal mask on.", fields(lambda r: r.causal, causal=False)),
     ("causal mask at the other corner", "With fewer queries than keys the first "
      "query is aligned with the first key in one of the two, the last with the last in the other: "
-     "pass `query_offset`, or a mask.", fields(lambda r: r.causal, _other_corner)),
+     "pass `query_offset`, or a mask.",
+     _with_empty_rows(fields(lambda r: r.causal, _other_corner))),
     ("causal mask off by one", "Query i sees keys j <= i: the diagonal is included.",
-     fields(lambda r: r.causal, _causal_shifted)),
+     _with_empty_rows(fields(lambda r: r.causal, _causal_shifted))),
     ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
-     "lower triangle.", fields(lambda r: r.causal, _causal_reversed)),
+     "lower triangle.", _with_empty_rows(fields(lambda r: r.causal, _causal_reversed))),
     ("query offset ignored", "Add the offset to the positions of the queries.",
      fields(lambda r: (r.causal or r.window is not None) and np.any(_offset(r)), offset=None)),
     ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.",
-     fields(lambda r: r.window is not None, _window_shifted)),
+     _with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
     ("window ignored", "Pass the window on.", fields(lambda r: r.window is not None, window=None)),
     ("window of one side", "The window is open on both sides unless the call is "
      "causal too.", fields(lambda r: r.window is not None and not r.causal, causal=True)),

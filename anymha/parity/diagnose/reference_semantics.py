@@ -56,6 +56,9 @@ class ReferenceSemantics:
         `gradients` tells why where no value differs.
         """
         flow, scores = _flow_and_scores(reported)
+        other = self._in_another_dtype(trace, flow, wrong)
+        if other is not None:
+            return other
         if "scores" in wrong and any(name in flow for name in wrong) and not trace.random:
             both = self._search(self._known, trace, reported).diagnose(pairs=False)
             if both.explained:
@@ -65,9 +68,6 @@ class ReferenceSemantics:
             diagnosis = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
             return gradients()
-        unknown = diagnosis is not None and not diagnosis.explained
-        if diagnosis and unknown and self._search(self._known, trace, flow).fits():
-            diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
         if diagnosis is not None and not (diagnosis.explained or diagnosis.small):
             diagnosis = self._of_a_stage_alone(trace, flow, wrong) or diagnosis
         if "scores" not in wrong:
@@ -83,6 +83,20 @@ class ReferenceSemantics:
         remaining = max(diagnosis.remaining, own.remaining)
         causes = (*diagnosis.causes, *own.causes)
         return replace(diagnosis, causes=causes, remaining=remaining)
+
+    def _in_another_dtype(
+        self, trace: Trace, reported: Arrays, wrong: Collection[str]
+    ) -> Diagnosis | None:
+        """Right values in another dtype than the reference's; None where it is not that."""
+        names = name_of_dtype(self.trace.output), name_of_dtype(trace.output)
+        alike = names[0] == names[1] or self.trace.output.shape != trace.output.shape
+        if alike or {*wrong} != {"output"} or trace.random:
+            return None
+        cast = replace(trace, output=trace.output.astype(self.trace.output.dtype))
+        if not self._search(self._known, cast, reported).fits():
+            return None
+        fix = f"Return the output in {names[0]}, that of the inputs."
+        return Diagnosis.certain(f"returned in {names[1]}", "output", fix)
 
     def _of_a_stage_alone(
         self, trace: Trace, reported: Arrays, wrong: Collection[str]
@@ -118,16 +132,17 @@ class ReferenceSemantics:
         rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
         if len(rest) == len(reported) or search.diagnose(pairs=False).causes:
             return search.diagnose()
-        projections = {n: a for n, a in reported.items() if n not in rest}
         later = self._search(self._known, trace, rest)
-        # Where the rest is right, what is reported of the projections is not what it computes with.
-        if later.fits() or self._search(self._known, trace, projections).fits():
+        if later.fits():  # what is reported of the projections is not what it computes with
             return search.diagnose()
         found = later.diagnose(pairs=False)
         if found.causes:
             return found
-        found = search.diagnose()
-        return found if found.explained else later.diagnose()
+        projections = {n: a for n, a in reported.items() if n not in rest}
+        right = self._search(self._known, trace, projections).fits()
+        one, other = (later, search) if right else (search, later)
+        found = one.diagnose()
+        return found if found.explained else other.diagnose()
 
     def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
         return Search(recipe, trace, reported, self.trace)
@@ -214,18 +229,6 @@ def _turned(fix: str) -> str:
     """What a mistake's fix says of the candidate, said of the reference, and the other way."""
     sides = {"candidate": "reference", "reference": "candidate"}
     return re.sub("candidate|reference", lambda found: sides[found.group()], fix)
-
-
-def _of_another_dtype(
-    reference: Trace, trace: Trace, diagnosis: Diagnosis, wrong: Collection[str]
-) -> Diagnosis:
-    """Right values in another dtype than the reference's; else the diagnosis as it is."""
-    names = name_of_dtype(reference.output), name_of_dtype(trace.output)
-    alike = names[0] == names[1] or reference.output.shape != trace.output.shape
-    if alike or set(wrong) - {"output"} or diagnosis.causes:
-        return diagnosis
-    fix = f"Return the output in {names[0]}, that of the inputs."
-    return Diagnosis.certain(f"returned in {names[1]}", "output", fix)
 
 
 def _returned(exact: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:

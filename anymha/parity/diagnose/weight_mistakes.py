@@ -275,36 +275,31 @@ def _bias_subtracted(recipe: Recipe) -> Variants:
 
 
 def _twice(recipe: Recipe) -> Variants:
-    """A projection applied twice, or not at all."""
-    for name in (*NAMES, "output"):
-        kernel, bias = recipe.weights[f"{name}.kernel"], recipe.weights.get(f"{name}.bias")
-        split = 2 if name == "output" else 1
-        rows, columns = np.prod(kernel.shape[:split]), np.prod(kernel.shape[split:])
-        if rows != columns:
-            continue
-        flat = kernel.reshape(rows, rows)
-        twice: dict[str, np.ndarray | None] = {
-            f"{name}.kernel": (flat @ flat).reshape(kernel.shape)
-        }
-        if bias is not None:
-            twice[f"{name}.bias"] = bias + (bias.reshape(-1) @ flat).reshape(bias.shape)
-        yield f"{name}, applied twice", _with(recipe, twice)
-        plain = np.eye(rows).reshape(kernel.shape)
-        yield f"{name}, its kernel is left out", _with(recipe, {f"{name}.kernel": plain})
-        none = {f"{name}.kernel": plain, f"{name}.bias": None}
-        yield f"{name}, left out", _with(recipe, none)
-    same = [n for n in NAMES if recipe.inputs[n] is recipe.inputs["query"]]
-    for name, other in itertools.permutations(NAMES, 2):
-        first, then = recipe.weights[f"{other}.kernel"], recipe.weights[f"{name}.kernel"]
-        if first[0].size == len(then) and len(same) == 3:
-            kernel = np.einsum("dhk,hkfj->dfj", first, then.reshape(*first.shape[1:],
-                               *then.shape[1:]))  # fmt: skip
-            bias = np.einsum("hk,hkfj->fj", recipe.weights.get(
-                f"{other}.bias", np.zeros(first.shape[1:])), then.reshape(*first.shape[1:],
-                *then.shape[1:]))  # fmt: skip
-            bias = bias + recipe.weights.get(f"{name}.bias", 0.0)
-            yield f"{name}, of the {other} in place of the input", _with(
-                recipe, {f"{name}.kernel": kernel, f"{name}.bias": bias})  # fmt: skip
+    """A projection of the results of a projection, as of its own; or none at all."""
+    own = {name: _own(recipe, name) for name in (*NAMES, "output")}
+    kernels = {name: recipe.weights[f"{name}.kernel"] for name in own}
+    flat = {name: kernel.reshape(
+        (-1, kernel.shape[-1]) if name == "output" else (len(kernel), -1)
+    ) for name, kernel in kernels.items()}  # fmt: skip
+    biases = {n: recipe.weights.get(f"{n}.bias", np.zeros(flat[n].shape[1])) for n in own}
+    alike = all(np.array_equal(x, recipe.inputs["query"]) for x in recipe.inputs.values())
+    for name, other in [*itertools.product(NAMES, repeat=2), ("output", "output")]:
+        if flat[other].shape[1] == len(flat[name]) and (alike or name == other):
+            bias = biases[other].reshape(-1) @ flat[name] + biases[name].reshape(-1)
+            changed = {f"{name}.kernel": (flat[other] @ flat[name]).reshape(
+                len(flat[other]), *kernels[name].shape[1:]) if name != "output" else (
+                flat[other] @ flat[name]).reshape(kernels[name].shape)}  # fmt: skip
+            if np.any(bias):
+                shape = kernels[name].shape[1:] if name != "output" else bias.shape
+                changed[f"{name}.bias"] = bias.reshape(shape)
+            words = "applied twice" if name == other else f"of the {other}, not of its input"
+            yield f"{name}, {words}", _with(recipe, changed)
+        if name == other and len(flat[name]) == flat[name].shape[1]:
+            plain = np.eye(len(flat[name])).reshape(kernels[name].shape)
+            yield f"{name}, its kernel is left out", _with(recipe, {f"{name}.kernel": plain})
+            none = dict.fromkeys(own[name]) | {f"{name}.kernel": plain}
+            if name != "output":  # it has a name of its own
+                yield f"{name}, left out", _with(recipe, none)
 
 
 def _bias_of_another(recipe: Recipe) -> Variants:
@@ -328,6 +323,9 @@ def _output_not_by_head(recipe: Recipe) -> Variants:
     first = np.broadcast_to(kernel[:1], kernel.shape)
     yield "every head has the first head's part", _with(recipe, {"output.kernel": first})
     yield "the heads' outputs are averaged", _with(recipe, {"output.kernel": kernel / heads})
+    if heads * kernel.shape[1] == kernel.shape[2]:
+        plain = np.eye(kernel.shape[2]).reshape(kernel.shape)
+        yield "it is left out", _with(recipe, {"output.kernel": plain, "output.bias": None})
 
 
 def _orders(heads: int) -> Iterator[tuple[int, ...]]:
