@@ -44,7 +44,10 @@ class Function:
 
         def results(form: Fitted, ops: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
             arguments = native(ops, form.arguments)
-            return named_stages(form.call(self.function, inputs, arguments), self.name)
+            result = form.call(self.function, inputs, arguments)
+            if isinstance(result, list) and _is_array(result):  # a list has no dtype of its own
+                result = np.asarray(result, request.inputs["query"].dtype)
+            return named_stages(result, self.name)
 
         def run(form: Fitted) -> dict[str, Any]:
             own = {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in inputs.items()}
@@ -142,8 +145,6 @@ def _is_array(result: list[Any]) -> bool:
 
 def named_stages(result: Any, name: str) -> dict[str, Any]:
     """The results of a function by name: stages, "output" and "scores"."""
-    if isinstance(result, list) and _is_array(result):
-        result = np.asarray(result)
     if isinstance(result, Mapping):
         stages = dict(result)
     elif isinstance(result, (tuple, list)):

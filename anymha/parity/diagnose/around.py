@@ -54,6 +54,10 @@ def sums(
                 continue  # nothing of attention is left
             more = dict(zip(chosen, map(_rounded, map(float, factors)), strict=True))
             yield tuple(_cause(name, factor) for name, factor in more.items()), more
+            # Beside another mistake a factor is not measured well: a half or a whole is tried.
+            near = {name: round(2 * factor) / 2 for name, factor in more.items()}
+            if near != more and all(near.values()):
+                yield tuple(_cause(name, factor) for name, factor in near.items()), near
 
 
 def _terms(recipe: Recipe, output: np.ndarray) -> Arrays:

@@ -205,7 +205,8 @@ def _bias_times(recipe: Recipe) -> Iterator[Family]:
             return recipe.but(bias=sign * math.exp(power) * np.asarray(right))
 
         def words(power: float, sign: int = sign) -> str:
-            return f"multiplied by {number(sign * math.exp(power))}"
+            factor = number(sign * math.exp(power))
+            return "subtracted" if factor == "-1" else f"multiplied by {factor}"
 
         yield Family(make, tuple(np.linspace(-6, 6, 13)), words)
 

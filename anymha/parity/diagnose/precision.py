@@ -130,18 +130,20 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
         wrong = _with_rounded(recipe, form, places)
         return float(np.linalg.norm(evidence.differences(wrong.stages))) / before
 
-    found: list[tuple[float, _Format, list[str]]] = []
-    every = _places(recipe)
+    found: list[tuple[float, _Format, set[str]]] = []
     for form in _formats(recipe, expected) if before and np.all(np.isfinite(exact)) else ():
-        chosen, least = [], 1.0
+        chosen, least = set[str](), 1.0
         for turn in range(TURNS):
             already = least
-            for place in every:
-                other = [p for p in every if (p in chosen) != (p == place)]
-                share = left(form, other)
-                # What changes nothing is not rounded.
-                if share < least * (1 + 1e-6 if place in chosen else 1 - 1e-6):
-                    chosen, least = other, share
+            for group in _places(recipe):
+                # The place of a stage that leaves least, as long as one leaves less than before;
+                # what changes nothing is not rounded.
+                while group:
+                    shares = {place: left(form, chosen ^ {place}) for place in group}
+                    best = min(group, key=lambda place: shares[place] - 1e-6 * (place in chosen))
+                    if shares[best] >= least * (1 + 1e-6 if best in chosen else 1 - 1e-6):
+                        break
+                    chosen, least = chosen ^ {best}, shares[best]
             if least > STIRRED or (turn and least > 0.9 * already):
                 break
         if least <= THEIRS:
@@ -157,7 +159,8 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
     others = tuple(one.name for share, one, _ in found
                    if one.name != form.name and share <= 1.5 * least)  # fmt: skip
     wrong = _with_rounded(recipe, form, chosen)
-    name, detail, stage = _named(recipe, form, chosen)
+    places = [place for group in _places(recipe) for place in group if place in chosen]
+    name, detail, stage = _named(recipe, form, places)
     fix = f"The reference computes in {expected}, with weights and stages as they are."
     return Cause(name, detail, stage, fix), others, wrong
 
@@ -210,20 +213,21 @@ BEFORE = " before the bias"
 """Behind a stage: what its product gives is rounded, before the bias or the scale."""
 
 
-def _places(recipe: Recipe) -> list[str]:
-    """What may be rounded, in the order of the layer."""
+def _places(recipe: Recipe) -> list[list[str]]:
+    """What may be rounded, by stage, in the order of the layer."""
     x = recipe.inputs
     alike = all(np.array_equal(x[name], x["query"]) for name in x)
-    places = ["inputs"] if alike else [f"input of {name}" for name in x]
+    groups = [["inputs"] if alike else [f"input of {name}" for name in x]]
     for stage in STEPS:
         own = [f"{stage}.{part}" for part in ("kernel", "bias")]
-        places += [name for name in own if name in recipe.weights]
+        places = [name for name in own if name in recipe.weights]
         places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
         if not recipe.sections:
             places += [stage + BEFORE] * (stage in ("logits", "output") or own[1] in recipe.weights)
         same = {"masked_logits": recipe.bias, "dropped_probabilities": recipe.kept}
         places += [stage] * (stage not in same or same[stage] is not None)
-    return places
+        groups.append(places)
+    return groups
 
 
 def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Recipe:
@@ -257,7 +261,7 @@ def _before_the_bias(own: Step, stage: str, rounding: Rounding) -> Step:
 
 def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, str]:
     """Name, detail and first stage of what is rounded."""
-    every = set(_places(recipe))
+    every = sum(map(len, _places(recipe)))
     weights = [name for name in places if name in recipe.weights]
     stage = (
         places[0]
@@ -283,7 +287,7 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
         return f"computed in {form.name}", "; ".join([*more, which]), stage
     if {*places} <= {"logits", "masked_logits", "probabilities"} and "probabilities" in places[1:]:
         return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
-    if len(places) > len(every) / 2:
+    if len(places) > every / 3:
         return f"computed in {form.name}", "; ".join(more), stage
     return f"{verb} to {to}", "; ".join([*more, " and ".join(places)]), stage
 
