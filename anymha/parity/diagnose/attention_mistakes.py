@@ -407,13 +407,14 @@ def _rotary(pairs: bool, usual: bool = True) -> Maker:
 
 def _turned(
     recipe: Recipe, name: str, pairs: bool, base: float = BASE, factor: float = 1.0,
-    start: float = 0, sign: int = 1, part: int = 1, axis: int = 1,
+    start: float = 0, sign: float = 1, part: float = 1,
+    axis: float = 1,
 ) -> Step:  # fmt: skip
     """A projection turned by its positions."""
     own, width = recipe.steps[name], _width(recipe, name)
     length = recipe.inputs[name].shape[1] if axis == 1 else recipe.heads[0]
-    cos, sin, _ = rotary_of(length, width // part // 2, pairs, base, start, factor).value
-    turning = RotaryStep((cos, sign * sin, pairs), (name,), axis)
+    cos, sin, _ = rotary_of(length, int(width / part) // 2, pairs, base, start, factor).value
+    turning = RotaryStep((cos, sign * sin, pairs), (name,), int(axis))
     return lambda recipe, stages: turning.forward(name, own(recipe, stages), recipe, stages)
 
 

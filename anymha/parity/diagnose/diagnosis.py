@@ -23,7 +23,7 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
-SECONDS = 2.0
+SECONDS = 3.0
 """How long pairs of mistakes are computed; single ones up to four times as long."""
 
 LARGE = 1 << 17
@@ -38,8 +38,11 @@ SMALL = 0.02
 FIRST = 40
 """How many of the single mistakes are tried together with every other."""
 
-TRANCHES = 200, 1000
-"""How many pairs are tried at first, and then: those that promise to leave least."""
+TRANCHES = (0, 200), (200, 1200)
+"""Which of the pairs that promise to leave least are tried first, and which then."""
+
+NEAREST = 6
+"""Beside how many of the nearest mistakes every other is tried between these."""
 
 MEASURED = 8
 """Beside how many mistakes those of `NUMBERS` are measured again."""
@@ -232,11 +235,10 @@ class Search:
         nearest = sorted(singles, key=lambda one: one.left)
         nearest = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
         # Sums around the output and maps of heads first: they are found, not tried one by one.
-        every = itertools.chain(
-            ((one, set[tuple[str, str]]()) for one in nearest[: 2 * FIRST]),
-            self._promising(singles),
-            ((one, None) for one in nearest),
-        )
+        none, rest = set[tuple[str, str]](), ((one, None) for one in nearest)
+        first, more = (self._promising(singles, *counts) for counts in TRANCHES)
+        every = itertools.chain(((one, none) for one in nearest[: 2 * FIRST]), first,
+                                itertools.islice(rest, NEAREST), more, rest)  # fmt: skip
         measuring = {id(one) for one in nearest[:MEASURED]}
         for one, keys in every:
             measured = NUMBERS if id(one) in measuring else ()
@@ -245,13 +247,17 @@ class Search:
                 # Two measured numbers may fit what is no attention at all.
                 certain = not one.rank == other.rank == 1 or other.left <= EXACT
                 if other.explains and certain:
+                    usual = self._tried(one.recipe, one.causes[0].name, measured=())
+                    other = next((u for u in usual if u.explains and not u.rank), other)
                     both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(both), other.worst, (), other.recipe), False
                 if time.thread_time() > until:
                     return None, True
         return None, False
 
-    def _promising(self, singles: list[_Tried]) -> Iterator[tuple[_Tried, set[tuple[str, str]]]]:
+    def _promising(
+        self, singles: list[_Tried], begin: int, end: int
+    ) -> Iterator[tuple[_Tried, set[tuple[str, str]]]]:
         """Mistakes with those to be tried beside each: pairs along whose effects most lies."""
         seconds = [at for at, one in enumerate(singles) if one.rank == 0]
         if not seconds:
@@ -264,15 +270,11 @@ class Search:
         one, also = one[:, None], along[seconds]
         part = along[:, None] ** 2 * other - 2 * np.outer(along, also) * both + also**2 * one
         part = part / np.maximum(one * other - both**2, 1e-6 * one * other + 1e-30)
-        best = np.argsort(-part, axis=None)[: sum(TRANCHES)]
-        begin = 0
-        for count in TRANCHES:
-            together: dict[int, set[tuple[str, str]]] = {}
-            for at in best[begin : begin + count]:
-                first, second = divmod(int(at), len(seconds))
-                together.setdefault(first, set()).add(singles[seconds[second]].causes[0].key)
-            yield from ((singles[first], keys) for first, keys in together.items())
-            begin += count
+        together: dict[int, set[tuple[str, str]]] = {}
+        for at in np.argsort(-part, axis=None)[begin:end]:
+            first, second = divmod(int(at), len(seconds))
+            together.setdefault(first, set()).add(singles[seconds[second]].causes[0].key)
+        yield from ((singles[first], keys) for first, keys in together.items())
 
     def _tried(
         self,

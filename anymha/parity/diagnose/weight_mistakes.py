@@ -222,7 +222,9 @@ def _split(array: np.ndarray, name: str, heads: int) -> np.ndarray | None:
 def _tied(recipe: Recipe) -> Variants:
     """One head's weights in all heads, or features in reverse."""
     groups = [(name,) for name in NAMES] + [("key", "value"), ("query", "key")]
-    parts = [tuple(n for name in names for n in _own(recipe, name)) for names in groups]
+    parts: list[tuple[str, ...]] = [
+        tuple(n for name in names for n in _own(recipe, name)) for names in groups
+    ]
     parts += [(n,) for names in groups[:3] for n in _own(recipe, *names)]
     for keys in dict.fromkeys(parts):
         owners = dict.fromkeys(key.partition(".")[0] for key in keys)
