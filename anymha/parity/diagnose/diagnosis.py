@@ -232,7 +232,8 @@ class Search:
     def _pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
         """Two mistakes, those that promise most first; and whether the time ran out."""
         until = time.thread_time() + SECONDS
-        nearest = sorted(singles, key=lambda one: one.left)
+        # Of those that give the same numbers the usual one.
+        nearest = sorted(singles, key=lambda one: (round(one.left, 6), one.rank))
         nearest = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
         # Sums around the output and maps of heads first: they are found, not tried one by one.
         none, rest = set[tuple[str, str]](), ((one, None) for one in nearest)
@@ -271,7 +272,8 @@ class Search:
         part = along[:, None] ** 2 * other - 2 * np.outer(along, also) * both + also**2 * one
         part = part / np.maximum(one * other - both**2, 1e-6 * one * other + 1e-30)
         together: dict[int, set[tuple[str, str]]] = {}
-        for at in np.argsort(-part, axis=None)[begin:end]:
+        part = np.round(part / (float(right @ right) or 1.0), 6)  # the usual ones stand first
+        for at in np.argsort(-part, axis=None, kind="stable")[begin:end]:
             first, second = divmod(int(at), len(seconds))
             together.setdefault(first, set()).add(singles[seconds[second]].causes[0].key)
         yield from ((singles[first], keys) for first, keys in together.items())
