@@ -228,8 +228,9 @@ def _tied(recipe: Recipe) -> Variants:
     parts += [(n,) for names in groups[:3] for n in _own(recipe, *names)]
     for keys in dict.fromkeys(parts):
         owners = dict.fromkeys(key.partition(".")[0] for key in keys)
-        whole = len(keys) > 1 or f"{keys[0].partition('.')[0]}.bias" not in recipe.weights
-        words = " and ".join(owners) if whole else keys[0].replace(".", "'s ")
+        (first, *more), owner = keys, next(iter(owners))
+        whole = more or f"{owner}.bias" not in recipe.weights
+        words = " and ".join(owners) if whole else first.replace(".", "'s ")
         arrays = {key: recipe.weights[key] for key in keys}
         for how, change in {
             "that of the first head": lambda a: a[..., :1, :] + 0 * a,
