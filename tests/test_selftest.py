@@ -152,4 +152,4 @@ def test_the_page_lists_the_catalogue() -> None:
     table = page.partition("## The self-test")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     expected = [f"| {m.name} | {m.fix.replace('|', '&#124;')} |" for m in catalogue()]
-    assert rows == expected
+    assert rows == list(dict.fromkeys(expected))

@@ -44,7 +44,10 @@ class Function:
 
         def results(form: Fitted, ops: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
             arguments = native(ops, form.arguments)
-            return named_stages(form.call(self.function, inputs, arguments), self.name)
+            result = form.call(self.function, inputs, arguments)
+            if isinstance(result, list) and _is_array(result):  # a list has no dtype of its own
+                result = np.asarray(result, request.inputs["query"].dtype)
+            return named_stages(result, self.name)
 
         def run(form: Fitted) -> dict[str, Any]:
             own = {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in inputs.items()}
@@ -128,6 +131,16 @@ def _torch_vjp(
             output, list(leaves.values()), to.to(output.device), allow_unused=True
         )
     return output, dict(zip(leaves, pulled, strict=True))
+
+
+def _is_array(result: list[Any]) -> bool:
+    """Whether nested lists are the numbers of one array, and not several results."""
+    if not all(isinstance(part, (list, int, float)) for part in result):
+        return False
+    try:
+        return np.asarray(result).dtype.kind in "iuf"
+    except ValueError:  # of lists of several lengths
+        return False
 
 
 def named_stages(result: Any, name: str) -> dict[str, Any]:

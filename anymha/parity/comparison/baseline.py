@@ -240,6 +240,12 @@ def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarra
     dtype = max(map(computed_dtype, traces), key=eps)
     # A bias's gradient is a sum over positions; JAX adds in the dtype of the gradient.
     relative = sum(tolerance(dtype, length, 1.0, accumulated=trace.stored) for trace in traces)
+    recipe = folded.recipe
+    if recipe.sections:
+        # The logits that an option bounds are off by more than they are great, and so are slopes.
+        sizes, logits = recipe.sizes["masked_logits"], recipe.stages["masked_logits"]
+        peak = np.max(np.abs(logits), initial=1.0, where=np.isfinite(logits))
+        relative *= max(1.0, 2 * float(np.max(sizes, initial=0.0)) / peak)
     allowed = {
         name: relative * float(np.max(truth.magnitudes[name], initial=0.0))
         + 2 * length * smallest(dtype)

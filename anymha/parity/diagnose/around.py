@@ -22,10 +22,10 @@ NEARER = 0.5
 """What a sum may leave of the differences; more, and it explains nothing."""
 
 
-def around(recipe: Recipe, got: np.ndarray) -> Iterator[tuple[tuple[Cause, ...], Recipe]]:
-    """The recipes whose output has more or less of one or two terms, near to an output."""
-    exact = recipe.stages["output"]
-    if got.shape == exact.shape:
+def around(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, ...], Recipe]]:
+    """The recipes whose output has more or less of one or two terms, near to what is reported."""
+    exact, got = recipe.stages["output"], reported.get("output")
+    if got is not None and got.shape == exact.shape:
         for causes, more in sums(_terms(recipe, exact), exact, got):
             yield causes, recipe.stepping("output", _step(recipe, more))
 
@@ -54,6 +54,10 @@ def sums(
                 continue  # nothing of attention is left
             more = dict(zip(chosen, map(_rounded, map(float, factors)), strict=True))
             yield tuple(_cause(name, factor) for name, factor in more.items()), more
+            # Beside another mistake a factor is not measured well: a half or a whole is tried.
+            near = {name: round(2 * factor) / 2 for name, factor in more.items()}
+            if near != more and all(near.values()):
+                yield tuple(_cause(name, factor) for name, factor in near.items()), near
 
 
 def _terms(recipe: Recipe, output: np.ndarray) -> Arrays:

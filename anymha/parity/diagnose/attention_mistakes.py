@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, Row, fields, steps
+from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
+from anymha.parity.diagnose.head_maps import averaged
 from anymha.parity.diagnose.measured import Family, number
+from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
+from anymha.parity.oracle.features.softcap import SoftcapSection
 from anymha.parity.oracle.recipe import (
     Arrays,
     Recipe,
@@ -17,12 +22,12 @@ from anymha.parity.oracle.recipe import (
     Variants,
     context_by,
     logits_by,
-    projected,
     softmax,
 )
 
-BASE = 10_000.0
-"""The base of rotary positions."""
+BASES = (500_000.0, 1_000_000.0, 100_000.0, 50_000.0, 5_000.0, 1_000.0, 100.0)
+FACTORS = (2.0, 4.0, 8.0, 0.5)
+STARTS = (1, 2, 3, 4, -1)
 
 
 def _scale_wrong(recipe: Recipe) -> Variants:
@@ -42,6 +47,10 @@ def _scale_wrong(recipe: Recipe) -> Variants:
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
             yield words, recipe.but(scale=factor)
+    for words, scale in {"after the softmax, not before it": 1.0, "before and after the softmax":
+                         recipe.scale}.items():  # fmt: skip
+        wrong = recipe if scale == recipe.scale else recipe.but(scale=scale)
+        yield words, _changed_shares(wrong, lambda p: p * recipe.scale)
 
 
 def _any_scale(recipe: Recipe) -> Iterator[Family]:
@@ -64,6 +73,36 @@ def _any_scale(recipe: Recipe) -> Iterator[Family]:
             return words(sign * math.exp(power))
 
         yield Family(make, tuple(np.linspace(-6, 6, 25)), named)
+
+
+_BOUNDS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "": np.tanh,
+    ", by clipping": lambda x: np.clip(x, -1, 1),
+    ", x / (1 + |x|) in place of tanh": lambda x: x / (1 + np.abs(x)),
+    ", arctan in place of tanh": np.arctan,
+    ", a sigmoid in place of tanh": lambda x: 2 * _sigmoid(x) - 1,
+    ", erf in place of tanh": lambda x: np.vectorize(math.erf)(x),
+    ", clipped above alone": lambda x: np.minimum(x, 1),
+    ", clipped below alone": lambda x: np.maximum(x, -1),
+}
+"""Functions that bound the logits."""
+
+
+def any_cap(recipe: Recipe) -> Iterator[Family]:
+    """Logits that are bounded by another number, or by another function."""
+    right = recipe.options.get("softcap")
+    place = "none" if right is None else number(right)
+    for how, bounds in _BOUNDS.items():
+
+        def make(power: float, bounds: Callable[[np.ndarray], np.ndarray] = bounds) -> Recipe:
+            return recipe.with_section(SoftcapSection(math.exp(power), bounds=bounds))
+
+        def words(power: float, how: str = how) -> str:
+            cap = math.exp(power)
+            same = right is not None and math.isclose(cap, right, rel_tol=1e-3)
+            return f"{number(cap)}{'' if same else f' in place of {place}'}{how}"
+
+        yield Family(make, tuple(np.linspace(-3, 5, 17)), words)
 
 
 def _bias_unscaled(recipe: Recipe) -> Variants:
@@ -109,45 +148,170 @@ def _denominator(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, tuple(np.linspace(-20, 6, 27)), words)
 
 
+def _power(recipe: Recipe) -> Iterator[Family]:
+    """A power of the probabilities, which no longer add up to 1."""
+
+    def make(power: float) -> Recipe:
+        return _changed_shares(recipe, lambda p: p**power)
+
+    yield Family(make, tuple(np.linspace(0.25, 3, 12)), lambda n: f"to the power of {number(n)}")
+
+
+def _added(recipe: Recipe) -> Iterator[Family]:
+    """A number added to each probability, of all keys or of those that are seen."""
+    for all_keys, again in itertools.product((True, False), repeat=2):
+
+        def make(power: float, all_keys: bool = all_keys, again: bool = again) -> Recipe:
+            def step(shares: np.ndarray, seen: np.ndarray) -> np.ndarray:
+                more = shares + math.exp(power) * (all_keys | seen)
+                return more / more.sum(-1, keepdims=True) if again else more
+
+            return _changed_shares(recipe, step, seen=True)
+
+        def words(power: float, all_keys: bool = all_keys, again: bool = again) -> str:
+            which = "each probability" if all_keys else "the probabilities of the keys seen"
+            rest = ", and divided by the sum again" if again else ""
+            return f"{number(math.exp(power))} added to {which}{rest}"
+
+        yield Family(make, tuple(np.linspace(-16, 2, 19)), words)
+
+
+def _shares_measured(recipe: Recipe) -> Iterator[Family]:
+    return itertools.chain(_denominator(recipe), _added(recipe), _power(recipe))
+
+
+def _changed_shares(
+    recipe: Recipe, change: Callable[..., np.ndarray], seen: bool = False
+) -> Recipe:
+    """Probabilities that are changed; with `seen` the change takes what is not masked too."""
+    own = recipe.steps["probabilities"]
+
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        more = (~np.isneginf(stages["masked_logits"]),) if seen else ()
+        return change(own(recipe, stages), *more)
+
+    return recipe.stepping("probabilities", step)
+
+
+def _relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0.0)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+_WEIGHTS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sigmoid": _sigmoid,
+    "relu": _relu,
+    "squared relu": lambda x: _relu(x) ** 2,
+    "softplus": lambda x: np.logaddexp(0.0, x),
+    "the logits themselves": lambda x: x,
+    "the logits' absolute values": np.abs,
+    "squares": np.square,
+    "tanh": np.tanh,
+    "elu + 1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0.0))),
+    "gelu": lambda x: x * _sigmoid(1.702 * x),
+    "silu": lambda x: x * _sigmoid(x),
+    "leaky relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "the exponential": lambda x: np.exp(np.minimum(x, 700.0)),
+}
+"""Functions of a logit that stand in the place of the exponential."""
+
+_TOTALS: Mapping[str, Callable[[np.ndarray], Any]] = {
+    "divided by their sum": lambda w: w.sum(-1, keepdims=True),
+    "not divided by their sum": lambda w: 1.0,
+    "divided by the number of keys": lambda w: w.shape[-1],
+    "divided by the sum of their absolute values": lambda w: np.abs(w).sum(-1, keepdims=True),
+    "divided by the root of the sum of their squares": lambda w: np.sqrt(
+        np.square(w).sum(-1, keepdims=True)
+    ),
+}
+
+
+def _of_logits(change: Callable[[np.ndarray], np.ndarray], hidden: float | None = 0.0) -> Step:
+    """Shares made of the logits; `hidden` are those of hidden keys, None: as they come."""
+
+    def step(_: Recipe, stages: Arrays) -> np.ndarray:
+        logits = stages["masked_logits"]
+        shares = change(logits)
+        return shares if hidden is None else np.where(np.isneginf(logits), hidden, shares)
+
+    return step
+
+
 def _other_softmax(recipe: Recipe) -> Variants:
     """Other functions of the logits in the place of the softmax."""
-
-    def sigmoid(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        return 1 / (1 + np.exp(-stages["masked_logits"]))
-
-    def twice(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        once = softmax(stages["masked_logits"])
-        return softmax(np.where(np.isneginf(stages["masked_logits"]), -np.inf, once))
-
-    def logarithm(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        return np.where(np.isneginf(stages["masked_logits"]), 0.0,
-                        np.log(softmax(stages["masked_logits"])))  # fmt: skip
-
-    def scaled(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        whole = softmax(stages["masked_logits"])
-        return whole / np.max(whole, axis=-1, keepdims=True)
-
-    relu = partial(np.maximum, 0.0)
     keys = recipe.lengths[2]
+
+    def twice(logits: np.ndarray) -> np.ndarray:
+        return softmax(np.where(np.isneginf(logits), -np.inf, softmax(logits)))
+
     steps = {
-        "sigmoid": sigmoid,
-        "sigmoid, divided by its sum": _shares(lambda x: 1 / (1 + np.exp(-x)), shifted=False),
-        "softmax twice": twice,
-        "log_softmax": logarithm,
-        "divided by the greatest, not by the sum": scaled,
-        "relu, divided by its sum": _shares(relu, shifted=False),
-        "relu, divided by the number of keys": lambda r, s: relu(s["masked_logits"]) / keys,
-        "squared relu, divided by its sum": _shares(lambda x: relu(x) ** 2, shifted=False),
-        "squares, divided by their sum": _shares(
-            lambda x: np.where(np.isinf(x), 0.0, x) ** 2, shifted=False
+        "sigmoid": _of_logits(_sigmoid),
+        "softmax twice": _of_logits(twice),
+        "softmax twice, hidden keys take part in the second": _of_logits(
+            lambda x: softmax(softmax(x)), None
+        ),
+        "log_softmax": _of_logits(lambda x: np.log(softmax(x))),
+        "1 less the probabilities": _of_logits(lambda x: 1 - softmax(x)),
+        "divided by the greatest, not by the sum": _of_logits(
+            lambda x: softmax(x) / softmax(x).max(-1, keepdims=True)
+        ),
+        "sigmoid of the logits less the logarithm of the number of keys": _of_logits(
+            lambda x: _sigmoid(x - math.log(keys))
         ),
         "all keys alike": _shares(lambda x: np.where(np.isneginf(x), 0.0, 1.0)),
         "the greatest alone": _shares(lambda x: np.where(x == 0, 1.0, 0.0)),
+        "divided by the sum over the queries and keys": _of_logits(_over((2, 3))),
+        "divided by the sum over the heads and keys": _of_logits(_over((1, 3))),
+        "divided by the sum over the batch and keys": _of_logits(_over((0, 3))),
     }
     for words, step in steps.items():
         yield words, recipe.stepping("probabilities", step)
-    for words, step in _chunked(keys):
+
+
+def _in_place_of_softmax(recipe: Recipe) -> Variants:
+    """Each function of the logits, divided by each total; of features; running sums."""
+    for words, weigh in _WEIGHTS.items():
+        for how, total in _TOTALS.items():
+
+            def weighed(
+                logits: np.ndarray, weigh: Callable[[np.ndarray], np.ndarray] = weigh,
+                total: Callable[[np.ndarray], Any] = total,
+            ) -> np.ndarray:  # fmt: skip
+                hidden = np.isneginf(logits)
+                weights = np.where(hidden, 0.0, weigh(np.where(hidden, 0.0, logits)))
+                whole = total(weights)
+                return weights / np.where(whole == 0, 1.0, whole)
+
+            yield f"{words}, {how}", recipe.stepping("probabilities", _of_logits(weighed))
+    for words, change in {
+        "elu + 1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0.0))),
+        "relu": _relu, "the exponential": np.exp,
+    }.items():  # fmt: skip
+        features = recipe
+        for name in ("query", "key"):
+            features = features.stepping(name, _after(recipe.steps[name], change))
+        sums = _of_logits(lambda x: x / np.where((t := x.sum(-1, keepdims=True)) == 0, 1.0, t))
+        detail = f"none: {words} of the features of queries and keys, divided by the sum"
+        yield detail, features.stepping("probabilities", sums)
+    for words, step in _chunked(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
+
+
+def _after(own: Step, change: Callable[[np.ndarray], np.ndarray]) -> Step:
+    return lambda recipe, stages: change(own(recipe, stages))
+
+
+def _over(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """The softmax over several axes."""
+
+    def over(logits: np.ndarray) -> np.ndarray:
+        weights = np.exp(logits - logits.max(axes, keepdims=True))
+        return weights / weights.sum(axes, keepdims=True)
+
+    return over
 
 
 def _chunked(keys: int) -> Iterator[tuple[str, Step]]:
@@ -211,32 +375,47 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
             yield words, recipe.but(inputs={**x, **wrong})
 
 
-def _projections(names: tuple[str, ...], change: Callable[[np.ndarray], np.ndarray],
-                 words: str = "", even: bool = False) -> Maker:  # fmt: skip
-    """Projections (B, T, H, d) changed; `even`: only where a head has an even width."""
+def _rotary(pairs: bool, usual: bool = True) -> Maker:
+    """Queries and keys turned by their positions, as by the usual rotary positions or not quite."""
+    both = ("query", "key")
 
     def make(recipe: Recipe) -> Variants:
-        if even and _width(recipe, "query") % 2:
+        width = _width(recipe, "query")
+        if width % 2 or "rotary" in recipe.options:
             return
-        for name in names:
-
-            def step(recipe: Recipe, stages: Arrays, name: str = name) -> np.ndarray:
-                return change(projected(recipe, name))
-
-            recipe = recipe.stepping(name, step)
-        yield words, recipe
+        for words, names, options in ((("", both, {}),) if usual else (
+            *((f"of {' and '.join(n)} alone", n, {}) for n in (("query",), ("key",), ("value",))),
+            ("of the values too", (*both, "value"), {}),
+            ("the keys in the other direction", both, {"key": {"sign": -1}}),
+            ("the queries in the other direction", both, {"query": {"sign": -1}}),
+            ("in the other direction", both, {n: {"sign": -1} for n in both}),
+            *((f"base {b:g}", both, {n: {"base": b} for n in both}) for b in BASES),
+            *((f"positions divided by {f:g}", both, {n: {"factor": f} for n in both})
+              for f in FACTORS),
+            *((f"queries from position {n}", both, {"query": {"start": n}}) for n in STARTS),
+            *((f"the first {width // n} features", both, {m: {"part": n} for m in both})
+              for n in (2, 4) if width % (2 * n) == 0),
+            ("positions counted over the heads", both, {n: {"axis": 2} for n in both}),
+        )):  # fmt: skip
+            wrong = recipe
+            for name in names:
+                wrong = wrong.stepping(name, _turned(recipe, name, pairs, **options.get(name, {})))
+            yield words, wrong
 
     return make
 
 
-def _rotated(x: np.ndarray, pairs: bool) -> np.ndarray:
-    """Rotary positions of (B, T, H, d): halves of a head, or neighbours, are turned together."""
-    length, half = x.shape[1], x.shape[3] // 2
-    angle = np.arange(length)[:, None, None] * BASE ** (-np.arange(half) / half)  # [T, 1, d/2]
-    cos, sin = np.cos(angle), np.sin(angle)
-    a, b = (x[..., ::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
-    one, two = a * cos - b * sin, a * sin + b * cos
-    return np.stack([one, two], -1).reshape(x.shape) if pairs else np.concatenate([one, two], -1)
+def _turned(
+    recipe: Recipe, name: str, pairs: bool, base: float = BASE, factor: float = 1.0,
+    start: float = 0, sign: float = 1, part: float = 1,
+    axis: float = 1,
+) -> Step:  # fmt: skip
+    """A projection turned by its positions."""
+    own, width = recipe.steps[name], _width(recipe, name)
+    length = recipe.inputs[name].shape[1] if axis == 1 else recipe.heads[0]
+    cos, sin, _ = rotary_of(length, int(width / part) // 2, pairs, base, start, factor).value
+    turning = RotaryStep((cos, sign * sin, pairs), (name,), int(axis))
+    return lambda recipe, stages: turning.forward(name, own(recipe, stages), recipe, stages)
 
 
 def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:
@@ -264,17 +443,22 @@ MISTAKES: tuple[Row, ...] = (
              lambda r, stages: np.exp(np.minimum(stages["masked_logits"], 700.0))})),
     ("another softmax", "Probabilities are exp(logits - max), divided by their sum over the keys "
      "and by nothing more; over chunks, sum and values are brought to each new maximum.",
-     _other_softmax, _denominator),
+     _other_softmax, _shares_measured),
+    ("another softmax", "Probabilities are exp(logits - max), divided by their sum over the keys "
+     "and by nothing more; over chunks, sum and values are brought to each new maximum.",
+     _in_place_of_softmax, no_families, True),
     ("grouped heads tiled", "Query head h reads key head h // (H / K): repeat each key "
      "head, do not tile them all.", _grouped_tiled),
+    ("heads averaged", "Each query head has queries, keys, values and a part of the output of its "
+     "own: add nothing up over the heads before the output.", averaged),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
-    ("rotary positions, by halves", "The candidate rotates queries and keys by their "
-     "positions, by halves of a head; the reference does not, or by pairs.",
-     _projections(("query", "key"), partial(_rotated, pairs=False), even=True)),
-    ("rotary positions, by pairs", "The candidate rotates queries and keys by their "
-     "positions, by pairs of neighbours; the reference does not, or by halves.",
-     _projections(("query", "key"), partial(_rotated, pairs=True), even=True)),
+    *(("rotary positions, by halves", "The candidate rotates queries and keys by their "
+       "positions, by halves of a head; the reference does not, or by pairs.",
+       _rotary(False, usual), no_families, not usual) for usual in (True, False)),
+    *(("rotary positions, by pairs", "The candidate rotates queries and keys by their "
+       "positions, by pairs of neighbours; the reference does not, or by halves.",
+       _rotary(True, usual), no_families, not usual) for usual in (True, False)),
     ("wrong dropout", "Both must be in training mode, with one rate and "
      "one seed; kept probabilities are divided by 1 - rate.",
      fields(lambda r: r.kept is not None, lambda r: {

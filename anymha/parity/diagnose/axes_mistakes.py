@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -120,9 +121,9 @@ def _reversed(recipe: Recipe) -> Variants:
         "flipped, in reverse along the positions": lambda x: np.flip(x, 1),
         "flipped, in reverse along the batch": lambda x: np.flip(x, 0),
         "flipped, in reverse along the features": lambda x: np.flip(x, 2),
-        "one position later": lambda x: np.roll(x, 1, 1),
-        "one position earlier": lambda x: np.roll(x, -1, 1),
-    }
+        **{f"{n} position{'s' if n > 1 else ''} {where}": partial(np.roll, shift=by * n, axis=1)
+           for n in (1, 2, 3) for where, by in (("later", 1), ("earlier", -1))},
+    }  # fmt: skip
     own = recipe.steps["output"]
     for words, change in changes.items():
 
@@ -131,7 +132,8 @@ def _reversed(recipe: Recipe) -> Variants:
             return change(own(recipe, stages))
 
         yield f"the output is {words}", recipe.stepping("output", step)
-        for names in (("query",), ("key", "value"), ("value",), ("query", "key", "value")):
+        for names in (("query",), ("key",), ("value",), ("key", "value"), ("query", "key"),
+                      ("query", "key", "value")):  # fmt: skip
             inputs = {n: change(x) if n in names else x for n, x in recipe.inputs.items()}
             what = f"the input{'s' if len(names) > 1 else ''} of {' and '.join(names)}"
             yield f"{what}, {words}", recipe.but(inputs=inputs)
@@ -169,6 +171,13 @@ def _normed(recipe: Recipe) -> Variants:
             for name in names:
                 wrong = wrong.stepping(name, _after(recipe.steps[name], norm))
             yield f"{words}, of {' and '.join(names)}", wrong
+        own = recipe.steps["output"]
+        for name, x in recipe.inputs.items():
+            if x.shape == recipe.stages["output"].shape:
+                wrong = recipe.stepping(
+                    "output", _after(own, lambda y, x=x, norm=norm: norm(y + x))
+                )
+                yield f"{words}, of the output and the {name} added to it", wrong
     for words, norm in _norms((-2, -1)):
         wrong = recipe
         for name in ("query", "key"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,17 +13,18 @@ import numpy as np
 from anymha.parity.diagnose.around import around
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
+from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
 from anymha.parity.diagnose.own_weights import FIX, one_weight, same_weights, with_own_weights
-from anymha.parity.diagnose.precision import rounded_cause
+from anymha.parity.diagnose.precision import rounded_cause, rounded_places
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
-SECONDS = 10.0
-"""How long pairs of mistakes are tried; single ones three times as long."""
+SECONDS = 3.0
+"""How long pairs of mistakes are computed; single ones up to four times as long."""
 
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
@@ -35,7 +36,25 @@ SMALL = 0.02
 """Relative differences up to this are small."""
 
 FIRST = 40
-"""How many of the nearest single mistakes are tried together with every other."""
+"""How many of the single mistakes are tried together with every other."""
+
+TRANCHES = (0, 200), (200, 1200)
+"""Which of the pairs that promise to leave least are tried first, and which then."""
+
+NEAREST = 6
+"""Beside how many of the nearest mistakes every other is tried between these."""
+
+MEASURED = 8
+"""Beside how many mistakes those of `NUMBERS` are measured again."""
+
+NUMBERS = ("wrong scale", "wrong attention bias", "mask applied wrongly")
+"""The mistakes with a number that come with another."""
+
+SAMPLE = 1 << 11
+"""Of how many differences the effects of two mistakes are added."""
+
+EXACT = 1e-3
+"""What two measured numbers may leave of the differences."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,7 @@ class _Tried:
     recipe: Recipe
     errors: dict[str, float]  # by observed stage, over what rounding explains
     left: float  # the distance that is left, as a share of that of the right recipe
+    apart: np.ndarray  # a sample of the differences that are left
     # 0: a usual mistake; 1: its number is measured; 2: one of many variants. What fits by a lower
     # rank needs no explanation by a higher one.
     rank: int = 0
@@ -91,7 +111,7 @@ class Search:
         reached = _reached(self.evidence.errors(self.recipe))
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), SECONDS)
+            tried += _in_time(self._tried(self.recipe, alone=True), 2 * SECONDS)
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
@@ -110,7 +130,11 @@ class Search:
         best = self._fitting(singles)
         if best is not None:
             return best
-        rounded = rounded_cause(self.recipe, self.evidence)
+        with np.errstate(all="ignore"):
+            places = rounded_places(self.recipe, self.evidence)
+            if places is not None:
+                return Diagnosis((places[0],), 0.0, places[1], places[2])
+            rounded = rounded_cause(self.recipe, self.evidence)
         if rounded is not None:
             return Diagnosis((rounded[0],), 0.0, (), rounded[1])
         own = self._of_weights()
@@ -191,8 +215,10 @@ class Search:
         reached = _reached(self.evidence.errors(self.recipe))
         tried = singles
         while tried:
-            best = max(tried, key=_Tried.prefix)
-            if best.prefix() <= reached:
+            named = {cause.name for cause in causes}
+            tried = [one for one in tried if one.causes[0].name not in named]
+            best = max(tried, key=_Tried.prefix, default=None)
+            if best is None or best.prefix() <= reached:
                 break
             causes += best.causes
             reached = best.prefix()
@@ -204,31 +230,68 @@ class Search:
         return Diagnosis(tuple(causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
-        """Two mistakes, the nearest single ones first; and whether the time ran out."""
-        until = time.monotonic() + SECONDS
-        nearest = sorted(singles, key=lambda one: one.left)
-        first = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
-        for one in first:
-            skip = one.causes[0].name
-            for other in self._tried(one.recipe, skip=skip, measured=False):
+        """Two mistakes, those that promise most first; and whether the time ran out."""
+        until = time.thread_time() + SECONDS
+        # Of those that give the same numbers the usual one.
+        nearest = sorted(singles, key=lambda one: (round(one.left, 6), one.rank))
+        nearest = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
+        # Sums around the output and maps of heads first: they are found, not tried one by one.
+        none, rest = set[tuple[str, str]](), ((one, None) for one in nearest)
+        first, more = (self._promising(singles, *counts) for counts in TRANCHES)
+        every = itertools.chain(((one, none) for one in nearest[: 2 * FIRST]), first,
+                                itertools.islice(rest, NEAREST), more, rest)  # fmt: skip
+        measuring = {id(one) for one in nearest[:MEASURED]}
+        for one, keys in every:
+            measured = NUMBERS if id(one) in measuring else ()
+            measuring.discard(id(one))
+            for other in self._tried(one.recipe, one.causes[0].name, keys, measured=measured):
                 # Two measured numbers may fit what is no attention at all.
-                if other.explains and not one.rank == other.rank == 1:
+                certain = not one.rank == other.rank == 1 or other.left <= EXACT
+                if other.explains and certain:
+                    usual = self._tried(one.recipe, one.causes[0].name, measured=())
+                    other = next((u for u in usual if u.explains and not u.rank), other)
                     both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
                     return Diagnosis(tuple(both), other.worst, (), other.recipe), False
-                if time.monotonic() > until:
+                if time.thread_time() > until:
                     return None, True
         return None, False
+
+    def _promising(
+        self, singles: list[_Tried], begin: int, end: int
+    ) -> Iterator[tuple[_Tried, set[tuple[str, str]]]]:
+        """Mistakes with those to be tried beside each: pairs along whose effects most lies."""
+        seconds = [at for at, one in enumerate(singles) if one.rank == 0]
+        if not seconds:
+            return
+        right = _sample(self.evidence.differences(self.recipe.stages))
+        effects = np.stack([one.apart for one in singles]) - right
+        one = np.sum(effects * effects, axis=1)
+        other = one[seconds]
+        both, along = effects @ effects[seconds].T, effects @ right
+        one, also = one[:, None], along[seconds]
+        part = along[:, None] ** 2 * other - 2 * np.outer(along, also) * both + also**2 * one
+        part = part / np.maximum(one * other - both**2, 1e-6 * one * other + 1e-30)
+        together: dict[int, set[tuple[str, str]]] = {}
+        part = np.round(part / (float(right @ right) or 1.0), 6)  # the usual ones stand first
+        for at in np.argsort(-part, axis=None, kind="stable")[begin:end]:
+            first, second = divmod(int(at), len(seconds))
+            together.setdefault(first, set()).add(singles[seconds[second]].causes[0].key)
+        yield from ((singles[first], keys) for first, keys in together.items())
 
     def _tried(
         self,
         recipe: Recipe,
         skip: str | None = None,
+        keys: Collection[tuple[str, str]] | None = None,
         alone: bool = False,
-        measured: bool = True,
+        measured: Collection[str] | None = None,
     ) -> Iterator[_Tried]:
-        """Each mistake in a recipe but those of one name: those tried `alone`, or the rest."""
+        """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
+
+        With `keys` only those of these names and details, and those around the output.
+        """
         errors = self.evidence.errors(recipe)
-        for mistake, detail, wrong in self._variants(recipe, skip, alone):
+        for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
             one = self._judged(recipe, errors, mistake, detail, wrong)
             if one is not None:
                 yield one
@@ -236,18 +299,21 @@ class Search:
             return
         evidence = self._up_to_the_first_wrong(errors)
         before = evidence.distance(recipe)
-        for mistake in catalogue(recipe) if measured else ():
-            for family in mistake.families(recipe):
+        names = {one.name for one in catalogue(recipe)} if measured is None else {*measured}
+        for mistake in catalogue(recipe) if names else ():
+            for family in mistake.families(recipe) if mistake.name in names - {skip} else ():
                 found = fitted(family, evidence, before)
                 if found is not None:
                     one = self._judged(recipe, errors, mistake, *found, rank=1)
                     if one is not None:
                         yield one
-        if "output" in self.reported:
-            for causes, wrong in around(recipe, self.reported["output"]):
-                left = self.evidence.distance(wrong) / self.before
-                own = self.evidence.first_errors(wrong, recipe, errors)
-                yield _Tried(causes, replace(wrong), own, left, 1)
+        sums = itertools.chain(around(recipe, self.reported), head_maps(recipe, self.reported))
+        for causes, wrong in sums:
+            own = (
+                None if causes[0].name == skip else self._weighed(recipe, errors, causes, wrong, 1)
+            )
+            if own is not None:
+                yield own
 
     def _up_to_the_first_wrong(self, errors: dict[str, float]) -> Evidence:
         """The evidence by which numbers are measured: what follows may have other mistakes too."""
@@ -261,31 +327,55 @@ class Search:
         self, recipe: Recipe, errors: dict[str, float], mistake: Mistake, detail: str,
         wrong: Recipe, rank: int = 0,
     ) -> _Tried | None:  # fmt: skip
+        def causes(wrong: Recipe) -> tuple[Cause, ...]:
+            stage = _first_change(recipe.stages, wrong.stages)
+            return () if stage is None else (Cause(mistake.name, detail, stage, mistake.fix),)
 
+        return self._weighed(recipe, errors, causes, wrong, max(rank, 2 * mistake.alone))
+
+    def _weighed(
+        self, recipe: Recipe, errors: dict[str, float],
+        causes: tuple[Cause, ...] | Callable[[Recipe], tuple[Cause, ...]], wrong: Recipe, rank: int,
+    ) -> _Tried | None:  # fmt: skip
+        """How well a recipe explains the evidence; None where it is as another, or is none."""
         with np.errstate(all="ignore"):
             try:
-                stage = _first_change(recipe.stages, wrong.stages)
+                found = causes(wrong) if callable(causes) else causes
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
-            if stage is None:
+            if not found:
                 return None
-            cause = Cause(mistake.name, detail, stage, mistake.fix)
-            left = self.evidence.distance(wrong) / self.before
-            own = self.evidence.first_errors(wrong, recipe, errors)
-        return _Tried((cause,), replace(wrong), own, left, max(rank, 2 * mistake.alone))
+            apart = self.evidence.differences(wrong.stages)
+            left = float(np.linalg.norm(apart)) / self.before
+            own = dict.fromkeys(errors, np.inf)
+            if left <= EXPLAINED or len(errors) > 1:
+                own = self.evidence.first_errors(wrong, recipe, errors)
+        return _Tried(found, replace(wrong), own, left, _sample(apart), rank)
 
     def _variants(
-        self, recipe: Recipe, skip: str | None = None, alone: bool = False
-    ) -> Iterator[tuple[Mistake, str, Recipe]]:
+        self, recipe: Recipe, skip: str | None = None, alone: bool = False,
+        keys: Collection[tuple[str, str]] | None = None,
+    ) -> Iterator[tuple[Mistake, str, Recipe]]:  # fmt: skip
         """Each mistake with its detail and the recipe that has it, but those of one name."""
-        if not alone:
-            for mistake, detail, wrong in other_options(recipe, self.trace.config):
-                if mistake.name != skip:
-                    yield mistake, detail, wrong
-        for mistake in catalogue(recipe):
-            if mistake.name != skip and mistake.alone == alone:
-                for detail, wrong in mistake.variants(recipe):
-                    yield mistake, detail, wrong
+        names = None if keys is None else {name for name, _ in keys}
+        every = () if alone else other_options(recipe, self.trace.config)
+        for mistake, detail, wrong in itertools.chain(every, _of_catalogue(recipe, names, alone)):
+            if mistake.name != skip and (keys is None or (mistake.name, detail) in keys):
+                yield mistake, detail, wrong
+
+
+def _of_catalogue(
+    recipe: Recipe, names: Collection[str] | None, alone: bool
+) -> Iterator[tuple[Mistake, str, Recipe]]:
+    for mistake in catalogue(recipe):
+        if mistake.alone == alone and (names is None or mistake.name in names):
+            for detail, wrong in mistake.variants(recipe):
+                yield mistake, detail, wrong
+
+
+def _sample(apart: np.ndarray) -> np.ndarray:
+    """Some of the differences, the same for all recipes."""
+    return apart[:: len(apart) // SAMPLE + 1].astype(np.float32)
 
 
 def _reached(errors: dict[str, float]) -> int:
@@ -296,10 +386,10 @@ def _reached(errors: dict[str, float]) -> int:
 
 def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
     """As many as that time allows."""
-    until = time.monotonic() + seconds
+    until = time.thread_time() + seconds
     for one in tried:
         yield one
-        if time.monotonic() > until:
+        if time.thread_time() > until:
             return
 
 

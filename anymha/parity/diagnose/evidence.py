@@ -85,7 +85,7 @@ class Evidence:
         for name, got in self._observed.items():
             exact = _stage(results, name)
             if exact.size != got.size:
-                parts.append(np.full(1, 10.0))
+                parts.append(np.full(got.size, 10.0 / np.sqrt(got.size)))
                 continue
             exact, got = exact.reshape(-1), got.reshape(-1)
             if name == "masked_logits":

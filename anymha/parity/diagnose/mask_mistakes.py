@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from typing import Any
@@ -113,17 +115,100 @@ def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
 def _window_shifted(recipe: Recipe) -> Mapping[str, Any]:
     window = recipe.window or 0
     narrower = {"one key fewer on each side": {"window": window - 1}} if window > 1 else {}
-    return {"one key more on each side": {"window": window + 1}, **narrower}
-
-
-def _bias_wrong(recipe: Recipe) -> Mapping[str, Any]:
-    right = np.asarray(recipe.bias)
+    more = {"twice as wide on each side": {"window": 2 * window - 1}}
+    more |= {"half as wide": {"window": (window + 1) // 2}, "2 W": {"window": 2 * window}}
+    later = _offset(recipe)
     return {
-        "left out": {"bias": None},
-        "added twice": {"bias": 2.0 * right},
-        "subtracted": {"bias": -right},
-        "scaled": {"bias": recipe.scale * right},
-    }
+        "one key more on each side": {"window": window + 1}, **narrower, **more,
+        "one key more after the query": {"offset": later + 1},
+        "one key more before the query": {"offset": later - 1},
+    }  # fmt: skip
+
+
+def _bias_wrong(recipe: Recipe) -> Variants:
+    if recipe.bias is None:
+        return
+    right, own = np.asarray(recipe.bias), recipe.steps["masked_logits"]
+    for words, bias in {
+        "left out": None,
+        "added twice": 2.0 * right,
+        "subtracted": -right,
+        "scaled": recipe.scale * right,
+        "its exponential": np.exp(right),
+        "its logarithm": np.log(np.abs(right) + 1e-300),
+        "its absolute value": np.abs(right),
+    }.items():
+        yield words, recipe.but(bias=bias)
+    free = recipe.but(bias=None)
+
+    def multiplied(_: Recipe, stages: Arrays) -> np.ndarray:
+        return own(free, {**stages, "logits": stages["logits"] * right})
+
+    def one_more(_: Recipe, stages: Arrays) -> np.ndarray:
+        return own(free, {**stages, "logits": stages["logits"] * (1 + right)})
+
+    yield "multiplied, not added", free.stepping("masked_logits", multiplied)
+    yield "multiplied with 1 more, not added", free.stepping("masked_logits", one_more)
+    for words, again in (("", False), (", and those divided by the sum again", True)):
+
+        def late(recipe: Recipe, stages: Arrays, again: bool = again) -> np.ndarray:
+            shares = free.steps["probabilities"](recipe, stages)
+            shares = shares + np.where(allowed(recipe), right, 0.0)
+            return shares / shares.sum(-1, keepdims=True) if again else shares
+
+        yield f"added to the probabilities{words}", free.stepping("probabilities", late)
+
+
+def _bias_of_others(recipe: Recipe) -> Variants:
+    """A bias of other positions, heads or sequences."""
+    if recipe.bias is None:
+        return
+    bias = np.asarray(recipe.bias)
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    for words, other in itertools.chain(
+        _elsewhere_on_an_axis(bias), _turned(bias), _averaged(bias), _of_other_heads(bias)
+    ):
+        yield words, recipe.but(bias=other)
+        yield f"{words}, subtracted", recipe.but(bias=-other)
+
+
+def _turned(bias: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    *_, queries, keys = bias.shape
+    if queries == keys > 1:
+        yield "transposed, queries and keys exchanged", np.swapaxes(bias, 2, 3)
+    elif queries > 1 < keys:
+        turned = bias.reshape(*bias.shape[:2], keys, queries).swapaxes(2, 3)
+        yield "reshaped to (keys, queries)", turned
+    if bias.shape[0] == bias.shape[1] > 1:
+        yield "transposed, sequences and heads exchanged", np.swapaxes(bias, 0, 1)
+
+
+def _averaged(bias: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    for axis, name in enumerate(_AXES):
+        if bias.shape[axis] > 1:
+            yield f"averaged over the {name}", bias.mean(axis, keepdims=True)
+            yield f"added up over the {name}", bias.sum(axis, keepdims=True)
+
+
+def _of_other_heads(bias: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    if 1 < bias.shape[1] <= 4:
+        for order in itertools.permutations(range(bias.shape[1])):
+            yield f"heads permuted, to {', '.join(map(str, order))}", bias[:, list(order)]
+
+
+def _bias_times(recipe: Recipe) -> Iterator[Family]:
+    """A bias with any factor."""
+    right = recipe.bias
+    for sign in (1, -1) if right is not None else ():
+
+        def make(power: float, sign: int = sign) -> Recipe:
+            return recipe.but(bias=sign * math.exp(power) * np.asarray(right))
+
+        def words(power: float, sign: int = sign) -> str:
+            factor = number(sign * math.exp(power))
+            return "subtracted" if factor == "-1" else f"multiplied by {factor}"
+
+        yield Family(make, tuple(np.linspace(-6, 6, 13)), words)
 
 
 def _in_empty_rows(instead: Step) -> Step:
@@ -193,7 +278,6 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
     """A mask after what people do to its axes by mistake."""
     batch, queries, keys = recipe.lengths
     heads = recipe.heads[0]
-    names = ("sequences", "heads", "queries", "keys")
     one_side = 1 in mask.shape[2:]
     if queries == keys and one_side and mask.shape[2:] != (1, 1):
         turned = np.swapaxes(mask, 2, 3)
@@ -206,23 +290,12 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
             "reshaped to (keys, queries)",
             np.swapaxes(mask.reshape(*mask.shape[:2], keys, queries), 2, 3).reshape(mask.shape),
         )
-    for axis, name in enumerate(names):
-        count = mask.shape[axis]
-        if count == 1:
-            continue
-        yield f"in reverse along the {name}", np.flip(mask, axis)
-        if axis > 1:
-            for by in (1, -1):
-                later = _shifted(mask, by, axis)
-                place = "after" if by > 0 else "before"
-                yield f"shifted by one of the {name}", np.roll(mask, by, axis)
-                yield f"one of the {name} more is seen {place} each, off by one", mask | later
-                yield f"one of the {name} fewer is seen {place} each, off by one", mask & later
-        else:
-            for by in range(1, min(count, 5)):
-                yield f"of another of the {name}, {by} on", np.roll(mask, by, axis)
-        for at, which in ((0, "first"), (count - 1, "last")):
-            yield f"that of the {which} of the {name} for all", np.take(mask, [at], axis)
+    yield from _elsewhere_on_an_axis(mask)
+    for axis in (2, 3):
+        for by in (1, -1) if mask.shape[axis] > 1 else ():
+            later, place = _shifted(mask, by, axis), "after" if by > 0 else "before"
+            yield f"one of the {_AXES[axis]} more is seen {place} each, off by one", mask | later
+            yield f"one of the {_AXES[axis]} fewer is seen {place} each, off by one", mask & later
     if mask.shape[1] == 1 < mask.shape[0]:
         place = np.arange(batch * heads)
         orders = {"repeated": (place % batch).reshape(batch, heads),
@@ -230,6 +303,26 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         for words, order in orders.items():
             detail = f"{words} with batch and heads in the wrong order"
             yield detail, mask[:, 0][order]
+
+
+_AXES = ("sequences", "heads", "queries", "keys")
+
+
+def _elsewhere_on_an_axis(array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Of a mask or a bias (B, H, T, S) what belongs to other places along one of its axes."""
+    for axis, name in enumerate(_AXES):
+        count = array.shape[axis]
+        if count == 1:
+            continue
+        yield f"in reverse along the {name}", np.flip(array, axis)
+        for by, words in enumerate(("one", "two", "three")[: count - 1], 1):
+            moved = f"shifted by {words} of the {name}" if axis > 1 else (
+                f"of another of the {name}, {by} on")  # fmt: skip
+            yield moved, np.roll(array, by, axis)
+            if count - by > 3:
+                yield f"{moved}, backwards", np.roll(array, -by, axis)
+        for at, which in ((0, "first"), (count - 1, "last")):
+            yield f"that of the {which} of the {name} for all", np.take(array, [at], axis)
 
 
 def _shifted(mask: np.ndarray, by: int, axis: int) -> np.ndarray:
@@ -292,8 +385,8 @@ def _weak(recipe: Recipe) -> Iterator[Family]:
         def lower(value: float, named: str = named) -> str:
             return f"{named}: hidden logits are lowered by {number(-value)} only, a finite number"
 
-        yield Family(filled, tuple(np.linspace(-30, 18, 25)), words)
-        yield Family(lowered, tuple(np.linspace(-30, 18, 25)), lower)
+        yield Family(filled, tuple(np.linspace(-30, 12, 22)), words)
+        yield Family(lowered, tuple(np.linspace(-30, 12, 22)), lower)
 
 
 def _elsewhere(recipe: Recipe) -> Variants:
@@ -304,6 +397,20 @@ def _elsewhere(recipe: Recipe) -> Variants:
                  rest: Recipe = rest) -> np.ndarray:  # fmt: skip
             return rest.steps["probabilities"](recipe, stages) * seen
 
+        def shown(recipe: Recipe, stages: Arrays, seen: np.ndarray = seen,
+                  rest: Recipe = rest) -> np.ndarray:  # fmt: skip
+            logits = rest.steps["masked_logits"](recipe, stages)
+            return np.where(seen, -np.inf, np.where(np.isneginf(logits), logits, 0.0))
+
+        def even(recipe: Recipe, stages: Arrays, seen: np.ndarray = seen,
+                 rest: Recipe = rest) -> np.ndarray:  # fmt: skip
+            logits = rest.steps["masked_logits"](recipe, stages)
+            return np.where(seen & ~np.isneginf(logits), 0.0, -np.inf)
+
+        yield (f"{named}: the keys seen are hidden, the hidden ones are seen with logits of zero",
+               rest.stepping("masked_logits", shown))  # fmt: skip
+        yield (f"{named}: the logits of the keys seen are lost beside a great number that is added",
+               rest.stepping("masked_logits", even))  # fmt: skip
         late = rest.stepping("probabilities", step)
         yield f"{named}: multiplied after the softmax, so that rows do not sum to 1", late
         if seen.shape[1:3] != (1, 1):
@@ -346,21 +453,24 @@ MISTAKES: tuple[Row, ...] = (
     ("causal mask ignored", "Switch the causal mask on.", fields(lambda r: r.causal, causal=False)),
     ("causal mask at the other corner", "With fewer queries than keys the first "
      "query is aligned with the first key in one of the two, the last with the last in the other: "
-     "pass `query_offset`, or a mask.", fields(lambda r: r.causal, _other_corner)),
+     "pass `query_offset`, or a mask.",
+     _with_empty_rows(fields(lambda r: r.causal, _other_corner))),
     ("causal mask off by one", "Query i sees keys j <= i: the diagonal is included.",
-     fields(lambda r: r.causal, _causal_shifted)),
+     _with_empty_rows(fields(lambda r: r.causal, _causal_shifted))),
     ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
-     "lower triangle.", fields(lambda r: r.causal, _causal_reversed)),
+     "lower triangle.", _with_empty_rows(fields(lambda r: r.causal, _causal_reversed))),
     ("query offset ignored", "Add the offset to the positions of the queries.",
      fields(lambda r: (r.causal or r.window is not None) and np.any(_offset(r)), offset=None)),
     ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.",
-     fields(lambda r: r.window is not None, _window_shifted)),
+     _with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
     ("window ignored", "Pass the window on.", fields(lambda r: r.window is not None, window=None)),
     ("window of one side", "The window is open on both sides unless the call is "
      "causal too.", fields(lambda r: r.window is not None and not r.causal, causal=True)),
     ("wrong attention bias", "The bias is added once, after the scale.",
-     fields(lambda r: r.bias is not None, _bias_wrong)),
+     _bias_wrong, _bias_times),
+    ("attention bias of other positions", "Give each sequence, head, query and key its own place "
+     "in the bias.", _bias_of_others, no_families, True),
     ("fully masked rows give the mean of the values", "A query that sees nothing "
      "gives zeros in anymha; here its mask is a large finite number, or the softmax divides by "
      "the number of keys. Give such rows zeros, or leave them out of the comparison.",

@@ -7,7 +7,7 @@ skips variants that change no number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,9 +58,13 @@ def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
                   partial(_left_out, option))  # fmt: skip
     if section.usual:
         yield Mistake(f"another {option}", f"Give both the same `{option}`.",
-                      partial(_another, option))  # fmt: skip
+                      partial(_another, option), _FAMILIES.get(option, no_families))  # fmt: skip
     for name, fix, make in section.mistakes:
         yield Mistake(name, fix, partial(_own, option, make))
+
+
+_FAMILIES: Mapping[str, Families] = {"softcap": attention_mistakes.any_cap}
+"""The options of which any other value is measured."""
 
 
 def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, Recipe]]:

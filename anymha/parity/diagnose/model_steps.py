@@ -106,6 +106,10 @@ class RotaryStep(Section):
                 made = rotary_of(length, size, pairs, base, start)
                 words = f"base {base:g}, the first {2 * size} features, positions from {start}"
                 yield words, recipe.with_section(made)
+        for factor in (2.0, 4.0, 8.0, 0.5):
+            made = _each_divided(self.value, factor)
+            if made is not None:
+                yield f"positions divided by {factor:g}", recipe.with_section(RotaryStep(made))
 
     mistakes = (
         ("rotary of other arrays", "Turn queries and keys, not values.", of_other_arrays),
@@ -118,6 +122,18 @@ class RotaryStep(Section):
     def left_out(self) -> str:
         """Words for a candidate without it."""
         return "missing: queries and keys are not turned by their positions"
+
+
+def _each_divided(
+    value: tuple[np.ndarray, np.ndarray, bool], factor: float
+) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """Rotary positions whose angles are divided; None where the angles are not by position."""
+    cos, sin, pairs = value
+    if cos.shape[1] < 2:
+        return None
+    step = np.angle(cos[:, 1] + 1j * sin[:, 1]) - np.angle(cos[:, 0] + 1j * sin[:, 0])
+    angle = np.arange(cos.shape[1])[None, :, None] * step[:, None] / factor
+    return np.cos(angle), np.sin(angle), pairs
 
 
 class NormStep(Section):
@@ -236,10 +252,12 @@ def featured(plain: Recipe, trace: Trace, reported: Arrays) -> Recipe | None:
 
 
 def rotary_of(
-    length: int, half: int, pairs: bool, base: float = BASE, start: int = 0
+    length: int, half: int, pairs: bool, base: float = BASE, start: float = 0, factor: float = 1.0
 ) -> RotaryStep:
     """Rotary positions as most models have them."""
-    angle = (start + np.arange(length))[:, None] * base ** (-np.arange(half) / max(half, 1))
+    angle = (
+        (start + np.arange(length))[:, None] / factor * base ** (-np.arange(half) / max(half, 1))
+    )
     return RotaryStep((np.cos(angle)[None], np.sin(angle)[None], pairs))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
 from anymha.parity.diagnose.evidence import Evidence
-from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, softmax
+from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.structure import looks_like_rounding
 from anymha.parity.stages.tolerance import eps
@@ -29,6 +30,17 @@ GREATER = 2.5
 WIDE_GREATER = 12.0
 """The same for all of float32: its sums may lose more than its roundings."""
 
+THEIRS = 0.2
+"""What may be left of the differences where a candidate's numbers are those of rounded places."""
+
+STIRRED = 0.95
+"""Where more is left after all places, the format is another."""
+
+TURNS = 3
+"""How often each place is tried."""
+
+PROJECTIONS = ("query", "key", "value")
+
 PRODUCTS = ("logits", "context", "output")
 """The stages that are products of stages before them."""
 
@@ -38,7 +50,9 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | 
     mine = evidence.differences(recipe.stages)
     expected = computed_dtype(evidence.reference or evidence.trace)
     found: list[tuple[float, Cause, Recipe]] = []
-    for name, detail, stage, wide, wrong in _roundings(recipe, expected):
+    if not np.all(np.isfinite(mine)):
+        return None
+    for name, detail, wide, wrong in _roundings(recipe, expected):
         with np.errstate(all="ignore"):
             theirs = mine - evidence.differences(wrong.stages)
         sizes = float(np.linalg.norm(mine)), float(np.linalg.norm(theirs))
@@ -56,7 +70,7 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | 
         if alike >= (WIDE_ALIKE if wide else ALIKE):
             fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
                    "mixed precision and TF32 off.")  # fmt: skip
-            found.append((alike, Cause(name, detail, stage, fix), wrong))
+            found.append((alike, Cause(name, detail, "query", fix), wrong))
     if not found:
         return None
     _, cause, wrong = max(found, key=lambda one: one[0])
@@ -70,44 +84,212 @@ def _is_of_float32(output: np.ndarray | None) -> bool:
     )
 
 
-def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, str, bool, Recipe]]:
-    """Name, detail, first stage, whether it is a wide dtype, and the recipe of each rounding."""
+def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, bool, Recipe]]:
+    """Name, detail, whether it is a wide dtype, and the recipe where all of it is rounded."""
     for dtype, rounding in _dtypes(expected):
         wide = dtype == "float32"
-        exact = {name: rounding(w) for name, w in recipe.weights.items()}
+        weights = {name: rounding(w) for name, w in recipe.weights.items()}
         inputs = {name: rounding(x) for name, x in recipe.inputs.items()}
-        everything = recipe.but(weights=exact, inputs=inputs)
+        everything = recipe.but(weights=weights, inputs=inputs)
         stored = {name: _stored(recipe, name, rounding) for name in STEPS}
         soft = {**stored, "probabilities": recipe.steps["probabilities"]}
         factors = {name: _of_factors(recipe, name, rounding) for name in PRODUCTS}
         words = "the factors of each product"
         products = everything.but(steps={**recipe.steps, **factors}, sections=())
-        yield f"computed in {dtype}", words, "query", wide, products
+        yield f"computed in {dtype}", words, wide, products
         if dtype == "TF32":  # a format of products alone
             continue
         # The steps have what the sections make of a stage in them, so that this is rounded too.
-        yield f"computed in {dtype}", "", "query", wide, everything.but(steps=stored, sections=())
+        yield f"computed in {dtype}", "", wide, everything.but(steps=stored, sections=())
         words = "all but the softmax"
-        rest = everything.but(steps=soft, sections=())
-        yield f"computed in {dtype}", words, "query", wide, rest
-        yield f"weights rounded to {dtype}", "", "query", wide, recipe.but(weights=exact)
-        kernels = {**recipe.weights, **{n: w for n, w in exact.items() if n.endswith("kernel")}}
-        words = f"weights rounded to {dtype}"
-        yield words, "the kernels", "query", wide, recipe.but(weights=kernels)
-        yield f"computed in {dtype}", "the inputs", "query", wide, recipe.but(inputs=inputs)
+        yield f"computed in {dtype}", words, wide, everything.but(steps=soft, sections=())
 
-        def shares(_: Recipe, stages: Arrays, rounding: Rounding = rounding) -> np.ndarray:
-            return rounding(softmax(rounding(stages["masked_logits"])))
 
-        wrong = recipe.stepping("probabilities", shares)
-        yield f"computed in {dtype}", "the softmax", "probabilities", wide, wrong
-        for names in (("key", "value"), *((name,) for name in STEPS)):
-            steps = {**recipe.steps, **{name: stored[name] for name in names}}
-            words = " and ".join(names)
-            # What the sections make of the other stages stays theirs.
-            if not recipe.sections:
-                yield f"rounded to {dtype}", words, names[0], wide, recipe.but(steps=steps)
-    yield from _quantised(recipe)
+@dataclass(frozen=True)
+class _Format:
+    """How numbers of fewer bits are made of weights, and of inputs and stages."""
+
+    name: str
+    detail: str
+    weights: Callable[[str, np.ndarray], np.ndarray]
+    arrays: Rounding
+
+
+def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str, ...],
+                                                               Recipe] | None:  # fmt: skip
+    """The places that are rounded, and to which format, where a candidate's numbers are those.
+
+    Also the other formats that give them. Place after place, in the order of the layer, is rounded
+    where that leaves less of the differences.
+    """
+    expected = computed_dtype(evidence.reference or evidence.trace)
+    exact = evidence.differences(recipe.stages)
+    before = float(np.linalg.norm(exact))
+
+    def left(form: _Format, places: Collection[str]) -> float:
+        wrong = _with_rounded(recipe, form, places)
+        return float(np.linalg.norm(evidence.differences(wrong.stages))) / before
+
+    found: list[tuple[float, _Format, set[str]]] = []
+    for form in _formats(recipe, expected) if before and np.all(np.isfinite(exact)) else ():
+        chosen, least = set[str](), 1.0
+        for turn in range(TURNS):
+            already = least
+            for group in _places(recipe):
+                # The place of a stage that leaves least, as long as one leaves less than before;
+                # what changes nothing is not rounded.
+                while group:
+                    shares = {place: left(form, chosen ^ {place}) for place in group}
+                    best = min(group, key=lambda place: shares[place] - 1e-6 * (place in chosen))
+                    if shares[best] >= least * (1 + 1e-6 if best in chosen else 1 - 1e-6):
+                        break
+                    chosen, least = chosen ^ {best}, shares[best]
+            if least > STIRRED or (turn and least > 0.9 * already):
+                break
+        if least <= THEIRS:
+            found.append((least, form, chosen))
+    if not found:
+        return None
+    # The numbers of TF32 are those of float16 but for the least.
+    nearest = 1.5 * min(share for share, _, _ in found)
+    least, form, chosen = min((one for one in found if one[0] <= nearest),
+                              key=lambda one: one[1].name == "TF32")  # fmt: skip
+    if computed_dtype(evidence.trace) != expected and least > THEIRS / 4:
+        return None
+    others = tuple(one.name for share, one, _ in found
+                   if one.name != form.name and share <= 1.5 * least)  # fmt: skip
+    wrong = _with_rounded(recipe, form, chosen)
+    places = [place for group in _places(recipe) for place in group if place in chosen]
+    name, detail, stage = _named(recipe, form, places)
+    fix = f"The reference computes in {expected}, with weights and stages as they are."
+    return Cause(name, detail, stage, fix), others, wrong
+
+
+def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
+    for dtype, rounding in _dtypes(expected):
+        yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding)
+    if eps("bfloat16") > eps(expected):
+        cut = _cut_off
+        yield _Format("bfloat16", "cut off in place of rounded", lambda _, w: cut(w), cut)
+    packed = [f"{name}.kernel" for name in ("query", "key", "value")]
+    peak = max(float(np.max(np.abs(recipe.weights[name]))) for name in packed)
+    for bits in (8, 4):
+        most = 2 ** (bits - 1) - 1
+
+        def pack(name: str, w: np.ndarray, most: int = most) -> np.ndarray:
+            return _whole(w, peak if name in packed else np.max(np.abs(w)), most)
+
+        def own(name: str, w: np.ndarray, most: int = most) -> np.ndarray:
+            return _whole(w, np.max(np.abs(w)), most)
+
+        def rows(name: str, w: np.ndarray, most: int = most) -> np.ndarray:
+            axes = (0, 1) if name == "output.kernel" else (0,)
+            return _whole(w, np.max(np.abs(w), axis=axes, keepdims=True), most)
+
+        def uneven(name: str, w: np.ndarray, bits: int = bits) -> np.ndarray:
+            low, high = np.min(w), np.max(w)
+            step = max(float(high - low), np.finfo(np.float64).tiny) / (2**bits - 1)
+            return np.round((w - low) / step) * step + low
+
+        def vectors(x: np.ndarray, most: int = most) -> np.ndarray:
+            return _whole(x, np.max(np.abs(x), axis=-1, keepdims=True), most)
+
+        def whole(x: np.ndarray, most: int = most) -> np.ndarray:
+            return _whole(x, np.max(np.abs(x)), most)
+
+        for words, weights, arrays in (
+            ("one factor for the packed kernel", pack, whole),
+            ("one factor for each kernel", own, whole),
+            ("one factor for each output", rows, vectors),
+            ("from the least to the greatest", uneven, lambda x: x),
+        ):
+            yield _Format(f"int{bits}", words, weights, arrays)
+
+
+FACTORS = "factors of "
+"""Before a stage: what is multiplied for it is rounded."""
+
+BEFORE = " before the bias"
+"""Behind a stage: what its product gives is rounded, before the bias or the scale."""
+
+
+def _places(recipe: Recipe) -> list[list[str]]:
+    """What may be rounded, by stage, in the order of the layer."""
+    x = recipe.inputs
+    alike = all(np.array_equal(x[name], x["query"]) for name in x)
+    groups = [["inputs"] if alike else [f"input of {name}" for name in x]]
+    for stage in STEPS:
+        own = [f"{stage}.{part}" for part in ("kernel", "bias")]
+        places = [name for name in own if name in recipe.weights]
+        places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
+        if not recipe.sections:
+            places += [stage + BEFORE] * (stage in ("logits", "output") or own[1] in recipe.weights)
+        same = {"masked_logits": recipe.bias, "dropped_probabilities": recipe.kept}
+        places += [stage] * (stage not in same or same[stage] is not None)
+        groups.append(places)
+    return groups
+
+
+def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Recipe:
+    """The recipe with these places rounded."""
+    weights = {n: form.weights(n, w) if n in places else w for n, w in recipe.weights.items()}
+    inputs = {n: form.arrays(x) if {"inputs", f"input of {n}"} & {*places} else x
+              for n, x in recipe.inputs.items()}  # fmt: skip
+    steps = dict(recipe.steps)
+    for stage in STEPS:
+        if FACTORS + stage in places:
+            steps[stage] = _of_factors(recipe.but(steps=dict(steps)), stage, form.arrays)
+        if stage + BEFORE in places:
+            steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
+        if stage in places or (recipe.sections and FACTORS + stage not in places):
+            rounding = form.arrays if stage in places else lambda x: x
+            steps[stage] = _stored(recipe.but(steps=dict(steps)), stage, rounding)
+    return recipe.but(weights=weights, inputs=inputs, steps=steps, sections=())
+
+
+def _before_the_bias(own: Step, stage: str, rounding: Rounding) -> Step:
+    """A product that is rounded before its bias is added, or before it is scaled."""
+
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        if stage == "logits":
+            return recipe.scale * rounding(own(recipe, stages) / (recipe.scale or 1.0))
+        bias = recipe.weights.get(f"{stage}.bias", 0.0)
+        return rounding(own(recipe, stages) - bias) + bias
+
+    return step
+
+
+def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, str]:
+    """Name, detail and first stage of what is rounded."""
+    every = sum(map(len, _places(recipe)))
+    weights = [name for name in places if name in recipe.weights]
+    stage = (
+        places[0]
+        .removeprefix("input of ")
+        .removeprefix(FACTORS)
+        .partition(".")[0]
+        .removesuffix(BEFORE)
+    )
+    stage = "query" if stage == "inputs" else stage
+    bits = form.name.removeprefix("int")
+    verb = "quantised" if bits != form.name else "rounded"
+    to = f"{bits} bits" if bits != form.name else form.name
+    more = [f"int{bits}, {form.detail}"] if bits != form.name else [form.detail] * bool(form.detail)
+    if len(weights) == len(places):
+        kernels = {name for name in recipe.weights if name.endswith("kernel")}
+        which = [] if {*weights} == {*recipe.weights} else (
+            ["the kernels"] if {*weights} == kernels else [" and ".join(weights)])  # fmt: skip
+        if verb == "quantised" and {*weights} >= kernels:
+            which = []
+        return f"weights {verb} to {to}", "; ".join([*more, *which]), stage
+    if not weights and all(p.startswith("input") for p in places):
+        which = "the inputs" if places == ["inputs"] else " and ".join(places)
+        return f"computed in {form.name}", "; ".join([*more, which]), stage
+    if {*places} <= {"logits", "masked_logits", "probabilities"} and "probabilities" in places[1:]:
+        return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
+    if len(places) > every / 3:
+        return f"computed in {form.name}", "; ".join(more), stage
+    return f"{verb} to {to}", "; ".join([*more, " and ".join(places)]), stage
 
 
 def _dtypes(expected: str) -> Iterator[tuple[str, Rounding]]:
@@ -139,34 +321,26 @@ def _stored(recipe: Recipe, name: str, rounding: Rounding) -> Step:
 
 def _of_factors(recipe: Recipe, name: str, rounding: Rounding) -> Step:
     """A product of rounded factors; the result is not rounded."""
+    kernel = f"{name}.kernel"
 
     def step(other: Recipe, stages: Arrays) -> np.ndarray:
         factors = {n: rounding(array) for n, array in stages.items()}
-        return other.but(sections=recipe.sections, steps=recipe.steps).stage(name, factors)
+        weights, inputs = dict(other.weights), dict(other.inputs)
+        if name in PROJECTIONS:
+            weights[kernel], inputs[name] = rounding(weights[kernel]), rounding(inputs[name])
+        elif kernel in weights:
+            weights[kernel] = rounding(weights[kernel])
+        own = other.but(sections=recipe.sections, steps=recipe.steps, weights=weights,
+                        inputs=inputs)  # fmt: skip
+        return own.stage(name, factors)
 
     return step
 
 
-def _quantised(recipe: Recipe) -> Iterator[tuple[str, str, str, bool, Recipe]]:
-    """Kernels as whole numbers of few bits, with one factor for each of several groupings."""
-    kernels = {n: w for n, w in recipe.weights.items() if n.endswith("kernel")}
-    packed = [f"{name}.kernel" for name in ("query", "key", "value")]
-    for bits in (8, 4):
-        most = 2 ** (bits - 1) - 1
-        peak = max(float(np.max(np.abs(kernels[name]))) for name in packed)
-        pack = {n: _whole(w, peak, most) for n, w in kernels.items() if n in packed}
-        own = {n: _whole(w, np.max(np.abs(w)), most) for n, w in kernels.items()}
-        rows = {}
-        for name, kernel in kernels.items():
-            axes = (0, 1) if name == "output.kernel" else (0,)
-            rows[name] = _whole(kernel, np.max(np.abs(kernel), axis=axes, keepdims=True), most)
-        for words, changed in {
-            "one factor for the packed kernel": {**own, **pack},
-            "one factor for each kernel": own,
-            "one factor for each output": rows,
-        }.items():
-            wrong = recipe.but(weights={**recipe.weights, **changed})
-            yield f"weights quantised to {bits} bits", f"int{bits}, {words}", "query", False, wrong
+def _cut_off(array: np.ndarray) -> np.ndarray:
+    """The bits of bfloat16 alone, those behind it left out."""
+    bits = array.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64)
 
 
 def _whole(kernel: np.ndarray, peak: float | np.ndarray, most: int) -> np.ndarray:

@@ -56,13 +56,18 @@ class ReferenceSemantics:
         `gradients` tells why where no value differs.
         """
         flow, scores = _flow_and_scores(reported)
+        other = self._in_another_dtype(trace, flow, wrong)
+        if other is not None:
+            return other
+        if "scores" in wrong and any(name in flow for name in wrong) and not trace.random:
+            both = self._search(self._known, trace, reported).diagnose(pairs=False)
+            if both.explained:
+                return both
         diagnosis = None
         if trace.random or any(name in flow for name in wrong):
             diagnosis = self._of_flow(trace, flow)
         elif wrong and "scores" not in wrong:
             return gradients()
-        if diagnosis is not None and not diagnosis.explained:
-            diagnosis = _of_another_dtype(self.trace, trace, diagnosis, wrong)
         if diagnosis is not None and not (diagnosis.explained or diagnosis.small):
             diagnosis = self._of_a_stage_alone(trace, flow, wrong) or diagnosis
         if "scores" not in wrong:
@@ -78,6 +83,20 @@ class ReferenceSemantics:
         remaining = max(diagnosis.remaining, own.remaining)
         causes = (*diagnosis.causes, *own.causes)
         return replace(diagnosis, causes=causes, remaining=remaining)
+
+    def _in_another_dtype(
+        self, trace: Trace, reported: Arrays, wrong: Collection[str]
+    ) -> Diagnosis | None:
+        """Right values in another dtype than the reference's; None where it is not that."""
+        names = name_of_dtype(self.trace.output), name_of_dtype(trace.output)
+        alike = names[0] == names[1] or self.trace.output.shape != trace.output.shape
+        if alike or {*wrong} != {"output"} or trace.random:
+            return None
+        cast = replace(trace, output=trace.output.astype(self.trace.output.dtype))
+        if not self._search(self._known, cast, reported).fits():
+            return None
+        fix = f"Return the output in {names[0]}, that of the inputs."
+        return Diagnosis.certain(f"returned in {names[1]}", "output", fix)
 
     def _of_a_stage_alone(
         self, trace: Trace, reported: Arrays, wrong: Collection[str]
@@ -210,18 +229,6 @@ def _turned(fix: str) -> str:
     """What a mistake's fix says of the candidate, said of the reference, and the other way."""
     sides = {"candidate": "reference", "reference": "candidate"}
     return re.sub("candidate|reference", lambda found: sides[found.group()], fix)
-
-
-def _of_another_dtype(
-    reference: Trace, trace: Trace, diagnosis: Diagnosis, wrong: Collection[str]
-) -> Diagnosis:
-    """Right values in another dtype than the reference's; else the diagnosis as it is."""
-    names = name_of_dtype(reference.output), name_of_dtype(trace.output)
-    alike = names[0] == names[1] or reference.output.shape != trace.output.shape
-    if alike or set(wrong) - {"output"} or diagnosis.causes:
-        return diagnosis
-    fix = f"Return the output in {names[0]}, that of the inputs."
-    return Diagnosis.certain(f"returned in {names[1]}", "output", fix)
 
 
 def _returned(exact: Arrays, trace: Trace, scores: np.ndarray) -> Diagnosis | None:

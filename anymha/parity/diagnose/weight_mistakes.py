@@ -220,13 +220,24 @@ def _split(array: np.ndarray, name: str, heads: int) -> np.ndarray | None:
 
 
 def _tied(recipe: Recipe) -> Variants:
-    """One head's weights in all heads."""
-    for name in NAMES:
-        own = _own(recipe, name)
-        for parts in ((*own,), *(((key,) for key in own) if len(own) > 1 else ())):
-            words = name if len(parts) == len(own) else parts[0].replace(".", "'s ")
-            changed = {key: np.broadcast_to(own[key][..., :1, :], own[key].shape) for key in parts}
-            yield f"{words}: that of the first head", _with(recipe, changed)
+    """One head's weights in all heads, or features in reverse."""
+    groups = [(name,) for name in NAMES] + [("key", "value"), ("query", "key")]
+    parts: list[tuple[str, ...]] = [
+        tuple(n for name in names for n in _own(recipe, name)) for names in groups
+    ]
+    parts += [(n,) for names in groups[:3] for n in _own(recipe, *names)]
+    for keys in dict.fromkeys(parts):
+        owners = dict.fromkeys(key.partition(".")[0] for key in keys)
+        (first, *more), owner = keys, next(iter(owners))
+        whole = more or f"{owner}.bias" not in recipe.weights
+        words = " and ".join(owners) if whole else first.replace(".", "'s ")
+        arrays = {key: recipe.weights[key] for key in keys}
+        for how, change in {
+            "that of the first head": lambda a: a[..., :1, :] + 0 * a,
+            "that of the last head": lambda a: a[..., -1:, :] + 0 * a,
+            "the features of each head in reverse": lambda a: a[..., ::-1],
+        }.items():
+            yield f"{words}: {how}", _with(recipe, {key: change(a) for key, a in arrays.items()})
 
 
 def _of_another(recipe: Recipe) -> Variants:
@@ -243,15 +254,55 @@ def _of_another(recipe: Recipe) -> Variants:
 
 
 def _bias_left_out(recipe: Recipe) -> Variants:
-    yield from _each(recipe, {name: None for name in recipe.weights if name.endswith(".bias")})
+    yield from _each(
+        recipe, {name: None for name in recipe.weights if name.endswith(".bias")}, NAMES
+    )
 
 
 def _bias_doubled(recipe: Recipe) -> Variants:
     doubled = {n: 2 * w for n, w in recipe.weights.items() if n.endswith(".bias")}
-    yield from _each(recipe, doubled)
+    yield from _each(recipe, doubled, NAMES)
     if "output.bias" in recipe.weights:
         often = recipe.heads[0] * recipe.weights["output.bias"]
         yield "output, once for each head", _with(recipe, {"output.bias": often})
+
+
+def _bias_subtracted(recipe: Recipe) -> Variants:
+    yield from _each(
+        recipe, {n: -w for n, w in recipe.weights.items() if n.endswith(".bias")}, NAMES
+    )
+    bias, kernel = recipe.weights.get("output.bias"), recipe.weights["output.kernel"]
+    if bias is not None and bias.size == kernel.shape[0] * kernel.shape[1]:
+        through = np.einsum("hv,hvo->o", bias.reshape(kernel.shape[:2]), kernel)
+        yield "that of the output before its projection", _with(recipe, {"output.bias": through})
+
+
+def _twice(recipe: Recipe) -> Variants:
+    """A projection of the results of a projection, as of its own; or none at all."""
+    own = {name: _own(recipe, name) for name in (*NAMES, "output")}
+    kernels = {name: recipe.weights[f"{name}.kernel"] for name in own}
+    flat = {name: kernel.reshape(
+        (-1, kernel.shape[-1]) if name == "output" else (len(kernel), -1)
+    ) for name, kernel in kernels.items()}  # fmt: skip
+    biases = {n: recipe.weights.get(f"{n}.bias", np.zeros(flat[n].shape[1])) for n in own}
+    alike = all(np.array_equal(x, recipe.inputs["query"]) for x in recipe.inputs.values())
+    for name, other in [*itertools.product(NAMES, repeat=2), ("output", "output")]:
+        if flat[other].shape[1] == len(flat[name]) and (alike or name == other):
+            bias = biases[other].reshape(-1) @ flat[name] + biases[name].reshape(-1)
+            changed = {f"{name}.kernel": (flat[other] @ flat[name]).reshape(
+                len(flat[other]), *kernels[name].shape[1:]) if name != "output" else (
+                flat[other] @ flat[name]).reshape(kernels[name].shape)}  # fmt: skip
+            if np.any(bias):
+                shape = kernels[name].shape[1:] if name != "output" else bias.shape
+                changed[f"{name}.bias"] = bias.reshape(shape)
+            words = "applied twice" if name == other else f"of the {other}, not of its input"
+            yield f"{name}, {words}", _with(recipe, changed)
+        if name == other and len(flat[name]) == flat[name].shape[1]:
+            plain = np.eye(len(flat[name])).reshape(kernels[name].shape)
+            yield f"{name}, its kernel is left out", _with(recipe, {f"{name}.kernel": plain})
+            none = dict.fromkeys(own[name]) | {f"{name}.kernel": plain}
+            if name != "output":  # it has a name of its own
+                yield f"{name}, left out", _with(recipe, none)
 
 
 def _bias_of_another(recipe: Recipe) -> Variants:
@@ -271,14 +322,12 @@ def _bias_of_another(recipe: Recipe) -> Variants:
 def _output_not_by_head(recipe: Recipe) -> Variants:
     """The output's kernel not applied to each head's own part."""
     kernel = recipe.weights["output.kernel"]
-    heads, width, features = kernel.shape
+    heads = len(kernel)
     first = np.broadcast_to(kernel[:1], kernel.shape)
     yield "every head has the first head's part", _with(recipe, {"output.kernel": first})
-    mean = np.broadcast_to(kernel.mean(0, keepdims=True), kernel.shape)
-    yield "heads are averaged before it", _with(recipe, {"output.kernel": mean})
     yield "the heads' outputs are averaged", _with(recipe, {"output.kernel": kernel / heads})
-    if heads * width == features:
-        plain = np.eye(features).reshape(kernel.shape)
+    if heads * kernel.shape[1] == kernel.shape[2]:
+        plain = np.eye(kernel.shape[2]).reshape(kernel.shape)
         yield "it is left out", _with(recipe, {"output.kernel": plain, "output.bias": None})
 
 
@@ -330,6 +379,9 @@ MISTAKES: tuple[Row, ...] = (
      "this order.", _interleaved),
     ("missing bias", "The projection has a bias: load it.", _bias_left_out),
     ("doubled bias", "Add the bias once.", _bias_doubled),
+    ("bias subtracted or elsewhere", "Add each bias once, behind its own product.",
+     _bias_subtracted),
+    ("projection twice or left out", "Apply each projection once, to its own input.", _twice),
     ("bias of another projection", "Give each projection its own bias.",
      _bias_of_another),
     ("output kernel interleaved", "The rows of the output's kernel are (heads, width): "

@@ -1,0 +1,207 @@
+"""Heads that are taken for others: which for which is measured.
+
+The output is a sum over heads. What each head would add to it with the queries, keys, values,
+probabilities or context of each other head is known; how much of each the candidate has, is found
+by least squares: a matrix of heads that has one 1 in each row where all is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from anymha.parity.diagnose.causes import Cause
+from anymha.parity.diagnose.measured import number
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants, context_by, einsum
+
+MOST = 1 << 22
+"""The most numbers of all that heads would add."""
+
+NEARER = 0.5
+"""What a map may leave of the differences; more, and it explains nothing."""
+
+NEAR = 0.03
+"""How far a measured number may be from a simple one."""
+
+PLACES = ("key and value", "key", "value", "query", "probabilities", "context")
+
+
+def head_maps(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, ...], Recipe]]:
+    """The recipes whose heads are those of others, near to the reported output."""
+    exact, got = recipe.stages["output"], reported.get("output")
+    heads, shared = recipe.heads
+    if got is None or got.shape != exact.shape or not np.all(np.isfinite([got, exact])):
+        return
+    if heads == 1 or heads**2 * exact.size > MOST or exact.size < 2 * heads**2:
+        return
+    rest = got - recipe.weights.get("output.bias", 0.0)
+    before = float(np.linalg.norm(got - exact))
+    every = dict(_added(recipe))
+    for place in PLACES:
+        if place == "key and value" and shared == heads:
+            continue  # it is a permutation of all, or that of the queries
+        terms = every[place]
+        count = shared if place in ("key and value", "key", "value") else heads
+        columns = terms[:, :count].reshape(heads * count, -1)
+        found, _, rank, _ = np.linalg.lstsq(columns.T, rest.reshape(-1), rcond=1e-6)
+        if rank < len(found):
+            continue
+        left = float(np.linalg.norm(rest.reshape(-1) - found @ columns))
+        matrix = _simple(found.reshape(heads, count))
+        if left <= NEARER * before and matrix is not None:
+            name, detail = _named(place, matrix)
+            if name:
+                for stage, wrong in _mapped(recipe, place, matrix):
+                    yield (Cause(name, detail, stage, FIX),), wrong
+
+
+FIX = "Give each head its own part of queries, keys, values and output: query head h reads key \
+head h // (H / K)."
+
+
+def _added(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:
+    """What each head adds to the output with the arrays of each other: (H, heads, B, T, O)."""
+    heads, shared = recipe.heads
+    kernel, stages, own = recipe.weights["output.kernel"], recipe.stages, np.arange(heads)
+
+    def brought(context: np.ndarray) -> np.ndarray:
+        return einsum("bthv,hvo->hbto", context, kernel)
+
+    def with_map(stage: str, to: np.ndarray) -> Arrays:
+        """The stages with a map of heads of a stage, as a row of head numbers."""
+        return with_heads(recipe, stage, np.eye(recipe.stages[stage].shape[2])[to]).stages
+
+    turned = [(own + n) % heads for n in range(heads)]
+    contexts = [brought(stages["context"][:, :, turn]) for turn in turned]
+    shares = [
+        brought(context_by(recipe, {**stages, "dropped_probabilities": stages[
+            "dropped_probabilities"][:, turn]}))
+        for turn in turned
+    ]  # fmt: skip
+    queries = [brought(with_map("query", turn)["context"]) for turn in turned]
+    yield "context", _by_head(contexts, turned, heads)
+    yield "probabilities", _by_head(shares, turned, heads)
+    yield "query", _by_head(queries, turned, heads)
+    each = [np.full(heads, head) for head in range(shared)]
+    values, keys, both = [], [], []
+    for one in each:
+        of_keys = with_map("key", one)
+        values.append(brought(_context(recipe, stages, np.eye(shared)[one])))
+        keys.append(brought(of_keys["context"]))
+        both.append(brought(_context(recipe, of_keys, np.eye(shared)[one])))
+    for place, added in (("value", values), ("key", keys), ("key and value", both)):
+        yield place, np.stack(added, axis=1)
+
+
+def _by_head(added: list[np.ndarray], turned: list[np.ndarray], heads: int) -> np.ndarray:
+    result = np.empty((heads, heads, *added[0].shape[1:]))
+    for array, turn in zip(added, turned, strict=True):
+        result[np.arange(heads), turn] = array
+    return result
+
+
+def _context(recipe: Recipe, stages: Arrays, matrix: np.ndarray) -> np.ndarray:
+    values = einsum("hg,bsgv->bshv", matrix, stages["value"])
+    return einsum("bhts,bshv->bthv", stages["dropped_probabilities"], values)
+
+
+def _logits(recipe: Recipe, stages: Arrays, matrix: np.ndarray) -> np.ndarray:
+    keys = einsum("hg,bsgk->bshk", matrix, stages["key"])
+    return recipe.scale * einsum("bthk,bshk->bhts", stages["query"], keys)
+
+
+def with_heads(recipe: Recipe, place: str, matrix: np.ndarray) -> Recipe:
+    """The recipe in which the heads of a stage are read by a map, where they are used."""
+    if place == "query":
+
+        def turned(recipe: Recipe, stages: Arrays) -> np.ndarray:
+            query = einsum("hr,btrk->bthk", matrix, stages["query"])
+            return own(recipe, {**stages, "query": query})
+
+        own = recipe.steps["logits"]
+        return recipe.stepping("logits", turned)
+    if place == "key":
+        return recipe.stepping("logits", partial(_logits, matrix=matrix))
+    if place == "value":
+        return recipe.stepping("context", partial(_context, matrix=matrix))
+    if place == "key and value":
+        return with_heads(with_heads(recipe, "key", matrix), "value", matrix)
+    before = recipe.steps["context"]
+
+    def mixed(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        if place == "context":
+            return einsum("hr,btrv->bthv", matrix, before(recipe, stages))
+        shares = einsum("hr,brts->bhts", matrix, stages["dropped_probabilities"])
+        return before(recipe, {**stages, "dropped_probabilities": shares})
+
+    return recipe.stepping("context", mixed)
+
+
+def averaged(recipe: Recipe) -> Variants:
+    """The mean or the sum of all heads in the place of each."""
+    for place in PLACES:
+        count = recipe.heads[place in ("key and value", "key", "value")]
+        for words, part in (("mean", 1 / count), ("sum", 1.0)) if recipe.heads[0] > 1 else ():
+            matrix = np.full((recipe.heads[0], count), part)
+            yield f"{place}: {words} of all heads", with_heads(recipe, place, matrix)
+
+
+def _mapped(recipe: Recipe, place: str, matrix: np.ndarray) -> Iterator[tuple[str, Recipe]]:
+    """The first stage that is wrong and the recipe: a projection itself, or where it is read."""
+    heads, shared = recipe.heads
+    if place == "query" or (place in ("key", "value") and shared == heads):
+        own = recipe.steps[place]
+
+        def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+            return einsum("hr,btrk->bthk", matrix, own(recipe, stages))
+
+        yield place, recipe.stepping(place, step)
+    if place == "context":
+        kernel = einsum("hr,hvo->rvo", matrix, recipe.weights["output.kernel"])
+        yield "output", recipe.but(weights={**recipe.weights, "output.kernel": kernel})
+    first = "logits" if place in ("query", "key", "key and value") else "context"
+    yield first, with_heads(recipe, place, matrix)
+
+
+def _simple(matrix: np.ndarray) -> np.ndarray | None:
+    """A measured map with simple numbers; None where it is none, or the identity."""
+    heads = matrix.shape[1]
+    simple = np.array([0.0, 1.0, -1.0, 1 / heads, 0.5, 2.0])
+    nearest = simple[np.abs(matrix[..., None] - simple).argmin(-1)]
+    alone = matrix * (np.abs(matrix) == np.abs(matrix).max(1, keepdims=True))
+    matrix = np.where(np.abs(matrix - nearest) <= NEAR, nearest, matrix)
+    rest = np.abs(matrix - alone).max() > NEAR
+    return None if rest and not np.all(np.isin(matrix, simple)) else matrix
+
+
+def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
+    """The name and the detail of a map; empty names where it has none."""
+    heads, count = matrix.shape
+    order = matrix.argmax(1)
+    one = np.array_equal(matrix, np.eye(count)[order])
+    right = np.arange(heads) // (heads // count)
+    if one and np.array_equal(order, right):
+        return "", ""
+    words = ", ".join(map(str, order))
+    if one and len(set(order)) == 1:
+        return "one head for all", f"{place}: that of head {order[0]}"
+    if one and len(set(order)) == heads:
+        return "heads permuted", f"of {place}, to {words}"
+    if one and count < heads and np.array_equal(order, np.arange(heads) % count):
+        of = "" if place == "key and value" else f"of the {place}s alone"
+        return "grouped heads tiled", of
+    if one:
+        return "heads of others", f"the heads read those of the {place} {words}"
+    if np.all(matrix == matrix[0, 0]) and matrix[0, 0] in (1.0, 1 / count):
+        return "heads averaged", f"{place}: {'sum' if matrix[0, 0] == 1 else 'mean'} of all heads"
+    own = matrix[np.arange(heads), right] if count == heads else matrix.sum(1)
+    if np.array_equal(matrix, np.eye(count)[right] * own[:, None]):
+        off = np.flatnonzero(own != 1)
+        if len(off) == heads and len(set(own)) == 1:
+            return "", ""  # a factor of the output
+        parts = [f"head {h} {'is zero' if own[h] == 0 else f'times {number(own[h])}'}" for h in off]
+        return "heads left out" if not np.any(own[off]) else "heads scaled", (
+            f"{place}: {', '.join(parts)}")  # fmt: skip
+    return "", ""

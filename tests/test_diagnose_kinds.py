@@ -1,0 +1,268 @@
+"""Mistakes in many forms, told by the output or by stages: each is named as what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import anymha
+from anymha.parity import Comparison, compare
+
+BATCH, LENGTH, HEADS, WIDTH, FEATURES = 2, 7, 4, 8, 32
+RNG = np.random.default_rng(3)
+X = 2 * RNG.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)
+BIAS = RNG.standard_normal((BATCH, HEADS, LENGTH, LENGTH)).astype(np.float32)
+SEEN = RNG.random((BATCH, LENGTH, LENGTH)) < 0.7
+SEEN |= np.eye(LENGTH, dtype=bool)
+
+Steps = dict[str, Callable[..., Any]]
+
+
+def layer(**options: Any) -> Any:
+    own = {"query_features": FEATURES, "bias_initializer": "random_normal", "seed": 4, **options}
+    return anymha.MultiHeadAttention(HEADS, WIDTH, backend="numpy", **own)
+
+
+WEIGHTS = anymha.get_weights(layer())
+
+
+def softmax(logits: np.ndarray, axis: int | tuple[int, ...] = -1) -> np.ndarray:
+    shares = np.exp(logits - logits.max(axis, keepdims=True))
+    return shares / shares.sum(axis, keepdims=True)
+
+
+def port_of(right: Any, steps: Steps, told: bool = False) -> Callable[..., Any]:
+    """The layer as a port writes it out; `steps` replaces steps of it, `told`: with its stages."""
+    w = {name: array.astype(np.float64) for name, array in anymha.get_weights(right).items()}
+    w = steps.get("weights", lambda w: w)(w)
+    times, cap = HEADS // right.config.key_value_heads, right.config.softcap
+
+    def step(name: str, usual: Callable[..., Any], *arrays: Any) -> Any:
+        return steps.get(name, usual)(*arrays)
+
+    def port(query: Any, attention_mask: Any = None, attention_bias: Any = None) -> Any:
+        three = step("inputs", lambda x: (x, x, x), query.astype(np.float64))
+        q, k, v = (
+            step(name, lambda y: y, np.einsum("btd,dhk->bthk", x, w[f"{name}.kernel"])
+                 + w[f"{name}.bias"])
+            for name, x in zip(("query", "key", "value"), three, strict=True)
+        )  # fmt: skip
+        keys = step("key heads", lambda k: np.repeat(k, times, 2), k)
+        values = step("value heads", lambda v: np.repeat(v, times, 2), v)
+        logits = step("scale", lambda s: s / WIDTH**0.5, np.einsum("bthk,bshk->bhts", q, keys))
+        logits = step("cap", lambda s: s if cap is None else cap * np.tanh(s / cap), logits)
+        bias = 0.0 if attention_bias is None else attention_bias.astype(np.float64)
+        masked = step("bias", lambda s, b: s + b, logits, bias)
+        if attention_mask is not None:
+            masked = np.where(attention_mask[:, None], masked, -np.inf)
+        shares = step("softmax", softmax, masked)
+        context = step("context", lambda p, v: np.einsum("bhts,bshv->bthv", p, v), shares, values)
+        y = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+        output = step("output", lambda y, x: y, y, query).astype(np.float32)
+        stages = {"query": q, "key": k, "value": v, "logits": logits, "output": output}
+        return stages if told else output
+
+    return port
+
+
+def report_of(steps: Steps, told: bool = False, options: Any = None, **call: Any) -> Comparison:
+    right = layer(**options or {})
+    return compare(right, port_of(right, steps, told), X, **call)
+
+
+def named(report: Comparison) -> str:
+    assert not report.passed
+    return str(report.diagnosis)
+
+
+def heads(order: Any) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: x[:, :, list(order)]
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(("options", "call"), [
+    ({}, {}), ({"num_key_value_heads": 2}, {"attention_mask": SEEN}),
+    ({"softcap": 1.5}, {"attention_bias": BIAS}),
+])  # fmt: skip
+def test_the_port_itself_agrees(options, call, told) -> None:
+    assert report_of({}, told, options, **call).passed
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    ("cap", "steps", "words"),
+    [
+        (1.5, {"cap": lambda s: 2.7 * np.tanh(s / 2.7)}, "another softcap (2.7 in place of 1.5)"),
+        (1.5, {"cap": lambda s: np.clip(s, -0.8, 0.8)},
+         "another softcap (0.8 in place of 1.5, by clipping)"),
+        (None, {"cap": lambda s: 3 * np.tanh(s / 3)}, "another softcap (3 in place of none)"),
+        (None, {"cap": lambda s: np.clip(s, -1, 1)},
+         "another softcap (1 in place of none, by clipping)"),
+    ],
+)  # fmt: skip
+def test_any_cap_is_measured(cap, steps, words, told) -> None:
+    assert named(report_of(steps, told, {"softcap": cap})).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: softmax(s, (2, 3)), "divided by the sum over the queries and keys"),
+        (lambda s: softmax(softmax(s)), "softmax twice"),
+        (lambda s: np.logaddexp(0, s) / np.logaddexp(0, s).sum(-1, keepdims=True),
+         "softplus, divided by their sum"),
+        (lambda s: s / s.sum(-1, keepdims=True), "the logits themselves, divided by their sum"),
+        (lambda s: np.maximum(s, 0) ** 2, "squared relu, not divided by their sum"),
+        (lambda s: np.tanh(s), "tanh, not divided by their sum"),
+        (lambda s: softmax(s) + 0.02, "0.02 added to each probability"),
+        (lambda s: (softmax(s) + 0.02) / (1 + 0.02 * LENGTH), "and divided by the sum again"),
+        (lambda s: softmax(s) ** 1.5, "to the power of 1.5"),
+        (lambda s: softmax(s) * WIDTH**-0.5, "before and after the softmax"),
+        (lambda s: softmax(s * WIDTH**0.5) * WIDTH**-0.5, "after the softmax, not before it"),
+    ],
+)  # fmt: skip
+def test_other_functions_in_place_of_the_softmax_are_told_apart(change, words) -> None:
+    assert words in named(report_of({"softmax": change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s, b: s + b.swapaxes(2, 3), "transposed, queries and keys exchanged"),
+        (lambda s, b: s + b[:, ::-1], "in reverse along the heads"),
+        (lambda s, b: s + b[:, [2, 0, 3, 1]], "heads permuted, to 2, 0, 3, 1"),
+        (lambda s, b: s + b[:, :1], "that of the first of the heads for all"),
+        (lambda s, b: s + b[::-1], "in reverse along the sequences"),
+        (lambda s, b: s + b.mean(1, keepdims=True), "averaged over the heads"),
+        (lambda s, b: s + np.roll(b, 1, 3), "shifted by one of the keys"),
+        (lambda s, b: s + 1.7 * b, "multiplied by 1.7"),
+        (lambda s, b: s - b, "subtracted"),
+        (lambda s, b: s * b, "multiplied, not added"),
+        (lambda s, b: s + b / WIDTH**0.5, "scaled"),
+    ],
+)
+def test_wrong_attention_biases_are_told_apart(change, words) -> None:
+    assert words in named(report_of({"bias": change}, attention_bias=BIAS))
+
+
+@pytest.mark.parametrize(
+    ("grouped", "steps", "words"),
+    [
+        (2, {"key heads": heads([0] * 4), "value heads": heads([0] * 4)},
+         "one head for all (key and value: that of head 0)"),
+        (2, {"key heads": heads([1, 1, 0, 0]), "value heads": heads([1, 1, 0, 0])},
+         "heads of others (the heads read those of the key and value 1, 1, 0, 0)"),
+        (2, {"value heads": heads([0, 1, 0, 1])}, "grouped heads tiled (of the values alone)"),
+        (2, {"key heads": lambda k: k.mean(2, keepdims=True) + np.zeros((1, 1, HEADS, 1))},
+         "heads averaged (key: mean of all heads)"),
+        (4, {"query": heads([1, 0, 3, 2])}, "heads permuted (of query, to 1, 0, 3, 2)"),
+        (4, {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p[:, [2, 1, 0, 3]], v)},
+         "heads permuted (of probabilities, to 2, 1, 0, 3)"),
+        (4, {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p * np.reshape(
+            [1, 1, 0, 1], (4, 1, 1)), v)}, "heads left out"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("told", [False, True])
+def test_which_head_reads_which_is_measured(grouped, steps, words, told) -> None:
+    assert words in named(report_of(steps, told, {"num_key_value_heads": grouped}))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"key": lambda k: np.roll(k, 1, 1)}, "the input of key, 1 position later"),
+        ({"key": lambda k: k[:, ::-1]}, "the input of key, flipped"),
+        ({"value": lambda v: v[..., ::-1]}, "value: the features of each head in reverse"),
+        ({"weights": lambda w: {**w, "value.bias": -w["value.bias"]}},
+         "bias subtracted or elsewhere (value)"),
+        ({"weights": lambda w: {**w, "output.bias": w["output.bias"] @ w["output.kernel"].reshape(
+            FEATURES, FEATURES)}}, "that of the output before its projection"),
+        ({"output": lambda y, x: y @ WEIGHTS["output.kernel"].reshape(FEATURES, FEATURES)
+          + WEIGHTS["output.bias"]}, "output, applied twice"),
+        ({"inputs": lambda x: (x, x, x), "query": lambda q: X.reshape(q.shape)},
+         "projection twice or left out (query, left out)"),
+        ({"output": lambda y, x: (z := y + x - (y + x).mean(-1, keepdims=True))
+          / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5)}, "of the output and the query added"),
+    ],
+)  # fmt: skip
+def test_positions_biases_and_projections_elsewhere_are_named(steps, words) -> None:
+    assert words in named(report_of(steps))
+
+
+def turned(x: np.ndarray, base: float = 1e4, factor: float = 1.0, sign: int = 1) -> np.ndarray:
+    angle = np.arange(LENGTH)[:, None] / factor * base ** (-np.arange(WIDTH // 2) / (WIDTH // 2))
+    cos, sin = np.cos(angle)[:, None], sign * np.sin(angle)[:, None]
+    a, b = x[..., : WIDTH // 2], x[..., WIDTH // 2 :]
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"query": turned}, "of query alone"),
+        ({n: lambda x: turned(x, factor=2.0) for n in ("query", "key")}, "positions divided by 2"),
+        ({n: lambda x: turned(x, 5e5) for n in ("query", "key")}, "base 500000"),
+        ({"query": turned, "key": lambda x: turned(x, sign=-1)}, "keys in the other direction"),
+    ],
+)
+def test_rotary_positions_in_other_forms_are_named(steps, words) -> None:
+    told = named(report_of(steps))
+    assert told.startswith("rotary positions, by halves")
+    assert words in told
+
+
+def to(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    return lambda x: x.astype(kind).astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (lambda f: {"weights": lambda w: {**w, "value.kernel": f(w["value.kernel"])}},
+         "weights rounded to {} (value.kernel)"),
+        (lambda f: {"key": f, "value": f}, "rounded to {} (key and value)"),
+        (lambda f: {"context": lambda p, v: np.einsum("bhts,bshv->bthv", f(p), v)},
+         "rounded to {} (probabilities)"),
+        (lambda f: {"scale": lambda s: f(s) / WIDTH**0.5}, "rounded to {} (logits before the bias"),
+        (lambda f: {"inputs": lambda x: (x, x, f(x)), "weights": lambda w: {
+            **w, "value.kernel": f(w["value.kernel"])}}, "(factors of value)"),
+    ],
+)  # fmt: skip
+def test_what_is_rounded_is_told(dtype, steps, words) -> None:
+    assert words.format(dtype) in named(report_of(steps(to(dtype))))
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "call", "words"),
+    [
+        ({"key heads": heads([0, 1, 0, 1]), "value heads": heads([0, 1, 0, 1]),
+          "bias": lambda s, b: s - b}, {"num_key_value_heads": 2}, {"attention_bias": BIAS},
+         ("grouped heads tiled", "subtracted")),
+        ({"scale": lambda s: 1.3 * s / WIDTH**0.5, "output": lambda y, x: y + x}, {}, {},
+         ("1.3 times", "residual added")),
+        ({"softmax": lambda s: 1 / (1 + np.exp(-s)), "context": lambda p, v: np.einsum(
+            "bhts,bshv->bthv", p, v)[:, :, ::-1]}, {}, {}, ("sigmoid", "heads permuted")),
+    ],
+)  # fmt: skip
+def test_two_mistakes_of_these_kinds_are_both_named(steps, options, call, words) -> None:
+    told = named(report_of(steps, False, options, **call))
+    assert all(word in told for word in words), told
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_another_dtype_is_the_cause_only_of_right_numbers(right) -> None:
+    one = layer()
+    factor = 1.0 if right else 1.1
+    report = compare(one, lambda query: factor * one(query).astype(np.float64), X)
+    assert (str(report.diagnosis) == "returned in float64") == right
+
+
+def test_nested_lists_are_one_output() -> None:
+    one = layer()
+    assert compare(one, lambda query: one(query).tolist(), X).passed
