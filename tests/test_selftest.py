@@ -51,10 +51,6 @@ def test_it_is_named_where_outputs_and_scores_alone_are_reported(
     fault: injected_faults.Fault,
 ) -> None:
     found = try_faults(get_backend("numpy"), (fault,), reports_stages=False, seed=3)
-    if fault.wrong == "dropout left on":  # or other random numbers, which the output does not tell
-        assert found.caught
-        assert "another result each time: dropout left on" in found.verdict
-        return
     assert (found.caught, found.stage, found.cause) == (True, True, True), found.verdict
 
 

@@ -27,6 +27,7 @@ class Fault:
         case: The features that the call must have for it to matter: see `call_with_fault`.
         options: Options of the layer.
         dtype: Of weights and inputs.
+        from_output: What its output alone tells in place of the cause.
     """
 
     wrong: str
@@ -35,6 +36,7 @@ class Fault:
     case: tuple[str, ...] = ("mask",)
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    from_output: str = ""
 
 
 GROUPED = {"num_key_value_heads": 2}
@@ -80,7 +82,8 @@ _FAULTS = (
     Fault("batch and time exchanged", "batch and time exchanged", "query", ("square",)),
     Fault("rotary halves", "rotary positions, by halves", "query"),
     Fault("rotary pairs", "rotary positions, by pairs", "query"),
-    Fault("dropout left on", "dropout left on", "dropped_probabilities"),
+    Fault("dropout left on", "dropout left on", "dropped_probabilities",
+          from_output="another result each time: dropout left on, or other random numbers"),
     Fault("dropout does not act", "wrong dropout", "dropped_probabilities",
           ("mask", "training"), DROPPING),
     Fault("dropout not scaled", "wrong dropout", "dropped_probabilities",

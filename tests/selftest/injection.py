@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,10 @@ def try_faults(
     backend: Backend, faults: tuple[Fault, ...], reports_stages: bool, seed: int = 0
 ) -> FaultResult:
     """Compare a port that has these faults with the layer."""
+    if not reports_stages:
+        faults = tuple(
+            replace(p, cause=p.from_output, stage="output") if p.from_output else p for p in faults
+        )
     fault = faults[0]
     ops, wrong = backend.ops, {p.wrong for p in faults}
     inputs, call = call_with_fault(fault.case, fault.dtype, seed)

@@ -7,7 +7,7 @@ them, and the inputs, is measured by least squares.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -49,15 +49,19 @@ def sums(
             if not float(left @ left) <= NEARER**2 * before or min(abs(factors)) < CLEAR:
                 continue
             clear = clear or float(left @ left) <= CLEAR**2 * before
-            if any(name in ("output", "heads") and abs(factor + 1) < CLEAR
-                   for name, factor in zip(chosen, factors, strict=True)):  # fmt: skip
-                continue  # nothing of attention is left
+            if _leaves_nothing(dict(zip(chosen, factors, strict=True))):
+                continue
             more = dict(zip(chosen, map(_rounded, map(float, factors)), strict=True))
             yield tuple(_cause(name, factor) for name, factor in more.items()), more
             # Beside another mistake a factor is not measured well: a half or a whole is tried.
             near = {name: round(2 * factor) / 2 for name, factor in more.items()}
-            if near != more and all(near.values()):
+            if near != more and all(near.values()) and not _leaves_nothing(near):
                 yield tuple(_cause(name, factor) for name, factor in near.items()), near
+
+
+def _leaves_nothing(more: Mapping[str, float]) -> bool:
+    """Whether nothing of the attention is left."""
+    return any(abs(more.get(name, 0.0) + 1) < CLEAR for name in ("output", "heads"))
 
 
 def _terms(recipe: Recipe, output: np.ndarray) -> Arrays:

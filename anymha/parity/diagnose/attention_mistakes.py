@@ -114,6 +114,17 @@ def _bias_unscaled(recipe: Recipe) -> Variants:
             yield f"not of the {name}'s bias", recipe.but(weights=weights)
 
 
+def _with_shares(recipe: Recipe, step: Step) -> Recipe:
+    """Other probabilities where a query sees anything; the rows that see nothing stay."""
+    own = recipe.steps["probabilities"]
+
+    def whole(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        empty = np.isneginf(stages["masked_logits"]).all(-1, keepdims=True)
+        return np.where(empty, own(recipe, stages), step(recipe, stages))
+
+    return recipe.stepping("probabilities", whole)
+
+
 def _shares(
     weigh: Callable[[np.ndarray], np.ndarray], more: float = 0.0, shifted: bool = True
 ) -> Step:
@@ -138,8 +149,7 @@ def _denominator(recipe: Recipe) -> Iterator[Family]:
     for shifted in (True, False):
 
         def make(power: float, shifted: bool = shifted) -> Recipe:
-            step = _shares(np.exp, math.exp(power), shifted)
-            return recipe.stepping("probabilities", step)
+            return _with_shares(recipe, _shares(np.exp, math.exp(power), shifted))
 
         def words(power: float, shifted: bool = shifted) -> str:
             rest = "" if shifted else ", the maximum not subtracted, as of one more logit"
@@ -268,7 +278,7 @@ def _other_softmax(recipe: Recipe) -> Variants:
         "divided by the sum over the batch and keys": _of_logits(_over((0, 3))),
     }
     for words, step in steps.items():
-        yield words, recipe.stepping("probabilities", step)
+        yield words, _with_shares(recipe, step)
 
 
 def _in_place_of_softmax(recipe: Recipe) -> Variants:
@@ -285,7 +295,7 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
                 whole = total(weights)
                 return weights / np.where(whole == 0, 1.0, whole)
 
-            yield f"{words}, {how}", recipe.stepping("probabilities", _of_logits(weighed))
+            yield f"{words}, {how}", _with_shares(recipe, _of_logits(weighed))
     for words, change in {
         "elu + 1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0.0))),
         "relu": _relu, "the exponential": np.exp,
