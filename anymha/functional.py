@@ -120,6 +120,10 @@ def dot_product_attention(
     check_arrays(ops, arrays)
     _check_heads(arrays)
     _check_masks(arrays)
+    mixed = None if ops.capabilities.mixed_dtype is None else ops.capabilities.mixed_dtype(query)
+    if mixed is not None and dtype_name(query.dtype) != "float64":
+        arrays |= {name: ops.astype(arrays[name], mixed) for name in ("query", "key", "value")}
+        query = arrays["query"]
     query_offset = check_offset(ops, query_offset, query.shape[0])
     left, right = checked_window(window, "window")
     scale, softcap = checked_scale(scale, "scale"), Softcap.checked(softcap)
@@ -340,8 +344,22 @@ def multi_head_attention(
     named = {"query": query, "value": value, "key": key, **weights}
     ops = common_ops(named.items())
     check_weights(ops, config, weights)
+    config = _mixed(ops, config, query)
     plans = plans_unless_tracing(ops, _plans_of(config))
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
+
+
+def _mixed(ops: Ops, config: AttentionConfig, query: Array) -> AttentionConfig:
+    """The options in the framework's mixed precision, if a region of it is entered."""
+    mixed = None if ops.capabilities.mixed_dtype is None else ops.capabilities.mixed_dtype(query)
+    if mixed is None:
+        return config
+    place = (config, dtype_name(mixed))
+    if place not in _MIXED:
+        if len(_MIXED) >= 16:
+            _MIXED.clear()
+        _MIXED[place] = config.computing_in(dtype_name(mixed))
+    return _MIXED[place]
 
 
 def _show_call(function: Any) -> None:
@@ -363,6 +381,7 @@ def _show_call(function: Any) -> None:
 _show_call(multi_head_attention)
 
 _PLANS: dict[AttentionConfig, Plans] = {}
+_MIXED: dict[tuple[AttentionConfig, str], AttentionConfig] = {}
 
 
 def _plans_of(config: AttentionConfig) -> Plans:

@@ -68,6 +68,8 @@ class Capabilities:
             "mask", or `causal` says them.
         why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
             `anymha.execution.path.AttentionShape`; None where it can.
+        mixed_dtype: ``mixed_dtype(x)``: the half-precision dtype in which a region of the
+            framework's mixed precision lets calls compute where `x` is; None outside of one.
         multiplies: ``multiplies(dtype, device)``: whether layers in a half-precision dtype shall
             multiply arrays of that dtype as they are, since the device adds such products in
             float32 and is faster so. Without it they are computed in float32 and rounded once.
@@ -97,6 +99,7 @@ class Capabilities:
     narrow: Function | None = None
     fused_attention: Function | None = None
     why_not_fused: Callable[[Any, Any], str | None] | None = None
+    mixed_dtype: Callable[[Array], Any] | None = None
     multiplies: Callable[[Any, Any], bool] | None = None
     linear: Function | None = None
     softmax: Callable[[Array], Array] | None = None

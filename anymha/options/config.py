@@ -225,6 +225,12 @@ class AttentionConfig:
                 shapes[f"{name}.bias"] = out if name == "output" else kernel[1:]
         return shapes
 
+    def computing_in(self, dtype: str) -> AttentionConfig:
+        """The options within a region of mixed precision, which leaves float64 as it is."""
+        if "float64" in (self.compute_dtype or self.dtype, self.dtype):
+            return self
+        return dataclasses.replace(self, compute_dtype=dtype)
+
     def changed_options(self) -> dict[str, Any]:
         """`num_heads`, `key_dim`, and the options that are not at their defaults, by name."""
         default = type(self)(self.num_heads, self.key_dim)

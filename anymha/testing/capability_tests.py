@@ -61,6 +61,12 @@ class CapabilityTests(BackendTests):
         sizes = np.tensordot(np.abs(x), np.abs(matrix), axes=1) + 1
         got.is_near(expected, 4 * eps(dtype) * sizes, dtype)
 
+    def test_mixed_dtype_is_none_outside_of_a_region(self, ops: Any) -> None:
+        """Layers would compute in half precision everywhere otherwise."""
+        self.need(ops, "mixed_dtype")
+        answer = ops.capabilities.mixed_dtype(ops.from_numpy(values(2, 3)))
+        must(answer is None, f"`mixed_dtype` must give None here. Received: {answer!r}.")
+
     @by_half
     def test_multiplies_says_that_sums_are_of_float32(self, ops: Any, dtype: str) -> None:
         """A bool; True only where 4,096 ones add up, as in half precision they do not."""

@@ -88,6 +88,15 @@ if torch.backends.mkldnn.is_available():
 """The dtypes whose products the processor has."""
 
 
+def mixed_dtype(x: torch.Tensor, /) -> torch.dtype | None:
+    """The half-precision dtype of `torch.autocast` where `x` is; None where it is off."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    return dtype if dtype in HALF else None
+
+
 def multiplies(dtype: torch.dtype, device: torch.device, /) -> bool:
     """Whether a device has fast products of a half-precision dtype, which it adds in float32."""
     if device.type == "cuda":

@@ -38,6 +38,7 @@ from anymha.layer.native import (
 from anymha.layer.plan import Plans
 from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_torch import ops
+from anymha_torch.fused import HALF, mixed_dtype
 from anymha_torch.projection import (
     NAMES,
     LazyWeight,
@@ -106,6 +107,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         self.config = config
         self.plans = Plans()
         self._inference_plans = Plans()  # what is made in inference mode is of no use outside
+        self._mixed = {dtype: self._mixed_in(dtype) for dtype in HALF}
         dtype, compute = config.dtype, config.compute_dtype or config.dtype
         rounds = compute != dtype or compute in ("float16", "bfloat16")
         self._rounding_dtype = ops.dtype(compute) if rounds else None
@@ -124,6 +126,10 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
                 kind: Any = LazyWeight
                 lazy = kind(device=like.device, dtype=like.dtype)
                 setattr(self._modules[name], part, lazy)
+
+    def _mixed_in(self, dtype: torch.dtype) -> tuple[AttentionConfig, AttentionConfig, Plans]:
+        """The options, those under `torch.autocast` in a dtype, and the plans of such calls."""
+        return self.config, self.config.computing_in(NAMES[dtype]), Plans()
 
     @property
     def built(self) -> bool:
@@ -203,6 +209,17 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             # gives another dtype than the layer computes in, which the kept ones do not cast.
             watched = _len_torch_function_stack() or _is_any_autocast_enabled()
             prepared = None if watched else plans
+        config, rounding_dtype = self.config, self._rounding_dtype
+        if tracing or _is_any_autocast_enabled():
+            first: Any = query[0] if isinstance(query, (list, tuple)) else query
+            dtype = mixed_dtype(first) if torch.is_tensor(first) else None
+            if dtype is not None:
+                if self._mixed[dtype][0] is not config:
+                    self._mixed[dtype] = self._mixed_in(dtype)
+                _, config, kept = self._mixed[dtype]
+                plans = kept if plans is self.plans else None
+                if config.compute_dtype == NAMES[dtype]:
+                    rounding_dtype = dtype
         projections: Any
         if "_like" in self._buffers:
 
@@ -217,11 +234,9 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
                 and (value is None or type(value) is torch.Tensor)
                 and (key is None or type(key) is torch.Tensor)
             )
-            projections = projections_of(
-                self._modules, self.config, self._rounding_dtype, prepared, plain
-            )
+            projections = projections_of(self._modules, config, rounding_dtype, prepared, plain)
         return multi_head_attention(
-            ops, self.config, projections, query, value, key, plans=plans, **given
+            ops, config, projections, query, value, key, plans=plans, **given
         )
 
     if TYPE_CHECKING:

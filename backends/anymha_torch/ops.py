@@ -32,7 +32,13 @@ from anymha.errors import WeightsError
 from anymha.framework.capabilities import Capabilities
 from anymha_torch import mkl, products
 from anymha_torch.autograd import loop, vjp
-from anymha_torch.fused import fused_attention, multiplies, transformed, why_not_fused
+from anymha_torch.fused import (
+    fused_attention,
+    mixed_dtype,
+    multiplies,
+    transformed,
+    why_not_fused,
+)
 from anymha_torch.native import native_keep_mask, seed_tensor
 
 bool = torch.bool
@@ -231,6 +237,7 @@ capabilities = Capabilities(
     narrow=narrow,
     fused_attention=fused_attention,
     why_not_fused=why_not_fused,
+    mixed_dtype=mixed_dtype,
     multiplies=multiplies,
     linear=linear,
     softmax=softmax,

@@ -416,6 +416,7 @@ def sound(ops: Any) -> dict[str, Any]:
         **{name: getattr(own, name) for name in names},
         **kept(lambda origin: {})(ops),
         **fused()(ops),
+        "mixed_dtype": lambda x: None,
         "multiplies": lambda dtype, device: False,
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
@@ -778,6 +779,11 @@ FAULTS = (
         "linear in half precision",
         lambda o: {"linear": lambda x, m, b: half(np.matmul)(x, m) + (0 if b is None else b)},
         ("test_linear_is_tensordot_and_bias",),
+    ),
+    Fault(
+        "mixed precision everywhere",
+        lambda o: {"mixed_dtype": lambda x: np.dtype("float16")},
+        ("test_mixed_dtype_is_none_outside_of_a_region",),
     ),
     Fault(
         "half precision added in itself",
