@@ -87,6 +87,9 @@ class Port:
         logits = self._with("logits", logits)
         stages["logits"] = logits
         raw = logits
+        if attention_bias is not None and "bias of the heads reversed" in wrong:
+            heads = range(attention_bias.shape[0])
+            attention_bias = ops.concat([attention_bias[h : h + 1] for h in reversed(heads)])
         if attention_bias is not None and "bias left out" not in wrong:
             logits = logits + attention_bias * (2.0 if "bias doubled" in wrong else 1.0)
         logits = self._with("biased_logits", logits)
@@ -113,6 +116,9 @@ class Port:
         if "heads merged without exchange" in wrong:
             shape = tuple(context.shape)
             context = ops.reshape(ops.permute_dims(context, (0, 2, 1, 3)), shape)
+        if "heads averaged" in wrong:
+            mean = ops.sum(context, axis=2, keepdims=True) / context.shape[2]
+            context = ops.concat([mean] * context.shape[2], axis=2)
         context = self._with("context", context)
         stages["context"] = context
         output = self._output(context)
@@ -140,7 +146,7 @@ class Port:
             array = section.ported(self.ops, place, array, self)
         return array
 
-    def _heads(self, x: Any, name: str) -> Any:
+    def _heads(self, x: Any, name: str, again: bool = False) -> Any:
         """(B, T, H, d)."""
         ops = self.ops
         kernel = self.weights[f"{name}.kernel"]
@@ -150,9 +156,12 @@ class Port:
         bias = self.weights.get(f"{name}.bias")
         if bias is not None and f"{name} bias left out" not in self.wrong:
             factor = 2.0 if f"{name} bias doubled" in self.wrong else 1.0
+            factor = -1.0 if f"{name} bias subtracted" in self.wrong else factor
             if name == "query" and "query scaled before its bias" in self.wrong:
                 factor /= self.scale
             y = y + ops.from_numpy(np.ascontiguousarray(bias.reshape(-1))) * factor
+        if f"{name} projected twice" in self.wrong and not again:
+            return self._heads(y, name, again=True)
         batch, length, _ = y.shape
         if "heads split without exchange" in self.wrong:
             split = ops.reshape(y, (batch, heads, length, width))
