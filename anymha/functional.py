@@ -120,8 +120,8 @@ def dot_product_attention(
     check_arrays(ops, arrays)
     _check_heads(arrays)
     _check_masks(arrays)
-    mixed = None if ops.capabilities.mixed_dtype is None else ops.capabilities.mixed_dtype(query)
-    if mixed is not None and dtype_name(query.dtype) != "float64":
+    mixed = _mixed_dtype(ops, query)
+    if mixed is not None:
         arrays |= {name: ops.astype(arrays[name], mixed) for name in ("query", "key", "value")}
         query = arrays["query"]
     query_offset = check_offset(ops, query_offset, query.shape[0])
@@ -344,21 +344,26 @@ def multi_head_attention(
     named = {"query": query, "value": value, "key": key, **weights}
     ops = common_ops(named.items())
     check_weights(ops, config, weights)
-    config = _mixed(ops, config, query)
+    mixed = _mixed_dtype(ops, weights["query.kernel"])
+    if mixed is not None:
+        config = _mixed(config, dtype_name(mixed))
     plans = plans_unless_tracing(ops, _plans_of(config))
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
 
 
-def _mixed(ops: Ops, config: AttentionConfig, query: Array) -> AttentionConfig:
-    """The options in the framework's mixed precision, if a region of it is entered."""
-    mixed = None if ops.capabilities.mixed_dtype is None else ops.capabilities.mixed_dtype(query)
-    if mixed is None:
-        return config
-    place = (config, dtype_name(mixed))
+def _mixed_dtype(ops: Ops, x: Array) -> Any:
+    """The dtype of the framework's region of mixed precision; None outside, and for float64."""
+    own = ops.capabilities.mixed_dtype
+    return None if own is None or dtype_name(x.dtype) == "float64" else own(x)
+
+
+def _mixed(config: AttentionConfig, dtype: str) -> AttentionConfig:
+    """The options in a region of mixed precision; the same object for the same options."""
+    place = (config, dtype)
     if place not in _MIXED:
         if len(_MIXED) >= 16:
             _MIXED.clear()
-        _MIXED[place] = config.computing_in(dtype_name(mixed))
+        _MIXED[place] = config.computing_in(dtype)
     return _MIXED[place]
 
 

@@ -195,11 +195,14 @@ def test_autocast_of_another_device_and_one_that_is_off_change_nothing(x):
 
 
 def test_autocast_leaves_float64_and_the_reproducible_mode_alone(x):
-    for layer in (make(dtype="float64").double(), make(compute_dtype="float64")):
+    moved = make().double()  # whose options still say float32
+    for layer in (make(dtype="float64"), moved, make(compute_dtype="float64")):
         given = x.to(layer.query.weight.dtype)
         exact = layer(given)
         with torch.autocast("cpu", torch.bfloat16):
-            assert layer(given).dtype == exact.dtype
+            found = layer(given)
+        assert found.dtype == exact.dtype
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
     weights = dict(make().canonical_weights())
     exact = anymha.AttentionConfig(2, 4, query_features=8, compute_dtype="float64")
     with torch.autocast("cpu", torch.bfloat16):

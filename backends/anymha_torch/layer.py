@@ -213,7 +213,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         if tracing or _is_any_autocast_enabled():
             first: Any = query[0] if isinstance(query, (list, tuple)) else query
             dtype = mixed_dtype(first) if torch.is_tensor(first) else None
-            if dtype is not None:
+            if dtype is not None and dtype_of(self._modules["query"]) is not torch.float64:
                 if self._mixed[dtype][0] is not config:
                     self._mixed[dtype] = self._mixed_in(dtype)
                 _, config, kept = self._mixed[dtype]
