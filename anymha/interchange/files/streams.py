@@ -6,6 +6,8 @@ Nothing is read, and no memory taken, beyond what the file has.
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,23 @@ from anymha.text import quoted
 
 class Malformed(ValueError):
     """Bytes that are not those of the format; the message continues "it is no such file: "."""
+
+
+@contextmanager
+def closed_if_broken(reader: Reader) -> Iterator[None]:
+    """Close a reader where its file cannot be parsed, and say that it is broken.
+
+    Raises:
+        FileError: the file is malformed.
+    """
+    try:
+        yield
+    except (Malformed, UnicodeDecodeError) as error:
+        reader.close()
+        raise reader.broken(str(error)) from error
+    except BaseException:
+        reader.close()
+        raise
 
 
 class StreamReader(Reader):
@@ -32,14 +51,8 @@ class StreamReader(Reader):
     def __init__(self, path: Path, kind: str) -> None:
         super().__init__(path, kind)
         self._stream, self._size = open_stream(path)
-        try:
+        with closed_if_broken(self):
             self._parse()
-        except (Malformed, UnicodeDecodeError) as error:
-            self.close()
-            raise self.broken(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
 
     @abc.abstractmethod
     def _parse(self) -> None:

@@ -36,7 +36,7 @@ from anymha.interchange.files.reader import (
     read_array,
 )
 from anymha.interchange.files.sorted_table import entries, masked
-from anymha.interchange.files.streams import Malformed
+from anymha.interchange.files.streams import Malformed, closed_if_broken
 from anymha.text import quoted, shown
 
 KIND = "a TensorFlow checkpoint's"
@@ -89,14 +89,8 @@ class TensorflowReader(Reader):
         self._data: list[tuple[BinaryIO, int]] = []
         self._steps = count()
         self._parts: dict[str, list[tuple[tuple[slice, ...], _Place]]] = {}
-        try:
+        with closed_if_broken(self):
             self._parse(prefix)
-        except (Malformed, UnicodeDecodeError) as error:
-            self.close()
-            raise self.broken(str(error)) from error
-        except BaseException:
-            self.close()
-            raise
 
     def _parse(self, prefix: Path) -> None:
         stream, size = open_stream(self._files[0])
