@@ -93,7 +93,7 @@ def _goals() -> Iterator[Goal]:
             "m1k-bool": {sdpa: 1.0, module: 0.33},
             "m1k-padding": {sdpa: 1.0, module: 0.42},
             "m1k-scores": {ANY: 1.0},
-            "m1k-bfloat16": {sdpa: 0.40},
+            "m1k-bfloat16": {sdpa: 1.0},
             "l4k": {sdpa: 1.0, module: 0.57},
             "l4k-causal": {sdpa: 1.0, module: 0.20},
             "m1k-train": {sdpa: 1.0, module: 0.97},
