@@ -292,10 +292,10 @@ def _offset_kind(offset: Any) -> int:
 def _mask_kinds(ops: Ops, masks: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a plan depends on of each mask or bias, and its shape."""
     array_key: Any = ops.capabilities.array_key
-    kinds = []
-    for name, x in masks.items():
-        differentiated = name == BIAS and _is_differentiated(ops, x)
-        kinds.append(((name, array_key(x), differentiated), x.shape))
+    kinds = [
+        ((name, array_key(x), name == BIAS and _is_differentiated(ops, x)), x.shape)
+        for name, x in masks.items()
+    ]
     return tuple(kinds)
 
 
