@@ -13,6 +13,7 @@ import pytest
 from anymha.framework.capabilities import Capabilities
 from anymha.framework.registry import Backend
 from anymha.testing import Conformance
+from anymha.testing.capabilities import compiler_of
 from anymha.testing.capability_tests import CapabilityTests
 from anymha.testing.known import KNOWN_MASKS, KnownMask
 from tests.backends.anymha_strict import ops as strict
@@ -28,7 +29,7 @@ class TestBuiltIn(Conformance):
 
     @pytest.fixture
     def compiler(self, ops: Any) -> Any:
-        return torch_compile if ops.name == "torch" else ops.capabilities.compile
+        return torch_compile if ops.name == "torch" else compiler_of(ops)
 
 
 class TestStrict(Conformance):
@@ -101,7 +102,7 @@ def test_capability_that_is_lacking_skips_or_fails_where_it_is_required() -> Non
 def test_is_tracing_that_cannot_be_judged_is_a_skip_that_says_so() -> None:
     ops = cast(Any, SimpleNamespace(name="mine", capabilities=Capabilities(is_tracing=bool)))
     with pytest.raises(pytest.skip.Exception, match=r"of mine is not judged inside of a compiler"):
-        Conformance().test_is_tracing_is_true_inside_of_a_compiler(ops, ops.capabilities.compile)
+        Conformance().test_is_tracing_is_true_inside_of_a_compiler(ops, compiler_of(ops))
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Capabilities), ids=lambda field: field.name)

@@ -10,6 +10,7 @@ import pytest
 
 from anymha.framework.registry import get_backend
 from anymha.testing import Conformance
+from anymha.testing.capabilities import compiler_of
 from tests.backends.faults import CAPABILITIES, FAULTS, FUNCTIONS, Fault, refuse, refuse_capability
 
 TESTS = [name for name, _ in inspect.getmembers(Conformance) if name.startswith("test_")]
@@ -42,7 +43,7 @@ class Faulty(Conformance):
 
     @pytest.fixture
     def compiler(self, ops: Any) -> Any:
-        return self.fault.compiler or ops.capabilities.compile
+        return self.fault.compiler or compiler_of(ops)
 
 
 class Recorder:

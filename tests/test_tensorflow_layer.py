@@ -421,6 +421,27 @@ def test_tiles_with_a_bias_that_all_share(shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("budget", "most"), [(None, 4), (2**10, 16)], ids=["few logits", "over the budget"]
+)
+def test_calls_of_many_lengths_share_programs(budget: int | None, most: int) -> None:
+    layer = MultiHeadAttention(2, 4, query_features=8, seed=0, memory_budget=budget)
+    same = MultiHeadAttention(2, 4, query_features=8, seed=0)
+    for length in range(20, 36):
+        x = numbers(8, length, 8, seed=length)
+        mask = tf.range(length)[None] < length - 2
+        found = layer(x, value_mask=mask, use_causal_mask=True)
+        tf.config.run_functions_eagerly(True)
+        try:
+            want = same(x, value_mask=mask, use_causal_mask=True)
+        finally:
+            tf.config.run_functions_eagerly(False)
+        np.testing.assert_allclose(found, want, **TOLERANCE)
+    (plan,) = layer.plans.plans.values()
+    assert plan.run is not None
+    assert plan.run._function.experimental_get_tracing_count() == most
+
+
 def test_tiles_have_second_derivatives() -> None:
     x = tf.constant(normal((3, 4, 8), "x"))
     found = []

@@ -211,7 +211,7 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     batch, queries, keys = shape.batch, shape.queries, shape.keys
     if not all(isinstance(n, int) for n in (batch, queries, keys)):
         return Path("fused", why)
-    most = _most(ops, spec, shape)
+    most = _most_of_tile(ops, spec, shape.dtype, shape.device)
     if is_open and batch * queries * keys <= most:
         return Path("fused", why, most_queries=math.inf, most_logits=most)
     elements = max(most // batch, 1)
@@ -241,7 +241,7 @@ def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: 
         return whole("the lengths are not known before the program runs")
     is_open = positions.left is None and positions.right is None
     if _fits(ops, spec, shape):
-        most = _most_whole(ops, spec, shape)
+        most = most_logits(ops, spec, shape.dtype, shape.device)
         if is_open or not isinstance(positions.offset, int):
             return whole("it fits into one tile", math.inf, most)
         if queries < WORTHWHILE:
@@ -249,7 +249,9 @@ def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: 
         tiles = plan_tiles(positions, queries, keys, queries * keys, eager_loop=False)
         return Path("tiles", "each leaves out keys that it does not see", tiles, True,
                     why_not_fused=reason)  # fmt: skip
-    elements = max(_most(ops, spec, shape) // (shape.heads // shape.key_heads), 1)
+    elements = max(
+        _most_of_tile(ops, spec, shape.dtype, shape.device) // (shape.heads // shape.key_heads), 1
+    )
     tiles = plan_tiles(positions, queries, keys, elements, eager_loop=capabilities.eager_loop)
     return Path("tiles", "small tiles stay in the cache", tiles, why_not_fused=reason)
 
@@ -258,18 +260,18 @@ def _fits(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
     """Whether all logits are few enough to be computed in one piece."""
     lengths = (shape.batch, shape.heads, shape.queries, shape.keys)
     logits = math.prod([n for n in lengths if isinstance(n, int)])
-    return logits <= _most_whole(ops, spec, shape)
+    return logits <= most_logits(ops, spec, shape.dtype, shape.device)
 
 
-def _most_whole(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> int:
-    """How many logits are computed in one piece."""
-    most = _most(ops, spec, shape)
+def most_logits(ops: Ops, spec: AttentionSpec, dtype: Any, device: Any) -> int:
+    """How many logits are computed in one piece by the written formula."""
+    most = _most_of_tile(ops, spec, dtype, device)
     return most if spec.memory_budget is not None else 4 * most
 
 
-def _most(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> int:
+def _most_of_tile(ops: Ops, spec: AttentionSpec, dtype: Any, device: Any) -> int:
     """How many logits a tile may have."""
     if spec.memory_budget is not None:
-        return spec.memory_budget // (8 if shape.dtype == ops.float64 else 4)
+        return spec.memory_budget // (8 if dtype == ops.float64 else 4)
     tile_size = ops.capabilities.tile_size
-    return 1 << 62 if tile_size is None else tile_size(shape.device)
+    return 1 << 62 if tile_size is None else tile_size(device)

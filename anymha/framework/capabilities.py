@@ -40,8 +40,10 @@ class Capabilities:
             be kept.
         constants: ``constants(query, arrays)`` is the dict `arrays` of a call's masks, with NumPy's
             arrays as the framework's where `query` is traced.
-        compile: ``compile(function)`` of a function of a dict of arrays is the same function,
-            compiled; for backends whose single functions are slow.
+        compile: ``compile(function, pairs)`` of a function of a dict of arrays is the same
+            function, compiled; for backends whose single functions are slow. One program may serve
+            calls of several lengths that have at most so many pairs of a query and a key,
+            B * T * S: all their logits are few enough to be held at a time.
         seed_array: ``seed_array(seed)`` of an int is an array that `seed_words` turns into the
             words of that int.
         vjp: ``vjp(function, arrays, cotangents)`` is the value of ``function(arrays)``, an array

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.masks import FAR, PositionMask
 from anymha.attention.spec import AttentionSpec
-from anymha.execution.path import AttentionShape, Path, choose_path
+from anymha.execution.path import AttentionShape, Path, choose_path, most_logits
 from anymha.framework.dtypes import BITS, dtype_name, multiplies
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
@@ -354,7 +354,10 @@ def _make_plan(
         plan = replace(plan, spec=replace(plan.spec, position_mask=positions))
     if compute is None or compile is None or plan.double or flags.observed:
         return plan
-    return replace(plan, run=compile(lambda arrays: compute(plan, arrays)))
+    logits = most_logits(ops, plan.spec, plan.working, ops.device(query))
+    return replace(
+        plan, run=compile(lambda arrays: compute(plan, arrays), logits // config.num_heads)
+    )
 
 
 def _with_lengths(

@@ -57,6 +57,16 @@ a field of `Capabilities` where the backend does not name it.
 """
 
 
+PAIRS = 30
+"""Some calls of the tests have more pairs of a query and a key, others fewer."""
+
+
+def compiler_of(ops: Ops) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """The capability `compile`, as a function of the function alone."""
+    compile = ops.capabilities.compile
+    return None if compile is None else lambda function: compile(function, PAIRS)
+
+
 class BackendTests:
     """The base of the tests: the backend under test.
 
@@ -81,7 +91,7 @@ class BackendTests:
 
         Override it where the framework's users compile layers with another one than `compile`.
         """
-        return ops.capabilities.compile
+        return compiler_of(ops)
 
     def need(self, ops: Ops, *capabilities: str) -> None:
         """Skip the test where the backend lacks something, or fail where that is required.

@@ -18,7 +18,7 @@ from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.testing import fused
 from anymha.testing.arithmetic import by_dtype
 from anymha.testing.calls import Returned, call, must, values, words
-from anymha.testing.capabilities import CAPABILITIES, BackendTests
+from anymha.testing.capabilities import CAPABILITIES, BackendTests, compiler_of
 from anymha.testing.fused import WHOLE, AttentionCase, general
 
 REAL = ("float16", "bfloat16", "float32", "float64")
@@ -219,7 +219,7 @@ class CapabilityTests(BackendTests):
             return ops.capabilities.loop(body, 9, mapped, constant, results)["sum"]
 
         arrays = {"query": ops.from_numpy(x), "whole": ops.from_numpy(whole)}
-        got = ops.capabilities.compile(function)(arrays)
+        got = compiler_of(ops)(function)(arrays)
         Returned("the compiled loop", ops.to_numpy(got)).equals(x + whole)
 
     @by_dtype
@@ -361,7 +361,7 @@ class CapabilityTests(BackendTests):
             shifted = ops.tanh(product) + arrays["seed"]
             return shifted, ops.sum(tall, axis=0, keepdims=True)
 
-        compiled = ops.capabilities.compile(function)
+        compiled = compiler_of(ops)(function)
         kernel = values(4, 5, seed=1)
         lengths = [(2, 3), (2, 3), (2, 6), (1, 1), (3, 6), (5, 2), (5, 2), (4, 4), (2, 3)]
         for number, shape in enumerate(lengths):

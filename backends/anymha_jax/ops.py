@@ -64,7 +64,7 @@ def device(x, /):
     return None
 
 
-def compile(function, /):
+def compile(function, pairs, /):
     return jax.jit(function, inline=True)
 
 

@@ -20,11 +20,8 @@ FEW = 3
 OFTEN = 16
 """After so many calls of one shape it has a program of its own all the same."""
 
-MOST = 256
-"""How many programs, and how many counts of shapes, are kept."""
-
-SMALL = 1 << 20
-"""The greatest number of pairs of positions of a call that a program without lengths serves."""
+MOST = 64
+"""How many programs are kept of one kind; each takes a megabyte or two."""
 
 
 class CompiledCall:
@@ -32,10 +29,13 @@ class CompiledCall:
 
     Args:
         function: The function; what it does follows from dtypes and shapes.
+        pairs: How many pairs of a query and a key, B * T * S, a call may have that a program
+            without lengths serves.
     """
 
-    def __init__(self, function: Callable[[Tensors], Any]) -> None:
+    def __init__(self, function: Callable[[Tensors], Any], pairs: int) -> None:
         self._eagerly = function
+        self._most_pairs = pairs
         self._function = tf.function(function, autograph=False)
         self._programs: dict[Any, Any] = {}
         self._without_lengths: dict[Any, Any] = {}
@@ -52,9 +52,14 @@ class CompiledCall:
 
     def _find(self, shapes: Any, arrays: Tensors) -> Any:
         calls = self._calls.get(shapes, 0) + 1
-        varying = len(self._programs) >= FEW and calls < OFTEN and _pairs(arrays) <= SMALL
-        for kept in (self._programs, self._without_lengths, self._calls):
-            if len(kept) >= MOST:
+        varying = len(self._programs) >= FEW and calls < OFTEN
+        varying &= 0 <= _pairs(arrays) <= self._most_pairs
+        for kept, most in (
+            (self._programs, MOST),
+            (self._without_lengths, MOST),
+            (self._calls, 4 * MOST),
+        ):
+            if len(kept) >= most:
                 kept.clear()
         # A program has the variables of one replica, and gives those of the others no gradients.
         if any(isinstance(x, tf.distribute.DistributedValues) for x in arrays.values()):
@@ -72,12 +77,12 @@ class CompiledCall:
 
 
 def _pairs(arrays: Tensors) -> int:
-    """The number of positions of the query times that of the value."""
+    """The number of pairs B * T * S, or more where there are several batch axes; -1 if unknown."""
     query = arrays.get("query")
     if query is None:
-        return SMALL + 1
+        return -1
     value = arrays.get("value", query)
-    return math.prod(query.shape[:-1]) * math.prod(value.shape[:-1])
+    return math.prod(query.shape[:-1]) * math.prod(value.shape[1:-1])
 
 
 def _spec(name: str, x: Any) -> Any:

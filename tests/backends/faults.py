@@ -248,7 +248,7 @@ def backwards(ops: Any) -> dict[str, Any]:
 def compiled_for_ever(ops: Any) -> dict[str, Any]:
     """`compile` of a function that gives the first result again for arrays of that shape."""
 
-    def compile(function: Any) -> Any:
+    def compile(function: Any, pairs: int) -> Any:
         results: dict[Any, Any] = {}
 
         def compiled(given: Any) -> Any:
@@ -266,7 +266,7 @@ def loop_of_nothing_where_compiled(ops: Any) -> dict[str, Any]:
     """A loop whose results a compiler drops, as TensorFlow's did."""
     compiling: list[Any] = []
 
-    def compile(function: Any) -> Any:
+    def compile(function: Any, pairs: int) -> Any:
         def compiled(given: Any) -> Any:
             compiling.append(function)
             try:
@@ -294,7 +294,7 @@ def loop_of_few_rounds(ops: Any) -> dict[str, Any]:
 
 
 def compiled_for_one_shape(ops: Any) -> dict[str, Any]:
-    def compile(function: Any) -> Any:
+    def compile(function: Any, pairs: int) -> Any:
         first: list[Any] = []
 
         def compiled(given: Any) -> Any:
@@ -402,7 +402,7 @@ def sound(ops: Any) -> dict[str, Any]:
     names = [name for name in own.names if name != "eager_loop"]
     tracing: list[Any] = []
 
-    def compile(function: Any) -> Any:
+    def compile(function: Any, pairs: int) -> Any:
         def compiled(given: Any) -> Any:
             tracing.append(function)
             try:
