@@ -248,11 +248,8 @@ class Tree:
         return self.receive()
 
 
-@contextlib.contextmanager
-def tree_process(folder: Path, framework: str, clock: str, threads: int) -> Iterator[Tree]:
-    """A process for one tree."""
-    worker = Path(__file__).with_name("call_worker.py")
-    arguments = [str(worker), str(folder), framework, CLOCKS[clock]]
+def with_threads(framework: str, threads: int) -> dict[str, str]:
+    """The variables of a process of a framework that has so many threads."""
     variables = environment(framework, "cpu") | {"PYTHONHASHSEED": "0"}
     variables |= dict.fromkeys(THREADS, str(threads))
     if threads == 1:
@@ -260,6 +257,15 @@ def tree_process(folder: Path, framework: str, clock: str, threads: int) -> Iter
         variables["XLA_FLAGS"] = f"{variables.get('XLA_FLAGS', '')} {XLA_ALONE}".strip()
     for name in SLOWING:
         variables.pop(name, None)
+    return variables
+
+
+@contextlib.contextmanager
+def tree_process(folder: Path, framework: str, clock: str, threads: int) -> Iterator[Tree]:
+    """A process for one tree."""
+    worker = Path(__file__).with_name("call_worker.py")
+    arguments = [str(worker), str(folder), framework, CLOCKS[clock]]
+    variables = with_threads(framework, threads)
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(

@@ -153,16 +153,17 @@ def _peak(call: Callable[[], Any]) -> int | None:
     try:
         # A "5" sets the peak to what is resident now.
         Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmHWM")
+        before = resident("VmHWM")
     except (OSError, ValueError):
         return None
     result = call()
-    after = _resident("VmHWM")
+    after = resident("VmHWM")
     del result
     return max(0, after - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """The resident memory of this process in bytes: VmRSS now, VmHWM at its highest."""
     fields = Path("/proc/self/status").read_text().split()
     return int(fields[fields.index(f"{field}:") + 1]) * 1024
 
