@@ -41,9 +41,11 @@ def _(seed, shape, device):
 
 @contextmanager
 def seeded(seed: Any, device: torch.device) -> Iterator[None]:
-    """While it lasts, the default generator of a GPU gives the numbers of a seed."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
+    """While it lasts, the default generator of the CPU or of a GPU gives the numbers of a seed."""
+    if device.type == "cpu":
+        generator = torch.default_generator
+    else:
+        generator = torch.cuda.default_generators[device.index]
     state = generator.get_state()
     generator.manual_seed(int(seed) % 2**63)
     try:

@@ -105,9 +105,9 @@ softmax = partial(torch.softmax, dim=-1)
 
 
 def chunk_size(device, /):
-    compiled = torch.compiler.is_compiling()
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    return 1 << 18 if on_cpu and not compiled else None
+    if torch.compiler.is_compiling():
+        return None
+    return 1 << 18 if device is None or torch.device(device).type == "cpu" else 1 << 26
 
 
 def is_tracing():
@@ -218,9 +218,9 @@ _FIRST = (0, 0, 0, 0)
 
 def _made(seed, threshold, shape, origin, place, device):
     on_cpu = device.type == "cpu" and not triton_attention.on_cpu
-    if not on_cpu and triton_attention.why_not_on(str(device)) is None:
+    if not (on_cpu or transformed()) and triton_attention.why_not_on(str(device)) is None:
         return triton_attention.keep_mask(seed, threshold, shape, place, device)
-    if isinstance(seed, torch.Tensor):
+    if isinstance(seed, torch.Tensor) or device.type != "cpu":
         seed = on_device(seed, device)
     return made_of_ops(_these, seed, threshold, shape, origin, device=device)
 

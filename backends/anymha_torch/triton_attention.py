@@ -15,7 +15,7 @@ from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout
-from anymha_torch.seeds import on_device
+from anymha_torch.seeds import is_traced, on_device
 
 NOTE = "dropout: in one kernel with the attention, by Triton"
 
@@ -57,11 +57,11 @@ def _why_not_on(device: str) -> str | None:
         return "Triton has no kernels for this device"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) <= NEWEST_WITHOUT:
-        return "Triton does not support a GPU so old"
     ops, shape = tiled_dropout.backend(), (2, 3, 7, 5)
     expected = dropout.keep_mask(ops, 2**40 + 5, 20000, shape, device="cpu")
     try:
+        if torch.cuda.get_device_capability(device) <= NEWEST_WITHOUT:
+            return "Triton does not support a GPU so old"
         with torch.inference_mode(False):
             found = keep_mask(2**40 + 5, 20000, shape, (0, 0, 0, 0), torch.device(device)).cpu()
     except Exception as error:  # whatever a compiler raises that lacks something
@@ -101,8 +101,7 @@ def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /) -> tor
     offset, offsets = positions.offset, None
     if isinstance(offset, torch.Tensor):
         offset, offsets = 0, offset.to(query.device, torch.int32).reshape(-1)
-    narrowed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    function: Any = _operation if narrowed else _Eager.apply
+    function: Any = _operation if is_traced() else _Eager.apply
     context, _ = function(
         query, key, value, arrays.get("mask"), arrays.get("bias"), offsets,
         on_device(drop.seed, query.device), spec.scale, drop.threshold, offset,
