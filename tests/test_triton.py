@@ -253,7 +253,8 @@ def test_the_kernels_compile_for_gpus() -> None:
 def _why(**options: Any) -> str | None:
     case = AttentionCase("dropout", dropout=20000, native=options.pop("native", False))
     shape = case.shape(ops)._replace(device=torch.device("cuda:0"), **options)
-    return ops.capabilities.why_not_fused(case.spec(ops), shape)
+    why_not_fused: Any = ops.capabilities.why_not_fused
+    return why_not_fused(case.spec(ops), shape)
 
 
 def test_on_gpus_triton_must_be_installed_and_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,9 @@ def compiled(
         "height": height, "width": columns, "precision": precision,
     }  # fmt: skip
     constants |= {name: None for name in OPTIONS if name not in options}
+    # A number that is 1 in a call is a constant there.
+    ones = ("m_column", "b_column", "offsets_batch") if options else ("heads", "group")
+    constants |= dict.fromkeys(ones, 1)
     types = POINTERS | dict.fromkeys(ARRAYS, f"*{dtype}")
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")

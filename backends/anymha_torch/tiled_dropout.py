@@ -47,8 +47,9 @@ def backend() -> Any:
     return importlib.import_module("anymha_torch.ops")  # which imports this module
 
 
-def heads_last(batch: Any, heads: Any, length: Any, width: Any, like: torch.Tensor) -> torch.Tensor:
+def heads_last(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """A new array (B, H, length, width) that lies in memory as (B, length, H, width)."""
+    batch, heads, length, width = shape
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
@@ -72,7 +73,7 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         query, key, value = arrays
         tiles = _Tiles(ops, spec, rest, query, key)
-        context = heads_last(*query.shape[:3], value.shape[3], query)
+        context = heads_last((*query.shape[:3], value.shape[3]), query)
         remember = query[..., 0].numel() * key.shape[2] <= REMEMBERED
         ctx.kept = {}
         for number, tile in enumerate(tiles):

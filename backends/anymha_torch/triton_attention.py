@@ -101,26 +101,22 @@ def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /) -> tor
     offset, offsets = positions.offset, None
     if isinstance(offset, torch.Tensor):
         offset, offsets = 0, offset.to(query.device, torch.int32).reshape(-1)
-    function: Any = _operation if is_traced() else _Eager.apply
+    plain = type(query) is torch.Tensor and not is_traced()
+    function: Any = _Eager.apply if plain else _operation
     context, _ = function(
         query, key, value, arrays.get("mask"), arrays.get("bias"), offsets,
-        on_device(drop.seed, query.device), spec.scale, drop.threshold, offset,
-        positions.left, positions.right, _precision(query),
+        on_device(drop.seed, query.device), float(spec.scale), drop.threshold, offset,
+        positions.left, positions.right,
     )  # fmt: skip
     return context
 
 
-def _precision(query: torch.Tensor) -> str:
-    """How products of float32 are computed: as torch's own on that device."""
-    return "tf32" if query.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _options(
-    scale: float, threshold: int, offset: int, left: int | None, right: int | None, precision: str
+    scale: float, threshold: int, offset: int, left: int | None, right: int | None
 ) -> dict[str, Any]:
     return {
         "scale": scale, "threshold": threshold, "offset": offset, "left": left, "right": right,
-        "factor": dropout.Dropout(threshold, None).factor, "precision": precision,
+        "factor": dropout.Dropout(threshold, None).factor,
     }  # fmt: skip
 
 
@@ -137,10 +133,9 @@ def _forward(
     offset: int,
     left: int | None,
     right: int | None,
-    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The context, and the log of each softmax's denominator."""
-    options = _options(scale, threshold, offset, left, right, precision)
+    options = _options(scale, threshold, offset, left, right)
     return _kernels().forward((query, key, value), (mask, bias, offsets), seed, options)
 
 
@@ -160,9 +155,8 @@ def _gradients(
     offset: int,
     left: int | None,
     right: int | None,
-    precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = _options(scale, threshold, offset, left, right, precision)
+    options = _options(scale, threshold, offset, left, right)
     arrays, rest = (query, key, value), (mask, bias, offsets)
     return _kernels().backward(arrays, rest, seed, options, context, lse, cotangent)
 
@@ -176,12 +170,12 @@ _gradients_operation = torch.library.custom_op(
 @_operation.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return tiled_dropout.heads_last(*query.shape[:3], value.shape[3], query), lse
+    return tiled_dropout.heads_last((*query.shape[:3], value.shape[3]), query), lse
 
 
 @_gradients_operation.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
-    return tuple(tiled_dropout.heads_last(*x.shape, x) for x in (query, key, value))
+    return tuple(tiled_dropout.heads_last(x.shape, x) for x in (query, key, value))
 
 
 def _remember(ctx: Any, inputs: Any, output: Any) -> None:
@@ -202,7 +196,7 @@ def _backward(gradients: Any, ctx: Any, cotangent: torch.Tensor | None, _: Any) 
 
 def _differentiable(ctx: Any, inputs: Any, cotangent: torch.Tensor) -> Any:
     query, key, value, mask, bias, offsets, seed = inputs
-    scale, threshold, offset, left, right, _ = ctx.options
+    scale, threshold, offset, left, right = ctx.options
     positions = PositionMask(left, right, offset if offsets is None else offsets)
     spec = AttentionSpec(scale, (), positions, dropout.Dropout(threshold, seed))
     rest = {name: x for name, x in (("mask", mask), ("bias", bias)) if x is not None}
@@ -219,4 +213,4 @@ class _Eager(torch.autograd.Function):
 
     forward = staticmethod(_forward)
     setup_context = staticmethod(_remember)
-    backward = staticmethod(partial(_backward, _gradients))
+    backward: Any = staticmethod(partial(_backward, _gradients))

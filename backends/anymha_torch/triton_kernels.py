@@ -221,7 +221,7 @@ def _forward(
 
 @triton.jit
 def _logit_gradients(logits, lse, balance, d_weights, keep, factor):
-    """DS of a tile, and the weights that are kept; `lse` and `balance` broadcast."""
+    """Gradients of the logits of a tile, and the weights that are kept; `lse` and `balance` broadcast."""
     weights = tl.exp(logits - lse)
     d_logits = weights * (tl.where(keep, d_weights * factor, 0.0) - balance)
     return d_logits, tl.where(keep, weights, 0.0)
@@ -317,7 +317,7 @@ def _add_key_gradients(
     k_features, v_features, key_dim: tl.constexpr, value_dim: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """DK and dV of a tile of keys, with the queries of one more tile; tiles lie key by query."""
+    """Gradients of a tile of keys, with the queries of one more tile; tiles lie key by query."""
     q = _load_rows(query, rows[:, None], q_row, k_features[None, :], queries, key_dim)
     do = _load_rows(d_out, rows[:, None], do_row, v_features[None, :], queries, value_dim)
     logits = _logits(
@@ -357,7 +357,7 @@ def _backward_keys(
     key_dim: tl.constexpr, value_dim: tl.constexpr, k_width: tl.constexpr, v_width: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """DK and dV of a tile of keys: sums over the queries of all heads that share them."""
+    """Gradients of a tile of keys: sums over the queries of all heads that share them."""
     blocks = tl.cdiv(keys, width)
     number = tl.program_id(0)
     block, shared = number % blocks, heads // group
@@ -452,11 +452,10 @@ def keep_mask(
     keep = torch.empty(tuple(shape), dtype=torch.bool, device=device)
     height, width = 8, 128
     blocks = triton.cdiv(triton.cdiv(queries, 2), height) * triton.cdiv(keys, width)
-    with _on(device):
-        _mask[(batch * heads * blocks,)](
-            seed, keep.view(torch.uint8), heads, queries, keys, threshold, *origin,
-            height=height, width=width,
-        )  # fmt: skip
+    _start(
+        _mask, batch * heads * blocks, seed, keep.view(torch.uint8), heads, queries, keys,
+        threshold, *origin, height=height, width=width,
+    )  # fmt: skip
     return keep
 
 
@@ -473,19 +472,20 @@ def forward(
         rest: Mask, bias and query offsets, each None where there is none: booleans and floats that
             broadcast to (B, H, T, S), integers (1,) or (B,).
         seed: An int64 scalar on the device.
-        options: "scale", "threshold", "factor", "offset", "left", "right" and "precision".
+        options: "scale", "threshold", "factor", "offset", "left" and "right".
     """
     query, key, value = (_with_near_features(x) for x in arrays)
-    context = heads_last(*query.shape[:3], value.shape[3], query)
+    precision = _precision(query.device)
+    context = heads_last((*query.shape[:3], value.shape[3]), query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    height, width, launch = _tiles("forward", query, value, options["precision"])
-    with _on(query.device):
-        _forward[(_blocks_of_pairs(query, height),)](
-            query, key, value, *_pointers(rest), seed, context, lse,
-            *_strides(query, key, value, context), *_strides_of_rest(rest, query, key),
-            *_lengths(query, key, options), **_constants(query, value, options),
-            height=height, width=width, **launch,
-        )  # fmt: skip
+    height, width, launch = _tiles("forward", query, value, precision)
+    _start(
+        _forward, _blocks_of_pairs(query, height),
+        query, key, value, *_pointers(rest), seed, context, lse,
+        *_strides(query, key, value, context), *_strides_of_rest(rest, query, key),
+        *_lengths(query, key, options), **_constants(query, value, precision),
+        height=height, width=width, **launch,
+    )  # fmt: skip
     return context, lse
 
 
@@ -511,36 +511,47 @@ def backward(
     """
     query, key, value = (_with_near_features(x) for x in arrays)
     cotangent, context = _with_near_features(cotangent), _with_near_features(context)
-    d_query, d_key, d_value = (heads_last(*x.shape, x) for x in (query, key, value))
-    balance = torch.empty_like(lse)
+    d_query, d_key, d_value = (heads_last(x.shape, x) for x in (query, key, value))
+    balance, precision = torch.empty_like(lse), _precision(query.device)
     pointers, rest_strides = _pointers(rest), _strides_of_rest(rest, query, key)
-    lengths, constants = _lengths(query, key, options), _constants(query, value, options)
-    precision = options["precision"]
-    with _on(query.device):
-        height, width, launch = _tiles("queries", query, value, precision)
-        _backward_queries[(_blocks_of_pairs(query, height),)](
-            query, key, value, *pointers, seed, context, lse, cotangent, balance, d_query,
-            *_strides(query, key, value, context, cotangent, d_query), *rest_strides,
-            *lengths, **constants, height=height, width=width, **launch,
-        )  # fmt: skip
-        height, width, launch = _tiles("keys", query, value, precision)
-        batch, shared, keys, _ = key.shape
-        _backward_keys[(batch * shared * triton.cdiv(keys, width),)](
-            query, key, value, *pointers, seed, lse, cotangent, balance, d_key, d_value,
-            *_strides(query, key, value, cotangent, d_key, d_value), *rest_strides,
-            *lengths, **constants, height=height, width=width, **launch,
-        )  # fmt: skip
+    lengths, constants = _lengths(query, key, options), _constants(query, value, precision)
+    height, width, launch = _tiles("queries", query, value, precision)
+    _start(
+        _backward_queries, _blocks_of_pairs(query, height),
+        query, key, value, *pointers, seed, context, lse, cotangent, balance, d_query,
+        *_strides(query, key, value, context, cotangent, d_query), *rest_strides,
+        *lengths, **constants, height=height, width=width, **launch,
+    )  # fmt: skip
+    height, width, launch = _tiles("keys", query, value, precision)
+    _start(
+        _backward_keys, key.shape[0] * key.shape[1] * triton.cdiv(key.shape[2], width),
+        query, key, value, *pointers, seed, lse, cotangent, balance, d_key, d_value,
+        *_strides(query, key, value, cotangent, d_key, d_value), *rest_strides,
+        *lengths, **constants, height=height, width=width, **launch,
+    )  # fmt: skip
     return d_query, d_key, d_value
 
 
-def _on(device: torch.device) -> Any:
-    """Kernels start on the current device of CUDA; the interpreter's arrays are the CPU's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _start(
+    kernel: Any, programs: int, query: torch.Tensor, *arguments: Any, **options: Any
+) -> None:
+    """Run so many programs of a kernel on the device of the first argument."""
+    cuda = query.device.type == "cuda"  # the interpreter's arrays are the CPU's
+    with torch.cuda.device(query.device) if cuda else nullcontext():
+        kernel[(programs,)](query, *arguments, **options)
 
 
 def _with_near_features(x: torch.Tensor) -> torch.Tensor:
     """An array whose features lie one behind the other."""
     return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _precision(device: torch.device) -> str:
+    """How products of float32 are computed, as torch is told to: "ieee" or "tf32"."""
+    switches = torch.backends.cuda.matmul
+    own = getattr(switches, "fp32_precision", None)  # of torch 2.9 and later
+    fast = switches.allow_tf32 if own is None else own == "tf32"
+    return "tf32" if fast and device.type == "cuda" else "ieee"
 
 
 def _tiles(
@@ -614,9 +625,7 @@ def _lengths(query: torch.Tensor, key: torch.Tensor, options: Mapping[str, Any])
     return (*lengths, *(options[name] for name in names))
 
 
-def _constants(
-    query: torch.Tensor, value: torch.Tensor, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _constants(query: torch.Tensor, value: torch.Tensor, precision: str) -> dict[str, Any]:
     """What a kernel is compiled for. A product on tensor cores is at least 16 wide."""
     key_dim, value_dim = query.shape[3], value.shape[3]
     return {
@@ -624,5 +633,5 @@ def _constants(
         "value_dim": value_dim,
         "k_width": max(16, triton.next_power_of_2(key_dim)),
         "v_width": max(16, triton.next_power_of_2(value_dim)),
-        "precision": options["precision"],
+        "precision": precision,
     }
