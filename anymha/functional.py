@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
-from anymha.attention.dropout import Dropout, rate_threshold
+from anymha.attention.dropout import Dropout, draw_seed, rate_threshold
 from anymha.attention.features.softcap import Softcap
 from anymha.attention.masks import all_of, position_mask
 from anymha.attention.spec import AttentionSpec
@@ -132,7 +132,7 @@ def dot_product_attention(
     threshold = rate_threshold(checked_rate(dropout, "dropout"))
     seed = check_seed(ops, seed)
     if threshold and seed is None:
-        seed = ops.draw_seed()
+        seed = draw_seed(ops, query)
     if not threshold:
         seed = None
     dtype = dtype_name(query.dtype)

@@ -126,7 +126,7 @@ def test_kernels_of_torch_give_what_the_formula_gives(name: str, scores: bool) -
     how: dict[str, Any] = {"fixed": ("bias",) if case.bias else (), "scores": scores}
     why = "the framework's kernel has the written meaning"
     if case.dropout is not None:
-        why = "the backend's own tiles with dropout"
+        why = "the backend's own kernel with dropout"
     one, path = found(backend, case, observed=True, **how)
     assert path.kernel == "whole"
     for budget in _budgets(case) + [LARGE] * (case.dropout is None):
@@ -299,7 +299,7 @@ def test_explain_says_which_way_and_why_not_fused() -> None:
         ({"dropout": 0.5, "seed": 1}, "Not fused: the probabilities are few enough to be kept"),
         (
             {"dropout": 0.5, "seed": 1, "memory_budget": 64},
-            "fused: the backend's own tiles with dropout",
+            "fused: the backend's own kernel with dropout",
         ),
         ({"return_scores": True}, "Not fused: the scores are asked for"),
     ],

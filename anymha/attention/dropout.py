@@ -46,13 +46,19 @@ class Dropout:
 
     Args:
         threshold: The rate in units of 1/65536, at least 1.
-        seed: An int, or an array that the backend's `seed_words` takes.
+        seed: An int, or an array that the backend's `seed_words` takes; None where `native` dropout
+            draws by itself.
         native: Whether the framework's own generator decides.
     """
 
     threshold: int
     seed: Any
     native: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The share that is dropped."""
+        return self.threshold / STEPS
 
     @property
     def factor(self) -> float:
@@ -74,6 +80,16 @@ class Dropout:
             return ops.native_keep_mask(self.seed, shape, 1.0 / self.factor, ops.device(like))
         make = ops.capabilities.keep_mask or partial(keep_mask, ops)
         return make(self.seed, self.threshold, shape, origin, device=ops.device(like))
+
+
+def draw_seed(ops: Ops, like: Array, *, native: bool = False) -> Any:
+    """A seed from the framework's own generator, for a call whose arrays are where `like` is.
+
+    Raises:
+        ArgumentError: the framework has no generator of its own (JAX).
+    """
+    draw = ops.capabilities.draw_seed_like
+    return ops.draw_seed() if draw is None else draw(like, native)
 
 
 def rate_threshold(rate: float) -> int:

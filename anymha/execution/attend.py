@@ -73,9 +73,10 @@ def attend(
 def _fused(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array]) -> Array:
     positions = spec.position_mask
     is_open = positions.left is None and positions.right is None
-    if spec.dropout is None and (path.tiles or not (path.causal_kernel or is_open)):
+    own = spec.dropout is not None and not spec.dropout.native  # which has its own tiles
+    if not own and (path.tiles or not (path.causal_kernel or is_open)):
         return fused_by_tiles(ops, spec, path.tiles, arrays)
-    kernel: Any = ops.capabilities.fused_attention  # with dropout it has its own tiles
+    kernel: Any = ops.capabilities.fused_attention
     return kernel(spec, arrays, causal=path.causal_kernel)
 
 

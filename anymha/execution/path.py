@@ -173,8 +173,6 @@ def choose_path(
         _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow)) is None
     )
     reason = None if narrow else _why_not_fused(ops, spec, shape)
-    if reason is None and spec.dropout is not None and _fits(ops, spec, shape):
-        reason = "the probabilities are few enough to be kept"
     if reason is not None:
         return _written_path(ops, spec, shape, reason)
     path = replace(_fused_path(ops, spec, shape), narrow=narrow)
@@ -200,12 +198,13 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
 
 
 def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
+    positions, causal = spec.position_mask, _is_plain_causal(spec, shape)
+    if spec.dropout is not None and not spec.dropout.native:
+        return Path("fused", "the backend's own kernel with dropout")
     if spec.dropout is not None:
-        return Path("fused", "the backend's own tiles with dropout")
+        return Path("fused", "the framework's kernel has dropout", causal_kernel=causal)
     why = "the framework's kernel has the written meaning"
-    positions = spec.position_mask
     is_open = positions.left is None and positions.right is None
-    causal = _is_plain_causal(spec, shape)
     if causal or (is_open and not shape.per_query):
         return Path("fused", why, causal_kernel=causal, most_queries=math.inf, most_logits=math.inf)
     batch, queries, keys = shape.batch, shape.queries, shape.keys
@@ -240,7 +239,7 @@ def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: 
     if not all(isinstance(n, int) for n in (shape.heads, queries, shape.key_heads, keys)):
         return whole("the lengths are not known before the program runs")
     is_open = positions.left is None and positions.right is None
-    if _fits(ops, spec, shape):
+    if fits(ops, spec, shape):
         most = most_logits(ops, spec, shape.dtype, shape.device)
         if is_open or not isinstance(positions.offset, int):
             return whole("it fits into one tile", math.inf, most)
@@ -256,7 +255,7 @@ def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: 
     return Path("tiles", "small tiles stay in the cache", tiles, why_not_fused=reason)
 
 
-def _fits(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
+def fits(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
     """Whether all logits are few enough to be computed in one piece."""
     lengths = (shape.batch, shape.heads, shape.queries, shape.keys)
     logits = math.prod([n for n in lengths if isinstance(n, int)])

@@ -46,6 +46,8 @@ class Capabilities:
             B * T * S: all their logits are few enough to be held at a time.
         seed_array: ``seed_array(seed)`` of an int is an array that `seed_words` turns into the
             words of that int.
+        draw_seed_like: ``draw_seed_like(x, native)`` is `draw_seed` where the array `x` is; None if
+            `native`, and `native_keep_mask` draws by itself where it gets None as a seed.
         vjp: ``vjp(function, arrays, cotangents)`` is the value of ``function(arrays)``, an array
             or a tuple, and by the names of `arrays`, a dict of floating arrays, the gradients of
             ``sum(cotangents * value)``.
@@ -90,6 +92,7 @@ class Capabilities:
     constants: Function | None = None
     compile: Function | None = None
     seed_array: Callable[[int], Array] | None = None
+    draw_seed_like: Callable[[Array, bool], Any] | None = None
     vjp: Function | None = None
     keep_mask: Function | None = None
     chunk_size: Callable[[Any], int | None] | None = None

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+from anymha.attention.dropout import draw_seed as draw_seed_for
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
 from anymha.attention.spec import AttentionSpec
@@ -130,8 +131,10 @@ def multi_head_attention(
         planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
     if not flags.dropping:
         seed = None
-    elif seed is None or draw_seed is not None:
-        seed = (draw_seed or ops.draw_seed)()
+    elif draw_seed is not None:
+        seed = draw_seed()
+    elif seed is None:
+        seed = draw_seed_for(ops, query, native=config.dropout_rng == "native")
 
     plan = planned.plan
     if projections is None:

@@ -186,6 +186,17 @@ class CapabilityTests(BackendTests):
             f"`seed_words` of `seed_array({seed})` must give {expected}. Received: {got}.",
         )
 
+    def test_draw_seed_like_gives_another_each_time(self, ops: Any) -> None:
+        """A seed of the dropout; for native dropout what `native_keep_mask` takes, None too."""
+        self.need(ops, "draw_seed_like", "native_keep_mask")
+        draw, like, shape = ops.capabilities.draw_seed_like, ops.from_numpy(values(1)), (1, 2, 8, 8)
+        device, several = ops.device(like), range(4)
+        masks = [keep_mask(ops, draw(like, False), 2**15, shape, device=device) for _ in several]
+        native = [ops.native_keep_mask(draw(like, True), shape, 0.5, device) for _ in several]
+        for kind, drawn in (("portable", masks), ("native", native)):
+            different = {ops.to_numpy(mask).tobytes() for mask in drawn}
+            must(len(different) > 1, f"Each `draw_seed_like` gave the same mask, {kind}.")
+
     # --- loops -----------------------------------------------------------------------------------
     def test_tile_size_is_a_number_of_logits(self, ops: Any) -> None:
         """An int above 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
+from anymha.execution import path as paths
 from anymha.execution.path import AttentionShape
-from anymha_torch import tiled_dropout
+from anymha_torch import tiled_dropout, triton_attention
+from anymha_torch.native import seeded
 
 
 def transformed() -> bool:
@@ -25,13 +28,11 @@ def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
     """Why the kernel cannot do a call, or None where it can."""
     if shape.dtype == torch.float64:
         return "torch's kernel is not taken for torch.float64"
-    if spec.dropout is not None:
-        if shape.dtype != torch.float32:
-            return f"the tiles with dropout are computed in float32, not in {shape.dtype}"
-        if spec.dropout.native or shape.device.type != "cpu":
-            return "torch's kernel has no dropout of that kind"
-        if torch.compiler.is_compiling():
-            return "the tiles with dropout are no program for torch's compiler"
+    if spec.dropout is not None and not spec.dropout.native:
+        if reason := why_no_dropout(spec, shape):
+            return reason
+    elif spec.dropout is not None and (shape.device.type != "cuda" or shape.dtype not in HALF):
+        return "torch's kernel has dropout of its own in half precision on CUDA alone"
     elif shape.value_dim != shape.key_dim:
         return "torch's kernel wants `value_dim` equal to `key_dim`"
     if shape.bias_differentiated:
@@ -41,13 +42,31 @@ def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
     return None
 
 
+def why_no_dropout(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
+    """Why no kernel with portable dropout can do a call, or None where one can."""
+    if shape.device.type != "cpu" or triton_attention.on_cpu:
+        return triton_attention.why_not(spec, shape)
+    if shape.dtype != torch.float32:
+        return f"the tiles with dropout are computed in float32, not in {shape.dtype}"
+    if torch.compiler.is_compiling():
+        return "the tiles with dropout are no program for torch's compiler"
+    return tiled_dropout.why_whole(spec, shape)
+
+
 def fused_attention(
     spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /, *, causal: bool
 ) -> torch.Tensor:
-    """The context (B, H, T, d_v) by the kernel; with dropout tile after tile."""
-    if spec.dropout is not None:
-        return tiled_dropout.attention(spec, arrays)
+    """The context (B, H, T, d_v) by the kernel; with portable dropout by one of ours."""
     query, key = arrays["query"], arrays["key"]
+    drop = spec.dropout
+    if drop is not None and not drop.native:
+        if query.is_cpu and not triton_attention.on_cpu:
+            return tiled_dropout.attention(spec, arrays)
+        if paths.explaining:
+            paths.report_note(triton_attention.NOTE)
+        return triton_attention.attention(spec, arrays)
+    if drop is not None and drop.seed is not None and torch.compiler.is_compiling():
+        return tiled_dropout.in_one_piece(spec, arrays)  # a program cannot seed a generator
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
         bias = bias.to(query.dtype)  # to which it was rounded
@@ -56,16 +75,23 @@ def fused_attention(
         mask = torch.where(mask, _SEEN, _HIDDEN)  # as the kernel does, by numbers that are kept
     value = arrays["value"]
     grouped = bool(query.shape[1] != key.shape[1])
-    context = scaled_dot_product_attention(
-        query, key, value, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped
-    )
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        kernel: Any = context.grad_fn
-        kind = type(kernel)
+    rate = 0.0 if drop is None else drop.rate
+    kernel = partial(
+        scaled_dot_product_attention,
+        query, key, value, mask, rate, causal, scale=spec.scale, enable_gqa=grouped,
+    )  # fmt: skip
+    if drop is None or drop.seed is None:
+        context = kernel()
+    else:
+        with seeded(drop.seed, query.device):
+            context = kernel()
+    if torch.is_grad_enabled() and drop is None and not torch.compiler.is_compiling():
+        node: Any = context.grad_fn
+        kind = type(node)
         if kind not in _kinds:
             _kinds[kind] = kind.__name__.startswith("ScaledDotProduct")
         if _kinds[kind]:
-            kernel.register_hook(_differentiable_again)
+            node.register_hook(_differentiable_again)
     if mask is not None and query.dtype in HALF and not context.is_cpu:
         # cuDNN's kernel gives a row that sees nothing other numbers than zero.
         seen = mask if mask.dtype == torch.bool else mask > -torch.inf
@@ -131,8 +157,5 @@ def _differentiable_again(gradients: Any, cotangents: Any) -> Any:
     positions = position_mask(kernel._saved_is_causal, None, 0)
     spec = AttentionSpec(kernel._saved_scale, (), positions)
     needed = [gradient is not None for gradient in gradients[:3]]
-    cotangent = cotangents[0].to(torch.float32)
-    wide = [array.to(torch.float32) for array in arrays]
-    again = tiled_dropout.differentiable(spec, rest, wide, cotangent, needed)
-    narrowed = [g if g is None else g.to(x.dtype) for g, x in zip(again, arrays, strict=True)]
-    return (*narrowed, *gradients[3:])
+    again = tiled_dropout.differentiable_in_float32(spec, rest, arrays, cotangents[0], needed)
+    return (*again, *gradients[3:])

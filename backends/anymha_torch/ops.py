@@ -30,7 +30,7 @@ from torch import permute as permute_dims
 from anymha.attention.dropout import keep_mask as made_of_ops
 from anymha.errors import WeightsError
 from anymha.framework.capabilities import Capabilities
-from anymha_torch import mkl, products
+from anymha_torch import mkl, products, triton_attention
 from anymha_torch.autograd import loop, vjp
 from anymha_torch.fused import (
     fused_attention,
@@ -39,7 +39,8 @@ from anymha_torch.fused import (
     transformed,
     why_not_fused,
 )
-from anymha_torch.native import native_keep_mask, seed_tensor
+from anymha_torch.native import native_keep_mask
+from anymha_torch.seeds import on_device
 
 bool = torch.bool
 name = "torch"
@@ -104,9 +105,9 @@ softmax = partial(torch.softmax, dim=-1)
 
 
 def chunk_size(device, /):
-    compiled = torch.compiler.is_compiling()
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    return 1 << 18 if on_cpu and not compiled else None
+    if torch.compiler.is_compiling():
+        return None
+    return 1 << 18 if device is None or torch.device(device).type == "cpu" else 1 << 26
 
 
 def is_tracing():
@@ -188,6 +189,10 @@ def draw_seed():
     return torch.randint(2**31, (), dtype=torch.int64)
 
 
+def draw_seed_like(x, native, /):
+    return None if native else torch.randint(2**31, (), dtype=torch.int64, device=x.device)
+
+
 def initialize(function, shape, dtype, seed, /):
     # Torch's matrices are (out, in): turned round, its functions see the right fans.
     tensor = torch.full(shape[::-1], torch.nan, dtype=getattr(torch, dtype), device="cpu")
@@ -201,13 +206,23 @@ def initialize(function, shape, dtype, seed, /):
 # and the C++ that it writes overflows where the language does not say what comes of it. So the
 # compiler sees one operation that runs as in eager mode.
 def keep_mask(seed, threshold, shape, origin=None, /, *, device):
-    if torch.compiler.is_compiling() and _is_first(origin):
-        return _keep_mask(seed_tensor(seed), threshold, shape, device)
+    device = torch.get_default_device() if device is None else torch.device(device)
+    place = _FIRST if origin is None else (origin.batch, origin.head, origin.query, origin.key)
+    if torch.compiler.is_compiling() and place == _FIRST:
+        return _keep_mask(on_device(seed, device), threshold, shape, device)
+    return _made(seed, threshold, shape, origin, place, device)
+
+
+_FIRST = (0, 0, 0, 0)
+
+
+def _made(seed, threshold, shape, origin, place, device):
+    on_cpu = device.type == "cpu" and not triton_attention.on_cpu
+    if not (on_cpu or transformed()) and triton_attention.why_not_on(str(device)) is None:
+        return triton_attention.keep_mask(seed, threshold, shape, place, device)
+    if isinstance(seed, torch.Tensor) or device.type != "cpu":
+        seed = on_device(seed, device)
     return made_of_ops(_these, seed, threshold, shape, origin, device=device)
-
-
-def _is_first(origin):
-    return origin is None or [origin.batch, origin.head, origin.query, origin.key] == [0, 0, 0, 0]
 
 
 @torch.library.custom_op("anymha::keep_mask", mutates_args=())
@@ -215,7 +230,7 @@ def _keep_mask(
     seed: torch.Tensor, threshold: int, shape: Sequence[int], device: torch.device
 ) -> torch.Tensor:
     """The mask of a seed, a scalar."""
-    return made_of_ops(_these, seed, threshold, shape, device=device).contiguous()
+    return _made(seed, threshold, shape, None, _FIRST, device).contiguous()
 
 
 @_keep_mask.register_fake
@@ -226,6 +241,7 @@ def _(seed, threshold, shape, device):
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype", "device", "requires_grad"),
     is_tracing=is_tracing,
+    draw_seed_like=draw_seed_like,
     vjp=vjp,
     keep_mask=keep_mask,
     chunk_size=chunk_size,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.attend import written
+from anymha.execution.path import AttentionShape, fits
 from anymha.execution.tiling import Tiles, plan_tiles
 
 TILE = 1 << 18
@@ -31,6 +33,24 @@ TILE = 1 << 18
 
 REMEMBERED = 1 << 25
 """Up to so many decisions what is kept are remembered for a backward pass, a byte for each."""
+
+
+def why_whole(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
+    """Why no tiles are wanted, or None where they are."""
+    few = fits(backend(), spec, shape)
+    return "the probabilities are few enough to be kept" if few else None
+
+
+@cache
+def backend() -> Any:
+    """The functions of the backend."""
+    return importlib.import_module("anymha_torch.ops")  # which imports this module
+
+
+def heads_last(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """A new array (B, H, length, width) that lies in memory as (B, length, H, width)."""
+    batch, heads, length, width = shape
+    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
 def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -43,8 +63,7 @@ def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor]) -> torch.
     """
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     rest = {name: arrays[name] for name in ("mask", "bias") if name in arrays}
-    ops = importlib.import_module("anymha_torch.ops")  # which imports this module
-    return _Attention.apply(ops, spec, rest, query, key, value)
+    return _Attention.apply(backend(), spec, rest, query, key, value)
 
 
 class _Attention(torch.autograd.Function):
@@ -54,8 +73,7 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         query, key, value = arrays
         tiles = _Tiles(ops, spec, rest, query, key)
-        batch, heads, queries, _ = query.shape
-        context = query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)
+        context = heads_last((*query.shape[:3], value.shape[3]), query)
         remember = query[..., 0].numel() * key.shape[2] <= REMEMBERED
         ctx.kept = {}
         for number, tile in enumerate(tiles):
@@ -175,13 +193,28 @@ class _Tiles:
         return whole[0, 0]
 
 
+def in_one_piece(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The context (B, H, T, d_v) by the written formula in float32, rounded once."""
+    heads = ("query", "key", "value")
+    wide = {name: x.to(torch.float32) if name in heads else x for name, x in arrays.items()}
+    return written(backend(), spec, None, wide)["context"].to(arrays["query"].dtype)
+
+
+def differentiable_in_float32(
+    spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor, needed: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """`differentiable` of half-precision arrays too, whose gradients are rounded once."""
+    wide = [x.to(torch.float32) for x in arrays]
+    gradients = differentiable(spec, rest, wide, cotangent.to(torch.float32), needed)
+    return [None if g is None else g.to(x.dtype) for g, x in zip(gradients, arrays, strict=True)]
+
+
 def differentiable(
     spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
     """The gradients by the written formula, in one piece, which can be differentiated again."""
-    ops: Any = importlib.import_module("anymha_torch.ops")  # which imports this module
     named = dict(zip(("query", "key", "value"), arrays, strict=True))
-    context = written(ops, spec, None, {**named, **rest})["context"]
+    context = written(backend(), spec, None, {**named, **rest})["context"]
     wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
     gradients = iter(torch.autograd.grad(context, wanted, cotangent, create_graph=True))
     return [next(gradients) if need else None for need in needed]

@@ -423,6 +423,7 @@ def sound(ops: Any) -> dict[str, Any]:
         "is_tracing": lambda: bool(tracing),
         "constants": lambda query, arrays: arrays,
         "seed_array": exact(ops, int),
+        "draw_seed_like": lambda x, native: ops.draw_seed(),
         "initialize": by_key,
         "initializer_style": "key",
     }
@@ -728,6 +729,11 @@ FAULTS = (
         "draw_seed is always the same",
         lambda o: {"draw_seed": lambda: 4},
         ("test_draw_seed_gives_another_each_time",),
+    ),
+    Fault(
+        "draw_seed_like is always the same where dropout is native",
+        lambda o: {"draw_seed_like": lambda x, native: 4 if native else o.draw_seed()},
+        ("test_draw_seed_like_gives_another_each_time",),
     ),
     Fault(
         "native_keep_mask drops what it should keep",

@@ -1,0 +1,216 @@
+"""Attention with portable dropout by Triton's kernels: where they serve, gradients, compilers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from anymha.attention import dropout
+from anymha.attention.masks import PositionMask
+from anymha.attention.spec import AttentionSpec
+from anymha.execution.path import AttentionShape
+from anymha_torch import tiled_dropout
+from anymha_torch.seeds import is_traced, on_device
+
+NOTE = "dropout: in one kernel with the attention, by Triton"
+
+WIDEST = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+"""The most features of a head: tiles of more do not fit into the fast memory of a GPU."""
+
+NEWEST_WITHOUT = (7, 5)
+"""The last capability of CUDA devices that Triton does not support."""
+
+on_cpu = False
+"""Whether the CPU's tensors go to Triton's interpreter, which is slow: only tests set this."""
+
+
+def why_not(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
+    """Why the kernels cannot do a call with portable dropout, or None where they can."""
+    widest = WIDEST.get(shape.dtype)
+    if widest is None:
+        return f"the kernels with dropout are not for {shape.dtype}"
+    if shape.key_dim > widest or shape.value_dim > widest:
+        return f"the kernels with dropout take heads of up to {widest} features"
+    return why_not_on(str(shape.device))
+
+
+def why_not_on(device: str, /) -> str | None:
+    """Why Triton cannot make the mask of dropout on a device, or None where it can."""
+    if torch.device(device).type == "cpu":
+        return None if on_cpu else "Triton has no kernels for this device"
+    return _why_not_on(device)
+
+
+# What `torch.compiler.assume_constant_result` does, without importing the compiler.
+why_not_on._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@cache
+def _why_not_on(device: str) -> str | None:
+    """The same of a device that is no CPU, where a small mask is made and compared."""
+    if torch.device(device).type != "cuda":
+        return "Triton has no kernels for this device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    ops, shape = tiled_dropout.backend(), (2, 3, 7, 5)
+    expected = dropout.keep_mask(ops, 2**40 + 5, 20000, shape, device="cpu")
+    try:
+        if torch.cuda.get_device_capability(device) <= NEWEST_WITHOUT:
+            return "Triton does not support a GPU so old"
+        with torch.inference_mode(False):
+            found = keep_mask(2**40 + 5, 20000, shape, (0, 0, 0, 0), torch.device(device)).cpu()
+    except Exception as error:  # whatever a compiler raises that lacks something
+        return f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
+    return None if torch.equal(found, expected) else "Triton computes other masks here"
+
+
+@cache
+def _kernels() -> Any:
+    return importlib.import_module("anymha_torch.triton_kernels")  # which imports Triton
+
+
+def keep_mask(
+    seed: Any,
+    threshold: int,
+    shape: Sequence[int],
+    origin: tuple[int, int, int, int],
+    device: torch.device,
+) -> torch.Tensor:
+    """`anymha.attention.dropout.keep_mask` in one kernel."""
+    if 0 in shape:
+        return torch.empty(tuple(shape), dtype=torch.bool, device=device)
+    return _kernels().keep_mask(on_device(seed, device), threshold, shape, origin, device)
+
+
+def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /) -> torch.Tensor:
+    """The context (B, H, T, d_v), differentiable in query, key and value.
+
+    Args:
+        spec: The options, with portable dropout and without features.
+        arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), "value" (B, K, S, d_v), maybe "mask"
+            and "bias", which broadcast to (B, H, T, S); the bias gets no gradient.
+    """
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    positions: PositionMask = spec.position_mask
+    drop: Any = spec.dropout
+    offset, offsets = positions.offset, None
+    if isinstance(offset, torch.Tensor):
+        offset, offsets = 0, offset.to(query.device, torch.int32).reshape(-1)
+    plain = type(query) is torch.Tensor and not is_traced()
+    function: Any = _Eager.apply if plain else _operation
+    context, _ = function(
+        query, key, value, arrays.get("mask"), arrays.get("bias"), offsets,
+        on_device(drop.seed, query.device), float(spec.scale), drop.threshold, offset,
+        positions.left, positions.right,
+    )  # fmt: skip
+    return context
+
+
+def _options(
+    scale: float, threshold: int, offset: int, left: int | None, right: int | None
+) -> dict[str, Any]:
+    return {
+        "scale": scale, "threshold": threshold, "offset": offset, "left": left, "right": right,
+        "factor": dropout.Dropout(threshold, None).factor,
+    }  # fmt: skip
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    seed: torch.Tensor,
+    scale: float,
+    threshold: int,
+    offset: int,
+    left: int | None,
+    right: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The context, and the log of each softmax's denominator."""
+    options = _options(scale, threshold, offset, left, right)
+    return _kernels().forward((query, key, value), (mask, bias, offsets), seed, options)
+
+
+def _gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    seed: torch.Tensor,
+    context: torch.Tensor,
+    lse: torch.Tensor,
+    cotangent: torch.Tensor,
+    scale: float,
+    threshold: int,
+    offset: int,
+    left: int | None,
+    right: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = _options(scale, threshold, offset, left, right)
+    arrays, rest = (query, key, value), (mask, bias, offsets)
+    return _kernels().backward(arrays, rest, seed, options, context, lse, cotangent)
+
+
+_operation = torch.library.custom_op("anymha::dropout_attention", _forward, mutates_args=())
+_gradients_operation = torch.library.custom_op(
+    "anymha::dropout_attention_backward", _gradients, mutates_args=()
+)
+
+
+@_operation.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return tiled_dropout.heads_last((*query.shape[:3], value.shape[3]), query), lse
+
+
+@_gradients_operation.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+    return tuple(tiled_dropout.heads_last(x.shape, x) for x in (query, key, value))
+
+
+def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(gradients: Any, ctx: Any, cotangent: torch.Tensor | None, _: Any) -> Any:
+    *inputs, context, lse = ctx.saved_tensors
+    rest = (None,) * (4 + len(ctx.options))
+    if cotangent is None:
+        return None, None, None, *rest
+    if torch.is_grad_enabled():  # somebody differentiates the gradients
+        return *_differentiable(ctx, inputs, cotangent), *rest
+    return *gradients(*inputs, context, lse, cotangent, *ctx.options), *rest
+
+
+def _differentiable(ctx: Any, inputs: Any, cotangent: torch.Tensor) -> Any:
+    query, key, value, mask, bias, offsets, seed = inputs
+    scale, threshold, offset, left, right = ctx.options
+    positions = PositionMask(left, right, offset if offsets is None else offsets)
+    spec = AttentionSpec(scale, (), positions, dropout.Dropout(threshold, seed))
+    rest = {name: x for name, x in (("mask", mask), ("bias", bias)) if x is not None}
+    return tiled_dropout.differentiable_in_float32(
+        spec, rest, (query, key, value), cotangent, ctx.needs_input_grad[:3]
+    )
+
+
+_operation.register_autograd(partial(_backward, _gradients_operation), setup_context=_remember)
+
+
+class _Eager(torch.autograd.Function):
+    """The operation without what a compiler needs of it, which takes time in each call."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_remember)
+    backward: Any = staticmethod(partial(_backward, _gradients))
