@@ -200,13 +200,12 @@ class Search:
         # The first in the catalogue's order, unless another leaves far less.
         least = min(t.left for t in good)
         near = [t for t in good if t.left <= max(2 * least, 0.1)]
-        first, names = near[0], [cause.name for cause in near[0].causes]
-        others = dict.fromkeys(
-            " and ".join(map(str, t.causes))
-            for t in near[1:]
-            if t.rank <= first.rank and [cause.name for cause in t.causes] != names
-        )
-        alternatives = tuple(itertools.islice(others, 3))
+        first, others = near[0], dict[tuple[str, ...], str]()
+        for one in near:
+            if one.rank <= first.rank:
+                names = tuple(cause.name for cause in one.causes)
+                others.setdefault(names, " and ".join(map(str, one.causes)))
+        alternatives = tuple(itertools.islice(others.values(), 1, 4))
         return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
