@@ -386,8 +386,10 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
         wrong = {**x, **{name: x[source] for name, source in sources.items()}}
         fits = all(wrong[name].shape[2] == x[name].shape[2] for name in x)
         changes = all(not np.array_equal(wrong[name], x[name]) for name in sources)
-        if fits and changes and wrong["key"].shape[1] == wrong["value"].shape[1]:
-            yield words, recipe.but(inputs=wrong)
+        keys = wrong["key"].shape[1]
+        if fits and changes and keys == wrong["value"].shape[1]:
+            masks = {n: m for n, m in recipe.masks.items() if m.shape[3] in (1, keys)}
+            yield words, recipe.but(inputs=wrong, masks=masks)
     for one, other in itertools.permutations(x, 2):
         same = recipe.stages[one].shape == recipe.stages[other].shape
         if same and not np.array_equal(x[one], x[other]):  # else it is one of the weights
@@ -439,6 +441,35 @@ def _turned(
     cos, sin, _ = rotary_of(length, int(width / part) // 2, pairs, base, start, factor).value
     turning = RotaryStep((cos, sign * sin, pairs), (name,), int(axis))
     return lambda recipe, stages: turning.forward(name, own(recipe, stages), recipe, stages)
+
+
+def _inputs_scaled(recipe: Recipe) -> Iterator[Family]:
+    """Inputs with a factor, as embeddings have it."""
+
+    def make(power: float) -> Recipe:
+        return recipe.but(inputs={n: math.exp(power) * x for n, x in recipe.inputs.items()})
+
+    yield Family(make, tuple(np.linspace(-4, 4, 17)), lambda n: f"multiplied by {math.exp(n):.4g}")
+
+
+def _positions_added(recipe: Recipe) -> Variants:
+    """The usual sines and cosines of positions, added to inputs; biases by distance."""
+    x = recipe.inputs
+    for words, order in (("sine and cosine beside each other", -1), ("sines before cosines", -2)):
+        for names in (tuple(x), ("query", "key"), ("query",), ("key",), ("key", "value")):
+            inputs = dict(x)
+            for name in names:
+                length, features = x[name].shape[1:]
+                place = np.arange(length)[:, None] * BASE ** (-np.arange(0, features, 2) / features)
+                both = np.stack([np.sin(place), np.cos(place)], order).reshape(length, -1)
+                inputs[name] = x[name] + both[:, :features]
+            yield f"to the inputs of {' and '.join(names)}, {words}", recipe.but(inputs=inputs)
+    _, queries, keys = recipe.lengths
+    apart = np.arange(keys) - np.arange(queries)[:, None]
+    for words, distance in (("", -np.abs(apart)), (", ahead as well as behind", apart)):
+        slopes = 2.0 ** (-8 * np.arange(1, recipe.heads[0] + 1) / recipe.heads[0])
+        bias = slopes[:, None, None] * distance + (0.0 if recipe.bias is None else recipe.bias)
+        yield f"to the logits, as ALiBi{words}", recipe.but(bias=bias[None])
 
 
 _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -501,6 +532,10 @@ MISTAKES: tuple[Row, ...] = (
     *(("rotary positions, by pairs", "The candidate rotates queries and keys by their "
        "positions, by pairs of neighbours; the reference does not, or by halves.",
        _rotary(True, usual), no_families, not usual) for usual in (True, False)),
+    ("input scaled", "Scale embeddings outside of the layer, once.",
+     no_families, _inputs_scaled),
+    ("positions added", "The layer adds no positions: give it inputs that have them.",
+     _positions_added, no_families, True),
     ("activation too many", "The projections of the layer have no activation: leave it out.",
      _activated, no_families, True),
     ("wrong dropout", "Both must be in training mode, with one rate and "

@@ -439,6 +439,10 @@ def _elsewhere(recipe: Recipe) -> Variants:
                 also = ", those of the queries too" if "query" in names else ""
                 yield (f"{named}: hidden {words} zeroed in place of masked{also}",
                        rest.but(inputs=inputs))  # fmt: skip
+        for stage in ("output", "context") if seen.shape[3] == recipe.lengths[1] else ():
+            keep = of_keys if stage == "output" else of_keys[..., None]
+            late = recipe.after((stage,), lambda x, keep=keep: x * keep)
+            yield f"{named}: the {stage} of hidden positions is zeroed too", late
         zeroed = rest.after(("key", "value"), lambda x, keep=of_keys: x * keep[..., None])
         yield f"{named}: hidden keys and values are zeroed in place of masked", zeroed
 

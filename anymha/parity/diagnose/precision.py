@@ -33,6 +33,9 @@ WIDE_GREATER = 12.0
 THEIRS = 0.2
 """What may be left of the differences where a candidate's numbers are those of rounded places."""
 
+ROUGH = 0.6
+"""No rounding leaves relative differences as great as this."""
+
 STIRRED = 0.95
 """Where more is left after all places, the format is another."""
 
@@ -131,7 +134,7 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
         return float(np.linalg.norm(evidence.differences(wrong.stages))) / before
 
     found: list[tuple[float, _Format, set[str]]] = []
-    for form in _formats(recipe, expected) if before and np.all(np.isfinite(exact)) else ():
+    for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
         chosen, least = set[str](), 1.0
         for turn in range(TURNS):
             already = least

@@ -157,6 +157,19 @@ def _cut(recipe: Recipe) -> Variants:
             words = [f"{', '.join(names[i] for i in order)} {kind}" for kind, order in
                      (written, read)]  # fmt: skip
             yield f"written in the order {words[0]}, split as {words[1]}", _with(recipe, changed)
+        widths = {kernel.shape[-1] for kernel in kernels}
+        for parts in (("kernel", "bias"), ("kernel",)) if len(widths) == 1 else ():
+            changed = {}
+            for part in parts:
+                arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
+                if all(array is not None for array in arrays):
+                    pack = np.concatenate([np.asarray(a) for a in arrays], -2)  # (D, heads, d)
+                    again = pack.reshape(*pack.shape[:-2], *pack.shape[:-3:-1]).swapaxes(-1, -2)
+                    cuts = np.cumsum([np.shape(a)[-2] for a in arrays])[:-1]
+                    again = np.split(again, cuts, axis=-2)
+                    changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
+            of = " and ".join(names)
+            yield f"all heads of {of} interleaved with their width", _with(recipe, changed)
 
 
 def _groups_of(array: np.ndarray, groups: int, kind: str) -> np.ndarray:
