@@ -473,21 +473,25 @@ def _positions_added(recipe: Recipe) -> Variants:
 
 
 _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    **{name: _WEIGHTS[name] for name in ("relu", "sigmoid", "tanh", "silu", "softplus")},
+    **{
+        name: _WEIGHTS[name]
+        for name in ("relu", "sigmoid", "tanh", "silu", "softplus", "leaky relu", "squares")
+    },
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
     "gelu by tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
-    "leaky relu": lambda x: np.where(x > 0, x, 0.2 * x),
+    "leaky relu, 0.2": lambda x: np.where(x > 0, x, 0.2 * x),
+    "leaky relu, 0.3": lambda x: np.where(x > 0, x, 0.3 * x),
 }
 """Functions that stand behind the layers of other networks."""
 
 
 def _activated(recipe: Recipe) -> Variants:
-    """A function of what projections give, or of the context, as a Dense layer may have."""
+    """A function of what projections give, of logits or context, as a Dense layer may have."""
     every = ("query", "key", "value")
     places = ((*every, "output"), every, ("query", "key"), ("key", "value"))
     for words, change in _ACTIVATIONS.items():
-        for names in (*places, *((name,) for name in (*every, "context", "output"))):
+        for names in (*places, *((name,) for name in (*every, "logits", "context", "output"))):
             yield f"{words} of {' and '.join(names)}", recipe.after(names, change)
 
 

@@ -116,11 +116,14 @@ class RotaryStep(Section):
             made = _of_positions(self.value, factor)
             if made is not None:
                 yield f"positions divided by {factor:g}", recipe.with_section(RotaryStep(made))
-        for name, by in itertools.product(("query", "key"), (1, 2, 3, -1)):
-            made = _of_positions(self.value, start=by)
-            if made is not None:
-                words = f"the positions of the {name} begin at {by}"
-                yield words, recipe.with_section(RotaryStep(self.value, own={name: made}))
+        for name, sign in (("query", 1), ("key", -1)):
+            back = RotaryStep(self.value, own={name: (cos, -sin, pairs)})
+            yield f"in the other direction for the {name} alone", recipe.with_section(back)
+            for by in (1, 2, 3, -1, -2, -3):
+                made = _of_positions(self.value, start=by * sign)
+                if made is not None:
+                    words = f"the positions of queries begin {by} after those of keys"
+                    yield words, recipe.with_section(RotaryStep(self.value, own={name: made}))
 
     mistakes = (
         ("rotary of other arrays", "Turn queries and keys, not values.", of_other_arrays),
