@@ -136,15 +136,22 @@ def _reversed(recipe: Recipe) -> Variants:
 def _folded(length: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     """Positions of several axes in one, read in another order of these axes."""
     for rows in (n for n in range(2, length) if length % n == 0):
+        changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "read the other way round": lambda x: x.swapaxes(1, 2),
+            "the first in reverse": lambda x: np.flip(x, 1),
+            "the last in reverse": lambda x: np.flip(x, 2),
+        }
+        for words, change in changes.items():
 
-        def change(x: np.ndarray, rows: int = rows) -> np.ndarray:
-            if x.shape[1] != length:
-                return x
-            whole = x.reshape(len(x), rows, -1, x.shape[-1])
-            return whole.swapaxes(1, 2).reshape(x.shape)
+            def moved(
+                x: np.ndarray, rows: int = rows,
+                change: Callable[[np.ndarray], np.ndarray] = change,
+            ) -> np.ndarray:  # fmt: skip
+                if x.shape[1] != length:
+                    return x
+                return change(x.reshape(len(x), rows, -1, x.shape[-1])).reshape(x.shape)
 
-        columns = length // rows
-        yield f"of positions that lie as ({rows}, {columns}), read as ({columns}, {rows})", change
+            yield f"of positions with the axes ({rows}, {length // rows}), {words}", moved
 
 
 def _norms(axis: int | tuple[int, ...]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:

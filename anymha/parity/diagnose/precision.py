@@ -36,6 +36,9 @@ THEIRS = 0.2
 ROUGH = 0.6
 """No rounding leaves relative differences as great as this."""
 
+MOST_OF_IT = 0.5
+"""What one place alone may leave for the search to begin with it."""
+
 STIRRED = 0.95
 """Where more is left after all places, the format is another."""
 
@@ -136,6 +139,10 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
     found: list[tuple[float, _Format, set[str]]] = []
     for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
         chosen, least = set[str](), 1.0
+        alone = {place: left(form, {place}) for group in _places(recipe) for place in group}
+        first = min(alone, key=lambda place: alone[place])
+        if alone[first] < MOST_OF_IT:  # another before it would hide it
+            chosen, least = {first}, alone[first]
         for turn in range(TURNS):
             already = least
             for group in _places(recipe):
