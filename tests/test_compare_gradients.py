@@ -183,3 +183,24 @@ def test_tensorflow_functions_have_gradients() -> None:
     assert compare(LAYER, port, tf.constant(X)).passed
     report = compare(LAYER, lambda query: port(query, stop=True), tf.constant(X))
     assert report.first_divergence == "gradient of query"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("where", ["", "key"])
+def test_in_half_precision_a_detached_key_is_no_rounding(dtype: str, where: str) -> None:
+    torch: Any = framework("torch")
+    narrow = getattr(torch, dtype)
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="torch", dtype=dtype)
+    anymha.set_weights(layer, WEIGHTS)
+    weights = {name: torch.tensor(np.array(array)).to(narrow) for name, array in WEIGHTS.items()}
+
+    def port(query: Any) -> Any:
+        def cut(place: str, array: Any) -> Any:
+            return array.detach() if place == where else array
+
+        return attention(torch, lambda x: x.softmax(-1), weights, query, query, cut)
+
+    report = compare(layer, port, torch.tensor(X).to(narrow))
+    assert report.passed == (not where)
+    if where:
+        assert "gradient detached (no gradient flows through the key)" in str(report.diagnosis)

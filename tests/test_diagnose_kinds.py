@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.parity import Comparison, compare
+from anymha.parity import Comparison, compare, declare
 
 BATCH, LENGTH, HEADS, WIDTH, FEATURES = 2, 7, 4, 8, 32
 RNG = np.random.default_rng(3)
@@ -193,8 +193,76 @@ def test_positions_biases_and_projections_elsewhere_are_named(steps, words) -> N
     assert words in named(report_of(steps))
 
 
+def placed(x: np.ndarray) -> np.ndarray:
+    angle = np.arange(LENGTH)[:, None] / 1e4 ** (np.arange(0, FEATURES, 2) / FEATURES)
+    return x + np.concatenate([np.sin(angle), np.cos(angle)], -1)
+
+
+def by_steps(logits: np.ndarray) -> np.ndarray:
+    """A softmax that rounds each of its steps to bfloat16."""
+    f = to("bfloat16")
+    shares = f(np.exp(f(f(logits) - f(logits).max(-1, keepdims=True))))
+    return f(shares / f(shares.sum(-1, keepdims=True)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({"key": lambda k: np.maximum(k, 0)}, "activation too many (relu of key)"),
+        ({"output": lambda y, x: np.tanh(y)}, "activation too many (tanh of output)"),
+        ({"inputs": lambda x: (3 * x,) * 3}, "input scaled (multiplied by 3)"),
+        ({"inputs": lambda x: (placed(x), placed(x), x)},
+         "positions added (to the inputs of query and key, sines before cosines)"),
+        ({"scale": lambda s: np.clip(s / WIDTH**0.5, -2, 2)}, "2 in place of none, by clipping"),
+        ({"softmax": lambda s: (e := np.exp(s - s.max(-1, keepdims=True)))
+          / e.sum((2, 3), keepdims=True)}, "queries and keys, less the maximum of each row"),
+        ({"softmax": by_steps}, "computed in bfloat16 (the softmax)"),
+        ({"weights": lambda w: {**w, "output.kernel": w["value.kernel"].reshape(
+            HEADS, WIDTH, FEATURES), "output.bias": w["value.bias"].ravel()}},
+         "output has those of value"),
+    ],
+)  # fmt: skip
+def test_functions_and_weights_that_do_not_belong_there_are_named(steps, words) -> None:
+    assert words in named(report_of(steps))
+
+
+def test_what_is_exchanged_behind_the_projections_is_named() -> None:
+    right, rng = layer(), np.random.default_rng(5)
+    three = [rng.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32) for _ in range(3)]
+
+    def port(query: Any, value: Any, key: Any) -> Any:
+        q, v, k = (
+            np.einsum("btd,dhk->bthk", x, WEIGHTS[f"{n}.kernel"]) + WEIGHTS[f"{n}.bias"]
+            for n, x in (("query", query), ("value", value), ("key", key))
+        )
+        shares = softmax(np.einsum("bthk,bshk->bhts", q, v) / WIDTH**0.5)
+        y = np.einsum("bhts,bshv,hvo->bto", shares, k, WEIGHTS["output.kernel"])
+        return (y + WEIGHTS["output.bias"]).astype(np.float32)
+
+    told = named(compare(right, port, dict(zip(("query", "value", "key"), three, strict=True))))
+    assert told.startswith("inputs exchanged (behind the projections key and value exchanged)")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (lambda k: turned(k, sign=-1), "in the other direction for the key alone"),
+        (lambda k: turned(np.pad(k, ((0, 0), (2, 0), (0, 0), (0, 0))))[:, 2:],
+         "the positions of queries begin -2 after those of keys"),
+    ],
+)  # fmt: skip
+def test_rotary_positions_of_queries_beside_those_of_keys_are_told(keys, words) -> None:
+    def ported(of_keys: Callable[..., Any]) -> Any:
+        return port_of(layer(), {"query": turned, "key": of_keys})
+
+    told = named(compare(declare(ported(turned), WEIGHTS, "anymha"), ported(keys), X))
+    assert words in told
+
+
 def turned(x: np.ndarray, base: float = 1e4, factor: float = 1.0, sign: int = 1) -> np.ndarray:
-    angle = np.arange(LENGTH)[:, None] / factor * base ** (-np.arange(WIDTH // 2) / (WIDTH // 2))
+    angle = (
+        np.arange(x.shape[1])[:, None] / factor * base ** (-np.arange(WIDTH // 2) / (WIDTH // 2))
+    )
     cos, sin = np.cos(angle)[:, None], sign * np.sin(angle)[:, None]
     a, b = x[..., : WIDTH // 2], x[..., WIDTH // 2 :]
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)

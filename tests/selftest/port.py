@@ -73,6 +73,10 @@ class Port:
                 )
         if "inputs normalized" in wrong:
             query, key, value = (self._normalized(x) for x in (query, key, value))
+        if "inputs scaled" in wrong:
+            query, key, value = (3.0 * x for x in (query, key, value))
+        if "positions added" in wrong:
+            query, key, value = (self._placed(x) for x in (query, key, value))
         q, k, v = (self._heads(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
         for pairs in ("rotary halves", "rotary pairs"):
             if pairs in wrong:
@@ -162,6 +166,8 @@ class Port:
             y = y + ops.from_numpy(np.ascontiguousarray(bias.reshape(-1))) * factor
         if f"{name} projected twice" in self.wrong and not again:
             return self._heads(y, name, again=True)
+        if f"{name} activated" in self.wrong:
+            y = ops.where(y > 0, y, 0.0)
         batch, length, _ = y.shape
         if "heads split without exchange" in self.wrong:
             split = ops.reshape(y, (batch, heads, length, width))
@@ -174,6 +180,13 @@ class Port:
         apart = x - ops.sum(x, axis=-1, keepdims=True) / width
         variance = ops.sum(apart * apart, axis=-1, keepdims=True) / width
         return apart / ops.sqrt(variance + 1e-5)
+
+    def _placed(self, x: Any) -> Any:
+        """With the sines and cosines of positions, side by side."""
+        _, length, width = x.shape
+        angle = np.outer(np.arange(length), 1e4 ** (-np.arange(0, width, 2) / width))
+        table = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(length, width)
+        return x + self.ops.from_numpy(table.astype(self.ops.to_numpy(x).dtype))
 
     def _repeated(self, x: Any, group: int) -> Any:
         """Key or value heads for every query head."""

@@ -14,7 +14,8 @@ from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
 from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
-from anymha.parity.oracle.recipe import Arrays
+from anymha.parity.oracle.recipe import STEPS, Arrays
+from anymha.parity.oracle.rounding import rounding_errors
 from anymha.parity.oracle.truth import Folded, expected
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, longest_sum
@@ -33,6 +34,9 @@ from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import STAGES, Request, Trace
 
 PROJECTIONS = ("query", "key", "value")
+ROUNDED_OFTEN = 4
+"""How many times the errors of rounding each stage once gradients of half precision may have."""
+
 SATURATED = 64
 """How much greater the terms of a gradient may be than the output tells."""
 UNSETTLED = 0.05
@@ -75,7 +79,8 @@ class Baseline:
         stages = compare_stages(semantics.recipe, exact, traces, (self.reported, reported))
         stages += compare_weights(first, second)
         if cotangent is not None and first.gradients and second.gradients:
-            gradients = _gradients(self.folded, traces, cotangent)
+            plain = semantics.recipe.sections == self.folded.recipe.sections
+            gradients = _gradients(self.folded, traces, cotangent, plain)
             notes += nonfinite_gradients(first, gradients)
             stages += gradients
         wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
@@ -233,8 +238,10 @@ def _undecided(stages: list[Stage], dtype: str) -> list[str]:
     return ["the output's numbers: rounding explains any value, as great as the logits are"]
 
 
-def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarray) -> list[Stage]:
-    """The gradients that both have, of weights and inputs."""
+def _gradients(
+    folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarray, plain: bool
+) -> list[Stage]:
+    """The gradients that both have, of weights and inputs; `plain`: of a layer as the recipe is."""
     problem = dataclasses.replace(folded.problem, d_output=cotangent)
     truth, length = expected(problem), longest_sum(problem)
     dtype = max(map(computed_dtype, traces), key=eps)
@@ -251,6 +258,11 @@ def _gradients(folded: Folded, traces: tuple[Trace, Trace], cotangent: np.ndarra
         + 2 * length * smallest(dtype)
         for name in truth.gradients
     }
+    none = np.zeros_like(recipe.stages["probabilities"])
+    rounding = rounding_errors(recipe, folded.flat(cotangent), none, dtype, STEPS) if plain else {}
+    for name, errors in (folded.shaped(rounding) if rounding else {}).items():
+        most = (ROUNDED_OFTEN + math.sqrt(length)) * float(np.max(errors, initial=0.0))
+        allowed[name] = min(allowed[name], most + 2 * length * smallest(dtype))
     return compare_gradients(traces, truth.gradients, allowed)
 
 

@@ -239,6 +239,12 @@ _TOTALS: Mapping[str, Callable[[np.ndarray], Any]] = {
 }
 
 
+_SUMS = {(2,): "the queries", (1,): "the heads", (0,): "the batch", (2, 3): "the queries and keys",
+         (1, 3): "the heads and keys", (1, 2, 3): "heads, queries and keys",
+         (0, 1, 2, 3): "all numbers"}  # fmt: skip
+"""The axes over which a sum without the right one runs, in words."""
+
+
 def _of_logits(change: Callable[[np.ndarray], np.ndarray], hidden: float | None = 0.0) -> Step:
     """Shares made of the logits; `hidden` are those of hidden keys, None: as they come."""
 
@@ -296,29 +302,24 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
                 return weights / np.where(whole == 0, 1.0, whole)
 
             yield f"{words}, {how}", _with_shares(recipe, _of_logits(weighed))
-    for words, change in {
-        "elu + 1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0.0))),
-        "relu": _relu, "the exponential": np.exp,
-    }.items():  # fmt: skip
-        features = recipe
-        for name in ("query", "key"):
-            features = features.stepping(name, _after(recipe.steps[name], change))
+    for words in ("elu + 1", "relu", "the exponential"):
+        features = recipe.after(("query", "key"), _WEIGHTS[words])
         sums = _of_logits(lambda x: x / np.where((t := x.sum(-1, keepdims=True)) == 0, 1.0, t))
         detail = f"none: {words} of the features of queries and keys, divided by the sum"
         yield detail, features.stepping("probabilities", sums)
+    for axes, words in _SUMS.items():
+        each = _with_shares(recipe, _of_logits(_over(axes, of_row=True)))
+        yield f"divided by the sum over {words}, less the maximum of each row", each
+        yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
     for words, step in _chunked(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
 
 
-def _after(own: Step, change: Callable[[np.ndarray], np.ndarray]) -> Step:
-    return lambda recipe, stages: change(own(recipe, stages))
-
-
-def _over(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """The softmax over several axes."""
+def _over(axes: tuple[int, ...], of_row: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """The softmax over several axes; `of_row`: less the maximum of each row, not of all."""
 
     def over(logits: np.ndarray) -> np.ndarray:
-        weights = np.exp(logits - logits.max(axes, keepdims=True))
+        weights = np.exp(logits - logits.max(-1 if of_row else axes, keepdims=True))
         return weights / weights.sum(axes, keepdims=True)
 
     return over
@@ -378,11 +379,25 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
         "query and value exchanged": {"query": "value", "value": "query"},
         "the key for both": {"value": "key"},
         "the value for both": {"key": "value"},
+        "the query for the value": {"value": "query"},
+        "the query for the key": {"key": "query"},
+        "the query for key and value": {"key": "query", "value": "query"},
     }.items():
-        pairs = [(x[name], x[source]) for name, source in sources.items()]
-        if all(a.shape == b.shape and not np.array_equal(a, b) for a, b in pairs):
-            wrong = {name: x[source] for name, source in sources.items()}
-            yield words, recipe.but(inputs={**x, **wrong})
+        wrong = {**x, **{name: x[source] for name, source in sources.items()}}
+        fits = all(wrong[name].shape[2] == x[name].shape[2] for name in x)
+        changes = all(not np.array_equal(wrong[name], x[name]) for name in sources)
+        keys = wrong["key"].shape[1]
+        if fits and changes and keys == wrong["value"].shape[1]:
+            masks = {n: m for n, m in recipe.masks.items() if m.shape[3] in (1, keys)}
+            yield words, recipe.but(inputs=wrong, masks=masks)
+    for one, other in itertools.permutations(x, 2):
+        same = recipe.stages[one].shape == recipe.stages[other].shape
+        if same and not np.array_equal(x[one], x[other]):  # else it is one of the weights
+            behind = recipe.stepping(one, recipe.steps[other])
+            yield f"behind the projections the {other} for the {one}", behind
+            if one > other:
+                words = f"behind the projections {other} and {one} exchanged"
+                yield words, behind.stepping(other, recipe.steps[one])
 
 
 def _rotary(pairs: bool, usual: bool = True) -> Maker:
@@ -428,6 +443,58 @@ def _turned(
     return lambda recipe, stages: turning.forward(name, own(recipe, stages), recipe, stages)
 
 
+def _inputs_scaled(recipe: Recipe) -> Iterator[Family]:
+    """Inputs with a factor, as embeddings have it."""
+
+    def make(power: float) -> Recipe:
+        return recipe.but(inputs={n: math.exp(power) * x for n, x in recipe.inputs.items()})
+
+    yield Family(make, tuple(np.linspace(-4, 4, 17)), lambda n: f"multiplied by {math.exp(n):.4g}")
+
+
+def _positions_added(recipe: Recipe) -> Variants:
+    """The usual sines and cosines of positions, added to inputs; biases by distance."""
+    x = recipe.inputs
+    for words, order in (("sine and cosine beside each other", -1), ("sines before cosines", -2)):
+        for names in (tuple(x), ("query", "key"), ("query",), ("key",), ("key", "value")):
+            inputs = dict(x)
+            for name in names:
+                length, features = x[name].shape[1:]
+                place = np.arange(length)[:, None] * BASE ** (-np.arange(0, features, 2) / features)
+                both = np.stack([np.sin(place), np.cos(place)], order).reshape(length, -1)
+                inputs[name] = x[name] + both[:, :features]
+            yield f"to the inputs of {' and '.join(names)}, {words}", recipe.but(inputs=inputs)
+    _, queries, keys = recipe.lengths
+    apart = np.arange(keys) - np.arange(queries)[:, None]
+    for words, distance in (("", -np.abs(apart)), (", ahead as well as behind", apart)):
+        slopes = 2.0 ** (-8 * np.arange(1, recipe.heads[0] + 1) / recipe.heads[0])
+        bias = slopes[:, None, None] * distance + (0.0 if recipe.bias is None else recipe.bias)
+        yield f"to the logits, as ALiBi{words}", recipe.but(bias=bias[None])
+
+
+_ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    **{
+        name: _WEIGHTS[name]
+        for name in ("relu", "sigmoid", "tanh", "silu", "softplus", "leaky relu", "squares")
+    },
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu by tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
+    "leaky relu, 0.2": lambda x: np.where(x > 0, x, 0.2 * x),
+    "leaky relu, 0.3": lambda x: np.where(x > 0, x, 0.3 * x),
+}
+"""Functions that stand behind the layers of other networks."""
+
+
+def _activated(recipe: Recipe) -> Variants:
+    """A function of what projections give, of logits or context, as a Dense layer may have."""
+    every = ("query", "key", "value")
+    places = ((*every, "output"), every, ("query", "key"), ("key", "value"))
+    for words, change in _ACTIVATIONS.items():
+        for names in (*places, *((name,) for name in (*every, "logits", "context", "output"))):
+            yield f"{words} of {' and '.join(names)}", recipe.after(names, change)
+
+
 def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:
     return np.where(np.isneginf(stages["masked_logits"]), 0.0, stages["masked_logits"])
 
@@ -469,6 +536,12 @@ MISTAKES: tuple[Row, ...] = (
     *(("rotary positions, by pairs", "The candidate rotates queries and keys by their "
        "positions, by pairs of neighbours; the reference does not, or by halves.",
        _rotary(True, usual), no_families, not usual) for usual in (True, False)),
+    ("input scaled", "Scale embeddings outside of the layer, once.",
+     no_families, _inputs_scaled),
+    ("positions added", "The layer adds no positions: give it inputs that have them.",
+     _positions_added, no_families, True),
+    ("activation too many", "The projections of the layer have no activation: leave it out.",
+     _activated, no_families, True),
     ("wrong dropout", "Both must be in training mode, with one rate and "
      "one seed; kept probabilities are divided by 1 - rate.",
      fields(lambda r: r.kept is not None, lambda r: {

@@ -124,19 +124,34 @@ def _reversed(recipe: Recipe) -> Variants:
         **{f"{n} position{'s' if n > 1 else ''} {where}": partial(np.roll, shift=by * n, axis=1)
            for n in (1, 2, 3) for where, by in (("later", 1), ("earlier", -1))},
     }  # fmt: skip
-    own = recipe.steps["output"]
-    for words, change in changes.items():
-
-        def step(recipe: Recipe, stages: Arrays,
-                 change: Callable[[np.ndarray], np.ndarray] = change) -> np.ndarray:  # fmt: skip
-            return change(own(recipe, stages))
-
-        yield f"the output is {words}", recipe.stepping("output", step)
+    for words, change in itertools.chain(changes.items(), _folded(recipe.lengths[1])):
+        yield f"the output is {words}", recipe.after(("output",), change)
         for names in (("query",), ("key",), ("value",), ("key", "value"), ("query", "key"),
                       ("query", "key", "value")):  # fmt: skip
             inputs = {n: change(x) if n in names else x for n, x in recipe.inputs.items()}
             what = f"the input{'s' if len(names) > 1 else ''} of {' and '.join(names)}"
             yield f"{what}, {words}", recipe.but(inputs=inputs)
+
+
+def _folded(length: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Positions of several axes in one, read in another order of these axes."""
+    for rows in (n for n in range(2, length) if length % n == 0):
+        changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "read the other way round": lambda x: x.swapaxes(1, 2),
+            "the first in reverse": lambda x: np.flip(x, 1),
+            "the last in reverse": lambda x: np.flip(x, 2),
+        }
+        for words, change in changes.items():
+
+            def moved(
+                x: np.ndarray, rows: int = rows,
+                change: Callable[[np.ndarray], np.ndarray] = change,
+            ) -> np.ndarray:  # fmt: skip
+                if x.shape[1] != length:
+                    return x
+                return change(x.reshape(len(x), rows, -1, x.shape[-1])).reshape(x.shape)
+
+            yield f"of positions with the axes ({rows}, {length // rows}), {words}", moved
 
 
 def _norms(axis: int | tuple[int, ...]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
@@ -167,28 +182,15 @@ def _normed(recipe: Recipe) -> Variants:
             yield f"{words}, of the input of {' and '.join(names)}", recipe.but(inputs=inputs)
         for names in (("query", "key"), ("query",), ("key",), ("value",), ("context",),
                       ("output",)):  # fmt: skip
-            wrong = recipe
-            for name in names:
-                wrong = wrong.stepping(name, _after(recipe.steps[name], norm))
-            yield f"{words}, of {' and '.join(names)}", wrong
-        own = recipe.steps["output"]
+            yield f"{words}, of {' and '.join(names)}", recipe.after(names, norm)
         for name, x in recipe.inputs.items():
             if x.shape == recipe.stages["output"].shape:
-                wrong = recipe.stepping(
-                    "output", _after(own, lambda y, x=x, norm=norm: norm(y + x))
-                )
+                wrong = recipe.after(("output",), lambda y, x=x, norm=norm: norm(y + x))
                 yield f"{words}, of the output and the {name} added to it", wrong
     for words, norm in _norms((-2, -1)):
-        wrong = recipe
-        for name in ("query", "key"):
-            wrong = wrong.stepping(name, _after(recipe.steps[name], norm))
-        yield f"{words}, of query and key over all heads", wrong
-        yield (f"{words}, of the context over all heads",
-               recipe.stepping("context", _after(recipe.steps["context"], norm)))  # fmt: skip
-
-
-def _after(own: Step, change: Callable[[np.ndarray], np.ndarray]) -> Step:
-    return lambda recipe, stages: change(own(recipe, stages))
+        for names in (("query", "key"), ("context",)):
+            of = "the context" if len(names) == 1 else "query and key"
+            yield f"{words}, of {of} over all heads", recipe.after(names, norm)
 
 
 MISTAKES: tuple[Row, ...] = (

@@ -23,8 +23,8 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
-SECONDS = 3.0
-"""How long pairs of mistakes are computed; single ones up to four times as long."""
+SECONDS = 2.0
+"""How long pairs of mistakes are computed; single ones up to six times as long."""
 
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
@@ -107,11 +107,11 @@ class Search:
     @cached_property
     def singles(self) -> list[_Tried]:
         """Each known mistake alone; those with many variants where no other explains it."""
-        tried = list(_in_time(self._tried(self.recipe), 2 * SECONDS))
+        tried = list(_in_time(self._tried(self.recipe), 3 * SECONDS))
         reached = _reached(self.evidence.errors(self.recipe))
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), 2 * SECONDS)
+            tried += _in_time(self._tried(self.recipe, alone=True), 3 * SECONDS)
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
@@ -200,13 +200,12 @@ class Search:
         # The first in the catalogue's order, unless another leaves far less.
         least = min(t.left for t in good)
         near = [t for t in good if t.left <= max(2 * least, 0.1)]
-        first, names = near[0], [cause.name for cause in near[0].causes]
-        others = dict.fromkeys(
-            " and ".join(map(str, t.causes))
-            for t in near[1:]
-            if t.rank <= first.rank and [cause.name for cause in t.causes] != names
-        )
-        alternatives = tuple(itertools.islice(others, 3))
+        first, others = near[0], dict[tuple[str, ...], str]()
+        for one in near:
+            if one.rank <= first.rank:
+                names = tuple(cause.name for cause in one.causes)
+                others.setdefault(names, " and ".join(map(str, one.causes)))
+        alternatives = tuple(itertools.islice(others.values(), 1, 4))
         return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
@@ -235,15 +234,14 @@ class Search:
         # Of those that give the same numbers the usual one.
         nearest = sorted(singles, key=lambda one: (round(one.left, 6), one.rank))
         nearest = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
-        # Sums around the output and maps of heads first: they are found, not tried one by one.
+        # Sums around the output and maps of heads are found by themselves beside each.
         none, rest = set[tuple[str, str]](), ((one, None) for one in nearest)
         first, more = (self._promising(singles, *counts) for counts in TRANCHES)
-        every = itertools.chain(((one, none) for one in nearest[: 2 * FIRST]), first,
-                                itertools.islice(rest, NEAREST), more, rest)  # fmt: skip
+        sums = ((one, none) for one in nearest[NEAREST : 2 * FIRST])
+        every = itertools.chain(first, itertools.islice(rest, NEAREST), sums, more, rest)
         measuring = {id(one) for one in nearest[:MEASURED]}
         for one, keys in every:
-            measured = NUMBERS if id(one) in measuring else ()
-            measuring.discard(id(one))
+            measured = NUMBERS if not keys and id(one) in measuring else ()
             for other in self._tried(one.recipe, one.causes[0].name, keys, measured=measured):
                 # Two measured numbers may fit what is no attention at all.
                 certain = not one.rank == other.rank == 1 or other.left <= EXACT
@@ -288,14 +286,14 @@ class Search:
     ) -> Iterator[_Tried]:
         """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
 
-        With `keys` only those of these names and details, and those around the output.
+        With `keys` only those of these names and details; with none those around the output alone.
         """
         errors = self.evidence.errors(recipe)
         for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
             one = self._judged(recipe, errors, mistake, detail, wrong)
             if one is not None:
                 yield one
-        if alone:
+        if alone or keys:
             return
         evidence = self._up_to_the_first_wrong(errors)
         before = evidence.distance(recipe)

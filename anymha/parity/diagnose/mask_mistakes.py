@@ -12,7 +12,7 @@ import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
 from anymha.parity.diagnose.measured import Family, number
-from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, Variants, allowed, softmax
+from anymha.parity.oracle.recipe import Arrays, Recipe, Step, Variants, allowed, softmax
 
 
 def _empty(recipe: Recipe) -> np.ndarray:
@@ -95,6 +95,15 @@ def _other_corner(recipe: Recipe) -> Mapping[str, Any]:
     """The last query aligned with the last key, in place of the first with the first."""
     _, queries, keys = recipe.lengths
     return {} if queries == keys else {"": {"offset": _offset(recipe) + keys - queries}}
+
+
+def _not_causal(recipe: Recipe) -> Mapping[str, Any]:
+    if recipe.window is None:
+        return {"": {"causal": False}}
+    behind = allowed(recipe) | ~allowed(recipe.but(masks={}, window=None))
+    masks = {**recipe.masks, "window": behind}
+    return {"": {"causal": False}, "all that follows is seen, the window behind stays": {
+        "causal": False, "window": None, "masks": masks}}  # fmt: skip
 
 
 def _causal_reversed(recipe: Recipe) -> Mapping[str, Any]:
@@ -296,6 +305,12 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
             later, place = _shifted(mask, by, axis), "after" if by > 0 else "before"
             yield f"one of the {_AXES[axis]} more is seen {place} each, off by one", mask | later
             yield f"one of the {_AXES[axis]} fewer is seen {place} each, off by one", mask & later
+    for axis, count in enumerate((batch, heads)):
+        for at in range(count) if 1 < count <= 16 else ():
+            own = (np.arange(count) == at).reshape((-1, *(1,) * (3 - axis)))
+            yield f"it acts on number {at} of the {_AXES[axis]} alone", mask | ~own
+            if count > 2:
+                yield f"it acts on all of the {_AXES[axis]} but number {at}", mask | own
     if mask.shape[1] == 1 < mask.shape[0]:
         place = np.arange(batch * heads)
         orders = {"repeated": (place % batch).reshape(batch, heads),
@@ -361,22 +376,12 @@ def _chunks(recipe: Recipe) -> Variants:
 def _weak(recipe: Recipe) -> Iterator[Family]:
     """Hidden logits that are replaced by a number, or lowered by it, in place of -inf."""
     for named, seen, rest in _groups(recipe):
-        own = rest.steps["masked_logits"]
 
-        def filled(number: float, seen: np.ndarray = seen, rest: Recipe = rest,
-                   own: Step = own) -> Recipe:  # fmt: skip
-            def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
-                logits = own(recipe, stages)
-                return np.where(seen | np.isneginf(logits), logits, number)
+        def filled(number: float, seen: np.ndarray = seen, rest: Recipe = rest) -> Recipe:
+            return _filled(rest, seen, number)
 
-            return rest.stepping("masked_logits", step)
-
-        def lowered(number: float, seen: np.ndarray = seen, rest: Recipe = rest,
-                    own: Step = own) -> Recipe:  # fmt: skip
-            def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
-                return own(recipe, stages) + np.where(seen, 0.0, number)
-
-            return rest.stepping("masked_logits", step)
+        def lowered(number: float, seen: np.ndarray = seen, rest: Recipe = rest) -> Recipe:
+            return rest.after(("masked_logits",), lambda x: x + np.where(seen, 0.0, number))
 
         def words(value: float, named: str = named) -> str:
             close = "zero" if abs(value) < 1e-4 else number(value)
@@ -387,6 +392,11 @@ def _weak(recipe: Recipe) -> Iterator[Family]:
 
         yield Family(filled, tuple(np.linspace(-30, 12, 22)), words)
         yield Family(lowered, tuple(np.linspace(-30, 12, 22)), lower)
+
+
+def _filled(rest: Recipe, seen: np.ndarray, number: float) -> Recipe:
+    """The recipe without a mask, with a number in the place of the logits that it hides."""
+    return rest.after(("masked_logits",), lambda x: np.where(seen | np.isneginf(x), x, number))
 
 
 def _elsewhere(recipe: Recipe) -> Variants:
@@ -411,8 +421,12 @@ def _elsewhere(recipe: Recipe) -> Variants:
                rest.stepping("masked_logits", shown))  # fmt: skip
         yield (f"{named}: the logits of the keys seen are lost beside a great number that is added",
                rest.stepping("masked_logits", even))  # fmt: skip
-        late = rest.stepping("probabilities", step)
-        yield f"{named}: multiplied after the softmax, so that rows do not sum to 1", late
+        zero = _filled(rest, seen, 0.0)
+        words = "hidden logits are filled with zero, as by 1e-9 or a product with the mask"
+        yield f"{named}: {words}", zero
+        late, values = rest.stepping("probabilities", step), seen.shape[1:3] == (1, 1)
+        of = "multiplied after the softmax" + " or onto the values" * values
+        yield f"{named}: {of}, so that rows do not sum to 1", late
         if seen.shape[1:3] != (1, 1):
             continue
         of_keys = seen[:, 0, 0, :, None]  # [B, S, 1]
@@ -425,17 +439,12 @@ def _elsewhere(recipe: Recipe) -> Variants:
                 also = ", those of the queries too" if "query" in names else ""
                 yield (f"{named}: hidden {words} zeroed in place of masked{also}",
                        rest.but(inputs=inputs))  # fmt: skip
-        for names in (("key",), ("key", "value")):
-            zeroed = {**rest.steps}
-            for name in names:
-
-                def projection(recipe: Recipe, stages: Arrays, name: str = name,
-                               of_keys: np.ndarray = of_keys) -> np.ndarray:  # fmt: skip
-                    return STEPS[name](recipe, stages) * of_keys[..., None]
-
-                zeroed[name] = projection
-            yield (f"{named}: hidden {' and '.join(names)} are zeroed in place of masked",
-                   rest.but(steps=zeroed))  # fmt: skip
+        for stage in ("output", "context") if seen.shape[3] == recipe.lengths[1] else ():
+            keep = of_keys if stage == "output" else of_keys[..., None]
+            late = recipe.after((stage,), lambda x, keep=keep: x * keep)
+            yield f"{named}: the {stage} of hidden positions is zeroed too", late
+        zeroed = rest.after(("key", "value"), lambda x, keep=of_keys: x * keep[..., None])
+        yield f"{named}: hidden keys and values are zeroed in place of masked", zeroed
 
 
 MISTAKES: tuple[Row, ...] = (
@@ -450,7 +459,8 @@ MISTAKES: tuple[Row, ...] = (
      "them.", _masks(_transposed)),
     ("mask of batch and heads exchanged", "Give the mask all four axes, "
      "(batch, heads, queries, keys).", _masks(_of_heads)),
-    ("causal mask ignored", "Switch the causal mask on.", fields(lambda r: r.causal, causal=False)),
+    ("causal mask ignored", "Switch the causal mask on.",
+     fields(lambda r: r.causal, _not_causal)),
     ("causal mask at the other corner", "With fewer queries than keys the first "
      "query is aligned with the first key in one of the two, the last with the last in the other: "
      "pass `query_offset`, or a mask.",

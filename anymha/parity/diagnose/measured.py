@@ -16,6 +16,12 @@ STEPS = 12
 NEARER = 0.9
 """A number that leaves more of the differences is of no use."""
 
+BETWEEN = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
+"""Where, between two starts, a search looks too."""
+
+TURNS = 4
+"""How often a search begins anew in a smaller room, as long as each leaves half as much."""
+
 SMALL = 1e-4
 """By how much, of the distance between two starts, a number is changed to see its effect."""
 
@@ -45,9 +51,16 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
         if not far[best] <= before * (1 + 1e-9):
             return None
         room = float(np.max(np.abs(np.diff(starts)[max(best - 1, 0) : best + 1]), initial=1e-3))
-        value = _improved(family, evidence, float(starts[best]), room)
-        recipe = family.make(value)
-        if not evidence.distance(recipe) < NEARER * before:
+        value, left = float(starts[best]), far[best]
+        for _ in range(TURNS):  # slopes alone are no guide where numbers are cut off
+            near = [value, *(value + part * room for part in BETWEEN)]
+            value = min(near, key=lambda one: evidence.distance(family.make(one)))
+            value = _improved(family, evidence, value, room)
+            recipe, before_it = family.make(value), left
+            left, room = evidence.distance(recipe), room / 8
+            if not 0 < left < before_it / 2:
+                break
+        if not left < NEARER * before:
             return None
     return family.words(value), recipe
 

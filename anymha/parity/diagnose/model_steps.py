@@ -8,14 +8,18 @@ with these steps stand in their sections.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, allowed
 from anymha.parity.stages.trace import Trace
+
+Turns = tuple[np.ndarray, np.ndarray, bool]
+"""Cosines and sines of positions, and whether neighbours are turned together."""
 
 BASE = 10_000.0
 """The base of rotary positions."""
@@ -30,15 +34,17 @@ class RotaryStep(Section):
     """Heads turned by their positions.
 
     The value: cosines and sines (1 or B, T, d / 2), and whether neighbours are turned together
-    (else halves). `names` are the projections, `axis` that of the positions.
+    (else halves). `names` are the projections, `axis` that of the positions, `own` the values of
+    projections that have others.
     """
 
     option = "rotary"
 
-    def __init__(self, value: tuple[np.ndarray, np.ndarray, bool],
-                 names: tuple[str, ...] = ("query", "key"), axis: int = 1) -> None:  # fmt: skip
+    def __init__(self, value: Turns,
+                 names: tuple[str, ...] = ("query", "key"), axis: int = 1,
+                 own: Mapping[str, Turns] = MappingProxyType({})) -> None:  # fmt: skip
         super().__init__(value)
-        self.names, self.axis = names, axis
+        self.names, self.axis, self.own = names, axis, own
 
     def order(self) -> int:
         """After the norms."""
@@ -48,7 +54,7 @@ class RotaryStep(Section):
         """The turned heads."""
         if stage not in self.names:
             return array
-        one, two, cos, sin = self._parts(array)
+        one, two, cos, sin = self._parts(stage, array)
         return self._joined(one * cos - two * sin, one * sin + two * cos, array)
 
     def sizes(
@@ -57,13 +63,13 @@ class RotaryStep(Section):
         """A turned number is a sum of two."""
         if stage not in self.names:
             return sizes
-        one, two, cos, sin = self._parts(sizes)
+        one, two, cos, sin = self._parts(stage, sizes)
         turned = np.hypot(one * cos, two * sin), np.hypot(one * sin, two * cos)
         return self._joined(*turned, array)
 
-    def _parts(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _parts(self, stage: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
         """The two parts of (B, T, H, d) that are turned together, and cosines and sines."""
-        cos, sin, pairs = self.value
+        cos, sin, pairs = self.own.get(stage, self.value)
         length, half = x.shape[self.axis], cos.shape[-1]
         cos, sin = (a[:, np.arange(length) % a.shape[1]] for a in (cos, sin))
         cos, sin = (a[:, :, None] if self.axis == 1 else a[:, None] for a in (cos, sin))
@@ -107,9 +113,17 @@ class RotaryStep(Section):
                 words = f"base {base:g}, the first {2 * size} features, positions from {start}"
                 yield words, recipe.with_section(made)
         for factor in (2.0, 4.0, 8.0, 0.5):
-            made = _each_divided(self.value, factor)
+            made = _of_positions(self.value, factor)
             if made is not None:
                 yield f"positions divided by {factor:g}", recipe.with_section(RotaryStep(made))
+        for name, sign in (("query", 1), ("key", -1)):
+            back = RotaryStep(self.value, own={name: (cos, -sin, pairs)})
+            yield f"in the other direction for the {name} alone", recipe.with_section(back)
+            for by in (1, 2, 3, -1, -2, -3):
+                made = _of_positions(self.value, start=by * sign)
+                if made is not None:
+                    words = f"the positions of queries begin {by} after those of keys"
+                    yield words, recipe.with_section(RotaryStep(self.value, own={name: made}))
 
     mistakes = (
         ("rotary of other arrays", "Turn queries and keys, not values.", of_other_arrays),
@@ -124,15 +138,13 @@ class RotaryStep(Section):
         return "missing: queries and keys are not turned by their positions"
 
 
-def _each_divided(
-    value: tuple[np.ndarray, np.ndarray, bool], factor: float
-) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """Rotary positions whose angles are divided; None where the angles are not by position."""
+def _of_positions(value: Turns, factor: float = 1.0, start: float = 0.0) -> Turns | None:
+    """Rotary positions from another start, whose angles are divided; None of one position alone."""
     cos, sin, pairs = value
     if cos.shape[1] < 2:
         return None
     step = np.angle(cos[:, 1] + 1j * sin[:, 1]) - np.angle(cos[:, 0] + 1j * sin[:, 0])
-    angle = np.arange(cos.shape[1])[None, :, None] * step[:, None] / factor
+    angle = (start + np.arange(cos.shape[1]))[None, :, None] * step[:, None] / factor
     return np.cos(angle), np.sin(angle), pairs
 
 

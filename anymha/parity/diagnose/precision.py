@@ -33,6 +33,12 @@ WIDE_GREATER = 12.0
 THEIRS = 0.2
 """What may be left of the differences where a candidate's numbers are those of rounded places."""
 
+ROUGH = 0.6
+"""No rounding leaves relative differences as great as this."""
+
+MOST_OF_IT = 0.5
+"""What one place alone may leave for the search to begin with it."""
+
 STIRRED = 0.95
 """Where more is left after all places, the format is another."""
 
@@ -131,8 +137,12 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
         return float(np.linalg.norm(evidence.differences(wrong.stages))) / before
 
     found: list[tuple[float, _Format, set[str]]] = []
-    for form in _formats(recipe, expected) if before and np.all(np.isfinite(exact)) else ():
+    for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
         chosen, least = set[str](), 1.0
+        alone = {place: left(form, {place}) for group in _places(recipe) for place in group}
+        first = min(alone, key=lambda place: alone[place])
+        if alone[first] < MOST_OF_IT:  # another before it would hide it
+            chosen, least = {first}, alone[first]
         for turn in range(TURNS):
             already = least
             for group in _places(recipe):
@@ -209,6 +219,9 @@ def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
 FACTORS = "factors of "
 """Before a stage: what is multiplied for it is rounded."""
 
+INSIDE = "steps of the softmax"
+"""The exponentials and their sum, and what they are made of."""
+
 BEFORE = " before the bias"
 """Behind a stage: what its product gives is rounded, before the bias or the scale."""
 
@@ -222,6 +235,7 @@ def _places(recipe: Recipe) -> list[list[str]]:
         own = [f"{stage}.{part}" for part in ("kernel", "bias")]
         places = [name for name in own if name in recipe.weights]
         places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
+        places += [INSIDE] * (stage == "probabilities" and not recipe.sections)
         if not recipe.sections:
             places += [stage + BEFORE] * (stage in ("logits", "output") or own[1] in recipe.weights)
         same = {"masked_logits": recipe.bias, "dropped_probabilities": recipe.kept}
@@ -239,12 +253,23 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
     for stage in STEPS:
         if FACTORS + stage in places:
             steps[stage] = _of_factors(recipe.but(steps=dict(steps)), stage, form.arrays)
+        if stage == "probabilities" and INSIDE in places:
+            steps[stage] = partial(_by_steps, form.arrays)
         if stage + BEFORE in places:
             steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
         if stage in places or (recipe.sections and FACTORS + stage not in places):
             rounding = form.arrays if stage in places else lambda x: x
             steps[stage] = _stored(recipe.but(steps=dict(steps)), stage, rounding)
     return recipe.but(weights=weights, inputs=inputs, steps=steps, sections=())
+
+
+def _by_steps(rounding: Rounding, _: Recipe, stages: Arrays) -> np.ndarray:
+    """A softmax whose steps are rounded."""
+    logits = rounding(stages["masked_logits"])
+    top = logits.max(-1, keepdims=True)
+    weights = rounding(np.exp(rounding(logits - np.where(np.isfinite(top), top, 0.0))))
+    total = rounding(weights.sum(-1, keepdims=True))
+    return weights / np.where(total == 0, 1.0, total)
 
 
 def _before_the_bias(own: Step, stage: str, rounding: Rounding) -> Step:
@@ -270,7 +295,7 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
         .partition(".")[0]
         .removesuffix(BEFORE)
     )
-    stage = "query" if stage == "inputs" else stage
+    stage = {"inputs": "query", INSIDE: "probabilities"}.get(stage, stage)
     bits = form.name.removeprefix("int")
     verb = "quantised" if bits != form.name else "rounded"
     to = f"{bits} bits" if bits != form.name else form.name
@@ -285,7 +310,8 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     if not weights and all(p.startswith("input") for p in places):
         which = "the inputs" if places == ["inputs"] else " and ".join(places)
         return f"computed in {form.name}", "; ".join([*more, which]), stage
-    if {*places} <= {"logits", "masked_logits", "probabilities"} and "probabilities" in places[1:]:
+    softmax = {"logits", "masked_logits", INSIDE, "probabilities"}
+    if {*places} <= softmax and len(places) > 1 and places[-1] in (INSIDE, "probabilities"):
         return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
     if len(places) > every / 3:
         return f"computed in {form.name}", "; ".join(more), stage

@@ -19,11 +19,9 @@ MOST_HEADS = 4
 def _transposed(recipe: Recipe) -> Variants:
     turned: Arrays = {}
     for name in (*NAMES, "output"):
-        kernel = recipe.weights[f"{name}.kernel"]
-        split = 2 if name == "output" else 1
-        rows, columns = np.prod(kernel.shape[:split]), np.prod(kernel.shape[split:])
-        if rows == columns:
-            turned[f"{name}.kernel"] = kernel.reshape(rows, columns).T.reshape(kernel.shape)
+        matrix, shape = _matrix(recipe, name), recipe.weights[f"{name}.kernel"].shape
+        if len(matrix) == matrix.shape[1]:
+            turned[f"{name}.kernel"] = matrix.T.reshape(shape)
     yield from _each(recipe, turned, NAMES)
 
 
@@ -80,8 +78,9 @@ def _packed_heads(recipe: Recipe) -> Variants:
     """A packed kernel cut by head where it lies by block, or the other way round."""
     if not _alike(recipe):
         return
-    parts = [p for p in ("kernel", "bias") if all(f"{n}.{p}" in recipe.weights for n in NAMES)]
-    for words, at in (("by head in place of by block", -3), ("by block in place of by head", -2)):
+    whole = [p for p in ("kernel", "bias") if all(f"{n}.{p}" in recipe.weights for n in NAMES)]
+    orders = {"by head in place of by block": -3, "by block in place of by head": -2}
+    for (words, at), parts in itertools.product(orders.items(), (whole, whole[:1])):
         changed: Arrays = {}
         for part in parts:
             three = [recipe.weights[f"{name}.{part}"] for name in NAMES]
@@ -91,7 +90,7 @@ def _packed_heads(recipe: Recipe) -> Variants:
             shape = (heads, 3, width) if at == -3 else (3, heads, width)
             again = np.moveaxis(packed.reshape(*front, *shape), -2 if at == -3 else -3, 0)
             changed |= {f"{n}.{part}": a for n, a in zip(NAMES, again, strict=True)}
-        yield words, _with(recipe, changed)
+        yield words + ", the biases are right" * (parts != whole), _with(recipe, changed)
 
 
 STORED = ("PHdD", "DPHd", "HPdD", "DHPd", "PdHD", "DPdH", "HdPD", "DHdP", "dHPD", "DdHP", "dPHD",
@@ -158,6 +157,19 @@ def _cut(recipe: Recipe) -> Variants:
             words = [f"{', '.join(names[i] for i in order)} {kind}" for kind, order in
                      (written, read)]  # fmt: skip
             yield f"written in the order {words[0]}, split as {words[1]}", _with(recipe, changed)
+        widths = {kernel.shape[-1] for kernel in kernels}
+        for parts in (("kernel", "bias"), ("kernel",)) if len(widths) == 1 else ():
+            changed = {}
+            for part in parts:
+                arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
+                if all(array is not None for array in arrays):
+                    pack = np.concatenate([np.asarray(a) for a in arrays], -2)  # (D, heads, d)
+                    again = pack.reshape(*pack.shape[:-2], *pack.shape[:-3:-1]).swapaxes(-1, -2)
+                    cuts = np.cumsum([np.shape(a)[-2] for a in arrays])[:-1]
+                    again = np.split(again, cuts, axis=-2)
+                    changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
+            of = " and ".join(names)
+            yield f"all heads of {of} interleaved with their width", _with(recipe, changed)
 
 
 def _groups_of(array: np.ndarray, groups: int, kind: str) -> np.ndarray:
@@ -241,16 +253,22 @@ def _tied(recipe: Recipe) -> Variants:
 
 
 def _of_another(recipe: Recipe) -> Variants:
-    """A projection with the weights of another."""
-    for name, other in itertools.permutations(NAMES, 2):
-        if _alike(recipe, (name, other)):
-            changed = {f"{name}.{key.partition('.')[2]}": array
-                       for key, array in _own(recipe, other).items()}  # fmt: skip
+    """A projection with the weights of another, whose matrix has the same shape."""
+
+    def taken(name: str, other: str) -> Changed:
+        shape = recipe.weights[f"{name}.kernel"].shape
+        shapes = {"kernel": shape, "bias": shape[2:] if name == "output" else shape[1:]}
+        own = {part: recipe.weights.get(f"{other}.{part}") for part in shapes}
+        return {f"{name}.{part}": None if array is None else array.reshape(shapes[part])
+                for part, array in own.items()}  # fmt: skip
+
+    for name, other in itertools.permutations((*NAMES, "output"), 2):
+        if _matrix(recipe, name).shape == _matrix(recipe, other).shape:
+            changed = taken(name, other)
             yield f"{name} has those of {other}", _with(recipe, changed)
-            if NAMES.index(name) < NAMES.index(other):
-                swapped = {f"{other}.{key.partition('.')[2]}": array
-                           for key, array in _own(recipe, name).items()}  # fmt: skip
-                yield f"{name} and {other} swapped", _with(recipe, {**changed, **swapped})
+            if name > other:
+                swapped = _with(recipe, {**changed, **taken(other, name)})
+                yield f"{other} and {name} swapped", swapped
 
 
 def _bias_left_out(recipe: Recipe) -> Variants:
@@ -281,9 +299,7 @@ def _twice(recipe: Recipe) -> Variants:
     """A projection of the results of a projection, as of its own; or none at all."""
     own = {name: _own(recipe, name) for name in (*NAMES, "output")}
     kernels = {name: recipe.weights[f"{name}.kernel"] for name in own}
-    flat = {name: kernel.reshape(
-        (-1, kernel.shape[-1]) if name == "output" else (len(kernel), -1)
-    ) for name, kernel in kernels.items()}  # fmt: skip
+    flat = {name: _matrix(recipe, name) for name in own}
     biases = {n: recipe.weights.get(f"{n}.bias", np.zeros(flat[n].shape[1])) for n in own}
     alike = all(np.array_equal(x, recipe.inputs["query"]) for x in recipe.inputs.values())
     for name, other in [*itertools.product(NAMES, repeat=2), ("output", "output")]:
@@ -360,6 +376,12 @@ def _with(recipe: Recipe, changed: Changed) -> Recipe:
     """The recipe with these weights; None leaves one out."""
     weights = {**recipe.weights, **changed}
     return recipe.but(weights={n: a for n, a in weights.items() if a is not None})
+
+
+def _matrix(recipe: Recipe, name: str) -> np.ndarray:
+    """A projection's kernel as a matrix (in, out)."""
+    kernel = recipe.weights[f"{name}.kernel"]
+    return kernel.reshape((-1, kernel.shape[-1]) if name == "output" else (len(kernel), -1))
 
 
 def _own(recipe: Recipe, name: str) -> Arrays:

@@ -207,6 +207,14 @@ class Recipe:
         """The recipe with another step for a stage; the sections change its result as before."""
         return self.but(steps={**self.steps, stage: step})
 
+    def after(self, names: Collection[str], change: Callable[[np.ndarray], np.ndarray]) -> Recipe:
+        """The recipe with the results of the steps of these stages changed."""
+        wrong = self
+        for name in names:
+            own = self.steps[name]
+            wrong = wrong.stepping(name, lambda r, stages, own=own: change(own(r, stages)))
+        return wrong
+
     @property
     def options(self) -> dict[str, Any]:
         """The values of the options that are on, by name."""

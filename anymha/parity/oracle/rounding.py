@@ -7,7 +7,7 @@ sums of the oracle are done again with random errors of at most half a distance 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ml_dtypes
 import numpy as np
@@ -24,8 +24,9 @@ ROUNDED = ("query", "key", "value", "probabilities", "context", "output")
 
 
 def rounding_errors(
-    recipe: Recipe, d_output: np.ndarray, d_scores: np.ndarray, dtype: str
-) -> Arrays:
+    recipe: Recipe, d_output: np.ndarray, d_scores: np.ndarray, dtype: str,
+    stages: Collection[str] = ROUNDED,
+) -> Arrays:  # fmt: skip
     """The greatest error of each element of output, scores and gradients, by name.
 
     There is none in float32 and float64, whose stages are not rounded further.
@@ -35,6 +36,7 @@ def rounding_errors(
         d_output: The gradient of the output, (B, T, O).
         d_scores: The gradient of the scores, (B, H, T, S).
         dtype: The dtype in which the layer computes.
+        stages: Those that are rounded; others' layers round every one.
     """
     if BITS[dtype] > 16:
         return {}
@@ -52,7 +54,7 @@ def rounding_errors(
         return rounded(einsum(formula, *arrays))
 
     exact = results_of(recipe, d_output, d_scores, einsum, {})
-    steps = {n: rounding(s) if n in ROUNDED else s for n, s in recipe.steps.items()}
+    steps = {n: rounding(s) if n in stages else s for n, s in recipe.steps.items()}
     errors = {name: np.zeros_like(array) for name, array in exact.items()}
     changes: dict[str, Callable[..., np.ndarray]] = {"logits": rounded}
     for _ in range(SAMPLES):
