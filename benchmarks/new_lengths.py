@@ -112,11 +112,11 @@ def _jax(weights: Any, heads: int, width: int) -> dict[str, Layer]:
     from flax import linen
 
     module: Any = linen.MultiHeadDotProductAttention(heads)
-    named = {"output": "out"}
     variables: dict[str, Any] = {}
     for name, array in weights.items():
         projection, _, part = name.partition(".")
-        variables.setdefault(named.get(projection, projection), {})[part] = jnp.asarray(array)
+        own = "out" if projection == "output" else projection
+        variables.setdefault(own, {})[part] = jnp.asarray(array)
 
     @jax.jit
     def apply(x: Any, mask: Any) -> Any:
@@ -170,8 +170,8 @@ def arrays(options: argparse.Namespace, length: int) -> tuple[np.ndarray, np.nda
 def measure_times(options: argparse.Namespace, framework: str) -> list[str]:
     """The cells of a row: our mean milliseconds and the ratio, for both passes, and the peer."""
     ours, peer = layers(framework, options.features, options.heads).items()
-    found = [np.asarray(layer(*arrays(options, 24))) for _, layer in (ours, peer)]
-    np.testing.assert_allclose(*found, atol=1e-4)
+    one, other = [np.asarray(layer(*arrays(options, 24))) for _, layer in (ours, peer)]
+    np.testing.assert_allclose(one, other, atol=1e-4)
     lengths = [*range(options.shortest, options.shortest + options.count)]
     random.Random(0).shuffle(lengths)
     cells = [framework, peer[0]]

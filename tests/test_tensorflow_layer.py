@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -438,8 +439,8 @@ def test_calls_of_many_lengths_share_programs(budget: int | None, most: int) -> 
             tf.config.run_functions_eagerly(False)
         np.testing.assert_allclose(found, want, **TOLERANCE)
     (plan,) = layer.plans.plans.values()
-    assert plan.run is not None
-    assert plan.run._function.experimental_get_tracing_count() == most
+    compiled: Any = plan.run
+    assert compiled._function.experimental_get_tracing_count() == most
 
 
 def test_tiles_have_second_derivatives() -> None:
