@@ -385,6 +385,45 @@ def test_hdf5_that_reaches_outside_itself_is_refused(tmp_path: Path, case: str) 
     assert told in refused(h5(tmp_path / "a.h5", make))
 
 
+def stored_in_part(h5py: Any, file: Any, **options: Any) -> None:
+    file.create_dataset("a", (1200, 2), "f4", chunks=(600, 2), **options)[:600] = 1
+
+
+@pytest.mark.parametrize("layout", ["chunks", "contiguous"])
+def test_fill_value_of_hdf5_is_not_read(tmp_path: Path, layout: str) -> None:
+    """HDF5's library reads beyond its end where a damaged file says that it is longer."""
+
+    def make(h5py: Any, file: Any) -> None:
+        if layout == "chunks":
+            stored_in_part(h5py, file, fillvalue=3.0)
+        else:
+            file.create_dataset("a", (1200, 2), "f4", fillvalue=3.0)
+
+    path = h5(tmp_path / "a.h5", make)
+    assert "fill value of" in refused(path)
+    content = path.read_bytes()
+    length = b"\1\4\0\0\0" + np.float32(3).tobytes()
+    assert content.count(length) == 1
+    path.write_bytes(content.replace(length, b"\1\x70" + length[2:]))
+    refused(path)
+
+
+def test_chunks_that_hdf5_has_not_stored_are_zero(tmp_path: Path) -> None:
+    with open_file(h5(tmp_path / "a.h5", stored_in_part)) as reader:
+        found = reader.read("a")
+    assert found[:600].min() == 1
+    assert not found[600:].any()
+
+
+def test_fill_value_of_chunks_that_are_all_stored_is_no_matter(tmp_path: Path) -> None:
+    def make(h5py: Any, file: Any) -> None:
+        stored_in_part(h5py, file, fillvalue=3.0)
+        file["a"][600:] = 2
+
+    with open_file(h5(tmp_path / "a.h5", make)) as reader:
+        assert reader.read("a")[600:].min() == 2
+
+
 def test_damaged_heap_of_hdf5_is_not_read(tmp_path: Path) -> None:
     """Where Keras keeps the name of a dtype, HDF5's library reads for ever if a length is 0."""
     array = sample("bfloat16", (3, 4))

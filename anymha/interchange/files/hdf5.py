@@ -20,7 +20,7 @@ import numpy as np
 
 from anymha.errors import FileError
 from anymha.interchange.files.atomic_write import atomic_file
-from anymha.interchange.files.hdf5_chunks import BrokenChunk, Chunks
+from anymha.interchange.files.hdf5_chunks import BrokenChunk, Chunks, has_own_fill_value
 from anymha.interchange.files.names import MAX_GROUPS, MAX_NAME, OUTPUT
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import (
@@ -128,8 +128,11 @@ class Hdf5Reader(Reader):
                 f"{quoted(name)} claims {tensor.bytes} bytes in {item.id.get_storage_size()}, as a "
                 "file does that is made to fill the memory"
             )
+        own_fill_value = has_own_fill_value(item)
         if item.chunks is not None:
             self._check_chunks(name, item)
+        elif own_fill_value and tensor.bytes and item.id.get_storage_size() == 0:
+            raise self.broken(f"{quoted(name)} is not stored, and has a fill value of its own")
         return tensor
 
     def _check_chunks(self, name: str, item: Any) -> None:

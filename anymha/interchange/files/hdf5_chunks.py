@@ -57,22 +57,23 @@ class Chunks:
         self._filters = filters
         self._shape = tuple(int(size) for size in dataset.chunks)
         self._bytes = math.prod(self._shape) * dataset.dtype.itemsize
-        grid = (-(-n // c) for n, c in zip(dataset.shape, self._shape, strict=True))
-        self.unpacked = math.prod(grid) * self._bytes
+        self._grid = [-(-n // c) for n, c in zip(dataset.shape, self._shape, strict=True)]
+        self.unpacked = math.prod(self._grid) * self._bytes
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The elements, in the dtype of the file; a chunk that is not stored is the fill value.
+        """The elements, in the dtype of the file; a chunk that is not stored is zero.
 
         Raises:
             BrokenChunk: a chunk lies beyond the file, is there twice, or has another size.
         """
         dataset = self._dataset
-        array = np.empty(tensor.shape, dataset.dtype)
-        array[...] = dataset.fillvalue
+        array = np.zeros(tensor.shape, dataset.dtype)
         stored: list[Any] = []
         dataset.id.chunk_iter(stored.append)
         if len({tuple(chunk.chunk_offset) for chunk in stored}) < len(stored):
             raise BrokenChunk("has a chunk twice")
+        if len(stored) < math.prod(self._grid) and has_own_fill_value(dataset):
+            raise BrokenChunk("lacks chunks, in whose place a fill value of the file's own stands")
         for chunk in stored:
             if chunk.byte_offset is None or chunk.byte_offset + chunk.size > self._file_size:
                 raise BrokenChunk(f"has a chunk of {chunk.size} bytes beyond the end of the file")
@@ -104,6 +105,16 @@ class Chunks:
         if len(content) != self._bytes:
             raise BrokenChunk(f"has a chunk of {len(content)} bytes, where one takes {self._bytes}")
         return content
+
+
+def has_own_fill_value(dataset: Any) -> bool:
+    """Whether what is not stored has a value that the file states; zero otherwise.
+
+    That value is never read: HDF5's library reads beyond its end where a damaged file has it of
+    another dtype than the elements.
+    """
+    user_defined = 2  # H5D_FILL_VALUE_USER_DEFINED
+    return dataset.id.get_create_plist().fill_value_defined() == user_defined
 
 
 def _inflated(content: bytes, most: int) -> bytes:
