@@ -90,16 +90,21 @@ CHOSEN = (
 CASES = [_case(case) for case in fused.CASES if case.name in CHOSEN]
 
 
-def _computed(case: AttentionCase, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _computed(
+    case: AttentionCase, dtype: str, device: str = "cpu"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Context and gradients by the kernels, and in float64 by the written formula."""
     arrays = replace(case, dtype=dtype).arrays()
     cotangent = values(2, case.lengths[0], case.heads[0], case.widths[1], dtype=dtype, seed=4)
-    shape = case.shape(ops)._replace(narrow=None if dtype == "float32" else ops.dtype(dtype))
+    shape = case.shape(ops)._replace(
+        narrow=None if dtype == "float32" else ops.dtype(dtype), device=torch.device(device)
+    )
     path = choose_path(ops, case.spec(ops), shape, observed=False, with_scores=False)
     assert (path.kernel, path.narrow) == ("fused", dtype != "float32"), path
     both = []
     for own, way, kind in ((ops, path, dtype), (general(ops), WHOLE, "float64")):
-        native = {n: ops.from_numpy(x) for n, x in arrays.items()}
+        place = device if own is ops else "cpu"
+        native = {n: ops.from_numpy(x).to(place) for n, x in arrays.items()}
         heads = {n: native.pop(n).to(ops.dtype(kind)) for n in ("query", "key", "value")}
         if "bias" in native:
             native["bias"] = native["bias"].to(torch.float64 if own is not ops else torch.float32)
@@ -108,11 +113,11 @@ def _computed(case: AttentionCase, dtype: str) -> tuple[dict[str, Any], dict[str
                 own, way, replace(case, dtype=kind), {**given, **native}
             ),
             heads,
-            ops.from_numpy(cotangent).to(ops.dtype(kind)),
+            ops.from_numpy(cotangent).to(place, ops.dtype(kind)),
         )
         assert context.dtype == ops.dtype(kind)
         found = {"context": context.detach(), **gradients}
-        both.append({n: x.to(torch.float64).numpy() for n, x in found.items()})
+        both.append({n: x.cpu().to(torch.float64).numpy() for n, x in found.items()})
     return both[0], both[1]
 
 
@@ -137,6 +142,16 @@ def test_context_and_gradients(kernels: Any, case: AttentionCase) -> None:
 def test_half_precision_within_the_written_bound(kernels: Any, name: str, dtype: str) -> None:
     (case,) = [case for case in CASES if case.name == name]
     _is_near(*_computed(case, dtype), dtype, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_a_gpu(case: AttentionCase, dtype: str) -> None:
+    """The same, compiled, with tiles and lengths of their own."""
+    if case.lengths == LENGTHS:
+        case = replace(case, lengths=LONG, mask=case.mask and LONG)
+    _is_near(*_computed(case, dtype, "cuda"), dtype, 32 if dtype == "float32" else 4)
 
 
 @pytest.mark.parametrize("seed", [0, -7, 2**40 + 5])

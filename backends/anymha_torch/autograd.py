@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from anymha_torch.fused import transformed
+from anymha_torch.modes import transformed
 
 Tensors = Sequence[torch.Tensor]
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 from anymha.attention.masks import position_mask
@@ -15,13 +14,8 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout, triton_attention
+from anymha_torch.modes import transformed
 from anymha_torch.native import seeded
-
-
-def transformed() -> bool:
-    """Whether a transformation of `torch.func`, or forward differentiation, is at work."""
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
-    return functorch or forward_ad._current_level >= 0
 
 
 def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:

@@ -36,9 +36,9 @@ from anymha_torch.fused import (
     fused_attention,
     mixed_dtype,
     multiplies,
-    transformed,
     why_not_fused,
 )
+from anymha_torch.modes import transformed
 from anymha_torch.native import native_keep_mask
 from anymha_torch.seeds import on_device
 
@@ -218,7 +218,7 @@ _FIRST = (0, 0, 0, 0)
 
 def _made(seed, threshold, shape, origin, place, device):
     on_cpu = device.type == "cpu" and not triton_attention.on_cpu
-    if not (on_cpu or transformed()) and triton_attention.why_not_on(str(device)) is None:
+    if not on_cpu and triton_attention.why_not_on(str(device)) is None:
         return triton_attention.keep_mask(seed, threshold, shape, place, device)
     if isinstance(seed, torch.Tensor) or device.type != "cpu":
         seed = on_device(seed, device)

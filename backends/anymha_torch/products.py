@@ -26,7 +26,7 @@ from torch._C import (
 from torch.nn import functional
 
 from anymha.execution import path as paths
-from anymha_torch.fused import transformed
+from anymha_torch.modes import transformed
 
 SWITCH = "ANYMHA_TORCH_ONEDNN"
 """A variable of the environment: "0" for MKL always, "1" for oneDNN wherever torch has it."""

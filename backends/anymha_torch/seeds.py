@@ -8,16 +8,12 @@ import torch
 
 from anymha.errors import ArgumentError, ShapeError
 from anymha.framework.shapes import described
+from anymha_torch.modes import is_traced
 
 
 def seed_tensor(seed: Any) -> torch.Tensor:
     """A seed, an int of any size or a tensor, as an int64 tensor."""
     return on_device(seed, seed.device if isinstance(seed, torch.Tensor) else torch.device("cpu"))
-
-
-def is_traced() -> bool:
-    """Whether a compiler runs the call, or something that watches each operation."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def on_device(seed: Any, device: torch.device) -> torch.Tensor:

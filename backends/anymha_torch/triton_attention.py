@@ -9,13 +9,15 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from anymha.attention import dropout
 from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout
-from anymha_torch.seeds import is_traced, on_device
+from anymha_torch.modes import is_traced, transformed
+from anymha_torch.seeds import on_device
 
 NOTE = "dropout: in one kernel with the attention, by Triton"
 
@@ -41,6 +43,8 @@ def why_not(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
 
 def why_not_on(device: str, /) -> str | None:
     """Why Triton cannot make the mask of dropout on a device, or None where it can."""
+    if transformed():
+        return "the kernels with dropout cannot be transformed by `torch.func`"
     if torch.device(device).type == "cpu":
         return None if on_cpu else "Triton has no kernels for this device"
     return _why_not_on(device)
@@ -62,7 +66,7 @@ def _why_not_on(device: str) -> str | None:
     try:
         if torch.cuda.get_device_capability(device) <= NEWEST_WITHOUT:
             return "Triton does not support a GPU so old"
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _disable_current_modes():
             found = keep_mask(2**40 + 5, 20000, shape, (0, 0, 0, 0), torch.device(device)).cpu()
     except Exception as error:  # whatever a compiler raises that lacks something
         return f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]

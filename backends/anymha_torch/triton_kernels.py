@@ -221,7 +221,7 @@ def _forward(
 
 @triton.jit
 def _logit_gradients(logits, lse, balance, d_weights, keep, factor):
-    """Gradients of the logits of a tile, and the weights that are kept; `lse` and `balance` broadcast."""
+    """Gradients of logits, and the weights that are kept; `lse` and `balance` broadcast."""
     weights = tl.exp(logits - lse)
     d_logits = weights * (tl.where(keep, d_weights * factor, 0.0) - balance)
     return d_logits, tl.where(keep, weights, 0.0)
@@ -237,7 +237,7 @@ def _backward_queries(
     key_dim: tl.constexpr, value_dim: tl.constexpr, k_width: tl.constexpr, v_width: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """dQ, and `balance`, the sums over rows of C * dC."""
+    """Gradients of queries, and `balance`, the sums over rows of C * dC."""
     blocks = tl.cdiv(tl.cdiv(queries, 2), height)
     number = tl.program_id(0)
     block = blocks - 1 - number % blocks
