@@ -287,8 +287,22 @@ def test_on_gpus_triton_must_be_installed_and_work(monkeypatch: pytest.MonkeyPat
     triton_attention._why_not_on.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_call_is_compared_first(
+    kernels: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why_wrong: Any = triton_attention._why_wrong.__wrapped__
+    assert why_wrong("cpu", dtype, 8, 5) is None
+    backward = kernels.backward
+    monkeypatch.setattr(kernels, "backward", lambda *args: [g * 1.2 for g in backward(*args)])
+    assert why_wrong("cpu", dtype, 8, 5) == "Triton computes other numbers here"
+    monkeypatch.setattr(kernels, "forward", lambda *args: 1 // 0)
+    assert "ZeroDivisionError" in why_wrong("cpu", dtype, 8, 5)
+
+
 def test_on_gpus_every_width_and_dtype_has_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(triton_attention, "_why_wrong", lambda *kind: None)
     assert _why() is None
     assert _why(dtype=torch.bfloat16, key_dim=256) is None
     assert _why(key_dim=256) == "the kernels with dropout take heads of up to 128 features"

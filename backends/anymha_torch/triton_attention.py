@@ -38,16 +38,22 @@ def why_not(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
         return f"the kernels with dropout are not for {shape.dtype}"
     if shape.key_dim > widest or shape.value_dim > widest:
         return f"the kernels with dropout take heads of up to {widest} features"
-    return why_not_on(str(shape.device))
+    return why_not_on(str(shape.device), shape.dtype, shape.key_dim, shape.value_dim)
 
 
-def why_not_on(device: str, /) -> str | None:
-    """Why Triton cannot make the mask of dropout on a device, or None where it can."""
+def why_not_on(device: str, /, *kind: Any) -> str | None:
+    """Why Triton cannot be taken on a device, or None where it can.
+
+    Args:
+        device: The device.
+        *kind: Dtype, width of the keys and width of the values of the attention; none where only
+            the mask of dropout is made.
+    """
     if transformed():
         return "the kernels with dropout cannot be transformed by `torch.func`"
     if torch.device(device).type == "cpu":
         return None if on_cpu else "Triton has no kernels for this device"
-    return _why_not_on(device)
+    return _why_not_on(device) or (_why_wrong(device, *kind) if kind else None)
 
 
 # What `torch.compiler.assume_constant_result` does, without importing the compiler.
@@ -71,6 +77,48 @@ def _why_not_on(device: str) -> str | None:
     except Exception as error:  # whatever a compiler raises that lacks something
         return f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
     return None if torch.equal(found, expected) else "Triton computes other masks here"
+
+
+CLOSE = 0.05
+"""By what share of the greatest number the small call may differ: what is wrong differs more."""
+
+
+@cache
+def _why_wrong(device: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why the kernels cannot serve heads of a kind, of which a small call is made and compared."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (1, 2, 70, key_dim),
+        (1, 1, 70, key_dim),
+        (1, 1, 70, value_dim),
+        (1, 2, 70, value_dim),
+    ]
+    drop = dropout.Dropout(20000, 5)
+    spec = AttentionSpec(key_dim**-0.5, (), PositionMask(None, 0, 0), drop)
+    with torch.inference_mode(False), _disable_current_modes():
+        given = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+        *arrays, cotangent = (x.to(dtype) for x in given)
+        with torch.enable_grad():
+            wide = [x.float().requires_grad_() for x in arrays]
+            context = tiled_dropout.attention(
+                spec, dict(zip(("query", "key", "value"), wide, strict=True))
+            )
+            gradients = torch.autograd.grad(context, wide, cotangent.float())
+        expected = [context.detach(), *gradients]
+        try:
+            with torch.no_grad():
+                moved = [x.to(device) for x in arrays]
+                fixed = (None, None, None, on_device(5, torch.device(device)))
+                options = (spec.scale, drop.threshold, 0, None, 0)
+                out, lse = _forward(*moved, *fixed, *options)
+                d_out = cotangent.to(device)
+                found = [out, *_gradients(*moved, *fixed, out, lse, d_out, *options)]
+        except Exception as error:  # as where a GPU has too little fast memory
+            return f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
+        for one, other in zip(found, expected, strict=True):
+            if not (one.cpu().float() - other).abs().max() <= CLOSE * other.abs().max():
+                return "Triton computes other numbers here"
+    return None
 
 
 @cache
