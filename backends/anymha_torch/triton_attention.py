@@ -108,8 +108,8 @@ def _why_wrong(device: str, dtype: torch.dtype, key_dim: int, value_dim: int) ->
         try:
             with torch.no_grad():
                 moved = [x.to(device) for x in arrays]
-                fixed = (None, None, None, on_device(5, torch.device(device)))
-                options = (spec.scale, drop.threshold, 0, None, 0)
+                fixed: list[Any] = [None, None, None, on_device(5, torch.device(device))]
+                options: list[Any] = [spec.scale, drop.threshold, 0, None, 0]
                 out, lse = _forward(*moved, *fixed, *options)
                 d_out = cotangent.to(device)
                 found = [out, *_gradients(*moved, *fixed, out, lse, d_out, *options)]
