@@ -96,8 +96,8 @@ def _why_wrong(device: str, dtype: torch.dtype, key_dim: int, value_dim: int) ->
     drop = dropout.Dropout(20000, 5)
     spec = AttentionSpec(key_dim**-0.5, (), PositionMask(None, 0, 0), drop)
     with torch.inference_mode(False), _disable_current_modes():
-        given = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
-        *arrays, cotangent = (x.to(dtype) for x in given)
+        drawn = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+        *arrays, cotangent = (x.to(dtype) for x in drawn)
         with torch.enable_grad():
             wide = [x.float().requires_grad_() for x in arrays]
             context = tiled_dropout.attention(
@@ -107,12 +107,12 @@ def _why_wrong(device: str, dtype: torch.dtype, key_dim: int, value_dim: int) ->
         expected = [context.detach(), *gradients]
         try:
             with torch.no_grad():
-                moved = [x.to(device) for x in arrays]
-                fixed: list[Any] = [None, None, None, on_device(5, torch.device(device))]
-                options: list[Any] = [spec.scale, drop.threshold, 0, None, 0]
-                out, lse = _forward(*moved, *fixed, *options)
-                d_out = cotangent.to(device)
-                found = [out, *_gradients(*moved, *fixed, out, lse, d_out, *options)]
+                q, k, v = (x.to(device) for x in arrays)
+                seed, d_out = on_device(5, torch.device(device)), cotangent.to(device)
+                given = (q, k, v, None, None, None, seed)
+                options = (spec.scale, drop.threshold, 0, None, 0)
+                out, lse = _forward(*given, *options)
+                found = [out, *_gradients(*given, out, lse, d_out, *options)]
         except Exception as error:  # as where a GPU has too little fast memory
             return f"Triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
         for one, other in zip(found, expected, strict=True):
