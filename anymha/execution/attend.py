@@ -58,7 +58,7 @@ def attend(
         results = {"context": _fused(ops, spec, path, arrays)}
         if with_scores:  # in a second pass, so that the context has the same bits
             del arrays["value"]
-            if path.narrow:
+            if path.narrow and not (path.for_scores and path.for_scores.narrow):
                 for name in ("query", "key"):
                     arrays[name] = ops.astype(arrays[name], ops.float32)
             results |= written(ops, spec, path.for_scores, arrays, observe, True)

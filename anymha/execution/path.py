@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from anymha.attention.features.base import Feature
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles, plan_tiles
 from anymha.framework.protocol import Dim, Ops
@@ -69,7 +70,7 @@ class Path:
         together: Whether a tile has the queries of all heads.
         causal_kernel: Whether the fused kernel masks by causality itself.
         why_not_fused: Why no fused kernel is taken; empty where one is.
-        narrow: Whether the fused kernel takes query, key and value in half precision, as they are.
+        narrow: Whether query, key and value are multiplied in half precision, as they are.
         for_scores: The path of the second pass that gives the scores beside a fused kernel.
         most_queries: Calls that differ in their lengths alone take this path too, if they have at
             most so many queries,
@@ -226,10 +227,17 @@ def _is_plain_causal(spec: AttentionSpec, shape: AttentionShape) -> bool:
 
 
 def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: str) -> Path:
-    def whole(why: str, queries: float = 0, logits: float = 0) -> Path:
-        return Path("whole", why, why_not_fused=reason, most_queries=queries, most_logits=logits)
-
     capabilities, positions = ops.capabilities, spec.position_mask
+    narrow = (
+        shape.narrow is not None
+        and capabilities.wide_matmul is not None
+        and all(type(feature).heads is Feature.heads for feature in spec.features)
+    )
+
+    def whole(why: str, queries: float = 0, logits: float = 0) -> Path:
+        return Path("whole", why, why_not_fused=reason, narrow=narrow,
+                    most_queries=queries, most_logits=logits)  # fmt: skip
+
     if capabilities.loop is None:
         return whole(f"{ops.name} has no loop", math.inf, math.inf)
     if spec.dropout is not None and spec.dropout.native:
@@ -247,12 +255,13 @@ def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: 
             return whole("it fits into one tile", WORTHWHILE - 1, most)
         tiles = plan_tiles(positions, queries, keys, queries * keys, eager_loop=False)
         return Path("tiles", "each leaves out keys that it does not see", tiles, True,
-                    why_not_fused=reason)  # fmt: skip
+                    why_not_fused=reason, narrow=narrow)  # fmt: skip
     elements = max(
         _most_of_tile(ops, spec, shape.dtype, shape.device) // (shape.heads // shape.key_heads), 1
     )
     tiles = plan_tiles(positions, queries, keys, elements, eager_loop=capabilities.eager_loop)
-    return Path("tiles", "small tiles stay in the cache", tiles, why_not_fused=reason)
+    why = "small tiles stay in the cache"
+    return Path("tiles", why, tiles, why_not_fused=reason, narrow=narrow)
 
 
 def fits(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:

@@ -23,6 +23,7 @@ TOGETHER = (
     ("loop", "tile_size"),
     ("loop", "narrow"),
     ("fused_attention", "why_not_fused"),
+    ("wide_matmul", "multiplies"),
     ("bitwise_and_inplace", "bitwise_xor_inplace"),
     ("initialize", "initializer_style"),
 )
@@ -77,6 +78,8 @@ class Capabilities:
         multiplies: ``multiplies(dtype, device)``: whether layers in a half-precision dtype shall
             multiply arrays of that dtype as they are, since the device adds such products in
             float32 and is faster so. Without it they are computed in float32 and rounded once.
+        wide_matmul: ``wide_matmul(x1, x2)`` is `matmul` of half-precision arrays, with its sums as
+            they are, in float32. With it the written formula multiplies half precision too.
         linear: ``linear(x, matrix, bias)`` is ``x . matrix + bias`` of (N, D) and (D, W).
         softmax: ``softmax(x)`` over the last axis, of finite numbers.
         exp_and_sum: ``exp_and_sum(x, peak)`` is ``exp(x - peak)`` and its sums over the last axis,
@@ -106,6 +109,7 @@ class Capabilities:
     why_not_fused: Callable[[Any, Any], str | None] | None = None
     mixed_dtype: Callable[[Array], Any] | None = None
     multiplies: Callable[[Any, Any], bool] | None = None
+    wide_matmul: Function | None = None
     linear: Function | None = None
     softmax: Callable[[Array], Array] | None = None
     exp_and_sum: Function | None = None

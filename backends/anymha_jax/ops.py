@@ -37,6 +37,7 @@ from anymha.errors import ArgumentError
 from anymha.framework.capabilities import Capabilities
 from anymha_jax import float64 as x64
 from anymha_jax.float64 import in_float64
+from anymha_jax.products import HALF, multiplies, wide_matmul
 
 bool = jnp.bool
 name = "jax"
@@ -82,8 +83,18 @@ def tile_size(device, /):
 def tensordot(x1, x2, /, *, axes):
     if axes != 1 or x2.ndim != 2 or not _is_one_cpu():
         return jnp.tensordot(x1, x2, axes=axes)
-    product = jnp.matmul(jnp.reshape(x1, (-1, x1.shape[-1])), x2)
+    rows = jnp.reshape(x1, (-1, x1.shape[-1]))
+    product = wide_matmul(rows, x2).astype(x1.dtype) if x1.dtype in HALF else jnp.matmul(rows, x2)
     return jnp.reshape(product, (*x1.shape[:-1], *x2.shape[1:]))
+
+
+def linear(x, matrix, bias, /):
+    if x.dtype in HALF and _is_one_cpu():  # rounded once, behind the bias
+        y = wide_matmul(x, matrix)
+        y = y if bias is None else y + bias.reshape(1, -1).astype(float32)
+        return y.astype(x.dtype)
+    y = tensordot(x, matrix, axes=1)
+    return y if bias is None else y + bias.reshape(1, -1)
 
 
 def _is_one_cpu():
@@ -162,6 +173,9 @@ capabilities = Capabilities(
     tile_size=tile_size,
     loop=loop,
     narrow=narrow,
+    multiplies=multiplies,
+    wide_matmul=wide_matmul,
+    linear=linear,
     initialize=initialize,
     initializer_style="key",
 )
