@@ -63,10 +63,8 @@ def formula(
         query = ops.reshape(query, (batch, shared, rows, d_k))
     key = ops.permute_dims(key, (0, 1, 3, 2))  # [B, K, d_k, S]
     wide = ops.capabilities.wide_matmul if working_dtype(ops, query) != query.dtype else None
-    if wide is None:
-        logits = ops.matmul(query * spec.scale, key)  # [B, K, (H/K)*T, S]
-    else:  # the scaled query would be rounded once more
-        logits = wide(query, key) * spec.scale
+    # [B, K, (H/K)*T, S]; in half precision the scaled query would be rounded once more
+    logits = wide(query, key) * spec.scale if wide else ops.matmul(query * spec.scale, key)
     if heads != shared:
         logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:

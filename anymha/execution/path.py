@@ -170,14 +170,16 @@ def choose_path(
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
     if any(isinstance(n, int) and n == 0 for n in lengths):
         return Path("whole", "there is nothing to attend to")
-    narrow = shape.narrow is not None and (
-        _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow)) is None
-    )
-    reason = None if narrow else _why_not_fused(ops, spec, shape)
+    narrow, reason = False, _why_not_fused(ops, spec, shape)
+    if shape.narrow is not None:
+        why = _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow))
+        narrow = why is None
+        reason = reason and why
     if reason is not None:
-        return _written_path(ops, spec, shape, reason)
-    path = replace(_fused_path(ops, spec, shape), narrow=narrow)
-    if with_scores:
+        path = _written_path(ops, spec, shape, reason)
+    else:
+        path = replace(_fused_path(ops, spec, shape), narrow=narrow)
+    if reason is None and with_scores:
         second = _written_path(ops, spec, shape, "the scores are asked for")
         path = replace(
             path,
@@ -185,6 +187,9 @@ def choose_path(
             most_queries=min(path.most_queries, second.most_queries),
             most_logits=min(path.most_logits, second.most_logits),
         )
+    if shape.narrow is not None and ops.capabilities.compile is not None:
+        # The kernel may refuse other lengths, which are compiled, and so planned, anew.
+        return replace(path, most_queries=0, most_logits=0)
     return path
 
 
@@ -199,7 +204,7 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
 
 
 def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
-    positions, causal = spec.position_mask, _is_plain_causal(spec, shape)
+    positions, causal = spec.position_mask, _is_plain_causal(ops, spec, shape)
     if spec.dropout is not None and not spec.dropout.native:
         return Path("fused", "the backend's own kernel with dropout")
     if spec.dropout is not None:
@@ -218,10 +223,14 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     return Path("fused", why, plan_tiles(positions, queries, keys, elements, eager_loop=True))
 
 
-def _is_plain_causal(spec: AttentionSpec, shape: AttentionShape) -> bool:
-    """Whether nothing is masked but what causality masks, query 0 standing at key 0."""
+def _is_plain_causal(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
+    """Whether nothing is masked but what causality masks, query 0 standing at key 0.
+
+    Or a window with it, where the kernel knows windows and each query sees a key.
+    """
     positions = spec.position_mask
-    causal = positions.left is None and positions.right == 0
+    windowed = ops.capabilities.fused_window and shape.queries == shape.keys
+    causal = positions.right == 0 and (positions.left is None or windowed)
     first = isinstance(positions.offset, int) and positions.offset == 0
     return causal and first and not shape.has_mask and not shape.has_bias
 

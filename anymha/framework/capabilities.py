@@ -71,6 +71,7 @@ class Capabilities:
         fused_attention: ``fused_attention(spec, arrays, causal=flag)`` is the context
             (B, H, T, d_v) by a kernel with exactly the written meaning; masks of positions are in
             "mask", or `causal` says them.
+        fused_window: Whether `causal` of the kernel means the window of `spec` too.
         why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
             `anymha.execution.path.AttentionShape`; None where it can.
         mixed_dtype: ``mixed_dtype(x)``: the half-precision dtype in which a region of the
@@ -106,6 +107,7 @@ class Capabilities:
     eager_loop: bool = False
     narrow: Function | None = None
     fused_attention: Function | None = None
+    fused_window: bool = False
     why_not_fused: Callable[[Any, Any], str | None] | None = None
     mixed_dtype: Callable[[Array], Any] | None = None
     multiplies: Callable[[Any, Any], bool] | None = None

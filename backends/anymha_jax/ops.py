@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from operator import attrgetter
 
 import jax
@@ -35,6 +37,7 @@ from numpy import asarray as to_numpy
 
 from anymha.errors import ArgumentError
 from anymha.framework.capabilities import Capabilities
+from anymha_jax import cudnn
 from anymha_jax import float64 as x64
 from anymha_jax.float64 import in_float64
 from anymha_jax.products import HALF, multiplies, wide_matmul
@@ -86,15 +89,6 @@ def tensordot(x1, x2, /, *, axes):
     rows = jnp.reshape(x1, (-1, x1.shape[-1]))
     product = wide_matmul(rows, x2).astype(x1.dtype) if x1.dtype in HALF else jnp.matmul(rows, x2)
     return jnp.reshape(product, (*x1.shape[:-1], *x2.shape[1:]))
-
-
-def linear(x, matrix, bias, /):
-    if x.dtype in HALF and _is_one_cpu():  # rounded once, behind the bias
-        y = wide_matmul(x, matrix)
-        y = y if bias is None else y + bias.reshape(1, -1).astype(float32)
-        return y.astype(x.dtype)
-    y = tensordot(x, matrix, axes=1)
-    return y if bias is None else y + bias.reshape(1, -1)
 
 
 def _is_one_cpu():
@@ -173,9 +167,11 @@ capabilities = Capabilities(
     tile_size=tile_size,
     loop=loop,
     narrow=narrow,
+    fused_attention=partial(cudnn.fused_attention, sys.modules[__name__]),
+    fused_window=True,
+    why_not_fused=cudnn.why_not_fused,
     multiplies=multiplies,
     wide_matmul=wide_matmul,
-    linear=linear,
     initialize=initialize,
     initializer_style="key",
 )

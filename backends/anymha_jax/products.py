@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from anymha_jax.transposed import linear
@@ -33,8 +34,25 @@ def _is_multiplied_on_cpu(dtype: Any) -> bool:
     return "convert(" not in text
 
 
+# Of arrays with several batch axes, or with several free ones in the second, which `vmap` makes of
+# products, XLA makes programs for processors that it cannot run. So these have one batch axis.
+@custom_vmap
 def _wide(x: Any, y: Any) -> Any:
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+    one = [array.reshape(-1, *array.shape[-2:]) if array.ndim > 3 else array for array in (x, y)]
+    product = jnp.matmul(*one, preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@_wide.def_vmap
+def _(size: int, batched: Sequence[bool], x: Any, y: Any) -> Any:
+    if y.ndim == 2 and not batched[1]:  # the rows of all members, one below the other
+        product = _wide(x.reshape(size * x.shape[1], x.shape[2]), y)
+        return product.reshape(size, -1, y.shape[1]), True
+    every = [
+        array if own else jnp.broadcast_to(array, (size, *array.shape))
+        for array, own in zip((x, y), batched, strict=True)
+    ]
+    return _wide(*every), True
 
 
 @jax.custom_jvp
@@ -54,14 +72,18 @@ def _(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
     if not isinstance(dx, SymbolicZero):
         total = linear(_of_left, _back_to_left, [y], [dx])
     if not isinstance(dy, SymbolicZero):
-        right = linear(_wide, _back_to_right, [x], [dy])
+        right = linear(_of_right, _back_to_right, [x], [dy])
         total = right if total is None else total + right
     result = wide_matmul(x, y)
     return result, jnp.zeros_like(result) if total is None else total
 
 
 def _of_left(y: Any, dx: Any) -> Any:
-    return _wide(dx, y)
+    return wide_matmul(dx, y)
+
+
+def _of_right(x: Any, dy: Any) -> Any:
+    return wide_matmul(x, dy)
 
 
 def _back_to_left(y: Any, cotangent: Any) -> Sequence[Any]:

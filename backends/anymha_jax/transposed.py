@@ -31,7 +31,27 @@ def linear(push: Flat, pull: Flat, constants: Sequence[Any], moving: Sequence[An
         constants: Arrays; derivatives by them are those of `push`.
         moving: Floating arrays.
     """
-    return _linear.bind(*constants, *moving, push=push, pull=pull, count=len(constants))[0]
+    args = alike([*constants, *moving])
+    return _linear.bind(*args, push=push, pull=pull, count=len(constants))[0]
+
+
+def alike(arrays: Sequence[Any]) -> Sequence[Any]:
+    """The arrays, each of which `jax.shard_map` takes for one that differs where any of them does.
+
+    JAX adds up the cotangents of an array that is the same on all devices; so it sees where.
+    """
+    every = [_varying(x) for x in arrays]
+    axes = frozenset().union(*every)
+    return [
+        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
+        for x, own in zip(arrays, every, strict=True)
+    ]
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    """The axes of the mesh along which an array differs, in old JAX and new."""
+    kind: Any = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.mat.varying
 
 
 @_linear.def_impl
@@ -77,9 +97,7 @@ def _transpose(
     return [*known, *(g if ad.is_undefined_primal(x) else None for x, g in of_moving)]
 
 
-def _batch(
-    args: Sequence[Any], axes: Sequence[Any], *, push: Flat, pull: Flat, count: int
-) -> Any:
+def _batch(args: Sequence[Any], axes: Sequence[Any], *, push: Flat, pull: Flat, count: int) -> Any:
     (size,) = {x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None}
     # Each member of the batch has a cotangent of its own, and so an array of its own.
     moving = [
