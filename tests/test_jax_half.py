@@ -277,7 +277,7 @@ def test_kernel_is_refused(case) -> None:
 @pytest.mark.parametrize("native", [True, False])
 def test_kernel_is_refused_with_dropout(native) -> None:
     spec = AttentionSpec(0.5, (), OPEN, Dropout(9, 3, native))
-    assert "dropout" in cudnn.why_not_fused(spec, SHAPE, GPU)
+    assert "dropout" in (cudnn.why_not_fused(spec, SHAPE, GPU) or "")
 
 
 def test_rule_asks_this_machine_by_default() -> None:

@@ -139,7 +139,7 @@ def fused_attention(
         any_seen = mask.any(-1, keepdims=True)
         added = jnp.where(mask | ~any_seen, 0.0 if bias is None else bias, HIDDEN)
         added = jnp.broadcast_to(added, (*added.shape[:2], queries, keys)).astype(query.dtype)
-        inputs = _even(*inputs, added)
+        inputs = _even([*inputs, added])
         seen = jnp.swapaxes(any_seen, 1, 2)  # [B, T, H, 1]
     context = _compiled(call, *alike(inputs))[:, :queries]
     if seen is not None:
@@ -147,11 +147,12 @@ def fused_attention(
     return jnp.swapaxes(context, 1, 2)
 
 
-def _even(query: Any, key: Any, value: Any, added: Any) -> list[Any]:
+def _even(arrays: Sequence[Any]) -> list[Any]:
     """The arrays with one more query and one more key, hidden, where lengths are odd.
 
     The kernel has no gradients of odd lengths where something is added to the logits.
     """
+    query, key, value, added = arrays
     queries, keys = (0, query.shape[1] % 2), (0, key.shape[1] % 2)
     none = (0, 0)
     return [
@@ -202,7 +203,7 @@ def _(call: Call, primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
 
 
 # Outside of a compiler each call would be a new program.
-_compiled = jax.jit(_attention, static_argnums=0, inline=True)
+_compiled: Any = jax.jit(_attention, static_argnums=0, inline=True)
 
 
 def _push(call: Call, count: int, moving: Sequence[int], *args: Any) -> Any:
@@ -244,8 +245,8 @@ def _(call: Call, count: int, primals: Sequence[Any], tangents: Sequence[Any]) -
     def written(*args: Any) -> Sequence[Any]:
         return _pulled_by(_written, call, args[:-1], args[-1])
 
-    own = [(*each[:count], each[-1]) for each in (primals, tangents)]
-    return _backward(call, count, *primals), jax.jvp(written, *own)[1]
+    own, changes = ((*each[:count], each[-1]) for each in (primals, tangents))
+    return _backward(call, count, *primals), jax.jvp(written, own, changes)[1]
 
 
 def _constant(x: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ from anymha_jax.products import HALF, multiplies, wide_matmul
 bool = jnp.bool
 name = "jax"
 dtype = jnp.dtype
+_these: Any = sys.modules[__name__]
 shape = attrgetter("shape")
 
 
@@ -167,7 +169,7 @@ capabilities = Capabilities(
     tile_size=tile_size,
     loop=loop,
     narrow=narrow,
-    fused_attention=partial(cudnn.fused_attention, sys.modules[__name__]),
+    fused_attention=partial(cudnn.fused_attention, _these),
     fused_window=True,
     why_not_fused=cudnn.why_not_fused,
     multiplies=multiplies,
