@@ -23,7 +23,7 @@ import numpy as np
 
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
-from anymha.framework.dtypes import dtype_name
+from anymha.framework.dtypes import dtype_name, working_dtype
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known
 
@@ -45,7 +45,8 @@ def formula(
         ops: The backend.
         spec: The options.
         arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), maybe "value" (B, K, S, d_v), "mask"
-            and "bias", which broadcast to (B, H, T, S).
+            and "bias", which broadcast to (B, H, T, S). Where the first three are of half
+            precision, the backend has `wide_matmul`, and the rest is computed in float32.
         origin: Where the tile begins among all queries and keys.
         observe: Receives the name and the value of each stage; None for no observer.
         with_scores: Whether the scores are wanted.
@@ -61,7 +62,9 @@ def formula(
     if heads != shared:
         query = ops.reshape(query, (batch, shared, rows, d_k))
     key = ops.permute_dims(key, (0, 1, 3, 2))  # [B, K, d_k, S]
-    logits = ops.matmul(query * spec.scale, key)  # [B, K, (H/K)*T, S]
+    wide = ops.capabilities.wide_matmul if working_dtype(ops, query) != query.dtype else None
+    # [B, K, (H/K)*T, S]; in half precision the scaled query would be rounded once more
+    logits = wide(query, key) * spec.scale if wide else ops.matmul(query * spec.scale, key)
     if heads != shared:
         logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:
@@ -82,12 +85,19 @@ def formula(
         return results
     if spec.dropout is not None:
         keep = spec.dropout.keep(ops, (batch, heads, queries, keys), origin, like=weights)
-        weights = ops.where(keep, weights * spec.dropout.factor, 0.0)
+        if wide is None:
+            weights = weights * spec.dropout.factor
+        weights = ops.where(keep, weights, 0.0)
         if observe is not None:
             observe("dropped_probabilities", normalised(weights))
     if heads != shared:
         weights = ops.reshape(weights, (batch, shared, rows, keys))
-    context = ops.matmul(weights, value)  # [B, K, (H/K)*T, d_v]
+    if wide is None:
+        context = ops.matmul(weights, value)  # [B, K, (H/K)*T, d_v]
+    else:
+        context = wide(ops.astype(weights, value.dtype), value)
+        if spec.dropout is not None:  # of weights the product might be too large for float16
+            context = context * spec.dropout.factor
     if heads != shared:
         context = ops.reshape(context, (batch, heads, queries, ops.shape(value)[3]))
     # Normalised last: a row of context is much shorter than a row of weights.

@@ -43,7 +43,8 @@ def attend(
         with_scores: Whether the probabilities are wanted; the context has the same bits without.
 
     Returns:
-        The context (B, T, H, d_v), and the probabilities before dropout (B, H, T, S) or None.
+        The context (B, T, H, d_v) in the dtype of the value, and the probabilities before dropout
+        (B, H, T, S) or None.
     """
     arrays = {
         "query": ops.permute_dims(query, HEADS_FIRST),  # [B, H, T, d_k]
@@ -58,13 +59,15 @@ def attend(
         results = {"context": _fused(ops, spec, path, arrays)}
         if with_scores:  # in a second pass, so that the context has the same bits
             del arrays["value"]
-            if path.narrow:
+            if path.narrow and not (path.for_scores and path.for_scores.narrow):
                 for name in ("query", "key"):
                     arrays[name] = ops.astype(arrays[name], ops.float32)
             results |= written(ops, spec, path.for_scores, arrays, observe, True)
     else:
         results = written(ops, spec, path, arrays, observe, with_scores)
     context = ops.permute_dims(results["context"], HEADS_FIRST)  # [B, T, H, d_v]
+    if context.dtype != value.dtype:
+        context = ops.astype(context, value.dtype)
     if observe is not None:
         observe("context", context)
     return context, results.get("scores")

@@ -13,6 +13,7 @@ from typing import Any
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles
+from anymha.framework.dtypes import working_dtype
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known
 
@@ -115,7 +116,7 @@ def each_head_by_tiles(
             return parts[0]
         return {name: ops.concat([part[name] for part in parts], axis=2) for name in results}
 
-    dtypes = dict.fromkeys(results, arrays["query"].dtype)
+    dtypes = dict.fromkeys(results, working_dtype(ops, arrays["query"]))
     loop: Any = ops.capabilities.loop
     whole = loop(one_head, count, mapped, constant, dtypes)
     return {name: ops.reshape(x, (batch, heads, queries, x.shape[4])) for name, x in whole.items()}

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from anymha.attention.features.base import Feature
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles, plan_tiles
 from anymha.framework.protocol import Dim, Ops
@@ -69,7 +70,7 @@ class Path:
         together: Whether a tile has the queries of all heads.
         causal_kernel: Whether the fused kernel masks by causality itself.
         why_not_fused: Why no fused kernel is taken; empty where one is.
-        narrow: Whether the fused kernel takes query, key and value in half precision, as they are.
+        narrow: Whether query, key and value are multiplied in half precision, as they are.
         for_scores: The path of the second pass that gives the scores beside a fused kernel.
         most_queries: Calls that differ in their lengths alone take this path too, if they have at
             most so many queries,
@@ -169,14 +170,16 @@ def choose_path(
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
     if any(isinstance(n, int) and n == 0 for n in lengths):
         return Path("whole", "there is nothing to attend to")
-    narrow = shape.narrow is not None and (
-        _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow)) is None
-    )
-    reason = None if narrow else _why_not_fused(ops, spec, shape)
+    narrow, reason = False, _why_not_fused(ops, spec, shape)
+    if shape.narrow is not None:
+        why = _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow))
+        narrow = why is None
+        reason = reason and why
     if reason is not None:
-        return _written_path(ops, spec, shape, reason)
-    path = replace(_fused_path(ops, spec, shape), narrow=narrow)
-    if with_scores:
+        path = _written_path(ops, spec, shape, reason)
+    else:
+        path = replace(_fused_path(ops, spec, shape), narrow=narrow)
+    if reason is None and with_scores:
         second = _written_path(ops, spec, shape, "the scores are asked for")
         path = replace(
             path,
@@ -184,6 +187,9 @@ def choose_path(
             most_queries=min(path.most_queries, second.most_queries),
             most_logits=min(path.most_logits, second.most_logits),
         )
+    if shape.narrow is not None and ops.capabilities.compile is not None:
+        # The kernel may refuse other lengths, which are compiled, and so planned, anew.
+        return replace(path, most_queries=0, most_logits=0)
     return path
 
 
@@ -198,7 +204,7 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
 
 
 def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
-    positions, causal = spec.position_mask, _is_plain_causal(spec, shape)
+    positions, causal = spec.position_mask, _is_plain_causal(ops, spec, shape)
     if spec.dropout is not None and not spec.dropout.native:
         return Path("fused", "the backend's own kernel with dropout")
     if spec.dropout is not None:
@@ -217,19 +223,30 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     return Path("fused", why, plan_tiles(positions, queries, keys, elements, eager_loop=True))
 
 
-def _is_plain_causal(spec: AttentionSpec, shape: AttentionShape) -> bool:
-    """Whether nothing is masked but what causality masks, query 0 standing at key 0."""
+def _is_plain_causal(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
+    """Whether nothing is masked but what causality masks, query 0 standing at key 0.
+
+    Or a window with it, where the kernel knows windows and each query sees a key.
+    """
     positions = spec.position_mask
-    causal = positions.left is None and positions.right == 0
+    windowed = ops.capabilities.fused_window and shape.queries == shape.keys
+    causal = positions.right == 0 and (positions.left is None or windowed)
     first = isinstance(positions.offset, int) and positions.offset == 0
     return causal and first and not shape.has_mask and not shape.has_bias
 
 
 def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: str) -> Path:
-    def whole(why: str, queries: float = 0, logits: float = 0) -> Path:
-        return Path("whole", why, why_not_fused=reason, most_queries=queries, most_logits=logits)
-
     capabilities, positions = ops.capabilities, spec.position_mask
+    narrow = (
+        shape.narrow is not None
+        and capabilities.wide_matmul is not None
+        and all(type(feature).heads is Feature.heads for feature in spec.features)
+    )
+
+    def whole(why: str, queries: float = 0, logits: float = 0) -> Path:
+        return Path("whole", why, why_not_fused=reason, narrow=narrow,
+                    most_queries=queries, most_logits=logits)  # fmt: skip
+
     if capabilities.loop is None:
         return whole(f"{ops.name} has no loop", math.inf, math.inf)
     if spec.dropout is not None and spec.dropout.native:
@@ -247,12 +264,13 @@ def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: 
             return whole("it fits into one tile", WORTHWHILE - 1, most)
         tiles = plan_tiles(positions, queries, keys, queries * keys, eager_loop=False)
         return Path("tiles", "each leaves out keys that it does not see", tiles, True,
-                    why_not_fused=reason)  # fmt: skip
+                    why_not_fused=reason, narrow=narrow)  # fmt: skip
     elements = max(
         _most_of_tile(ops, spec, shape.dtype, shape.device) // (shape.heads // shape.key_heads), 1
     )
     tiles = plan_tiles(positions, queries, keys, elements, eager_loop=capabilities.eager_loop)
-    return Path("tiles", "small tiles stay in the cache", tiles, why_not_fused=reason)
+    why = "small tiles stay in the cache"
+    return Path("tiles", why, tiles, why_not_fused=reason, narrow=narrow)
 
 
 def fits(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:

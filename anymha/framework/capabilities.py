@@ -23,6 +23,7 @@ TOGETHER = (
     ("loop", "tile_size"),
     ("loop", "narrow"),
     ("fused_attention", "why_not_fused"),
+    ("wide_matmul", "multiplies"),
     ("bitwise_and_inplace", "bitwise_xor_inplace"),
     ("initialize", "initializer_style"),
 )
@@ -70,6 +71,7 @@ class Capabilities:
         fused_attention: ``fused_attention(spec, arrays, causal=flag)`` is the context
             (B, H, T, d_v) by a kernel with exactly the written meaning; masks of positions are in
             "mask", or `causal` says them.
+        fused_window: Whether `causal` of the kernel means the window of `spec` too.
         why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
             `anymha.execution.path.AttentionShape`; None where it can.
         mixed_dtype: ``mixed_dtype(x)``: the half-precision dtype in which a region of the
@@ -77,6 +79,8 @@ class Capabilities:
         multiplies: ``multiplies(dtype, device)``: whether layers in a half-precision dtype shall
             multiply arrays of that dtype as they are, since the device adds such products in
             float32 and is faster so. Without it they are computed in float32 and rounded once.
+        wide_matmul: ``wide_matmul(x1, x2)`` is `matmul` of half-precision arrays, with its sums as
+            they are, in float32. With it the written formula multiplies half precision too.
         linear: ``linear(x, matrix, bias)`` is ``x . matrix + bias`` of (N, D) and (D, W).
         softmax: ``softmax(x)`` over the last axis, of finite numbers.
         exp_and_sum: ``exp_and_sum(x, peak)`` is ``exp(x - peak)`` and its sums over the last axis,
@@ -103,9 +107,11 @@ class Capabilities:
     eager_loop: bool = False
     narrow: Function | None = None
     fused_attention: Function | None = None
+    fused_window: bool = False
     why_not_fused: Callable[[Any, Any], str | None] | None = None
     mixed_dtype: Callable[[Array], Any] | None = None
     multiplies: Callable[[Any, Any], bool] | None = None
+    wide_matmul: Function | None = None
     linear: Function | None = None
     softmax: Callable[[Array], Array] | None = None
     exp_and_sum: Function | None = None

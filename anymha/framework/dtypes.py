@@ -41,6 +41,11 @@ def accumulation_dtype(name: str) -> str:
     return "float64" if name == "float64" else "float32"
 
 
+def working_dtype(ops: Ops, x: Any) -> Any:
+    """The dtype of sums and of the softmax of an array: its own, or float32 if it is narrower."""
+    return ops.float32 if BITS[dtype_name(x.dtype)] == 16 else x.dtype
+
+
 def output_dtype(weights: str, compute: str) -> str:
     """The dtype of the layer's results: the narrower of the weights' and the computation's.
 

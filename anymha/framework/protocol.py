@@ -4,8 +4,8 @@ A backend is a module of functions; no class, no inheritance. Functions of the P
 standard (2024.12) have its names and are called as it says; what it lets one name or place, the
 core places. Of an array object the core uses only ``+ - * /`` and comparisons, with an array or a
 number on the right, ``.shape``, ``.dtype``, and slices of the form ``x[..., a:b]``. Products and
-sums of int32 wrap. Half precision reaches only `astype` and the conversions: the core computes it
-in float32.
+sums of int32 wrap. Half precision reaches only `astype` and the conversions, unless the backend has
+the capability `multiplies`: the core computes it in float32.
 
 References:
     Consortium for Python Data API Standards, "Python array API standard", v2024.12.

@@ -82,6 +82,36 @@ class CapabilityTests(BackendTests):
         if ops.capabilities.linear is not None:
             call(ops, "capabilities.linear", x, matrix, None).is_near(expected, 0.0, dtype)
 
+    @by_half
+    def test_wide_matmul_keeps_its_sums(self, ops: Any, dtype: str) -> None:
+        """Of rank 4, with sums of float32 that are not rounded further."""
+        self.need(ops, "wide_matmul", dtype)
+        x, y = values(2, 3, 5, 300, dtype=dtype), values(2, 3, 300, 4, dtype=dtype, seed=1)
+        wide = [array.astype(np.float64) for array in (x, y)]
+        sizes = np.abs(wide[0]) @ np.abs(wide[1])
+        got = call(ops, "capabilities.wide_matmul", x, y)
+        got.is_near(wide[0] @ wide[1], 4 * eps("float32") * sizes, "float32")
+
+    @by_half
+    def test_wide_matmul_has_the_gradients_of_matmul(self, ops: Any, dtype: str) -> None:
+        """In the dtype of the arrays; the gradient of the product may be rounded to it."""
+        self.need(ops, "wide_matmul", "vjp", dtype)
+        shapes = {"x": (2, 3, 5, 6), "y": (2, 3, 6, 4)}
+        arrays = {name: values(*shape, dtype=dtype) for name, shape in shapes.items()}
+        of_product = values(2, 3, 5, 4, seed=1)
+        native = {name: ops.from_numpy(array) for name, array in arrays.items()}
+        found = ops.capabilities.vjp(
+            lambda given: ops.capabilities.wide_matmul(given["x"], given["y"]),
+            native,
+            ops.from_numpy(of_product),
+        )[1]
+        x, y = (arrays[name].astype(np.float64) for name in "xy")
+        every = {"x": (of_product, y.swapaxes(-1, -2)), "y": (x.swapaxes(-1, -2), of_product)}
+        for name, (left, right) in every.items():
+            got = Returned(f"the gradient of wide_matmul in {name}", ops.to_numpy(found[name]))
+            allowed = 2 * eps(dtype) * (np.abs(left) @ np.abs(right))
+            got.is_near(left @ right, allowed, dtype)
+
     @by_dtype
     def test_softmax_is_the_general_softmax(self, ops: Any, dtype: str) -> None:
         """Over the last axis, where the numbers are near, far apart, or the lowest that are."""
@@ -327,15 +357,18 @@ class CapabilityTests(BackendTests):
 
     @by_case
     @by_half
-    def test_half_precision_in_the_fused_kernel(
+    def test_half_precision_is_that_of_float32(
         self, ops: Any, case: AttentionCase, dtype: str
     ) -> None:
-        """The context as in float32, of which each number is rounded; exactly 0 as there."""
-        self.need(ops, "multiplies", "fused_attention", dtype)
+        """The context as in float32, of which each number is rounded; exactly 0 as there.
+
+        Or in the written formula, where the backend has `wide_matmul`.
+        """
+        self.need(ops, "multiplies", dtype)
         shape = case.shape(ops)._replace(narrow=ops.dtype(dtype))
         path = choose_path(ops, case.spec(ops), shape, observed=False, with_scores=False)
         if case.dtype != "float32" or not path.narrow or not _multiplies(ops, dtype):
-            pytest.skip(f"{ops.name} does not fuse the case {case.name!r} in {dtype}: {path}")
+            pytest.skip(f"{ops.name} does not compute {case.name!r} in {dtype}: {path}")
         heads = ("query", "key", "value")
         arrays = replace(case, dtype=dtype).arrays()
         wide = {n: x if n == "mask" else x.astype(np.float32) for n, x in arrays.items()}

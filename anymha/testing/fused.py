@@ -130,6 +130,7 @@ CASES = (
     AttentionCase("causal and mask", mask=(2, 1, 1, 9), window=(None, 0)),
     AttentionCase("causal and bias", bias=(7, 9), window=(None, 0)),
     AttentionCase("window", window=(2, 1)),
+    AttentionCase("causal window", lengths=(9, 9), window=(3, 0)),
     AttentionCase(
         "long window in tiles", lengths=LONG, heads=(4, 2), window=(20, 10), budget=1 << 14
     ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +38,15 @@ from numpy import asarray as to_numpy
 
 from anymha.errors import ArgumentError
 from anymha.framework.capabilities import Capabilities
+from anymha_jax import cudnn
 from anymha_jax import float64 as x64
 from anymha_jax.float64 import in_float64
+from anymha_jax.products import HALF, multiplies, wide_matmul
 
 bool = jnp.bool
 name = "jax"
 dtype = jnp.dtype
+_these: Any = sys.modules[__name__]
 shape = attrgetter("shape")
 
 
@@ -82,7 +88,8 @@ def tile_size(device, /):
 def tensordot(x1, x2, /, *, axes):
     if axes != 1 or x2.ndim != 2 or not _is_one_cpu():
         return jnp.tensordot(x1, x2, axes=axes)
-    product = jnp.matmul(jnp.reshape(x1, (-1, x1.shape[-1])), x2)
+    rows = jnp.reshape(x1, (-1, x1.shape[-1]))
+    product = wide_matmul(rows, x2).astype(x1.dtype) if x1.dtype in HALF else jnp.matmul(rows, x2)
     return jnp.reshape(product, (*x1.shape[:-1], *x2.shape[1:]))
 
 
@@ -162,6 +169,11 @@ capabilities = Capabilities(
     tile_size=tile_size,
     loop=loop,
     narrow=narrow,
+    fused_attention=partial(cudnn.fused_attention, _these),
+    fused_window=True,
+    why_not_fused=cudnn.why_not_fused,
+    multiplies=multiplies,
+    wide_matmul=wide_matmul,
     initialize=initialize,
     initializer_style="key",
 )

@@ -143,6 +143,7 @@ def refuse_capability(name: str) -> Callable[[Any], dict[str, Any]]:
         own = {other: getattr(ops.capabilities, other) for one, other in TOGETHER if one == name}
         made_up: dict[str, Any] = {
             "seed_array": np.asarray,
+            "multiplies": lambda dtype, device: False,
             "why_not_fused": lambda spec, shape: None,
             "initializer_style": "key",
         }
@@ -418,6 +419,8 @@ def sound(ops: Any) -> dict[str, Any]:
         **fused()(ops),
         "mixed_dtype": lambda x: None,
         "multiplies": lambda dtype, device: False,
+        "wide_matmul": lambda x, y: np.matmul(np.float32(x), np.float32(y)),
+        "fused_window": True,
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
         "is_tracing": lambda: bool(tracing),
@@ -797,6 +800,36 @@ FAULTS = (
         ("test_multiplies_says_that_sums_are_of_float32",),
     ),
     Fault(
+        "wide_matmul rounds its sums",
+        lambda o: {
+            "multiplies": lambda dtype, device: False,
+            "wide_matmul": lambda x, y: np.float32(np.matmul(x, y).astype(x.dtype)),
+        },
+        ("test_wide_matmul_keeps_its_sums",),
+    ),
+    Fault(
+        "wide_matmul gives its second array no gradient",
+        lambda o: {
+            "wide_matmul": lambda x, y: o.matmul(
+                x.float(), o.stop_gradient(y).float() + 0.0 * y.float()
+            ),
+        },
+        ("test_wide_matmul_has_the_gradients_of_matmul",),
+        base="torch",
+    ),
+    Fault(
+        "fused_window without a window",
+        lambda o: {
+            **fused(
+                lambda spec, given: (
+                    replace(spec, position_mask=replace(spec.position_mask, left=None)), given
+                )
+            )(o),
+            "fused_window": True,
+        },
+        (MASKED,),
+    ),
+    Fault(
         "another context in half precision",
         lambda o: {
             "multiplies": lambda dtype, device: True,
@@ -805,7 +838,7 @@ FAULTS = (
                 + 0.2 * (arrays["query"].element_size() == 2)
             ),
         },
-        ("test_half_precision_in_the_fused_kernel",),
+        ("test_half_precision_is_that_of_float32",),
         base="torch",
     ),
     Fault(
