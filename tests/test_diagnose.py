@@ -296,6 +296,18 @@ def clamped(x: Any) -> Any:
     ],
 )
 def test_where_gradients_are_lost_is_named(wrong, words) -> None:
+    assert words in of_gradients(bart_port(wrong))
+
+
+def test_a_factor_of_the_gradient_of_one_weight_is_measured() -> None:
+    port = bart_port(lambda *three: three)
+    linear, weight = port.out_proj, port.out_proj.weight
+    linear.forward = lambda y: y @ (0.9 * weight + (0.1 * weight).detach()).mT + linear.bias
+    assert "that of output.kernel is multiplied by 0.9" in of_gradients(port)
+
+
+def bart_port(wrong: Callable[..., Any]) -> Any:
+    """The layer as a module of torch; `wrong` changes queries, keys and values."""
     torch = need("torch")
 
     class Port(torch.nn.Module):
@@ -314,10 +326,15 @@ def test_where_gradients_are_lost_is_named(wrong, words) -> None:
     port = Port()
     state = anymha.from_canonical(anymha.get_weights(LAYER), layout="transformers.bart")
     port.load_state_dict({n: torch.tensor(np.array(a)) for n, a in state.items()})
+    return port
+
+
+def of_gradients(port: Any) -> str:
+    """Why the gradients of a port differ, where all before them agrees."""
     report = compare(LAYER, declare(port, layout="transformers.bart", num_heads=HEADS), X)
     assert report.first_divergence is not None
     assert report.first_divergence.startswith("gradient of ")
-    assert words in str(report.diagnosis), report.to_text()
+    return str(report.diagnosis)
 
 
 def test_a_mask_is_named_where_no_weights_are_known() -> None:

@@ -468,8 +468,9 @@ def _positions_added(recipe: Recipe) -> Variants:
     apart = np.arange(keys) - np.arange(queries)[:, None]
     for words, distance in (("", -np.abs(apart)), (", ahead as well as behind", apart)):
         slopes = 2.0 ** (-8 * np.arange(1, recipe.heads[0] + 1) / recipe.heads[0])
-        bias = slopes[:, None, None] * distance + (0.0 if recipe.bias is None else recipe.bias)
-        yield f"to the logits, as ALiBi{words}", recipe.but(bias=bias[None])
+        own = 0.0 if recipe.bias is None else recipe.bias
+        bias = slopes[None, :, None, None] * distance + own
+        yield f"to the logits, as ALiBi{words}", recipe.but(bias=bias)
 
 
 _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -53,10 +53,8 @@ def diagnose_gradients(
     if known and np.linalg.norm(vector({}) - right) < most * np.linalg.norm(got - right):
         exact = vector({})
         scale = folded.recipe.scale
-        lost = [n for n in names if np.any(reference[n]) and not np.any(candidate[n])]
-        cut = _joined({**reference, **{n: 0 * reference[n] for n in lost}}, reference, names)
-        alone = ("gradient detached", f"no gradient reaches {', '.join(lost)}", cut)
-        for name, detail, theirs in (*_models(exact, vector, got, scale), alone):
+        own = _each_scaled(reference, candidate, names)
+        for name, detail, theirs in (*_models(exact, vector, got, scale), own):
             left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
             fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
                    "tensor that is detached.")  # fmt: skip
@@ -68,6 +66,21 @@ def diagnose_gradients(
         left, cause = next(one for one in found if one[0] <= 1.5 * least + 1e-5)
         return Diagnosis((cause,), min(left / most, 1.0))
     return gradients_alone(first)
+
+
+def _each_scaled(
+    reference: Arrays, candidate: Arrays, names: list[str]
+) -> tuple[str, str, np.ndarray]:
+    """Name, detail and the gradients where some of them have a factor of their own, or are zero."""
+    sizes = {n: float(np.vdot(reference[n], reference[n])) for n in names}
+    factors = {n: float(np.vdot(reference[n], candidate[n])) / (sizes[n] or 1.0) for n in names}
+    off = {n: f for n, f in factors.items() if sizes[n] and abs(f - 1) > 1e-3}
+    scaled = {n: off.get(n, 1.0) * reference[n] for n in names}
+    theirs = _joined(scaled, reference, names)
+    if not any(abs(f) > 1e-3 for f in off.values()):
+        return "gradient detached", f"no gradient reaches {', '.join(off)}", theirs
+    words = (f"that of {n} is multiplied by {number(f)}" for n, f in off.items())
+    return "gradient scaled", ", ".join(words), theirs
 
 
 def gradients_alone(first: str) -> Diagnosis:

@@ -108,8 +108,11 @@ def _not_causal(recipe: Recipe) -> Mapping[str, Any]:
 
 def _causal_reversed(recipe: Recipe) -> Mapping[str, Any]:
     _, queries, keys = recipe.lengths
-    later = np.arange(keys) >= np.arange(queries)[:, None] + _offset(recipe)[:, None, None, None]
-    return {"": {"causal": False, "masks": {**recipe.masks, "later keys": later}}}
+    apart = np.arange(keys) - np.arange(queries)[:, None] - _offset(recipe)[:, None, None, None]
+    return {
+        words: {"causal": False, "masks": {**recipe.masks, "later keys": apart >= least}}
+        for words, least in (("", 0), ("the query's own key is not seen", 1))
+    }
 
 
 def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
@@ -421,9 +424,9 @@ def _elsewhere(recipe: Recipe) -> Variants:
                rest.stepping("masked_logits", shown))  # fmt: skip
         yield (f"{named}: the logits of the keys seen are lost beside a great number that is added",
                rest.stepping("masked_logits", even))  # fmt: skip
-        zero = _filled(rest, seen, 0.0)
-        words = "hidden logits are filled with zero, as by 1e-9 or a product with the mask"
-        yield f"{named}: {words}", zero
+        great = "a great positive number: hidden keys alone are seen"
+        for words, one in (("zero, as by 1e-9 or a product with the mask", 0.0), (great, 1e4)):
+            yield f"{named}: hidden logits are filled with {words}", _filled(rest, seen, one)
         late, values = rest.stepping("probabilities", step), seen.shape[1:3] == (1, 1)
         of = "multiplied after the softmax" + " or onto the values" * values
         yield f"{named}: {of}, so that rows do not sum to 1", late

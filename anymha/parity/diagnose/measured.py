@@ -52,6 +52,7 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
             return None
         room = float(np.max(np.abs(np.diff(starts)[max(best - 1, 0) : best + 1]), initial=1e-3))
         value, left = float(starts[best]), far[best]
+        recipe = family.make(value)
         for _ in range(TURNS):  # slopes alone are no guide where numbers are cut off
             near = [value, *(value + part * room for part in BETWEEN)]
             value = min(near, key=lambda one: evidence.distance(family.make(one)))

@@ -161,11 +161,12 @@ def _cut(recipe: Recipe) -> Variants:
         for parts in (("kernel", "bias"), ("kernel",)) if len(widths) == 1 else ():
             changed = {}
             for part in parts:
-                arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
-                if all(array is not None for array in arrays):
-                    pack = np.concatenate([np.asarray(a) for a in arrays], -2)  # (D, heads, d)
+                arrays = [_own(recipe, name).get(f"{name}.{part}") for name in names]
+                there = [np.asarray(array) for array in arrays if array is not None]
+                if len(there) == len(names):
+                    pack = np.concatenate(there, -2)  # (D, heads, d)
                     again = pack.reshape(*pack.shape[:-2], *pack.shape[:-3:-1]).swapaxes(-1, -2)
-                    cuts = np.cumsum([np.shape(a)[-2] for a in arrays])[:-1]
+                    cuts = np.cumsum([array.shape[-2] for array in there])[:-1]
                     again = np.split(again, cuts, axis=-2)
                     changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
             of = " and ".join(names)
