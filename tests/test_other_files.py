@@ -160,6 +160,22 @@ def test_a_folder_that_does_not_say_which_file_lists_them(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "snapshots/0a1/model.safetensors",
+        "checkpoint-500/pytorch_model.bin",
+        "0_Model/a.safetensors",
+    ],
+)
+def test_a_folder_whose_weights_lie_below_names_them(tmp_path: Path, file: str) -> None:
+    """As a hub's cache, a trainer's output, a chain of modules."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    with pytest.raises(FileError, match=f"holds a file that may be weights; name it: '{file}'"):
+        open_file(tmp_path)
+
+
 def test_a_folder_without_weights_lists_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "unet").mkdir()
