@@ -436,6 +436,55 @@ def test_damaged_heap_of_hdf5_is_not_read(tmp_path: Path) -> None:
     assert same(read(path)["a"], array)
 
 
+def own_child(content: bytearray, node: int) -> None:
+    content[node + 5] = 1  # its level
+    rank = content[node + 4] * 3
+    struct.pack_into("<Q", content, node + 32 + 8 * rank, node)
+
+
+def own_neighbour(content: bytearray, node: int) -> None:
+    struct.pack_into("<QQ", content, node + 8, node, node)
+
+
+def endless(content: bytearray, heap: int) -> None:
+    free, data = struct.unpack_from("<QQ", content, heap + 16)
+    struct.pack_into("<Q", content, data + free, free)
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "told"),
+    [
+        (b"TREE\x00", own_child, "lies at two levels of it"),
+        (b"TREE\x01", own_child, "lies at two levels of it"),
+        (b"TREE\x00", own_neighbour, "is its own neighbour"),
+        (b"TREE\x01", own_neighbour, "is its own neighbour"),
+        (b"HEAP", endless, "whose list of free places loops"),
+    ],
+)
+def test_tables_of_hdf5_that_loop_are_refused(
+    tmp_path: Path, table: bytes, change: Callable[[bytearray, int], None], told: str
+) -> None:
+    """HDF5's library follows them for ever, or until the process dies."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("b/a", data=np.ones((4, 4), "f4"), chunks=(2, 2))
+    content = bytearray((tmp_path / "a.h5").read_bytes())
+    change(content, content.rindex(table))
+    (tmp_path / "a.h5").write_bytes(content)
+    assert told in refused(tmp_path / "a.h5")
+
+
+def test_large_tables_of_hdf5_are_read(tmp_path: Path) -> None:
+    """Their trees have three levels."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    array = np.arange(5000, dtype="f4")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for number in range(600):
+            file.create_group(f"group_{number}")
+        file.create_dataset("a", data=array, chunks=(1,))
+    assert same(read(tmp_path / "a.h5")["a"], array)
+
+
 def test_keras_archive_without_weights_is_told(tmp_path: Path) -> None:
     pytest.importorskip("h5py", reason="h5py is not installed")
     with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:

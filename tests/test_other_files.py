@@ -160,6 +160,48 @@ def test_a_folder_that_does_not_say_which_file_lists_them(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "snapshots/0a1/model.safetensors",
+        "checkpoint-500/pytorch_model.bin",
+        "0_Model/a.safetensors",
+    ],
+)
+def test_a_folder_whose_weights_lie_below_names_them(tmp_path: Path, file: str) -> None:
+    """As a hub's cache, a trainer's output, a chain of modules."""
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    with pytest.raises(FileError, match=f"holds a file that may be weights; name it: '{file}'"):
+        open_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.{}.pth",
+        "layer_02-model_{}-model_states.pt",
+        "reshard-model_part-{}.pt",
+        "rank{}.safetensors",
+        "model-rank-{}-part-0.safetensors",
+    ],
+)
+def test_a_shard_of_layers_split_by_rank_is_refused(tmp_path: Path, name: str) -> None:
+    """Its matrices have the names and forms of whole ones, with a part of the heads."""
+    for rank in ("00", "01"):
+        write(tmp_path / "a.safetensors", ARRAYS).replace(tmp_path / name.format(rank))
+    assert "is one of 2 shards of a model that was split by rank" in refused(
+        tmp_path / name.format("00")
+    )
+
+
+@pytest.mark.parametrize("names", [["consolidated.00.pth"], ["rank4.npz", "rank8.npz"]])
+def test_a_file_of_one_rank_or_of_adapters_rank_is_read(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write(tmp_path / f"a{Path(name).suffix}", ARRAYS).replace(tmp_path / name)
+    assert holds(tmp_path / names[0], ARRAYS)
+
+
 def test_a_folder_without_weights_lists_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "unet").mkdir()

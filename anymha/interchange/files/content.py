@@ -101,6 +101,17 @@ def refuse_by_name(path: Path) -> None:
     for pattern, words in _NAMES.items():
         if re.search(pattern, path.as_posix(), re.IGNORECASE):
             raise FileError(f"{shown(path)} is {words}.")
+    rank = _RANK.search(path.name)
+    if rank is None:
+        return
+    begin, end = path.name[: rank.start(1)], path.name[rank.end(1) :]
+    names = [one.name for one in path.parent.iterdir() if one.name.startswith(begin)]
+    ranks = {name[len(begin) : len(name) - len(end)] for name in names if name.endswith(end)}
+    if {0, 1} <= {int(one) for one in ranks if one.isdecimal()}:
+        raise FileError(
+            f"{shown(path)} is one of {len(ranks)} shards of a model that was split by rank: none "
+            "of its layers is whole in it. Merge the shards first, with their own tools."
+        )
 
 
 def refuse(path: Path, head: bytes) -> None:
@@ -153,6 +164,8 @@ def _json_words(text: bytes) -> str:
 _EXPORT = "export the weights from the model that it was made of"
 _PADDLE = "a file of Paddle; export its weights in Paddle, as .npz"
 _TOKENIZER = "of a tokenizer, not weights"
+_RANK = re.compile(r"(?:^consolidated\.|-model_|model_part-|(?:^|[-_.])rank[-_]?)(\d+)")
+"""The rank in the name of one of the shards of Meta, DeepSpeed, metaseq, TensorRT-LLM, vLLM."""
 _NAMES = {
     r"(^|/)(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json$": _TOKENIZER,
     r"(^|/)(vocab|merges)\.txt$|(^|/)(tokenizer|spiece|sentencepiece\.bpe)\.model$": _TOKENIZER,

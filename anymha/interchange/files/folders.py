@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anymha.errors import FileError
 from anymha.interchange.files.sharded import INDEX
-from anymha.text import shown
+from anymha.text import quoted, shown
 
 WEIGHTS = tuple(
     f"{stem}{suffix}{index}"
@@ -30,6 +30,8 @@ _MARKS = {
         "Megatron's `tools/checkpoint/convert.py`"
     ),
 }
+BELOW = ("*/*", "snapshots/*/*")
+"""Where files of weights lie in folders of folders: of a trainer, of a hub's cache."""
 SHOWN = 8
 
 
@@ -53,7 +55,7 @@ def refuse_folder(folder: Path, files: list[Path]) -> FileError:
 
     Args:
         folder: The folder.
-        files: The files in it that may hold weights.
+        files: The files in it, or below it, that may hold weights.
     """
     inside = sorted(folder.iterdir())
     for name, words in _MARKS.items():
@@ -62,13 +64,15 @@ def refuse_folder(folder: Path, files: list[Path]) -> FileError:
     if any(one.name.startswith(("mp_rank_", "iter_")) and one.is_dir() for one in inside):
         return FileError(f"{shown(folder)} {_MARKS['latest_checkpointed_iteration.txt']}.")
     if not files:
-        names = ", ".join(repr(one.name) for one in inside[:SHOWN]) or "nothing"
+        names = ", ".join(quoted(one.name) for one in inside[:SHOWN]) or "nothing"
         more = f", and {len(inside) - SHOWN} more" if len(inside) > SHOWN else ""
         return FileError(
             f"{shown(folder)} holds no file of weights that can be read, and is no Orbax, "
             f"TensorFlow or torch checkpoint either. It holds {names}{more}."
         )
-    names = ", ".join(repr(one.name) for one in files[:SHOWN])
-    return FileError(
-        f"{shown(folder)} holds {len(files)} files that may be weights; name one of them: {names}."
-    )
+    names = ", ".join(quoted(str(one.relative_to(folder))) for one in files[:SHOWN])
+    more = ", ..." if len(files) > SHOWN else ""
+    what = "a file that may be weights; name it" if len(files) == 1 else (
+        f"{len(files)} files that may be weights; name one of them"
+    )  # fmt: skip
+    return FileError(f"{shown(folder)} holds {what}: {names}{more}.")

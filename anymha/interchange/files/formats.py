@@ -11,7 +11,7 @@ from typing import Any
 
 from anymha.errors import FileError
 from anymha.interchange.files import content
-from anymha.interchange.files.folders import WEIGHTS, folder_kind, refuse_folder
+from anymha.interchange.files.folders import BELOW, WEIGHTS, folder_kind, refuse_folder
 from anymha.interchange.files.names import (
     hdf5_fault,
     name_fault,
@@ -162,11 +162,17 @@ def _locate_in(folder: Path) -> tuple[Format, Path]:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return locate(folder / name)
-    files = [one for one in sorted(folder.iterdir()) if one.is_file() and _named(one.name)]
+    files = _files_in(folder, "*")
     indices = [one for one in files if one.name.endswith(INDEX)]
     if len(indices or files) == 1:
         return locate((indices or files)[0])
-    raise refuse_folder(folder, files)
+    raise refuse_folder(folder, files or _files_in(folder, *BELOW))
+
+
+def _files_in(folder: Path, *patterns: str) -> list[Path]:
+    """The files there that may be weights, by their names."""
+    files = sorted(one for pattern in patterns for one in folder.glob(pattern))
+    return [one for one in files if one.is_file() and _named(one.name)]
 
 
 def open_file(path: Path, max_bytes: int | None = None) -> Reader:

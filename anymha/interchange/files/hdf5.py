@@ -21,6 +21,7 @@ import numpy as np
 from anymha.errors import FileError
 from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.hdf5_chunks import BrokenChunk, Chunks, has_own_fill_value
+from anymha.interchange.files.hdf5_tables import CheckedTables
 from anymha.interchange.files.names import MAX_GROUPS, MAX_NAME, OUTPUT
 from anymha.interchange.files.optional import require_library
 from anymha.interchange.files.reader import (
@@ -65,7 +66,7 @@ class Hdf5Reader(Reader):
         self._links = 0
         try:
             with self._guard():
-                self._file = self._h5py.File(self._stream, "r")
+                self._file = self._h5py.File(CheckedTables(self._stream), "r")
                 self.set_tensors(self._walk(self._file, ""))
         except BaseException:
             self.close()
