@@ -476,7 +476,9 @@ def _attention(
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context)
-    return cast_to(ops, context, plan.carried), scores
+    if context.dtype != plan.carried:
+        context = ops.astype(context, plan.carried)
+    return context, scores
 
 
 def _results(

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 from anymha.attention.masks import position_mask
@@ -14,7 +16,6 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout, triton_attention
-from anymha_torch.modes import transformed
 from anymha_torch.native import seeded
 
 
@@ -31,7 +32,9 @@ def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
         return "torch's kernel wants `value_dim` equal to `key_dim`"
     if shape.bias_differentiated:
         return "torch's kernel gives no gradient to a bias"
-    if not torch.compiler.is_compiling() and transformed():
+    compiling = torch.compiler.is_compiling()
+    # `modes.transformed`, without entering one file more
+    if not compiling and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
         return "torch's kernel cannot be transformed by `torch.func`"
     return None
 
