@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,23 @@ def test_processor_multiplies_what_its_program_does_not_cast(monkeypatch) -> Non
     monkeypatch.setattr(products, "_wide", cast_first)
     assert not decide(BF16)
     assert not decide(jnp.dtype("float16"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "number", "wanted"),
+    [
+        ("gpu", "9.0", (True, True)),
+        ("gpu", "7.5", (False, True)),
+        ("gpu", "gfx942", (True, True)),
+        ("tpu", "", (False, False)),
+    ],
+)
+def test_devices_that_multiply(platform, number, wanted, monkeypatch) -> None:
+    device = SimpleNamespace(compute_capability=number)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    found = tuple(products.multiplies(jnp.dtype(n), None) for n in ("bfloat16", "float16"))
+    assert found == wanted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

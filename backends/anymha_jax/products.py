@@ -18,9 +18,11 @@ HALF = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 def multiplies(dtype: Any, device: Any, /) -> bool:
     """Whether XLA's products of a half-precision dtype are fast, and added in float32."""
-    return jax.default_backend() == "gpu" or (
-        jax.default_backend() == "cpu" and _is_multiplied_on_cpu(jnp.dtype(dtype))
-    )
+    platform = jax.default_backend()
+    if platform == "gpu":  # NVIDIA's have bfloat16 from Ampere on
+        major = str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]
+        return dtype == jnp.float16 or not major.isdecimal() or int(major) >= 8
+    return platform == "cpu" and _is_multiplied_on_cpu(jnp.dtype(dtype))
 
 
 @cache
