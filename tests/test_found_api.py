@@ -98,6 +98,14 @@ def test_file_is_converted_and_verified(tmp_path: Path, installed: list[Backend]
     assert all(np.array_equal(loaded.weights[name], array) for name, array in weights.items())
 
 
+@pytest.mark.parametrize("name", ["layot", "num_head", "overwrite", "clip"])
+def test_an_unknown_option_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    source = write(tmp_path / "a.safetensors", layer("e.0.", *BERT))
+    for sizes in ({}, {"num_heads": H}):
+        with pytest.raises(UsageError, match=f"`convert_file` has no argument.* name {name}"):
+            anymha.convert_file(source, tmp_path / "b.safetensors", **sizes, **{name: "a"})
+
+
 def test_options_are_those_of_the_command(tmp_path: Path) -> None:
     arrays = layer("e.0.", *LLAMA) | layer("d.0.", *LLAMA) | {"norm": np.ones(3, np.float32)}
     source = write(tmp_path / "a.safetensors", arrays)

@@ -112,6 +112,13 @@ def test_short_safetensors_are_told(tmp_path: Path) -> None:
     )
 
 
+def test_an_index_of_too_many_files_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    places = {f"a{number}": f"{number}.safetensors" for number in range(10_001)}
+    path.write_text(json.dumps({"weight_map": places}))
+    assert "it names 10001 files, and 10000 are the most" in refused(path)
+
+
 @pytest.mark.parametrize(
     "place", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", 3, "a\0.safetensors"]
 )

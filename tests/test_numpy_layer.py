@@ -149,6 +149,11 @@ def test_inputs_are_not_changed(x):
     np.testing.assert_array_equal(x, before)
 
 
+def test_signature_of_vjp_shows_the_arguments_of_the_call():
+    layer = make()
+    assert inspect.signature(layer.vjp) == inspect.signature(layer)
+
+
 def test_signature_shows_the_arguments_of_the_call():
     assert list(inspect.signature(make()).parameters)[:4] == [
         "query", "value", "key", "attention_mask",

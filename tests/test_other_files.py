@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import types
+import typing
 import zipfile
 from collections import defaultdict
 from importlib.util import find_spec
@@ -91,11 +92,17 @@ def test_what_training_saves_besides_weights_is_left_out(
     for name in ("pytorch_lightning", "pytorch_lightning.utilities", module.__name__):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    omegaconf = types.ModuleType("omegaconf.dictconfig")
+    omegaconf.DictConfig = type("DictConfig", (), {"__module__": omegaconf.__name__, "a": 1})
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, omegaconf.__name__, omegaconf)
     state = {"a.weight": as_torch(torch, ARRAYS["a.weight"])}
     saved = {
         "state_dict": state, "epoch": 3, "hyper_parameters": module.AttributeDict(width=8),
         "best": np.float64(0.5), "rng": np.arange(3), "options": argparse.Namespace(lr=0.1),
         "path": Path("x"), "counts": defaultdict(int, a=1), "seen": {1, 2},
+        "betas": (1j, range(3), slice(1, 2), bytearray(b"x")), "any": typing.Any,
+        "config": omegaconf.DictConfig(),
     }  # fmt: skip
     for legacy in (False, True):
         path = tmp_path / f"{legacy}.ckpt"

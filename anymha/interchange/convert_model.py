@@ -51,6 +51,7 @@ from anymha.interchange.model_config import (
     with_part,
 )
 from anymha.interchange.naming import file_namings
+from anymha.options.config import AttentionConfig
 from anymha.text import listed, quoted, shown
 
 
@@ -118,6 +119,13 @@ def convert_file(
         if old is None:
             layout = _only_layout(reader, groups, prefixes)
             old = get_layout(layout)
+        known = (*SIZES, *AttentionConfig.__dataclass_fields__, *old.need_options)
+        unknown = [name for name in sizes if name not in known]
+        if unknown:
+            raise UsageError(
+                f"`convert_file` has no argument, and a layer of {old.name} no option, of the name "
+                f"{listed(unknown)}. Sizes are {', '.join(SIZES)}."
+            )
         parts = parts_of(model_config)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
 

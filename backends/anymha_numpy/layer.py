@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from operator import is_
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 
@@ -171,6 +172,8 @@ class MultiHeadAttention(NativeLayer):
 
         result, pullback = vjp(ops, function, arrays)
         return result, _where_small_numbers_vanish(pullback)
+
+    cast(Any, vjp).__signature__ = inspect.signature(__call__)
 
     def regularization_loss(self) -> np.ndarray:
         """The sum of the penalties of all weights; 0 where there are no regularisers."""

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,8 @@ class MsgpackReader(StreamReader):
 
     def _dtype(self) -> np.dtype:
         name = self._key()
-        try:
-            dtype = np.dtype(getattr(ml_dtypes, name, name)) if name.isidentifier() else None
-        except TypeError:
-            dtype = None
-        if dtype is None or dtype.name != name or dtype.kind not in KINDS + "V":
+        dtype = _named_dtype(name)
+        if dtype is None:
             raise Malformed(f"it has elements of {quoted(name)}, not numbers")
         return dtype
 
@@ -194,6 +192,16 @@ class MsgpackReader(StreamReader):
         ]
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return whole.reshape(self.tensors[name].shape)
+
+
+@lru_cache(64)
+def _named_dtype(name: str) -> np.dtype | None:
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, name, name)) if name.isidentifier() else None
+    except TypeError:
+        return None
+    is_number = dtype is not None and dtype.name == name and dtype.kind in KINDS + "V"
+    return dtype if is_number else None
 
 
 def open_msgpack(path: Path) -> MsgpackReader:

@@ -37,6 +37,8 @@ from anymha.text import quoted
 KIND = "an ONNX"
 MAX_FILES = 500
 MAX_DEPTH = 100
+_SHORT = 4096
+"""Messages of so many bytes, and nodes, are searched for the name of a file as a whole."""
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5
 _INPUT, _OUTPUT, _NODE_NAME, _OPERATOR, _ATTRIBUTE = 1, 2, 3, 4, 5
 _VALUE = 5
@@ -224,7 +226,9 @@ class OnnxReader(StreamReader):
                 key, place = self._pair(begin, end, steps)
                 if key == "location":
                     self._places[place] = None
-            elif kind != "node" or b"location" in self._bytes(begin, end):
+            elif (kind != "node" and end - begin > _SHORT) or b"location" in self._bytes(
+                begin, end
+            ):
                 waiting += [
                     (_PARTS[kind][number], start, stop, depth + 1)
                     for number, wire, start, stop in fields(self._stream, begin, end, steps)

@@ -169,6 +169,11 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
             "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
             "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath",
             "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta", "collections.deque",
+            "__builtin__.complex", "__builtin__.bytearray", "__builtin__.slice",
+            "__builtin__.xrange", "builtins.complex", "builtins.bytearray", "builtins.slice",
+            "builtins.range", "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+            "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
+            "omegaconf.nodes.AnyNode",
             "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
         ),
         lambda *parts: None,
@@ -187,7 +192,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _KINDS = (
     "torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray", "builtins.list",
     "builtins.dict", "builtins.int", "builtins.float", "__builtin__.list", "__builtin__.dict",
-    "__builtin__.int", "__builtin__.long", "__builtin__.float",
+    "__builtin__.int", "__builtin__.long", "__builtin__.float", "typing.Any",
 )  # fmt: skip
 """Classes that are mentioned and not called."""
 

@@ -52,20 +52,19 @@ def fields(
         if next(steps) >= MAX_FIELDS:
             raise TooManyFields(f"it has more than {MAX_FIELDS} fields")
         stream.seek(position)
-        tag, position = _varint(stream, position)
+        head = stream.read(2 * MAX_VARINT)
+        tag, used = varint(head, 0, len(head))
         number, wire = tag >> 3, tag & 7
+        value, used = varint(head, used, len(head)) if wire in (VARINT, SPAN) else (0, used)
+        position += used
         if wire == VARINT:
-            value, position = _varint(stream, position)
             if position > end:
                 raise MalformedMessage("a number runs over the end of its message")
             yield number, wire, value, 0
             continue
-        if wire == SPAN:
-            length, position = _varint(stream, position)
-        elif wire in _SIZES:
-            length = _SIZES[wire]
-        else:
+        if wire != SPAN and wire not in _SIZES:
             raise MalformedMessage(f"it has the wire type {wire}")
+        length = _SIZES.get(wire, value)
         if not number or position + length > end:
             raise MalformedMessage("a field runs over the end of its message")
         yield number, wire, position, position + length
@@ -108,10 +107,3 @@ def varint(content: bytes, at: int, end: int) -> tuple[int, int]:
     if len(span) < MAX_VARINT:
         raise MalformedMessage("it ends within a number")
     raise MalformedMessage("a number has more than ten bytes")
-
-
-def _varint(stream: BinaryIO, position: int) -> tuple[int, int]:
-    """The number that comes next in a stream, and where it ends."""
-    number, length = varint(stream.read(MAX_VARINT), 0, MAX_VARINT)
-    stream.seek(position + length)
-    return number, position + length

@@ -22,6 +22,7 @@ from anymha.text import quoted, shown
 
 KIND = "an index of shards"
 INDEX = ".index.json"
+MAX_SHARDS = 10_000
 
 
 class ShardedReader(Reader):
@@ -65,9 +66,11 @@ class ShardedReader(Reader):
         places = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(places, dict) or not places:
             raise self.broken("it has no `weight_map` of file names by tensor")
-        for file in places.values():
-            is_plain = isinstance(file, str) and not set(file) & set("/\\:\0")
-            if not is_plain or not file.endswith(suffixes):
+        files = {str(file): file for file in places.values()}  # no other value has such an end
+        if len(files) > MAX_SHARDS:
+            raise self.broken(f"it names {len(files)} files, and {MAX_SHARDS} are the most")
+        for name, file in files.items():
+            if set(name) & set("/\\:\0") or not name.endswith(suffixes):
                 raise self.broken(f"it names {quoted(file)}, which is no file next to it")
         return places
 
