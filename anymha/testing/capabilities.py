@@ -61,7 +61,7 @@ PAIRS = 30
 """Some calls of the tests have more pairs of a query and a key, others fewer."""
 
 
-def compiler_of(ops: Ops) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+def compiler_of(ops: Ops) -> Any:
     """The capability `compile`, as a function of the function alone."""
     compile = ops.capabilities.compile
     return None if compile is None else lambda function: compile(function, PAIRS)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -162,17 +163,17 @@ def _locate_in(folder: Path) -> tuple[Format, Path]:
     for name in WEIGHTS:
         if (folder / name).is_file():
             return locate(folder / name)
-    files = _files_in(folder, "*")
+    files = _weights_among(folder.iterdir())  # which raises where the folder is closed
     indices = [one for one in files if one.name.endswith(INDEX)]
     if len(indices or files) == 1:
         return locate((indices or files)[0])
-    raise refuse_folder(folder, files or _files_in(folder, *BELOW))
+    below = chain.from_iterable(map(folder.glob, BELOW))
+    raise refuse_folder(folder, files or _weights_among(below))
 
 
-def _files_in(folder: Path, *patterns: str) -> list[Path]:
-    """The files there that may be weights, by their names."""
-    files = sorted(one for pattern in patterns for one in folder.glob(pattern))
-    return [one for one in files if one.is_file() and _named(one.name)]
+def _weights_among(paths: Iterable[Path]) -> list[Path]:
+    """The files that may be weights, by their names."""
+    return [one for one in sorted(paths) if one.is_file() and _named(one.name)]
 
 
 def open_file(path: Path, max_bytes: int | None = None) -> Reader:
