@@ -254,7 +254,7 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
         if FACTORS + stage in places:
             steps[stage] = _of_factors(recipe.but(steps=dict(steps)), stage, form.arrays)
         if stage == "probabilities" and INSIDE in places:
-            steps[stage] = partial(_by_steps, form.arrays)
+            steps[stage] = partial(_by_steps, steps[stage], form.arrays)
         if stage + BEFORE in places:
             steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
         if stage in places or (recipe.sections and FACTORS + stage not in places):
@@ -263,13 +263,17 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
     return recipe.but(weights=weights, inputs=inputs, steps=steps, sections=())
 
 
-def _by_steps(rounding: Rounding, _: Recipe, stages: Arrays) -> np.ndarray:
-    """A softmax whose steps are rounded."""
-    logits = rounding(stages["masked_logits"])
-    top = logits.max(-1, keepdims=True)
-    weights = rounding(np.exp(rounding(logits - np.where(np.isfinite(top), top, 0.0))))
+def _by_steps(own: Step, rounding: Rounding, recipe: Recipe, stages: Arrays) -> np.ndarray:
+    """A softmax whose steps are rounded; of a row that sees nothing its own result."""
+    masked = stages["masked_logits"]
+    seen = np.isfinite(masked)  # no format moves what is hidden
+    least = masked[seen].min() if seen.any() else 0.0
+    logits = rounding(np.where(seen, masked, least))
+    top = np.where(seen, logits, -np.inf).max(-1, keepdims=True)
+    weights = rounding(np.exp(rounding(np.where(seen, logits - top, 0.0)))) * seen
     total = rounding(weights.sum(-1, keepdims=True))
-    return weights / np.where(total == 0, 1.0, total)
+    rounded = weights / np.where(total == 0, 1.0, total)
+    return np.where(seen.any(-1, keepdims=True), rounded, own(recipe, stages))
 
 
 def _before_the_bias(own: Step, stage: str, rounding: Rounding) -> Step:
