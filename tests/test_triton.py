@@ -315,6 +315,7 @@ def test_on_gpus_every_width_and_dtype_has_its_way(monkeypatch: pytest.MonkeyPat
 def test_a_seed_of_any_device_beside_cuda(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have shapes and devices, and refuse to be mixed; no GPU is needed."""
     monkeypatch.setattr(triton_attention, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(triton_attention, "_why_wrong", lambda *kind: None)
     with FakeTensorMode():
         x = torch.empty(2, 9, 2, 8, device="cuda")
         seed: Any = {"int": 2**40 + 5, "none": None}.get(place, place)

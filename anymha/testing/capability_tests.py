@@ -343,6 +343,12 @@ class CapabilityTests(BackendTests):
         got = Returned(f"fused_attention, {case.name}", found)
         got.is_near(expected, np.where(expected == 0, 0, _allowed(case, expected)), case.dtype)
 
+    def test_fused_window_has_the_written_meaning(self, ops: Any) -> None:
+        """A causal window of as many queries as keys, which the kernel makes itself."""
+        self.need(ops, "fused_window")
+        case = AttentionCase("causal window", lengths=(9, 9), window=(3, 0))
+        self.test_fused_attention_has_the_written_meaning(ops, case)
+
     @by_case
     def test_fused_attention_has_the_written_gradients(self, ops: Any, case: AttentionCase) -> None:
         """Of queries, keys and values, and of the bias where it is asked for."""

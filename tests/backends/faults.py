@@ -827,7 +827,7 @@ FAULTS = (
             )(o),
             "fused_window": True,
         },
-        (MASKED,),
+        (MASKED, "test_fused_window_has_the_written_meaning"),
     ),
     Fault(
         "another context in half precision",

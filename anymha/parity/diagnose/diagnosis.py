@@ -172,7 +172,7 @@ class Search:
         more = rest.diagnose(pairs=False)
         if not more.explained:
             return None
-        return replace(more, causes=(*first.causes, *more.causes))
+        return replace(more, causes=_in_order(*first.causes, *more.causes))
 
     def _weights_cause(self, name: str, detail: str, recipe: Recipe) -> Diagnosis:
         stage = _first_change(self.exact, recipe.stages) or "output"
@@ -222,11 +222,11 @@ class Search:
             causes += best.causes
             reached = best.prefix()
             if best.worst <= 1:
-                return Diagnosis(tuple(causes), best.worst, (), best.recipe)
+                return Diagnosis(_in_order(*causes), best.worst, (), best.recipe)
             tried = list(self._tried(best.recipe))
             if max(map(_Tried.prefix, tried), default=0) <= reached:
                 tried += self._tried(best.recipe, alone=True)
-        return Diagnosis(tuple(causes), np.inf)
+        return Diagnosis(_in_order(*causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
         """Two mistakes, those that promise most first; and whether the time ran out."""
@@ -248,8 +248,8 @@ class Search:
                 if other.explains and certain:
                     usual = self._tried(one.recipe, one.causes[0].name, measured=())
                     other = next((u for u in usual if u.explains and not u.rank), other)
-                    both = sorted((*one.causes, *other.causes), key=lambda c: STAGES.index(c.stage))
-                    return Diagnosis(tuple(both), other.worst, (), other.recipe), False
+                    both = _in_order(*one.causes, *other.causes)
+                    return Diagnosis(both, other.worst, (), other.recipe), False
                 if time.thread_time() > until:
                     return None, True
         return None, False
@@ -374,6 +374,11 @@ def _of_catalogue(
 def _sample(apart: np.ndarray) -> np.ndarray:
     """Some of the differences, the same for all recipes."""
     return apart[:: len(apart) // SAMPLE + 1].astype(np.float32)
+
+
+def _in_order(*causes: Cause) -> tuple[Cause, ...]:
+    """The causes by the first stages that they change."""
+    return tuple(sorted(causes, key=lambda cause: STAGES.index(cause.stage)))
 
 
 def _reached(errors: dict[str, float]) -> int:
