@@ -62,7 +62,9 @@ def formula(
     if heads != shared:
         query = ops.reshape(query, (batch, shared, rows, d_k))
     key = ops.permute_dims(key, (0, 1, 3, 2))  # [B, K, d_k, S]
-    wide = ops.capabilities.wide_matmul if working_dtype(ops, query) != query.dtype else None
+    wide = ops.capabilities.wide_matmul
+    if wide is not None and working_dtype(ops, query) == query.dtype:
+        wide = None
     # [B, K, (H/K)*T, S]; in half precision the scaled query would be rounded once more
     logits = wide(query, key) * spec.scale if wide else ops.matmul(query * spec.scale, key)
     if heads != shared:
