@@ -3,11 +3,11 @@
     python -m benchmarks.new_lengths                                # every framework, 600 lengths
     python -m benchmarks.new_lengths --frameworks tensorflow --batch 16 --features 256
 
-Both layers of a framework are in one process and take each length in turn, ours first or last by
-chance; a ratio is our time over the peer's, of one length, and the table has the sum of all times
-over the sum of the peer's, for a first pass over the lengths and for a second one. What a layer
-keeps is the growth of a process's resident memory from the 50th new length on, in a process that
-runs that layer alone. Self-attention in float32 with a padding mask; values are compared first.
+Both layers of a framework are in one process and take each length in turn, in an order drawn anew.
+A ratio is the sum of our times over the sum of the peer's, for a first pass over the lengths and
+for a second one. What a layer keeps is the growth of resident memory from the 50th new length on,
+in a process that runs that layer alone. Self-attention in float32 with a padding mask; values are
+compared first.
 A process has one thread, and a time is the processor time that it took.
 """
 

@@ -476,7 +476,7 @@ def _attention(
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context)
-    if plan.narrow and context.dtype != plan.carried:
+    if plan.narrow and not path.narrow:
         context = ops.astype(context, plan.carried)
     return context, scores
 

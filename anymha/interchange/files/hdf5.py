@@ -129,7 +129,7 @@ class Hdf5Reader(Reader):
                 f"{quoted(name)} claims {tensor.bytes} bytes in {item.id.get_storage_size()}, as a "
                 "file does that is made to fill the memory"
             )
-        own_fill_value = has_own_fill_value(item)
+        own_fill_value = has_own_fill_value(item)  # raises where the file's words about it clash
         if item.chunks is not None:
             self._check_chunks(name, item)
         elif own_fill_value and tensor.bytes and item.id.get_storage_size() == 0:
