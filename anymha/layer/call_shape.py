@@ -6,7 +6,7 @@ Inputs become (B, length, D), masks and bias something that broadcasts to (B, H,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.layer.arguments import BY_NAME, PLACES, Kind
@@ -32,6 +32,8 @@ class CallShape(NamedTuple):
         masks: For masks with a fixed place for each axis, by name, the shape in which they
             broadcast to (B, H, T, S).
         is_plain: Whether inputs are (B, T, D) as they are, and nothing is masked but by position.
+        only_mask: Where inputs are (B, T, D) and a `value_mask` or a `key_mask` is the only mask:
+            its name, and its shape (B, S, 1); else None.
     """
 
     axes: Axes
@@ -46,6 +48,7 @@ class CallShape(NamedTuple):
     output: tuple[Dim, ...]
     masks: Mapping[str, tuple[Dim, ...]]
     is_plain: bool
+    only_mask: tuple[str, tuple[Dim, ...]] | None
 
     def inputs(
         self,
@@ -74,12 +77,25 @@ class CallShape(NamedTuple):
         if key_mask is not None:
             shape = ops.shape(key_mask)
             rows = ops.reshape(key_mask, (shape[0], shape[3], 1))
-            value = ops.where(rows, value, 0.0)
-            key = value if of_value else ops.where(rows, key, 0.0)
+            key, value = _without_rows(ops, rows, key, value)
         if query_mask is not None:
             shape = ops.shape(query_mask)
             query = ops.where(ops.reshape(query_mask, (shape[0], shape[2], 1)), query, 0.0)
         return query, key, value
+
+    def inputs_by_only_mask(
+        self, ops: Ops, inputs: tuple[Array, Array, Array], arrays: Mapping[str, Array]
+    ) -> tuple[Array, Array, Array, Array]:
+        """What `inputs` and `padding` give where there is an `only_mask`, as most calls have.
+
+        Returns:
+            Query, key, value, and the mask (B, 1, 1, S).
+        """
+        query, key, value = inputs
+        name, rows = cast(Any, self.only_mask)
+        mask = arrays[name]
+        key, value = _without_rows(ops, ops.reshape(mask, rows), key, value)
+        return query, key, value, ops.reshape(mask, self.masks[name])
 
     def padding(self, ops: Ops, arrays: Mapping[str, Array]) -> tuple[Array | None, Array | None]:
         """Which queries and which keys count: (B, 1, T, 1) and (B, 1, 1, S) booleans."""
@@ -117,6 +133,28 @@ class CallShape(NamedTuple):
         if self.axes is PLAIN:
             return scores
         return ops.reshape(scores, (*self.batch, self.heads, *self.queries, *self.keys))
+
+
+def _without_rows(ops: Ops, rows: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """Key and value (B, S, D), zero where `rows` (B, S, 1) are False; one array stays one."""
+    without = ops.where(rows, value, 0.0)
+    return (without if key is value else ops.where(rows, key, 0.0)), without
+
+
+def only_mask(masks: Mapping[str, Array], shapes: Mapping[str, tuple[Dim, ...]]) -> Any:
+    """The name of the only mask of a call on (B, T, D) and its shape (B, S, 1), if it is padding.
+
+    Args:
+        masks: Masks and bias by name.
+        shapes: Their shapes, from `mask_shapes`.
+    """
+    if len(masks) != 1:
+        return None
+    (name,) = masks
+    if name not in ("value_mask", "key_mask"):
+        return None
+    batch, _, _, keys = shapes[name]
+    return name, (batch, keys, 1)
 
 
 def mask_shapes(ops: Ops, masks: Mapping[str, Array]) -> dict[str, tuple[Dim, ...]]:

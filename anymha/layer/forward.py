@@ -354,6 +354,8 @@ def _inputs(
     if shape.is_plain:
         return query, key, value, None, None
     ops = plan.ops
+    if shape.only_mask is not None:
+        return (*shape.inputs_by_only_mask(ops, (query, key, value), arrays), None)
     query_mask, key_mask = shape.padding(ops, arrays)
     query, key, value = shape.inputs(ops, (query, key, value), query_mask, key_mask)
     mask, bias = arrays.get("attention_mask"), arrays.get("attention_bias")

@@ -20,7 +20,7 @@ from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
 from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes
-from anymha.layer.call_shape import CallShape, mask_shapes
+from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.options.config import AttentionConfig
 
@@ -374,14 +374,16 @@ def _with_lengths(
     else:
         b, t, s = product(batch), product(queries), product(keys)
     heads = plan.heads
+    spread = mask_shapes(ops, masks) if masks and axes is PLAIN else {}
     shape = CallShape(
         axes, batch, config.num_heads, queries, keys, (b, t, s),
         query_heads=(b, t, *heads["query"]),
         key_heads=(b, s, *heads["key"]),
         value_heads=(b, s, *heads["value"]),
         output=(b, t) if plan.output_shape is None else (b, t, *plan.output_shape),
-        masks=mask_shapes(ops, masks) if masks and axes is PLAIN else {},
+        masks=spread,
         is_plain=axes is PLAIN and not masks,
+        only_mask=only_mask(masks, spread) if spread else None,
     )  # fmt: skip
     per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
     known = plan.paths.get((_offset_kind(offset), per_query))
