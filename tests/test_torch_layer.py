@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import inspect
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -29,7 +30,7 @@ torch = required("torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from anymha_torch import MultiHeadAttention, fused  # noqa: E402
+from anymha_torch import MultiHeadAttention, fused, ops  # noqa: E402
 
 NAMES = [
     f"{projection}.{part}"
@@ -1058,3 +1059,34 @@ def test_half_precision_compiles_as_one_graph(half) -> None:
     torch.testing.assert_close(
         compiled(x, value_mask=mask), layer(x, value_mask=mask), rtol=0, atol=0.05
     )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_rows_are_kept_by_their_bits(dtype: str) -> None:
+    x = torch.randn(4, 64, 64).to(getattr(torch, dtype))
+    x[0, 0, :4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0])
+    x[1, 1, :2] = torch.tensor([math.nan, math.inf])
+    rows = torch.rand(4, 64, 1) > 0.3
+    rows[0, 0], rows[1, 1] = True, False
+    expected = torch.where(rows, x, torch.zeros((), dtype=x.dtype))
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.itemsize]
+
+    def same(y: Any) -> bool:
+        return torch.equal(y.view(bits), expected.view(bits))
+
+    def select(x: Any, rows: Any) -> Any:
+        return ops.where(rows, x, 0.0)
+
+    assert ops._rows_kept(rows, x) is not None  # of small arrays it would be slower
+    assert same(select(x, rows))
+    assert same(select(x.mT.contiguous().mT, rows))  # in any order in memory
+    assert same(torch.jit.trace(select, (x, rows))(x, rows))
+    assert same(torch.compile(select, backend="eager", fullgraph=True)(x, rows))
+    assert same(torch.vmap(select)(x, rows))
+    trained = x.clone().requires_grad_()
+    y = select(trained, rows)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(trained.grad, rows.to(x.dtype).expand_as(x))
+    _, tangent = torch.func.jvp(lambda x: select(x, rows), (x,), (torch.ones_like(x),))
+    assert torch.equal(tangent, rows.to(x.dtype).expand_as(x))
