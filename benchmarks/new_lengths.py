@@ -101,9 +101,9 @@ def _torch(weights: Any, heads: int, width: int) -> dict[str, Layer]:
 
 
 def _jax_ours(layer: Any) -> Layer:
-    import jax.numpy as jnp
+    from jax import device_put  # `jnp.asarray` compiles a program for each shape
 
-    return lambda x, mask: layer(jnp.asarray(x), value_mask=jnp.asarray(mask)).block_until_ready()
+    return lambda x, mask: layer(device_put(x), value_mask=device_put(mask)).block_until_ready()
 
 
 def _jax(weights: Any, heads: int, width: int) -> dict[str, Layer]:
@@ -122,7 +122,8 @@ def _jax(weights: Any, heads: int, width: int) -> dict[str, Layer]:
     def apply(x: Any, mask: Any) -> Any:
         return module.apply({"params": variables}, x, mask=mask[:, None, None], deterministic=True)
 
-    return {"Flax under jit": lambda x, mask: apply(x, mask).block_until_ready()}
+    put = jax.device_put
+    return {"Flax under jit": lambda x, mask: apply(put(x), put(mask)).block_until_ready()}
 
 
 def _tensorflow_ours(layer: Any) -> Layer:

@@ -45,6 +45,10 @@ class Capabilities:
             function, compiled; for backends whose single functions are slow. One program may serve
             calls of several lengths that have at most so many pairs of a query and a key,
             B * T * S: all their logits are few enough to be held at a time.
+        resized: ``resized(x, shape)`` is `x`, maybe NumPy's, as an array with more or fewer places
+            at the end of each axis, the new ones zero, made without compiling; None where `x` is
+            traced, or where that would cost more than a call. For backends that compile a program
+            for each shape: programs of a few lengths then compute calls of ever new lengths.
         seed_array: ``seed_array(seed)`` of an int is an array that `seed_words` turns into the
             words of that int.
         draw_seed_like: ``draw_seed_like(x, native)`` is `draw_seed` where the array `x` is; None if
@@ -95,6 +99,7 @@ class Capabilities:
     is_tracing: Callable[[], bool] | None = None
     constants: Function | None = None
     compile: Function | None = None
+    resized: Function | None = None
     seed_array: Callable[[int], Array] | None = None
     draw_seed_like: Callable[[Array, bool], Any] | None = None
     vjp: Function | None = None

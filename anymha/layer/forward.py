@@ -42,6 +42,7 @@ from anymha.layer.plan import (
     plan_call,
     plan_lengths,
 )
+from anymha.layer.varying import lengthened, shortened
 from anymha.options.config import AttentionConfig
 
 Weights = Mapping[str, Array]
@@ -151,6 +152,16 @@ def multi_head_attention(
     if masks:
         arrays |= masks
     if plan.run is not None and projections is None and not paths.explaining:
+        lengths = planned.shape.folded
+        if plan.varying is not None and not plan.varying.has_own(lengths):
+            causal = flags.causal and type(offset) is int
+            reach = offset + lengths[1] if causal else None
+            longer = lengthened(ops, inputs, masks, reach)
+            if longer is not None:
+                inputs, masks = longer
+                call = {**call, **masks}
+                results = multi_head_attention(ops, config, weights, *inputs, plans=plans, **call)
+                return shortened(ops, results, lengths)
         return plan.run(arrays | _as_arrays(ops, offset, seed))
     if type(offset) is not int:
         arrays["query_offset"] = offset

@@ -22,6 +22,7 @@ from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes
 from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
+from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
 
 (BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
@@ -89,6 +90,7 @@ class Plan:
         context_width: The width of the context, H * d_v.
         output_shape: The shape O of an output vector; None for the query's width.
         run: Computes the call from its arrays by name, compiled; None where it is not.
+        varying: The lengths of the calls, where calls may be lengthened; else None.
     """
 
     ops: Ops
@@ -111,6 +113,7 @@ class Plan:
     context_width: int
     output_shape: tuple[int, ...] | None
     run: Callable[[Mapping[str, Array]], Any] | None = None
+    varying: Varying | None = None
 
 
 class PlannedCall(NamedTuple):
@@ -355,8 +358,12 @@ def _make_plan(
     if compute is None or compile is None or plan.double or flags.observed:
         return plan
     logits = most_logits(ops, plan.spec, plan.working, ops.device(query))
+    # Dropout and what sums over all positions would see the ones that are added.
+    may_grow = axes is PLAIN and not (flags.dropping or flags.activity or config.features)
     return replace(
-        plan, run=compile(lambda arrays: compute(plan, arrays), logits // config.num_heads)
+        plan,
+        run=compile(lambda arrays: compute(plan, arrays), logits // config.num_heads),
+        varying=Varying() if may_grow and ops.capabilities.resized is not None else None,
     )
 
 

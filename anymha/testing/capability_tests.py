@@ -427,6 +427,26 @@ class CapabilityTests(BackendTests):
                 allowed = ULPS * eps("float32") * max(1, np.max(np.abs(expected)))
                 got.is_near(expected, allowed, "float32")
 
+    @pytest.mark.parametrize("shape", [(2, 5, 3), (2, 1, 3), (2, 7, 2), (2, 4, 3)])
+    @pytest.mark.parametrize("dtype", ["float32", "bool"])
+    def test_resized_adds_zeros_and_cuts_at_the_end(
+        self, ops: Any, dtype: str, shape: tuple[int, ...]
+    ) -> None:
+        """Of an array of the backend and of NumPy's, which stay as they are."""
+        self.need(ops, "resized")
+        array = (values(2, 4, 3) + 3).astype(dtype)
+        before = array.copy()
+        expected = np.zeros(shape, dtype)
+        corner = tuple([slice(min(n, m)) for n, m in zip(array.shape, shape, strict=True)])
+        expected[corner] = array[corner]
+        for given in (ops.from_numpy(array), array):
+            found = ops.capabilities.resized(given, shape)
+            if found is None:
+                pytest.skip("`resized` does not serve this device")
+            Returned(f"resized(x, {shape})", ops.to_numpy(found)).equals(expected)
+            kept = array if given is array else ops.to_numpy(given)
+            Returned(f"x behind resized(x, {shape})", kept).equals(before)
+
     def test_array_key_tells_dtypes_apart(self, ops: Any) -> None:
         """Hashable, equal for arrays of one dtype, and another for another dtype."""
         self.need(ops, "array_key")

@@ -74,6 +74,18 @@ def compile(function, pairs, /):
     return jax.jit(function, inline=True)
 
 
+# Padding and slicing by JAX would each compile a program for each shape.
+def resized(x, shape, /):
+    if isinstance(x, Tracer) or not _is_one_cpu():
+        return None
+    if x.shape == shape:
+        return x
+    corner = tuple([slice(min(n, m)) for n, m in zip(x.shape, shape, strict=True)])
+    found = np.zeros(shape, x.dtype)
+    found[corner] = np.asarray(x)[corner]
+    return jax.device_put(found)  # `jnp.asarray` would compile a program for each shape
+
+
 def seed_array(seed, /):
     return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
@@ -164,6 +176,7 @@ capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
     constants=constants,
     compile=compile,
+    resized=resized,
     seed_array=seed_array,
     vjp=vjp,
     tile_size=tile_size,

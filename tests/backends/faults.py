@@ -294,6 +294,11 @@ def loop_of_few_rounds(ops: Any) -> dict[str, Any]:
     return {"loop": loop}
 
 
+def resized(x: Any, shape: tuple[int, ...], mode: Any = "constant") -> Any:
+    more = [(0, max(n - m, 0)) for n, m in zip(shape, x.shape, strict=True)]
+    return np.pad(x, more, mode)[tuple([slice(n) for n in shape])]
+
+
 def compiled_for_one_shape(ops: Any) -> dict[str, Any]:
     def compile(function: Any, pairs: int) -> Any:
         first: list[Any] = []
@@ -423,6 +428,7 @@ def sound(ops: Any) -> dict[str, Any]:
         "fused_window": True,
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
+        "resized": resized,
         "is_tracing": lambda: bool(tracing),
         "constants": lambda query, arrays: arrays,
         "seed_array": exact(ops, int),
@@ -979,6 +985,11 @@ FAULTS = (
         bias_without_gradient,
         ("test_fused_attention_has_the_written_gradients",),
         base="torch",
+    ),
+    Fault(
+        "resized repeats the last place",
+        lambda o: {"resized": lambda x, shape: resized(x, shape, "edge")},
+        ("test_resized_adds_zeros_and_cuts_at_the_end",),
     ),
     Fault(
         "compile keeps the values", compiled_for_ever, ("test_compile_gives_the_same_function",)
