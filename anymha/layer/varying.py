@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from anymha.framework.protocol import Array, Dim, Ops
+from anymha.framework.shapes import is_known
 from anymha.layer.arguments import BY_NAME, Kind
 
 FEW = 3
@@ -27,7 +28,7 @@ MOST = 512
 _FORMS = {"query": "BT", "value": "BS", "key": "BS"}
 
 
-def longer(length: int) -> int:
+def longer(length: Any) -> int:
     """The next length that calls are lengthened to: of 8 to an octave, at least 8 apart."""
     if length <= 1:  # a step of decoding
         return length
@@ -47,6 +48,8 @@ class Varying:
         if lengths in self._own:
             return True
         _, queries, keys = lengths
+        if not (is_known(queries) and is_known(keys)):  # symbols of a traced program
+            return True
         if (longer(queries), longer(keys)) == (queries, keys):
             return True
         calls = self._calls[lengths] = self._calls.get(lengths, 0) + 1
