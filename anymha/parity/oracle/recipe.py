@@ -32,8 +32,8 @@ FEW_NUMBERS = 4096
 
 def einsum(formula: str, *arrays: np.ndarray) -> np.ndarray:
     """`np.einsum`, by matrix products where that is faster."""
-    numbers = sum(array.size for array in arrays)
-    return np.einsum(formula, *arrays, optimize=len(arrays) > 2 or numbers > FEW_NUMBERS)
+    many = len(arrays) > 2 or sum([array.size for array in arrays]) > FEW_NUMBERS
+    return np.einsum(formula, *arrays, optimize=many)
 
 
 class Section:
@@ -74,6 +74,11 @@ class Section:
         """The section for a config's value; None where the option is off, or is not there."""
         value = getattr(config, cls.option, None)
         return None if value is None or value is False else cls(value)
+
+    @property
+    def acts(self) -> Collection[str]:
+        """The stages that the option changes; all where a subclass does not say."""
+        return STEPS
 
     def order(self) -> int:
         """The place among the sections that change one stage; the smallest first."""
@@ -160,9 +165,30 @@ class Recipe:
     known: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
+    def _begun(self) -> Arrays:
+        """The stages that are computed so far, in order."""
+        return {}
+
+    def until(self, name: str) -> Arrays:
+        """The stages up to one by name, in order, and those behind it that are known already."""
+        stages = self._begun
+        for stage in self.steps:
+            if name in stages:
+                break
+            if stage not in stages:
+                known = self.known.get(stage)
+                stages[stage] = self.stage(stage, stages) if known is None else known
+        return stages
+
+    @property
     def stages(self) -> Arrays:
         """Every stage by name, in order; computed once."""
-        return run(self)
+        return self.until("output")
+
+    @cached_property
+    def computed(self) -> dict[Any, Any]:
+        """What others computed of the recipe, by what they call it; kept as long as the recipe."""
+        return {}
 
     @cached_property
     def sizes(self) -> Arrays:
@@ -182,7 +208,7 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The recipe with other fields; it knows the stages that these do not change."""
-        known = self.__dict__.get("stages", self.known)
+        known = {**self.known, **self._begun}
         changed = set().union(*(_changed(self, name, new) for name, new in changes.items()))
         first = min((place for place, n in enumerate(STEPS) if n in changed), default=len(STEPS))
         # The projections do not depend on each other.
@@ -259,14 +285,6 @@ def ordered(sections: tuple[Section, ...]) -> tuple[Section, ...]:
     return tuple(sorted(sections, key=lambda section: (section.order(), section.option)))
 
 
-def run(recipe: Recipe) -> Arrays:
-    """Every stage by name, in order."""
-    stages: Arrays = {}
-    for name in recipe.steps:
-        stages[name] = recipe.known[name] if name in recipe.known else recipe.stage(name, stages)
-    return stages
-
-
 def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
     """The stages whose own steps another value of a field may change."""
     if field_name in ("masks", "causal", "window", "bias"):
@@ -278,6 +296,9 @@ def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
     if field_name == "weights":
         every = {**recipe.weights, **new}
         return {n.partition(".")[0] for n in every if recipe.weights.get(n) is not new.get(n)}
+    if field_name == "sections":
+        one, other = ({id(s): s for s in sections} for sections in (recipe.sections, new))
+        return {name for at in one.keys() ^ other.keys() for name in (one | other)[at].acts}
     return STEPS
 
 
@@ -322,10 +343,10 @@ def masked(recipe: Recipe, stages: Arrays) -> np.ndarray:
 
 def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
     """Over an axis; where all of it is -inf, zeros."""
-    empty = np.all(np.isneginf(logits), axis=axis, keepdims=True)
-    safe = np.where(empty, 0.0, logits)
-    weights = np.exp(safe - safe.max(axis, keepdims=True, initial=-np.inf))
-    return np.where(empty, 0.0, weights / weights.sum(axis, keepdims=True))
+    top = logits.max(axis, keepdims=True, initial=-np.inf)
+    empty = np.isneginf(top)
+    weights = np.exp(logits - np.where(empty, 0.0, top))
+    return weights / np.where(empty, 1.0, weights.sum(axis, keepdims=True))
 
 
 def dropped(recipe: Recipe, stages: Arrays) -> np.ndarray:
