@@ -240,6 +240,8 @@ class Search:
 
     def _pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
         """Two mistakes, those that promise most first; and whether the time ran out."""
+        if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
+            return None, False  # no two mistakes give a right output
         until = time.thread_time() + SECONDS
         singles = self._whole(singles)
         # Of those that give the same numbers the usual one.
@@ -308,7 +310,8 @@ class Search:
     ) -> Iterator[_Tried | None]:
         """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
 
-        None stands for one that is as another, is none, or explains nothing beside another. With `keys` only those of these names and details; with none those around the output alone.
+        None stands for one that is as another, is none, or explains nothing beside another. With
+        `keys` only those of these names and details; with none those around the output alone.
         """
         for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
             yield self._judged(recipe, mistake, detail, wrong)
@@ -357,9 +360,9 @@ class Search:
         several, many = len(self.reported) > 1, len(self.reported) > FEW
         with np.errstate(all="ignore"):
             try:
-                if not several and recipe is not self.recipe:
-                    if self.evidence.distance(wrong) > EXPLAINED * self.before:
-                        return None  # beside another it explains nothing
+                beside = not several and recipe is not self.recipe
+                if beside and self.evidence.distance(wrong) > EXPLAINED * self.before:
+                    return None
                 found = causes(wrong) if callable(causes) else causes
                 if not found:
                     return None
@@ -391,33 +394,31 @@ class Search:
         keys: Collection[tuple[str, str]] | None = None,
     ) -> Iterator[tuple[Mistake, str, Recipe]]:  # fmt: skip
         """Each mistake with its detail and the recipe that has it, but those of one name."""
-        names = None if keys is None else {name for name, _ in keys}
         every = () if alone else other_options(recipe, self.trace.config)
-        known = (
-            _all_of_catalogue(recipe, alone)
-            if keys is None and recipe is self.recipe and self.exact["logits"].size <= SMALL_CASE
-            else _of_catalogue(recipe, names, alone)
-        )
+        small = recipe is self.recipe and self.exact["logits"].size <= SMALL_CASE
+        known = _of_catalogue(recipe, alone, keys)
+        if small and keys is None:
+            # Made once: the recipes know what was computed of them for other evidence.
+            place = "mistakes", alone
+            known = recipe.computed[place] = recipe.computed.get(place) or list(known)
         for mistake, detail, wrong in itertools.chain(every, known):
             if mistake.name != skip and (keys is None or (mistake.name, detail) in keys):
                 yield mistake, detail, wrong
 
 
-def _all_of_catalogue(recipe: Recipe, alone: bool) -> list[tuple[Mistake, str, Recipe]]:
-    """Every mistake in a recipe, made once: the recipes know the stages that were computed."""
-    place = "mistakes", alone
-    if place not in recipe.computed:
-        recipe.computed[place] = list(_of_catalogue(recipe, None, alone))
-    return recipe.computed[place]
-
-
 def _of_catalogue(
-    recipe: Recipe, names: Collection[str] | None, alone: bool
+    recipe: Recipe, alone: bool, keys: Collection[tuple[str, str]] | None
 ) -> Iterator[tuple[Mistake, str, Recipe]]:
+    """Each mistake with its detail and the recipe that has it; with `keys` no more than those."""
     for mistake in catalogue(recipe):
-        if mistake.alone == alone and (names is None or mistake.name in names):
+        wanted = {detail for name, detail in keys or () if name == mistake.name}
+        if mistake.alone == alone and (keys is None or wanted):
             for detail, wrong in mistake.variants(recipe):
-                yield mistake, detail, wrong
+                if keys is None or detail in wanted:
+                    yield mistake, detail, wrong
+                    wanted.discard(detail)
+                    if keys is not None and not wanted:
+                        break
 
 
 def _sample(apart: np.ndarray) -> np.ndarray:

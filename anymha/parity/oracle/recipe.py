@@ -18,7 +18,7 @@ An option of the attention (a softcap, rotary positions) changes what some of th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property, reduce
 from typing import Any, ClassVar, Self
 
@@ -186,6 +186,11 @@ class Recipe:
         return self.until("output")
 
     @cached_property
+    def seen(self) -> np.ndarray:
+        """Where queries may attend; booleans that broadcast to (B, H, T, S)."""
+        return self.known["seen"] if "seen" in self.known else _allowed(self)
+
+    @cached_property
     def computed(self) -> dict[Any, Any]:
         """What others computed of the recipe, by what they call it; kept as long as the recipe."""
         return {}
@@ -214,7 +219,11 @@ class Recipe:
         # The projections do not depend on each other.
         kept = [n for at, n in enumerate(STEPS) if at < max(first, 3) and n not in changed]
         known = {name: known[name] for name in kept if name in known}
-        return replace(self, **changes, known=known)
+        if not changes.keys() & MASKING:
+            known["seen"] = self.seen
+        made = object.__new__(Recipe)  # a search makes thousands, which `replace` is slow for
+        vars(made).update({name: vars(self)[name] for name in _FIELDS}, **changes, known=known)
+        return made
 
     def of_batch(self, at: int) -> Recipe:
         """The recipe for one element of the batch."""
@@ -273,6 +282,11 @@ class Recipe:
         return pairs
 
 
+MASKING = {"inputs", "masks", "causal", "window", "offset"}
+"""The fields that tell where queries may attend."""
+
+_FIELDS = tuple(one.name for one in fields(Recipe))
+
 Step = Callable[[Recipe, Arrays], np.ndarray]
 """Computes a stage from a recipe and the stages before it."""
 
@@ -316,6 +330,10 @@ def reads(recipe: Recipe) -> np.ndarray:
 
 def allowed(recipe: Recipe) -> np.ndarray:
     """Where queries may attend, by masks and position; booleans that broadcast to (B, H, T, S)."""
+    return recipe.seen
+
+
+def _allowed(recipe: Recipe) -> np.ndarray:
     seen = reduce(np.logical_and, recipe.masks.values(), np.ones((1, 1, 1, 1), bool))
     _, queries, keys = recipe.lengths
     offset = np.zeros(1, int) if recipe.offset is None else recipe.offset
