@@ -26,8 +26,8 @@ from anymha.parity.stages.trace import STAGES, Trace
 SECONDS = 1.0
 """How long pairs of mistakes are computed; single ones up to twelve times as long."""
 
-SMALL_CASE = 1 << 10
-"""Where there are no more logits, the recipes with one mistake are kept."""
+SMALL_CASE = 1 << 13
+"""Where there are no more logits and weights, the recipes with one mistake are kept."""
 
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
@@ -395,7 +395,8 @@ class Search:
     ) -> Iterator[tuple[Mistake, str, Recipe]]:  # fmt: skip
         """Each mistake with its detail and the recipe that has it, but those of one name."""
         every = () if alone else other_options(recipe, self.trace.config)
-        small = recipe is self.recipe and self.exact["logits"].size <= SMALL_CASE
+        numbers = self.exact["logits"].size + sum(w.size for w in recipe.weights.values())
+        small = recipe is self.recipe and numbers <= SMALL_CASE
         known = _of_catalogue(recipe, alone, keys)
         if small and keys is None:
             # Made once: the recipes know what was computed of them for other evidence.
