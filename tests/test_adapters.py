@@ -15,7 +15,6 @@ from anymha.errors import ArgumentError, LayoutError
 from anymha.framework.registry import get_backend
 from anymha.parity import compare
 from anymha.parity.adapters import adapter_for, declare
-from anymha.parity.oracle.recipe import run
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import as_numpy, make_request, name_of_dtype, problem_of
 from tests.frameworks import skip_or_fail
@@ -608,7 +607,7 @@ def test_our_layers_tell_excluded_positions_as_the_others_do(backend) -> None:
     found = adapter_for(layer).trace(request, None)
     assert found.config is not None
     assert found.weights is not None
-    truth = run(fold(problem_of(found.config, found.weights, request)).recipe)
+    truth = fold(problem_of(found.config, found.weights, request)).recipe.stages
     for stage in ("query", "key", "value", "logits", "masked_logits"):
         np.testing.assert_allclose(found.stages[stage], truth[stage], atol=1e-5)
 

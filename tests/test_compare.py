@@ -11,7 +11,7 @@ import anymha
 from anymha.errors import ArgumentError, DtypeError
 from anymha.parity import ParityError, assert_parity, compare
 from anymha.parity.adapters import ours
-from anymha.parity.oracle.recipe import STEPS, run, sizes
+from anymha.parity.oracle.recipe import STEPS, sizes
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.structure import distance, structure
 from anymha.parity.stages.trace import make_request, problem_of
@@ -314,7 +314,7 @@ def test_distance_takes_equal_nan_and_masked_numbers_for_equal() -> None:
 def test_sizes_bound_every_stage(layer) -> None:
     request = make_request([QUERY, VALUE], {"attention_mask": MASK})
     recipe = fold(problem_of(layer.config, anymha.get_weights(layer), request)).recipe
-    stages = run(recipe)
+    stages = recipe.stages
     for name, size in sizes(recipe, stages).items():
         whole = np.abs(stages["probabilities" if name == "scores" else name])
         assert np.all(size >= np.where(np.isfinite(whole), whole, 0))

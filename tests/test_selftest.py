@@ -68,7 +68,8 @@ def test_of_two_mistakes_the_first_is_named(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correct_layers_are_not_blamed(dtype: str, installed: list[Backend]) -> None:
-    for alarms in find_false_alarms(installed, 4, [dtype]):
+    first = {"gradients_of": lambda number: number == 0}  # those of JAX are slow to compile
+    for alarms in find_false_alarms(installed, 4, [dtype], **first):
         assert not alarms, alarms[0].text
 
 

@@ -182,33 +182,39 @@ def find_false_alarms(
     count: int,
     dtypes: Sequence[str] = DTYPES,
     progress: Progress = lambda *_: None,
+    gradients_of: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[list[Alarm]]:
     """The alarms of each random configuration in each dtype, which should be none.
 
-    Every two backends are compared, each way round; a single one with itself.
+    Every two backends are compared, each way round; a single one with itself: stages, outputs, and
+    the gradients of weights, inputs and bias for a random cotangent, in the configurations whose
+    numbers `gradients_of` takes.
     """
     layers: dict[Any, Any] = {}  # a layer keeps its compiled programs
     for dtype in dtypes:
         for number in range(count):
             progress("correct layers", f"{dtype} {number}")
             options, request = random_call(number, dtype)
-            traces = {}
+            traces, cotangent = {}, None
+            if gradients_of(number):
+                shape = (BATCH, QUERIES, FEATURES)
+                cotangent = np.random.default_rng(number).standard_normal(shape)
             for backend in backends:
                 kind = (backend.name, dtype, *sorted(options.items()))
                 if kind not in layers:
                     layers[kind] = make_layer(options, dtype, number, backend.name)[0]
                 layer = layers[kind]
                 layer = layers[kind] = set_weights(layer, random_weights(layer, dtype, number))
-                traces[backend.name] = adapter_for(layer).trace(request, None)
+                traces[backend.name] = adapter_for(layer).trace(request, cotangent)
             yield [
                 Alarm(dtype, pair, number, report.to_text())
-                for pair, report in _each_way(request, traces)
+                for pair, report in _each_way(request, traces, cotangent)
                 if not report.passed
             ]
 
 
 def _each_way(
-    request: Request, traces: dict[str, Trace]
+    request: Request, traces: dict[str, Trace], cotangent: np.ndarray | None
 ) -> Iterator[tuple[tuple[str, str], Comparison]]:
     """Every two traces of layers with the same weights; a single one with itself."""
     basis = next(iter(traces.values()))
@@ -218,7 +224,7 @@ def _each_way(
         folded = fold(problem_of(basis.config, basis.weights, request))
         baselines = {name: Baseline(request, folded, trace) for name, trace in traces.items()}
         for pair in list(itertools.permutations(traces, 2)) or [(name, name) for name in traces]:
-            yield pair, baselines[pair[0]].judge(traces[pair[1]])
+            yield pair, baselines[pair[0]].judge(traces[pair[1]], cotangent)
 
 
 def random_call(number: int, dtype: str) -> tuple[dict[str, Any], Request]:

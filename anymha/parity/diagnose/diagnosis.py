@@ -23,8 +23,11 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
-SECONDS = 2.0
-"""How long pairs of mistakes are computed; single ones up to six times as long."""
+SECONDS = 1.0
+"""How long pairs of mistakes are computed; single ones up to twelve times as long."""
+
+SMALL_CASE = 1 << 13
+"""Where there are no more logits and weights, the recipes with one mistake are kept."""
 
 LARGE = 1 << 17
 """Where there are more logits, one element of the batch is diagnosed."""
@@ -55,6 +58,9 @@ SAMPLE = 1 << 11
 
 EXACT = 1e-3
 """What two measured numbers may leave of the differences."""
+
+
+_NONE = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ class Search:
         self.reported, self.exact = reported, recipe.stages
         self.evidence = Evidence(trace, reported, reference)
 
+    def _reached(self, recipe: Recipe) -> int:
+        """How many of the reported stages a recipe gives, from the first on."""
+        return _reached(self.evidence.errors(recipe))
+
     def fits(self) -> bool:
         """Whether the recipe itself gives the reported results."""
         return max(self.evidence.errors(self.recipe).values()) <= 1
@@ -107,11 +117,11 @@ class Search:
     @cached_property
     def singles(self) -> list[_Tried]:
         """Each known mistake alone; those with many variants where no other explains it."""
-        tried = list(_in_time(self._tried(self.recipe), 3 * SECONDS))
-        reached = _reached(self.evidence.errors(self.recipe))
+        tried = list(_in_time(self._tried(self.recipe), 6 * SECONDS))
+        reached = self._reached(self.recipe)
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), 3 * SECONDS)
+            tried += _in_time(self._tried(self.recipe, alone=True), 6 * SECONDS)
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
@@ -175,7 +185,7 @@ class Search:
         return replace(more, causes=_in_order(*first.causes, *more.causes))
 
     def _weights_cause(self, name: str, detail: str, recipe: Recipe) -> Diagnosis:
-        stage = _first_change(self.exact, recipe.stages) or "output"
+        stage = _first_change(self.recipe, recipe) or "output"
         return Diagnosis((Cause(name, detail, stage, FIX),), 0.0, (), recipe)
 
     def _of_one_batch_element(self, pairs: bool) -> Diagnosis:
@@ -211,7 +221,7 @@ class Search:
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
         """One mistake after another: with each, more of the reported stages must fit."""
         causes: list[Cause] = []
-        reached = _reached(self.evidence.errors(self.recipe))
+        reached = self._reached(self.recipe)
         tried = singles
         while tried:
             named = {cause.name for cause in causes}
@@ -223,20 +233,23 @@ class Search:
             reached = best.prefix()
             if best.worst <= 1:
                 return Diagnosis(_in_order(*causes), best.worst, (), best.recipe)
-            tried = list(self._tried(best.recipe))
+            tried = list(filter(None, self._tried(best.recipe)))
             if max(map(_Tried.prefix, tried), default=0) <= reached:
-                tried += self._tried(best.recipe, alone=True)
+                tried += filter(None, self._tried(best.recipe, alone=True))
         return Diagnosis(_in_order(*causes), np.inf)
 
     def _pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
         """Two mistakes, those that promise most first; and whether the time ran out."""
+        if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
+            return None, False  # no two mistakes give a right output
         until = time.thread_time() + SECONDS
+        singles = self._whole(singles)
         # Of those that give the same numbers the usual one.
         nearest = sorted(singles, key=lambda one: (round(one.left, 6), one.rank))
         nearest = [*nearest[:FIRST], *(one for one in nearest[FIRST:] if one.rank < 2)]
         # Sums around the output and maps of heads are found by themselves beside each.
         none, rest = set[tuple[str, str]](), ((one, None) for one in nearest)
-        first, more = (self._promising(singles, *counts) for counts in TRANCHES)
+        first, more = self._promising(singles)
         sums = ((one, none) for one in nearest[NEAREST : 2 * FIRST])
         every = itertools.chain(first, itertools.islice(rest, NEAREST), sums, more, rest)
         measuring = {id(one) for one in nearest[:MEASURED]}
@@ -244,10 +257,13 @@ class Search:
             measured = NUMBERS if not keys and id(one) in measuring else ()
             for other in self._tried(one.recipe, one.causes[0].name, keys, measured=measured):
                 # Two measured numbers may fit what is no attention at all.
-                certain = not one.rank == other.rank == 1 or other.left <= EXACT
-                if other.explains and certain:
+                if (
+                    other is not None
+                    and other.explains
+                    and (not one.rank == other.rank == 1 or other.left <= EXACT)
+                ):
                     usual = self._tried(one.recipe, one.causes[0].name, measured=())
-                    other = next((u for u in usual if u.explains and not u.rank), other)
+                    other = next((u for u in usual if u and u.explains and not u.rank), other)
                     both = _in_order(*one.causes, *other.causes)
                     return Diagnosis(both, other.worst, (), other.recipe), False
                 if time.thread_time() > until:
@@ -255,13 +271,13 @@ class Search:
         return None, False
 
     def _promising(
-        self, singles: list[_Tried], begin: int, end: int
-    ) -> Iterator[tuple[_Tried, set[tuple[str, str]]]]:
+        self, singles: list[_Tried]
+    ) -> Iterator[Iterator[tuple[_Tried, set[tuple[str, str]]]]]:
         """Mistakes with those to be tried beside each: pairs along whose effects most lies."""
         seconds = [at for at, one in enumerate(singles) if one.rank == 0]
         if not seconds:
-            return
-        right = _sample(self.evidence.differences(self.recipe.stages))
+            return (iter(()) for _ in TRANCHES)
+        right = _sample(self.evidence.differences(self.recipe))
         effects = np.stack([one.apart for one in singles]) - right
         one = np.sum(effects * effects, axis=1)
         other = one[seconds]
@@ -269,12 +285,20 @@ class Search:
         one, also = one[:, None], along[seconds]
         part = along[:, None] ** 2 * other - 2 * np.outer(along, also) * both + also**2 * one
         part = part / np.maximum(one * other - both**2, 1e-6 * one * other + 1e-30)
-        together: dict[int, set[tuple[str, str]]] = {}
-        part = np.round(part / (float(right @ right) or 1.0), 6)  # the usual ones stand first
-        for at in np.argsort(-part, axis=None, kind="stable")[begin:end]:
-            first, second = divmod(int(at), len(seconds))
-            together.setdefault(first, set()).add(singles[seconds[second]].causes[0].key)
-        yield from ((singles[first], keys) for first, keys in together.items())
+        part = np.round(part / (float(right @ right) or 1.0), 6).reshape(-1)
+        part = np.where(np.isnan(part), -np.inf, part)
+        most = min(TRANCHES[-1][1], part.size)
+        best = np.flatnonzero(part >= np.partition(part, -most)[-most])
+        best = best[np.argsort(-part[best], kind="stable")]  # the usual ones stand first
+
+        def tranche(begin: int, end: int) -> Iterator[tuple[_Tried, set[tuple[str, str]]]]:
+            together: dict[int, set[tuple[str, str]]] = {}
+            for at in best[begin:end]:
+                first, second = divmod(int(at), len(seconds))
+                together.setdefault(first, set()).add(singles[seconds[second]].causes[0].key)
+            return ((singles[first], keys) for first, keys in together.items())
+
+        return (tranche(*counts) for counts in TRANCHES)
 
     def _tried(
         self,
@@ -283,92 +307,119 @@ class Search:
         keys: Collection[tuple[str, str]] | None = None,
         alone: bool = False,
         measured: Collection[str] | None = None,
-    ) -> Iterator[_Tried]:
+    ) -> Iterator[_Tried | None]:
         """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
 
-        With `keys` only those of these names and details; with none those around the output alone.
+        None stands for one that is as another, is none, or explains nothing beside another. With
+        `keys` only those of these names and details; with none those around the output alone.
         """
-        errors = self.evidence.errors(recipe)
         for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
-            one = self._judged(recipe, errors, mistake, detail, wrong)
-            if one is not None:
-                yield one
+            yield self._judged(recipe, mistake, detail, wrong)
         if alone or keys:
             return
-        evidence = self._up_to_the_first_wrong(errors)
+        evidence = self._up_to_the_first_wrong(recipe)
         before = evidence.distance(recipe)
         names = {one.name for one in catalogue(recipe)} if measured is None else {*measured}
         for mistake in catalogue(recipe) if names else ():
             for family in mistake.families(recipe) if mistake.name in names - {skip} else ():
                 found = fitted(family, evidence, before)
                 if found is not None:
-                    one = self._judged(recipe, errors, mistake, *found, rank=1)
-                    if one is not None:
-                        yield one
+                    yield self._judged(recipe, mistake, *found, rank=1)
         sums = itertools.chain(around(recipe, self.reported), head_maps(recipe, self.reported))
         for causes, wrong in sums:
-            own = (
-                None if causes[0].name == skip else self._weighed(recipe, errors, causes, wrong, 1)
-            )
-            if own is not None:
-                yield own
+            if causes[0].name != skip:
+                yield self._weighed(recipe, causes, wrong, 1)
 
-    def _up_to_the_first_wrong(self, errors: dict[str, float]) -> Evidence:
+    def _up_to_the_first_wrong(self, recipe: Recipe) -> Evidence:
         """The evidence by which numbers are measured: what follows may have other mistakes too."""
-        if len(errors) <= FEW:
+        if len(self.reported) <= FEW:
             return self.evidence
+        errors = self.evidence.errors(recipe)
         names = list(errors)[: _reached(errors) + 1]
         reported = {name: self.reported[name] for name in names}
         return Evidence(self.trace, reported, self.reference)
 
     def _judged(
-        self, recipe: Recipe, errors: dict[str, float], mistake: Mistake, detail: str,
-        wrong: Recipe, rank: int = 0,
-    ) -> _Tried | None:  # fmt: skip
+        self, recipe: Recipe, mistake: Mistake, detail: str, wrong: Recipe, rank: int = 0
+    ) -> _Tried | None:
         def causes(wrong: Recipe) -> tuple[Cause, ...]:
-            stage = _first_change(recipe.stages, wrong.stages)
+            stage = _first_change(recipe, wrong)
             return () if stage is None else (Cause(mistake.name, detail, stage, mistake.fix),)
 
-        return self._weighed(recipe, errors, causes, wrong, max(rank, 2 * mistake.alone))
+        return self._weighed(recipe, causes, wrong, max(rank, 2 * mistake.alone))
 
     def _weighed(
-        self, recipe: Recipe, errors: dict[str, float],
-        causes: tuple[Cause, ...] | Callable[[Recipe], tuple[Cause, ...]], wrong: Recipe, rank: int,
+        self, recipe: Recipe, causes: tuple[Cause, ...] | Callable[[Recipe], tuple[Cause, ...]],
+        wrong: Recipe, rank: int, whole: bool = False,
     ) -> _Tried | None:  # fmt: skip
-        """How well a recipe explains the evidence; None where it is as another, or is none."""
+        """How well a recipe explains the evidence; None where it is as another, or is none.
+
+        Where many stages are reported, one that comes no further than `recipe` is computed up to
+        there alone, but for `whole`.
+        """
+        several, many = len(self.reported) > 1, len(self.reported) > FEW
         with np.errstate(all="ignore"):
             try:
+                beside = not several and recipe is not self.recipe
+                if beside and self.evidence.distance(wrong) > EXPLAINED * self.before:
+                    return None
                 found = causes(wrong) if callable(causes) else causes
+                if not found:
+                    return None
+                own, left = dict.fromkeys(self.evidence.names, np.inf), np.inf
+                apart = _NONE
+                if many:
+                    own = self.evidence.first_errors(wrong, recipe)
+                if not many or whole or _reached(own) > self._reached(recipe):
+                    apart = self.evidence.differences(wrong)
+                    left = float(np.linalg.norm(apart)) / self.before
+                if not many and (several or left <= EXPLAINED):
+                    own = self.evidence.first_errors(wrong, recipe)
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
-            if not found:
-                return None
-            apart = self.evidence.differences(wrong.stages)
-            left = float(np.linalg.norm(apart)) / self.before
-            own = dict.fromkeys(errors, np.inf)
-            if left <= EXPLAINED or len(errors) > 1:
-                own = self.evidence.first_errors(wrong, recipe, errors)
         return _Tried(found, replace(wrong), own, left, _sample(apart), rank)
+
+    def _whole(self, tried: Iterable[_Tried]) -> list[_Tried]:
+        """With what each leaves of all stages."""
+        every = (
+            self._weighed(self.recipe, one.causes, one.recipe, one.rank, whole=True)
+            if one.left == np.inf
+            else one
+            for one in tried
+        )
+        return [one for one in every if one is not None]
 
     def _variants(
         self, recipe: Recipe, skip: str | None = None, alone: bool = False,
         keys: Collection[tuple[str, str]] | None = None,
     ) -> Iterator[tuple[Mistake, str, Recipe]]:  # fmt: skip
         """Each mistake with its detail and the recipe that has it, but those of one name."""
-        names = None if keys is None else {name for name, _ in keys}
         every = () if alone else other_options(recipe, self.trace.config)
-        for mistake, detail, wrong in itertools.chain(every, _of_catalogue(recipe, names, alone)):
+        numbers = self.exact["logits"].size + sum(w.size for w in recipe.weights.values())
+        small = recipe is self.recipe and numbers <= SMALL_CASE
+        known = _of_catalogue(recipe, alone, keys)
+        if small and keys is None:
+            # Made once: the recipes know what was computed of them for other evidence.
+            place = "mistakes", alone
+            known = recipe.computed[place] = recipe.computed.get(place) or list(known)
+        for mistake, detail, wrong in itertools.chain(every, known):
             if mistake.name != skip and (keys is None or (mistake.name, detail) in keys):
                 yield mistake, detail, wrong
 
 
 def _of_catalogue(
-    recipe: Recipe, names: Collection[str] | None, alone: bool
+    recipe: Recipe, alone: bool, keys: Collection[tuple[str, str]] | None
 ) -> Iterator[tuple[Mistake, str, Recipe]]:
+    """Each mistake with its detail and the recipe that has it; with `keys` no more than those."""
     for mistake in catalogue(recipe):
-        if mistake.alone == alone and (names is None or mistake.name in names):
+        wanted = {detail for name, detail in keys or () if name == mistake.name}
+        if mistake.alone == alone and (keys is None or wanted):
             for detail, wrong in mistake.variants(recipe):
-                yield mistake, detail, wrong
+                if keys is None or detail in wanted:
+                    yield mistake, detail, wrong
+                    wanted.discard(detail)
+                    if keys is not None and not wanted:
+                        break
 
 
 def _sample(apart: np.ndarray) -> np.ndarray:
@@ -387,24 +438,30 @@ def _reached(errors: dict[str, float]) -> int:
     return next(wrong, len(errors))
 
 
-def _in_time(tried: Iterable[_Tried], seconds: float) -> Iterator[_Tried]:
+def _in_time(tried: Iterable[_Tried | None], seconds: float) -> Iterator[_Tried]:
     """As many as that time allows."""
     until = time.thread_time() + seconds
     for one in tried:
-        yield one
+        if one is not None:
+            yield one
         if time.thread_time() > until:
             return
 
 
-def _first_change(right: Arrays, wrong: Arrays) -> str | None:
-    """The first stage that a mistake changes; None where it changes none."""
+def _first_change(right: Recipe, wrong: Recipe) -> str | None:
+    """The first stage that a mistake changes, those behind it not computed; None of none."""
     for name in STAGES:
-        one, other = right[name], wrong[name]
+        one, other = (recipe.until(name)[name] for recipe in (right, wrong))
         if one is other:
             continue
         if one.shape != other.shape:
             return name
-        size = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
-        if np.max(distance(one, other, name), initial=0.0) > 1e-6 * size:
+        if ("peak", name) not in right.computed:
+            finite = np.abs(one[np.isfinite(one)])
+            right.computed["peak", name] = float(np.max(finite, initial=0.0))
+        most = np.max(np.abs(one - other), initial=0.0)
+        if not np.isfinite(most):
+            most = np.max(distance(one, other, name), initial=0.0)
+        if most > 1e-6 * right.computed["peak", name]:
             return name
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -32,30 +34,38 @@ class Evidence:
     reported: Arrays
     reference: Trace | None = None
 
-    def errors(self, recipe: Recipe) -> dict[str, float]:
-        """The errors of the reported stages, as shares of what rounding explains."""
-        tolerances = Tolerances(recipe, self.reference)
-        return {
-            name: self._share(name, self._distance(name, recipe.stages), tolerances)
-            for name in self._observed
-        }
+    @property
+    def names(self) -> Collection[str]:
+        """The reported stages, in order."""
+        return self._observed.keys()
 
-    def first_errors(
-        self, recipe: Recipe, like: Recipe, errors: dict[str, float]
-    ) -> dict[str, float]:
+    def errors(self, recipe: Recipe) -> dict[str, float]:
+        """The errors of the reported stages, as shares of what rounding explains.
+
+        Those of the recipe that was asked for last are not computed again.
+        """
+        if self._last.get("recipe") is not recipe:
+            tolerances = Tolerances(recipe, self.reference)
+            errors = {
+                name: self._share(name, self._distance(name, recipe.stages), tolerances)
+                for name in self._observed
+            }
+            self._last.update(recipe=recipe, errors=errors)
+        return self._last["errors"]
+
+    def first_errors(self, recipe: Recipe, like: Recipe) -> dict[str, float]:
         """The errors up to the first that is too great; infinite behind it.
 
-        `errors` are those of `like`, with which the recipe may have stages in common. A large error
+        The recipe may have stages in common with `like`, whose errors are known. A large error
         counts as infinite, without its limit.
         """
-        results, found = recipe.stages, dict.fromkeys(self._observed, np.inf)
-        tolerances = None
+        found, tolerances = dict.fromkeys(self._observed, np.inf), None
         for name in self._observed:
-            exact = _stage(results, name)
-            if exact is _stage(like.stages, name):
-                found[name] = errors[name]
+            exact = _stage(recipe, name)
+            if exact is _stage(like, name):
+                found[name] = self.errors(like)[name]
             else:
-                apart = self._distance(name, results)
+                apart = self._distance(name, recipe.until(_source(name)))
                 size = float(np.max(np.abs(exact[np.isfinite(exact)]), initial=0.0))
                 if not np.any(apart > FAR * eps(computed_dtype(self.trace)) * size):
                     tolerances = tolerances or Tolerances(recipe, self.reference)
@@ -70,51 +80,80 @@ class Evidence:
 
     def _distance(self, name: str, results: Arrays) -> np.ndarray:
         """The distance of a reported stage from that of a recipe."""
-        got, exact = self._observed[name], _stage(results, name)
+        got, exact = self._observed[name], results[_source(name)]
         if exact.size == got.size and name in ("query", "key", "value", "context"):
             exact = exact.reshape(got.shape)  # of another number of heads
         return distance(got, exact, name) if got.shape == exact.shape else np.full(1, np.inf)
 
-    def differences(self, results: Arrays) -> np.ndarray:
+    def differences(self, recipe: Recipe) -> np.ndarray:
         """What the reported stages have more than a recipe's, in one vector.
 
         Each stage counts as much as another; NaN and infinity where one side has a number count
         as ten of its usual numbers.
         """
-        parts = []
-        for name, got in self._observed.items():
-            exact = _stage(results, name)
-            if exact.size != got.size:
-                parts.append(np.full(got.size, 10.0 / np.sqrt(got.size)))
-                continue
-            exact, got = exact.reshape(-1), got.reshape(-1)
-            if name == "masked_logits":
-                exact, got = (np.where(a < -MASKED, -np.inf, a) for a in (exact, got))
-            size = self._sizes[name]
-            with np.errstate(invalid="ignore"):
-                apart = (got - exact) / size
-            same = (got == exact) | (np.isnan(got) & np.isnan(exact))
-            apart = np.where(same, 0.0, np.where(np.isfinite(apart), apart, 10.0))
-            parts.append(apart / np.sqrt(apart.size))
-        return np.concatenate(parts)
+        return np.concatenate([self._part(name, _stage(recipe, name)) for name in self._observed])
+
+    def _part(self, name: str, exact: np.ndarray) -> np.ndarray:
+        """The differences of a stage; those of the array that was asked for last are kept."""
+        last = self._last.get(name)
+        if last is None or last[0] is not exact:
+            last = self._last[name] = exact, self._apart(name, exact.reshape(-1))
+        return last[1]
+
+    def _apart(self, name: str, exact: np.ndarray) -> np.ndarray:
+        got, size = self._numbers[name]
+        most = 10.0 / np.sqrt(got.size)
+        if exact.size != got.size:
+            return np.full(got.size, most)
+        if name == "masked_logits":
+            exact = _unseen(exact)
+        with np.errstate(invalid="ignore"):
+            apart = (got - exact) / size
+        numbers = np.isfinite(apart)
+        if numbers.all():
+            return apart
+        same = (got == exact) | (np.isnan(got) & np.isnan(exact))
+        return np.where(same, 0.0, np.where(numbers, apart, most))
 
     def distance(self, recipe: Recipe) -> float:
         """The length of the differences: of the order of the relative error."""
-        return float(np.linalg.norm(self.differences(recipe.stages)))
+        return float(np.linalg.norm(self.differences(recipe)))
+
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        """What was computed last."""
+        return {}
 
     @cached_property
     def _observed(self) -> Arrays:
         return {name: self.reported[name] for name in OBSERVED if name in self.reported}
 
     @cached_property
-    def _sizes(self) -> dict[str, float]:
-        """The usual size of the numbers of each stage."""
-        sizes = {}
+    def _numbers(self) -> dict[str, tuple[np.ndarray, float]]:
+        """The numbers of each stage, and what each counts, from their usual size and how many."""
+        numbers = {}
         for name, got in self._observed.items():
             finite = got[np.isfinite(got) & (np.abs(got) < MASKED)]
-            sizes[name] = float(np.sqrt(np.mean(finite**2))) if finite.size else 1.0
-        return {name: size or 1.0 for name, size in sizes.items()}
+            size = float(np.sqrt(np.mean(finite**2))) if finite.size else 1.0
+            flat = got.reshape(-1)
+            numbers[name] = (
+                _unseen(flat) if name == "masked_logits" else flat,
+                (size or 1.0) * np.sqrt(got.size),
+            )
+        return numbers
 
 
-def _stage(results: Arrays, name: str) -> np.ndarray:
-    return results["probabilities" if name == "scores" else name]
+def _unseen(logits: np.ndarray) -> np.ndarray:
+    """Masked logits with -inf for the numbers that stand for it."""
+    return np.where(logits < -MASKED, -np.inf, logits)
+
+
+def _source(name: str) -> str:
+    """The recipe's stage that is reported under a name."""
+    return "probabilities" if name == "scores" else name
+
+
+def _stage(recipe: Recipe, name: str) -> np.ndarray:
+    """A stage of a recipe, those behind it not computed."""
+    own = _source(name)
+    return recipe.until(own)[own]

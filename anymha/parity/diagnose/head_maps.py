@@ -40,8 +40,8 @@ def head_maps(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, .
     before = float(np.linalg.norm(got - exact))
     every = dict(_added(recipe))
     for place in PLACES:
-        if place == "key and value" and shared == heads:
-            continue  # it is a permutation of all, or that of the queries
+        if place not in every:
+            continue
         terms = every[place]
         count = shared if place in ("key and value", "key", "value") else heads
         columns = terms[:, :count].reshape(heads * count, -1)
@@ -70,8 +70,8 @@ def _added(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:
         return einsum("bthv,hvo->hbto", context, kernel)
 
     def with_map(stage: str, to: np.ndarray) -> Arrays:
-        """The stages with a map of heads of a stage, as a row of head numbers."""
-        return with_heads(recipe, stage, np.eye(recipe.stages[stage].shape[2])[to]).stages
+        """The stages up to the context with a map of heads of a stage, as a row of head numbers."""
+        return with_heads(recipe, stage, np.eye(stages[stage].shape[2])[to]).until("context")
 
     turned = [(own + n) % heads for n in range(heads)]
     contexts = [brought(stages["context"][:, :, turn]) for turn in turned]
@@ -90,9 +90,11 @@ def _added(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:
         of_keys = with_map("key", one)
         values.append(brought(_context(recipe, stages, np.eye(shared)[one])))
         keys.append(brought(of_keys["context"]))
-        both.append(brought(_context(recipe, of_keys, np.eye(shared)[one])))
+        if shared < heads:  # else it is a permutation of all, or that of the queries
+            both.append(brought(_context(recipe, of_keys, np.eye(shared)[one])))
     for place, added in (("value", values), ("key", keys), ("key and value", both)):
-        yield place, np.stack(added, axis=1)
+        if added:
+            yield place, np.stack(added, axis=1)
 
 
 def _by_head(added: list[np.ndarray], turned: list[np.ndarray], heads: int) -> np.ndarray:

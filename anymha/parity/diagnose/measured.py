@@ -48,8 +48,8 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
     with np.errstate(all="ignore"):
         far = [evidence.distance(family.make(start)) for start in starts]
         best = int(np.argmin(far))
-        if not far[best] <= before * (1 + 1e-9):
-            return None
+        if not far[best] <= before * (1 + 1e-9) or max(far) == far[best]:
+            return None  # the last: it changes nothing that is reported
         room = float(np.max(np.abs(np.diff(starts)[max(best - 1, 0) : best + 1]), initial=1e-3))
         value, left = float(starts[best]), far[best]
         recipe = family.make(value)
@@ -68,15 +68,15 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
 
 def _improved(family: Family, evidence: Evidence, value: float, room: float) -> float:
     """Gauss and Newton's steps from a value, none longer than the room between two starts."""
-    apart = evidence.differences(family.make(value).stages)
+    apart = evidence.differences(family.make(value))
     for _ in range(STEPS):
         small = SMALL * room
-        slope = (apart - evidence.differences(family.make(value + small).stages)) / small
+        slope = (apart - evidence.differences(family.make(value + small))) / small
         step = float(slope @ apart) / (float(slope @ slope) or 1.0)
         least, most = min(family.starts) - value, max(family.starts) - value
         step = float(np.clip(np.clip(step, -room, room), least, most))
         for _ in range(4):
-            nearer = evidence.differences(family.make(value + step).stages)
+            nearer = evidence.differences(family.make(value + step))
             if nearer @ nearer <= apart @ apart:
                 break
             step /= 4

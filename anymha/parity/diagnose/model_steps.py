@@ -46,6 +46,11 @@ class RotaryStep(Section):
         super().__init__(value)
         self.names, self.axis, self.own = names, axis, own
 
+    @property
+    def acts(self) -> tuple[str, ...]:
+        """The projections that are turned."""
+        return self.names
+
     def order(self) -> int:
         """After the norms."""
         return 1

@@ -53,14 +53,14 @@ PRODUCTS = ("logits", "context", "output")
 
 def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | None:
     """The rounding whose errors are those of the candidate, and the recipe that has it."""
-    mine = evidence.differences(recipe.stages)
+    mine = evidence.differences(recipe)
     expected = computed_dtype(evidence.reference or evidence.trace)
     found: list[tuple[float, Cause, Recipe]] = []
     if not np.all(np.isfinite(mine)):
         return None
     for name, detail, wide, wrong in _roundings(recipe, expected):
         with np.errstate(all="ignore"):
-            theirs = mine - evidence.differences(wrong.stages)
+            theirs = mine - evidence.differences(wrong)
         sizes = float(np.linalg.norm(mine)), float(np.linalg.norm(theirs))
         output, exact = evidence.reported.get("output"), recipe.stages["output"]
         computed = wide and not detail and name.startswith("computed")
@@ -129,12 +129,12 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
     where that leaves less of the differences.
     """
     expected = computed_dtype(evidence.reference or evidence.trace)
-    exact = evidence.differences(recipe.stages)
+    exact = evidence.differences(recipe)
     before = float(np.linalg.norm(exact))
 
     def left(form: _Format, places: Collection[str]) -> float:
         wrong = _with_rounded(recipe, form, places)
-        return float(np.linalg.norm(evidence.differences(wrong.stages))) / before
+        return evidence.distance(wrong) / before
 
     found: list[tuple[float, _Format, set[str]]] = []
     for form in _formats(recipe, expected) if 0 < before < ROUGH else ():

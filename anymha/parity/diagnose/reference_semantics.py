@@ -130,7 +130,10 @@ class ReferenceSemantics:
         """
         search = self._search(self._known, trace, reported)
         rest = {n: a for n, a in reported.items() if n not in ("query", "key", "value")}
-        if len(rest) == len(reported) or search.diagnose(pairs=False).causes:
+        found = Diagnosis() if len(rest) == len(reported) else search.diagnose(pairs=False)
+        if found.causes:
+            return found
+        if len(rest) == len(reported):
             return search.diagnose()
         later = self._search(self._known, trace, rest)
         if later.fits():  # what is reported of the projections is not what it computes with

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Row, no_families
+from anymha.parity.diagnose.changes import Maker, Row, no_families
 from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 NAMES = ("query", "key", "value")
 Changed = Mapping[str, np.ndarray | None]
+SMALL = 1 << 14
+"""How many numbers weights may have to be compared with each other's."""
+
 MOST_HEADS = 4
 """Up to so many heads all their orders are tried."""
+
+
+def _once(make: Maker) -> Maker:
+    """The variants whose weights no variant before them has, where weights are small."""
+
+    def variants(recipe: Recipe) -> Variants:
+        own, before = recipe.weights, set[tuple[Any, ...]]()
+        small = sum(array.size for array in own.values()) <= SMALL
+        for words, wrong in make(recipe):
+            changed = [(n, a) for n, a in wrong.weights.items() if a is not own.get(n)]
+            key = tuple((n, a.shape, a.tobytes()) for n, a in changed) if small else ()
+            if not small or key not in before:
+                before.add(key)
+                yield words, wrong
+
+    return variants
 
 
 def _transposed(recipe: Recipe) -> Variants:
@@ -419,8 +439,8 @@ MISTAKES: tuple[Row, ...] = (
     ("one head for all", "Each head has its own part of kernel and bias: do not broadcast one.",
      _tied, no_families, True),
     ("packed parts cut wrongly", "Cut a packed kernel in the order and by the widths by which it "
-     "was packed.", _cut, no_families, True),
+     "was packed.", _once(_cut), no_families, True),
     ("weights reshaped without a transpose", "The axes of a kernel in memory are packed parts P, "
      "heads H, width d, features D in some order: read them in the order in which they were "
-     "written, and transpose them then.", _reshaped, no_families, True),
+     "written, and transpose them then.", _once(_reshaped), no_families, True),
 )  # fmt: skip

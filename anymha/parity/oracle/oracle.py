@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads, run
+from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def results_of(
     changes: Changes,
 ) -> Arrays:
     """Output, scores and gradients by name, by other sums, with changes on the way back."""
-    stages = run(recipe)
+    stages = recipe.stages
     features = _Features(recipe, stages, changes=changes)
     gradients = _passes(features, recipe, d_output, d_scores, einsum)[1]
     return {"output": stages["output"], "scores": stages["probabilities"], **gradients}
@@ -71,7 +71,7 @@ def evaluate(
     The cotangents are of the output (B, T, O) and of the scores (B, H, T, S); default zero.
     """
     w, x, scale = recipe.weights, recipe.inputs, recipe.scale
-    stages = run(recipe)
+    stages = recipe.stages
     scores, masked = stages["probabilities"], stages["masked_logits"]
     if d_output is None:
         d_output = np.zeros_like(stages["output"])

@@ -18,7 +18,7 @@ An option of the attention (a softcap, rotary positions) changes what some of th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property, reduce
 from typing import Any, ClassVar, Self
 
@@ -32,8 +32,8 @@ FEW_NUMBERS = 4096
 
 def einsum(formula: str, *arrays: np.ndarray) -> np.ndarray:
     """`np.einsum`, by matrix products where that is faster."""
-    numbers = sum(array.size for array in arrays)
-    return np.einsum(formula, *arrays, optimize=len(arrays) > 2 or numbers > FEW_NUMBERS)
+    many = len(arrays) > 2 or sum([array.size for array in arrays]) > FEW_NUMBERS
+    return np.einsum(formula, *arrays, optimize=many)
 
 
 class Section:
@@ -74,6 +74,11 @@ class Section:
         """The section for a config's value; None where the option is off, or is not there."""
         value = getattr(config, cls.option, None)
         return None if value is None or value is False else cls(value)
+
+    @property
+    def acts(self) -> Collection[str]:
+        """The stages that the option changes; all where a subclass does not say."""
+        return STEPS
 
     def order(self) -> int:
         """The place among the sections that change one stage; the smallest first."""
@@ -160,9 +165,35 @@ class Recipe:
     known: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
+    def _begun(self) -> Arrays:
+        """The stages that are computed so far, in order."""
+        return {}
+
+    def until(self, name: str) -> Arrays:
+        """The stages up to one by name, in order, and those behind it that are known already."""
+        stages = self._begun
+        for stage in self.steps:
+            if name in stages:
+                break
+            if stage not in stages:
+                known = self.known.get(stage)
+                stages[stage] = self.stage(stage, stages) if known is None else known
+        return stages
+
+    @property
     def stages(self) -> Arrays:
         """Every stage by name, in order; computed once."""
-        return run(self)
+        return self.until("output")
+
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """Where queries may attend; booleans that broadcast to (B, H, T, S)."""
+        return self.known["seen"] if "seen" in self.known else _allowed(self)
+
+    @cached_property
+    def computed(self) -> dict[Any, Any]:
+        """What others computed of the recipe, by what they call it; kept as long as the recipe."""
+        return {}
 
     @cached_property
     def sizes(self) -> Arrays:
@@ -182,13 +213,17 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The recipe with other fields; it knows the stages that these do not change."""
-        known = self.__dict__.get("stages", self.known)
+        known = {**self.known, **self._begun}
         changed = set().union(*(_changed(self, name, new) for name, new in changes.items()))
         first = min((place for place, n in enumerate(STEPS) if n in changed), default=len(STEPS))
         # The projections do not depend on each other.
         kept = [n for at, n in enumerate(STEPS) if at < max(first, 3) and n not in changed]
         known = {name: known[name] for name in kept if name in known}
-        return replace(self, **changes, known=known)
+        if not changes.keys() & MASKING:
+            known["seen"] = self.seen
+        made = object.__new__(Recipe)  # a search makes thousands, which `replace` is slow for
+        vars(made).update({name: vars(self)[name] for name in _FIELDS}, **changes, known=known)
+        return made
 
     def of_batch(self, at: int) -> Recipe:
         """The recipe for one element of the batch."""
@@ -247,6 +282,11 @@ class Recipe:
         return pairs
 
 
+MASKING = {"inputs", "masks", "causal", "window", "offset"}
+"""The fields that tell where queries may attend."""
+
+_FIELDS = tuple(one.name for one in fields(Recipe))
+
 Step = Callable[[Recipe, Arrays], np.ndarray]
 """Computes a stage from a recipe and the stages before it."""
 
@@ -257,14 +297,6 @@ Variants = Iterator[tuple[str, Recipe]]
 def ordered(sections: tuple[Section, ...]) -> tuple[Section, ...]:
     """Sections in the order in which they change one stage."""
     return tuple(sorted(sections, key=lambda section: (section.order(), section.option)))
-
-
-def run(recipe: Recipe) -> Arrays:
-    """Every stage by name, in order."""
-    stages: Arrays = {}
-    for name in recipe.steps:
-        stages[name] = recipe.known[name] if name in recipe.known else recipe.stage(name, stages)
-    return stages
 
 
 def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
@@ -278,6 +310,9 @@ def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
     if field_name == "weights":
         every = {**recipe.weights, **new}
         return {n.partition(".")[0] for n in every if recipe.weights.get(n) is not new.get(n)}
+    if field_name == "sections":
+        one, other = ({id(s): s for s in sections} for sections in (recipe.sections, new))
+        return {name for at in one.keys() ^ other.keys() for name in (one | other)[at].acts}
     return STEPS
 
 
@@ -295,6 +330,10 @@ def reads(recipe: Recipe) -> np.ndarray:
 
 def allowed(recipe: Recipe) -> np.ndarray:
     """Where queries may attend, by masks and position; booleans that broadcast to (B, H, T, S)."""
+    return recipe.seen
+
+
+def _allowed(recipe: Recipe) -> np.ndarray:
     seen = reduce(np.logical_and, recipe.masks.values(), np.ones((1, 1, 1, 1), bool))
     _, queries, keys = recipe.lengths
     offset = np.zeros(1, int) if recipe.offset is None else recipe.offset
@@ -322,10 +361,10 @@ def masked(recipe: Recipe, stages: Arrays) -> np.ndarray:
 
 def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
     """Over an axis; where all of it is -inf, zeros."""
-    empty = np.all(np.isneginf(logits), axis=axis, keepdims=True)
-    safe = np.where(empty, 0.0, logits)
-    weights = np.exp(safe - safe.max(axis, keepdims=True, initial=-np.inf))
-    return np.where(empty, 0.0, weights / weights.sum(axis, keepdims=True))
+    top = logits.max(axis, keepdims=True, initial=-np.inf)
+    empty = np.isneginf(top)
+    weights = np.exp(logits - np.where(empty, 0.0, top))
+    return weights / np.where(empty, 1.0, weights.sum(axis, keepdims=True))
 
 
 def dropped(recipe: Recipe, stages: Arrays) -> np.ndarray:

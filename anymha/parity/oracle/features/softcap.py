@@ -38,6 +38,11 @@ class SoftcapSection(Section):
         self.outer = value if outer is None else outer
         self.at, self.bounds = at, bounds
 
+    @property
+    def acts(self) -> tuple[str]:
+        """The stage whose numbers are bounded."""
+        return (self.at,)
+
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
         """The bounded logits."""
         return self.outer * self.bounds(self.inner * array) if stage == self.at else array
