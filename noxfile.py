@@ -17,6 +17,8 @@ nox.options.default_venv_backend = "virtualenv"
 
 # Tests start hundreds of processes; each would compile every module that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Of the frameworks' modules tests import a part, which Python compiles then; pip would compile all.
+os.environ.setdefault("PIP_NO_COMPILE", "0")  # pip takes 0 for yes where an option has a "no"
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINTS = "constraints.txt"
