@@ -146,10 +146,12 @@ def make_layer(options: Any, dtype: str, seed: int, backend: str = "numpy") -> t
 def random_weights(layer: Any, dtype: str, seed: int) -> Arrays:
     """Random weights for a layer, its biases not zero."""
     rng = np.random.default_rng([seed, 7])
+    starts = {name: own.initial == "ones" for name, own in layer.config.feature_weights.items()}
     return {
-        name: (rng.standard_normal(shape) * (0.5 if name.endswith("bias") else 0.3)).astype(
-            numpy_dtype(dtype)
-        )
+        name: (
+            rng.standard_normal(shape) * (0.3 if name.endswith("kernel") else 0.5)
+            + starts.get(name, 0)
+        ).astype(numpy_dtype(dtype))
         for name, shape in layer.config.weight_shapes().items()
     }
 

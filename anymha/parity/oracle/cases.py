@@ -64,9 +64,11 @@ def make_problem(case: MatrixCase, seed: int = 0) -> OracleProblem:
 
     spread = 1.5 / np.sqrt(case.widths[0])
     weights = {
-        name: normal(name, shape, 0.5 if name.endswith("bias") else spread)
+        name: normal(name, shape, spread if name.endswith("kernel") else 0.5)
         for name, shape in config.weight_shapes().items()
     }
+    for name, own in config.feature_weights.items():
+        weights[name] += own.initial == "ones"
     inputs = {"query": normal("query", (*case.query, case.widths[0]))}
     if case.value is not None:
         inputs["value"] = normal("value", (*case.value, case.widths[1]))
