@@ -197,7 +197,8 @@ def option_cases(section: type[Section]) -> Iterator[MatrixCase]:
     """Cases that make an option matter: alone with each of its examples, and with everything."""
     option = section.option
     for value in section.examples:
-        name = option if len(section.examples) == 1 else f"{option} {value}"
+        shown = next(iter(value.values())) if isinstance(value, Mapping) else value
+        name = option if len(section.examples) == 1 else f"{option} {shown}"
         yield MatrixCase(name, {option: value}, **_CROSS)
     value = section.examples[-1]
     training = {"training": True, "seed": 11}

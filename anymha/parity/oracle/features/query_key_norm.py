@@ -34,7 +34,7 @@ class QueryKeyNormSection(Section):
 
     option = "query_key_norm"
     examples = (
-        {"eps": 0.1},
+        {"kind": "rms", "eps": 0.1},
         {"kind": "l2", "over": "heads", "scale": "one_plus_weight", "eps": 0.5},
         {"kind": "layer", "over": "width", "use_bias": True},
     )
