@@ -371,3 +371,20 @@ def test_wrong_values_are_refused(value: Any, words: str) -> None:
     with pytest.raises(ConfigError) as raised:
         AttentionConfig(2, 4, query_key_norm=value)
     assert words in str(raised.value)
+
+
+def test_compiled_and_traced_calls_are_the_same() -> None:
+    torch = pytest.importorskip("torch")
+    layer = anymha.MultiHeadAttention(**OPTIONS, query_key_norm=NORMS["l2"], backend="torch")
+    layer = anymha.set_weights(layer, _random(layer))
+    x = torch.from_numpy(X.astype(np.float32))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(3):  # kept projections too
+        expected = layer(x)
+        torch.testing.assert_close(compiled(x), expected)
+        expected.sum().backward()
+    assert torch.any(layer.key_norm.weight.grad != 0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        layer.query_norm.weight.zero_()  # a weight that moves is seen by kept projections
+        assert not torch.allclose(layer(x), expected)

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from anymha.attention.dropout import draw_seed as draw_seed_for
@@ -62,14 +61,14 @@ class Projections(NamedTuple):
         key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
         of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
             dtype in which the layer computes.
-        weights: The features' weights by canonical name.
+        weights: The features' weights by canonical name, if there are any.
     """
 
     functions: Mapping[str, Callable[[Array], Array]]
     kind: WeightsKind
     key_bias: Array | None = None
     of_rows: bool = False
-    weights: Weights = MappingProxyType({})
+    weights: Weights | None = None
 
 
 def multi_head_attention(
