@@ -232,7 +232,7 @@ def _attend(
         seen = ops.reshape(key_mask, (batch, length, 1, 1))
         k, v = ops.where(seen, k, 0.0), ops.where(seen, v, 0.0)
     for feature in spec.features:
-        q, k = feature.heads(ops, q, k)
+        q, k = feature.heads(ops, q, k, arrays)
     context, scores = attend(
         ops, spec, path, q, k, v,
         mask=all_of(ops, [arrays.get("mask"), query_mask, key_mask]),
@@ -240,7 +240,7 @@ def _attend(
         with_scores=with_scores,
     )  # fmt: skip
     for feature in spec.features:
-        context = feature.context(ops, context)
+        context = feature.context(ops, context, arrays)
     return ops.astype(context, dtype), None if scores is None else ops.astype(scores, dtype)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.errors import AnymhaError
 from anymha.execution.path import explain
 from anymha.functional import dot_product_attention, multi_head_attention
@@ -23,6 +24,7 @@ __all__ = [
     "AnymhaError",
     "AttentionConfig",
     "MultiHeadAttention",
+    "QueryKeyNorm",
     "convert",
     "convert_file",
     "dot_product_attention",

@@ -233,7 +233,6 @@ def test_answers_are_about_wrong_names_and_name_right_ones(
     [
         ("rotary", of_options._ROTARY),
         ("gate", of_options.PEERS["use_gate"]),
-        ("query_key_norm", of_options.PEERS["normalize_qk"]),
         ("positions", of_call._ROTARY),
         ("cache", of_call._CACHE),
     ],

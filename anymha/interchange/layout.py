@@ -208,6 +208,8 @@ class Layout:
         extra_arrays = self._extras(source, extras)
         if config is None and source is not None:
             config = source.config
+        if config is not None and config.feature_weights:  # which no layout has a place for
+            check_supported(self.name, config, self.supported)
         values, sizes = check_weights(weights)
         rotary = source.rotary if source is not None else None
         if rotary is not None and self._rotary is not None and self._rotary.order:

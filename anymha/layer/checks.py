@@ -280,11 +280,12 @@ def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any])
         MixedBackendsError: an array of another framework.
     """
     check_arrays(ops, weights)
-    kernels = [f"{name}.kernel" for name in ("query", "key", "value", "output")]
-    missing = [name for name in kernels if name not in weights]
+    needed = [f"{name}.kernel" for name in ("query", "key", "value", "output")]
+    needed += [name for name in config.feature_weights if not name.endswith(".bias")]
+    missing = [name for name in needed if name not in weights]
     if missing:
         raise WeightsError(
-            f"`weights` must have {', '.join(kernels)}. Received: {_names(weights)}. "
+            f"`weights` must have {', '.join(needed)}. Received: {_names(weights)}. "
             f"Add {', '.join(missing)}."
         )
     widths = [weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]

@@ -62,12 +62,14 @@ class Projections(NamedTuple):
         key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
         of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
             dtype in which the layer computes.
+        weights: The features' weights by canonical name, if there are any.
     """
 
     functions: Mapping[str, Callable[[Array], Array]]
     kind: WeightsKind
     key_bias: Array | None = None
     of_rows: bool = False
+    weights: Weights | None = None
 
 
 def multi_head_attention(
@@ -143,6 +145,8 @@ def multi_head_attention(
     else:
         key_bias = projections.key_bias
         arrays = {} if key_bias is None else {"key.bias": key_bias}
+        if projections.weights:
+            arrays |= projections.weights
     # An array that plays two parts is passed, cast and differentiated once.
     arrays["query"] = query
     if value is not query:
@@ -285,8 +289,7 @@ def _execute(
         spec = _completed(ops, spec, offset, seed)
     if paths.explaining:
         paths.report(path)
-    activity = Activity(plan.config, ops, shape, observe) if flags.activity else None
-    watch = activity or observe
+    activity = Activity(plan.config, ops, shape) if flags.activity else None
     within: Any = None
     of_rows = False
     if projections is None:
@@ -315,9 +318,12 @@ def _execute(
             "value": project(plan, functions, "value", value, shape.value_heads),
         }
     del query, key, value
-    if watch is not None:
+    if activity is not None:
         for name, y in heads.items():
-            watch(name, ops.astype(y, plan.working) if plan.narrow else y)
+            activity.see(name, ops.astype(y, plan.working) if plan.narrow else y)
+    if spec.features:
+        own = plan.config.feature_weights
+        heads |= {name: arrays[name] for name in own if name in arrays}
     if mask is not None:
         heads["mask"] = mask
     if bias is not None:
@@ -333,8 +339,9 @@ def _execute(
         output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
     else:
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
-    if watch is not None:
-        watch("output", ops.astype(output, plan.working) if plan.narrow else output)
+    for see in (observe, activity and activity.see):
+        if see is not None:
+            see("output", ops.astype(output, plan.working) if plan.narrow else output)
     if activity is None and plan.axes is PLAIN and output.dtype == plan.result:
         if scores is None:
             return output
@@ -476,22 +483,36 @@ def _attention(
         with_scores: Whether the probabilities are wanted.
         observe: Receives the name and the value of each stage; None for no observer.
         heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
-            and "bias".
+            and "bias", and the features' weights.
     """
     ops, query, key, value = plan.ops, heads["query"], heads["key"], heads["value"]
     if plan.narrow and not path.narrow:
         query, key, value = (ops.astype(x, plan.working) for x in (query, key, value))
+    own = _weights_of_features(plan, heads) if spec.features else heads
     for feature in spec.features:
-        query, key = feature.heads(ops, query, key)
+        query, key = feature.heads(ops, query, key, own)
+    if observe is not None:
+        for name, x in {"query": query, "key": key, "value": value}.items():
+            observe(name, x)
     context, scores = attend(
         ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
         observe, with_scores,
     )  # fmt: skip
     for feature in spec.features:
-        context = feature.context(ops, context)
+        context = feature.context(ops, context, own)
     if plan.narrow and not path.narrow:
         context = ops.astype(context, plan.carried)
     return context, scores
+
+
+def _weights_of_features(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays by name, the features' weights rounded to the compute dtype, in the working dtype."""
+    ops, config, own = plan.ops, plan.config, dict(arrays)
+    for name in config.feature_weights:
+        if name in own:
+            weight = cast_to(ops, cast_to(ops, own[name], plan.compute_dtype), plan.working)
+            own[name] = without_gradient(ops, weight) if name in config.without_gradient else weight
+    return own
 
 
 def _results(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
@@ -260,7 +260,28 @@ class NativeLayer:
 def weights_of_projections(layer: Any) -> dict[str, Any]:
     """What a layer's projections hold as `kernel` and `bias`, None left out, by canonical name."""
     named = {name: part(layer) for name, part in _PARTS.items()}
+    for name in layer.config.feature_weights:
+        named[name] = held(layer, name)
     return {name: weight for name, weight in named.items() if weight is not None}
+
+
+def held(layer: Any, name: str) -> Any:
+    """What a layer holds at a canonical name, ``layer.query_norm.scale``; None for nothing."""
+    for part in name.split("."):
+        layer = getattr(layer, part, None)
+    return layer
+
+
+def held_together(names: Iterable[str]) -> dict[str, list[str]]:
+    """Canonical names by their first part, which a layer has as an attribute; each its last part.
+
+    The list of a name without parts is empty: the attribute is the weight itself.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        first, _, part = name.partition(".")
+        found.setdefault(first, []).extend([part] if part else [])
+    return found
 
 
 _PARTS = {name: attrgetter(name) for name in NAMES}

@@ -2,7 +2,8 @@
 
 One generator makes the first values: the i-th weight in the canonical order draws from
 ``numpy.random.Generator(PCG64(SeedSequence(seed, spawn_key=(i,))))``, so that query, key and value
-kernels are independent of each other. Values are drawn in float64 and rounded once.
+kernels are independent of each other. The spawn key of a feature's weight is 8 and the bytes of its
+name in UTF-8. Values are drawn in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from anymha.framework.protocol import Array, Ops
 from anymha.framework.validation import PROJECTIONS
 from anymha.options.config import AttentionConfig
 from anymha.options.constraints import constrained
-from anymha.options.initializers import Initializer
+from anymha.options.initializers import INITIALIZERS, Initializer
 from anymha.options.regularizers import Regularizer, penalty
+from anymha.options.serialization import resolved
 
 Shape = tuple[int, ...]
 
 NAMES = tuple(f"{projection}.{part}" for projection in PROJECTIONS for part in ("kernel", "bias"))
-"""The canonical order."""
+"""The canonical order; the weights of features follow."""
 
 
 _draws: ContextVar[bool] = ContextVar("draws", default=True)
@@ -64,8 +66,9 @@ def initial_weights(
         return {name: np.zeros(shape) for name, shape in shapes.items()}
     values = {}
     for name, shape in shapes.items():
-        argument = f"{name.partition('.')[2]}_initializer"
-        initializer = getattr(config, argument)
+        part = part_of(config, name)
+        argument = f"{part}_initializer"
+        initializer = getattr(config, argument) if part else _initial(config, name)
         known = isinstance(initializer, Initializer)
         own = getattr(initializer, "seed", None) if known else None
         sequence = _sequence(name, seed if own is None else own)
@@ -79,8 +82,19 @@ def initial_weights(
     return values
 
 
+def part_of(config: AttentionConfig, name: str) -> str:
+    """Which options of training a weight has: "kernel", "bias", or none."""
+    own = config.feature_weights.get(name)
+    return name.partition(".")[2] if own is None else own.part
+
+
+def _initial(config: AttentionConfig, name: str) -> Initializer:
+    return resolved(config.feature_weights[name].initial, INITIALIZERS, name)
+
+
 def _sequence(name: str, seed: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(abs(seed), spawn_key=(NAMES.index(name),))
+    key = (NAMES.index(name),) if name in NAMES else (len(NAMES), *name.encode())
+    return np.random.SeedSequence(abs(seed), spawn_key=key)
 
 
 def word_of(name: str, seed: int) -> int:
@@ -108,12 +122,13 @@ def regularization_loss(ops: Ops, config: AttentionConfig, weights: Mapping[str,
     def penalised(weights: Mapping[str, Array]) -> list[Array]:
         losses = []
         for name, weight in weights.items():
-            argument = f"{name.partition('.')[2]}_regularizer"
-            regularizer = getattr(config, argument)
+            part = part_of(config, name)
+            argument = f"{part}_regularizer"
+            regularizer = getattr(config, argument) if part else None
             if regularizer is None:
                 continue
             of_matrix = isinstance(regularizer, Regularizer) and regularizer.as_matrix
-            if of_matrix and name.endswith("kernel"):
+            if of_matrix and part == "kernel":
                 weight = ops.reshape(weight, as_matrix(name, tuple(weight.shape)))
             losses.append(penalty(ops, regularizer, weight, argument))
         return losses
@@ -144,8 +159,9 @@ def constrained_weights(
     def function(weights: Mapping[str, Array]) -> dict[str, Array]:
         found = {}
         for name, weight in weights.items():
-            argument = f"{name.partition('.')[2]}_constraint"
-            constraint = getattr(config, argument)
+            part = part_of(config, name)
+            argument = f"{part}_constraint"
+            constraint = getattr(config, argument) if part else None
             if constraint is not None:
                 working = ops.astype(weight, ops.dtype(_working_dtype(config, weight)))
                 new = constrained(ops, constraint, working, argument)

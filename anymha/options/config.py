@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-from anymha.attention.features import FEATURES, Feature
+from anymha.attention.features import FEATURES, Feature, features_of
+from anymha.attention.features.base import Weight
+from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name
 from anymha.framework.validation import (
@@ -63,6 +65,8 @@ class AttentionConfig:
         scale: Factor of the logits; default ``1/sqrt(key_dim)``.
         softcap: ``c > 0``: logits become ``c * tanh(logits / c)`` before biases and masks; default
             no cap.
+        query_key_norm: Norm of queries and keys, an `anymha.QueryKeyNorm`, the dict of its fields,
+            or "rms", "layer" or "l2" for its defaults; default none.
         dropout_rng: "portable" (the same elements in every framework) or "native" (the
             framework's own generator).
         dtype: Dtype of the weights.
@@ -104,6 +108,7 @@ class AttentionConfig:
     sliding_window: int | None = None
     scale: float | None = None
     softcap: float | None = None
+    query_key_norm: QueryKeyNorm | Mapping[str, Any] | Literal["rms", "layer", "l2"] | None = None
     dropout_rng: Literal["portable", "native"] = "portable"
     dtype: Any = "float32"
     compute_dtype: Any = None
@@ -120,6 +125,10 @@ class AttentionConfig:
     """The factor of the logits."""
     features: ClassVar[tuple[Feature, ...]]
     """The features that are switched on, in the order in which a call meets them."""
+    feature_weights: ClassVar[Mapping[str, Weight]]
+    """The weights of the features by name; where the query's width is not known, of any width."""
+    without_gradient: ClassVar[frozenset[str]]
+    """The weights of the features whose gradient is exactly zero, as the key's bias's may be."""
     ignores_a_constant: ClassVar[bool]
     """Whether one number added to all logits of a row changes no probability: then the key's bias,
     which adds such a number, has a gradient of exactly zero."""
@@ -163,10 +172,17 @@ class AttentionConfig:
         store("biased", names if self.use_bias else ())
         self._check_together()
         store("scale_value", 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale)
-        made = [kind.from_config(self) for kind in FEATURES]
-        features = tuple(feature for feature in made if feature is not None)
+        features = features_of(self)
         store("features", features)
         store("ignores_a_constant", all(f.ignores_a_constant for f in features))
+        store("feature_weights", self._weights_of_features(self.query_features or 1))
+        names: list[str] = []
+        for feature in reversed(features):
+            own = feature.weights(self, 1).items()
+            names += [name for name, weight in own if weight.shifts_keys]
+            if not feature.ignores_a_constant:
+                break
+        store("without_gradient", frozenset(names))
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:
@@ -223,7 +239,14 @@ class AttentionConfig:
             shapes[f"{name}.kernel"] = kernel
             if name in self.biased:
                 shapes[f"{name}.bias"] = out if name == "output" else kernel[1:]
-        return shapes
+        own = self._weights_of_features(d_q).items()
+        return shapes | {name: weight.shape for name, weight in own}
+
+    def _weights_of_features(self, query_features: int) -> dict[str, Weight]:
+        weights: dict[str, Weight] = {}
+        for feature in self.features:
+            weights |= feature.weights(self, query_features)
+        return weights
 
     def computing_in(self, dtype: str) -> AttentionConfig:
         """The options within a region of mixed precision, which leaves float64 as it is."""

@@ -52,7 +52,7 @@ PEERS: Mapping[str, str] = {
     "out_kernel_init": "Pass `kernel_initializer`, which is that of all four projections.",
     "out_bias_init": "Pass `bias_initializer`, which is that of all four projections.",
     "precision": "Leave it out, or pass `compute_dtype`, the dtype in which the layer computes.",
-    "normalize_qk": "Leave it out: the layer does not normalise queries and keys.",
+    "normalize_qk": 'Pass `query_key_norm="layer"`.',
     "num_kv_heads": _KEY_VALUE_HEADS,
     # equinox.nn.MultiheadAttention
     "query_size": "Pass `query_features`; Equinox's default for the width of a head is `key_dim` "

@@ -16,6 +16,7 @@ from anymha.layer.native import (
     NativeLayer,
     StaticOptions,
     as_stored,
+    held_together,
     mode_of_training,
     takes_call,
     takes_options,
@@ -32,6 +33,17 @@ class _Projection(eqx.Module):
 
     kernel: jax.Array
     bias: jax.Array | None
+
+
+class _Weights(eqx.Module):
+    """Holds the weights of features, as attributes at their canonical names."""
+
+    arrays: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "arrays" and name in self.arrays:
+            return self.arrays[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,7 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     key: _Projection
     value: _Projection
     output: _Projection
+    of_features: _Weights
     inference: bool  # a leaf, so that `eqx.tree_at` can set it
     options: StaticOptions = eqx.field(static=True)
     ops: ClassVar[Any] = _jax.ops
@@ -93,8 +106,19 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
         for name in PROJECTIONS:
             projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
             setattr(self, name, projection)
+        own: dict[str, Any] = {}
+        for name, parts in held_together(config.feature_weights).items():
+            held = {part: weights[f"{name}.{part}"] for part in parts}
+            own[name] = _Weights(held) if parts else weights[name]
+        self.of_features = _Weights(own)
         self.inference = inference
         self.options = StaticOptions(config)
+
+    def __getattr__(self, name: str) -> Any:
+        """A feature's weights, ``layer.query_norm.scale``."""
+        if name == "of_features":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.of_features, name)
 
     @property
     def config(self) -> AttentionConfig:  # pyright: ignore[reportIncompatibleVariableOverride]

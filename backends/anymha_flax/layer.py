@@ -19,12 +19,14 @@ from anymha.layer.native import (
     CallOptions,
     NativeLayer,
     as_stored,
+    held_together,
     mode_of_training,
     takes_call,
     takes_options,
     weights_of_projections,
 )
 from anymha.layer.plan import Plans
+from anymha.layer.weights import part_of
 from anymha.options.config import PROJECTIONS, AttentionConfig
 
 _jax = get_backend("jax")
@@ -39,6 +41,14 @@ class _Projection(nnx.Module):
     def __init__(self, kernel: Any, bias: Any) -> None:
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+
+
+class _Weights(nnx.Module):
+    """Holds the weights of a feature, so that they get their canonical names."""
+
+    def __init__(self, **weights: Any) -> None:
+        for name, weight in weights.items():
+            setattr(self, name, nnx.Param(weight))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +131,7 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
                 options[f"{part}_initializer"] = _unboxed(initializer, part, boxes)
         weights = _jax.layer(**options, key=key).weights
         for name, value in weights.items():
-            box = boxes.get(name.partition(".")[2])
+            box = boxes.get(part_of(config, name))
             weights[name] = value if box is None else dataclasses.replace(box, raw_value=value)
         self.config = config
         self.plans = Plans()
@@ -129,6 +139,9 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
         for name in PROJECTIONS:
             projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
             setattr(self, name, projection)
+        for name, parts in held_together(config.feature_weights).items():
+            own = {part: weights[f"{name}.{part}"] for part in parts}
+            setattr(self, name, _Weights(**own) if parts else nnx.Param(weights[name]))
         keeps = rngs is not None and config.dropout > 0
         self.rngs = nnx.data(_stream(rngs, "dropout").fork() if keeps else None)
 

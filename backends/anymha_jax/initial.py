@@ -14,7 +14,7 @@ from jax.core import Tracer
 from anymha.errors import ArgumentError, ConfigError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.layer.native import first_weights
-from anymha.layer.weights import STYLES, as_matrix, word_of
+from anymha.layer.weights import STYLES, as_matrix, part_of, word_of
 from anymha.options.config import AttentionConfig
 from anymha_jax import float64, ops
 
@@ -45,6 +45,10 @@ def _traced(config: AttentionConfig, words: jax.Array) -> dict[str, jax.Array]:
     """The values that the words stand for: NumPy's, so that a key gives the same ones anywhere."""
     dtype = np.dtype(ops.dtype(config.dtype))
     functions = _functions(config)
+
+    def kind(name: str) -> str:  # the option that has the initialiser of a weight
+        return f"{part_of(config, name)}_initializer"
+
     plain = dataclasses.replace(config, **dict.fromkeys(functions, "zeros"))
     # A callback has no float64 in a float32 program; its bits have.
     split = dtype == np.float64
@@ -54,21 +58,21 @@ def _traced(config: AttentionConfig, words: jax.Array) -> dict[str, jax.Array]:
         drawn = {name: value.astype(dtype) for name, value in values.items()}
         if split:
             drawn = {name: value[..., None].view(np.uint32) for name, value in drawn.items()}
-        own = {n: np.uint32(word_of(n, _integer(words))) for n in values if _kind(n) in functions}
+        own = {n: np.uint32(word_of(n, _integer(words))) for n in values if kind(n) in functions}
         return drawn | own
 
     word = jax.ShapeDtypeStruct((), np.uint32)
     shapes = {
         name: jax.ShapeDtypeStruct((*shape, 2) if split else shape, np.uint32 if split else dtype)
         for name, shape in config.weight_shapes().items()
-    } | {n: word for n in config.weight_shapes() if _kind(n) in functions}
+    } | {n: word for n in config.weight_shapes() if kind(n) in functions}
     drawn = jax.pure_callback(draw, shapes, words, vmap_method="sequential")
     with jax.enable_x64(split or float64.exists()):
         for name, shape in config.weight_shapes().items():
-            if _kind(name) in functions:
+            if kind(name) in functions:
                 key = jax.random.key(drawn[name])
                 working = jnp.dtype(accumulation_dtype(config.dtype))
-                values = functions[_kind(name)](key, as_matrix(name, shape), working)
+                values = functions[kind(name)](key, as_matrix(name, shape), working)
                 drawn[name] = jnp.reshape(values, shape).astype(dtype)
             elif split:
                 drawn[name] = jax.lax.bitcast_convert_type(drawn[name], jnp.float64)
@@ -92,11 +96,6 @@ def _words(key: Any) -> jax.Array:
 
 def _integer(words: Any) -> int:
     return int.from_bytes(np.asarray(words).astype(">u4").tobytes(), "big")
-
-
-def _kind(name: str) -> str:
-    """The option that has the initialiser of a weight."""
-    return f"{name.partition('.')[2]}_initializer"
 
 
 def _functions(config: AttentionConfig) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from anymha.layer.native import (
     call_help,
     check_name,
     first_weights,
+    held,
+    held_together,
     shown_as,
     takes_options,
     widths_of,
@@ -145,6 +147,16 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             dense = make_projection(config, name, kernel, initializer, self.dtype_policy)
             setattr(self, f"_{name}_dense", dense)
             dense.build(ends[name])
+        for name, parts in held_together(config.feature_weights).items():
+            holder = keras.layers.Layer(dtype=self.dtype_policy, name=name) if parts else self
+            for full in [f"{name}.{part}" for part in parts] or [name]:
+                own = full.rpartition(".")[2]
+                shape = values[full].shape
+                variable = holder.add_weight(shape, Values(values[full]), name=own)
+                setattr(holder, own, variable)
+            if parts:
+                holder.built = True
+                setattr(self, name, holder)
         if keras.config.backend() == "numpy":  # where an initialiser's float64 becomes float32
             self._assign({n: v for n, v in values.items() if isinstance(initializer(n), Values)})
 
@@ -270,6 +282,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             found[f"{name}.kernel"] = dense.kernel
             if dense.bias is not None:
                 found[f"{name}.bias"] = dense.bias
+        found |= {name: held(self, name) for name in self._config.feature_weights}
         return {name: keras.ops.convert_to_tensor(weight) for name, weight in found.items()}
 
     def _weights_of_call(self) -> Any:
@@ -294,7 +307,9 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             return called
 
         kind = WeightsKind(self.config.dtype, self._widths, "called")
-        return Projections({name: function(name) for name in PROJECTIONS}, kind)
+        own = {name: keras.ops.convert_to_tensor(held(self, name))
+               for name in self._config.feature_weights}  # fmt: skip
+        return Projections({name: function(name) for name in PROJECTIONS}, kind, weights=own)
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         if not self.built:
@@ -307,7 +322,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
     def _assign(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             projection, _, part = name.partition(".")
-            variable = getattr(self._projections()[projection], part)
+            own = name in self._config.feature_weights
+            variable = held(self, name) if own else getattr(self._projections()[projection], part)
             if isinstance(value, np.ndarray):
                 value = rounded(value, self.variable_dtype)
             variable.assign(value)

@@ -119,7 +119,8 @@ class MultiHeadAttention(NativeLayer):
         query, value, key = widths_of(self.weights)
         kind = WeightsKind(config.dtype, (query, value, key))
         key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
-        projections = Projections(functions, kind, key_bias, of_rows=True)
+        own = {name: self.weights[name] for name in config.feature_weights}
+        projections = Projections(functions, kind, key_bias, of_rows=True, weights=own)
         self.plans.prepared = config, names, list(arrays), projections
         return projections
 

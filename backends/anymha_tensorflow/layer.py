@@ -17,6 +17,7 @@ from anymha.layer.native import (
     as_stored,
     check_name,
     first_weights,
+    held_together,
     takes_call,
     takes_options,
     weights_of_projections,
@@ -33,8 +34,8 @@ def _not_converted(function: F) -> F:
     return tf.autograph.experimental.do_not_convert(function)
 
 
-class _Projection(tf.Module):
-    """Holds one kernel and, maybe, one bias, so that they get their canonical names."""
+class _Holder(tf.Module):
+    """Holds the weights of a projection or a feature, so that they get their canonical names."""
 
     kernel: tf.Variable | None = None
     bias: tf.Variable | None = None
@@ -67,7 +68,9 @@ class MultiHeadAttention(NativeLayer, tf.Module):
         super().__init__(name=config.name)
         self.config = config
         self.plans = Plans()
-        self.query, self.key, self.value, self.output = (_Projection(n) for n in PROJECTIONS)
+        self.query, self.key, self.value, self.output = (_Holder(n) for n in PROJECTIONS)
+        for name, parts in held_together(config.feature_weights).items():
+            setattr(self, name, _Holder(name) if parts else None)
         if config.query_features is not None:
             self._build()
 
@@ -95,9 +98,10 @@ class MultiHeadAttention(NativeLayer, tf.Module):
         dtype = ops.dtype(self.config.dtype).as_numpy_dtype
         tensors = {name: value.astype(dtype) for name, value in values.items()}
         for name, tensor in tensors.items():
-            projection, _, part = name.partition(".")
-            variable = tf.Variable(tf.constant(tensor), name=f"{self.name}/{projection}/{part}")
-            setattr(getattr(self, projection), part, variable)
+            path = f"{self.name}/{name.replace('.', '/')}"
+            first, _, part = name.partition(".")
+            holder = getattr(self, first) if part else self
+            setattr(holder, part or first, tf.Variable(tf.constant(tensor), name=path))
 
     # AutoGraph has nothing to convert here, and would keep `int` from giving Python's integers.
     @_not_converted

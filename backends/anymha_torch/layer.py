@@ -30,18 +30,21 @@ from anymha.layer.native import (
     CallOptions,
     NativeLayer,
     first_weights,
+    held_together,
     shown_as,
     takes_call,
     takes_options,
     widths_of,
 )
 from anymha.layer.plan import Plans
+from anymha.layer.weights import NAMES as CANONICAL
 from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
 from anymha_torch import ops
 from anymha_torch.fused import HALF, mixed_dtype
 from anymha_torch.projection import (
     NAMES,
     LazyWeight,
+    Weights,
     check_biases,
     check_writable,
     dtype_of,
@@ -53,8 +56,8 @@ from anymha_torch.projection import (
     write,
 )
 
-PARTS = {"kernel": "weight", "bias": "bias"}
-"""The names of a linear layer's parameters by the canonical ones."""
+PARTS = {"kernel": "weight", "scale": "weight"}
+"""The names of modules' parameters by the canonical ones, where they differ, as torch has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,11 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         self._rounding_dtype = ops.dtype(compute) if rounds else None
         for name in PROJECTIONS:
             self.add_module(name, empty_linear(self._rounding_dtype))
+        for name, parts in held_together(config.feature_weights).items():
+            if parts:
+                self.add_module(name, Weights([PARTS.get(part, part) for part in parts]))
+            else:
+                self.register_parameter(name, None)
         # What `.to()` or `.double()` says before the weights exist holds for them once they do.
         like = torch.empty(0, dtype=ops.dtype(config.dtype), device=device)
         self.register_buffer("_like", like, persistent=False)
@@ -121,11 +129,15 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             return
         # An optimiser that is given these trains them, as those of `torch.nn.LazyLinear`.
         self._initialize_hook = True  # torch's compiler calls `_infer_parameters` where this is
-        for name in PROJECTIONS:
-            for part in ("weight", "bias") if name in config.biased else ("weight",):
-                kind: Any = LazyWeight
-                lazy = kind(device=like.device, dtype=like.dtype)
-                setattr(self._modules[name], part, lazy)
+        for full in config.weight_shapes(1):
+            kind: Any = LazyWeight
+            module, part = self._place(full)
+            setattr(module, part, kind(device=like.device, dtype=like.dtype))
+
+    def _place(self, full: str) -> tuple[Any, str]:
+        """The module that holds a weight, and the parameter's name there."""
+        name, _, part = full.partition(".")
+        return (self._modules[name], PARTS.get(part, part)) if part else (self, name)
 
     def _mixed_in(self, dtype: torch.dtype) -> tuple[AttentionConfig, AttentionConfig, Plans]:
         """The options, those under `torch.autocast` in a dtype, and the plans of such calls."""
@@ -142,7 +154,14 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             values = {} if meta else first_weights(self.config, widths, ops.draw_seed, ops)
             self._allocate(self.config.weight_shapes(*widths), device)
             self._assigned(values)
-        return projections_of(self._modules, self.config, self._rounding_dtype, None)
+        return self._with_features(
+            projections_of(self._modules, self.config, self._rounding_dtype, None)
+        )
+
+    def _with_features(self, projections: Projections) -> Projections:
+        """Projections with the weights of the features."""
+        own = {full: getattr(*self._place(full)) for full in self.config.feature_weights}
+        return projections._replace(weights=own)
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]], device: Any = None) -> None:
         like = self._like
@@ -150,16 +169,16 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         self.__dict__.pop("_initialize_hook", None)
         for full, shape in shapes.items():
             name, _, part = full.partition(".")
-            module: Any = self._modules[name]
+            module, own = self._place(full)
             sizes = linear_shape(name, part, shape)
             place = torch.device(like.device if device is None else device)
-            lazy = module._parameters[PARTS[part]]
+            lazy = module._parameters[own]
             # A meta tensor cannot become any other.
             if isinstance(lazy, LazyWeight) and lazy.is_meta == (place.type == "meta"):
                 lazy.materialize(sizes, place, like.dtype)
             else:
                 tensor = like.new_empty(sizes, device=place)
-                setattr(module, PARTS[part], nn.Parameter(tensor))
+                setattr(module, own, nn.Parameter(tensor))
             if part == "kernel":
                 module.out_features, module.in_features = sizes
 
@@ -235,6 +254,8 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
                 and (key is None or type(key) is torch.Tensor)
             )
             projections = projections_of(self._modules, config, rounding_dtype, prepared, plain)
+            if config.feature_weights:
+                projections = self._with_features(projections)
         return multi_head_attention(
             ops, config, projections, query, value, key, plans=plans, **given
         )
@@ -258,7 +279,9 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         check_biases(modules, self.config)
         for full, shape in self.config.weight_shapes(*widths).items():
             name, _, part = full.partition(".")
-            weight = effective(name, modules[name], PARTS[part])
+            module, own = self._place(full)
+            linear = name in PROJECTIONS
+            weight = effective(name, module, own) if linear else getattr(module, own)
             if weight is not None:
                 arrays[full] = to_canonical(weight, part, shape)
         return arrays
@@ -271,26 +294,30 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         tensors = []
         check_biases(modules, self.config)
         for full, value in values.items():
-            name, _, part = full.partition(".")
-            effective(name, modules[name], PARTS[part])  # refuses what is no linear layer any more
-            check_writable(name, modules[name], PARTS[part])
-            tensors.append((name, PARTS[part], value))
+            name = full.partition(".")[0]
+            module, own = self._place(full)
+            if name in PROJECTIONS:
+                effective(name, module, own)  # refuses what is no linear layer any more
+            check_writable(name, module, own)
+            tensors.append((full, value))
         if any(tensor.is_meta for tensor in self.parameters()) and values:
             self.to_empty(device=torch.get_default_device())
         values_by_part = []
-        for name, part, value in tensors:
+        for full, value in tensors:
+            name, _, part = full.partition(".")
+            module, own = self._place(full)
             if isinstance(value, np.ndarray):
                 # NumPy rounds: torch goes from float64 to half precision by way of float32.
-                dtype = dtype_of(modules[name]) or ops.dtype(self.config.dtype)
+                dtype = dtype_of(module) or ops.dtype(self.config.dtype)
                 value = ops.from_numpy(value.astype(NAMES[dtype]))
-            shape = linear_shape(name, "bias" if part == "bias" else "kernel", value.shape)
-            value = value.reshape(shape) if part == "bias" else value.reshape(shape[::-1]).t()
+            shape = linear_shape(name, part, value.shape)
+            value = value.reshape(shape[::-1]).t() if part == "kernel" else value.reshape(shape)
             value = value.contiguous()  # a parametrisation may keep it as it lies
-            values_by_part.append((name, part, value))
+            values_by_part.append((name, module, own, value))
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
-            for name, part, value in values_by_part:
-                write(name, modules[name], part, value)
+            for name, module, own, value in values_by_part:
+                write(name, module, own, value)
         except WeightsError:
             self.load_state_dict(before)
             raise
@@ -321,16 +348,15 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             WeightsError: they are not those that the config wants.
         """
         tensors = {
-            f"{name}.{part}": state_dict[f"{prefix}{name}.{PARTS[part]}"]
-            for name in PROJECTIONS
-            for part in PARTS
-            if f"{prefix}{name}.{PARTS[part]}" in state_dict
+            full: state_dict[prefix + shown]
+            for full in (*CANONICAL, *self.config.feature_weights)
+            if prefix + (shown := _in_state_dict(full)) in state_dict
         }
         if not tensors:
             return
         missing = [f"{n}.weight" for n in PROJECTIONS if f"{n}.kernel" not in tensors]
         if missing:
-            received = ", ".join(n.replace("kernel", "weight") for n in tensors)
+            received = ", ".join(map(_in_state_dict, tensors))
             raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {received}.")
         widths = [tensors[f"{n}.kernel"].shape[-1] for n in ("query", "value", "key")]
         shapes = self.config.weight_shapes(*widths)
@@ -340,10 +366,16 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             received = tuple(tensors[full].shape) if full in tensors else None
             if received != wanted:
                 raise WeightsError(
-                    f"`{name}.{PARTS[part]}` must have shape {wanted}. Received: {received}."
+                    f"`{_in_state_dict(full)}` must have shape {wanted}. Received: {received}."
                 )
         self._allocate(shapes)
 
     def extra_repr(self) -> str:
         """The options in `print(layer)`."""
         return shown_options(self.config)
+
+
+def _in_state_dict(full: str) -> str:
+    """The name of a weight in a state dict, by its canonical name."""
+    first, dot, part = full.partition(".")
+    return f"{first}{dot}{PARTS.get(part, part)}"

@@ -73,6 +73,15 @@ def in_dtype_of_input(
     return products.linear(x, weight, bias)
 
 
+class Weights(nn.Module):
+    """Holds the weights of a feature of the attention; the layer computes with them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, None)
+
+
 class LazyWeight(nn.UninitializedParameter):
     """A weight without a shape; what `.to` and its kin do to a module does not need one."""
 
@@ -471,12 +480,14 @@ def write(name: str, module: Any, part: str, value: torch.Tensor) -> None:
 
 def to_canonical(weight: torch.Tensor, part: str, shape: Sequence[int]) -> torch.Tensor:
     """A view of a weight or a bias in its canonical shape."""
-    return weight.reshape(shape) if part == "bias" else weight.t().reshape(shape)
+    return weight.t().reshape(shape) if part == "kernel" else weight.reshape(shape)
 
 
 def linear_shape(name: str, part: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a weight or a bias of a canonical shape in its linear layer."""
-    if part == "bias":
+    """The shape of a weight of a canonical shape in its linear layer, or in a holder."""
+    if part == "bias" and name in PROJECTIONS:
         return (math.prod(shape),)
+    if part != "kernel":
+        return tuple(shape)
     split = 2 if name == "output" else 1
     return math.prod(shape[split:]), math.prod(shape[:split])

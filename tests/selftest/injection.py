@@ -146,10 +146,12 @@ def make_layer(options: Any, dtype: str, seed: int, backend: str = "numpy") -> t
 def random_weights(layer: Any, dtype: str, seed: int) -> Arrays:
     """Random weights for a layer, its biases not zero."""
     rng = np.random.default_rng([seed, 7])
+    starts = {name: own.initial == "ones" for name, own in layer.config.feature_weights.items()}
     return {
-        name: (rng.standard_normal(shape) * (0.5 if name.endswith("bias") else 0.3)).astype(
-            numpy_dtype(dtype)
-        )
+        name: (
+            rng.standard_normal(shape) * (0.3 if name.endswith("kernel") else 0.5)
+            + starts.get(name, 0)
+        ).astype(numpy_dtype(dtype))
         for name, shape in layer.config.weight_shapes().items()
     }
 
@@ -200,7 +202,7 @@ def find_false_alarms(
                 shape = (BATCH, QUERIES, FEATURES)
                 cotangent = np.random.default_rng(number).standard_normal(shape)
             for backend in backends:
-                kind = (backend.name, dtype, *sorted(options.items()))
+                kind = (backend.name, dtype, repr(sorted(options.items())))
                 if kind not in layers:
                     layers[kind] = make_layer(options, dtype, number, backend.name)[0]
                 layer = layers[kind]

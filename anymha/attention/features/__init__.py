@@ -1,9 +1,24 @@
 """The options of today's models, one file each; see `anymha.attention.features.base`."""
 
+from typing import Any
+
 from anymha.attention.features.base import Feature
+from anymha.attention.features.query_key_norm import HeadNorm
 from anymha.attention.features.softcap import Softcap
 
-__all__ = ["FEATURES", "Feature"]
+__all__ = ["FEATURES", "Feature", "features_of"]
 
-FEATURES: tuple[type[Feature], ...] = (Softcap,)
+FEATURES: tuple[type[Feature], ...] = (HeadNorm, Softcap)
 """The features of the layer, in the order in which a call meets them."""
+
+
+def features_of(config: Any) -> tuple[Feature, ...]:
+    """The features that a config switches on, in the order in which a call meets them."""
+    places = {kind.option: float(place) for place, kind in enumerate(FEATURES)}
+
+    def place(feature: Feature) -> float:
+        behind = places.get(feature.behind)
+        return places[feature.option] if behind is None else behind + 0.5
+
+    made = [kind.from_config(config) for kind in FEATURES]
+    return tuple(sorted((feature for feature in made if feature is not None), key=place))

@@ -2,6 +2,8 @@
 
 An option of today's models (a softcap, rotary positions, sinks) is one class in one file of this
 folder. Its hooks default to nothing; what a hook is not overridden for, the option leaves alone.
+Their last argument has the call's arrays by name, the feature's own weights in the dtype in which
+attention is computed; in a tile the tile's part of them.
 The order of the hooks in a call:
 
     heads -> products of queries and keys, scaled -> logits -> bias -> masks, visible -> softmax
@@ -10,10 +12,39 @@ The order of the hooks in a call:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from anymha.attention.masks import TileOrigin
 from anymha.framework.protocol import Array, Dim, Ops
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a feature has.
+
+    Args:
+        shape: Its shape.
+        part: "kernel" or "bias" for one that starts, is penalised and is constrained as those of
+            the projections. Empty for one that the options of training leave alone.
+        initial: How it starts where `part` is empty: the name or the config dict of an initialiser.
+        shifts_keys: Whether it adds one vector to all keys of a head, and so one number to all
+            logits of a row: its gradient is exactly zero where all that follows ignores that.
+    """
+
+    shape: tuple[int, ...]
+    part: str = ""
+    initial: Any = "zeros"
+    shifts_keys: bool = False
+
+
+class FeatureOptions:
+    """The base of an option's value that has fields: a subclass is a frozen dataclass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore
 
 
 class Feature:
@@ -31,6 +62,11 @@ class Feature:
     option: ClassVar[str]
     ignores_a_constant: ClassVar[bool] = False
 
+    @property
+    def behind(self) -> str:
+        """The option behind which the feature acts; empty for its place in `FEATURES`."""
+        return ""
+
     @classmethod
     def checked(cls, value: Any) -> Any:
         """The option's value in its one form, as the config stores it.
@@ -45,21 +81,40 @@ class Feature:
         """The feature of a config, or None where the option is switched off."""
         raise NotImplementedError
 
-    def heads(self, ops: Ops, query: Array, key: Array) -> tuple[Array, Array]:
+    def weights(self, config: Any, query_features: int) -> dict[str, Weight]:
+        """The feature's weights by canonical name; the names depend on the config alone.
+
+        Args:
+            config: The layer's options.
+            query_features: The width D_q of the query input.
+        """
+        return {}
+
+    def heads(
+        self, ops: Ops, query: Array, key: Array, arrays: Mapping[str, Array]
+    ) -> tuple[Array, Array]:
         """Queries (B, T, H, d_k) and keys (B, S, K, d_k), once for a call, before the products."""
         return query, key
 
-    def logits(self, ops: Ops, logits: Array, origin: TileOrigin) -> Array:
+    def logits(
+        self, ops: Ops, logits: Array, origin: TileOrigin, arrays: Mapping[str, Array]
+    ) -> Array:
         """The scaled logits (B, H, T, S) of a tile that begins at `origin`, before the bias."""
         return logits
 
     def visible(
-        self, ops: Ops, origin: TileOrigin, queries: Dim, keys: Dim, like: Array
+        self,
+        ops: Ops,
+        origin: TileOrigin,
+        queries: Dim,
+        keys: Dim,
+        like: Array,
+        arrays: Mapping[str, Array],
     ) -> Array | None:
         """Booleans that broadcast to (B, H, T, S) of a tile, True = may attend; None for all."""
         return None
 
-    def context(self, ops: Ops, context: Array) -> Array:
+    def context(self, ops: Ops, context: Array, arrays: Mapping[str, Array]) -> Array:
         """The context (B, T, H, d_v), once for a call, before the output projection."""
         return context
 

@@ -44,7 +44,8 @@ def from_torch_state(
         return arrays
     shapes, found = config.weight_shapes(*widths), {}
     for name, array in arrays.items():
-        full = name.replace(".weight", ".kernel")
-        value, shape = array if full == name else array.T, shapes.get(full, ())
+        full = name.replace(".weight", ".scale")
+        full = full if full in shapes else name.replace(".weight", ".kernel")
+        value, shape = array.T if full.endswith(".kernel") else array, shapes.get(full, ())
         found[full] = value.reshape(shape) if value.size == math.prod(shape) else value
     return found

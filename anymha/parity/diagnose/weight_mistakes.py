@@ -219,6 +219,8 @@ def _other_heads(recipe: Recipe) -> Variants:
     """Another number of heads for the same kernels, with the scale of their width, or the right."""
     heads, shared = recipe.heads
     widths = [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
+    if recipe.sections:
+        return
     options = {(h, k) for h in range(1, 2 * heads * widths[0] + 1) for k in (h, shared, 1)
                if h % k == 0}  # fmt: skip
     for h, k in sorted(options):
@@ -232,7 +234,7 @@ def _other_heads(recipe: Recipe) -> Variants:
         if shapes["value.kernel"][2] != shapes["output.kernel"][1]:
             continue
         masks = [m for m in (*recipe.masks.values(), recipe.bias, recipe.kept) if m is not None]
-        if recipe.sections or any(np.ndim(m) > 3 and np.shape(m)[1] != 1 for m in masks):
+        if any(np.ndim(m) > 3 and np.shape(m)[1] != 1 for m in masks):
             continue
         words = f"{h} heads in place of {heads}"
         words += "" if heads == shared and h == k else f", {k} of keys in place of {shared}"

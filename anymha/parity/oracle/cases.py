@@ -64,9 +64,11 @@ def make_problem(case: MatrixCase, seed: int = 0) -> OracleProblem:
 
     spread = 1.5 / np.sqrt(case.widths[0])
     weights = {
-        name: normal(name, shape, 0.5 if name.endswith("bias") else spread)
+        name: normal(name, shape, spread if name.endswith("kernel") else 0.5)
         for name, shape in config.weight_shapes().items()
     }
+    for name, own in config.feature_weights.items():
+        weights[name] += own.initial == "ones"
     inputs = {"query": normal("query", (*case.query, case.widths[0]))}
     if case.value is not None:
         inputs["value"] = normal("value", (*case.value, case.widths[1]))
@@ -195,7 +197,8 @@ def option_cases(section: type[Section]) -> Iterator[MatrixCase]:
     """Cases that make an option matter: alone with each of its examples, and with everything."""
     option = section.option
     for value in section.examples:
-        name = option if len(section.examples) == 1 else f"{option} {value}"
+        shown = next(iter(value.values())) if isinstance(value, Mapping) else value
+        name = option if len(section.examples) == 1 else f"{option} {shown}"
         yield MatrixCase(name, {option: value}, **_CROSS)
     value = section.examples[-1]
     training = {"training": True, "seed": 11}

@@ -309,7 +309,8 @@ def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
         return {name for name in STEPS if new[name] is not recipe.steps[name]}
     if field_name == "weights":
         every = {**recipe.weights, **new}
-        return {n.partition(".")[0] for n in every if recipe.weights.get(n) is not new.get(n)}
+        own = {n.partition(".")[0] for n in every if recipe.weights.get(n) is not new.get(n)}
+        return own if own <= {*STEPS} else STEPS  # a section's weights may act anywhere
     if field_name == "sections":
         one, other = ({id(s): s for s in sections} for sections in (recipe.sections, new))
         return {name for at in one.keys() ^ other.keys() for name in (one | other)[at].acts}

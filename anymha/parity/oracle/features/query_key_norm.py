@@ -1,0 +1,269 @@
+"""Norms of queries and keys: the projected heads divided by a size of theirs.
+
+    rms:   x / sqrt(mean(x^2) + eps);  layer: the same of x - mean(x);  l2: x / max(|x|, eps)
+
+over each head or over all heads, times w or 1 + w, plus a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
+
+DEFAULTS = {
+    "kind": "rms",
+    "over": "head",
+    "scale": "weight",
+    "use_bias": False,
+    "eps": 1e-6,
+    "after_rotary": False,
+}
+EPSILONS = (1e-6, 1e-5, 1e-8, 1e-12, 1e-3)
+BOTH = ("query", "key")
+
+
+class QueryKeyNormSection(Section):
+    """The norm with the fields of the value, in the order of `DEFAULTS`.
+
+    `names` are the projections that are normalised.
+    """
+
+    option = "query_key_norm"
+    examples = (
+        {"kind": "rms", "eps": 0.1},
+        {"kind": "l2", "over": "heads", "scale": "one_plus_weight", "eps": 0.5},
+        {"kind": "layer", "over": "width", "use_bias": True},
+    )
+    usual = ({"kind": "l2"}, {"kind": "layer"}, {})
+
+    def __init__(self, value: Any, names: tuple[str, ...] = BOTH) -> None:
+        fields = value if isinstance(value, Mapping) else vars(value)
+        super().__init__({**DEFAULTS, **fields})
+        self.names = names
+
+    def order(self) -> int:
+        """Before rotary positions, or after them."""
+        return 2 if self.value["after_rotary"] else 0
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """The normalised heads."""
+        if stage not in self.names:
+            return array
+        weight, bias = self._weights(stage, array, recipe.weights)
+        return self._parts(array)[0] * weight + bias
+
+    def backward(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> np.ndarray:
+        """With y = x / r the gradient of x is (g - y mean(g y)) / r, its own mean taken off."""
+        if stage not in self.names:
+            return gradient
+        even, divisor, grows = self._parts(array)
+        weight = self._weights(stage, array, recipe.weights)[0]
+        sign = -1.0 if cancel else 1.0
+        if not cancel:
+            even, weight = np.abs(even), np.abs(weight)
+        gradient = gradient * weight
+        axes = self._axes
+        along = np.sum(gradient * even, axes, keepdims=True)
+        if self.value["kind"] != "l2":
+            along = along / self._count(array)
+        gradient = (gradient + sign * grows * even * along) / divisor
+        if self.value["kind"] == "layer":
+            gradient = gradient + sign * np.mean(gradient, axes, keepdims=True)
+        return gradient
+
+    def own_gradients(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> Arrays:
+        """Of the weights and the biases of the norm."""
+        if stage not in self.names:
+            return {}
+        even = self._parts(array)[0]
+        every = {"scale": gradient * (even if cancel else np.abs(even)), "bias": gradient}
+        found = {}
+        for part, terms in every.items():
+            own = recipe.weights.get(f"{stage}_norm.{part}")
+            if own is not None:
+                by_head = terms.sum((0, 1))
+                each = own.size == array.shape[-1] != by_head.size
+                found[f"{stage}_norm.{part}"] = (by_head.sum(0) if each else by_head).reshape(
+                    own.shape
+                )
+        return found
+
+    def sizes(
+        self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray:
+        """Errors are divided as the numbers are, those of the divisor come on top."""
+        if stage not in self.names:
+            return sizes
+        even, divisor, _ = self._parts(array)
+        weight, bias = self._weights(stage, array, recipe.weights)
+        own = sizes / divisor
+        squares = np.sum(np.square(even * own), self._axes, keepdims=True)
+        count = 1.0 if self.value["kind"] == "l2" else self._count(array)
+        mean = np.zeros(1)
+        if self.value["kind"] == "layer":
+            mean = np.sqrt(np.sum(np.square(own), self._axes, keepdims=True)) / count
+        spread = np.hypot(np.hypot(own, mean), np.hypot(even, even * np.sqrt(squares) / count))
+        return np.hypot(spread * np.abs(weight), np.abs(bias))
+
+    def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The heads without weights, what they are divided by, and whether that grows with them."""
+        kind, eps, axes = self.value["kind"], self.value["eps"], self._axes
+        if kind == "layer":
+            x = x - np.mean(x, axes, keepdims=True)
+        if kind == "l2":
+            length = np.sqrt(np.sum(x**2, axes, keepdims=True))
+            divisor = np.maximum(length, eps)
+            return x / divisor, divisor, (length > eps).astype(float)
+        divisor = np.sqrt(np.mean(x**2, axes, keepdims=True) + eps)
+        return x / divisor, divisor, np.ones(1)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return (-2, -1) if self.value["over"] == "width" else (-1,)
+
+    def _count(self, x: np.ndarray) -> int:
+        """How many numbers are normalised together."""
+        return int(np.prod([x.shape[axis] for axis in self._axes]))
+
+    def _weights(self, stage: str, x: np.ndarray, weights: Arrays) -> tuple[Any, Any]:
+        """What the heads are multiplied with, and what is added; they broadcast to (.., H, d_k)."""
+
+        def own(part: str) -> np.ndarray | None:
+            array = weights.get(f"{stage}_norm.{part}")
+            if array is None or array.size in (1, x.shape[-1]):
+                return array
+            return array.reshape(x.shape[-2:])
+
+        weight, bias = own("scale"), own("bias")
+        scale = self.value["scale"]
+        if weight is None or scale == "none":
+            weight = np.ones(1)
+        elif scale == "one_plus_weight":
+            weight = 1 + weight
+        return weight, np.zeros(1) if bias is None else bias
+
+    def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
+        """The normalised heads, with the faults below."""
+        wrong, value = port.wrong, dict(self.value)
+        alone = {f"norm of the {name} alone" for name in BOTH if name != place}
+        if place not in BOTH or "query_key_norm left out" in wrong or alone & {*wrong}:
+            return array
+        if "another kind of norm" in wrong:
+            value |= {"kind": "l2", "eps": 1e-6}
+        if "norm with another epsilon" in wrong:
+            value["eps"] = 1e-5
+        if "norm with the mean" in wrong:
+            value["kind"] = "layer"
+        if "norm over another width" in wrong:
+            value["over"] = "width"
+        shape = tuple(array.shape)
+        x = ops.reshape(array, (*shape[:2], -1)) if value["over"] == "width" else array
+        count = x.shape[-1]
+        if value["kind"] == "layer":
+            x = x - ops.sum(x, axis=-1, keepdims=True) / count
+        total = ops.sum(x * x, axis=-1, keepdims=True)
+        if value["kind"] == "l2":
+            root = ops.sqrt(total)
+            x = x / ops.where(root > value["eps"], root, value["eps"])
+        else:
+            x = x / ops.sqrt(total / count + value["eps"])
+        x = ops.reshape(x, shape)
+        weight = port.weights.get(f"{place}_norm.scale")
+        if weight is not None and "norm without its weight" not in wrong:
+            plus = (value["scale"] == "one_plus_weight") != ("norm by 1 + weight" in wrong)
+            weight = weight + 1 if plus else weight
+            shown = (1, 1, 1, -1) if weight.size == shape[-1] else (1, 1, *shape[2:])
+            x = x * ops.from_numpy(np.ascontiguousarray(weight.reshape(shown)))
+        return x
+
+    def _but(self, recipe: Recipe, **fields: Any) -> Recipe:
+        return recipe.with_section(QueryKeyNormSection({**self.value, **fields}, self.names))
+
+    def of_one(self, recipe: Recipe) -> Variants:
+        """The queries, or the keys, as they are; or the values normalised too."""
+        for name in BOTH:
+            alone = QueryKeyNormSection(self.value, (name,))
+            yield f"the {name} alone", recipe.with_section(alone)
+        if recipe.stages["value"].shape[-1] == recipe.stages["key"].shape[-1]:
+            every = QueryKeyNormSection(self.value, (*BOTH, "value"))
+            yield "of the values too", recipe.with_section(every)
+
+    def over_another(self, recipe: Recipe) -> Variants:
+        """Statistics of all heads in place of those of each, or the other way round."""
+        by_head = self.value["over"] != "width"
+        over, words = ("width", "all heads together") if by_head else ("head", "each head")
+        yield f"over {words}", self._but(recipe, over=over)
+
+    def by_another_weight(self, recipe: Recipe) -> Variants:
+        """1 + w in place of w, or the other way round, or no weight."""
+        if self.value["scale"] == "none" or not _has_weights(recipe):
+            return
+        plus = self.value["scale"] == "one_plus_weight"
+        words, scale = ("w in place of 1 + w", "weight") if plus else (
+            "1 + w in place of w", "one_plus_weight")  # fmt: skip
+        yield words, self._but(recipe, scale=scale)
+        yield "left out", self._but(recipe, scale="none")
+
+    def with_another_epsilon(self, recipe: Recipe) -> Variants:
+        """Others that models use."""
+        for eps in EPSILONS:
+            if eps != self.value["eps"]:
+                yield f"{eps:g} in place of {self.value['eps']:g}", self._but(recipe, eps=eps)
+
+    def with_another_mean(self, recipe: Recipe) -> Variants:
+        """The mean taken off, or not."""
+        if self.value["kind"] != "l2":
+            centred = self.value["kind"] == "layer"
+            words = "it is not taken off" if centred else "it is taken off"
+            yield words, self._but(recipe, kind="rms" if centred else "layer")
+
+    mistakes = (
+        ("query_key_norm of one projection", "Normalise queries and keys, and not the values.",
+         of_one),
+        ("query_key_norm over another width", "Take the statistics over each head's numbers, or "
+         "over all heads together, as `over` says.", over_another),
+        ("query_key_norm by another weight", "Multiply by w, by 1 + w or by nothing, as `scale` "
+         "says.", by_another_weight),
+        ("query_key_norm with another epsilon", "Give both the same `eps`, within the root.",
+         with_another_epsilon),
+        ("query_key_norm with another mean", "The layer norm takes the mean off, the RMS norm does "
+         "not.", with_another_mean),
+    )  # fmt: skip
+    faults = (
+        ("query_key_norm left out", "query_key_norm left out", "query"),
+        ("another kind of norm", "another query_key_norm", "query"),
+        ("norm of the query alone", "query_key_norm of one projection", "key"),
+        ("norm of the key alone", "query_key_norm of one projection", "query"),
+        ("norm over another width", "query_key_norm over another width", "query"),
+        ("norm by 1 + weight", "query_key_norm by another weight", "query"),
+        ("norm without its weight", "query_key_norm by another weight", "query"),
+        ("norm with another epsilon", "query_key_norm with another epsilon", "query"),
+        ("norm with the mean", "query_key_norm with another mean", "query"),
+    )
+
+
+def _has_weights(recipe: Recipe) -> bool:
+    return any(f"{name}_norm.scale" in recipe.weights for name in BOTH)
+
+
+SECTION = QueryKeyNormSection
