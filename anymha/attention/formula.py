@@ -70,7 +70,7 @@ def formula(
     if heads != shared:
         logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:
-        logits = feature.logits(ops, logits, origin)
+        logits = feature.logits(ops, logits, origin, arrays)
     if observe is not None:
         observe("logits", logits)
     biased = "bias" in arrays
@@ -117,7 +117,7 @@ def _visible(
         seen = positions.mask(ops, origin, queries, keys, like=logits)
         if mask is None and not spec.features:
             return seen
-        visible = [f.visible(ops, origin, queries, keys, logits) for f in spec.features]
+        visible = [f.visible(ops, origin, queries, keys, logits, arrays) for f in spec.features]
         mask = all_of(ops, [mask, seen, *visible])
     return mask
 

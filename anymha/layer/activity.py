@@ -8,37 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anymha.attention.formula import Observer
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known, product
 from anymha.layer.axes import unfold
 from anymha.layer.call_shape import CallShape
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import AttentionConfig
 from anymha.options.regularizers import penalty
 
 
 class Activity:
-    """An observer of a call that keeps what the projections give, and sums up its penalties.
+    """Keeps what the projections of a call give, and sums up its penalties.
 
     Args:
         config: The layer's options.
         ops: The backend.
         shape: The call's lengths and axes.
-        observe: Receives each stage too.
     """
 
-    def __init__(
-        self, config: AttentionConfig, ops: Ops, shape: CallShape, observe: Observer | None
-    ) -> None:
-        self._config, self._ops, self._shape, self._observe = config, ops, shape, observe
+    def __init__(self, config: AttentionConfig, ops: Ops, shape: CallShape) -> None:
+        self._config, self._ops, self._shape = config, ops, shape
         self._outputs: dict[str, Array] = {}
 
-    def __call__(self, stage: str, value: Array) -> None:
-        """Keep the value, if the stage is a projection."""
-        if self._observe is not None:
-            self._observe(stage, value)
-        if stage in PROJECTIONS:
-            self._outputs[stage] = value
+    def see(self, projection: str, value: Array) -> None:
+        """Keep what a projection gives, before features change it."""
+        self._outputs[projection] = value
 
     def loss(self, arrays: Mapping[str, Array], dtype: Any) -> Array:
         """The penalty of what was observed, an array of rank 0.
@@ -50,17 +43,18 @@ class Activity:
             dtype: The dtype of the result.
         """
         ops, regularizer = self._ops, self._config.activity_regularizer
-        free = self._config.ignores_a_constant
+        free = self._config.free_columns
         output = self._outputs["output"]
         loss = ops.asarray(0.0, dtype=output.dtype, device=ops.device(output))
         if regularizer is not None:
             rows, columns = self._shape.padding(ops, arrays)
             for stage, value in self._outputs.items():
                 own = stage in ("query", "output")
-                if stage == "key" and free and "key.bias" in arrays:
+                if stage == "key" and any(free) and "key.bias" in arrays:
                     # Attention is indifferent to this bias and passes it no gradient; this is not.
                     bias = ops.astype(arrays["key.bias"], value.dtype)
-                    value = value + (bias - ops.stop_gradient(bias))
+                    still = ops.asarray(free, dtype=ops.bool, device=ops.device(value))
+                    value = value + ops.where(still, bias - ops.stop_gradient(bias), 0.0)
                 lengths = self._shape.queries if own else self._shape.keys
                 value = self._seen(value, rows if own else columns)
                 value = unfold(ops, value, self._shape.axes, (*self._shape.batch, *lengths))

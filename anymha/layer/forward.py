@@ -274,8 +274,7 @@ def _execute(
         spec = _completed(ops, spec, offset, seed)
     if paths.explaining:
         paths.report(path)
-    activity = Activity(plan.config, ops, shape, observe) if flags.activity else None
-    watch = activity or observe
+    activity = Activity(plan.config, ops, shape) if flags.activity else None
     within: Any = None
     of_rows = False
     if projections is None:
@@ -304,9 +303,11 @@ def _execute(
             "value": project(plan, functions, "value", value, shape.value_heads),
         }
     del query, key, value
-    if watch is not None:
+    if activity is not None:
         for name, y in heads.items():
-            watch(name, ops.astype(y, plan.working) if plan.narrow else y)
+            activity.see(name, ops.astype(y, plan.working) if plan.narrow else y)
+    if plan.config.counts_positions:
+        heads |= shape.positions(ops, arrays, spec.position_mask.offset, arrays["query"])
     if mask is not None:
         heads["mask"] = mask
     if bias is not None:
@@ -322,8 +323,9 @@ def _execute(
         output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
     else:
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
-    if watch is not None:
-        watch("output", ops.astype(output, plan.working) if plan.narrow else output)
+    for see in (observe, activity and activity.see):
+        if see is not None:
+            see("output", ops.astype(output, plan.working) if plan.narrow else output)
     if activity is None and plan.axes is PLAIN and output.dtype == plan.result:
         if scores is None:
             return output
@@ -403,8 +405,8 @@ def _computed(
     bias = arrays.get(f"{name}.bias")
     if bias is not None:
         bias = _real(plan, bias)
-        if name == "key" and plan.free_key_bias:
-            bias = without_gradient(plan.ops, bias)
+        if name == "key":
+            bias = without_gradient(plan.ops, bias, plan.config.free_columns)
     kernel = _real(plan, arrays[f"{name}.kernel"])
     return project(plan.ops, x, kernel, bias, 2 if name == "output" else 1)
 
@@ -465,19 +467,22 @@ def _attention(
         with_scores: Whether the probabilities are wanted.
         observe: Receives the name and the value of each stage; None for no observer.
         heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
-            and "bias".
+            and "bias", and what the features need.
     """
     ops, query, key, value = plan.ops, heads["query"], heads["key"], heads["value"]
     if plan.narrow and not path.narrow:
         query, key, value = (ops.astype(x, plan.working) for x in (query, key, value))
     for feature in spec.features:
-        query, key = feature.heads(ops, query, key)
+        query, key = feature.heads(ops, query, key, heads)
+    if observe is not None:
+        for name, x in {"query": query, "key": key, "value": value}.items():
+            observe(name, x)
     context, scores = attend(
         ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
         observe, with_scores,
     )  # fmt: skip
     for feature in spec.features:
-        context = feature.context(ops, context)
+        context = feature.context(ops, context, heads)
     if plan.narrow and not path.narrow:
         context = ops.astype(context, plan.carried)
     return context, scores

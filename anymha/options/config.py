@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-from anymha.attention.features import FEATURES, Feature
+from anymha.attention.features import FEATURES, Feature, features_of
+from anymha.attention.features.rotary import Rotary
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name
 from anymha.framework.validation import (
@@ -63,6 +64,8 @@ class AttentionConfig:
         scale: Factor of the logits; default ``1/sqrt(key_dim)``.
         softcap: ``c > 0``: logits become ``c * tanh(logits / c)`` before biases and masks; default
             no cap.
+        rotary: Rotary positions of queries and keys, an `anymha.Rotary`, the dict of its fields, or
+            True for its defaults; default none.
         dropout_rng: "portable" (the same elements in every framework) or "native" (the
             framework's own generator).
         dtype: Dtype of the weights.
@@ -104,6 +107,7 @@ class AttentionConfig:
     sliding_window: int | None = None
     scale: float | None = None
     softcap: float | None = None
+    rotary: Rotary | Mapping[str, Any] | bool | None = None
     dropout_rng: Literal["portable", "native"] = "portable"
     dtype: Any = "float32"
     compute_dtype: Any = None
@@ -120,9 +124,11 @@ class AttentionConfig:
     """The factor of the logits."""
     features: ClassVar[tuple[Feature, ...]]
     """The features that are switched on, in the order in which a call meets them."""
-    ignores_a_constant: ClassVar[bool]
-    """Whether one number added to all logits of a row changes no probability: then the key's bias,
-    which adds such a number, has a gradient of exactly zero."""
+    counts_positions: ClassVar[bool]
+    """Whether a feature counts with the positions of queries and keys."""
+    free_columns: ClassVar[tuple[bool, ...]]
+    """Of the d_k columns those in which the key's bias adds one number to all logits of a row, and
+    that changes no probability: there its gradient is exactly zero."""
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
@@ -163,10 +169,11 @@ class AttentionConfig:
         store("biased", names if self.use_bias else ())
         self._check_together()
         store("scale_value", 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale)
-        made = [kind.from_config(self) for kind in FEATURES]
-        features = tuple(feature for feature in made if feature is not None)
+        features = features_of(self)
         store("features", features)
-        store("ignores_a_constant", all(f.ignores_a_constant for f in features))
+        store("counts_positions", any(f.counts_positions for f in features))
+        columns = [(True,) * self.key_dim, *(f.free_columns(self.key_dim) for f in features)]
+        store("free_columns", tuple(map(all, zip(*columns, strict=True))))
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from anymha.attention.features.base import FeatureOptions
 from anymha.errors import ConfigError
 from anymha.framework.validation import checked_axes, checked_choice
 
@@ -100,8 +101,10 @@ def resolved(value: Any, known: Table, argument: str, *, optional: bool = True) 
 def described(value: Any) -> Any:
     """An option for JSON: a name where all fields have their defaults, else Keras's config dict.
 
-    Callables of the user's stay as they are.
+    Of a feature's value it is the dict of the fields. Callables of the user's stay as they are.
     """
+    if isinstance(value, FeatureOptions):
+        return value.to_dict()
     if not isinstance(value, ConfigObject):
         return value
     fields = dataclasses.fields(value)

@@ -194,7 +194,7 @@ def find_false_alarms(
             options, request = random_call(number, dtype)
             traces = {}
             for backend in backends:
-                kind = (backend.name, dtype, *sorted(options.items()))
+                kind = (backend.name, dtype, repr(sorted(options.items())))
                 if kind not in layers:
                     layers[kind] = make_layer(options, dtype, number, backend.name)[0]
                 layer = layers[kind]

@@ -1,9 +1,18 @@
 """The options of today's models, one file each; see `anymha.attention.features.base`."""
 
+from typing import Any
+
 from anymha.attention.features.base import Feature
+from anymha.attention.features.rotary import RotaryPositions
 from anymha.attention.features.softcap import Softcap
 
-__all__ = ["FEATURES", "Feature"]
+__all__ = ["FEATURES", "Feature", "features_of"]
 
-FEATURES: tuple[type[Feature], ...] = (Softcap,)
+FEATURES: tuple[type[Feature], ...] = (RotaryPositions, Softcap)
 """The features of the layer, in the order in which a call meets them."""
+
+
+def features_of(config: Any) -> tuple[Feature, ...]:
+    """The features that a config switches on, in the order in which a call meets them."""
+    made = [kind.from_config(config) for kind in FEATURES]
+    return tuple(feature for feature in made if feature is not None)

@@ -2,6 +2,8 @@
 
 An option of today's models (a softcap, rotary positions, sinks) is one class in one file of this
 folder. Its hooks default to nothing; what a hook is not overridden for, the option leaves alone.
+Their last argument has the call's arrays by name, the feature's own weights in the dtype in which
+attention is computed; in a tile the tile's part of them.
 The order of the hooks in a call:
 
     heads -> products of queries and keys, scaled -> logits -> bias -> masks, visible -> softmax
@@ -10,10 +12,20 @@ The order of the hooks in a call:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from anymha.attention.masks import TileOrigin
 from anymha.framework.protocol import Array, Dim, Ops
+
+
+class FeatureOptions:
+    """The base of an option's value that has fields: a subclass is a frozen dataclass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore
 
 
 class Feature:
@@ -26,10 +38,13 @@ class Feature:
         ignores_a_constant: Whether one number added to all logits of a row, before this feature
             sees them, changes no probability. Where all features do, the key's bias has a gradient
             of exactly zero.
+        counts_positions: Whether `arrays` must have "positions" (1 or B, T) and "key_positions"
+            (1 or B, S), integers.
     """
 
     option: ClassVar[str]
     ignores_a_constant: ClassVar[bool] = False
+    counts_positions: ClassVar[bool] = False
 
     @classmethod
     def checked(cls, value: Any) -> Any:
@@ -45,21 +60,39 @@ class Feature:
         """The feature of a config, or None where the option is switched off."""
         raise NotImplementedError
 
-    def heads(self, ops: Ops, query: Array, key: Array) -> tuple[Array, Array]:
+    def free_columns(self, width: int) -> tuple[bool, ...]:
+        """Which columns of the key's bias only add one number to all logits of a row.
+
+        Args:
+            width: The number d_k of the columns.
+        """
+        return (self.ignores_a_constant,) * width
+
+    def heads(
+        self, ops: Ops, query: Array, key: Array, arrays: Mapping[str, Array]
+    ) -> tuple[Array, Array]:
         """Queries (B, T, H, d_k) and keys (B, S, K, d_k), once for a call, before the products."""
         return query, key
 
-    def logits(self, ops: Ops, logits: Array, origin: TileOrigin) -> Array:
+    def logits(
+        self, ops: Ops, logits: Array, origin: TileOrigin, arrays: Mapping[str, Array]
+    ) -> Array:
         """The scaled logits (B, H, T, S) of a tile that begins at `origin`, before the bias."""
         return logits
 
     def visible(
-        self, ops: Ops, origin: TileOrigin, queries: Dim, keys: Dim, like: Array
+        self,
+        ops: Ops,
+        origin: TileOrigin,
+        queries: Dim,
+        keys: Dim,
+        like: Array,
+        arrays: Mapping[str, Array],
     ) -> Array | None:
         """Booleans that broadcast to (B, H, T, S) of a tile, True = may attend; None for all."""
         return None
 
-    def context(self, ops: Ops, context: Array) -> Array:
+    def context(self, ops: Ops, context: Array, arrays: Mapping[str, Array]) -> Array:
         """The context (B, T, H, d_v), once for a call, before the output projection."""
         return context
 

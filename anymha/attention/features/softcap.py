@@ -9,6 +9,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -55,6 +56,8 @@ class Softcap(Feature):
         """The feature where the config has a softcap."""
         return None if config.softcap is None else cls(config.softcap)
 
-    def logits(self, ops: Ops, logits: Array, origin: TileOrigin) -> Array:
+    def logits(
+        self, ops: Ops, logits: Array, origin: TileOrigin, arrays: Mapping[str, Array]
+    ) -> Array:
         """The logits between ``-c`` and ``c``."""
         return ops.tanh(logits / self.cap) * self.cap

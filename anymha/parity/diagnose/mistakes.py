@@ -55,12 +55,12 @@ def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
     """The mistakes with an option: those that every option has, and its own."""
     option = section.option
     yield Mistake(f"{option} left out", f"Pass `{option}` on: the candidate ignores it.",
-                  partial(_left_out, option))  # fmt: skip
+                  partial(_left_out, section))  # fmt: skip
     if section.usual:
         yield Mistake(f"another {option}", f"Give both the same `{option}`.",
-                      partial(_another, option), _FAMILIES.get(option, no_families))  # fmt: skip
+                      partial(_another, section), _FAMILIES.get(option, no_families))  # fmt: skip
     for name, fix, make in section.mistakes:
-        yield Mistake(name, fix, partial(_own, option, make))
+        yield Mistake(name, fix, partial(_own, section, make))
 
 
 _FAMILIES: Mapping[str, Families] = {"softcap": attention_mistakes.any_cap}
@@ -83,22 +83,22 @@ def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, R
             yield mistake, f"{value!r} in place of {expected!r}", recipe.with_section(own)
 
 
-def _left_out(option: str, recipe: Recipe) -> Variants:
+def _left_out(kind: type[Section], recipe: Recipe) -> Variants:
     for section in recipe.sections:
-        if section.option == option:
-            yield getattr(section, "left_out", ""), recipe.without_section(option)
+        if type(section) is kind:
+            yield getattr(section, "left_out", ""), recipe.without_section(kind.option)
 
 
-def _another(option: str, recipe: Recipe) -> Variants:
+def _another(kind: type[Section], recipe: Recipe) -> Variants:
     for section in recipe.sections:
-        if section.option == option:
+        if type(section) is kind:
             for value in section.usual:
                 if value != section.value:
                     other = recipe.with_section(type(section)(value))
                     yield f"{value!r} in place of {section.value!r}", other
 
 
-def _own(option: str, make: Callable[[Any, Recipe], Variants], recipe: Recipe) -> Variants:
+def _own(kind: type[Section], make: Callable[[Any, Recipe], Variants], recipe: Recipe) -> Variants:
     for section in recipe.sections:
-        if section.option == option:
+        if type(section) is kind:
             yield from make(section, recipe)
