@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from anymha.attention.dropout import Dropout, draw_seed, rate_threshold
+from anymha.attention.features.rotary import RotaryPositions
 from anymha.attention.features.softcap import Softcap
 from anymha.attention.masks import all_of, position_mask
 from anymha.attention.spec import AttentionSpec
-from anymha.errors import ArgumentError, DtypeError, ShapeError
+from anymha.errors import ArgumentError, ConfigError, DtypeError, ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.execution.path import AttentionShape, Path, choose_path
@@ -349,6 +350,59 @@ def multi_head_attention(
         config = _mixed(config, dtype_name(mixed))
     plans = plans_unless_tracing(ops, _plans_of(config))
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
+
+
+def rotate(x: Array, positions: Array, rotary: Any, *, length: int | None = None) -> Any:
+    """Queries or keys, turned by rotary positions, as the layer's option `rotary` turns them.
+
+    Args:
+        x: (B, T, H, d), in any framework.
+        positions: Integers (T,) or (B, T), an array of the same framework.
+        rotary: An `anymha.Rotary`, the dict of its fields, or True for its defaults.
+        length: The length of the sequence, for scalings that depend on it; default T.
+
+    Returns:
+        An array of the shape and the dtype of `x`; angles are float32 at least.
+
+    Raises:
+        ConfigError: `rotary` has a value that it cannot have, or does not fit d.
+        ShapeError: shapes do not fit.
+        DtypeError: `x` is not floating, or `positions` are not integers.
+        MixedBackendsError: the arrays are of several frameworks.
+
+    Example:
+        >>> import numpy as np, anymha
+        >>> x = np.ones((1, 3, 2, 4), dtype="float32")
+        >>> anymha.rotate(x, np.arange(3), anymha.Rotary()).shape
+        (1, 3, 2, 4)
+    """
+    arrays = {"x": x, "positions": positions}
+    ops = common_ops(arrays.items())
+    check_arrays(ops, arrays)
+    option = RotaryPositions.checked(rotary)
+    if option is None:
+        raise ConfigError("`rotary` must be an `anymha.Rotary`. Received: none. Pass one.")
+    length = None if length is None else checked_size(length, "length")
+    if len(x.shape) != 4:
+        raise ShapeError(
+            "`x` must have 4 axes, (batch, length, heads, width). "
+            f"Received: {described(x)}. Add or take away axes."
+        )
+    if len(positions.shape) not in (1, 2):
+        raise ShapeError(
+            f"`positions` must have shape ({x.shape[1]},) or {show(x.shape[:2])}. "
+            f"Received: {described(positions)}. Pass one position for each of `x`."
+        )
+    check_broadcast(positions, x.shape[:2], "positions")
+    feature = RotaryPositions.of_heads(option, x.shape[-1])
+
+    def forward(arrays: Mapping[str, Array]) -> Array:
+        x, places = arrays["x"], arrays["positions"]
+        places = ops.reshape(places, (-1, ops.shape(places)[-1]))
+        tables = feature.tables(ops, places, ops.shape(x)[1] if length is None else length, x)
+        return feature.turned(ops, x, *tables)
+
+    return ops.in_float64(forward, arrays) if dtype_name(x.dtype) == "float64" else forward(arrays)
 
 
 def _mixed_dtype(ops: Ops, x: Array) -> Any:

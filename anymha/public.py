@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from anymha.attention.features.query_key_norm import QueryKeyNorm
+from anymha.attention.features.rotary import Rotary
 from anymha.errors import AnymhaError
 from anymha.execution.path import explain
-from anymha.functional import dot_product_attention, multi_head_attention
+from anymha.functional import dot_product_attention, multi_head_attention, rotate
 from anymha.interchange.anymha_files import load, save
 from anymha.interchange.conversion_plan import Conversion
 from anymha.interchange.convert_model import convert_file as _convert_file
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionConfig",
     "MultiHeadAttention",
     "QueryKeyNorm",
+    "Rotary",
     "convert",
     "convert_file",
     "dot_product_attention",
@@ -35,6 +37,7 @@ __all__ = [
     "layouts",
     "load",
     "multi_head_attention",
+    "rotate",
     "save",
     "set_weights",
     "to_canonical",

@@ -63,7 +63,7 @@ TO_PASS_IN_CALL = {
     "is_causal": "use_causal_mask", "inputs_q": "query", "inputs_k": "key", "inputs_v": "value",
     "mask": "attention_mask", "decode": "query_offset", "hidden_states": "query",
     "output_attentions": "return_attention_scores", "past_key_values": "query_offset",
-    "position_ids": "Leave it out", "key_": "key", "attn_bias": "attention_bias",
+    "position_ids": "`positions`", "key_": "key", "attn_bias": "attention_bias",
     "dropout": "the constructor: MultiHeadAttention(..., dropout=...)",
     "softcap": "the constructor", "attention_maks": "attention_mask", "querry": "query",
     "return_attention_score": "return_attention_scores",
@@ -231,9 +231,7 @@ def test_answers_are_about_wrong_names_and_name_right_ones(
 @pytest.mark.parametrize(
     ("absent", "told"),
     [
-        ("rotary", of_options._ROTARY),
         ("gate", of_options.PEERS["use_gate"]),
-        ("positions", of_call._ROTARY),
         ("cache", of_call._CACHE),
     ],
     ids=lambda value: value if value.isidentifier() else "",

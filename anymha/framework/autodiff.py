@@ -84,6 +84,7 @@ class _RecomputingTape(Tape):
         return self._unary(x, _narrowed(plain(x), start, length, axis), pull)
 
     def concat(self, arrays: list[Any], /, *, axis: int) -> Any:
+        axis %= len(self.shape(arrays[0]))
         lengths = [self.shape(x)[axis] for x in arrays]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
 

@@ -17,7 +17,7 @@ from anymha.interchange.limits import Limit, check_scale, choose_form, same_head
 from anymha.interchange.name_index import NameIndex
 from anymha.interchange.packing import Arrays, Sizes
 from anymha.interchange.reading import check_floats, check_plain, config_of, form_of
-from anymha.interchange.rotary_order import reordered
+from anymha.interchange.rotary_order import check_order, reordered
 from anymha.interchange.sizes import (
     HEADS_APART,
     Shapes,
@@ -170,6 +170,7 @@ class Layout:
         if options.get("scale") is None and isinstance(self.scale, float):
             options["scale"] = self.scale
         config = config_of(values, options)
+        check_order(self.name, self._rotary, config)
         extras = {n: np.array(arrays[n]) for n in arrays if n not in form.names()}
         needs = [need if isinstance(need, str) else need.words() for need in unmet]
         needs += [e.need for e in self.extras if e.need and e.array in extras]
@@ -225,6 +226,7 @@ class Layout:
         if config is not None:
             check_supported(self.name, config, self.supported)
             check_scale(self.name, self.scale, sizes, config)
+            check_order(self.name, self._rotary, config)
         values = with_layout_biases(self.name, chosen.pieces, self.together, values)
         arrays = {
             piece.array: piece.write(values, sizes, copy)

@@ -7,11 +7,13 @@ conversion between the two orders permutes them, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.interchange.forms import Need
+from anymha.options.config import AttentionConfig
 
 
 def reordered(
@@ -40,6 +42,25 @@ def reordered(
         name: _permuted(array, new.order) if name.startswith(("query", "key")) else array
         for name, array in weights.items()
     }
+
+
+def check_order(layout: str, need: Need | None, config: AttentionConfig) -> None:
+    """Refuse a config whose rotary positions turn other elements together than a layout's.
+
+    Raises:
+        LayoutError: they do.
+    """
+    rotary: Any = config.rotary
+    if rotary is None or need is None or not need.order:
+        return
+    order = "halves" if rotary.layout == "half" else "pairs"
+    if order != need.order:
+        other = "interleaved" if rotary.layout == "half" else "half"
+        raise LayoutError(
+            f"{layout} has {need.text}: the `rotary` of its weights must have layout={other!r}. "
+            f"Received: layout={rotary.layout!r}. Pass a `rotary` of that layout, with weights "
+            "whose rows are in its order."
+        )
 
 
 def _permuted(array: np.ndarray, order: str) -> np.ndarray:

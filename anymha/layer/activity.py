@@ -43,17 +43,18 @@ class Activity:
             dtype: The dtype of the result.
         """
         ops, regularizer = self._ops, self._config.activity_regularizer
-        free = self._config.ignores_a_constant
+        free = self._config.free_columns
         output = self._outputs["output"]
         loss = ops.asarray(0.0, dtype=output.dtype, device=ops.device(output))
         if regularizer is not None:
             rows, columns = self._shape.padding(ops, arrays)
             for stage, value in self._outputs.items():
                 own = stage in ("query", "output")
-                if stage == "key" and free and "key.bias" in arrays:
+                if stage == "key" and any(free) and "key.bias" in arrays:
                     # Attention is indifferent to this bias and passes it no gradient; this is not.
                     bias = ops.astype(arrays["key.bias"], value.dtype)
-                    value = value + (bias - ops.stop_gradient(bias))
+                    still = ops.asarray(free, dtype=ops.bool, device=ops.device(value))
+                    value = value + ops.where(still, bias - ops.stop_gradient(bias), 0.0)
                 lengths = self._shape.queries if own else self._shape.keys
                 value = self._seen(value, rows if own else columns)
                 value = unfold(ops, value, self._shape.axes, (*self._shape.batch, *lengths))

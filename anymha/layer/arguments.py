@@ -21,6 +21,7 @@ class Kind(Enum):
     MASK = "mask"
     BIAS = "bias"
     FLAG = "flag"
+    POSITIONS = "positions"
     OFFSET = "offset"
     SEED = "seed"
 
@@ -29,6 +30,7 @@ _TYPES = {
     Kind.INPUT: "Array",
     Kind.MASK: "Array | None",
     Kind.BIAS: "Array | None",
+    Kind.POSITIONS: "Array | None",
     Kind.OFFSET: "int | Array",
     Kind.SEED: "int | Array | None",
 }
@@ -41,7 +43,8 @@ class CallArgument:
 
     Args:
         name: Its name.
-        kind: What it is: inputs and biases are floating, masks boolean, True = may attend.
+        kind: What it is: inputs and biases are floating, masks boolean, True = may attend,
+            positions integers.
         meaning: What it means, a sentence.
         axes: The forms that an array may have, each the letters of its axes; of a bias the full
             form, to which it broadcasts.
@@ -105,6 +108,18 @@ ARRAYS = (
     ),
     CallArgument(
         "key_mask", Kind.MASK, "(B, S) booleans, as `value_mask`.", axes=("BS",), hint=_MORE_AXES
+    ),
+    CallArgument(
+        "positions", Kind.POSITIONS,
+        "(T,) or (B, T) integers, the queries' positions for `rotary`; default index + "
+        "`query_offset`. Causality and windows go by the index all the same.",
+        axes=("T", "BT"), hint="Pass one position for each query.",
+    ),
+    CallArgument(
+        "key_positions", Kind.POSITIONS,
+        "(S,) or (B, S) integers, likewise of the keys; default their index, also where "
+        "`positions` are given.",
+        axes=("S", "BS"), hint="Pass one position for each key.",
     ),
 )  # fmt: skip
 

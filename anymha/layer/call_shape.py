@@ -128,6 +128,33 @@ class CallShape(NamedTuple):
         groups = [lengths[axis] for axis in form]
         return fold_mask(ops, array, groups, [PLACES[axis] for axis in form])
 
+    def positions(
+        self, ops: Ops, arrays: Mapping[str, Array], offset: Any, like: Array
+    ) -> dict[str, Array]:
+        """The positions of queries (1 or B, T) and keys (1 or B, S), those of the call or indices.
+
+        Args:
+            ops: The backend.
+            arrays: The call's arrays by name.
+            offset: The index of the first query: an int, or int32 integers (B,).
+            like: An array on whose device they are made.
+        """
+        _, queries, keys = self.folded
+        device, found = ops.device(like), {}
+        for name, length in (("positions", queries), ("key_positions", keys)):
+            given = arrays.get(name)
+            if given is not None:
+                given = self.fold_mask(ops, name, given)
+                found[name] = ops.reshape(given, (ops.shape(given)[0], -1))
+                continue
+            found[name] = ops.reshape(
+                ops.arange(0, length, dtype=ops.int32, device=device), (1, -1)
+            )
+            if name == "positions" and not (type(offset) is int and offset == 0):
+                start = offset if type(offset) is int else ops.reshape(offset, (-1, 1))
+                found[name] = found[name] + start
+        return found
+
     def unfolded_scores(self, ops: Ops, scores: Array) -> Array:
         """Scores (B, H, T, S) with each axis of the groups on its own."""
         if self.axes is PLAIN:

@@ -134,6 +134,11 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
         kind = _OTHER.get(name, Kind.INPUT) if argument is None else argument.kind
         if kind is Kind.MASK:
             check_boolean(array, name)
+        elif kind is Kind.POSITIONS:
+            if "int" not in dtype_name(array.dtype):
+                raise DtypeError(
+                    f"`{name}` must be integers. Received: {described(array)}. Cast it first."
+                )
         elif (kind in _FLOATING or "." in name) and not _is_floating(array):
             raise DtypeError(
                 f"`{name}` must be floating (float16, bfloat16, float32 or float64). "
@@ -213,10 +218,10 @@ def check_masks(
         array = arrays[argument.name]
         forms = [sum((lengths[axis] for axis in form), ()) for form in argument.axes]
         shape = forms[0]
-        if argument.kind is Kind.MASK:
+        if argument.kind is not Kind.BIAS:
             shape = next((form for form in forms if len(form) == len(array.shape)), None)
             if shape is None:
-                several = len(forms) > 1
+                several = argument.kind is Kind.MASK and len(forms) > 1
                 order = ": queries and keys; batch before them; heads between" if several else ""
                 raise ShapeError(
                     f"`{argument.name}` must have shape {' or '.join(map(show, forms))}{order}. "

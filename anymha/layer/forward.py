@@ -324,6 +324,8 @@ def _execute(
     if spec.features:
         own = plan.config.feature_weights
         heads |= {name: arrays[name] for name in own if name in arrays}
+    if plan.config.counts_positions:
+        heads |= shape.positions(ops, arrays, spec.position_mask.offset, arrays["query"])
     if mask is not None:
         heads["mask"] = mask
     if bias is not None:
@@ -421,8 +423,8 @@ def _computed(
     bias = arrays.get(f"{name}.bias")
     if bias is not None:
         bias = _real(plan, bias)
-        if name == "key" and plan.free_key_bias:
-            bias = without_gradient(plan.ops, bias)
+        if name == "key":
+            bias = without_gradient(plan.ops, bias, plan.config.free_columns)
     kernel = _real(plan, arrays[f"{name}.kernel"])
     return project(plan.ops, x, kernel, bias, 2 if name == "output" else 1)
 
@@ -483,7 +485,7 @@ def _attention(
         with_scores: Whether the probabilities are wanted.
         observe: Receives the name and the value of each stage; None for no observer.
         heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
-            and "bias", and the features' weights.
+            and "bias", and what the features need.
     """
     ops, query, key, value = plan.ops, heads["query"], heads["key"], heads["value"]
     if plan.narrow and not path.narrow:
@@ -511,7 +513,11 @@ def _weights_of_features(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, A
     for name in config.feature_weights:
         if name in own:
             weight = cast_to(ops, cast_to(ops, own[name], plan.compute_dtype), plan.working)
-            own[name] = without_gradient(ops, weight) if name in config.without_gradient else weight
+            free = config.without_gradient.get(name)
+            if free is not None:
+                free *= weight.shape[-1] // len(free)  # of all heads side by side
+                weight = without_gradient(ops, weight, free)
+            own[name] = weight
     return own
 
 

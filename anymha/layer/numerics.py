@@ -17,18 +17,19 @@ def without_subnormals(ops: Ops, x: Array) -> Array:
     return x + ops.stop_gradient(ops.where(small, 0.0 - x, 0.0))
 
 
-def without_gradient(ops: Ops, array: Array | None) -> Array | None:
-    """The array with a gradient of exactly zero: the key's bias.
+def without_gradient(ops: Ops, array: Array, columns: tuple[bool, ...]) -> Array:
+    """The array with a gradient of exactly zero in some of its last columns: the key's bias.
 
-    It adds one number to all logits of a query, to which the softmax is indifferent: its gradient
-    is zero. Summed up in floating point it would be noise, of other bits in every framework, which
-    an optimiser like Adam scales up to full steps.
+    There it adds one number to all logits of a query, to which the softmax is indifferent: its
+    gradient is zero. Summed up in floating point it would be noise, of other bits in every
+    framework, which an optimiser like Adam scales up to full steps.
     """
     differentiated = ops.capabilities.is_differentiated
-    if array is None or (differentiated is not None and not differentiated(array)):
+    if not any(columns) or (differentiated is not None and not differentiated(array)):
         return array
-    never = ops.asarray(False, dtype=ops.bool, device=ops.device(array))
-    return ops.where(never, array, ops.stop_gradient(array))
+    held = False if all(columns) else [not free for free in columns]
+    held = ops.asarray(held, dtype=ops.bool, device=ops.device(array))
+    return ops.where(held, array, ops.stop_gradient(array))
 
 
 def cast_to(ops: Ops, x: Array, dtype: Any) -> Array:

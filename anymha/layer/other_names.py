@@ -16,7 +16,9 @@ _CACHE = (
     "Leave it out: the layer has no cache. Pass all keys and values, and `query_offset`, the "
     "position of the first query among them."
 )
-_ROTARY = "Leave it out: the layer has no rotary positions; rotate outside of it."
+_ROTARY = (
+    "Make the layer with `rotary`; pass `positions` and `key_positions` if they are no indices."
+)
 _TRAINING = "Pass `training`: training=False is {0}=True, training=True is {0}=False."
 _SEED = "Pass `seed`, an int or the framework's own key."
 _CAUSAL = "Pass `use_causal_mask`."

@@ -26,6 +26,8 @@ from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
 
 (BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
+NO_MASKS = {argument.name for argument in ARRAYS if argument.kind is not Kind.MASK}
+"""The arrays of a call, beside its inputs, that are no masks."""
 
 MOST = 128
 """How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
@@ -83,8 +85,6 @@ class Plan:
         narrow: Whether `carried` is narrower than `working`.
         as_given: Whether the layer computes with the inputs as they are passed.
         double: Whether all is computed in float64.
-        free_key_bias: Whether the key's bias has a gradient of exactly zero, since all that
-            follows ignores one number added to all logits of a row.
         paths: Paths that calls of several lengths take, by what else they depend on.
         heads: The number and the width of the heads of query, key and value.
         context_width: The width of the context, H * d_v.
@@ -107,7 +107,6 @@ class Plan:
     narrow: bool
     as_given: bool
     double: bool
-    free_key_bias: bool
     paths: dict[Any, Path]
     heads: Mapping[str, tuple[int, int]]
     context_width: int
@@ -341,7 +340,6 @@ def _make_plan(
         narrow=narrow,
         as_given=compute_dtype == carried and all(x.dtype == ops.dtype(carried) for x in inputs),
         double=compute_dtype == "float64",
-        free_key_bias=config.ignores_a_constant,
         paths={},
         heads={
             "query": (config.num_heads, config.key_dim),
@@ -411,7 +409,7 @@ def _with_lengths(
         AttentionShape(
             b, config.num_heads, config.key_value_heads, t, s, config.key_dim, config.value_dim,
             plan.working, ops.device(inputs[0]), plan.carried if plan.narrow else None,
-            has_mask=len(masks) > (bias is not None),
+            has_mask=any(name not in NO_MASKS for name in masks),
             has_bias=bias is not None,
             per_query=per_query,
             bias_differentiated=(
@@ -435,6 +433,8 @@ def _differs_by_query(masks: Mapping[str, Any], queries: int, keys: int) -> bool
         keys: Number of those of the key.
     """
     for name, array in masks.items():
+        if BY_NAME[name].kind is Kind.POSITIONS:
+            continue
         lengths = tuple(array.shape)
         form = BY_NAME[name].axes[-1]
         if "T" in form:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from anymha.attention.features import FEATURES, Feature, features_of
 from anymha.attention.features.base import Weight
 from anymha.attention.features.query_key_norm import QueryKeyNorm
+from anymha.attention.features.rotary import Rotary
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name
 from anymha.framework.validation import (
@@ -65,6 +66,8 @@ class AttentionConfig:
         scale: Factor of the logits; default ``1/sqrt(key_dim)``.
         softcap: ``c > 0``: logits become ``c * tanh(logits / c)`` before biases and masks; default
             no cap.
+        rotary: Rotary positions of queries and keys, an `anymha.Rotary`, the dict of its fields, or
+            True for its defaults; default none.
         query_key_norm: Norm of queries and keys, an `anymha.QueryKeyNorm`, the dict of its fields,
             or "rms", "layer" or "l2" for its defaults; default none.
         dropout_rng: "portable" (the same elements in every framework) or "native" (the
@@ -108,6 +111,7 @@ class AttentionConfig:
     sliding_window: int | None = None
     scale: float | None = None
     softcap: float | None = None
+    rotary: Rotary | Mapping[str, Any] | bool | None = None
     query_key_norm: QueryKeyNorm | Mapping[str, Any] | Literal["rms", "layer", "l2"] | None = None
     dropout_rng: Literal["portable", "native"] = "portable"
     dtype: Any = "float32"
@@ -127,11 +131,13 @@ class AttentionConfig:
     """The features that are switched on, in the order in which a call meets them."""
     feature_weights: ClassVar[Mapping[str, Weight]]
     """The weights of the features by name; where the query's width is not known, of any width."""
-    without_gradient: ClassVar[frozenset[str]]
-    """The weights of the features whose gradient is exactly zero, as the key's bias's may be."""
-    ignores_a_constant: ClassVar[bool]
-    """Whether one number added to all logits of a row changes no probability: then the key's bias,
-    which adds such a number, has a gradient of exactly zero."""
+    counts_positions: ClassVar[bool]
+    """Whether a feature counts with the positions of queries and keys."""
+    free_columns: ClassVar[tuple[bool, ...]]
+    """Of the d_k columns those in which the key's bias adds one number to all logits of a row, and
+    that changes no probability: there its gradient is exactly zero."""
+    without_gradient: ClassVar[Mapping[str, tuple[bool, ...]]]
+    """The same for the weights of the features that add one vector to all keys, by name."""
 
     def __post_init__(self) -> None:
         def store(name: str, value: Any) -> None:
@@ -174,15 +180,16 @@ class AttentionConfig:
         store("scale_value", 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale)
         features = features_of(self)
         store("features", features)
-        store("ignores_a_constant", all(f.ignores_a_constant for f in features))
+        store("counts_positions", any(f.counts_positions for f in features))
         store("feature_weights", self._weights_of_features(self.query_features or 1))
-        names: list[str] = []
+        columns, held = (True,) * self.key_dim, {}
         for feature in reversed(features):
             own = feature.weights(self, 1).items()
-            names += [name for name, weight in own if weight.shifts_keys]
-            if not feature.ignores_a_constant:
-                break
-        store("without_gradient", frozenset(names))
+            held |= {name: columns for name, weight in own if weight.shifts_keys}
+            free = feature.free_columns(self.key_dim)
+            columns = tuple([one and other for one, other in zip(columns, free, strict=True)])
+        store("free_columns", columns)
+        store("without_gradient", held)
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:

@@ -18,7 +18,7 @@ _KEY_VALUE_HEADS = "Pass `num_key_value_heads`, a divisor of `num_heads`."
 _KEY_DIM = "Pass `key_dim`, the width of each query and key head."
 _OUTPUT = "Pass `output_shape`; the default is the width of the query input."
 _KERNEL = "Pass `kernel_initializer`."
-_ROTARY = "Leave it out: the layer has no rotary positions."
+_ROTARY = "Pass `rotary=anymha.Rotary({0}=...)`."
 _FUSED = "Leave it out: the layer takes a fused kernel where there is one that computes the same."
 _EXTRA_KEY = "Leave it out: the layer adds no learned key or value; append one to the inputs."
 
@@ -90,8 +90,12 @@ PEERS: Mapping[str, str] = {
     "attn_pdrop": _DROPOUT,
     "attention_probs_dropout_prob": _DROPOUT,
     "attn_logit_softcapping": "Pass `softcap`.",
-    "rope_theta": _ROTARY,
-    "rope_scaling": _ROTARY,
+    "rope_theta": _ROTARY.format("base"),
+    "rope_scaling": _ROTARY.format("scaling"),
+    "rope_parameters": _ROTARY.format("base=..., scaling"),
+    "rotary_dim": _ROTARY.format("dim"),
+    "partial_rotary_factor": _ROTARY.format("dim"),
+    "max_position_embeddings": _ROTARY.format("max_position_embeddings"),
     "is_decoder": "Leave it out, and pass `use_causal_mask=True` to the call.",
     # x-transformers, timm
     "dim": "Pass it " + _WIDTH.format("dim"),

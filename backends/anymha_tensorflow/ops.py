@@ -9,6 +9,7 @@ from tensorflow import (
     abs,
     bool,
     broadcast_to,
+    cos,
     exp,
     float32,
     float64,
@@ -16,6 +17,7 @@ from tensorflow import (
     logical_and,
     matmul,
     reshape,
+    sin,
     sqrt,
     stack,
     stop_gradient,
@@ -32,6 +34,7 @@ from anymha.framework.capabilities import Capabilities
 from anymha_tensorflow.compiled import CompiledCall
 
 name = "tensorflow"
+log = tf.math.log
 bitwise_and = tf.bitwise.bitwise_and
 bitwise_xor = tf.bitwise.bitwise_xor
 bitwise_right_shift = tf.bitwise.right_shift

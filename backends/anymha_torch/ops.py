@@ -16,12 +16,15 @@ from torch import (
     bitwise_right_shift,
     bitwise_xor,
     broadcast_to,
+    cos,
     exp,
     float32,
     float64,
     int32,
+    log,
     logical_and,
     reshape,
+    sin,
     sqrt,
     tanh,
 )
@@ -46,7 +49,7 @@ from anymha_torch.seeds import on_device
 bool = torch.bool
 name = "torch"
 _these: Any = sys.modules[__name__]
-mkl.settle(exp, sqrt, tanh)
+mkl.settle(cos, exp, log, sin, sqrt, tanh)
 
 
 def asarray(obj, /, *, dtype=None, device=None):

@@ -269,17 +269,21 @@ def projections_of(
         weight, bias = module._parameters["weight"], module._parameters["bias"]
         if plans is not None:
             parts.append(_part(name, module))
-        free = name == "key" and bias is not None and config.ignores_a_constant
+        free = name == "key" and bias is not None and any(config.free_columns)
         if bias is not None and free and config.activity_regularizer is not None:
             key_bias = bias.reshape(config.key_value_heads, config.key_dim)
         exact = weight.dtype is carried and rounding_dtype in (None, carried)
         small = module.in_features * module.out_features <= SMALL
         product = linear if small else products.linear
         how = (product, module._parameters, None if exact else rounding_dtype or weight.dtype)
+        never = None
         if bias is not None and free:
             never = torch.zeros_like(bias, dtype=torch.bool) if repeated else None
+            if not all(config.free_columns):
+                held = [not column for column in config.free_columns] * config.key_value_heads
+                never = torch.tensor(held, device=bias.device)
             key_once = partial(_once, *how, free=True, never=never)
-        functions[name] = _repeated(*how) if repeated else _once(*how, free=free)
+        functions[name] = _repeated(*how) if repeated else _once(*how, free=free, never=never)
     query, key, value, context = widths
     value_dim: Any = config.value_dim
     if context not in (None, config.num_heads * value_dim):
@@ -319,8 +323,8 @@ def _once(
         parameters: Its weight and its bias, by "weight" and "bias".
         rounding_dtype: The dtype to which they are rounded before they get that of the input; None
             where they have that of the input.
-        free: Whether the gradient of the bias is exactly zero.
-        never: False for each number of the bias, if that is kept.
+        free: Whether the gradient of the bias is exactly zero, where `never` is False.
+        never: A boolean for each number of the bias; None for False everywhere.
     """
     weight, bias = parameters["weight"], parameters["bias"]
     # A trace is checked without gradients and shall be the same; its bias gets one of about zero.

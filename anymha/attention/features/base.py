@@ -57,10 +57,13 @@ class Feature:
         ignores_a_constant: Whether one number added to all logits of a row, before this feature
             sees them, changes no probability. Where all features do, the key's bias has a gradient
             of exactly zero.
+        counts_positions: Whether `arrays` must have "positions" (1 or B, T) and "key_positions"
+            (1 or B, S), integers.
     """
 
     option: ClassVar[str]
     ignores_a_constant: ClassVar[bool] = False
+    counts_positions: ClassVar[bool] = False
 
     @property
     def behind(self) -> str:
@@ -89,6 +92,14 @@ class Feature:
             query_features: The width D_q of the query input.
         """
         return {}
+
+    def free_columns(self, width: int) -> tuple[bool, ...]:
+        """Which columns of the key's bias only add one number to all logits of a row.
+
+        Args:
+            width: The number d_k of the columns.
+        """
+        return (self.ignores_a_constant,) * width
 
     def heads(
         self, ops: Ops, query: Array, key: Array, arrays: Mapping[str, Array]

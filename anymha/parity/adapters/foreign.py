@@ -17,6 +17,7 @@ from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.recipe import Arrays, Recipe, allowed
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import (
+    POSITIONS,
     STAGES,
     Request,
     Trace,
@@ -104,6 +105,7 @@ def dense_mask(recipe: Recipe) -> np.ndarray | None:
 def refuse(request: Request, library: str, **unknown: bool) -> None:
     """Raise a LayoutError where a library's layer does not know an argument of the call."""
     asked = [f"`{name}`" for name, there in unknown.items() if there]
+    asked += [f"`{name}`" for name in POSITIONS if name in request.call]
     if request.inputs["query"].ndim != 3:
         asked.append("inputs with more axes than (batch, length, features)")
     if asked:

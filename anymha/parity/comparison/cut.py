@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.stages.trace import Request
+from anymha.parity.stages.trace import POSITIONS, Request
 
 LARGEST = 1 << 15
 """The most pairs of queries and keys, over the batch, of a case that is compared whole."""
@@ -64,11 +64,13 @@ def words(request: Request, part: Request) -> str:
 
 def _part(request: Request, batch: int, queries: int, keys: int) -> Request:
     lengths = {"query": queries, "value": keys, "key": keys,
-               "query_mask": queries, "value_mask": keys, "key_mask": keys}  # fmt: skip
+               "query_mask": queries, "value_mask": keys, "key_mask": keys,
+               "positions": queries, "key_positions": keys}  # fmt: skip
 
     def own(name: str, array: Any) -> Any:
         if name in lengths:
-            return array[:batch, : lengths[name]]
+            own = slice(lengths[name])
+            return array[own] if array.ndim == 1 else array[:batch, own]
         sizes = [batch, None, queries, keys][-array.ndim :] if array.ndim != 3 else [
             batch if name == "attention_mask" else None, queries, keys]  # fmt: skip
         return array[tuple(slice(n) for n in sizes)]
@@ -77,6 +79,7 @@ def _part(request: Request, batch: int, queries: int, keys: int) -> Request:
     offset = call.get("query_offset")
     if isinstance(offset, np.ndarray) and offset.ndim:
         call["query_offset"] = offset[:batch]
+    call |= {name: own(name, call[name]) for name in POSITIONS if name in call}
     return dataclasses.replace(
         request,
         inputs={name: own(name, array) for name, array in request.inputs.items()},

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from anymha.parity.oracle.recipe import Recipe
-from anymha.parity.stages.trace import Request
+from anymha.parity.stages.trace import POSITIONS, Request
 
 PROJECTIONS = ("query", "key", "value", "output")
 LARGE = 1 << 20
@@ -46,7 +46,7 @@ def not_told_apart(request: Request, recipe: Recipe, reported: Collection[str]) 
         words.append("the order of query and value: they are the same")
     if offset is not None and not np.any(offset):
         words.append("`query_offset`: it is 0")
-    elif offset is not None and not recipe.causal and recipe.window is None:
+    elif offset is not None and not (recipe.causal or recipe.window or "rotary" in recipe.options):
         words.append("`query_offset`: without causal mask or window it changes nothing")
     mask = request.masks.get("attention_mask")
     square = mask is not None and mask.shape[-2:] == recipe.lengths[1:] and mask.shape[-1] > 1
@@ -85,6 +85,9 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "`use_causal_mask`", recipe.but(causal=False)
     if recipe.window is not None:
         yield "`sliding_window`", recipe.but(window=None)
+    for name in POSITIONS:
+        if getattr(recipe, name) is not None:
+            yield f"`{name}`", recipe.but(**{name: None})
     if recipe.bias is not None:
         yield "`attention_bias`", recipe.but(bias=None)
     if recipe.kept is not None:

@@ -153,6 +153,9 @@ class Recipe:
     window: int | None = None  # Query i sees only keys with ``|i + offset - j| < window``
     # Position of the first query among the keys, of each member of the batch (B,)
     offset: np.ndarray | None = None
+    # The positions that the call gives of queries (1 or B, T) and keys (1 or B, S)
+    positions: np.ndarray | None = None
+    key_positions: np.ndarray | None = None
     bias: np.ndarray | None = None  # Added to the logits, broadcasts to (B, H, T, S)
     kept: np.ndarray | None = None  # The factors of dropout on the probabilities, (B, H, T, S)
     # The step of each stage, in order
@@ -211,6 +214,17 @@ class Recipe:
         (batch, queries, _), keys = self.inputs["query"].shape, self.inputs["key"].shape[1]
         return batch, queries, keys
 
+    def places(self, stage: str) -> np.ndarray:
+        """The positions of queries or of keys, (1 or B, length): those of the call, or indices."""
+        given = self.positions if stage == "query" else self.key_positions
+        length = self.inputs[stage].shape[1]
+        if given is not None and given.shape[1] == length:  # a mistake may turn the axes
+            return given
+        indices = np.arange(length)[None]
+        if stage != "query" or self.offset is None:
+            return indices
+        return indices + np.reshape(self.offset, (-1, 1))
+
     def but(self, **changes: Any) -> Recipe:
         """The recipe with other fields; it knows the stages that these do not change."""
         known = {**self.known, **self._begun}
@@ -235,8 +249,9 @@ class Recipe:
         masks = {
             n: m if m.ndim < 4 or len(m) == 1 else m[at : at + 1] for n, m in self.masks.items()
         }
-        return self.but(inputs=inputs, masks=masks, offset=own(self.offset), bias=own(self.bias),
-                        kept=own(self.kept))  # fmt: skip
+        names = ("offset", "positions", "key_positions", "bias", "kept")
+        others = {name: own(getattr(self, name)) for name in names}
+        return self.but(inputs=inputs, masks=masks, **others)
 
     def stepping(self, stage: str, step: Step) -> Recipe:
         """The recipe with another step for a stage; the sections change its result as before."""
@@ -305,6 +320,8 @@ def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
         return {"masked_logits"}
     if field_name in ("scale", "kept"):
         return {"scale": {"logits"}, "kept": {"dropped_probabilities"}}[field_name]
+    if field_name in ("positions", "key_positions"):
+        return {"query" if field_name == "positions" else "key"}
     if field_name == "steps":
         return {name for name in STEPS if new[name] is not recipe.steps[name]}
     if field_name == "weights":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,8 +125,10 @@ def fold(problem: OracleProblem) -> Folded:
         bool(call.get("use_causal_mask")),
         config.sliding_window,
         offset,
-        bias,
-        _kept(problem, flat),
+        bias=bias,
+        kept=_kept(problem, flat),
+        positions=_places(call.get("positions"), batches, t),
+        key_positions=_places(call.get("key_positions"), batches, s),
         sections=sections_of(config),
         batches=tuple(batches),
     )
@@ -215,6 +218,15 @@ def _mix(x: np.ndarray | np.uint32, key: np.ndarray | int = 0) -> np.ndarray:
     x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51) ^ np.asarray(key, np.uint32)
     x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
     return x ^ (x >> 14)
+
+
+def _places(given: Any, batches: list[int], lengths: list[int]) -> np.ndarray | None:
+    """Positions of a call as (1 or B, length)."""
+    if given is None:
+        return None
+    given = np.asarray(given)
+    own = [1] if given.ndim == len(lengths) else batches
+    return np.broadcast_to(given, (*own, *lengths)).reshape(math.prod(own), -1)
 
 
 def _summed(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,6 +20,7 @@ STAGES = tuple(STEPS)
 """The stages in order."""
 
 INPUTS = ("query", "value", "key")
+POSITIONS = ("positions", "key_positions")
 MASKS = ("attention_mask", "query_mask", "value_mask", "key_mask")
 
 
@@ -77,11 +78,12 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
         raise ArgumentError(
             f"`inputs` must have a 'query'. Received: {', '.join(named) or 'nothing'}."
         )
-    unknown = sorted(set(rest) - {"training", "use_causal_mask", "query_offset", "seed"})
+    known = {*POSITIONS, "training", "use_causal_mask", "query_offset", "seed"}
+    unknown = sorted(set(rest) - known)
     if unknown:
         raise ArgumentError(
             f"The call of a layer has no argument {', '.join(map(repr, unknown))}. It has: "
-            f"{', '.join((*MASKS, 'attention_bias', 'training', 'use_causal_mask'))}, "
+            f"{', '.join((*MASKS, *POSITIONS, 'attention_bias', 'training', 'use_causal_mask'))}, "
             "query_offset, seed."
         )
     # Copies: a function that writes into its inputs must not change the reference's.
@@ -95,7 +97,7 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
         {name: arrays[name] for name in INPUTS if name in arrays},
         {name: _boolean(name, arrays[name]) for name in MASKS if name in arrays},
         None if bias is None else as_numpy(bias),
-        {n: as_numpy(v) if hasattr(v, "shape") else v for n, v in rest.items()},
+        {n: as_numpy(v) if hasattr(v, "shape") else v for n, v in rest.items() if v is not None},
         {name: named[name] for name in INPUTS if name in named},
     )
 

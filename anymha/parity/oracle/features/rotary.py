@@ -1,0 +1,348 @@
+"""Rotary positions: pairs of columns of queries and keys, turned by an angle for each position.
+
+    (a, b) -> (a cos(m w) - b sin(m w), b cos(m w) + a sin(m w))      position m, frequency w
+
+It acts on the projected heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
+
+BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1_000.0, 100.0)
+"""Bases of models."""
+
+DEFAULTS = {
+    "dim": None,
+    "base": 10_000.0,
+    "layout": "half",
+    "columns": "first",
+    "scaling": None,
+    "max_position_embeddings": None,
+}
+
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.5,
+}
+
+
+class RotarySection(Section):
+    """The rotation with the fields of the value, by the names of `DEFAULTS`.
+
+    Args:
+        value: The option, or a dict of its fields.
+        on: The stages that are turned.
+        sign: -1 turns the other way.
+        factor: Of cosines and sines; default that of the scaling.
+        dtype: The half precision in which angles are computed; default none.
+        shifts: What is added to the positions of the stages, by name.
+        by_index: Whether positions of the call are ignored, and the offset too.
+    """
+
+    option = "rotary"
+    examples = ({"dim": 4, "base": 100.0, "scaling": _YARN},)
+    usual = ({}, {"base": 500_000.0}, {"layout": "interleaved"})
+
+    def __init__(
+        self,
+        value: Any,
+        on: tuple[str, ...] = ("query", "key"),
+        sign: int = 1,
+        factor: float | None = None,
+        dtype: Any = None,
+        shifts: dict[str, int] | None = None,
+        by_index: bool = False,
+    ) -> None:
+        fields = value if isinstance(value, Mapping) else vars(value)
+        super().__init__({**DEFAULTS, **fields})
+        self.on, self.sign, self.dtype, self.by_index = on, sign, dtype, by_index
+        self.factor = attention_factor(self.value) if factor is None else factor
+        self.shifts = shifts or {}
+
+    def order(self) -> int:
+        """Behind the norm."""
+        return 1
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """The turned heads."""
+        if stage not in self.on:
+            return array
+        one, two = self._pairs(array.shape[-1])
+        cos, sin, _ = self._turns(stage, array, recipe)
+        a, b, result = array[..., one], array[..., two], array.copy()
+        result[..., one], result[..., two] = a * cos - b * sin, b * cos + a * sin
+        return result
+
+    def backward(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> np.ndarray:
+        """Turned back."""
+        if stage not in self.on:
+            return gradient
+        one, two = self._pairs(array.shape[-1])
+        cos, sin, _ = self._turns(stage, array, recipe)
+        back = -sin
+        if not cancel:
+            cos, sin, back = np.abs(cos), np.abs(sin), np.abs(sin)
+        a, b, result = gradient[..., one], gradient[..., two], gradient.copy()
+        result[..., one], result[..., two] = a * cos + b * sin, b * cos + a * back
+        return result
+
+    def sizes(
+        self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray:
+        """Errors are turned too; an angle is rounded in proportion to its size."""
+        if stage not in self.on:
+            return sizes
+        one, two = self._pairs(array.shape[-1])
+        cos, sin, angles = self._turns(stage, array, recipe)
+        sizes = np.broadcast_to(sizes, array.shape)
+        a, b, result = sizes[..., one], sizes[..., two], sizes.copy()
+        # The exponent of the base is rounded, and the product with the position; 1 is exact.
+        own = self._frequencies(array, recipe)
+        exponents = np.arange(len(own)) / len(own)
+        errors = np.where(own == 1, 0, 1 + math.log(self.value["base"]) * exponents / 2)
+        rounded = np.hypot(a, b) * errors * np.abs(angles) * self.factor
+        result[..., one] = np.sqrt((a * cos) ** 2 + (b * sin) ** 2 + rounded**2)
+        result[..., two] = np.sqrt((b * cos) ** 2 + (a * sin) ** 2 + rounded**2)
+        return result
+
+    def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
+        """The heads times a matrix for each position, with the faults below."""
+        wrong, rotary = port.wrong, self.value
+        rotary = DEFAULTS if "another rotary" in wrong else rotary
+        alone = "rotary of the keys alone" in wrong and place == "query"
+        if place not in ("query", "key") or "rotary left out" in wrong or alone:
+            return array
+        _, length, _, d = array.shape
+        r = d if rotary["dim"] is None else rotary["dim"]
+        first = rotary["columns"] == "first"
+        start = 0 if first != ("rotary on other columns" in wrong) else d - r
+        in_halves = (rotary["layout"] == "half") != ("rotary layout swapped" in wrong)
+        base = 10_000.0 if "another base" in wrong else rotary["base"]
+        scaling = None if "rotary scaling left out" in wrong else rotary["scaling"]
+        plain = {**rotary, "base": base, "scaling": scaling}
+        factor = attention_factor(rotary)
+        if "rotary factor left out" in wrong or "rotary scaling left out" in wrong:
+            factor = 1.0
+        if "rotary factor twice" in wrong:
+            factor *= factor
+        places = np.arange(length, dtype=np.float64)
+        if "query positions off by one" in wrong and place == "query":
+            places += 1
+        numbers = np.outer(places, frequencies(plain, r, length))
+        if "rotary angles in bfloat16" in wrong:
+            own = frequencies(plain, r, length).astype(ml_dtypes.bfloat16)
+            numbers = np.multiply.outer(places.astype(ml_dtypes.bfloat16), own).astype(np.float64)
+        if "rotary turned the other way" in wrong:
+            numbers = -numbers
+        matrices = np.zeros((length, d, d)) + np.eye(d)
+        for pair, angle in enumerate(numbers.T):
+            i, j = (pair, pair + r // 2) if in_halves else (2 * pair, 2 * pair + 1)
+            i, j = start + i, start + j
+            matrices[:, i, i] = matrices[:, j, j] = factor * np.cos(angle)
+            matrices[:, i, j] = factor * np.sin(angle)
+            matrices[:, j, i] = -factor * np.sin(angle)
+        dtype = ops.to_numpy(array).dtype
+        return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)[None]))
+
+    def _pairs(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The columns of the first and the second member of each pair."""
+        r = width if self.value["dim"] is None else self.value["dim"]
+        start, places = 0 if self.value["columns"] == "first" else width - r, np.arange(r // 2)
+        if self.value["layout"] == "half":
+            return start + places, start + places + r // 2
+        return start + 2 * places, start + 2 * places + 1
+
+    def _turns(
+        self, stage: str, array: np.ndarray, recipe: Recipe
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cosines, sines and angles, (B or 1, T, 1, r/2)."""
+        places = np.arange(array.shape[1])[None] if self.by_index else recipe.places(stage)
+        places = places + self.shifts.get(stage, 0)
+        own = self._frequencies(array, recipe)
+        if self.dtype is None:
+            angles = places[..., None] * own
+        else:
+            angles = (places.astype(self.dtype)[..., None] * own.astype(self.dtype)).astype(float)
+        angles = angles[:, :, None]
+        return np.cos(angles) * self.factor, self.sign * np.sin(angles) * self.factor, angles
+
+    def _frequencies(self, array: np.ndarray, recipe: Recipe) -> np.ndarray:
+        width = 2 * len(self._pairs(array.shape[-1])[0])
+        return frequencies(self.value, width, recipe.lengths[2])
+
+    def _with(self, recipe: Recipe, **wrong: Any) -> Recipe:
+        return recipe.with_section(RotarySection(self.value, **wrong))
+
+    def _but(self, recipe: Recipe, **fields: Any) -> Recipe:
+        own = {**self.value, **fields}
+        return recipe.with_section(RotarySection(own, factor=self.factor))
+
+    def swapped(self, recipe: Recipe) -> Variants:
+        """The pairs of the other layout."""
+        other = "interleaved" if self.value["layout"] == "half" else "half"
+        yield f"{other} for {self.value['layout']}", self._but(recipe, layout=other)
+
+    def reversed(self, recipe: Recipe) -> Variants:
+        """By the negative angle."""
+        yield "", self._with(recipe, sign=-1, factor=self.factor)
+
+    def elsewhere(self, recipe: Recipe) -> Variants:
+        """The other end of the heads, or another number of columns."""
+        width = recipe.weights["query.kernel"].shape[2]
+        own = width if self.value["dim"] is None else self.value["dim"]
+        other = "last" if self.value["columns"] == "first" else "first"
+        if own < width:
+            yield f"the {other}", self._but(recipe, columns=other)
+        if (self.value["scaling"] or {}).get("rope_type") == "longrope":
+            return  # which has a factor for each pair
+        for dim in sorted({width - width % 2, width // 4 * 2, width // 8 * 2} - {own, 0}):
+            yield f"{dim} of {width}", self._but(recipe, dim=dim)
+
+    def based(self, recipe: Recipe) -> Variants:
+        """Another base."""
+        for base in BASES:
+            if base != self.value["base"]:
+                words = f"{base:g} in place of {self.value['base']:g}"
+                yield words, self._but(recipe, base=base)
+
+    def coarse(self, recipe: Recipe) -> Variants:
+        """Angles, or their factors, in half precision."""
+        for dtype in (ml_dtypes.bfloat16, np.float16):
+            yield f"in {np.dtype(dtype).name}", self._with(recipe, dtype=dtype)
+
+    def shifted(self, recipe: Recipe) -> Variants:
+        """Positions one too large or too small, or not those of the call."""
+        given = (recipe.positions, recipe.key_positions, recipe.offset)
+        if any(one is not None and np.any(one) for one in given):
+            yield "not those of the call", self._with(recipe, by_index=True)
+        for names in (("query",), ("key",), ("query", "key")):
+            for by in (1, -1):
+                words = f"{' and '.join(names)} {by:+d}"
+                yield words, self._with(recipe, shifts=dict.fromkeys(names, by))
+
+    def misfactored(self, recipe: Recipe) -> Variants:
+        """The factor of cosines and sines left out, or squared."""
+        if self.factor != 1:
+            yield "left out", self._with(recipe, factor=1.0)
+            yield "twice", self._with(recipe, factor=self.factor**2)
+
+    def unscaled(self, recipe: Recipe) -> Variants:
+        """Frequencies without their scaling, with its factor or without."""
+        if self.value["scaling"] is not None:
+            plain = {**self.value, "scaling": None}
+            for factor in sorted({1.0, self.factor}):
+                yield "", recipe.with_section(RotarySection(plain, factor=factor))
+
+    def alone(self, recipe: Recipe) -> Variants:
+        """Queries turned and keys not, or the other way round."""
+        for one, other in (("query", "key"), ("key", "query")):
+            yield f"the {other} is not turned", self._with(recipe, on=(one,))
+
+    mistakes = (
+        ("rotary layout swapped", "Pair column i with i + dim/2 in the layout \"half\", 2i with "
+         "2i + 1 in \"interleaved\"; or permute the columns of the weights.", swapped),
+        ("rotary turned the other way", "(a, b) becomes (a cos - b sin, b cos + a sin): exchange "
+         "the signs of the sines.", reversed),
+        ("rotary on other columns", "Rotate `dim` columns of each head, the `columns` that the "
+         "option names.", elsewhere),
+        ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
+        ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
+         "`key_positions` and `query_offset`.", shifted),
+        ("rotary factor left out or twice", "Multiply cosines and sines by the scaling's factor "
+         "of attention, once.", misfactored),
+        ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
+         unscaled),
+        ("rotary of another base", "Give both the same `base`.", based),
+        ("rotary angles in half precision", "Compute positions times frequencies, cosines and "
+         "sines in float32 at least.", coarse),
+    )  # fmt: skip
+    faults = (
+        ("rotary left out", "rotary left out", "query"),
+        ("another rotary", "another rotary", "query"),
+        ("rotary layout swapped", "rotary layout swapped", "query"),
+        ("rotary turned the other way", "rotary turned the other way", "query"),
+        ("rotary on other columns", "rotary on other columns", "query"),
+        ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
+        ("query positions off by one", "rotary positions off by one", "query"),
+        ("rotary factor left out", "rotary factor left out or twice", "query"),
+        ("rotary factor twice", "rotary factor left out or twice", "query"),
+        ("rotary scaling left out", "rotary scaling left out", "query"),
+        ("another base", "rotary of another base", "query"),
+        ("rotary angles in bfloat16", "rotary angles in half precision", "query"),
+    )
+
+
+SECTION = RotarySection
+
+
+def frequencies(rotary: Mapping[str, Any], width: int, length: int) -> np.ndarray:
+    """(r/2,), by the definition of each scaling, for a call of that length."""
+    base, most = rotary["base"], rotary["max_position_embeddings"]
+    factor: Any
+    s: dict[str, Any] = dict(rotary["scaling"] or {"rope_type": "default"})
+    kind, factor = s["rope_type"], s.get("factor")
+    first = s.get("original_max_position_embeddings", most)
+    pairs = np.arange(width // 2)
+    if kind == "dynamic":
+        stretch = factor * max(length, most) / most - factor + 1
+        base *= stretch ** (width / (width - 2))
+    plain = base ** (-2 * pairs / width)
+    if kind == "linear":
+        return plain / factor
+    if kind == "proportional":
+        turned = int(s.get("partial_rotary_factor", 1.0) * width // 2)
+        return np.where(pairs < turned, plain, 0) / s.get("factor", 1.0)
+    if kind == "longrope":
+        return plain / np.asarray(s["long_factor" if length > first else "short_factor"])
+    turns = first * plain / (2 * np.pi) if first is not None else plain
+    if kind == "llama3":
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return share * plain + (1 - share) * plain / factor
+    if kind == "yarn":
+        factor = most / first if factor is None else factor
+        often, seldom = s.get("beta_fast", 32), s.get("beta_slow", 1)
+        # Of w = base^(-x/width) the column x that turns n times within `first` positions
+        edges = [-width * math.log(2 * math.pi * n / first, base) / 2 for n in (often, seldom)]
+        if s.get("truncate", True):
+            edges = [math.floor(edges[0]), math.ceil(edges[1])]
+        start, stop = max(edges[0], 0), min(edges[1], width - 1)
+        share = np.clip((pairs - start) / ((stop - start) or 0.001), 0, 1)
+        return (1 - share) * plain + share * plain / factor
+    return plain
+
+
+def attention_factor(rotary: Mapping[str, Any]) -> float:
+    """The factor of cosines and sines."""
+    s: dict[str, Any] = dict(rotary["scaling"] or {"rope_type": "default"})
+    if s["rope_type"] not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in s:
+        return s["attention_factor"]
+    most = rotary["max_position_embeddings"]
+    first = s.get("original_max_position_embeddings", most)
+    factor = s["factor"] if "factor" in s else most / first
+    grown = math.log(max(factor, 1.0))
+    if s["rope_type"] == "longrope":
+        return math.sqrt(1 + grown / math.log(first))
+    if s.get("mscale") and s.get("mscale_all_dim"):
+        return (1 + 0.1 * s["mscale"] * grown) / (1 + 0.1 * s["mscale_all_dim"] * grown)
+    return 1 + 0.1 * grown
