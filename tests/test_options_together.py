@@ -1,0 +1,70 @@
+"""Options of today's models together: each acts in its place, with the same bits everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.framework.registry import Backend
+from anymha.parity import compare
+from tests.support import native, normal
+
+LAYER = {"num_heads": 4, "num_key_value_heads": 2, "key_dim": 8, "query_features": 16, "seed": 0}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "qwen 3": {"query_key_norm": "rms", "rotary": True, "sliding_window": 3},
+    "gemma": {
+        "query_key_norm": {"kind": "rms", "scale": "one_plus_weight"},
+        "rotary": {"base": 100.0, "scaling": {"rope_type": "linear", "factor": 2.0}},
+        "softcap": 2.0,
+    },
+    "olmo 2": {"query_key_norm": {"kind": "rms", "over": "width"}, "rotary": {"dim": 4}},
+    "norm behind rotary": {
+        "query_key_norm": {"kind": "layer", "use_bias": True, "after_rotary": True},
+        "rotary": {"layout": "interleaved", "columns": "last", "dim": 4},
+    },
+}
+
+
+def inputs(backend: Backend) -> dict[str, Any]:
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3], [5, 6, 7, 8, 9, 10, 11]], np.int32)
+    arrays = {"query": normal((2, 7, 16), "x"), "positions": positions, "key_positions": positions}
+    return native(backend.ops, arrays)
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_they_agree_with_the_definition(name: str, backend: Backend) -> None:
+    ours, reference = (
+        anymha.MultiHeadAttention(**LAYER, **TOGETHER[name], backend=b)
+        for b in (backend.name, "numpy")
+    )
+    anymha.set_weights(ours, anymha.get_weights(reference))
+    report = compare(reference, ours, normal((2, 7, 16), "x"), use_causal_mask=True)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_reproducible_mode_has_the_bits_of_numpy(name: str, backend: Backend) -> None:
+    options = {**LAYER, **TOGETHER[name], "compute_dtype": "float64"}
+    layer = anymha.MultiHeadAttention(**options, backend=backend.name)
+    other = anymha.MultiHeadAttention(**options, backend="numpy")
+    given = inputs(backend)
+    plain = {name: backend.ops.to_numpy(x) for name, x in given.items()}
+    found = backend.ops.to_numpy(layer(**given, use_causal_mask=True))
+    assert np.array_equal(found, other(**plain, use_causal_mask=True))
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_tiles_give_what_one_piece_gives(name: str, backend: Backend) -> None:
+    found = [
+        backend.ops.to_numpy(layer(**inputs(backend), use_causal_mask=True))
+        for layer in (
+            anymha.MultiHeadAttention(
+                **LAYER, **TOGETHER[name], memory_budget=budget, backend=backend.name
+            )
+            for budget in (None, 64)
+        )
+    ]
+    np.testing.assert_allclose(*found, atol=2e-6)
