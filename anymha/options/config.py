@@ -176,13 +176,13 @@ class AttentionConfig:
         store("features", features)
         store("ignores_a_constant", all(f.ignores_a_constant for f in features))
         store("feature_weights", self._weights_of_features(self.query_features or 1))
-        names: list[str] = []
+        shifts: list[str] = []
         for feature in reversed(features):
             own = feature.weights(self, 1).items()
-            names += [name for name, weight in own if weight.shifts_keys]
+            shifts += [name for name, weight in own if weight.shifts_keys]
             if not feature.ignores_a_constant:
                 break
-        store("without_gradient", frozenset(names))
+        store("without_gradient", frozenset(shifts))
 
     def _check_together(self) -> None:
         if self.num_heads % self.key_value_heads:
