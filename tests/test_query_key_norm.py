@@ -379,6 +379,7 @@ def test_compiled_and_traced_calls_are_the_same() -> None:
     layer = anymha.set_weights(layer, _random(layer))
     x = torch.from_numpy(X.astype(np.float32))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = layer(x)
     for _ in range(3):  # kept projections too
         expected = layer(x)
         torch.testing.assert_close(compiled(x), expected)

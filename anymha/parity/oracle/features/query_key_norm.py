@@ -45,6 +45,11 @@ class QueryKeyNormSection(Section):
         super().__init__({**DEFAULTS, **fields})
         self.names = names
 
+    @property
+    def acts(self) -> tuple[str, ...]:
+        """The stages that are normalised."""
+        return self.names
+
     def order(self) -> int:
         """Before rotary positions, or after them."""
         return 2 if self.value["after_rotary"] else 0
