@@ -211,6 +211,9 @@ def test_layout_refuses_an_option_that_its_layers_lack(layout: str, name: str) -
         options["scale"] = 1.0
     bias = layout not in ("transformers.whisper",) and not layout.startswith("x_")
     value = next(v for v in two_values(name) if v not in (None, False))
+    orders = [getattr(need, "order", "") for need in get_layout(layout).needs]
+    if name == "rotary" and "pairs" in orders:
+        value = {"layout": "interleaved"}
     config = AttentionConfig(**{**options, "use_bias": bias, name: value})
     plain = AttentionConfig(**options, use_bias=False)
     weights = {n: np.zeros(shape, np.float32) for n, shape in plain.weight_shapes().items()}
