@@ -185,7 +185,8 @@ class AttentionConfig:
         columns, held = (True,) * self.key_dim, {}
         for feature in reversed(features):
             own = feature.weights(self, 1).items()
-            held |= {name: columns for name, weight in own if weight.shifts_keys}
+            if any(columns):
+                held |= {name: columns for name, weight in own if weight.shifts_keys}
             free = feature.free_columns(self.key_dim)
             columns = tuple([one and other for one, other in zip(columns, free, strict=True)])
         store("free_columns", columns)
