@@ -60,9 +60,6 @@ EXACT = 1e-3
 """What two measured numbers may leave of the differences."""
 
 
-_NONE = np.zeros(0)
-
-
 @dataclass(frozen=True)
 class _Tried:
     causes: tuple[Cause, ...]
@@ -257,11 +254,8 @@ class Search:
             measured = NUMBERS if not keys and id(one) in measuring else ()
             for other in self._tried(one.recipe, one.causes[0].name, keys, measured=measured):
                 # Two measured numbers may fit what is no attention at all.
-                if (
-                    other is not None
-                    and other.explains
-                    and (not one.rank == other.rank == 1 or other.left <= EXACT)
-                ):
+                certain = other and (not one.rank == other.rank == 1 or other.left <= EXACT)
+                if other and other.explains and certain:
                     usual = self._tried(one.recipe, one.causes[0].name, measured=())
                     other = next((u for u in usual if u and u.explains and not u.rank), other)
                     both = _in_order(*one.causes, *other.causes)
@@ -366,8 +360,7 @@ class Search:
                 found = causes(wrong) if callable(causes) else causes
                 if not found:
                     return None
-                own, left = dict.fromkeys(self.evidence.names, np.inf), np.inf
-                apart = _NONE
+                own, left, apart = dict.fromkeys(self.evidence.names, np.inf), np.inf, np.zeros(0)
                 if many:
                     own = self.evidence.first_errors(wrong, recipe)
                 if not many or whole or _reached(own) > self._reached(recipe):
@@ -381,13 +374,12 @@ class Search:
 
     def _whole(self, tried: Iterable[_Tried]) -> list[_Tried]:
         """With what each leaves of all stages."""
-        every = (
+        again = (
+            one if one.left < np.inf else
             self._weighed(self.recipe, one.causes, one.recipe, one.rank, whole=True)
-            if one.left == np.inf
-            else one
             for one in tried
-        )
-        return [one for one in every if one is not None]
+        )  # fmt: skip
+        return [*filter(None, again)]
 
     def _variants(
         self, recipe: Recipe, skip: str | None = None, alone: bool = False,
