@@ -341,9 +341,12 @@ def _execute(
         output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
     else:
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
-    for see in (observe, activity and activity.see):
-        if see is not None:
-            see("output", ops.astype(output, plan.working) if plan.narrow else output)
+    if observe is not None or activity is not None:
+        seen = ops.astype(output, plan.working) if plan.narrow else output
+        if observe is not None:
+            observe("output", seen)
+        if activity is not None:
+            activity.see("output", seen)
     if activity is None and plan.axes is PLAIN and output.dtype == plan.result:
         if scores is None:
             return output

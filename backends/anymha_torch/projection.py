@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +125,12 @@ def is_plain(module: Any) -> bool:
     )
 
 
+_HELD = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_parameters"
+)
+_PARAMETERS = itemgetter("weight", "bias")
+
+
 class Part(NamedTuple):
     """A plain projection, and what shows in a later call that it still is one.
 
@@ -171,19 +178,14 @@ class Prepared(NamedTuple):
             if modules[name] is not module or type(module) is not kind:
                 return False
             own = module.__dict__  # a module's attributes are slow to find
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-            ):
+            forward, before, backward, before_backward, parameters = _HELD(own)
+            if forward or before or backward or before_backward or "forward" in own:
                 return False
-            parameters = own["_parameters"]
-            weight = parameters.get("weight")
-            if type(weight) is not nn.Parameter:
+            try:
+                weight, own_bias = _PARAMETERS(parameters)
+            except KeyError:  # pruned, or parametrised
                 return False
-            if parameters.get("bias", module) is not bias:
+            if type(weight) is not nn.Parameter or own_bias is not bias:
                 return False
             if (  # `.half()`, say, gives a parameter other values
                 weight.data_ptr() != address
