@@ -71,7 +71,10 @@ def test_every_quantity_of_a_case_matters(name: str) -> None:
         named = BY_NAME[name].options.get("attention_axes")
         axes = len(named) if named else len(BY_NAME[name].query) - 1
         rows = truth.scores.sum(tuple(range(-axes, 0)))
-        assert np.all(np.isclose(rows, 1) | (rows == 0))
+        if BY_NAME[name].config.sinks:  # which take a part of each row
+            assert np.all((rows < 1) | (rows == 0))
+        else:
+            assert np.all(np.isclose(rows, 1) | (rows == 0))
         assert np.mean(rows > 0) > 0.4
 
 

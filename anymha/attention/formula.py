@@ -77,7 +77,9 @@ def formula(
     if biased:
         logits = logits + arrays["bias"]
     mask = _visible(ops, spec, arrays, origin, logits)
-    weights, normalised = _softmax(ops, logits, mask, biased, observe)
+    joining = [feature.joining(arrays) for feature in spec.features]
+    sink = next((logit for logit in joining if logit is not None), None)
+    weights, normalised = _softmax(ops, logits, mask, biased, observe, sink)
     results = {}
     if with_scores or observe is not None:
         results["scores"] = normalised(weights)
@@ -129,7 +131,12 @@ def softmax(ops: Ops, logits: Array) -> Array:
 
 
 def _softmax(
-    ops: Ops, logits: Array, mask: Array | None, biased: bool, observe: Observer | None
+    ops: Ops,
+    logits: Array,
+    mask: Array | None,
+    biased: bool,
+    observe: Observer | None,
+    sink: Array | None,
 ) -> tuple[Array, Callable[[Array], Array]]:
     """Weights, and what multiplies their rows each by one number, to be the masked softmax.
 
@@ -139,12 +146,13 @@ def _softmax(
         mask: Broadcasts to the logits' shape; None masks nothing.
         biased: Whether a logit may be -inf already.
         observe: Receives the masked logits.
+        sink: A further logit of each row, of which no weight comes; None for no such.
     """
     unseen, exact = observe is None, logits.dtype == ops.float64
     own = ops.capabilities.softmax if unseen else None
     # A framework that has a softmax may have been told to refuse numbers that are not finite.
     finite = own is not None
-    if own is not None and (exact or biased or logits.shape[-1] == 0):
+    if own is not None and (exact or biased or sink is not None or logits.shape[-1] == 0):
         own = None
     if mask is None:
         if own is not None:
@@ -162,7 +170,7 @@ def _softmax(
         observe("masked_logits", logits)
     maskable = biased or mask is not None
     weights, total = _exponentials(
-        ops, logits, lowest, mask if lowest > -math.inf else None,
+        ops, logits, lowest, mask if lowest > -math.inf else None, sink,
         maskable=maskable, may_overwrite=unseen,
     )  # fmt: skip
     if exact:  # where a query sees one key, its gradient is zero to the last bit only so
@@ -175,6 +183,7 @@ def _exponentials(
     logits: Array,
     lowest: float = -math.inf,
     mask: Array | None = None,
+    sink: Array | None = None,
     *,
     maskable: bool,
     may_overwrite: bool,
@@ -184,7 +193,8 @@ def _exponentials(
     Their quotient is the softmax, to which c is indifferent: for differentiation it is a constant.
     If `maskable`, a row of -inf gives zeros and the sum 1: the two `where` keep it from making
     NaN, forward and backward. With a finite `lowest`, the least number that is finite, logits where
-    `mask` is False may be that instead of -inf.
+    `mask` is False may be that instead of -inf. A `sink` is one more logit of each row, in the sum
+    and in the greatest alone.
     """
     if is_known(logits.shape[-1]) and logits.shape[-1] == 0:
         return logits, None  # no keys: an empty row has no maximum
@@ -192,6 +202,9 @@ def _exponentials(
     if maskable:
         any_finite = peak > lowest if lowest == -math.inf else peak >= lowest
         peak = ops.where(any_finite, peak, 0.0)
+    if sink is not None:
+        held = ops.stop_gradient(sink)
+        peak = ops.where(held > peak, held, peak)
     exp_and_sum = ops.capabilities.exp_and_sum
     if exp_and_sum is not None and may_overwrite:
         weights, total = exp_and_sum(logits, peak)
@@ -199,6 +212,8 @@ def _exponentials(
         weights = ops.exp(logits - peak)
         weights = weights if mask is None else ops.where(mask, weights, 0.0)
         total = ops.sum(weights, axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + ops.exp(sink - peak)
     return weights, ops.where(total > 0, total, 1.0) if maskable else total
 
 

@@ -27,6 +27,7 @@ def attend(
     bias: Array | None = None,
     observe: Observer | None = None,
     with_scores: bool = False,
+    tiled: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Array | None]:
     """The context of each query head, and the probabilities.
 
@@ -41,6 +42,7 @@ def attend(
         bias: Added to the logits; broadcasts to (B, H, T, S).
         observe: Receives the name and the value of each stage; None for no observer.
         with_scores: Whether the probabilities are wanted; the context has the same bits without.
+        tiled: What the features need in a tile, by name: arrays that broadcast to (B, H, T, S).
 
     Returns:
         The context (B, T, H, d_v) in the dtype of the value, and the probabilities before dropout
@@ -55,6 +57,8 @@ def attend(
         arrays["mask"] = mask if len(mask.shape) == 4 else _of_rank_4(ops, mask)
     if bias is not None:
         arrays["bias"] = _of_rank_4(ops, bias)
+    if tiled:
+        arrays |= tiled
     if path.kernel == "fused":
         results = {"context": _fused(ops, spec, path, arrays)}
         if with_scores:  # in a second pass, so that the context has the same bits

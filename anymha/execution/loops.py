@@ -18,6 +18,9 @@ from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import is_known
 
 Arrays = dict[str, Array]
+OWN = ("query", "key", "value")
+"""The arrays with a width; all others broadcast to (B, H, T, S)."""
+
 Formula = Callable[[AttentionSpec, Mapping[str, Array], TileOrigin], Arrays]
 """Gives the results of a tile that begins at an origin."""
 
@@ -144,9 +147,8 @@ def _one_group(
 
     def one_tile(index: Any, part: Arrays) -> Arrays:
         first = index * tiles.height
-        for name in ("mask", "bias"):
-            if name in part:
-                part[name] = _narrowed(ops, part[name], 2, first, tiles.height)
+        for name in part.keys() - {*OWN}:
+            part[name] = _narrowed(ops, part[name], 2, first, tiles.height)
         start = replace(origin, query=first + tiles.start, key=tiles.key_start)
         return _with_all_keys(ops, formula(spec, part, start), tiles, keys)
 
@@ -163,15 +165,15 @@ def _of_tiles(arrays: Mapping[str, Array], tiles: Tiles, keys: int) -> Arrays:
     part = dict(arrays)
     queries = part["query"].shape[2]
     if (tiles.start, tiles.stop) != (0, queries):
-        for name in ("query", "mask", "bias"):
-            if name in part and (name == "query" or not _is_one(part[name].shape[2])):
+        for name in part.keys() - {"key", "value"}:
+            if name == "query" or not _is_one(part[name].shape[2]):
                 part[name] = part[name][..., tiles.start : tiles.stop, :]
     if (tiles.key_start, tiles.key_stop) != (0, keys):
         for name in ("key", "value"):
             if name in part:
                 part[name] = part[name][..., tiles.key_start : tiles.key_stop, :]
-        for name in ("mask", "bias"):
-            if name in part and not _is_one(part[name].shape[3]):
+        for name in part.keys() - {*OWN}:
+            if not _is_one(part[name].shape[3]):
                 part[name] = part[name][..., tiles.key_start : tiles.key_stop]
     return part
 

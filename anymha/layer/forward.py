@@ -499,9 +499,12 @@ def _attention(
     if observe is not None:
         for name, x in {"query": query, "key": key, "value": value}.items():
             observe(name, x)
+    tiled = {}
+    for feature in spec.features:
+        tiled |= feature.tiled(ops, own, query)
     context, scores = attend(
         ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
-        observe, with_scores,
+        observe, with_scores, tiled,
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context, own)

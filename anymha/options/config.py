@@ -70,6 +70,9 @@ class AttentionConfig:
             True for its defaults; default none.
         query_key_norm: Norm of queries and keys, an `anymha.QueryKeyNorm`, the dict of its fields,
             or "rms", "layer" or "l2" for its defaults; default none.
+        alibi: Whether each logit falls with the distance of query and key, by the slopes of the
+            ALiBi paper; or a slope for each query head.
+        sinks: Whether a learned logit for each head, the weight "sinks", joins each row's softmax.
         dropout_rng: "portable" (the same elements in every framework) or "native" (the
             framework's own generator).
         dtype: Dtype of the weights.
@@ -113,6 +116,8 @@ class AttentionConfig:
     softcap: float | None = None
     rotary: Rotary | Mapping[str, Any] | bool | None = None
     query_key_norm: QueryKeyNorm | Mapping[str, Any] | Literal["rms", "layer", "l2"] | None = None
+    alibi: bool | Sequence[float] = False
+    sinks: bool = False
     dropout_rng: Literal["portable", "native"] = "portable"
     dtype: Any = "float32"
     compute_dtype: Any = None

@@ -103,7 +103,7 @@ class Port:
             logits = logits + number
         hidden = -5.0 if "hidden logits filled" in wrong else -math.inf
         masked = self._with("masked_logits", ops.where(seen, logits, hidden))
-        stages["masked_logits"] = masked
+        stages["masked_logits"] = self.masked_logits = masked
         scores = self._with("probabilities", self._softmax(masked, raw))
         stages["probabilities"] = scores
         kept = scores

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+from anymha.attention.features.alibi import Alibi
 from anymha.attention.features.base import Feature
 from anymha.attention.features.query_key_norm import HeadNorm
 from anymha.attention.features.rotary import RotaryPositions
+from anymha.attention.features.sinks import Sinks
 from anymha.attention.features.softcap import Softcap
 
 __all__ = ["FEATURES", "Feature", "features_of"]
 
-FEATURES: tuple[type[Feature], ...] = (HeadNorm, RotaryPositions, Softcap)
+FEATURES: tuple[type[Feature], ...] = (HeadNorm, RotaryPositions, Softcap, Alibi, Sinks)
 """The features of the layer, in the order in which a call meets them."""
 
 

@@ -107,6 +107,23 @@ class Feature:
         """Queries (B, T, H, d_k) and keys (B, S, K, d_k), once for a call, before the products."""
         return query, key
 
+    def tiled(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> dict[str, Array]:
+        """What the hooks of a tile need of the call's arrays, by names of their own.
+
+        Args:
+            ops: The backend.
+            arrays: The call's arrays by name.
+            like: The queries; the logits are of their `working_dtype`.
+
+        Returns:
+            Arrays that broadcast to (B, H, T, S); a tile gets its part of them.
+        """
+        return {}
+
+    def joining(self, arrays: Mapping[str, Array]) -> Array | None:
+        """A further logit of each row, (1, H, 1, 1), that joins its softmax; None for no such."""
+        return None
+
     def logits(
         self, ops: Ops, logits: Array, origin: TileOrigin, arrays: Mapping[str, Array]
     ) -> Array:

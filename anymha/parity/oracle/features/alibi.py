@@ -1,0 +1,130 @@
+"""ALiBi: logits less a slope for each head times the distance of query and key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
+
+
+def paper_slopes(heads: int) -> np.ndarray:
+    """(H,): a geometric sequence; of H that is no power of 2, filled from one of twice as many."""
+    n = 2 ** int(np.log2(heads))
+    first = 2.0 ** (-8.0 * np.arange(1, n + 1) / n)
+    more = 2.0 ** (-8.0 * np.arange(1, 2 * n + 1) / (2 * n))
+    return np.concatenate([first, more[::2]])[:heads]
+
+
+class AlibiSection(Section):
+    """The distances, each times the slope of its head.
+
+    Args:
+        value: True, or the slopes.
+        factor: Multiplies all of it.
+        one_sided: Whether keys behind the query have no distance.
+        power: The power to which the slopes are raised.
+    """
+
+    option = "alibi"
+    examples = (True,)
+    ignores_a_constant = True
+
+    def __init__(
+        self,
+        value: Any,
+        factor: float = 1.0,
+        one_sided: bool = False,
+        power: float = 1.0,
+    ) -> None:
+        super().__init__(value)
+        self.factor, self.one_sided, self.power = factor, one_sided, power
+
+    @property
+    def acts(self) -> tuple[str, ...]:
+        """The logits."""
+        return ("logits",)
+
+    def order(self) -> int:
+        """Behind a softcap."""
+        return 1
+
+    def _bias(self, recipe: Recipe) -> np.ndarray:
+        """(1 or B, H, T, S)."""
+        heads = recipe.heads[0]
+        slopes = paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
+        slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
+        queries, keys = (recipe.places(n).astype(np.float64) for n in ("query", "key"))
+        distance = queries[:, None, :, None] - keys[:, None, None, :]
+        distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
+        return -self.factor * (slopes**self.power)[:, None, None] * distance
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """The logits and the bias."""
+        return array + self._bias(recipe) if stage == "logits" else array
+
+    def sizes(
+        self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray:
+        """The bias is one more term."""
+        return np.hypot(sizes, self._bias(recipe)) if stage == "logits" else sizes
+
+    def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
+        """The biased logits, with the faults below."""
+        wrong = port.wrong
+        early = "alibi before the scale" in wrong
+        if place != "logits" or "alibi left out" in wrong:
+            return array
+        _, heads, queries, keys = array.shape
+        slopes = paper_slopes(int(heads)) if self.value is True else np.array(self.value)
+        if "alibi of other slopes" in wrong:
+            slopes = slopes**0.5
+        i, j = np.arange(int(queries))[:, None], np.arange(int(keys))
+        distance = (
+            np.maximum(i - j, 0) if "alibi towards the past alone" in wrong else np.abs(i - j)
+        )
+        bias = -slopes[:, None, None] * distance
+        if early:
+            bias = bias * port.scale
+        if "alibi added" in wrong:
+            bias = -bias
+        return array + ops.astype(ops.from_numpy(bias[None].astype(np.float32)), array.dtype)
+
+    def with_the_other_sign(self, recipe: Recipe) -> Variants:
+        """The bias added in place of subtracted."""
+        yield "", recipe.with_section(AlibiSection(self.value, factor=-1.0))
+
+    def towards_the_past(self, recipe: Recipe) -> Variants:
+        """No distance for keys behind the query."""
+        yield "", recipe.with_section(AlibiSection(self.value, one_sided=True))
+
+    def of_other_slopes(self, recipe: Recipe) -> Variants:
+        """Their roots, or their squares: another base of the sequence."""
+        for power, words in ((0.5, "2^(-4h/H)"), (2.0, "2^(-16h/H)")):
+            yield words, recipe.with_section(AlibiSection(self.value, power=power))
+
+    def before_the_scale(self, recipe: Recipe) -> Variants:
+        """Added to the products, which are scaled then."""
+        yield "", recipe.with_section(AlibiSection(self.value, factor=recipe.scale))
+
+    mistakes = (
+        ("alibi added", "Subtract the slope times the distance from the logits.",
+         with_the_other_sign),
+        ("alibi towards the past alone", "The distance is absolute: keys behind the query have one "
+         "too.", towards_the_past),
+        ("alibi of other slopes", "The slopes are 2^(-8h/H), h = 1 .. H; of H that is no power of "
+         "two, those of the next lower one and every other one of twice as many.", of_other_slopes),
+        ("alibi before the scale", "Scale the products first, then subtract slope times distance.",
+         before_the_scale),
+    )  # fmt: skip
+    faults = (
+        ("alibi left out", "alibi left out", "logits"),
+        ("alibi added", "alibi added", "logits"),
+        ("alibi towards the past alone", "alibi towards the past alone", "logits"),
+        ("alibi of other slopes", "alibi of other slopes", "logits"),
+        ("alibi before the scale", "alibi before the scale", "logits"),
+    )
+
+
+SECTION = AlibiSection

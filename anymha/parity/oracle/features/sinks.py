@@ -1,0 +1,113 @@
+"""Sinks: a further logit in the softmax of each row, one for each head, whose column is dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
+
+
+class SinksSection(Section):
+    """The weight "sinks" (H), ``factor * sinks + shift``, in the sum of each row.
+
+    `turned` reverses the heads.
+    """
+
+    option = "sinks"
+    examples = (True,)
+
+    def __init__(
+        self, value: Any, factor: float = 1.0, scaled: bool = False, turned: bool = False
+    ) -> None:
+        super().__init__(value)
+        self.factor, self.scaled, self.turned = factor, scaled, turned
+
+    @property
+    def acts(self) -> tuple[str, ...]:
+        """The probabilities."""
+        return ("probabilities",)
+
+    def _share(self, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """The probability of the sink, (B, H, T, 1)."""
+        masked = stages["masked_logits"]
+        sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
+        sinks = sinks[::-1] if self.turned else sinks
+        sinks = self.factor * sinks * (recipe.scale if self.scaled else 1.0)
+        peak = np.maximum(np.max(masked, axis=-1, keepdims=True, initial=-np.inf), sinks)
+        own = np.exp(sinks - peak)
+        return own / (own + np.sum(np.exp(masked - peak), axis=-1, keepdims=True))
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """What the sink leaves of each probability."""
+        if stage != "probabilities":
+            return array
+        return array * (1.0 - self._share(recipe, stages))
+
+    def own_gradients(
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
+        cancel: bool,
+    ) -> Arrays:
+        """Of the sinks: each probability falls by itself times the share of the sink.
+
+        The gradient of the logits is that of any softmax, of the probabilities as they are then.
+        """
+        if stage != "probabilities":
+            return {}
+        rows = np.sum(stages[stage] * gradient, axis=-1, keepdims=True)
+        own = np.sum(self._share(recipe, stages) * rows, axis=(0, 2, 3))
+        return {"sinks": -own if cancel else own}
+
+    def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
+        """The probabilities with the sink, with the faults below."""
+        wrong = port.wrong
+        if place != "probabilities" or "sinks left out" in wrong:
+            return array
+        sinks = np.array(port.weights["sinks"], np.float64)
+        if "sinks scaled" in wrong:
+            sinks = sinks * port.scale
+        if "sinks of the other heads" in wrong:
+            sinks = sinks[::-1]
+        if "sinks with the other sign" in wrong:
+            sinks = -sinks
+        logits = port.masked_logits
+        sinks = np.ascontiguousarray(sinks.reshape(1, -1, 1, 1)).astype(np.float32)
+        own = ops.exp(ops.astype(ops.from_numpy(sinks), logits.dtype))
+        total = ops.sum(ops.exp(logits), axis=-1, keepdims=True)
+        return array * (total / (total + own))
+
+    def scaled_too(self, recipe: Recipe) -> Variants:
+        """Scaled as the logits are."""
+        yield "", recipe.with_section(SinksSection(self.value, scaled=True))
+
+    def of_other_heads(self, recipe: Recipe) -> Variants:
+        """In the reverse order of heads."""
+        yield "reversed", recipe.with_section(SinksSection(self.value, turned=True))
+
+    def with_the_other_sign(self, recipe: Recipe) -> Variants:
+        """Their negatives; or zeros, the softmax of "plus one"."""
+        for factor, words in ((-1.0, "negative"), (0.0, "zero")):
+            yield words, recipe.with_section(SinksSection(self.value, factor=factor))
+
+    mistakes = (
+        ("sinks scaled", "Let the sinks join the softmax as they are: neither scaled nor capped.",
+         scaled_too),
+        ("sinks of the other heads", "Give each query head its own sink.", of_other_heads),
+        ("sinks with the other sign", "The sink's exponential joins the sum of each row.",
+         with_the_other_sign),
+    )  # fmt: skip
+    faults = (
+        ("sinks left out", "sinks left out", "probabilities"),
+        ("sinks scaled", "sinks scaled", "probabilities"),
+        ("sinks of the other heads", "sinks of the other heads", "probabilities"),
+        ("sinks with the other sign", "sinks with the other sign", "probabilities"),
+    )
+
+
+SECTION = SinksSection
