@@ -74,7 +74,8 @@ class Rotary(FeatureOptions):
     """Rotary positions, the option `rotary` of the layer; frozen, hashable, and checked.
 
     Args:
-        dim: How many columns of each head are rotated, an even number; default all.
+        dim: How many columns of each head are rotated, an even number; default all d_k of queries
+            (B, T, H, d_k) and keys (B, S, K, d_k).
         base: The base of the frequencies ``base^(-2i/dim)``, `rope_theta` in model configs.
         layout: "half" for pairs of columns (i, i + dim/2), as Llama; "interleaved" for pairs
             (2i, 2i + 1), as GPT-J.
