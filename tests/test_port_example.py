@@ -36,6 +36,8 @@ def sample(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Sample
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "backends")]))
     monkeypatch.setenv("COLUMNS", "80")
+    # A file that is mended within a second, to the same size, would be taken from its bytecode.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
     def run(*options: str) -> tuple[pytest.RunResult, dict[str, Any]]:
         ours = ("-p", "anymha.testing.pytest_plugin", "-p", "no:cacheprovider", "--color=no")

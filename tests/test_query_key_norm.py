@@ -13,10 +13,18 @@ from anymha import AttentionConfig, QueryKeyNorm
 from anymha.errors import ConfigError, LayoutError, WeightsError
 from anymha.framework.registry import BUILT_IN, LAYERS, Backend, get_layer
 from anymha.parity import compare
+from tests.frameworks import skip_or_fail
 from tests.peer_layers import need
 from tests.support import native, normal
 
-HOMES = [home.name for home in (*BUILT_IN, *LAYERS)]
+HOMES = {home.name: home for home in (*BUILT_IN, *LAYERS)}
+
+
+def _need_home(name: str) -> None:
+    if not HOMES[name].installed:
+        skip_or_fail(name, f"{HOMES[name].framework} is not installed")
+
+
 OPTIONS: dict[str, Any] = {
     "num_heads": 4, "key_dim": 4, "num_key_value_heads": 2, "query_features": 8, "seed": 0,
     "bias_initializer": "ones",
@@ -105,6 +113,7 @@ def test_queries_and_keys_are_normalised_whole_and_by_tiles(
 
 @pytest.mark.parametrize("home", HOMES)
 def test_every_home_holds_sets_and_converts_the_weights(home: str) -> None:
+    _need_home(home)
     options = {**OPTIONS, "query_key_norm": QueryKeyNorm("layer", "heads", use_bias=True)}
     source = anymha.MultiHeadAttention(**options, backend="numpy")
     started = anymha.get_weights(anymha.MultiHeadAttention(**options, backend=home))
@@ -131,6 +140,7 @@ def test_every_home_holds_sets_and_converts_the_weights(home: str) -> None:
 
 @pytest.mark.parametrize("home", HOMES)
 def test_a_file_keeps_the_norm_and_its_weights(home: str, tmp_path: Any) -> None:
+    _need_home(home)
     layer = anymha.MultiHeadAttention(**OPTIONS, query_key_norm="layer", backend="numpy")
     weights = _random(layer)
     anymha.save(tmp_path / "layer.safetensors", anymha.set_weights(layer, weights))

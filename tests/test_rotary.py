@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from anymha.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from anymha.framework.registry import Backend
 from anymha.parity import compare
 from anymha.parity.oracle.features import rotary as oracle
+from tests.peer_layers import need
 from tests.support import native, normal
 
 OPTIONS = {"num_heads": 4, "num_key_value_heads": 2, "key_dim": 6, "query_features": 8, "seed": 0}
@@ -294,7 +296,8 @@ def test_the_option_is_saved_and_loaded(tmp_path, name: str) -> None:
 
 
 def test_the_option_is_in_keras_config() -> None:
-    layers = pytest.importorskip("anymha_keras")
+    need("keras")
+    layers = importlib.import_module("anymha_keras")
     layer = layers.MultiHeadAttention(2, 4, rotary=Rotary(dim=2), query_features=8)
     assert layers.MultiHeadAttention.from_config(layer.get_config()).config.rotary == Rotary(dim=2)
 
