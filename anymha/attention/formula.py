@@ -77,8 +77,10 @@ def formula(
     if biased:
         logits = logits + arrays["bias"]
     mask = _visible(ops, spec, arrays, origin, logits)
-    joining = [feature.joining(arrays) for feature in spec.features]
-    sink = next((logit for logit in joining if logit is not None), None)
+    sink = None
+    for feature in spec.features:
+        joining = feature.joining(arrays)
+        sink = sink if joining is None else joining
     weights, normalised = _softmax(ops, logits, mask, biased, observe, sink)
     results = {}
     if with_scores or observe is not None:

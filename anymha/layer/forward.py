@@ -499,9 +499,11 @@ def _attention(
     if observe is not None:
         for name, x in {"query": query, "key": key, "value": value}.items():
             observe(name, x)
-    tiled = {}
-    for feature in spec.features:
-        tiled |= feature.tiled(ops, own, query)
+    tiled: dict[str, Array] | None = None
+    if spec.features:
+        tiled = {}
+        for feature in spec.features:
+            tiled |= feature.tiled(ops, own, query)
     context, scores = attend(
         ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
         observe, with_scores, tiled,
