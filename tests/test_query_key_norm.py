@@ -216,7 +216,7 @@ def test_key_bias_matters_but_what_is_added_to_all_keys_has_no_gradient() -> Non
 
 
 def test_kernels_of_frameworks_are_still_taken() -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     layer = anymha.MultiHeadAttention(**OPTIONS, query_key_norm="rms", backend="torch")
     assert anymha.explain(layer, torch.ones(1, 6, 8)).startswith("fused")
 
@@ -273,7 +273,7 @@ def _modules() -> dict[str, tuple[Callable[[Any], Any], QueryKeyNorm]]:
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo2", "gemma3", "cohere"])
 def test_norms_are_those_of_transformers(family: str) -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     make, norm = _modules()[family]
     layer = anymha.MultiHeadAttention(**OPTIONS, query_key_norm=norm, backend="torch")
     weights = _random(layer)
@@ -296,7 +296,7 @@ def test_norms_are_those_of_transformers(family: str) -> None:
 
 
 def test_torch_names_and_lazy_layers() -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     make = get_layer("torch")
     options = {**OPTIONS, "query_key_norm": QueryKeyNorm("layer", use_bias=True)}
     layer = make(**options)
@@ -320,7 +320,7 @@ def test_torch_names_and_lazy_layers() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_keras_config_and_names(tmp_path: Any) -> None:
-    keras = pytest.importorskip("keras")
+    keras = need("keras")
     layer = get_layer("keras")(2, 4, query_key_norm=QueryKeyNorm("layer", use_bias=True), seed=0)
     again = type(layer).from_config(layer.get_config())
     assert again.config.query_key_norm == layer.config.query_key_norm
@@ -384,7 +384,7 @@ def test_wrong_values_are_refused(value: Any, words: str) -> None:
 
 
 def test_compiled_and_traced_calls_are_the_same() -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     layer = anymha.MultiHeadAttention(**OPTIONS, query_key_norm=NORMS["l2"], backend="torch")
     layer = anymha.set_weights(layer, _random(layer))
     x = torch.from_numpy(X.astype(np.float32))

@@ -143,7 +143,7 @@ def test_positions_fold_with_the_attention_axes(backend: Backend) -> None:
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_are_those_of_transformers(name: str) -> None:
     rope = pytest.importorskip("transformers.modeling_rope_utils")
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     for base, dim, length in ((500_000.0, 8, 16), (10_000.0, 8, 100_000)):
         rotary = _scaled(name, base)
         kind = rotary.scaled["rope_type"]
@@ -169,7 +169,7 @@ def test_frequencies_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["half", "interleaved", "partial"])
 def test_rotate_is_that_of_transformers(backend: Backend, name: str) -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     modules = {"half": "llama.modeling_llama", "interleaved": "gptj.modeling_gptj",
                "partial": "glm.modeling_glm"}  # fmt: skip
     module = pytest.importorskip(f"transformers.models.{modules[name]}")
@@ -208,7 +208,7 @@ def test_rotate_by_every_scaling(backend: Backend, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_lengths_that_a_traced_program_does_not_know(name: str) -> None:
-    tf = pytest.importorskip("tensorflow")
+    tf = need("tensorflow")
     rotary = _scaled(name, 50.0)
     options = {**OPTIONS, "key_dim": 8, "rotary": rotary, "backend": "tensorflow"}
     layer = anymha.MultiHeadAttention(**options)
@@ -257,7 +257,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_a_fused_kernel_is_still_taken() -> None:
-    torch = pytest.importorskip("torch")
+    torch = need("torch")
     layer = anymha.MultiHeadAttention(**OPTIONS, rotary=True, backend="torch")
     x = torch.from_numpy(normal((2, 6, 8), "x"))
     assert anymha.explain(layer, x).startswith("fused")

@@ -111,7 +111,7 @@ ARRAYS = (
     ),
     CallArgument(
         "positions", Kind.POSITIONS,
-        "(T,) or (B, T) integers, the queries' positions for `rotary`; default index + "
+        "(T,) or (B, T) integers, the queries' positions for `rotary` and `alibi`; default index + "
         "`query_offset`. Causality and windows go by the index all the same.",
         axes=("T", "BT"), hint="Pass one position for each query.",
     ),
