@@ -1,0 +1,180 @@
+"""ONNX's own conformance cases of Attention-23, -24 and -25 and RotaryEmbedding-23.
+
+The cases and their expected numbers come from the package `onnx`. What the operators have besides
+attention is done here in NumPy: heads are packed and unpacked, keys of a past stand before the new
+ones, a short mask hides what lies behind it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.attention.features.rotary import RotaryPositions
+from anymha.framework.registry import Backend
+from tests.frameworks import required
+from tests.support import native
+
+required("onnx")
+
+AFTER_SOFTMAX = 3
+"""The mode of `qk_matmul_output` that are the probabilities; the others are logits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case: inputs, attributes and expected outputs of a node, by ONNX's names."""
+
+    inputs: Mapping[str, np.ndarray]
+    attributes: Mapping[str, Any]
+    outputs: Mapping[str, np.ndarray]
+
+
+def _cases(module: str, name: str) -> dict[str, Case]:
+    """The cases of an operator, by name; the package's own functions make them."""
+    helper = importlib.import_module("onnx.helper")
+    folder = importlib.import_module(f"onnx.backend.test.case.node.{module}")
+    maker, found = getattr(folder, name), dict[str, Case]()
+
+    def expect(node: Any, inputs: Any, outputs: Any, name: str, **_: Any) -> None:
+        given = [place for place in node.input if place]
+        made = [place for place in node.output if place]
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        found[name.removeprefix("test_")] = Case(
+            dict(zip(given, inputs, strict=True)), attributes, dict(zip(made, outputs, strict=True))
+        )
+
+    state, own = np.random.get_state(), folder.expect
+    np.random.seed(0)
+    folder.expect = expect
+    try:
+        for export in sorted(name for name in dir(maker) if name.startswith("export")):
+            getattr(maker, export)()
+    finally:
+        folder.expect = own
+        np.random.set_state(state)
+    return found
+
+
+ATTENTION = _cases("attention", "Attention")
+ROTARY = _cases("rotaryembedding", "RotaryEmbedding")
+
+
+def _heads_behind(x: np.ndarray, heads: int | None) -> np.ndarray:
+    """(B, T, H, d) of (B, H, T, d), or of (B, T, H * d) where the number of heads is told."""
+    return x.swapaxes(1, 2) if x.ndim == 4 else x.reshape(*x.shape[:2], heads, -1)
+
+
+def _as_asked(case: Case, context: np.ndarray) -> np.ndarray:
+    """A context (B, T, H, d) with its axes as those of the case's query."""
+    if case.inputs["Q"].ndim == 4:
+        return context.swapaxes(1, 2)
+    return context.reshape(*context.shape[:2], -1)
+
+
+def _call(case: Case) -> dict[str, Any]:
+    """The arguments of `dot_product_attention` that mean the same as the node."""
+    inputs, attributes = case.inputs, case.attributes
+    shared = attributes.get("kv_num_heads")
+    query = _heads_behind(inputs["Q"], attributes.get("q_num_heads"))
+    key, value = (_heads_behind(inputs[name], shared) for name in ("K", "V"))
+    offset: Any = 0
+    if "past_key" in inputs:
+        past = [_heads_behind(inputs[name], shared) for name in ("past_key", "past_value")]
+        key, value = (np.concatenate(pair, axis=1) for pair in zip(past, (key, value), strict=True))
+        offset = past[0].shape[1]
+    call: dict[str, Any] = {"query": query, "key": key, "value": value}
+    if "nonpad_kv_seqlen" in inputs:
+        lengths = inputs["nonpad_kv_seqlen"]
+        call["value_mask"] = np.arange(key.shape[1]) < lengths[:, None]
+        offset = (lengths - query.shape[1]).astype(np.int32)
+    if "attn_mask" in inputs:
+        mask = inputs["attn_mask"]
+        is_bool = mask.dtype == bool
+        behind = [(0, 0)] * (mask.ndim - 1) + [(0, key.shape[1] - mask.shape[-1])]
+        mask = np.pad(mask, behind, constant_values=False if is_bool else -np.inf)
+        call["mask" if is_bool else "bias"] = mask if is_bool else mask.astype(query.dtype)
+    sides = [attributes.get(f"{side}_window_size", -1) for side in ("left", "right")]
+    if max(sides) >= 0:
+        call["window"] = tuple(None if side < 0 else side for side in sides)
+    if attributes.get("softcap"):
+        call["softcap"] = attributes["softcap"]
+    return call | {
+        "scale": attributes.get("scale"),
+        "is_causal": bool(attributes.get("is_causal")),
+        "query_offset": offset,
+    }
+
+
+def test_the_cases_are_there() -> None:
+    seen = {name for case in ATTENTION.values() for name in (*case.inputs, *case.attributes)}
+    assert {"past_key", "nonpad_kv_seqlen", "attn_mask", "softcap", "left_window_size"} <= seen
+    assert len(ATTENTION) >= 90
+    assert len(ROTARY) >= 8
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(backend: Backend, name: str) -> None:
+    case = ATTENTION[name]
+    given = native(backend.ops, _call(case))
+    context, scores = (
+        backend.ops.to_numpy(array)
+        for array in anymha.dot_product_attention(**given, return_scores=True)
+    )
+    expected = case.outputs["Y"]
+    # ONNX rounds each step of half precision, this library the result.
+    bound = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[str(expected.dtype)]
+    got = _as_asked(case, context).astype(np.float64)
+    np.testing.assert_allclose(got, expected.astype(np.float64), rtol=bound, atol=bound)
+    if case.attributes.get("qk_matmul_output_mode") == AFTER_SOFTMAX:
+        expected = case.outputs["qk_matmul_output"].astype(np.float64)
+        np.testing.assert_allclose(scores.astype(np.float64), expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_embedding(backend: Backend, name: str) -> None:
+    """Its tables are given, and random: what turns by tables is the feature's own function."""
+    ops, case = backend.ops, ROTARY[name]
+    x = _heads_behind(case.inputs["input"], case.attributes.get("num_heads"))
+    tables = [case.inputs[f"{kind}_cache"] for kind in ("cos", "sin")]
+    if "position_ids" in case.inputs:
+        tables = [table[case.inputs["position_ids"]] for table in tables]
+    layout = "interleaved" if case.attributes.get("interleaved") else "half"
+    rotary = anymha.Rotary(dim=case.attributes.get("rotary_embedding_dim"), layout=layout)
+    feature = RotaryPositions.of_heads(rotary, x.shape[-1])
+    cos, sin = (ops.from_numpy(table[:, :, None]) for table in tables)
+    turned = ops.to_numpy(feature.turned(ops, ops.from_numpy(x), cos, sin))
+    (expected,) = case.outputs.values()
+    got = turned.swapaxes(1, 2) if expected.ndim == 4 else turned.reshape(expected.shape)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dim", [None, 4])
+def test_rotate_with_real_tables(backend: Backend, layout: Any, dim: int | None) -> None:
+    """ONNX's reference with the tables of the paper's angles."""
+    reference = importlib.import_module("onnx.reference.ops.op_rotary_embedding")
+    rng, width = np.random.default_rng(0), dim or 8
+    x = rng.standard_normal((2, 5, 3, 8)).astype(np.float32)
+    places = np.array([[0, 1, 2, 3, 4], [7, 90, 2, 40_000, 5]])
+    angles = places[..., None] * 10_000.0 ** (-np.arange(0, width, 2) / width)
+    expected = reference.rotary_embedding(
+        x.swapaxes(1, 2),
+        np.cos(angles).astype(np.float32),
+        np.sin(angles).astype(np.float32),
+        interleaved=layout == "interleaved",
+        rotary_embedding_dim=dim,
+    )
+    rotary = anymha.Rotary(dim=dim, layout=layout)
+    given = native(backend.ops, {"x": x, "positions": places})
+    turned = backend.ops.to_numpy(anymha.rotate(**given, rotary=rotary))
+    # Angles of 40,000 are exact to 0.002 in float32.
+    np.testing.assert_allclose(turned.swapaxes(1, 2), expected, rtol=1e-5, atol=1e-2)
+    early = places < 100
+    np.testing.assert_allclose(turned[early], expected.swapaxes(1, 2)[early], rtol=1e-5, atol=3e-5)
