@@ -35,6 +35,7 @@ RAISING = [
         *FUNCTIONS,
         "eager_loop",
         "fused_window",
+        "fused_sinks",
         "initializer_style",
     )  # the last are not called
 ]

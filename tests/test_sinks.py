@@ -104,6 +104,40 @@ def test_great_logits_do_not_overflow(backend: Backend) -> None:
     assert np.all(np.isfinite(backend.ops.to_numpy(layer(x))))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's compiler does so
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torch_takes_its_kernel_in_float32(compiled: bool) -> None:
+    """Its values and its first and second derivatives are those of float64 by the formula."""
+    torch = need("torch")
+    x = normal((2, 7, 8), "x")
+    cotangent = torch.from_numpy(normal((2, 7, 8), "cotangent"))
+    found = {}
+    for dtype in ("float32", "float64"):
+        layer = with_sinks("torch", SINKS.clip(-1, 3), dtype=dtype, sliding_window=3)
+        given = torch.from_numpy(x).to(layer.query.weight.dtype).requires_grad_()
+        call = {"use_causal_mask": True}
+        told = anymha.explain(layer, given, **call)
+        assert told.startswith("fused") == (dtype == "float32")
+        run = (
+            torch.compile(layer, fullgraph=True, backend="aot_eager")
+            if compiled and dtype == "float32"
+            else layer
+        )
+        output = run(given, **call)
+        parameters = [given, *layer.parameters()]
+        again = run is layer  # a program cannot be differentiated twice
+        first = torch.autograd.grad(
+            output, parameters, cotangent.to(output.dtype), create_graph=again
+        )
+        arrays = [output, *first]
+        if again:
+            lengths = sum((one**2).sum() for one in first)
+            arrays += torch.autograd.grad(lengths, parameters, materialize_grads=True)
+        found[dtype] = [array.detach().double().numpy() for array in arrays]
+    for got, expected in zip(found["float32"], found["float64"], strict=False):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
+
+
 def test_it_is_that_of_gpt_oss() -> None:
     torch: Any = need("torch")
     need("transformers")

@@ -21,6 +21,7 @@ from functools import partial
 
 import numpy as np
 
+from anymha.attention.features.base import joining_logit
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
 from anymha.framework.dtypes import dtype_name, working_dtype
@@ -77,10 +78,7 @@ def formula(
     if biased:
         logits = logits + arrays["bias"]
     mask = _visible(ops, spec, arrays, origin, logits)
-    sink = None
-    for feature in spec.features:
-        joining = feature.joining(arrays)
-        sink = sink if joining is None else joining
+    sink = joining_logit(spec.features, arrays) if spec.features else None
     weights, normalised = _softmax(ops, logits, mask, biased, observe, sink)
     results = {}
     if with_scores or observe is not None:

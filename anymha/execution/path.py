@@ -198,7 +198,7 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
     if why_not_fused is None:
         return f"{ops.name} has no kernel here with the written meaning"
     for feature in spec.features:
-        if reason := feature.why_not_fused():
+        if reason := feature.why_not_fused(ops.capabilities):
             return reason
     return why_not_fused(spec, shape)
 

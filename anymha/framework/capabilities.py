@@ -76,6 +76,8 @@ class Capabilities:
             (B, H, T, d_v) by a kernel with exactly the written meaning; masks of positions are in
             "mask", or `causal` says them.
         fused_window: Whether `causal` of the kernel means the window of `spec` too.
+        fused_sinks: Whether the kernel takes a further logit of each row's softmax, which has no
+            value, as `anymha.attention.features.base.joining_logit` gives it.
         why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
             `anymha.execution.path.AttentionShape`; None where it can.
         mixed_dtype: ``mixed_dtype(x)``: the half-precision dtype in which a region of the
@@ -113,6 +115,7 @@ class Capabilities:
     narrow: Function | None = None
     fused_attention: Function | None = None
     fused_window: bool = False
+    fused_sinks: bool = False
     why_not_fused: Callable[[Any, Any], str | None] | None = None
     mixed_dtype: Callable[[Array], Any] | None = None
     multiplies: Callable[[Any, Any], bool] | None = None

@@ -349,6 +349,11 @@ class CapabilityTests(BackendTests):
         case = AttentionCase("causal window", lengths=(9, 9), window=(3, 0))
         self.test_fused_attention_has_the_written_meaning(ops, case)
 
+    def test_fused_sinks_has_the_written_meaning(self, ops: Any) -> None:
+        """A further logit of each head joins the softmax of its rows, and has no value."""
+        self.need(ops, "fused_sinks")
+        self.test_fused_attention_has_the_written_meaning(ops, AttentionCase("sinks", sinks=True))
+
     @by_case
     def test_fused_attention_has_the_written_gradients(self, ops: Any, case: AttentionCase) -> None:
         """Of queries, keys and values, and of the bias where it is asked for."""
@@ -390,6 +395,8 @@ class CapabilityTests(BackendTests):
         """Skip the test unless the backend's kernel can do the call."""
         self.need(ops, "fused_attention", case.dtype)
         reason = self._why_not_fused(ops, case)
+        if reason is None and case.sinks and not ops.capabilities.fused_sinks:
+            reason = "it has no `fused_sinks`"
         if reason is not None:
             pytest.skip(f"{ops.name} does not fuse the case {case.name!r}: {reason}")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anymha.attention.dropout import Dropout
+from anymha.attention.features.sinks import Sinks
 from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.attend import attend
@@ -60,6 +61,7 @@ class AttentionCase:
     offset: int | Shape = 0  # Position of the first query, or one for each of the batch
     dropout: int = 0  # The dropout's threshold; 0 for none
     native: bool = False  # Whether the framework's own generator decides
+    sinks: bool = False  # Whether a further logit joins each row's softmax
     budget: int | None = None  # Bytes for the logits of a tile
 
     def spec(self, ops: Ops) -> AttentionSpec:
@@ -69,7 +71,8 @@ class AttentionCase:
             offset = ops.from_numpy(np.array(offset, np.int32))
         dropout = Dropout(self.dropout, 2**40 + 5, self.native) if self.dropout else None
         positions = PositionMask(*self.window, offset)
-        return AttentionSpec(self.scale, (), positions, dropout, self.budget)
+        features = (Sinks(),) if self.sinks else ()
+        return AttentionSpec(self.scale, features, positions, dropout, self.budget)
 
     def arrays(self) -> Arrays:
         """What is computed from, as NumPy arrays."""
@@ -87,6 +90,8 @@ class AttentionCase:
             if self.bias_hides:
                 bias[~_seen(self.bias)] = -np.inf
             arrays["bias"] = bias
+        if self.sinks:
+            arrays["sinks"] = values(1, heads, 1, 1, dtype=dtype, seed=6)
         return arrays
 
     def shape(self, ops: Ops) -> AttentionShape:
@@ -150,6 +155,22 @@ CASES = (
     AttentionCase("dropout, bias, window", bias=(4, 7, 9), window=(3, 1), dropout=9, budget=64),
     AttentionCase("dropout, offsets", window=(2, 0), offset=(0, 4), dropout=20000, budget=64),
     AttentionCase("native dropout", dropout=20000, native=True, budget=64),
+    AttentionCase("sinks", sinks=True),
+    AttentionCase("sinks, grouped heads", heads=(4, 2), mask=(2, 1, 1, 9), sinks=True),
+    AttentionCase("sinks, other width of the value", widths=(8, 6), sinks=True),
+    AttentionCase("sinks, mask", mask=(7, 9), sinks=True),
+    AttentionCase("sinks, mask and bias", mask=(2, 4, 7, 9), bias=(4, 7, 9), sinks=True),
+    AttentionCase("sinks, causal", lengths=LONG, window=(None, 0), sinks=True),
+    AttentionCase("sinks, nothing to see", window=(None, 0), offset=-3, sinks=True),
+    AttentionCase(
+        "sinks, window in tiles",
+        lengths=LONG,
+        heads=(4, 2),
+        window=(20, 10),
+        budget=1 << 14,
+        sinks=True,
+    ),
+    AttentionCase("sinks, dropout", dropout=20000, budget=64, sinks=True),
     AttentionCase("float64", "float64", heads=(4, 2), mask=(2, 4, 7, 9), bias=(7, 9)),
     AttentionCase("float64, causal", "float64", window=(None, 0)),
     AttentionCase("float64, dropout", "float64", window=(2, 1), dropout=20000, budget=64),
@@ -170,8 +191,9 @@ def context(ops: Any, path: Path, case: AttentionCase, arrays: Mapping[str, Any]
 
     def run(given: Mapping[str, Any]) -> Any:
         rest = {name: given[name] for name in ("mask", "bias") if name in given}
+        tiled = {"sinks": given["sinks"]} if case.sinks else None
         inputs = [given[name] for name in ("query", "key", "value")]
-        return attend(ops, case.spec(ops), path, *inputs, **rest)[0]
+        return attend(ops, case.spec(ops), path, *inputs, **rest, tiled=tiled)[0]
 
     return ops.in_float64(run, arrays) if case.dtype == "float64" else run(arrays)
 
@@ -179,7 +201,7 @@ def context(ops: Any, path: Path, case: AttentionCase, arrays: Mapping[str, Any]
 def gradients(ops: Any, path: Path, case: AttentionCase, vjp: Any) -> Arrays:
     """The gradients of what is differentiated, by a backend's `vjp`, as NumPy arrays."""
     native = {name: ops.from_numpy(array) for name, array in case.arrays().items()}
-    names = ["query", "key", "value", *["bias"] * case.bias_differentiated]
+    names = ["query", "key", "value", *["bias"] * case.bias_differentiated, *["sinks"] * case.sinks]
     fixed = {name: array for name, array in native.items() if name not in names}
     shape = (BATCH, case.lengths[0], case.heads[0], case.widths[1])
     pulled = vjp(

@@ -11,12 +11,14 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
+from anymha.attention.features.base import Feature, joining_logit
 from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout, triton_attention
 from anymha_torch.native import seeded
+from anymha_torch.sinks import attention as with_sinks
 
 
 def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
@@ -30,6 +32,10 @@ def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
         return "torch's kernel has dropout of its own in half precision on CUDA alone"
     elif shape.value_dim != shape.key_dim:
         return "torch's kernel wants `value_dim` equal to `key_dim`"
+    if any(type(feature).joining is not Feature.joining for feature in spec.features) and (
+        shape.device.type != "cpu" or shape.dtype != torch.float32 or spec.dropout is not None
+    ):
+        return "torch's kernel has sinks in float32 on a CPU and without dropout alone"
     if shape.bias_differentiated:
         return "torch's kernel gives no gradient to a bias"
     compiling = torch.compiler.is_compiling()
@@ -71,6 +77,9 @@ def fused_attention(
     elif mask is not None and mask.__class__ is torch.Tensor and mask.is_cpu:
         mask = torch.where(mask, _SEEN, _HIDDEN)  # as the kernel does, by numbers that are kept
     value = arrays["value"]
+    sinks = joining_logit(spec.features, arrays) if spec.features else None
+    if sinks is not None:
+        return with_sinks(spec, causal, mask, query, key, value, sinks)
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
     kernel = partial(

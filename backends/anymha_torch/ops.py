@@ -284,6 +284,7 @@ capabilities = Capabilities(
     narrow=narrow,
     fused_attention=fused_attention,
     why_not_fused=why_not_fused,
+    fused_sinks=True,
     mixed_dtype=mixed_dtype,
     multiplies=multiplies,
     linear=linear,

@@ -213,7 +213,7 @@ def differentiable(
     spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
     """The gradients by the written formula, in one piece, which can be differentiated again."""
-    named = dict(zip(("query", "key", "value"), arrays, strict=True))
+    named = dict(zip(("query", "key", "value", "sinks"), arrays, strict=False))
     context = written(backend(), spec, None, {**named, **rest})["context"]
     wanted = [x for x, need in zip(arrays, needed, strict=True) if need]
     gradients = iter(torch.autograd.grad(context, wanted, cotangent, create_graph=True))

@@ -426,6 +426,7 @@ def sound(ops: Any) -> dict[str, Any]:
         "multiplies": lambda dtype, device: False,
         "wide_matmul": lambda x, y: np.matmul(np.float32(x), np.float32(y)),
         "fused_window": True,
+        "fused_sinks": True,
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
         "resized": resized,
@@ -849,6 +850,14 @@ FAULTS = (
             "fused_window": True,
         },
         (MASKED, "test_fused_window_has_the_written_meaning"),
+    ),
+    Fault(
+        "fused_sinks without sinks",
+        lambda o: {
+            **fused(lambda spec, given: (replace(spec, features=()), given))(o),
+            "fused_sinks": True,
+        },
+        (MASKED, "test_fused_sinks_has_the_written_meaning"),
     ),
     Fault(
         "another context in half precision",

@@ -12,7 +12,7 @@ The order of the hooks in a call:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -146,6 +146,19 @@ class Feature:
         """The context (B, T, H, d_v), once for a call, before the output projection."""
         return context
 
-    def why_not_fused(self) -> str | None:
-        """Why a kernel without this feature cannot do the call; None where it can."""
+    def why_not_fused(self, capabilities: Any) -> str | None:
+        """Why a backend's kernel cannot do the call with this feature; None where it can.
+
+        Args:
+            capabilities: The backend's `anymha.framework.capabilities.Capabilities`.
+        """
         return f"the kernel has no {self.option}"
+
+
+def joining_logit(features: Iterable[Feature], arrays: Mapping[str, Array]) -> Array | None:
+    """The logit (1, H, 1, 1) that joins the softmax of each row, of the feature that has one."""
+    for feature in features:
+        logit = feature.joining(arrays)
+        if logit is not None:
+            return logit
+    return None

@@ -182,7 +182,7 @@ class HeadNorm(Feature):
         x = ops.reshape(x, shape) if norm.over == "width" else x
         return x if dtype == working else ops.astype(x, dtype)
 
-    def why_not_fused(self) -> None:
+    def why_not_fused(self, capabilities: Any) -> None:
         """A kernel takes queries and keys as they are then."""
 
 

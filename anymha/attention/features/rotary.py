@@ -262,7 +262,7 @@ class RotaryPositions(Feature):
         rest = [True] * (width - self.width)
         return tuple(pairs + rest if self.rotary.columns == "first" else rest + pairs)
 
-    def why_not_fused(self) -> str | None:
+    def why_not_fused(self, capabilities: Any) -> str | None:
         """A kernel takes queries and keys that are turned already."""
         return None
 

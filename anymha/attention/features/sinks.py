@@ -60,6 +60,10 @@ class Sinks(Feature):
         sinks = sinks if sinks.dtype == dtype else ops.astype(sinks, dtype)
         return {"sinks": ops.reshape(sinks, (1, -1, 1, 1))}
 
+    def why_not_fused(self, capabilities: Any) -> str | None:
+        """Only some kernels take a logit that joins the softmax."""
+        return None if capabilities.fused_sinks else super().why_not_fused(capabilities)
+
     def joining(self, arrays: Mapping[str, Array]) -> Array:
         """The logit that joins each row."""
         return arrays["sinks"]
