@@ -27,13 +27,7 @@ CONSTRAINTS = "constraints.txt"
 TENSORFLOW = "tensorflow" if sys.platform == "darwin" else "tensorflow-cpu"
 FRAMEWORKS = {"numpy": [], "torch": ["torch"], "tensorflow": [TENSORFLOW], "jax": ["jax"]}
 LAYERS = ["keras", "flax", "equinox"]  # whose arrays are those of a framework above
-PEERS = [
-    "haiku",
-    "transformers",
-    "peft",
-    "accelerate",
-    "onnx",
-]  # whose results ours are held against
+PEERS = ["haiku", "transformers", "peft", "accelerate", "onnx"]  # ours are held against them
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
 # What looks at what is installed: imports, the registry, commands, messages, files and layers of
