@@ -72,6 +72,49 @@ def test_it_is_a_bias_whole_and_by_tiles(backend: Backend, call: str, budget: in
     assert np.max(np.abs(got - backend.ops.to_numpy(plain(x, **options)))) > 1e-3
 
 
+@pytest.mark.parametrize("heads", [2, 1])
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"sliding_window": 30}, {"dropout": 0.5}])
+def test_torch_takes_its_kernel_by_tiles(options: dict[str, Any], heads: int) -> None:
+    """Its results are those of float64 by the formula; with dropout no kernel has a bias."""
+    torch = need("torch")
+    places = np.stack([np.arange(150), np.arange(150)[::-1]]).astype(np.int32)
+    arrays = {"query": normal((2, 150, 8), "x"), "positions": places, "key_positions": places}
+    mask = np.ones((2, 150), bool)
+    mask[1, 70:] = False
+    found = {}
+    for dtype in ("float32", "float64"):
+        layer = anymha.MultiHeadAttention(
+            **OPTIONS, **options, num_key_value_heads=heads, alibi=True, dtype=dtype,
+            memory_budget=1 << 15, backend="torch",
+        )  # fmt: skip
+        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        given["query"] = given["query"].to(layer.query.weight.dtype).requires_grad_()
+        call = {**given, "use_causal_mask": True, "value_mask": torch.from_numpy(mask)}
+        call |= {"training": True, "seed": 3} if "dropout" in options else {}
+        told = anymha.explain(layer, **call)
+        assert told.startswith("fused") == (dtype == "float32" and "dropout" not in options)
+        assert "tiles" in told
+        output = layer(**call)
+        gradients = torch.autograd.grad((output**2).sum(), [given["query"], *layer.parameters()])
+        found[dtype] = [array.detach().double().numpy() for array in (output, *gradients)]
+    for got, expected in zip(found["float32"], found["float64"], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
+
+
+def test_half_precision_does_not_round_the_bias() -> None:
+    """Slope times distance, up to 200 here, has an error of 0.5 in bfloat16."""
+    torch = need("torch")
+    x = torch.from_numpy(normal((1, 400, 8), "x"))
+    options = {**OPTIONS, "alibi": [1.0, 0.5], "backend": "torch"}
+    half = anymha.MultiHeadAttention(**options, dtype="bfloat16")
+    wide = anymha.MultiHeadAttention(**options, dtype="bfloat16", compute_dtype="float32")
+    anymha.set_weights(wide, anymha.get_weights(half))
+    x = x.bfloat16()
+    mask = torch.ones(400, 400, dtype=torch.bool).triu(200)  # far keys alone
+    got, expected = (layer(x, attention_mask=mask).float() for layer in (half, wide))
+    assert (got - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
 def test_the_gradient_of_the_key_bias_stays_zero() -> None:
     layer = anymha.MultiHeadAttention(**OPTIONS, alibi=True, backend="numpy")
     output, pullback = layer.vjp(normal((2, 6, 8), "x"))

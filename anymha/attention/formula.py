@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from anymha.attention.features.base import joining_logit
+from anymha.attention.features.base import bias_of, joining_logit
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
 from anymha.framework.dtypes import dtype_name, working_dtype
@@ -72,6 +72,8 @@ def formula(
         logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:
         logits = feature.logits(ops, logits, origin, arrays)
+    if spec.features and (own := bias_of(spec.features, ops, arrays, logits)) is not None:
+        logits = logits + own
     if observe is not None:
         observe("logits", logits)
     biased = "bias" in arrays

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anymha.attention.features.base import adding_option
 from anymha.attention.formula import Observer, formula
 from anymha.attention.masks import TileOrigin
 from anymha.attention.spec import AttentionSpec
@@ -81,7 +82,8 @@ def _fused(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array
     positions = spec.position_mask
     is_open = positions.left is None and positions.right is None
     own = spec.dropout is not None and not spec.dropout.native  # which has its own tiles
-    if not own and (path.tiles or not (path.causal_kernel or is_open)):
+    whole = path.causal_kernel or (is_open and not (spec.features and adding_option(spec.features)))
+    if not own and (path.tiles or not whole):
         return fused_by_tiles(ops, spec, path.tiles, arrays)
     kernel: Any = ops.capabilities.fused_attention
     return kernel(spec, arrays, causal=path.causal_kernel)

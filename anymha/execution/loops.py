@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from anymha.attention.features.base import bias_of
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles
@@ -45,6 +46,9 @@ def fused_by_tiles(
         )
         mask = all_of(ops, [part.get("mask"), seen])
         part |= {} if mask is None else {"mask": mask}
+        own = bias_of(spec.features, ops, part, part["query"]) if spec.features else None
+        if own is not None:
+            part["bias"] = own + part["bias"] if "bias" in part else own
         parts.append(kernel(spec, part, causal=False))
     return parts[0] if len(parts) == 1 else ops.concat(parts, axis=2)
 

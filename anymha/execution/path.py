@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from anymha.attention.features.base import Feature
+from anymha.attention.features.base import Feature, adding_option
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles, plan_tiles
 from anymha.framework.protocol import Dim, Ops
@@ -170,6 +170,8 @@ def choose_path(
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
     if any(isinstance(n, int) and n == 0 for n in lengths):
         return Path("whole", "there is nothing to attend to")
+    if spec.features and adding_option(spec.features):
+        shape = shape._replace(has_bias=True, per_query=True)
     narrow, reason = False, _why_not_fused(ops, spec, shape)
     if shape.narrow is not None:
         why = _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow))
@@ -197,6 +199,11 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
     why_not_fused = ops.capabilities.why_not_fused
     if why_not_fused is None:
         return f"{ops.name} has no kernel here with the written meaning"
+    if spec.features and (adding := adding_option(spec.features)):
+        if spec.dropout is not None:
+            return f"the kernels with dropout have no {adding}"
+        if shape.dtype == shape.narrow:
+            return f"a kernel in half precision would round {adding}"
     for feature in spec.features:
         if reason := feature.why_not_fused(ops.capabilities):
             return reason
@@ -216,7 +223,12 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     batch, queries, keys = shape.batch, shape.queries, shape.keys
     if not all(isinstance(n, int) for n in (batch, queries, keys)):
         return Path("fused", why)
-    most = _most_of_tile(ops, spec, shape.dtype, shape.device)
+    if spec.features and adding_option(
+        spec.features
+    ):  # for each head; a kernel is slow in flat tiles
+        most = max(most_logits(ops, spec, shape.dtype, shape.device) // shape.heads, 1)
+    else:
+        most = _most_of_tile(ops, spec, shape.dtype, shape.device)
     if is_open and batch * queries * keys <= most:
         return Path("fused", why, most_queries=math.inf, most_logits=most)
     elements = max(most // batch, 1)

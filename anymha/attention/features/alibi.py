@@ -17,7 +17,6 @@ from typing import Any, Self
 import numpy as np
 
 from anymha.attention.features.base import Feature
-from anymha.attention.masks import TileOrigin
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import working_dtype
 from anymha.framework.protocol import Array, Ops
@@ -96,9 +95,11 @@ class Alibi(Feature):
             "key_positions": ops.reshape(keys, (ops.shape(keys)[0], 1, 1, -1)),
         }
 
-    def logits(
-        self, ops: Ops, logits: Array, origin: TileOrigin, arrays: Mapping[str, Array]
-    ) -> Array:
-        """The logits less the slope times the distance."""
+    def bias(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> Array:
+        """The slope times the distance, negative."""
         distance = ops.abs(arrays["positions"] - arrays["key_positions"])
-        return logits - arrays["alibi"] * ops.astype(distance, logits.dtype)
+        return -arrays["alibi"] * ops.astype(distance, working_dtype(ops, like))
+
+    def why_not_fused(self, capabilities: Any) -> str | None:
+        """A kernel takes a bias."""
+        return None

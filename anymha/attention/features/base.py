@@ -6,7 +6,8 @@ Their last argument has the call's arrays by name, the feature's own weights in 
 attention is computed; in a tile the tile's part of them.
 The order of the hooks in a call:
 
-    heads -> products of queries and keys, scaled -> logits -> bias -> masks, visible -> softmax
+    heads -> products of queries and keys, scaled -> logits -> bias, the call's bias
+    -> masks, visible -> softmax with joining
     -> dropout -> values -> context
 """
 
@@ -130,6 +131,16 @@ class Feature:
         """The scaled logits (B, H, T, S) of a tile that begins at `origin`, before the bias."""
         return logits
 
+    def bias(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> Array | None:
+        """What is added to the logits of a tile behind `logits`, (B, H, T, S); None for nothing.
+
+        Args:
+            ops: The backend.
+            arrays: The tile's arrays by name.
+            like: An array beside which it is made; it is of its `working_dtype`.
+        """
+        return None
+
     def visible(
         self,
         ops: Ops,
@@ -153,6 +164,23 @@ class Feature:
             capabilities: The backend's `anymha.framework.capabilities.Capabilities`.
         """
         return f"the kernel has no {self.option}"
+
+
+def adding_option(features: Iterable[Feature]) -> str:
+    """The option that adds to the logits of each query and key; empty where none does."""
+    return next((f.option for f in features if type(f).bias is not Feature.bias), "")
+
+
+def bias_of(
+    features: Iterable[Feature], ops: Ops, arrays: Mapping[str, Array], like: Array
+) -> Array | None:
+    """The sum of what features add to the logits of a tile; None where none does."""
+    total = None
+    for feature in features:
+        own = feature.bias(ops, arrays, like)
+        if own is not None:
+            total = own if total is None else total + own
+    return total
 
 
 def joining_logit(features: Iterable[Feature], arrays: Mapping[str, Array]) -> Array | None:
