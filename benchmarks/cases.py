@@ -35,6 +35,9 @@ class Case:
         heads: H, each of D/H features.
         mode: "forward", or "train": forward, and backward to the input and all parameters.
         mask: "none", "causal", "bool" (B, T, T) or "padding" (B, T).
+        window: With the causal mask: how many keys a query sees, its own counted; None for all.
+        modern: Whether heads of queries and keys have RMS norms and rotary positions, and each
+            head a sink.
         dtype: Of weights and inputs.
         dropout: The rate at which probabilities are dropped.
         scores: Whether the probabilities are returned.
@@ -53,6 +56,8 @@ class Case:
     heads: int = 8
     mode: str = "forward"
     mask: str = "none"
+    window: int | None = None
+    modern: bool = False
     dtype: str = "float32"
     dropout: float = 0.0
     scores: bool = False
@@ -103,6 +108,7 @@ def _cases() -> tuple[Case, ...]:
         Case("m1k-scores", **m1k, scores=True),
         Case("m1k-bfloat16", **m1k, dtype="bfloat16"),
         Case("m1k-float16", **m1k, dtype="float16", device="cuda"),
+        Case("m1k-modern", **m1k, mask="causal", window=256, modern=True),
         Case("m1k-exact", **m1k, exact=True, peers=False),
         Case("m1k-train", **m1k, **train, essential=True),
         Case("m1k-train-causal", **m1k, **train, mask="causal"),
@@ -180,7 +186,9 @@ class Problem:
     def allowed(self, rows: np.ndarray) -> np.ndarray | None:
         """(B, R, T) booleans: which keys the queries at `rows` see; None for all."""
         if self.case.mask == "causal":
-            return np.arange(self.case.length) <= rows[None, :, None]
+            places, rows = np.arange(self.case.length), rows[None, :, None]
+            first = -1 if self.case.window is None else rows - self.case.window
+            return (places <= rows) & (places > first)
         if self.attention_mask is not None:
             return self.attention_mask[:, rows]
         return None if self.padding is None else self.padding[:, None]
@@ -191,8 +199,18 @@ class Problem:
         case = self.case
         return {
             "num_heads": case.heads, "key_dim": case.key_dim, "query_features": case.features,
-            "dropout": case.dropout, "dtype": case.dtype,
+            "dropout": case.dropout, "dtype": case.dtype, "sliding_window": case.window,
+            "rotary": case.modern, "query_key_norm": "rms" if case.modern else None,
+            "sinks": case.modern,
         }  # fmt: skip
+
+    @cached_property
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines (T, d_k) of rotary positions, each half of them the same."""
+        width = self.case.key_dim
+        frequencies = 10_000.0 ** (-np.arange(0, width, 2) / width)
+        angles = np.tile(np.arange(self.case.length)[:, None] * frequencies, 2)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def make_problem(case: Case) -> Problem:
@@ -213,6 +231,9 @@ def make_problem(case: Case) -> Problem:
         weights[f"{name}.bias"] = normal(h, k, size=0.02)
     weights["output.kernel"] = normal(h, k, d, size=1 / math.sqrt(d))
     weights["output.bias"] = normal(d, size=0.02)
+    if case.modern:
+        weights |= {f"{name}_norm.scale": 1 + normal(k, size=0.1) for name in ("query", "key")}
+        weights["sinks"] = normal(h)
     x, cotangent = normal(b, t, d), normal(b, t, d)
     mask = padding = None
     if case.mask == "bool":

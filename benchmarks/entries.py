@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,47 @@ def our_call(problem: Problem, convert: Callable[[np.ndarray], Any]) -> dict[str
     if problem.padding is not None:
         found["value_mask"] = convert(problem.padding)
     return found
+
+
+@dataclass(frozen=True)
+class Modern:
+    """Norms, rotary positions and sinks as one writes them by hand.
+
+    Args:
+        scales: The norms' weights for queries and keys.
+        sinks: (1, H, 1, 1).
+        tables: Cosines and sines, of `Problem.tables`.
+        rms: Divides by the root of the mean square over the last axis.
+        concat: Joins arrays along the last axis.
+    """
+
+    scales: Sequence[Any]
+    sinks: Any
+    tables: Sequence[Any]
+    rms: Callable[[Any], Any]
+    concat: Callable[[Sequence[Any]], Any]
+
+    def heads(self, *heads: Any) -> list[Any]:
+        """Queries and keys (..., d_k), normed and rotated; tables broadcast to them."""
+        cos, sin = self.tables
+        normed = [self.rms(x) * scale for x, scale in zip(heads, self.scales, strict=True)]
+        half = normed[0].shape[-1] // 2
+        turned = [self.concat([-x[..., half:], x[..., :half]]) for x in normed]
+        return [x * cos + y * sin for x, y in zip(normed, turned, strict=True)]
+
+
+def modern(
+    problem: Problem,
+    convert: Callable[[np.ndarray], Any],
+    rms: Callable[[Any], Any],
+    concat: Callable[[Sequence[Any]], Any],
+) -> Modern | None:
+    """What a case of options of today's models needs; None of another case."""
+    if not problem.case.modern:
+        return None
+    scales = [convert(problem.weights[f"{name}_norm.scale"]) for name in ("query", "key")]
+    sinks = convert(problem.weights["sinks"].reshape(1, -1, 1, 1))
+    return Modern(scales, sinks, [convert(table) for table in problem.tables], rms, concat)
 
 
 def absent(packages: Mapping[str, str]) -> tuple[str, ...]:

@@ -81,6 +81,8 @@ class _Total:
         x, w = self.x[b], self.w
         names = ("query", "key", "value")
         q, k, v = (x @ w[f"{n}.kernel"][:, h] + w[f"{n}.bias"][h] for n in names)
+        if self.case.modern:
+            q, k = (_modern(z, w[f"{n}_norm.scale"]) for z, n in ((q, "query"), (k, "key")))
         scale = 1 / math.sqrt(self.case.key_dim)
         logits = scale * (q[self.rows] @ k.T)  # [R, T]
         if seen is not None:
@@ -88,7 +90,8 @@ class _Total:
         greatest = logits.max(-1, keepdims=True)
         self.peak = max(self.peak, float(np.abs(greatest).max()))
         scores = np.exp(logits - greatest)
-        scores /= scores.sum(-1, keepdims=True)
+        sink = np.exp(w["sinks"][h] - greatest) if self.case.modern else 0.0
+        scores /= scores.sum(-1, keepdims=True) + sink
         kernel = w["output.kernel"][h]  # [d, D]
         context = scores @ v
         self.values["output"][b] += context @ kernel
@@ -122,3 +125,12 @@ class _Total:
             spread = np.sqrt(self.squares[name].max()) if name in self.squares else 0.0
             sizes[name] = self.peak * max(float(np.abs(value).max()), float(spread))
         return Reference(self.rows, self.values, sizes)
+
+
+def _modern(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A head (T, d_k) with its RMS norm and rotary positions, as complex numbers."""
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+    length, half = len(x), x.shape[-1] // 2
+    angles = np.arange(length)[:, None] * 10_000.0 ** (-np.arange(half) / half)
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=-1)

@@ -19,6 +19,7 @@ from benchmarks.entries import (
     Ready,
     absent,
     installed,
+    modern,
     our_call,
 )
 from benchmarks.frameworks import jax_libraries as libraries
@@ -56,6 +57,8 @@ def entries(problem: Problem, device: str) -> list[Entry]:
         found.append(entry(OURS, "jit", _ours, EXACT, compute_dtype="float64"))
     if not case.peers:
         return found
+    if case.modern:
+        return [*found, entry("jax.numpy", "jit", _by_hand)]
     makers: dict[str, Callable[..., Layer]] = {}
     if not case.scores:
         makers |= {"flax": libraries.flax, "equinox": libraries.equinox}
@@ -171,11 +174,23 @@ def _by_hand(problem: Problem) -> Layer:
     seen = problem.allowed(np.arange(case.length))
     mask = None if seen is None else jnp.asarray(seen)[:, None]
 
+    today = modern(
+        problem,
+        jnp.asarray,
+        lambda x: x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6),
+        lambda parts: jnp.concatenate([*parts], -1),
+    )
+
     def attend(q: Any, k: Any, v: Any, key: Any) -> Any:
+        if today is not None:  # whose tables are of (T, d), and heads behind the length
+            q, k = (x.swapaxes(1, 2) for x in today.heads(q.swapaxes(1, 2), k.swapaxes(1, 2)))
         logits = jnp.einsum("bthd,bshd->bhts", q / math.sqrt(case.key_dim), k)
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-        scores = jax.nn.softmax(logits)
+        if today is not None:
+            sinks = jnp.broadcast_to(today.sinks, (*logits.shape[:3], 1))
+            logits = jnp.concatenate([logits, sinks], -1)
+        scores = jax.nn.softmax(logits)[..., : case.length]
         dropped = scores
         if key is not None:
             kept = jax.random.bernoulli(key, 1 - case.dropout, scores.shape)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from anymha.framework.registry import get_layer
 from benchmarks.cases import Arrays, Problem
-from benchmarks.entries import EXACT, NATIVE, OURS, Entry, Machine, Ready, our_call, pack, to_linear
+from benchmarks.entries import (
+    EXACT,
+    NATIVE,
+    OURS,
+    Entry,
+    Machine,
+    Ready,
+    modern,
+    our_call,
+    pack,
+    to_linear,
+)
 
 LIBRARIES = {}
 
@@ -75,15 +87,30 @@ def _plain(problem: Problem) -> Ready:
     mask = problem.allowed(np.arange(t))
     mask = None if mask is None else np.broadcast_to(mask, (b, t, t))[:, None]
 
+    today = modern(
+        problem,
+        np.asarray,
+        lambda x: x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-6)),
+        partial(np.concatenate, axis=-1),
+    )
+
     def call() -> Any:
         projected = (x @ into + packed["packed.bias"]).reshape(b, t, 3, h, d)
         q, k, v = projected.transpose(2, 0, 3, 1, 4)
+        if today is not None:
+            q, k = today.heads(q, k)
         scores = (q * scale) @ k.swapaxes(-1, -2)
         if mask is not None:
             np.copyto(scores, np.float32(-1e30), where=~mask)
-        scores -= scores.max(-1, keepdims=True)
+        greatest = scores.max(-1, keepdims=True)
+        if today is not None:
+            greatest = np.maximum(greatest, today.sinks)
+        scores -= greatest
         np.exp(scores, out=scores)
-        scores /= scores.sum(-1, keepdims=True)
+        total = scores.sum(-1, keepdims=True)
+        if today is not None:
+            total += np.exp(today.sinks - greatest)
+        scores /= total
         context = (scores @ v).swapaxes(1, 2).reshape(b, t, h * d)
         return context @ out + packed["output.bias"], scores
 

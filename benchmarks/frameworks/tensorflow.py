@@ -22,6 +22,7 @@ from benchmarks.entries import (
     absent,
     from_linear,
     installed,
+    modern,
     our_call,
     pack,
     to_linear,
@@ -94,7 +95,7 @@ def entries(problem: Problem, device: str) -> list[Entry]:
     ):
         found += [entry(OURS, form, _ours, name, **option) for form in COMPILED if wanted]
     if case.peers:
-        if installed("keras"):
+        if installed("keras") and not case.modern:
             found += [entry("keras", form, _keras) for form in theirs]
         found += [entry("tf.matmul", form, _by_hand) for form in theirs]
     return found
@@ -186,14 +187,26 @@ def _by_hand(problem: Problem) -> _Layer:
     mask = None if seen is None else tf.constant(seen)[:, None]
     least = tf.constant(-1e30 if case.dtype != "float16" else -6e4, case.dtype)
 
+    today = modern(
+        problem,
+        tf.constant,
+        lambda x: x * tf.math.rsqrt(tf.reduce_mean(x * x, -1, keepdims=True) + 1e-6),
+        lambda parts: tf.concat([*parts], -1),
+    )
+
     def run(x: Any, training: bool) -> Any:
         projected = tf.matmul(x, own["packed.kernel"]) + own["packed.bias"]
         heads = tf.transpose(tf.reshape(projected, (b, t, 3, h, d)), (2, 0, 3, 1, 4))
         q, k, v = heads[0], heads[1], heads[2]
+        if today is not None:
+            q, k = today.heads(q, k)
         logits = tf.matmul(q * tf.constant(1 / math.sqrt(d), q.dtype), k, transpose_b=True)
         if mask is not None:
             logits = tf.where(mask, logits, least)
-        scores = tf.nn.softmax(logits)
+        if today is not None:
+            logits = tf.concat([logits, tf.broadcast_to(today.sinks, (b, h, t, 1))], -1)
+        every: Any = tf.nn.softmax(logits)
+        scores = every[..., :t]
         dropped = tf.nn.dropout(scores, case.dropout) if training else scores
         context = tf.reshape(tf.transpose(tf.matmul(dropped, v), (0, 2, 1, 3)), (b, t, h * d))
         output = tf.matmul(context, own["output.kernel"]) + own["output.bias"]

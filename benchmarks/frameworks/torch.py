@@ -21,6 +21,7 @@ from benchmarks.entries import (
     absent,
     from_linear,
     installed,
+    modern,
     our_call,
     pack,
     to_linear,
@@ -80,9 +81,11 @@ def entries(problem: Problem, device: str) -> list[Entry]:
     if case.exact:
         found.append(entry(OURS, _ours, EXACT, compute_dtype="float64"))
     if case.peers:
-        found.append(entry("torch.nn.MultiheadAttention", _module))
-        found.append(entry("Linear + softmax" if case.scores else "Linear + SDPA", _by_hand))
-        if installed("keras"):
+        by_hand = "softmax" if case.scores or case.modern else "SDPA"
+        if not case.modern:
+            found.append(entry("torch.nn.MultiheadAttention", _module))
+        found.append(entry(f"Linear + {by_hand}", _by_hand))
+        if installed("keras") and not case.modern:
             found.append(entry("keras", _keras))
     return found
 
@@ -161,7 +164,8 @@ def _ours(problem: Problem, device: str, **options: Any) -> _Layer:
         turned = {n: a.T if n.endswith("kernel") else a for n, a in named}
         return {name: array.reshape(shapes[name]) for name, array in turned.items()}
 
-    return _Layer(run, [parameter(name) for name in shapes], canonical)
+    parameters = [parameter(name) for name in shapes] if problem.case.training else []
+    return _Layer(run, parameters, canonical)
 
 
 def _module(problem: Problem, device: str) -> _Layer:
@@ -210,12 +214,25 @@ def _by_hand(problem: Problem, device: str) -> _Layer:
     own = {name: name.replace("kernel", "weight") for name in packed}
     _fill(layers, {own[name]: array for name, array in packed.items()}, problem, device)
     mask = None
-    if case.mask != "causal" or case.scores:
+    if case.mask != "causal" or case.scores or case.modern:
         seen = problem.allowed(np.arange(t))
         mask = None if seen is None else _tensor(seen, device)[:, None]
 
+    today = modern(
+        problem,
+        lambda array: _tensor(array, device),
+        lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+        lambda parts: torch.cat([*parts], -1),
+    )
+
     def run(x: Any, training: bool) -> Any:
         q, k, v = into(x).view(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
+        if today is not None and mask is not None:
+            q, k = today.heads(q, k)
+            logits = ((q / math.sqrt(d)) @ k.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
+            logits = torch.cat([logits, today.sinks.expand(b, h, t, 1)], -1)
+            context = torch.softmax(logits, -1)[..., :-1] @ v
+            return out(context.transpose(1, 2).reshape(b, t, h * d))
         if case.scores:
             logits = (q / math.sqrt(d)) @ k.transpose(-1, -2)
             if mask is not None:
