@@ -37,7 +37,7 @@ def fused_by_tiles(
     keys = ops.shape(arrays["key"])[2]
     tiles = tiles or [Tiles(0, 1, ops.shape(arrays["query"])[2], 0, keys)]
     parts = []
-    for each in tiles:
+    for each in [one for group in tiles for one in group.singly()]:
         part = _of_tiles(arrays, each, keys)
         length = ops.shape(part["query"])[2]
         origin = TileOrigin(query=each.start, key=each.key_start)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anymha.attention.masks import PositionMask
 
@@ -43,6 +43,13 @@ class Tiles:
     def stop(self) -> int:
         """The query behind the last."""
         return self.start + self.count * self.height
+
+    def singly(self) -> tuple[Tiles, ...]:
+        """Each of the tiles by itself."""
+        if self.count == 1:
+            return (self,)
+        starts = range(self.start, self.stop, self.height)
+        return tuple(replace(self, start=start, count=1) for start in starts)
 
 
 def plan_tiles(
