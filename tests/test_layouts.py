@@ -439,7 +439,6 @@ NEEDS = {
     "transformers.t5": ["bias of relative positions"],
     "transformers.gpt_oss": ["sink"],
     "transformers.falcon": ["alibi"],
-    "keras.GroupQueryAttention": ["gate"],
     "flax.nnx.MultiHeadAttention": ["layer norms"],
 }
 
