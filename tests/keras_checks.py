@@ -26,6 +26,7 @@ from anymha.errors import ConfigError, DtypeError, ShapeError, WeightsError
 from anymha.interchange.convert_model import convert_file
 from anymha.interchange.detect import find_layer_groups
 from anymha.interchange.files.formats import format_of, open_file
+from anymha.parity import compare
 from anymha.parity.stages.tolerance import tolerance
 from anymha_keras import MultiHeadAttention
 from anymha_numpy import MultiHeadAttention as NumpyLayer
@@ -573,21 +574,151 @@ def test_lora_of_a_projection_takes_part() -> None:
 # --- Refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["use_gate", "flash_attention"])
-def test_what_the_layer_cannot_do_is_refused(name: str) -> None:
-    assert MultiHeadAttention(2, 4, **{name: False}).num_heads == 2
-    with pytest.raises(ConfigError, match=f"`{name}` must be False"):
-        MultiHeadAttention(2, 4, **{name: True})
+def test_flash_attention_is_taken_where_it_changes_no_result() -> None:
+    plain, flash = randomised(MultiHeadAttention(2, 4, query_features=8)), None
+    for value in (None, False, True):
+        flash = MultiHeadAttention(2, 4, query_features=8, flash_attention=value)
+        flash.set_weights(plain.get_weights())
+        close(flash(X), plain(X))
+    with pytest.raises(ValueError, match="Please disable flash attention to access attention sc"):
+        flash(X, return_attention_scores=True)
+    with pytest.raises(ConfigError, match="Dropout is not supported when flash attention"):
+        MultiHeadAttention(2, 4, flash_attention=True, dropout=0.1)
+    with pytest.raises(ConfigError, match="`flash_attention` must be True or False"):
+        MultiHeadAttention(2, 4, flash_attention="auto")
 
 
-def test_quantisation_is_refused() -> None:
+def test_a_policy_that_quantises_the_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="floating dtypes"):
         MultiHeadAttention(2, 4, dtype="int8_from_float32")
+
+
+PASSES_THROUGH = "ignore:.*acts as a pass-through:UserWarning"  # says Keras on NumPy
+
+
+@pytest.mark.filterwarnings(PASSES_THROUGH)
+@pytest.mark.parametrize("axes", [None, (2,)])
+def test_quantised_projections_take_part(axes: Any) -> None:
+    x = numbers(2, 3, 4, 8) if axes else X
+    layer = randomised(MultiHeadAttention(2, 4, gate="elementwise", attention_axes=axes, name="a"))
+    layer.build(x.shape)
+    randomised(layer)
+    before = to_numpy(layer(x))
+    for dense in layer._flatten_layers():
+        with contextlib.suppress(NotImplementedError):  # of what holds no product
+            dense.quantize("int8")
+    after = to_numpy(layer(x))
+    assert 0 < np.abs(after - before).max() < 0.1 * np.abs(before).max()
+    for read in (anymha.get_weights, lambda layer: anymha.set_weights(layer, {})):
+        with pytest.raises(WeightsError, match="must not be quantised"):
+            read(layer)
+
+
+@pytest.mark.filterwarnings(PASSES_THROUGH)
+def test_a_map_of_policies_quantises_the_projections_that_it_names() -> None:
     policies = keras.dtype_policies.DTypePolicyMap()
     policies["attention/query"] = keras.dtype_policies.QuantizedDTypePolicy("int8", "float32")
     layer = MultiHeadAttention(2, 4, dtype=policies, name="attention")
-    with pytest.raises(ConfigError, match="floating dtypes"):
-        layer(X)
+    layer.build(X.shape)
+    modes = [dense.quantization_mode for dense in (layer.query_dense, layer.key_dense)]
+    assert modes == ["int8", None]
+    assert to_numpy(layer(X)).shape == X.shape
+
+
+# --- Gate ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_bias": False, "value_dim": 4}])
+def test_gate_is_that_of_keras(options: dict[str, Any]) -> None:
+    ours, theirs = pair(2, 4, use_gate=True, call=(X, Y, Z), **options)
+    assert ours.config.gate == "elementwise"
+    assert [w.path.split("/")[-2:] for w in ours.weights] == [
+        w.path.split("/")[-2:] for w in theirs.weights
+    ]
+    close(ours(X, Y, Z), theirs(X, Y, Z))
+    wanted = theirs(X, Y, Z, use_causal_mask=True, return_attention_scores=True)
+    for got, want in zip(
+        ours(X, Y, Z, use_causal_mask=True, return_attention_scores=True), wanted, strict=True
+    ):
+        close(got, want)
+
+
+@trains
+def test_gate_trains_and_is_seen_as_in_keras() -> None:
+    """A step of training with penalties of weights and of activity leaves the same weights."""
+    options = {"use_gate": True, "kernel_regularizer": "l2", "activity_regularizer": "l1"}
+    models, states, losses = [], [], []
+    for kind in (MultiHeadAttention, Theirs):
+        inputs = keras.Input(X.shape[1:])
+        models.append(keras.Model(inputs, kind(2, 4, **options)(inputs, inputs)))
+        models[-1].compile(keras.optimizers.SGD(0.1), "mse")
+    models[0].set_weights(randomised(models[1]).get_weights())
+    for model in models:
+        losses += model.fit(X, 0 * X, batch_size=len(X), verbose=0).history["loss"]
+        states.append(model.get_weights())
+    for got, want in zip(*states, strict=True):
+        close(got, want, length=256)
+    close(*losses, length=256)  # penalties among them
+
+
+def test_gate_goes_into_configs_and_files_both_ways(tmp_path: Path) -> None:
+    ours, theirs = pair(2, 4, use_gate=True, call=(X, X, X))
+    assert ours.get_config()["use_gate"] is True
+    there, here = (
+        kind.from_config(layer.get_config())
+        for kind, layer in ((Theirs, ours), (MultiHeadAttention, theirs))
+    )
+    assert here.config.gate == "elementwise"
+    for layer, source in ((here, theirs), (there, ours)):
+        inputs = keras.Input(X.shape[1:])
+        model, other = (keras.Model(inputs, one(inputs, inputs)) for one in (source, layer))
+        model.save_weights(tmp_path / "a.weights.h5")
+        other.load_weights(tmp_path / "a.weights.h5")
+        close(layer(X, X), source(X, X))
+    by_head = MultiHeadAttention(2, 4, gate="head", query_features=8)
+    assert by_head.get_config()["gate"] == "head"
+    again = MultiHeadAttention.from_config(by_head.get_config())
+    assert again.config.gate == "head"
+    with pytest.raises(ConfigError, match="Pass one of them"):
+        MultiHeadAttention(2, 4, use_gate=True, gate="head")
+    with pytest.raises(ConfigError, match="`use_gate` must be True or False"):
+        MultiHeadAttention(2, 4, use_gate="yes")
+
+
+def test_gate_is_converted_from_and_to_keras(tmp_path: Path) -> None:
+    _, theirs = pair(2, 4, use_gate=True, call=(X, X, X))
+    plain = anymha.convert(theirs, to="numpy")
+    assert plain.config.gate == "elementwise"
+    close(plain(X), theirs(X, X))
+    back = anymha.convert(plain, to="keras.MultiHeadAttention")
+    close(back(X, X), theirs(X, X))
+    ours = anymha.convert(theirs, to="keras")
+    close(ours(X), theirs(X, X))
+    anymha.set_weights(theirs, {name: 2 * w for name, w in anymha.get_weights(ours).items()})
+    close(theirs.get_weights()[4], 2 * to_numpy(ours._gate_dense.kernel))
+    grouped = keras.layers.GroupQueryAttention(4, 4, 2, use_gate=True)
+    grouped.build(X.shape, X.shape)
+    close(anymha.convert(randomised(grouped), to="numpy")(X), grouped(X, X))
+
+
+def test_comparison_with_a_gate_of_keras() -> None:
+    ours, theirs = pair(2, 4, use_gate=True, call=(X, Y, Z))
+    report = compare(anymha.convert(ours, to="numpy"), theirs, [X, Y, Z])
+    assert report.passed, report
+    assert "context" in {stage.name for stage in report.stages}
+
+
+@trains
+def test_gate_takes_lora() -> None:
+    layer = MultiHeadAttention(2, 4, gate="head")
+    before = to_numpy(layer(X))
+    layer._gate_dense.enable_lora(2)
+    np.testing.assert_array_equal(to_numpy(layer(X)), before)
+    layer._gate_dense.lora_kernel_b.assign(numbers(*layer._gate_dense.lora_kernel_b.shape))
+    assert np.abs(to_numpy(layer(X)) - before).max() > 1e-4
+
+
+# --- Dtypes --------------------------------------------------------------------------------------
 
 
 def test_dtypes_that_do_not_go_together_are_refused() -> None:

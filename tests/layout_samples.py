@@ -196,8 +196,11 @@ SAMPLES = (
     ),
     Sample("keras.MultiHeadAttention", heads("attention_output"), (KERAS,), "K=H", asks=False),
     Sample(
-        "keras.GroupQueryAttention", heads("attention_output"), (KERAS,), "v=d O=D", asks=False,
-        optional=lambda s: {"gate/kernel": (s.D, s.H, s.d)},
+        "keras.GroupQueryAttention",
+        lambda s: {
+            **heads("attention_output")(s), "gate/kernel": (s.D, s.H, s.d), "gate/bias": (s.H, s.d),
+        },
+        ((*KERAS, "gate/bias"),), "v=d O=D", asks=False,
     ),
     Sample(
         "torch.MultiheadAttention",

@@ -439,7 +439,6 @@ NEEDS = {
     "transformers.t5": ["bias of relative positions"],
     "transformers.gpt_oss": ["sink"],
     "transformers.falcon": ["alibi"],
-    "keras.GroupQueryAttention": ["gate"],
     "flax.nnx.MultiHeadAttention": ["layer norms"],
 }
 
@@ -621,7 +620,7 @@ def test_bias_that_has_no_place_is_refused_unless_it_is_zero() -> None:
         from_canonical(weights, "transformers.whisper")
     assert message(error) == (
         "transformers.whisper has no `key.bias`; the weights do, and without it the results would "
-        "change. Use a layout that holds this bias."
+        "change. Use a layout that holds it."
     )
     weights["key.bias"] = np.zeros_like(weights["key.bias"])
     with pytest.warns(BiasWarning, match=r"key\.bias of zeros left out"):

@@ -20,6 +20,13 @@ TOGETHER: dict[str, dict[str, Any]] = {
         "rotary": {"base": 100.0, "scaling": {"rope_type": "linear", "factor": 2.0}},
         "softcap": 2.0,
     },
+    "qwen 3 next": {
+        "query_key_norm": {"kind": "rms", "scale": "one_plus_weight"},
+        "rotary": {"dim": 4},
+        "gate": "elementwise",
+        "use_bias": False,
+    },
+    "gate of each head with sinks": {"gate": "head", "sinks": True, "alibi": True},
     "olmo 2": {"query_key_norm": {"kind": "rms", "over": "width"}, "rotary": {"dim": 4}},
     "norm behind rotary": {
         "query_key_norm": {"kind": "layer", "use_bias": True, "after_rotary": True},

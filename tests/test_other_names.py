@@ -231,7 +231,6 @@ def test_answers_are_about_wrong_names_and_name_right_ones(
 @pytest.mark.parametrize(
     ("absent", "told"),
     [
-        ("gate", of_options.PEERS["use_gate"]),
         ("cache", of_call._CACHE),
     ],
     ids=lambda value: value if value.isidentifier() else "",

@@ -73,8 +73,6 @@ def attend(
     context = ops.permute_dims(results["context"], HEADS_FIRST)  # [B, T, H, d_v]
     if context.dtype != value.dtype:
         context = ops.astype(context, value.dtype)
-    if observe is not None:
-        observe("context", context)
     return context, results.get("scores")
 
 

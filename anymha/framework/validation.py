@@ -49,15 +49,17 @@ def checked_axes(value: Any, argument: str, remedy: str = "") -> tuple[int, ...]
     return tuple(axis for axis in found if axis is not None)
 
 
-def checked_biases(value: Any, argument: str) -> bool | tuple[str, ...]:
-    """`value` as True, False, or a tuple of some names of projections in the canonical order."""
+def checked_biases(
+    value: Any, argument: str, known: tuple[str, ...] = PROJECTIONS
+) -> bool | tuple[str, ...]:
+    """`value` as True, False, or a tuple of some of the `known` names in their order."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, (tuple, list)) and all(name in PROJECTIONS for name in value):
-        names = tuple(name for name in PROJECTIONS if name in value)
-        return True if names == PROJECTIONS else names or False
+    if isinstance(value, (tuple, list)) and all(name in known for name in value):
+        names = tuple(name for name in known if name in value)
+        return True if names == known else names or False
     raise ConfigError(
-        f"`{argument}` must be True, False, or names out of 'query', 'key', 'value', 'output'. "
+        f"`{argument}` must be True, False, or names out of {', '.join(map(repr, known))}. "
         f"Received: {value!r}."
     )
 

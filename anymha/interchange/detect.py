@@ -346,7 +346,8 @@ def _changed_layers(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _projections() -> frozenset[str]:
     """The names that layouts give to queries, keys and values."""
     pieces = (p for name in layouts() for form in get_layout(name).forms for p in form.pieces)
-    return frozenset(p.module.replace("/", ".") for p in pieces if p.holds != ("output",))
+    kept = (p for p in pieces if p.holds != ("output",) and not p.optional)
+    return frozenset(p.module.replace("/", ".") for p in kept)
 
 
 def _narrow(fits: list[LayoutFit], own: Mapping[str, Tensor]) -> str:

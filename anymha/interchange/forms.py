@@ -11,7 +11,7 @@ from anymha.interchange.packing import Piece
 
 @dataclass(frozen=True)
 class Extra:
-    """An array that is no kernel or bias of the four projections: the canonical form lacks it.
+    """An array that is no kernel or bias of a projection: the canonical form lacks it.
 
     Args:
         array: Its name, relative to the layer.
@@ -75,5 +75,6 @@ class Form:
         return tuple(piece.array for piece in self.pieces)
 
     def required(self) -> tuple[str, ...]:
-        """The names of the kernels, which are always there."""
-        return tuple(piece.array for piece in self.pieces if piece.part == "kernel")
+        """The names of the kernels that are always there."""
+        kernels = (piece for piece in self.pieces if piece.part == "kernel")
+        return tuple(piece.array for piece in kernels if not piece.optional)

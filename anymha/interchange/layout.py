@@ -15,7 +15,7 @@ from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.leftovers import MASKS, is_buffer, learned
 from anymha.interchange.limits import Limit, check_scale, choose_form, same_heads, same_widths
 from anymha.interchange.name_index import NameIndex
-from anymha.interchange.packing import Arrays, Sizes
+from anymha.interchange.packing import NAMES, Arrays, Sizes
 from anymha.interchange.reading import check_floats, check_plain, config_of, form_of
 from anymha.interchange.rotary_order import check_order, reordered
 from anymha.interchange.sizes import (
@@ -27,7 +27,6 @@ from anymha.interchange.sizes import (
 )
 from anymha.interchange.weights import Weights
 from anymha.interchange.writing import check_biases, check_weights, with_layout_biases
-from anymha.layer.weights import NAMES
 from anymha.options.config import AttentionConfig
 from anymha.text import quoted
 
@@ -209,7 +208,7 @@ class Layout:
         extra_arrays = self._extras(source, extras)
         if config is None and source is not None:
             config = source.config
-        if config is not None and config.feature_weights:  # which no layout has a place for
+        if config is not None and (config.feature_weights or config.further_projections):
             check_supported(self.name, config, self.supported)
         values, sizes = check_weights(weights)
         rotary = source.rotary if source is not None else None

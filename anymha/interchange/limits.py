@@ -73,6 +73,17 @@ def output_as_query(sizes: Sizes, weights: Mapping[str, np.ndarray]) -> str | No
     )
 
 
+def gate_of_each_element(sizes: Sizes, weights: Mapping[str, np.ndarray]) -> str | None:
+    """A gate has a number for each number of the context."""
+    gate = weights.get("gate.kernel")
+    if gate is None or gate.ndim == 3:
+        return None
+    return (
+        "its gate has a number for each of the heads' numbers, gate='elementwise'. Received: "
+        f"`gate.kernel` of shape {gate.shape}, with one for each head"
+    )
+
+
 def one_memory(sizes: Sizes, weights: Mapping[str, np.ndarray]) -> str | None:
     """Keys and values are made of inputs of one width."""
     return _one_width(("key", "value"), weights)

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from anymha.layer.weights import NAMES as PLAIN_NAMES
+
 Arrays = dict[str, np.ndarray]
 QKV = ("query", "key", "value")
+NAMES = (*PLAIN_NAMES, "gate.kernel", "gate.bias")
+"""The canonical names of the weights that layouts have a place for, in order."""
 LARGE, TILE = 2**18, 64
 """The elements of an array that is copied in tiles, and the rows and columns of a tile."""
 CODEGEN_BLOCKS = 4
@@ -40,8 +44,8 @@ class Sizes:
 
     def split(self, projection: str) -> tuple[int, int]:
         """Heads of a projection and the width of each."""
-        heads = self.heads if projection in ("query", "output") else self.shared
-        return heads, self.value_dim if projection in ("value", "output") else self.key_dim
+        heads = self.shared if projection in ("key", "value") else self.heads
+        return heads, self.key_dim if projection in ("query", "key") else self.value_dim
 
     def rows(self, projections: tuple[str, ...]) -> int:
         """Heads times width of some projections together."""
@@ -54,7 +58,7 @@ class Piece:
 
     Args:
         array: Its name, relative to the layer.
-        holds: The projections, of "query", "key", "value", "output".
+        holds: The projections, of "query", "key", "value", "output", "gate".
         part: "kernel" or "bias".
         form: The axes of a kernel: "linear" is (outputs, inputs), as torch's linear layers have it;
             "matrix" is (inputs, outputs); "heads" is the canonical shape; "einsum" is (heads,
@@ -63,6 +67,7 @@ class Piece:
             then of the next), "groups" (for each key head its G query heads, then key, then value;
             with K = H this is "per head") or "codegen".
         tiled: Query head h belongs to key head ``h % K``, not to ``h // G`` as in most libraries.
+        optional: A layer may lack the projections.
     """
 
     array: str
@@ -71,6 +76,7 @@ class Piece:
     form: str = "linear"
     packing: str = "blocks"
     tiled: bool = False
+    optional: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,7 +92,8 @@ class Piece:
     def rank(self) -> int | None:
         """The array's rank; None for any."""
         if self.form == "heads":
-            return None if self.holds == ("output",) else 3 - (self.part == "bias")
+            several = self.holds in (("output",), ("gate",))  # a gate may have no widths
+            return None if several else 3 - (self.part == "bias")
         if self.form == "einsum":
             return 3 + (len(self.holds) > 1)
         return 2 - (self.part == "bias")
@@ -225,11 +232,13 @@ def _tiles(sizes: Sizes) -> np.ndarray:
 
 def linear(
     projection: str, name: str, *, form: str = "linear", bias: bool = True, tiled: bool = False,
-    parts: tuple[str, str] = (".weight", ".bias"),
+    parts: tuple[str, str] = (".weight", ".bias"), optional: bool = False,
 ) -> tuple[Piece, ...]:  # fmt: skip
     """The pieces of one projection's layer."""
-    kernel = Piece(name + parts[0], (projection,), "kernel", form, tiled=tiled)
-    return (kernel, Piece(name + parts[1], (projection,), "bias", form)) if bias else (kernel,)
+    holds = (projection,)
+    kernel = Piece(name + parts[0], holds, "kernel", form, tiled=tiled, optional=optional)
+    own = Piece(name + parts[1], holds, "bias", form, optional=optional)
+    return (kernel, own) if bias else (kernel,)
 
 
 def fused(

@@ -82,11 +82,14 @@ def config_of(weights: Arrays, options: Mapping[str, Any]) -> AttentionConfig:
     """The config of canonical weights, with the options that they do not show."""
     query, key = weights["query.kernel"], weights["key.kernel"]
     value, output = weights["value.kernel"], weights["output.kernel"]
+    gate = weights.get("gate.kernel")
+    if gate is not None:
+        options = {**options, "gate": "head" if gate.ndim == 2 else "elementwise"}
     return AttentionConfig(
         num_heads=query.shape[1],
         key_dim=query.shape[2],
         value_dim=value.shape[2],
-        use_bias=tuple(name for name in PROJECTIONS if f"{name}.bias" in weights),
+        use_bias=tuple(name for name in (*PROJECTIONS, "gate") if f"{name}.bias" in weights),
         output_shape=output.shape[2:],
         query_features=query.shape[0],
         value_features=value.shape[0],

@@ -45,6 +45,11 @@ def solve_sizes(layout: str, pieces: Sequence[Piece], shapes: Shapes, stated: St
     _check_stated(kernels, shapes, sizes, stated)
     for piece in pieces:
         if piece.part == "bias" and piece.array in shapes:
+            kernel = kernels[piece.holds[0]].array
+            if kernel not in shapes:
+                raise WeightsError(
+                    f"`{piece.array}` needs `{kernel}` beside it. Missing: {kernel}."
+                )
             _check_bias(piece, kernels[piece.holds[0]], shapes, sizes)
     return sizes
 
@@ -74,19 +79,30 @@ def _check_rank(piece: Piece, shapes: Shapes) -> None:
             f"`{piece.array}` must have shape ({first}heads, inputs, width). Received: shape "
             f"{shape}."
         )
-    if piece.form == "heads" and len(shape) != 3 and (piece.rank is not None or len(shape) < 3):
-        form = "(heads, width, outputs)" if piece.rank is None else "(inputs, heads, width)"
+    gate = piece.holds == ("gate",)
+    if gate and len(shape) in (2, 3):
+        return
+    if piece.form == "heads" and len(shape) != 3 and (
+        piece.rank is not None or len(shape) < 3 or gate
+    ):  # fmt: skip
+        outer = piece.rank is None and not gate
+        form = "(heads, width, outputs)" if outer else "(inputs, heads, width)"
         raise WeightsError(f"`{piece.array}` must have shape {form}. Received: shape {shape}.")
 
 
 def _of_heads(kernels: Mapping[str, Piece], shapes: Shapes) -> Sizes:
-    of = {name: piece.heads_shape(shapes[piece.array]) for name, piece in kernels.items()}
+    of = {
+        name: piece.heads_shape(shapes[piece.array])
+        for name, piece in kernels.items()
+        if piece.array in shapes
+    }
     query, key, value = (of[name] for name in QKV)
     sizes = Sizes(query[1], key[1], query[2], value[2])
     for name, shape in of.items():
         split = sizes.split(name)
         at = 0 if name == "output" else 1
-        _check_fit(name, shape, (*shape[:at], *split, *shape[at + 2 :]))
+        first = query[:1] if name == "gate" else shape[:at]
+        _check_fit(name, shape, (*first, *split, *shape[at + 2 :])[: len(shape)])
     return sizes
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from anymha.errors import BiasWarning, LayoutError, WeightsError
 from anymha.framework.registry import check_named, named_arrays
-from anymha.interchange.packing import Arrays, Piece, Sizes
-from anymha.layer.weights import NAMES
+from anymha.interchange.packing import NAMES, Arrays, Piece, Sizes
 from anymha.options.config import PROJECTIONS
 
 
@@ -24,9 +23,10 @@ def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
     """
     check_named(weights, "weights")
     kernels = [f"{projection}.kernel" for projection in PROJECTIONS]
-    known = {*kernels, *(f"{projection}.bias" for projection in PROJECTIONS)}
     missing = [name for name in kernels if name not in weights]
-    unknown = [name for name in weights if name not in known]
+    unknown = [name for name in weights if name not in NAMES]
+    if "gate.bias" in weights and "gate.kernel" not in weights:
+        missing.append("gate.kernel")
     if missing or unknown:
         raise WeightsError(
             f"Canonical weights are {', '.join(kernels)} and their biases. Missing: "
@@ -39,7 +39,7 @@ def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
     _, heads, key_dim = values["query.kernel"].shape
     _, shared, value_dim = values["value.kernel"].shape
     sizes = Sizes(heads, shared, key_dim, value_dim)
-    for projection in PROJECTIONS:
+    for projection in _projections(values):
         _check_kernel(projection, values, sizes)
     if 0 in (heads, shared, key_dim, value_dim) or heads % shared:
         raise WeightsError(
@@ -56,7 +56,7 @@ def check_biases(values: Arrays) -> None:
     Raises:
         WeightsError: one does not fit.
     """
-    for projection in PROJECTIONS:
+    for projection in _projections(values):
         bias = values.get(f"{projection}.bias")
         if bias is not None and bias.shape != _bias_shape(projection, values):
             raise WeightsError(
@@ -66,9 +66,17 @@ def check_biases(values: Arrays) -> None:
             )
 
 
+def _projections(weights: Iterable[str]) -> list[str]:
+    """The projections that have a kernel among these names."""
+    return [name.partition(".")[0] for name in weights if name.endswith(".kernel")]
+
+
 def _check_kernel(projection: str, values: Arrays, sizes: Sizes) -> None:
     shape, split = values[f"{projection}.kernel"].shape, sizes.split(projection)
     expected = (*split, *shape[2:]) if projection == "output" else (shape[0], *split)
+    if projection == "gate":  # with a number for each head it has no widths
+        inputs = values["query.kernel"].shape[0]
+        expected = (inputs, *split) if len(shape) > 2 else (inputs, split[0])
     if shape != expected:
         raise WeightsError(
             f"The layers do not fit one another: `{projection}.kernel` has shape {shape}, "
@@ -98,7 +106,7 @@ def with_layout_biases(
     known = {name for piece in pieces for name in piece.names}
     wanted = {name: None for name in values if name in known}
     for group in (together, *(piece.holds for piece in pieces if piece.part == "bias")):
-        names = [f"{projection}.bias" for projection in group]
+        names = [f"{name}.bias" for name in group if f"{name}.kernel" in values]
         if any(name in wanted for name in names):
             wanted |= dict.fromkeys(names)
     return match_biases(target, wanted, values)
@@ -117,11 +125,11 @@ def match_biases(target: str, wanted: Iterable[str], values: Mapping[str, np.nda
     """
     wanted = set(wanted)
     homeless = [name for name in values if name not in wanted]
-    full = [name for name in homeless if np.any(values[name] != 0)]
+    full = [n for n in homeless if n.endswith(".kernel") or np.any(values[n] != 0)]
     if full:
         raise LayoutError(
             f"{target} has no {' and no '.join(f'`{name}`' for name in full)}; the weights do, and "
-            "without it the results would change. Use a layout that holds this bias."
+            "without it the results would change. Use a layout that holds it."
         )
     result = {name: array for name, array in values.items() if name in wanted}
     added = [name for name in NAMES if name in wanted and name not in values]

@@ -1,6 +1,8 @@
-"""The activity penalty: what a regulariser gives for the outputs of the four projections.
+"""The activity penalty: what a regulariser gives for the outputs of the projections.
 
 sum over query, key, value, output of  penalty(projection's output) / batch size
+
+and of a gate its sigmoid, as in Keras.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Activity:
         if regularizer is not None:
             rows, columns = self._shape.padding(ops, arrays)
             for stage, value in self._outputs.items():
-                own = stage in ("query", "output")
+                own = stage not in ("key", "value")  # of queries
                 if stage == "key" and any(free) and "key.bias" in arrays:
                     # Attention is indifferent to this bias and passes it no gradient; this is not.
                     bias = ops.astype(arrays["key.bias"], value.dtype)

@@ -285,7 +285,7 @@ def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any])
         MixedBackendsError: an array of another framework.
     """
     check_arrays(ops, weights)
-    needed = [f"{name}.kernel" for name in ("query", "key", "value", "output")]
+    needed = [f"{name}.kernel" for name in config.projections]
     needed += [name for name in config.feature_weights if not name.endswith(".bias")]
     missing = [name for name in needed if name not in weights]
     if missing:

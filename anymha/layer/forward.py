@@ -56,8 +56,9 @@ class Projections(NamedTuple):
     """Projections that are called, in the place of kernels and biases as arrays.
 
     Args:
-        functions: By "query", "key", "value" and "output" a function of (B, length, width in) that
-            gives (B, length, width out), heads side by side.
+        functions: By "query", "key", "value", "output" and the names of the features' projections
+            a function of (B, length, width in) that gives (B, length, width out), heads side by
+            side.
         kind: What a plan depends on of their weights.
         key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
         of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
@@ -317,6 +318,8 @@ def _execute(
             "key": project(plan, functions, "key", key, shape.key_heads),
             "value": project(plan, functions, "value", value, shape.value_heads),
         }
+    if plan.config.further_projections:
+        heads |= _further(plan, shape, projections, functions, query, of_rows)
     del query, key, value
     if activity is not None:
         for name, y in heads.items():
@@ -466,6 +469,42 @@ def _called(
     return ops.astype(y, plan.carried)
 
 
+def _further(
+    plan: Plan,
+    shape: CallShape,
+    projections: Projections | None,
+    functions: Any,
+    query: Array,
+    of_rows: bool,
+) -> dict[str, Array]:
+    """What the features' own projections of the query input give, (B, T, *axes), by name.
+
+    Args:
+        plan: The plan.
+        shape: The call's lengths.
+        projections: The projections, where they are called.
+        functions: Those by name, or the arrays.
+        query: (B, T, D_q), or (B * T, D_q) where it is `of_rows`.
+        of_rows: Whether projections take and give matrices.
+    """
+    project, found = _computed if projections is None else _called, {}
+    for name, axes in plan.config.further_projections.items():
+        full = (*shape.folded[:2], *axes)
+        if of_rows:
+            found[name] = plan.ops.reshape(functions[name](query), full)
+        else:
+            found[name] = project(plan, functions, name, query, full)
+    within = projections is not None and plan.double
+
+    def activated(found: Mapping[str, Array]) -> dict[str, Array]:
+        every = dict(found)
+        for feature in plan.spec.features:
+            every = {name: feature.activated(plan.ops, name, y) for name, y in every.items()}
+        return every
+
+    return plan.ops.in_float64(activated, found) if within else activated(found)
+
+
 def _with_width(shape: tuple[Any, ...], y: Array) -> tuple[Any, ...]:
     """The shape of what a projection gives, with its own width where that was not known."""
     return shape if len(shape) > 2 else (*shape, y.shape[-1])
@@ -510,6 +549,8 @@ def _attention(
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context, own)
+    if observe is not None:
+        observe("context", context)
     if plan.narrow and not path.narrow:
         context = ops.astype(context, plan.carried)
     return context, scores

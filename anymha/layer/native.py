@@ -262,7 +262,9 @@ class NativeLayer:
 def weights_of_projections(layer: Any) -> dict[str, Any]:
     """What a layer's projections hold as `kernel` and `bias`, None left out, by canonical name."""
     named = {name: part(layer) for name, part in _PARTS.items()}
-    for name in layer.config.feature_weights:
+    config = layer.config
+    further = [f"{name}.{part}" for name in config.further_projections for part in PARTS]
+    for name in (*further, *config.feature_weights):
         named[name] = held(layer, name)
     return {name: weight for name, weight in named.items() if weight is not None}
 
@@ -286,6 +288,7 @@ def held_together(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+PARTS = ("kernel", "bias")
 _PARTS = {name: attrgetter(name) for name in NAMES}
 
 

@@ -43,8 +43,8 @@ class AttentionConfig:
         key_dim: Width d_k of each query and key head.
         value_dim: Width d_v of each value head; default `key_dim`.
         dropout: Share of the probabilities that training drops, in [0, 1).
-        use_bias: Whether the four projections add a bias; or the names of those that do, e.g.
-            ``("query", "value", "output")`` for Whisper, whose keys have none.
+        use_bias: Whether the projections, the gate's too, add a bias; or the names of those that
+            do, e.g. ``("query", "value", "output")`` for Whisper, whose keys have none.
         output_shape: Shape O of each output vector, an int or a tuple; default the query's width.
         attention_axes: Axes of the inputs over which attention runs, an int or a tuple; negative
             ones count from the end. Default: all but the first and the last.
@@ -53,8 +53,8 @@ class AttentionConfig:
         bias_initializer: How biases start.
         kernel_regularizer: Penalty of the kernels, in `layer.regularization_loss()`; default none.
         bias_regularizer: Penalty of the biases.
-        activity_regularizer: Penalty of the outputs of the four projections, in the call's
-            `return_activity_loss`.
+        activity_regularizer: Penalty of the outputs of the four projections, and of the gate, in
+            the call's `return_activity_loss`.
         kernel_constraint: What `layer.apply_constraints()` makes of kernels; default nothing.
         bias_constraint: What it makes of biases.
         query_features: Width D_q of the query input. Given, the weights exist at once; otherwise
@@ -73,6 +73,8 @@ class AttentionConfig:
         alibi: Whether each logit falls with the distance of query and key, by the slopes of the
             ALiBi paper; or a slope for each query head.
         sinks: Whether a learned logit for each head, the weight "sinks", joins each row's softmax.
+        gate: "elementwise" for a gate on the context, ``sigmoid(query . W + b)``, with a number for
+            each of its (H, d_v); "head" for one with a number for each head; default none.
         dropout_rng: "portable" (the same elements in every framework) or "native" (the
             framework's own generator).
         dtype: Dtype of the weights.
@@ -118,6 +120,7 @@ class AttentionConfig:
     query_key_norm: QueryKeyNorm | Mapping[str, Any] | Literal["rms", "layer", "l2"] | None = None
     alibi: bool | Sequence[float] = False
     sinks: bool = False
+    gate: Literal["elementwise", "head"] | None = None
     dropout_rng: Literal["portable", "native"] = "portable"
     dtype: Any = "float32"
     compute_dtype: Any = None
@@ -128,6 +131,10 @@ class AttentionConfig:
     # What follows from the options, worked out once; no fields of their own.
     key_value_heads: ClassVar[int]
     """K, the number of key and value heads."""
+    further_projections: ClassVar[Mapping[str, tuple[int, ...]]]
+    """The projections of the query input that the features have: the axes of what each gives."""
+    projections: ClassVar[tuple[str, ...]]
+    """The names of all projections, in the canonical order: the four, and those of features."""
     biased: ClassVar[tuple[str, ...]]
     """The names of the projections that have a bias."""
     scale_value: ClassVar[float]
@@ -165,7 +172,6 @@ class AttentionConfig:
         store("output_shape", checked_shape(self.output_shape, "output_shape"))
         remedy = " Pass None for all axes but the first and the last."
         store("attention_axes", checked_axes(self.attention_axes, "attention_axes", remedy))
-        store("use_bias", checked_biases(self.use_bias, "use_bias"))
         store("dropout", checked_rate(self.dropout, "dropout"))
         store("dropout_rng", checked_choice(self.dropout_rng, DROPOUT_RNGS, "dropout_rng"))
         store("scale", checked_scale(self.scale, "scale"))
@@ -179,12 +185,18 @@ class AttentionConfig:
         if self.compute_dtype is not None:
             store("compute_dtype", checked_dtype_name(self.compute_dtype, "compute_dtype"))
         store("key_value_heads", self.num_key_value_heads)
-        names = self.use_bias if isinstance(self.use_bias, tuple) else PROJECTIONS
+        features = features_of(self)
+        store("features", features)
+        further: dict[str, tuple[int, ...]] = {}
+        for feature in features:
+            further |= feature.projections(self)
+        store("further_projections", further)
+        store("projections", (*PROJECTIONS, *further))
+        store("use_bias", checked_biases(self.use_bias, "use_bias", self.projections))
+        names = self.use_bias if isinstance(self.use_bias, tuple) else self.projections
         store("biased", names if self.use_bias else ())
         self._check_together()
         store("scale_value", 1.0 / math.sqrt(self.key_dim) if self.scale is None else self.scale)
-        features = features_of(self)
-        store("features", features)
         store("counts_positions", any(f.counts_positions for f in features))
         store("feature_weights", self._weights_of_features(self.query_features or 1))
         columns, held = (True,) * self.key_dim, {}
@@ -213,7 +225,10 @@ class AttentionConfig:
 
         output: Any = self.output_shape
         objects = {name: getattr(self, name) for name in OBJECTS}
-        check_ranks(objects, 1 if output is None else len(output), self.biased)
+        further = self.further_projections
+        ranks = {name: len(axes) for name, axes in further.items()}
+        ranks["output"] = 1 if output is None else len(output)
+        check_ranks(objects, ranks, self.biased)
 
     def weight_shapes(
         self,
@@ -246,6 +261,7 @@ class AttentionConfig:
             "key": (d_k, shared, self.key_dim),
             "value": (d_v, shared, self.value_dim),
             "output": (heads, self.value_dim, *out),
+            **{name: (d_q, *axes) for name, axes in self.further_projections.items()},
         }
         shapes: dict[str, tuple[int, ...]] = {}
         for name, kernel in kernels.items():

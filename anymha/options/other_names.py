@@ -110,7 +110,7 @@ PEERS: Mapping[str, str] = {
     "flash": _FUSED,
     # Keras and TensorFlow Addons
     "flash_attention": _FUSED,
-    "use_gate": "Leave it out: the layer has no gate.",
+    "use_gate": "Pass `gate='elementwise'`.",
     "num_query_heads": _HEADS,
     "head_size": _KEY_DIM,
     "use_projection_bias": _BIASES,

@@ -33,16 +33,24 @@ def checked_object(value: Any, argument: str) -> Any:
     return resolved(value, known, argument, optional=known is not INITIALIZERS)
 
 
-def check_ranks(objects: Mapping[str, Any], output_rank: int, biased: Collection[str]) -> None:
+def check_ranks(
+    objects: Mapping[str, Any], ranks: Mapping[str, int], biased: Collection[str]
+) -> None:
     """Each object of `OBJECTS` can act on all the arrays that it meets, which differ in rank.
+
+    Args:
+        objects: The options that are objects, by name.
+        ranks: The number of axes of what projections give for a position, where it is not 2.
+        biased: The projections that have a bias.
 
     Raises:
         ConfigError: one cannot.
     """
+    kernels = {1 + rank + (name == "output") for name, rank in ranks.items()}
     met = {
-        "kernel": {3, 2 + output_rank},
-        "bias": {output_rank if name == "output" else 2 for name in biased},
-        "activity": {4, 2 + output_rank},
+        "kernel": {3, *kernels},
+        "bias": {ranks.get(name, 2) for name in biased},
+        "activity": {4, *(2 + rank for rank in ranks.values())},
     }
     for name, value in objects.items():
         part = name.partition("_")[0]

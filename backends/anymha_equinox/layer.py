@@ -103,10 +103,13 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
         self, config: AttentionConfig, *, key: jax.Array | None = None, inference: bool = False
     ) -> None:
         weights = _jax.layer(**config.to_dict(), key=key).weights
+        projections = {
+            name: _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
+            for name in config.projections
+        }
         for name in PROJECTIONS:
-            projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
-            setattr(self, name, projection)
-        own: dict[str, Any] = {}
+            setattr(self, name, projections.pop(name))
+        own: dict[str, Any] = {**projections}
         for name, parts in held_together(config.feature_weights).items():
             held = {part: weights[f"{name}.{part}"] for part in parts}
             own[name] = _Weights(held) if parts else weights[name]

@@ -27,7 +27,7 @@ from anymha.layer.native import (
 )
 from anymha.layer.plan import Plans
 from anymha.layer.weights import part_of
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import AttentionConfig
 
 _jax = get_backend("jax")
 
@@ -136,7 +136,7 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
         self.config = config
         self.plans = Plans()
         self.deterministic = deterministic
-        for name in PROJECTIONS:
+        for name in config.projections:
             projection = _Projection(weights[f"{name}.kernel"], weights.get(f"{name}.bias"))
             setattr(self, name, projection)
         for name, parts in held_together(config.feature_weights).items():

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from anymha.errors import AnymhaError
+from anymha.errors import AnymhaError, ConfigError
 from anymha.framework.registry import get_backend
 from anymha.layer.arguments import CALL_ARGUMENTS
 from anymha.layer.checks import unpack_inputs
@@ -28,7 +28,7 @@ from anymha.layer.native import (
 )
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
-from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
+from anymha.options.config import AttentionConfig, shown_options
 from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
 from anymha_keras.options import Given, KerasOptions, core_dtypes, read_options, saved
 from anymha_keras.projection import (
@@ -42,6 +42,8 @@ from anymha_keras.projection import (
     rounded,
 )
 
+ORDER = ("query", "key", "gate", "value", "output")
+"""The projections in the order of their weights."""
 KERAS_ADDS = ("return_activity_loss",)
 """Arguments of the call that Keras's has not: Keras adds the loss to `layer.losses`."""
 CALL = tuple(argument.name for argument in CALL_ARGUMENTS if argument.name not in KERAS_ADDS)
@@ -65,7 +67,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         `keras.layers.MultiHeadAttention`: a row whose keys are all masked gives exactly the
         output's bias; scores have their shape in the functional API where key and query differ in
         length; a `query_mask` that is passed counts; the order of the options after
-        `attention_axes`; `use_gate`, `flash_attention=True` and quantisation are refused.
+        `attention_axes`; `flash_attention=True` is taken wherever dropout and scores are off.
 
     Example:
         >>> import keras
@@ -84,6 +86,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         self.seed = config.seed
         self._config = config
         self.plans = Plans()
+        self._flash_attention = given.flash_attention
         self._own_compute_dtype = given.compute_dtype
         self._own_initializers = given.initializers
         self._dropout_layer = keras.layers.Dropout(
@@ -142,9 +145,13 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         heads = (config.num_heads, config.value_dim)
         query, value, key = shapes
         ends = {"query": query, "key": key, "value": value, "output": (*query[:-1], *heads)}
-        for name in PROJECTIONS:
+        ends |= dict.fromkeys(config.further_projections, query)
+        # In the order of Keras's layer, where the gate stands between key and value.
+        for name in sorted(config.projections, key=ORDER.index):
             kernel = values[f"{name}.kernel"].shape
-            dense = make_projection(config, name, kernel, initializer, self.dtype_policy)
+            dense = make_projection(
+                config, name, kernel, len(query), initializer, self.dtype_policy
+            )
             setattr(self, f"_{name}_dense", dense)
             dense.build(ends[name])
         for name, parts in held_together(config.feature_weights).items():
@@ -158,7 +165,11 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
                 holder.built = True
                 setattr(self, name, holder)
         if keras.config.backend() == "numpy":  # where an initialiser's float64 becomes float32
-            self._assign({n: v for n, v in values.items() if isinstance(initializer(n), Values)})
+            quantised = [n for n, dense in self._projections().items() if dense.quantization_mode]
+            self._assign({
+                n: v for n, v in values.items()
+                if isinstance(initializer(n), Values) and n.partition(".")[0] not in quantised
+            })  # fmt: skip
 
     def _build_of(self, widths: Sequence[int]) -> None:
         """Build for inputs of these widths: query, value, key."""
@@ -183,6 +194,11 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         query_offset: Any = 0,
         seed: Any = None,
     ) -> Any:
+        if self._flash_attention and return_attention_scores:  # in Keras's words
+            raise ConfigError(
+                "Returning attention scores is not supported when flash attention is enabled. "
+                "Please disable flash attention to access attention scores."
+            )
         query, value, key = unpack_inputs(query, value, key)
         passed = (query_mask, value_mask, key_mask, attention_mask)
         masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
@@ -270,11 +286,16 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         if not self.built:
             return (None, None, None)
         dense = self._projections()
-        kernels = [getattr(dense[name], "kernel", None) for name in ("query", "value", "key")]
+        # One that is packed as int4 would be unpacked for it.
+        parts = [dense[name] for name in ("query", "value", "key")]
+        kernels = [
+            None if getattr(one, "quantization_mode", None) else getattr(one, "kernel", None)
+            for one in parts
+        ]
         return tuple(None if kernel is None else kernel.shape[0] for kernel in kernels)
 
     def _projections(self) -> dict[str, Projection]:
-        return {name: getattr(self, f"_{name}_dense") for name in PROJECTIONS}
+        return {name: getattr(self, f"_{name}_dense") for name in self._config.projections}
 
     def canonical_weights(self) -> dict[str, Any]:
         """The weights by canonical name, as tensors of Keras's backend."""
@@ -302,18 +323,18 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             def called(x: Any) -> Any:
                 shape: Any = keras.ops.shape(x)
                 batch, length = shape[:2]
-                if merged:
-                    x = keras.ops.reshape(x, (batch, length, heads, width))
-                y = one(x)
-                rank = len(y.shape)
-                return y if rank == 3 else keras.ops.reshape(y, (batch, length, -1))
+                last = (heads, width) if merged else (x.shape[-1],)
+                more = 0 if one.input_spec is None else one.input_spec.ndim - 2 - len(last)
+                if more or merged:  # it takes arrays with all axes of the layer's inputs
+                    x = keras.ops.reshape(x, (batch, length, *(1,) * more, *last))
+                return keras.ops.reshape(one(x), (batch, length, -1))
 
             return called
 
         kind = WeightsKind(self.config.dtype, self._widths, "called")
         own = {name: keras.ops.convert_to_tensor(held(self, name))
                for name in self._config.feature_weights}  # fmt: skip
-        return Projections({name: function(name) for name in PROJECTIONS}, kind, weights=own)
+        return Projections({name: function(name) for name in dense}, kind, weights=own)
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         if not self.built:

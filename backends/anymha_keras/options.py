@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import keras
 
@@ -38,6 +38,7 @@ class Given:
 
     Args:
         config: The options of anymha.
+        flash_attention: Whether the layer is to refuse what Keras's flash attention cannot do.
         policy: Keras's dtype policy.
         compute_dtype: The one passed beside the policy, if any.
         initializers: Keras's own initialisers, by option; none for those of anymha.
@@ -45,6 +46,7 @@ class Given:
     """
 
     config: AttentionConfig
+    flash_attention: bool
     policy: Any
     compute_dtype: str | None
     initializers: Mapping[str, keras.initializers.Initializer]
@@ -58,15 +60,16 @@ class KerasOptions(AttentionConfig):
     Args:
         trainable: Whether the weights are trained.
         autocast: Whether Keras casts floating inputs to the policy's compute dtype.
-        use_gate: Must be False: the layer has no gate.
-        flash_attention: Must be None or False: the layer picks its kernel itself.
+        use_gate: Keras's name of ``gate="elementwise"``.
+        flash_attention: The layer picks its kernel itself, and none changes the results. True also
+            refuses dropout and scores, as Keras's layer does.
     """
 
     dtype: Any = None
     trainable: bool = True
     autocast: bool = True
-    use_gate: Literal[False] = False
-    flash_attention: Literal[False] | None = None
+    use_gate: bool = False
+    flash_attention: bool | None = None
 
 
 OF_LAYER = {*inspect.signature(keras.layers.Layer.__init__).parameters, "input_dim", "input_shape"}
@@ -75,12 +78,13 @@ OF_LAYER = {*inspect.signature(keras.layers.Layer.__init__).parameters, "input_d
 
 def read_options(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
     """What a constructor was given, by place and by name."""
-    for name in ("use_gate", "flash_attention"):
-        if options.pop(name, None):
-            raise ConfigError(
-                f"`{name}` must be False: this layer has no such attention. Received: True. "
-                "Use `keras.layers.MultiHeadAttention` for it."
-            )
+    flash = _flag(options, "flash_attention")
+    gate = _flag(options, "use_gate") and options.setdefault("gate", "elementwise")
+    if gate and gate != "elementwise":
+        raise ConfigError(
+            "`use_gate` is Keras's name of gate='elementwise'. Received: use_gate=True, "
+            f"gate={gate!r}. Pass one of them."
+        )
     fields = {field.name for field in dataclasses.fields(AttentionConfig)}
     of_layer = {name: options.pop(name) for name in list(options) if name not in fields}
     unknown = [name for name in of_layer if name not in OF_LAYER]
@@ -92,10 +96,27 @@ def read_options(args: tuple[Any, ...], options: dict[str, Any]) -> Given:
             options[name] = _deserialized(kind, options[name])
     policy, compute = _policy(options.pop("dtype", None), options.pop("compute_dtype", None))
     config = AttentionConfig(*args, **options, **core_dtypes(policy, compute))
+    if flash and config.dropout > 0:  # in Keras's words
+        raise ConfigError(
+            "Dropout is not supported when flash attention is enabled. Please set dropout to 0.0 "
+            "to use flash attention."
+        )
     given = dict(zip(list(inspect.signature(AttentionConfig).parameters), args, strict=False))
     given |= options
     own = {name: given[name] for name in INITIALIZERS if _is_own(given.get(name))}
-    return Given(config, policy, compute, own, of_layer)
+    return Given(config, flash, policy, compute, own, of_layer)
+
+
+def _flag(options: dict[str, Any], name: str) -> bool:
+    """Take an option that is True or False out of `options`; None and absent are False.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    value = options.pop(name, None)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"`{name}` must be True or False. Received: {value!r}.")
+    return bool(value)
 
 
 def _policy(dtype: Any, compute_dtype: Any) -> tuple[Any, str | None]:
@@ -105,7 +126,12 @@ def _policy(dtype: Any, compute_dtype: Any) -> tuple[Any, str | None]:
         ConfigError: the policy quantises, or the two do not go together.
     """
     policy = keras.dtype_policies.get(dtype)
-    refuse_quantised(policy)
+    if policy.quantization_mode is not None:
+        raise ConfigError(
+            f"`dtype` must be a policy of floating dtypes. Received: {policy.name!r} with the "
+            f"quantisation {policy.quantization_mode!r}. Call `quantize` of the model, or pass a "
+            "`keras.dtype_policies.DTypePolicyMap` that names the projections."
+        )
     if compute_dtype is None:
         return policy, None
     compute = checked_dtype_name(compute_dtype, "compute_dtype")
@@ -127,20 +153,6 @@ def core_dtypes(policy: Any, compute_dtype: str | None) -> dict[str, str | None]
     return {"dtype": policy.variable_dtype, "compute_dtype": compute}
 
 
-def refuse_quantised(policy: Any) -> None:
-    """Refuse a policy that quantises, or a layer that has one.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if policy.quantization_mode is not None:
-        raise ConfigError(
-            f"`dtype` must be a policy of floating dtypes. Received: {policy.name!r} with the "
-            f"quantisation {policy.quantization_mode!r}. Use `keras.layers.MultiHeadAttention` "
-            "for it."
-        )
-
-
 def saved(config: AttentionConfig, initializers: Mapping[str, Any]) -> dict[str, Any]:
     """The options for `get_config`; those that Keras's layer has not, unless at their defaults."""
     found = config.to_dict()
@@ -150,6 +162,9 @@ def saved(config: AttentionConfig, initializers: Mapping[str, Any]) -> dict[str,
     for name in found.keys() - IN_KERAS:
         if getattr(config, name) == getattr(least, name):
             del found[name]
+    if found.get("gate") == "elementwise":
+        del found["gate"]
+        found["use_gate"] = True
     for name in OBJECTS:
         value = initializers.get(name, found[name])
         if callable(value):

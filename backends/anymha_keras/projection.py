@@ -14,23 +14,20 @@ from anymha.errors import WeightsError
 from anymha.framework.dtypes import dtype_name
 from anymha.options.config import AttentionConfig
 from anymha.options.serialization import described
-from anymha_keras.options import refuse_quantised
 
 
 class Projection(keras.layers.EinsumDense):
     """A kernel and, maybe, a bias, where `keras.layers.MultiHeadAttention` has them.
 
-    It can be called, and takes LoRA. The attention layer calls it, unless it is plain: then the
-    layer computes the same from its kernel and bias.
+    It can be called, takes LoRA, and can be quantised. The attention layer calls it, unless it is
+    plain: then the layer computes the same from its kernel and bias.
     """
 
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, which `Model.quantize` takes for "leave the layer as it is"."""
-        raise NotImplementedError("The projections of anymha's attention are not quantised.")
-
-    def quantized_build(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what a map of policies says of this projection."""
-        refuse_quantised(self)
+    def quantize(self, mode: Any = None, type_check: bool = True, config: Any = None) -> None:
+        """Quantise as `keras.layers.EinsumDense`, which by default refuses classes made from it."""
+        super().quantize(
+            mode, type_check=type_check and type(self) is not Projection, config=config
+        )
 
 
 _CALL = keras.layers.EinsumDense.call
@@ -62,12 +59,18 @@ def check_readable(name: str, dense: Any) -> None:
     """Refuse the weights of what stands in the place of a projection, or computes more than it.
 
     Raises:
-        WeightsError: it is no projection of ours, or has an activation or a call of its own.
+        WeightsError: it is no projection of ours, is quantised, or has an activation or a call of
+            its own.
     """
     if not isinstance(dense, Projection):
         raise WeightsError(
             f"`{name}` must be the layer's own projection for its weights to be read or written. "
             f"Received: {type(dense).__module__}.{type(dense).__qualname__} in its place."
+        )
+    if dense.quantization_mode is not None:
+        raise WeightsError(
+            f"`{name}` must not be quantised for its weights to be read or written: its kernel is "
+            f"rounded to {dense.quantization_mode}. Read the weights before `quantize`."
         )
     own_call = type(dense).call is not _CALL or "call" in vars(dense)
     if own_call or dense.activation is not keras.activations.linear:
@@ -97,6 +100,7 @@ def make_projection(
     config: AttentionConfig,
     name: str,
     shape: tuple[int, ...],
+    rank: int,
     initializer: Callable[[str], Any],
     dtype: Any,
 ) -> Projection:
@@ -104,17 +108,19 @@ def make_projection(
 
     Args:
         config: The options, of which regularisers and constraints count here.
-        name: "query", "key", "value" or "output".
+        name: "query", "key", "value", "output" or "gate".
         shape: The kernel's.
+        rank: The number of axes of the inputs. Keras quantises no equation that leaves it open.
         initializer: Gives that of the weight of a canonical name.
         dtype: A dtype policy of Keras.
     """
     inner = 2 if name == "output" else 1
-    kernel = string.ascii_lowercase[: len(shape)]
+    free, kernel = string.ascii_lowercase[: rank - 1], string.ascii_lowercase[rank - 1 :]
+    kernel = kernel[: len(shape)]
     biased = name in config.biased
     return Projection(
-        f"...{kernel[:inner]},{kernel}->...{kernel[inner:]}",
-        output_shape=shape[inner:],
+        f"{free}{kernel[:inner]},{kernel}->{free}{kernel[inner:]}",
+        output_shape=(*(None,) * (rank - 2), *shape[inner:]),
         bias_axes=kernel[inner:] if biased else None,
         kernel_initializer=initializer(f"{name}.kernel"),
         bias_initializer=initializer(f"{name}.bias") if biased else "zeros",

@@ -22,7 +22,7 @@ from anymha.layer.native import (
     widths_of,
 )
 from anymha.layer.plan import Plans, WeightsKind
-from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
+from anymha.options.config import AttentionConfig, shown_options
 from anymha_numpy import ops
 
 EXACT = ("float32", "float64")
@@ -110,7 +110,7 @@ class MultiHeadAttention(NativeLayer):
             return self.weights
         functions: dict[str, Any] = {}
         linear: Any = ops.capabilities.linear
-        for name in PROJECTIONS:
+        for name in config.projections:
             kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias")
             inner = kernel.shape[0] * (kernel.shape[1] if name == "output" else 1)
             matrix = kernel.reshape(inner, -1)

@@ -69,6 +69,8 @@ class MultiHeadAttention(NativeLayer, tf.Module):
         self.config = config
         self.plans = Plans()
         self.query, self.key, self.value, self.output = (_Holder(n) for n in PROJECTIONS)
+        for name in config.further_projections:
+            setattr(self, name, _Holder(name))
         for name, parts in held_together(config.feature_weights).items():
             setattr(self, name, _Holder(name) if parts else None)
         if config.query_features is not None:

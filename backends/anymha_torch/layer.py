@@ -37,8 +37,7 @@ from anymha.layer.native import (
     widths_of,
 )
 from anymha.layer.plan import Plans
-from anymha.layer.weights import NAMES as CANONICAL
-from anymha.options.config import PROJECTIONS, AttentionConfig, shown_options
+from anymha.options.config import AttentionConfig, shown_options
 from anymha_torch import ops
 from anymha_torch.fused import HALF, mixed_dtype
 from anymha_torch.projection import (
@@ -114,7 +113,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         dtype, compute = config.dtype, config.compute_dtype or config.dtype
         rounds = compute != dtype or compute in ("float16", "bfloat16")
         self._rounding_dtype = ops.dtype(compute) if rounds else None
-        for name in PROJECTIONS:
+        for name in config.projections:
             self.add_module(name, empty_linear(self._rounding_dtype))
         for name, parts in held_together(config.feature_weights).items():
             if parts:
@@ -168,9 +167,8 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         del self._like
         self.__dict__.pop("_initialize_hook", None)
         for full, shape in shapes.items():
-            name, _, part = full.partition(".")
             module, own = self._place(full)
-            sizes = linear_shape(name, part, shape)
+            sizes = linear_shape(self.config, full, shape)
             place = torch.device(like.device if device is None else device)
             lazy = module._parameters[own]
             # A meta tensor cannot become any other.
@@ -179,7 +177,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             else:
                 tensor = like.new_empty(sizes, device=place)
                 setattr(module, own, nn.Parameter(tensor))
-            if part == "kernel":
+            if full.endswith(".kernel"):
                 module.out_features, module.in_features = sizes
 
     def reset_parameters(self) -> None:
@@ -280,7 +278,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         for full, shape in self.config.weight_shapes(*widths).items():
             name, _, part = full.partition(".")
             module, own = self._place(full)
-            linear = name in PROJECTIONS
+            linear = name in self.config.projections
             weight = effective(name, module, own) if linear else getattr(module, own)
             if weight is not None:
                 arrays[full] = to_canonical(weight, part, shape)
@@ -296,7 +294,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         for full, value in values.items():
             name = full.partition(".")[0]
             module, own = self._place(full)
-            if name in PROJECTIONS:
+            if name in self.config.projections:
                 effective(name, module, own)  # refuses what is no linear layer any more
             check_writable(name, module, own)
             tensors.append((full, value))
@@ -310,7 +308,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
                 # NumPy rounds: torch goes from float64 to half precision by way of float32.
                 dtype = dtype_of(module) or ops.dtype(self.config.dtype)
                 value = ops.from_numpy(value.astype(NAMES[dtype]))
-            shape = linear_shape(name, part, value.shape)
+            shape = linear_shape(self.config, full, value.shape)
             value = value.reshape(shape[::-1]).t() if part == "kernel" else value.reshape(shape)
             value = value.contiguous()  # a parametrisation may keep it as it lies
             values_by_part.append((name, module, own, value))
@@ -347,22 +345,23 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         Raises:
             WeightsError: they are not those that the config wants.
         """
+        config = self.config
+        known = [f"{name}.{part}" for name in config.projections for part in ("kernel", "bias")]
         tensors = {
             full: state_dict[prefix + shown]
-            for full in (*CANONICAL, *self.config.feature_weights)
+            for full in (*known, *config.feature_weights)
             if prefix + (shown := _in_state_dict(full)) in state_dict
         }
         if not tensors:
             return
-        missing = [f"{n}.weight" for n in PROJECTIONS if f"{n}.kernel" not in tensors]
+        missing = [f"{n}.weight" for n in config.projections if f"{n}.kernel" not in tensors]
         if missing:
             received = ", ".join(map(_in_state_dict, tensors))
             raise WeightsError(f"Weights lack {', '.join(missing)}. Received: {received}.")
         widths = [tensors[f"{n}.kernel"].shape[-1] for n in ("query", "value", "key")]
-        shapes = self.config.weight_shapes(*widths)
+        shapes = config.weight_shapes(*widths)
         for full, shape in shapes.items():
-            name, _, part = full.partition(".")
-            wanted = linear_shape(name, part, shape)
+            wanted = linear_shape(config, full, shape)
             received = tuple(tensors[full].shape) if full in tensors else None
             if received != wanted:
                 raise WeightsError(

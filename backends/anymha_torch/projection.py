@@ -24,7 +24,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from anymha.errors import ShapeError, WeightsError
 from anymha.layer.forward import Projections
 from anymha.layer.plan import Plans, WeightsKind
-from anymha.options.config import PROJECTIONS, AttentionConfig
+from anymha.options.config import AttentionConfig
 from anymha_torch import products
 from anymha_torch.fused import HALF, multiplies
 
@@ -258,7 +258,7 @@ def projections_of(
     if rounding_dtype in HALF and multiplies(rounding_dtype, modules["query"].weight.device):
         carried = rounding_dtype
     functions, widths, key_bias, parts, key_once = {}, [], None, [], None
-    for name in PROJECTIONS:
+    for name in config.projections:
         module = modules[name]
         widths.append(getattr(module, "in_features", None))
         if hooked or not is_plain(module):
@@ -286,7 +286,7 @@ def projections_of(
                 never = torch.tensor(held, device=bias.device)
             key_once = partial(_once, *how, free=True, never=never)
         functions[name] = _repeated(*how) if repeated else _once(*how, free=free, never=never)
-    query, key, value, context = widths
+    query, key, value, context, *_ = widths
     value_dim: Any = config.value_dim
     if context not in (None, config.num_heads * value_dim):
         raise ShapeError(
@@ -298,7 +298,7 @@ def projections_of(
     projections = Projections(functions, kind, key_bias)
     if plans is None:
         return projections
-    if len(parts) < len(PROJECTIONS) or None in parts or key_bias is not None:
+    if len(parts) < len(config.projections) or None in parts or key_bias is not None:
         plans.prepared = None
         return projections
     if not repeated:
@@ -365,7 +365,7 @@ def _of_small(
     None where a weight is large, or is not of the dtype in which the layer computes.
     """
     functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-    for name in PROJECTIONS:
+    for name in projections.functions:
         parameters = modules[name]._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         if weight.numel() > SMALL or weight.dtype is not dtype:
@@ -420,7 +420,7 @@ def check_biases(modules: Mapping[str, Any], config: AttentionConfig) -> None:
     Raises:
         WeightsError: there is one.
     """
-    for name in PROJECTIONS:
+    for name in config.projections:
         bias = getattr(modules[name], "bias", None)
         if name not in config.biased and isinstance(bias, torch.Tensor):
             raise WeightsError(
@@ -489,9 +489,10 @@ def to_canonical(weight: torch.Tensor, part: str, shape: Sequence[int]) -> torch
     return weight.t().reshape(shape) if part == "kernel" else weight.reshape(shape)
 
 
-def linear_shape(name: str, part: str, shape: Sequence[int]) -> tuple[int, ...]:
+def linear_shape(config: AttentionConfig, full: str, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a weight of a canonical shape in its linear layer, or in a holder."""
-    if part == "bias" and name in PROJECTIONS:
+    name, _, part = full.partition(".")
+    if part == "bias" and name in config.projections:
         return (math.prod(shape),)
     if part != "kernel":
         return tuple(shape)

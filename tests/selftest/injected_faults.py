@@ -223,6 +223,11 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
         pack = np.stack([weights[f"{n}.kernel"] for n in ("query", "key", "value")], 1)
         read = np.moveaxis(pack.reshape(3, heads, width, features), -1, 1)
         w |= {f"{n}.kernel": a for n, a in zip(("query", "key", "value"), read, strict=True)}
+    if "query and gate split wrongly" in wrong:
+        for part in ("kernel", "bias"):
+            both = np.stack([weights[f"{n}.{part}"] for n in ("query", "gate")], -2)
+            blocks = both.reshape(*both.shape[:-3], 2, heads, width)
+            w |= {f"query.{part}": blocks[..., 0, :, :], f"gate.{part}": blocks[..., 1, :, :]}
     if "value bias of the key" in wrong:
         w["value.bias"] = weights["key.bias"]
     if "output interleaved" in wrong:

@@ -82,6 +82,7 @@ class Port:
             if pairs in wrong:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
         q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
+        self.inputs, self.projected = {"query": query, "value": value, "key": key}, q
         stages = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
         keys, values = self._repeated(k, group), self._repeated(v, group)
@@ -125,7 +126,7 @@ class Port:
             context = ops.concat([mean] * context.shape[2], axis=2)
         context = self._with("context", context)
         stages["context"] = context
-        output = self._output(context)
+        output = self._with("output", self._output(context))
         if "output reversed" in wrong:
             places = [output[:, i : i + 1] for i in reversed(range(output.shape[1]))]
             output = ops.concat(places, axis=1)

@@ -51,7 +51,7 @@ anymha_equinox.MultiHeadAttention(2, 4, query_features=8, deterministic=True)  #
 anymha_tensorflow.MultiHeadAttention(2, 4, name=3)  # wrong
 anymha_tensorflow.MultiHeadAttention(2, 4, head_size=4)  # wrong
 anymha_tensorflow.MultiHeadAttention(2)  # wrong
-anymha_keras.MultiHeadAttention(2, 4, use_gate=True)  # wrong
+anymha_keras.MultiHeadAttention(2, 4, use_gate="yes")  # wrong
 anymha_keras.MultiHeadAttention(2, 4, trainabel=True)  # wrong
 anymha_keras.MultiHeadAttention(2, "4")  # wrong
 AttentionConfig(2, 4, heads=2)  # wrong

@@ -4,6 +4,7 @@ from typing import Any
 
 from anymha.attention.features.alibi import Alibi
 from anymha.attention.features.base import Feature
+from anymha.attention.features.gate import Gate
 from anymha.attention.features.query_key_norm import HeadNorm
 from anymha.attention.features.rotary import RotaryPositions
 from anymha.attention.features.sinks import Sinks
@@ -11,7 +12,7 @@ from anymha.attention.features.softcap import Softcap
 
 __all__ = ["FEATURES", "Feature", "features_of"]
 
-FEATURES: tuple[type[Feature], ...] = (HeadNorm, RotaryPositions, Softcap, Alibi, Sinks)
+FEATURES: tuple[type[Feature], ...] = (HeadNorm, RotaryPositions, Softcap, Alibi, Sinks, Gate)
 """The features of the layer, in the order in which a call meets them."""
 
 

@@ -3,7 +3,7 @@
 An option of today's models (a softcap, rotary positions, sinks) is one class in one file of this
 folder. Its hooks default to nothing; what a hook is not overridden for, the option leaves alone.
 Their last argument has the call's arrays by name, the feature's own weights in the dtype in which
-attention is computed; in a tile the tile's part of them.
+attention is computed, and what its own projections give; in a tile the tile's part of them.
 The order of the hooks in a call:
 
     heads -> products of queries and keys, scaled -> logits -> bias, the call's bias
@@ -93,6 +93,30 @@ class Feature:
             query_features: The width D_q of the query input.
         """
         return {}
+
+    def projections(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Projections of the query input that the feature has beside the layer's four, by name.
+
+        Each has the weights "name.kernel" (D_q, *axes) and, as `use_bias` says, "name.bias" (axes):
+        weights as those of the four, and called as these are.
+
+        Args:
+            config: The layer's options.
+
+        Returns:
+            The axes of what each gives, heads first.
+        """
+        return {}
+
+    def activated(self, ops: Ops, name: str, y: Array) -> Array:
+        """What `arrays` has of a projection of the feature, from what that gives (B, T, *axes).
+
+        Args:
+            ops: The backend.
+            name: The projection's name.
+            y: In the dtype of what goes from stage to stage.
+        """
+        return y
 
     def free_columns(self, width: int) -> tuple[bool, ...]:
         """Which columns of the key's bias only add one number to all logits of a row.

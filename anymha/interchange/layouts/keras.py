@@ -8,38 +8,43 @@ References:
 from __future__ import annotations
 
 from anymha.framework.validation import PROJECTIONS
-from anymha.interchange.forms import Extra, Form
+from anymha.interchange.forms import Form
 from anymha.interchange.layout import Layout
-from anymha.interchange.limits import output_as_query, same_heads, same_widths, vector_output
+from anymha.interchange.limits import (
+    gate_of_each_element,
+    output_as_query,
+    same_heads,
+    same_widths,
+    vector_output,
+)
 from anymha.interchange.packing import QKV, linear
 from anymha.options.training import OBJECTS
 
-NAMES = dict(zip(PROJECTIONS, (*QKV, "attention_output"), strict=True))
+NAMES = dict(zip(PROJECTIONS, (*QKV, "attention_output"), strict=True)) | {"gate": "gate"}
 PIECES = tuple(
     piece
     for projection, name in NAMES.items()
-    for piece in linear(projection, name, form="heads", parts=("/kernel", "/bias"))
+    for piece in linear(
+        projection, name, form="heads", parts=("/kernel", "/bias"), optional=projection == "gate"
+    )
 )
-GATE = "a gate: the heads' outputs are multiplied by sigmoid(query . gate) (Keras's `use_gate`)"
 
 LAYOUTS = (
     Layout(
         "keras.MultiHeadAttention",
         (Form(PIECES),),
-        extras=(Extra("gate/kernel", GATE), Extra("gate/bias", GATE)),
-        limits=(same_heads,),
-        options=("attention_axes", "sliding_window", "compute_dtype", *OBJECTS),
-        together=PROJECTIONS,
+        limits=(same_heads, gate_of_each_element),
+        options=("attention_axes", "sliding_window", "gate", "compute_dtype", *OBJECTS),
+        together=tuple(NAMES),
         reference="keras/src/layers/attention/multi_head_attention.py",
         separator="/",
     ),
     Layout(
         "keras.GroupQueryAttention",
         (Form(PIECES),),
-        extras=(Extra("gate/kernel", GATE), Extra("gate/bias", GATE)),
-        limits=(same_widths, vector_output, output_as_query),
-        options=("sliding_window", "compute_dtype", *OBJECTS),
-        together=PROJECTIONS,
+        limits=(same_widths, vector_output, output_as_query, gate_of_each_element),
+        options=("sliding_window", "gate", "compute_dtype", *OBJECTS),
+        together=tuple(NAMES),
         reference="keras/src/layers/attention/grouped_query_attention.py",
         separator="/",
     ),

@@ -15,8 +15,10 @@ from anymha.options.config import AttentionConfig
 
 PIECES = tuple(
     piece
-    for name in PROJECTIONS
-    for piece in linear(name, name, form="heads", parts=(".kernel", ".bias"))
+    for name in (*PROJECTIONS, "gate")
+    for piece in linear(
+        name, name, form="heads", parts=(".kernel", ".bias"), optional=name == "gate"
+    )
 )
 
 LAYOUTS = (

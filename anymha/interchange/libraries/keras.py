@@ -53,6 +53,8 @@ def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionC
     values = config.to_dict()
     options = {name: values[name] for name in OBJECTS if values[name] is not None}
     options |= {"dropout": config.dropout, "use_bias": bool(config.biased)}
+    if config.gate is not None:
+        options["use_gate"] = True
     if config.sliding_window is not None:
         options["sliding_window"] = config.sliding_window
     options["dtype"] = _policy(keras, config)

@@ -9,7 +9,7 @@ import numpy as np
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.stages.trace import POSITIONS, Request
 
-PROJECTIONS = ("query", "key", "value", "output")
+PROJECTIONS = ("query", "key", "value", "gate", "output")
 LARGE = 1 << 20
 """Where there are more logits, nothing is computed again without each feature."""
 
@@ -102,8 +102,8 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     yield "the scale: the logits are about equal", recipe.but(scale=2 * recipe.scale)
     # The key's bias adds one number to all logits of a row, which the softmax alone ignores.
     ignored = all(section.ignores_a_constant for section in recipe.sections)
-    for name in ("query", "value", "output") if ignored else PROJECTIONS:
-        if f"{name}.bias" in recipe.weights:
+    for name in PROJECTIONS:
+        if f"{name}.bias" in recipe.weights and not (ignored and name == "key"):
             rest = {n: w for n, w in recipe.weights.items() if n != f"{name}.bias"}
             words = "it changes nothing" if name == "key" else "it is zero"
             yield f"`{name}.bias`: {words}", recipe.but(weights=rest)
