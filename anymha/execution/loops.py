@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from anymha.attention.masks import TileOrigin, all_of
+from anymha.attention.segments import same_segment
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles
 from anymha.framework.dtypes import working_dtype
@@ -43,7 +44,7 @@ def fused_by_tiles(
         seen = spec.position_mask.mask(
             ops, origin, length, each.key_stop - each.key_start, like=part["query"]
         )
-        mask = all_of(ops, [part.get("mask"), seen])
+        mask = all_of(ops, [part.get("mask"), seen, same_segment(part)])
         part |= {} if mask is None else {"mask": mask}
         parts.append(kernel(spec, part, causal=False))
     return parts[0] if len(parts) == 1 else ops.concat(parts, axis=2)

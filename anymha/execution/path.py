@@ -40,6 +40,7 @@ class AttentionShape(NamedTuple):
         has_bias: Whether there is a bias.
         per_query: Whether a mask or the bias differs from query to query.
         bias_differentiated: Whether a gradient of the bias may be asked for.
+        has_segments: Whether queries see keys of their own segment alone.
     """
 
     batch: Dim
@@ -56,6 +57,7 @@ class AttentionShape(NamedTuple):
     has_bias: bool = False
     per_query: bool = False
     bias_differentiated: bool = False
+    has_segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,16 +164,24 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
 
 
 def choose_path(
-    ops: Ops, spec: AttentionSpec, shape: AttentionShape, *, observed: bool, with_scores: bool
+    ops: Ops,
+    spec: AttentionSpec,
+    shape: AttentionShape,
+    *,
+    observed: bool,
+    with_scores: bool,
+    with_lse: bool = False,
 ) -> Path:
-    """The path of a call, in which each stage is `observed`, or the scores are wanted."""
+    """The path of a call, in which each stage is `observed`, or scores or lse are wanted."""
     if observed:
         return Path("whole", "each stage is observed")
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
     if any(isinstance(n, int) and n == 0 for n in lengths):
         return Path("whole", "there is nothing to attend to")
     narrow, reason = False, _why_not_fused(ops, spec, shape)
-    if shape.narrow is not None:
+    if with_lse:
+        reason = reason or "the log-sum-exp is asked for"
+    elif shape.narrow is not None:
         why = _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow))
         narrow = why is None
         reason = reason and why
@@ -200,6 +210,8 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
     for feature in spec.features:
         if reason := feature.why_not_fused():
             return reason
+    if shape.has_segments and spec.dropout is not None:
+        return "the kernel with dropout has no segments"
     return why_not_fused(spec, shape)
 
 

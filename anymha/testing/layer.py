@@ -246,7 +246,7 @@ def _attend(
     spec = AttentionSpec(0.5, () if softcap is None else (Softcap(softcap),), position_mask)
     path = Path("whole", "the test's")
     arrays = map(ops.from_numpy, _heads())
-    context, scores = attend(ops, spec, path, *arrays, with_scores=True)
+    context, scores, _ = attend(ops, spec, path, *arrays, with_scores=True)
     return ops.to_numpy(context), ops.to_numpy(scores)
 
 
