@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from anymha.attention.segments import LARGE
 from anymha.errors import ArgumentError, DtypeError, ShapeError
 from anymha.framework.registry import Backend
 from anymha.layer.forward import multi_head_attention
+from anymha.parity import compare
 from anymha.parity.stages.layer_call import gradients_of
 from tests.peer_layers import need
 from tests.support import native, normal
@@ -130,6 +132,54 @@ def test_nan_is_found_in_long_rows(backend: Backend) -> None:
     lost = np.isin(ids, (10, 29))
     assert np.array_equal(before[~lost], after[~lost])
     assert np.isnan(after[lost]).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_get_the_mask_of_a_tile(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("torch")
+    fused: Any = importlib.import_module("anymha_torch.fused")
+    kernel, sizes = fused.scaled_dot_product_attention, []
+
+    def recorded(query: Any, key: Any, value: Any, mask: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(mask.numel())
+        return kernel(query, key, value, mask, *args, **options)
+
+    monkeypatch.setattr(fused, "scaled_dot_product_attention", recorded)
+    layer, whole = layer_of("torch", memory_budget=256), layer_of("torch")
+    ops = layer.ops
+    call = {"segment_ids": ops.from_numpy(IDS), "use_causal_mask": causal}
+    results = []
+    for one in (layer, whole):
+        x = ops.from_numpy(X).requires_grad_()
+        output = one(x, **call)
+        (output * output).sum().backward()
+        results.append((ops.to_numpy(output.detach()), ops.to_numpy(x.grad)))
+    assert max(sizes[:-1]) <= 256 / 4  # no array of all queries and keys
+    assert sizes[-1] == IDS.size * 8
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_gradients_of_gradients_pass_through_tiles() -> None:
+    torch: Any = need("torch")
+    results = []
+    for budget in (256, None):
+        layer = layer_of("torch", memory_budget=budget)
+        x = torch.from_numpy(X).requires_grad_()
+        output = layer(x, segment_ids=torch.from_numpy(IDS))
+        (first,) = torch.autograd.grad((output**2).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((first**2).sum(), x)[0].numpy())
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_comparisons_know_segments(backend: Backend) -> None:
+    exact, other = layer_of("numpy"), layer_of(backend.name)
+    anymha.set_weights(other, anymha.get_weights(exact))
+    report = compare(exact, other, X, segment_ids=IDS)
+    assert report.passed, report
+    assert not any("segment_ids" in words for words in report.not_exercised)
+    same = compare(exact, other, X, segment_ids=np.zeros_like(IDS))
+    assert "`segment_ids`: it excludes nothing that the others leave" in same.not_exercised
 
 
 def test_numpy_pulls_gradients_back() -> None:

@@ -18,8 +18,11 @@ from typing import Any
 from anymha.framework.dtypes import working_dtype
 from anymha.framework.protocol import Array, Ops
 
-LARGE = 1 << 22
+LARGE = 1 << 20
 """So many pairs of a query and a key are compared at a time."""
+
+SMALL = 2.0**-24
+"""A position has fewer than the inverse of this many features."""
 
 
 def same_segment(arrays: Any) -> Array | None:
@@ -48,11 +51,13 @@ def separated(
     """
     # No padding is of one segment with other padding.
     ids, key_ids = ops.where(ids < 0, -1, ids), ops.where(key_ids < 0, -2, key_ids)
-    query, bad = _finite(ops, query)
-    key, bad_key = _finite(ops, key)
-    value, bad_value = _finite(ops, value)
-    lost = _of_marked(ops, ids, key_ids, bad_key + bad_value)
-    lost = lost + bad * ops.astype(ids > -1, bad.dtype) > 0.5
+    query, finite = _finite(ops, query)
+    key, finite_key = _finite(ops, key)
+    value, finite_value = _finite(ops, value)
+    dtype = working_dtype(ops, query)
+    marked = ops.astype(ops.logical_and(finite_key, finite_value), dtype) * -1.0 + 1.0
+    own = ops.where(finite, 0.0, ops.astype(ids > -1, dtype))
+    lost = _of_marked(ops, ids, key_ids, marked) + own > 0.5
     arrays = {
         "segments": ops.reshape(ids, (ops.shape(ids)[0], 1, -1, 1)),
         "key_segments": ops.reshape(key_ids, (ops.shape(key_ids)[0], 1, 1, -1)),
@@ -61,17 +66,16 @@ def separated(
 
 
 def _finite(ops: Ops, x: Array) -> tuple[Array, Array]:
-    """`x` (B, length, heads, width), zero where a position is not finite, and (B, length), 1 there.
+    """`x` (B, length, heads, width), zero where a position is not finite; where it is finite.
 
-    A comparison finds them: a compiler may take ``x - x`` for zero.
+    The sum of sizes finds what is not, made small that no sum of finite numbers overflows.
     """
     batch, length, *_ = ops.shape(x)
     dtype = working_dtype(ops, x)
-    rows = ops.stop_gradient(x if x.dtype == dtype else ops.astype(x, dtype))
-    rows = ops.reshape(ops.abs(rows) < math.inf, (batch, length, -1))
-    bad = ops.max(ops.astype(rows, dtype) * -1.0 + 1.0, axis=-1, keepdims=True)  # [B, length, 1]
-    whole = ops.where(ops.reshape(bad, (batch, length, 1, 1)) < 0.5, x, 0.0)
-    return whole, ops.reshape(bad, (batch, length))
+    sizes = ops.stop_gradient(x if x.dtype == dtype else ops.astype(x, dtype))
+    sizes = ops.reshape(ops.abs(sizes) * SMALL, (batch, length, -1))
+    finite = ops.sum(sizes, axis=-1, keepdims=False) < math.inf
+    return ops.where(ops.reshape(finite, (batch, length, 1, 1)), x, 0.0), finite
 
 
 def _of_marked(ops: Ops, ids: Array, key_ids: Array, marked: Array) -> Array:

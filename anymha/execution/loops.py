@@ -29,16 +29,17 @@ Formula = Callable[[AttentionSpec, Mapping[str, Array], TileOrigin], Arrays]
 def fused_by_tiles(
     ops: Ops, spec: AttentionSpec, tiles: Sequence[Tiles], arrays: Mapping[str, Array]
 ) -> Array:
-    """The context (B, H, T, d_v) by the framework's kernel, masks of positions made tile by tile.
+    """The context (B, H, T, d_v) by the framework's kernel, masks made tile by tile.
 
-    Without tiles it is made in one piece. `arrays` are those of the formula, with a value.
+    Without tiles it is made in one piece. `arrays` are those of the formula, with a value. The
+    kernel keeps a tile's mask for differentiation: masks of segments, which would be all pairs of
+    queries and keys together, are made again instead.
     """
     kernel: Any = ops.capabilities.fused_attention
     keys = ops.shape(arrays["key"])[2]
     tiles = tiles or [Tiles(0, 1, ops.shape(arrays["query"])[2], 0, keys)]
-    parts = []
-    for each in tiles:
-        part = _of_tiles(arrays, each, keys)
+
+    def of_tile(each: Tiles, part: Arrays) -> Array:
         length = ops.shape(part["query"])[2]
         origin = TileOrigin(query=each.start, key=each.key_start)
         seen = spec.position_mask.mask(
@@ -46,7 +47,22 @@ def fused_by_tiles(
         )
         mask = all_of(ops, [part.get("mask"), seen, same_segment(part)])
         part |= {} if mask is None else {"mask": mask}
-        parts.append(kernel(spec, part, causal=False))
+        return kernel(spec, part, causal=False)
+
+    def again(each: Tiles, part: Arrays) -> Array:
+        mapped = {n: ops.reshape(part[n], (1, *ops.shape(part[n]))) for n in OWN}
+        constant = {n: x for n, x in part.items() if n not in OWN}
+        loop: Any = ops.capabilities.loop
+        whole = loop(
+            lambda index, own: {"context": of_tile(each, own)},
+            1, mapped, constant, {"context": part["value"].dtype},
+        )["context"]  # fmt: skip
+        return ops.reshape(whole, ops.shape(whole)[1:])
+
+    if "segments" in arrays:
+        tiles = [one for each in tiles for one in each.single()]
+    make = again if len(tiles) > 1 and "segments" in arrays and ops.capabilities.loop else of_tile
+    parts = [make(each, _of_tiles(arrays, each, keys)) for each in tiles]
     return parts[0] if len(parts) == 1 else ops.concat(parts, axis=2)
 
 

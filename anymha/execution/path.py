@@ -17,6 +17,9 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles, plan_tiles
 from anymha.framework.protocol import Dim, Ops
 
+MOST_OF_SEGMENTS = 1 << 22
+"""So many pairs a fused kernel gets at a time where it needs a mask of segments."""
+
 WORTHWHILE = 256
 """From so many queries on, leaving out the keys that some do not see saves time."""
 
@@ -229,6 +232,8 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     if not all(isinstance(n, int) for n in (batch, queries, keys)):
         return Path("fused", why)
     most = _most_of_tile(ops, spec, shape.dtype, shape.device)
+    if shape.has_segments:  # whose tiles are computed twice: few are faster
+        most = min(most_logits(ops, spec, shape.dtype, shape.device), max(most, MOST_OF_SEGMENTS))
     if is_open and batch * queries * keys <= most:
         return Path("fused", why, most_queries=math.inf, most_logits=most)
     elements = max(most // batch, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anymha.attention.masks import PositionMask
 
@@ -43,6 +43,11 @@ class Tiles:
     def stop(self) -> int:
         """The query behind the last."""
         return self.start + self.count * self.height
+
+    def single(self) -> Iterator[Tiles]:
+        """Each of them by itself."""
+        for number in range(self.count):
+            yield replace(self, start=self.start + number * self.height, count=1)
 
 
 def plan_tiles(
