@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from anymha.attention.dropout import Dropout, draw_seed, rate_threshold
-from anymha.attention.features.rotary import RotaryPositions
-from anymha.attention.features.softcap import Softcap
+from anymha.attention.features import Alibi, Feature, RotaryPositions, Sinks, Softcap
 from anymha.attention.masks import all_of, position_mask
+from anymha.attention.merging import merged
 from anymha.attention.spec import AttentionSpec
 from anymha.errors import ArgumentError, ConfigError, DtypeError, ShapeError
 from anymha.execution import path as paths
-from anymha.execution.attend import attend
+from anymha.execution.attend import Attended, attend
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name, multiplies
 from anymha.framework.names import answer, listed
@@ -29,7 +29,15 @@ from anymha.framework.validation import (
     checked_window,
 )
 from anymha.layer.arguments import BY_NAME, INPUTS, KEYWORDS, call_documentation, call_parameters
-from anymha.layer.checks import check_arrays, check_offset, check_seed, check_weights, unpack_inputs
+from anymha.layer.call_shape import positions_of
+from anymha.layer.checks import (
+    check_arrays,
+    check_offset,
+    check_seed,
+    check_segments,
+    check_weights,
+    unpack_inputs,
+)
 from anymha.layer.forward import multi_head_attention as call_layer
 from anymha.layer.native import CallOptions
 from anymha.layer.other_names import FUNCTION_PEERS, unexpected
@@ -50,6 +58,12 @@ def dot_product_attention(
     bias: Array | None = None,
     query_mask: Array | None = None,
     value_mask: Array | None = None,
+    segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    positions: Array | None = None,
+    key_positions: Array | None = None,
     is_causal: bool = False,
     query_offset: Any = 0,
     window: tuple[int | None, int | None] | None = None,
@@ -58,12 +72,13 @@ def dot_product_attention(
     dropout: float = 0.0,
     seed: Any = None,
     return_scores: bool = False,
+    return_lse: bool = False,
     memory_budget: int | None = None,
     **unknown: Unpack[_NoMore],
 ) -> Any:
     """Attention of query heads over key and value heads, without projections.
 
-        softmax(mask(softcap(scale * query . key) + bias)) . value
+        softmax(mask(softcap(scale * query . key) - slope * distance + bias), sink) . value
 
     Args:
         query: (B, T, H, d_k) floating.
@@ -73,6 +88,15 @@ def dot_product_attention(
         bias: Floating, added to the logits; broadcasts to (B, H, T, S).
         query_mask: (B, T) booleans; a query that is False attends to nothing.
         value_mask: (B, S) booleans; a position that is False does not influence anything.
+        segment_ids: (B, T) signed integers, the sequence in the row that each query is of: it sees
+            keys of the same id alone. A negative id is padding, which sees and is seen by nothing.
+        key_segment_ids: (B, S) integers, likewise of the keys; default `segment_ids` where T is S.
+        alibi_slopes: (H,) floating: the logits are lowered by the slope times the distance of
+            positions (ALiBi), before the bias.
+        sinks: (H,) floating: a further logit of each row, which joins its softmax and has no value.
+        positions: (T,) or (B, T) integers, the queries' positions for `alibi_slopes`; default
+            index + `query_offset`.
+        key_positions: (S,) or (B, S) integers, likewise of the keys; default their index.
         is_causal: Whether query i sees only keys ``j <= i + query_offset``.
         query_offset: Position of the first query among the keys: an int, or integers (B,).
         window: (left, right), the number of keys visible on each side of the query's own
@@ -83,16 +107,21 @@ def dot_product_attention(
             not 0: the function knows of no training mode.
         seed: Seed of the dropout; default one from the framework's own generator.
         return_scores: Whether to return the probabilities too.
+        return_lse: Whether to return, last, the log of each row's sum of exponentials, by which the
+            softmax divides, its sink included. `anymha.merge_attention` takes it.
         memory_budget: Bytes that the logits of one tile of queries may take; default what the
             backend is fastest with. The results mean the same for any.
 
     Returns:
         (B, T, H, d_v) in the dtype of the inputs; with `return_scores` also the probabilities
-        before dropout, (B, H, T, S).
+        before dropout, (B, H, T, S); with `return_lse` also (B, H, T), float32 at least, -inf for
+        a row that has neither a key to see nor a sink.
 
     Raises:
         ShapeError: shapes do not fit; the message has the expected and the received.
-        DtypeError: a mask is not boolean, or inputs are not floating or not of one dtype.
+        DtypeError: a mask is not boolean, ids or positions are not integers, or inputs are not
+            floating or not of one dtype.
+        ArgumentError: segments of queries or of keys are missing.
         MixedBackendsError: the arrays are of several frameworks.
         ConfigError: an option has a value that it cannot have.
 
@@ -114,7 +143,9 @@ def dot_product_attention(
         raise _wrong_names(unknown, query=query, key=key, value=value)
     named = {
         "query": query, "key": key, "value": value, "mask": mask, "bias": bias,
-        "query_mask": query_mask, "value_mask": value_mask,
+        "query_mask": query_mask, "value_mask": value_mask, "segment_ids": segment_ids,
+        "key_segment_ids": key_segment_ids, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "positions": positions, "key_positions": key_positions,
     }  # fmt: skip
     arrays = {name: array for name, array in named.items() if array is not None}
     ops = common_ops(arrays.items())
@@ -143,24 +174,27 @@ def dot_product_attention(
         narrow = False  # which the kernel would round
     spec = AttentionSpec(
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        () if softcap is None else (Softcap(softcap),),
+        _features(arrays, softcap),
         position_mask(is_causal, (left, right), query_offset),
         Dropout(threshold, seed) if threshold else None,
         memory_budget,
     )
     shape = _attention_shape(ops, arrays, ops.dtype(working), query.dtype if narrow else None)
-    path = choose_path(ops, spec, shape, observed=False, with_scores=return_scores)
+    path = choose_path(
+        ops, spec, shape, observed=False, with_scores=return_scores, with_lse=return_lse
+    )
     if paths.explaining:
         paths.report(path)
     values = {"query_offset": query_offset, "seed": seed}
     arrays |= {name: x for name, x in values.items() if x is not None and ops.is_array(x)}
 
     def forward(arrays: Mapping[str, Array]) -> Any:
-        positions = spec.position_mask.at(ops, arrays.get("query_offset", query_offset))
+        visible = spec.position_mask.at(ops, arrays.get("query_offset", query_offset))
         drop = spec.dropout and replace(spec.dropout, seed=arrays.get("seed", seed))
-        own = replace(spec, position_mask=positions, dropout=drop)
-        context, scores = _attend(ops, own, path, arrays, return_scores)
-        return (context, scores) if return_scores else context
+        own = replace(spec, position_mask=visible, dropout=drop)
+        context, *rest = _attend(ops, own, path, arrays, return_scores, return_lse)
+        rest = [x for x in rest if x is not None]
+        return (context, *rest) if rest else context
 
     return ops.in_float64(forward, arrays) if dtype == "float64" else forward(arrays)
 
@@ -200,9 +234,9 @@ def _attention_shape(
     return AttentionShape(
         batch, heads, key_heads, queries, keys, key_dim, value_dim, working, ops.device(query),
         narrow,
-        has_mask=any(name in arrays for name in ("mask", "query_mask", "value_mask")),
+        has_mask=any(n in arrays for n in ("mask", "query_mask", "value_mask", "segment_ids")),
         has_bias=bias is not None,
-        per_query="query_mask" in arrays
+        per_query="query_mask" in arrays or "segment_ids" in arrays
         or any(
             name in arrays and len(arrays[name].shape) > 1 and arrays[name].shape[-2] != 1
             for name in ("mask", "bias")
@@ -210,12 +244,18 @@ def _attention_shape(
         bias_differentiated=(
             bias is not None and differentiated is not None and differentiated(bias)
         ),
+        has_segments="segment_ids" in arrays,
     )  # fmt: skip
 
 
 def _attend(
-    ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array], with_scores: bool
-) -> tuple[Array, Array | None]:
+    ops: Ops,
+    spec: AttentionSpec,
+    path: Path,
+    arrays: Mapping[str, Array],
+    with_scores: bool,
+    with_lse: bool,
+) -> Attended:
     dtype = arrays["query"].dtype
     working = ops.dtype(accumulation_dtype(dtype_name(dtype)))
     q, k, v = (
@@ -232,17 +272,40 @@ def _attend(
         key_mask = ops.reshape(arrays["value_mask"], (batch, 1, 1, length))
         seen = ops.reshape(key_mask, (batch, length, 1, 1))
         k, v = ops.where(seen, k, 0.0), ops.where(seen, v, 0.0)
+    if any(feature.counts_positions for feature in spec.features):
+        given = {n: arrays[n] for n in ("positions", "key_positions") if n in arrays}
+        given = {n: ops.reshape(x, (-1, ops.shape(x)[-1])) for n, x in given.items()}
+        lengths = ops.shape(q)[1], ops.shape(k)[1]
+        offset = spec.position_mask.offset
+        arrays = {**arrays, **positions_of(ops, given, lengths, offset, q)}
+    tiled: dict[str, Array] = {}
     for feature in spec.features:
         q, k = feature.heads(ops, q, k, arrays)
-    context, scores = attend(
+        tiled |= feature.tiled(ops, arrays, q)
+    ids = arrays.get("segment_ids")
+    context, scores, lse = attend(
         ops, spec, path, q, k, v,
         mask=all_of(ops, [arrays.get("mask"), query_mask, key_mask]),
         bias=ops.astype(arrays["bias"], working) if "bias" in arrays else None,
         with_scores=with_scores,
+        tiled=tiled,
+        segments=None if ids is None else (ids, arrays.get("key_segment_ids", ids)),
+        with_lse=with_lse,
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context, arrays)
-    return ops.astype(context, dtype), None if scores is None else ops.astype(scores, dtype)
+    scores = None if scores is None else ops.astype(scores, dtype)
+    return Attended(ops.astype(context, dtype), scores, lse)
+
+
+def _features(arrays: Mapping[str, Array], softcap: float | None) -> tuple[Feature, ...]:
+    """The options of a call of `dot_product_attention`, in their order."""
+    features = (
+        None if softcap is None else Softcap(softcap),
+        Alibi() if "alibi_slopes" in arrays else None,
+        Sinks() if "sinks" in arrays else None,
+    )
+    return tuple(feature for feature in features if feature is not None)
 
 
 def _check_heads(arrays: Mapping[str, Array]) -> None:
@@ -295,6 +358,24 @@ def _check_masks(arrays: Mapping[str, Array]) -> None:
                 f"Received: {described(arrays[name])}. Pass what has more axes as `mask`."
             )
         check_broadcast(arrays[name], lengths[name], name)
+    shapes = {
+        "segment_ids": ((batch, queries),),
+        "key_segment_ids": ((batch, keys),),
+        "positions": ((queries,), (batch, queries)),
+        "key_positions": ((keys,), (batch, keys)),
+        "alibi_slopes": ((heads,),),
+        "sinks": ((heads,),),
+    }
+    for name in [name for name in shapes if name in arrays]:
+        rank = len(arrays[name].shape)
+        fitting = next((shape for shape in shapes[name] if len(shape) == rank), None)
+        if fitting is None:
+            raise ShapeError(
+                f"`{name}` must have shape {' or '.join(map(show, shapes[name]))}. "
+                f"Received: {described(arrays[name])}. Pass such an array."
+            )
+        check_broadcast(arrays[name], fitting, name)
+    check_segments(arrays, queries == keys, "where T is S")
 
 
 def multi_head_attention(
@@ -350,6 +431,101 @@ def multi_head_attention(
         config = _mixed(config, dtype_name(mixed))
     plans = plans_unless_tracing(ops, _plans_of(config))
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
+
+
+def merge_attention(contexts: Sequence[Array], lses: Sequence[Array]) -> Any:
+    """Attention over all keys, from the results over parts of them.
+
+        lse = log(sum_i exp(lse_i)),    context = sum_i exp(lse_i - lse) * context_i
+
+    It is exact but for rounding, in any order of the parts, and differentiable. With dropout the
+    parts draw masks of their own. A sink joins one part alone.
+
+    Args:
+        contexts: For each part (B, T, H, d_v) floating, as `anymha.dot_product_attention` gives it
+            with ``return_lse=True``.
+        lses: For each part (B, H, T) floating, the log of each row's sum of exponentials.
+
+    Returns:
+        The context (B, T, H, d_v) in the dtype of the contexts, and the log-sum-exp (B, H, T) in
+        float32 at least. Rows that saw nothing in any part are zero and -inf.
+
+    Raises:
+        ArgumentError: there is no part, or not one of `lses` for each of `contexts`.
+        ShapeError: shapes do not fit.
+        DtypeError: arrays are not floating, or contexts or lses not of one dtype.
+        MixedBackendsError: the arrays are of several frameworks.
+
+    Example:
+        >>> import numpy as np, anymha
+        >>> x = np.ones((1, 4, 2, 8), dtype="float32")
+        >>> parts = [
+        ...     anymha.dot_product_attention(x, x[:, s], x[:, s], return_lse=True)
+        ...     for s in (slice(0, 3), slice(3, 4))
+        ... ]
+        >>> context, lse = anymha.merge_attention(*zip(*parts))
+        >>> context.shape, lse.shape
+        ((1, 4, 2, 8), (1, 2, 4))
+
+    References:
+        M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax" (2018).
+    """
+    ops, arrays = _checked_parts(contexts, lses)
+    dtypes = [accumulation_dtype(dtype_name(several[0].dtype)) for several in (contexts, lses)]
+    working = "float64" if "float64" in dtypes else "float32"
+
+    def forward(arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        wide = {name: ops.astype(x, ops.dtype(working)) for name, x in arrays.items()}
+        count = range(len(contexts))
+        context, lse = merged(
+            ops, [wide[f"contexts[{i}]"] for i in count], [wide[f"lses[{i}]"] for i in count]
+        )
+        return ops.astype(context, contexts[0].dtype), lse
+
+    return ops.in_float64(forward, arrays) if working == "float64" else forward(arrays)
+
+
+def _checked_parts(contexts: Any, lses: Any) -> tuple[Ops, dict[str, Array]]:
+    """The backend of the parts of `merge_attention`, and its arrays by name, such as "lses[0]"."""
+    parts = {"contexts": contexts, "lses": lses}
+    for name, several in parts.items():
+        if not isinstance(several, (list, tuple)) or not several:
+            raise ArgumentError(
+                f"`{name}` must be a list or tuple of arrays, one for each part of the keys. "
+                f"Received: {type(several).__name__}. Pass the results for each part."
+            )
+    if len(contexts) != len(lses):
+        raise ArgumentError(
+            "`contexts` and `lses` must have a member for each part of the keys. "
+            f"Received: {len(contexts)} and {len(lses)}. Pass both of each part."
+        )
+    arrays = {f"{name}[{i}]": x for name, several in parts.items() for i, x in enumerate(several)}
+    ops = common_ops(arrays.items())
+    check_arrays(ops, arrays)
+    first = contexts[0]
+    if len(first.shape) != 4:
+        raise ShapeError(
+            "`contexts[0]` must have 4 axes, (batch, length, heads, width). "
+            f"Received: {described(first)}. Add or take away axes."
+        )
+    batch, queries, heads, width = first.shape
+    wanted = {"contexts": (batch, queries, heads, width), "lses": (batch, heads, queries)}
+    for name, array in arrays.items():
+        kind = name.partition("[")[0]
+        fit = zip(array.shape, wanted[kind], strict=False)
+        if len(array.shape) != len(wanted[kind]) or any(
+            is_known(n) and is_known(m) and n != m for n, m in fit
+        ):
+            raise ShapeError(
+                f"`{name}` must have shape {show(wanted[kind])}. Received: {described(array)}. "
+                "Pass the results for the same queries."
+            )
+        if array.dtype != parts[kind][0].dtype:
+            raise DtypeError(
+                f"`{kind}` must have one dtype. Received: {dtype_name(parts[kind][0].dtype)} and "
+                f"{dtype_name(array.dtype)}. Cast one."
+            )
+    return ops, arrays
 
 
 def rotate(x: Array, positions: Array, rotary: Any, *, length: int | None = None) -> Any:

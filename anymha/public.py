@@ -10,7 +10,12 @@ from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.attention.features.rotary import Rotary
 from anymha.errors import AnymhaError
 from anymha.execution.path import explain
-from anymha.functional import dot_product_attention, multi_head_attention, rotate
+from anymha.functional import (
+    dot_product_attention,
+    merge_attention,
+    multi_head_attention,
+    rotate,
+)
 from anymha.interchange.anymha_files import load, save
 from anymha.interchange.conversion_plan import Conversion
 from anymha.interchange.convert_model import convert_file as _convert_file
@@ -36,6 +41,7 @@ __all__ = [
     "get_weights",
     "layouts",
     "load",
+    "merge_attention",
     "multi_head_attention",
     "rotate",
     "save",

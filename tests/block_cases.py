@@ -172,7 +172,7 @@ def found(
         def inside(arrays: Any) -> Any:
             parts = {**held, **arrays}
             parts = [parts.pop(name) for name in ("query", "key", "value")] + [parts.get("bias")]
-            context, probabilities = attend(
+            context, probabilities, _ = attend(
                 ops, case.call(ops, budget), path, *parts[:3], bias=parts[3],
                 mask=all_of(ops, masks),
                 observe=(lambda *_: None) if observed else None, with_scores=scores,

@@ -138,7 +138,7 @@ def test_a_query_that_is_hidden_gives_the_bias(backend: Backend) -> None:
 
 
 def test_kernels_of_the_frameworks_stay() -> None:
-    assert Gate("elementwise").why_not_fused() is None
+    assert Gate("elementwise").why_not_fused(None) is None
     torch: Any = need("torch")
     options: dict[str, Any] = {"num_heads": 4, "key_dim": 16, "query_features": 64, "seed": 0}
     x = torch.zeros(2, 256, 64)

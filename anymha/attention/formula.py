@@ -23,6 +23,7 @@ import numpy as np
 
 from anymha.attention.features.base import bias_of, joining_logit
 from anymha.attention.masks import TileOrigin, all_of
+from anymha.attention.segments import same_segment
 from anymha.attention.spec import AttentionSpec
 from anymha.framework.dtypes import dtype_name, working_dtype
 from anymha.framework.protocol import Array, Ops
@@ -39,21 +40,25 @@ def formula(
     origin: TileOrigin,
     observe: Observer | None,
     with_scores: bool,
+    with_lse: bool = False,
 ) -> dict[str, Array]:
     """Attention of a tile: some queries over some keys.
 
     Args:
         ops: The backend.
         spec: The options.
-        arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), maybe "value" (B, K, S, d_v), "mask"
-            and "bias", which broadcast to (B, H, T, S). Where the first three are of half
-            precision, the backend has `wide_matmul`, and the rest is computed in float32.
+        arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), maybe "value" (B, K, S, d_v), "mask",
+            "bias", "segments" and "key_segments", which broadcast to (B, H, T, S). Where the first
+            three are of half precision, the backend has `wide_matmul`, and the rest is computed in
+            float32.
         origin: Where the tile begins among all queries and keys.
         observe: Receives the name and the value of each stage; None for no observer.
         with_scores: Whether the scores are wanted.
+        with_lse: Whether the logs of the softmax's denominators are wanted.
 
     Returns:
-        "context" (B, H, T, d_v) if there is a value, and "scores" (B, H, T, S) if wanted.
+        "context" (B, H, T, d_v) if there is a value, "scores" (B, H, T, S) and "lse" (B, H, T, 1)
+        if wanted.
     """
     query, key, value = arrays["query"], arrays["key"], arrays.get("value")
     batch, heads, queries, d_k = ops.shape(query)
@@ -81,8 +86,9 @@ def formula(
         logits = logits + arrays["bias"]
     mask = _visible(ops, spec, arrays, origin, logits)
     sink = joining_logit(spec.features, arrays) if spec.features else None
-    weights, normalised = _softmax(ops, logits, mask, biased, observe, sink)
     results = {}
+    lse = results if with_lse else None
+    weights, normalised = _softmax(ops, logits, mask, biased, observe, sink, lse)
     if with_scores or observe is not None:
         results["scores"] = normalised(weights)
         if observe is not None:
@@ -116,14 +122,15 @@ def _visible(
 ) -> Array | None:
     """The AND of all masks, which broadcasts to the logits' shape; None where all see all."""
     mask, positions = arrays.get("mask"), spec.position_mask
+    same = same_segment(arrays) if "segments" in arrays else None
     if positions.left is not None or positions.right is not None or spec.features:
         _, _, queries, keys = ops.shape(logits)
         seen = positions.mask(ops, origin, queries, keys, like=logits)
-        if mask is None and not spec.features:
+        if mask is None and same is None and not spec.features:
             return seen
         visible = [f.visible(ops, origin, queries, keys, logits, arrays) for f in spec.features]
-        mask = all_of(ops, [mask, seen, *visible])
-    return mask
+        return all_of(ops, [mask, same, seen, *visible])
+    return mask if same is None else all_of(ops, [mask, same])
 
 
 def softmax(ops: Ops, logits: Array) -> Array:
@@ -139,6 +146,7 @@ def _softmax(
     biased: bool,
     observe: Observer | None,
     sink: Array | None,
+    lse: dict[str, Array] | None = None,
 ) -> tuple[Array, Callable[[Array], Array]]:
     """Weights, and what multiplies their rows each by one number, to be the masked softmax.
 
@@ -149,9 +157,10 @@ def _softmax(
         biased: Whether a logit may be -inf already.
         observe: Receives the masked logits.
         sink: A further logit of each row, of which no weight comes; None for no such.
+        lse: Gets the log of each row's sum, (B, H, T, 1), as "lse"; None where it is not wanted.
     """
     unseen, exact = observe is None, logits.dtype == ops.float64
-    own = ops.capabilities.softmax if unseen else None
+    own = ops.capabilities.softmax if unseen and lse is None else None
     # A framework that has a softmax may have been told to refuse numbers that are not finite.
     finite = own is not None
     if own is not None and (exact or biased or sink is not None or logits.shape[-1] == 0):
@@ -172,7 +181,7 @@ def _softmax(
         observe("masked_logits", logits)
     maskable = biased or mask is not None
     weights, total = _exponentials(
-        ops, logits, lowest, mask if lowest > -math.inf else None, sink,
+        ops, logits, lowest, mask if lowest > -math.inf else None, sink, lse,
         maskable=maskable, may_overwrite=unseen,
     )  # fmt: skip
     if exact:  # where a query sees one key, its gradient is zero to the last bit only so
@@ -186,6 +195,7 @@ def _exponentials(
     lowest: float = -math.inf,
     mask: Array | None = None,
     sink: Array | None = None,
+    lse: dict[str, Array] | None = None,
     *,
     maskable: bool,
     may_overwrite: bool,
@@ -196,9 +206,13 @@ def _exponentials(
     If `maskable`, a row of -inf gives zeros and the sum 1: the two `where` keep it from making
     NaN, forward and backward. With a finite `lowest`, the least number that is finite, logits where
     `mask` is False may be that instead of -inf. A `sink` is one more logit of each row, in the sum
-    and in the greatest alone.
+    and in the greatest alone. `lse` gets the log of the sums, each with its c.
     """
     if is_known(logits.shape[-1]) and logits.shape[-1] == 0:
+        if lse is not None:
+            empty = ops.asarray(-math.inf, dtype=logits.dtype, device=ops.device(logits))
+            empty = empty if sink is None else sink
+            lse["lse"] = ops.broadcast_to(empty, (*ops.shape(logits)[:3], 1))
         return logits, None  # no keys: an empty row has no maximum
     peak = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
     if maskable:
@@ -216,7 +230,13 @@ def _exponentials(
         total = ops.sum(weights, axis=-1, keepdims=True)
     if sink is not None:
         total = total + ops.exp(sink - peak)
-    return weights, ops.where(total > 0, total, 1.0) if maskable else total
+    if not maskable and lse is None:
+        return weights, total
+    any_seen = total > 0
+    total = ops.where(any_seen, total, 1.0)
+    if lse is not None:
+        lse["lse"] = ops.where(any_seen, ops.log(total) + peak, -math.inf)
+    return weights, total
 
 
 def _divided(x: Array, by: Array | None = None) -> Array:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from anymha.attention.features.base import adding_option
 from anymha.attention.formula import Observer, formula
 from anymha.attention.masks import TileOrigin
+from anymha.attention.segments import separated
 from anymha.attention.spec import AttentionSpec
-from anymha.execution.loops import all_heads_by_tiles, each_head_by_tiles, fused_by_tiles
+from anymha.execution.loops import (
+    all_heads_by_tiles,
+    each_head_by_tiles,
+    fused_by_tiles,
+    made_by_tiles,
+)
 from anymha.execution.path import Path
 from anymha.framework.protocol import Array, Ops
 
 HEADS_FIRST = (0, 2, 1, 3)
 FIRST = TileOrigin()
+
+
+class Attended(NamedTuple):
+    """What attention gives.
+
+    Args:
+        context: (B, T, H, d_v) in the dtype of the value.
+        scores: The probabilities before dropout (B, H, T, S), or None.
+        lse: The logs of the softmax's denominators (B, H, T), or None.
+    """
+
+    context: Array
+    scores: Array | None = None
+    lse: Array | None = None
 
 
 def attend(
@@ -29,7 +49,9 @@ def attend(
     observe: Observer | None = None,
     with_scores: bool = False,
     tiled: Mapping[str, Array] | None = None,
-) -> tuple[Array, Array | None]:
+    segments: tuple[Array, Array] | None = None,
+    with_lse: bool = False,
+) -> Attended:
     """The context of each query head, and the probabilities.
 
     Args:
@@ -44,11 +66,13 @@ def attend(
         observe: Receives the name and the value of each stage; None for no observer.
         with_scores: Whether the probabilities are wanted; the context has the same bits without.
         tiled: What the features need in a tile, by name: arrays that broadcast to (B, H, T, S).
-
-    Returns:
-        The context (B, T, H, d_v) in the dtype of the value, and the probabilities before dropout
-        (B, H, T, S) or None.
+        segments: Integers (1 or B, T) and (1 or B, S): queries see keys of their own segment.
+        with_lse: Whether the logs of the softmax's denominators are wanted; no kernel gives them.
     """
+    lost = None
+    if segments is not None:
+        own, query, key, value, lost = separated(ops, *segments, query, key, value)
+        tiled = {**(tiled or {}), **own}
     arrays = {
         "query": ops.permute_dims(query, HEADS_FIRST),  # [B, H, T, d_k]
         "key": ops.permute_dims(key, HEADS_FIRST),  # [B, K, S, d_k]
@@ -69,18 +93,29 @@ def attend(
                     arrays[name] = ops.astype(arrays[name], ops.float32)
             results |= written(ops, spec, path.for_scores, arrays, observe, True)
     else:
-        results = written(ops, spec, path, arrays, observe, with_scores)
+        results = written(ops, spec, path, arrays, observe, with_scores, with_lse)
     context = ops.permute_dims(results["context"], HEADS_FIRST)  # [B, T, H, d_v]
     if context.dtype != value.dtype:
         context = ops.astype(context, value.dtype)
-    return context, results.get("scores")
+    scores, lse = results.get("scores"), results.get("lse")
+    if lse is not None:
+        lse = ops.reshape(lse, ops.shape(lse)[:3])
+    if lost is not None:
+        batch, queries = ops.shape(lost)
+        context = ops.where(ops.reshape(lost, (batch, queries, 1, 1)), math.nan, context)
+        rows = ops.reshape(lost, (batch, 1, queries))
+        lse = None if lse is None else ops.where(rows, math.nan, lse)
+        if scores is not None:
+            scores = ops.where(ops.reshape(lost, (batch, 1, queries, 1)), math.nan, scores)
+    return Attended(context, scores, lse)
 
 
 def _fused(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array]) -> Array:
     positions = spec.position_mask
     is_open = positions.left is None and positions.right is None
     own = spec.dropout is not None and not spec.dropout.native  # which has its own tiles
-    whole = path.causal_kernel or (is_open and not (spec.features and adding_option(spec.features)))
+    special = "segments" in arrays or spec.features
+    whole = path.causal_kernel or (is_open and not (special and made_by_tiles(spec, arrays)))
     if not own and (path.tiles or not whole):
         return fused_by_tiles(ops, spec, path.tiles, arrays)
     kernel: Any = ops.capabilities.fused_attention
@@ -94,19 +129,20 @@ def written(
     arrays: Mapping[str, Array],
     observe: Observer | None = None,
     with_scores: bool = False,
+    with_lse: bool = False,
 ) -> dict[str, Array]:
-    """The context (B, H, T, d_v) and the scores (B, H, T, S), as far as wanted, by the formula."""
+    """Context (B, H, T, d_v), scores (B, H, T, S), lse (B, H, T, 1), as wanted, by the formula."""
     if path is None or not path.tiles:
-        return formula(ops, spec, arrays, FIRST, observe, with_scores)
+        return formula(ops, spec, arrays, FIRST, observe, with_scores, with_lse)
 
     def of_tile(
         spec: AttentionSpec, arrays: Mapping[str, Array], origin: TileOrigin
     ) -> dict[str, Array]:
-        return formula(ops, spec, arrays, origin, observe, with_scores)
+        return formula(ops, spec, arrays, origin, observe, with_scores, with_lse)
 
     if path.together:
         return all_heads_by_tiles(ops, spec, path.tiles, arrays, of_tile)
-    wanted = ["context"] * ("value" in arrays) + ["scores"] * with_scores
+    wanted = ["context"] * ("value" in arrays) + ["scores"] * with_scores + ["lse"] * with_lse
     return each_head_by_tiles(ops, spec, path.tiles, arrays, of_tile, wanted)
 
 

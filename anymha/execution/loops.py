@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from anymha.attention.features.base import bias_of
+from anymha.attention.features.base import adding_option, bias_of
 from anymha.attention.masks import TileOrigin, all_of
+from anymha.attention.segments import same_segment
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles
 from anymha.framework.dtypes import working_dtype
@@ -26,30 +27,51 @@ Formula = Callable[[AttentionSpec, Mapping[str, Array], TileOrigin], Arrays]
 """Gives the results of a tile that begins at an origin."""
 
 
+def made_by_tiles(spec: AttentionSpec, arrays: Mapping[str, Array]) -> bool:
+    """Whether a kernel needs a mask or a bias of all pairs that only a tile at a time may have."""
+    return "segments" in arrays or bool(spec.features and adding_option(spec.features))
+
+
 def fused_by_tiles(
     ops: Ops, spec: AttentionSpec, tiles: Sequence[Tiles], arrays: Mapping[str, Array]
 ) -> Array:
-    """The context (B, H, T, d_v) by the framework's kernel, masks of positions made tile by tile.
+    """The context (B, H, T, d_v) by the framework's kernel, masks made tile by tile.
 
-    Without tiles it is made in one piece. `arrays` are those of the formula, with a value.
+    Without tiles it is made in one piece. `arrays` are those of the formula, with a value. The
+    kernel keeps a tile's mask for differentiation: what is `made_by_tiles`, which has all pairs of
+    queries and keys together, is made again instead.
     """
     kernel: Any = ops.capabilities.fused_attention
     keys = ops.shape(arrays["key"])[2]
     tiles = tiles or [Tiles(0, 1, ops.shape(arrays["query"])[2], 0, keys)]
-    parts = []
-    for each in [one for group in tiles for one in group.singly()]:
-        part = _of_tiles(arrays, each, keys)
+
+    def of_tile(each: Tiles, part: Arrays) -> Array:
         length = ops.shape(part["query"])[2]
         origin = TileOrigin(query=each.start, key=each.key_start)
         seen = spec.position_mask.mask(
             ops, origin, length, each.key_stop - each.key_start, like=part["query"]
         )
-        mask = all_of(ops, [part.get("mask"), seen])
+        mask = all_of(ops, [part.get("mask"), seen, same_segment(part)])
         part |= {} if mask is None else {"mask": mask}
         own = bias_of(spec.features, ops, part, part["query"]) if spec.features else None
         if own is not None:
             part["bias"] = own + part["bias"] if "bias" in part else own
-        parts.append(kernel(spec, part, causal=False))
+        return kernel(spec, part, causal=False)
+
+    def again(each: Tiles, part: Arrays) -> Array:
+        mapped = {n: ops.reshape(part[n], (1, *ops.shape(part[n]))) for n in OWN}
+        constant = {n: x for n, x in part.items() if n not in OWN}
+        loop: Any = ops.capabilities.loop
+        whole = loop(
+            lambda index, own: {"context": of_tile(each, own)},
+            1, mapped, constant, {"context": part["value"].dtype},
+        )["context"]  # fmt: skip
+        return ops.reshape(whole, ops.shape(whole)[1:])
+
+    tiles = [one for each in tiles for one in each.single()]
+    keeping = len(tiles) == 1 or not ops.capabilities.loop or not made_by_tiles(spec, arrays)
+    make = of_tile if keeping else again
+    parts = [make(each, _of_tiles(arrays, each, keys)) for each in tiles]
     return parts[0] if len(parts) == 1 else ops.concat(parts, axis=2)
 
 

@@ -17,6 +17,9 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution.tiling import Tiles, plan_tiles
 from anymha.framework.protocol import Dim, Ops
 
+MOST_OF_SEGMENTS = 1 << 22
+"""So many pairs a fused kernel gets at a time where it needs a mask of segments."""
+
 WORTHWHILE = 256
 """From so many queries on, leaving out the keys that some do not see saves time."""
 
@@ -40,6 +43,7 @@ class AttentionShape(NamedTuple):
         has_bias: Whether there is a bias.
         per_query: Whether a mask or the bias differs from query to query.
         bias_differentiated: Whether a gradient of the bias may be asked for.
+        has_segments: Whether queries see keys of their own segment alone.
     """
 
     batch: Dim
@@ -56,6 +60,7 @@ class AttentionShape(NamedTuple):
     has_bias: bool = False
     per_query: bool = False
     bias_differentiated: bool = False
+    has_segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,15 @@ def explain(function: Callable[..., Any], *args: Any, **call: Any) -> str:
 
 
 def choose_path(
-    ops: Ops, spec: AttentionSpec, shape: AttentionShape, *, observed: bool, with_scores: bool
+    ops: Ops,
+    spec: AttentionSpec,
+    shape: AttentionShape,
+    *,
+    observed: bool,
+    with_scores: bool,
+    with_lse: bool = False,
 ) -> Path:
-    """The path of a call, in which each stage is `observed`, or the scores are wanted."""
+    """The path of a call, in which each stage is `observed`, or scores or lse are wanted."""
     if observed:
         return Path("whole", "each stage is observed")
     lengths = (shape.batch, shape.queries, shape.keys, shape.key_dim, shape.value_dim)
@@ -173,7 +184,9 @@ def choose_path(
     if spec.features and adding_option(spec.features):
         shape = shape._replace(has_bias=True, per_query=True)
     narrow, reason = False, _why_not_fused(ops, spec, shape)
-    if shape.narrow is not None:
+    if with_lse:
+        reason = reason or "the log-sum-exp is asked for"
+    elif shape.narrow is not None:
         why = _why_not_fused(ops, spec, shape._replace(dtype=shape.narrow))
         narrow = why is None
         reason = reason and why
@@ -207,6 +220,8 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
     for feature in spec.features:
         if reason := feature.why_not_fused(ops.capabilities):
             return reason
+    if shape.has_segments and spec.dropout is not None:
+        return "the kernel with dropout has no segments"
     return why_not_fused(spec, shape)
 
 
@@ -223,12 +238,14 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     batch, queries, keys = shape.batch, shape.queries, shape.keys
     if not all(isinstance(n, int) for n in (batch, queries, keys)):
         return Path("fused", why)
-    if spec.features and adding_option(
-        spec.features
-    ):  # for each head; a kernel is slow in flat tiles
+    if spec.features and adding_option(spec.features):
+        # For each head; a kernel is slow in flat tiles.
         most = max(most_logits(ops, spec, shape.dtype, shape.device) // shape.heads, 1)
     else:
         most = _most_of_tile(ops, spec, shape.dtype, shape.device)
+        if shape.has_segments:  # whose tiles are computed twice: few are faster
+            fitting = most_logits(ops, spec, shape.dtype, shape.device)
+            most = min(fitting, max(most, MOST_OF_SEGMENTS))
     if is_open and batch * queries * keys <= most:
         return Path("fused", why, most_queries=math.inf, most_logits=most)
     elements = max(most // batch, 1)

@@ -44,12 +44,10 @@ class Tiles:
         """The query behind the last."""
         return self.start + self.count * self.height
 
-    def singly(self) -> tuple[Tiles, ...]:
-        """Each of the tiles by itself."""
-        if self.count == 1:
-            return (self,)
-        starts = range(self.start, self.stop, self.height)
-        return tuple(replace(self, start=start, count=1) for start in starts)
+    def single(self) -> Iterator[Tiles]:
+        """Each of them by itself."""
+        for number in range(self.count):
+            yield replace(self, start=self.start + number * self.height, count=1)
 
 
 def plan_tiles(

@@ -22,6 +22,7 @@ class Kind(Enum):
     BIAS = "bias"
     FLAG = "flag"
     POSITIONS = "positions"
+    SEGMENTS = "segments"
     OFFSET = "offset"
     SEED = "seed"
 
@@ -31,6 +32,7 @@ _TYPES = {
     Kind.MASK: "Array | None",
     Kind.BIAS: "Array | None",
     Kind.POSITIONS: "Array | None",
+    Kind.SEGMENTS: "Array | None",
     Kind.OFFSET: "int | Array",
     Kind.SEED: "int | Array | None",
 }
@@ -44,7 +46,7 @@ class CallArgument:
     Args:
         name: Its name.
         kind: What it is: inputs and biases are floating, masks boolean, True = may attend,
-            positions integers.
+            positions and segments integers.
         meaning: What it means, a sentence.
         axes: The forms that an array may have, each the letters of its axes; of a bias the full
             form, to which it broadcasts.
@@ -108,6 +110,17 @@ ARRAYS = (
     ),
     CallArgument(
         "key_mask", Kind.MASK, "(B, S) booleans, as `value_mask`.", axes=("BS",), hint=_MORE_AXES
+    ),
+    CallArgument(
+        "segment_ids", Kind.SEGMENTS,
+        "(B, T) integers, the sequence in the row that each query is of: it sees keys of the same "
+        "id alone. A negative id is padding, which sees and is seen by nothing.",
+        axes=("BT",), hint="Pass one id for each query.",
+    ),
+    CallArgument(
+        "key_segment_ids", Kind.SEGMENTS,
+        "(B, S) integers, likewise of the keys; default `segment_ids` in self-attention.",
+        axes=("BS",), hint="Pass one id for each key.",
     ),
     CallArgument(
         "positions", Kind.POSITIONS,

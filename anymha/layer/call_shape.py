@@ -5,9 +5,10 @@ Inputs become (B, length, D), masks and bias something that broadcasts to (B, H,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+from anymha.attention.masks import all_of
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.layer.arguments import BY_NAME, PLACES, Kind
 from anymha.layer.axes import PLAIN, Axes, fold, fold_mask
@@ -110,6 +111,29 @@ class CallShape(NamedTuple):
             return query_mask, key_mask if value_mask is None else value_mask
         return query_mask, ops.logical_and(value_mask, key_mask)
 
+    def segments(self, ops: Ops, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The segments of queries (1 or B, T) and keys (1 or B, S); one array where both are."""
+        ids, key_ids = arrays["segment_ids"], arrays.get("key_segment_ids")
+        ids = self.fold_mask(ops, "segment_ids", ids)
+        ids = ops.reshape(ids, (ops.shape(ids)[0], -1))
+        if key_ids is None:
+            return ids, ids
+        key_ids = self.fold_mask(ops, "key_segment_ids", key_ids)
+        return ids, ops.reshape(key_ids, (ops.shape(key_ids)[0], -1))
+
+    def of_segments(
+        self,
+        ops: Ops,
+        arrays: Mapping[str, Array],
+        query_mask: Array | None,
+        key_mask: Array | None,
+    ) -> tuple[Array | None, Array | None]:
+        """The masks of `padding` that exclude positions of negative segments too."""
+        ids, key_ids = self.segments(ops, arrays)
+        valid = ops.reshape(ids > -1, (ops.shape(ids)[0], 1, -1, 1))
+        key_valid = ops.reshape(key_ids > -1, (ops.shape(key_ids)[0], 1, 1, -1))
+        return all_of(ops, [query_mask, valid]), all_of(ops, [key_mask, key_valid])
+
     def fold_mask(self, ops: Ops, name: str, array: Array) -> Array:
         """A mask or a bias spread over (B, H, T, S); its rank tells which axes it has."""
         if self.axes is PLAIN:
@@ -139,27 +163,33 @@ class CallShape(NamedTuple):
             offset: The index of the first query: an int, or int32 integers (B,).
             like: An array on whose device they are made.
         """
-        _, queries, keys = self.folded
-        device, found = ops.device(like), {}
-        for name, length in (("positions", queries), ("key_positions", keys)):
-            given = arrays.get(name)
-            if given is not None:
-                given = self.fold_mask(ops, name, given)
-                found[name] = ops.reshape(given, (ops.shape(given)[0], -1))
-                continue
-            found[name] = ops.reshape(
-                ops.arange(0, length, dtype=ops.int32, device=device), (1, -1)
-            )
-            if name == "positions" and not (type(offset) is int and offset == 0):
-                start = offset if type(offset) is int else ops.reshape(offset, (-1, 1))
-                found[name] = found[name] + start
-        return found
+        given = {
+            n: self.fold_mask(ops, n, arrays[n]) for n in ("positions", "key_positions")
+            if n in arrays
+        }  # fmt: skip
+        given = {n: ops.reshape(x, (ops.shape(x)[0], -1)) for n, x in given.items()}
+        return positions_of(ops, given, self.folded[1:], offset, like)
 
     def unfolded_scores(self, ops: Ops, scores: Array) -> Array:
         """Scores (B, H, T, S) with each axis of the groups on its own."""
         if self.axes is PLAIN:
             return scores
         return ops.reshape(scores, (*self.batch, self.heads, *self.queries, *self.keys))
+
+
+def positions_of(
+    ops: Ops, given: Mapping[str, Array], lengths: Sequence[Dim], offset: Any, like: Array
+) -> dict[str, Array]:
+    """Positions of queries (1 or B, T) and keys (1 or B, S): those that are given, or indices."""
+    found, device = dict(given), ops.device(like)
+    for name, length in zip(("positions", "key_positions"), lengths, strict=True):
+        if name in found:
+            continue
+        found[name] = ops.reshape(ops.arange(0, length, dtype=ops.int32, device=device), (1, -1))
+        if name == "positions" and not (type(offset) is int and offset == 0):
+            start = offset if type(offset) is int else ops.reshape(offset, (-1, 1))
+            found[name] = found[name] + start
+    return found
 
 
 def _without_rows(ops: Ops, rows: Array, key: Array, value: Array) -> tuple[Array, Array]:

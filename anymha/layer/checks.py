@@ -16,6 +16,7 @@ from anymha.layer.axes import PLAIN, Axes, resolve_axes
 from anymha.options.config import AttentionConfig
 
 _FLOATING = (Kind.INPUT, Kind.BIAS)
+_INTEGER = (Kind.POSITIONS, Kind.SEGMENTS)
 _OTHER = {"mask": Kind.MASK, "bias": Kind.BIAS}
 """The arrays of `dot_product_attention` that a layer's call does not have."""
 
@@ -86,13 +87,42 @@ def check_shapes(
     """What is checked of a call whose arrays have the dtypes of one that was good.
 
     Raises:
-        ShapeError: as `check_inputs` and `check_masks` say.
+        AnymhaError: as `check_inputs`, `check_masks` and `check_segments` say.
     """
     query, value, key = inputs
     lengths = lengths_of(ops, check_inputs(config, query, value, key, widths), query, value)
     if masks:
         check_masks(masks, lengths.batch, config.num_heads, lengths.queries, lengths.keys)
+        check_segments(masks, value is query, "in self-attention")
     return lengths
+
+
+def check_segments(arrays: Mapping[str, Array], default: bool, where: str) -> None:
+    """The ids of segments are there for queries and keys, in one dtype.
+
+    Args:
+        arrays: The call's arrays by name.
+        default: Whether the keys' ids may be left out, being the queries'.
+        where: Where they may be, in words.
+
+    Raises:
+        ArgumentError: those of queries or of keys are missing.
+        DtypeError: the two have different dtypes.
+    """
+    ids, key_ids = arrays.get("segment_ids"), arrays.get("key_segment_ids")
+    if ids is None and key_ids is None:
+        return
+    if ids is None or (key_ids is None and not default):
+        lacking = "segment_ids" if ids is None else "key_segment_ids"
+        raise ArgumentError(
+            f"`segment_ids` and `key_segment_ids` must be given together; {where} the second is by "
+            f"default the first. Received: no `{lacking}`. Pass it."
+        )
+    if key_ids is not None and key_ids.dtype != ids.dtype:
+        raise DtypeError(
+            "`segment_ids` and `key_segment_ids` must have one dtype. Received: "
+            f"{dtype_name(ids.dtype)} and {dtype_name(key_ids.dtype)}. Cast one."
+        )
 
 
 def lengths_of(ops: Ops, axes: Axes, query: Array, value: Array) -> Lengths:
@@ -134,10 +164,12 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
         kind = _OTHER.get(name, Kind.INPUT) if argument is None else argument.kind
         if kind is Kind.MASK:
             check_boolean(array, name)
-        elif kind is Kind.POSITIONS:
-            if "int" not in dtype_name(array.dtype):
+        elif kind in _INTEGER:
+            dtype, signed = dtype_name(array.dtype), kind is Kind.SEGMENTS
+            if "int" not in dtype or (signed and dtype.startswith("u")):
                 raise DtypeError(
-                    f"`{name}` must be integers. Received: {described(array)}. Cast it first."
+                    f"`{name}` must be {'signed ' * signed}integers. "
+                    f"Received: {described(array)}. Cast it first."
                 )
         elif (kind in _FLOATING or "." in name) and not _is_floating(array):
             raise DtypeError(

@@ -329,6 +329,8 @@ def _execute(
         heads |= {name: arrays[name] for name in own if name in arrays}
     if plan.config.counts_positions:
         heads |= shape.positions(ops, arrays, spec.position_mask.offset, arrays["query"])
+    if "segment_ids" in arrays:
+        heads["segment_ids"], heads["key_segment_ids"] = shape.segments(ops, arrays)
     if mask is not None:
         heads["mask"] = mask
     if bias is not None:
@@ -383,7 +385,10 @@ def _inputs(
     if shape.only_mask is not None:
         return (*shape.inputs_by_only_mask(ops, (query, key, value), arrays), None)
     query_mask, key_mask = shape.padding(ops, arrays)
-    query, key, value = shape.inputs(ops, (query, key, value), query_mask, key_mask)
+    excluded = query_mask, key_mask
+    if "segment_ids" in arrays:
+        excluded = shape.of_segments(ops, arrays, *excluded)
+    query, key, value = shape.inputs(ops, (query, key, value), *excluded)
     mask, bias = arrays.get("attention_mask"), arrays.get("attention_bias")
     mask = None if mask is None else shape.fold_mask(ops, "attention_mask", mask)
     if mask is None and query_mask is None:
@@ -527,7 +532,7 @@ def _attention(
         with_scores: Whether the probabilities are wanted.
         observe: Receives the name and the value of each stage; None for no observer.
         heads: "query" (B, T, H, d_k), "key" (B, S, K, d_k), "value" (B, S, K, d_v), maybe "mask"
-            and "bias", and what the features need.
+            and "bias", "segment_ids" and "key_segment_ids", and what the features need.
     """
     ops, query, key, value = plan.ops, heads["query"], heads["key"], heads["value"]
     if plan.narrow and not path.narrow:
@@ -543,9 +548,12 @@ def _attention(
         tiled = {}
         for feature in spec.features:
             tiled |= feature.tiled(ops, own, query)
-    context, scores = attend(
+    segments = None
+    if "segment_ids" in heads:
+        segments = heads["segment_ids"], heads["key_segment_ids"]
+    context, scores, _ = attend(
         ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
-        observe, with_scores, tiled,
+        observe, with_scores, tiled, segments,
     )  # fmt: skip
     for feature in spec.features:
         context = feature.context(ops, context, own)

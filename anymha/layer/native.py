@@ -45,6 +45,8 @@ class CallOptions(TypedDict, Generic[A], total=False):
     query_mask: A | None
     value_mask: A | None
     key_mask: A | None
+    segment_ids: A | None
+    key_segment_ids: A | None
     positions: A | None
     key_positions: A | None
     return_attention_scores: bool

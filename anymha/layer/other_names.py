@@ -19,6 +19,7 @@ _CACHE = (
 _ROTARY = (
     "Make the layer with `rotary`; pass `positions` and `key_positions` if they are no indices."
 )
+_SEGMENTS = "Pass `segment_ids`, (B, T) integers, the sequence that each position is of."
 _TRAINING = "Pass `training`: training=False is {0}=True, training=True is {0}=False."
 _SEED = "Pass `seed`, an int or the framework's own key."
 _CAUSAL = "Pass `use_causal_mask`."
@@ -67,6 +68,10 @@ PEERS: Mapping[str, str] = {
     "cache_position": _CACHE,
     "position_ids": _ROTARY,
     "position_embeddings": _ROTARY,
+    "cu_seqlens": _SEGMENTS,
+    "cu_seq_lens_q": _SEGMENTS,
+    "seq_idx": _SEGMENTS,
+    "document_ids": _SEGMENTS,
     "head_mask": "Leave it out: the layer does not mask heads.",
     # x-transformers
     "x": _QUERY,
@@ -104,6 +109,7 @@ FUNCTION_PEERS: Mapping[str, str] = {
     "query_seq_lengths": "Pass `query_mask`, (B, T) booleans, True = keep.",
     "key_value_seq_lengths": "Pass `value_mask`, (B, S) booleans, True = keep.",
     "local_window_size": "Pass `window`, (left, right).",
+    "return_residual": "Pass `return_lse`.",
     "implementation": "Leave it out: a fused kernel is taken where one computes the same.",
     "dropout_rate": "Pass `dropout`.",
     "dropout_rng": "Pass `seed`, an int or a key.",
@@ -123,6 +129,8 @@ FUNCTION_PEERS: Mapping[str, str] = {
     "return_attention_scores": "Pass `return_scores`.",
     "need_weights": "Pass `return_scores`: it is False by default, torch's need_weights is True.",
     "training": "Leave it out: dropout acts wherever it is not 0.",
+    "cu_seqlens": _SEGMENTS,
+    "alibi": "Pass `alibi_slopes`, (H,), one for each query head.",
     "num_heads": "Leave it out: the heads are the third axis of the arrays.",
 }
 """The same for `dot_product_attention`."""

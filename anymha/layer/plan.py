@@ -26,8 +26,8 @@ from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
 
 (BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
-NO_MASKS = {argument.name for argument in ARRAYS if argument.kind is not Kind.MASK}
-"""The arrays of a call, beside its inputs, that are no masks."""
+HIDING = {argument.name for argument in ARRAYS if argument.kind in (Kind.MASK, Kind.SEGMENTS)}
+"""The arrays of a call that hide keys."""
 
 MOST = 128
 """How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
@@ -409,12 +409,13 @@ def _with_lengths(
         AttentionShape(
             b, config.num_heads, config.key_value_heads, t, s, config.key_dim, config.value_dim,
             plan.working, ops.device(inputs[0]), plan.carried if plan.narrow else None,
-            has_mask=any(name not in NO_MASKS for name in masks),
+            has_mask=any(name in HIDING for name in masks),
             has_bias=bias is not None,
             per_query=per_query,
             bias_differentiated=(
                 bias is not None and _is_differentiated(ops, bias)
             ),
+            has_segments="segment_ids" in masks,
         ),
         observed=flags.observed,
         with_scores=flags.scores,

@@ -106,6 +106,19 @@ class LayerTests(BackendTests):
         same_bits("outputs before the change", after[:, :4], before[:, :4])
         must(np.all(np.any(after[:, 4:] != before[:, 4:], axis=-1)), "Later outputs are the same.")
 
+    @pytest.mark.parametrize("filler", [7.0, math.nan, math.inf], ids=str)
+    def test_a_segment_changes_no_bit_of_another(self, ops: Any, filler: float) -> None:
+        """Output and scores of the other segments of a row, whatever one of them holds."""
+        problem, other, rest = _packed(filler)
+        with np.errstate(invalid="ignore"):
+            before = forward(ops, problem, scores=True)
+            after = forward(ops, other, scores=True)
+        must(np.all(np.isfinite(after[0][rest])), "Other segments became NaN or infinite.")
+        same_bits("the output of other segments", after[0][rest], before[0][rest])
+        scores = (x.swapaxes(1, 2)[rest] for x in (after[1], before[1]))
+        same_bits("the scores of other segments", *scores)
+        must(np.all(np.any(after[0][~rest] != before[0][~rest], -1)), "Its own output is the same.")
+
     def test_query_offset_moves_the_causal_mask(self, ops: Any) -> None:
         """The last queries alone, with an offset, give what they give among all."""
         problem = make_problem(MatrixCase("step", call={"use_causal_mask": True}))
@@ -133,6 +146,23 @@ class LayerTests(BackendTests):
         expected = capped / capped.sum(-1, keepdims=True)
         got = Returned("the scores under softcap", _attend(ops, PositionMask(), softcap=0.7)[1])
         got.is_near(expected, tolerance("float32", 6, 1.0), "float32")
+
+    def test_log_sum_exp_is_that_of_the_logits(self, ops: Any) -> None:
+        """The log of the sum of exponentials of what a query sees; -inf where it sees nothing."""
+        query, key, value = _heads()
+        logits = 0.5 * np.einsum("bthd,bshd->bhts", query, np.repeat(key, 2, 2)).astype(np.float64)
+        seen = np.arange(6) - np.arange(4)[:, None] <= -2
+        with np.errstate(divide="ignore"):
+            expected = np.log(np.sum(np.exp(logits) * seen, axis=-1))
+        spec = AttentionSpec(0.5, (), PositionMask(right=-2))
+        arrays = map(ops.from_numpy, (query, key, value))
+        lse = ops.to_numpy(
+            attend(ops, spec, Path("whole", "the test's"), *arrays, with_lse=True)[2]
+        )
+        same_bits("lse that is -inf", np.isneginf(lse), np.isneginf(expected))
+        finite = np.where(np.isneginf(expected), 0.0, expected)
+        got = Returned("lse", np.where(np.isneginf(lse), lse.dtype.type(0), lse))
+        got.is_near(finite, tolerance("float32", 6, float(np.max(np.abs(finite)))), "float32")
 
     # --- dropout ---------------------------------------------------------------------------------
     def test_dropout_acts_in_training_only(self, ops: Any) -> None:
@@ -223,6 +253,14 @@ class GradientTests(BackendTests):
             got = pulled[name][unseen]
             same_bits(f"the gradient of excluded {name}", got, np.zeros_like(got))
 
+    def test_a_segment_changes_no_gradient_of_another(self, ops: Any) -> None:
+        """Also where it holds NaN."""
+        problem, other, rest = _packed(math.nan)
+        with np.errstate(invalid="ignore"):
+            before, after = (gradients(ops, p)["query"][rest] for p in (problem, other))
+        must(np.all(np.isfinite(after)), "The gradient of other segments is not finite.")
+        same_bits("the gradient of other segments", after, before)
+
     def test_reproducible_gradients_are_rounded_once(self, ops: Any) -> None:
         """They are the oracle's float64 gradients rounded to float32, in every bit."""
         self.need(ops, "float64")
@@ -232,6 +270,16 @@ class GradientTests(BackendTests):
             if name != "key.bias":  # exactly zero, where the oracle's own sums leave noise
                 wanted = exact[name].astype(np.float32)
                 same_bits(f"the gradient of {name} in reproducible mode", gradient, wanted)
+
+
+def _packed(filler: float) -> tuple[OracleProblem, OracleProblem, np.ndarray]:
+    """A packed row; the same with a filler in one segment; and the positions (B, T) of the rest."""
+    ids = np.array([[0, 0, 1, 1, 1, 2, -1], [4, 5, 4, 5, -3, 5, 4]], np.int32)
+    problem = make_problem(MatrixCase("packed", call={"segment_ids": ids}))
+    rest = ids != np.array([[1], [5]])
+    query = problem.inputs["query"]
+    held = np.where(rest[..., None], query, query.dtype.type(filler))
+    return problem, changed(problem, query=held), rest
 
 
 def _heads() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -246,7 +294,7 @@ def _attend(
     spec = AttentionSpec(0.5, () if softcap is None else (Softcap(softcap),), position_mask)
     path = Path("whole", "the test's")
     arrays = map(ops.from_numpy, _heads())
-    context, scores = attend(ops, spec, path, *arrays, with_scores=True)
+    context, scores, _ = attend(ops, spec, path, *arrays, with_scores=True)
     return ops.to_numpy(context), ops.to_numpy(scores)
 
 

@@ -48,6 +48,13 @@ _FAULTS = (
     Fault("mask transposed", "transposed mask", "masked_logits", ("mask", "square")),
     Fault("mask of the heads", "mask of batch and heads exchanged", "masked_logits",
           ("mask", "four")),
+    Fault("segments ignored", "segments ignored", "masked_logits", ("segments",)),
+    Fault("segment ids shifted", "segment ids shifted by one", "masked_logits", ("segments",)),
+    Fault("padding of segments seen", "padding of segments seen", "masked_logits", ("segments",)),
+    Fault("lower segments seen", "segments compared by order", "masked_logits",
+          ("segments", "causal")),
+    Fault("positions not restarted", "positions not restarted in segments", "query",
+          ("segments", "restarted"), {"rotary": True}),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
@@ -148,7 +155,8 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
 
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
-            "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch).
+            "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch),
+            "segments", "restarted" (positions begin anew in each).
         dtype: Of the inputs.
         seed: Of all numbers.
     """
@@ -175,6 +183,14 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
         call["use_causal_mask"] = True
     if "training" in case:
         call |= {"training": True, "seed": 5}
+    if "segments" in case:
+        ids, key_ids = ([0, 0, 0, 1, 1, 2, -1], [0, 0, 0, 0, 1, 1, 2, 2, -1])
+        call["segment_ids"], call["key_segment_ids"] = (
+            np.tile(np.array(n, np.int32), (batch, 1)) for n in (ids, key_ids)
+        )
+    if "restarted" in case:
+        call["positions"] = np.array([0, 1, 2, 0, 1, 0, 0], np.int32)
+        call["key_positions"] = np.array([0, 1, 2, 3, 0, 1, 0, 1, 0], np.int32)
     if "offset" in case:
         call["query_offset"] = 2
     return inputs, call

@@ -43,6 +43,7 @@ class Port:
     dropout: float = 0.0
     sections: Sequence[Section] = ()
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    places: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -54,6 +55,10 @@ class Port:
         attention_bias: Any = None,
         use_causal_mask: bool = False,
         query_offset: int = 0,
+        segment_ids: Any = None,
+        key_segment_ids: Any = None,
+        positions: Any = None,
+        key_positions: Any = None,
         training: bool = False,
         seed: int = 0,
     ) -> Any:
@@ -61,6 +66,9 @@ class Port:
         ops, wrong = self.ops, self.wrong
         value = query if value is None else value
         key = value if key is None else key
+        self.places = self._numbers(query=positions, key=key_positions)
+        if "positions not restarted" in wrong:
+            self.places = {}
         if "key and value exchanged" in wrong:
             key, value = value, key
         if "batch and time exchanged" in wrong:
@@ -99,6 +107,9 @@ class Port:
             logits = logits + attention_bias * (2.0 if "bias doubled" in wrong else 1.0)
         logits = self._with("biased_logits", logits)
         seen = self._seen(attention_mask, use_causal_mask, query_offset, logits)
+        ids = self._numbers(query=segment_ids, key=key_segment_ids)
+        if ids and "segments ignored" not in wrong:
+            seen = ops.logical_and(seen, ops.from_numpy(self._of_segments(**ids)))
         if "mask added" in wrong:
             number = ops.astype(self._mask(attention_mask), dtype)
             logits = logits + number
@@ -265,6 +276,21 @@ class Port:
         if "mask inverted" in wrong:
             mask = ops.logical_and(ops.from_numpy(np.ones((1, 1, 1, 1), bool)), mask == False)  # noqa: E712
         return ops.logical_and(seen, mask)
+
+    def _numbers(self, **arrays: Any) -> dict[str, np.ndarray]:
+        """Those integers that are there, in NumPy."""
+        return {n: np.asarray(x) for n, x in arrays.items() if x is not None}
+
+    def _of_segments(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """(B, 1, T, S) booleans."""
+        wrong, rows, columns = self.wrong, query[:, None, :, None], key[:, None, None, :]
+        if "segment ids shifted" in wrong:
+            columns = np.roll(columns, 1, 3)
+        if "lower segments seen" in wrong:
+            return (rows >= columns) & (columns >= 0)
+        if "padding of segments seen" in wrong:
+            return rows == columns
+        return (rows == columns) & (columns >= 0)
 
     def _softmax(self, logits: Any, raw: Any) -> Any:
         ops, wrong = self.ops, self.wrong

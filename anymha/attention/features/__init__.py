@@ -10,7 +10,9 @@ from anymha.attention.features.rotary import RotaryPositions
 from anymha.attention.features.sinks import Sinks
 from anymha.attention.features.softcap import Softcap
 
-__all__ = ["FEATURES", "Feature", "features_of"]
+__all__ = [
+    "FEATURES", "Alibi", "Feature", "HeadNorm", "RotaryPositions", "Sinks", "Softcap", "features_of"
+]  # fmt: skip
 
 FEATURES: tuple[type[Feature], ...] = (HeadNorm, RotaryPositions, Softcap, Alibi, Sinks, Gate)
 """The features of the layer, in the order in which a call meets them."""

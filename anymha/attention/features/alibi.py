@@ -38,14 +38,14 @@ class Alibi(Feature):
     """The slopes of the heads.
 
     Args:
-        slopes: One for each query head, H.
+        slopes: One for each query head, H; none where they are an array, "alibi_slopes" (H,).
     """
 
     option = "alibi"
     ignores_a_constant = True
     counts_positions = True
 
-    slopes: tuple[float, ...]
+    slopes: tuple[float, ...] = ()
 
     @classmethod
     def checked(cls, value: Any) -> tuple[float, ...] | bool:
@@ -88,7 +88,11 @@ class Alibi(Feature):
     def tiled(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> dict[str, Array]:
         """The slopes, and the positions of queries and keys."""
         places, keys = arrays["positions"], arrays["key_positions"]
-        slopes = ops.asarray(self.slopes, dtype=working_dtype(ops, like), device=ops.device(like))
+        dtype = working_dtype(ops, like)
+        if self.slopes:
+            slopes = ops.asarray(self.slopes, dtype=dtype, device=ops.device(like))
+        else:
+            slopes = ops.astype(arrays["alibi_slopes"], dtype)
         return {
             "alibi": ops.reshape(slopes, (1, -1, 1, 1)),
             "positions": ops.reshape(places, (ops.shape(places)[0], 1, -1, 1)),

@@ -86,5 +86,5 @@ class Gate(Feature):
         context = context * gate
         return context if context.dtype == dtype else ops.astype(context, dtype)
 
-    def why_not_fused(self) -> None:
+    def why_not_fused(self, capabilities: Any) -> None:
         """A kernel gives the context, on which the gate acts."""

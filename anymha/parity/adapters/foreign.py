@@ -156,12 +156,15 @@ def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:
     """
     stages = {name: array.astype(np.float64) for name, array in stages.items()}
     keys = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]
-    rows = recipe.masks.get("query_mask")
-    if not keys and rows is None:
+    rows = [recipe.masks["query_mask"]] if "query_mask" in recipe.masks else []
+    if recipe.segments is not None and recipe.key_segments is not None:
+        rows.append(recipe.segments[:, None, :, None] >= 0)
+        keys.append(recipe.key_segments[:, None, None] >= 0)
+    if not keys and not rows:
         return stages
     batch, queries, length = recipe.lengths
     seen = np.logical_and.reduce([np.ones((batch, 1, 1, length), bool), *keys])  # (B, 1, 1, S)
-    asking = np.ones((batch, 1, queries, 1), bool) if rows is None else rows  # (B, 1, T, 1)
+    asking = np.logical_and.reduce([np.ones((batch, 1, queries, 1), bool), *rows])  # (B, 1, T, 1)
     own = recipe.stages
     places = {"query": asking[:, 0, :, :, None], "logits": seen & asking}
     places |= dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None])

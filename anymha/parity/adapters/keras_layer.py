@@ -71,6 +71,7 @@ def _arguments(keras: Any, layer: Any, request: Request) -> dict[str, Any]:
     }
     arguments["use_causal_mask"] = bool(request.call.get("use_causal_mask"))
     lacking = {name: name not in known_there for name in arguments}
+    lacking["segment_ids"] = "segment_ids" in request.call
     lacking["attention_bias"] = request.bias is not None
     lacking["query_offset"] = bool(np.any(np.asarray(request.call.get("query_offset", 0))))
     if query.ndim == 3 or type(layer).__name__ != "MultiHeadAttention" or any(lacking.values()):

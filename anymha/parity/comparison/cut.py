@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.stages.trace import POSITIONS, Request
+from anymha.parity.stages.trace import POSITIONS, SEGMENTS, Request
 
 LARGEST = 1 << 15
 """The most pairs of queries and keys, over the batch, of a case that is compared whole."""
@@ -65,6 +65,7 @@ def words(request: Request, part: Request) -> str:
 def _part(request: Request, batch: int, queries: int, keys: int) -> Request:
     lengths = {"query": queries, "value": keys, "key": keys,
                "query_mask": queries, "value_mask": keys, "key_mask": keys,
+               "segment_ids": queries, "key_segment_ids": keys,
                "positions": queries, "key_positions": keys}  # fmt: skip
 
     def own(name: str, array: Any) -> Any:
@@ -79,7 +80,7 @@ def _part(request: Request, batch: int, queries: int, keys: int) -> Request:
     offset = call.get("query_offset")
     if isinstance(offset, np.ndarray) and offset.ndim:
         call["query_offset"] = offset[:batch]
-    call |= {name: own(name, call[name]) for name in POSITIONS if name in call}
+    call |= {name: own(name, call[name]) for name in (*SEGMENTS, *POSITIONS) if name in call}
     return dataclasses.replace(
         request,
         inputs={name: own(name, array) for name, array in request.inputs.items()},

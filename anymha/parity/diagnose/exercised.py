@@ -85,7 +85,7 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "`use_causal_mask`", recipe.but(causal=False)
     if recipe.window is not None:
         yield "`sliding_window`", recipe.but(window=None)
-    for name in POSITIONS:
+    for name in POSITIONS:  # of segments the mask is among those of the recipe
         if getattr(recipe, name) is not None:
             yield f"`{name}`", recipe.but(**{name: None})
     if recipe.bias is not None:

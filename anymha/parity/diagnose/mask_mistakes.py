@@ -48,8 +48,8 @@ def _masks(
     def variants(recipe: Recipe) -> Variants:
         right = recipe.masks
         wrong = {name: change(recipe, mask) for name, mask in right.items()}
-        groups: list[tuple[str, ...]] = [
-            (name,) for name in right if wrong[name] is not right[name]
+        groups: list[tuple[str, ...]] = [  # segments have mistakes of their own
+            (n,) for n in right if wrong[n] is not right[n] and n != "segment_ids"
         ]
         groups += [tuple(right)] if together and len(right) > 1 else []
         for group in groups:

@@ -16,6 +16,7 @@ from anymha.parity.diagnose import (
     attention_mistakes,
     axes_mistakes,
     mask_mistakes,
+    segment_mistakes,
     weight_mistakes,
 )
 from anymha.parity.diagnose.changes import no_families
@@ -43,7 +44,7 @@ def catalogue(recipe: Recipe | None = None) -> Iterator[Mistake]:
 
     With a recipe also those of its sections that no option of anymha has.
     """
-    several = (mask_mistakes, attention_mistakes, axes_mistakes)
+    several = (segment_mistakes, mask_mistakes, attention_mistakes, axes_mistakes)
     yield from (Mistake(*one) for module in several for one in module.MISTAKES)
     own = () if recipe is None else map(type, recipe.sections)
     for section in dict.fromkeys((*SECTIONS.values(), *own)):

@@ -131,6 +131,8 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 _CROSS: dict[str, Any] = {"value": (2, 9), "widths": (12, 10, 8)}
+_IDS = np.array([[0, 0, 0, 1, 1, 2, -1], [4, 4, 4, -2, 7, 7, 4]], np.int32)
+_KEY_IDS = np.array([[0, 0, 0, 0, 1, 1, 2, 2, -1], [4, 7, 4, 7, -1, 4, 7, 9, 4]], np.int32)
 _PADDED = {"query_mask": (2, 7), "value_mask": (2, 9)}
 _EVERYTHING: dict[str, Any] = {
     **_CROSS,
@@ -164,6 +166,14 @@ _FEATURES: tuple[MatrixCase, ...] = (
                {"rotary": {"layout": "interleaved", "columns": "last", "dim": 4, "base": 50.0}},
                {"positions": np.array([[3, 1, 4, 1, 5, 9, 2], [0, 2, 4, 6, 8, 10, 12]], np.int32),
                 "key_positions": np.arange(9, 0, -1, dtype=np.int32)}, **_CROSS),
+    MatrixCase("segments", call={"segment_ids": _IDS}),
+    MatrixCase("segments, causal", {"sliding_window": 3},
+               {"segment_ids": _IDS, "use_causal_mask": True}),
+    MatrixCase("segments, cross", {"num_key_value_heads": 2, "rotary": True, "dropout": 0.3},
+               {"segment_ids": _IDS, "key_segment_ids": _KEY_IDS, "training": True, "seed": 3,
+                "positions": np.array([0, 1, 2, 0, 1, 0, 0], np.int32),
+                "key_positions": np.array([0, 1, 2, 3, 0, 1, 0, 1, 0], np.int32)}, **_CROSS,
+               inputs={"value_mask": (2, 9)}),
     MatrixCase("every row masked", inputs={"attention_mask": (1, 7)}),
     MatrixCase("bias (H, T, S)", inputs={"attention_bias": (4, 7, 7)}),
     MatrixCase("bias (B, 1, 1, S)", inputs={"attention_bias": (2, 1, 1, 7)}),

@@ -156,6 +156,9 @@ class Recipe:
     # The positions that the call gives of queries (1 or B, T) and keys (1 or B, S)
     positions: np.ndarray | None = None
     key_positions: np.ndarray | None = None
+    # The segments of queries (1 or B, T) and keys (1 or B, S); `masks` has what they hide
+    segments: np.ndarray | None = None
+    key_segments: np.ndarray | None = None
     bias: np.ndarray | None = None  # Added to the logits, broadcasts to (B, H, T, S)
     kept: np.ndarray | None = None  # The factors of dropout on the probabilities, (B, H, T, S)
     # The step of each stage, in order
@@ -249,7 +252,7 @@ class Recipe:
         masks = {
             n: m if m.ndim < 4 or len(m) == 1 else m[at : at + 1] for n, m in self.masks.items()
         }
-        names = ("offset", "positions", "key_positions", "bias", "kept")
+        names = ("offset", "positions", "key_positions", "segments", "key_segments", "bias", "kept")
         others = {name: own(getattr(self, name)) for name in names}
         return self.but(inputs=inputs, masks=masks, **others)
 

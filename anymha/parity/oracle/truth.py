@@ -108,6 +108,13 @@ def fold(problem: OracleProblem) -> Folded:
             # Finite numbers stay: they matter where a mistake ignores the mask.
             seen = problem.masks[name].reshape(count, -1, 1)
             x |= {n: np.where(seen | np.isfinite(x[n]), x[n], 0) for n in ("value", "key")}
+    ids = _places(call.get("segment_ids"), batches, t)
+    key_ids = _places(call.get("key_segment_ids", call.get("segment_ids")), batches, s)
+    if ids is not None and key_ids is not None:
+        seen = (ids[:, :, None] == key_ids[:, None, :]) & (ids[:, :, None] >= 0)
+        masks["segment_ids"] = seen[:, None]
+        valid = {"query": ids >= 0, "key": key_ids >= 0, "value": key_ids >= 0}
+        x = {n: np.where(valid[n][..., None] | np.isfinite(a), a, 0) for n, a in x.items()}
     bias = rounded.get("attention_bias")
     if bias is not None:
         bias = np.broadcast_to(np.asarray(bias, np.float64), full).reshape(flat)
@@ -129,6 +136,8 @@ def fold(problem: OracleProblem) -> Folded:
         kept=_kept(problem, flat),
         positions=_places(call.get("positions"), batches, t),
         key_positions=_places(call.get("key_positions"), batches, s),
+        segments=ids,
+        key_segments=key_ids,
         sections=sections_of(config),
         batches=tuple(batches),
     )
@@ -221,7 +230,7 @@ def _mix(x: np.ndarray | np.uint32, key: np.ndarray | int = 0) -> np.ndarray:
 
 
 def _places(given: Any, batches: list[int], lengths: list[int]) -> np.ndarray | None:
-    """Positions of a call as (1 or B, length)."""
+    """Positions or segments of a call as (1 or B, length)."""
     if given is None:
         return None
     given = np.asarray(given)

@@ -24,11 +24,20 @@ from anymha.interchange.files.atomic_write import atomic_file
 from anymha.interchange.files.npz import open_npz
 from anymha.options.config import AttentionConfig
 from anymha.options.training import OBJECTS
-from anymha.parity.stages.trace import INPUTS, MASKS, POSITIONS, Arrays, Request, Trace
+from anymha.parity.stages.trace import (
+    INPUTS,
+    MASKS,
+    POSITIONS,
+    SEGMENTS,
+    Arrays,
+    Request,
+    Trace,
+)
 from anymha.text import listed, quoted, shown
 
 SIDES = ("reference", "candidate")
-ARGUMENTS = ("attention_bias", "use_causal_mask", "training", "query_offset", "seed", *POSITIONS)
+ARGUMENTS = ("attention_bias", "use_causal_mask", "training", "query_offset", "seed",
+             *SEGMENTS, *POSITIONS)  # fmt: skip
 EXTRA = ("framework", "bfloat16", *(f"{side}.config" for side in SIDES))
 
 

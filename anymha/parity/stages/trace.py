@@ -21,6 +21,7 @@ STAGES = tuple(STEPS)
 
 INPUTS = ("query", "value", "key")
 POSITIONS = ("positions", "key_positions")
+SEGMENTS = ("segment_ids", "key_segment_ids")
 MASKS = ("attention_mask", "query_mask", "value_mask", "key_mask")
 
 
@@ -78,13 +79,13 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
         raise ArgumentError(
             f"`inputs` must have a 'query'. Received: {', '.join(named) or 'nothing'}."
         )
-    known = {*POSITIONS, "training", "use_causal_mask", "query_offset", "seed"}
+    known = {*SEGMENTS, *POSITIONS, "training", "use_causal_mask", "query_offset", "seed"}
     unknown = sorted(set(rest) - known)
     if unknown:
         raise ArgumentError(
             f"The call of a layer has no argument {', '.join(map(repr, unknown))}. It has: "
-            f"{', '.join((*MASKS, *POSITIONS, 'attention_bias', 'training', 'use_causal_mask'))}, "
-            "query_offset, seed."
+            f"{', '.join((*MASKS, *SEGMENTS, *POSITIONS, 'attention_bias', 'training'))}, "
+            "use_causal_mask, query_offset, seed."
         )
     # Copies: a function that writes into its inputs must not change the reference's.
     arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}

@@ -143,7 +143,9 @@ class RotarySection(Section):
             factor = 1.0
         if "rotary factor twice" in wrong:
             factor *= factor
-        places = np.arange(length, dtype=np.float64)
+        places = port.places.get(place)
+        places = np.arange(length) if places is None else places
+        places = places.astype(np.float64)
         if "query positions off by one" in wrong and place == "query":
             places += 1
         numbers = np.outer(places, frequencies(plain, r, length))

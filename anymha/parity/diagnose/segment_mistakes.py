@@ -1,0 +1,77 @@
+"""Mistakes with packed sequences: their ids, their padding, and positions that begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from anymha.parity.diagnose.changes import Maker, Row
+from anymha.parity.oracle.recipe import Recipe, Variants
+
+Seen = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Where queries see keys, from the ids (1 or B, 1, T, 1) and (1 or B, 1, 1, S)."""
+
+
+def _same(ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
+    return (ids == key_ids) & (ids >= 0)
+
+
+def _shifted(by: int, keys_by: int, ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
+    return _same(np.roll(ids, by, 2), np.roll(key_ids, keys_by, 3))
+
+
+def _seen(variants: dict[str, Seen]) -> Maker:
+    """Other keys that are seen, by the words of each variant."""
+
+    def make(recipe: Recipe) -> Variants:
+        if recipe.segments is None or recipe.key_segments is None:
+            return
+        ids, key_ids = recipe.segments[:, None, :, None], recipe.key_segments[:, None, None]
+        for words, seen in variants.items():
+            yield words, recipe.but(masks={**recipe.masks, "segment_ids": seen(ids, key_ids)})
+
+    return make
+
+
+def _not_restarted(recipe: Recipe) -> Variants:
+    """Indices of the row in place of the positions that the call gives, or the other way round."""
+    if recipe.segments is None or recipe.key_segments is None:
+        return
+    if recipe.positions is not None or recipe.key_positions is not None:
+        yield "", recipe.but(positions=None, key_positions=None)
+    else:
+        places = {"positions": _restarted(recipe.segments),
+                  "key_positions": _restarted(recipe.key_segments)}  # fmt: skip
+        yield "they begin anew, and the call does not say so", recipe.but(**places)
+
+
+def _restarted(ids: np.ndarray) -> np.ndarray:
+    """Positions (1 or B, length) that begin anew where the id changes."""
+    index = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    begins = np.diff(ids, axis=1, prepend=ids[:, :1] - 1) != 0
+    return index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+
+
+MISTAKES: tuple[Row, ...] = (
+    ("segments ignored", "Pass `segment_ids` on: a query sees keys of its own segment alone.",
+     _seen({"": lambda ids, key_ids: np.ones_like(ids == key_ids),
+            "padding stays hidden": lambda ids, key_ids: (ids >= 0) & (key_ids >= 0)})),
+    ("segment ids shifted by one", "Each position has the id of its own segment: check where "
+     "segments begin.",
+     _seen({f"those of the {words}, {by:+d}": partial(_shifted, n * by, m * by)
+            for words, n, m in (("queries and keys", 1, 1), ("queries", 1, 0), ("keys", 0, 1))
+            for by in (1, -1)})),
+    ("padding of segments seen", "A negative id sees and is seen by nothing.",
+     _seen({"": lambda ids, key_ids: ids == key_ids,
+            "all padding is one segment": lambda ids, key_ids: (
+                (ids == key_ids) | ((ids < 0) & (key_ids < 0))),
+            "every query sees it": lambda ids, key_ids: _same(ids, key_ids) | (key_ids < 0)})),
+    ("segments compared by order", "A query sees keys of an equal id, not of a lower or a higher "
+     "one.",
+     _seen({"keys of lower ids are seen": lambda ids, key_ids: (ids >= key_ids) & (key_ids >= 0),
+            "keys of higher ids are seen": lambda ids, key_ids: (ids <= key_ids) & (ids >= 0)})),
+    ("positions not restarted in segments", "Pass on `positions` and `key_positions`, which begin "
+     "at 0 in each segment.", _not_restarted),
+)  # fmt: skip
