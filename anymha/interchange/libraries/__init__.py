@@ -42,7 +42,8 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
             "MPNetSelf": "mpnet", "Deberta": "deberta", "DebertaV2": "deberta_v2",
             "Wav2Vec2BertSelf": "wav2vec2_bert", "Blip": "blip", "GPTNeoSelf": "gpt_neo",
             "Mpt": "mpt", "ModernBert": "modernbert", "NomicBert": "nomic_bert", "Dbrx": "dbrx",
-            "Phi": "phi",
+            "Phi": "phi", "Cohere": "cohere", "Cohere2": "cohere2", "Glm": "glm", "Olmo2": "olmo2",
+            "Llama4Text": "llama4", "SmolLM3": "smollm3", "Granite": "granite",
         }.items()
     },
 }  # fmt: skip
