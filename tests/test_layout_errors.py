@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from anymha.interchange.compared_options import result_options
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
 from anymha.interchange.libraries import open_layer
 from tests.frameworks import skip_or_fail
+from tests.peer_layers import family_examples
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs/examples/layouts"
@@ -35,20 +35,8 @@ NEEDING = ["t5", "mpnet", "dbrx"]
 @pytest.fixture(scope="module")
 def families() -> Any:
     """The example's module of families."""
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            skip_or_fail(name, f"{name} is not installed")
-    found: dict[str, ModuleType] = {}
-    for name in ("families",):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = found[name] = module
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            spec.loader.exec_module(module)
-    yield found["families"]
-    for name in found:
-        del sys.modules[name]
+    with family_examples() as module:
+        yield module
 
 
 def quiet(function: Any) -> Any:

@@ -21,6 +21,27 @@ _KEYS_BY_KIND = {
     FULL: ("global_rope_theta",),
 }
 """The names of the bases where they are one for each kind of layer."""
+_ALIKE = {
+    name: layout
+    for layout, names in {
+        "bert": "roberta xlm_roberta camembert electra layoutlm data2vec_text",
+        "vit": "deit dinov2 vit_mae yolos",
+        "clip": "clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
+        "bart": "mbart pegasus marian m2m_100 blenderbot wav2vec2 hubert",
+        "opt": "xglm biogpt",
+        "gemma3": "gemma3_text",
+        "llama4": "llama4_text",
+        "llama": "arcee csm emu3 jais2 eurobert",
+        "granite": "granitemoe granitemoeshared hyperclovax",
+        "mistral": "mixtral",
+        "qwen2": "qwen2_moe",
+        "qwen3": "qwen3_moe",
+        "olmo2": "flex_olmo olmo3",
+        "glm": "glm4",
+    }.items()
+    for name in names.split()
+}
+"""Families whose attention is that of another family."""
 _ATTENTION = "attn_config"
 """Where MPT and DBRX have what is about their attention."""
 
@@ -155,6 +176,11 @@ class LayerConfig(Mapping[str, Any]):
         if base is None and "rope_theta" not in fields:
             return {"unknown": base}
         return {"rope_theta": base, **{n: v for n, v in fields.items() if v is not None}}
+
+
+def alike(family: str) -> str | None:
+    """The family that has the same attention; None where there is none."""
+    return _ALIKE.get(family)
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

@@ -9,34 +9,13 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from anymha.interchange.compared_options import result_options
-from anymha.interchange.layer_config import FULL, SLIDING, LayerConfig
+from anymha.interchange.layer_config import FULL, SLIDING, LayerConfig, alike
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES
 from anymha.interchange.model_needs import values_of
 from anymha.text import shown
 
 NAME = "config.json"
-_ALIKE = {
-    name: layout
-    for layout, names in {
-        "bert": "roberta xlm_roberta camembert electra layoutlm data2vec_text",
-        "vit": "deit dinov2 vit_mae yolos",
-        "clip": "clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
-        "bart": "mbart pegasus marian m2m_100 blenderbot wav2vec2 hubert",
-        "opt": "xglm biogpt",
-        "gemma3": "gemma3_text",
-        "llama4": "llama4_text",
-        "llama": "arcee csm emu3 jais2 eurobert",
-        "granite": "granitemoe granitemoeshared hyperclovax",
-        "mistral": "mixtral",
-        "qwen2": "qwen2_moe",
-        "qwen3": "qwen3_moe",
-        "olmo2": "flex_olmo olmo3",
-        "glm": "glm4",
-    }.items()
-    for name in names.split()
-}
-"""Families whose attention is that of another family."""
 _SYNONYMS = {"text": ("language",), "vision": ("visual", "image"), "audio": ("speech",)}
 """Other words in the names of layers for the parts of a model that have a configuration."""
 _MOST_BYTES = 2**20
@@ -98,7 +77,7 @@ def family_of(config: Mapping[str, Any]) -> str:
         return ""
     model_type = shown(model_type)
     name = model_type.replace("-", "_")
-    return f"transformers.{_ALIKE.get(name, name)}"
+    return f"transformers.{alike(name) or name}"
 
 
 def stated_options(

@@ -17,6 +17,7 @@ import numpy as np
 
 from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
 from anymha.interchange.compared_options import check_supported
+from anymha.interchange.layer_config import alike
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.live_layer import LiveLayer
 from anymha.options.config import AttentionConfig
@@ -77,8 +78,9 @@ def open_layer(layer: Any) -> LiveLayer:
         return _module("params").open_layer(layer)
     for kind in type(layer).__mro__:
         known = (kind.__module__.partition(".")[0], kind.__name__)
-        if known in CLASSES:
-            module, layout = CLASSES[known]
+        found = known_class(kind)
+        if found is not None:
+            module, layout = found
             return _module(module).open_layer(layer, layout)
         if known in WITHOUT_WEIGHTS:
             raise ArgumentError(
@@ -92,6 +94,21 @@ def open_layer(layer: Any) -> LiveLayer:
         "module of transformers, or parameters of Flax's linen or Haiku. Received: "
         f"{type(layer).__module__}.{type(layer).__qualname__}."
     )
+
+
+def known_class(kind: type) -> tuple[str, str] | None:
+    """The module here and the layout of a library's class; None where it has none.
+
+    The attention of a family of transformers that is that of another family has its layout.
+    """
+    package, _, path = kind.__module__.partition(".")
+    known = CLASSES.get((package, kind.__name__))
+    if known is not None or package != "transformers":
+        return known
+    family = path.rpartition(".")[2].removeprefix("modeling_")
+    name = kind.__name__.removesuffix("Attention").removesuffix("Text").lower()
+    same = alike(family) if name == family.replace("_", "") else None
+    return None if same is None else ("modules", f"transformers.{same}")
 
 
 def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:

@@ -37,8 +37,6 @@ from anymha.parity.stages.trace import Arrays, Request, Trace
 CROSS = {"bart": "key_value_states", "whisper": "key_value_states", "t5": "key_value_states",
          "gpt2": "encoder_hidden_states", "gpt_bigcode": "encoder_hidden_states"}  # fmt: skip
 """Families without positions of their own, and their name for the value's states."""
-FROM_THE_FIRST = ("bloom", "falcon", "mpt")
-"""Families whose ALiBi counts from the first key: the same as distances where they are causal."""
 
 
 class Transformers:
@@ -67,6 +65,11 @@ class Transformers:
         cross = self._attends_to_others(description)
         refuse(request, self.name, key="key" in request.inputs,
                value="value" in request.inputs and not cross)  # fmt: skip
+        if description.config.alibi and not request.call.get("use_causal_mask"):
+            raise LayoutError(
+                f"The {self.name} counts positions from the first key, which means the distance in "
+                "causal calls alone. Compare it with `use_causal_mask=True`."
+            )
         inputs = tensors(layer, request.inputs)
         mask = _mask(layer, description.recipe(request))
 
@@ -156,11 +159,13 @@ def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
         arguments["position_bias"] = _alibi(layer, query[:1], slopes)[0] if slopes else None
     if family == "mpt":  # its masks are True where a key is hidden
         mask = mask < 0
+    given = ("hidden_states", "attention_mask", "alibi", "position_bias")
     left = [
         name
         for name, one in taken.items()
-        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
-        if name not in (*arguments, "hidden_states", "attention_mask")
+        if (one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
+        or (name == "position_embeddings" and not slopes)
+        if name not in given and arguments.get(name) is None
     ]
     if left:
         raise LayoutError(
