@@ -15,7 +15,7 @@ import anymha
 from anymha.errors import LayoutError, WeightsError
 from anymha.interchange.compared_options import differing_options
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
-from anymha.interchange.model_config import stated_options
+from anymha.interchange.model_config import family_of, stated_options
 from anymha.parity import compare
 from tests.file_samples import write
 from tests.layout_samples import Size, by_name
@@ -114,6 +114,12 @@ OLD: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "llama4_text": ({"head_dim": 8, "use_qk_norm": True, "rms_norm_eps": 1e-5}, (0, 3)),
     "granite": ({"attention_multiplier": 0.25}, (0,)),
     "olmo2": ({"rms_norm_eps": 1e-6}, (0,)),
+    "olmo3": ({"rms_norm_eps": 1e-6, "sliding_window": 5, "rope_theta": 3e5, "rope_scaling": {
+        **YARN, "rope_type": "yarn"}}, (0, 3)),
+    "flex_olmo": ({"rms_norm_eps": 1e-6}, (0,)),
+    "glm4": ({"head_dim": 8}, (0,)),
+    "granitemoe": ({"attention_multiplier": 0.25}, (0,)),
+    "qwen3_moe": ({"head_dim": 8, "rms_norm_eps": 1e-6}, (0,)),
     "cohere": ({"use_qk_norm": True, "layer_norm_eps": 1e-5}, (0,)),
     "falcon": ({"alibi": True}, (0,)),
     "falcon rotary": ({"alibi": False, "rope_theta": 3e4}, (0,)),
@@ -129,10 +135,7 @@ def test_configuration_of_any_age_means_what_transformers_reads(name: str) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         new = transformers.AutoConfig.for_model(family, **json.loads(json.dumps({**BASE, **more})))
-    layout = get_layout({
-        "gemma3_text": "transformers.gemma3", "llama4_text": "transformers.llama4",
-        "mixtral": "transformers.mistral",
-    }.get(family, f"transformers.{family}"))  # fmt: skip
+    layout = get_layout(family_of(raw))
     for number in numbers:
         ours = stated_options(raw, layout, number)
         theirs = stated_options(new.to_dict(), layout, number)
@@ -325,3 +328,21 @@ def test_family_that_is_another_one_has_its_layout(families: Any) -> None:
     assert weights.config.rotary.base == 1e6
     x = families.random_inputs().astype(np.float32)
     assert compare(layer.float(), anymha.convert(layer, to="torch"), x, use_causal_mask=True).passed
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("qwen3", "query_key_norm"), ("gpt_oss", "sinks"), ("bloom", "alibi")]
+)
+def test_option_that_ours_lacks_is_named(families: Any, name: str, option: str) -> None:
+    layer = layer_of(families, name)
+    weights = anymha.get_weights(layer)
+    lacking = {option: None if option == "query_key_norm" else False}
+    plain = dataclasses.replace(weights.config, **lacking)
+    known = plain.weight_shapes()
+    ours = anymha.set_weights(
+        anymha.MultiHeadAttention(backend="numpy", **plain.to_dict()),
+        {name: array for name, array in weights.items() if name in known},
+    )
+    x = families.random_inputs().astype(np.float32)
+    report = compare(ours, layer, x, use_causal_mask=True)
+    assert str(report.diagnosis).startswith(f"{option} not asked for")

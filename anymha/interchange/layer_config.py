@@ -11,10 +11,14 @@ _PERIODS = {"gemma2": 2, "gpt_oss": 2, "gemma3": 6, "cohere2": 4, "olmo3": 4, "e
 """Families where each n-th layer alone has no window, unless the configuration says otherwise."""
 _BASES = {
     "llama4": 500000.0, "smollm3": 2000000.0, "cohere": 500000.0, "gpt_oss": 150000.0,
-    "mixtral": 1000000.0, "olmo3": 500000.0, "flex_olmo": 500000.0, "nomic_bert": 1000.0,
-    "emu3": 1000000.0, "csm": 500000.0, "minimax_m2": 5000000.0, "apertus": 12000000.0,
+    "mixtral": 1000000.0, "flex_olmo": 500000.0, "nomic_bert": 1000.0,
+    "csm": 500000.0,
 }  # fmt: skip
-_BASES_BY_KIND = {"gemma3": {FULL: 1000000.0}, "modernbert": {FULL: 160000.0}}
+_BASES_BY_KIND = {
+    "gemma3": {FULL: 1000000.0},
+    "modernbert": {FULL: 160000.0},
+    "olmo3": {FULL: 500000.0, SLIDING: 500000.0},
+}
 """The bases of rotary positions of configurations that state none, where they are not 10000."""
 _KEYS_BY_KIND = {
     SLIDING: ("rope_local_base_freq", "local_rope_theta"),
@@ -31,7 +35,7 @@ _ALIKE = {
         "opt": "xglm biogpt",
         "gemma3": "gemma3_text",
         "llama4": "llama4_text",
-        "llama": "arcee csm emu3 jais2 eurobert",
+        "llama": "arcee csm jais2 eurobert",
         "granite": "granitemoe granitemoeshared hyperclovax",
         "mistral": "mixtral",
         "qwen2": "qwen2_moe",
