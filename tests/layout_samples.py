@@ -286,6 +286,13 @@ SAMPLES = (
     family("gemma3", linear(*O_PROJ), extras=NORMS, asks=False),
     family("gpt_oss", linear(*O_PROJ), extras=lambda s: {"sinks": (s.H,)}, asks=False),
     family("granite", linear(*O_PROJ)),
+    family("starcoder2", linear(*O_PROJ)),
+    family("exaone4", linear(*O_PROJ), extras=NORMS, asks=False),
+    family("glm4_moe", linear(*O_PROJ)),
+    family(
+        "hunyuan_v1_dense", linear(*O_PROJ), asks=False,
+        extras=lambda s: {"query_layernorm.weight": (s.d,), "key_layernorm.weight": (s.d,)},
+    ),
     family("smollm3", linear(*O_PROJ)),
     family(
         "olmo2", linear(*O_PROJ),

@@ -61,6 +61,8 @@ NAMED = [
     *("transformers.nomic_bert", "transformers.dbrx", "transformers.phi"),
     *("transformers.olmo2", "transformers.cohere", "transformers.cohere2", "transformers.glm"),
     *("transformers.llama4", "transformers.smollm3", "transformers.granite"),
+    *("transformers.starcoder2", "transformers.exaone4", "transformers.glm4_moe"),
+    "transformers.hunyuan_v1_dense",
     *("transformers.flax_bert", "nanogpt.CausalSelfAttention", "internlm.internlm2"),
     *("gpt_fast.Attention", "megatron.SelfAttention", "meta.llama", "vit_pytorch.Attention"),
     *("diffusers.Attention", "flash_attn.MHA", "openai.whisper", "gemma.Attention"),

@@ -26,6 +26,7 @@ GRADIENTS = [
     "llama, with biases", "llama, dynamic", "llama, longrope", "llama, yarn", "qwen3", "gemma2",
     "gemma3, local", "gemma3, global", "olmo2", "cohere", "gptj", "codegen", "glm", "gpt_oss",
     "bloom", "mpt", "phi", "falcon, grouped", "falcon, with ALiBi", "gpt_neox", "llama4",
+    "hunyuan_v1_dense", "exaone4", "glm4_moe", "starcoder2",
     "smollm3, without positions", "modernbert, with a window", "granite",
 ]  # fmt: skip
 
@@ -120,6 +121,11 @@ OLD: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "glm4": ({"head_dim": 8}, (0,)),
     "granitemoe": ({"attention_multiplier": 0.25}, (0,)),
     "qwen3_moe": ({"head_dim": 8, "rms_norm_eps": 1e-6}, (0,)),
+    "exaone4": ({"head_dim": 8, "rms_norm_eps": 1e-5, "sliding_window": 5,
+                 "sliding_window_pattern": 4}, (0, 3)),
+    "hunyuan_v1_dense": ({"head_dim": 8, "rms_norm_eps": 1e-5}, (0,)),
+    "glm4_moe": ({"head_dim": 8, "rms_norm_eps": 1e-5, "use_qk_norm": True}, (0,)),
+    "starcoder2": ({"sliding_window": 5}, (0,)),
     "cohere": ({"use_qk_norm": True, "layer_norm_eps": 1e-5}, (0,)),
     "falcon": ({"alibi": True}, (0,)),
     "falcon rotary": ({"alibi": False, "rope_theta": 3e4}, (0,)),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-_PERIODS = {"gemma2": 2, "gpt_oss": 2, "gemma3": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
+_PERIODS = {"gemma2": 2, "gpt_oss": 2, "gemma3": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4,
+            "exaone_moe": 4}  # fmt: skip
 """Families where each n-th layer alone has no window, unless the configuration says otherwise."""
 _BASES = {
     "llama4": 500000.0, "smollm3": 2000000.0, "cohere": 500000.0, "gpt_oss": 150000.0,
@@ -41,6 +42,8 @@ _ALIKE = {
         "qwen2": "qwen2_moe",
         "qwen3": "qwen3_moe",
         "olmo2": "flex_olmo olmo3",
+        "hunyuan_v1_dense": "hunyuan_v1_moe",
+        "exaone4": "exaone_moe",
         "glm": "glm4",
     }.items()
     for name in names.split()
@@ -142,8 +145,8 @@ class LayerConfig(Mapping[str, Any]):
                 return bool(layers[self.number]) if self.number < len(layers) else None
             every = self.stated.get("no_rope_layer_interval", 4)
             return (self.number + 1) % every != 0 if _is_size(every) else None
-        if self.family in ("cohere2", "exaone4"):
-            if self.family == "exaone4" and not self.stated.get("sliding_window"):
+        if self.family in ("cohere2", "exaone4", "exaone_moe"):
+            if self.family != "cohere2" and not self.stated.get("sliding_window"):
                 return True
             return None if self.kind is None else self.kind == SLIDING
         return not (self.family == "falcon" and self.stated.get("alibi"))

@@ -90,8 +90,8 @@ def to_canonical(
         **sizes: Sizes that the shapes do not show: `num_heads` (query heads H) or `head_dim` (the
             width d_k of each), and `num_key_value_heads` (K). And options of
             `anymha.AttentionConfig` that change a call's results, as `rotary`, `query_key_norm`,
-            `scale` and `sliding_window`, with the values of the layer's own model. None or False for a step that the layout may
-            need and this layer lacks, as ``clip=None``.
+            `scale` and `sliding_window`, with the values of the layer's own model. None or False
+            for a step that the layout may need and this layer lacks, as ``clip=None``.
 
     Returns:
         The canonical weights, bit for bit, in a dict that has the attributes of

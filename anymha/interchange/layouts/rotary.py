@@ -112,6 +112,25 @@ LAYOUTS = (
     family(
         "olmo2", extras=WIDE_NORMS, needs=(norm_need(QueryKeyNorm(over="width"), RMS),), **WINDOW
     ),
+    family("starcoder2", **WINDOW),
+    family(
+        "exaone4",
+        extras=NORMS,
+        needs=(norm_need(QueryKeyNorm(), RMS),),
+        turned=rotary(HALVES, ", where some layers have windows in these alone"),
+        **WINDOW,
+    ),
+    family(
+        "glm4_moe",
+        extras=norm_weights("{}_norm", shows=("head_dim", 0)),
+        needs=(norm_need(QueryKeyNorm(), RMS, switch="use_qk_norm"),),
+        turned=rotary(HALVES, ", over a share", share=0.5),
+    ),
+    family(
+        "hunyuan_v1_dense",
+        extras=norm_weights("{}_layernorm", letters=False, shows=("head_dim", 0), required=True),
+        needs=(norm_need(QueryKeyNorm(after_rotary=True), RMS),),
+    ),
     family(
         "cohere",
         extras=norm_weights("{}_norm"),

@@ -45,6 +45,8 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
             "Mpt": "mpt", "ModernBert": "modernbert", "NomicBert": "nomic_bert", "Dbrx": "dbrx",
             "Phi": "phi", "Cohere": "cohere", "Cohere2": "cohere2", "Glm": "glm", "Olmo2": "olmo2",
             "Llama4Text": "llama4", "SmolLM3": "smollm3", "Granite": "granite",
+            "Starcoder2": "starcoder2", "Exaone4": "exaone4", "Glm4Moe": "glm4_moe",
+            "HunYuanDenseV1": "hunyuan_v1_dense", "HunYuanMoEV1": "hunyuan_v1_dense",
         }.items()
     },
 }  # fmt: skip

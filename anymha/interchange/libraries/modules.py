@@ -15,6 +15,7 @@ from anymha.interchange.model_needs import values_of
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "attn_pdrop", "dropout")
 SCALES = ("scaling", "scale")
+ONE_WINDOW = ("mistral", "phi3", "starcoder2")
 # x-transformers' options that change the forward pass without arrays of their own.
 OPTIONS = ("qk_norm", "laser", "sparse_topk", "data_dependent_alibi", "head_scale")
 ATTEND = ("softclamp_logits", "l2_distance", "cog_signed", "selective", "add_zero_kv")
@@ -28,8 +29,8 @@ def open_layer(layer: Any, layout: str) -> LiveLayer:
     configs = [part.config for part in parts if hasattr(part, "config")]
     heads, scale = _first_attribute([*parts, *configs], HEADS), _first_attribute(parts, SCALES)
     sizes = {"num_heads": heads, "scale": _number(scale)}
-    # A model may have windows in some of its layers only; these two have one for all.
-    place = layer.config if layout in ("transformers.mistral", "transformers.phi3") else layer
+    # A model may have windows in some of its layers only; these have one for all.
+    place = layer.config if layout.rpartition(".")[2] in ONE_WINDOW else layer
     window = getattr(place, "sliding_window", None)
     if getattr(layer, "attention_type", None) == "local":  # of GPT-Neo
         window = layer.config.window_size

@@ -395,4 +395,9 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "smollm3": lambda: rotary("smollm3", "SmolLM3", num_key_value_heads=K),
     "smollm3, without positions": lambda: rotary("smollm3", "SmolLM3", 3, num_key_value_heads=K),
     "granite": lambda: rotary("granite", "Granite", attention_multiplier=0.3, **GROUPED),
+    "starcoder2": lambda: rotary("starcoder2", "Starcoder2", sliding_window=3, **GROUPED),
+    "exaone4": lambda: rotary("exaone4", "Exaone4", sliding_window=3, **GROUPED),
+    "exaone4, without positions": lambda: rotary("exaone4", "Exaone4", 3, **GROUPED),
+    "glm4_moe": lambda: rotary("glm4_moe", "Glm4Moe", use_qk_norm=True, **GROUPED),
+    "hunyuan_v1_dense": lambda: rotary("hunyuan_v1_dense", "HunYuanDenseV1", **GROUPED),
 }
