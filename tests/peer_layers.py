@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,24 @@ class Peer:
     layer: Any
     call: Callable[[np.ndarray, np.ndarray], np.ndarray]
     sizes: dict[str, int]
+
+
+EXAMPLE = Path(__file__).parents[1] / "docs/examples/layouts"
+
+
+@contextmanager
+def family_examples() -> Iterator[Any]:
+    """The example's module of families of transformers; skips the test where they are missing."""
+    for name in ("torch", "transformers"):
+        need(name)
+    spec = importlib.util.spec_from_file_location("families", EXAMPLE / "families.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["families"] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules["families"]
 
 
 def need(name: str) -> Any:

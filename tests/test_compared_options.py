@@ -26,6 +26,7 @@ from anymha.interchange.forms import Need
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
 from anymha.interchange.libraries import MAKERS
+from anymha.interchange.model_needs import NormNeed, need_of
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
 from tests.layout_samples import SAMPLES, Size, by_name
@@ -209,11 +210,15 @@ def test_layout_refuses_an_option_that_its_layers_lack(layout: str, name: str) -
     options = {"num_heads": 4, "key_dim": 4, "query_features": 16}
     if get_layout(layout).scale == 1.0:
         options["scale"] = 1.0
+    options |= get_layout(layout).fixed or {}
     bias = layout not in ("transformers.whisper",) and not layout.startswith("x_")
     value = next(v for v in two_values(name) if v not in (None, False))
     orders = [getattr(need, "order", "") for need in get_layout(layout).needs]
     if name == "rotary" and "pairs" in orders:
         value = {"layout": "interleaved"}
+    norm = need_of(get_layout(layout).needs, "query_key_norm")
+    if name == "query_key_norm" and isinstance(norm, NormNeed):
+        value = norm.norm
     config = AttentionConfig(**{**options, "use_bias": bias, name: value})
     plain = AttentionConfig(**options, use_bias=False)
     weights = {n: np.zeros(shape, np.float32) for n, shape in plain.weight_shapes().items()}
@@ -235,6 +240,8 @@ def test_layout_refuses_an_option_that_its_layers_lack(layout: str, name: str) -
 def test_library_layer_has_the_option_or_is_not_made(to: str, name: str) -> None:
     need(MAKERS[to][1])
     value = next(v for v in two_values(name) if v not in (None, False))
+    if name == "query_key_norm":
+        value = "layer"
     options = {"num_heads": 4, "key_dim": 4, "query_features": 16, name: value}
     layer = anymha.MultiHeadAttention(**options, backend="numpy")
     if name not in get_layout(to).supported:

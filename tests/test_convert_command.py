@@ -87,7 +87,7 @@ TARGETS = {
     "equinox.MultiheadAttention": ".npz",
     "haiku.MultiHeadAttention": ".npz",
     "transformers.gpt2": ".pt",
-    "transformers.bloom": ".pt",
+    "transformers.blip": ".pt",
     "timm.vit": ".safetensors",
     "anymha": ".safetensors",
 }

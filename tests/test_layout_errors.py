@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,44 +21,22 @@ from anymha.interchange.compared_options import result_options
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
 from anymha.interchange.libraries import open_layer
 from tests.frameworks import skip_or_fail
+from tests.peer_layers import family_examples
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs/examples/layouts"
 BOUND = 1e-6
 """Of the largest output: the families that compute their softmax in float32."""
 
-PLAIN = [
-    *("bert", "vit", "clip", "opt", "bart", "whisper", "gpt2", "gpt2, across", "albert"),
-    *("distilbert", "deberta", "deberta_v2", "wav2vec2_bert", "blip", "gpt_neo"),
-    "gpt_neo, with a window",
-]
-NEEDING = ["t5", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
-FUSED = ["gpt_oss", "gpt_neox", "phi3", "codegen", "gptj"]
-KINDS = [
-    *("gpt_bigcode, one key head", "gpt_bigcode, a key head each", "llama, with biases"),
-    *("falcon, a key head each", "falcon, one key head", "falcon, grouped", "mpnet", "mpt"),
-    *("modernbert", "modernbert, with a window", "nomic_bert", "dbrx", "phi"),
-]
-NAMES = [*PLAIN, *NEEDING, *FUSED, *KINDS]
+NEEDING = ["t5", "mpnet", "dbrx"]
+"""Families whose forward pass has steps that anymha's layer lacks."""
 
 
 @pytest.fixture(scope="module")
 def families() -> Any:
     """The example's module of families."""
-    for name in ("torch", "transformers"):
-        if importlib.util.find_spec(name) is None:
-            skip_or_fail(name, f"{name} is not installed")
-    found: dict[str, ModuleType] = {}
-    for name in ("forward", "families"):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = found[name] = module
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            spec.loader.exec_module(module)
-    yield found["families"]
-    for name in found:
-        del sys.modules[name]
+    with family_examples() as module:
+        yield module
 
 
 def quiet(function: Any) -> Any:
@@ -71,11 +49,19 @@ def bits(weights: Any) -> dict[str, bytes]:
     return {name: np.ascontiguousarray(array).tobytes() for name, array in weights.items()}
 
 
+def names() -> list[str]:
+    """The names of the example's families, without its frameworks."""
+    text = (EXAMPLE / "families.py").read_text(encoding="utf-8").partition("\nFAMILIES")[2]
+    scalings = ("linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
+    generated = [f"llama, {kind}" for kind in scalings] + ["gemma3, local", "gemma3, global"]
+    return [*re.findall(r'^    "([^"]+)":', text, re.MULTILINE), *generated]
+
+
 def test_every_family_of_the_example_is_tested(families: Any) -> None:
-    assert set(NAMES) == set(families.FAMILIES)
+    assert set(names()) == set(families.FAMILIES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_family_gives_the_output_of_ours_and_takes_weights_back(families: Any, name: str) -> None:
     layer, theirs, ours = quiet(families.FAMILIES[name])
     assert theirs.dtype == np.float64
@@ -97,7 +83,7 @@ def test_family_gives_the_output_of_ours_and_takes_weights_back(families: Any, n
     found = anymha.get_weights(layer)
     assert bits(found) == bits(weights)
     assert bits(found.extras) == bits(weights.extras)
-    if name not in PLAIN and not name.startswith("gpt_bigcode"):
+    if name in NEEDING:
         with pytest.raises(LayoutError, match="computes more than attention"):
             anymha.convert(layer, to="numpy")
 
@@ -105,7 +91,7 @@ def test_family_gives_the_output_of_ours_and_takes_weights_back(families: Any, n
 def test_options_of_a_module_come_with_its_weights(families: Any) -> None:
     configs = {
         "mistral": {"sliding_window": 3},
-        "gemma3": {"scale": 20**-0.5},
+        "gemma3, local": {"scale": 20**-0.5, "sliding_window": 3},
         "gemma2": {"scale": 20**-0.5, "sliding_window": 3},
         "t5": {"scale": 1.0, "dropout": 0.1},
         "bert": {"dropout": 0.1, "scale": None},

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import warnings
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -30,6 +31,7 @@ from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import from_canonical, get_layout, layouts, to_canonical
 from anymha.interchange.layouts.encoders import LAYOUTS as ENCODERS
+from anymha.interchange.model_needs import need_of
 from anymha.interchange.packing import LARGE, contiguous_copy
 from anymha.interchange.weights import Weights
 from anymha.layer.forward import multi_head_attention
@@ -57,6 +59,10 @@ NAMED = [
     *("transformers.deberta", "transformers.deberta_v2", "transformers.wav2vec2_bert"),
     *("transformers.blip", "transformers.gpt_neo", "transformers.mpt", "transformers.modernbert"),
     *("transformers.nomic_bert", "transformers.dbrx", "transformers.phi"),
+    *("transformers.olmo2", "transformers.cohere", "transformers.cohere2", "transformers.glm"),
+    *("transformers.llama4", "transformers.smollm3", "transformers.granite"),
+    *("transformers.starcoder2", "transformers.exaone4", "transformers.glm4_moe"),
+    "transformers.hunyuan_v1_dense",
     *("transformers.flax_bert", "nanogpt.CausalSelfAttention", "internlm.internlm2"),
     *("gpt_fast.Attention", "megatron.SelfAttention", "meta.llama", "vit_pytorch.Attention"),
     *("diffusers.Attention", "flash_attn.MHA", "openai.whisper", "gemma.Attention"),
@@ -247,7 +253,8 @@ def test_canonical_names_that_are_missing_or_unknown_are_told() -> None:
         from_canonical(weights, BERT)
     assert message(error) == (
         "Canonical weights are query.kernel, key.kernel, value.kernel, output.kernel and their "
-        "biases. Missing: value.kernel. Unknown: values.kernel."
+        "biases, and those of options: query_norm.scale, query_norm.bias, key_norm.scale, "
+        "key_norm.bias, sinks. Missing: value.kernel. Unknown: values.kernel."
     )
 
 
@@ -429,17 +436,39 @@ def test_scale_that_the_target_does_not_have_is_refused() -> None:
         from_canonical(weights, "transformers.t5", config=plain)
 
 
+def test_layout_whose_layers_all_have_an_option_takes_no_layer_without() -> None:
+    weights, config = to_canonical(
+        by_name("transformers.bloom").arrays(Size()), "transformers.bloom", num_heads=4
+    )
+    assert (weights.needs, config.alibi) == ((), True)
+    slopes = replace(config, alibi=[2.0 ** (-2 * h) for h in (1, 2, 3, 4)])
+    same(
+        from_canonical(weights, "transformers.bloom", config=slopes),
+        from_canonical(weights, "transformers.bloom"),
+    )
+    with pytest.raises(LayoutError) as error:
+        from_canonical(weights, "transformers.bloom", config=replace(config, alibi=False))
+    assert message(error) == (
+        "Every layer of transformers.bloom has alibi=True, and the results would change. Received: "
+        "alibi=False. Use another layout, or convert the arrays alone, with `dict(weights)` and no "
+        "config."
+    )
+    with pytest.raises(LayoutError, match="has no option for alibi=True"):
+        from_canonical(weights, BERT)
+
+
 NEEDS = {
     "transformers.llama": ["rotary"],
     "transformers.gptj": ["element 2i of a head turns with element 2i \\+ 1", "rotary_dim"],
-    "transformers.qwen3": ["rotary", "RMS norm of each query head, times `q_norm.weight`"],
+    "transformers.qwen3": ["Rotary\\(base=..., layout='half'\\)", "RMS norms .* times the weight"],
     "transformers.gemma2": ["rotary", "c \\* tanh", "query_pre_attn_scalar"],
-    "transformers.gemma3": ["times 1 \\+ `k_norm.weight`", "query_pre_attn_scalar"],
-    "transformers.bloom": ["ALiBi"],
+    "transformers.gemma3": [
+        "times 1 \\+ the weight.*QueryKeyNorm\\(scale='one_plus_weight', eps=...\\)",
+        "query_pre_attn_scalar",
+    ],
     "transformers.t5": ["bias of relative positions"],
-    "transformers.gpt_oss": ["sink"],
-    "transformers.falcon": ["alibi"],
-    "flax.nnx.MultiHeadAttention": ["layer norms"],
+    "transformers.falcon": ["alibi", "before the logits are scaled"],
+    "transformers.llama4": ["after they are rotated", "for each position"],
 }
 
 
@@ -692,10 +721,11 @@ def test_canonical_weights_of_any_shapes_are_converted_or_refused(layout: str, d
     for name in data.draw(st.lists(st.sampled_from(list(weights)), max_size=2)):
         weights[name] = np.ones(data.draw(shapes_drawn), np.float32)
     heads, width = options["num_heads"], options["key_dim"]
-    norms = {f"{name}_norm.weight": np.ones(width) for name in "qk"}
-    extras = {**norms, "sinks": np.ones(heads)}
-    known = {extra.array for extra in get_layout(layout).extras}
-    extras = {name: array for name, array in extras.items() if name in known}
+    shapes = {"head": (width,), "width": (heads * width,)}
+    need = need_of(get_layout(layout).needs, "query_key_norm")
+    norm = shapes.get(getattr(getattr(need, "norm", None), "over", ""))
+    required = [extra.array for extra in get_layout(layout).extras if extra.required]
+    extras = {name: np.ones(heads if name == "sinks" else norm) for name in required}
     try:
         arrays = from_canonical(weights, layout, extras=extras)
     except (WeightsError, ConfigError):
@@ -704,6 +734,7 @@ def test_canonical_weights_of_any_shapes_are_converted_or_refused(layout: str, d
     back, _ = to_canonical(
         arrays, layout, num_heads=heads, head_dim=weights["query.kernel"].shape[2]
     )
+    back.pop("sinks", None)
     same(back, weights)
 
 

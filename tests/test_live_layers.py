@@ -310,24 +310,29 @@ def test_keras_layers_of_grouped_heads() -> None:
     np.testing.assert_array_equal(numbers(again(x, x)), wanted)
 
 
-def test_nnx_norms_are_kept_and_named() -> None:
+def test_nnx_norms_are_the_option() -> None:
     need("flax")
     nnx = importlib.import_module("flax.nnx")
     layer = nnx.MultiHeadAttention(2, 8, decode=False, normalize_qk=True, rngs=nnx.Rngs(0))
     weights = anymha.get_weights(layer)
-    assert set(weights.extras) == {"query_ln/scale", "key_ln/scale"}
-    assert any("layer norms of queries and keys" in need for need in weights.needs)
-    with pytest.raises(LayoutError, match="computes more than attention: layer norms"):
-        anymha.convert(layer, to="numpy")
+    assert weights.config.query_key_norm == anymha.QueryKeyNorm("layer")
+    assert weights.needs == ()
     other = nnx.MultiHeadAttention(2, 8, decode=False, normalize_qk=True, rngs=nnx.Rngs(1))
-    weights.extras["key_ln/scale"] = weights.extras["key_ln/scale"] * 3
-    anymha.set_weights(other, weights)
-    found = anymha.get_weights(other)
-    assert bits(found) == bits(weights)
-    assert bits(found.extras) == bits(weights.extras)
+    new = random({name: array.shape for name, array in weights.items()}, seed=5)
+    anymha.set_weights(other, new)
+    assert bits(anymha.get_weights(other)) == bits(new)
+    ours = anymha.convert(other, to="numpy")
+    made = anymha.convert(ours, to="flax.nnx.MultiHeadAttention")
+    assert bits(anymha.get_weights(made)) == bits(new)
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    for layer in (other, made):
+        np.testing.assert_allclose(ours(x), np.asarray(layer(x)), rtol=0, atol=1e-5)
     plain = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(2))
-    with pytest.raises(WeightsError, match=r"It lacks: query_ln/scale, key_ln/scale"):
+    told = r"of no option besides .* Unknown: query_norm\.scale, key_norm\.scale"
+    with pytest.raises(WeightsError, match=told):
         anymha.set_weights(plain, weights)
+    with pytest.raises(WeightsError, match=r"Missing: query_norm\.scale, key_norm\.scale"):
+        anymha.set_weights(other, anymha.get_weights(plain))
 
 
 def test_parameters_within_a_model_are_found_if_there_is_one_layer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import numpy as np
 
 from anymha.errors import BackendNotInstalledError, BiasWarning, LayoutError
 from anymha.interchange.compared_options import changed_options, show_options
+from anymha.interchange.layer_config import LayerConfig
 from anymha.interchange.layers import set_weights
+from anymha.interchange.libraries import known_class
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters import adapter_for
 from anymha.parity.stages.trace import INPUTS, make_request
@@ -92,6 +95,57 @@ def run(
         warnings.simplefilter("ignore", BiasWarning)  # zeros change nothing here
         layer = set_weights(layer, dict(weights))
     return output_of(layer, {"query": query})
+
+
+def run_model(layout: str, model: LayerConfig, arrays: Mapping[str, np.ndarray],
+              query: np.ndarray) -> np.ndarray:  # fmt: skip
+    """The output of a model's own layer for a query (B, T, D), in float32 and causal.
+
+    Args:
+        layout: The layout of the layer's arrays.
+        model: The model's configuration, and the layer's number.
+        arrays: The layer's arrays by their names.
+        query: The inputs.
+
+    Raises:
+        BackendNotInstalledError: transformers or torch is not installed.
+        LayoutError: there is no such layer, or it does not take these arrays.
+    """
+    try:
+        torch: Any = importlib.import_module("torch")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transformers, while it is imported
+            transformers: Any = importlib.import_module("transformers")
+            layer = _model_layer(transformers, layout, model)
+    except ImportError as error:
+        raise BackendNotInstalledError(f"it is not installed ({error})") from error
+    values = {name: torch.from_numpy(np.array(a, np.float32)) for name, a in arrays.items()}
+    missing = layer.load_state_dict(values, strict=False).missing_keys
+    if missing:
+        raise LayoutError(f"the {type(layer).__name__} has more arrays: {', '.join(missing)}")
+    adapter = adapter_for(layer.eval())
+    return adapter.trace(make_request(query, {"use_causal_mask": True}), None).output
+
+
+def _model_layer(transformers: Any, layout: str, model: LayerConfig) -> Any:
+    """A new layer of a model, in float32.
+
+    Raises:
+        LayoutError: there is none.
+    """
+    stated = {name: value for name, value in model.stated.items() if name != "model_type"}
+    try:
+        config = transformers.AutoConfig.for_model(model.stated.get("model_type"), **stated)
+        config._attn_implementation = "eager"
+        module = type(config).__module__.replace("configuration_", "modeling_")
+        for kind in vars(importlib.import_module(module)).values():
+            if isinstance(kind, type) and (known_class(kind) or ("", ""))[1] == layout:
+                takes = inspect.signature(kind).parameters
+                place = {"layer_idx": model.number or 0} if "layer_idx" in takes else {}
+                return kind(config, **place).float()
+    except (ArithmeticError, AttributeError, KeyError, LookupError, TypeError, ValueError) as error:
+        raise LayoutError(f"the model cannot be made: {error}") from error
+    raise LayoutError("transformers has no attention of the family that stands alone")
 
 
 def _widths(weights: Mapping[str, np.ndarray]) -> list[int]:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from anymha.cli.names import LIVE
-from anymha.cli.peers import FAMILIES, output_of, run
+from anymha.cli.peers import FAMILIES, output_of, run, run_model
 from anymha.errors import AnymhaError, BackendNotInstalledError, LayoutError
 from anymha.framework.registry import Backend, backends
 from anymha.interchange.convert_model import ConvertedLayer
 from anymha.interchange.layers import convert, new_layer
 from anymha.interchange.layouts import get_layout
-from anymha.interchange.rotary_order import reordered
+from anymha.interchange.rotary_order import ORDER_OF, reordered, with_order
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, make_problem
 from anymha.parity.oracle.truth import expected
 from anymha.parity.stages.limits import units_of
 
 BATCH, QUERIES, KEYS = 2, 7, 9
+TRANSFORMERS = "transformers."
 
 
 class Mismatch(AnymhaError):
@@ -50,6 +52,9 @@ class Verifier:
             if backend.installed:
                 record(f"anymha in {backend.name}", _ours(backend, problem))
         for layout in dict.fromkeys((self._layout, self._to)):
+            if layout == self._layout and layer.model.stated and layout.startswith(TRANSFORMERS):
+                self._run_model(layer)
+                continue
             if layout in FAMILIES:  # its layers attend to their own inputs alone
                 alone = _problem(layer, alone=True)
                 output, record_theirs = self._theirs(layout, alone), self._recorder(alone)
@@ -57,6 +62,24 @@ class Verifier:
                 output, record_theirs = self._theirs(layout, problem), record
             if output is not None:
                 record_theirs(f"{layout} itself", output)
+
+    def _run_model(self, layer: ConvertedLayer) -> None:
+        """Run the model's own layer, made by its configuration, on the source's arrays."""
+        layout, weights = self._layout, layer.weights
+        try:
+            if weights.needs:
+                raise LayoutError(
+                    f"its layer needs more than attention: {'; '.join(weights.needs)}"
+                )
+            if weights["query.kernel"].dtype == np.float64:
+                raise LayoutError("it computes parts in float32, and the weights are of float64")
+            single = _problem(_in_float32(layer), alone=True, causal=True)
+            output = run_model(layout, layer.model, layer.arrays, single.inputs["query"])
+        except AnymhaError as error:
+            missing = isinstance(error, BackendNotInstalledError)
+            self._not_run[layout] = "it is not installed" if missing else str(error)
+        else:
+            self._recorder(single)(f"{layout} itself", output)
 
     def _recorder(self, problem: OracleProblem) -> Callable[[str, np.ndarray], None]:
         """A function that compares an output with the exact one, and keeps its error."""
@@ -84,10 +107,15 @@ class Verifier:
         plain = copy.copy(layer.weights)
         plain.config = None  # stated options are no part of the bits
         _compare(layer, self._layout, layer.arrays, source.from_canonical(plain))
-        config = layer.config
+        config, made = layer.config, layer.result.config or layer.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
-        again, _ = target.to_canonical(layer.result, **sizes)
+        known = [n for n in ("rotary", "query_key_norm") if getattr(made, n) is not None]
+        again, found = target.to_canonical(
+            layer.result, **sizes, **{name: getattr(made, name) for name in known}
+        )
         again = reordered(again, again.rotary, layer.weights.rotary)
+        rotary: Any = config.rotary
+        again, _ = with_order(again, found, "" if rotary is None else ORDER_OF[rotary.layout])
         added = [name for name in again if name not in layer.weights and not np.any(again[name])]
         again = {name: array for name, array in again.items() if name not in added}
         _compare(layer, self._to, layer.weights, again)
@@ -125,7 +153,15 @@ class Verifier:
         return lines
 
 
-def _problem(layer: ConvertedLayer, alone: bool = False) -> OracleProblem:
+def _in_float32(layer: ConvertedLayer) -> ConvertedLayer:
+    """A layer of half precision in float32, which has all its values."""
+    weights = copy.copy(layer.weights)
+    weights.update({name: array.astype(np.float32) for name, array in weights.items()})
+    config = dataclasses.replace(layer.config, dtype="float32")
+    return dataclasses.replace(layer, weights=weights, config=config)
+
+
+def _problem(layer: ConvertedLayer, alone: bool = False, causal: bool = False) -> OracleProblem:
     """The layer on random inputs; on one, where it attends to its queries alone."""
     config, weights = layer.config, layer.weights
     widths = tuple(weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key"))
@@ -133,7 +169,8 @@ def _problem(layer: ConvertedLayer, alone: bool = False) -> OracleProblem:
     options = {name: value for name, value in config.to_dict().items() if name not in features}
     options["output_shape"] = weights["output.kernel"].shape[2:]
     value = None if alone else (BATCH, KEYS)
-    case = MatrixCase(layer.prefix, options, {}, (BATCH, QUERIES), value, widths)
+    call = {"use_causal_mask": True} if causal else {}
+    case = MatrixCase(layer.prefix, options, call, (BATCH, QUERIES), value, widths)
     return dataclasses.replace(make_problem(case), weights=dict(weights))
 
 

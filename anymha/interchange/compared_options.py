@@ -11,6 +11,7 @@ import math
 from collections.abc import Container, Iterable
 from typing import Any
 
+from anymha.attention.features.alibi import alibi_slopes
 from anymha.attention.masks import FAR
 from anymha.errors import LayoutError
 from anymha.options.config import AttentionConfig
@@ -145,6 +146,8 @@ def _meaning(config: AttentionConfig, name: str) -> Any:
     if name == "scale":
         return config.scale_value
     value = getattr(config, name, None)
+    if name == "alibi" and value == alibi_slopes(config.num_heads):
+        return True
     return None if name == "sliding_window" and value is not None and value > FAR else value
 
 

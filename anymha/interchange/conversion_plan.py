@@ -12,11 +12,13 @@ import numpy as np
 
 from anymha.errors import AnymhaError, BiasWarning, UsageError
 from anymha.interchange.anymha_files import config_metadata
+from anymha.interchange.compared_options import result_options
 from anymha.interchange.detect import LayerGroup, LayoutFit, matches, numbers_of
 from anymha.interchange.files.reader import Reader, Tensor
+from anymha.interchange.layer_config import LayerConfig
 from anymha.interchange.leftovers import learned, refusal, remarks_on
 from anymha.interchange.model_config import NAME
-from anymha.interchange.naming import FileNaming
+from anymha.interchange.naming import FileNaming, natural_key
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
 from anymha.text import escaped, listed, quoted, shown
@@ -37,6 +39,7 @@ class ConvertedLayer:
         weights: The canonical weights.
         config: The config that they fit.
         result: The target's arrays by their names in its layout.
+        model: The model's configuration; empty where there is none.
     """
 
     prefix: str
@@ -44,6 +47,7 @@ class ConvertedLayer:
     weights: Weights
     config: AttentionConfig
     result: Weights
+    model: LayerConfig
 
 
 @dataclass
@@ -89,6 +93,7 @@ class ConversionJob:
         sizes: Gives the sizes and options that the shapes do not show, as `to_canonical` takes
             them, by a layer's prefix; the same object where they are the same.
         configs: The configs that the source states, by prefix.
+        model: Gives the model's configuration by a layer's prefix.
     """
 
     reader: Reader
@@ -96,6 +101,7 @@ class ConversionJob:
     target: FileNaming
     sizes: Callable[[str], Mapping[str, Any]]
     configs: Mapping[str, AttentionConfig]
+    model: Callable[[str], LayerConfig]
 
     def convert(self, prefix: str, arrays: Arrays) -> ConvertedLayer:
         """Convert a layer.
@@ -103,16 +109,18 @@ class ConversionJob:
         Raises:
             UsageError: it cannot be converted.
         """
-        layout = self.namings[0].layout
+        layout, known = self.namings[0].layout, self.configs.get(prefix)
+        own = () if known is None else result_options(known)
+        options = {**self.sizes(prefix), **{name: getattr(known, name) for name in own}}
         try:
-            weights, config = layout.to_canonical(arrays, **self.sizes(prefix))
-            config = self.configs.get(prefix, config)
+            weights, config = layout.to_canonical(arrays, **options)
+            config = config if known is None else known
             result = self.target.layout.from_canonical(weights, config, copy=False)
         except AnymhaError as error:
             raise UsageError(
                 f"{shown(self.reader.path)}, layer {quoted(prefix)}: {shown(error, 1000)}"
             ) from error
-        return ConvertedLayer(prefix, arrays, weights, config, result)
+        return ConvertedLayer(prefix, arrays, weights, config, result, self.model(prefix))
 
 
 def choose_layout(reader: Reader, groups: Sequence[LayerGroup], pattern: str) -> str:
@@ -183,7 +191,7 @@ def choose_layers(
             f"{shown(path)} holds no layer whose names begin with {quoted(pattern)}. Its layers "
             f"begin with {listed(dict.fromkeys(map(quoted, known)))}."
         )
-    return layers
+    return {prefix: layers[prefix] for prefix in sorted(layers, key=natural_key)}
 
 
 def _remarks(tensors: Mapping[str, Tensor]) -> str:

@@ -39,10 +39,12 @@ from anymha.interchange.files.formats import (
 from anymha.interchange.files.paths import check_not_source
 from anymha.interchange.files.reader import Reader, Tensor, Writer
 from anymha.interchange.files.siblings import siblings
+from anymha.interchange.layer_config import LayerConfig
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES, get_layout
 from anymha.interchange.model_config import (
     NAME,
+    layer_number,
     part_of,
     parts_of,
     read_config,
@@ -129,29 +131,54 @@ def convert_file(
         parts = parts_of(model_config)
         configs = read_configs(reader) if layout == OWN and ENTRY in reader.metadata else {}
 
-        @cache
-        def stated(part: str) -> dict[str, Any]:
-            return _stated(with_part(model_config, part), old, sizes)
+        kinds: list[dict[str, Any]] = []
+
+        def one_of(options: dict[str, Any]) -> dict[str, Any]:
+            """The same object for the same options."""
+            if options not in kinds:
+                kinds.append(options)
+            return kinds[kinds.index(options)]
 
         @cache
-        def sizes_of(part: str) -> dict[str, Any]:
-            return {**stated(part), **sizes}
+        def stated(part: str, number: int | None) -> dict[str, Any]:
+            return one_of(_stated(with_part(model_config, part), old, sizes, number))
+
+        @cache
+        def sizes_of(part: str, number: int | None) -> dict[str, Any]:
+            return one_of({**stated(part, number), **sizes})
+
+        def place_of(start: str) -> tuple[str, int | None]:
+            return part_of(parts, start), layer_number(start)
 
         namings = file_namings(old, file_format)
         target_naming = file_namings(new, new_format)[0]
         job = ConversionJob(
-            reader, namings, target_naming, lambda start: sizes_of(part_of(parts, start)), configs
+            reader,
+            namings,
+            target_naming,
+            lambda start: sizes_of(*place_of(start)),
+            configs,
+            lambda start: LayerConfig(
+                with_part(model_config, part_of(parts, start)), layer_number(start)
+            ),
         )
         layers = {
             start: fit for one in prefixes for start, fit in choose_layers(job, groups, one).items()
         }
         plan, metadata = plan_conversion(job, layers, to_prefix, others)
-        for part in dict.fromkeys(part_of(parts, start) for start in layers):
-            if stated(part):
-                known = ", ".join(f"{n}={quoted(value)}" for n, value in stated(part).items())
+        starts_of: dict[tuple[str, int], list[str]] = {}
+        for start in layers:
+            part, number = place_of(start)
+            starts_of.setdefault((part, id(stated(part, number))), []).append(start)
+        for (part, _), starts in starts_of.items():
+            number = layer_number(starts[0])
+            of = f" about {listed(starts)}" if len(starts_of) > 1 and not part else ""
+            if values := stated(part, number):
+                known = ", ".join(f"{n}={quoted(value)}" for n, value in values.items())
                 place = "file" if reader.config else f"{NAME} beside the file"
-                plan.note(f"Taken from the {place}{f' ({shown(part)})' * bool(part)}: {known}.")
-            for option, words in unmet_options(with_part(model_config, part), old).items():
+                plan.note(f"Taken from the {place}{f' ({shown(part)})' * bool(part)}{of}: {known}.")
+            own_config = with_part(model_config, part)
+            for option, words in unmet_options(own_config, old, number).items():
                 if option not in sizes:
                     plan.note(words)
         if to == OWN and not new_format.metadata:
@@ -186,10 +213,10 @@ def _check_texts(**arguments: Any) -> None:
 
 
 def _stated(
-    model_config: Mapping[str, Any], layout: Layout, sizes: Mapping[str, Any]
+    model_config: Mapping[str, Any], layout: Layout, sizes: Mapping[str, Any], number: int | None
 ) -> dict[str, Any]:
     """What the configuration states and the caller does not; of the heads, one size is enough."""
-    stated = stated_options(model_config, layout)
+    stated = stated_options(model_config, layout, number)
     skipped = SIZES if not set(SIZES).isdisjoint(sizes) else ()
     return {n: value for n, value in stated.items() if n not in sizes and n not in skipped}
 

@@ -36,6 +36,7 @@ from anymha.interchange.leftovers import (
 from anymha.interchange.limits import same_heads
 from anymha.interchange.model_config import (
     family_of,
+    layer_number,
     part_of,
     parts_of,
     read_config,
@@ -277,8 +278,8 @@ def find_layer_groups(
         return with_part(model_config, part)
 
     @cache
-    def options_of(part: str, name: str) -> dict[str, Any]:
-        return stated_options(config_of(part), get_layout(name))
+    def options_of(part: str, name: str, number: int | None) -> dict[str, Any]:
+        return stated_options(config_of(part), get_layout(name), number)
 
     groups: dict[object, LayerGroup] = {}
     judged: dict[object, LayerGroup] = {}  # most layers are alike
@@ -286,16 +287,19 @@ def find_layer_groups(
         part = part_of(parts, prefix)
         family = family_of(config_of(part))
         found = sorted(candidates[prefix], key=lambda fit: fit.name != family)
-        found = [replace(fit, options=options_of(part, fit.name)) for fit in found]
+        number = layer_number(prefix) if model_config else None
+        found = [replace(fit, options=options_of(part, fit.name, number)) for fit in found]
         names = [name for fit in found for name in fit.names.values()]
         names += _own_names(index, prefix, candidates, claimed)
         own = {name: tensors[prefix + name] for name in names}
-        alike = (part, changed.get(prefix), bool(prefix), is_attention(prefix), tuple(own.items()),
-                 tuple((fit.name, fit.naming.separator) for fit in found))  # fmt: skip
+        kinds = tuple((fit.name, fit.naming.separator, repr(fit.options)) for fit in found)
+        alike = (part, changed.get(prefix), bool(prefix), is_attention(prefix), kinds,
+                 tuple(own.items()))  # fmt: skip
         if alike not in judged:
             judged[alike] = _judge(found, own, changed.get(prefix, ""), prefix)
         group = judged[alike]
-        key = (part, pattern_of(prefix), group.kind, tuple(fit.name for fit in group.fits),
+        key = (part, pattern_of(prefix), group.kind,
+               tuple((fit.name, repr(fit.options)) for fit in group.fits),
                tuple(group.tensors.items()), tuple(fit.unknown for fit in group.fits))  # fmt: skip
         if key not in groups:
             groups[key] = replace(group, pattern=key[1], prefixes=[], stated=family)

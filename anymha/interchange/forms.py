@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from anymha.interchange.compared_options import result_options
+from anymha.interchange.layer_config import LayerConfig
 from anymha.interchange.packing import Piece
+
+OPTION_OF = {"query_norm": "query_key_norm", "key_norm": "query_key_norm", "sinks": "sinks"}
+"""The options that have weights, by what the weights' canonical names begin with."""
+FEATURE_WEIGHTS = (
+    *(f"{name}_norm.{part}" for name in ("query", "key") for part in ("scale", "bias")),
+    "sinks",
+)
+"""The canonical names of the weights of options."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +28,20 @@ class Extra:
             from the sizes, as a causal mask.
         required: Whether every layer of the layout has it.
         shows: A size that its shape shows, and the axis: ``("head_dim", 0)``, ``("num_heads", 1)``.
+        weight: The canonical name of the weight of an option that it is, as "sinks"; empty for
+            none. It is that weight where the option's value is known, and an extra array before.
     """
 
     array: str
     need: str | None = None
     required: bool = False
     shows: tuple[str, int] | None = None
+    weight: str = ""
+
+    @property
+    def option(self) -> str:
+        """The option whose weight it is; empty for none."""
+        return OPTION_OF.get(self.weight.partition(".")[0], "")
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Need:
         key: The name of its value in the family's `config.json` and its live layers.
         order: Of rotary positions, the elements of a head that turn together: "halves" or "pairs".
         partial: Whether they turn a part of each head alone.
+        example: What to pass for it, with dots for what only the model knows.
     """
 
     option: str
@@ -47,13 +65,19 @@ class Need:
     key: str = ""
     order: str = ""
     partial: bool = False
+    example: str = "..."
 
     def words(self) -> str:
         """The need in words, and how to meet it where that is possible."""
         if self.option not in result_options():
             return self.text
         source = f", which is `{self.key}` in the model's config.json" if self.key else ""
-        return f"{self.text} (pass `{self.option}=...`{source})"
+        return f"{self.text} (pass `{self.option}={self.example}`{source})"
+
+    def stated(self, layer: LayerConfig) -> dict[str, Any]:
+        """The option's value by its name, where the model's configuration states it; else empty."""
+        has = bool(self.key) and self.key in layer
+        return {self.option: layer[self.key]} if has else {}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,20 @@ from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.layouts.own import from_torch_state
 from anymha.interchange.libraries import make_layer, open_layer
 from anymha.interchange.live_layer import LiveLayer
-from anymha.interchange.rotary_order import reordered
+from anymha.interchange.rotary_order import (
+    LAYOUT_OF,
+    ORDER_OF,
+    permuted,
+    reordered,
+    with_order,
+)
 from anymha.interchange.weights import Weights
-from anymha.interchange.writing import check_biases, check_weights, match_biases
+from anymha.interchange.writing import (
+    check_biases,
+    check_weights,
+    match_biases,
+    split_features,
+)
 from anymha.layer.weights import nothing_drawn
 from anymha.options.config import AttentionConfig
 
@@ -109,33 +120,72 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     """
     source = weights if isinstance(weights, Weights) else None
     if _is_ours(layer):
+        values = named_arrays(weights)
         if source is not None and source.config is not None:
-            check_same_results("the layer", layer.config, source.config, unknown=source.unknown)
+            values, config = _in_order_of(layer.config, source, values)
+            check_same_results("the layer", layer.config, config, unknown=source.unknown)
         with nothing_drawn():  # where the layer has no weights yet
-            arrays = from_torch_state(layer.config, named_arrays(weights))
-            return layer.with_canonical_weights(arrays)
+            return layer.with_canonical_weights(from_torch_state(layer.config, values))
     live = open_layer(layer)
     current = _read(live, sizes)
     values, _ = check_weights(weights)
     check_biases(values)
-    values = match_biases(live.layout, current, values)
+    config = None
+    if source is not None and source.config is not None:
+        values, config = _in_order_of(current.config, source, values)
+    values, features = split_features(values)
+    own, own_features = split_features(current)
+    values = match_biases(live.layout, own, values) | features
+    _check_features(live.layout, own_features, features)
     for name, value in values.items():
         if value.shape != current[name].shape:
             raise WeightsError(
                 f"`{name}` must have shape {current[name].shape} in this layer of {live.layout}. "
                 f"Received: shape {value.shape}."
             )
-    if source is not None and source.config is not None:
+    if source is not None and config is not None:
         check_same_results(
             f"the layer of {live.layout}",
             current.config,
-            source.config,
+            config,
             unknown=(*source.unknown, *current.unknown),
         )
     values = reordered(values, source.rotary if source is not None else None, current.rotary)
     values = Weights(values, layout=live.layout, form=current.form, config=current.config)
     arrays = get_layout(live.layout).from_canonical(values, extras=_extras(live, current, source))
     return live.write({name: array for name, array in arrays.items() if name in live.arrays})
+
+
+def _in_order_of(
+    config: AttentionConfig, source: Weights, values: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], AttentionConfig]:
+    """Weights and their config with the order of elements that a layer's rotary positions have."""
+    rotary: Any = config.rotary
+    order = "" if rotary is None else ORDER_OF[rotary.layout]
+    unknown = source.rotary
+    if rotary is not None and unknown is not None and unknown.order not in ("", order):
+        own = dataclasses.replace(rotary, layout=LAYOUT_OF[unknown.order])
+        return permuted(values, own, config.key_dim), source.config
+    values, own_config = with_order(values, source.config, order)
+    return values, own_config or config
+
+
+def _check_features(
+    layout: str, own: Mapping[str, np.ndarray], features: Mapping[str, np.ndarray]
+) -> None:
+    """Check that a layer has the weights of options that are to be set, and no other ones.
+
+    Raises:
+        WeightsError: it has other ones.
+    """
+    lacking = [name for name in own if name not in features]
+    homeless = [name for name in features if name not in own]
+    if lacking or homeless:
+        raise WeightsError(
+            f"The layer of {layout} has the weights {', '.join(own) or 'of no option'} besides "
+            f"those of the projections. Missing: {', '.join(lacking) or 'none'}. Unknown: "
+            f"{', '.join(homeless) or 'none'}."
+        )
 
 
 @overload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,20 @@ import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, WeightsError
 from anymha.framework.registry import as_numpy
-from anymha.interchange.compared_options import check_supported, result_options
-from anymha.interchange.forms import Extra, Form, Need
+from anymha.interchange.compared_options import (
+    check_supported,
+    differing_options,
+    result_options,
+    show_options,
+)
+from anymha.interchange.forms import OPTION_OF, Extra, Form, Need
 from anymha.interchange.leftovers import MASKS, is_buffer, learned
 from anymha.interchange.limits import Limit, check_scale, choose_form, same_heads, same_widths
+from anymha.interchange.model_needs import NormNeed, need_of
 from anymha.interchange.name_index import NameIndex
-from anymha.interchange.packing import NAMES, Arrays, Sizes
+from anymha.interchange.packing import NAMES, Arrays, Sizes, contiguous_copy
 from anymha.interchange.reading import check_floats, check_plain, config_of, form_of
-from anymha.interchange.rotary_order import check_order, reordered
+from anymha.interchange.rotary_order import check_columns, check_order, reordered, with_order
 from anymha.interchange.sizes import (
     HEADS_APART,
     Shapes,
@@ -26,7 +33,12 @@ from anymha.interchange.sizes import (
     solve_sizes,
 )
 from anymha.interchange.weights import Weights
-from anymha.interchange.writing import check_biases, check_weights, with_layout_biases
+from anymha.interchange.writing import (
+    check_biases,
+    check_weights,
+    split_features,
+    with_layout_biases,
+)
 from anymha.options.config import AttentionConfig
 from anymha.text import quoted
 
@@ -45,6 +57,7 @@ class Layout:
         together: Projections that all have a bias or none of them, where each bias is an array.
         options: Options that its layers have besides those that the arrays show and those of
             `needs`: names of `AttentionConfig`'s fields.
+        fixed: Options that all its layers have with these values, which nothing need state.
         scale: Factor of the logits: None for ``1/sqrt(key_dim)``, a number, or "free" where
             only the model's configuration states it.
         refused: The reasons why layers with certain names cannot be converted, by name.
@@ -59,6 +72,7 @@ class Layout:
     limits: tuple[Limit, ...] = ()
     together: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] | None = None
     scale: float | str | None = None
     refused: Mapping[str, str] | None = None
     reference: str = ""
@@ -67,7 +81,8 @@ class Layout:
     @property
     def supported(self) -> tuple[str, ...]:
         """All options that its layers have besides those that the arrays show."""
-        return (*self.options, *self.need_options)
+        own = (extra.option for extra in self.extras if extra.option)
+        return (*self.options, *self.need_options, *(self.fixed or ()), *own)
 
     @property
     def need_options(self) -> tuple[str, ...]:
@@ -81,8 +96,12 @@ class Layout:
 
     @property
     def _rotary(self) -> Need | None:
-        needs = (need for need in self.needs if isinstance(need, Need))
-        return next((need for need in needs if need.option == "rotary"), None)
+        return need_of(self.needs, "rotary")
+
+    @property
+    def _norm(self) -> NormNeed | None:
+        need = need_of(self.needs, "query_key_norm")
+        return need if isinstance(need, NormNeed) else None
 
     def is_buffer(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether an array of that name means nothing to the layers of this layout."""
@@ -160,9 +179,8 @@ class Layout:
             if piece.array in arrays:
                 read |= piece.read(arrays[piece.array], sizes)
         values = {name: read[name] for name in NAMES if name in read}
-        lacking = [name for name in self.need_options if name in options and not options[name]]
-        met = [name for name in options if name in result_options() or name in lacking]
-        unmet = [n for n in self.needs if isinstance(n, str) or n.option not in met]
+        options = {**self._shown_options(arrays), **options}
+        unmet = self._unmet(arrays, options)
         for name in self.need_options:
             if name not in result_options():
                 options.pop(name, None)
@@ -170,7 +188,11 @@ class Layout:
             options["scale"] = self.scale
         config = config_of(values, options)
         check_order(self.name, self._rotary, config)
+        values |= self._features(arrays, config, sizes)
         extras = {n: np.array(arrays[n]) for n in arrays if n not in form.names()}
+        for extra in self.extras:
+            if extra.weight in values:
+                del extras[extra.array]
         needs = [need if isinstance(need, str) else need.words() for need in unmet]
         needs += [e.need for e in self.extras if e.need and e.array in extras]
         return (
@@ -179,7 +201,9 @@ class Layout:
                 layout=self.name,
                 form=form.name,
                 extras=extras,
-                lost=tuple(e.array for e in self.extras if e.need and e.array in extras),
+                lost=tuple(
+                    e.array for e in self.extras if (e.need or e.weight) and e.array in extras
+                ),
                 needs=tuple(needs),
                 unknown=tuple(
                     n.option for n in unmet if isinstance(n, Need) and n.option in result_options()
@@ -189,6 +213,72 @@ class Layout:
             ),
             config,
         )
+
+    def _shown_options(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that every layer of the layout has, or that these arrays show."""
+        shown = dict(self.fixed or {})
+        own = [extra for extra in self.extras if extra.weight]
+        if any(extra.weight == "sinks" and extra.array in arrays for extra in own):
+            shown["sinks"] = True
+        norms = [extra.array for extra in own if extra.option == "query_key_norm"]
+        known = self._norm is not None and not self._norm.key
+        if self._norm is not None and known and norms and all(n in arrays for n in norms):
+            shown["query_key_norm"] = self._norm.norm
+        return shown
+
+    def _unmet(self, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> list[Need | str]:
+        """The needs that no option meets, of a layer with these arrays."""
+        lacking = [name for name in self.need_options if name in options and not options[name]]
+        met = {name for name in options if name in result_options() or name in lacking}
+        present = {extra.option for extra in self.extras if extra.array in arrays}
+        if self._norm is None or self._norm.has_weights:
+            if "query_key_norm" not in present:
+                met.add("query_key_norm")
+            elif not options.get("query_key_norm"):
+                met.discard("query_key_norm")
+        return [n for n in self.needs if isinstance(n, str) or n.option not in met]
+
+    def _features(self, arrays: Mapping[str, Any], config: AttentionConfig, sizes: Sizes) -> Arrays:
+        """The weights of the config's options among the extra arrays.
+
+        Raises:
+            LayoutError: layers of this layout have no such norm.
+            WeightsError: an array is missing, or has another shape.
+        """
+        self._check_norm(config)
+        found: Arrays = {}
+        shapes = config.weight_shapes()
+        for extra in self.extras:
+            if extra.weight in config.feature_weights and extra.array in arrays:
+                check_floats({extra.array: arrays[extra.array]})
+                array = contiguous_copy(arrays[extra.array])
+                if array.shape != shapes[extra.weight]:
+                    raise WeightsError(
+                        f"`{extra.array}` must have shape {shapes[extra.weight]}, as "
+                        f"`{extra.option}` has it. Received: shape {array.shape}."
+                    )
+                found[extra.weight] = array
+        missing = [name for name in config.feature_weights if name not in found]
+        if missing:
+            raise WeightsError(
+                f"The arrays of this layer of {self.name} lack {', '.join(missing)}, which "
+                f"{', '.join(sorted({OPTION_OF.get(n.partition('.')[0], n) for n in missing}))} "
+                "needs. Leave the option out, or pass the layer's other arrays too."
+            )
+        return {name: found[name] for name in config.feature_weights}
+
+    def _check_norm(self, config: AttentionConfig | None) -> None:
+        """Check that layers of this layout can have a config's norm of queries and keys.
+
+        Raises:
+            LayoutError: they cannot.
+        """
+        norm: Any = None if config is None else config.query_key_norm
+        if norm is not None and self._norm is not None and not self._norm.fits(norm):
+            raise LayoutError(
+                f"A layer of {self.name} has the norm {self._norm.norm!r}, with an `eps` of its "
+                f"model. Received: {norm!r}."
+            )
 
     def from_canonical(
         self,
@@ -205,7 +295,7 @@ class Layout:
         """
         source = weights if isinstance(weights, Weights) else None
         needs, unknown = (source.needs, source.unknown) if source is not None else ((), ())
-        extra_arrays = self._extras(source, extras)
+        extra_arrays = self._extras(source, extras, weights)
         if config is None and source is not None:
             config = source.config
         if config is not None and (config.feature_weights or config.further_projections):
@@ -215,8 +305,12 @@ class Layout:
         if rotary is not None and self._rotary is not None and self._rotary.order:
             values = reordered(values, rotary, self._rotary)
             needs = tuple(self._rotary.words() if n == rotary.words() else n for n in needs)
+        if self._rotary is not None:
+            values, config = with_order(values, config, self._rotary.order)
+        values, features = split_features(values)
+        written = self._written_features(features, config, sizes)
         self._check_extras(
-            {name: tuple(array.shape) for name, array in extra_arrays.items()}, sizes
+            {name: tuple(array.shape) for name, array in {**extra_arrays, **written}.items()}, sizes
         )
         if form is None and source is not None and source.layout == self.name:
             form = source.form
@@ -225,7 +319,8 @@ class Layout:
         if config is not None:
             check_supported(self.name, config, self.supported)
             check_scale(self.name, self.scale, sizes, config)
-            check_order(self.name, self._rotary, config)
+            self._check_fixed(config)
+            check_columns(self.name, self._rotary, config)
         values = with_layout_biases(self.name, chosen.pieces, self.together, values)
         arrays = {
             piece.array: piece.write(values, sizes, copy)
@@ -233,6 +328,7 @@ class Layout:
             if piece.names[0] in values
         }
         arrays |= {name: np.array(as_numpy(array)) for name, array in extra_arrays.items()}
+        arrays |= {name: contiguous_copy(array) for name, array in written.items()}
         return Weights(
             arrays,
             layout=self.name,
@@ -242,6 +338,39 @@ class Layout:
             config=config,
             rotary=self._rotary or rotary,
         )
+
+    def _check_fixed(self, config: AttentionConfig) -> None:
+        """Check that a config has the options that all layers of this layout have.
+
+        Raises:
+            LayoutError: it has not.
+        """
+        wanted = dataclasses.replace(config, **(self.fixed or {}))
+        names = [n for n in differing_options(config, wanted) if n in (self.fixed or {})]
+        if names:
+            raise LayoutError(
+                f"Every layer of {self.name} has {show_options(wanted, names)}, and the results "
+                f"would change. Received: {show_options(config, names)}. Use another layout, or "
+                "convert the arrays alone, with `dict(weights)` and no config."
+            )
+
+    def _written_features(
+        self, features: Arrays, config: AttentionConfig | None, sizes: Sizes
+    ) -> Arrays:
+        """The weights of options by their names in the layout.
+
+        Raises:
+            LayoutError: one has no place, or is of another norm than layers of this layout have.
+        """
+        names = {extra.weight: extra.array for extra in self.extras if extra.weight}
+        homeless = [name for name in features if name not in names]
+        if homeless:
+            raise LayoutError(
+                f"{self.name} has no place for {', '.join(homeless)}, and without the results "
+                "would change. Use a layout that holds them, or leave them out of the weights."
+            )
+        self._check_norm(config)
+        return {names[name]: array for name, array in features.items()}
 
     def _form(self, shapes: Shapes) -> Form:
         """The form that has these names; buffers do not count.
@@ -313,7 +442,13 @@ class Layout:
                     f"`{extra.array}` of shape {shape} is no causal mask, and {self.name} has no "
                     "other array of that name."
                 )
-            if extra.shows is None:
+            expected = self._expected(extra, sizes)
+            if expected is not None and shape != expected:
+                raise WeightsError(
+                    f"`{extra.array}` must have shape {expected}, by the projections. Received: "
+                    f"shape {shape}."
+                )
+            if expected is not None or extra.shows is None:
                 continue
             name, axis = extra.shows
             expected = sizes.key_dim if name == "head_dim" else sizes.heads
@@ -323,8 +458,16 @@ class Layout:
                     f"projections. Received: shape {shape}."
                 )
 
+    def _expected(self, extra: Extra, sizes: Sizes) -> tuple[int, ...] | None:
+        """The shape of an extra array that is a norm's weight of heads like these; else None."""
+        over = self._norm.norm.over if self._norm is not None else ""
+        if extra.option != "query_key_norm" or over in ("", "head"):
+            return None
+        heads, width = sizes.split(extra.weight.partition("_")[0])
+        return (heads, width) if over == "heads" else (heads * width,)
+
     def _extras(
-        self, source: Weights | None, extras: Mapping[str, Any] | None
+        self, source: Weights | None, extras: Mapping[str, Any] | None, weights: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """The extra arrays to write.
 
@@ -346,7 +489,11 @@ class Layout:
             for name, array in extras.items()
             if name not in known and not self.is_buffer(name, tuple(array.shape))
         ]
-        missing = [name for name, extra in known.items() if extra.required and name not in extras]
+        missing = [
+            name
+            for name, extra in known.items()
+            if extra.required and name not in extras and extra.weight not in weights
+        ]
         if unknown or missing:
             raise LayoutError(
                 f"{self.name} has {', '.join(known) or 'nothing'} besides the projections. "

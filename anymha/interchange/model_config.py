@@ -6,30 +6,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from anymha.interchange.compared_options import result_options
-from anymha.interchange.forms import Need
+from anymha.interchange.layer_config import FULL, SLIDING, LayerConfig, alike
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts import SIZES
+from anymha.interchange.model_needs import values_of
 from anymha.text import shown
 
 NAME = "config.json"
-_ALIKE = {
-    name: layout
-    for layout, names in {
-        "bert": "roberta xlm_roberta camembert electra layoutlm data2vec_text",
-        "vit": "deit dinov2 vit_mae yolos",
-        "clip": "clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
-        "bart": "mbart pegasus marian m2m_100 blenderbot wav2vec2 hubert",
-        "opt": "xglm biogpt",
-        "gemma3": "gemma3_text",
-    }.items()
-    for name in names.split()
-}
-"""Families whose attention is that of another family."""
-_ALTERNATING = ("gemma", "gpt_oss", "cohere2")
-"""Families where some layers alone have the window, unless `layer_types` says otherwise."""
 _SYNONYMS = {"text": ("language",), "vision": ("visual", "image"), "audio": ("speech",)}
 """Other words in the names of layers for the parts of a model that have a configuration."""
 _MOST_BYTES = 2**20
@@ -91,35 +77,48 @@ def family_of(config: Mapping[str, Any]) -> str:
         return ""
     model_type = shown(model_type)
     name = model_type.replace("-", "_")
-    return f"transformers.{_ALIKE.get(name, name)}"
+    return f"transformers.{alike(name) or name}"
 
 
-def stated_options(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """The sizes and options of a layout's layers that a configuration states without doubt."""
+def stated_options(
+    config: Mapping[str, Any], layout: Layout, number: int | None = None
+) -> dict[str, Any]:
+    """The sizes and options of a layout's layers that a configuration states without doubt.
+
+    Args:
+        config: The configuration.
+        layout: The layout.
+        number: The layer's number; None where it is not known.
+    """
+    layer = LayerConfig(config, number)
     stated = {}
     for size, keys in _KEYS.items():
-        values = {config[key] for key in keys if isinstance(config.get(key), int)}
+        values = {layer[key] for key in keys if isinstance(layer.get(key), int)}
         if len(values) == 1 and not isinstance(value := values.pop(), bool):
             stated[size] = value
-    needs = [need for need in layout.needs if isinstance(need, Need)]
-    stated |= {n.option: config[n.key] for n in needs if n.key and n.key in config}
     if config.get("scale_attn_weights") is False:  # GPT-2
         stated["scale"] = 1.0
-    scalar = config.get("query_pre_attn_scalar")  # Gemma
-    if isinstance(scalar, (int, float)) and 0 < scalar < _MOST_BYTES and scalar is not True:
-        stated["scale"] = float(scalar) ** -0.5
-    window, everywhere = _window(config)
-    if window and everywhere and "sliding_window" in layout.supported:
+    stated |= values_of(layout.needs, layer)
+    window, known = _window(layer)
+    if window and known and "sliding_window" in layout.supported:
         stated["sliding_window"] = window
-    known = (*SIZES, *result_options(), *layout.need_options)
-    return {name: value for name, value in stated.items() if name in known}
+    known_names = (*SIZES, *result_options(), *layout.need_options)
+    return {name: value for name, value in stated.items() if name in known_names}
 
 
-def unmet_options(config: Mapping[str, Any], layout: Layout) -> dict[str, str]:
+def layer_number(prefix: str) -> int | None:
+    """The number of a layer, by what its names begin with; None where that does not tell."""
+    numbers = re.findall(r"(?<![^./_])\d+(?![^./])", prefix)
+    return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 9 else None
+
+
+def unmet_options(
+    config: Mapping[str, Any], layout: Layout, number: int | None = None
+) -> dict[str, str]:
     """What a configuration states and the layers made do not do, in words by option's name."""
     unmet = {}
-    window, _ = _window(config)
-    if window and "sliding_window" not in stated_options(config, layout):
+    window, _ = _window(LayerConfig(config, number))
+    if window and "sliding_window" not in stated_options(config, layout, number):
         unmet["sliding_window"] = (
             f"The model's {NAME} states a sliding window of {window} keys, and the layers made "
             "have none: which layers have it cannot be told, or the layout has no such option. "
@@ -134,26 +133,34 @@ def unmet_options(config: Mapping[str, Any], layout: Layout) -> dict[str, str]:
     return unmet
 
 
-def _window(config: Mapping[str, Any]) -> tuple[int | None, bool]:
-    """The keys that a query sees where layers have a window, and whether all layers have it."""
-    family = family_of(config).removeprefix("transformers.")
-    window, kinds = config.get("sliding_window"), config.get("layer_types")
-    everywhere = not family.startswith(_ALTERNATING)
-    if family.startswith("qwen"):
-        window = window if config.get("use_sliding_window") is True else None
-        everywhere = config.get("max_window_layers") == 0
-    elif config.get("use_sliding_window") is False:
-        window = None
-    if family == "gpt_neo":
-        window, kinds = config.get("window_size", 256), config.get("attention_layers")
-        kinds = kinds or config.get("attention_types")
-        everywhere = False
-    elif family == "modernbert" and isinstance(local := config.get("local_attention"), int):
-        window = local // 2 + 1
-        everywhere = False
-    if isinstance(kinds, list) and kinds:
-        local_kinds = [any(word in str(kind) for word in ("sliding", "local")) for kind in kinds]
-        window = window if any(local_kinds) else None
-        everywhere = all(local_kinds) and not any("global" in str(kind) for kind in kinds)
-    fits = isinstance(window, int) and not isinstance(window, bool) and window > 0
-    return (window, everywhere) if fits else (None, False)
+def _window(layer: LayerConfig) -> tuple[int | None, bool]:
+    """The keys that a query sees where a layer has a window, and whether this one has it.
+
+    None where it has none, or no layer has.
+    """
+    kind = layer.kind
+    window: Any = layer.get("sliding_window")
+    if layer.get("use_sliding_window") is False or (
+        layer.family.startswith("qwen") and layer.get("use_sliding_window") is not True
+    ):
+        return None, False
+    if layer.family == "gpt_neo":
+        window, kind = layer.get("window_size", 256), None
+        kinds = layer.get("attention_layers") or layer.get("attention_types")
+        if isinstance(kinds, list) and kinds:
+            if all(isinstance(one, str) for one in kinds):
+                kind = LayerConfig({"layer_types": kinds}, layer.number).kind
+            elif "local" not in str(kinds):
+                kind = "global"
+    elif layer.family == "modernbert":
+        local: Any = layer.get("local_attention")
+        window = local // 2 + 1 if _is_number(local) else None
+    elif kind == FULL and not layer.get("layer_types") and not layer.has_kinds:
+        kind = SLIDING
+    if not _is_number(window) or window <= 0 or kind in (FULL, "global"):
+        return None, False
+    return window, kind in (SLIDING, "local")
+
+
+def _is_number(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ import numpy as np
 
 from anymha.errors import BiasWarning, LayoutError, WeightsError
 from anymha.framework.registry import check_named, named_arrays
+from anymha.interchange.forms import FEATURE_WEIGHTS
 from anymha.interchange.packing import NAMES, Arrays, Piece, Sizes
 from anymha.options.config import PROJECTIONS
 
@@ -23,14 +24,16 @@ def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
     """
     check_named(weights, "weights")
     kernels = [f"{projection}.kernel" for projection in PROJECTIONS]
+    known = {*NAMES, *FEATURE_WEIGHTS}
     missing = [name for name in kernels if name not in weights]
-    unknown = [name for name in weights if name not in NAMES]
+    unknown = [name for name in weights if name not in known]
     if "gate.bias" in weights and "gate.kernel" not in weights:
         missing.append("gate.kernel")
     if missing or unknown:
         raise WeightsError(
-            f"Canonical weights are {', '.join(kernels)} and their biases. Missing: "
-            f"{', '.join(missing) or 'none'}. Unknown: {', '.join(unknown) or 'none'}."
+            f"Canonical weights are {', '.join(kernels)} and their biases, and those of options: "
+            f"{', '.join(FEATURE_WEIGHTS)}. Missing: {', '.join(missing) or 'none'}. Unknown: "
+            f"{', '.join(unknown) or 'none'}."
         )
     values = named_arrays(weights)
     for name in kernels:
@@ -48,6 +51,12 @@ def check_weights(weights: Mapping[str, Any]) -> tuple[Arrays, Sizes]:
             f"shape {values['value.kernel'].shape}."
         )
     return values, sizes
+
+
+def split_features(values: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+    """The weights of the projections, and those of options."""
+    features = {name: values[name] for name in FEATURE_WEIGHTS if name in values}
+    return {name: array for name, array in values.items() if name not in features}, features
 
 
 def check_biases(values: Arrays) -> None:

@@ -31,7 +31,7 @@ LAYOUTS = ("half", "interleaved")
 COLUMNS = ("first", "last")
 REAL = ("float32", "float64")
 _ORIGINAL = "original_max_position_embeddings"
-_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+SCALING_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
@@ -337,10 +337,10 @@ def _checked_scaling(rotary: Rotary) -> Scaling | None:
     values = {name: value for name, value in given.items() if value is not None}
     kind = values.pop("type", None)  # its name in older configs
     kind = values.pop("rope_type", kind)
-    if kind not in _FIELDS:
-        known = ", ".join(map(repr, _FIELDS))
+    if kind not in SCALING_FIELDS:
+        known = ", ".join(map(repr, SCALING_FIELDS))
         raise ConfigError(f"`scaling` must have a 'rope_type' of {known}. Received: {kind!r}.")
-    needed, other = _FIELDS[kind]
+    needed, other = SCALING_FIELDS[kind]
     base = values.pop("rope_theta", rotary.base)
     if base != rotary.base:
         raise ConfigError(

@@ -57,8 +57,8 @@ def get_layout(name: str) -> Layout:
         LayoutError: the family's attention cannot be converted.
 
     Example:
-        >>> [need.text for need in get_layout("transformers.bloom").needs]
-        ['ALiBi: slope * key position added to the logits (pass it as `attention_bias`)']
+        >>> [need.option for need in get_layout("transformers.qwen3").needs]
+        ['rotary', 'query_key_norm']
     """
     layout = _built_in().get(name)
     if layout is not None:
@@ -89,9 +89,9 @@ def to_canonical(
         layout: The layout's name; see `layouts`.
         **sizes: Sizes that the shapes do not show: `num_heads` (query heads H) or `head_dim` (the
             width d_k of each), and `num_key_value_heads` (K). And options of
-            `anymha.AttentionConfig` that change a call's results, as `scale` and `sliding_window`,
-            with the values of the layer's own model. None or False for a step that the layout may
-            need and this layer lacks, as ``clip=None``.
+            `anymha.AttentionConfig` that change a call's results, as `rotary`, `query_key_norm`,
+            `scale` and `sliding_window`, with the values of the layer's own model. None or False
+            for a step that the layout may need and this layer lacks, as ``clip=None``.
 
     Returns:
         The canonical weights, bit for bit, in a dict that has the attributes of

@@ -10,6 +10,7 @@ from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import family, one_kernel, projections
 from anymha.interchange.limits import same_heads
+from anymha.interchange.model_needs import AlibiNeed
 from anymha.interchange.packing import fused, linear
 
 BUFFERS = (Extra("bias"), Extra("masked_bias"))  # causal masks that old files hold
@@ -96,19 +97,14 @@ LAYOUTS = (
         "transformers.bloom",
         (one_kernel("query_key_value", "dense", "groups"),),
         limits=(same_heads,),
-        needs=(
-            Need(
-                "alibi",
-                "ALiBi: slope * key position added to the logits (pass it as `attention_bias`)",
-            ),
-        ),
+        fixed={"alibi": True},
         reference="models/bloom/modeling_bloom.py",
     ),
     family(
         "mpt",
         one_kernel("Wqkv", "out_proj"),
         needs=(
-            Need("alibi", "ALiBi added to the logits (pass it as `attention_bias`)"),
+            AlibiNeed("alibi", "ALiBi, where the model has it", "alibi", default=True),
             CLIP,
             Need(
                 "scale", "the factor of the logits, where `attn_config` states it", "softmax_scale"

@@ -7,13 +7,16 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.limits import same_heads
+from anymha.interchange.model_needs import NormNeed
 from anymha.interchange.packing import Piece, fused, linear
 
 
@@ -44,22 +47,47 @@ def one_kernel(
     return Form((*fused(kernel, packing, bias=bias), *linear("output", output, bias=biased)), name)
 
 
-def head_norms(names: str, how: str, parts: tuple[str, ...] = ("weight",)) -> tuple[Extra, ...]:
-    """Norms of each head of queries and keys, where a layer has them.
+def norm_weights(
+    names: str, parts: tuple[str, ...] = ("weight",), *, letters: bool = True, **options: Any
+) -> tuple[Extra, ...]:
+    """The weights of norms of queries and keys.
 
     Args:
-        names: Their name, with ``{}`` for q and k.
-        how: Which norm, in words.
-        parts: The names of their arrays.
+        names: Their name, with ``{}`` for q and k, or for query and key.
+        parts: The names of the scale and of the bias, as far as there are.
+        letters: Whether the first letters stand for queries and keys.
+        **options: Of each `Extra`.
     """
     return tuple(
         Extra(
-            f"{names.format(word[0])}.{part}",
-            f"{how} of each {word} head, `{names.format(word[0])}`, before it is rotated",
-            shows=("head_dim", 0),
+            f"{names.format(word[0] if letters else word)}.{part}",
+            weight=f"{word}_norm.{canonical}",
+            **options,
         )
         for word in ("query", "key")
-        for part in parts
+        for part, canonical in zip(parts, ("scale", "bias"), strict=False)
+    )
+
+
+def norm_need(norm: QueryKeyNorm, key: str = "", **options: Any) -> NormNeed:
+    """The need of a norm of queries and keys, whose `eps` a configuration states as `key`."""
+    kind = {"rms": "RMS norms", "layer": "layer norms", "l2": "L2 norms"}[norm.kind]
+    over = {"head": "each head", "heads": "each head, weights of its own for each,"}.get(
+        norm.over, "the whole width"
+    )
+    factor = {"weight": "the weight", "one_plus_weight": "1 + the weight"}.get(norm.scale, "")
+    place = "after they are rotated" if norm.after_rotary else "before they are rotated"
+    fields = {f.name: getattr(norm, f.name) for f in dataclasses.fields(norm) if f.name != "eps"}
+    default = QueryKeyNorm()
+    fields = {n: value for n, value in fields.items() if value != getattr(default, n)}
+    words = "".join(f"{name}={value!r}, " for name, value in fields.items())
+    return NormNeed(
+        "query_key_norm",
+        f"{kind} of queries and keys over {over}{f' times {factor},' * bool(factor)} {place}",
+        key,
+        example=f"anymha.QueryKeyNorm({words}eps=...)",
+        norm=norm,
+        **options,
     )
 
 

@@ -10,19 +10,27 @@ References:
 
 from __future__ import annotations
 
+from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.decoders import CLIP
-from anymha.interchange.layouts.encoders import four, head_norms, one_kernel, projections
+from anymha.interchange.layouts.encoders import (
+    four,
+    norm_need,
+    norm_weights,
+    one_kernel,
+    projections,
+)
 from anymha.interchange.layouts.rotary import HALVES, PAIRS, rotary
 from anymha.interchange.limits import same_heads
+from anymha.interchange.model_needs import AlibiNeed
 
 LAYOUTS = (
     Layout(
         "transformers.gpt_neox",
         (one_kernel("query_key_value", "dense", "groups"),),
         extras=(Extra("bias"), Extra("masked_bias"), Extra("rotary_emb.inv_freq")),
-        needs=(rotary(HALVES, ", over the share `rotary_pct` of its width", partial=True),),
+        needs=(rotary(HALVES, ", over the share `rotary_pct` of its width", share=0.25),),
         limits=(same_heads,),
         reference="models/gpt_neox/modeling_gpt_neox.py",
     ),
@@ -31,7 +39,16 @@ LAYOUTS = (
         "transformers.falcon",
         (one_kernel("query_key_value", "dense", "groups"),),
         extras=(Extra("rotary_emb.inv_freq"),),
-        needs=(rotary(HALVES, "; or, with `alibi`, ALiBi added before the logits are scaled"),),
+        needs=(
+            rotary(HALVES, "; or, with `alibi`, none"),
+            AlibiNeed(
+                "alibi",
+                "ALiBi, where the model has it, added before the logits are scaled: slopes times "
+                "the scale",
+                "alibi",
+                scaled=True,
+            ),
+        ),
         reference="models/falcon/modeling_falcon.py",
     ),
     Layout(
@@ -39,14 +56,14 @@ LAYOUTS = (
         (one_kernel("qkv_proj", "o_proj", bias=False),),
         extras=(Extra("rotary_emb.inv_freq"),),
         options=("sliding_window",),
-        needs=(rotary(HALVES),),
+        needs=(rotary(HALVES, share=1.0),),
         reference="models/phi3/modeling_phi3.py",
     ),
     Layout(
         "transformers.codegen",
         (one_kernel("qkv_proj", "out_proj", "codegen", bias=False),),
         extras=(Extra("causal_mask"), Extra("embed_positions")),
-        needs=(rotary(PAIRS, ", over the first `rotary_dim` elements", partial=True),),
+        needs=(rotary(PAIRS, ", over the first `rotary_dim` elements", key="rotary_dim"),),
         limits=(same_heads,),
         reference="models/codegen/modeling_codegen.py",
     ),
@@ -94,7 +111,15 @@ LAYOUTS = (
                 Extra(f"linear_qkv.layer_norm_{part}", "a norm of the inputs, in `linear_qkv`")
                 for part in ("weight", "bias")
             ),
-            *head_norms("{}_layernorm", "a norm", ("weight", "bias")),
+            *(
+                Extra(
+                    f"{name[0]}_layernorm.{part}",
+                    f"a norm of each {name} head",
+                    shows=("head_dim", 0),
+                )
+                for name in ("query", "key")
+                for part in ("weight", "bias")
+            ),
         ),
         needs=(Need("rotary", "rotary positions on queries and keys, where the model has them"),),
         reference="megatron/core/transformer/attention.py",
@@ -107,8 +132,11 @@ LAYOUTS = (
                 Form(four("attn_q", "attn_k", "attn_v", "attn_output"), "separate"),
                 one_kernel("attn_qkv", "attn_output", name="fused"),
             ),
-            extras=head_norms("attn_{}_norm", "an RMS norm"),
-            needs=(rotary(order, "; or none, where the architecture has other positions"),),
+            extras=norm_weights("attn_{}_norm", shows=("head_dim", 0)),
+            needs=(
+                rotary(order, "; or none, where the architecture has other positions", share=1.0),
+                norm_need(QueryKeyNorm(), "rms_norm_eps"),
+            ),
             scale="free",
             options=("sliding_window",),
             reference="gguf-py/gguf/tensor_mapping.py; llama_model_rope_type of llama.cpp",

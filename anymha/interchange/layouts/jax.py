@@ -8,9 +8,11 @@ References:
 
 from __future__ import annotations
 
+from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.forms import Extra, Form
 from anymha.interchange.layout import Layout
+from anymha.interchange.layouts.encoders import norm_need
 from anymha.interchange.layouts.rotary import HALVES, SCALE, SOFTCAP, rotary
 from anymha.interchange.limits import one_memory, same_heads, same_widths, vector_output
 from anymha.interchange.packing import QKV, Piece, linear
@@ -28,8 +30,8 @@ def einsum(name: str, holds: tuple[str, ...]) -> tuple[Piece, ...]:
 
 
 FLAX = pieces((*QKV, "out"), "heads", ("/kernel", "/bias"))
-NORM = "layer norms of queries and keys, without a bias, before the logits (`normalize_qk`)"
-NORMS = (Extra("query_ln/scale", NORM), Extra("key_ln/scale", NORM))
+NORM = norm_need(QueryKeyNorm("layer"))  # `normalize_qk`, with Flax's own `epsilon`
+NORMS = tuple(Extra(f"{name}_ln/scale", weight=f"{name}_norm.scale") for name in ("query", "key"))
 FLAX_BERT = ("self/query", "self/key", "self/value", "output/dense")
 GEMMA_OUTPUT = Piece("attn_vec_einsum/w", ("output",), "kernel", "heads")
 EQUINOX = tuple(f"{name}_proj" for name in PROJECTIONS)
@@ -39,6 +41,7 @@ LAYOUTS = (
         "flax.nnx.MultiHeadAttention",
         (Form(FLAX),),
         extras=NORMS,
+        needs=(NORM,),
         limits=(same_widths, vector_output, one_memory),
         options=("compute_dtype",),
         together=PROJECTIONS,
@@ -49,6 +52,7 @@ LAYOUTS = (
         "flax.linen.MultiHeadDotProductAttention",
         (Form(FLAX),),
         extras=NORMS,
+        needs=(NORM,),
         limits=(same_heads, same_widths, vector_output),
         together=PROJECTIONS,
         reference="flax/linen/attention.py",
@@ -90,18 +94,18 @@ LAYOUTS = (
             ),
         ),
         extras=tuple(
-            Extra(
-                f"_{name}_norm/scale",
-                f"an RMS norm of each {name} head, times 1 + `_{name}_norm/scale`, before it is "
-                "rotated",
-                shows=("head_dim", 0),
-            )
+            Extra(f"_{name}_norm/scale", shows=("head_dim", 0), weight=f"{name}_norm.scale")
             for name in ("query", "key")
         ),
         limits=(vector_output,),
         scale="free",
         options=("sliding_window",),
-        needs=(rotary(HALVES), SCALE, SOFTCAP),
+        needs=(
+            rotary(HALVES),
+            SCALE,
+            SOFTCAP,
+            norm_need(QueryKeyNorm(scale="one_plus_weight"), "rms_norm_eps"),
+        ),
         reference="gemma/gm/nn/_modules.py",
         separator="/",
     ),

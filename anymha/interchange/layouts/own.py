@@ -8,7 +8,7 @@ import numpy as np
 
 from anymha.framework.validation import PROJECTIONS
 from anymha.interchange.compared_options import ALL_OPTIONS
-from anymha.interchange.forms import Form
+from anymha.interchange.forms import FEATURE_WEIGHTS, Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.packing import linear
 from anymha.options.config import AttentionConfig
@@ -25,6 +25,14 @@ LAYOUTS = (
     Layout(
         "anymha",
         (Form(PIECES),),
+        extras=tuple(Extra(name, weight=name) for name in FEATURE_WEIGHTS),
+        needs=(
+            Need(
+                "query_key_norm",
+                "the norm of queries and keys",
+                example="anymha.QueryKeyNorm(...)",
+            ),
+        ),
         scale="free",
         options=ALL_OPTIONS,
         reference="anymha/options/config.py",

@@ -17,6 +17,7 @@ import numpy as np
 
 from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
 from anymha.interchange.compared_options import check_supported
+from anymha.interchange.layer_config import alike
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.live_layer import LiveLayer
 from anymha.options.config import AttentionConfig
@@ -42,7 +43,10 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
             "MPNetSelf": "mpnet", "Deberta": "deberta", "DebertaV2": "deberta_v2",
             "Wav2Vec2BertSelf": "wav2vec2_bert", "Blip": "blip", "GPTNeoSelf": "gpt_neo",
             "Mpt": "mpt", "ModernBert": "modernbert", "NomicBert": "nomic_bert", "Dbrx": "dbrx",
-            "Phi": "phi",
+            "Phi": "phi", "Cohere": "cohere", "Cohere2": "cohere2", "Glm": "glm", "Olmo2": "olmo2",
+            "Llama4Text": "llama4", "SmolLM3": "smollm3", "Granite": "granite",
+            "Starcoder2": "starcoder2", "Exaone4": "exaone4", "Glm4Moe": "glm4_moe",
+            "HunYuanDenseV1": "hunyuan_v1_dense", "HunYuanMoEV1": "hunyuan_v1_dense",
         }.items()
     },
 }  # fmt: skip
@@ -76,8 +80,9 @@ def open_layer(layer: Any) -> LiveLayer:
         return _module("params").open_layer(layer)
     for kind in type(layer).__mro__:
         known = (kind.__module__.partition(".")[0], kind.__name__)
-        if known in CLASSES:
-            module, layout = CLASSES[known]
+        found = known_class(kind)
+        if found is not None:
+            module, layout = found
             return _module(module).open_layer(layer, layout)
         if known in WITHOUT_WEIGHTS:
             raise ArgumentError(
@@ -91,6 +96,21 @@ def open_layer(layer: Any) -> LiveLayer:
         "module of transformers, or parameters of Flax's linen or Haiku. Received: "
         f"{type(layer).__module__}.{type(layer).__qualname__}."
     )
+
+
+def known_class(kind: type) -> tuple[str, str] | None:
+    """The module here and the layout of a library's class; None where it has none.
+
+    The attention of a family of transformers that is that of another family has its layout.
+    """
+    package, _, path = kind.__module__.partition(".")
+    known = CLASSES.get((package, kind.__name__))
+    if known is not None or package != "transformers":
+        return known
+    family = path.rpartition(".")[2].removeprefix("modeling_")
+    name = kind.__name__.removesuffix("Attention").removesuffix("Text").lower()
+    same = alike(family) if name == family.replace("_", "") else None
+    return None if same is None else ("modules", f"transformers.{same}")
 
 
 def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:

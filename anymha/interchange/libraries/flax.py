@@ -55,6 +55,7 @@ def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionC
             param_dtype=config.dtype,
             dropout_rate=config.dropout,
             use_bias=bool(config.biased),
+            normalize_qk=config.query_key_norm is not None,
             decode=False,
             rngs=nnx.Rngs(0),
             **({"num_kv_heads": config.key_value_heads} if grouped else {}),

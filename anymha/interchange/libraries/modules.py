@@ -6,13 +6,16 @@ from typing import Any
 
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.forms import Need
+from anymha.interchange.layer_config import LayerConfig
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.libraries.torch import arrays_of, writer
 from anymha.interchange.live_layer import LiveLayer
+from anymha.interchange.model_needs import values_of
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "attn_pdrop", "dropout")
 SCALES = ("scaling", "scale")
+ONE_WINDOW = ("mistral", "phi3", "starcoder2")
 # x-transformers' options that change the forward pass without arrays of their own.
 OPTIONS = ("qk_norm", "laser", "sparse_topk", "data_dependent_alibi", "head_scale")
 ATTEND = ("softclamp_logits", "l2_distance", "cog_signed", "selective", "add_zero_kv")
@@ -26,8 +29,8 @@ def open_layer(layer: Any, layout: str) -> LiveLayer:
     configs = [part.config for part in parts if hasattr(part, "config")]
     heads, scale = _first_attribute([*parts, *configs], HEADS), _first_attribute(parts, SCALES)
     sizes = {"num_heads": heads, "scale": _number(scale)}
-    # A model may have windows in some of its layers only; these two have one for all.
-    place = layer.config if layout in ("transformers.mistral", "transformers.phi3") else layer
+    # A model may have windows in some of its layers only; these have one for all.
+    place = layer.config if layout.rpartition(".")[2] in ONE_WINDOW else layer
     window = getattr(place, "sliding_window", None)
     if getattr(layer, "attention_type", None) == "local":  # of GPT-Neo
         window = layer.config.window_size
@@ -39,23 +42,29 @@ def open_layer(layer: Any, layout: str) -> LiveLayer:
         arrays_of(layer),
         writer(layer),
         {n: value for n, value in sizes.items() if value is not None}
-        | _needed_options(layout, [*parts[::-1], *configs]),
+        | _needed_options(layer, layout, [*parts[::-1], *configs]),
         {"dropout": _number(getattr(dropout, "p", dropout)) or 0.0},
         _x_transformers(layer) if layout.startswith("x_transformers") else (),
     )
 
 
-def _needed_options(layout: str, places: list[Any]) -> dict[str, Any]:
+def _needed_options(layer: Any, layout: str, places: list[Any]) -> dict[str, Any]:
     """The options that the family's forward pass needs, where the layer or its config has them.
 
     The value may be None, where this layer does without.
     """
-    needs = [need for need in get_layout(layout).needs if isinstance(need, Need) and need.key]
-    stated = {
-        need.option: next(getattr(place, need.key) for place in places if hasattr(place, need.key))
-        for need in needs
-        if any(hasattr(place, need.key) for place in places)
+    needs = get_layout(layout).needs
+    keys = [need.key for need in needs if isinstance(need, Need) and need.key]
+    own = {
+        key: next(getattr(place, key) for place in places if hasattr(place, key))
+        for key in keys
+        if any(hasattr(place, key) for place in places)
     }
+    config: Any = getattr(layer, "config", None)
+    family = {"model_type": layout.rpartition(".")[2]}
+    values = config.to_dict() if hasattr(config, "to_dict") else family
+    number = getattr(layer, "layer_idx", None)
+    stated = values_of(needs, LayerConfig({**values, **own}, number))
     return {n: value for n, value in stated.items() if n in result_options() or not value}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymha.errors import ArgumentError
-from anymha.interchange.libraries import CLASSES
+from anymha.interchange.libraries import known_class
 from anymha.parity.stages.trace import Adapter
 
 LIBRARIES = {
@@ -20,11 +20,6 @@ LIBRARIES = {
     ("flax", "MultiHeadAttention"): "jax_layers.NnxLayer",
     ("equinox", "MultiheadAttention"): "jax_layers.EquinoxLayer",
     ("onnxruntime", "InferenceSession"): "onnx_session.Session",
-    **{
-        kind: "transformers_layer.Transformers"
-        for kind, (module, layout) in CLASSES.items()
-        if module == "modules" and layout.startswith("transformers.")
-    },
     ("torch", "Module"): "torch_layers.TorchModule",  # last in the order of a class's bases
 }
 """The adapter here for a class, by the class's package and name."""
@@ -98,6 +93,8 @@ def adapter_for(implementation: Any) -> Adapter:
         return _adapter("onnx_session.Session", implementation)
     for kind in type(implementation).__mro__:
         known = LIBRARIES.get((kind.__module__.partition(".")[0], kind.__name__))
+        if (known_class(kind) or ("", ""))[1].startswith("transformers."):
+            known = "transformers_layer.Transformers"
         if known == "jax_layers.NnxLayer" and kind.__module__.startswith("flax.linen"):
             known = "jax_layers.LinenLayer"
         if known is not None:

@@ -63,7 +63,14 @@ class LayerDescription:
             arrays[name] = np.zeros_like(as_numpy(array)) if got is None else as_numpy(got)
         config = self.config
         sizes = {"num_heads": config.num_heads, "num_key_value_heads": config.num_key_value_heads}
-        return dict(to_canonical(arrays, self.layout, **sizes)[0])
+        weighted = {feature.option for feature in config.features if feature.weights(config, 1)}
+        options = {name: getattr(config, name) for name in weighted}
+        return dict(to_canonical(arrays, self.layout, **sizes, **options)[0])
+
+    @property
+    def changes_heads(self) -> bool:
+        """Whether it rotates or normalizes queries and keys after their projections."""
+        return bool(self.needs or self.config.rotary or self.config.query_key_norm)
 
 
 def describe_layer(layer: Any, **sizes: Any) -> LayerDescription:

@@ -278,7 +278,7 @@ def recorded_projections(module: Any, description: LayerDescription) -> Iterator
             read = piece.read(rows.T if piece.form == "linear" else rows, sizes)
             for name, heads in read.items():
                 stage = name.partition(".")[0]
-                if stage == "value" or not description.needs:
+                if stage == "value" or not description.changes_heads:
                     recorded[stage] = heads.reshape(*flat.shape[:-1], *heads.shape[1:])
 
         hooks.append(part.register_forward_hook(record))

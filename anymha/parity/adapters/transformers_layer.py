@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from anymha.attention.features.alibi import Alibi
 from anymha.errors import LayoutError
 from anymha.parity.adapters.foreign import (
     LayerDescription,
@@ -32,14 +34,9 @@ from anymha.parity.adapters.torch_layers import (
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.stages.trace import Arrays, Request, Trace
 
-SELF = ("vit", "clip", "opt")
 CROSS = {"bart": "key_value_states", "whisper": "key_value_states", "t5": "key_value_states",
          "gpt2": "encoder_hidden_states", "gpt_bigcode": "encoder_hidden_states"}  # fmt: skip
 """Families without positions of their own, and their name for the value's states."""
-TURNED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "gpt_oss")
-"""Families that take the cosines and sines of their positions."""
-COUNTED = ("gptj", "codegen")
-"""Families that take the positions."""
 
 
 class Transformers:
@@ -68,6 +65,11 @@ class Transformers:
         cross = self._attends_to_others(description)
         refuse(request, self.name, key="key" in request.inputs,
                value="value" in request.inputs and not cross)  # fmt: skip
+        if description.config.alibi and not request.call.get("use_causal_mask"):
+            raise LayoutError(
+                f"The {self.name} counts positions from the first key, which means the distance in "
+                "causal calls alone. Compare it with `use_causal_mask=True`."
+            )
         inputs = tensors(layer, request.inputs)
         mask = _mask(layer, description.recipe(request))
 
@@ -89,16 +91,21 @@ class Transformers:
             left_out = ("the residual and the norm after its attention are left out",)
             notes = left_out if family == "bert" else ()
             trace = make_trace(self.name, request, call, description, gradients, notes)
-        return dataclasses.replace(trace, extras={**trace.extras, **_turns(layer, family, inputs)})
+        return dataclasses.replace(trace, extras={**trace.extras, **_turns(layer, inputs)})
 
 
-def _turns(layer: Any, family: str, inputs: Mapping[str, Any]) -> Arrays:
+def _turns(layer: Any, inputs: Mapping[str, Any]) -> Arrays:
     """The cosines and sines of its positions, where its model gives them to it."""
-    if family not in TURNED:
+    turns = _embeddings(layer, inputs["query"]) if "position_embeddings" in _taken(layer) else None
+    if turns is None:
         return {}
-    query = inputs["query"]
-    positions = _positions(query)
-    return dict(zip(("cos", "sin"), map(array, _rotary(layer)(query, positions)), strict=True))
+    pair = turns if isinstance(turns, tuple) else (turns.real, turns.imag)
+    return dict(zip(("cos", "sin"), map(array, pair), strict=True))
+
+
+def _taken(layer: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of its call."""
+    return inspect.signature(layer.forward).parameters
 
 
 def _positions(query: Any) -> Any:
@@ -138,25 +145,70 @@ def _call(layer: Any, family: str, query: Any, value: Any, mask: Any) -> Any:
         name = "mask" if family == "t5" else "attention_mask"
         name = "encoder_attention_mask" if "encoder_hidden_states" in states else name
         return layer(query, **{name: mask}, **states)
-    if family in SELF:
-        return layer(query, attention_mask=mask)
-    positions = _positions(query)
-    if family in COUNTED:
-        return layer(query, attention_mask=mask, position_ids=positions)
-    if family in TURNED:
-        turns = _rotary(layer)(query, positions)
-        return layer(query, attention_mask=mask, position_embeddings=turns)
-    raise LayoutError(
-        f"The {type(layer).__name__} ({family}) needs more from its model "
-        "than inputs and masks. Compare it as a function, `lambda query, ...: layer(...)`."
-    )
+    taken, arguments = _taken(layer), {}
+    if "position_embeddings" in taken:
+        arguments["position_embeddings"] = _embeddings(layer, query)
+    elif "position_ids" in taken:
+        arguments["position_ids"] = _positions(query)
+    if "residual" in taken:  # BLOOM adds it to the output
+        arguments["residual"] = query.new_zeros(())
+    slopes = _slopes(layer)
+    if "alibi" in taken:
+        arguments["alibi"] = _alibi(layer, query, slopes).flatten(0, 1) if slopes else None
+    if "position_bias" in taken:
+        arguments["position_bias"] = _alibi(layer, query[:1], slopes)[0] if slopes else None
+    if family == "mpt":  # its masks are True where a key is hidden
+        mask = mask < 0
+    given = ("hidden_states", "attention_mask", "alibi", "position_bias")
+    left = [
+        name
+        for name, one in taken.items()
+        if (one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
+        or (name == "position_embeddings" and not slopes)
+        if name not in given and arguments.get(name) is None
+    ]
+    if left:
+        raise LayoutError(
+            f"The {type(layer).__name__} ({family}) needs more from its model than inputs and "
+            f"masks: {', '.join(left)}. Compare it as a function, `lambda query, ...: layer(...)`."
+        )
+    return layer(query, attention_mask=mask, **arguments)
+
+
+def _slopes(layer: Any) -> tuple[float, ...]:
+    """The slopes of its ALiBi as its model has them; empty for none."""
+    config = describe_layer(layer).config
+    slopes = next((f.slopes for f in config.features if isinstance(f, Alibi)), ())
+    scaled = isinstance(config.alibi, tuple) and type(layer).__name__.startswith("Falcon")
+    return tuple(slope / config.scale_value for slope in slopes) if scaled else slopes
+
+
+def _alibi(layer: Any, query: Any, slopes: tuple[float, ...]) -> Any:
+    """Slopes times positions of the keys, (B, H, 1, T)."""
+    every = query.new_tensor(slopes)[None, :, None, None]
+    return every * _positions(query)[:, None, None, :].to(query.dtype)
+
+
+def _embeddings(layer: Any, query: Any) -> Any:
+    """The cosines and sines of the positions, as its model gives them to it; None for none."""
+    made = _rotary(layer)
+    if made is None:
+        return None
+    kind = getattr(made, "layer_types", None)
+    if not kind:
+        return made(query, _positions(query))
+    return made(query, _positions(query), layer.config.layer_types[layer.layer_idx])
 
 
 def _rotary(layer: Any) -> Any:
-    """The family's rotary positions, made for the layer's configuration."""
-    for kind in type(layer).__mro__:
+    """The family's rotary positions, made for the layer's configuration; None where it has none."""
+    config, own, end = getattr(layer, "config", None), type(layer), "RotaryEmbedding"
+    if not getattr(config, "rope_parameters", None):
+        return None
+    for kind in own.__mro__:
         module = sys.modules[kind.__module__]
-        for name in dir(module):
-            if name.endswith("RotaryEmbedding"):
-                return getattr(module, name)(layer.config).to(next(layer.parameters()).device)
-    raise LayoutError(f"The module of {type(layer).__name__} has no rotary positions.")
+        names = [name for name in dir(module) if name.endswith(end) and "Vision" not in name]
+        names.sort(key=lambda name: not own.__name__.startswith(name.removesuffix(end)))
+        if names:
+            return getattr(module, names[0])(config).to(next(layer.parameters()).device)
+    return None

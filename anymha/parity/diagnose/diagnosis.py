@@ -386,7 +386,7 @@ class Search:
         keys: Collection[tuple[str, str]] | None = None,
     ) -> Iterator[tuple[Mistake, str, Recipe]]:  # fmt: skip
         """Each mistake with its detail and the recipe that has it, but those of one name."""
-        every = () if alone else other_options(recipe, self.trace.config)
+        every = () if alone else other_options(recipe, self.trace.config, self.trace.weights)
         numbers = self.exact["logits"].size + sum(w.size for w in recipe.weights.values())
         small = recipe is self.recipe and numbers <= SMALL_CASE
         known = _of_catalogue(recipe, alone, keys)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from anymha.parity.diagnose import (
     attention_mistakes,
     axes_mistakes,
@@ -22,7 +24,7 @@ from anymha.parity.diagnose import (
 from anymha.parity.diagnose.changes import no_families
 from anymha.parity.diagnose.measured import Families
 from anymha.parity.oracle.features import SECTIONS
-from anymha.parity.oracle.recipe import Recipe, Section, Variants
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,13 @@ _FAMILIES: Mapping[str, Families] = {"softcap": attention_mistakes.any_cap}
 """The options of which any other value is measured."""
 
 
-def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, Recipe]]:
-    """The options that differ between a candidate's config and the recipe."""
+def other_options(
+    recipe: Recipe, config: Any, weights: Arrays | None = None
+) -> Iterator[tuple[Mistake, str, Recipe]]:
+    """The options that differ between a candidate's config and the recipe.
+
+    An option that the recipe lacks comes with the candidate's weights of it.
+    """
     for option, section in SECTIONS.items() if config is not None else ():
         own, expected = section.from_config(config), recipe.options.get(option)
         value = None if own is None else own.value
@@ -78,10 +85,19 @@ def other_options(recipe: Recipe, config: Any) -> Iterator[tuple[Mistake, str, R
         if expected is None:
             fix = f"Leave `{option}` out of the candidate, or give it to the reference too."
             mistake = Mistake(f"{option} not asked for", fix, lambda recipe: iter(()))
-            yield mistake, f"{option}={value!r}", recipe.with_section(own)
+            yield mistake, f"{option}={value!r}", _with_weights(recipe, config, own, weights or {})
         else:
             mistake = next(m for m in option_mistakes(section) if m.name == f"another {option}")
             yield mistake, f"{value!r} in place of {expected!r}", recipe.with_section(own)
+
+
+def _with_weights(recipe: Recipe, config: Any, section: Section, weights: Arrays) -> Recipe:
+    """The recipe with a section, and the weights of its option."""
+    features = (f for f in config.features if f.option == section.option)
+    names = [name for feature in features for name in feature.weights(config, 1)]
+    added = {n: np.asarray(weights[n], np.float64) for n in names if n in weights}
+    recipe = recipe.with_section(section)
+    return recipe.but(weights={**recipe.weights, **added}) if added else recipe
 
 
 def _left_out(kind: type[Section], recipe: Recipe) -> Variants:

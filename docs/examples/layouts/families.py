@@ -6,11 +6,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import forward
 import numpy as np
 import torch
 
 import anymha
+from anymha.attention.features.alibi import alibi_slopes
 
 H, K, D, T = 4, 2, 32, 6  # heads, key heads, width, length
 HEAD = D // H
@@ -150,75 +150,67 @@ def t5() -> Pair:
     return layer, theirs, converted(random_inputs(), attention_bias=bias.numpy())
 
 
+def alibi() -> torch.Tensor:
+    """BLOOM's bias (H, 1, T): the slope of the head times the key's position."""
+    slopes = torch.tensor(alibi_slopes(H)).double()
+    return slopes[:, None, None] * torch.arange(T)
+
+
 def bloom() -> Pair:
-    """BLOOM: ALiBi is passed as `attention_bias`, and the residual, which it adds, is zero."""
+    """BLOOM; the residual, which its module adds, is zero."""
     config = part("bloom", "BloomConfig")(hidden_size=D, n_head=H)
     layer = ready(part("bloom", "BloomAttention")(settled(config), layer_idx=0))
-    x, bias = random_inputs(), forward.alibi(H, T)
-    alibi = torch.from_numpy(np.broadcast_to(bias, (2, H, 1, T)).reshape(2 * H, 1, T).copy())
-    zero = torch.zeros(2, T, D).double()
-    theirs = called(layer, torch.from_numpy(x), zero, alibi, causal())
-    converted = anymha.convert(layer, to="numpy", weights_only=True)
-    return layer, theirs, converted(x, attention_bias=bias, use_causal_mask=True)
-
-
-def embeddings(width: int, twice: bool = True) -> tuple[torch.Tensor, ...]:
-    """The cosines and sines (1, T, width) that the modules take; for GPT-OSS half as wide."""
-    angles = np.arange(T)[:, None] * 10000.0 ** (-np.arange(0, width, 2) / width)
-    angles = np.concatenate([angles, angles], 1) if twice else angles
-    return tuple(torch.from_numpy(function(angles))[None] for function in (np.cos, np.sin))
+    call = torch.zeros(2, T, D).double(), alibi().repeat(2, 1, 1), causal()
+    return plain(layer, lambda x: called(layer, x, *call), use_causal_mask=True)
 
 
 def rotary(
-    family: str,
-    prefix: str,
-    norm: bool = False,
-    width: int = HEAD,
-    head: int = HEAD,
-    **options: Any,
+    family: str, prefix: str, number: int = 0, bidirectional: bool = False, **options: Any
 ) -> Pair:
-    """A family with rotary positions in halves, and norms of queries and keys before if it has."""
-    sizes = {"num_key_value_heads": K, "head_dim": head} | options.pop("sizes", {})
-    config = part(family, f"{prefix}Config")(
-        hidden_size=D, num_attention_heads=H, num_hidden_layers=2, **sizes, **options
-    )
-    name = prefix.removesuffix("Text")
-    layer = ready(part(family, f"{name}Attention")(settled(config), layer_idx=0))
-    x = random_inputs()
-    weights = anymha.get_weights(layer)
-    window = min(weights.config.sliding_window or T, T)
-    call = {"position_embeddings": embeddings(width, twice=family != "gpt_oss")}
-    theirs = called(layer, torch.from_numpy(x), attention_mask=causal(window), **call)
-    changes = [forward.rotate(width)]
-    if norm:
-        changes.insert(0, forward.rms_norm(weights, plus_one=family == "gemma3"))
-    bounds: dict[str, Any] = {"window": (window - 1, None)} if window < T else {}
-    bounds["softcap"] = getattr(layer, "attn_logit_softcapping", None)
-    return layer, theirs, forward.attend(weights, x, tuple(changes), is_causal=True, **bounds)
+    """A family with rotary positions, which are made by its own class for them.
+
+    Args:
+        family: Its name.
+        prefix: What the names of its classes begin with.
+        number: The layer's number, which tells its kind.
+        bidirectional: Whether it sees both sides.
+        **options: Of its configuration.
+    """
+    sizes = {"hidden_size": D, "num_attention_heads": H, "num_hidden_layers": 8}
+    config = settled(part(family, f"{prefix}Config")(**(sizes | options)))
+    name = prefix if family == "llama4" else prefix.removesuffix("Text")
+    layer = ready(part(family, f"{name}Attention")(config, layer_idx=number))
+    window = min(anymha.get_weights(layer).config.sliding_window or T, T)
+    mask = causal(window)
+    if bidirectional:
+        mask = torch.maximum(mask, mask.mT)
+    turns = part(family, f"{prefix if family == 'llama4' else name}RotaryEmbedding")(config)
+    kind = (config.layer_types[number],) if hasattr(turns, "layer_types") else ()
+    positions = torch.arange(T)[None]
+    call: dict[str, Any] = {"attention_mask": mask}
+    if family == "falcon":
+        call["alibi"] = None
+
+    def theirs(x: torch.Tensor) -> np.ndarray:
+        return called(layer, x, position_embeddings=turns(x, positions, *kind), **call)
+
+    return plain(layer, theirs, use_causal_mask=not bidirectional)
 
 
 def pairs(family: str, prefix: str) -> Pair:
-    """A family with rotary positions in pairs, over a part of each head."""
+    """A family with rotary positions in pairs, over a part of each head, made by its module."""
     config = part(family, f"{prefix}Config")(n_embd=D, n_head=H, rotary_dim=4)
     layer = ready(part(family, f"{prefix}Attention")(settled(config), layer_idx=0))
-    x, positions = random_inputs(), torch.arange(T)[None].repeat(2, 1)
-    theirs = called(layer, torch.from_numpy(x), attention_mask=causal(), position_ids=positions)
-    weights = anymha.get_weights(layer)
-    turn = forward.rotate(4, pairs=True)
-    return layer, theirs, forward.attend(weights, x, (turn,), is_causal=True)
+    call = {"attention_mask": causal(), "position_ids": torch.arange(T)[None].repeat(2, 1)}
+    return plain(layer, lambda x: called(layer, x, **call), use_causal_mask=True)
 
 
-def falcon(**options: Any) -> Pair:
-    """Falcon, in its three kinds."""
-    config = part("falcon", "FalconConfig")(
-        hidden_size=D, num_attention_heads=H, num_hidden_layers=2, alibi=False, **options
-    )
+def falcon_alibi() -> Pair:
+    """Falcon with ALiBi, which it adds before it scales the logits."""
+    config = part("falcon", "FalconConfig")(hidden_size=D, num_attention_heads=H, alibi=True)
     layer = ready(part("falcon", "FalconAttention")(settled(config), layer_idx=0))
-    x = random_inputs()
-    call = {"alibi": None, "position_embeddings": embeddings(HEAD)}
-    theirs = called(layer, torch.from_numpy(x), attention_mask=causal(), **call)
-    turn = forward.rotate(HEAD)
-    return layer, theirs, forward.attend(anymha.get_weights(layer), x, (turn,), is_causal=True)
+    call = {"alibi": alibi().repeat(2, 1, 1), "attention_mask": causal()}
+    return plain(layer, lambda x: called(layer, x, **call), use_causal_mask=True)
 
 
 def encoder(family: str, layer: str, config: str, *arguments: Any, **options: Any) -> Pair:
@@ -274,14 +266,12 @@ def gpt_neo(kind: str = "global") -> Pair:
 
 
 def mpt() -> Pair:
-    """MPT: ALiBi is passed as `attention_bias`."""
+    """MPT, with ALiBi."""
     config = settled(part("mpt", "MptConfig")(d_model=D, n_heads=H))
     layer = ready(part("mpt", "MptAttention")(config, layer_idx=0))
-    x, bias = random_inputs(), forward.alibi(H, T)
     unseen = torch.ones(T, T).triu(1).bool()[None, None]
-    theirs = called(layer, torch.from_numpy(x), torch.from_numpy(bias[0]), attention_mask=unseen)
-    converted = anymha.convert(layer, to="numpy", weights_only=True)
-    return layer, theirs, converted(x, attention_bias=bias, use_causal_mask=True)
+    call = {"position_bias": alibi(), "attention_mask": unseen}
+    return plain(layer, lambda x: called(layer, x, **call), use_causal_mask=True)
 
 
 def dbrx() -> Pair:
@@ -290,34 +280,42 @@ def dbrx() -> Pair:
     config = settled(part("dbrx", "DbrxConfig")(d_model=D, n_heads=H, attn_config=attention))
     config.attn_config.rope_theta = 10000.0  # which the module reads and no default states
     layer = ready(part("dbrx", "DbrxAttention")(config, layer_idx=0))
-    return turned(layer, HEAD)
+    turns = part("dbrx", "DbrxRotaryEmbedding")(config)
+    converted = anymha.convert(layer, to="numpy", weights_only=True)
+    x = random_inputs()
+    call = {"position_embeddings": turns(torch.from_numpy(x), torch.arange(T)[None])}
+    theirs = called(layer, torch.from_numpy(x), attention_mask=causal(), **call)
+    return layer, theirs, converted(x, use_causal_mask=True)
 
 
-def turned(layer: Any, width: int, bidirectional: bool = False) -> Pair:
-    """A layer with rotary positions in halves."""
-    x, weights = random_inputs(), anymha.get_weights(layer)
-    window = min(weights.config.sliding_window or T, T)
-    mask = causal(window)
-    if bidirectional:
-        mask = torch.maximum(mask, mask.mT)
-    call = {"position_embeddings": embeddings(width), "attention_mask": mask}
-    theirs = called(layer, torch.from_numpy(x), **call)
-    bounds: dict[str, Any] = {"is_causal": not bidirectional}
-    if window < T:
-        bounds["window"] = (window - 1, window - 1 if bidirectional else None)
-    return layer, theirs, forward.attend(weights, x, (forward.rotate(width),), **bounds)
+def nomic_bert() -> Pair:
+    """Nomic's BERT, whose module takes no number."""
+    config = part("nomic_bert", "NomicBertConfig")(hidden_size=D, num_attention_heads=H)
+    layer = ready(part("nomic_bert", "NomicBertAttention")(settled(config)))
+    turns = part("nomic_bert", "NomicBertRotaryEmbedding")(config)
+    positions = torch.arange(T)[None]
+    return plain(layer, lambda x: called(layer, x, position_embeddings=turns(x, positions)))
 
 
-def rotary_encoder(family: str, prefix: str, *arguments: Any, **options: Any) -> Pair:
-    """An encoder with rotary positions, which sees both sides."""
-    config = part(family, f"{prefix}Config")(
-        hidden_size=D, num_attention_heads=H, num_hidden_layers=2, **options
-    )
-    layer = ready(part(family, f"{prefix}Attention")(settled(config), *arguments))
-    return turned(layer, HEAD, bidirectional=True)
+GROUPED: dict[str, Any] = {"num_key_value_heads": K, "head_dim": HEAD}
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 2},
+    "llama3": {"factor": 4.0, "original_max_position_embeddings": 4, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0},
+    "longrope": {"short_factor": [1.0, 1.2, 1.4, 1.6], "long_factor": [2.0, 3.0, 4.0, 5.0],
+                 "original_max_position_embeddings": 4},
+    "proportional": {"partial_rotary_factor": 0.5},
+}  # fmt: skip
 
 
-DEFAULT = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+def scaled(kind: str) -> Pair:
+    """Llama with a scaling of its rotary positions."""
+    fields = {"rope_type": kind, "rope_theta": 500.0, **SCALINGS[kind]}
+    most = 5 if kind == "dynamic" else 16
+    return rotary("llama", "Llama", max_position_embeddings=most, rope_parameters=fields, **GROUPED)
+
 
 FAMILIES: dict[str, Callable[[], Pair]] = {
     "bert": bert,
@@ -332,26 +330,36 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "gpt_bigcode, a key head each": lambda: gpt_bigcode(multi_query=False),
     "t5": t5,
     "bloom": bloom,
-    "llama": lambda: rotary("llama", "Llama"),
-    "llama, with biases": lambda: rotary("llama", "Llama", attention_bias=True),
-    "mistral": lambda: rotary("mistral", "Mistral", sliding_window=3),
-    "qwen2": lambda: rotary("qwen2", "Qwen2"),
-    "qwen3": lambda: rotary("qwen3", "Qwen3", norm=True),
-    "gemma": lambda: rotary("gemma", "Gemma", head=12, width=12),
+    "llama": lambda: rotary("llama", "Llama", **GROUPED),
+    "llama, with biases": lambda: rotary("llama", "Llama", attention_bias=True, **GROUPED),
+    **{f"llama, {kind}": lambda kind=kind: scaled(kind) for kind in SCALINGS},
+    "mistral": lambda: rotary("mistral", "Mistral", sliding_window=3, **GROUPED),
+    "qwen2": lambda: rotary("qwen2", "Qwen2", **GROUPED),
+    "qwen3": lambda: rotary("qwen3", "Qwen3", **GROUPED),
+    "gemma": lambda: rotary("gemma", "Gemma", num_key_value_heads=K, head_dim=12),
     "gemma2": lambda: rotary(
         "gemma2",
         "Gemma2",
         query_pre_attn_scalar=20,
         attn_logit_softcapping=2.0,
         sliding_window=3,
+        **GROUPED,
     ),
-    "gemma3": lambda: rotary("gemma3", "Gemma3Text", norm=True, query_pre_attn_scalar=20),
-    "gpt_oss": lambda: rotary("gpt_oss", "GptOss", sliding_window=T, **DEFAULT),
-    "gpt_neox": lambda: rotary("gpt_neox", "GPTNeoX", width=HEAD // 4 * 2, sizes={}),
-    "phi3": lambda: rotary("phi3", "Phi3", pad_token_id=0),
-    "falcon, a key head each": lambda: falcon(multi_query=False),
-    "falcon, one key head": lambda: falcon(multi_query=True),
-    "falcon, grouped": lambda: falcon(new_decoder_architecture=True, num_kv_heads=K),
+    **{
+        f"gemma3, {kind}": lambda number=number: rotary(
+            "gemma3", "Gemma3Text", number, query_pre_attn_scalar=20, sliding_window=3, **GROUPED
+        )
+        for kind, number in (("local", 0), ("global", 5))
+    },
+    "gpt_oss": lambda: rotary("gpt_oss", "GptOss", sliding_window=3, **GROUPED),
+    "gpt_neox": lambda: rotary("gpt_neox", "GPTNeoX", rotary_pct=0.5),
+    "phi3": lambda: rotary("phi3", "Phi3", num_key_value_heads=K, pad_token_id=0),
+    "falcon, a key head each": lambda: rotary("falcon", "Falcon", multi_query=False),
+    "falcon, one key head": lambda: rotary("falcon", "Falcon", multi_query=True),
+    "falcon, grouped": lambda: rotary(
+        "falcon", "Falcon", new_decoder_architecture=True, num_kv_heads=K
+    ),
+    "falcon, with ALiBi": falcon_alibi,
     "codegen": lambda: pairs("codegen", "CodeGen"),
     "gptj": lambda: pairs("gptj", "GPTJ"),
     "albert": albert,
@@ -371,11 +379,25 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "gpt_neo": gpt_neo,
     "gpt_neo, with a window": lambda: gpt_neo("local"),
     "mpt": mpt,
-    "modernbert": lambda: rotary_encoder("modernbert", "ModernBert", 0),
-    "modernbert, with a window": lambda: rotary_encoder(
-        "modernbert", "ModernBert", 1, local_attention=4
+    "modernbert": lambda: rotary("modernbert", "ModernBert", 0, True),
+    "modernbert, with a window": lambda: rotary(
+        "modernbert", "ModernBert", 1, True, local_attention=4
     ),
-    "nomic_bert": lambda: rotary_encoder("nomic_bert", "NomicBert"),
+    "nomic_bert": nomic_bert,
     "dbrx": dbrx,
-    "phi": lambda: rotary("phi", "Phi", width=HEAD // 2, sizes={"num_key_value_heads": K}),
+    "phi": lambda: rotary("phi", "Phi", num_key_value_heads=K, qk_layernorm=True),
+    "olmo2": lambda: rotary("olmo2", "Olmo2", **GROUPED),
+    "cohere": lambda: rotary("cohere", "Cohere", use_qk_norm=True, num_key_value_heads=K),
+    "cohere2": lambda: rotary("cohere2", "Cohere2", sliding_window=3, num_key_value_heads=K),
+    "cohere2, without positions": lambda: rotary("cohere2", "Cohere2", 3, num_key_value_heads=K),
+    "glm": lambda: rotary("glm", "Glm", attention_bias=True, **GROUPED),
+    "llama4": lambda: rotary("llama4", "Llama4Text", **GROUPED),
+    "smollm3": lambda: rotary("smollm3", "SmolLM3", num_key_value_heads=K),
+    "smollm3, without positions": lambda: rotary("smollm3", "SmolLM3", 3, num_key_value_heads=K),
+    "granite": lambda: rotary("granite", "Granite", attention_multiplier=0.3, **GROUPED),
+    "starcoder2": lambda: rotary("starcoder2", "Starcoder2", sliding_window=3, **GROUPED),
+    "exaone4": lambda: rotary("exaone4", "Exaone4", sliding_window=3, **GROUPED),
+    "exaone4, without positions": lambda: rotary("exaone4", "Exaone4", 3, **GROUPED),
+    "glm4_moe": lambda: rotary("glm4_moe", "Glm4Moe", use_qk_norm=True, **GROUPED),
+    "hunyuan_v1_dense": lambda: rotary("hunyuan_v1_dense", "HunYuanDenseV1", **GROUPED),
 }
