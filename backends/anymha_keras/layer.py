@@ -328,7 +328,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
                 shape: Any = keras.ops.shape(x)
                 batch, length = shape[:2]
                 last = (heads, width) if merged else (x.shape[-1],)
-                more = 0 if one.input_spec is None else one.input_spec.ndim - 2 - len(last)
+                rank = getattr(one.input_spec, "ndim", None)
+                more = 0 if rank is None else rank - 2 - len(last)
                 if more or merged:  # it takes arrays with all axes of the layer's inputs
                     x = keras.ops.reshape(x, (batch, length, *(1,) * more, *last))
                 return keras.ops.reshape(one(x), (batch, length, -1))
