@@ -172,7 +172,8 @@ def test_layer_is_its_function(backend: Backend) -> None:
     layer = set_weights(backend.layer(**problem.config.to_dict()), problem.weights)
     got = layer(**native(backend.ops, problem.inputs))
     want = run(backend, problem, gradients=False).output
-    assert backend.ops.to_numpy(got).tobytes() == want.tobytes()
+    # Products of kernels that lie otherwise in memory may differ in the last bits.
+    np.testing.assert_allclose(backend.ops.to_numpy(got), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("query", [(0, 5), (2, 0)], ids=["batch", "queries"])
