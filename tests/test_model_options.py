@@ -171,6 +171,45 @@ def test_rotary_positions_of_another_kind_are_not_stated(said: dict[str, Any]) -
     assert "(pass `rotary=anymha.Rotary(base=..., layout='half')`)" in need_in_words
 
 
+HOSTILE: dict[str, Any] = {
+    "a text": "x", "a number": -1, "a huge number": 10**30, "a list": [1, "x", None], "none": None,
+    "not a number": float("nan"), "a dict": {"full_attention": {"rope_theta": []}, "x": 1},
+}  # fmt: skip
+FIELDS = (
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "head_dim",
+    "layer_types", "rms_norm_eps", "layer_norm_eps", "alibi", "attn_config", "sliding_window",
+    "no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern", "max_window_layers",
+    "rotary_dim", "num_attention_heads", "query_pre_attn_scalar", "use_qk_norm", "model_type",
+    "local_attention", "attention_layers", "global_attn_every_n_layers", "alibi_bias_max",
+    "max_position_embeddings", "original_max_position_embeddings", "hidden_size",
+)  # fmt: skip
+FAMILIES = ("llama", "gemma3", "modernbert", "smollm3", "falcon", "mpt", "gptj", "llama4", "qwen3",
+            "gpt_neo")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+def test_configuration_of_another_form_states_nothing_and_raises_nothing(value: Any) -> None:
+    for family in FAMILIES:
+        layout = get_layout(f"transformers.{family}")
+        for field in FIELDS:
+            for number in (None, 0, 10**6):
+                config = {"model_type": family, **BASE, "alibi": True, field: value}
+                options = stated_options(config, layout, number)
+                assert set(options) <= {"num_heads", "num_key_value_heads", "head_dim",
+                                        *layout.supported, "scale"}  # fmt: skip
+
+
+def test_model_that_its_configuration_does_not_describe_is_not_run(tmp_path: Path) -> None:
+    need("transformers")
+    arrays = by_name("transformers.llama").arrays(SIZE, False)
+    source = write(tmp_path / "a.safetensors", {f"l.0.{n}": a for n, a in arrays.items()})
+    stated = {"model_type": "llama", **BASE, "hidden_size": 2**40, "head_dim": 6}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    done = anymha.convert_file(source, tmp_path / "b.safetensors", verify=True)
+    (line,) = [line for line in done.verification if "not run: transformers.llama" in line]
+    assert "by the configuration it has other arrays: q_proj.weight" in line
+
+
 def test_passed_options_meet_the_needs_of_arrays_alone() -> None:
     arrays = by_name("transformers.qwen3").arrays(SIZE, dtype=np.float64)
     rotary, norm = anymha.Rotary(base=500.0), anymha.QueryKeyNorm(eps=1e-5)

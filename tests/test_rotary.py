@@ -370,7 +370,7 @@ def test_wrong_positions_are_refused(backend: Backend) -> None:
         anymha.rotate(arrays["x"], backend.ops.from_numpy(PLACES), Rotary())
 
 
-def test_weights_of_the_other_layout_are_refused() -> None:
+def test_weights_of_the_other_layout_are_permuted_or_refused() -> None:
     options = {**OPTIONS, "use_bias": False}
     layer = anymha.MultiHeadAttention(**options, rotary=True, backend="numpy")
     weights = anymha.get_weights(layer)
@@ -380,9 +380,12 @@ def test_weights_of_the_other_layout_are_refused() -> None:
     assert config.rotary == Rotary()
     np.testing.assert_array_equal(back["query.kernel"], weights["query.kernel"])
     pairs = Rotary(layout="interleaved")
-    for convert in (
-        lambda: anymha.to_canonical(arrays, "transformers.llama", rotary=pairs, **sizes),
-        lambda: anymha.from_canonical(weights, "meta.llama", config=layer.config),
-    ):
-        with pytest.raises(LayoutError, match="`rotary` of its weights must have layout="):
-            convert()
+    with pytest.raises(LayoutError, match="`rotary` of its weights must have layout="):
+        anymha.to_canonical(arrays, "transformers.llama", rotary=pairs, **sizes)
+    meta = anymha.from_canonical(weights, "meta.llama", config=layer.config)
+    assert meta.config.rotary == pairs
+    back, _ = anymha.to_canonical(meta, "meta.llama", rotary=pairs, **sizes)
+    order = [*range(0, OPTIONS["key_dim"], 2), *range(1, OPTIONS["key_dim"], 2)]
+    for name in ("query.kernel", "key.kernel"):
+        np.testing.assert_array_equal(back[name][..., order], weights[name])
+    np.testing.assert_array_equal(back["value.kernel"], weights["value.kernel"])

@@ -116,13 +116,16 @@ def run_model(layout: str, model: LayerConfig, arrays: Mapping[str, np.ndarray],
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of transformers, while it is imported
             transformers: Any = importlib.import_module("transformers")
+            with torch.device("meta"):  # no memory, whatever the configuration says
+                sizes = _model_layer(transformers, layout, model).state_dict()
+            wrong = [n for n, x in sizes.items() if n not in arrays or x.shape != arrays[n].shape]
+            if wrong:
+                raise LayoutError(f"by the configuration it has other arrays: {', '.join(wrong)}")
             layer = _model_layer(transformers, layout, model)
     except ImportError as error:
         raise BackendNotInstalledError(f"it is not installed ({error})") from error
     values = {name: torch.from_numpy(np.array(a, np.float32)) for name, a in arrays.items()}
-    missing = layer.load_state_dict(values, strict=False).missing_keys
-    if missing:
-        raise LayoutError(f"the {type(layer).__name__} has more arrays: {', '.join(missing)}")
+    layer.load_state_dict(values, strict=False)
     adapter = adapter_for(layer.eval())
     return adapter.trace(make_request(query, {"use_causal_mask": True}), None).output
 
@@ -143,7 +146,9 @@ def _model_layer(transformers: Any, layout: str, model: LayerConfig) -> Any:
                 takes = inspect.signature(kind).parameters
                 place = {"layer_idx": model.number or 0} if "layer_idx" in takes else {}
                 return kind(config, **place).float()
-    except (ArithmeticError, AttributeError, KeyError, LookupError, TypeError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a configuration of another form does there
         raise LayoutError(f"the model cannot be made: {error}") from error
     raise LayoutError("transformers has no attention of the family that stands alone")
 

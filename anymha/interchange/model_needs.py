@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from anymha.interchange.rotary_order import LAYOUT_OF
 _SCALING = {name for needed, other in SCALING_FIELDS.values() for name in (*needed, *other)}
 _FIRST = "original_max_position_embeddings"
 _SHARES = ("partial_rotary_factor", "rotary_pct")
+MAX_HEADS = 2**16
+"""No layer has more; a hostile number must not cost memory."""
 _WITH_LENGTHS = ("dynamic", "yarn", "longrope", "llama3")
 """Scalings that need the lengths of the training, which stand beside their fields."""
 
@@ -41,12 +44,9 @@ class RotaryNeed(Need):
         """See `Need.stated`."""
         if layer.rotates is None:
             return {}
-        try:
-            fields = self._fields(layer) if layer.rotates else None
-            rotary = None if fields is None else Rotary(**fields, layout=LAYOUT_OF[self.order])
-        except (ConfigError, TypeError, ValueError):
-            return {}  # a scaling of another kind, as that of several axes
-        return {self.option: rotary}
+        fields = self._fields(layer) if layer.rotates else None
+        layout = LAYOUT_OF[self.order]
+        return {self.option: None if fields is None else Rotary(**fields, layout=layout)}
 
     def _fields(self, layer: LayerConfig) -> dict[str, Any] | None:
         """The fields of the `Rotary` but its layout; None where there is none.
@@ -139,9 +139,11 @@ class AlibiNeed(Need):
         if not layer.get(self.key, self.default):
             return {self.option: False}
         counts = (layer.get(name) for name in ("num_attention_heads", "n_head", "n_heads"))
-        heads, most = next((n for n in counts if n), None), layer.get("alibi_bias_max", 8)
+        heads, most = next(filter(None, counts), None), layer.get("alibi_bias_max", 8)
         if heads is None or (self.scaled and layer.head_dim is None):
             return {} if self.scaled or most != 8 else {self.option: True}
+        if not 0 < heads <= MAX_HEADS:
+            return {}
         slopes = alibi_slopes(heads)
         if most != 8:
             slopes = tuple(slope ** (most / 8) for slope in slopes)
@@ -178,11 +180,14 @@ class TemperatureNeed(Need):
 
 
 def values_of(needs: tuple[Need | str, ...], layer: LayerConfig) -> dict[str, Any]:
-    """The options that a configuration states for the needs of a layout."""
+    """The options that a configuration states for the needs of a layout.
+
+    What it states in another form than models do, as a scaling of several axes, is left out.
+    """
     values: dict[str, Any] = {}
     for need in needs if layer.stated else ():
-        if isinstance(need, Need):
-            values |= need.stated(layer)
+        with suppress(ArithmeticError, AttributeError, ConfigError, TypeError, ValueError):
+            values |= need.stated(layer) if isinstance(need, Need) else {}
     return values
 
 
