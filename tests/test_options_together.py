@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -113,3 +114,34 @@ def test_tiles_give_what_one_piece_gives(name: str, backend: Backend) -> None:
         )
     ]
     np.testing.assert_allclose(*found, atol=2e-6)
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "rotary": {"rotary": {"layout": "interleaved"}},
+    "query_key_norm": {"query_key_norm": "layer"},
+    "softcap": {"softcap": 3.0},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "gate": {"gate": "elementwise"},
+    "segment_ids": {},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_memory_grows_with_the_length_and_not_with_its_square(name: str) -> None:
+    """Of NumPy's arrays, forward and backward; a (T, S) array of bytes alone would be 4 MB more."""
+    layer = anymha.MultiHeadAttention(
+        2, 4, query_features=8, memory_budget=1 << 16, seed=0, backend="numpy", **ALONE[name]
+    )
+    peaks = []
+    for length in (1024, 2048):
+        x = normal((1, length, 8), "x").astype(np.float32)
+        ids = np.arange(length, dtype=np.int32)[None] // 100
+        call = {"segment_ids": ids} if name == "segment_ids" else {}
+        tracemalloc.start()
+        output, pullback = layer.vjp(x, **call)
+        pullback(output)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2.5 * peaks[0]
+    assert peaks[1] < 2048 * 2048

@@ -10,10 +10,8 @@ References:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import reduce
 from typing import Any, cast
 
 from anymha.framework.dtypes import dtype_name, is_floating
@@ -131,20 +129,20 @@ class _RecomputingTape(Tape):
             return latest[2]
 
         def computed(result: str, g: Array) -> dict[str, Array]:
-            every = []
+            parts: dict[str, list[Array]] = {}
+            sums: dict[str, Array] = {}  # at once: a sum is as large as what is constant
             for index in range(count):
                 leaves = {
                     name: Variable(self, x) if is_floating(dtype_name(x.dtype)) else x
                     for name, x in own(index).items()
                 }
                 value = function(index, dict(leaves))[result]
-                every.append(_pulled(ops, (value,), leaves, at(g, index)))
-            return {
-                name: ops.stack([each[name] for each in every])
-                if name in mapped
-                else reduce(operator.add, [each[name] for each in every])
-                for name in every[0]
-            }
+                for name, gradient in _pulled(ops, (value,), leaves, at(g, index)).items():
+                    if name in mapped:
+                        parts.setdefault(name, []).append(gradient)
+                    else:
+                        sums[name] = sums[name] + gradient if name in sums else gradient
+            return {name: ops.stack(each) for name, each in parts.items()} | sums
 
         arrays = {**mapped, **constant}
         return {
