@@ -102,7 +102,7 @@ class Alibi(Feature):
     def bias(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> Array:
         """The slope times the distance, negative."""
         distance = ops.abs(arrays["positions"] - arrays["key_positions"])
-        return -arrays["alibi"] * ops.astype(distance, working_dtype(ops, like))
+        return ops.astype(distance, working_dtype(ops, like)) * (arrays["alibi"] * -1.0)
 
     def why_not_fused(self, capabilities: Any) -> str | None:
         """A kernel takes a bias."""
