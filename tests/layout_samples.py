@@ -246,7 +246,11 @@ SAMPLES = (
     ),
     Sample("timm.vit", fused("qkv", "proj"), same=PER_HEAD),
     Sample(
-        "timm.vit", fused("qkv", "proj"), same=PER_HEAD, asks=False,
+        "timm.vit",
+        lambda s: fused("qkv", "proj")(s) | {
+            "gate.weight": (s.H * s.d, s.D), "gate.bias": (s.H * s.d,),
+        },
+        same=PER_HEAD, asks=False,
         extras=lambda s: {f"{n}_norm.{p}": (s.d,) for n in "qk" for p in ("weight", "bias")},
     ),
     Sample(
