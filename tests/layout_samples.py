@@ -246,7 +246,11 @@ SAMPLES = (
     ),
     Sample("timm.vit", fused("qkv", "proj"), same=PER_HEAD),
     Sample(
-        "timm.vit", fused("qkv", "proj"), same=PER_HEAD, asks=False,
+        "timm.vit",
+        lambda s: fused("qkv", "proj")(s) | {
+            "gate.weight": (s.H * s.d, s.D), "gate.bias": (s.H * s.d,),
+        },
+        same=PER_HEAD, asks=False,
         extras=lambda s: {f"{n}_norm.{p}": (s.d,) for n in "qk" for p in ("weight", "bias")},
     ),
     Sample(
@@ -284,6 +288,23 @@ SAMPLES = (
     family("mistral", no(*O_PROJ)(linear(*O_PROJ))),
     family("qwen2", no("o_proj")(linear(*O_PROJ))),
     family("qwen3", linear(*O_PROJ), extras=NORMS, asks=False),
+    family(
+        "qwen3_next",
+        lambda s: linear(*O_PROJ)(s) | {
+            "q_proj.weight": (2 * s.H * s.d, s.D), "q_proj.bias": (2 * s.H * s.d,),
+        },
+        same="v=d", extras=NORMS, asks=False,
+    ),
+    family(
+        "afmoe", lambda s: linear(*O_PROJ)(s) | {"gate_proj.weight": (s.H * s.v, s.D)},
+        extras=NORMS, asks=False,
+    ),
+    family(
+        "hrm_text", lambda s: linear(*O_PROJ)(s) | {
+            "gate_proj.weight": (s.H * s.v, s.D), "gate_proj.bias": (s.H * s.v,),
+        },
+        same="K=H",
+    ),
     family("gemma", linear(*O_PROJ)),
     family("gemma2", linear(*O_PROJ)),
     family("gemma3", linear(*O_PROJ), extras=NORMS, asks=False),

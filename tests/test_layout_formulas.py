@@ -221,3 +221,23 @@ def test_einsum_kernels_of_other_shapes_are_refused(
     arrays[name] = np.ones(shape, np.float32)
     with pytest.raises(WeightsError, match=text):
         to_canonical(arrays, "gemma.Attention")
+
+
+def test_gate_of_timm_multiplies_what_the_heads_give() -> None:
+    rng, (rows, columns) = np.random.default_rng(2), (3 * WIDTH, WIDTH)
+    shapes = {
+        "qkv.weight": (rows, columns),
+        "gate.weight": (columns, columns),
+        "gate.bias": (columns,),
+        "proj.weight": (columns, columns),
+    }
+    arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    x = rng.standard_normal((B, T, WIDTH))
+    context = attend(*chunks("qkv")(arrays, x)) / (1 + np.exp(-linear(arrays, "gate", x)))
+    weights, config = to_canonical(arrays, "timm.vit", num_heads=H)
+    assert (weights.needs, config.gate) == ((), "elementwise")
+    layer = anymha.MultiHeadAttention(backend="numpy", **config.to_dict())
+    found = anymha.set_weights(layer, weights)(x)
+    np.testing.assert_allclose(found, linear(arrays, "proj", context), rtol=0, atol=1e-10)
+    back = from_canonical(weights, "timm.vit", config=config)
+    assert {n: a.tobytes() for n, a in back.items()} == {n: a.tobytes() for n, a in arrays.items()}

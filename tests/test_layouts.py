@@ -50,7 +50,8 @@ NAMED = [
     *("timm.vit", "onnxruntime.MultiHeadAttention"),
     *("transformers.bert", "transformers.gpt2", "transformers.vit", "transformers.clip"),
     *("transformers.t5", "transformers.whisper", "transformers.llama", "transformers.mistral"),
-    *("transformers.qwen2", "transformers.qwen3"),
+    *("transformers.qwen2", "transformers.qwen3", "transformers.qwen3_next"),
+    *("transformers.afmoe", "transformers.hrm_text"),
     *("transformers.gemma", "transformers.gemma2", "transformers.gemma3"),
     *("transformers.gpt_neox", "transformers.bloom", "transformers.falcon", "transformers.phi3"),
     *("transformers.gpt_bigcode", "transformers.codegen", "transformers.gptj"),
@@ -510,6 +511,86 @@ def test_arrays_that_another_layout_has_no_place_for_are_not_dropped_silently() 
         "projections. Missing: q_norm.weight, k_norm.weight. Unknown: none. Pass them by name as "
         "`extras`."
     )
+
+
+GATED = ["transformers.qwen3_next", "transformers.afmoe", "transformers.hrm_text"]
+
+
+def test_rows_of_queries_and_gates_lie_head_by_head() -> None:
+    size = by_name("transformers.qwen3_next").size(Size())
+    arrays = by_name("transformers.qwen3_next").arrays(size)
+    weights, config = to_canonical(arrays, "transformers.qwen3_next")
+    assert (config.gate, config.num_heads) == ("elementwise", size.H)
+    for head in range(size.H):
+        start = 2 * head * size.d
+        for name, first in (("query", start), ("gate", start + size.d)):
+            rows = slice(first, first + size.d)
+            kernel = weights[f"{name}.kernel"][:, head].T
+            np.testing.assert_array_equal(kernel, arrays["q_proj.weight"][rows])
+            np.testing.assert_array_equal(
+                weights[f"{name}.bias"][head], arrays["q_proj.bias"][rows]
+            )
+
+
+def test_bias_of_a_query_whose_gate_has_none_gets_zeros_beside_it() -> None:
+    arrays = by_name("transformers.qwen3_next").arrays(Size())
+    weights, config = to_canonical(arrays, "transformers.qwen3_next")
+    bias = weights.pop("gate.bias")
+    fewer = replace(config, use_bias=("query", "key", "value", "output"))
+    with pytest.warns(BiasWarning, match=r"gate\.bias added as zeros"):
+        back = from_canonical(
+            dict(weights), "transformers.qwen3_next", config=fewer, extras=weights.extras
+        )
+    found = to_canonical(back, "transformers.qwen3_next")[0]
+    np.testing.assert_array_equal(found["gate.bias"], np.zeros_like(bias))
+    np.testing.assert_array_equal(found["query.bias"], weights["query.bias"])
+
+
+@pytest.mark.parametrize("layout", GATED)
+def test_layer_without_a_gate_or_with_one_of_each_head_is_refused(layout: str) -> None:
+    sample = by_name(layout)
+    size = sample.size(Size())
+    weights, config = to_canonical(sample.arrays(size, False), layout, **sample.told(size))
+    with pytest.raises(LayoutError, match=r"has no `gate\.kernel`"):
+        from_canonical(dict(weights), "transformers.llama")
+    gate, plain = weights["gate.kernel"], dict(weights)
+    del plain["gate.kernel"]
+    extras = weights.extras
+    with pytest.raises(LayoutError, match=r"its layers have a gate\. Received: no `gate\.kernel`"):
+        from_canonical(plain, layout, extras=extras)
+    with pytest.raises(LayoutError, match=r"Every layer of .* has gate='elementwise'"):
+        from_canonical(dict(weights), layout, config=replace(config, gate=None), extras=extras)
+    with pytest.raises(LayoutError, match="one for each head"):
+        from_canonical(plain | {"gate.kernel": gate[..., 0]}, layout, extras=extras)
+
+
+@pytest.mark.parametrize("layout", GATED)
+def test_gate_of_other_heads_is_refused(layout: str) -> None:
+    sample = by_name(layout)
+    size = sample.size(Size())
+    arrays = sample.arrays(size, False)
+    name = "q_proj.weight" if layout.endswith("next") else "gate_proj.weight"
+    for shape in ((size.H * 11, size.D), (size.H, size.D), (len(arrays[name]),)):
+        bent = arrays | {name: np.ones(shape, np.float32)}
+        with pytest.raises(WeightsError, match=f"`{name}` must be a matrix whose rows are"):
+            to_canonical(bent, layout, **sample.told(size))
+    if name != "q_proj.weight":
+        bent = arrays | {name: np.ones((len(arrays[name]), 99), np.float32)}
+        with pytest.raises(WeightsError, match="with the inputs of the queries"):
+            to_canonical(bent, layout, **sample.told(size))
+
+
+@pytest.mark.parametrize("layout", GATED)
+def test_layers_with_a_gate_are_those_of_no_other_family(layout: str) -> None:
+    arrays = by_name(layout).arrays(Size(), False)
+    (group,) = anymha.find_layers({f"model.layers.0.self_attn.{n}": a for n, a in arrays.items()})
+    assert group.layout == layout
+
+
+def test_gate_of_another_module_than_attention_is_none_of_its_projections() -> None:
+    adapter = {f"lora_{name}.weight": np.ones((2, 2), np.float32) for name in "AB"}
+    arrays = {f"model.layers.0.mlp.gate_proj.{name}": array for name, array in adapter.items()}
+    assert anymha.find_layers(arrays) == []
 
 
 def test_buffers_are_given_back_but_bind_nothing() -> None:

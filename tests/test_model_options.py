@@ -27,7 +27,9 @@ GRADIENTS = [
     "gemma3, local", "gemma3, global", "olmo2", "cohere", "gptj", "codegen", "glm", "gpt_oss",
     "bloom", "mpt", "phi", "falcon, grouped", "falcon, with ALiBi", "gpt_neox", "llama4",
     "hunyuan_v1_dense", "exaone4", "glm4_moe", "starcoder2",
-    "smollm3, without positions", "modernbert, with a window", "granite",
+    "smollm3, without positions", "modernbert, with a window", "granite", "qwen3_next, with biases",
+    "qwen3_next, Qwen3.5", "qwen3_next, Qwen3.5 MoE", "afmoe", "afmoe, without positions",
+    "hrm_text, with biases",
 ]  # fmt: skip
 
 
@@ -56,7 +58,8 @@ def test_outputs_and_gradients_are_those_of_the_model_s_own_layer(families: Any,
 
 
 FILES = ["llama, llama3", "qwen3", "gemma3, local", "gemma3, global", "cohere", "glm", "gpt_oss",
-         "phi", "gpt_neox", "falcon, with ALiBi", "olmo2", "llama4"]  # fmt: skip
+         "phi", "gpt_neox", "falcon, with ALiBi", "olmo2", "llama4", "qwen3_next",
+         "qwen3_next, Qwen3.5 MoE", "afmoe", "hrm_text, with biases"]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -127,6 +130,12 @@ OLD: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "glm4_moe": ({"head_dim": 8, "rms_norm_eps": 1e-5, "use_qk_norm": True}, (0,)),
     "starcoder2": ({"sliding_window": 5}, (0,)),
     "cohere": ({"use_qk_norm": True, "layer_norm_eps": 1e-5}, (0,)),
+    "qwen3_next": ({"head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e7}, (0, 3)),
+    "qwen3_next half": ({"head_dim": 8, "rms_norm_eps": 1e-6, "partial_rotary_factor": 0.5}, (3,)),
+    "qwen3_5_text": ({"head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e7}, (3,)),
+    "afmoe": ({"head_dim": 8, "rms_norm_eps": 1e-5, "sliding_window": 5,
+               "global_attn_every_n_layers": 3}, (0, 2, 3)),
+    "hrm_text": ({"head_dim": 8}, (0,)),
     "falcon": ({"alibi": True}, (0,)),
     "falcon rotary": ({"alibi": False, "rope_theta": 3e4}, (0,)),
 }  # fmt: skip
@@ -184,7 +193,7 @@ FIELDS = (
     "max_position_embeddings", "original_max_position_embeddings", "hidden_size",
 )  # fmt: skip
 FAMILIES = ("llama", "gemma3", "modernbert", "smollm3", "falcon", "mpt", "gptj", "llama4", "qwen3",
-            "gpt_neo")  # fmt: skip
+            "gpt_neo", "qwen3_next", "afmoe")  # fmt: skip
 
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)

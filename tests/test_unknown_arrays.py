@@ -93,7 +93,7 @@ STEPS: dict[str, tuple[str, str, Arrays, Arrays]] = {
     "a norm before the output": ("transformers.llama", "m.0.self_attn.", four(*LLAMA), {
         "attn_sub_norm.weight": floats(D)}),
     "a gate of the attention": ("transformers.llama", "m.0.self_attn.", four(*LLAMA), {
-        "gate_proj.weight": floats(D, D)}),
+        "gate_out.weight": floats(D, D)}),
     "differential attention": ("transformers.llama", "m.0.attn.", four(*LLAMA), {
         "lambda_q1": floats(4)}),
     "a norm under a short name": ("transformers.llama", "m.0.attn.", four(*LLAMA), {
@@ -444,6 +444,19 @@ def test_mlp_in_the_same_block_is_no_part_of_the_attention() -> None:
     (group,) = anymha.find_layers(behind("m.0.", four(*LLAMA) | mlp))
     assert "transformers.llama" in [fit.name for fit in group.fits]
     assert set(group.unknown) == set(mlp), "but named"
+
+
+def test_gate_in_the_module_of_the_attention_is_not_left_out(tmp_path: Path) -> None:
+    arrays = four(*LLAMA) | {"gate_proj.weight": floats(D, D)}
+    for prefix in ("m.0.self_attn.", ""):
+        (group,) = anymha.find_layers(behind(prefix, arrays))
+        assert group.layout == "transformers.hrm_text"
+    source, target = write(tmp_path / "a.safetensors", behind("m.0.self_attn.", arrays)), "b.npz"
+    with pytest.raises(UsageError, match=r"gate_proj\.weight"):
+        convert_file(source, tmp_path / target, "transformers.llama", "anymha", num_heads=H)
+    (group,) = anymha.find_layers(behind("m.0.block.", arrays))
+    assert "transformers.llama" in [fit.name for fit in group.fits]
+    assert "is an MLP's" in group.misfits["transformers.hrm_text"]
 
 
 def test_layout_whose_names_have_no_parts_is_found_once() -> None:

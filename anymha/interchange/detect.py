@@ -31,6 +31,7 @@ from anymha.interchange.leftovers import (
     is_own,
     may_be_mask,
     not_floats,
+    of_mlp,
     refusal,
 )
 from anymha.interchange.limits import same_heads
@@ -350,7 +351,7 @@ def _changed_layers(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _projections() -> frozenset[str]:
     """The names that layouts give to queries, keys and values."""
     pieces = (p for name in layouts() for form in get_layout(name).forms for p in form.pieces)
-    kept = (p for p in pieces if p.holds != ("output",) and not p.optional)
+    kept = (p for p in pieces if p.holds not in (("output",), ("gate",)) and not p.optional)
     return frozenset(p.module.replace("/", ".") for p in kept)
 
 
@@ -404,7 +405,11 @@ def select_fits(
     misfits: dict[str, str] = {}
     fits = []
     for candidate in candidates:
-        reason = _oversized(candidate.shapes) or candidate.layout.fits(candidate.shapes)
+        reason = (
+            _oversized(candidate.shapes)
+            or candidate.layout.fits(candidate.shapes)
+            or of_mlp(candidate.names.values(), prefix)
+        )
         if reason is None:
             fits.append(candidate)
         else:

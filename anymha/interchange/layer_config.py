@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _PERIODS = {"gemma2": 2, "gpt_oss": 2, "gemma3": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4,
-            "exaone_moe": 4}  # fmt: skip
+            "exaone_moe": 4, "afmoe": 4}  # fmt: skip
 """Families where each n-th layer alone has no window, unless the configuration says otherwise."""
 _BASES = {
     "llama4": 500000.0, "smollm3": 2000000.0, "cohere": 500000.0, "gpt_oss": 150000.0,
@@ -41,6 +41,7 @@ _ALIKE = {
         "mistral": "mixtral",
         "qwen2": "qwen2_moe",
         "qwen3": "qwen3_moe",
+        "qwen3_next": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text",
         "olmo2": "flex_olmo olmo3",
         "hunyuan_v1_dense": "hunyuan_v1_moe",
         "exaone4": "exaone_moe",
@@ -119,7 +120,8 @@ class LayerConfig(Mapping[str, Any]):
             every = self.stated.get("global_attn_every_n_layers", 3)
             return self._periodic(every, 0)
         if family in _PERIODS:
-            every = self.stated.get("sliding_window_pattern", _PERIODS[family])
+            key = "global_attn_every_n_layers" if family == "afmoe" else "sliding_window_pattern"
+            every = self.stated.get(key, _PERIODS[family])
             return self._periodic(every, every - 1 if _is_size(every) else 0)
         return FULL
 
@@ -145,8 +147,8 @@ class LayerConfig(Mapping[str, Any]):
                 return bool(layers[self.number]) if self.number < len(layers) else None
             every = self.stated.get("no_rope_layer_interval", 4)
             return (self.number + 1) % every != 0 if _is_size(every) else None
-        if self.family in ("cohere2", "exaone4", "exaone_moe"):
-            if self.family != "cohere2" and not self.stated.get("sliding_window"):
+        if self.family in ("cohere2", "afmoe", "exaone4", "exaone_moe"):
+            if self.family.startswith("exaone") and not self.stated.get("sliding_window"):
                 return True
             return None if self.kind is None else self.kind == SLIDING
         return not (self.family == "falcon" and self.stated.get("alibi"))

@@ -254,6 +254,22 @@ def is_attention(prefix: str) -> bool:
     return bool(words) and _ATTENTION.search(words[-1]) is not None
 
 
+def of_mlp(names: Iterable[str], prefix: str) -> str | None:
+    """Why an array named as an MLP's is no part of an attention layer; None where it may be one.
+
+    In the module of an attention layer, as in arrays without any prefix, it is a gate.
+
+    Args:
+        names: The names of the layer's arrays.
+        prefix: What they begin with in the file.
+    """
+    if not prefix or is_attention(prefix):
+        return None
+    found = (name for name in names if _MLP.match(name.lower()))
+    reasons = (f"`{name}` is an MLP's in a module that has other layers too." for name in found)
+    return next(reasons, None)
+
+
 def _after_the_output(parts: list[str], homes: list[list[str]]) -> bool:
     """Whether an array is a state of dropout, or a norm in the output projection's own module."""
     output = homes[-1][:-1] if homes else []

@@ -84,6 +84,13 @@ def gate_of_each_element(sizes: Sizes, weights: Mapping[str, np.ndarray]) -> str
     )
 
 
+def with_gate(sizes: Sizes, weights: Mapping[str, np.ndarray]) -> str | None:
+    """All layers have a gate."""
+    if "gate.kernel" in weights:
+        return None
+    return "its layers have a gate. Received: no `gate.kernel`. Use the layout of a layer without"
+
+
 def one_memory(sizes: Sizes, weights: Mapping[str, np.ndarray]) -> str | None:
     """Keys and values are made of inputs of one width."""
     return _one_width(("key", "value"), weights)
@@ -117,7 +124,11 @@ def limits_of(form: Form) -> list[Limit]:
     rules: list[Limit] = []
     for piece in form.pieces:
         if piece.part == "kernel" and len(piece.holds) > 1:
-            rules += [one_input if len(piece.holds) == 3 else one_memory, same_widths]
+            rules.append(same_widths)
+            if "key" in piece.holds:
+                rules.append(one_input if len(piece.holds) == 3 else one_memory)
+        if piece.part == "kernel" and "gate" in piece.holds and not piece.optional:
+            rules += [with_gate, gate_of_each_element]
         if piece.part == "kernel" and piece.packing == "codegen":
             rules += [same_heads, blocks_of_heads]
         if piece.part == "kernel" and piece.holds == ("output",) and piece.form != "heads":

@@ -65,7 +65,8 @@ class Piece:
             inputs, width), with an axis of the projections before it where it holds several.
         packing: The order of several projections along the outputs: "blocks" (all heads of one,
             then of the next), "groups" (for each key head its G query heads, then key, then value;
-            with K = H this is "per head") or "codegen".
+            with K = H this is "per head"), "codegen", or "alternate" (for each head its rows of the
+            first projection, then those of the second).
         tiled: Query head h belongs to key head ``h % K``, not to ``h // G`` as in most libraries.
         optional: A layer may lack the projections.
     """
@@ -174,6 +175,8 @@ class Piece:
             blocks = np.split(rows, ends)
             return [b.reshape(*split, *rest) for b, split in zip(blocks, splits, strict=True)]
         width = sizes.key_dim
+        if self.packing == "alternate":
+            return np.split(rows.reshape(sizes.heads, -1, *rest), [width], 1)
         if self.packing == "groups":
             each = sizes.heads // sizes.shared
             grouped = rows.reshape(sizes.shared, each + 2, width, *rest)
@@ -188,6 +191,8 @@ class Piece:
             if len(parts) == 1:
                 return parts[0].reshape(-1, *rest)
             return np.concatenate([contiguous_copy(part).reshape(-1, *rest) for part in parts])
+        if self.packing == "alternate":
+            return np.concatenate(parts, 1).reshape(-1, *rest)
         query, key, value = parts
         width = sizes.key_dim
         if self.packing == "groups":

@@ -150,7 +150,23 @@ def _of_matrices(
             f"`num_heads` must be a multiple of the number of key and value heads. Received: "
             f"{heads} query heads, and `{key.array}` has {shared} key heads."
         )
-    return Sizes(heads, shared, key_dim, value_dim)
+    sizes = Sizes(heads, shared, key_dim, value_dim)
+    gate = kernels.get("gate")
+    if gate is not None and gate.array in shapes:
+        _check_gate(gate, query, shapes, sizes)
+    return sizes
+
+
+def _check_gate(gate: Piece, query: Piece, shapes: Shapes, sizes: Sizes) -> None:
+    """Check the array of a gate, alone or with the queries, that has a number for each element."""
+    shape, inputs = shapes[gate.array], shapes[query.array][1:]
+    expected = (sizes.rows(gate.holds), *inputs)
+    if shape != expected or len(shape) != 2:
+        raise WeightsError(
+            f"`{gate.array}` must be a matrix whose rows are {' and '.join(gate.holds)} of "
+            f"{sizes.heads} heads of width {sizes.value_dim}, with the inputs of the queries. "
+            f"Received: shape {shape}."
+        )
 
 
 def _rows(piece: Piece, shapes: Shapes, heads: int) -> int:

@@ -13,7 +13,7 @@ from anymha.interchange.forms import Extra, Form, Need
 from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import four, one_kernel
 from anymha.interchange.layouts.rotary import HALVES
-from anymha.interchange.limits import same_heads
+from anymha.interchange.limits import gate_of_each_element, same_heads
 from anymha.interchange.packing import QKV, Piece, fused, linear
 
 # Query heads are dealt out to the key heads one by one, so that h belongs to h % K.
@@ -25,7 +25,6 @@ X_TRANSFORMERS = (
 )
 TIMM_NORM = "norms of queries and keys, per head, before the logits (`qk_norm`)"
 TIMM_SCALE = "a norm of the heads' outputs, before the output projection (`scale_norm`)"
-TIMM_GATE = "a gate on the heads' outputs, before the output projection (`gated`)"
 
 LAYOUTS = (
     Layout(
@@ -35,15 +34,15 @@ LAYOUTS = (
     ),
     Layout(
         "timm.vit",
-        (one_kernel("qkv", "proj"),),
+        (Form((*one_kernel("qkv", "proj").pieces, *linear("gate", "gate", optional=True))),),
         extras=tuple(
             Extra(f"{name}.{part}", TIMM_NORM, shows=("head_dim", 0))
             for name in ("q_norm", "k_norm")
             for part in ("weight", "bias")
         )
-        + tuple(Extra(f"norm.{part}", TIMM_SCALE) for part in ("weight", "bias"))
-        + tuple(Extra(f"gate.{part}", TIMM_GATE) for part in ("weight", "bias")),
-        limits=(same_heads,),
+        + tuple(Extra(f"norm.{part}", TIMM_SCALE) for part in ("weight", "bias")),
+        limits=(same_heads, gate_of_each_element),
+        options=("gate",),
         reference="timm/layers/attention.py",
     ),
     # Its norm of the inputs is in the same module.

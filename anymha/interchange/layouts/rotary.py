@@ -16,6 +16,7 @@ from anymha.interchange.layout import Layout
 from anymha.interchange.layouts.encoders import four, norm_need, norm_weights, projections
 from anymha.interchange.limits import same_heads
 from anymha.interchange.model_needs import RotaryNeed, ScaleNeed, TemperatureNeed
+from anymha.interchange.packing import Piece, fused, linear
 from anymha.interchange.rotary_order import LAYOUT_OF
 
 _TURN = "rotary positions on queries and keys, where element "
@@ -69,12 +70,18 @@ def family(
     needs: tuple[Need, ...] = (),
     output: str = "o_proj",
     turned: RotaryNeed | None = None,
+    gate: tuple[Piece, ...] = (),
     **options: Any,
 ) -> Layout:
-    """The layout of a family of transformers."""
+    """The layout of a family of transformers; the arrays of its `gate` may hold its queries too."""
+    pieces = projections(output, biased)
+    if gate:
+        names = {piece.array for piece in gate}
+        pieces = (*gate, *(piece for piece in pieces if piece.array not in names))
+        options["fixed"] = {"gate": "elementwise"}
     return Layout(
         f"transformers.{name}",
-        (Form(projections(output, biased)),),
+        (Form(pieces),),
         extras=(*extras, INVERSE),
         needs=(rotary(HALVES) if turned is None else turned, *needs),
         reference=f"models/{name}/modeling_{name}.py",
@@ -88,6 +95,22 @@ LAYOUTS = (
     family("mistral", (), **WINDOW),
     family("qwen2", ("query", "key", "value"), **WINDOW),
     family("qwen3", extras=NORMS, needs=(norm_need(QueryKeyNorm(), RMS),), **WINDOW),
+    family(
+        "qwen3_next",
+        extras=NORMS,
+        needs=(norm_need(QueryKeyNorm(scale="one_plus_weight"), RMS),),
+        turned=rotary(HALVES, ", over a share", share=0.25),
+        gate=fused("q_proj", "alternate", holds=("query", "gate")),
+    ),
+    family(
+        "afmoe",
+        extras=NORMS,
+        needs=(norm_need(QueryKeyNorm(), RMS),),
+        turned=rotary(HALVES, ", in the layers that have a window"),
+        gate=linear("gate", "gate_proj", bias=False),
+        **WINDOW,
+    ),
+    family("hrm_text", limits=(same_heads,), gate=linear("gate", "gate_proj")),
     family("gemma"),
     # The scale of the next two is not always that of the head's width.
     family("gemma2", needs=(SCALE, SOFTCAP), scale="free", **WINDOW),

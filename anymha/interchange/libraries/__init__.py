@@ -47,6 +47,8 @@ CLASSES: dict[tuple[str, str], tuple[str, str]] = {
             "Llama4Text": "llama4", "SmolLM3": "smollm3", "Granite": "granite",
             "Starcoder2": "starcoder2", "Exaone4": "exaone4", "Glm4Moe": "glm4_moe",
             "HunYuanDenseV1": "hunyuan_v1_dense", "HunYuanMoEV1": "hunyuan_v1_dense",
+            "Qwen3Next": "qwen3_next", "Qwen3_5": "qwen3_next", "Qwen3_5Moe": "qwen3_next",
+            "Afmoe": "afmoe", "HrmText": "hrm_text",
         }.items()
     },
 }  # fmt: skip

@@ -178,13 +178,14 @@ def rotary(
     """
     sizes = {"hidden_size": D, "num_attention_heads": H, "num_hidden_layers": 8}
     config = settled(part(family, f"{prefix}Config")(**(sizes | options)))
-    name = prefix if family == "llama4" else prefix.removesuffix("Text")
+    name = prefix if family in ("llama4", "hrm_text") else prefix.removesuffix("Text")
     layer = ready(part(family, f"{name}Attention")(config, layer_idx=number))
     window = min(anymha.get_weights(layer).config.sliding_window or T, T)
     mask = causal(window)
     if bidirectional:
         mask = torch.maximum(mask, mask.mT)
-    turns = part(family, f"{prefix if family == 'llama4' else name}RotaryEmbedding")(config)
+    words = prefix if family.startswith(("llama4", "qwen3_5")) else name
+    turns = part(family, f"{words}RotaryEmbedding")(config)
     kind = (config.layer_types[number],) if hasattr(turns, "layer_types") else ()
     positions = torch.arange(T)[None]
     call: dict[str, Any] = {"attention_mask": mask}
@@ -336,6 +337,18 @@ FAMILIES: dict[str, Callable[[], Pair]] = {
     "mistral": lambda: rotary("mistral", "Mistral", sliding_window=3, **GROUPED),
     "qwen2": lambda: rotary("qwen2", "Qwen2", **GROUPED),
     "qwen3": lambda: rotary("qwen3", "Qwen3", **GROUPED),
+    "qwen3_next": lambda: rotary("qwen3_next", "Qwen3Next", 3, **GROUPED),
+    "qwen3_next, with biases": lambda: rotary(
+        "qwen3_next", "Qwen3Next", 3, attention_bias=True, **GROUPED
+    ),
+    "qwen3_next, Qwen3.5": lambda: rotary("qwen3_5", "Qwen3_5Text", 3, **GROUPED),
+    "qwen3_next, Qwen3.5 MoE": lambda: rotary("qwen3_5_moe", "Qwen3_5MoeText", 3, **GROUPED),
+    "afmoe": lambda: rotary("afmoe", "Afmoe", sliding_window=3, **GROUPED),
+    "afmoe, without positions": lambda: rotary("afmoe", "Afmoe", 3, sliding_window=3, **GROUPED),
+    "hrm_text": lambda: rotary("hrm_text", "HrmText", head_dim=HEAD),
+    "hrm_text, with biases": lambda: rotary(
+        "hrm_text", "HrmText", head_dim=HEAD, attention_bias=True
+    ),
     "gemma": lambda: rotary("gemma", "Gemma", num_key_value_heads=K, head_dim=12),
     "gemma2": lambda: rotary(
         "gemma2",
