@@ -25,6 +25,10 @@ MASK = RNG.random((2, 5, 6)) < 0.6
 MASK[..., 0] = True
 
 
+IDS = np.arange(X.shape[1], dtype=np.int32)[None] // 2
+PLACES = {"positions": IDS, "key_positions": IDS}
+
+
 def by_torch_order(query: Any, key: Any, value: Any) -> Any:
     return LAYER(query, value, key)
 
@@ -54,6 +58,21 @@ def causal(x: Any, is_causal: bool = False) -> Any:
     return LAYER(x, use_causal_mask=is_causal)
 
 
+def segments(x: Any, segment_ids: Any) -> Any:
+    return LAYER(x, segment_ids=segment_ids)
+
+
+def segments_and_positions(
+    x: Any, segment_ids: Any = None, positions: Any = None, key_positions: Any = None
+) -> Any:
+    places = {"positions": positions, "key_positions": key_positions}
+    return LAYER(x, segment_ids=segment_ids, **places)
+
+
+def positions_of_both(x: Any, positions: Any) -> Any:
+    return LAYER(x, positions=positions, key_positions=positions)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "torch's order": (by_torch_order, [X, Y, Z], {}),
     "torch's order, two inputs": (by_torch_order, [X, Y], {}),
@@ -64,6 +83,9 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "settings": (with_settings, [X], {}),
     "padding": (padding, [X, Y, Z], {"value_mask": TOKENS}),
     "causal": (causal, [X], {"use_causal_mask": True}),
+    "segments": (segments, [X], {"segment_ids": IDS}),
+    "segments, positions": (segments_and_positions, [X], {"segment_ids": IDS, **PLACES}),
+    "one name for both positions": (positions_of_both, [X], PLACES),
     "partial": (functools.partial(by_torch_order), [X, Y, Z], {}),
 }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -389,3 +390,33 @@ def test_weights_of_the_other_layout_are_permuted_or_refused() -> None:
     for name in ("query.kernel", "key.kernel"):
         np.testing.assert_array_equal(back[name][..., order], weights[name])
     np.testing.assert_array_equal(back["value.kernel"], weights["value.kernel"])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("rounded", [("frequencies",), ("angles",), ("cosines and sines",),
+                                     ("frequencies", "angles", "cosines and sines")])  # fmt: skip
+def test_comparison_names_what_is_in_half_precision(rounded: tuple[str, ...], dtype: Any) -> None:
+    layer = anymha.MultiHeadAttention(**OPTIONS, rotary=True, backend="numpy", dtype="float64")
+    weights = anymha.get_weights(layer)
+
+    def narrow(name: str, x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).astype(np.float64) if name in rounded else x
+
+    def port(query: np.ndarray) -> np.ndarray:
+        own = narrow("frequencies", 10_000.0 ** (-np.arange(0, 6, 2) / 6))
+        angles = narrow("angles", np.arange(query.shape[1])[:, None] * own)[:, None]
+        cos, sin = (np.tile(narrow("cosines and sines", f(angles)), 2) for f in (np.cos, np.sin))
+
+        def heads(name: str) -> np.ndarray:
+            kernel, bias = weights[f"{name}.kernel"], weights[f"{name}.bias"]
+            x = np.einsum("btd,dhk->bthk", query, kernel) + bias
+            if name == "value":
+                return np.repeat(x, 2, axis=2)
+            x = x * cos + np.concatenate([-x[..., 3:], x[..., :3]], -1) * sin
+            return x if name == "query" else np.repeat(x, 2, axis=2)
+
+        context = anymha.dot_product_attention(*map(heads, ("query", "key", "value")))
+        return np.einsum("bthk,hkd->btd", context, weights["output.kernel"])
+
+    report = compare(layer, port, normal((2, 9, 8), "x"))
+    assert f"rotary angles in half precision ({' and '.join(rounded)}" in str(report.diagnosis)

@@ -55,6 +55,8 @@ _FAULTS = (
           ("segments", "causal")),
     Fault("positions not restarted", "positions not restarted in segments", "query",
           ("segments", "restarted"), {"rotary": True}),
+    Fault("norm on the other side of rotary", "query_key_norm on the other side of rotary", "query",
+          (), {"rotary": True, "query_key_norm": "rms"}),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),

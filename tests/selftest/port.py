@@ -158,7 +158,8 @@ class Port:
 
     def _with(self, place: str, array: Any) -> Any:
         """An array as the options change it."""
-        for section in self.sections:
+        other_side = "norm on the other side of rotary" in self.wrong
+        for section in self.sections[::-1] if other_side else self.sections:
             array = section.ported(self.ops, place, array, self)
         return array
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from anymha.errors import LayoutError
 from anymha.parity.oracle.truth import spread_mask
-from anymha.parity.stages.trace import INPUTS, MASKS, Request
+from anymha.parity.stages.trace import INPUTS, MASKS, POSITIONS, SEGMENTS, Request
 
 SYNONYMS = {
     "use_causal_mask": ("is_causal", "causal"),
@@ -29,7 +29,8 @@ PADDING = "padding"
 """In the name of a mask: True = padding, which nobody attends to, as in torch."""
 
 OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_causal", "causal",
-           "dropout", "need_weights", "average_attn_weights", "rngs", "rng")  # fmt: skip
+           "dropout", "need_weights", "average_attn_weights", "rngs", "rng", "use_causal_mask",
+           *POSITIONS, *SEGMENTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class Parameters:
         """Arguments by its own names; those that reach it in a mask of another name; the others."""
         own: dict[str, Any] = {}
         folded, lost = [], []
-        for name, value in request.arguments().items():
+        every = request.arguments()
+        for name, value in every.items():
             others = [other for other in SYNONYMS.get(name, ()) if other in self.names]
             keys = "keys" in self.masks and name in ("value_mask", "key_mask")
             if name in self.names or others:
@@ -165,7 +167,9 @@ class Parameters:
             elif self.anything:
                 own[name] = value
             elif name != "seed" and (isinstance(value, np.ndarray) or bool(value)):
-                lost.append(name)
+                twin = every.get(name.removeprefix("key_")) if name.startswith("key_") else None
+                if twin is None or name in MASKS or not np.array_equal(twin, value):
+                    lost.append(name)  # what one argument says for queries and keys, is not
         whole = self.masks.get("whole")
         if whole in own and any(n not in ("value_mask", "key_mask") or "keys" not in self.masks
                                 for n in folded):  # fmt: skip

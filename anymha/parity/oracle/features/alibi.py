@@ -25,6 +25,8 @@ class AlibiSection(Section):
         factor: Multiplies all of it.
         one_sided: Whether keys behind the query have no distance.
         power: The power to which the slopes are raised.
+        shift: What is added to the positions of the queries.
+        by_index: Whether positions are indices, whatever the call says.
     """
 
     option = "alibi"
@@ -37,8 +39,11 @@ class AlibiSection(Section):
         factor: float = 1.0,
         one_sided: bool = False,
         power: float = 1.0,
+        shift: int = 0,
+        by_index: bool = False,
     ) -> None:
         super().__init__(value)
+        self.shift, self.by_index = shift, by_index
         self.factor, self.one_sided, self.power = factor, one_sided, power
 
     @property
@@ -55,7 +60,11 @@ class AlibiSection(Section):
         heads = recipe.heads[0]
         slopes = paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
         slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
-        queries, keys = (recipe.places(n).astype(np.float64) for n in ("query", "key"))
+        queries, keys = (
+            np.arange(n)[None] if self.by_index else recipe.places(name).astype(np.float64)
+            for name, n in zip(("query", "key"), recipe.lengths[1:], strict=True)
+        )
+        queries = queries + self.shift
         distance = queries[:, None, :, None] - keys[:, None, None, :]
         distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
         return -self.factor * (slopes**self.power)[:, None, None] * distance
@@ -81,6 +90,7 @@ class AlibiSection(Section):
         if "alibi of other slopes" in wrong:
             slopes = slopes**0.5
         i, j = np.arange(int(queries))[:, None], np.arange(int(keys))
+        i = i + ("alibi positions off by one" in wrong)
         distance = (
             np.maximum(i - j, 0) if "alibi towards the past alone" in wrong else np.abs(i - j)
         )
@@ -108,6 +118,18 @@ class AlibiSection(Section):
         """Added to the products, which are scaled then."""
         yield "", recipe.with_section(AlibiSection(self.value, factor=recipe.scale))
 
+    def of_other_positions(self, recipe: Recipe) -> Variants:
+        """Positions one too large or too small, or not those of the call."""
+        given = (recipe.positions, recipe.key_positions, recipe.offset)
+        if any(one is not None and np.any(one) for one in given):
+            yield (
+                "not those of the call",
+                recipe.with_section(AlibiSection(self.value, by_index=True)),
+            )
+        for shift in (1, -1):
+            words = f"query {shift:+d}"
+            yield words, recipe.with_section(AlibiSection(self.value, shift=shift))
+
     mistakes = (
         ("alibi added", "Subtract the slope times the distance from the logits.",
          with_the_other_sign),
@@ -117,6 +139,8 @@ class AlibiSection(Section):
          "two, those of the next lower one and every other one of twice as many.", of_other_slopes),
         ("alibi before the scale", "Scale the products first, then subtract slope times distance.",
          before_the_scale),
+        ("alibi of other positions", "Count positions from 0, and pass on `positions`, "
+         "`key_positions` and `query_offset`.", of_other_positions),
     )  # fmt: skip
     faults = (
         ("alibi left out", "alibi left out", "logits"),
@@ -124,6 +148,7 @@ class AlibiSection(Section):
         ("alibi towards the past alone", "alibi towards the past alone", "logits"),
         ("alibi of other slopes", "alibi of other slopes", "logits"),
         ("alibi before the scale", "alibi before the scale", "logits"),
+        ("alibi positions off by one", "alibi of other positions", "logits"),
     )
 
 

@@ -242,6 +242,13 @@ class QueryKeyNormSection(Section):
             words = "it is not taken off" if centred else "it is taken off"
             yield words, self._but(recipe, kind="rms" if centred else "layer")
 
+    def on_the_other_side(self, recipe: Recipe) -> Variants:
+        """Behind the rotation in place of before it, or the other way round."""
+        if any(section.option == "rotary" for section in recipe.sections):
+            behind = not self.value["after_rotary"]
+            words = "behind it" if behind else "before it"
+            yield words, self._but(recipe, after_rotary=behind)
+
     mistakes = (
         ("query_key_norm of one projection", "Normalise queries and keys, and not the values.",
          of_one),
@@ -253,6 +260,8 @@ class QueryKeyNormSection(Section):
          with_another_epsilon),
         ("query_key_norm with another mean", "The layer norm takes the mean off, the RMS norm does "
          "not.", with_another_mean),
+        ("query_key_norm on the other side of rotary", "Normalise before the rotation, or behind "
+         "it where `after_rotary` says so.", on_the_other_side),
     )  # fmt: skip
     faults = (
         ("query_key_norm left out", "query_key_norm left out", "query"),

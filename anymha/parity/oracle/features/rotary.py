@@ -36,6 +36,18 @@ _YARN = {
 }
 
 
+COARSE = (
+    ("frequencies", "angles"),
+    ("frequencies", "angles", "tables"),
+    ("frequencies",),
+    ("angles",),
+    ("tables",),
+    ("angles", "tables"),
+    ("frequencies", "tables"),
+)
+"""What is in half precision together; the likeliest first."""
+
+
 class RotarySection(Section):
     """The rotation with the fields of the value, by the names of `DEFAULTS`.
 
@@ -60,12 +72,14 @@ class RotarySection(Section):
         sign: int = 1,
         factor: float | None = None,
         dtype: Any = None,
+        rounded: tuple[str, ...] = (),
         shifts: dict[str, int] | None = None,
         by_index: bool = False,
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
         self.on, self.sign, self.dtype, self.by_index = on, sign, dtype, by_index
+        self.rounded = rounded
         self.factor = attention_factor(self.value) if factor is None else factor
         self.shifts = shifts or {}
 
@@ -179,12 +193,15 @@ class RotarySection(Section):
         places = np.arange(array.shape[1])[None] if self.by_index else recipe.places(stage)
         places = places + self.shifts.get(stage, 0)
         own = self._frequencies(array, recipe)
-        if self.dtype is None:
-            angles = places[..., None] * own
-        else:
-            angles = (places.astype(self.dtype)[..., None] * own.astype(self.dtype)).astype(float)
-        angles = angles[:, :, None]
-        return np.cos(angles) * self.factor, self.sign * np.sin(angles) * self.factor, angles
+        if {"frequencies", "angles"} <= {*self.rounded}:  # a product in that precision
+            places = self._rounded("angles", places)
+        angles = places[..., None] * self._rounded("frequencies", own)
+        angles = self._rounded("angles", angles)[:, :, None]
+        cos, sin = (self._rounded("tables", f(angles) * self.factor) for f in (np.cos, np.sin))
+        return cos, self.sign * sin, angles
+
+    def _rounded(self, what: str, array: np.ndarray) -> np.ndarray:
+        return array.astype(self.dtype).astype(float) if what in self.rounded else array
 
     def _frequencies(self, array: np.ndarray, recipe: Recipe) -> np.ndarray:
         width = 2 * len(self._pairs(array.shape[-1])[0])
@@ -226,9 +243,12 @@ class RotarySection(Section):
                 yield words, self._but(recipe, base=base)
 
     def coarse(self, recipe: Recipe) -> Variants:
-        """Angles, or their factors, in half precision."""
-        for dtype in (ml_dtypes.bfloat16, np.float16):
-            yield f"in {np.dtype(dtype).name}", self._with(recipe, dtype=dtype)
+        """Frequencies, angles, or cosines and sines, each or several in half precision."""
+        for rounded in COARSE:
+            words = " and ".join({"tables": "cosines and sines"}.get(n, n) for n in rounded)
+            for dtype in (ml_dtypes.bfloat16, np.float16):
+                made = self._with(recipe, dtype=dtype, rounded=rounded, factor=self.factor)
+                yield f"{words} in {np.dtype(dtype).name}", made
 
     def shifted(self, recipe: Recipe) -> Variants:
         """Positions one too large or too small, or not those of the call."""

@@ -10,19 +10,24 @@ from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
 
 
 class SinksSection(Section):
-    """The weight "sinks" (H), ``factor * sinks + shift``, in the sum of each row.
+    """The weight "sinks" (H), times `factor`, in the sum of each row.
 
-    `turned` reverses the heads.
+    `turned` reverses the heads; `shifted` adds the row's greatest logit.
     """
 
     option = "sinks"
     examples = (True,)
 
     def __init__(
-        self, value: Any, factor: float = 1.0, scaled: bool = False, turned: bool = False
+        self,
+        value: Any,
+        factor: float = 1.0,
+        scaled: bool = False,
+        turned: bool = False,
+        shifted: bool = False,
     ) -> None:
         super().__init__(value)
-        self.factor, self.scaled, self.turned = factor, scaled, turned
+        self.factor, self.scaled, self.turned, self.shifted = factor, scaled, turned, shifted
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -35,7 +40,10 @@ class SinksSection(Section):
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks[::-1] if self.turned else sinks
         sinks = self.factor * sinks * (recipe.scale if self.scaled else 1.0)
-        peak = np.maximum(np.max(masked, axis=-1, keepdims=True, initial=-np.inf), sinks)
+        greatest = np.max(masked, axis=-1, keepdims=True, initial=-np.inf)
+        if self.shifted:
+            sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
+        peak = np.maximum(greatest, sinks)
         own = np.exp(sinks - peak)
         return own / (own + np.sum(np.exp(masked - peak), axis=-1, keepdims=True))
 
@@ -77,6 +85,9 @@ class SinksSection(Section):
         if "sinks with the other sign" in wrong:
             sinks = -sinks
         logits = port.masked_logits
+        if "sinks not shifted" in wrong:
+            top = ops.max(logits, axis=-1, keepdims=True)
+            logits = logits - ops.where(top > -np.inf, top, 0.0)
         sinks = np.ascontiguousarray(sinks.reshape(1, -1, 1, 1)).astype(np.float32)
         own = ops.exp(ops.astype(ops.from_numpy(sinks), logits.dtype))
         total = ops.sum(ops.exp(logits), axis=-1, keepdims=True)
@@ -95,18 +106,25 @@ class SinksSection(Section):
         for factor, words in ((-1.0, "negative"), (0.0, "zero")):
             yield words, recipe.with_section(SinksSection(self.value, factor=factor))
 
+    def beside_the_maximum(self, recipe: Recipe) -> Variants:
+        """Its exponential as it is, beside those of logits less the greatest of the row."""
+        yield "", recipe.with_section(SinksSection(self.value, shifted=True))
+
     mistakes = (
         ("sinks scaled", "Let the sinks join the softmax as they are: neither scaled nor capped.",
          scaled_too),
         ("sinks of the other heads", "Give each query head its own sink.", of_other_heads),
         ("sinks with the other sign", "The sink's exponential joins the sum of each row.",
          with_the_other_sign),
+        ("sinks not shifted by the maximum", "Take the row's maximum off the sink too, or let the "
+         "maximum include it.", beside_the_maximum),
     )  # fmt: skip
     faults = (
         ("sinks left out", "sinks left out", "probabilities"),
         ("sinks scaled", "sinks scaled", "probabilities"),
         ("sinks of the other heads", "sinks of the other heads", "probabilities"),
         ("sinks with the other sign", "sinks with the other sign", "probabilities"),
+        ("sinks not shifted", "sinks not shifted by the maximum", "probabilities"),
     )
 
 
