@@ -375,6 +375,11 @@ def _check_masks(arrays: Mapping[str, Array]) -> None:
                 f"Received: {described(arrays[name])}. Pass such an array."
             )
         check_broadcast(arrays[name], fitting, name)
+        if fitting == (heads,) and arrays[name].shape[0] == 1 != heads and is_known(heads):
+            raise ShapeError(
+                f"`{name}` must have shape {show(fitting)}, a number for each query head. "
+                f"Received: {described(arrays[name])}. Pass as many as there are heads."
+            )
     check_segments(arrays, queries == keys, "where T is S")
 
 
@@ -489,10 +494,12 @@ def _checked_parts(contexts: Any, lses: Any) -> tuple[Ops, dict[str, Array]]:
     """The backend of the parts of `merge_attention`, and its arrays by name, such as "lses[0]"."""
     parts = {"contexts": contexts, "lses": lses}
     for name, several in parts.items():
-        if not isinstance(several, (list, tuple)) or not several:
+        empty = isinstance(several, (list, tuple)) and not several
+        if empty or not isinstance(several, (list, tuple)):
             raise ArgumentError(
                 f"`{name}` must be a list or tuple of arrays, one for each part of the keys. "
-                f"Received: {type(several).__name__}. Pass the results for each part."
+                f"Received: {'an empty ' * empty}{type(several).__name__}. "
+                "Pass the results for each part."
             )
     if len(contexts) != len(lses):
         raise ArgumentError(

@@ -643,6 +643,6 @@ def test_bad_call_of_dot_product_attention(
 def test_what_is_no_array_of_any_framework() -> None:
     with pytest.raises(
         errors.ArgumentError,
-        match=r"^Expected an array of numpy, torch, .*\. Received: builtins\.list\.$",
+        match=r"^`query`: Expected an array of numpy, torch, .*\. Received: builtins\.list\. Make",
     ):
         anymha.dot_product_attention([1.0], [1.0], [1.0])

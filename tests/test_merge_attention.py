@@ -258,3 +258,12 @@ def test_what_does_not_fit_is_refused(backend: Backend) -> None:
     if backend.name != "numpy":
         with pytest.raises(MixedBackendsError):
             merge([context, np.zeros((B, T, H, D), "f")], [lse, lse])
+
+
+def test_numbers_of_heads_are_one_for_each() -> None:
+    x = normal((1, 3, 2, 4), "x").astype(np.float32)
+    for name in ("sinks", "alibi_slopes"):
+        with pytest.raises(ShapeError, match=rf"`{name}` must have shape \(2,\)"):
+            anymha.dot_product_attention(x, x, x, **{name: np.ones(1, np.float32)})
+        with pytest.raises(ArgumentError, match=f"`{name}`: Expected an array"):
+            anymha.dot_product_attention(x, x, x, **{name: [1.0, 2.0]})

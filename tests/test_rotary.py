@@ -357,7 +357,7 @@ def test_wrong_positions_are_refused(backend: Backend) -> None:
                                   "short": np.arange(5, dtype=np.int32),
                                   "many": np.zeros((2, 6, 1), np.int32)})  # fmt: skip
     for name in ("positions", "key_positions"):
-        with pytest.raises(DtypeError, match=f"`{name}` must be integers"):
+        with pytest.raises(DtypeError, match=f"`{name}` must be signed integers"):
             layer(arrays["x"], **{name: arrays["real"]})
         for wrong in ("short", "many"):
             with pytest.raises(ShapeError, match=f"`{name}` must"):
@@ -365,7 +365,7 @@ def test_wrong_positions_are_refused(backend: Backend) -> None:
     heads = backend.ops.reshape(arrays["x"], (2, 6, 2, 4))
     with pytest.raises(ShapeError, match="`positions` must"):
         anymha.rotate(heads, arrays["short"], Rotary())
-    with pytest.raises(DtypeError, match="`positions` must be integers"):
+    with pytest.raises(DtypeError, match="`positions` must be signed integers"):
         anymha.rotate(heads, arrays["real"], Rotary())
     with pytest.raises(ShapeError, match="`x` must have 4 axes"):
         anymha.rotate(arrays["x"], backend.ops.from_numpy(PLACES), Rotary())

@@ -77,8 +77,9 @@ def formula(
         logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:
         logits = feature.logits(ops, logits, origin, arrays)
-    if spec.features and (own := bias_of(spec.features, ops, arrays, logits)) is not None:
-        logits = logits + own
+    if spec.features:
+        own = bias_of(spec.features, ops, arrays, logits)
+        logits = logits if own is None else logits + own
     if observe is not None:
         observe("logits", logits)
     biased = "bias" in arrays

@@ -212,13 +212,15 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
     why_not_fused = ops.capabilities.why_not_fused
     if why_not_fused is None:
         return f"{ops.name} has no kernel here with the written meaning"
-    if spec.features and (adding := adding_option(spec.features)):
+    adding = spec.features and adding_option(spec.features)
+    if adding:  # TensorFlow's AutoGraph reads no assignment within an expression
         if spec.dropout is not None:
             return f"the kernels with dropout have no {adding}"
         if shape.dtype == shape.narrow:
             return f"a kernel in half precision would round {adding}"
     for feature in spec.features:
-        if reason := feature.why_not_fused(ops.capabilities):
+        reason = feature.why_not_fused(ops.capabilities)
+        if reason:
             return reason
     if shape.has_segments and spec.dropout is not None:
         return "the kernel with dropout has no segments"

@@ -285,7 +285,10 @@ def common_ops(arrays: Iterable[tuple[str, Any]]) -> Any:
     """
     found: dict[str, Backend] = {}
     for name, array in arrays:
-        found[name] = backend_of(array)
+        try:
+            found[name] = backend_of(array)
+        except ArgumentError as error:
+            raise ArgumentError(f"`{name}`: {error} Make an array of it first.") from None
     if len({backend.name for backend in found.values()}) != 1:
         listed = ", ".join(f"`{name}` of {backend.name}" for name, backend in found.items())
         raise MixedBackendsError(

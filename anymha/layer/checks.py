@@ -165,10 +165,10 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
         if kind is Kind.MASK:
             check_boolean(array, name)
         elif kind in _INTEGER:
-            dtype, signed = dtype_name(array.dtype), kind is Kind.SEGMENTS
-            if "int" not in dtype or (signed and dtype.startswith("u")):
+            dtype = dtype_name(array.dtype)
+            if "int" not in dtype or dtype.startswith("u"):  # whose differences wrap
                 raise DtypeError(
-                    f"`{name}` must be {'signed ' * signed}integers. "
+                    f"`{name}` must be signed integers. "
                     f"Received: {described(array)}. Cast it first."
                 )
         elif (kind in _FLOATING or "." in name) and not _is_floating(array):
