@@ -295,7 +295,7 @@ def _attend(
     for feature in spec.features:
         context = feature.context(ops, context, arrays)
     scores = None if scores is None else ops.astype(scores, dtype)
-    return Attended(ops.astype(context, dtype), scores, lse)
+    return ops.astype(context, dtype), scores, lse
 
 
 def _features(arrays: Mapping[str, Array], softcap: float | None) -> tuple[Feature, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from anymha.attention.formula import Observer, formula
 from anymha.attention.masks import TileOrigin
@@ -23,18 +23,9 @@ HEADS_FIRST = (0, 2, 1, 3)
 FIRST = TileOrigin()
 
 
-class Attended(NamedTuple):
-    """What attention gives.
-
-    Args:
-        context: (B, T, H, d_v) in the dtype of the value.
-        scores: The probabilities before dropout (B, H, T, S), or None.
-        lse: The logs of the softmax's denominators (B, H, T), or None.
-    """
-
-    context: Array
-    scores: Array | None = None
-    lse: Array | None = None
+Attended = tuple[Array, Array | None, Array | None]
+"""The context (B, T, H, d_v) in the dtype of the value; the probabilities before dropout
+(B, H, T, S), or None; and the logs of the softmax's denominators (B, H, T), or None."""
 
 
 def attend(
@@ -97,6 +88,15 @@ def attend(
     context = ops.permute_dims(results["context"], HEADS_FIRST)  # [B, T, H, d_v]
     if context.dtype != value.dtype:
         context = ops.astype(context, value.dtype)
+    if lost is None and not with_lse:
+        return context, results.get("scores"), None
+    return _with_lse(ops, context, results, lost)
+
+
+def _with_lse(
+    ops: Ops, context: Array, results: Mapping[str, Array], lost: Array | None
+) -> Attended:
+    """What `attend` gives; NaN for the queries (B, T) that are lost, as `separated` tells."""
     scores, lse = results.get("scores"), results.get("lse")
     if lse is not None:
         lse = ops.reshape(lse, ops.shape(lse)[:3])
@@ -107,17 +107,17 @@ def attend(
         lse = None if lse is None else ops.where(rows, math.nan, lse)
         if scores is not None:
             scores = ops.where(ops.reshape(lost, (batch, 1, queries, 1)), math.nan, scores)
-    return Attended(context, scores, lse)
+    return context, scores, lse
 
 
 def _fused(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array]) -> Array:
-    positions = spec.position_mask
-    is_open = positions.left is None and positions.right is None
     own = spec.dropout is not None and not spec.dropout.native  # which has its own tiles
-    special = "segments" in arrays or spec.features
-    whole = path.causal_kernel or (is_open and not (special and made_by_tiles(spec, arrays)))
-    if not own and (path.tiles or not whole):
-        return fused_by_tiles(ops, spec, path.tiles, arrays)
+    if not own and (path.tiles or not path.causal_kernel):
+        positions = spec.position_mask
+        special = "segments" in arrays or spec.features
+        is_open = positions.left is None and positions.right is None
+        if path.tiles or not is_open or (special and made_by_tiles(spec, arrays)):
+            return fused_by_tiles(ops, spec, path.tiles, arrays)
     kernel: Any = ops.capabilities.fused_attention
     return kernel(spec, arrays, causal=path.causal_kernel)
 

@@ -537,26 +537,25 @@ def _attention(
     ops, query, key, value = plan.ops, heads["query"], heads["key"], heads["value"]
     if plan.narrow and not path.narrow:
         query, key, value = (ops.astype(x, plan.working) for x in (query, key, value))
-    own = _weights_of_features(plan, heads) if spec.features else heads
-    for feature in spec.features:
-        query, key = feature.heads(ops, query, key, own)
+    features, own, tiled, segments = spec.features, heads, None, None
+    if features:
+        own, tiled = _weights_of_features(plan, heads), {}
+        for feature in features:
+            query, key = feature.heads(ops, query, key, own)
+        for feature in features:
+            tiled |= feature.tiled(ops, own, query)
     if observe is not None:
         for name, x in {"query": query, "key": key, "value": value}.items():
             observe(name, x)
-    tiled: dict[str, Array] | None = None
-    if spec.features:
-        tiled = {}
-        for feature in spec.features:
-            tiled |= feature.tiled(ops, own, query)
-    segments = None
     if "segment_ids" in heads:
         segments = heads["segment_ids"], heads["key_segment_ids"]
     context, scores, _ = attend(
         ops, spec, path, query, key, value, heads.get("mask"), heads.get("bias"),
         observe, with_scores, tiled, segments,
     )  # fmt: skip
-    for feature in spec.features:
-        context = feature.context(ops, context, own)
+    if features:
+        for feature in features:
+            context = feature.context(ops, context, own)
     if observe is not None:
         observe("context", context)
     if plan.narrow and not path.narrow:

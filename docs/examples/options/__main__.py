@@ -46,7 +46,10 @@ def query_key_norm(figure: Figure) -> None:
     """The greatest logit over the size of the weights, with a norm and without."""
     axes, sizes = figure.subplots(), np.logspace(-1, 1, 9)
     x = np.random.default_rng(0).standard_normal((1, 16, 32))
-    for norm, color, label in ((None, OTHER, "plain"), ("rms", MAIN, 'query_key_norm="rms"')):
+    both: list[tuple[Any, str, str]] = [
+        (None, OTHER, "plain"), ("rms", MAIN, 'query_key_norm="rms"'),
+    ]  # fmt: skip
+    for norm, color, label in both:
         layer: Any = anymha.MultiHeadAttention(
             2, 16, query_features=32, seed=0, query_key_norm=norm, dtype="float64", backend="numpy"
         )
