@@ -63,7 +63,8 @@ class RotarySection(Section):
 
     option = "rotary"
     examples = ({"dim": 4, "base": 100.0, "scaling": _YARN},)
-    usual = ({}, {"base": 500_000.0}, {"layout": "interleaved"})
+    usual = ({}, {"base": 500_000.0})
+    left_out = "positions are missing"
 
     def __init__(
         self,
@@ -217,7 +218,9 @@ class RotarySection(Section):
     def swapped(self, recipe: Recipe) -> Variants:
         """The pairs of the other layout."""
         other = "interleaved" if self.value["layout"] == "half" else "half"
-        yield f"{other} for {self.value['layout']}", self._but(recipe, layout=other)
+        names = {"half": "halves", "interleaved": "interleaved pairs"}
+        words = f"{names[other]} for {names[self.value['layout']]}"
+        yield words, self._but(recipe, layout=other)
 
     def reversed(self, recipe: Recipe) -> Variants:
         """By the negative angle."""
@@ -277,6 +280,8 @@ class RotarySection(Section):
         """Queries turned and keys not, or the other way round."""
         for one, other in (("query", "key"), ("key", "query")):
             yield f"the {other} is not turned", self._with(recipe, on=(one,))
+        if recipe.stages["value"].shape[-1] == recipe.stages["key"].shape[-1]:
+            yield "the values are turned too", self._with(recipe, on=("query", "key", "value"))
 
     mistakes = (
         ("rotary layout swapped", "Pair column i with i + dim/2 in the layout \"half\", 2i with "
