@@ -35,7 +35,7 @@ def attention(
     value: torch.Tensor,
     sinks: torch.Tensor,
 ) -> torch.Tensor:
-    """The context (B, H, T, d_v), in float32, differentiable in the last four.
+    """The context (B, H, T, d_k) in float32, differentiable twice in the last four.
 
     Args:
         spec: The options, without dropout.

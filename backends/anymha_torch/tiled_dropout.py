@@ -212,7 +212,10 @@ def differentiable_in_float32(
 def differentiable(
     spec: AttentionSpec, rest: Any, arrays: Any, cotangent: torch.Tensor, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """The gradients by the written formula, in one piece, which can be differentiated again."""
+    """The gradients by the written formula, in one piece, which can be differentiated again.
+
+    `arrays` are query, key and value, and the sinks where there are such.
+    """
     named = dict(zip(("query", "key", "value", "sinks"), arrays, strict=False))
     context = written(backend(), spec, None, {**named, **rest})["context"]
     wanted = [x for x, need in zip(arrays, needed, strict=True) if need]

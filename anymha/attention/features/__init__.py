@@ -11,7 +11,8 @@ from anymha.attention.features.sinks import Sinks
 from anymha.attention.features.softcap import Softcap
 
 __all__ = [
-    "FEATURES", "Alibi", "Feature", "HeadNorm", "RotaryPositions", "Sinks", "Softcap", "features_of"
+    "FEATURES", "Alibi", "Feature", "Gate", "HeadNorm", "RotaryPositions", "Sinks", "Softcap",
+    "features_of",
 ]  # fmt: skip
 
 FEATURES: tuple[type[Feature], ...] = (HeadNorm, RotaryPositions, Softcap, Alibi, Sinks, Gate)
