@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, Unpack
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from anymha.errors import ConfigError
@@ -112,8 +114,21 @@ class MultiHeadAttention(NativeLayer):
         return f"MultiHeadAttention({shown_options(self.config)}, weights={shapes})"
 
 
+def _flatten_with_keys(value: Cache | Memory) -> Any:
+    leaves, static = flatten(value)
+    keys = map(jax.tree_util.GetAttrKey, static[0])
+    return list(zip(keys, leaves, strict=True)), static
+
+
 for _kind in (Cache, Memory):
-    jax.tree_util.register_pytree_node(_kind, flatten, partial(unflatten, _kind))
+    _unflatten = partial(unflatten, _kind)
+    jax.tree_util.register_pytree_with_keys(_kind, _flatten_with_keys, _unflatten, flatten)
+    jax.export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"anymha.{_kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda data: tuple(map(tuple, json.loads(data))),
+    )
 
 
 def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:
