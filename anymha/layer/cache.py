@@ -45,6 +45,10 @@ class Memory:
     values: Array
     key_positions: Array | None = None
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
         return static, tuple(leaves)
@@ -105,6 +109,10 @@ class Cache:
 
     def __copy__(self) -> Cache:
         return Cache(**self.__getstate__())
+
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
 
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
