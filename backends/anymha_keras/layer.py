@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -51,6 +51,13 @@ CALL = tuple(argument.name for argument in CALL_ARGUMENTS if argument.name not i
 """The arguments of the call."""
 
 
+class _Ops:
+    """The functions of Keras's backend."""
+
+    def __get__(self, layer: Any, kind: type) -> Any:
+        return get_backend(keras.config.backend()).ops
+
+
 @keras.saving.register_keras_serializable(package="anymha")
 class MultiHeadAttention(NativeLayer, keras.layers.Layer):
     """Multi-head attention as a Keras layer, in the place of `keras.layers.MultiHeadAttention`.
@@ -77,6 +84,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         >>> tuple(layer(keras.ops.ones((1, 3, 8))).shape)
         (1, 3, 8)
     """
+
+    ops: ClassVar[Any] = _Ops()
 
     @takes_options(KerasOptions, read_options)
     def __init__(self, given: Given) -> None:
@@ -118,11 +127,6 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         if any(getattr(self._config, name) != dtype for name, dtype in dtypes.items()):
             self._config = dataclasses.replace(self._config, **dtypes)
         return self._config
-
-    @property
-    def ops(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The functions of Keras's backend."""
-        return get_backend(keras.config.backend()).ops
 
     def build(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, query_shape: Any, value_shape: Any = None, key_shape: Any = None
