@@ -195,13 +195,13 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         key_segment_ids: Any = None,
         positions: Any = None,
         key_positions: Any = None,
+        cache: Any = None,
+        memory: Any = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
         query_offset: Any = 0,
         seed: Any = None,
-        cache: Any = None,
-        memory: Any = None,
     ) -> Any:
         if self._flash_attention and return_attention_scores:  # in Keras's words
             raise ConfigError(
