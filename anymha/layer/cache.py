@@ -325,10 +325,13 @@ def make_cache(
     is_ring = window is not None and size < max_length
     compute = config.compute_dtype or config.dtype
     held = dtype_name(ops.dtype(compute)) if dtype is None else str(dtype).rpartition(".")[2]
-    if held not in ("float16", "bfloat16", "float32", "float64"):
+    if held not in ("float16", "bfloat16", "float32", "float64") or (
+        held == "float64" and compute != "float64"
+    ):
         raise CacheError(
-            "`dtype` must be float16, bfloat16, float32 or float64; default the dtype in which the "
-            f"layer computes. Received: {dtype!r}."
+            "`dtype` must be float16, bfloat16 or float32; or float64, where the layer computes in "
+            f"it. Received: {dtype!r}, and a layer that computes in {compute}. Leave it out for "
+            "the dtype in which the layer computes."
         )
 
     def zeros(shape: tuple[int, ...], of: Any) -> Array:
