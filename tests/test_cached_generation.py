@@ -226,8 +226,7 @@ class Reader:
     def change(self, method: str, integers: np.ndarray) -> None:
         """Replace each layer's cache by the result of its method for integers (B,)."""
         for attention in self.attentions:
-            given = attention.ops.from_numpy(integers.astype(np.int32))
-            attention.cache = getattr(attention.cache, method)(given)
+            attention.cache = getattr(attention.cache, method)(integers)
 
     def read(self, tokens: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
         """Read tokens (B, T), those that are valid; logits (B, T, V)."""
