@@ -7,6 +7,7 @@ rest, transformers' own, is called step by step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ class Attention(torch.nn.Module):
         self.layer = anymha.convert(module, to=home)
         self.cache = self.layer.make_cache(rows, length, **options)
         self.valid = np.ones((rows, 1), bool)
-        self.step = compiled(step) if home == "jax" else step
+        self.step = compiled(home, self.layer)
 
     def forward(self, hidden_states: Any, *_: Any, **__: Any) -> tuple[Any, None]:
         """Append the hidden states (B, T, D) that are valid; the cache knows the positions."""
@@ -199,9 +200,16 @@ def step(layer: Any, x: Any, cache: Any, valid: Any) -> Any:
     return layer(x, cache=cache, value_mask=valid)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under `jax.jit`."""
-    return need("jax").jit(function)
+def compiled(home: str, layer: Any) -> Callable[..., Any]:
+    """`step` as the users of a home run it, compiled where they compile by habit."""
+    if home == "tensorflow":
+        run = need("tensorflow").function(functools.partial(step, layer))
+        return lambda _, *arrays: run(*arrays)
+    if home == "jax":
+        return need("jax").jit(step)
+    if home == "flax":
+        return need("flax.nnx").jit(step)
+    return need("equinox").filter_jit(step) if home == "equinox" else step
 
 
 class Reader:
@@ -303,12 +311,13 @@ def test_tokens_are_those_of_transformers(name: str) -> None:
 
 
 OTHER_HOMES = [
-    *((name, home) for name in ("llama", "gemma3", "gpt_oss") for home in BACKENDS),
+    *((name, home) for name in ("llama", "gemma3") for home in ("numpy", "tensorflow", "jax")),
     *(("gemma3", home) for home in ("keras", "flax", "equinox")),
+    ("gpt_oss", "numpy"),
 ]
 
 
-@pytest.mark.parametrize(("name", "home"), [pair for pair in OTHER_HOMES if pair[1] != "torch"])
+@pytest.mark.parametrize(("name", "home"), OTHER_HOMES)
 def test_tokens_are_those_of_transformers_in_other_homes(name: str, home: str) -> None:
     model, prompts = model_of(name), prompts_of()
     check(generated_by_ours(model, name, prompts, home), theirs(model, prompts))
@@ -477,7 +486,7 @@ def whisper() -> Any:
     return ready(transformers.WhisperForConditionalGeneration, config)
 
 
-@pytest.mark.parametrize("home", ["numpy", "torch", "tensorflow", "jax"])
+@pytest.mark.parametrize("home", ["numpy", "torch"])
 def test_tokens_of_whisper_are_those_of_transformers(home: str) -> None:
     model, prompts, rows = whisper(), prompts_of(), len(LENGTHS)
     sounds = np.random.default_rng(0).standard_normal((rows, 8, 24)).astype(np.float32)

@@ -19,6 +19,7 @@ import pytest
 import anymha
 from anymha.attention.features.rotary import RotaryPositions
 from anymha.framework.registry import Backend
+from tests.conftest import BACKENDS, usable
 from tests.frameworks import required
 from tests.support import native
 
@@ -152,6 +153,11 @@ WITH_PAST = [
     for name, case in ATTENTION.items()
     if {"past_key", "nonpad_kv_seqlen"} & set(case.inputs) and name != BEYOND
 ]
+OF_EACH_KIND = {
+    (frozenset(ATTENTION[name].inputs), ATTENTION[name].attributes.get("is_causal"),
+     "left_window_size" in ATTENTION[name].attributes): name for name in WITH_PAST
+}.values()  # fmt: skip
+"""One of these for each kind of call, for backends that compile a program for each."""
 
 
 def _layer_of(backend: Backend, call: dict[str, Any]) -> Any:
@@ -215,9 +221,16 @@ def _cached(backend: Backend, layer: Any, call: dict[str, Any]) -> tuple[Any, An
     return layer(**native(backend.ops, x), cache=cache, return_attention_scores=True)
 
 
-@pytest.mark.parametrize("name", WITH_PAST)
-def test_layer_with_a_past(backend: Backend, name: str) -> None:
-    case = ATTENTION[name]
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [
+        (home, name)
+        for home in BACKENDS
+        for name in (OF_EACH_KIND if home in ("tensorflow", "jax") else WITH_PAST)
+    ],
+)
+def test_layer_with_a_past(home: str, name: str) -> None:
+    backend, case = usable(home), ATTENTION[name]
     call = _call(case)
     query, key, value = (call[name] for name in ("query", "key", "value"))
     layer, ops = _layer_of(backend, call), backend.ops
