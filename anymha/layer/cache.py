@@ -310,7 +310,7 @@ def make_cache(
         )
     window, max_length = config.sliding_window, int(max_length)  # no NumPy integer, of any width
     size = max_length if window is None else min(max_length, window + int(rewind))
-    is_ring = window is not None and size < max_length
+    is_ring = window is not None and window < max_length
     compute = config.compute_dtype or config.dtype
     held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
     if not is_floating(held):
