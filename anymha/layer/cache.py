@@ -20,7 +20,7 @@ from weakref import WeakSet
 import numpy as np
 
 from anymha.errors import ArgumentError, CacheError, ShapeError
-from anymha.framework.dtypes import dtype_name
+from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known
@@ -308,12 +308,12 @@ def make_cache(
             "A cache needs a layer that attends over one axis of (B, T, D). Received: "
             f"attention_axes={config.attention_axes}. Make the layer without `attention_axes`."
         )
-    window = config.sliding_window
-    size = max_length if window is None else min(max_length, window + rewind)
-    is_ring = window is not None and size < max_length
+    window, max_length = config.sliding_window, int(max_length)  # no NumPy integer, of any width
+    size = max_length if window is None else min(max_length, window + int(rewind))
+    is_ring = window is not None and window < max_length
     compute = config.compute_dtype or config.dtype
-    held = dtype_name(ops.dtype(compute)) if dtype is None else str(dtype).rpartition(".")[2]
-    if held not in ("float16", "bfloat16", "float32", "float64"):
+    held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
+    if not is_floating(held):
         raise CacheError(
             "`dtype` must be float16, bfloat16, float32 or float64; default the dtype in which the "
             f"layer computes. Received: {dtype!r}."

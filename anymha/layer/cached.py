@@ -257,7 +257,7 @@ def _prepare_cache(
     _check_room(cache, known, lengths)
     start = int(known[0]) if eager and known.size and is_uniform(known) else None
     is_ring, one = cache.window is not None, queries == 1
-    read = min(most_of(lengths), size) if eager else None
+    read = min(max(most_of(lengths), 1), size) if eager else None  # a slot at least
     in_place = bool(ops.capabilities.writes_in_place) and cache._may_write(known)
     if in_place and not (is_ring and not (one and valid is None)):
         arrays |= _clear(ops, cache, known)
