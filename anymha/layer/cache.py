@@ -45,6 +45,10 @@ class Memory:
     values: Array
     key_positions: Array | None = None
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
         return static, tuple(leaves)
@@ -106,12 +110,15 @@ class Cache:
     def __copy__(self) -> Cache:
         return Cache(**self.__getstate__())
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
-        return (
-            f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, "
-            f"keys: {described(self.keys)})"
-        )
+        keys: Any = self.keys  # a framework may put something else into the place of an array
+        shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
+        return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
@@ -273,7 +280,9 @@ class Cache:
 def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     """The arrays of a cache or a memory that are there, and all else that it consists of."""
     named = {name: getattr(value, name) for name in type(value).ARRAYS}
-    names = tuple([name for name, x in named.items() if x is not None])
+    # A framework may put None into the place of an array, where it maps a function over a tree.
+    places = value.__dict__.get("_places", ())
+    names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
 
@@ -282,7 +291,10 @@ def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
     """The cache or the memory of what `flatten` gives."""
     names, values = static
     arrays = dict.fromkeys(kind.ARRAYS) | dict(zip(names, leaves, strict=True))
-    return kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    value = kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    if any(x is None for x in leaves):
+        value.__dict__["_places"] = names
+    return value
 
 
 def make_cache(

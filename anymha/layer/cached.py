@@ -126,6 +126,27 @@ def prepare(
     return _prepare_cache(ops, config, query, given, masks, "own" if own else "cache")
 
 
+def check_fits(
+    config: AttentionConfig, query: Any, others: tuple[Any, Any], call: Mapping[str, Any]
+) -> None:
+    """Check a call that has a cache or a memory by its arguments' names and sizes alone.
+
+    Raises:
+        ArgumentError: arguments do not go together.
+        CacheError: the cache does not fit the layer or the batch.
+    """
+    masks = {n: call[n] for n in ("segment_ids", "key_segment_ids", "key_positions") if n in call}
+    masks = {n: x for n, x in masks.items() if x is not None}
+    _check_arguments(config, query, others, masks, call)
+    name = "cache" if call.get("memory") is None else "memory"
+    _check_fits(config, query, call[name], name)
+
+
+def needs_positions(features: Any) -> bool:
+    """Whether calls need the positions of keys that a cache holds."""
+    return any(feature.depends_on_length or feature.adds_by_position for feature in features)
+
+
 def _check_arguments(
     config: AttentionConfig, query: Any, others: tuple[Any, Any], masks: Mapping[str, Any],
     call: Mapping[str, Any],
@@ -723,7 +744,7 @@ class Holding:
         ops, arrays = self.ops, self.arrays
         before, new = arrays.get(PREFIX + name), arrays.get(name)
         if name == "key_positions":
-            needed = self.raw or any(f.adds_by_position for f in self.spec.features)
+            needed = needs_positions(self.spec.features)
             if not needed or (before is None and not self.given):
                 return None
         if new is None:
