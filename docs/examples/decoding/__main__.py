@@ -15,7 +15,7 @@ import numpy as np
 from homes import NAMES
 from text import LETTERS, decode, encode
 from training import train
-from writer import Written, Writer
+from writer import Writer, Written
 
 PROMPT = "The import statement"
 BOUND = 1e-3
