@@ -14,7 +14,7 @@ from model import forward
 import anymha
 
 BUCKET = 64  # without caches texts are padded to a multiple of it, so that few lengths occur
-TEMPERATURE = 0.7
+TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
