@@ -115,6 +115,8 @@ class Cache:
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
+        A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
+
         Args:
             lengths: How many positions each row keeps: an int, or integers (B,), none above
                 `self.lengths`.
@@ -132,14 +134,17 @@ class Cache:
         numbers = None if known is None else known_values(ops, wanted)
         starts = None if self.starts is None else known_values(ops, self.starts)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        new.overflowed = ops.logical_and(self.overflowed, wanted > 0)
+        if self.starts is not None:
+            new.starts = ops.where(wanted > 0, self.starts, 0)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
-        wrong = ops.where(self.overflowed, self.overflowed, too_many)
+        wrong = ops.where(new.overflowed, new.overflowed, too_many)
         wrong = ops.where(wanted < 0, wanted < 0, wrong)
         if self.starts is not None and self.window is not None:
             first = wanted - (self.window - 1)
-            lost = self.starts > ops.where(first > 0, first, 0)
+            lost = new.starts > ops.where(first > 0, first, 0)
             wrong = ops.where(lost, lost, wrong)
         new.overflowed = wrong
         kept = ops.where(wanted < 0, 0, wanted)
@@ -152,7 +157,7 @@ class Cache:
         """The truncated cache, where all lengths are known."""
         first = np.zeros_like(wanted)
         if starts is not None and self.window is not None:
-            first = np.where(starts > 0, starts + self.window - 1, 0)
+            first = np.where((starts > 0) & (wanted > 0), starts + self.window - 1, 0)
         _check_truncated(wanted, known, first, self)
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):

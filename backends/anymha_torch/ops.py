@@ -217,7 +217,8 @@ def has_values(x, /):
 # What is differentiated, and what inference mode has made, is not written to.
 def write_slots(storage, new, slot, in_place, /):
     differentiated = torch.is_grad_enabled() and (storage.requires_grad or new.requires_grad)
-    inference = storage.is_inference() and not torch.is_inference_mode_enabled()
+    inference = not torch.compiler.is_compiling() and storage.is_inference()
+    inference = inference and not torch.is_inference_mode_enabled()
     if not in_place or differentiated or inference:
         storage = storage.clone()
     length = new.shape[2]
