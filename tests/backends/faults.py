@@ -62,6 +62,12 @@ def torch_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, backend="eager")
 
 
+def jax_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    import jax  # noqa: PLC0415  # as above
+
+    return jax.jit(function)
+
+
 def arrays(**methods: Any) -> Callable[[Any], dict[str, Any]]:
     """NumPy's functions on a class of arrays that has these methods."""
     kind = type("Array", (np.ndarray,), methods)
