@@ -79,6 +79,7 @@ class Cache:
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
     _sharing: ClassVar[Any] = None  # of an instance all that share its arrays
+    _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
 
     keys: Array
     values: Array
@@ -226,6 +227,15 @@ class Cache:
         other._sharing.add(self)
         return self
 
+    def _after(self, cache: Cache, known: np.ndarray, start: int | None, shares: bool) -> Cache:
+        """Note that this one comes from a call, with these lengths, and whose arrays it has."""
+        if shares:
+            self._share(cache, known)
+        else:
+            self._own(known)
+        self.__dict__["_start"] = start
+        return self
+
     def _top(self) -> int:
         """Up to which slot something may have been written, of what is cleared at the next call."""
         return self.__dict__.get("_stale_to", 0)
@@ -234,7 +244,10 @@ class Cache:
         """Whether no other cache holds what positions behind `known` would overwrite."""
         if self._sharing is None:
             return False
-        for other in list(self._sharing):
+        sharing = self._sharing
+        if len(sharing) == 1:
+            return True
+        for other in list(sharing):
             if other is self:
                 continue
             theirs = other._known

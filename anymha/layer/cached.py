@@ -374,10 +374,8 @@ def _finisher(
         arrays = dict.fromkeys(Cache.ARRAYS) | dict(stored)
         new = Cache(**arrays, max_length=cache.max_length, window=cache.window)
         if lengths is not None:
-            if in_place and new.keys is cache.keys:
-                new._share(cache, lengths)
-            else:
-                new._own(lengths)
+            start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None
+            new._after(cache, lengths, start, in_place and new.keys is cache.keys)
         return (*result, new) if isinstance(result, tuple) else (result, new)
 
     return finish

@@ -50,6 +50,7 @@ from anymha.layer.checks import (
     check_seed,
     unpack_inputs,
 )
+from anymha.layer.decoding import keep_step, next_step
 from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import (
@@ -134,6 +135,14 @@ def multi_head_attention(
     """
     if isinstance(query, (list, tuple)):
         query, value, key = unpack_inputs(query, value, key)
+    cache = call.get("cache") if call else None
+    if (
+        cache is not None and len(call) == 1 and value is None is key and observe is None
+        and plans is not None and plans.step is not None and type(weights) is Projections
+    ):  # fmt: skip
+        found = next_step(ops, plans, config, weights, query, cache)
+        if found is not None:
+            return found
     given = value, key
     value = query if value is None else value
     inputs = (query, value, value if key is None else key)
@@ -146,7 +155,7 @@ def multi_head_attention(
     if masks and ops.capabilities.constants is not None:
         masks = ops.capabilities.constants(query, masks)
 
-    if call.get("cache") is not None or call.get("memory") is not None:
+    if cache is not None or call.get("memory") is not None:
         held = prepare(ops, config, query, given, masks, call)
         flags, offset, inputs = flags._replace(held=held.held), held.offset, (query,) * 3
         value = query
@@ -188,6 +197,8 @@ def multi_head_attention(
     if held is not None:
         arrays |= held.arrays
         results, stored = _run_held(planned, arrays, projections, held, seed, observe)
+        if plans is not None and cache is not None:
+            keep_step(plans, planned, projections, query, cache, held)
         return held.finish(results, stored)
     if plan.run is not None and projections is None and not paths.explaining:
         lengths = planned.shape.folded
