@@ -36,6 +36,18 @@ class Memory:
         keys: (B, K, S, d_k), normed and turned as the layer's options say.
         values: (B, K, S, d_v).
         key_positions: (1 or B, S) integers, where they were given; else None.
+
+    Raises:
+        ArgumentError: a call has it beside a `value` or a `key`.
+        CacheError: it has not the sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> options = {"query_features": 8, "value_features": 6, "backend": "numpy"}
+        >>> layer = anymha.MultiHeadAttention(2, 4, **options)
+        >>> memory = layer.make_memory(np.ones((1, 5, 6), "float32"))
+        >>> layer(np.ones((1, 1, 8), "float32"), memory=memory).shape
+        (1, 1, 8)
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values", "key_positions")
@@ -70,6 +82,19 @@ class Cache:
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
         max_length: How many positions a row may have.
         window: The layer's `sliding_window`, where the cache is a ring; else None.
+
+    Raises:
+        CacheError: a call has more new positions than a row has room for, or the cache has not the
+            sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> cache = layer.make_cache(batch_size=1, max_length=10)
+        >>> for length in (5, 1, 1):
+        ...     output, cache = layer(np.ones((1, length, 8), "float32"), cache=cache)
+        >>> cache.lengths.tolist(), cache.truncate(6).lengths.tolist()
+        ([7], [6])
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
