@@ -41,7 +41,7 @@ def home(name: str) -> Home:
     if name == "tensorflow":
         import tensorflow as tf
 
-        return Home(tf.experimental.numpy, tf.constant, tf.function)
+        return Home(tf.experimental.numpy, tf.constant, tf.function(jit_compile=True))
     if name == "keras":
         import torch
         from keras import ops
