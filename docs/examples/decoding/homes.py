@@ -6,11 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 NAMES = ("numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox")
+
+
+Step = Callable[..., Any]
+"""A function of layers, and of arrays and caches behind them."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +25,39 @@ class Home:
     Args:
         xp: Its functions, by NumPy's names.
         array: From NumPy to its arrays.
-        prepared: What it does to a function of arrays, layers and caches that is called often.
+        prepared: What it does to a `Step` that is called often.
         numpy: From its arrays to NumPy.
     """
 
     xp: Any
     array: Callable[[np.ndarray], Any]
-    prepared: Callable[[Callable[..., Any]], Callable[..., Any]]
+    prepared: Callable[[Step], Step]
     numpy: Callable[[Any], np.ndarray] = np.asarray
+
+    def of_layers(self, step: Step, layers: Any) -> Callable[..., Any]:
+        """The prepared step, with the layers in it."""
+        return partial(self.prepared(step), layers)
+
+
+class Flax(Home):
+    """Flax: `nnx.jit` would take the layers apart at each call."""
+
+    def of_layers(self, step: Step, layers: Any) -> Callable[..., Any]:
+        """The prepared step, with the layers in it."""
+        from flax import nnx
+
+        structure, state = nnx.split(layers)
+
+        def pure(state: Any, *arguments: Any) -> Any:
+            return step(nnx.merge(structure, state), *arguments)
+
+        return partial(self.prepared(pure), state)
 
 
 def home(name: str) -> Home:
     """The home of that name, its framework imported."""
     if name == "numpy":
-        return Home(np, np.asarray, lambda function: function)
+        return Home(np, np.asarray, lambda step: step)
     if name == "torch":
         import torch
 
@@ -49,13 +73,9 @@ def home(name: str) -> Home:
         return Home(ops, ops.convert_to_tensor, torch.no_grad(), ops.convert_to_numpy)
     import jax
 
-    prepared = jax.jit
-    if name == "flax":
-        from flax import nnx
-
-        prepared = nnx.jit
     if name == "equinox":
         import equinox
 
-        prepared = equinox.filter_jit
-    return Home(jax.numpy, jax.numpy.asarray, prepared)
+        return Home(jax.numpy, jax.numpy.asarray, equinox.filter_jit)
+    kind = Flax if name == "flax" else Home
+    return kind(jax.numpy, jax.numpy.asarray, jax.jit)

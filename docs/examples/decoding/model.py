@@ -40,14 +40,14 @@ def norm(xp: Any, x: Any, scale: Any) -> Any:
 
 
 def forward(
-    xp: Any, weights: Mapping[str, Any], layers: Sequence[Any], hidden: Any, caches: Any = None
+    xp: Any, layers: Sequence[Any], weights: Mapping[str, Any], hidden: Any, caches: Any = None
 ) -> tuple[Any, list[Any]]:
     """The logits of the letters that follow, and the caches that hold these letters, too.
 
     Args:
         xp: The framework's functions, by NumPy's names.
-        weights: The weights around the attention layers, as arrays of the framework.
         layers: The attention layers, one for each block.
+        weights: The weights around them, as arrays of the framework.
         hidden: The letters' embeddings (B, T, WIDTH).
         caches: One for each layer; None: the letters are the whole text.
     """

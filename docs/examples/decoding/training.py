@@ -29,7 +29,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for step, rows in enumerate(map(torch.from_numpy, batches(steps, batch, length)), 1):
-        logits, _ = forward(torch, weights, layers, weights["token"][rows[:, :-1]])
+        logits, _ = forward(torch, layers, weights, weights["token"][rows[:, :-1]])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,17 +51,12 @@ class Writer:
         self.home, self.token = home(name), weights["token"]
         self.weights = {name: self.home.array(value) for name, value in weights.items()}
         self.layers = [anymha.convert(layer, to=name) for layer in layers]
-
-        @self.home.prepared
-        def step(weights: Any, layers: Any, hidden: Any, caches: Any) -> Any:
-            return forward(self.home.xp, weights, layers, hidden, caches)
-
-        self.step = step
+        self.step = self.home.of_layers(partial(forward, self.home.xp), self.layers)
 
     def logits(self, letters: np.ndarray, caches: Any = None) -> tuple[np.ndarray, Any]:
         """The logits (T, vocabulary) behind each of the letters (T,), and the new caches."""
         hidden = self.home.array(self.token[letters][None])
-        logits, caches = self.step(self.weights, self.layers, hidden, caches)
+        logits, caches = self.step(self.weights, hidden, caches)
         return self.home.numpy(logits)[0], caches
 
     def write(self, prompt: np.ndarray, noise: np.ndarray) -> Written:
