@@ -260,7 +260,7 @@ def _prepare_cache(
     read = min(most_of(lengths), size) if eager else None
     in_place = bool(ops.capabilities.writes_in_place) and cache._may_write(known)
     if in_place and not (is_ring and not (one and valid is None)):
-        _clear(ops, cache, known)
+        arrays |= _clear(ops, cache, known)
     elif cache._top():
         cleared = cache._cleared(ops)
         arrays |= {PREFIX + n: getattr(cleared, n) for n in ("keys", "values")}
@@ -345,11 +345,11 @@ def _check_segments(cache: Cache, masks: Mapping[str, Any], source: str) -> None
         )
 
 
-def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> None:
-    """Make slots zero that `truncate` has given up, in the cache's own arrays."""
+def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> dict[str, Array]:
+    """The cache's arrays, zero in slots that `truncate` has given up; its own where it may be."""
     top = cache._top()
     if not top:
-        return
+        return {}
     begin = 0 if cache.window is not None or not known.size else int(known.min())
     positions = slots(ops, cache.keys.shape[2], cache.lengths)
     lengths = ops.reshape(cache.lengths, (-1, 1))
@@ -359,10 +359,14 @@ def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> None:
         ring = ring_positions(ops, cache.keys.shape[2], cache.lengths, cache.lengths)
         there = ring >= ops.reshape(cache.starts, (-1, 1))
     part = ops.reshape(there[..., begin:top], (-1, 1, top - begin, 1))
-    for x in (cache.keys, cache.values):
+    found = {}
+    for name in ("keys", "values"):
+        x = getattr(cache, name)
         zeroed = ops.where(part, x[..., begin:top, :], 0.0)
-        ops.capabilities.write_slots(x, zeroed, begin, True)
-    cache.__dict__["_stale_to"] = 0
+        found[PREFIX + name] = ops.capabilities.write_slots(x, zeroed, begin, True)
+    if all(found[PREFIX + name] is getattr(cache, name) for name in ("keys", "values")):
+        cache.__dict__["_stale_to"] = 0
+    return found
 
 
 def _finisher(
