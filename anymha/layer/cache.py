@@ -36,6 +36,18 @@ class Memory:
         keys: (B, K, S, d_k), normed and turned as the layer's options say.
         values: (B, K, S, d_v).
         key_positions: (1 or B, S) integers, where they were given; else None.
+
+    Raises:
+        ArgumentError: a call has it beside a `value` or a `key`.
+        CacheError: it has not the sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> options = {"query_features": 8, "value_features": 6, "backend": "numpy"}
+        >>> layer = anymha.MultiHeadAttention(2, 4, **options)
+        >>> memory = layer.make_memory(np.ones((1, 5, 6), "float32"))
+        >>> layer(np.ones((1, 1, 8), "float32"), memory=memory).shape
+        (1, 1, 8)
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values", "key_positions")
@@ -74,6 +86,19 @@ class Cache:
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
         max_length: How many positions a row may have.
         window: The layer's `sliding_window`, where the cache is a ring; else None.
+
+    Raises:
+        CacheError: a call has more new positions than a row has room for, or the cache has not the
+            sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> cache = layer.make_cache(batch_size=1, max_length=10)
+        >>> for length in (5, 1, 1):
+        ...     output, cache = layer(np.ones((1, length, 8), "float32"), cache=cache)
+        >>> cache.lengths.tolist(), cache.truncate(6).lengths.tolist()
+        ([7], [6])
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
@@ -123,6 +148,8 @@ class Cache:
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
+        A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
+
         Args:
             lengths: How many positions each row keeps: an int, or integers (B,), none above
                 `self.lengths`.
@@ -140,14 +167,17 @@ class Cache:
         numbers = None if known is None else known_values(ops, wanted)
         starts = None if self.starts is None else known_values(ops, self.starts)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        new.overflowed = ops.logical_and(self.overflowed, wanted > 0)
+        if self.starts is not None:
+            new.starts = ops.where(wanted > 0, self.starts, 0)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
-        wrong = ops.where(self.overflowed, self.overflowed, too_many)
+        wrong = ops.where(new.overflowed, new.overflowed, too_many)
         wrong = ops.where(wanted < 0, wanted < 0, wrong)
         if self.starts is not None and self.window is not None:
             first = wanted - (self.window - 1)
-            lost = self.starts > ops.where(first > 0, first, 0)
+            lost = new.starts > ops.where(first > 0, first, 0)
             wrong = ops.where(lost, lost, wrong)
         new.overflowed = wrong
         kept = ops.where(wanted < 0, 0, wanted)
@@ -160,7 +190,7 @@ class Cache:
         """The truncated cache, where all lengths are known."""
         first = np.zeros_like(wanted)
         if starts is not None and self.window is not None:
-            first = np.where(starts > 0, starts + self.window - 1, 0)
+            first = np.where((starts > 0) & (wanted > 0), starts + self.window - 1, 0)
         _check_truncated(wanted, known, first, self)
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
