@@ -251,7 +251,7 @@ class Stepwise:
         rows, made = _Rows.of(request), self.decoding
         batch, length = rows.valid.shape
         first, outputs = pieces[0], []
-        most = length + DRAFT * (made.truncate is not None)
+        most = length + DRAFT * len(pieces) * (made.truncate is not None)
         if made.join is None:
             cache = self._empty(batch, most)
             output, cache = self._step(rows.part(0, first), cache)

@@ -40,6 +40,13 @@ class Decoded:
         last = np.searchsorted(self.calls, self.calls, side="right") - 1
         return self.places[:, last] + self.valid[:, last]
 
+    @cached_property
+    def rounds(self) -> np.ndarray:
+        """(B, T): how many calls before a column's read something of its row."""
+        count = self.calls[-1] + 1
+        read = np.stack([self.valid[:, self.calls == call].any(1) for call in range(count)], 1)
+        return (np.cumsum(read, axis=1) - read)[:, self.calls]
+
     @property
     def ragged(self) -> bool:
         """Whether there is padding."""
