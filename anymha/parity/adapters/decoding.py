@@ -174,6 +174,13 @@ class Stepwise:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.names = {p.name: p.default is p.empty for p in named[2:]}
 
+    def less(self) -> Iterator[tuple[str, Stepwise]]:
+        """It without each of the functions that it has beside the step, by their names."""
+        for name in ("truncate", "reorder", "join"):
+            if getattr(self.decoding, name) is not None:
+                other = dataclasses.replace(self.decoding, **{name: None})
+                yield name, Stepwise(other, self.weights)
+
     @property
     def mask(self) -> str | None:
         """Its parameter for the padding of a piece."""

@@ -12,6 +12,7 @@ from anymha.errors import AnymhaError
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
 from anymha.parity.adapters.decoding import (
+    Stepwise,
     Whole,
     decoded_request,
     decoding_pair,
@@ -109,7 +110,26 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)
-    return explained(comparison, (one, other))
+    comparison = explained(comparison, (one, other))
+    if isinstance(other, Stepwise) and not comparison.passed:
+        return _with_less(comparison, other)
+    return comparison
+
+
+def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
+    """The comparison with the function of a cache without which the candidate is right."""
+    if comparison.diagnosis is not None and comparison.diagnosis.explained:
+        return comparison
+    request, (first, _) = comparison.request, comparison.traces
+    for name, other in candidate.less():
+        traces = first, _traced("candidate", other, request, None)
+        one, two = settle_padding(request, traces, None)
+        one = dataclasses.replace(one, scores=None)
+        if outputs_alone(request, one, two).passed:
+            fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
+            diagnosis = Diagnosis.certain(f"wrong with `{name}`", "output", fix)
+            return dataclasses.replace(comparison, diagnosis=diagnosis)
+    return comparison
 
 
 def _explained_by_calls(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -107,8 +108,9 @@ def _overwritten(recipe: Recipe, facts: Decoded) -> Variants:
         block = np.maximum(np.minimum(facts.begins, size - count), 0) + index
         yield (f"{words}, a call that does not fit is written over the last slots",
                in_slots(recipe, facts, block, places, size))  # fmt: skip
-        yield (f"{words}, what does not fit is lost",
-               in_slots(recipe, facts, np.where(places < size, places, -1), places, size))  # fmt: skip
+        fitting = np.where(places < size, places, -1)
+        yield f"{words}, what does not fit is lost", in_slots(
+            recipe, facts, fitting, places, size)  # fmt: skip
         if recipe.window is None:
             held = facts.valid[:, None] & past(facts)
             held = held & (places[:, None] >= facts.ends[..., None] - size)
@@ -128,8 +130,10 @@ def _in_slots(
                 yield words + hidden + detail, in_slots(
                     recipe, facts, slots, last, empty=empty, by_slot=by_slot)  # fmt: skip
         if "rotary" in recipe.options:
-            both = {"positions": _given(recipe, last, facts.places),
-                    "key_positions": _given(recipe, slots, facts.places)}  # fmt: skip
+            both: dict[str, Any] = {
+                "positions": _given(recipe, last, facts.places),
+                "key_positions": _given(recipe, slots, facts.places),
+            }
             for hidden, empty in (("", True), (", empty slots are hidden", False)):
                 yield f"{words}{hidden}, and positions are slots", in_slots(
                     recipe, facts, slots, last, empty=empty, **both)  # fmt: skip
@@ -288,16 +292,18 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
     if "rotary" not in recipe.options:
         return
     places, every = facts.places, np.ones_like(facts.calls, bool)
-    yield "once more as they are read", keys_turned(recipe, facts, partial(_of_call, recipe, facts, 2 * places, every))  # fmt: skip
+    for words, other in {
+        "once more as they are read": 2 * places,
+        "held without rotation": np.zeros_like(places),
+        "held without rotation, and turned by the slots of a call": places - facts.begins,
+    }.items():
+        yield words, keys_turned(recipe, facts, partial(_of_call, recipe, facts, other, every))
 
     def each(call: int) -> np.ndarray:
         times = facts.rounds[:, facts.calls == call][:, :1] - facts.rounds
         return _given(recipe, places * (1 + np.maximum(times, 0)), places)
 
     yield "again in each call", keys_turned(recipe, facts, each)
-    yield "held without rotation", keys_turned(recipe, facts, partial(_of_call, recipe, facts, np.zeros_like(places), every))  # fmt: skip
-    index = places - facts.begins
-    yield "held without rotation, and turned by the slots of a call", keys_turned(recipe, facts, partial(_of_call, recipe, facts, index, every))  # fmt: skip
 
     def lengths(call: int) -> np.ndarray:
         end = facts.ends[:, facts.calls == call][:, :1]
@@ -324,7 +330,8 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
                  ", whose window is not looked at": before & held,
                  ", all of which a call sees": free & (places[:, None] < ends) & held,
                  ", which calls see as it was before them": near & (~old | kept),
-                 ", whose window is not looked at, and the call": before & (~old | kept)}  # fmt: skip
+                 ", whose window is not looked at, and the call": before & (~old | kept),
+                 }  # fmt: skip
         for detail, seen in later.items():
             yield words + detail, seeing(recipe, seen)
             yield f"{words}{detail}, in calls behind the first", seeing(
@@ -391,8 +398,10 @@ def _placed(recipe: Recipe, facts: Decoded, words: str, counted: np.ndarray) -> 
     if not recipe.options.keys() & {"rotary", "alibi"}:
         return
     other = _given(recipe, counted, facts.places)
-    for said, names in (("", ("positions", "key_positions")), (", of queries alone", ("positions",)),
-                        (", of keys alone", ("key_positions",))):  # fmt: skip
+    both = "positions", "key_positions"
+    for said, names in (
+        ("", both), (", of queries alone", both[:1]), (", of keys alone", both[1:])
+    ):  # fmt: skip
         yield words + said, recipe.but(**dict.fromkeys(names, other))
 
 
@@ -452,12 +461,12 @@ MISTAKES: tuple[Row, ...] = (
      "refuse what does not fit: nothing is clamped to the last slot.", _overwritten),
     ("cache written off by one", "Write the first new position of row b at lengths[b], read before "
      "the call.", _off_by_one),
-    ("mask of another row", "Each row has a mask and a length of its own: do not take those of row "
-     "0 for the batch.", _row_zero),
     ("position from the batch's longest row", "Count positions from lengths[b], the row's own, not "
      "from the greatest length of the batch.", _longest),
     ("padding held", "Write the valid positions of a row one behind the other, or hide the others "
      "in all calls that follow; padding has no position.", _padding),
+    ("mask of another row", "Each row has a mask and a length of its own: do not take those of row "
+     "0 for the batch.", _row_zero),
     ("rotation after the join", "Keys are rotated once, as they are written: join caches as they "
      "are.", _joined),
     ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "

@@ -6,6 +6,7 @@ Arrays of pairs are booleans (B, T, T), queries before keys, in the columns of t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def right(recipe: Recipe, facts: Decoded) -> np.ndarray:
 
 
 def seeing(
-    recipe: Recipe, seen: np.ndarray, empty: np.ndarray | None = None, **changes: object
+    recipe: Recipe, seen: np.ndarray, empty: np.ndarray | None = None, **changes: Any
 ) -> Recipe:
     """The recipe whose queries see these pairs, and slots (B, T, C) that are empty.
 
@@ -81,7 +82,7 @@ def in_slots(
     size: int | None = None,
     empty: bool = True,
     by_slot: str | None = "keys",
-    **changes: object,
+    **changes: Any,
 ) -> Recipe:
     """The recipe of a cache whose keys are written into other slots.
 
@@ -180,30 +181,50 @@ def of_rows(
         keys: Whether keys are read from there.
         values: Whether values are.
     """
-    column = np.full(facts.valid.shape, -1)  # [B, T] that stands there in the other row
-    for row, other in enumerate(source):
-        theirs = np.flatnonzero(facts.valid[other] & ((facts.calls == call) | (call is None)))
-        place = facts.places[row]
-        fits = place < len(theirs)
-        column[row, fits] = theirs[place[fits]]
     pairs = cached(facts) & ((facts.calls == call) | (call is None))
-    there = (column >= 0)[:, None] & pairs & (facts.calls[column][:, None] < facts.calls[:, None])
-    rows = source[:, None]
+    rows, read = source[:, None], dict[int, np.ndarray]()
+    for now in range(1, facts.calls[-1] + 1):
+        held = facts.valid & (facts.calls < now) & ((facts.calls == call) | (call is None))
+        read[now] = _standing(recipe, facts, source, held)
 
     def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
-        theirs = logits_by(recipe, {**stages, "key": stages["key"][rows, column]})
-        theirs = np.where(there[:, None], theirs, 0.0)
-        return np.where(pairs, theirs, logits_by(recipe, stages))
+        array = logits_by(recipe, stages)
+        for now, column in read.items():
+            at = facts.calls == now
+            theirs = {"query": stages["query"][:, at], "key": stages["key"][rows, column]}
+            theirs = np.where((column >= 0)[:, None, None], logits_by(recipe, theirs), 0.0)
+            array[:, :, at] = np.where(pairs[at], theirs, array[:, :, at])
+        return array
 
     def context(recipe: Recipe, stages: Arrays) -> np.ndarray:
         shares = stages["dropped_probabilities"]
-        mine = context_by(recipe, {**stages, "dropped_probabilities": shares * ~pairs})
-        theirs = {**stages, "value": stages["value"][rows, column]}
-        shares = shares * there[:, None]
-        return mine + context_by(recipe, {**theirs, "dropped_probabilities": shares})
+        array = context_by(recipe, {**stages, "dropped_probabilities": shares * ~pairs})
+        for now, column in read.items():
+            at = facts.calls == now
+            part = shares[:, :, at] * (pairs[at] & (column >= 0)[:, None, None])
+            theirs = {"value": stages["value"][rows, column], "dropped_probabilities": part}
+            array[:, at] += context_by(recipe, theirs)
+        return array
 
     wrong = recipe.stepping("logits", logits) if keys else recipe
     return wrong.stepping("context", context) if values else wrong
+
+
+def _standing(recipe: Recipe, facts: Decoded, source: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """(B, T): the column that stands in each one's slot in another row; -1: none.
+
+    `held` (B, T) are the columns that the cache holds. A window's cache is a ring.
+    """
+    column = np.full(facts.valid.shape, -1)
+    for row, other in enumerate(source):
+        theirs = np.flatnonzero(held[other])
+        place = facts.places[row]
+        if recipe.window is not None and theirs.size:
+            last = len(theirs) - 1
+            place = last - (last - place) % recipe.window
+        fits = (place >= 0) & (place < len(theirs))
+        column[row, fits] = theirs[place[fits]]
+    return column
 
 
 def of_rows_and_lengths(recipe: Recipe, facts: Decoded, source: np.ndarray) -> Recipe:
@@ -246,8 +267,9 @@ def keys_turned(recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarr
     def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
         array = logits_by(recipe, stages)
         for call, keys in enumerate(turned):
-            theirs = logits_by(recipe, {**stages, "key": keys})
-            array = np.where((facts.calls == call)[:, None], theirs, array)
+            at = facts.calls == call
+            theirs = {"query": stages["query"][:, at], "key": keys}
+            array[:, :, at] = logits_by(recipe, theirs)
         return array
 
     step: Step = logits
