@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from anymha.public import (
         AnymhaError,
         AttentionConfig,
+        Cache,
+        Memory,
         MultiHeadAttention,
         QueryKeyNorm,
         Rotary,
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         find_layers,
         from_canonical,
         get_weights,
+        join_caches,
         layouts,
         load,
         merge_attention,
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AnymhaError",
     "AttentionConfig",
+    "Cache",
+    "Memory",
     "MultiHeadAttention",
     "QueryKeyNorm",
     "Rotary",
@@ -42,6 +47,7 @@ __all__ = [
     "find_layers",
     "from_canonical",
     "get_weights",
+    "join_caches",
     "layouts",
     "load",
     "merge_attention",

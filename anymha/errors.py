@@ -46,6 +46,10 @@ class ShapeError(AnymhaError, ValueError):
     """An array does not have the shape that the call needs."""
 
 
+class CacheError(AnymhaError, ValueError):
+    """A cache cannot be made so, has no room for a call, or does not hold what is asked for."""
+
+
 class DtypeError(AnymhaError, TypeError):
     """An array does not have the dtype that the call needs."""
 

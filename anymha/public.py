@@ -24,11 +24,14 @@ from anymha.interchange.files.paths import as_path
 from anymha.interchange.homes import MultiHeadAttention
 from anymha.interchange.layers import convert, get_weights, set_weights
 from anymha.interchange.layouts import from_canonical, layouts, to_canonical
+from anymha.layer.cache import Cache, Memory, join_caches
 from anymha.options.config import AttentionConfig
 
 __all__ = [
     "AnymhaError",
     "AttentionConfig",
+    "Cache",
+    "Memory",
     "MultiHeadAttention",
     "QueryKeyNorm",
     "Rotary",
@@ -39,6 +42,7 @@ __all__ = [
     "find_layers",
     "from_canonical",
     "get_weights",
+    "join_caches",
     "layouts",
     "load",
     "merge_attention",

@@ -34,6 +34,7 @@ RAISING = [
     not in (
         *FUNCTIONS,
         "eager_loop",
+        "writes_in_place",
         "fused_window",
         "fused_sinks",
         "initializer_style",

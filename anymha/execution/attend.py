@@ -110,6 +110,13 @@ def _with_lse(
     return context, scores, lse
 
 
+def context_of(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array]) -> Array:
+    """The context (B, H, T, d_v) of arrays that have their heads first, as `formula` takes them."""
+    if path.kernel == "fused":
+        return _fused(ops, spec, path, arrays)
+    return written(ops, spec, path, arrays)["context"]
+
+
 def _fused(ops: Ops, spec: AttentionSpec, path: Path, arrays: Mapping[str, Array]) -> Array:
     own = spec.dropout is not None and not spec.dropout.native  # which has its own tiles
     if not own and (path.tiles or not path.causal_kernel):

@@ -45,6 +45,14 @@ class Capabilities:
             function, compiled; for backends whose single functions are slow. One program may serve
             calls of several lengths that have at most so many pairs of a query and a key,
             B * T * S: all their logits are few enough to be held at a time.
+        has_values: ``has_values(x)``: whether `to_numpy` can say the values of `x` now: not where
+            a compiler or a transformation runs the program.
+        write_slots: ``write_slots(storage, new, slot, in_place)`` is `storage` (B, K, C, d) with
+            `new` (B, K, T, d) in T slots of each row, from `slot` on, an int or int32 integers
+            (B,); all are below C. With `in_place` it may write into `storage`.
+        writes_in_place: Whether `write_slots` does so.
+        choose: ``choose(index, functions, arrays)`` is ``functions[index](arrays)`` of an int32
+            scalar, in one program that runs the chosen function alone.
         resized: ``resized(x, shape)`` is `x`, maybe NumPy's, as an array with more or fewer places
             at the end of each axis, the new ones zero, made without compiling; None where `x` is
             traced, or where that would cost more than a call. For backends that compile a program
@@ -101,6 +109,10 @@ class Capabilities:
     is_tracing: Callable[[], bool] | None = None
     constants: Function | None = None
     compile: Function | None = None
+    has_values: Callable[[Array], bool] | None = None
+    write_slots: Function | None = None
+    writes_in_place: bool = False
+    choose: Function | None = None
     resized: Function | None = None
     seed_array: Callable[[int], Array] | None = None
     draw_seed_like: Callable[[Array, bool], Any] | None = None

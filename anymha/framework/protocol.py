@@ -3,9 +3,10 @@
 A backend is a module of functions; no class, no inheritance. Functions of the Python array API
 standard (2024.12) have its names and are called as it says; what it lets one name or place, the
 core places. Of an array object the core uses only ``+ - * /`` and comparisons, with an array or a
-number on the right, ``.shape``, ``.dtype``, and slices of the form ``x[..., a:b]``. Products and
-sums of int32 wrap. Half precision reaches only `astype` and the conversions, unless the backend has
-the capability `multiplies`: the core computes it in float32.
+number on the right, ``.shape``, ``.dtype``, and slices of the forms ``x[..., a:b]`` and
+``x[..., a:b, :]``. Products and sums of int32 wrap. Half precision reaches only `astype`, `gather`,
+`concat`, `where`, slices and the conversions, unless the backend has the capability `multiplies`:
+the core computes it in float32.
 
 References:
     Consortium for Python Data API Standards, "Python array API standard", v2024.12.
@@ -61,6 +62,8 @@ class Ops(Protocol):
     def bitwise_and(self, x1: Array, x2: Any, /) -> Array: ...
     def bitwise_xor(self, x1: Array, x2: Any, /) -> Array: ...
     def bitwise_right_shift(self, x1: Array, x2: Any, /) -> Array: ...
+    def remainder(self, x1: Array, x2: Any, /) -> Array: ...
+    def argsort(self, x: Array, /, *, axis: int) -> Array: ...
 
     # --- beyond the standard -------------------------------------------------------------------
     def is_array(self, x: Any, /) -> bool:
@@ -73,6 +76,13 @@ class Ops(Protocol):
 
     def device(self, x: Array, /) -> Any:
         """What `arange` and `asarray` take as ``device`` to make an array beside `x`, or None."""
+        ...
+
+    def gather(self, x: Array, indices: Array, /, *, axis: int) -> Array:
+        """Of each member b of the first axis the places ``indices[b]`` along `axis`, not the first.
+
+        `indices` are integers (B, N), none below 0 or past the end.
+        """
         ...
 
     def dtype(self, name: str, /) -> Any:

@@ -159,6 +159,21 @@ class Tape:
         value = self.ops.broadcast_to(plain(x), shape)
         return self._unary(x, value, lambda g: self._summed(g, x))
 
+    def gather(self, x: Any, indices: Array, /, *, axis: int) -> Any:
+        ops, own = self.ops, self.shape(x)
+        axes = (0, axis, *(i for i in range(1, len(own)) if i != axis))
+        back = tuple(axes.index(i) for i in range(len(own)))
+
+        def pull(g: Array) -> Array:  # each place gets the sum of what was taken from it
+            g = ops.permute_dims(g, axes)
+            batch, count, *rest = ops.shape(g)
+            places = ops.reshape(ops.arange(0, own[axis], dtype=ops.int32), (1, -1, 1))
+            taken = ops.astype(places == ops.reshape(indices, (batch, 1, count)), g.dtype)
+            summed = ops.matmul(taken, ops.reshape(g, (batch, count, -1)))
+            return ops.permute_dims(ops.reshape(summed, (batch, own[axis], *rest)), back)
+
+        return self._unary(x, ops.gather(plain(x), indices, axis=axis), pull)
+
     def abs(self, x: Any, /) -> Any:
         ops, own = self.ops, plain(x)
         sign = ops.where(own < 0, -1.0, ops.where(own > 0, 1.0, own))

@@ -25,6 +25,7 @@ class Kind(Enum):
     SEGMENTS = "segments"
     OFFSET = "offset"
     SEED = "seed"
+    CACHE = "cache"
 
 
 _TYPES = {
@@ -35,6 +36,7 @@ _TYPES = {
     Kind.SEGMENTS: "Array | None",
     Kind.OFFSET: "int | Array",
     Kind.SEED: "int | Array | None",
+    Kind.CACHE: "Cache | None",
 }
 """The types of arguments by kind; a flag's follows from its default."""
 
@@ -137,6 +139,17 @@ ARRAYS = (
 )  # fmt: skip
 
 OPTIONS = (
+    CallArgument(
+        "cache", Kind.CACHE,
+        "A `Cache` of `make_cache`: the positions of `query` are appended to it, those alone that "
+        "`value_mask` (B, T) keeps, and each sees what stands at or before it. `attention_mask` "
+        "and `attention_bias` have an axis of the cache's `max_length` positions for S.",
+    ),
+    CallArgument(
+        "memory", Kind.CACHE,
+        "A `Memory` of `make_memory`, in the place of `value` and `key`; or the `Cache` of another "
+        "layer, to which that has appended these positions.",
+    ),
     CallArgument(
         "return_attention_scores", Kind.FLAG, "Whether to return the probabilities too.",
         default=False,

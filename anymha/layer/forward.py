@@ -21,7 +21,7 @@ from anymha.attention.dropout import draw_seed as draw_seed_for
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
 from anymha.attention.spec import AttentionSpec
-from anymha.errors import ShapeError
+from anymha.errors import CacheError, ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.framework.protocol import Array, Dim, Ops
@@ -29,8 +29,28 @@ from anymha.framework.shapes import product
 from anymha.layer.activity import Activity
 from anymha.layer.arguments import ARRAYS, OPTIONS
 from anymha.layer.axes import PLAIN, unfold
+from anymha.layer.cache import Memory
+from anymha.layer.cached import (
+    PREFIX,
+    HeldCall,
+    Holding,
+    arranged,
+    placed,
+    prepare,
+    sizes_read,
+    traced,
+)
+from anymha.layer.cached import inputs as inputs_of
 from anymha.layer.call_shape import CallShape
-from anymha.layer.checks import check_offset, check_seed, unpack_inputs
+from anymha.layer.checks import (
+    check_arrays,
+    check_inputs,
+    check_masks,
+    check_offset,
+    check_seed,
+    unpack_inputs,
+)
+from anymha.layer.decoding import keep_step, next_step
 from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import (
@@ -39,6 +59,8 @@ from anymha.layer.plan import (
     PlannedCall,
     Plans,
     WeightsKind,
+    held_path,
+    make_plan,
     plan_call,
     plan_lengths,
 )
@@ -113,26 +135,42 @@ def multi_head_attention(
     """
     if isinstance(query, (list, tuple)):
         query, value, key = unpack_inputs(query, value, key)
+    cache = call.get("cache") if call else None
+    if (
+        cache is not None and len(call) == 1 and value is None is key and observe is None
+        and plans is not None and plans.step is not None and type(weights) is Projections
+    ):  # fmt: skip
+        found = next_step(ops, plans, config, weights, query, cache)
+        if found is not None:
+            return found
+    given = value, key
     value = query if value is None else value
     inputs = (query, value, value if key is None else key)
     masks: dict[str, Any] = {}
     flags, offset, seed, draw_seed = PLAIN_CALL, 0, None, None
+    held = None
     if call or observe is not None:
         flags, offset, seed, draw_seed = _read_call(ops, config, call, masks, observe)
 
     if masks and ops.capabilities.constants is not None:
         masks = ops.capabilities.constants(query, masks)
 
+    if cache is not None or call.get("memory") is not None:
+        held = prepare(ops, config, query, given, masks, call)
+        flags, offset, inputs = flags._replace(held=held.held), held.offset, (query,) * 3
+        value = query
     projections: Any = weights if type(weights) is Projections else None
     kind = _kind_of(config, weights) if projections is None else projections.kind
-    planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
+    if held is not None and held.held.source != "own":
+        kind = kind._replace(widths=(kind.widths[0], None, None))
+    planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute, held)
     if type(offset) is not int:
         check_offset(ops, offset, planned.shape.folded[0])
     if projections is None and not isinstance(weights, Mapping):
         weights = cast(Any, weights)([array.shape[-1] for array in cast(Any, inputs)])
         projections = weights if type(weights) is Projections else None
         kind = _kind_of(config, weights) if projections is None else projections.kind
-        planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute)
+        planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute, held)
     if not flags.dropping:
         seed = None
     elif draw_seed is not None:
@@ -156,6 +194,12 @@ def multi_head_attention(
         arrays["key"] = inputs[2]
     if masks:
         arrays |= masks
+    if held is not None:
+        arrays |= held.arrays
+        results, stored = _run_held(planned, arrays, projections, held, seed, observe)
+        if plans is not None and cache is not None:
+            keep_step(plans, planned, projections, query, cache, held)
+        return held.finish(results, stored)
     if plan.run is not None and projections is None and not paths.explaining:
         lengths = planned.shape.folded
         if plan.varying is not None and not plan.varying.has_own(lengths):
@@ -180,6 +224,27 @@ def multi_head_attention(
 
 
 PLAIN_CALL = Flags()
+
+
+def _run_held(
+    planned: PlannedCall,
+    arrays: dict[str, Array],
+    projections: Projections | None,
+    held: HeldCall,
+    seed: Any,
+    observe: Observer | None,
+) -> tuple[Any, Mapping[str, Array]]:
+    """What a call that has a cache or a memory gives, and the arrays of the new cache."""
+    plan, ops = planned.plan, planned.plan.ops
+    if plan.run is not None and projections is None and not paths.explaining:
+        return plan.run(arrays | _as_arrays(ops, 0, seed))
+    if seed is not None and ops.is_array(seed):
+        arrays["seed"] = seed
+    if plan.double and projections is None:
+        return ops.in_float64(
+            lambda arrays: _execute(planned, arrays, None, 0, seed, observe, held), arrays
+        )
+    return _execute(planned, arrays, projections, 0, seed, observe, held)
 
 
 def _read_call(
@@ -261,6 +326,10 @@ def _compute(plan: Plan, arrays: Mapping[str, Array]) -> Any:
     inputs = (query, value, key)
     masks = {name: array for name, array in arrays.items() if name in _MASKS}
     offset, seed = arrays.get("query_offset", 0), arrays.get("seed")
+    if plan.flags.held is not None:
+        held = traced(plan.flags.held, arrays)
+        planned = plan_lengths(plan, inputs, masks, held.offset, held)
+        return _execute(planned, arrays, None, 0, seed, None, held)
     planned = plan_lengths(plan, inputs, masks, offset)
     return _execute(planned, arrays, None, offset, seed, None)
 
@@ -272,6 +341,7 @@ def _execute(
     offset: Any,
     seed: Any,
     observe: Observer | None,
+    held: HeldCall | None = None,
 ) -> Any:
     """What the call returns: output, scores, activity penalty, as far as asked for.
 
@@ -282,9 +352,13 @@ def _execute(
         offset: Position of the first query among the keys, where it is an int.
         seed: Seed of the dropout, where it is an int.
         observe: Receives the name and the value of each stage; None for no observer.
+        held: The call's cache or memory: what is returned is that, and the cache's new arrays.
     """
     plan, shape, path = planned
     ops, flags, spec = plan.ops, plan.flags, plan.spec
+    stored: dict[str, Array] = {}
+    if held is not None and "cache_valid" in arrays:
+        arrays = arranged(ops, arrays, shape.folded[1])
     offset, seed = arrays.get("query_offset", offset), arrays.get("seed", seed)
     if flags.dropping or type(offset) is not int or offset:
         spec = _completed(ops, spec, offset, seed)
@@ -301,11 +375,15 @@ def _execute(
         if plan.double:  # a projection that is called has a dtype and a state of its own
             within = ops.in_float64
 
+    read_inputs = _inputs if held is None else _held_inputs
     if within is None:
-        query, key, value, mask, bias = _inputs(plan, shape, arrays)
+        query, key, value, mask, bias = read_inputs(plan, shape, arrays)
     else:
-        query, key, value, mask, bias = within(partial(_inputs, plan, shape), arrays)
-    if of_rows:
+        query, key, value, mask, bias = within(partial(read_inputs, plan, shape), arrays)
+    if held is not None and held.held.source != "own":
+        heads = _queries_alone(plan, shape, functions, query, project, of_rows)
+        query = _rows(ops, query, query, query)[0] if of_rows else query
+    elif of_rows:
         query, key, value = _rows(ops, query, key, value)
         heads = {
             "query": ops.reshape(functions["query"](query), shape.query_heads),
@@ -327,20 +405,24 @@ def _execute(
     if spec.features:
         own = plan.config.feature_weights
         heads |= {name: arrays[name] for name in own if name in arrays}
-    if plan.config.counts_positions:
+    if held is not None:
+        heads |= {name: x for name, x in arrays.items() if name in _HELD or _is_held(name)}
+    elif plan.config.counts_positions:
         heads |= shape.positions(ops, arrays, spec.position_mask.offset, arrays["query"])
-    if "segment_ids" in arrays:
+    if "segment_ids" in arrays and held is None:
         heads["segment_ids"], heads["key_segment_ids"] = shape.segments(ops, arrays)
     if mask is not None:
         heads["mask"] = mask
     if bias is not None:
         heads["bias"] = bias
-    if within is None:
-        context, scores = _attention(plan, spec, path, flags.scores, observe, heads)
-    else:
-        attention = partial(_attention, plan, spec, path, flags.scores, observe)
-        context, scores = within(attention, heads)
-    del heads
+    attention: Any = partial(_attention, plan, spec, path, flags.scores, observe)
+    if held is not None:
+        attention = partial(_held_attention, planned, spec, held, observe)
+    found = attention(heads) if within is None else within(attention, heads)
+    context, scores = found[:2]
+    if held is not None:
+        stored = found[2]
+    del heads, found
     if of_rows:
         output = functions["output"](ops.reshape(context, (-1, plan.context_width)))
         output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
@@ -352,15 +434,219 @@ def _execute(
             observe("output", seen)
         if activity is not None:
             activity.see("output", seen)
-    if activity is None and plan.axes is PLAIN and output.dtype == plan.result:
+    if held is not None:
+        lost, back = stored.pop("lost", None), arrays.get("cache_back")
+        output, scores = placed(ops, output, scores, lost, back)
+    elif activity is None and plan.axes is PLAIN and output.dtype == plan.result:
         if scores is None:
             return output
         if not plan.narrow:  # where it is, scores are wider
             return output, scores
     results = {"output": output} if scores is None else {"output": output, "scores": scores}
     if within is None:
-        return _results(plan, shape, activity, arrays, results)
-    return within(partial(_results, plan, shape, activity, arrays), results)
+        results = _results(plan, shape, activity, arrays, results)
+    else:
+        results = within(partial(_results, plan, shape, activity, arrays), results)
+    return results if held is None else (results, stored)
+
+
+_HELD = frozenset({"positions", "key_positions", "segment_ids", "memory_mask"})
+"""Arrays of a call that mean something else where there is a cache or a memory."""
+
+
+def _is_held(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def _held_inputs(
+    plan: Plan, shape: CallShape, arrays: Mapping[str, Array]
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """As `_inputs`, for a call that has a cache or a memory; mask and bias are as it has them."""
+    ops = plan.ops
+    query = arrays["query"] if plan.as_given else _real(plan, arrays["query"])
+    query, source, mask = inputs_of(ops, arrays, query)
+    bias = arrays.get("attention_bias")
+    if "attention_mask" in arrays:
+        own = shape.fold_mask(ops, "attention_mask", arrays["attention_mask"])
+        mask = all_of(ops, [mask, own])
+    if bias is not None:
+        bias = cast_to(ops, cast_to(ops, bias, plan.compute_dtype), plan.working)
+    return query, source, source, mask, bias
+
+
+def _queries_alone(
+    plan: Plan, shape: CallShape, functions: Any, query: Array, project: Any, of_rows: bool
+) -> dict[str, Array]:
+    """The projected queries (B, T, H, d_k) of a call whose keys are there already."""
+    if not of_rows:
+        return {"query": project(plan, functions, "query", query, shape.query_heads)}
+    rows = plan.ops.reshape(query, (-1, query.shape[-1]))
+    return {"query": plan.ops.reshape(functions["query"](rows), shape.query_heads)}
+
+
+def make_memory(
+    ops: Ops,
+    config: AttentionConfig,
+    weights: Weights | Projections,
+    value: Array,
+    key: Array | None,
+    key_positions: Array | None,
+) -> Memory:
+    """Keys and values of another sequence, projected once.
+
+    Args:
+        ops: The backend of the arrays.
+        config: The layer's options.
+        weights: Canonical weights, or projections that are called.
+        value: (B, S, D_v) floating.
+        key: (B, S, D_k) floating; default `value`.
+        key_positions: (S,) or (B, S) integers, the keys' positions; default their index.
+
+    Raises:
+        AnymhaError: as `multi_head_attention` says.
+    """
+    key = value if key is None else key
+    positions = {} if key_positions is None else {"key_positions": key_positions}
+    check_arrays(ops, {"value": value, "key": key, **positions})
+    projections = weights if type(weights) is Projections else None
+    kind = _kind_of(config, weights) if projections is None else projections.kind
+    _, of_value, of_key = kind.widths
+    axes = check_inputs(config, key, value, key, (of_key, of_value, of_key))
+    if axes is not PLAIN:
+        raise CacheError(
+            "A memory needs inputs (B, S, D) and a layer that attends over one axis. Received: "
+            f"`value` of shape {tuple(value.shape)}, attention_axes={config.attention_axes}."
+        )
+    batch, length = ops.shape(value)[:2]
+    check_masks(positions, (batch,), config.num_heads, (length,), (length,))
+    plan = make_plan(ops, config, kind, (value, value, key), PLAIN_CALL, axes)
+    functions: Any = cast(Weights, weights)
+    project: Any = _computed
+    of_rows = False
+    arrays: dict[str, Array] = {"value": value, "key": key, **positions}
+    if projections is None:
+        arrays |= cast(Weights, weights)
+    else:
+        project, functions, of_rows = _called, projections.functions, projections.of_rows
+        arrays |= projections.weights or {}
+
+    def projected(arrays: Mapping[str, Array], name: str) -> Array:
+        shape = (batch, length, *plan.heads[name])
+        x = _real(plan, arrays[name])
+        if of_rows:
+            rows = ops.reshape(x, (-1, x.shape[-1]))
+            return ops.reshape(functions[name](rows), shape)
+        return project(plan, arrays if projections is None else functions, name, x, shape)
+
+    def turned(arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        own = _weights_of_features(plan, arrays)
+        key, features = arrays["key"], plan.spec.features
+        if features and not any(feature.depends_on_length for feature in features):
+            places = own.get("key_positions")
+            if places is None:
+                places = ops.arange(0, length, dtype=ops.int32, device=ops.device(key))
+            places = places if len(places.shape) == 2 else ops.reshape(places, (1, -1))
+            own |= {"positions": places, "key_positions": places}
+            shape = (batch, length, config.num_heads, config.key_dim)
+            unused = ops.broadcast_to(key[..., :1, :], shape)
+            for feature in features:
+                unused, key = feature.heads(ops, unused, key, own)
+        heads_first = (0, 2, 1, 3)
+        return ops.permute_dims(key, heads_first), ops.permute_dims(arrays["value"], heads_first)
+
+    def both(arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        heads = {name: projected(arrays, name) for name in ("key", "value")}
+        return turned({**arrays, **heads})
+
+    if not plan.double:
+        keys, values = both(arrays)
+    elif projections is None:
+        keys, values = ops.in_float64(both, arrays)
+    else:
+        heads = {name: projected(arrays, name) for name in ("key", "value")}
+        keys, values = ops.in_float64(turned, {**arrays, **heads})
+    if key_positions is not None and len(key_positions.shape) == 1:
+        key_positions = ops.reshape(key_positions, (1, -1))
+    return Memory(keys, values, key_positions)
+
+
+def _of_the_size(
+    planned: PlannedCall, call: HeldCall, holding: Holding, sizes: Any, masks: Any, attended: Any
+) -> Array:
+    """The context, of as few slots as hold what is seen, in a program for all lengths."""
+    plan, shape, _ = planned
+    ops = plan.ops
+    if not isinstance(sizes, tuple):  # a length that the program finds
+        return attended(sizes, held_path(plan, shape, masks, call, sizes))[0]
+    index, counts = 0, sizes[:-1]
+    reached = ops.max(holding.new_lengths, axis=0, keepdims=False)
+    for count in counts:
+        index = ops.astype(reached > count, ops.int32) + index
+    functions = [
+        lambda _, size=size: attended(size, held_path(plan, shape, masks, call, size))[0]
+        for size in sizes
+    ]
+    choose: Any = ops.capabilities.choose
+    return choose(index, functions, {})
+
+
+def _held_attention(
+    planned: PlannedCall,
+    spec: AttentionSpec,
+    call: HeldCall,
+    observe: Observer | None,
+    heads: Mapping[str, Array],
+) -> tuple[Array, Array | None, dict[str, Array]]:
+    """As `_attention`, for a call that has a cache or a memory; and the cache's new arrays."""
+    plan, _, path = planned
+    ops, with_scores = plan.ops, plan.flags.scores
+    own = _weights_of_features(plan, heads) if spec.features else dict(heads)
+    names = ("query", "key", "value")
+    query, key, value = (heads.get(name) for name in names)
+    # A cache holds what is projected in its own dtype; what is seen of it is computed in this.
+    holding = Holding(ops, call.held, spec, own, cast(Any, query), key, value, call.start)
+    masks = {n: own[n] for n in ("segment_ids",) if n in own}
+    masks |= {n: own[n] for n in ("mask",) if n in own}
+
+    def attended(read: Any, path: paths.Path) -> tuple[Array, Array | None]:
+        view = holding.view(read)
+        query, key, value = view.query, view.key, view.value
+        if plan.narrow and not path.narrow:
+            query, key, value = (ops.astype(x, plan.working) for x in (query, key, value))
+        mask = all_of(ops, [view.mask, own.get("mask")])
+        bias = own.get("bias") if view.bias is None else view.bias
+        if view.bias is not None:
+            bias = cast_to(ops, cast_to(ops, bias, plan.compute_dtype), plan.working)
+        tiled = None
+        if spec.features:
+            arrays = {**holding.arrays, "key_positions": view.key_positions}
+            tiled = {}
+            for feature in spec.features:
+                tiled |= feature.tiled(ops, arrays, query)
+        if observe is not None:
+            for name, x in {"query": query, "key": key, "value": value}.items():
+                observe(name, x)
+        context, scores, _ = attend(
+            ops, view.spec, path, query, key, value, mask, bias, observe, with_scores, tiled,
+            view.segments,
+        )  # fmt: skip
+        return context, None if scores is None else holding.scores(scores)
+
+    sizes = sizes_read(ops, call, holding, with_scores or observe is not None)
+    if sizes is None:
+        context, scores = attended(call.read, path)
+    else:
+        context, scores = _of_the_size(planned, call, holding, sizes, masks, attended), None
+    for feature in spec.features:
+        context = feature.context(ops, context, own)
+    if observe is not None:
+        observe("context", context)
+    if plan.narrow and context.dtype != plan.carried:
+        context = ops.astype(context, plan.carried)
+    stored = dict(holding.stored)
+    if holding.lost is not None:
+        stored["lost"] = holding.lost
+    return context, scores, stored
 
 
 def _inputs(

@@ -22,6 +22,8 @@ from anymha.framework.protocol import Array, Dim
 from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
 from anymha.layer.arguments import BY_NAME, call_documentation, call_parameters
+from anymha.layer.cache import Cache, Memory, make_cache
+from anymha.layer.forward import make_memory
 from anymha.layer.plan import Plans
 from anymha.layer.weights import (
     NAMES,
@@ -55,6 +57,8 @@ class CallOptions(TypedDict, Generic[A], total=False):
     use_causal_mask: bool
     query_offset: Any
     seed: Any
+    cache: Cache | None
+    memory: Memory | Cache | None
 
 
 def takes_options(
@@ -243,6 +247,56 @@ class NativeLayer:
             WeightsError: names or shapes do not fit; the layer is left as it was.
         """
         return self._assigned(checked_values(self.config, self.canonical_weights(), weights))
+
+    def make_cache(
+        self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0
+    ) -> Cache:
+        """An empty cache for decoding: ``output, cache = layer(x, cache=cache)``.
+
+        Args:
+            batch_size: The number B of rows.
+            max_length: How many positions a row may have; going past it is an error.
+            dtype: The dtype in which keys and values are held, or its name; default the one in
+                which the layer computes.
+            rewind: Where `sliding_window` is shorter than `max_length` the cache is a ring of so
+                many positions, and `rewind` more, by which `truncate` may go back at least.
+
+        Raises:
+            CacheError: a size is not a positive integer, or the layer attends over other axes.
+        """
+        device = None
+        for weight in self.canonical_weights().values():
+            device = self.ops.device(weight)
+            break
+        return make_cache(self.ops, self.config, batch_size, max_length, dtype, rewind, device)
+
+    def make_memory(
+        self, value: Array, key: Array | None = None, *, key_positions: Any = None
+    ) -> Memory:
+        """Keys and values of another sequence, projected once: ``layer(x, memory=memory)``.
+
+        Args:
+            value: (B, S, D_v) floating.
+            key: (B, S, D_k) floating; default `value`.
+            key_positions: (S,) or (B, S) integers, the keys' positions for `rotary` and `alibi`;
+                default their index.
+
+        Raises:
+            WeightsError: there are no weights yet.
+            AnymhaError: the arrays are not such as a call takes.
+        """
+        weights = self._weights_for_memory() if self.canonical_weights() else None
+        if not weights:
+            raise WeightsError(
+                "The first call makes the weights, and a memory needs them. Received: a layer "
+                "without weights. Pass `query_features`, and `value_features` where it differs, to "
+                "the constructor."
+            )
+        return make_memory(self.ops, self.config, weights, value, key, key_positions)
+
+    def _weights_for_memory(self) -> Any:
+        """The weights, or the projections that a call would call."""
+        return self.canonical_weights()
 
     def regularization_loss(self) -> Any:
         """The sum of the penalties of all weights; 0 where there are no regularisers.

@@ -20,6 +20,7 @@ from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
 from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes
+from anymha.layer.cached import PREFIX, Held, HeldCall, seen_by
 from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.layer.varying import Varying
@@ -42,6 +43,7 @@ class Flags(NamedTuple):
         causal: Whether a query sees no later keys.
         dropping: Whether dropout acts.
         observed: Whether each stage is to be seen.
+        held: What is known of the call's cache or memory; None without one.
     """
 
     scores: bool = False
@@ -49,6 +51,7 @@ class Flags(NamedTuple):
     causal: bool = False
     dropping: bool = False
     observed: bool = False
+    held: Held | None = None
 
 
 class WeightsKind(NamedTuple):
@@ -91,6 +94,7 @@ class Plan:
         output_shape: The shape O of an output vector; None for the query's width.
         run: Computes the call from its arrays by name, compiled; None where it is not.
         varying: The lengths of the calls, where calls may be lengthened; else None.
+        device: Where the inputs are, as `Ops.device` says.
     """
 
     ops: Ops
@@ -113,6 +117,7 @@ class Plan:
     output_shape: tuple[int, ...] | None
     run: Callable[[Mapping[str, Array]], Any] | None = None
     varying: Varying | None = None
+    device: Any = None
 
 
 class PlannedCall(NamedTuple):
@@ -143,6 +148,7 @@ class Plans:
         self.plans: dict[Any, Plan] = {}
         self.seen_once: set[int] = set()
         self.prepared: Any = None
+        self.step: Any = None
 
     def begin(self, config: AttentionConfig) -> None:
         """Forget the plans of other options."""
@@ -194,6 +200,7 @@ def plan_call(
     flags: Flags,
     offset: Any,
     compute: Callable[[Plan, Mapping[str, Array]], Any] | None,
+    held: HeldCall | None = None,
 ) -> PlannedCall:
     """The checked and planned call.
 
@@ -207,6 +214,7 @@ def plan_call(
         flags: What is asked for.
         offset: The query offset: an int, or an array.
         compute: Computes a planned call from its arrays, to be compiled; None for no compiling.
+        held: The call's cache or memory; None without one.
 
     Raises:
         AnymhaError: as `anymha.layer.forward.multi_head_attention` says.
@@ -214,7 +222,7 @@ def plan_call(
     capabilities = ops.capabilities
     array_key = capabilities.array_key
     if plans is None or array_key is None:
-        return _planned_once(ops, config, weights, inputs, masks, flags, offset)
+        return _planned_once(ops, config, weights, inputs, masks, flags, offset, held)
     if plans.config is not config:
         plans.begin(config)
     query, value, key = inputs
@@ -231,6 +239,8 @@ def plan_call(
             None if key is value or key is query else key.shape,
         )
         others = _mask_kinds(ops, masks) if masks else ()
+        if held is not None:
+            others = (*others, (("read",), (held.read,)), *_mask_kinds(ops, held.arrays))
     except AttributeError:
         check_call(ops, config, weights.widths, inputs, masks)  # says what is no array
         raise
@@ -241,22 +251,23 @@ def plan_call(
     try:
         call = plans.calls.get(signature)
     except TypeError:  # lengths that are symbols have no hash
-        return _planned_once(ops, config, weights, inputs, masks, flags, offset)
+        return _planned_once(ops, config, weights, inputs, masks, flags, offset, held)
     if call is not None:
         plans.last = signature, call
         return call
+    checking = masks if held is None else {}  # those of a cache are checked already
     ranks = tuple([None if shape is None else len(shape) for shape in shapes])
     structure = (flags, weights, kinds, ranks, *[(*kind, len(shape)) for kind, shape in others])
     plan = plans.plans.get(structure)
     if plan is None:
-        checked = check_call(ops, config, weights.widths, inputs, masks)
-        plan = _make_plan(ops, config, weights, inputs, flags, checked.axes, compute)
+        checked = check_call(ops, config, weights.widths, inputs, checking)
+        plan = make_plan(ops, config, weights, inputs, flags, checked.axes, compute)
         if len(plans.plans) >= MOST:
             plans.plans.clear()
         plans.plans[structure] = plan
     else:
-        checked = check_shapes(ops, config, weights.widths, inputs, masks)
-    call = _with_lengths(plan, inputs, masks, checked, offset)
+        checked = check_shapes(ops, config, weights.widths, inputs, checking)
+    call = _with_lengths(plan, inputs, masks, checked, offset, held)
     if offset_kind != 1 or call.path.most_queries:
         plans.keep(signature, call)
     return call
@@ -270,18 +281,23 @@ def _planned_once(
     masks: Mapping[str, Any],
     flags: Flags,
     offset: Any,
+    held: HeldCall | None,
 ) -> PlannedCall:
-    checked = check_call(ops, config, weights.widths, inputs, masks)
-    plan = _make_plan(ops, config, weights, inputs, flags, checked.axes)
-    return _with_lengths(plan, inputs, masks, checked, offset)
+    checked = check_call(ops, config, weights.widths, inputs, masks if held is None else {})
+    plan = make_plan(ops, config, weights, inputs, flags, checked.axes)
+    return _with_lengths(plan, inputs, masks, checked, offset, held)
 
 
 def plan_lengths(
-    plan: Plan, inputs: tuple[Any, Any, Any], masks: Mapping[str, Any], offset: Any
+    plan: Plan,
+    inputs: tuple[Any, Any, Any],
+    masks: Mapping[str, Any],
+    offset: Any,
+    held: HeldCall | None = None,
 ) -> PlannedCall:
     """The call that a plan makes of arrays that are checked, as a compiler shows them."""
     lengths = lengths_of(plan.ops, plan.axes, *inputs[:2])
-    return _with_lengths(plan, inputs, masks, lengths, offset)
+    return _with_lengths(plan, inputs, masks, lengths, offset, held)
 
 
 def _offset_kind(offset: Any) -> int:
@@ -306,7 +322,7 @@ def _is_differentiated(ops: Ops, bias: Array) -> bool:
     return differentiated is not None and differentiated(bias)
 
 
-def _make_plan(
+def make_plan(
     ops: Ops,
     config: AttentionConfig,
     weights: WeightsKind,
@@ -315,6 +331,7 @@ def _make_plan(
     axes: Axes,
     compute: Callable[[Plan, Mapping[str, Array]], Any] | None = None,
 ) -> Plan:
+    """The plan of calls whose arrays have these dtypes; arguments as in `plan_call`."""
     query, value, key = inputs
     value_source = "query" if value is query else "value"
     key_source = "query" if key is query else value_source if key is value else "key"
@@ -348,6 +365,7 @@ def _make_plan(
         },
         context_width=config.num_heads * value_dim,
         output_shape=config.output_shape,  # pyright: ignore[reportArgumentType]
+        device=ops.device(query),
     )
     compile = ops.capabilities.compile
     if compute is not None and compile is None:  # kept, and computed eagerly
@@ -357,7 +375,9 @@ def _make_plan(
         return plan
     logits = most_logits(ops, plan.spec, plan.working, ops.device(query))
     # Dropout and what sums over all positions would see the ones that are added.
-    may_grow = axes is PLAIN and not (flags.dropping or flags.activity or config.features)
+    may_grow = axes is PLAIN and not (
+        flags.dropping or flags.activity or config.features or flags.held
+    )
     return replace(
         plan,
         run=compile(lambda arrays: compute(plan, arrays), logits // config.num_heads),
@@ -371,6 +391,7 @@ def _with_lengths(
     masks: Mapping[str, Any],
     lengths: Lengths,
     offset: Any,
+    held: HeldCall | None = None,
 ) -> PlannedCall:
     axes, batch, queries, keys = lengths
     config, ops, flags = plan.config, plan.ops, plan.flags
@@ -390,6 +411,8 @@ def _with_lengths(
         is_plain=axes is PLAIN and not masks,
         only_mask=only_mask(masks, spread) if spread else None,
     )  # fmt: skip
+    if held is not None:
+        return PlannedCall(plan, shape, held_path(plan, shape, masks, held, held.read))
     per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
     known = plan.paths.get((_offset_kind(offset), per_query))
     if (
@@ -423,6 +446,57 @@ def _with_lengths(
     if path.most_queries and not flags.observed:
         plan.paths[(_offset_kind(offset), per_query)] = path
     return PlannedCall(plan, shape, path)
+
+
+def held_path(
+    plan: Plan, shape: CallShape, masks: Mapping[str, Any], held: HeldCall, read: Any
+) -> Path:
+    """The path of a call that has a cache or a memory.
+
+    Args:
+        plan: What it has in common with calls of other lengths.
+        shape: Its lengths.
+        masks: Those masks that are not over the cache's positions, by name.
+        held: The cache or the memory.
+        read: How many slots are read; None for all.
+    """
+    config, ops = plan.config, plan.ops
+    b, t, _ = shape.folded
+    seen = seen_by(held.held, t, read, held.offset, held.arrays)
+    over = held.arrays.get(f"{PREFIX}attention_bias")
+    bias = masks.get(BIAS) if over is None else over
+    per_query = seen.per_query or _differs_by_query(masks, 1, 1)
+    per_query |= over is not None and over.shape[2] != 1
+    known_key = (held.held, _offset_kind(held.offset), per_query, bias is None, len(masks))
+    known = plan.paths.get(known_key)
+    if (
+        known is not None
+        and isinstance(b, int) and isinstance(t, int) and isinstance(seen.keys, int)
+        and 0 < t <= known.most_queries
+        and 0 < b * t * seen.keys * config.num_heads <= known.most_logits
+    ):  # fmt: skip
+        return known
+    spec = plan.spec
+    if seen.position_mask is not None:
+        spec = replace(spec, position_mask=seen.position_mask)
+    path = choose_path(
+        ops,
+        spec,
+        AttentionShape(
+            b, config.num_heads, config.key_value_heads, t, seen.keys, config.key_dim,
+            config.value_dim, plan.working, plan.device, plan.carried if plan.narrow else None,
+            has_mask=seen.has_mask or any(name in HIDING for name in masks),
+            has_bias=bias is not None,
+            per_query=per_query,
+            bias_differentiated=bias is not None and _is_differentiated(ops, bias),
+            has_segments="segment_ids" in masks,
+        ),
+        observed=plan.flags.observed,
+        with_scores=plan.flags.scores,
+    )  # fmt: skip
+    if path.most_queries and not plan.flags.observed:
+        plan.paths[known_key] = path
+    return path
 
 
 def _differs_by_query(masks: Mapping[str, Any], queries: int, keys: int) -> bool:

@@ -214,6 +214,32 @@ class ArithmeticTests(BackendTests):
         x = np.concatenate([words(30), np.array([-1, -(2**31), 2**31 - 1], np.int32)])
         call(ops, "bitwise_right_shift", x, shift).equals(x >> np.int32(shift))
 
+    @pytest.mark.parametrize("size", [1, 5, 64])
+    def test_remainder_is_never_negative(self, ops: Any, size: int) -> None:
+        """Of int32, as Python's: -1 leaves ``size - 1``. A ring finds its slots by it."""
+        x = np.arange(-70, 70, dtype=np.int32).reshape(2, 70)
+        call(ops, "remainder", x, size).equals(x % np.int32(size))
+
+    def test_argsort_of_rows(self, ops: Any) -> None:
+        """The places of the numbers in their order, along the last of two axes."""
+        x = np.array([[5, 1, 3, 2], [0, 9, -4, 7]], np.int32)
+        found = ops.to_numpy(ops.argsort(ops.from_numpy(x), axis=1))
+        assert found.tolist() == np.argsort(x, axis=1).tolist()
+
+    @pytest.mark.parametrize("axis", [1, 2, 3])
+    @pytest.mark.parametrize("dtype", ["float32", "int32", "bool"])
+    def test_gather_takes_places_of_each_member(self, ops: Any, axis: int, dtype: str) -> None:
+        """Others for each member of the first axis; more or fewer than there are; NaN too."""
+        x = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+        x = x % 2 == 0 if dtype == "bool" else x.astype(dtype)
+        if dtype == "float32":
+            x[1, 0, 0, 0] = np.nan
+        indices = np.array([[2, 0, 2, 1], [0, 1, 0, 2]], np.int32)
+        shape = [1, 1, 1, 1]
+        shape[0], shape[axis] = indices.shape
+        expected = np.take_along_axis(x, indices.reshape(shape), axis)
+        call(ops, "gather", x, indices, axis=axis).equals(expected)
+
     @pytest.mark.parametrize("factor", [0x31848BAB, 0xED5AD4BB - 2**32, 3])
     def test_int32_multiplication_wraps(self, ops: Any, factor: int) -> None:
         """Modulo 2^32, neither saturated nor widened. The portable dropout builds on it."""

@@ -454,6 +454,62 @@ class CapabilityTests(BackendTests):
             kept = array if given is array else ops.to_numpy(given)
             Returned(f"x behind resized(x, {shape})", kept).equals(before)
 
+    def test_has_values_is_true_in_an_eager_call(self, ops: Any) -> None:
+        """An overflow of a cache would not be seen otherwise."""
+        self.need(ops, "has_values")
+        answer = ops.capabilities.has_values(ops.from_numpy(words(3)))
+        must(answer is True, f"`has_values` must give True here. Received: {answer!r}.")
+
+    def test_has_values_is_false_inside_of_a_compiler(self, ops: Any, compiler: Any) -> None:
+        """A program would be of one length otherwise, or could not be compiled."""
+        self.need(ops, "has_values")
+        if compiler is None:
+            pytest.skip(f"`has_values` of {ops.name} is not judged inside of a compiler")
+        seen: list[Any] = []
+
+        def function(arrays: Mapping[str, Any]) -> Any:
+            seen.append(ops.capabilities.has_values(arrays["query"]))
+            return arrays["query"] + 1.0
+
+        compiler(function)({"query": ops.from_numpy(values(1, 2, 3))})
+        must(seen and not any(seen), f"`has_values` must give False there. Received: {seen}.")
+
+    @pytest.mark.parametrize("slot", [0, 3, (0, 3)], ids=["first", "last", "of each row"])
+    @pytest.mark.parametrize("in_place", [True, False])
+    def test_write_slots_writes_these_alone(self, ops: Any, slot: Any, in_place: bool) -> None:
+        """Two slots of each row, from an int on or from integers (B,); NaN too."""
+        self.need(ops, "write_slots")
+        storage, new = values(2, 3, 5, 4), values(2, 3, 2, 4, seed=1)
+        new[0, 0, 0, 0] = np.nan
+        expected, place = storage.copy(), slot
+        for row, at in enumerate(slot if isinstance(slot, tuple) else (slot, slot)):
+            expected[row, :, at : at + 2] = new[row]
+        if isinstance(slot, tuple):
+            place = ops.from_numpy(np.array(slot, np.int32))
+        given = ops.from_numpy(storage)
+        found = ops.capabilities.write_slots(given, ops.from_numpy(new), place, in_place)
+        Returned(f"write_slots(storage, new, {slot})", ops.to_numpy(found)).equals(expected)
+        if not in_place:
+            Returned("storage behind it", ops.to_numpy(given)).equals(storage)
+
+    def test_writes_in_place_is_what_write_slots_does(self, ops: Any) -> None:
+        """A cache is copied before each write otherwise, or after none."""
+        self.need(ops, "writes_in_place", "write_slots")
+        given, new = ops.from_numpy(values(2, 1, 3, 2)), ops.from_numpy(values(2, 1, 1, 2, seed=1))
+        found = ops.capabilities.write_slots(given, new, 1, True)
+        Returned("storage behind it", ops.to_numpy(given)).equals(ops.to_numpy(found))
+
+    @pytest.mark.parametrize("index", [0, 1, 2])
+    def test_choose_runs_the_function_of_the_index(self, ops: Any, index: int) -> None:
+        """Of three functions of a dict of arrays; the index is an array."""
+        self.need(ops, "choose")
+        x = values(2, 3)
+        arrays = {"x": ops.from_numpy(x)}
+        functions = [lambda a, n=n: a["x"] + float(n) for n in range(3)]
+        place = ops.from_numpy(np.array(index, np.int32))
+        found = ops.capabilities.choose(place, functions, arrays)
+        Returned(f"choose({index}, ..)", ops.to_numpy(found)).equals(x + np.float32(index))
+
     def test_array_key_tells_dtypes_apart(self, ops: Any) -> None:
         """Hashable, equal for arrays of one dtype, and another for another dtype."""
         self.need(ops, "array_key")

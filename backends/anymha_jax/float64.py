@@ -93,6 +93,8 @@ def _batch(args: Sequence[Any], axes: Sequence[Any], *, function: Flat) -> Any:
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Flat) -> Any:
     moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
     number = len(primals)
+    results = _call.bind(*primals, function=function)
+    real = [i for i, x in enumerate(results) if jax.dtypes.issubdtype(x.dtype, np.inexact)]
 
     def push(*args: Any) -> Sequence[Any]:
         fixed, moved = args[:number], args[number:]
@@ -100,10 +102,12 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Flat) -> 
         def along(*values: Any) -> Sequence[Any]:
             return function(*_placed(fixed, moving, values))
 
-        return jax.jvp(along, tuple(fixed[i] for i in moving), moved)[1]
+        pushed = jax.jvp(along, tuple(fixed[i] for i in moving), moved)[1]
+        return [pushed[i] for i in real]
 
-    results = _call.bind(*primals, function=function)
-    return results, _call.bind(*primals, *(tangents[i] for i in moving), function=push)
+    pushed = _call.bind(*primals, *(tangents[i] for i in moving), function=push)
+    still = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]  # integers have no tangents
+    return results, _placed(still, real, pushed)
 
 
 def _transpose(cotangents: Sequence[Any], *args: Any, function: Flat) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from anymha.errors import ConfigError
+from anymha.layer.cache import Cache, Memory, flatten, unflatten
 from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import CallOptions, NativeLayer, StaticOptions, takes_call, takes_options
 from anymha.options.config import AttentionConfig, shown_options
@@ -108,6 +110,10 @@ class MultiHeadAttention(NativeLayer):
     def __repr__(self) -> str:
         shapes = {name: jnp.shape(leaf) for name, leaf in self.weights.items()}
         return f"MultiHeadAttention({shown_options(self.config)}, weights={shapes})"
+
+
+for _kind in (Cache, Memory):
+    jax.tree_util.register_pytree_node(_kind, flatten, partial(unflatten, _kind))
 
 
 def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:

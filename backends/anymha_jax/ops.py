@@ -28,6 +28,7 @@ from jax.numpy import (
     matmul,
     max,
     permute_dims,
+    remainder,
     reshape,
     sin,
     sqrt,
@@ -65,6 +66,16 @@ def arange(start, /, stop, *, dtype, device=None):
     return jnp.arange(start, stop, dtype=dtype)
 
 
+def argsort(x, /, *, axis):
+    return jnp.argsort(x, axis=axis)
+
+
+def gather(x, indices, /, *, axis):
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = indices.shape
+    return jnp.take_along_axis(x, indices.reshape(shape), axis, mode="clip")
+
+
 def is_array(x, /):
     return isinstance(x, jax.Array)
 
@@ -87,6 +98,22 @@ def resized(x, shape, /):
     found = np.zeros(shape, x.dtype)
     found[corner] = np.asarray(x)[corner]
     return jax.device_put(found)  # `jnp.asarray` would compile a program for each shape
+
+
+def has_values(x, /):
+    return not isinstance(x, Tracer)
+
+
+def write_slots(storage, new, slot, in_place, /):
+    if isinstance(slot, int):
+        return jax.lax.dynamic_update_slice_in_dim(storage, new, slot, 2)
+    rows = jnp.arange(storage.shape[0], dtype=int32)[:, None]
+    slots = slot[:, None] + jnp.arange(new.shape[2], dtype=int32)
+    return storage.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2), mode="clip")
+
+
+def choose(index, functions, arrays, /):
+    return jax.lax.switch(index, functions, arrays)
 
 
 def seed_array(seed, /):
@@ -179,6 +206,9 @@ capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
     constants=constants,
     compile=compile,
+    has_values=has_values,
+    write_slots=write_slots,
+    choose=choose,
     resized=resized,
     seed_array=seed_array,
     vjp=vjp,

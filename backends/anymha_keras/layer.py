@@ -195,6 +195,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         use_causal_mask: bool = False,
         query_offset: Any = 0,
         seed: Any = None,
+        cache: Any = None,
+        memory: Any = None,
     ) -> Any:
         if self._flash_attention and return_attention_scores:  # in Keras's words
             raise ConfigError(
@@ -204,6 +206,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         query, value, key = unpack_inputs(query, value, key)
         passed = (query_mask, value_mask, key_mask, attention_mask)
         masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
+        if memory is not None:  # what is attached to the queries is not of the memory
+            masks |= {"value_mask": value_mask, "key_mask": key_mask}
         penalised = self._config.activity_regularizer is not None
         result = multi_head_attention(
             self.ops,
@@ -225,11 +229,13 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             use_causal_mask=use_causal_mask,
             query_offset=query_offset,
             seed=self._draw_seed if seed is None else seed,
+            cache=cache,
+            memory=memory,
         )
         if penalised:
-            *results, loss = result
-            self.add_loss(loss)
-            result = tuple(results) if return_attention_scores else results[0]
+            results = list(result)
+            self.add_loss(results.pop(-1 if cache is None else -2))
+            result = tuple(results) if len(results) > 1 else results[0]
         return with_mask(result, masks["query_mask"])
 
     call.__doc__ = call_help(without=KERAS_ADDS)
@@ -340,6 +346,9 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         own = {name: keras.ops.convert_to_tensor(held(self, name))
                for name in self._config.feature_weights}  # fmt: skip
         return Projections({name: function(name) for name in dense}, kind, weights=own)
+
+    def _weights_for_memory(self) -> Any:
+        return self._weights_of_call()
 
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         if not self.built:

@@ -27,6 +27,7 @@ from numpy import (
     log,
     logical_and,
     matmul,
+    remainder,
     sin,
     sqrt,
     stack,
@@ -96,6 +97,16 @@ def _starts(size, length, /):
 
 def sum(x, /, *, axis, keepdims):
     return np.add.reduce(x, axis=axis, keepdims=keepdims)
+
+
+def argsort(x, /, *, axis):
+    return np.argsort(x, axis=axis)
+
+
+def gather(x, indices, /, *, axis):
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = indices.shape
+    return np.take_along_axis(x, indices.reshape(shape), axis)
 
 
 def is_array(x, /):
@@ -170,6 +181,22 @@ def _ones(length, dtype, /):
     return np.ones((length, 1), dtype)
 
 
+def has_values(x, /):
+    return True
+
+
+def write_slots(storage, new, slot, in_place, /):
+    if not in_place:
+        storage = storage.copy()
+    length = new.shape[2]
+    if isinstance(slot, int):
+        storage[:, :, slot : slot + length] = new
+        return storage
+    rows = np.arange(storage.shape[0])[:, None]
+    storage[rows, :, slot[:, None] + np.arange(length)] = new.swapaxes(1, 2)
+    return storage
+
+
 def stop_gradient(x, /):
     return x
 
@@ -196,6 +223,9 @@ def native_keep_mask(seed, shape, keep, device, /):
 
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
+    has_values=has_values,
+    write_slots=write_slots,
+    writes_in_place=True,
     chunk_size=chunk_size,
     bitwise_and_inplace=bitwise_and_inplace,
     bitwise_xor_inplace=bitwise_xor_inplace,

@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from anymha.layer.cached import PREFIX
+
 Tensors = Mapping[str, Any]
 
 FEW = 3
@@ -86,9 +88,14 @@ def _pairs(arrays: Tensors) -> int:
 
 
 def _spec(name: str, x: Any) -> Any:
-    """A weight itself; of another array its dtype, its features, and its axes of length 1."""
-    if "." in name or not x.shape.rank:
-        return x if "." in name else tf.TensorSpec((), x.dtype)
+    """A weight itself; of another array its dtype, its features, and its axes of length 1.
+
+    The arrays of a cache keep their shapes, which are those of all calls with it.
+    """
+    if "." in name:
+        return x
+    if name.startswith(PREFIX) or not x.shape.rank:
+        return tf.TensorSpec(x.shape, x.dtype)
     *lengths, last = x.shape
     if name in ("query", "key", "value"):
         return tf.TensorSpec((*[None] * len(lengths), last), x.dtype)

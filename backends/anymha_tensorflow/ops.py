@@ -38,6 +38,7 @@ log = tf.math.log
 bitwise_and = tf.bitwise.bitwise_and
 bitwise_xor = tf.bitwise.bitwise_xor
 bitwise_right_shift = tf.bitwise.right_shift
+remainder = tf.math.floormod
 
 
 def asarray(obj, /, *, dtype=None, device=None):
@@ -59,6 +60,14 @@ def concat(arrays, /, *, axis=0):
     return tf.concat(arrays, axis=axis)
 
 
+def argsort(x, /, *, axis):
+    return tf.argsort(x, axis=axis)
+
+
+def gather(x, indices, /, *, axis):
+    return tf.gather(x, indices, axis=axis, batch_dims=1)
+
+
 def where(condition, x1, x2, /):
     dtype = (x1 if tf.is_tensor(x1) else x2).dtype
     return tf.where(condition, tf.convert_to_tensor(x1, dtype), tf.convert_to_tensor(x2, dtype))
@@ -74,6 +83,10 @@ def shape(x, /):
 
 def device(x, /):
     return None
+
+
+def has_values(x, /):
+    return hasattr(x, "numpy") and tf.executing_eagerly()
 
 
 def is_tracing():
@@ -190,6 +203,7 @@ def vjp(function, arrays, cotangents, /):
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
     is_tracing=is_tracing,
+    has_values=has_values,
     compile=CompiledCall,
     seed_array=seed_array,
     vjp=vjp,

@@ -263,6 +263,10 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         @shown_as(forward)
         def __call__(self) -> Any: ...
 
+    def _weights_for_memory(self) -> Projections:
+        projections = projections_of(self._modules, self.config, self._rounding_dtype, None)
+        return self._with_features(projections) if self.config.feature_weights else projections
+
     def canonical_weights(self) -> dict[str, torch.Tensor]:
         """The weights by canonical name, as views of those of the linear layers.
 

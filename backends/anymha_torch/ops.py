@@ -23,6 +23,7 @@ from torch import (
     int32,
     log,
     logical_and,
+    remainder,
     reshape,
     sin,
     sqrt,
@@ -127,6 +128,16 @@ def sum(x, /, *, axis, keepdims):
     return torch.sum(x, dim=axis, keepdim=keepdims)
 
 
+def argsort(x, /, *, axis):
+    return torch.argsort(x, dim=axis)
+
+
+def gather(x, indices, /, *, axis):
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = indices.shape
+    return torch.take_along_dim(x, indices.long().reshape(shape), axis)
+
+
 # Getters written in C, since a call of a Python function takes as long as a small product.
 is_array = torch.is_tensor
 shape = torch.Tensor.size
@@ -196,6 +207,27 @@ def from_numpy(x, /):
     if x.dtype.name == "bfloat16":
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
+
+
+def has_values(x, /):
+    traced = is_traced() or transformed() or torch._C._len_torch_dispatch_stack() > 0
+    return not traced and not x.is_meta
+
+
+# What is differentiated, and what inference mode has made, is not written to.
+def write_slots(storage, new, slot, in_place, /):
+    differentiated = torch.is_grad_enabled() and (storage.requires_grad or new.requires_grad)
+    inference = storage.is_inference() and not torch.is_inference_mode_enabled()
+    if not in_place or differentiated or inference:
+        storage = storage.clone()
+    length = new.shape[2]
+    if isinstance(slot, int):
+        storage[:, :, slot : slot + length] = new
+        return storage
+    rows = torch.arange(storage.shape[0], device=storage.device)[:, None]
+    slots = slot.long()[:, None] + torch.arange(length, device=storage.device)
+    storage[rows, :, slots] = new.transpose(1, 2)
+    return storage
 
 
 def stop_gradient(x, /):
@@ -275,6 +307,9 @@ capabilities = Capabilities(
     draw_seed_like=draw_seed_like,
     vjp=vjp,
     keep_mask=keep_mask,
+    has_values=has_values,
+    write_slots=write_slots,
+    writes_in_place=True,
     chunk_size=chunk_size,
     bitwise_and_inplace=torch.Tensor.bitwise_and_,
     bitwise_xor_inplace=torch.Tensor.bitwise_xor_,

@@ -62,6 +62,12 @@ def torch_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, backend="eager")
 
 
+def jax_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    import jax  # noqa: PLC0415  # as above
+
+    return jax.jit(function)
+
+
 def arrays(**methods: Any) -> Callable[[Any], dict[str, Any]]:
     """NumPy's functions on a class of arrays that has these methods."""
     kind = type("Array", (np.ndarray,), methods)
@@ -430,6 +436,8 @@ def sound(ops: Any) -> dict[str, Any]:
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
         "resized": resized,
+        "has_values": lambda x: not tracing,
+        "choose": lambda index, functions, arrays: functions[int(index)](arrays),
         "is_tracing": lambda: bool(tracing),
         "constants": lambda query, arrays: arrays,
         "seed_array": exact(ops, int),
@@ -739,6 +747,21 @@ FAULTS = (
         ("test_bitwise_right_shift_copies_the_sign",),
     ),
     Fault(
+        "remainder has the sign of the number",
+        lambda o: {"remainder": np.fmod},
+        ("test_remainder_is_never_negative",),
+    ),
+    Fault(
+        "argsort is from the greatest on",
+        lambda o: {"argsort": lambda x, *, axis: np.argsort(-x, axis=axis)},
+        ("test_argsort_of_rows",),
+    ),
+    Fault(
+        "gather takes the places of the first member",
+        lambda o: {"gather": lambda x, indices, *, axis: np.take(x, indices[0], axis)},
+        ("test_gather_takes_places_of_each_member",),
+    ),
+    Fault(
         "multiplication does not wrap",
         arrays(__mul__=int32("__mul__")),
         ("test_int32_multiplication_wraps",),
@@ -1023,6 +1046,35 @@ FAULTS = (
         bias_without_gradient,
         ("test_fused_attention_has_the_written_gradients",),
         base="torch",
+    ),
+    Fault(
+        "has_values is false",
+        lambda o: {"has_values": lambda x: False},
+        ("test_has_values_is_true_in_an_eager_call",),
+    ),
+    Fault(
+        "has_values is true for a compiler",
+        lambda o: {"has_values": lambda x: True},
+        ("test_has_values_is_false_inside_of_a_compiler",),
+        base="jax",
+        compiler=jax_compile,
+    ),
+    Fault(
+        "write_slots writes one slot late",
+        lambda o: {"write_slots": lambda s, x, slot, p: o.capabilities.write_slots(
+            s, np.roll(x, 1, 2), slot, p)},
+        ("test_write_slots_writes_these_alone",),
+    ),
+    Fault(
+        "writes_in_place of what is copied",
+        lambda o: {"writes_in_place": True, "write_slots": lambda s, x, slot, p: (
+            o.capabilities.write_slots(s, x, slot, False))},
+        ("test_writes_in_place_is_what_write_slots_does",),
+    ),
+    Fault(
+        "choose takes the last function",
+        lambda o: {"choose": lambda index, functions, arrays: functions[-1](arrays)},
+        ("test_choose_runs_the_function_of_the_index",),
     ),
     Fault(
         "resized repeats the last place",

@@ -44,6 +44,7 @@ class Alibi(Feature):
     option = "alibi"
     ignores_a_constant = True
     counts_positions = True
+    adds_by_position = True
 
     slopes: tuple[float, ...] = ()
 

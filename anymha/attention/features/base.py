@@ -60,16 +60,26 @@ class Feature:
             of exactly zero.
         counts_positions: Whether `arrays` must have "positions" (1 or B, T) and "key_positions"
             (1 or B, S), integers.
+        adds_by_position: Whether `tiled` asks for "key_positions", of a cache's keys too.
     """
 
     option: ClassVar[str]
     ignores_a_constant: ClassVar[bool] = False
     counts_positions: ClassVar[bool] = False
+    adds_by_position: ClassVar[bool] = False
 
     @property
     def behind(self) -> str:
         """The option behind which the feature acts; empty for its place in `FEATURES`."""
         return ""
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether `heads` gives other keys for another length; a cache holds them without it then.
+
+        `arrays` may have that length as "lengths": an int, or integers (B,).
+        """
+        return False
 
     @classmethod
     def checked(cls, value: Any) -> Any:

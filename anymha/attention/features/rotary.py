@@ -248,11 +248,18 @@ class RotaryPositions(Feature):
         self, ops: Ops, query: Array, key: Array, arrays: Mapping[str, Array]
     ) -> tuple[Array, Array]:
         """Queries and keys, turned by the angles of `positions` and `key_positions`."""
-        length = ops.shape(key)[1] if self.rotary.depends_on_length else 0
+        length = 0
+        if self.depends_on_length:
+            length = arrays.get("lengths", ops.shape(key)[1])
         places, key_places = arrays["positions"], arrays["key_positions"]
         tables = self.tables(ops, places, length, query)
         key_tables = tables if key_places is places else self.tables(ops, key_places, length, key)
         return self.turned(ops, query, *tables), self.turned(ops, key, *key_tables)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies do."""
+        return self.rotary.depends_on_length
 
     def free_columns(self, width: int) -> tuple[bool, ...]:
         """Those that are not turned."""
@@ -307,7 +314,7 @@ class RotaryPositions(Feature):
         return x if x.dtype == dtype else ops.astype(x, dtype)
 
     def _frequencies(self, ops: Ops, length: Dim, dtype: Any, device: Any) -> Array:
-        """(r/2,); of a length that is not known yet by the framework's functions."""
+        """(r/2,), (B, 1, 1, r/2) of lengths (B,); where no number, by the framework's functions."""
         rotary, name = self.rotary, dtype_name(dtype)
 
         def made(numbers: tuple[float, ...]) -> Array:
@@ -318,8 +325,11 @@ class RotaryPositions(Feature):
         is_tracing = ops.capabilities.is_tracing
         if is_known(length) and not (is_tracing is not None and is_tracing()):
             return made(rotary.frequencies(self.width, name, length))
-        ones = ops.astype(ops.arange(0, length, dtype=ops.int32, device=device), dtype) * 0.0 + 1.0
-        count = ops.sum(ones, axis=0, keepdims=True)
+        if ops.is_array(length) and len(length.shape) == 1:
+            count = ops.reshape(ops.astype(length, dtype), (-1, 1, 1, 1))
+        else:
+            places = ops.arange(0, length, dtype=ops.int32, device=device)
+            count = ops.sum(ops.astype(places, dtype) * 0.0 + 1.0, axis=0, keepdims=True)
         scaling, most = rotary.scaled, rotary.max_position_embeddings
         if scaling["rope_type"] == "longrope":
             first = float(original_length(scaling, most))

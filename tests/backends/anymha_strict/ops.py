@@ -6,6 +6,7 @@ import numpy as np
 from array_api_strict import (
     abs,
     arange,
+    argsort,
     asarray,
     astype,
     bitwise_and,
@@ -24,6 +25,7 @@ from array_api_strict import (
     matmul,
     max,
     permute_dims,
+    remainder,
     reshape,
     sin,
     sqrt,
@@ -53,6 +55,13 @@ def shape(x, /):
 
 def device(x, /):
     return x.device
+
+
+def gather(x, indices, /, *, axis):
+    shape = list(x.shape)
+    shape[axis] = indices.shape[1]
+    index = reshape(indices, tuple(n if i in (0, axis) else 1 for i, n in enumerate(shape)))
+    return xp.take_along_axis(x, broadcast_to(index, tuple(shape)), axis=axis)
 
 
 def dtype(name, /):

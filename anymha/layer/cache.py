@@ -1,0 +1,517 @@
+"""What a layer has read, kept for the calls that follow: the cache of decoding, and memories.
+
+A cache is a value. A call appends to it and gives a new one; `truncate`, `reorder` and
+`join_caches` give new ones too. Where a framework lets arrays be written, the new one may share
+them with the old one: the old one keeps its meaning, since what it holds is copied before it is
+overwritten.
+
+Position p of a row lies in slot p, and in a ring of C slots in slot ``p % C``. Keys are held as
+attention takes them, normed and turned; where their rotation depends on the length, as projected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+import numpy as np
+
+from anymha.errors import ArgumentError, CacheError, ShapeError
+from anymha.framework.dtypes import dtype_name
+from anymha.framework.protocol import Array, Ops
+from anymha.framework.registry import backend_of
+from anymha.framework.shapes import described, is_known
+from anymha.layer.checks import is_integer
+from anymha.options.config import AttentionConfig
+
+
+@dataclass(eq=False)
+class Memory:
+    """Keys and values of another sequence, projected once: `MultiHeadAttention.make_memory`.
+
+    Attributes:
+        keys: (B, K, S, d_k), normed and turned as the layer's options say.
+        values: (B, K, S, d_v).
+        key_positions: (1 or B, S) integers, where they were given; else None.
+    """
+
+    ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values", "key_positions")
+    STATIC: ClassVar[tuple[str, ...]] = ()
+
+    keys: Array
+    values: Array
+    key_positions: Array | None = None
+
+    def __tf_flatten__(self) -> tuple[Any, Any]:
+        leaves, static = flatten(self)
+        return static, tuple(leaves)
+
+    @classmethod
+    def __tf_unflatten__(cls, static: Any, leaves: Any) -> Any:
+        return unflatten(cls, static, leaves)
+
+
+@dataclass(eq=False)
+class Cache:
+    """Keys and values of the positions that a layer has read: `MultiHeadAttention.make_cache`.
+
+    Attributes:
+        keys: (B, K, C, d_k), C being the number of slots.
+        values: (B, K, C, d_v).
+        lengths: (B,) int32, how many positions of each row have been appended.
+        previous: (B,) int32, how many there were before the last call.
+        overflowed: (B,) booleans: whether a compiled call went past the end of the row, or asked
+            for positions that a ring holds no more. From then on the row's outputs are NaN.
+        starts: (B,) int32 in a ring, the first position that is still held; else None.
+        segment_ids: (B, C) integers, where calls have had them; else None.
+        key_positions: (B, C) integers, where calls have had `positions` that options need again.
+        max_length: How many positions a row may have.
+        window: The layer's `sliding_window`, where the cache is a ring; else None.
+    """
+
+    ARRAYS: ClassVar[tuple[str, ...]] = (
+        "keys", "values", "lengths", "previous", "overflowed", "starts", "segment_ids",
+        "key_positions",
+    )  # fmt: skip
+    STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
+    _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
+    _sharing: ClassVar[Any] = None  # of an instance all that share its arrays
+    _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
+
+    keys: Array
+    values: Array
+    lengths: Array
+    previous: Array
+    overflowed: Array
+    starts: Array | None
+    segment_ids: Array | None
+    key_positions: Array | None
+    max_length: int
+    window: int | None
+
+    def __tf_flatten__(self) -> tuple[Any, Any]:
+        leaves, static = flatten(self)
+        return static, tuple(leaves)
+
+    @classmethod
+    def __tf_unflatten__(cls, static: Any, leaves: Any) -> Any:
+        return unflatten(cls, static, leaves)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields_of(self)}
+
+    def __copy__(self) -> Cache:
+        return Cache(**self.__getstate__())
+
+    def __repr__(self) -> str:
+        kind = "" if self.window is None else f", window={self.window}"
+        return (
+            f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, "
+            f"keys: {described(self.keys)})"
+        )
+
+    def truncate(self, lengths: Any) -> Cache:
+        """The cache without the last positions of its rows, as after tokens that were refused.
+
+        Args:
+            lengths: How many positions each row keeps: an int, or integers (B,), none above
+                `self.lengths`.
+
+        Raises:
+            ArgumentError: `lengths` are no integers.
+            ShapeError: they are not (B,).
+            CacheError: a row has not so many positions, or its ring holds no more what the window
+                of its next position sees; where lengths are traced, `overflowed` says so.
+        """
+        ops = backend_of(self.lengths).ops
+        known = known_lengths(ops, self)
+        batch = self.lengths.shape[0]
+        wanted = _integers(ops, lengths, "lengths", batch, like=self.lengths)
+        numbers = None if known is None else known_values(ops, wanted)
+        starts = None if self.starts is None else known_values(ops, self.starts)
+        new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        if numbers is not None and (self.starts is None or starts is not None):
+            return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
+        too_many = wanted > self.lengths
+        wrong = ops.where(self.overflowed, self.overflowed, too_many)
+        wrong = ops.where(wanted < 0, wanted < 0, wrong)
+        if self.starts is not None and self.window is not None:
+            first = wanted - (self.window - 1)
+            lost = self.starts > ops.where(first > 0, first, 0)
+            wrong = ops.where(lost, lost, wrong)
+        new.overflowed = wrong
+        kept = ops.where(wanted < 0, 0, wanted)
+        new.lengths = new.previous = ops.where(too_many, self.lengths, kept)
+        return new._cleared(ops)
+
+    def _truncated(
+        self, ops: Ops, new: Cache, wanted: np.ndarray, known: Any, starts: Any
+    ) -> Cache:
+        """The truncated cache, where all lengths are known."""
+        first = np.zeros_like(wanted)
+        if starts is not None and self.window is not None:
+            first = np.where(starts > 0, starts + self.window - 1, 0)
+        _check_truncated(wanted, known, first, self)
+        is_same = bool((wanted == known).all())
+        if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
+            new.__dict__["_known"] = wanted
+            return new if is_same else new._cleared(ops)
+        new._share(self, wanted)
+        if not is_same:  # what lies there is cleared at the next call
+            top = self.keys.shape[2] if starts is not None else max(self._top(), most_of(known))
+            new.__dict__["_stale_to"] = top
+        return new
+
+    def reorder(self, indices: Any) -> Cache:
+        """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
+
+        Args:
+            indices: Integers (N,), 0 to B - 1; N becomes the batch.
+
+        Raises:
+            ArgumentError: they are no integers.
+            ShapeError: they have another rank.
+            CacheError: there is no such row; where indices are traced, `overflowed` says so.
+        """
+        ops = backend_of(self.lengths).ops
+        indices = _integers(ops, indices, "indices", None, like=self.lengths)
+        batch, numbers = self.lengths.shape[0], known_values(ops, indices)
+        if numbers is not None and ((numbers < 0) | (numbers >= batch)).any():
+            raise CacheError(
+                f"`indices` must be numbers of rows, 0 to {batch - 1}. "
+                f"Received: {np.asarray(numbers).tolist()}."
+            )
+        wrong = None
+        if numbers is None:
+            outside = ops.where(indices < 0, indices < 0, indices > batch - 1)
+            indices, wrong = ops.where(outside, 0, indices), outside
+        row = ops.reshape(indices, (1, -1))
+
+        def taken(x: Array | None) -> Array | None:
+            if x is None:
+                return None
+            shape = ops.shape(x)
+            flat = ops.reshape(x, (1, shape[0], -1))
+            return ops.reshape(_any_dtype(ops, ops.gather, flat, row, axis=1), (-1, *shape[1:]))
+
+        new = Cache(**{**self.__getstate__(), **{n: taken(getattr(self, n)) for n in self.ARRAYS}})
+        if wrong is not None:
+            new.overflowed = ops.where(wrong, wrong, new.overflowed)
+        known = known_lengths(ops, self)
+        if known is not None and numbers is not None:
+            new._own(known[numbers])
+        return new
+
+    def copy(self) -> Cache:
+        """The same cache in arrays of its own."""
+        return self.reorder(np.arange(self.lengths.shape[0], dtype=np.int32))
+
+    def _own(self, known: np.ndarray) -> Cache:
+        """Note that the arrays are this cache's alone."""
+        self.__dict__["_known"] = known
+        self.__dict__["_sharing"] = WeakSet([self])
+        return self
+
+    def _share(self, other: Cache, known: np.ndarray) -> Cache:
+        """Note that the arrays are those of another cache."""
+        self.__dict__["_known"] = known
+        self.__dict__["_sharing"] = other._sharing
+        other._sharing.add(self)
+        return self
+
+    def _after(self, cache: Cache, known: np.ndarray, start: int | None, shares: bool) -> Cache:
+        """Note that this one comes from a call, with these lengths, and whose arrays it has."""
+        if shares:
+            self._share(cache, known)
+        else:
+            self._own(known)
+        self.__dict__["_start"] = start
+        return self
+
+    def _top(self) -> int:
+        """Up to which slot something may have been written, of what is cleared at the next call."""
+        return self.__dict__.get("_stale_to", 0)
+
+    def _may_write(self, known: np.ndarray) -> bool:
+        """Whether no other cache holds what positions behind `known` would overwrite."""
+        if self._sharing is None:
+            return False
+        sharing = self._sharing
+        if len(sharing) == 1:
+            return True
+        for other in list(sharing):
+            if other is self:
+                continue
+            theirs = other._known
+            if theirs is None or (theirs > known).any():
+                return False
+            size = int(self.keys.shape[2])
+            if self.window is not None and (known - size >= theirs - self.window + 1).any():
+                return False
+        return True
+
+    def _cleared(self, ops: Ops) -> Cache:
+        """The cache, zero in slots that hold nothing: NaN of what is gone must not be read."""
+        size = self.keys.shape[2]
+        if self.window is None:
+            held = slots(ops, size, self.lengths) < ops.reshape(self.lengths, (-1, 1))
+        else:
+            starts = ops.reshape(self.starts, (-1, 1))
+            held = ring_positions(ops, size, self.lengths, self.lengths) >= starts
+        held = ops.reshape(held, (-1, 1, size, 1))
+        for name in ("keys", "values"):
+            cleared = _any_dtype(ops, lambda x: ops.where(held, x, 0.0), getattr(self, name))
+            setattr(self, name, cleared)
+        if self._known is not None:
+            self._own(self._known)
+        return self
+
+
+def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arrays of a cache or a memory that are there, and all else that it consists of."""
+    named = {name: getattr(value, name) for name in type(value).ARRAYS}
+    names = tuple([name for name, x in named.items() if x is not None])
+    static = tuple([getattr(value, name) for name in type(value).STATIC])
+    return [named[name] for name in names], (names, static)
+
+
+def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
+    """The cache or the memory of what `flatten` gives."""
+    names, values = static
+    arrays = dict.fromkeys(kind.ARRAYS) | dict(zip(names, leaves, strict=True))
+    return kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+
+
+def make_cache(
+    ops: Ops,
+    config: AttentionConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: str | None,
+    rewind: int,
+    device: Any = None,
+) -> Cache:
+    """An empty cache; `anymha.layer.native.NativeLayer.make_cache` has the arguments.
+
+    Raises:
+        CacheError: a size is not a positive integer, or the layer attends over other axes.
+    """
+    for name, value, least in (("batch_size", batch_size, 0), ("max_length", max_length, 1),
+                               ("rewind", rewind, 0)):  # fmt: skip
+        if isinstance(value, bool) or not is_integer(value) or value < least:
+            raise CacheError(f"`{name}` must be an integer, at least {least}. Received: {value!r}.")
+    if config.attention_axes not in (None, (1,), (-2,)):
+        raise CacheError(
+            "A cache needs a layer that attends over one axis of (B, T, D). Received: "
+            f"attention_axes={config.attention_axes}. Make the layer without `attention_axes`."
+        )
+    window = config.sliding_window
+    size = max_length if window is None else min(max_length, window + rewind)
+    is_ring = window is not None and size < max_length
+    compute = config.compute_dtype or config.dtype
+    held = dtype_name(ops.dtype(compute)) if dtype is None else str(dtype).rpartition(".")[2]
+    if held not in ("float16", "bfloat16", "float32", "float64"):
+        raise CacheError(
+            "`dtype` must be float16, bfloat16, float32 or float64; default the dtype in which the "
+            f"layer computes. Received: {dtype!r}."
+        )
+
+    def zeros(shape: tuple[int, ...], of: Any) -> Array:
+        return ops.asarray(np.zeros(shape, of), device=device)
+
+    def storage(width: Any) -> Array:
+        shape = (batch_size, config.key_value_heads, size, width)
+        if held == "float64":
+            x = ops.from_numpy(np.zeros(shape, np.float64))
+            return x if device is None else ops.asarray(x, device=device)
+        x = zeros(shape, np.float32)
+        return x if held == "float32" else ops.astype(x, ops.dtype(held))
+
+    rows = [zeros((batch_size,), np.int32) for _ in range(3)]
+    overflowed = zeros((batch_size,), np.bool)
+    cache = Cache(
+        storage(config.key_dim), storage(config.value_dim), rows[0], rows[1], overflowed,
+        rows[2] if is_ring else None, None, None, max_length, window if is_ring else None,
+    )  # fmt: skip
+    return cache._own(np.zeros(batch_size, np.int64))
+
+
+def join_caches(caches: Sequence[Cache]) -> Cache:
+    """One cache of all the rows of several, as prompts that were read one by one.
+
+    Rows keep their lengths and positions; nothing is turned anew.
+
+    Args:
+        caches: Caches of one layer, made with the same `max_length`, `dtype` and `rewind`.
+
+    Raises:
+        ArgumentError: there is none, or one is no cache.
+        CacheError: they do not have the same sizes or the same parts.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> layer = anymha.MultiHeadAttention(2, 4, backend="numpy", query_features=8)
+        >>> caches = []
+        >>> for length in (2, 3):
+        ...     x = np.ones((1, length, 8), "float32")
+        ...     caches.append(layer(x, cache=layer.make_cache(1, 10))[1])
+        >>> anymha.join_caches(caches).lengths.tolist()
+        [2, 3]
+    """
+    caches = list(caches)
+    if not caches or not all(isinstance(cache, Cache) for cache in caches):
+        raise ArgumentError(
+            "`caches` must be a list of at least one cache, of one layer. Received: "
+            f"{[type(cache).__name__ for cache in caches]}."
+        )
+    ops = backend_of(caches[0].lengths).ops
+
+    def kind(cache: Cache) -> tuple[Any, ...]:
+        keys, values = cache.keys, cache.values
+        return (cache.max_length, cache.window, *keys.shape[1:], *values.shape[1:],
+                dtype_name(keys.dtype), type(keys).__module__.partition(".")[0])  # fmt: skip
+
+    first = kind(caches[0])
+    for cache in caches[1:]:
+        if kind(cache) != first:
+            raise CacheError(
+                "Caches that are joined must be of one layer, and made with the same `max_length`, "
+                f"`dtype` and `rewind`. Received: {first} and {kind(cache)} as (max_length, "
+                "window, sizes of keys and values, dtype, framework)."
+            )
+    parts: dict[str, Any] = {}
+    for name in Cache.ARRAYS:
+        own = [getattr(cache, name) for cache in caches]
+        if all(x is None for x in own):
+            parts[name] = None
+            continue
+        # A cache without ids has none but 0, one without positions its indices.
+        own = [_default(ops, name, cache) if x is None else x
+               for cache, x in zip(caches, own, strict=True)]  # fmt: skip
+        parts[name] = _any_dtype(ops, lambda *xs: ops.concat(list(xs), axis=0), *own)
+    new = Cache(**parts, max_length=caches[0].max_length, window=caches[0].window)
+    known = [known_lengths(ops, cache) for cache in caches]
+    stale = max(cache._top() for cache in caches)
+    if all(lengths is not None for lengths in known):
+        new._own(np.concatenate([np.asarray(lengths) for lengths in known]))
+    return new._cleared(ops) if stale else new
+
+
+def slots(ops: Ops, size: Any, like: Array) -> Array:
+    """The numbers of slots, (1, C)."""
+    return ops.reshape(ops.arange(0, size, dtype=ops.int32, device=ops.device(like)), (1, -1))
+
+
+def ring_positions(ops: Ops, size: int, lengths: Array, like: Array) -> Array:
+    """The position that each slot of a ring holds, (B, C); below 0 where it holds none yet."""
+    last = ops.reshape(lengths, (-1, 1)) - 1
+    return last - ops.remainder(last - slots(ops, size, like), size)
+
+
+def _default(ops: Ops, name: str, cache: Cache) -> Array:
+    """The ids or the positions (B, C) that a cache has where calls had none."""
+    return default_rows(ops, name, cache.keys.shape[2], cache.window, cache.lengths)
+
+
+def default_rows(ops: Ops, name: str, size: int, window: int | None, lengths: Array) -> Array:
+    """The ids or the positions (B, C) of what was held without them: 0, and their indices."""
+    if name == "key_positions" and window is not None:
+        return ring_positions(ops, size, lengths, lengths)
+    index = slots(ops, size, lengths)
+    rows = ops.reshape(lengths, (-1, 1)) * 0
+    return index + rows if name == "key_positions" else index * 0 + rows
+
+
+def known_values(ops: Ops, x: Array) -> np.ndarray | None:
+    """The values of an array; None where a compiler runs the program."""
+    has_values = ops.capabilities.has_values
+    if has_values is None:
+        try:
+            return np.asarray(ops.to_numpy(x))
+        except Exception:  # a backend without the capability has an error of its own for it
+            return None
+    return np.asarray(ops.to_numpy(x)) if has_values(x) else None
+
+
+def known_lengths(ops: Ops, cache: Cache) -> np.ndarray | None:
+    """The lengths (B,) in numbers; None where they are traced, or a row has overflowed."""
+    has_values = ops.capabilities.has_values
+    if has_values is not None and not has_values(cache.lengths):
+        return None
+    if cache._known is None:
+        lengths, flags = known_values(ops, cache.lengths), known_values(ops, cache.overflowed)
+        if lengths is None or flags is None or np.any(flags):
+            return None
+        cache.__dict__["_known"] = np.asarray(lengths, np.int64)
+    return cache._known
+
+
+def _any_dtype(ops: Ops, function: Any, *arrays: Array, **options: Any) -> Any:
+    """``function(*arrays)``, where float64 exists if they are of it."""
+    if arrays[0].dtype != ops.float64:
+        return function(*arrays, **options)
+    named = {str(i): x for i, x in enumerate(arrays)}
+    return ops.in_float64(lambda x: function(*[x[name] for name in named], **options), named)
+
+
+def _integers(ops: Ops, value: Any, name: str, count: Any, like: Array) -> Array:
+    """Integers (count,) as an int32 array of the framework, from any form that a user has."""
+    if ops.is_array(value):
+        if "int" not in dtype_name(value.dtype):
+            raise ArgumentError(
+                f"`{name}` must be integers. Received: {described(value)}. Cast them first."
+            )
+        found = ops.astype(value, ops.int32)
+    else:
+        numbers = np.asarray(value)
+        if numbers.dtype.kind not in "iu":
+            raise ArgumentError(f"`{name}` must be integers. Received: {value!r}.")
+        found = ops.asarray(numbers.astype(np.int32), device=ops.device(like))
+    if not len(found.shape) and count is not None:
+        found = ops.broadcast_to(ops.reshape(found, (1,)), (count,))
+    wanted = "(N,)" if count is None else f"({count},), or one integer"
+    if len(found.shape) != 1 or (
+        count is not None and is_known(count) and is_known(found.shape[0])
+        and found.shape[0] != count
+    ):  # fmt: skip
+        raise ShapeError(f"`{name}` must have shape {wanted}. Received: {described(found)}.")
+    return found
+
+
+def _check_truncated(
+    wanted: np.ndarray, known: np.ndarray, first: np.ndarray, cache: Cache
+) -> None:
+    """Refuse lengths that a cache cannot go back to.
+
+    Args:
+        wanted: (B,).
+        known: The lengths that it has, (B,).
+        first: The shortest lengths of which a ring still holds what is seen, (B,).
+        cache: The cache.
+    """
+    if ((wanted < 0) | (wanted > known)).any():
+        raise CacheError(
+            "`lengths` must be from 0 to the lengths that the rows have, "
+            f"{known.tolist()}. Received: {wanted.tolist()}."
+        )
+    lost = (wanted < first) & (wanted != known)
+    if lost.any():
+        raise CacheError(
+            f"A ring holds the last {cache.keys.shape[2]} positions of a row: the next query of "
+            f"rows {np.flatnonzero(lost).tolist()} would see positions that are overwritten. "
+            f"Received: lengths {wanted.tolist()}, at least {first.tolist()} can be had. Make the "
+            "cache with `rewind=`, by how many positions `truncate` is to go back."
+        )
+
+
+def most_of(known: np.ndarray) -> int:
+    """The greatest of lengths; 0 of none."""
+    return int(known.max()) if known.size else 0
+
+
+def is_uniform(known: np.ndarray) -> bool:
+    """Whether all rows have one length."""
+    return known.size == 0 or int(known.min()) == int(known.max())
