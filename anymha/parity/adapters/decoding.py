@@ -17,8 +17,9 @@ import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError
 from anymha.framework.registry import backend_of
+from anymha.interchange.layers import get_weights
 from anymha.parity.adapters.arguments import name_of
-from anymha.parity.adapters.foreign import LayerDescription, describe_layer, make_trace
+from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded
@@ -166,8 +167,12 @@ class Stepwise:
     def __init__(self, decoding: Decoding, description: LayerDescription | None = None) -> None:
         self.decoding = decoding
         self.name = name_of(decoding.step)
-        if description is None and decoding.layer is not None:
-            description = describe_layer(decoding.layer)
+        layer, self.ops = decoding.layer, None
+        if layer is not None:
+            arrays = get_weights(layer)  # raises, with the remedy, where there are none yet
+            self.ops = backend_of(next(iter(layer.canonical_weights().values()))).ops
+            if description is None:
+                description = LayerDescription(dict(arrays), layer.config, "anymha", {})
         self.weights = description
         parameters = list(_parameters(decoding.step))
         self.anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -242,8 +247,12 @@ class Stepwise:
         notes = (f"it reads pieces of {_shown(pieces)} positions",)
         return make_trace(
             self.name, request, lambda: {"output": self._read(request, pieces)}, self.weights,
-            "it decodes step by step", notes, backend_of(request.originals["query"]).name,
+            "it decodes step by step", notes, self._ops(request).name,
         )  # fmt: skip
+
+    def _ops(self, request: Request) -> Any:
+        """The framework of its arrays: its layer's, or the caller's."""
+        return self.ops or backend_of(request.originals["query"]).ops
 
     def _takes(self, name: str) -> bool:
         own = {"value_mask": self.mask, "positions": self._positions}.get(name, name)
@@ -255,7 +264,7 @@ class Stepwise:
 
     def _read(self, request: Request, pieces: tuple[int, ...]) -> np.ndarray:
         """The outputs of all pieces, one behind the other."""
-        rows, made = _Rows.of(request), self.decoding
+        rows, made = _Rows.of(request, self.ops), self.decoding
         batch, length = rows.valid.shape
         first, outputs = pieces[0], []
         most = length + DRAFT * len(pieces) * (made.truncate is not None)
@@ -352,8 +361,10 @@ class _Rows:
     ragged: bool  # Whether there is padding anywhere in the call
 
     @classmethod
-    def of(cls, request: Request) -> _Rows:
+    def of(cls, request: Request, ops: Any = None) -> _Rows:
+        """Those of a call, in a framework; None: as the caller gave them."""
         x, valid = request.originals["query"], valid_of(request)
+        x = x if ops is None else ops.from_numpy(request.inputs["query"])
         ops = backend_of(x).ops
         x = np.array(x) if isinstance(x, (np.ndarray, list)) else x
         positions = np.cumsum(valid, axis=1) - valid
