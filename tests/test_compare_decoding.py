@@ -284,6 +284,31 @@ def test_step_of_a_framework_gets_its_arrays(name: str) -> None:
     assert np.ndarray not in kinds
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "tensorflow"])
+@pytest.mark.parametrize("options", ["window, rotary", "alibi"])
+def test_layer_decodes_with_its_own_cache(name: str, options: str) -> None:
+    if not get_backend(name).installed:
+        skip_or_fail(name, f"{name} is not installed")
+    layer = layer_of(options)
+    x, call = inputs_of(options, "between")
+    own = anymha.convert(layer, to=name)
+    every = {"join": True, "truncate": True, "reorder": True}
+    report = compare(layer, decoding(own, steps=STEPS, **every), x, **call)
+    assert report.passed, report.to_text()
+
+
+@pytest.mark.parametrize("padded", PADDED)
+def test_positions_and_segments_of_a_call_are_read_in_pieces(padded: str) -> None:
+    layer, rng = layer_of("window, rotary"), np.random.default_rng(2)
+    x, call = inputs_of("plain", padded)
+    ids = np.sort(rng.integers(0, 3, (BATCH, LENGTH)), axis=1)
+    positions = np.cumsum(rng.integers(1, 3, (BATCH, LENGTH)), axis=1)
+    for more in ({"segment_ids": ids}, {"positions": positions[0]},
+                 {"segment_ids": ids, "positions": positions}):  # fmt: skip
+        report = compare(layer, decoding(layer, steps=STEPS), x, **call, **more)
+        assert report.passed, (list(more), report.to_text())
+
+
 ERRORS: list[tuple[Any, dict[str, Any], dict[str, Any], type[Exception], str]] = [
     (3, {}, {}, ArgumentError, r"`step` must be a function `step\(x, cache\)"),
     (again(None), {"make_cache": {}}, {}, ArgumentError,

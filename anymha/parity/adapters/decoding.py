@@ -173,7 +173,7 @@ class Stepwise:
             self.ops = backend_of(next(iter(layer.canonical_weights().values()))).ops
             if description is None:
                 description = LayerDescription(dict(arrays), layer.config, "anymha", {})
-        self.weights = description
+        self.description = description
         parameters = list(_parameters(decoding.step))
         self.anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -184,7 +184,7 @@ class Stepwise:
         for name in ("truncate", "reorder", "join"):
             if getattr(self.decoding, name) is not None:
                 other = dataclasses.replace(self.decoding, **{name: None})
-                yield name, Stepwise(other, self.weights)
+                yield name, Stepwise(other, self.description)
 
     @property
     def mask(self) -> str | None:
@@ -246,7 +246,7 @@ class Stepwise:
         pieces = self.decoding.pieces(request.inputs["query"].shape[1])
         notes = (f"it reads pieces of {_shown(pieces)} positions",)
         return make_trace(
-            self.name, request, lambda: {"output": self._read(request, pieces)}, self.weights,
+            self.name, request, lambda: {"output": self._read(request, pieces)}, self.description,
             "it decodes step by step", notes, self._ops(request).name,
         )  # fmt: skip
 

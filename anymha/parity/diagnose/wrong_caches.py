@@ -48,11 +48,16 @@ def right(recipe: Recipe, facts: Decoded) -> np.ndarray:
 
 
 def seeing(
-    recipe: Recipe, seen: np.ndarray, empty: np.ndarray | None = None, **changes: Any
+    recipe: Recipe,
+    seen: np.ndarray,
+    empty: np.ndarray | None = None,
+    queries: np.ndarray | None = None,
+    **changes: Any,
 ) -> Recipe:
     """The recipe whose queries see these pairs, and slots (B, T, C) that are empty.
 
-    An empty slot holds a key and a value of zeros.
+    An empty slot holds a key and a value of zeros; it is as far, to ALiBi, as it stands from the
+    position of the query, one of `queries` (B, T).
     """
     masks = {name: mask for name, mask in recipe.masks.items() if name != "value_mask"}
     masks["cache"] = seen[:, None]
@@ -63,7 +68,8 @@ def seeing(
     for section in recipe.sections:
         if isinstance(section, AlibiSection):
             slots = np.arange(empty.shape[2])
-            distance = wrong.places("query")[..., None] - slots
+            places = wrong.places("query") if queries is None else queries
+            distance = places[..., None] - slots
             logits = logits + section.of_distance(distance, recipe.heads[0])
 
     def step(_: Recipe, stages: Arrays) -> np.ndarray:
@@ -106,12 +112,11 @@ def in_slots(
     b, t, c = np.nonzero(visible & (contents >= 0))
     seen[b, t, contents[b, t, c]] = True
     place[b, t, contents[b, t, c]] = c
-    bias = recipe.bias
+    bias, queries = recipe.bias, last if by_slot == "slots" else facts.places
     if by_slot is not None:
-        queries = last if by_slot == "slots" else facts.places
         bias = _with_alibi(recipe, queries[..., None] - place, seen)
     holes = visible & (contents < 0) if empty else None
-    return seeing(recipe, seen, holes, bias=bias, **changes)
+    return seeing(recipe, seen, holes, queries, bias=bias, **changes)
 
 
 def alibi_of(
