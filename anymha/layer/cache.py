@@ -12,15 +12,15 @@ attention takes them, normed and turned; where their rotation depends on the len
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from typing import Any, ClassVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import numpy as np
 
 from anymha.errors import ArgumentError, CacheError, ShapeError
-from anymha.framework.dtypes import dtype_name
+from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known
@@ -36,6 +36,18 @@ class Memory:
         keys: (B, K, S, d_k), normed and turned as the layer's options say.
         values: (B, K, S, d_v).
         key_positions: (1 or B, S) integers, where they were given; else None.
+
+    Raises:
+        ArgumentError: a call has it beside a `value` or a `key`.
+        CacheError: it has not the sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> options = {"query_features": 8, "value_features": 6, "backend": "numpy"}
+        >>> layer = anymha.MultiHeadAttention(2, 4, **options)
+        >>> memory = layer.make_memory(np.ones((1, 5, 6), "float32"))
+        >>> layer(np.ones((1, 1, 8), "float32"), memory=memory).shape
+        (1, 1, 8)
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values", "key_positions")
@@ -74,6 +86,19 @@ class Cache:
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
         max_length: How many positions a row may have.
         window: The layer's `sliding_window`, where the cache is a ring; else None.
+
+    Raises:
+        CacheError: a call has more new positions than a row has room for, or the cache has not the
+            sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> cache = layer.make_cache(batch_size=1, max_length=10)
+        >>> for length in (5, 1, 1):
+        ...     output, cache = layer(np.ones((1, length, 8), "float32"), cache=cache)
+        >>> cache.lengths.tolist(), cache.truncate(6).lengths.tolist()
+        ([7], [6])
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
@@ -82,7 +107,6 @@ class Cache:
     )  # fmt: skip
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
-    _sharing: ClassVar[Any] = None  # of an instance all that share its arrays
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
 
     keys: Array
@@ -95,6 +119,14 @@ class Cache:
     key_positions: Array | None
     max_length: int
     window: int | None
+    # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and up to which
+    # slot something may have been written, of what is cleared at the next call.
+    _sharing: Any = field(default=None, repr=False, kw_only=True)
+    _stale_to: int = field(default=0, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self._sharing is not None:
+            self._sharing.add(self)
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -105,10 +137,12 @@ class Cache:
         return unflatten(cls, static, leaves)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields_of(self)}
+        own = {field.name: getattr(self, field.name) for field in fields_of(self)}
+        del own["_sharing"]  # what is pickled or copied deeply has arrays of its own
+        return own
 
     def __copy__(self) -> Cache:
-        return Cache(**self.__getstate__())
+        return replace(self)
 
     def __len__(self) -> int:
         """The number of its arrays: Keras asks it of what it finds nested in a call."""
@@ -122,6 +156,8 @@ class Cache:
 
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
+
+        A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
 
         Args:
             lengths: How many positions each row keeps: an int, or integers (B,), none above
@@ -140,14 +176,17 @@ class Cache:
         numbers = None if known is None else known_values(ops, wanted)
         starts = None if self.starts is None else known_values(ops, self.starts)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        new.overflowed = ops.logical_and(self.overflowed, wanted > 0)
+        if self.starts is not None:
+            new.starts = ops.where(wanted > 0, self.starts, 0)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
-        wrong = ops.where(self.overflowed, self.overflowed, too_many)
+        wrong = ops.where(new.overflowed, new.overflowed, too_many)
         wrong = ops.where(wanted < 0, wanted < 0, wrong)
         if self.starts is not None and self.window is not None:
             first = wanted - (self.window - 1)
-            lost = self.starts > ops.where(first > 0, first, 0)
+            lost = new.starts > ops.where(first > 0, first, 0)
             wrong = ops.where(lost, lost, wrong)
         new.overflowed = wrong
         kept = ops.where(wanted < 0, 0, wanted)
@@ -160,7 +199,7 @@ class Cache:
         """The truncated cache, where all lengths are known."""
         first = np.zeros_like(wanted)
         if starts is not None and self.window is not None:
-            first = np.where(starts > 0, starts + self.window - 1, 0)
+            first = np.where((starts > 0) & (wanted > 0), starts + self.window - 1, 0)
         _check_truncated(wanted, known, first, self)
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
@@ -240,7 +279,7 @@ class Cache:
 
     def _top(self) -> int:
         """Up to which slot something may have been written, of what is cleared at the next call."""
-        return self.__dict__.get("_stale_to", 0)
+        return self._stale_to
 
     def _may_write(self, known: np.ndarray) -> bool:
         """Whether no other cache holds what positions behind `known` would overwrite."""
@@ -272,6 +311,7 @@ class Cache:
         for name in ("keys", "values"):
             cleared = _any_dtype(ops, lambda x: ops.where(held, x, 0.0), getattr(self, name))
             setattr(self, name, cleared)
+        self._stale_to = 0
         if self._known is not None:
             self._own(self._known)
         return self
@@ -285,6 +325,40 @@ def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
+
+
+class Structure(tuple[Any, ...]):
+    """What `flatten` gives besides arrays; and the cache, for what maps a function over it."""
+
+    origin: Any = None
+
+    def __reduce__(self) -> Any:
+        return tuple, (tuple(self),)
+
+
+def flatten_linked(value: Any) -> tuple[list[Any], Structure]:
+    """As `flatten`; `unflatten_linked` then knows the cache again by its arrays."""
+    if isinstance(value, Cache) and value._top():
+        value._cleared(backend_of(value.lengths).ops)
+    leaves, static = flatten(value)
+    structure = Structure(static)
+    structure.origin = ref(value)
+    return leaves, structure
+
+
+def unflatten_linked(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
+    """As `unflatten`; the cache itself where the arrays are its own, which may be written to."""
+    origin = getattr(static, "origin", None)
+    origin = None if origin is None else origin()
+    leaves = list(leaves)
+    if origin is not None:
+        own, _ = flatten(origin)
+        same = [x is y for x, y in zip(own, leaves, strict=False)]
+        if len(own) == len(leaves) and all(same):
+            return origin
+        if any(same) and isinstance(origin, Cache):
+            return replace(unflatten(kind, static, leaves), _sharing=origin._sharing)
+    return unflatten(kind, static, leaves)
 
 
 def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
@@ -320,14 +394,12 @@ def make_cache(
             "A cache needs a layer that attends over one axis of (B, T, D). Received: "
             f"attention_axes={config.attention_axes}. Make the layer without `attention_axes`."
         )
-    window = config.sliding_window
-    size = max_length if window is None else min(max_length, window + rewind)
-    is_ring = window is not None and size < max_length
+    window, max_length = config.sliding_window, int(max_length)  # no NumPy integer, of any width
+    size = max_length if window is None else min(max_length, window + int(rewind))
+    is_ring = window is not None and window < max_length
     compute = config.compute_dtype or config.dtype
-    held = dtype_name(ops.dtype(compute)) if dtype is None else str(dtype).rpartition(".")[2]
-    if held not in ("float16", "bfloat16", "float32", "float64") or (
-        held == "float64" and compute != "float64"
-    ):
+    held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
+    if not is_floating(held) or held == "float64" != compute:
         raise CacheError(
             "`dtype` must be float16, bfloat16 or float32; or float64, where the layer computes in "
             f"it. Received: {dtype!r}, and a layer that computes in {compute}. Leave it out for "

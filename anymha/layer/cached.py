@@ -284,7 +284,7 @@ def _prepare_cache(
     _check_room(cache, known, lengths)
     start = int(known[0]) if eager and known.size and is_uniform(known) else None
     is_ring, one = cache.window is not None, queries == 1
-    read = min(most_of(lengths), size) if eager else None
+    read = min(max(most_of(lengths), 1), size) if eager else None  # a slot at least
     in_place = bool(ops.capabilities.writes_in_place) and cache._may_write(known)
     if in_place and not (is_ring and not (one and valid is None)):
         arrays |= _clear(ops, cache, known)
@@ -616,6 +616,19 @@ class View(NamedTuple):
     key_positions: Array | None
 
 
+def seen_in_ring(ops: Ops, positions: Array, own: Array, starts: Array, window: int) -> Array:
+    """Which of `positions` a query at `own` sees, of those that are held from `starts` (B,) on."""
+    within = ops.logical_and(positions <= own, positions > own - window)
+    starts = ops.reshape(starts, (-1, *(1,) * (len(positions.shape) - 1)))
+    return ops.logical_and(within, positions >= starts)
+
+
+def of_one(ops: Ops, seen: Array) -> Array:
+    """What a single query of each row sees, (B, S), as a mask (B, 1, 1, S)."""
+    shape = ops.shape(seen)
+    return ops.reshape(seen, (shape[0], 1, 1, shape[1]))
+
+
 class Holding:
     """A cache within the program of a call.
 
@@ -873,20 +886,21 @@ class Holding:
                 return self._seen(rows, mask, None, positions)
             seen = None if held.is_full else positions <= n
         else:
-            starts = ops.reshape(self.held_rows["starts"], (-1, 1))
             after = self.new_lengths if held.source == "own" else self.arrays[PREFIX + "lengths"]
             positions = ring_positions(ops, held.size, after, self.query)
             positions = positions if read is None else positions[..., :read]
             seen = None
-            if not held.is_full:
+            if not held.is_full and self.is_one:
+                seen = seen_in_ring(ops, positions, n, self.held_rows["starts"], held.window)
+            elif not held.is_full:
                 batch, count = ops.shape(positions)
-                places, starts = (ops.reshape(x, (-1, 1, x.shape[-1])) for x in (positions, starts))
+                places = ops.reshape(positions, (batch, 1, count))
                 own = ops.reshape(n + slots(ops, self.queries, n), (batch, self.queries, 1))
-                seen = ops.logical_and(places <= own, places > own - held.window)
-                seen = ops.reshape(ops.logical_and(seen, places >= starts), (batch, 1, -1, count))
+                starts = self.held_rows["starts"]
+                seen = seen_in_ring(ops, places, own, starts, held.window)
+                seen = ops.reshape(seen, (batch, 1, self.queries, count))
         if seen is not None and len(seen.shape) == 2:
-            shape = ops.shape(seen)
-            seen = ops.reshape(seen, (shape[0], 1, 1, shape[1]))
+            seen = of_one(ops, seen)
         return self._seen(rows, PositionMask(), seen, positions)
 
     def _of_window(self) -> View:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self, Unpack
 
 import jax
@@ -13,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 
 from anymha.errors import ConfigError
-from anymha.layer.cache import Cache, Memory, flatten, unflatten
+from anymha.layer.cache import Cache, Memory
 from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import CallOptions, NativeLayer, StaticOptions, takes_call, takes_options
 from anymha.options.config import AttentionConfig, shown_options
@@ -114,20 +113,14 @@ class MultiHeadAttention(NativeLayer):
         return f"MultiHeadAttention({shown_options(self.config)}, weights={shapes})"
 
 
-def _flatten_with_keys(value: Cache | Memory) -> Any:
-    leaves, static = flatten(value)
-    keys = map(jax.tree_util.GetAttrKey, static[0])
-    return list(zip(keys, leaves, strict=True)), static
-
-
 for _kind in (Cache, Memory):
-    _unflatten = partial(unflatten, _kind)
-    jax.tree_util.register_pytree_with_keys(_kind, _flatten_with_keys, _unflatten, flatten)
+    # Arrays that are not there are None: Equinox and others put None for arrays, and back.
+    jax.tree_util.register_dataclass(_kind, _kind.ARRAYS, _kind.STATIC)
     jax.export.register_pytree_node_serialization(
         _kind,
         serialized_name=f"anymha.{_kind.__name__}",
         serialize_auxdata=lambda static: json.dumps(static).encode(),
-        deserialize_auxdata=lambda data: tuple(map(tuple, json.loads(data))),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
     )
 
 
