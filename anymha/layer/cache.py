@@ -119,8 +119,8 @@ class Cache:
     key_positions: Array | None
     max_length: int
     window: int | None
-    # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and up to which
-    # slot something may have been written, of what is cleared at the next call.
+    # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and the slot
+    # up to which something may have been written that is cleared at the next call.
     _sharing: Any = field(default=None, repr=False, kw_only=True)
     _stale_to: int = field(default=0, repr=False, kw_only=True)
 
