@@ -50,6 +50,9 @@ class Hidden:
 
     value: Cache | Memory
 
+    def __repr__(self) -> str:
+        return repr(self.value)
+
 
 def hidden(call: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, a cache or a memory hidden."""
