@@ -169,7 +169,8 @@ Args:
 
 Returns:
     The output (B, T, *O); with ``return_attention_scores=True`` also the probabilities before
-    dropout (B, H, T, S); with ``return_activity_loss=True`` also a scalar, last.
+    dropout (B, H, T, S); with ``return_activity_loss=True`` also a scalar; with a `cache` also
+    the new `Cache`, last.
 
 Raises:
     ArgumentError: there is no such argument; the message has the right one.
