@@ -141,7 +141,8 @@ def test_a_file_with_a_cache_has_no_layer(
     anymha.save(path, started("numpy")[1])
     assert main(["inspect", str(path)]) == 0
     assert "a cache or a memory, which `anymha.load` reads" in capsys.readouterr().out
-    assert main(["convert", str(path), "--to", "anymha", "--output", str(tmp_path / "o")]) != 0
+    other = str(tmp_path / "other.safetensors")
+    assert main(["convert", str(path), other, "--from", "anymha", "--to", "anymha"]) != 0
     with pytest.raises(AnymhaError, match=r"converted as it is.*Received: other arguments"):
         anymha.convert(started("numpy")[1], to="numpy", num_heads=2)
 
