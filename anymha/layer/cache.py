@@ -11,7 +11,7 @@ attention takes them, normed and turned; where their rotation depends on the len
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from typing import Any, ClassVar
@@ -346,7 +346,7 @@ def flatten_linked(value: Any) -> tuple[list[Any], Structure]:
     return leaves, structure
 
 
-def unflatten_linked(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
+def unflatten_linked(kind: type[Any], static: Any, leaves: Iterable[Any]) -> Any:
     """As `unflatten`; the cache itself where the arrays are its own, which may be written to."""
     origin = getattr(static, "origin", None)
     origin = None if origin is None else origin()
