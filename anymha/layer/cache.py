@@ -54,6 +54,16 @@ class Memory:
         return unflatten(cls, static, leaves)
 
 
+class _Sharing(WeakSet[Any]):
+    """Caches of the same arrays.
+
+    Attributes:
+        written: The greatest lengths (B,) that one of a ring has had.
+    """
+
+    written: np.ndarray
+
+
 @dataclass(eq=False)
 class Cache:
     """Keys and values of the positions that a layer has read: `MultiHeadAttention.make_cache`.
@@ -101,10 +111,19 @@ class Cache:
         return unflatten(cls, static, leaves)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields_of(self)}
+        state = {field.name: getattr(self, field.name) for field in fields_of(self)}
+        if self.starts is not None and self._sharing is not None:
+            ops, written = backend_of(self.starts).ops, self._sharing.written
+            known = known_lengths(ops, self)
+            if known is not None and (written > known).any():  # over what `starts` counts
+                first = np.maximum(ops.to_numpy(self.starts), written - self.keys.shape[2])
+                first = first.astype(np.int32)
+                state["starts"] = ops.asarray(first, device=ops.device(self.starts))
+        return state
 
     def __copy__(self) -> Cache:
-        return Cache(**self.__getstate__())
+        new = Cache(**self.__getstate__())
+        return new if self._sharing is None else new._share(self, self._known)
 
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
@@ -131,8 +150,8 @@ class Cache:
         batch = self.lengths.shape[0]
         wanted = _integers(ops, lengths, "lengths", batch, like=self.lengths)
         numbers = None if known is None else known_values(ops, wanted)
-        starts = None if self.starts is None else known_values(ops, self.starts)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        starts = None if new.starts is None else known_values(ops, new.starts)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
@@ -197,7 +216,8 @@ class Cache:
             flat = ops.reshape(x, (1, shape[0], -1))
             return ops.reshape(_any_dtype(ops, ops.gather, flat, row, axis=1), (-1, *shape[1:]))
 
-        new = Cache(**{**self.__getstate__(), **{n: taken(getattr(self, n)) for n in self.ARRAYS}})
+        state = self.__getstate__()
+        new = Cache(**{**state, **{name: taken(state[name]) for name in self.ARRAYS}})
         if wrong is not None:
             new.overflowed = ops.where(wrong, wrong, new.overflowed)
         known = known_lengths(ops, self)
@@ -212,7 +232,8 @@ class Cache:
     def _own(self, known: np.ndarray) -> Cache:
         """Note that the arrays are this cache's alone."""
         self.__dict__["_known"] = known
-        self.__dict__["_sharing"] = WeakSet([self])
+        self.__dict__["_sharing"] = _Sharing([self])
+        self._sharing.written = known
         return self
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
@@ -226,6 +247,8 @@ class Cache:
         """Note that this one comes from a call, with these lengths, and whose arrays it has."""
         if shares:
             self._share(cache, known)
+            if self.window is not None:
+                self._sharing.written = np.maximum(self._sharing.written, known)
         else:
             self._own(known)
         self.__dict__["_start"] = start
@@ -383,8 +406,9 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
                 "window, sizes of keys and values, dtype, framework)."
             )
     parts: dict[str, Any] = {}
+    states = [cache.__getstate__() for cache in caches]
     for name in Cache.ARRAYS:
-        own = [getattr(cache, name) for cache in caches]
+        own = [state[name] for state in states]
         if all(x is None for x in own):
             parts[name] = None
             continue

@@ -148,7 +148,8 @@ def next_step(
     lengths = cache.lengths + 1
     starts = cache.starts
     if starts is not None and start >= size:
-        starts = starts * 0 + (start + 1 - size)
+        first = start + 1 - size
+        starts = ops.where(starts < first, first, starts)  # `truncate` may have given up more
     new = Cache(
         keys, values, lengths, cache.lengths, cache.overflowed, starts, None, None,
         cache.max_length, cache.window,
