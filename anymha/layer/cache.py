@@ -36,6 +36,18 @@ class Memory:
         keys: (B, K, S, d_k), normed and turned as the layer's options say.
         values: (B, K, S, d_v).
         key_positions: (1 or B, S) integers, where they were given; else None.
+
+    Raises:
+        ArgumentError: a call has it beside a `value` or a `key`.
+        CacheError: it has not the sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> options = {"query_features": 8, "value_features": 6, "backend": "numpy"}
+        >>> layer = anymha.MultiHeadAttention(2, 4, **options)
+        >>> memory = layer.make_memory(np.ones((1, 5, 6), "float32"))
+        >>> layer(np.ones((1, 1, 8), "float32"), memory=memory).shape
+        (1, 1, 8)
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values", "key_positions")
@@ -45,6 +57,10 @@ class Memory:
     values: Array
     key_positions: Array | None = None
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
         return static, tuple(leaves)
@@ -52,16 +68,6 @@ class Memory:
     @classmethod
     def __tf_unflatten__(cls, static: Any, leaves: Any) -> Any:
         return unflatten(cls, static, leaves)
-
-
-class _Sharing(WeakSet[Any]):
-    """Caches of the same arrays.
-
-    Attributes:
-        written: The greatest lengths (B,) that one of a ring has had.
-    """
-
-    written: np.ndarray
 
 
 @dataclass(eq=False)
@@ -80,6 +86,19 @@ class Cache:
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
         max_length: How many positions a row may have.
         window: The layer's `sliding_window`, where the cache is a ring; else None.
+
+    Raises:
+        CacheError: a call has more new positions than a row has room for, or the cache has not the
+            sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> cache = layer.make_cache(batch_size=1, max_length=10)
+        >>> for length in (5, 1, 1):
+        ...     output, cache = layer(np.ones((1, length, 8), "float32"), cache=cache)
+        >>> cache.lengths.tolist(), cache.truncate(6).lengths.tolist()
+        ([7], [6])
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
@@ -89,6 +108,7 @@ class Cache:
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
     _sharing: ClassVar[Any] = None  # of an instance all that share its arrays
+    _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
 
     keys: Array
@@ -112,28 +132,30 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
-        if self.starts is not None and self._sharing is not None:
-            ops, written = backend_of(self.starts).ops, self._sharing.written
-            known = known_lengths(ops, self)
-            if known is not None and (written > known).any():  # over what `starts` counts
-                first = np.maximum(ops.to_numpy(self.starts), written - self.keys.shape[2])
-                first = first.astype(np.int32)
-                state["starts"] = ops.asarray(first, device=ops.device(self.starts))
+        ops = backend_of(self.lengths).ops
+        if self._lost is not None and known_lengths(ops, self) is not None:
+            first = np.maximum(ops.to_numpy(self.starts), self._lost).astype(np.int32)
+            state["starts"] = ops.asarray(first, device=ops.device(self.starts))
         return state
 
     def __copy__(self) -> Cache:
         new = Cache(**self.__getstate__())
         return new if self._sharing is None else new._share(self, self._known)
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
-        return (
-            f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, "
-            f"keys: {described(self.keys)})"
-        )
+        keys: Any = self.keys  # a framework may put something else into the place of an array
+        shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
+        return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
+
+        A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
 
         Args:
             lengths: How many positions each row keeps: an int, or integers (B,), none above
@@ -151,15 +173,18 @@ class Cache:
         wanted = _integers(ops, lengths, "lengths", batch, like=self.lengths)
         numbers = None if known is None else known_values(ops, wanted)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        new.overflowed = ops.logical_and(self.overflowed, wanted > 0)
         starts = None if new.starts is None else known_values(ops, new.starts)
+        if new.starts is not None:
+            new.starts = ops.where(wanted > 0, new.starts, 0)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
-        wrong = ops.where(self.overflowed, self.overflowed, too_many)
+        wrong = ops.where(new.overflowed, new.overflowed, too_many)
         wrong = ops.where(wanted < 0, wanted < 0, wrong)
         if self.starts is not None and self.window is not None:
             first = wanted - (self.window - 1)
-            lost = self.starts > ops.where(first > 0, first, 0)
+            lost = new.starts > ops.where(first > 0, first, 0)
             wrong = ops.where(lost, lost, wrong)
         new.overflowed = wrong
         kept = ops.where(wanted < 0, 0, wanted)
@@ -172,7 +197,7 @@ class Cache:
         """The truncated cache, where all lengths are known."""
         first = np.zeros_like(wanted)
         if starts is not None and self.window is not None:
-            first = np.where(starts > 0, starts + self.window - 1, 0)
+            first = np.where((starts > 0) & (wanted > 0), starts + self.window - 1, 0)
         _check_truncated(wanted, known, first, self)
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
@@ -232,8 +257,7 @@ class Cache:
     def _own(self, known: np.ndarray) -> Cache:
         """Note that the arrays are this cache's alone."""
         self.__dict__["_known"] = known
-        self.__dict__["_sharing"] = _Sharing([self])
-        self._sharing.written = known
+        self.__dict__["_sharing"] = WeakSet([self])
         return self
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
@@ -246,9 +270,12 @@ class Cache:
     def _after(self, cache: Cache, known: np.ndarray, start: int | None, shares: bool) -> Cache:
         """Note that this one comes from a call, with these lengths, and whose arrays it has."""
         if shares:
-            self._share(cache, known)
             if self.window is not None:
-                self._sharing.written = np.maximum(self._sharing.written, known)
+                lost = known - self.keys.shape[2]
+                for other in list(cache._sharing):
+                    most = lost if other._lost is None else np.maximum(other._lost, lost)
+                    other.__dict__["_lost"] = most
+            self._share(cache, known)
         else:
             self._own(known)
         self.__dict__["_start"] = start
@@ -296,7 +323,9 @@ class Cache:
 def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     """The arrays of a cache or a memory that are there, and all else that it consists of."""
     named = {name: getattr(value, name) for name in type(value).ARRAYS}
-    names = tuple([name for name, x in named.items() if x is not None])
+    # A framework may put None into the place of an array, where it maps a function over a tree.
+    places = value.__dict__.get("_places", ())
+    names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
 
@@ -305,7 +334,10 @@ def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
     """The cache or the memory of what `flatten` gives."""
     names, values = static
     arrays = dict.fromkeys(kind.ARRAYS) | dict(zip(names, leaves, strict=True))
-    return kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    value = kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    if any(x is None for x in leaves):
+        value.__dict__["_places"] = names
+    return value
 
 
 def make_cache(

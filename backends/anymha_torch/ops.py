@@ -217,7 +217,7 @@ def has_values(x, /):
 # What is differentiated, and what inference mode has made, is not written to.
 def write_slots(storage, new, slot, in_place, /):
     differentiated = torch.is_grad_enabled() and (storage.requires_grad or new.requires_grad)
-    if not in_place or differentiated or _is_frozen(storage):
+    if not in_place or differentiated or _is_of_inference(storage):
         storage = storage.clone()
     length = new.shape[2]
     if isinstance(slot, int):
@@ -229,8 +229,10 @@ def write_slots(storage, new, slot, in_place, /):
     return storage
 
 
-def _is_frozen(x):  # a compiler takes no such question
-    return x.is_inference() and not torch.is_inference_mode_enabled()
+def _is_of_inference(storage):
+    if torch.compiler.is_compiling():  # a compiler cannot tell, and writes to nothing but copies
+        return False
+    return storage.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def stop_gradient(x, /):
