@@ -116,7 +116,7 @@ def prepare(
     cache, memory = call.get("cache"), call.get("memory")
     _check_arguments(config, query, others, masks, call)
     own = cache is not None
-    given = cache if own else memory
+    given: Any = cache if own else memory
     check_arrays(ops, {"query": query, **masks})
     check_inputs(config, query, query, query, (None, None, None))
     check_arrays(ops, {("cache" if own else "memory") + ".keys": given.keys})
