@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
@@ -384,3 +386,36 @@ def test_masks_and_biases_are_over_the_positions_of_the_cache(backend: Backend) 
             )  # fmt: skip
             np.testing.assert_allclose(plain(backend, output), expected[:, rows], atol=2e-6)
             begin += count
+
+
+def test_two_thousand_steps_keep_nothing(backend: Backend) -> None:
+    """The memory of Python's objects and NumPy's arrays stays, and so do plans and programs."""
+    layer = layer_of(backend, {"rotary": True})
+    steps, x = 2000, native(backend, normal((2, 1, WIDTH), "x").astype(np.float32))
+    step: Any = lambda x, cache: layer(x, cache=cache)  # noqa: E731
+    traced = []
+    if backend.name in ("jax", "tensorflow"):
+        framework: Any = importlib.import_module(backend.framework)
+        compile = framework.jit if backend.name == "jax" else framework.function
+
+        def counted(x: Any, cache: Any) -> Any:
+            traced.append(1)
+            return layer(x, cache=cache)
+
+        step = compile(counted)
+    if backend.name == "torch":  # whose graph of the gradients would keep all steps
+        step = importlib.import_module("torch").no_grad()(step)
+    cache = layer.make_cache(2, steps + 1)
+    held = []
+    for number in range(steps):
+        if number in (100, steps - 1):
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else 0)
+        if number == 90:
+            tracemalloc.start()
+        _, cache = step(x, cache)
+    tracemalloc.stop()
+    assert plain(backend, cache.lengths).tolist() == [steps, steps]
+    assert len(traced) == (1 if backend.name in ("jax", "tensorflow") else 0)
+    assert held[1] - held[0] < 200_000
+    assert len(layer.plans.calls) + len(layer.plans.plans) + len(layer.plans.seen_once) < 20

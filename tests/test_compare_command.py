@@ -28,6 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 PORT = """
 import numpy as np
 import anymha
+from anymha.parity import decoding
 
 layer = anymha.MultiHeadAttention(4, 6, query_features=12, backend="numpy", seed=0,
                                   bias_initializer="random_normal")
@@ -85,6 +86,17 @@ class Model:
 
 model = Model()
 number = 3
+
+
+def again(x, cache):
+    held = x if cache is None else np.concatenate([cache, x], axis=1)
+    return layer(held, use_causal_mask=True)[:, -x.shape[1]:], held
+
+
+decodes = decoding(again, steps=(2, 20))
+forgets = decoding(lambda x, cache: (layer(x, use_causal_mask=True), cache))
+own = decoding(layer, join=True, truncate=True, reorder=True)
+holds = decoding(lambda x, cache, valid: again(x, cache))
 """
 
 
@@ -157,6 +169,24 @@ def test_backend_gets_the_weights_of_the_layer_beside_it(command: Run) -> None:
     status, out, _ = command("numpy", "numpy", "--cases", "self,cross")
     assert status == 0, out
     assert out.splitlines()[0] == "PARITY HOLDS: 2 comparisons agree"
+
+
+def test_function_that_decodes_has_inputs_of_its_own(command: Run) -> None:
+    status, out, err = command("port:layer", "port:decodes")
+    assert (status, err) == (0, "")
+    assert "reads pieces of 2, 20, 1, 1 positions" in out
+    assert "rows of unequal lengths: there is no padding" in out
+    status, out, _ = command("port:layer", "port:forgets")
+    assert status == 1
+    assert "Cause: stale keys (a call sees itself alone)" in out
+    status, out, _ = command("numpy", "port:own")
+    assert status == 0, out
+    assert "padding" not in out
+    status, out, _ = command("port:layer", "port:holds")
+    assert status == 1
+    assert "Cause: padding held" in out
+    status, out, _ = command("port:layer", "port:right", "--cases", "decoded")
+    assert status == 0, out
 
 
 def test_function_is_asked_only_what_it_takes(command: Run) -> None:
@@ -415,7 +445,7 @@ WRONG = {
     "unknown name": (["numpy", "pytorch"], "a backend (numpy, torch, tensorflow, jax, keras"),
     "no module": (["numpy", "nowhere:layer"], "there is no module 'nowhere'"),
     "no module in a package": (["numpy", "os.nowhere:layer"], "there is no module"),
-    "no object": (["numpy", "port:nothing"], "port has no 'nothing'. It has: np, anymha, layer"),
+    "no object": (["numpy", "port:nothing"], "port has no 'nothing'. It has: np, anymha, decoding"),
     "no callable": (["numpy", "port:number"], "port:number cannot be compared."),
     "makes no callable": (["numpy", "port:make_nothing"], "cannot be compared."),
     "makes nothing": (["numpy", "port:make_badly"], "raised RuntimeError: no luck"),

@@ -11,6 +11,7 @@ import pytest
 from anymha.framework.registry import Backend, get_backend
 from anymha.parity.diagnose.mistakes import catalogue
 from anymha.parity.oracle.features import SECTIONS
+from tests import decoding_port
 from tests.frameworks import skip_or_fail
 from tests.selftest import command, injected_faults, injection
 from tests.selftest.command import main
@@ -22,7 +23,7 @@ def test_every_mistake_of_the_catalogue_is_injected() -> None:
     options = [
         fault for section in SECTIONS.values() for fault in injected_faults.option_faults(section)
     ]
-    causes = {fault.cause for fault in (*FAULTS, *options)}
+    causes = {fault.cause for fault in (*FAULTS, *options, *decoding_port.FAULTS)}
     assert {mistake.name for mistake in catalogue()} <= causes
     assert len({fault.wrong for fault in FAULTS}) == len(FAULTS)
 

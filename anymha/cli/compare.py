@@ -13,6 +13,7 @@ from typing import Any
 from anymha.cli.forms import FORMS, add_forms, check_files, write_forms
 from anymha.cli.inputs import (
     CASES,
+    DECODED,
     FEATURES,
     SELF,
     CallInputs,
@@ -25,6 +26,7 @@ from anymha.cli.names import Implementation, implementation_named, is_model
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.decoding import Decoding, Stepwise
 from anymha.parity.comparison.compare import compare as compare_two
 from anymha.parity.oracle.cases import trio
 from anymha.parity.reports.comparison_view import comparison_document
@@ -55,8 +57,8 @@ def add_command(commands: Any) -> None:
                          help="an .npz file with query, value, key, masks; or a saved case; "
                          "default: inputs are made")  # fmt: skip
     command.add_argument("--cases", metavar="A,B",
-                         help=f"which inputs are made: {','.join(CASES)}; default: those that the "
-                         "implementations are made for")  # fmt: skip
+                         help=f"which inputs are made: {','.join((*CASES, DECODED))}; "
+                         "default: those that the implementations are made for")  # fmt: skip
     command.add_argument("--arrays", metavar="BACKEND",
                          help="the framework whose arrays plain functions get; default numpy, or "
                          "as saved")  # fmt: skip
@@ -82,6 +84,8 @@ def compare(options: argparse.Namespace) -> int:
     if options.arrays is not None:
         _ = get_backend(options.arrays).ops  # says what there is, and which extra installs it
     every = [implementation_named(name) for name in (options.reference, *options.candidates)]
+    if options.cases is None and _decoding(every):
+        names = (DECODED,)
     outcomes = list(_outcomes(every, names, saved, options))
     document = comparison_document(outcomes)
     console = terminal.Terminal()
@@ -100,10 +104,28 @@ def _cases(options: argparse.Namespace) -> tuple[str, ...]:
     if options.inputs is not None:
         raise UsageError("`--cases` says which inputs are made, `--inputs` has them: give one.")
     names = tuple(name.strip() for name in options.cases.split(","))
-    unknown = [name for name in names if name not in CASES]
+    unknown = [name for name in names if name not in (*CASES, DECODED)]
     if unknown:
-        raise UsageError(f"`--cases` is some of {', '.join(CASES)}. Received: {options.cases}.")
+        raise UsageError(
+            f"`--cases` is some of {', '.join((*CASES, DECODED))}. Received: {options.cases}."
+        )
     return names
+
+
+def _decoding(every: Sequence[Implementation]) -> list[Decoding]:
+    """Those that decode step by step."""
+    return [one.implementation for one in every if isinstance(one.implementation, Decoding)]
+
+
+def _longest(every: Sequence[Implementation]) -> int:
+    """The length of the sequences that are decoded: longer than the steps that users name."""
+    return max([13, *(sum(one.steps or ()) + 2 for one in _decoding(every))])
+
+
+def _without_padding(case: CallInputs) -> CallInputs:
+    """The case that is decoded with rows of one length; another case as it is."""
+    call = {name: value for name, value in case.call.items() if name != "value_mask"}
+    return dataclasses.replace(case, call=call) if case.name == DECODED else case
 
 
 def _check_files(options: argparse.Namespace) -> None:
@@ -141,11 +163,13 @@ def _outcomes(
         layer = known or _random_layer(every, (FEATURES, FEATURES, FEATURES))
         widths = [layer.weights[f"{name}.kernel"].shape[0] for name in ("query", "value", "key")]
         dtype = layer.weights["query.kernel"].dtype
-        cases = make_cases(names, (widths[0], widths[1], widths[2]), dtype)
+        cases = make_cases(names, (widths[0], widths[1], widths[2]), dtype, _longest(every))
+        if any(Stepwise(one).mask is None for one in _decoding(every)):
+            cases = [_without_padding(case) for case in cases]
     layers = [other if i and other is not None else layer for i in range(len(every))]
     live = [one.make(own) for one, own in zip(every, layers, strict=True)]
     for (i, one), (j, two) in itertools.combinations(enumerate(every), 2):
-        explicit = options.cases is not None or saved is not None
+        explicit = options.cases is not None or saved is not None or names != CASES
         pair, both = (one, two), (live[i], live[j])
         done = {case.name: _outcome(case, pair, both, options.arrays, explicit) for case in cases
                 if explicit or case.name not in SELF.values() or case.name == "self"}  # fmt: skip
@@ -200,7 +224,8 @@ def _outcome(
         if ops is not None:
             inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in inputs.items()}
         request = make_request(inputs, part.call)
-        lacking = [_lacking(one, request) for one in live]
+        decode = [one for one in live if isinstance(one, Decoding)]  # others get rows alone then
+        lacking = [_lacking(one, request) for one in decode or live]
         try:
             if any(lacking):
                 raise LayoutError(" and ".join(filter(None, lacking)))

@@ -20,6 +20,9 @@ SELF = {"cross": "self", "causal": "self-causal", "padded": "self-masked"}
 """The case of self-attention for each case of cross-attention."""
 
 CASES = ("self", "self-causal", "self-masked", "cross", "causal", "padded")
+DECODED = "decoded"
+"""The case for implementations that decode step by step; of others none asks for it."""
+
 OF_KEYS = re.compile(r"(?:^|_)(?:k|kv|keys?|values?|v)(?:_|$)|kv$|context|memory")
 BATCH, QUERIES, KEYS = 2, 5, 7
 FEATURES = 32
@@ -35,13 +38,15 @@ class CallInputs:
 
 
 def make_cases(
-    names: Collection[str], widths: tuple[int, int, int], dtype: Any = np.float32
-) -> list[CallInputs]:
-    """Some of `CASES` by name, for inputs of these widths.
+    names: Collection[str], widths: tuple[int, int, int], dtype: Any = np.float32,
+    longest: int = 13,
+) -> list[CallInputs]:  # fmt: skip
+    """Some of `CASES` and `DECODED` by name, for inputs of these widths.
 
     Those of "self" have one input, the others a query (2, 5, D) and a value and a key (2, 7, D);
     "causal" has the causal mask; "padded" and "self-masked" a mask of its own for each query, one
-    of which attends to nothing, and a second key sequence that is shorter.
+    of which attends to nothing, and a second key sequence that is shorter. "decoded" has three
+    sequences of the length `longest`, with padding in front, behind and between.
     """
     rng = np.random.default_rng(20170612)
 
@@ -67,7 +72,15 @@ def make_cases(
         "causal": CallInputs("causal", cross, {"use_causal_mask": True}),
         "padded": CallInputs("padded", cross, {"attention_mask": mask, "value_mask": padding}),
     }
-    return [every[name] for name in CASES if name in names]
+    made = [every[name] for name in CASES if name in names]
+    if DECODED in names:
+        rng = np.random.default_rng(20170612)
+        query = rng.standard_normal((3, longest, widths[0])).astype(dtype)
+        valid = np.ones(query.shape[:2], bool)
+        valid[0, 3:5] = valid[0, -2] = valid[1, 1] = valid[2, :3] = False
+        call = {"value_mask": valid, "use_causal_mask": True}
+        made.append(CallInputs(DECODED, {"query": query}, call))
+    return made
 
 
 def make_layer(widths: tuple[int, int, int], dtype: str = "float32") -> SavedLayer:

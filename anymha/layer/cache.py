@@ -20,7 +20,7 @@ from weakref import WeakSet
 import numpy as np
 
 from anymha.errors import ArgumentError, CacheError, ShapeError
-from anymha.framework.dtypes import dtype_name
+from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known
@@ -56,6 +56,10 @@ class Memory:
     keys: Array
     values: Array
     key_positions: Array | None = None
+
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -131,12 +135,15 @@ class Cache:
     def __copy__(self) -> Cache:
         return Cache(**self.__getstate__())
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
-        return (
-            f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, "
-            f"keys: {described(self.keys)})"
-        )
+        keys: Any = self.keys  # a framework may put something else into the place of an array
+        shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
+        return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
@@ -303,7 +310,9 @@ class Cache:
 def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     """The arrays of a cache or a memory that are there, and all else that it consists of."""
     named = {name: getattr(value, name) for name in type(value).ARRAYS}
-    names = tuple([name for name, x in named.items() if x is not None])
+    # A framework may put None into the place of an array, where it maps a function over a tree.
+    places = value.__dict__.get("_places", ())
+    names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
 
@@ -312,7 +321,10 @@ def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
     """The cache or the memory of what `flatten` gives."""
     names, values = static
     arrays = dict.fromkeys(kind.ARRAYS) | dict(zip(names, leaves, strict=True))
-    return kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    value = kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    if any(x is None for x in leaves):
+        value.__dict__["_places"] = names
+    return value
 
 
 def make_cache(
@@ -338,12 +350,12 @@ def make_cache(
             "A cache needs a layer that attends over one axis of (B, T, D). Received: "
             f"attention_axes={config.attention_axes}. Make the layer without `attention_axes`."
         )
-    window = config.sliding_window
-    size = max_length if window is None else min(max_length, window + rewind)
-    is_ring = window is not None and size < max_length
+    window, max_length = config.sliding_window, int(max_length)  # no NumPy integer, of any width
+    size = max_length if window is None else min(max_length, window + int(rewind))
+    is_ring = window is not None and window < max_length
     compute = config.compute_dtype or config.dtype
-    held = dtype_name(ops.dtype(compute)) if dtype is None else str(dtype).rpartition(".")[2]
-    if held not in ("float16", "bfloat16", "float32", "float64"):
+    held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
+    if not is_floating(held):
         raise CacheError(
             "`dtype` must be float16, bfloat16, float32 or float64; default the dtype in which the "
             f"layer computes. Received: {dtype!r}."

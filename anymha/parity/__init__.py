@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anymha.parity.adapters import declare
+    from anymha.parity.adapters.decoding import decoding
     from anymha.parity.comparison.compare import ParityError, assert_parity, compare
     from anymha.parity.reports.report import Comparison
 
-__all__ = ["Comparison", "ParityError", "assert_parity", "compare", "declare"]
+__all__ = ["Comparison", "ParityError", "assert_parity", "compare", "declare", "decoding"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,7 +18,8 @@ def __getattr__(name: str) -> Any:
     import importlib  # noqa: PLC0415
 
     places = dict.fromkeys(__all__, "comparison.compare")
-    places |= {"Comparison": "reports.report", "declare": "adapters"}
+    places |= {"Comparison": "reports.report", "declare": "adapters",
+               "decoding": "adapters.decoding"}  # fmt: skip
     if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{places[name]}"), name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, Unpack
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from anymha.errors import ConfigError
@@ -112,7 +114,14 @@ class MultiHeadAttention(NativeLayer):
 
 
 for _kind in (Cache, Memory):
-    jax.tree_util.register_dataclass(_kind, [*_kind.ARRAYS], [*_kind.STATIC])
+    # Arrays that are not there are None: Equinox and others put None for arrays, and back.
+    jax.tree_util.register_dataclass(_kind, _kind.ARRAYS, _kind.STATIC)
+    jax.export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"anymha.{_kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
+    )
 
 
 def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:

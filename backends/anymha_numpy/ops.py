@@ -176,9 +176,13 @@ def exp_and_sum(x, peak, /):
     return x, np.matmul(x, _ones(x.shape[-1], x.dtype))
 
 
-@lru_cache(maxsize=64)
 def _ones(length, dtype, /):
-    return np.ones((length, 1), dtype)
+    return _power_of_two(length.bit_length(), dtype)[:length]
+
+
+@lru_cache(maxsize=32)  # arrays of ever new lengths, as in decoding, would be kept otherwise
+def _power_of_two(exponent, dtype, /):
+    return np.ones((1 << exponent, 1), dtype)
 
 
 def has_values(x, /):

@@ -10,6 +10,7 @@ from typing import Any
 
 from anymha.errors import ArgumentError
 from anymha.interchange.libraries import known_class
+from anymha.parity.adapters.decoding import Decoding
 from anymha.parity.stages.trace import Adapter
 
 LIBRARIES = {
@@ -87,6 +88,8 @@ def adapter_for(implementation: Any) -> Adapter:
     """
     if isinstance(implementation, Declared):
         return _declared(implementation)
+    if isinstance(implementation, Decoding):
+        return _adapter("decoding.Stepwise", implementation)
     if hasattr(implementation, "canonical_weights"):
         return _adapter("ours.Ours", implementation)
     if isinstance(implementation, (Path, str)):
@@ -103,8 +106,8 @@ def adapter_for(implementation: Any) -> Adapter:
         return _adapter("function.Function", implementation)
     raise ArgumentError(
         "An implementation is a layer of anymha, a live attention layer of torch, Keras, Flax, "
-        "Equinox or transformers, a module of torch, a model of ONNX (.onnx), or a function of "
-        "query, value and key. Received: "
+        "Equinox or transformers, a module of torch, a model of ONNX (.onnx), a function of query, "
+        "value and key, or the result of `decoding`. Received: "
         f"{type(implementation).__module__}.{type(implementation).__qualname__}."
     )
 
@@ -120,6 +123,8 @@ def _declared(declared: Declared) -> Adapter:
         description = foreign.describe_layer(layer, **declared.sizes)
     else:
         description = foreign.describe_arrays(layer, layout, declared.sizes)
+    if isinstance(implementation, Decoding):
+        return _adapter("decoding.Stepwise", implementation, description)
     bases = [(k.__module__.partition(".")[0], k.__name__) for k in type(implementation).__mro__]
     if ("torch", "Module") in bases:
         return _adapter("torch_layers.TorchModule", implementation, description)

@@ -11,6 +11,13 @@ import numpy as np
 from anymha.errors import AnymhaError
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.decoding import (
+    Stepwise,
+    Whole,
+    decoded_request,
+    decoding_pair,
+    settle_padding,
+)
 from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
@@ -45,9 +52,9 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
 
     Args:
         reference: The implementation that counts as right: a layer of anymha in any framework; a
-            live layer of torch, Keras, Flax or Equinox; or a function of query, value and
+            live layer of torch, Keras, Flax or Equinox; a function of query, value and
             key, by its own names for them, which returns the output, or the output and the scores,
-            or a dict of stages.
+            or a dict of stages; or what `decoding` makes of a function that decodes step by step.
         candidate: What is judged; likewise.
         inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
             name; arrays of NumPy or of any framework.
@@ -75,7 +82,7 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
         ('masked_logits', 'causal mask ignored')
     """
     request = make_request(inputs, call)
-    one, other = adapter_for(reference), adapter_for(candidate)
+    one, other = decoding_pair(adapter_for(reference), adapter_for(candidate), request)
     part = cut(request)
     if part is None:
         return _compared(one, other, request)
@@ -90,6 +97,7 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
 
 def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     """The comparison of two implementations in one call."""
+    request = decoded_request(request, one, other)
     first, cotangent = _traced("reference", one, request, None), None
     if not request.training:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
@@ -102,7 +110,26 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)
-    return explained(comparison, (one, other))
+    comparison = explained(comparison, (one, other))
+    if isinstance(other, Stepwise) and not comparison.passed:
+        return _with_less(comparison, other)
+    return comparison
+
+
+def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
+    """The comparison with the function of a cache without which the candidate is right."""
+    if comparison.diagnosis is not None and comparison.diagnosis.explained:
+        return comparison
+    request, (first, _) = comparison.request, comparison.traces
+    for name, other in candidate.less():
+        traces = first, _traced("candidate", other, request, None)
+        one, two = settle_padding(request, traces, None)
+        one = dataclasses.replace(one, scores=None)
+        if outputs_alone(request, one, two).passed:
+            fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
+            diagnosis = Diagnosis.certain(f"wrong with `{name}`", "output", fix)
+            return dataclasses.replace(comparison, diagnosis=diagnosis)
+    return comparison
 
 
 def _explained_by_calls(
@@ -139,15 +166,17 @@ def _at_full_length(
     if request is None:
         rest = "" if not comparison.passed else " Nothing is known of greater lengths."
         return dataclasses.replace(comparison, notes=(note + rest, *comparison.notes))
+    request = decoded_request(request, one, other)
     outputs = [
-        adapter.output(request) if isinstance(adapter, Ours)
+        adapter.output(request) if isinstance(adapter, (Ours, Whole))
         else _traced(role, adapter, request, None).output
         for role, adapter in (("reference", one), ("candidate", other))
     ]  # fmt: skip
     first, second = (
-        dataclasses.replace(trace, output=output, scores=None)
+        dataclasses.replace(trace, output=output, scores=None, stages={})
         for trace, output in zip(comparison.traces, outputs, strict=True)
     )
+    first, second = settle_padding(request, (first, second), None)
     with np.errstate(all="ignore"):
         (stage,) = outputs_alone(request, first, second).stages
     stage = dataclasses.replace(stage, name="output at full length")
@@ -200,8 +229,13 @@ def judge_traces(
     basis = first if first.weights is not None else second
     with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:
+            first, second = settle_padding(request, (first, second), None)
             return outputs_alone(request, first, second, cotangent, stirred=stirred)
         folded = fold(problem_of(basis.config, basis.weights, request))
+        if request.decoded is not None:
+            recipe = folded.recipe.but(decoded=request.decoded)
+            folded = dataclasses.replace(folded, recipe=recipe)
+            first, second = settle_padding(request, (first, second), folded)
         return Baseline(request, folded, first).judge(second, cotangent)
 
 

@@ -154,7 +154,7 @@ def _dropped_shares(comparison: Comparison) -> tuple[np.ndarray, np.ndarray] | N
 def _offer(adapter: Adapter) -> str:
     """How an implementation's weights can be named, where they are not known; else empty."""
     silent: Any = adapter
-    if getattr(silent, "description", True) is not None:
+    if getattr(silent, "description", True) is not None or not hasattr(silent, "parameters"):
         return ""
     module, heads = getattr(silent, "module", None), silent.parameters.heads or "..."
     if module is None:

@@ -56,10 +56,29 @@ def not_told_apart(request: Request, recipe: Recipe, reported: Collection[str]) 
         several = len(mask) == recipe.lengths[0] > 1 and (name != "attention_mask" or mask.ndim > 2)
         if several and all(_alike(mask[0], other) for other in mask[1:]):
             words.append(f"the batch of `{name}`: it is the same for all sequences")
+    words += _decoding_untold(recipe)
     ignored = all(section.ignores_a_constant for section in recipe.sections)
     seen = {"key", "logits", "masked_logits"} & {*reported}
     if ignored and not seen and np.any(recipe.weights.get("key.bias", 0)):
         words.append("`key.bias`: the output does not depend on it, and no earlier stage is told")
+    return words
+
+
+def _decoding_untold(recipe: Recipe) -> list[str]:
+    """What a call that is read step by step cannot tell, in words."""
+    facts, words = recipe.decoded, []
+    if facts is None:
+        return words
+    if not facts.ragged and len(facts.valid) > 1:
+        words.append("rows of unequal lengths: there is no padding, give a `value_mask`")
+    elif facts.ragged and np.all(facts.begins[0] >= facts.begins):
+        words.append("row 0 from the longest row: they are one")
+    counts = np.bincount(facts.calls)
+    if np.all(counts[1:] < 2):
+        words.append("calls of several positions behind the first: give `steps`")
+    window = recipe.window
+    if window is not None and int(facts.places.max()) < window:
+        words.append("what a ring overwrites: no row is longer than the window")
     return words
 
 

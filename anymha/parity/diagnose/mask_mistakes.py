@@ -20,7 +20,7 @@ def _empty(recipe: Recipe) -> np.ndarray:
     return np.logical_not(np.any(allowed(recipe), axis=-1, keepdims=True))
 
 
-def _with_empty_rows(make: Maker) -> Maker:
+def with_empty_rows(make: Maker) -> Maker:
     """The same mistakes, also with other numbers in the rows that only they leave empty."""
 
     def variants(recipe: Recipe) -> Variants:
@@ -44,7 +44,7 @@ def _masks(
     `change` gives the wrong mask; None: it is left out; the mask itself: no mistake can be made.
     """
 
-    @_with_empty_rows
+    @with_empty_rows
     def variants(recipe: Recipe) -> Variants:
         right = recipe.masks
         wrong = {name: change(recipe, mask) for name, mask in right.items()}
@@ -273,7 +273,7 @@ def _groups(recipe: Recipe) -> Iterator[tuple[str, np.ndarray, Recipe]]:
         yield "all masks", allowed(recipe), plain
 
 
-@_with_empty_rows
+@with_empty_rows
 def _of_others(recipe: Recipe) -> Variants:
     """Masks of other positions, of another sequence or head, or in another order."""
     for named, mask, rest in _groups(recipe):
@@ -467,16 +467,16 @@ MISTAKES: tuple[Row, ...] = (
     ("causal mask at the other corner", "With fewer queries than keys the first "
      "query is aligned with the first key in one of the two, the last with the last in the other: "
      "pass `query_offset`, or a mask.",
-     _with_empty_rows(fields(lambda r: r.causal, _other_corner))),
+     with_empty_rows(fields(lambda r: r.causal, _other_corner))),
     ("causal mask off by one", "Query i sees keys j <= i: the diagonal is included.",
-     _with_empty_rows(fields(lambda r: r.causal, _causal_shifted))),
+     with_empty_rows(fields(lambda r: r.causal, _causal_shifted))),
     ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
-     "lower triangle.", _with_empty_rows(fields(lambda r: r.causal, _causal_reversed))),
+     "lower triangle.", with_empty_rows(fields(lambda r: r.causal, _causal_reversed))),
     ("query offset ignored", "Add the offset to the positions of the queries.",
      fields(lambda r: (r.causal or r.window is not None) and np.any(_offset(r)), offset=None)),
     ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.",
-     _with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
+     with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
     ("window ignored", "Pass the window on.", fields(lambda r: r.window is not None, window=None)),
     ("window of one side", "The window is open on both sides unless the call is "
      "causal too.", fields(lambda r: r.window is not None and not r.causal, causal=True)),

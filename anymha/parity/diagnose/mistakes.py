@@ -17,6 +17,7 @@ import numpy as np
 from anymha.parity.diagnose import (
     attention_mistakes,
     axes_mistakes,
+    decoding_mistakes,
     mask_mistakes,
     segment_mistakes,
     weight_mistakes,
@@ -46,7 +47,9 @@ def catalogue(recipe: Recipe | None = None) -> Iterator[Mistake]:
 
     With a recipe also those of its sections that no option of anymha has.
     """
-    several = (segment_mistakes, mask_mistakes, attention_mistakes, axes_mistakes)
+    several = (
+        decoding_mistakes, segment_mistakes, mask_mistakes, attention_mistakes, axes_mistakes
+    )  # fmt: skip
     yield from (Mistake(*one) for module in several for one in module.MISTAKES)
     own = () if recipe is None else map(type, recipe.sections)
     for section in dict.fromkeys((*SECTIONS.values(), *own)):

@@ -24,6 +24,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from anymha.parity.oracle.decoded import Decoded
+
 Arrays = dict[str, np.ndarray]
 
 FEW_NUMBERS = 4096
@@ -163,6 +165,9 @@ class Recipe:
     kept: np.ndarray | None = None  # The factors of dropout on the probabilities, (B, H, T, S)
     # The step of each stage, in order
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
+    # How the sequences were read, where they were read step by step: positions then count the
+    # valid columns of each row
+    decoded: Decoded | None = None
     # The options that change the results of steps, in the order of their `order`
     sections: tuple[Section, ...] = ()
     # Lengths of the axes that the batch was folded from; empty: it is one axis
@@ -224,6 +229,8 @@ class Recipe:
         if given is not None and given.shape[1] == length:  # a mistake may turn the axes
             return given
         indices = np.arange(length)[None]
+        if self.decoded is not None and self.decoded.valid.shape[1] == length:
+            indices = self.decoded.places
         if stage != "query" or self.offset is None:
             return indices
         return indices + np.reshape(self.offset, (-1, 1))
@@ -253,7 +260,9 @@ class Recipe:
             n: m if m.ndim < 4 or len(m) == 1 else m[at : at + 1] for n, m in self.masks.items()
         }
         names = ("offset", "positions", "key_positions", "segments", "key_segments", "bias", "kept")
-        others = {name: own(getattr(self, name)) for name in names}
+        others: dict[str, Any] = {name: own(getattr(self, name)) for name in names}
+        if self.decoded is not None:
+            others["decoded"] = self.decoded.of_batch(at)
         return self.but(inputs=inputs, masks=masks, **others)
 
     def stepping(self, stage: str, step: Step) -> Recipe:
@@ -300,7 +309,7 @@ class Recipe:
         return pairs
 
 
-MASKING = {"inputs", "masks", "causal", "window", "offset"}
+MASKING = {"inputs", "masks", "causal", "window", "offset", "decoded"}
 """The fields that tell where queries may attend."""
 
 _FIELDS = tuple(one.name for one in fields(Recipe))
@@ -358,7 +367,11 @@ def _allowed(recipe: Recipe) -> np.ndarray:
     seen = reduce(np.logical_and, recipe.masks.values(), np.ones((1, 1, 1, 1), bool))
     _, queries, keys = recipe.lengths
     offset = np.zeros(1, int) if recipe.offset is None else recipe.offset
-    distance = np.arange(keys) - (np.arange(queries)[:, None] + offset[:, None, None, None])
+    places = np.arange(queries)[None], np.arange(keys)[None]
+    if recipe.decoded is not None and queries == keys:
+        places = recipe.decoded.places, recipe.decoded.places
+    distance = places[1][:, None, None] - places[0][:, None, :, None]
+    distance = distance - offset[:, None, None, None]
     if recipe.causal:
         seen = seen & (distance <= 0)
     if recipe.window is not None:

@@ -13,6 +13,7 @@ from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes, trio
+from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.recipe import STEPS, Arrays
 from anymha.parity.stages.tolerance import eps
 
@@ -36,6 +37,7 @@ class Request:
     call: Mapping[str, Any] = field(default_factory=dict)
     # The inputs in the caller's own arrays, for plain functions
     originals: Mapping[str, Any] = field(default_factory=dict)
+    decoded: Decoded | None = None  # How its sequences are read, where they are read step by step
 
     @property
     def three(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

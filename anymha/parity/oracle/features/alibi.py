@@ -57,17 +57,19 @@ class AlibiSection(Section):
 
     def _bias(self, recipe: Recipe) -> np.ndarray:
         """(1 or B, H, T, S)."""
-        heads = recipe.heads[0]
-        slopes = paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
-        slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
         queries, keys = (
             np.arange(n)[None] if self.by_index else recipe.places(name).astype(np.float64)
             for name, n in zip(("query", "key"), recipe.lengths[1:], strict=True)
         )
         queries = queries + self.shift
-        distance = queries[:, None, :, None] - keys[:, None, None, :]
+        return self.of_distance(queries[:, :, None] - keys[:, None], recipe.heads[0])
+
+    def of_distance(self, distance: np.ndarray, heads: int) -> np.ndarray:
+        """What is added (1 or B, H, T, S) where keys are so far behind queries (1 or B, T, S)."""
+        slopes = paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
+        slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
         distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
-        return -self.factor * (slopes**self.power)[:, None, None] * distance
+        return -self.factor * (slopes**self.power)[:, None, None] * distance[:, None]
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
         """The logits and the bias."""

@@ -1,0 +1,485 @@
+"""Mistakes of decoding with a cache: what is held, where it is written, which positions it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from anymha.parity.diagnose.changes import Maker, Row
+from anymha.parity.diagnose.mask_mistakes import with_empty_rows
+from anymha.parity.diagnose.wrong_caches import (
+    alibi_of,
+    behind,
+    cached,
+    facts_of,
+    in_slots,
+    in_window,
+    keys_turned,
+    of_rows,
+    of_rows_and_lengths,
+    past,
+    right,
+    seeing,
+    without,
+)
+from anymha.parity.oracle.decoded import Decoded
+from anymha.parity.oracle.recipe import Recipe, Variants
+
+CAPACITIES = (16, 32, 64, 128, 256, 512, 1024)
+"""Lengths that caches have beside those that `compare` asks for."""
+
+CLAMPED = 16
+"""How many lengths of a cache that is too short are tried."""
+
+Decoding = Callable[[Recipe, Decoded], Variants]
+
+
+def _decoding(make: Decoding) -> Maker:
+    """Mistakes that can be made where sequences are read in two calls or more."""
+
+    def variants(recipe: Recipe) -> Variants:
+        facts = facts_of(recipe)
+        if facts is not None and facts.calls[-1] > 0:
+            yield from make(recipe, facts)
+
+    return variants
+
+
+def _seen(recipe: Recipe, pairs: Mapping[str, np.ndarray]) -> Variants:
+    for words, seen in pairs.items():
+        yield words, seeing(recipe, seen)
+
+
+@with_empty_rows
+@_decoding
+def _stale(recipe: Recipe, facts: Decoded) -> Variants:
+    seen, old, calls = right(recipe, facts), cached(facts), facts.calls
+    own, first = calls[:, None] == calls, calls == 0
+    yield from _seen(recipe, {
+        "a call does not see its own positions": seen & old,
+        "calls behind the first do not see their own positions": seen & (old | first[:, None]),
+        "no query sees the position before it that is the last of the cache":
+            seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
+        "a call sees the first one and itself alone": seen & (own | first),
+        "a call sees itself alone": seen & own,
+        "a call sees the one before it and itself alone":
+            seen & (calls[:, None] - calls <= 1),
+        "the call before is not seen": seen & (own | (calls <= calls[:, None] - 2)),
+        "of a call the first position alone is held":
+            seen & (own | (facts.places == facts.begins)[:, None]),
+        "of a call the last position alone is held":
+            seen & (own | (facts.places == facts.ends - 1)[:, None]),
+    })  # fmt: skip
+    # A cache that stays as the first call leaves it, its length too
+    alone = np.where(first, facts.places, facts.ends[:, :1] + facts.places - facts.begins)
+    near = in_window(recipe, alone[:, :, None] - alone[:, None])
+    both = dict.fromkeys(("positions", "key_positions"), _given(recipe, alone, facts.places))
+    yield "calls behind the first begin where it ends", seeing(
+        recipe, facts.valid[:, None] & past(facts) & near & (own | first), **both)  # fmt: skip
+    for of, lost in {
+        "behind the first are not held": old & ~first,
+        "behind the first are not written": np.broadcast_to(~first, old.shape),
+        "but the last are not held": old & (calls < calls[:, None] - 1),
+        "that are first are not held": old & first,
+    }.items():
+        pairs = np.broadcast_to(lost, seen.shape)
+        for words, keys, values in (("keys and values", True, True), ("keys", True, False),
+                                    ("values", False, True)):  # fmt: skip
+            detail = f"{words} of calls {of}, zeros are seen"
+            yield detail, without(recipe, pairs, keys, values)
+
+
+@_decoding
+def _overwritten(recipe: Recipe, facts: Decoded) -> Variants:
+    places, index = facts.places, facts.places - facts.begins
+    yield from _in_slots(recipe, facts, "each call is written at slot 0", index, places)
+    length, most = len(facts.calls), int(facts.ends.max())
+    count = facts.ends - facts.begins
+    for size in range(most - 1, max(most - 1 - CLAMPED, 0), -1):
+        words = f"a cache of {size} positions"
+        last = np.minimum(places, size - 1)
+        yield f"{words}, the last slot is overwritten", in_slots(recipe, facts, last, last, length)
+        yield (f"{words}, the last slot is overwritten, which has the positions of all",
+               in_slots(recipe, facts, last, last, length, positions=_given(recipe, last, places),
+                        key_positions=_given(recipe, last, places)))  # fmt: skip
+        block = np.maximum(np.minimum(facts.begins, size - count), 0) + index
+        yield (f"{words}, a call that does not fit is written over the last slots",
+               in_slots(recipe, facts, block, places, size))  # fmt: skip
+        fitting = np.where(places < size, places, -1)
+        yield f"{words}, what does not fit is lost", in_slots(
+            recipe, facts, fitting, places, size)  # fmt: skip
+        if recipe.window is None:
+            held = facts.valid[:, None] & past(facts)
+            held = held & (places[:, None] >= facts.ends[..., None] - size)
+            yield f"{words}, the oldest are overwritten", seeing(recipe, held)
+
+
+def _in_slots(
+    recipe: Recipe, facts: Decoded, words: str, slots: np.ndarray, *lasts: np.ndarray
+) -> Variants:
+    """Other slots, with each of the last slots that queries see, and the positions to that."""
+    kinds = {"": "keys"}
+    if "alibi" in recipe.options:
+        kinds |= {", ALiBi of slots alone": "slots", ", ALiBi of positions": None}
+    for last in lasts:
+        for detail, by_slot in kinds.items():
+            for hidden, empty in (("", True), (", empty slots are hidden", False)):
+                yield words + hidden + detail, in_slots(
+                    recipe, facts, slots, last, empty=empty, by_slot=by_slot)  # fmt: skip
+        if "rotary" in recipe.options:
+            both: dict[str, Any] = {
+                "positions": _given(recipe, last, facts.places),
+                "key_positions": _given(recipe, slots, facts.places),
+            }
+            for hidden, empty in (("", True), (", empty slots are hidden", False)):
+                yield f"{words}{hidden}, and positions are slots", in_slots(
+                    recipe, facts, slots, last, empty=empty, **both)  # fmt: skip
+
+
+@_decoding
+def _off_by_one(recipe: Recipe, facts: Decoded) -> Variants:
+    places, later = facts.places, (facts.calls > 0).astype(int)[None]
+    grown = 2 * len(facts.calls)
+    for words, slots in {
+        "each position one slot late": places + 1,
+        "calls behind the first one slot late": places + later,
+        "calls behind the first one slot early": places - later,
+        "each call one slot earlier than the one before": np.maximum(places - facts.rounds, 0),
+        "each call one slot later than the one before": places + facts.rounds,
+    }.items():
+        yield from _in_slots(recipe, facts, words, slots, places, slots)
+        for detail, by_slot in (("", "keys"), (", ALiBi of slots alone", "slots")):
+            yield f"{words}, the last is seen{detail}", in_slots(
+                recipe, facts, slots, slots, grown, by_slot=by_slot)  # fmt: skip
+
+
+def _row_of_another(facts: Decoded) -> Iterator[tuple[str, np.ndarray]]:
+    """For each row another one, (B,)."""
+    rows = np.arange(len(facts.valid))
+    for words, row in (("row 0", 0), ("the last row", len(rows) - 1)):
+        yield f"{words} for all", np.full_like(rows, row)
+    for by, words in ((1, "before"), (-1, "behind")) if len(rows) > 1 else ():
+        yield f"the row {words}", np.roll(rows, by)
+
+
+@_decoding
+def _row_zero(recipe: Recipe, facts: Decoded) -> Variants:
+    if not facts.ragged:
+        return
+    places, index = facts.places, facts.places - facts.begins
+    for words, rows in _row_of_another(facts):
+        held, theirs = facts.valid[rows], facts.places[rows]
+        distance = theirs[:, :, None] - theirs[:, None]
+        seen = held[:, None] & past(facts)
+        near = seen & in_window(recipe, distance)
+        yield f"the mask of {words}", seeing(recipe, near)
+        yield f"the mask of {words}, the window by the row's own", seeing(
+            recipe, seen & in_window(recipe, behind(facts)))  # fmt: skip
+        other = _given(recipe, theirs, places)
+        both = {"positions": other, "key_positions": other}
+        yield f"mask and positions of {words}", seeing(recipe, near, **both)
+        asking = near & held[..., None]
+        yield f"the mask of {words}, of queries too", seeing(recipe, asking)
+        yield f"mask and positions of {words}, of queries too", seeing(recipe, asking, **both)
+        begins = facts.begins[rows]
+        yield from _placed(recipe, facts, f"the length of {words}", begins + index)
+        yield from _in_slots(recipe, facts, f"written at the length of {words}", begins + index,
+                             begins + index, places)  # fmt: skip
+        yield f"as many seen as of {words}", in_slots(recipe, facts, places, begins + index)
+
+
+@_decoding
+def _longest(recipe: Recipe, facts: Decoded) -> Variants:
+    if not facts.ragged:
+        return
+    places, index = facts.places, facts.places - facts.begins
+    first = facts.calls == 0
+    prompt = facts.ends[:, :1]
+    for words, rows in (("longest", np.max), ("shortest", np.min)):
+        begins = rows(facts.begins, axis=0, keepdims=True) + np.zeros_like(places)
+        after = np.where(first, places, rows(prompt) + places - prompt)
+        grown = _grown(facts, rows) + index
+        for said, slots in ((words, begins + index), (f"{words} at the first call", after),
+                            (f"{words} of each call", grown)):  # fmt: skip
+            yield from _placed(recipe, facts, said, slots)
+            yield (
+                f"as many slots are seen as the {said} has",
+                in_slots(recipe, facts, places, slots),
+            )
+            held = f"written behind the {said}"
+            yield from _in_slots(recipe, facts, held, slots, slots, places)
+
+
+def _grown(facts: Decoded, most: Callable[..., np.ndarray]) -> np.ndarray:
+    """(1, T): the length before each call where all rows grow by one row's positions."""
+    counts = facts.ends - facts.begins
+    first = np.searchsorted(facts.calls, np.arange(facts.calls[-1] + 1))
+    each = most(counts[:, first], axis=0)
+    return (np.cumsum(each) - each)[facts.calls][None]
+
+
+@_decoding
+def _padding(recipe: Recipe, facts: Decoded) -> Variants:
+    if not facts.ragged:
+        return
+    places, columns = facts.places, np.broadcast_to(np.arange(len(facts.calls)), facts.valid.shape)
+    apart = columns[:, :, None] - columns[:, None]
+    own, first = behind(facts), facts.calls == 0
+    prompt = np.cumsum(facts.valid | first, axis=1) - (facts.valid | first)
+    for words, held, counted in (
+        ("", np.ones_like(facts.valid), columns),
+        ("that of the first call", facts.valid | first, prompt),
+        ("that of calls behind the first", facts.valid | ~first, places + 0),
+    ):
+        detail = words or "all of it"
+        own_counted = counted[:, :, None] - counted[:, None]
+        for distance in (own, own_counted) if recipe.window is not None else (own,):
+            seen = held[:, None] & past(facts) & in_window(recipe, distance)
+            yield detail, seeing(recipe, seen)
+            for said, other in ((", and counted in positions", counted),
+                                (", and counted in positions of the batch", columns)):  # fmt: skip
+                both = dict.fromkeys(("positions", "key_positions"),
+                                     _given(recipe, other, places))  # fmt: skip
+                yield detail + said, seeing(recipe, seen, **both)
+                yield f"{detail}{said} of queries", seeing(
+                    recipe, seen, positions=both["positions"])  # fmt: skip
+    hidden = facts.valid[:, None] & past(facts)
+    for words, counted in (("", columns), (" in the first call", prompt)):
+        yield from _placed(recipe, facts, f"hidden, and counted in positions{words}", counted)
+        if recipe.window is not None:
+            near = in_window(recipe, counted[:, :, None] - counted[:, None])
+            said = f"hidden, and counted in the window{words}"
+            yield said, seeing(recipe, hidden & near)
+            both = dict.fromkeys(("positions", "key_positions"), _given(recipe, counted, places))
+            yield f"{said} and in positions", seeing(recipe, hidden & near, **both)
+    if recipe.window is not None:
+        yield "hidden, and counted in the window of the batch", seeing(
+            recipe, hidden & in_window(recipe, apart))  # fmt: skip
+
+
+@_decoding
+def _joined(recipe: Recipe, facts: Decoded) -> Variants:
+    if not facts.joined or "rotary" not in recipe.options:
+        return
+    places, first, prompt = facts.places, facts.calls == 0, facts.ends[:, :1]
+    shift = prompt.max() - prompt
+    by_column = np.cumsum(np.ones_like(places), axis=1) - 1
+    for words, other in {
+        "by their positions once more": 2 * places,
+        "by positions of the padded batch": places + shift,
+        "by positions of the padded batch once more": 2 * places + shift,
+        "by the columns of the call": by_column,
+        "by the columns of the call once more": places + by_column,
+        "by the length, once more": places + prompt,
+        "back to no rotation": np.zeros_like(places),
+    }.items():
+        yield words, keys_turned(recipe, facts, partial(_of_call, recipe, facts, other, first))
+
+
+def _of_call(
+    recipe: Recipe, facts: Decoded, other: np.ndarray, which: np.ndarray, call: int
+) -> np.ndarray:
+    """Other positions of the keys of some calls, as calls behind them see them."""
+    old = which & (facts.calls < call)
+    return _given(recipe, np.where(old, other, facts.places), facts.places)
+
+
+@_decoding
+def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
+    if "rotary" not in recipe.options:
+        return
+    places, every = facts.places, np.ones_like(facts.calls, bool)
+    for words, other in {
+        "once more as they are read": 2 * places,
+        "held without rotation": np.zeros_like(places),
+        "held without rotation, and turned by the slots of a call": places - facts.begins,
+    }.items():
+        yield words, keys_turned(recipe, facts, partial(_of_call, recipe, facts, other, every))
+
+    def each(call: int) -> np.ndarray:
+        times = facts.rounds[:, facts.calls == call][:, :1] - facts.rounds
+        return _given(recipe, places * (1 + np.maximum(times, 0)), places)
+
+    yield "again in each call", keys_turned(recipe, facts, each)
+
+    def lengths(call: int) -> np.ndarray:
+        end = facts.ends[:, facts.calls == call][:, :1]
+        return _given(recipe, np.where(facts.calls < call, places + end, places), places)
+
+    yield "once more by the length of the cache", keys_turned(recipe, facts, lengths)
+
+
+@with_empty_rows
+@_decoding
+def _ring(recipe: Recipe, facts: Decoded) -> Variants:
+    window = recipe.window
+    if window is None:
+        return
+    places, apart, free = facts.places, behind(facts), facts.valid[:, None]
+    before, first, old = free & past(facts), facts.calls == 0, cached(facts)
+    begins, ends = facts.begins[..., None], facts.ends[..., None]
+    for size in (window - 1, window + 1, window):
+        words = f"a ring of {size} positions for a window of {window}"
+        narrow = before & (apart < size)
+        held, kept = places[:, None] >= ends - size, places[:, None] >= begins - size
+        near = before & (apart < window)
+        later = {"": narrow, ", of which a call overwrites what its first queries see": near & held,
+                 ", whose window is not looked at": before & held,
+                 ", all of which a call sees": free & (places[:, None] < ends) & held,
+                 ", which calls see as it was before them": near & (~old | kept),
+                 ", whose window is not looked at, and the call": before & (~old | kept),
+                 }  # fmt: skip
+        for detail, seen in later.items():
+            yield words + detail, seeing(recipe, seen)
+            yield f"{words}{detail}, in calls behind the first", seeing(
+                recipe, np.where(first[:, None], near, seen))  # fmt: skip
+    seen, slots = right(recipe, facts), np.arange(window)
+    for words, written in (("", places[..., None] + 1), (", before the call", begins),
+                           (", behind the call", ends)):  # fmt: skip
+        empty = slots >= written
+        detail = f"slots are seen that are not yet written{words}"
+        yield detail, seeing(recipe, seen, empty)
+        yield f"{detail}, in calls behind the first", seeing(
+            recipe, seen, empty & ~first[:, None])  # fmt: skip
+    turned = places % window
+    for words, queries in (("", places), (", those of queries too", turned),
+                           (", queries are at its end", np.minimum(places, window - 1)),
+                           ):  # fmt: skip
+        both = {"positions": _given(recipe, queries, places),
+                "key_positions": _given(recipe, turned, places)}  # fmt: skip
+        yield f"slots are taken for positions{words}", recipe.but(**both)
+    every = np.ones_like(facts.calls, bool)
+    held_at = partial(_of_call, recipe, facts, turned, every)
+    wrong = recipe.but(bias=alibi_of(recipe, facts, held_at))
+    if "rotary" in recipe.options:
+        wrong = keys_turned(wrong, facts, held_at)
+    yield "slots are taken for positions of what is held", wrong
+
+
+@_decoding
+def _empty(recipe: Recipe, facts: Decoded) -> Variants:
+    if recipe.window is not None:
+        return
+    seen, later = right(recipe, facts), (facts.calls > 0)[None, :, None]
+    most = len(facts.calls)
+    for size in (most, most + 1, most + 2, *(n for n in CAPACITIES if n > most)):
+        empty = np.arange(size) >= facts.ends[..., None]
+        yield f"of {size} slots", seeing(recipe, seen, empty)
+        yield f"of {size} slots, in calls behind the first", seeing(recipe, seen, empty & later)
+        whole = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
+        yield f"of {size} slots, and the whole call", seeing(recipe, whole, empty)
+        yield (f"of {size} slots, and the whole call, in calls behind the first",
+               seeing(recipe, np.where(later, whole, seen), empty & later))  # fmt: skip
+
+
+@_decoding
+def _not_causal(recipe: Recipe, facts: Decoded) -> Variants:
+    seen, first = right(recipe, facts), (facts.calls == 0)[:, None]
+    whole = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
+    for distance in (behind(facts), np.maximum(behind(facts), 0)):
+        more = whole & in_window(recipe, distance)
+        yield from _seen(recipe, {
+            "": more,
+            "in calls behind the first": np.where(first, seen, more),
+            "in the first call": np.where(first, more, seen),
+        })  # fmt: skip
+
+
+def _given(recipe: Recipe, counted: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Positions as far from those of the call as a count is from the right one."""
+    return recipe.places("query") + (counted - places)
+
+
+def _placed(recipe: Recipe, facts: Decoded, words: str, counted: np.ndarray) -> Variants:
+    """Other positions of queries and keys, or of one of both."""
+    if not recipe.options.keys() & {"rotary", "alibi"}:
+        return
+    other = _given(recipe, counted, facts.places)
+    both = "positions", "key_positions"
+    for said, names in (
+        ("", both), (", of queries alone", both[:1]), (", of keys alone", both[1:])
+    ):  # fmt: skip
+        yield words + said, recipe.but(**dict.fromkeys(names, other))
+
+
+@_decoding
+def _after_the_update(recipe: Recipe, facts: Decoded) -> Variants:
+    count, later = facts.ends - facts.begins, facts.calls > 0
+    yield from _placed(recipe, facts, "each call", facts.places + count)
+    yield from _placed(recipe, facts, "calls behind the first", facts.places + count * later)
+    yield from _placed(recipe, facts, "calls behind the first, one too far", facts.places + later)
+    yield from _placed(recipe, facts, "calls behind the first, one too near", facts.places - later)
+    alone = np.where(later, facts.ends - 1, facts.places)
+    yield from _placed(recipe, facts, "all of a call have its last position", alone)
+    alone = np.where(later, facts.begins, facts.places)
+    yield from _placed(recipe, facts, "all of a call have its first position", alone)
+
+
+@with_empty_rows
+@_decoding
+def _from_zero(recipe: Recipe, facts: Decoded) -> Variants:
+    index = facts.places - facts.begins
+    yield from _placed(recipe, facts, "", index)
+    seen = right(recipe, facts) & (facts.places[:, None] <= index[..., None])
+    yield "the causal rule too", seeing(recipe, seen)
+    yield "the causal rule alone begins anew, at slot 0", seeing(recipe, seen)
+    if recipe.options.keys() & {"rotary", "alibi"}:
+        other = _given(recipe, index, facts.places)
+        both = {"positions": other, "key_positions": other}
+        yield "positions and the causal rule", seeing(recipe, seen, **both)
+
+
+@_decoding
+def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
+    if len(facts.valid) == 1:
+        return
+    groups: list[tuple[str, int | None]] = [("", None)]
+    if facts.turned is not None:
+        groups.insert(0, ("the first call's, ", 0))
+    index = facts.places - facts.begins
+    for words, call in groups:
+        for of, rows in _row_of_another(facts):
+            for said, keys, values in (("", True, True), (", keys alone", True, False),
+                                       (", values alone", False, True)):  # fmt: skip
+                yield f"{words}those of {of}{said}", of_rows(
+                    recipe, facts, rows, call, keys, values)  # fmt: skip
+            if facts.ragged and call == 0:
+                yield f"{words}those of {of}, and the length", of_rows_and_lengths(
+                    recipe, facts, rows)  # fmt: skip
+                slots = np.where(facts.calls > 0, facts.begins[rows] + index, facts.places)
+                yield from _in_slots(recipe, facts, f"{words}the length of {of}", slots, slots,
+                                     facts.places)  # fmt: skip
+
+
+MISTAKES: tuple[Row, ...] = (
+    ("stale keys", "Write the new keys and values into the cache before the queries attend, and "
+     "give the cache that a call returns to the next one.", _stale),
+    ("cache overwritten", "Write a call's keys and values behind those that the row holds, and "
+     "refuse what does not fit: nothing is clamped to the last slot.", _overwritten),
+    ("cache written off by one", "Write the first new position of row b at lengths[b], read before "
+     "the call.", _off_by_one),
+    ("position from the batch's longest row", "Count positions from lengths[b], the row's own, not "
+     "from the greatest length of the batch.", _longest),
+    ("padding held", "Write the valid positions of a row one behind the other, or hide the others "
+     "in all calls that follow; padding has no position.", _padding),
+    ("mask of another row", "Each row has a mask and a length of its own: do not take those of row "
+     "0 for the batch.", _row_zero),
+    ("rotation after the join", "Keys are rotated once, as they are written: join caches as they "
+     "are.", _joined),
+    ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
+     "written, or whenever it is read.", _rotated_again),
+    ("ring off by one", "A ring for a window of W holds W positions; a call of several reads what "
+     "it overwrites before it writes.", _ring),
+    ("positions read after the update", "Read lengths[b] before the new positions are added to it.",
+     _after_the_update),
+    ("positions of a call begin at 0", "Add lengths[b] to the positions of a call: rotary "
+     "positions and the causal rule count from the begin of the sequence.", _from_zero),
+    ("later positions of a call seen", "Within a call a query sees the new positions up to its own "
+     "alone.", _not_causal),
+    ("empty slots seen", "Hide the slots from lengths[b] on.", _empty),
+    ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
+     "lengths together.", _other_rows),
+)  # fmt: skip
