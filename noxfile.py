@@ -175,6 +175,14 @@ def train(session: nox.Session) -> None:
 
 
 @nox.session
+def decoding(session: nox.Session) -> None:
+    """Train a small model and write with it in every framework; see docs/decoding.md."""
+    install(session, *EVERYTHING, extras="[report]")
+    picture = ("--image", "docs/images/decoding.svg")
+    session.run("python", "docs/examples/decoding", *(session.posargs or picture))
+
+
+@nox.session
 def minilm(session: nox.Session) -> None:
     """Embed sentences by MiniLM with our attention in every framework; see docs/files.md."""
     install(session, *EVERYTHING)

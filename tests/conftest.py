@@ -49,6 +49,12 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compare` searches as long as it takes: what it finds is tested, not how fast this is."""
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 30.0)
+
+
 @pytest.fixture(scope="session")
 def installed() -> list[Backend]:
     """All backends that are installed, with their frameworks imported; expected ones must be."""

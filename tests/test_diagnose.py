@@ -256,6 +256,7 @@ def test_one_other_weight_is_found(name, at) -> None:
          ("wrong scale", "ignored mask")),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("unhurried")
 def test_two_mistakes_are_both_named(steps, words) -> None:
     report = report_of(steps)
     for word in words:

@@ -8,6 +8,7 @@ ones, a short mask hides what lies behind it.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import anymha
 from anymha.attention.features.rotary import RotaryPositions
 from anymha.framework.registry import Backend
+from tests.conftest import BACKENDS, usable
 from tests.frameworks import required
 from tests.support import native
 
@@ -123,10 +125,17 @@ def test_the_cases_are_there() -> None:
 def test_attention(backend: Backend, name: str) -> None:
     case = ATTENTION[name]
     given = native(backend.ops, _call(case))
-    context, scores = (
-        backend.ops.to_numpy(array)
-        for array in anymha.dot_product_attention(**given, return_scores=True)
+    _check(
+        case,
+        *(
+            backend.ops.to_numpy(array)
+            for array in anymha.dot_product_attention(**given, return_scores=True)
+        ),
     )
+
+
+def _check(case: Case, context: np.ndarray, scores: np.ndarray) -> None:
+    """A context (B, T, H, d) and probabilities (B, H, T, S) are those that the case expects."""
     expected = case.outputs["Y"]
     # ONNX rounds each step of half precision, this library the result.
     bound = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[str(expected.dtype)]
@@ -135,6 +144,117 @@ def test_attention(backend: Backend, name: str) -> None:
     if case.attributes.get("qk_matmul_output_mode") == AFTER_SOFTMAX:
         expected = case.outputs["qk_matmul_output"].astype(np.float64)
         np.testing.assert_allclose(scores.astype(np.float64), expected, rtol=bound, atol=bound)
+
+
+BEYOND = "attention_local_window_with_past"
+"""Its last queries stand behind all keys: a cache has no positions without keys."""
+WITH_PAST = [
+    name
+    for name, case in ATTENTION.items()
+    if {"past_key", "nonpad_kv_seqlen"} & set(case.inputs) and name != BEYOND
+]
+OF_EACH_KIND = {
+    (frozenset(ATTENTION[name].inputs), ATTENTION[name].attributes.get("is_causal"),
+     "left_window_size" in ATTENTION[name].attributes): name for name in WITH_PAST
+}.values()  # fmt: skip
+"""One of these for each kind of call, for backends that compile a program for each."""
+
+
+def _layer_of(backend: Backend, call: dict[str, Any]) -> Any:
+    """A layer of one input, queries, keys and values beside each other, that projects nothing."""
+    query, value = call["query"], call["value"]
+    (heads, width), (shared, out) = query.shape[2:], value.shape[2:]
+    sizes = [heads * width, shared * width, shared * out]
+    layer = anymha.MultiHeadAttention(
+        heads, width, out, use_bias=False, output_shape=heads * out, num_key_value_heads=shared,
+        sliding_window=call["window"][0] + 1 if "window" in call else None, scale=call["scale"],
+        softcap=call.get("softcap"), query_features=sum(sizes), dtype=str(query.dtype),
+        backend=backend.name,
+    )  # fmt: skip
+    parts = np.split(np.eye(sum(sizes), dtype=query.dtype), np.cumsum(sizes)[:-1], axis=1)
+    kernels = dict(zip(("query", "key", "value"), parts, strict=True))
+    kernels = {
+        name: part.reshape(len(part), *call[name].shape[2:]) for name, part in kernels.items()
+    }
+    kernels["output"] = np.eye(heads * out, dtype=query.dtype).reshape(heads, out, -1)
+    return anymha.set_weights(layer, {f"{name}.kernel": part for name, part in kernels.items()})
+
+
+def _one_input(*parts: np.ndarray) -> np.ndarray:
+    """Queries, keys and values (B, T, H, d) as the layer's input; zero where one is shorter."""
+    length = max(part.shape[1] for part in parts)
+    flat = [part.reshape(*part.shape[:2], math.prod(part.shape[2:])) for part in parts]
+    return np.concatenate(
+        [np.pad(part, ((0, 0), (0, length - part.shape[1]), (0, 0))) for part in flat], axis=2
+    )
+
+
+def _masks(call: dict[str, Any], queries: int) -> dict[str, np.ndarray]:
+    """The mask and the bias by the layer's names, with all axes, for so many queries."""
+    found = {}
+    for name in ("mask", "bias"):
+        if name in call:
+            x = call[name].reshape(*[1] * (4 - call[name].ndim), *call[name].shape)
+            more = queries - x.shape[2] if x.shape[2] > 1 else 0
+            found[f"attention_{name}"] = np.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+    return found
+
+
+def _cached(backend: Backend, layer: Any, call: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The output, probabilities and the cache of a call that finds the past in a cache."""
+    query, key, value, offset = (call[n] for n in ("query", "key", "value", "query_offset"))
+    batch, size = key.shape[:2]
+    past = np.broadcast_to(offset, (batch,))[:, None]
+    there = call.get("value_mask", np.ones((batch, size), bool))
+    index = np.arange(size)
+    cache = layer.make_cache(batch, size)
+    x = native(backend.ops, {"query": _one_input(query[:, :0], key, value),
+                             "value_mask": there & (index < past)})  # fmt: skip
+    _, cache = layer(**x, cache=cache)
+    # New keys, from the past's length on; queries before all keys have none.
+    count = max(int((there & (index >= past)).sum(1).max()), query.shape[1])
+    places = past + np.arange(count)
+    is_new = (places >= 0) & (places < there.sum(1, keepdims=True))
+    rows, places = np.arange(batch)[:, None], places.clip(0, size - 1)
+    x = {"query": _one_input(query, key[rows, places], value[rows, places]), "value_mask": is_new}
+    x |= _masks(call, count)
+    return layer(**native(backend.ops, x), cache=cache, return_attention_scores=True)
+
+
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [
+        (home, name)
+        for home in BACKENDS
+        for name in (OF_EACH_KIND if home in ("tensorflow", "jax") else WITH_PAST)
+    ],
+)
+def test_layer_with_a_past(home: str, name: str) -> None:
+    backend, case = usable(home), ATTENTION[name]
+    call = _call(case)
+    query, key, value = (call[name] for name in ("query", "key", "value"))
+    layer, ops = _layer_of(backend, call), backend.ops
+    if call["is_causal"]:
+        output, scores, cache = _cached(backend, layer, call)
+        for kind, held in (("key", cache.keys), ("value", cache.values)):
+            if f"present_{kind}" in case.outputs:
+                np.testing.assert_array_equal(ops.to_numpy(held), case.outputs[f"present_{kind}"])
+    else:
+        x = {"query": _one_input(query, key[:, :0], value[:, :0]), **_masks(call, query.shape[1])}
+        if "value_mask" in call:
+            x["value_mask"] = call["value_mask"]
+        memory = layer.make_memory(ops.from_numpy(_one_input(query[:, :0], key, value)))
+        given = native(ops, x)
+        output, scores = layer(**given, memory=memory, return_attention_scores=True)
+    count = query.shape[1]
+    context = ops.to_numpy(output)[:, :count].reshape(*query.shape[:3], -1)
+    _check(case, context, ops.to_numpy(scores)[:, :, :count])
+
+
+def test_cases_with_a_past_are_causal_and_not() -> None:
+    causal = {bool(ATTENTION[name].attributes.get("is_causal")) for name in WITH_PAST}
+    assert causal == {True, False}
+    assert len(WITH_PAST) >= 32
 
 
 @pytest.mark.parametrize("name", ROTARY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
 import inspect
 import io
 import math
@@ -56,6 +57,14 @@ def x():
 def compiled():
     torch._dynamo.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter():
+    """A compiler that counts the programs that it is given."""
+    torch._dynamo.reset()
+    yield importlib.import_module("torch._dynamo.testing").CompileCounter()
     torch._dynamo.reset()
 
 
@@ -483,9 +492,7 @@ def test_compiled_reproducible_mode_is_equal_bit_for_bit(x, compiled):
     assert torch.equal(compiled(layer)(x, use_causal_mask=True), layer(x, use_causal_mask=True))
 
 
-def test_compiled_for_any_length_traces_once(x):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+def test_compiled_for_any_length_traces_once(x, counter):
     layer = make()
     fast = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for length in (5, 6, 9):
@@ -494,6 +501,20 @@ def test_compiled_for_any_length_traces_once(x):
             fast(inputs, use_causal_mask=True), layer(inputs, use_causal_mask=True)
         )
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_compiled_steps_with_a_cache_trace_once(counter, window):
+    layer, inputs = make(rotary=True, sliding_window=window), numbers(2, 6, 8)
+    fast = torch.compile(layer, fullgraph=True, backend=counter)
+    cache, outputs = layer.make_cache(2, np.int64(6)), []
+    with torch.no_grad():
+        for i in range(6):
+            output, cache = fast(inputs[:, i : i + 1], cache=cache)
+            outputs.append(output)
+    assert counter.frame_count == 1
+    expected = layer(inputs, use_causal_mask=True)
+    assert torch.allclose(torch.cat(outputs, dim=1), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [3, torch.tensor(3)], ids=["int", "tensor"])

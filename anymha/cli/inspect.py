@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymha.cli.progress import busy
-from anymha.interchange.anymha_files import ENTRY, read_configs
+from anymha.interchange.anymha_files import ENTRY, holds_cache, read_configs
 from anymha.interchange.detect import (
     UNNAMED,
     LayerGroup,
@@ -120,6 +120,9 @@ def _report(reader: Reader, every: bool) -> Iterable[str]:
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
     content = f"{len(tensors)} tensors of {dtypes or 'nothing'}, {size:,} bytes"
     yield f"{shown(reader.path)}: {file_format.name}, {content}"
+    if holds_cache(reader):
+        yield "Written by anymha: a cache or a memory, which `anymha.load` reads."
+        return
     if ENTRY in reader.metadata:
         count = len(read_configs(reader))
         yield f"Written by anymha, with the configuration of {count} layer{'s' * (count != 1)}."

@@ -186,6 +186,17 @@ def get_layer(name: str) -> Any:
     return (alone[name] if name in alone else get_backend(name, *alone)).layer
 
 
+def get_ops(name: str) -> Any:
+    """The functions for the arrays of a backend, or of a package that brings a layer alone.
+
+    Raises:
+        UnknownBackendError: there is none; the message has the names that there are.
+        BackendNotInstalledError: its framework is not installed.
+    """
+    alone = [package.name for package in LAYERS]
+    return get_layer(name).ops if name in alone else get_backend(name, *alone).ops
+
+
 def backend_of(array: Any) -> Backend:
     """The backend of an array, by its type.
 

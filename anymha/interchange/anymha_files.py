@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from anymha.errors import AnymhaError, ConfigError, DtypeError, FileError
-from anymha.framework.registry import get_layer
+from anymha.framework.registry import get_layer, get_ops
+from anymha.interchange import caches
 from anymha.interchange.files.formats import create_file, format_of, open_file
 from anymha.interchange.files.json_text import parse_json
 from anymha.interchange.files.paths import as_path, kind_of
@@ -40,11 +41,14 @@ _UNREADABLE = (
 def save(path: PathLike, layer: Any) -> None:
     """Write a layer to a ``.safetensors`` file: its weights, bit for bit, and its configuration.
 
+    A `Cache` or a `Memory` is written likewise, so that decoding goes on another day.
+
     The file is written as a whole or not at all.
 
     Args:
         path: The file; its folder is made where there is none.
-        layer: A layer of anymha in any framework, or one that `anymha.convert` takes.
+        layer: A layer of anymha in any framework, or one that `anymha.convert` takes; a `Cache`; or
+            a `Memory`.
 
     Raises:
         ArgumentError: `layer` is not such a layer.
@@ -62,11 +66,15 @@ def save(path: PathLike, layer: Any) -> None:
     target = as_path("path", path)
     if not target.name.endswith(SUFFIX):
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
-    plain = convert(layer, to="numpy")
-    weights = get_weights(plain)
-    tensors = {name: Tensor(array.shape, array.dtype) for name, array in weights.items()}
-    with create_file(target, tensors, config_metadata({"": plain.config})) as writer:
-        for name, array in weights.items():
+    arrays: Mapping[str, Any]
+    if caches.is_held(layer):
+        arrays, metadata = caches.arrays_of(layer), {ENTRY: json.dumps(caches.entry_of(layer))}
+    else:
+        plain = convert(layer, to="numpy")
+        arrays, metadata = get_weights(plain), config_metadata({"": plain.config})
+    tensors = {name: Tensor(array.shape, array.dtype) for name, array in arrays.items()}
+    with create_file(target, tensors, metadata) as writer:
+        for name, array in arrays.items():
             writer.write(name, array)
 
 
@@ -115,7 +123,8 @@ def load(
             the bytes of the file, and 64 MiB always.
 
     Returns:
-        The native layer, with the configuration and the dtype with which it was saved.
+        The native layer, with the configuration and the dtype with which it was saved; of a file
+        with a cache or a memory that, in arrays of the framework.
 
     Raises:
         FileError: the file cannot be read or is broken, or holds no layer of anymha with that
@@ -134,10 +143,14 @@ def load(
         ((8, 2, 4), 2)
     """
     source = as_path("path", path)
-    get_layer(backend)
+    get_ops(backend)
     if kind_of(source) != "nothing" and not format_of(source).metadata:
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
     with open_file(source, max_bytes) as reader:
+        entry = _entry(reader)
+        if caches.is_entry(entry):
+            return caches.read(reader, entry, backend)
+        get_layer(backend)
         configs = read_configs(reader)
         if prefix not in configs:
             raise FileError(
@@ -186,14 +199,12 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
         FileError: there are none, or they were written by a later anymha.
         ConfigError: an option has a value that it cannot have.
     """
-    path = shown(reader.path)
-    if ENTRY not in reader.metadata:
+    path, entry = shown(reader.path), _entry(reader)
+    if caches.is_entry(entry):
         raise FileError(
-            f"{path} was not written by anymha: its metadata has no {ENTRY!r}. To convert weights "
-            "of other libraries: anymha inspect FILE, then anymha convert."
+            f"{path} holds a cache or a memory, and no layer. Read it by `anymha.load`."
         )
     try:
-        entry = parse_json(reader.metadata[ENTRY].encode("utf-8"))
         version, layers = entry["format"], entry["layers"]
         if type(version) is int and version > FORMAT:
             raise FileError(
@@ -207,6 +218,35 @@ def read_configs(reader: Reader) -> dict[str, AttentionConfig]:
         if isinstance(error, FileError):
             raise
         raise type(error)(f"{path}: {shown(error, 1000)}") from error
+    except _UNREADABLE as error:
+        raise FileError(
+            f"{path} is broken: its entry {ENTRY!r} cannot be read ({shown(error)})."
+        ) from error
+
+
+def holds_cache(reader: Reader) -> bool:
+    """Whether a file holds a cache or a memory.
+
+    Raises:
+        FileError: the entry of anymha in its metadata cannot be read.
+    """
+    return ENTRY in reader.metadata and caches.is_entry(_entry(reader))
+
+
+def _entry(reader: Reader) -> Any:
+    """What the metadata of a file of anymha says.
+
+    Raises:
+        FileError: there is nothing, or it cannot be read.
+    """
+    path = shown(reader.path)
+    if ENTRY not in reader.metadata:
+        raise FileError(
+            f"{path} was not written by anymha: its metadata has no {ENTRY!r}. To convert weights "
+            "of other libraries: anymha inspect FILE, then anymha convert."
+        )
+    try:
+        return parse_json(reader.metadata[ENTRY].encode("utf-8"))
     except _UNREADABLE as error:
         raise FileError(
             f"{path} is broken: its entry {ENTRY!r} cannot be read ({shown(error)})."

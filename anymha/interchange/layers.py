@@ -11,6 +11,7 @@ import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, WeightsError
 from anymha.framework.registry import backend_of, get_layer, named_arrays
+from anymha.interchange import caches
 from anymha.interchange.compared_options import check_same_results
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.layouts.own import from_torch_state
@@ -222,7 +223,8 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
     """The native layer of another framework, with the same configuration and the same weights.
 
     Args:
-        layer: A layer, as `get_weights` takes it.
+        layer: A layer, as `get_weights` takes it; or a `Cache` or a `Memory`, to go on with it in
+            another framework.
         to: The name of a backend, for a layer of anymha; or a layout, for the layer of a library:
             "torch.MultiheadAttention", "keras.MultiHeadAttention", "keras.GroupQueryAttention",
             "flax.nnx.MultiHeadAttention", "equinox.MultiheadAttention"; the parameters of
@@ -243,6 +245,13 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
         >>> type(convert(layer, to="numpy")).__module__
         'anymha_numpy.layer'
     """
+    if caches.is_held(layer):
+        if sizes or weights_only:
+            raise ArgumentError(
+                "A cache or a memory is converted as it is. Received: other arguments. Leave them "
+                "out."
+            )
+        return caches.converted(layer, to)
     weights = get_weights(layer, **sizes)
     needs = weights.needs
     if needs and not weights_only:

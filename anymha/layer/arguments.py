@@ -66,6 +66,8 @@ class CallArgument:
     @property
     def annotation(self) -> str:
         """Its type, as in `anymha.layer.native.CallOptions`."""
+        if self.name == "memory":
+            return "Memory | Cache | None"
         if self.kind is Kind.FLAG:
             return "bool | None" if self.default is None else "bool"
         return _TYPES[self.kind]

@@ -20,7 +20,7 @@ from weakref import WeakSet
 import numpy as np
 
 from anymha.errors import ArgumentError, CacheError, ShapeError
-from anymha.framework.dtypes import dtype_name
+from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known
@@ -36,6 +36,18 @@ class Memory:
         keys: (B, K, S, d_k), normed and turned as the layer's options say.
         values: (B, K, S, d_v).
         key_positions: (1 or B, S) integers, where they were given; else None.
+
+    Raises:
+        ArgumentError: a call has it beside a `value` or a `key`.
+        CacheError: it has not the sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> options = {"query_features": 8, "value_features": 6, "backend": "numpy"}
+        >>> layer = anymha.MultiHeadAttention(2, 4, **options)
+        >>> memory = layer.make_memory(np.ones((1, 5, 6), "float32"))
+        >>> layer(np.ones((1, 1, 8), "float32"), memory=memory).shape
+        (1, 1, 8)
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values", "key_positions")
@@ -44,6 +56,10 @@ class Memory:
     keys: Array
     values: Array
     key_positions: Array | None = None
+
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -70,6 +86,19 @@ class Cache:
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
         max_length: How many positions a row may have.
         window: The layer's `sliding_window`, where the cache is a ring; else None.
+
+    Raises:
+        CacheError: a call has more new positions than a row has room for, or the cache has not the
+            sizes of the layer's heads.
+
+    Example:
+        >>> import anymha, numpy as np
+        >>> layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+        >>> cache = layer.make_cache(batch_size=1, max_length=10)
+        >>> for length in (5, 1, 1):
+        ...     output, cache = layer(np.ones((1, length, 8), "float32"), cache=cache)
+        >>> cache.lengths.tolist(), cache.truncate(6).lengths.tolist()
+        ([7], [6])
     """
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
@@ -106,15 +135,20 @@ class Cache:
     def __copy__(self) -> Cache:
         return Cache(**self.__getstate__())
 
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
-        return (
-            f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, "
-            f"keys: {described(self.keys)})"
-        )
+        keys: Any = self.keys  # a framework may put something else into the place of an array
+        shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
+        return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
+
+        A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
 
         Args:
             lengths: How many positions each row keeps: an int, or integers (B,), none above
@@ -133,14 +167,17 @@ class Cache:
         numbers = None if known is None else known_values(ops, wanted)
         starts = None if self.starts is None else known_values(ops, self.starts)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
+        new.overflowed = ops.logical_and(self.overflowed, wanted > 0)
+        if self.starts is not None:
+            new.starts = ops.where(wanted > 0, self.starts, 0)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
-        wrong = ops.where(self.overflowed, self.overflowed, too_many)
+        wrong = ops.where(new.overflowed, new.overflowed, too_many)
         wrong = ops.where(wanted < 0, wanted < 0, wrong)
         if self.starts is not None and self.window is not None:
             first = wanted - (self.window - 1)
-            lost = self.starts > ops.where(first > 0, first, 0)
+            lost = new.starts > ops.where(first > 0, first, 0)
             wrong = ops.where(lost, lost, wrong)
         new.overflowed = wrong
         kept = ops.where(wanted < 0, 0, wanted)
@@ -153,7 +190,7 @@ class Cache:
         """The truncated cache, where all lengths are known."""
         first = np.zeros_like(wanted)
         if starts is not None and self.window is not None:
-            first = np.where(starts > 0, starts + self.window - 1, 0)
+            first = np.where((starts > 0) & (wanted > 0), starts + self.window - 1, 0)
         _check_truncated(wanted, known, first, self)
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
@@ -273,7 +310,9 @@ class Cache:
 def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     """The arrays of a cache or a memory that are there, and all else that it consists of."""
     named = {name: getattr(value, name) for name in type(value).ARRAYS}
-    names = tuple([name for name, x in named.items() if x is not None])
+    # A framework may put None into the place of an array, where it maps a function over a tree.
+    places = value.__dict__.get("_places", ())
+    names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
 
@@ -282,7 +321,10 @@ def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
     """The cache or the memory of what `flatten` gives."""
     names, values = static
     arrays = dict.fromkeys(kind.ARRAYS) | dict(zip(names, leaves, strict=True))
-    return kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    value = kind(**arrays, **dict(zip(kind.STATIC, values, strict=True)))
+    if any(x is None for x in leaves):
+        value.__dict__["_places"] = names
+    return value
 
 
 def make_cache(
@@ -308,12 +350,12 @@ def make_cache(
             "A cache needs a layer that attends over one axis of (B, T, D). Received: "
             f"attention_axes={config.attention_axes}. Make the layer without `attention_axes`."
         )
-    window = config.sliding_window
-    size = max_length if window is None else min(max_length, window + rewind)
-    is_ring = window is not None and size < max_length
+    window, max_length = config.sliding_window, int(max_length)  # no NumPy integer, of any width
+    size = max_length if window is None else min(max_length, window + int(rewind))
+    is_ring = window is not None and window < max_length
     compute = config.compute_dtype or config.dtype
-    held = dtype_name(ops.dtype(compute)) if dtype is None else str(dtype).rpartition(".")[2]
-    if held not in ("float16", "bfloat16", "float32", "float64"):
+    held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
+    if not is_floating(held):
         raise CacheError(
             "`dtype` must be float16, bfloat16, float32 or float64; default the dtype in which the "
             f"layer computes. Received: {dtype!r}."

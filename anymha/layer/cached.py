@@ -126,6 +126,27 @@ def prepare(
     return _prepare_cache(ops, config, query, given, masks, "own" if own else "cache")
 
 
+def check_fits(
+    config: AttentionConfig, query: Any, others: tuple[Any, Any], call: Mapping[str, Any]
+) -> None:
+    """Check a call that has a cache or a memory by its arguments' names and sizes alone.
+
+    Raises:
+        ArgumentError: arguments do not go together.
+        CacheError: the cache does not fit the layer or the batch.
+    """
+    masks = {n: call[n] for n in ("segment_ids", "key_segment_ids", "key_positions") if n in call}
+    masks = {n: x for n, x in masks.items() if x is not None}
+    _check_arguments(config, query, others, masks, call)
+    name = "cache" if call.get("memory") is None else "memory"
+    _check_fits(config, query, call[name], name)
+
+
+def needs_positions(features: Any) -> bool:
+    """Whether calls need the positions of keys that a cache holds."""
+    return any(feature.depends_on_length or feature.adds_by_position for feature in features)
+
+
 def _check_arguments(
     config: AttentionConfig, query: Any, others: tuple[Any, Any], masks: Mapping[str, Any],
     call: Mapping[str, Any],
@@ -257,10 +278,10 @@ def _prepare_cache(
     _check_room(cache, known, lengths)
     start = int(known[0]) if eager and known.size and is_uniform(known) else None
     is_ring, one = cache.window is not None, queries == 1
-    read = min(most_of(lengths), size) if eager else None
+    read = min(max(most_of(lengths), 1), size) if eager else None  # a slot at least
     in_place = bool(ops.capabilities.writes_in_place) and cache._may_write(known)
     if in_place and not (is_ring and not (one and valid is None)):
-        _clear(ops, cache, known)
+        arrays |= _clear(ops, cache, known)
     elif cache._top():
         cleared = cache._cleared(ops)
         arrays |= {PREFIX + n: getattr(cleared, n) for n in ("keys", "values")}
@@ -345,11 +366,11 @@ def _check_segments(cache: Cache, masks: Mapping[str, Any], source: str) -> None
         )
 
 
-def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> None:
-    """Make slots zero that `truncate` has given up, in the cache's own arrays."""
+def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> dict[str, Array]:
+    """The cache's arrays, zero in slots that `truncate` has given up; its own where it may be."""
     top = cache._top()
     if not top:
-        return
+        return {}
     begin = 0 if cache.window is not None or not known.size else int(known.min())
     positions = slots(ops, cache.keys.shape[2], cache.lengths)
     lengths = ops.reshape(cache.lengths, (-1, 1))
@@ -359,10 +380,14 @@ def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> None:
         ring = ring_positions(ops, cache.keys.shape[2], cache.lengths, cache.lengths)
         there = ring >= ops.reshape(cache.starts, (-1, 1))
     part = ops.reshape(there[..., begin:top], (-1, 1, top - begin, 1))
-    for x in (cache.keys, cache.values):
+    found = {}
+    for name in ("keys", "values"):
+        x = getattr(cache, name)
         zeroed = ops.where(part, x[..., begin:top, :], 0.0)
-        ops.capabilities.write_slots(x, zeroed, begin, True)
-    cache.__dict__["_stale_to"] = 0
+        found[PREFIX + name] = ops.capabilities.write_slots(x, zeroed, begin, True)
+    if all(found[PREFIX + name] is getattr(cache, name) for name in ("keys", "values")):
+        cache.__dict__["_stale_to"] = 0
+    return found
 
 
 def _finisher(
@@ -585,6 +610,19 @@ class View(NamedTuple):
     key_positions: Array | None
 
 
+def seen_in_ring(ops: Ops, positions: Array, own: Array, starts: Array, window: int) -> Array:
+    """Which of `positions` a query at `own` sees, of those that are held from `starts` (B,) on."""
+    within = ops.logical_and(positions <= own, positions > own - window)
+    starts = ops.reshape(starts, (-1, *(1,) * (len(positions.shape) - 1)))
+    return ops.logical_and(within, positions >= starts)
+
+
+def of_one(ops: Ops, seen: Array) -> Array:
+    """What a single query of each row sees, (B, S), as a mask (B, 1, 1, S)."""
+    shape = ops.shape(seen)
+    return ops.reshape(seen, (shape[0], 1, 1, shape[1]))
+
+
 class Holding:
     """A cache within the program of a call.
 
@@ -706,7 +744,7 @@ class Holding:
         ops, arrays = self.ops, self.arrays
         before, new = arrays.get(PREFIX + name), arrays.get(name)
         if name == "key_positions":
-            needed = self.raw or any(f.adds_by_position for f in self.spec.features)
+            needed = needs_positions(self.spec.features)
             if not needed or (before is None and not self.given):
                 return None
         if new is None:
@@ -842,20 +880,21 @@ class Holding:
                 return self._seen(rows, mask, None, positions)
             seen = None if held.is_full else positions <= n
         else:
-            starts = ops.reshape(self.held_rows["starts"], (-1, 1))
             after = self.new_lengths if held.source == "own" else self.arrays[PREFIX + "lengths"]
             positions = ring_positions(ops, held.size, after, self.query)
             positions = positions if read is None else positions[..., :read]
             seen = None
-            if not held.is_full:
+            if not held.is_full and self.is_one:
+                seen = seen_in_ring(ops, positions, n, self.held_rows["starts"], held.window)
+            elif not held.is_full:
                 batch, count = ops.shape(positions)
-                places, starts = (ops.reshape(x, (-1, 1, x.shape[-1])) for x in (positions, starts))
+                places = ops.reshape(positions, (batch, 1, count))
                 own = ops.reshape(n + slots(ops, self.queries, n), (batch, self.queries, 1))
-                seen = ops.logical_and(places <= own, places > own - held.window)
-                seen = ops.reshape(ops.logical_and(seen, places >= starts), (batch, 1, -1, count))
+                starts = self.held_rows["starts"]
+                seen = seen_in_ring(ops, places, own, starts, held.window)
+                seen = ops.reshape(seen, (batch, 1, self.queries, count))
         if seen is not None and len(seen.shape) == 2:
-            shape = ops.shape(seen)
-            seen = ops.reshape(seen, (shape[0], 1, 1, shape[1]))
+            seen = of_one(ops, seen)
         return self._seen(rows, PositionMask(), seen, positions)
 
     def _of_window(self) -> View:

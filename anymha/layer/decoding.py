@@ -16,8 +16,8 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha.execution.attend import context_of
 from anymha.framework.protocol import Array, Ops
-from anymha.layer.cache import Cache, slots
-from anymha.layer.cached import HeldCall
+from anymha.layer.cache import Cache, most_of, ring_positions, slots
+from anymha.layer.cached import PREFIX, HeldCall, of_one, seen_in_ring
 from anymha.layer.plan import PlannedCall, Plans
 
 
@@ -58,7 +58,8 @@ def keep_step(
     features = plan.spec.features
     array_key = plan.ops.capabilities.array_key
     if not (
-        held.held.is_full and held.held.source == "own" and len(held.arrays) < 7
+        held.held.source == "own" and held.held.is_known and query.shape[1] == 1
+        and (held.held.is_full or held.start is None) and held.arrays.keys() <= NAMES
         and projections is not None and projections.of_rows and array_key is not None
         and plan.as_given and plan.run is None and not (plan.narrow or plan.double)
         and not any(plan.flags[:-1])
@@ -70,10 +71,16 @@ def keep_step(
         and path.most_logits
     ):  # fmt: skip
         return
-    plans.step = Step(
+    plans.steps[held.start is not None] = Step(
         (query.shape, array_key(query)), projections.kind, _kind(cache), planned,
         replace(plan.spec, position_mask=PositionMask()), plan.config.counts_positions,
     )  # fmt: skip
+
+
+NAMES = {
+    PREFIX + name for name in ("keys", "values", "lengths", "previous", "overflowed", "starts")
+}
+"""The arrays of a cache that such a step has."""
 
 
 def _kind(cache: Cache) -> tuple[Any, ...]:
@@ -96,12 +103,14 @@ def next_step(
     """
     if type(cache) is not Cache or not ops.is_array(query):
         return None
-    step, start = plans.step, cache._start
-    if start is None or plans.config is not config:
+    start, known = cache._start, cache._known
+    step = plans.steps.get(start is not None)
+    if step is None or known is None or plans.config is not config:
         return None
     array_key: Any = ops.capabilities.array_key
+    longest = most_of(known) if start is None else start
     if (
-        paths.explaining or start >= cache.max_length or cache._top()
+        paths.explaining or longest >= cache.max_length or cache._top()
         or (query.shape, array_key(query)) != step.query or projections.kind != step.weights
         or _kind(cache) != step.cache or cache.segment_ids is not None
         or cache.key_positions is not None
@@ -110,12 +119,12 @@ def next_step(
     (plan, shape, path), spec = step.planned, step.spec
     batch, _, heads, d_k = shape.query_heads
     _, shared, size, _ = cache.keys.shape
-    read = min(start + 1, size)
-    if cache.window is not None and size != cache.window:
+    window, starts, lengths = cache.window, cache.starts, cache.lengths
+    read = min(longest + 1, size)
+    if window is not None and start is not None and size != window:
         return None
     if not (path.most_queries >= 1 and batch * heads * read <= path.most_logits):
         return None
-    known = cache._known
     in_place = ops.capabilities.writes_in_place and cache._may_write(known)
     functions, reshape = projections.functions, ops.reshape
     rows = reshape(query, (batch, query.shape[2]))
@@ -125,7 +134,10 @@ def next_step(
     if spec.features:
         own: dict[str, Array] = dict(projections.weights or {})
         if step.has_positions:
-            place = ops.asarray(np.array([[start]], np.int32), device=plan.device)
+            if start is None:
+                place = reshape(lengths, (batch, 1))
+            else:
+                place = ops.asarray(np.array([[start]], np.int32), device=plan.device)
             own |= {"positions": place, "key_positions": place}
         q, k = reshape(q, (batch, 1, heads, d_k)), reshape(k, (batch, 1, shared, d_k))
         for feature in spec.features:
@@ -135,9 +147,23 @@ def next_step(
         for feature in spec.features:
             arrays |= feature.tiled(ops, own, q)
     write: Any = ops.capabilities.write_slots
-    slot = start % size
+    slot: Any = lengths if start is None else start % size
+    if start is None and window is not None:
+        slot = ops.remainder(lengths, size)
     keys = write(cache.keys, reshape(k, (batch, shared, 1, d_k)), slot, in_place)
     values = write(cache.values, v, slot, in_place)
+    after = lengths + 1
+    if starts is not None and longest >= size:
+        first = after - size
+        starts = ops.where(first > starts, first, starts)
+    if start is None:
+        here = reshape(lengths, (batch, 1))
+        if window is None or starts is None:
+            seen = slots(ops, read, lengths) <= here
+        else:
+            positions = ring_positions(ops, size, after, lengths)[..., :read]
+            seen = seen_in_ring(ops, positions, here, starts, window)
+        arrays["mask"] = of_one(ops, seen)
     arrays["query"] = reshape(q, (batch, heads, 1, d_k))
     whole = read == size
     arrays["key"] = keys if whole else keys[..., :read, :]
@@ -145,12 +171,9 @@ def next_step(
     context = reshape(context_of(ops, spec, path, arrays), (batch, plan.context_width))
     output = functions["output"](context)
     output = reshape(output, (batch, 1, *(shape.output[2:] or (output.shape[-1],))))
-    lengths = cache.lengths + 1
-    starts = cache.starts
-    if starts is not None and start >= size:
-        starts = starts * 0 + (start + 1 - size)
     new = Cache(
-        keys, values, lengths, cache.lengths, cache.overflowed, starts, None, None,
-        cache.max_length, cache.window,
+        keys, values, after, lengths, cache.overflowed, starts, None, None, cache.max_length,
+        window,
     )  # fmt: skip
-    return output, new._after(cache, known + 1, start + 1, in_place and keys is cache.keys)
+    shares = in_place and keys is cache.keys
+    return output, new._after(cache, known + 1, None if start is None else start + 1, shares)

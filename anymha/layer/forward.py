@@ -138,7 +138,7 @@ def multi_head_attention(
     cache = call.get("cache") if call else None
     if (
         cache is not None and len(call) == 1 and value is None is key and observe is None
-        and plans is not None and plans.step is not None and type(weights) is Projections
+        and plans is not None and plans.steps and type(weights) is Projections
     ):  # fmt: skip
         found = next_step(ops, plans, config, weights, query, cache)
         if found is not None:

@@ -51,14 +51,14 @@ class CallOptions(TypedDict, Generic[A], total=False):
     key_segment_ids: A | None
     positions: A | None
     key_positions: A | None
+    cache: Cache | None
+    memory: Memory | Cache | None
     return_attention_scores: bool
     return_activity_loss: bool
     training: bool | None
     use_causal_mask: bool
     query_offset: Any
     seed: Any
-    cache: Cache | None
-    memory: Memory | Cache | None
 
 
 def takes_options(

@@ -148,7 +148,7 @@ class Plans:
         self.plans: dict[Any, Plan] = {}
         self.seen_once: set[int] = set()
         self.prepared: Any = None
-        self.step: Any = None
+        self.steps: dict[bool, Any] = {}
 
     def begin(self, config: AttentionConfig) -> None:
         """Forget the plans of other options."""

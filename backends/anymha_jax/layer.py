@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self, Unpack
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from anymha.errors import ConfigError
-from anymha.layer.cache import Cache, Memory, flatten, unflatten
+from anymha.layer.cache import Cache, Memory
 from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import CallOptions, NativeLayer, StaticOptions, takes_call, takes_options
 from anymha.options.config import AttentionConfig, shown_options
@@ -113,7 +114,14 @@ class MultiHeadAttention(NativeLayer):
 
 
 for _kind in (Cache, Memory):
-    jax.tree_util.register_pytree_node(_kind, flatten, partial(unflatten, _kind))
+    # Arrays that are not there are None: Equinox and others put None for arrays, and back.
+    jax.tree_util.register_dataclass(_kind, _kind.ARRAYS, _kind.STATIC)
+    jax.export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"anymha.{_kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda data: tuple(json.loads(data)),
+    )
 
 
 def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax.Array]:

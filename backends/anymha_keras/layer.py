@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -29,6 +29,7 @@ from anymha.layer.native import (
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
 from anymha.options.config import AttentionConfig, shown_options
+from anymha_keras.caches import hidden, is_symbolic, shown, symbolic_results
 from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
 from anymha_keras.options import Given, KerasOptions, core_dtypes, read_options, saved
 from anymha_keras.projection import (
@@ -48,6 +49,13 @@ KERAS_ADDS = ("return_activity_loss",)
 """Arguments of the call that Keras's has not: Keras adds the loss to `layer.losses`."""
 CALL = tuple(argument.name for argument in CALL_ARGUMENTS if argument.name not in KERAS_ADDS)
 """The arguments of the call."""
+
+
+class _Ops:
+    """The functions of Keras's backend."""
+
+    def __get__(self, layer: Any, kind: type) -> Any:
+        return get_backend(keras.config.backend()).ops
 
 
 @keras.saving.register_keras_serializable(package="anymha")
@@ -76,6 +84,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         >>> tuple(layer(keras.ops.ones((1, 3, 8))).shape)
         (1, 3, 8)
     """
+
+    ops: ClassVar[Any] = _Ops()
 
     @takes_options(KerasOptions, read_options)
     def __init__(self, given: Given) -> None:
@@ -117,11 +127,6 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         if any(getattr(self._config, name) != dtype for name, dtype in dtypes.items()):
             self._config = dataclasses.replace(self._config, **dtypes)
         return self._config
-
-    @property
-    def ops(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The functions of Keras's backend."""
-        return get_backend(keras.config.backend()).ops
 
     def build(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, query_shape: Any, value_shape: Any = None, key_shape: Any = None
@@ -190,19 +195,20 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         key_segment_ids: Any = None,
         positions: Any = None,
         key_positions: Any = None,
+        cache: Any = None,
+        memory: Any = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
         query_offset: Any = 0,
         seed: Any = None,
-        cache: Any = None,
-        memory: Any = None,
     ) -> Any:
         if self._flash_attention and return_attention_scores:  # in Keras's words
             raise ConfigError(
                 "Returning attention scores is not supported when flash attention is enabled. "
                 "Please disable flash attention to access attention scores."
             )
+        cache, memory = shown(cache), shown(memory)
         query, value, key = unpack_inputs(query, value, key)
         passed = (query_mask, value_mask, key_mask, attention_mask)
         masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
@@ -243,17 +249,37 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
     @shown_as(call)
     def __call__(self, *args: Any, **call: Any) -> Any:
         try:
-            return super().__call__(*args, **call)
+            if call.get("cache") is None and call.get("memory") is None:
+                return super().__call__(*args, **call)
+            return self._with_cache(args, call)
         except TypeError as error:
             unknown = [name for name in call if name not in CALL]
             if unknown and not isinstance(error, AnymhaError):
                 raise unexpected(unknown[0], CALL) from None
             raise
 
+    def _with_cache(self, args: Any, call: dict[str, Any]) -> Any:
+        """Call with a cache or a memory, which keeps its dtype."""
+        own = {name: call.get(name) for name in ("cache", "memory")}
+        if not is_symbolic(args, call):
+            return super().__call__(*args, **{**call, **hidden(own)})
+
+        def converted(x: Any) -> Any:
+            return self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
+
+        args = keras.tree.map_structure(converted, args)
+        others = {name: x for name, x in call.items() if name not in own}
+        call = {**keras.tree.map_structure(converted, others), **own}
+        converts, self._convert_input_args = self._convert_input_args, False
+        try:
+            return super().__call__(*args, **call)
+        finally:
+            self._convert_input_args = converts
+
     def __repr__(self) -> str:
         options = shown_options(dataclasses.replace(self.config, name=None))
-        shown = f"name={self.name}, built={self.built}"
-        return f"<MultiHeadAttention {shown}, {options}>"
+        about = f"name={self.name}, built={self.built}"
+        return f"<MultiHeadAttention {about}, {options}>"
 
     @classmethod
     def valid_name(cls, name: str) -> str:
@@ -276,13 +302,16 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
     def compute_output_spec(
         self, query: Any, value: Any = None, key: Any = None, **call: Any
     ) -> Any:
-        query, value, key = unpack_inputs(query, value, key)
-        masks = all_masks({name: call.get(name) for name in MASKS}, query, value, key)
+        inputs = unpack_inputs(query, value, key)
+        masks = all_masks({name: call.get(name) for name in MASKS}, *inputs)
+        if call.get("cache") is not None or call.get("memory") is not None:
+            result = symbolic_results(
+                self._config, inputs, self._widths, self.compute_dtype, {**call, **masks}
+            )
+            return with_mask(result, masks["query_mask"])
         extra = {**masks, "attention_bias": call.get("attention_bias")}
         given = {name: array for name, array in extra.items() if array is not None}
-        shapes = result_shapes(
-            self._config, [query.shape, value.shape, key.shape], self._widths, given
-        )
+        shapes = result_shapes(self._config, [x.shape for x in inputs], self._widths, given)
         output, scores = (keras.KerasTensor(shape, self.compute_dtype) for shape in shapes)
         result = (output, scores) if call.get("return_attention_scores") else output
         return with_mask(result, masks["query_mask"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter
 
 import tensorflow as tf
@@ -87,6 +88,22 @@ def device(x, /):
 
 def has_values(x, /):
     return hasattr(x, "numpy") and tf.executing_eagerly()
+
+
+def write_slots(storage, new, slot, in_place, /):
+    batch, heads, size, width = storage.shape
+    length = new.shape[2]
+    if isinstance(slot, int) and slot == 0 and length == size:
+        return new
+    first = tf.reshape(slot, (-1, 1, 1)) + tf.range(length)  # [1 or B, 1, T]
+    starts = tf.reshape(tf.range(batch * heads) * size, (batch, heads, 1))
+    rows = tf.reshape(starts + first, (-1, 1))
+    flat, new = (tf.reshape(x, (-1, width)) for x in (storage, new))
+    return tf.reshape(tf.tensor_scatter_nd_update(flat, rows, new), storage.shape)
+
+
+def choose(index, functions, arrays, /):
+    return tf.switch_case(index, [partial(function, arrays) for function in functions])
 
 
 def is_tracing():
@@ -204,6 +221,8 @@ capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
     is_tracing=is_tracing,
     has_values=has_values,
+    write_slots=write_slots,
+    choose=choose,
     compile=CompiledCall,
     seed_array=seed_array,
     vjp=vjp,

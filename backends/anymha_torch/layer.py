@@ -21,9 +21,11 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils import _pytree as pytree  # `torch.export` has no other way for optional arrays
 
 from anymha.errors import WeightsError
 from anymha.layer.arguments import ARRAYS
+from anymha.layer.cache import Cache, Memory, flatten, unflatten
 from anymha.layer.checks import check_call, unpack_inputs
 from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
@@ -376,6 +378,24 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
     def extra_repr(self) -> str:
         """The options in `print(layer)`."""
         return shown_options(self.config)
+
+
+def _flatten_with_keys(value: Cache | Memory) -> Any:
+    leaves, static = flatten(value)
+    keys = map(pytree.GetAttrKey, static[0])
+    return list(zip(keys, leaves, strict=True)), static
+
+
+for _kind in (Cache, Memory):
+    pytree.register_pytree_node(
+        _kind,
+        flatten,
+        lambda leaves, static, kind=_kind: unflatten(kind, static, list(leaves)),
+        serialized_type_name=f"anymha.{_kind.__name__}",
+        to_dumpable_context=list,
+        from_dumpable_context=lambda static: tuple(map(tuple, static)),
+        flatten_with_keys_fn=_flatten_with_keys,
+    )
 
 
 def _in_state_dict(full: str) -> str:

@@ -217,8 +217,7 @@ def has_values(x, /):
 # What is differentiated, and what inference mode has made, is not written to.
 def write_slots(storage, new, slot, in_place, /):
     differentiated = torch.is_grad_enabled() and (storage.requires_grad or new.requires_grad)
-    inference = storage.is_inference() and not torch.is_inference_mode_enabled()
-    if not in_place or differentiated or inference:
+    if not in_place or differentiated or _is_of_inference(storage):
         storage = storage.clone()
     length = new.shape[2]
     if isinstance(slot, int):
@@ -228,6 +227,12 @@ def write_slots(storage, new, slot, in_place, /):
     slots = slot.long()[:, None] + torch.arange(length, device=storage.device)
     storage[rows, :, slots] = new.transpose(1, 2)
     return storage
+
+
+def _is_of_inference(storage):
+    if torch.compiler.is_compiling():  # a compiler cannot tell, and writes to nothing but copies
+        return False
+    return storage.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def stop_gradient(x, /):
