@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -276,6 +277,61 @@ def test_a_ring_goes_back_as_far_as_it_holds(backend: Backend) -> None:
             cache.truncate(12 - rewind - 2)
         with pytest.raises(ValueError, match="ring"):
             back.truncate(10 - rewind)
+
+
+def test_a_ring_with_room_for_all_keeps_its_window(backend: Backend) -> None:
+    layer = layer_of(backend, {"rotary": True, "sliding_window": 3})
+    x = normal((1, 5, WIDTH), "x").astype(np.float32)
+    expected, cache = whole(backend, layer, x), layer.make_cache(1, 5, rewind=4)
+    first, cache = layer(native(backend, x[:, :4]), cache=cache)
+    last, cache = layer(native(backend, x[:, 4:]), cache=cache)
+    found = np.concatenate([plain(backend, first), plain(backend, last)], axis=1)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    again, _ = layer(native(backend, x[:, 1:3]), cache=cache.truncate(1))
+    np.testing.assert_allclose(plain(backend, again), expected[:, 1:3], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [lambda c: c, copy.copy, lambda c: c.reorder([0]), lambda c: anymha.join_caches([c])],
+    ids=["itself", "copy", "reorder", "join"],
+)
+def test_an_old_ring_does_not_go_back_to_what_is_overwritten(
+    taken: Callable[[Any], Any], backend: Backend
+) -> None:
+    layer = layer_of(backend, {"rotary": True, "sliding_window": 2})
+    x = normal((1, 8, WIDTH), "x").astype(np.float32)
+    expected = whole(backend, layer, x)
+    _, old = layer(native(backend, x[:, :5]), cache=layer.make_cache(1, 8, rewind=2))
+    new = old
+    for i in (5, 6, 7):
+        _, new = layer(native(backend, x[:, i : i + 1]), cache=new)
+        kept = taken(old)
+        np.testing.assert_allclose(
+            plain(backend, layer(native(backend, x[:, 5:]), cache=kept)[0]), expected[:, 5:],
+            atol=2e-6,
+        )  # fmt: skip
+        if new.keys is old.keys:
+            with pytest.raises(ValueError, match="overwritten"):
+                taken(old).truncate(2)
+        else:
+            output, _ = layer(native(backend, x[:, 2:4]), cache=taken(old).truncate(2))
+            np.testing.assert_allclose(plain(backend, output), expected[:, 2:4], atol=2e-6)
+
+
+def test_a_call_that_keeps_nothing_in_an_empty_cache(backend: Backend) -> None:
+    call: dict[str, Any] = {
+        "value_mask": np.zeros((2, 1), bool), "segment_ids": np.zeros((2, 1), np.int32),
+        "positions": np.ones((2, 1), np.int32), "attention_mask": np.ones((2, 1, 1, 4), bool),
+    }  # fmt: skip
+    given = {name: native(backend, array) for name, array in call.items()}
+    for window in (None, 1):
+        layer = layer_of(backend, {"sliding_window": window, "rotary": True})
+        x = native(backend, normal((2, 1, WIDTH), "x").astype(np.float32))
+        output, cache = layer(x, cache=layer.make_cache(2, 4), **given)
+        bias = anymha.get_weights(layer)["output.bias"]
+        np.testing.assert_allclose(plain(backend, output), np.broadcast_to(bias, output.shape))
+        assert plain(backend, cache.lengths).tolist() == [0, 0]
 
 
 def test_beams_and_joined_prompts(backend: Backend) -> None:

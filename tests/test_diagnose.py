@@ -381,3 +381,15 @@ def test_that_the_time_ran_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.0)
     report = report_of({"output": lambda y, x: np.sin(3 * y)})
     assert "nor any two of those that there was time for" in str(report.diagnosis)
+
+
+def test_scaling_by_the_length_is_named() -> None:
+    dynamic = {"scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 4}
+    layer, plain = (
+        anymha.MultiHeadAttention(
+            HEADS, WIDTH, query_features=FEATURES, rotary=rotary, backend="numpy", seed=4
+        )
+        for rotary in (dynamic, True)
+    )
+    told = str(compare(layer, lambda query: plain(query), X).diagnosis)
+    assert told.startswith("another rotary")

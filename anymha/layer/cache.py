@@ -70,6 +70,13 @@ class Memory:
         return unflatten(cls, static, leaves)
 
 
+class _Sharing(WeakSet["Cache"]):
+    """Caches that have the same arrays; a copy of one has others."""
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
 @dataclass(eq=False)
 class Cache:
     """Keys and values of the positions that a layer has read: `MultiHeadAttention.make_cache`.
@@ -107,6 +114,7 @@ class Cache:
     )  # fmt: skip
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
+    _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
 
     keys: Array
@@ -125,8 +133,14 @@ class Cache:
     _stale_to: int = field(default=0, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self._sharing is not None:
-            self._sharing.add(self)
+        sharing = self._sharing
+        if sharing is None:
+            return
+        same = [(self.keys is one.keys, self.values is one.values) for one in sharing]
+        if any(map(any, same)):
+            sharing.add(self)
+        if (True, True) not in same:  # not all are known to be these caches' alone
+            self._sharing = None
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -137,12 +151,19 @@ class Cache:
         return unflatten(cls, static, leaves)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {field.name: getattr(self, field.name) for field in fields_of(self)}
-        del own["_sharing"]  # what is pickled or copied deeply has arrays of its own
-        return own
+        state = {field.name: getattr(self, field.name) for field in fields_of(self)}
+        del state["_sharing"]  # what is pickled or copied deeply has arrays of its own
+        if self._lost is None:
+            return state
+        ops = backend_of(self.lengths).ops
+        if known_lengths(ops, self) is not None:
+            first = np.maximum(ops.to_numpy(self.starts), self._lost).astype(np.int32)
+            state["starts"] = ops.asarray(first, device=ops.device(self.starts))
+        return state
 
     def __copy__(self) -> Cache:
-        return replace(self)
+        new = Cache(**self.__getstate__())
+        return new if self._sharing is None else new._share(self, self._known)
 
     def __len__(self) -> int:
         """The number of its arrays: Keras asks it of what it finds nested in a call."""
@@ -174,11 +195,11 @@ class Cache:
         batch = self.lengths.shape[0]
         wanted = _integers(ops, lengths, "lengths", batch, like=self.lengths)
         numbers = None if known is None else known_values(ops, wanted)
-        starts = None if self.starts is None else known_values(ops, self.starts)
         new = Cache(**{**self.__getstate__(), "lengths": wanted, "previous": wanted})
         new.overflowed = ops.logical_and(self.overflowed, wanted > 0)
-        if self.starts is not None:
-            new.starts = ops.where(wanted > 0, self.starts, 0)
+        starts = None if new.starts is None else known_values(ops, new.starts)
+        if new.starts is not None:
+            new.starts = ops.where(wanted > 0, new.starts, 0)
         if numbers is not None and (self.starts is None or starts is not None):
             return self._truncated(ops, new, np.asarray(numbers, np.int64), known, starts)
         too_many = wanted > self.lengths
@@ -243,7 +264,8 @@ class Cache:
             flat = ops.reshape(x, (1, shape[0], -1))
             return ops.reshape(_any_dtype(ops, ops.gather, flat, row, axis=1), (-1, *shape[1:]))
 
-        new = Cache(**{**self.__getstate__(), **{n: taken(getattr(self, n)) for n in self.ARRAYS}})
+        state = self.__getstate__()
+        new = Cache(**{**state, **{name: taken(state[name]) for name in self.ARRAYS}})
         if wrong is not None:
             new.overflowed = ops.where(wrong, wrong, new.overflowed)
         known = known_lengths(ops, self)
@@ -258,7 +280,7 @@ class Cache:
     def _own(self, known: np.ndarray) -> Cache:
         """Note that the arrays are this cache's alone."""
         self.__dict__["_known"] = known
-        self.__dict__["_sharing"] = WeakSet([self])
+        self.__dict__["_sharing"] = _Sharing([self])
         return self
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
@@ -271,6 +293,11 @@ class Cache:
     def _after(self, cache: Cache, known: np.ndarray, start: int | None, shares: bool) -> Cache:
         """Note that this one comes from a call, with these lengths, and whose arrays it has."""
         if shares:
+            if self.window is not None:
+                lost = known - self.keys.shape[2]
+                for other in list(cache._sharing):
+                    most = lost if other._lost is None else np.maximum(other._lost, lost)
+                    other.__dict__["_lost"] = most
             self._share(cache, known)
         else:
             self._own(known)
@@ -341,6 +368,9 @@ def flatten_linked(value: Any) -> tuple[list[Any], Structure]:
     if isinstance(value, Cache) and value._top():
         value._cleared(backend_of(value.lengths).ops)
     leaves, static = flatten(value)
+    if isinstance(value, Cache):
+        state = value.__getstate__()
+        leaves = [state[name] for name in static[0]]
     structure = Structure(static)
     structure.origin = ref(value)
     return leaves, structure
@@ -470,8 +500,9 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
                 "window, sizes of keys and values, dtype, framework)."
             )
     parts: dict[str, Any] = {}
+    states = [cache.__getstate__() for cache in caches]
     for name in Cache.ARRAYS:
-        own = [getattr(cache, name) for cache in caches]
+        own = [state[name] for state in states]
         if all(x is None for x in own):
             parts[name] = None
             continue

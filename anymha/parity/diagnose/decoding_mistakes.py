@@ -61,7 +61,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     yield from _seen(recipe, {
         "a call does not see its own positions": seen & old,
         "calls behind the first do not see their own positions": seen & (old | first[:, None]),
-        "no query sees the position before it that is the last of the cache":
+        "the last position that the cache holds is not seen":
             seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
         "a call sees the first one and itself alone": seen & (own | first),
         "a call sees itself alone": seen & own,
@@ -424,8 +424,7 @@ def _from_zero(recipe: Recipe, facts: Decoded) -> Variants:
     index = facts.places - facts.begins
     yield from _placed(recipe, facts, "", index)
     seen = right(recipe, facts) & (facts.places[:, None] <= index[..., None])
-    yield "the causal rule too", seeing(recipe, seen)
-    yield "the causal rule alone begins anew, at slot 0", seeing(recipe, seen)
+    yield "the causal rule alone", seeing(recipe, seen)
     if recipe.options.keys() & {"rotary", "alibi"}:
         other = _given(recipe, index, facts.places)
         both = {"positions": other, "key_positions": other}

@@ -77,7 +77,9 @@ def seeing(
         more = np.broadcast_to(logits, (*masked.shape[:-1], logits.shape[-1]))
         return softmax(np.concatenate([masked, more], -1))[..., : masked.shape[-1]]
 
-    return wrong.stepping("probabilities", step)
+    made = wrong.stepping("probabilities", step)
+    made.computed["terms"] = empty.shape[2]
+    return made
 
 
 def in_slots(

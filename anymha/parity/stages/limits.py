@@ -34,7 +34,8 @@ class Tolerances:
         widths = [array.shape[-1] for array in recipe.inputs.values()]
         widths += [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
         heads, width, _ = recipe.weights["output.kernel"].shape
-        self.length = max(*widths, recipe.lengths[2], heads * width)
+        more = recipe.computed.get("terms", 0)  # of a softmax over more than the keys
+        self.length = max(*widths, recipe.lengths[2], heads * width, more)
 
     def of(self, stage: str, trace: Trace) -> np.ndarray:
         """The greatest error that rounding explains, of each position; broadcasts to the stage."""

@@ -328,7 +328,7 @@ def frequencies(rotary: Mapping[str, Any], width: int, length: int) -> np.ndarra
     kind, factor = s["rope_type"], s.get("factor")
     first = s.get("original_max_position_embeddings", most)
     pairs = np.arange(width // 2)
-    if kind == "dynamic":
+    if kind == "dynamic" and width > 2:  # one pair turns by the position, whatever the base
         stretch = factor * max(length, most) / most - factor + 1
         base *= stretch ** (width / (width - 2))
     plain = base ** (-2 * pairs / width)
