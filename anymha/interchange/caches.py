@@ -14,7 +14,7 @@ import numpy as np
 from anymha.errors import FileError
 from anymha.framework.registry import as_numpy, get_ops
 from anymha.interchange.files.reader import Reader, Tensor
-from anymha.layer.cache import Cache, Memory, known_lengths
+from anymha.layer.cache import Cache, Memory, flatten_linked, known_lengths
 from anymha.text import shown
 
 KINDS: dict[str, type[Any]] = {"cache": Cache, "memory": Memory}
@@ -42,8 +42,8 @@ def converted(value: Any, to: str) -> Any:
 
 def arrays_of(value: Any) -> dict[str, np.ndarray]:
     """Copies of the arrays of a cache or a memory, in NumPy, by name."""
-    named = {name: getattr(value, name) for name in type(value).ARRAYS}
-    return {n: np.array(as_numpy(x), order="C") for n, x in named.items() if x is not None}
+    leaves, (names, _) = flatten_linked(value)
+    return {n: np.array(as_numpy(x), order="C") for n, x in zip(names, leaves, strict=True)}
 
 
 def static_of(value: Any) -> dict[str, Any]:

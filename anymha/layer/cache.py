@@ -12,10 +12,10 @@ attention takes them, normed and turned; where their rotation depends on the len
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from typing import Any, ClassVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import numpy as np
 
@@ -107,7 +107,6 @@ class Cache:
     )  # fmt: skip
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
-    _sharing: ClassVar[Any] = None  # of an instance all that share its arrays
     _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
 
@@ -121,6 +120,14 @@ class Cache:
     key_positions: Array | None
     max_length: int
     window: int | None
+    # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and the slot
+    # up to which something may have been written that is cleared at the next call.
+    _sharing: Any = field(default=None, repr=False, kw_only=True)
+    _stale_to: int = field(default=0, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self._sharing is not None:
+            self._sharing.add(self)
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -132,6 +139,7 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
+        del state["_sharing"]  # what is pickled or copied deeply has arrays of its own
         ops = backend_of(self.lengths).ops
         if self._lost is not None and known_lengths(ops, self) is not None:
             first = np.maximum(ops.to_numpy(self.starts), self._lost).astype(np.int32)
@@ -283,7 +291,7 @@ class Cache:
 
     def _top(self) -> int:
         """Up to which slot something may have been written, of what is cleared at the next call."""
-        return self.__dict__.get("_stale_to", 0)
+        return self._stale_to
 
     def _may_write(self, known: np.ndarray) -> bool:
         """Whether no other cache holds what positions behind `known` would overwrite."""
@@ -315,6 +323,7 @@ class Cache:
         for name in ("keys", "values"):
             cleared = _any_dtype(ops, lambda x: ops.where(held, x, 0.0), getattr(self, name))
             setattr(self, name, cleared)
+        self._stale_to = 0
         if self._known is not None:
             self._own(self._known)
         return self
@@ -328,6 +337,40 @@ def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
+
+
+class Structure(tuple[Any, ...]):
+    """What `flatten` gives besides arrays; and the cache, for what maps a function over it."""
+
+    origin: Any = None
+
+    def __reduce__(self) -> Any:
+        return tuple, (tuple(self),)
+
+
+def flatten_linked(value: Any) -> tuple[list[Any], Structure]:
+    """As `flatten`; `unflatten_linked` then knows the cache again by its arrays."""
+    if isinstance(value, Cache) and value._top():
+        value._cleared(backend_of(value.lengths).ops)
+    leaves, static = flatten(value)
+    structure = Structure(static)
+    structure.origin = ref(value)
+    return leaves, structure
+
+
+def unflatten_linked(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
+    """As `unflatten`; the cache itself where the arrays are its own, which may be written to."""
+    origin = getattr(static, "origin", None)
+    origin = None if origin is None else origin()
+    leaves = list(leaves)
+    if origin is not None:
+        own, _ = flatten(origin)
+        same = [x is y for x, y in zip(own, leaves, strict=False)]
+        if len(own) == len(leaves) and all(same):
+            return origin
+        if any(same) and isinstance(origin, Cache):
+            return replace(unflatten(kind, static, leaves), _sharing=origin._sharing)
+    return unflatten(kind, static, leaves)
 
 
 def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
@@ -368,10 +411,11 @@ def make_cache(
     is_ring = window is not None and window < max_length
     compute = config.compute_dtype or config.dtype
     held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
-    if not is_floating(held):
+    if not is_floating(held) or held == "float64" != compute:
         raise CacheError(
-            "`dtype` must be float16, bfloat16, float32 or float64; default the dtype in which the "
-            f"layer computes. Received: {dtype!r}."
+            "`dtype` must be float16, bfloat16 or float32; or float64, where the layer computes in "
+            f"it. Received: {dtype!r}, and a layer that computes in {compute}. Leave it out for "
+            "the dtype in which the layer computes."
         )
 
     def zeros(shape: tuple[int, ...], of: Any) -> Array:

@@ -206,6 +206,12 @@ def _check_fits(config: AttentionConfig, query: Any, given: Cache | Memory, name
             f"value_dim={expected[2]}. Received: {received[0]}, {received[1]} and {received[2]}. "
             "Make it by this layer."
         )
+    compute = config.compute_dtype or config.dtype
+    if dtype_name(given.keys.dtype) == "float64" != compute:
+        raise CacheError(
+            f"`{name}` must not be wider than the layer computes, in {compute}. Received: float64. "
+            "Make it by this layer."
+        )
     batch = query.shape[0]
     if is_known(batch) and is_known(keys[0]) and keys[0] != batch:
         raise CacheError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ class MultiHeadAttention(NativeLayer):
 
 for _kind in (Cache, Memory):
     # Arrays that are not there are None: Equinox and others put None for arrays, and back.
-    jax.tree_util.register_dataclass(_kind, _kind.ARRAYS, _kind.STATIC)
+    _names = {field.name for field in dataclasses.fields(_kind)}
+    _others = [*_names.difference(_kind.ARRAYS, _kind.STATIC)]  # no part of the value
+    jax.tree_util.register_dataclass(_kind, _kind.ARRAYS, _kind.STATIC, _others)
     jax.export.register_pytree_node_serialization(
         _kind,
         serialized_name=f"anymha.{_kind.__name__}",

@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from anymha.layer.cache import Cache, Memory, flatten, unflatten
+from anymha.layer.cache import Cache, Memory, flatten_linked, unflatten_linked
 from anymha.layer.cached import check_fits, needs_positions
 from anymha.layer.checks import check_masks
 from anymha.options.config import AttentionConfig
@@ -28,14 +28,14 @@ def _register() -> None:
     import optree  # noqa: PLC0415  on torch Keras does without
 
     def flattened(value: Any) -> Any:
-        leaves, static = flatten(value)
+        leaves, static = flatten_linked(value)
         return leaves, static, static[0]
 
     for kind in (Cache, Memory):
         optree.register_pytree_node(
             kind,
             flattened,
-            lambda static, leaves, kind=kind: unflatten(kind, static, tuple(leaves)),
+            lambda static, leaves, kind=kind: unflatten_linked(kind, static, leaves),
             namespace="keras",
         )
 
@@ -49,6 +49,9 @@ class Hidden:
     """A cache or a memory that Keras takes for no structure."""
 
     value: Cache | Memory
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
 
 def hidden(call: Mapping[str, Any]) -> dict[str, Any]:

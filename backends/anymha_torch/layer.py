@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree  # `torch.export` has no other way for
 
 from anymha.errors import WeightsError
 from anymha.layer.arguments import ARRAYS
-from anymha.layer.cache import Cache, Memory, flatten, unflatten
+from anymha.layer.cache import Cache, Memory, flatten, flatten_linked, unflatten_linked
 from anymha.layer.checks import check_call, unpack_inputs
 from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
@@ -380,8 +380,12 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         return shown_options(self.config)
 
 
+def _flatten(value: Cache | Memory) -> Any:
+    return flatten(value) if is_compiling() else flatten_linked(value)
+
+
 def _flatten_with_keys(value: Cache | Memory) -> Any:
-    leaves, static = flatten(value)
+    leaves, static = _flatten(value)
     keys = map(pytree.GetAttrKey, static[0])
     return list(zip(keys, leaves, strict=True)), static
 
@@ -389,13 +393,14 @@ def _flatten_with_keys(value: Cache | Memory) -> Any:
 for _kind in (Cache, Memory):
     pytree.register_pytree_node(
         _kind,
-        flatten,
-        lambda leaves, static, kind=_kind: unflatten(kind, static, list(leaves)),
+        _flatten,
+        lambda leaves, static, kind=_kind: unflatten_linked(kind, static, leaves),
         serialized_type_name=f"anymha.{_kind.__name__}",
         to_dumpable_context=list,
         from_dumpable_context=lambda static: tuple(map(tuple, static)),
         flatten_with_keys_fn=_flatten_with_keys,
     )
+torch.serialization.add_safe_globals([Cache, Memory])  # for `torch.load` of what it has saved
 
 
 def _in_state_dict(full: str) -> str:
