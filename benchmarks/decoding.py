@@ -235,7 +235,7 @@ def _tensorflow(weights: Any, sizes: Sizes) -> Run:
                 made = tf.concat([project(prompt, name), rest], axis=2)
                 kept.assign(tf.reshape(made, (-1, width)))
             return None
-        place, output = tf.constant(at), None
+        place, output = tf.constant(at), tf.constant(0.0)
         for _ in range(steps):
             output, place = step(token, place)
         return tf.reshape(output, (batch, 1, -1)).numpy()
@@ -285,7 +285,7 @@ def grown(framework: str, sizes: Sizes, steps: int) -> list[tuple[int, float, fl
 
 def main(argv: list[str] | None = None) -> int:
     """Compare, each framework in a process of its own, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)

@@ -94,7 +94,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, function: Flat) -> 
     moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
     number = len(primals)
     results = _call.bind(*primals, function=function)
-    real = [i for i, x in enumerate(results) if jax.dtypes.issubdtype(x.dtype, np.inexact)]
+    real = [i for i, x in enumerate(results) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def push(*args: Any) -> Sequence[Any]:
         fixed, moved = args[:number], args[number:]

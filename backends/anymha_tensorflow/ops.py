@@ -91,15 +91,13 @@ def has_values(x, /):
 
 
 def write_slots(storage, new, slot, in_place, /):
-    batch, heads, size, width = storage.shape
-    length = new.shape[2]
-    if isinstance(slot, int) and slot == 0 and length == size:
-        return new
+    batch, heads, size, width = full = shape(storage)
+    length = shape(new)[2]
     first = tf.reshape(slot, (-1, 1, 1)) + tf.range(length)  # [1 or B, 1, T]
     starts = tf.reshape(tf.range(batch * heads) * size, (batch, heads, 1))
     rows = tf.reshape(starts + first, (-1, 1))
     flat, new = (tf.reshape(x, (-1, width)) for x in (storage, new))
-    return tf.reshape(tf.tensor_scatter_nd_update(flat, rows, new), storage.shape)
+    return tf.reshape(tf.tensor_scatter_nd_update(flat, rows, new), full)
 
 
 def choose(index, functions, arrays, /):
