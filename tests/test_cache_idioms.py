@@ -100,6 +100,21 @@ def test_a_copy_of_a_truncated_cache_holds_nothing_of_what_is_gone(home: str) ->
         case.check(case.plain(layer(x[:, 2:4], cache=kept)[0]), begin=2, end=4)
 
 
+def test_arrays_of_one_cache_in_another_are_left_alone(home: str) -> None:
+    case = Case(home)
+    layer, x = case.layer, case.x
+    if home == "torch":
+        layer.requires_grad_(False)
+    _, cache = layer(x[:, :3], cache=case.cache())
+    arrays = {name: getattr(cache, name) for name in ("keys", "values", "lengths", "previous")}
+    other = dataclasses.replace(case.cache(), **arrays)
+    part = dataclasses.replace(cache, values=cache.copy().values)
+    for one in (other, part, cache):  # each goes on with something else
+        layer(-x[:, 3:], cache=one)
+    for one in (cache, other, part):
+        case.check(case.plain(layer(x[:, 3:], cache=one)[0]), begin=3)
+
+
 # --- JAX -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("home", ["jax", "flax", "equinox"])
 def test_one_program_of_jax_serves_all_steps(home: str) -> None:

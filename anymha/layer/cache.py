@@ -11,7 +11,7 @@ attention takes them, normed and turned; where their rotation depends on the len
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from typing import Any, ClassVar
@@ -70,6 +70,13 @@ class Memory:
         return unflatten(cls, static, leaves)
 
 
+class _Sharing(WeakSet["Cache"]):
+    """Caches that have the same arrays; a copy of one has others."""
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
 @dataclass(eq=False)
 class Cache:
     """Keys and values of the positions that a layer has read: `MultiHeadAttention.make_cache`.
@@ -126,8 +133,14 @@ class Cache:
     _stale_to: int = field(default=0, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self._sharing is not None:
-            self._sharing.add(self)
+        sharing = self._sharing
+        if sharing is None:
+            return
+        same = [(self.keys is one.keys, self.values is one.values) for one in sharing]
+        if any(map(any, same)):
+            sharing.add(self)
+        if (True, True) not in same:  # not all are known to be these caches' alone
+            self._sharing = None
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -140,8 +153,10 @@ class Cache:
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
         del state["_sharing"]  # what is pickled or copied deeply has arrays of its own
+        if self._lost is None:
+            return state
         ops = backend_of(self.lengths).ops
-        if self._lost is not None and known_lengths(ops, self) is not None:
+        if known_lengths(ops, self) is not None:
             first = np.maximum(ops.to_numpy(self.starts), self._lost).astype(np.int32)
             state["starts"] = ops.asarray(first, device=ops.device(self.starts))
         return state
@@ -265,7 +280,7 @@ class Cache:
     def _own(self, known: np.ndarray) -> Cache:
         """Note that the arrays are this cache's alone."""
         self.__dict__["_known"] = known
-        self.__dict__["_sharing"] = WeakSet([self])
+        self.__dict__["_sharing"] = _Sharing([self])
         return self
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
@@ -353,12 +368,15 @@ def flatten_linked(value: Any) -> tuple[list[Any], Structure]:
     if isinstance(value, Cache) and value._top():
         value._cleared(backend_of(value.lengths).ops)
     leaves, static = flatten(value)
+    if isinstance(value, Cache):
+        state = value.__getstate__()
+        leaves = [state[name] for name in static[0]]
     structure = Structure(static)
     structure.origin = ref(value)
     return leaves, structure
 
 
-def unflatten_linked(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
+def unflatten_linked(kind: type[Any], static: Any, leaves: Iterable[Any]) -> Any:
     """As `unflatten`; the cache itself where the arrays are its own, which may be written to."""
     origin = getattr(static, "origin", None)
     origin = None if origin is None else origin()

@@ -402,7 +402,7 @@ def _finisher(
     """What makes the result of a call, with the new cache last."""
 
     def finish(result: Any, stored: Mapping[str, Array]) -> Any:
-        arrays = dict.fromkeys(Cache.ARRAYS) | dict(stored)
+        arrays: dict[str, Any] = dict.fromkeys(Cache.ARRAYS) | dict(stored)
         new = Cache(**arrays, max_length=cache.max_length, window=cache.window)
         if lengths is not None:
             start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None

@@ -31,7 +31,8 @@ def _register() -> None:
         leaves, static = flatten_linked(value)
         return leaves, static, static[0]
 
-    for kind in (Cache, Memory):
+    kinds: tuple[Any, ...] = (Cache, Memory)
+    for kind in kinds:
         optree.register_pytree_node(
             kind,
             flattened,
@@ -89,7 +90,7 @@ def symbolic_results(
         AnymhaError: as for the call itself.
     """
     cache, memory = call.get("cache"), call.get("memory")
-    held = cache if memory is None else memory
+    held: Any = cache if memory is None else memory
     query, *others = inputs
     check_fits(config, query, (others[0], others[1]), call)
     widths = widths if memory is None else (widths[0], None, None)
@@ -120,4 +121,5 @@ def _appended(config: AttentionConfig, cache: Cache, call: Mapping[str, Any]) ->
     def like(x: Any) -> Any:
         return keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype))
 
-    return replace(keras.tree.map_structure(like, cache), **added)
+    shapes: Any = keras.tree.map_structure(like, cache)
+    return replace(shapes, **added)

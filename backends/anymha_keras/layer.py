@@ -268,8 +268,9 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             return self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
 
         args = keras.tree.map_structure(converted, args)
-        others = {name: x for name, x in call.items() if name not in own}
-        call = {**keras.tree.map_structure(converted, others), **own}
+        passed = {name: x for name, x in call.items() if name not in own}
+        others: Any = keras.tree.map_structure(converted, passed)
+        call = {**others, **own}
         converts, self._convert_input_args = self._convert_input_args, False
         try:
             return super().__call__(*args, **call)
