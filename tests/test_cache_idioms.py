@@ -153,6 +153,23 @@ def test_loops_of_jax_carry_a_cache() -> None:
     case.check(jax.lax.while_loop(lambda state: state[0] < LENGTH, again, first)[2])
 
 
+def test_ids_that_a_loop_of_jax_appends_have_their_place_before() -> None:
+    jax = required("jax")
+    case = Case("jax")
+    ids = jax.numpy.asarray([[0, 0, 1, 1, 1, 2]] * 2, "int32")
+    zeros = jax.numpy.zeros((2, LENGTH), "int32")
+
+    def body(cache: Any, piece: Any) -> Any:
+        x, own = (array[:, None] for array in piece)
+        output, cache = case.layer(x, cache=cache, segment_ids=own)
+        return cache, output[:, 0]
+
+    cache = dataclasses.replace(case.cache(), segment_ids=zeros)
+    _, outputs = jax.lax.scan(body, cache, (case.x.swapaxes(0, 1), ids.T))
+    expected = case.layer(case.x, segment_ids=ids, **CAUSAL)
+    np.testing.assert_allclose(outputs.swapaxes(0, 1), expected, atol=2e-6)
+
+
 def test_vmap_of_jax_over_caches() -> None:
     jax = required("jax")
     case = Case("jax", **RING)
