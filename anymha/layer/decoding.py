@@ -166,8 +166,13 @@ def next_step(
         arrays["mask"] = of_one(ops, seen)
     arrays["query"] = reshape(q, (batch, heads, 1, d_k))
     whole = read == size
-    arrays["key"] = keys if whole else keys[..., :read, :]
-    arrays["value"] = values if whole else values[..., :read, :]
+    narrow = ops.capabilities.narrow
+    if whole or narrow is None:
+        arrays["key"] = keys if whole else keys[..., :read, :]
+        arrays["value"] = values if whole else values[..., :read, :]
+    else:  # which takes half the time of a slice
+        arrays["key"] = narrow(keys, 0, read, axis=2)
+        arrays["value"] = narrow(values, 0, read, axis=2)
     context = reshape(context_of(ops, spec, path, arrays), (batch, plan.context_width))
     output = functions["output"](context)
     output = reshape(output, (batch, 1, *(shape.output[2:] or (output.shape[-1],))))

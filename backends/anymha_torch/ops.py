@@ -221,7 +221,7 @@ def write_slots(storage, new, slot, in_place, /):
         storage = storage.clone()
     length = new.shape[2]
     if isinstance(slot, int):
-        storage[:, :, slot : slot + length] = new
+        storage.narrow(2, slot, length).copy_(new)
         return storage
     rows = torch.arange(storage.shape[0], device=storage.device)[:, None]
     slots = slot.long()[:, None] + torch.arange(length, device=storage.device)
