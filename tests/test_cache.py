@@ -412,6 +412,25 @@ def test_layers_share_keys_through_the_cache(window: int | None, backend: Backen
         second(native(backend, x[:, :2]), memory=cache)
 
 
+def test_a_ring_that_was_written_to_is_no_memory_of_its_past(backend: Backend) -> None:
+    """Queries of another layer come too late once the ring's next step is there."""
+    layer = layer_of(backend, {"sliding_window": 3})
+    x = normal((1, 8, WIDTH), "x").astype(np.float32)
+    expected = whole(backend, layer, x)
+    cache = layer.make_cache(1, 20)
+    for place in range(6):
+        cache = layer(native(backend, x[:, place : place + 1]), cache=cache)[1]
+    last = native(backend, x[:, 5:6])
+    found = plain(backend, layer(last, memory=cache))
+    np.testing.assert_allclose(found, expected[:, 5:6], atol=2e-6)
+    later = layer(native(backend, x[:, 6:7]), cache=cache)[1]
+    if later.keys is cache.keys:
+        with pytest.raises(ValueError, match="no longer holds"):
+            layer(last, memory=cache)
+    else:
+        np.testing.assert_allclose(plain(backend, layer(last, memory=cache)), found, atol=2e-6)
+
+
 def test_scores_are_by_position(backend: Backend) -> None:
     """(B, H, T, max_length): zero where nothing is held, or nothing is seen."""
     x = normal((2, 9, WIDTH), "x").astype(np.float32)

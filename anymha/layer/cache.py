@@ -87,7 +87,7 @@ class Cache:
         lengths: (B,) int32, how many positions of each row have been appended.
         previous: (B,) int32, how many there were before the last call.
         overflowed: (B,) booleans: whether a compiled call went past the end of the row, or asked
-            for positions that a ring holds no more. From then on the row's outputs are NaN.
+            for positions that a ring no longer holds. From then on the row's outputs are NaN.
         starts: (B,) int32 in a ring, the first position that is still held; else None.
         segment_ids: (B, C) integers, where calls have had them; else None.
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
@@ -187,8 +187,8 @@ class Cache:
         Raises:
             ArgumentError: `lengths` are no integers.
             ShapeError: they are not (B,).
-            CacheError: a row has not so many positions, or its ring holds no more what the window
-                of its next position sees; where lengths are traced, `overflowed` says so.
+            CacheError: a row has not so many positions, or its ring no longer holds what the
+                window of its next position sees; where lengths are traced, `overflowed` says so.
         """
         ops = backend_of(self.lengths).ops
         known = known_lengths(ops, self)

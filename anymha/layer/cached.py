@@ -293,7 +293,7 @@ def _prepare_cache(
         arrays |= {PREFIX + n: getattr(cleared, n) for n in ("keys", "values")}
     full = bool(
         start is not None and one and valid is None
-        and (not is_ring or (size == cache.window and _holds_all(ops, cache, known)))
+        and (not is_ring or (size == cache.window and not cache._top()))
     )  # fmt: skip
     held = Held(
         "own", size, cache.max_length, cache.window, True,
@@ -313,6 +313,8 @@ def _prepare_shared(
     size, queries = cache.keys.shape[2], query.shape[1]
     before = None if known is None else known_values(ops, cache.previous)
     starts = None if cache.starts is None else known_values(ops, cache.starts)
+    if starts is not None and cache._lost is not None:  # a later call has written there
+        starts = np.maximum(starts, cache._lost)
     counts: Any = queries
     if valid is not None:
         values = known_values(ops, valid)
@@ -330,17 +332,12 @@ def _prepare_shared(
             gone = (starts > 0) & (starts > before - window + 1) & (appended > 0)
             if gone.any():
                 raise CacheError(
-                    f"The ring of {size} slots holds no more what the first of {queries} queries "
+                    f"The ring of {size} slots no longer holds what the first of {queries} queries "
                     f"sees. Make the cache with `rewind={queries - 1}` or more, or append in "
                     "shorter pieces."
                 )
     held = Held("cache", size, cache.max_length, cache.window, before is not None)
     return HeldCall(held, arrays, None, None, cache.previous, lambda result, _: result)
-
-
-def _holds_all(ops: Ops, cache: Cache, known: np.ndarray) -> bool:
-    """Whether no slot of a ring was given up by `truncate`."""
-    return not cache._top()
 
 
 def _check_room(cache: Cache, known: np.ndarray, lengths: np.ndarray) -> None:
@@ -781,12 +778,9 @@ class Holding:
                 slot = slot % size if self.start is not None else ops.remainder(n, size)
             return write(storage, new, slot, in_place)
         if write is not None and self.is_one and counts is None:
-            # A row that has no room gets what it has already.
+            # A row that has no room is lost from now on, whatever lies in its last slot.
             slot = ops.remainder(n, size) if is_ring else ops.where(n < size, n, size - 1)
-            row = ops.reshape(slot, (-1, 1))
-            before = ops.gather(storage, row, axis=2)
-            lost = ops.reshape(self.lost, (-1, 1, 1, 1))
-            return write(storage, ops.where(lost, before, new), slot, False)
+            return write(storage, new, slot, False)
         # The last new position that falls on each slot.
         index = slots(ops, size, n)
         count = ops.reshape(n * 0 + self.queries if counts is None else counts, (-1, 1))
