@@ -49,6 +49,7 @@ def separated(
         query, key and value, zero where a position has NaN or an infinity; booleans (B, T), True
         for queries of a segment with such a position.
     """
+    (rows, queries), (key_rows, keys) = ops.shape(ids), ops.shape(key_ids)
     # No padding is of one segment with other padding.
     ids, key_ids = ops.where(ids < 0, -1, ids), ops.where(key_ids < 0, -2, key_ids)
     query, finite = _finite(ops, query)
@@ -59,8 +60,8 @@ def separated(
     own = ops.where(finite, 0.0, ops.astype(ids > -1, dtype))
     lost = _of_marked(ops, ids, key_ids, marked) + own > 0.5
     arrays = {
-        "segments": ops.reshape(ids, (ops.shape(ids)[0], 1, -1, 1)),
-        "key_segments": ops.reshape(key_ids, (ops.shape(key_ids)[0], 1, 1, -1)),
+        "segments": ops.reshape(ids, (rows, 1, queries, 1)),
+        "key_segments": ops.reshape(key_ids, (key_rows, 1, 1, keys)),
     }
     return arrays, query, key, value, lost
 
@@ -70,10 +71,10 @@ def _finite(ops: Ops, x: Array) -> tuple[Array, Array]:
 
     The sum of sizes finds what is not, made small that no sum of finite numbers overflows.
     """
-    batch, length, *_ = ops.shape(x)
+    batch, length, heads, width = ops.shape(x)
     dtype = working_dtype(ops, x)
     sizes = ops.stop_gradient(x if x.dtype == dtype else ops.astype(x, dtype))
-    sizes = ops.reshape(ops.abs(sizes) * SMALL, (batch, length, -1))
+    sizes = ops.reshape(ops.abs(sizes) * SMALL, (batch, length, heads * width))
     finite = ops.sum(sizes, axis=-1, keepdims=False) < math.inf
     return ops.where(ops.reshape(finite, (batch, length, 1, 1)), x, 0.0), finite
 
@@ -82,10 +83,15 @@ def _of_marked(ops: Ops, ids: Array, key_ids: Array, marked: Array) -> Array:
     """Above zero for the queries (B, T) whose segment has a key of which `marked` (B, S) is."""
     (batch, keys), queries = ops.shape(marked), ops.shape(ids)[1]
     dtype, known = marked.dtype, all(isinstance(n, int) for n in (batch, queries, keys))
+    if known and not queries * keys:
+        return ops.astype(ids, dtype) * 0.0
 
     def found(index: Any, arrays: Any) -> dict[str, Array]:
         rows = ops.reshape(arrays["ids"], (*ops.shape(arrays["ids"]), 1))
-        columns, own = (ops.reshape(arrays[n], (-1, 1, keys)) for n in ("key_ids", "marked"))
+        columns, own = (
+            ops.reshape(arrays[n], (ops.shape(arrays[n])[0], 1, keys))
+            for n in ("key_ids", "marked")
+        )
         return {"found": ops.max(ops.where(rows == columns, own, 0.0), axis=-1, keepdims=False)}
 
     constant = {"key_ids": key_ids, "marked": marked}

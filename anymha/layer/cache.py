@@ -11,9 +11,10 @@ attention takes them, normed and turned; where their rotation depends on the len
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
+from threading import Lock
 from typing import Any, ClassVar
 from weakref import WeakSet, ref
 
@@ -23,7 +24,7 @@ from anymha.errors import ArgumentError, CacheError, ShapeError
 from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
-from anymha.framework.shapes import described, is_known
+from anymha.framework.shapes import described, is_known, product
 from anymha.layer.checks import is_integer
 from anymha.options.config import AttentionConfig
 
@@ -71,7 +72,26 @@ class Memory:
 
 
 class _Sharing(WeakSet["Cache"]):
-    """Caches that have the same arrays; a copy of one has others."""
+    """Caches that have the same arrays; a copy of one has others.
+
+    Attributes:
+        reached: Up to which lengths (B,) something has been written, be it of caches that are gone.
+        is_differentiated: Whether a graph of gradients needs the arrays as they are.
+        writing: Held by the call that may write; of two threads that go on, the other one copies.
+    """
+
+    reached: Any = None
+    is_differentiated = False
+
+    def __init__(self, caches: Iterable[Cache]) -> None:
+        super().__init__(caches)
+        self.writing = Lock()
+
+    def all(self) -> list[Cache]:
+        """The caches, whatever other threads add meanwhile."""
+        own: Any = self
+        found = [reference() for reference in own.data.copy()]
+        return [cache for cache in found if cache is not None]
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -127,8 +147,8 @@ class Cache:
     key_positions: Array | None
     max_length: int
     window: int | None
-    # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and the slot
-    # up to which something may have been written that is cleared at the next call.
+    # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and, where
+    # these do not tell, the slot up to which something is to be cleared at the next call.
     _sharing: Any = field(default=None, repr=False, kw_only=True)
     _stale_to: int = field(default=0, repr=False, kw_only=True)
 
@@ -136,7 +156,7 @@ class Cache:
         sharing = self._sharing
         if sharing is None:
             return
-        same = [(self.keys is one.keys, self.values is one.values) for one in sharing]
+        same = [(self.keys is one.keys, self.values is one.values) for one in sharing.all()]
         if any(map(any, same)):
             sharing.add(self)
         if (True, True) not in same:  # not all are known to be these caches' alone
@@ -153,6 +173,7 @@ class Cache:
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
         del state["_sharing"]  # what is pickled or copied deeply has arrays of its own
+        state["_stale_to"] = self._top()
         if self._lost is None:
             return state
         ops = backend_of(self.lengths).ops
@@ -226,11 +247,7 @@ class Cache:
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
             new.__dict__["_known"] = wanted
             return new if is_same else new._cleared(ops)
-        new._share(self, wanted)
-        if not is_same:  # what lies there is cleared at the next call
-            top = self.keys.shape[2] if starts is not None else max(self._top(), most_of(known))
-            new.__dict__["_stale_to"] = top
-        return new
+        return new._share(self, wanted)  # what lies behind is cleared at the next call
 
     def reorder(self, indices: Any) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
@@ -261,8 +278,9 @@ class Cache:
             if x is None:
                 return None
             shape = ops.shape(x)
-            flat = ops.reshape(x, (1, shape[0], -1))
-            return ops.reshape(_any_dtype(ops, ops.gather, flat, row, axis=1), (-1, *shape[1:]))
+            flat = ops.reshape(x, (1, shape[0], product(shape[1:])))
+            count = ops.shape(row)[1]
+            return ops.reshape(_any_dtype(ops, ops.gather, flat, row, axis=1), (count, *shape[1:]))
 
         state = self.__getstate__()
         new = Cache(**{**state, **{name: taken(state[name]) for name in self.ARRAYS}})
@@ -280,7 +298,8 @@ class Cache:
     def _own(self, known: np.ndarray) -> Cache:
         """Note that the arrays are this cache's alone."""
         self.__dict__["_known"] = known
-        self.__dict__["_sharing"] = _Sharing([self])
+        self.__dict__["_sharing"] = sharing = _Sharing([self])
+        sharing.reached = known
         return self
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
@@ -290,32 +309,92 @@ class Cache:
         other._sharing.add(self)
         return self
 
-    def _after(self, cache: Cache, known: np.ndarray, start: int | None, shares: bool) -> Cache:
-        """Note that this one comes from a call, with these lengths, and whose arrays it has."""
-        if shares:
-            if self.window is not None:
-                lost = known - self.keys.shape[2]
-                for other in list(cache._sharing):
-                    most = lost if other._lost is None else np.maximum(other._lost, lost)
-                    other.__dict__["_lost"] = most
-            self._share(cache, known)
-        else:
+    def _written(self, arrays: Mapping[str, Array], known: np.ndarray) -> None:
+        """Note what has been written into the arrays, whatever becomes of the call.
+
+        Args:
+            arrays: "keys" and "values" of the cache after the call.
+            known: The lengths (B,) that it has.
+        """
+        if arrays["keys"] is not self.keys and arrays["values"] is not self.values:
+            return
+        sharing = self._sharing
+        last = sharing.reached is self._known
+        sharing.reached = known if last else np.maximum(sharing.reached, known)
+        if self.window is not None:
+            lost = known - self.keys.shape[2]
+            for other in sharing.all():
+                most = lost if other._lost is None else np.maximum(other._lost, lost)
+                other.__dict__["_lost"] = most
+
+    def _after(self, cache: Cache, known: np.ndarray, start: int | None, claim: Any) -> Cache:
+        """Note that this one comes from a call with that cache, and has these lengths now.
+
+        Args:
+            cache: The cache before the call.
+            known: The lengths (B,).
+            start: The one length of all rows; None where they differ.
+            claim: What `_claim` gave.
+        """
+        if self.keys is not cache.keys and self.values is not cache.values:
             self._own(known)
+        elif cache._sharing is None:
+            self.__dict__["_known"] = known
+        else:
+            self._share(cache, known)
+        lost = cache._lost
+        if lost is not None and (lost > known - self.keys.shape[2]).any():
+            self.__dict__["_lost"] = lost
         self.__dict__["_start"] = start
+        if claim is not None:
+            claim.release()
         return self
 
     def _top(self) -> int:
         """Up to which slot something may have been written, of what is cleared at the next call."""
-        return self._stale_to
+        reached = None if self._sharing is None else self._sharing.reached
+        if reached is None or reached is self._known:
+            return self._stale_to
+        if self._known is not None and not (reached > self._known).any():
+            return self._stale_to
+        size = int(self.keys.shape[2])
+        return size if self.window is not None else max(self._stale_to, min(most_of(reached), size))
+
+    def _first(self, ops: Ops) -> Array:
+        """The first position of each row that a ring still holds, (B, 1)."""
+        starts: Any = self.starts
+        if self._lost is not None:
+            lost = ops.asarray(self._lost.astype(np.int32), device=ops.device(starts))
+            starts = ops.where(lost > starts, lost, starts)
+        return ops.reshape(starts, (-1, 1))
+
+    def _note_output(self, ops: Ops, output: Array) -> None:
+        """Note that an output comes from the arrays, whose gradient may be asked for."""
+        differentiated = ops.capabilities.is_differentiated
+        if self._sharing is not None and differentiated is not None and differentiated(output):
+            self._sharing.is_differentiated = True
+
+    def _claim(self, known: np.ndarray) -> Any:
+        """What a call that may write positions behind `known` holds until `_after`; else None.
+
+        After a call that fails nothing is written any more: the next one copies.
+        """
+        sharing = self._sharing
+        if sharing is None or not sharing.writing.acquire(blocking=False):
+            return None
+        if self._may_write(known):
+            return sharing.writing
+        sharing.writing.release()
+        return None
 
     def _may_write(self, known: np.ndarray) -> bool:
         """Whether no other cache holds what positions behind `known` would overwrite."""
-        if self._sharing is None:
-            return False
         sharing = self._sharing
+        if sharing.is_differentiated:
+            return False
         if len(sharing) == 1:
             return True
-        for other in list(sharing):
+        for other in sharing.all():
             if other is self:
                 continue
             theirs = other._known
@@ -332,13 +411,13 @@ class Cache:
         if self.window is None:
             held = slots(ops, size, self.lengths) < ops.reshape(self.lengths, (-1, 1))
         else:
-            starts = ops.reshape(self.starts, (-1, 1))
-            held = ring_positions(ops, size, self.lengths, self.lengths) >= starts
+            held = ring_positions(ops, size, self.lengths, self.lengths) >= self._first(ops)
         held = ops.reshape(held, (-1, 1, size, 1))
         for name in ("keys", "values"):
             cleared = _any_dtype(ops, lambda x: ops.where(held, x, 0.0), getattr(self, name))
             setattr(self, name, cleared)
         self._stale_to = 0
+        self._sharing = None
         if self._known is not None:
             self._own(self._known)
         return self
@@ -506,8 +585,14 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
         if all(x is None for x in own):
             parts[name] = None
             continue
+        dtypes = list({dtype_name(x.dtype): x.dtype for x in own if x is not None}.items())
+        if len(dtypes) > 1:
+            raise CacheError(
+                f"Caches that are joined must have `{name}` of one dtype. Received: "
+                f"{' and '.join(dtype for dtype, _ in dtypes)}. Cast them before the calls."
+            )
         # A cache without ids has none but 0, one without positions its indices.
-        own = [_default(ops, name, cache) if x is None else x
+        own = [ops.astype(_default(ops, name, cache), dtypes[0][1]) if x is None else x
                for cache, x in zip(caches, own, strict=True)]  # fmt: skip
         parts[name] = _any_dtype(ops, lambda *xs: ops.concat(list(xs), axis=0), *own)
     new = Cache(**parts, max_length=caches[0].max_length, window=caches[0].window)

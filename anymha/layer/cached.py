@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +89,7 @@ class HeldCall(NamedTuple):
         read: How many slots are read, where that is known.
         offset: The position of the first query among the keys: an int, or int32 (B,).
         finish: Makes of what the call computes what it returns.
+        note: Takes the cache's new arrays once they are written; None where they are others.
     """
 
     held: Held
@@ -96,6 +98,7 @@ class HeldCall(NamedTuple):
     read: int | None
     offset: Any
     finish: Callable[[Any, Mapping[str, Array]], Any]
+    note: Callable[[Mapping[str, Array]], None] | None = None
 
 
 def prepare(
@@ -279,17 +282,19 @@ def _prepare_cache(
     if known is None:
         held = Held("own", size, cache.max_length, cache.window)
         offset = cache.lengths
-        return HeldCall(held, arrays, None, None, offset, _finisher(cache, None, False))
+        return HeldCall(held, arrays, None, None, offset, _finisher(ops, cache, None))
     lengths = known + counts
     _check_room(cache, known, lengths)
     start = int(known[0]) if eager and known.size and is_uniform(known) else None
     is_ring, one = cache.window is not None, queries == 1
     read = min(max(most_of(lengths), 1), size) if eager else None  # a slot at least
-    in_place = bool(ops.capabilities.writes_in_place) and cache._may_write(known)
+    claim = cache._claim(known) if ops.capabilities.writes_in_place else None
+    in_place = claim is not None
     if in_place and not (is_ring and not (one and valid is None)):
         arrays |= _clear(ops, cache, known)
     elif cache._top():
-        cleared = cache._cleared(ops)
+        cleared = Cache(**cache.__getstate__())._cleared(ops)
+        in_place = bool(ops.capabilities.writes_in_place)
         arrays |= {PREFIX + n: getattr(cleared, n) for n in ("keys", "values")}
     full = bool(
         start is not None and one and valid is None
@@ -303,7 +308,8 @@ def _prepare_cache(
     offset = cache.lengths if start is None else start
     if held.is_fresh:
         offset = 0
-    return HeldCall(held, arrays, start, read, offset, _finisher(cache, lengths, in_place))
+    note = partial(cache._written, known=lengths) if in_place and queries else None
+    return HeldCall(held, arrays, start, read, offset, _finisher(ops, cache, lengths, claim), note)
 
 
 def _prepare_shared(
@@ -336,8 +342,14 @@ def _prepare_shared(
                     f"sees. Make the cache with `rewind={queries - 1}` or more, or append in "
                     "shorter pieces."
                 )
-    held = Held("cache", size, cache.max_length, cache.window, before is not None)
-    return HeldCall(held, arrays, None, None, cache.previous, lambda result, _: result)
+    checked = before is not None and counts is not None and is_known(queries)
+    held = Held("cache", size, cache.max_length, cache.window, checked)
+
+    def finish(result: Any, _: Any) -> Any:
+        cache._note_output(ops, result[0] if isinstance(result, tuple) else result)
+        return result
+
+    return HeldCall(held, arrays, None, None, cache.previous, finish)
 
 
 def _check_room(cache: Cache, known: np.ndarray, lengths: np.ndarray) -> None:
@@ -374,15 +386,15 @@ def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> dict[str, Array]:
     top = cache._top()
     if not top:
         return {}
-    begin = 0 if cache.window is not None or not known.size else int(known.min())
+    begin = 0 if cache.window is not None or not known.size else min(int(known.min()), top)
     positions = slots(ops, cache.keys.shape[2], cache.lengths)
     lengths = ops.reshape(cache.lengths, (-1, 1))
     if cache.window is None:
         there = positions < lengths
     else:
         ring = ring_positions(ops, cache.keys.shape[2], cache.lengths, cache.lengths)
-        there = ring >= ops.reshape(cache.starts, (-1, 1))
-    part = ops.reshape(there[..., begin:top], (-1, 1, top - begin, 1))
+        there = ring >= cache._first(ops)
+    part = ops.reshape(there[..., begin:top], (known.size, 1, top - begin, 1))
     found = {}
     for name in ("keys", "values"):
         x = getattr(cache, name)
@@ -390,11 +402,12 @@ def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> dict[str, Array]:
         found[PREFIX + name] = ops.capabilities.write_slots(x, zeroed, begin, True)
     if all(found[PREFIX + name] is getattr(cache, name) for name in ("keys", "values")):
         cache.__dict__["_stale_to"] = 0
+        cache._sharing.reached = cache._known
     return found
 
 
 def _finisher(
-    cache: Cache, lengths: np.ndarray | None, in_place: bool
+    ops: Ops, cache: Cache, lengths: np.ndarray | None, claim: Any = None
 ) -> Callable[[Any, Mapping[str, Array]], Any]:
     """What makes the result of a call, with the new cache last."""
 
@@ -403,7 +416,8 @@ def _finisher(
         new = Cache(**arrays, max_length=cache.max_length, window=cache.window)
         if lengths is not None:
             start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None
-            new._after(cache, lengths, start, in_place and new.keys is cache.keys)
+            new._after(cache, lengths, start, claim)
+            new._note_output(ops, result[0] if isinstance(result, tuple) else result)
         return (*result, new) if isinstance(result, tuple) else (result, new)
 
     return finish
@@ -420,6 +434,9 @@ def _of_rank_4(ops: Ops, x: Array, name: str) -> Array:
 
 
 # --- within the program ----------------------------------------------------------------------
+def _is_one(length: Dim) -> bool:
+    """Whether a length is known, and one."""
+    return is_known(length) and length == 1
 
 
 def arranged(ops: Ops, arrays: Mapping[str, Array], queries: Dim) -> dict[str, Array]:
@@ -441,9 +458,9 @@ def arranged(ops: Ops, arrays: Mapping[str, Array], queries: Dim) -> dict[str, A
 
     def moved(x: Array, axis: int) -> Array:
         shape = list(ops.shape(x))
-        if shape[axis] == 1 and not (is_known(queries) and queries == 1):
+        if _is_one(shape[axis]) and not _is_one(queries):
             return x  # broadcast over the queries
-        if shape[0] == 1:
+        if not is_known(shape[0]) or shape[0] == 1:
             x = ops.broadcast_to(x, (batch, *shape[1:]))
         return ops.gather(x, order, axis=axis)
 
@@ -677,6 +694,10 @@ class Holding:
             starts = self.arrays.get(PREFIX + "starts")
             if not held.is_known:
                 self.lost = self.arrays[PREFIX + "overflowed"]
+                appended = self.new_lengths - self.lengths
+                counts = self.arrays.get("cache_counts", self.queries)
+                for others in (appended < counts, appended > counts):
+                    self.lost = ops.where(others, others, self.lost)
                 if starts is not None and held.window is not None:
                     first = self.lengths - (held.window - 1)
                     gone = starts > ops.where(first > 0, first, 0)
@@ -725,6 +746,9 @@ class Holding:
         if starts is not None:
             first = after - held.size
             starts = ops.where(first > starts, first, starts)
+        # A gradient of the queries alone needs the keys and the values as they are now, too.
+        differentiated = ops.capabilities.is_differentiated
+        self.differentiated = differentiated is not None and differentiated(self.query)
         new = {"keys": key, "values": value}
         dtypes = {name: arrays[PREFIX + name].dtype for name in new}
         rows: dict[str, Array | None] = {}
@@ -770,7 +794,7 @@ class Holding:
         size, is_ring = held.size, held.window is not None
         counts = self.arrays.get("cache_counts")
         write: Any = ops.capabilities.write_slots
-        in_place = in_place and held.in_place
+        in_place = in_place and held.in_place and not self.differentiated
         simple = self.is_one and counts is None if is_ring else held.is_inside
         if write is not None and simple and held.is_known:
             slot: Any = n if self.start is None else self.start
@@ -795,6 +819,8 @@ class Holding:
             taken = ops.logical_and(taken, fits)
         place = ops.where(taken, place, 0)
         if not is_known(self.queries) or self.queries > 0:
+            if not is_known(self.queries):  # there may be none, of which nothing can be gathered
+                new = ops.concat([new, storage[..., :1, :]], axis=2)
             new = ops.gather(new, place, axis=2)
             return ops.where(ops.reshape(taken, (-1, 1, size, 1)), new, storage)
         return storage
@@ -966,11 +992,12 @@ class Holding:
         """Of a mask or a bias over (B, H, T, max_length) the columns of these positions."""
         ops = self.ops
         shape = ops.shape(x)
-        if shape[3] == 1:
+        if _is_one(shape[3]):
             return x
         rows = ops.shape(self.lengths)[0]
         columns = ops.shape(positions)[1]
-        if self.held.window is None and not self.held.is_fresh and self.held.size == shape[3]:
+        whole = self.held.window is None and not self.held.is_fresh
+        if whole and (not is_known(shape[3]) or self.held.size == shape[3]):
             return x[..., :columns]
         x = ops.broadcast_to(x, (rows, *shape[1:]))
         places = ops.where(positions < 0, 0, positions)

@@ -112,6 +112,7 @@ def next_step(
     if (
         paths.explaining or longest >= cache.max_length or cache._top()
         or (query.shape, array_key(query)) != step.query or projections.kind != step.weights
+        or not projections.of_rows
         or _kind(cache) != step.cache or cache.segment_ids is not None
         or cache.key_positions is not None
     ):  # fmt: skip
@@ -125,7 +126,8 @@ def next_step(
         return None
     if not (path.most_queries >= 1 and batch * heads * read <= path.most_logits):
         return None
-    in_place = ops.capabilities.writes_in_place and cache._may_write(known)
+    claim = cache._claim(known) if ops.capabilities.writes_in_place else None
+    in_place = claim is not None
     functions, reshape = projections.functions, ops.reshape
     rows = reshape(query, (batch, query.shape[2]))
     q, k = functions["query"](rows), functions["key"](rows)
@@ -150,8 +152,14 @@ def next_step(
     slot: Any = lengths if start is None else start % size
     if start is None and window is not None:
         slot = ops.remainder(lengths, size)
+    reached = known + 1
+    differentiated = ops.capabilities.is_differentiated
+    if in_place and differentiated is not None and differentiated(q):
+        in_place = False
     keys = write(cache.keys, reshape(k, (batch, shared, 1, d_k)), slot, in_place)
     values = write(cache.values, v, slot, in_place)
+    if in_place:
+        cache._written({"keys": keys, "values": values}, reached)
     after = lengths + 1
     if starts is not None and longest >= size:
         first = after - size
@@ -180,5 +188,6 @@ def next_step(
         keys, values, after, lengths, cache.overflowed, starts, None, None, cache.max_length,
         window,
     )  # fmt: skip
-    shares = in_place and keys is cache.keys
-    return output, new._after(cache, known + 1, None if start is None else start + 1, shares)
+    new._after(cache, reached, None if start is None else start + 1, claim)
+    new._note_output(ops, output)
+    return output, new

@@ -605,6 +605,8 @@ def _held_attention(
     query, key, value = (heads.get(name) for name in names)
     # A cache holds what is projected in its own dtype; what is seen of it is computed in this.
     holding = Holding(ops, call.held, spec, own, cast(Any, query), key, value, call.start)
+    if call.note is not None:
+        call.note(holding.stored)
     masks = {n: own[n] for n in ("segment_ids",) if n in own}
     masks |= {n: own[n] for n in ("mask",) if n in own}
 

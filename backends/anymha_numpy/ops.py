@@ -190,7 +190,7 @@ def has_values(x, /):
 
 
 def write_slots(storage, new, slot, in_place, /):
-    if not in_place:
+    if not in_place or not storage.flags.writeable:
         storage = storage.copy()
     length = new.shape[2]
     if isinstance(slot, int):

@@ -216,7 +216,8 @@ def has_values(x, /):
 
 # What is differentiated, and what inference mode has made, is not written to.
 def write_slots(storage, new, slot, in_place, /):
-    differentiated = torch.is_grad_enabled() and (storage.requires_grad or new.requires_grad)
+    # What a graph has may be needed by it, also where none is recorded any more.
+    differentiated = storage.requires_grad or (torch.is_grad_enabled() and new.requires_grad)
     if not in_place or differentiated or _is_of_inference(storage):
         storage = storage.clone()
     length = new.shape[2]

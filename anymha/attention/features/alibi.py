@@ -90,14 +90,15 @@ class Alibi(Feature):
         """The slopes, and the positions of queries and keys."""
         places, keys = arrays["positions"], arrays["key_positions"]
         dtype = working_dtype(ops, like)
+        (rows, queries), (key_rows, count) = ops.shape(places), ops.shape(keys)
         if self.slopes:
             slopes = ops.asarray(self.slopes, dtype=dtype, device=ops.device(like))
         else:
             slopes = ops.astype(arrays["alibi_slopes"], dtype)
         return {
             "alibi": ops.reshape(slopes, (1, -1, 1, 1)),
-            "positions": ops.reshape(places, (ops.shape(places)[0], 1, -1, 1)),
-            "key_positions": ops.reshape(keys, (ops.shape(keys)[0], 1, 1, -1)),
+            "positions": ops.reshape(places, (rows, 1, queries, 1)),
+            "key_positions": ops.reshape(keys, (key_rows, 1, 1, count)),
         }
 
     def bias(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> Array:
