@@ -13,8 +13,8 @@ _QUERY = "Pass `query`, the first argument."
 _KEY_VALUE = "Pass `value`; `key` is by default the same."
 _SCORES = "Pass `return_attention_scores=True`."
 _CACHE = (
-    "Leave it out: the layer has no cache. Pass all keys and values, and `query_offset`, the "
-    "position of the first query among them."
+    "Pass `cache`, from `layer.make_cache(batch_size, max_length)`: the call appends to it, and "
+    "gives the new one back, last."
 )
 _ROTARY = (
     "Make the layer with `rotary`; pass `positions` and `key_positions` if they are no indices."

@@ -43,8 +43,8 @@ PEERS: Mapping[str, str] = {
     "broadcast_dropout=False.",
     "deterministic": "Only Flax's layer has it. Pass `training` to the call: training=False is "
     "deterministic=True.",
-    "decode": "Leave it out: the layer has no cache. Pass all keys, and `query_offset`, the "
-    "position of the first query among them, to the call.",
+    "decode": "Leave it out. Pass `cache`, from `layer.make_cache(batch_size, max_length)`, to "
+    "the call.",
     "rngs": "Only Flax's layer has it. Pass `seed`, an int.",
     "param_dtype": "Pass `dtype`, the dtype of the weights; Flax's `dtype` is `compute_dtype`.",
     "kernel_init": _KERNEL,
