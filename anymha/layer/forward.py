@@ -415,14 +415,15 @@ def _execute(
         heads["mask"] = mask
     if bias is not None:
         heads["bias"] = bias
-    attention: Any = partial(_attention, plan, spec, path, flags.scores, observe)
     if held is not None:
-        attention = partial(_held_attention, planned, spec, held, observe)
-    found = attention(heads) if within is None else within(attention, heads)
-    context, scores = found[:2]
-    if held is not None:
-        stored = found[2]
-    del heads, found
+        attention: Any = partial(_held_attention, planned, spec, held, observe)
+        context, scores, stored = attention(heads) if within is None else within(attention, heads)
+    elif within is None:
+        context, scores = _attention(plan, spec, path, flags.scores, observe, heads)
+    else:
+        attention = partial(_attention, plan, spec, path, flags.scores, observe)
+        context, scores = within(attention, heads)
+    del heads
     if of_rows:
         output = functions["output"](ops.reshape(context, (-1, plan.context_width)))
         output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
