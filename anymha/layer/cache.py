@@ -29,8 +29,24 @@ from anymha.layer.checks import is_integer
 from anymha.options.config import AttentionConfig
 
 
+class Nested:
+    """What the structures of frameworks take apart into its arrays, and put together again."""
+
+    def __len__(self) -> int:
+        """The number of its arrays: Keras asks it of what it finds nested in a call."""
+        return len(flatten(self)[0])
+
+    def __tf_flatten__(self) -> tuple[Any, Any]:
+        leaves, static = flatten(self)
+        return static, tuple(leaves)
+
+    @classmethod
+    def __tf_unflatten__(cls, static: Any, leaves: Any) -> Any:
+        return unflatten(cls, static, leaves)
+
+
 @dataclass(eq=False)
-class Memory:
+class Memory(Nested):
     """Keys and values of another sequence, projected once: `MultiHeadAttention.make_memory`.
 
     Attributes:
@@ -57,18 +73,6 @@ class Memory:
     keys: Array
     values: Array
     key_positions: Array | None = None
-
-    def __len__(self) -> int:
-        """The number of its arrays: Keras asks it of what it finds nested in a call."""
-        return len(flatten(self)[0])
-
-    def __tf_flatten__(self) -> tuple[Any, Any]:
-        leaves, static = flatten(self)
-        return static, tuple(leaves)
-
-    @classmethod
-    def __tf_unflatten__(cls, static: Any, leaves: Any) -> Any:
-        return unflatten(cls, static, leaves)
 
 
 class _Sharing(WeakSet["Cache"]):
@@ -98,7 +102,7 @@ class _Sharing(WeakSet["Cache"]):
 
 
 @dataclass(eq=False)
-class Cache:
+class Cache(Nested):
     """Keys and values of the positions that a layer has read: `MultiHeadAttention.make_cache`.
 
     Attributes:
@@ -162,14 +166,6 @@ class Cache:
         if (True, True) not in same:  # not all are known to be these caches' alone
             self._sharing = None
 
-    def __tf_flatten__(self) -> tuple[Any, Any]:
-        leaves, static = flatten(self)
-        return static, tuple(leaves)
-
-    @classmethod
-    def __tf_unflatten__(cls, static: Any, leaves: Any) -> Any:
-        return unflatten(cls, static, leaves)
-
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
         del state["_sharing"]  # what is pickled or copied deeply has arrays of its own
@@ -185,10 +181,6 @@ class Cache:
     def __copy__(self) -> Cache:
         new = Cache(**self.__getstate__())
         return new if self._sharing is None else new._share(self, self._known)
-
-    def __len__(self) -> int:
-        """The number of its arrays: Keras asks it of what it finds nested in a call."""
-        return len(flatten(self)[0])
 
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"

@@ -273,11 +273,8 @@ def _prepare_cache(
         if not is_known(queries):
             known = None
         elif valid is not None:
-            values = known_values(ops, valid)
-            if values is None:
-                known = None
-            else:
-                counts = np.broadcast_to(np.asarray(values).astype(np.int64).sum(1), known.shape)
+            counts = _counted(ops, valid)
+            known = None if counts is None else known
     size, eager = cache.keys.shape[2], ops.capabilities.compile is None
     if known is None:
         held = Held("own", size, cache.max_length, cache.window)
@@ -323,8 +320,7 @@ def _prepare_shared(
         starts = np.maximum(starts, cache._lost)
     counts: Any = queries
     if valid is not None:
-        values = known_values(ops, valid)
-        counts = None if values is None else np.asarray(values).astype(np.int64).sum(1)
+        counts = _counted(ops, valid)
     if before is not None and counts is not None and is_known(queries):
         appended = np.asarray(known) - before
         if (appended != counts).any():
@@ -350,6 +346,12 @@ def _prepare_shared(
         return result
 
     return HeldCall(held, arrays, None, None, cache.previous, finish)
+
+
+def _counted(ops: Ops, valid: Array) -> np.ndarray | None:
+    """How many of each row are True, (1 or B,); None where that is traced."""
+    values = known_values(ops, valid)
+    return None if values is None else np.asarray(values).astype(np.int64).sum(1)
 
 
 def _check_room(cache: Cache, known: np.ndarray, lengths: np.ndarray) -> None:
