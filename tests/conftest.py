@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere
 # PyTorch's threads wait without spinning, which takes two thirds of the processor where workers
@@ -49,10 +50,13 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
-@pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def unhurried() -> Iterator[None]:
     """`compare` searches as long as it takes: what it finds is tested, not how fast this is."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 30.0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
+        patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
+        yield
 
 
 @pytest.fixture(scope="session")

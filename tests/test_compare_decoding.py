@@ -31,7 +31,7 @@ PADDED = {
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of mistakes are not searched for long."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.1)
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
 
 
 def layer_of(options: str, seed: int = 0, **more: Any) -> Any:

@@ -63,7 +63,7 @@ def port(own: Any, *told: str, **wrong: Any) -> Callable[..., dict[str, np.ndarr
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """What no mistake explains is given up early."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.1)
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

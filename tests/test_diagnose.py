@@ -256,7 +256,6 @@ def test_one_other_weight_is_found(name, at) -> None:
          ("wrong scale", "ignored mask")),
     ],
 )  # fmt: skip
-@pytest.mark.usefixtures("unhurried")
 def test_two_mistakes_are_both_named(steps, words) -> None:
     report = report_of(steps)
     for word in words:
@@ -378,7 +377,7 @@ def test_a_value_that_is_the_key_too_has_the_gradients_of_both() -> None:
 
 
 def test_that_the_time_ran_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.SECONDS", 0.0)
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
     report = report_of({"output": lambda y, x: np.sin(3 * y)})
     assert "nor any two of those that there was time for" in str(report.diagnosis)
 

@@ -12,8 +12,6 @@ import pytest
 import anymha
 from anymha.parity import Comparison, compare, declare
 
-pytestmark = pytest.mark.usefixtures("unhurried")
-
 BATCH, LENGTH, HEADS, WIDTH, FEATURES = 2, 7, 4, 8, 32
 RNG = np.random.default_rng(3)
 X = 2 * RNG.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)

@@ -23,8 +23,11 @@ from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.trace import STAGES, Trace
 
-SECONDS = 1.0
-"""How long pairs of mistakes are computed; single ones up to twelve times as long."""
+ALONE_SECONDS = 12.0
+"""How long mistakes alone are computed, those with many variants included."""
+
+PAIRS_SECONDS = 1.0
+"""How long pairs of mistakes are computed."""
 
 SMALL_CASE = 1 << 13
 """Where there are no more logits and weights, the recipes with one mistake are kept."""
@@ -114,11 +117,11 @@ class Search:
     @cached_property
     def singles(self) -> list[_Tried]:
         """Each known mistake alone; those with many variants where no other explains it."""
-        tried = list(_in_time(self._tried(self.recipe), 6 * SECONDS))
+        tried = list(_in_time(self._tried(self.recipe), ALONE_SECONDS / 2))
         reached = self._reached(self.recipe)
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), 6 * SECONDS)
+            tried += _in_time(self._tried(self.recipe, alone=True), ALONE_SECONDS / 2)
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
@@ -239,7 +242,7 @@ class Search:
         """Two mistakes, those that promise most first; and whether the time ran out."""
         if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
             return None, False  # no two mistakes give a right output
-        until = time.thread_time() + SECONDS
+        until = time.thread_time() + PAIRS_SECONDS
         singles = self._whole(singles)
         # Of those that give the same numbers the usual one.
         nearest = sorted(singles, key=lambda one: (round(one.left, 6), one.rank))
