@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -82,15 +82,11 @@ def fused_attention(
         return with_sinks(spec, causal, mask, query, key, value, sinks)
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
-    kernel = partial(
-        scaled_dot_product_attention,
-        query, key, value, mask, rate, causal, scale=spec.scale, enable_gqa=grouped,
-    )  # fmt: skip
-    if drop is None or drop.seed is None:
-        context = kernel()
-    else:
-        with seeded(drop.seed, query.device):
-            context = kernel()
+    drawing = NOTHING if drop is None or drop.seed is None else seeded(drop.seed, query.device)
+    with drawing:
+        context = scaled_dot_product_attention(
+            query, key, value, mask, rate, causal, scale=spec.scale, enable_gqa=grouped
+        )
     if torch.is_grad_enabled() and drop is None and not torch.compiler.is_compiling():
         node: Any = context.grad_fn
         kind = type(node)
@@ -105,6 +101,7 @@ def fused_attention(
     return context
 
 
+NOTHING = nullcontext()
 HALF = (torch.bfloat16, torch.float16)
 
 _OF_PROCESSOR = set()
