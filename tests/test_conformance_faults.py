@@ -35,7 +35,6 @@ RAISING = [
         *FUNCTIONS,
         "eager_loop",
         "writes_in_place",
-        "fused_window",
         "fused_sinks",
         "initializer_style",
     )  # the last are not called

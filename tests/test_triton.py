@@ -15,9 +15,10 @@ import pytest
 
 import anymha
 from anymha.attention.dropout import Dropout, keep_mask
-from anymha.attention.masks import TileOrigin, position_mask
+from anymha.attention.masks import PositionMask, TileOrigin, position_mask
 from anymha.attention.spec import AttentionSpec
 from anymha.errors import ArgumentError, ShapeError
+from anymha.execution.attend import written
 from anymha.execution.path import choose_path
 from anymha.testing import fused
 from anymha.testing.arithmetic import eps
@@ -40,6 +41,7 @@ SMALL = {
 }
 """Tiles of eight queries and sixteen keys, so that short sequences have several."""
 
+HEADS = ("query", "key", "value")
 LENGTHS = (11, 20)
 """T and S in the place of those that take the interpreter minutes."""
 
@@ -88,6 +90,16 @@ CHOSEN = (
     *("window with offsets", "dropout, mask", "dropout, bias, window"),
 )
 CASES = [_case(case) for case in fused.CASES if case.name in CHOSEN]
+
+WINDOWS = [
+    AttentionCase("causal", lengths=(19, 19), window=(4, 0)),
+    AttentionCase("both sides, grouped heads", lengths=(11, 37), heads=(4, 2), window=(3, 5)),
+    AttentionCase("to the left alone", lengths=(9, 20), window=(2, None), offset=3),
+    AttentionCase("mask of queries", lengths=(9, 20), mask=(1, 1, 9, 20), window=(6, 0), offset=4),
+    AttentionCase("offsets, bias", lengths=(9, 20), bias=(1, 4, 9, 20), window=(5, 0),
+                  offset=(0, 40)),
+]  # fmt: skip
+"""Windows without dropout; nobody sees some queries' keys, some lie in tiles that are left out."""
 
 
 def _computed(
@@ -142,6 +154,46 @@ def test_context_and_gradients(kernels: Any, case: AttentionCase) -> None:
 def test_half_precision_within_the_written_bound(kernels: Any, name: str, dtype: str) -> None:
     (case,) = [case for case in CASES if case.name == name]
     _is_near(*_computed(case, dtype), dtype, 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", WINDOWS, ids=lambda case: case.name)
+def test_window_without_dropout(
+    kernels: Any, case: AttentionCase, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_attention, "why_not_on", lambda *kind: None)
+    monkeypatch.setattr(torch._C, "_is_any_autocast_enabled", lambda: False)
+    shape = case.shape(ops)._replace(narrow=ops.dtype(dtype))
+    path = choose_path(ops, case.spec(ops), shape, observed=False, with_scores=False)
+    assert (path.kernel, path.causal_kernel, path.tiles) == ("fused", True, ()), path
+    _is_near(*_computed(case, dtype), dtype, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", WINDOWS, ids=lambda case: case.name)
+def test_window_without_dropout_on_a_gpu(
+    case: AttentionCase, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_attention, "FEWEST_HIDDEN", 1)
+    _is_near(*_computed(case, dtype, "cuda"), dtype, 4)
+
+
+def test_windows_are_left_to_the_kernels_where_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(triton_attention, "_why_wrong", lambda *kind: None)
+
+    def taken(keys: int = 4096, dtype: Any = torch.bfloat16, **options: Any) -> bool:
+        case = AttentionCase("window", lengths=(keys, keys), **{"window": (255, 0), **options})
+        shape = case.shape(ops)._replace(device=torch.device("cuda:0"), narrow=dtype)
+        path = choose_path(ops, case.spec(ops), shape, observed=False, with_scores=False)
+        return path.causal_kernel and not path.tiles
+
+    assert taken()
+    assert taken(mask=(1, 1, 1, 4096), offset=(0, 3))
+    assert not taken(keys=512)
+    assert not taken(dtype=None)  # in float32
+    assert not taken(window=(None, 5))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -201,6 +253,13 @@ def test_a_layer_takes_the_kernels_and_explains_it(kernels: Any, x: Any) -> None
     assert "softcap" in anymha.explain(make(softcap=5.0), x, training=True, seed=5)
 
 
+def test_a_layer_in_half_precision_takes_them_for_its_window(kernels: Any, x: Any) -> None:
+    layer = make(sliding_window=3, dtype="bfloat16", compute_dtype="bfloat16", dropout=0.0)
+    told = anymha.explain(layer, x.bfloat16(), use_causal_mask=True)
+    multiplied = ops.capabilities.multiplies(torch.bfloat16, torch.device("cpu"))
+    assert (triton_attention.NOTE_OF_WINDOW in told) == multiplied, told
+
+
 def test_second_derivatives(kernels: Any, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make()
 
@@ -215,6 +274,23 @@ def test_second_derivatives(kernels: Any, x: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_attention, "on_cpu", False)
     for got, expected in zip(found, penalty(), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_second_derivatives_of_a_window(kernels: Any) -> None:
+    spec = AttentionSpec(0.5, (), PositionMask(3, 0, 0))
+    arrays = {n: torch.from_numpy(values(1, 2, 9, 8, seed=i)) for i, n in enumerate(HEADS)}
+
+    def twice(attend: Any) -> list[Any]:
+        given = {n: x.clone().requires_grad_() for n, x in arrays.items()}
+        first = torch.autograd.grad(
+            attend(given).square().sum(), list(given.values()), create_graph=True
+        )
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), given.values()))
+
+    found = twice(lambda given: triton_attention.attention(spec, given))
+    expected = twice(lambda given: written(ops, spec, None, given)["context"])
+    for got, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, other, atol=1e-3, rtol=1e-4)
 
 
 def test_transformed_calls_take_another_path(kernels: Any, x: Any) -> None:
@@ -261,7 +337,7 @@ def test_the_kernels_compile_for_gpus() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" bytes\n") == 6
+    assert done.stdout.count(" bytes\n") == 9
 
 
 # --- where they are taken, and seeds; without Triton ----------------------------------------------
@@ -292,12 +368,14 @@ def test_a_small_call_is_compared_first(
     kernels: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     why_wrong: Any = triton_attention._why_wrong.__wrapped__
-    assert why_wrong("cpu", dtype, 8, 5) is None
+    assert why_wrong("cpu", dtype, 8, 5, 20000) is None
+    assert why_wrong("cpu", dtype, 8, 5, None) is None
     backward = kernels.backward
     monkeypatch.setattr(kernels, "backward", lambda *args: [g * 1.2 for g in backward(*args)])
-    assert why_wrong("cpu", dtype, 8, 5) == "Triton computes other numbers here"
+    for threshold in (20000, None):
+        assert why_wrong("cpu", dtype, 8, 5, threshold) == "Triton computes other numbers here"
     monkeypatch.setattr(kernels, "forward", lambda *args: 1 // 0)
-    assert "ZeroDivisionError" in why_wrong("cpu", dtype, 8, 5)
+    assert "ZeroDivisionError" in why_wrong("cpu", dtype, 8, 5, None)
 
 
 def test_on_gpus_every_width_and_dtype_has_its_way(monkeypatch: pytest.MonkeyPatch) -> None:

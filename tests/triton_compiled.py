@@ -25,7 +25,9 @@ POINTERS = {
     "offsets": "*i32", "scale": "fp32", "factor": "fp32",
 }  # fmt: skip
 ARRAYS = ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value")
-OPTIONS = ("mask", "bias", "offsets", "left", "right")
+DROPOUT = ("seed", "threshold")
+OPTIONS = ("mask", "bias", "offsets", "left", "right", *DROPOUT)
+CALLS = [DROPOUT, OPTIONS, ("left", "right")]
 MOST_SHARED = 99 << 10
 """Bytes of shared memory that every GPU of capability 8.0 or later has for a program."""
 
@@ -44,7 +46,7 @@ def compiled(
     }  # fmt: skip
     constants |= {name: None for name in OPTIONS if name not in options}
     # A number that is 1 in a call is a constant there.
-    ones = ("m_column", "b_column", "offsets_batch") if options else ("heads", "group")
+    ones = ("m_column", "b_column", "offsets_batch") if "mask" in options else ("heads", "group")
     constants |= dict.fromkeys(ones, 1)
     types = POINTERS | dict.fromkeys(ARRAYS, f"*{dtype}")
     signature = {
@@ -65,7 +67,7 @@ def compiled(
 def main() -> None:
     """Compile what the arguments say: dtypes, widths and capabilities, each with commas."""
     dtypes, widths, capabilities = (text.split(",") for text in sys.argv[1:])
-    several = product(KERNELS, dtypes, map(int, widths), map(int, capabilities), [(), OPTIONS])
+    several = product(KERNELS, dtypes, map(int, widths), map(int, capabilities), CALLS)
     for kernel, dtype, width, capability, options in several:
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             found = compiled(kernel, dtype, width, capability, precision, options)

@@ -193,7 +193,8 @@ def choose_path(
     if reason is not None:
         path = _written_path(ops, spec, shape, reason)
     else:
-        path = replace(_fused_path(ops, spec, shape), narrow=narrow)
+        taken = shape._replace(dtype=shape.narrow) if narrow else shape
+        path = replace(_fused_path(ops, spec, taken), narrow=narrow)
     if reason is None and with_scores:
         second = _written_path(ops, spec, shape, "the scores are asked for")
         path = replace(
@@ -228,13 +229,15 @@ def _why_not_fused(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> str 
 
 
 def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
-    positions, causal = spec.position_mask, _is_plain_causal(ops, spec, shape)
+    positions, causal = spec.position_mask, _is_made_by_kernel(ops, spec, shape)
     if spec.dropout is not None and not spec.dropout.native:
         return Path("fused", "the backend's own kernel with dropout")
     if spec.dropout is not None:
         return Path("fused", "the framework's kernel has dropout", causal_kernel=causal)
     why = "the framework's kernel has the written meaning"
     is_open = positions.left is None and positions.right is None
+    if causal and positions.left is not None:  # which the kernel makes for some lengths alone
+        return Path("fused", why, causal_kernel=True)
     if causal or (is_open and not shape.per_query):
         return Path("fused", why, causal_kernel=causal, most_queries=math.inf, most_logits=math.inf)
     batch, queries, keys = shape.batch, shape.queries, shape.keys
@@ -254,16 +257,16 @@ def _fused_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> Path:
     return Path("fused", why, plan_tiles(positions, queries, keys, elements, eager_loop=True))
 
 
-def _is_plain_causal(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
-    """Whether nothing is masked but what causality masks, query 0 standing at key 0.
+def _is_made_by_kernel(ops: Ops, spec: AttentionSpec, shape: AttentionShape) -> bool:
+    """Whether the kernel hides positions itself: a window, where it says so, or causality.
 
-    Or a window with it, where the kernel knows windows and each query sees a key.
+    Every kernel knows causality where query 0 stands at key 0, and nothing else is masked.
     """
-    positions = spec.position_mask
-    windowed = ops.capabilities.fused_window and shape.queries == shape.keys
-    causal = positions.right == 0 and (positions.left is None or windowed)
+    positions, makes_window = spec.position_mask, ops.capabilities.fused_window
+    if positions.left is not None:
+        return makes_window is not None and makes_window(spec, shape)
     first = isinstance(positions.offset, int) and positions.offset == 0
-    return causal and first and not shape.has_mask and not shape.has_bias
+    return positions.right == 0 and first and not shape.has_mask and not shape.has_bias
 
 
 def _written_path(ops: Ops, spec: AttentionSpec, shape: AttentionShape, reason: str) -> Path:

@@ -83,7 +83,8 @@ class Capabilities:
         fused_attention: ``fused_attention(spec, arrays, causal=flag)`` is the context
             (B, H, T, d_v) by a kernel with exactly the written meaning; masks of positions are in
             "mask", or `causal` says them.
-        fused_window: Whether `causal` of the kernel means the window of `spec` too.
+        fused_window: ``fused_window(spec, shape)``: whether the kernel itself hides all that the
+            window of `spec` hides; then `causal` tells it so.
         fused_sinks: Whether the kernel takes a further logit of each row's softmax, which has no
             value, as `anymha.attention.features.base.joining_logit` gives it.
         why_not_fused: ``why_not_fused(spec, shape)`` says why the kernel cannot do a call, an
@@ -126,7 +127,7 @@ class Capabilities:
     eager_loop: bool = False
     narrow: Function | None = None
     fused_attention: Function | None = None
-    fused_window: bool = False
+    fused_window: Callable[[Any, Any], bool] | None = None
     fused_sinks: bool = False
     why_not_fused: Callable[[Any, Any], str | None] | None = None
     mixed_dtype: Callable[[Array], Any] | None = None

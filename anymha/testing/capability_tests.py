@@ -347,6 +347,8 @@ class CapabilityTests(BackendTests):
         """A causal window of as many queries as keys, which the kernel makes itself."""
         self.need(ops, "fused_window")
         case = AttentionCase("causal window", lengths=(9, 9), window=(3, 0))
+        made = ops.capabilities.fused_window(case.spec(ops), case.shape(ops))
+        assert isinstance(made, bool), f"fused_window gives {made!r}, not a bool"
         self.test_fused_attention_has_the_written_meaning(ops, case)
 
     def test_fused_sinks_has_the_written_meaning(self, ops: Any) -> None:

@@ -91,6 +91,11 @@ def why_not_fused(
     return None
 
 
+def makes_window(spec: AttentionSpec, shape: AttentionShape, /) -> bool:
+    """Whether the kernel makes the window of a call: a causal one, and nothing else is masked."""
+    return not _is_masked(spec, shape)
+
+
 def _is_masked(spec: AttentionSpec, shape: AttentionShape) -> bool:
     """Whether the kernel gets a mask or a bias as an array."""
     positions = spec.position_mask

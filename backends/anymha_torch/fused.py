@@ -68,6 +68,10 @@ def fused_attention(
         if paths.explaining:
             paths.report_note(triton_attention.NOTE)
         return triton_attention.attention(spec, arrays)
+    if causal and spec.position_mask.left is not None:  # as `makes_window` has said
+        if paths.explaining:
+            paths.report_note(triton_attention.NOTE_OF_WINDOW)
+        return triton_attention.attention(spec, arrays)
     if drop is not None and drop.seed is not None and torch.compiler.is_compiling():
         return tiled_dropout.in_one_piece(spec, arrays)  # a program cannot seed a generator
     mask, bias = arrays.get("mask"), arrays.get("bias")

@@ -46,6 +46,7 @@ from anymha_torch.fused import (
 from anymha_torch.modes import is_traced, transformed
 from anymha_torch.native import native_keep_mask
 from anymha_torch.seeds import on_device
+from anymha_torch.triton_attention import makes_window
 
 bool = torch.bool
 name = "torch"
@@ -325,6 +326,7 @@ capabilities = Capabilities(
     narrow=narrow,
     fused_attention=fused_attention,
     why_not_fused=why_not_fused,
+    fused_window=makes_window,
     fused_sinks=True,
     mixed_dtype=mixed_dtype,
     multiplies=multiplies,

@@ -1,4 +1,4 @@
-"""Attention with portable dropout by Triton's kernels: where they serve, gradients, compilers."""
+"""Attention by Triton's kernels, with dropout or a window: where they serve, gradients."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from anymha.attention import dropout
 from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
+from anymha.execution.attend import written
 from anymha.execution.path import AttentionShape
 from anymha_torch import tiled_dropout
 from anymha_torch.modes import is_traced, transformed
 from anymha_torch.seeds import on_device
 
 NOTE = "dropout: in one kernel with the attention, by Triton"
+NOTE_OF_WINDOW = "window: in one kernel, by Triton, which leaves out keys that nobody sees"
+
+FEWEST_HIDDEN = 1024
+"""A window is left to the kernels where each query has so many keys that it does not see."""
 
 WIDEST = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 """The most features of a head: tiles of more do not fit into the fast memory of a GPU."""
@@ -33,12 +38,33 @@ on_cpu = False
 
 def why_not(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
     """Why the kernels cannot do a call with portable dropout, or None where they can."""
+    return _why_not(shape, 20000)
+
+
+def _why_not(shape: AttentionShape, threshold: int | None) -> str | None:
     widest = WIDEST.get(shape.dtype)
     if widest is None:
         return f"the kernels with dropout are not for {shape.dtype}"
     if shape.key_dim > widest or shape.value_dim > widest:
         return f"the kernels with dropout take heads of up to {widest} features"
-    return why_not_on(str(shape.device), shape.dtype, shape.key_dim, shape.value_dim)
+    return why_not_on(str(shape.device), shape.dtype, shape.key_dim, shape.value_dim, threshold)
+
+
+def makes_window(spec: AttentionSpec, shape: AttentionShape, /) -> bool:
+    """Whether the kernels make the window of a call without dropout.
+
+    In half precision alone, of which they multiply tiles on tensor cores; and where enough keys
+    are left out, since a kernel of torch's is faster where all are seen.
+    """
+    left, right = spec.position_mask.left, spec.position_mask.right
+    if left is None or spec.dropout is not None or spec.features or shape.has_segments:
+        return False
+    if shape.dtype not in (torch.bfloat16, torch.float16) or not isinstance(shape.keys, int):
+        return False
+    seen = left + 1 + (left if right is None else right)
+    if shape.keys - seen < (1 if on_cpu else FEWEST_HIDDEN):
+        return False
+    return (shape.device.type != "cpu" or on_cpu) and _why_not(shape, None) is None
 
 
 def why_not_on(device: str, /, *kind: Any) -> str | None:
@@ -46,8 +72,8 @@ def why_not_on(device: str, /, *kind: Any) -> str | None:
 
     Args:
         device: The device.
-        *kind: Dtype, width of the keys and width of the values of the attention; none where only
-            the mask of dropout is made.
+        *kind: Dtype, width of the keys, width of the values and threshold of the dropout (None
+            without it) of the attention; none where only the mask of dropout is made.
     """
     if transformed():
         return "the kernels with dropout cannot be transformed by `torch.func`"
@@ -84,7 +110,9 @@ CLOSE = 0.05
 
 
 @cache
-def _why_wrong(device: str, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+def _why_wrong(
+    device: str, dtype: torch.dtype, key_dim: int, value_dim: int, threshold: int | None
+) -> str | None:
     """Why the kernels cannot serve heads of a kind, of which a small call is made and compared."""
     generator = torch.Generator().manual_seed(0)
     shapes = [
@@ -93,24 +121,23 @@ def _why_wrong(device: str, dtype: torch.dtype, key_dim: int, value_dim: int) ->
         (1, 1, 70, value_dim),
         (1, 2, 70, value_dim),
     ]
-    drop = dropout.Dropout(20000, 5)
-    spec = AttentionSpec(key_dim**-0.5, (), PositionMask(None, 0, 0), drop)
+    drop = None if threshold is None else dropout.Dropout(threshold, 5)
+    spec = AttentionSpec(key_dim**-0.5, (), PositionMask(None if drop else 40, 0, 0), drop)
     with torch.inference_mode(False), _disable_current_modes():
         drawn = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
         *arrays, cotangent = (x.to(dtype) for x in drawn)
         with torch.enable_grad():
             wide = [x.float().requires_grad_() for x in arrays]
-            context = tiled_dropout.attention(
-                spec, dict(zip(("query", "key", "value"), wide, strict=True))
-            )
+            named = dict(zip(("query", "key", "value"), wide, strict=True))
+            context = written(tiled_dropout.backend(), spec, None, named)["context"]
             gradients = torch.autograd.grad(context, wide, cotangent.float())
         expected = [context.detach(), *gradients]
         try:
             with torch.no_grad():
                 q, k, v = (x.to(device) for x in arrays)
-                seed, d_out = on_device(5, torch.device(device)), cotangent.to(device)
-                given = (q, k, v, None, None, None, seed)
-                options = (spec.scale, drop.threshold, 0, None, 0)
+                seed = None if drop is None else on_device(5, torch.device(device))
+                given, d_out = (q, k, v, None, None, None, seed), cotangent.to(device)
+                options = (spec.scale, threshold, 0, spec.position_mask.left, 0)
                 out, lse = _forward(*given, *options)
                 found = [out, *_gradients(*given, out, lse, d_out, *options)]
         except Exception as error:  # as where a GPU has too little fast memory
@@ -143,7 +170,7 @@ def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /) -> tor
     """The context (B, H, T, d_v), differentiable in query, key and value.
 
     Args:
-        spec: The options, with portable dropout and without features.
+        spec: The options, with portable dropout or none, and without features.
         arrays: "query" (B, H, T, d_k), "key" (B, K, S, d_k), "value" (B, K, S, d_v), maybe "mask"
             and "bias", which broadcast to (B, H, T, S); the bias gets no gradient.
     """
@@ -157,18 +184,19 @@ def attention(spec: AttentionSpec, arrays: Mapping[str, torch.Tensor], /) -> tor
     function: Any = _Eager.apply if plain else _operation
     context, _ = function(
         query, key, value, arrays.get("mask"), arrays.get("bias"), offsets,
-        on_device(drop.seed, query.device), float(spec.scale), drop.threshold, offset,
+        None if drop is None else on_device(drop.seed, query.device), float(spec.scale),
+        None if drop is None else drop.threshold, offset,
         positions.left, positions.right,
     )  # fmt: skip
     return context
 
 
 def _options(
-    scale: float, threshold: int, offset: int, left: int | None, right: int | None
+    scale: float, threshold: int | None, offset: int, left: int | None, right: int | None
 ) -> dict[str, Any]:
     return {
         "scale": scale, "threshold": threshold, "offset": offset, "left": left, "right": right,
-        "factor": dropout.Dropout(threshold, None).factor,
+        "factor": 1.0 if threshold is None else dropout.Dropout(threshold, None).factor,
     }  # fmt: skip
 
 
@@ -179,9 +207,9 @@ def _forward(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    seed: torch.Tensor,
+    seed: torch.Tensor | None,
     scale: float,
-    threshold: int,
+    threshold: int | None,
     offset: int,
     left: int | None,
     right: int | None,
@@ -198,12 +226,12 @@ def _gradients(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     offsets: torch.Tensor | None,
-    seed: torch.Tensor,
+    seed: torch.Tensor | None,
     context: torch.Tensor,
     lse: torch.Tensor,
     cotangent: torch.Tensor,
     scale: float,
-    threshold: int,
+    threshold: int | None,
     offset: int,
     left: int | None,
     right: int | None,
@@ -250,7 +278,8 @@ def _differentiable(ctx: Any, inputs: Any, cotangent: torch.Tensor) -> Any:
     query, key, value, mask, bias, offsets, seed = inputs
     scale, threshold, offset, left, right = ctx.options
     positions = PositionMask(left, right, offset if offsets is None else offsets)
-    spec = AttentionSpec(scale, (), positions, dropout.Dropout(threshold, seed))
+    drop = None if threshold is None else dropout.Dropout(threshold, seed)
+    spec = AttentionSpec(scale, (), positions, drop)
     rest = {name: x for name, x in (("mask", mask), ("bias", bias)) if x is not None}
     return tiled_dropout.differentiable_in_float32(
         spec, rest, (query, key, value), cotangent, ctx.needs_input_grad[:3]

@@ -1,4 +1,4 @@
-"""Attention with portable dropout in one kernel forward and two backward, in Triton.
+"""Attention with portable dropout, or with none, in one kernel forward and two backward, in Triton.
 
 The tiles, the softmax in one pass over the keys, and the gradients are those of FlashAttention:
 
@@ -8,7 +8,8 @@ The tiles, the softmax in one pass over the keys, and the gradients are those of
 
 The keep mask is made where it is needed, bit for bit as `anymha.attention.dropout` says. A word of
 its generator decides for an even query and for the odd one behind it; so a program has a tile of
-even queries and a tile of odd ones, which share a tile of words. Tiles whose queries see none of
+even queries and a tile of odd ones, which share a tile of words. Without dropout there are no
+words, and what `threshold` decides is left out of the program. Tiles whose queries see none of
 the keys are left out. Nothing is added atomically: the results are the same in every run.
 
 References:
@@ -70,6 +71,14 @@ def _kept(words, threshold, odd: tl.constexpr):
 
 
 @triton.jit
+def _dropped(x, words, threshold, odd: tl.constexpr):
+    """An array of a tile, zero where it is dropped; itself without dropout."""
+    if threshold is not None:
+        x = tl.where(_kept(words, threshold, odd), x, 0.0)
+    return x
+
+
+@triton.jit
 def _load_rows(array, rows, row_stride, columns, row_count, column_count):
     """Rows of a matrix, zeros behind its last row and column; `rows` and `columns` broadcast."""
     inside = (rows < row_count) & (columns < column_count)
@@ -99,14 +108,16 @@ def _logits(
 
 
 @triton.jit
-def _accumulate(logits, keep, v, peak, total, context, precision: tl.constexpr):
+def _accumulate(
+    logits, words, threshold, odd: tl.constexpr, v, peak, total, context, precision: tl.constexpr
+):
     """The softmax's running maximum, sum and context, with the keys of one more tile."""
     new = tl.maximum(peak, tl.max(logits, 1))
     finite = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
     weights = tl.exp(logits - finite[:, None])
     fade = tl.exp(peak - finite)
     total = total * fade + tl.sum(weights, 1)
-    dropped = tl.where(keep, weights, 0.0).to(v.dtype)
+    dropped = _dropped(weights, words, threshold, odd).to(v.dtype)
     context = tl.dot(dropped, v, context * fade[:, None], input_precision=precision)
     return new, total, context
 
@@ -171,7 +182,9 @@ def _forward(
         bias = _head_arrays(bias, batch, head, b_batch, b_head)
     if offsets is not None:
         offset = tl.load(offsets + batch * offsets_batch)
-    a, c = _head_words(seed, batch, head)
+    a, c = 0, 0
+    if threshold is not None:
+        a, c = _head_words(seed, batch, head)
     pairs = block * height + tl.arange(0, height)
     even, odd = 2 * pairs, 2 * pairs + 1
     k_features, v_features = tl.arange(0, k_width), tl.arange(0, v_width)
@@ -190,21 +203,22 @@ def _forward(
         columns = start + tl.arange(0, width)
         k = _load_rows(key, columns[None, :], k_row, k_features[:, None], keys, key_dim)
         v = _load_rows(value, columns[:, None], v_row, v_features[None, :], keys, value_dim)
-        words = _words(a, c, pairs[:, None], columns[None, :])
+        words = 0
+        if threshold is not None:
+            words = _words(a, c, pairs[:, None], columns[None, :])
         logits = _logits(
             tl.dot(q_even, k, input_precision=precision), even[:, None], columns[None, :], scale,
             mask, m_row, m_column, bias, b_row, b_column, queries, keys, offset, left, right,
         )  # fmt: skip
         peak_even, total_even, context_even = _accumulate(
-            logits, _kept(words, threshold, False), v, peak_even, total_even, context_even,
-            precision,
+            logits, words, threshold, False, v, peak_even, total_even, context_even, precision
         )  # fmt: skip
         logits = _logits(
             tl.dot(q_odd, k, input_precision=precision), odd[:, None], columns[None, :], scale,
             mask, m_row, m_column, bias, b_row, b_column, queries, keys, offset, left, right,
         )  # fmt: skip
         peak_odd, total_odd, context_odd = _accumulate(
-            logits, _kept(words, threshold, True), v, peak_odd, total_odd, context_odd, precision
+            logits, words, threshold, True, v, peak_odd, total_odd, context_odd, precision
         )
 
     out = _head_arrays(out, batch, head, o_batch, o_head)
@@ -220,11 +234,11 @@ def _forward(
 
 
 @triton.jit
-def _logit_gradients(logits, lse, balance, d_weights, keep, factor):
+def _logit_gradients(logits, lse, balance, d_weights, words, threshold, odd: tl.constexpr, factor):
     """Gradients of logits, and the weights that are kept; `lse` and `balance` broadcast."""
     weights = tl.exp(logits - lse)
-    d_logits = weights * (tl.where(keep, d_weights * factor, 0.0) - balance)
-    return d_logits, tl.where(keep, weights, 0.0)
+    d_logits = weights * (_dropped(d_weights * factor, words, threshold, odd) - balance)
+    return d_logits, _dropped(weights, words, threshold, odd)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -253,7 +267,9 @@ def _backward_queries(
         bias = _head_arrays(bias, batch, head, b_batch, b_head)
     if offsets is not None:
         offset = tl.load(offsets + batch * offsets_batch)
-    a, c = _head_words(seed, batch, head)
+    a, c = 0, 0
+    if threshold is not None:
+        a, c = _head_words(seed, batch, head)
     pairs = block * height + tl.arange(0, height)
     even, odd = 2 * pairs, 2 * pairs + 1
     k_features, v_features = tl.arange(0, k_width), tl.arange(0, v_width)
@@ -281,14 +297,16 @@ def _backward_queries(
         columns = start + tl.arange(0, width)
         k = _load_rows(key, columns[None, :], k_row, k_features[:, None], keys, key_dim)
         v = _load_rows(value, columns[None, :], v_row, v_features[:, None], keys, value_dim)
-        words = _words(a, c, pairs[:, None], columns[None, :])
+        words = 0
+        if threshold is not None:
+            words = _words(a, c, pairs[:, None], columns[None, :])
         logits = _logits(
             tl.dot(q_even, k, input_precision=precision), even[:, None], columns[None, :], scale,
             mask, m_row, m_column, bias, b_row, b_column, queries, keys, offset, left, right,
         )  # fmt: skip
         d_logits, _ = _logit_gradients(
             logits, lse_even[:, None], balance_even[:, None],
-            tl.dot(do_even, v, input_precision=precision), _kept(words, threshold, False), factor,
+            tl.dot(do_even, v, input_precision=precision), words, threshold, False, factor,
         )  # fmt: skip
         dq_even = tl.dot(d_logits.to(k.dtype), tl.trans(k), dq_even, input_precision=precision)
         logits = _logits(
@@ -297,7 +315,7 @@ def _backward_queries(
         )  # fmt: skip
         d_logits, _ = _logit_gradients(
             logits, lse_odd[:, None], balance_odd[:, None],
-            tl.dot(do_odd, v, input_precision=precision), _kept(words, threshold, True), factor,
+            tl.dot(do_odd, v, input_precision=precision), words, threshold, True, factor,
         )  # fmt: skip
         dq_odd = tl.dot(d_logits.to(k.dtype), tl.trans(k), dq_odd, input_precision=precision)
 
@@ -312,7 +330,8 @@ def _backward_queries(
 
 @triton.jit
 def _add_key_gradients(
-    dk, dv, k, v, query, q_row, d_out, do_row, lse, balance, rows, columns, keep, scale, factor,
+    dk, dv, k, v, query, q_row, d_out, do_row, lse, balance, rows, columns,
+    words, threshold, odd: tl.constexpr, scale, factor,
     mask, m_row, m_column, bias, b_row, b_column, queries, keys, offset, left, right,
     k_features, v_features, key_dim: tl.constexpr, value_dim: tl.constexpr,
     precision: tl.constexpr,
@@ -328,7 +347,7 @@ def _add_key_gradients(
     balance_of_rows = tl.load(balance + rows, mask=rows < queries, other=0.0)
     d_logits, dropped = _logit_gradients(
         logits, lse_of_rows[None, :], balance_of_rows[None, :],
-        tl.dot(v, tl.trans(do), input_precision=precision), keep, factor,
+        tl.dot(v, tl.trans(do), input_precision=precision), words, threshold, odd, factor,
     )  # fmt: skip
     dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=precision)
     dk = tl.dot(d_logits.to(q.dtype), q, dk, input_precision=precision)
@@ -378,7 +397,9 @@ def _backward_keys(
 
     for index in range(0, group):
         head = key_head * group + index
-        a, c = _head_words(seed, batch, head)
+        a, c = 0, 0
+        if threshold is not None:
+            a, c = _head_words(seed, batch, head)
         q = _head_arrays(query, batch, head, q_batch, q_head)
         do = _head_arrays(d_out, batch, head, do_batch, do_head)
         rows_before = (batch * heads + head).to(tl.int64) * queries
@@ -390,16 +411,18 @@ def _backward_keys(
             b = _head_arrays(bias, batch, head, b_batch, b_head)
         for start in range(low, high, height):
             pairs = start + tl.arange(0, height)
-            words = _words(a, c, pairs[None, :], columns[:, None])
+            words = 0
+            if threshold is not None:
+                words = _words(a, c, pairs[None, :], columns[:, None])
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q, q_row, do, do_row, lse + rows_before, balance + rows_before,
-                2 * pairs, columns, _kept(words, threshold, False), scale, factor,
+                2 * pairs, columns, words, threshold, False, scale, factor,
                 m, m_row, m_column, b, b_row, b_column, queries, keys, offset, left, right,
                 k_features, v_features, key_dim, value_dim, precision,
             )  # fmt: skip
             dk, dv = _add_key_gradients(
                 dk, dv, k, v, q, q_row, do, do_row, lse + rows_before, balance + rows_before,
-                2 * pairs + 1, columns, _kept(words, threshold, True), scale, factor,
+                2 * pairs + 1, columns, words, threshold, True, scale, factor,
                 m, m_row, m_column, b, b_row, b_column, queries, keys, offset, left, right,
                 k_features, v_features, key_dim, value_dim, precision,
             )  # fmt: skip
@@ -462,7 +485,7 @@ def keep_mask(
 def forward(
     arrays: Sequence[torch.Tensor],
     rest: Sequence[torch.Tensor | None],
-    seed: torch.Tensor,
+    seed: torch.Tensor | None,
     options: Mapping[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The context (B, H, T, d_v), and the log of each softmax's denominator (B, H, T).
@@ -471,8 +494,9 @@ def forward(
         arrays: Query (B, H, T, d_k), key (B, K, S, d_k) and value (B, K, S, d_v) of one dtype.
         rest: Mask, bias and query offsets, each None where there is none: booleans and floats that
             broadcast to (B, H, T, S), integers (1,) or (B,).
-        seed: An int64 scalar on the device.
-        options: "scale", "threshold", "factor", "offset", "left" and "right".
+        seed: An int64 scalar on the device; None without dropout.
+        options: "scale", "threshold" (None without dropout), "factor", "offset", "left" and
+            "right".
     """
     query, key, value = (_with_near_features(x) for x in arrays)
     precision = _precision(query.device)
@@ -492,7 +516,7 @@ def forward(
 def backward(
     arrays: Sequence[torch.Tensor],
     rest: Sequence[torch.Tensor | None],
-    seed: torch.Tensor,
+    seed: torch.Tensor | None,
     options: Mapping[str, Any],
     context: torch.Tensor,
     lse: torch.Tensor,

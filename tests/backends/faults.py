@@ -431,7 +431,7 @@ def sound(ops: Any) -> dict[str, Any]:
         "mixed_dtype": lambda x: None,
         "multiplies": lambda dtype, device: False,
         "wide_matmul": lambda x, y: np.matmul(np.float32(x), np.float32(y)),
-        "fused_window": True,
+        "fused_window": lambda spec, shape: spec.position_mask.right == 0,
         "fused_sinks": True,
         "softmax": lambda x: softmax(ops, x),
         "compile": compile,
@@ -884,7 +884,7 @@ FAULTS = (
                     replace(spec, position_mask=replace(spec.position_mask, left=None)), given
                 )
             )(o),
-            "fused_window": True,
+            "fused_window": lambda spec, shape: spec.position_mask.right == 0,
         },
         (MASKED, "test_fused_window_has_the_written_meaning"),
     ),
