@@ -39,9 +39,7 @@ def structure(
     return faults
 
 
-def _sum_limits(
-    reference: np.ndarray, sums: np.ndarray, allowed: np.ndarray | float
-) -> np.ndarray:
+def _sum_limits(reference: np.ndarray, sums: np.ndarray, allowed: np.ndarray | float) -> np.ndarray:
     """How far the sums of rows of probabilities may be off.
 
     Errors of logits move probability from key to key, which changes no sum. Where a sink has the
