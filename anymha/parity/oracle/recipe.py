@@ -478,8 +478,11 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     masked = keep_sum("masked_logits", np.square(logits) + np.square(bias))
     shares = size(np.zeros(1), stages["probabilities"])
     # A logit that is off by d changes its share p by p (1 - p) d, and each other share q by q p d.
-    others = np.sum(np.square(shares * masked), axis=-1, keepdims=True)
-    spread = np.sqrt(1 + np.square(masked) + others)
+    # The exponent is rounded too, and about log p: great where a sink leaves little.
+    exponents = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    squares = np.square(masked) + np.square(exponents)
+    others = np.sum(np.square(shares) * squares, axis=-1, keepdims=True)
+    spread = np.sqrt(1 + squares + others)
     keep("probabilities", shares * spread)
     left = size(np.zeros(1), stages["dropped_probabilities"])
     dropped = keep("dropped_probabilities", spread * left)
