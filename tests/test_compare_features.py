@@ -120,7 +120,9 @@ def test_rotated_features_are_judged_by_the_sums_that_are_turned(layout: str, si
     call = {"positions": places, "key_positions": places}
     right = compare(layer, port, query, **call)
     assert right.passed, right.to_text()
-    wrong = compare(layer, lambda *arrays, **call: port(*arrays, **call, coarse=1.01), query, **call)
+    wrong = compare(
+        layer, lambda *arrays, **call: port(*arrays, **call, coarse=1.01), query, **call
+    )
     assert {stage.name for stage in wrong.stages if not stage.passed} >= {"query", "key"}
 
 
