@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -121,8 +122,8 @@ def test_any_number_may_stand_for_infinity_in_rows_that_see_nothing(layer, fill)
     report = compare(layer, port, [QUERY, VALUE], attention_mask=mask)
     assert report.passed, report.to_text()
     if np.isfinite(fill):
-        wrong = compare(layer, lambda query, value, attention_mask: port(
-            query, value, attention_mask, zeros=False), [QUERY, VALUE], attention_mask=mask)  # fmt: skip
+        mean = functools.partial(port, zeros=False)
+        wrong = compare(layer, mean, [QUERY, VALUE], attention_mask=mask)
         assert wrong.first_divergence == "probabilities"
 
 
@@ -328,10 +329,11 @@ def test_structure_is_looked_at_before_numbers() -> None:
     assert structure("probabilities", row, 2 * row) == ["2 of 2 rows sum to 2, not 1"]
     turned = np.full((1, 1, 3, 1), 0.01)  # limits of other axes: their greatest counts
     sums = np.array([[[[0.1, 0.1], [0.5, 0.5]]]]) + np.array([0, 0.05])
+    moved = np.array([[1.0], [0.0]])  # the second row has no sink
     for limits in (0.01, np.full((1, 1, 2, 1), 0.01), turned):
         assert structure("scores", sums, sums + 0.001, limits) == []
-        assert structure("scores", sums, sums + [[0.015], [0]], limits) == []
-        for off in ([[0.02], [0]], [[0], [0.015]]):  # the second row has no sink
+        assert structure("scores", sums, sums + 0.015 * moved, limits) == []
+        for off in (0.02 * moved, 0.015 * (1 - moved)):
             [fault] = structure("scores", sums, sums + off, limits)
             assert fault.startswith("1 of 2 rows")
     logits = np.array([1.0, -np.inf])
