@@ -557,6 +557,22 @@ def test_weights_that_are_declared_may_be_canonical() -> None:
         declare(lambda query: query)
 
 
+@pytest.mark.parametrize("told", ["layer", "weights"])
+@pytest.mark.parametrize("compute_dtype", [None, "float64"])
+def test_what_is_declared_with_a_layer_of_anymha_has_its_options(told, compute_dtype) -> None:
+    options = {"query_features": 8, "alibi": True, "query_key_norm": "rms", "seed": 0}
+    layer, other = (
+        anymha.MultiHeadAttention(2, 4, **options, compute_dtype=dtype, backend="numpy")
+        for dtype in (compute_dtype, None)
+    )
+    weights = (layer,) if told == "layer" else (anymha.get_weights(layer), "anymha")
+    port = declare(lambda query: other(query), *weights)
+    for one, two in ((layer, port), (port, layer)):
+        report = compare(one, two, [QUERY])
+        assert report.passed, report.to_text()  # and not to the bit: it is a port
+        assert not any("computes more than attention" in note for note in report.notes)
+
+
 def model(path: Any, layer: Any, dropped: str = "") -> Any:
     """A file of ONNX with the weights of ours; without one of them."""
     onnx = need("onnx")

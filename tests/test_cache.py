@@ -272,6 +272,26 @@ def test_truncate_takes_positions_back(keeps: bool, backend: Backend) -> None:
         cache.truncate(1.5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_of_a_half_precision_cache_go_back_in_it(
+    dtype: str, window: int | None, backend: Backend
+) -> None:
+    layer = layer_of(backend, {"sliding_window": window}, dtype=dtype)
+    x = backend.ops.astype(native(backend, normal((2, 9, WIDTH), "x").astype(np.float32)),
+                           backend.ops.dtype(dtype))  # fmt: skip
+    more = {} if window is None else {"rewind": 2}
+    first, cache = layer(x[:, :6], cache=layer.make_cache(2, 9, **more))
+    cache = layer(x[:, 1:3], cache=cache)[1].truncate(np.array([6, 6]))
+    assert cache.keys.dtype == cache.values.dtype == first.dtype
+    rest, _ = layer(x[:, 6:], cache=cache)
+    once = layer(x[:, 6:], cache=layer(x[:, :6], cache=layer.make_cache(2, 9))[1])[0]
+    np.testing.assert_array_equal(
+        plain(backend, backend.ops.astype(rest, backend.ops.float32)),
+        plain(backend, backend.ops.astype(once, backend.ops.float32)),
+    )
+
+
 def test_a_ring_goes_back_as_far_as_it_holds(backend: Backend) -> None:
     layer = layer_of(backend, {"rotary": True, "sliding_window": 4})
     x = normal((1, 16, WIDTH), "x").astype(np.float32)

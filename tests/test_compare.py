@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -94,6 +95,36 @@ def test_a_function_may_tell_its_stages(layer) -> None:
     stages = {stage.name: stage for stage in report.stages}
     assert report.first_divergence == "query"
     assert (stages["query"].culprit, stages["scores"].passed) == (True, True)
+
+
+@pytest.mark.parametrize("fill", [-np.inf, -1e9, np.finfo("float32").min, -1e4])
+def test_any_number_may_stand_for_infinity_in_rows_that_see_nothing(layer, fill) -> None:
+    weights = anymha.get_weights(layer)
+    mask = MASK.copy()
+    mask[0, 2] = False
+
+    def port(query, value, attention_mask, zeros=True):
+        q, k, v = (
+            np.einsum("btd,dhk->bthk", x, weights[f"{n}.kernel"]) + weights[f"{n}.bias"]
+            for n, x in (("query", query), ("key", value), ("value", value))
+        )
+        seen = attention_mask[:, None]
+        masked = np.where(seen, np.einsum("bthk,bshk->bhts", q, k) / 2, np.float32(fill))
+        top = np.maximum(masked.max(-1, keepdims=True), np.finfo("float32").min)
+        shares = np.exp(masked - top)
+        shares = shares / np.maximum(shares.sum(-1, keepdims=True), np.float32(1e-9))
+        shares = np.where(seen | (not zeros), shares, np.float32(0))
+        context = np.einsum("bhts,bshv->bthv", shares, v)
+        output = np.einsum("bthv,hvo->bto", context, weights["output.kernel"])
+        return {"masked_logits": masked, "probabilities": shares, "context": context,
+                "output": output + weights["output.bias"]}  # fmt: skip
+
+    report = compare(layer, port, [QUERY, VALUE], attention_mask=mask)
+    assert report.passed, report.to_text()
+    if np.isfinite(fill):
+        mean = functools.partial(port, zeros=False)
+        wrong = compare(layer, mean, [QUERY, VALUE], attention_mask=mask)
+        assert wrong.first_divergence == "probabilities"
 
 
 def test_own_errors_are_those_of_the_stage_alone(layer) -> None:
@@ -296,6 +327,15 @@ def test_structure_is_looked_at_before_numbers() -> None:
     row = np.array([[[[0.5, 0.5], [0.2, 0.8]]]])
     assert structure("probabilities", row, row) == []
     assert structure("probabilities", row, 2 * row) == ["2 of 2 rows sum to 2, not 1"]
+    turned = np.full((1, 1, 3, 1), 0.01)  # limits of other axes: their greatest counts
+    sums = np.array([[[[0.1, 0.1], [0.5, 0.5]]]]) + np.array([0, 0.05])
+    moved = np.array([[1.0], [0.0]])  # the second row has no sink
+    for limits in (0.01, np.full((1, 1, 2, 1), 0.01), turned):
+        assert structure("scores", sums, sums + 0.001, limits) == []
+        assert structure("scores", sums, sums + 0.015 * moved, limits) == []
+        for off in (0.02 * moved, 0.015 * (1 - moved)):
+            [fault] = structure("scores", sums, sums + off, limits)
+            assert fault.startswith("1 of 2 rows")
     logits = np.array([1.0, -np.inf])
     assert structure("masked_logits", logits, logits[::-1]) == [
         "masks 1 places more and 1 fewer, of 2"

@@ -141,6 +141,28 @@ def test_both_sides_may_decode_and_either_may_be_the_reference() -> None:
     assert compare(one, other, x, **call).passed
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_change_between_pieces_are_refused_and_not_blamed(kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        scaling |= {**factors, "original_max_position_embeddings": 6}
+    rotary = {"scaling": scaling, "max_position_embeddings": 6 if kind == "dynamic" else 24}
+    layer = anymha.MultiHeadAttention(
+        2, 8, query_features=8, rotary=rotary, backend="numpy", seed=0
+    )
+    x = np.random.default_rng(0).standard_normal((2, 9, 8)).astype("float32")
+    short = np.ones((2, 9), bool)
+    short[:, 1:4] = False
+    for call in ({}, {"value_mask": np.roll(short, 1, 1) | [[False], [True]]}):
+        for pair in ((layer, decoding(layer)), (decoding(layer), layer)):
+            with pytest.raises(LayoutError, match=rf"rope_type '{kind}' .* `steps=\(9,\)`"):
+                compare(*pair, x, **call)
+        assert compare(layer, decoding(layer, steps=(9,)), x, **call).passed
+    report = compare(layer, decoding(layer), x, value_mask=short)  # at most 6 of each row
+    assert report.passed, report.to_text()
+
+
 def test_reference_whose_weights_are_not_known_is_called_with_each_row_alone() -> None:
     layer, rows = layer_of("alibi"), []
     x, call = inputs_of("alibi", "between")

@@ -86,3 +86,59 @@ def test_right_ports_of_random_sizes_pass(dtype: str) -> None:
 
         report = compare(layer, port, x)
         assert report.passed, report.to_text()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_rotated_features_are_judged_by_the_sums_that_are_turned(layout: str, sign: int) -> None:
+    """A turn by a right angle exchanges two features: one is great by its bias, one is small."""
+    layer = anymha.MultiHeadAttention(
+        1, 2, query_features=16, dtype="float16", backend="numpy", seed=1,
+        rotary={"layout": layout},
+    )  # fmt: skip
+    weights = {name: np.array(array) for name, array in anymha.get_weights(layer).items()}
+    for name in ("query", "key"):
+        weights[f"{name}.kernel"][...] = 2.0**-12
+        weights[f"{name}.bias"][...] = (2.0**-10, sign * 8.003)
+    layer = anymha.set_weights(layer, weights) or layer
+    w = {name: array.astype(np.float32) for name, array in weights.items()}
+    places = np.array([0, 11, 33])  # 11 is 3.5 pi, nearly
+
+    def port(query: Any, positions: Any, key_positions: Any, coarse: float = 1.0) -> Any:
+        x = query.astype(np.float32)
+        heads = {}
+        for name, at in (("query", positions), ("key", key_positions)):
+            flat = np.einsum("btd,dhk->bthk", x, w[f"{name}.kernel"])
+            flat = (flat.astype(np.float16) + weights[f"{name}.bias"]).astype(np.float32)
+            cos, sin = (turn(np.float32(at))[:, None] for turn in (np.cos, np.sin))
+            a, b = flat[..., 0], flat[..., 1]
+            heads[name] = np.stack([a * cos - b * sin, b * cos + a * sin], -1)
+            heads[name] = (heads[name] * np.float32(coarse)).astype(np.float16)
+        return {**heads, "output": layer(query, positions=positions, key_positions=key_positions)}
+
+    query = X[:, :3].astype(np.float16)
+    call = {"positions": places, "key_positions": places}
+    right = compare(layer, port, query, **call)
+    assert right.passed, right.to_text()
+    wrong = compare(
+        layer, lambda *arrays, **call: port(*arrays, **call, coarse=1.01), query, **call
+    )
+    assert {stage.name for stage in wrong.stages if not stage.passed} >= {"query", "key"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_rows_that_are_nearly_all_sink_have_probabilities(dtype: str) -> None:
+    options = {"query_features": 16, "dtype": dtype, "backend": "numpy", "seed": 1}
+    layer = anymha.MultiHeadAttention(2, 8, sinks=True, **options)
+    weights = {name: np.array(array) for name, array in anymha.get_weights(layer).items()}
+    weights["sinks"][...] = (40.0, 60.0)
+    layer = anymha.set_weights(layer, weights) or layer
+    query = X.astype(weights["sinks"].dtype)
+    report = compare(layer, layer, query)
+    assert report.passed, report.to_text()
+    _, scores = layer(query, return_attention_scores=True)
+    scores = scores.astype(np.float64)
+    assert 0 < scores.max() < 1e-15
+    np.testing.assert_allclose(report.exact["probabilities"], scores, rtol=0.05)
+    wrong = compare(layer, lambda query: (layer(query), np.zeros_like(scores)), query)
+    assert not wrong.passed

@@ -55,9 +55,11 @@ permute_dims = np.ndarray.transpose
 
 
 def where(condition, x1, x2, /):
-    masks = isinstance(x2, float) and x2 == -inf
-    if masks and getattr(x1, "dtype", None) == float32 and x1.size >= _MANY:
-        return _masked(condition, x1)
+    if isinstance(x2, float) and isinstance(x1, np.ndarray):
+        if x2 == -inf and x1.dtype == float32 and x1.size >= _MANY:
+            return _masked(condition, x1)
+        if x1.dtype.kind == "V":  # bfloat16, which NumPy would promote to float64
+            x2 = x1.dtype.type(x2)
     return np.where(condition, x1, x2)
 
 

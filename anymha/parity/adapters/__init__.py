@@ -45,8 +45,9 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
             `haiku.transform` for Haiku's layer, a function of `query`, `key`, `value` and `mask` by
             name.
         weights: Its weights, as `anymha.get_weights` takes them: a live layer, or the
-            parameters of linen or Haiku; or the canonical weights with `layout` "anymha". Default:
-            the module's own state.
+            parameters of linen or Haiku; or the canonical weights with `layout` "anymha". A layer
+            of anymha, and what `get_weights` returns of it, tells its options too, as rotary
+            positions. Default: the module's own state.
         layout: The layout of a module's own state, by name, see `anymha.layouts`: then the
             results of its projections are recorded too, and its weights have gradients.
         **sizes: Sizes that do not follow from the shapes: `num_heads`, `num_key_value_heads`,

@@ -18,6 +18,7 @@ import numpy as np
 from anymha.errors import ArgumentError, LayoutError
 from anymha.framework.registry import backend_of
 from anymha.interchange.layers import get_weights
+from anymha.options.config import AttentionConfig
 from anymha.parity.adapters.arguments import name_of
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.oracle.decoded import Decoded
@@ -476,8 +477,38 @@ def decoding_pair(one: Adapter, other: Adapter, request: Request) -> tuple[Adapt
         return one, other
     for adapter in decode:
         adapter.check(request)
+    if len(decode) == 1:
+        _check_frequencies(decode[0], (one, other), request)
     first, second = (a if isinstance(a, Stepwise) else Whole(a) for a in (one, other))
     return first, second
+
+
+def _check_frequencies(decoding: Stepwise, pair: tuple[Adapter, Adapter], request: Request) -> None:
+    """Raise an error where rotary frequencies change on the way: no one causal call has them all.
+
+    Those of the rope_types "dynamic" and "longrope" are of the number of keys that a row holds.
+    """
+    described = [
+        getattr(adapter, name, None) for adapter in pair for name in ("layer", "description")
+    ]
+    configs = [getattr(one, "config", None) for one in described]
+    config = next((c for c in configs if isinstance(c, AttentionConfig)), None)
+    rotary = None if config is None else config.rotary
+    if config is None or rotary is None or not rotary.depends_on_length:
+        return
+    valid = valid_of(request)
+    ends = np.cumsum(decoding.decoding.pieces(valid.shape[1]))
+    width = rotary.width(config.key_dim)
+    for lengths in np.cumsum(valid, axis=1)[:, ends - 1]:
+        held = {int(n) for n in lengths if n}
+        if len({rotary.frequencies(width, "float64", n) for n in held}) > 1:
+            kind = rotary.scaled["rope_type"]
+            raise LayoutError(
+                f"{decoding.name} cannot be compared with one causal call: the rotary frequencies "
+                f"of rope_type {kind!r} depend on the number of keys, and change between pieces "
+                f"behind which rows hold {', '.join(map(str, sorted(held)))}. Read the sequences "
+                f"in one piece, `steps=({valid.shape[1]},)`, or give shorter ones."
+            )
 
 
 def decoded_request(request: Request, one: Adapter, other: Adapter) -> Request:

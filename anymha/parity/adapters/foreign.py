@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,22 +79,32 @@ def describe_layer(layer: Any, **sizes: Any) -> LayerDescription:
     weights = get_weights(layer, **sizes)
     assert isinstance(weights, Weights)
     assert weights.config is not None
-    live = open_layer(layer)
-    return LayerDescription(
-        dict(weights), weights.config, weights.layout, live.arrays, weights.needs, weights.extras
-    )
+    arrays = weights if weights.layout == "anymha" else open_layer(layer).arrays
+    return _of_weights(weights, weights.config, weights.layout, arrays)
+
+
+def _of_weights(
+    weights: Weights, config: AttentionConfig, layout: str, arrays: Mapping[str, Any]
+) -> LayerDescription:
+    """Describe canonical weights; what computes with them need not do so in reproducible mode."""
+    config = dataclasses.replace(config, compute_dtype=None)
+    return LayerDescription(dict(weights), config, layout, arrays, weights.needs, weights.extras)
 
 
 def describe_arrays(
     arrays: Mapping[str, Any], layout: str, sizes: Mapping[str, Any]
 ) -> LayerDescription:
-    """Describe the arrays of a named layout; other arrays are left out."""
+    """Describe the arrays of a named layout; other arrays are left out.
+
+    Weights that `get_weights` gave of a layer of anymha have its options too.
+    """
     names = get_layout(layout).names()
-    describe_layer = {name: arrays[name] for name in names if name in arrays}
-    weights, config = to_canonical(describe_layer, layout, **sizes)
-    return LayerDescription(
-        dict(weights), config, layout, describe_layer, weights.needs, weights.extras
-    )
+    own = {name: arrays[name] for name in names if name in arrays}
+    if layout == "anymha" and getattr(arrays, "layout", None) == layout and not sizes:
+        assert isinstance(arrays, Weights)
+        assert arrays.config is not None
+        return _of_weights(arrays, arrays.config, layout, own)
+    return _of_weights(*to_canonical(own, layout, **sizes), layout, own)
 
 
 def dense_mask(recipe: Recipe) -> np.ndarray | None:

@@ -103,9 +103,10 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
     second = _traced("candidate", other, request, cotangent if first.gradients else None)
-    stirred = None
-    if first.gradients and second.gradients and first.weights is second.weights is None:
-        stirred = _traced("reference", one, _stirred(request, first), cotangent)
+    stirred, floating = None, all("float" in x.dtype.name for x in request.inputs.values())
+    if first.weights is second.weights is None and floating and not first.random:
+        pulled = cotangent if first.gradients and second.gradients else None
+        stirred = _traced("reference", one, _stirred(request, first), pulled)
     comparison = judge_traces(request, first, second, cotangent, stirred)
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":

@@ -462,24 +462,33 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
         kept[name] = array
         return array
 
+    def keep_sum(name: str, sums: np.ndarray) -> np.ndarray:
+        """Of a stage that is a sum, before the sections change it."""
+        sections = recipe.taken(name, stages)
+        return keep(name, size(sums, sections[0][1] if sections else stages[name]))
+
     for name in ("query", "key", "value"):
         x, w = recipe.inputs[name], recipe.weights[f"{name}.kernel"]
-        keep(name, size(_squared("btd,dhk->bthk", x, w), stages[name]))
+        bias = np.square(recipe.weights.get(f"{name}.bias", 0.0))
+        keep_sum(name, _squared("btd,dhk->bthk", x, w) + bias)
     heads = reads(recipe)
     products = _squared("bthk,bshk->bhts", kept["query"], kept["key"][:, :, heads])
-    logits = keep("logits", size(recipe.scale**2 * products, stages["logits"]))
-    masked = keep("masked_logits", size(np.square(logits), stages["masked_logits"]))
+    logits = keep_sum("logits", recipe.scale**2 * products)
+    bias = 0.0 if recipe.bias is None else np.nan_to_num(recipe.bias, posinf=0.0, neginf=0.0)
+    masked = keep_sum("masked_logits", np.square(logits) + np.square(bias))
     shares = size(np.zeros(1), stages["probabilities"])
     # A logit that is off by d changes its share p by p (1 - p) d, and each other share q by q p d.
-    others = np.sum(np.square(shares * masked), axis=-1, keepdims=True)
-    spread = np.sqrt(1 + np.square(masked) + others)
+    # The exponent is rounded too, and about log p: great where a sink leaves little.
+    exponents = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    squares = np.square(masked) + np.square(exponents)
+    others = np.sum(np.square(shares) * squares, axis=-1, keepdims=True)
+    spread = np.sqrt(1 + squares + others)
     keep("probabilities", shares * spread)
     left = size(np.zeros(1), stages["dropped_probabilities"])
     dropped = keep("dropped_probabilities", spread * left)
-    values = kept["value"][:, :, heads]
-    keep("context", size(_squared("bhts,bshv->bthv", dropped, values), stages["context"]))
+    keep_sum("context", _squared("bhts,bshv->bthv", dropped, kept["value"][:, :, heads]))
     mixed = _squared("bthv,hvo->bto", kept["context"], recipe.weights["output.kernel"])
-    keep("output", size(mixed, stages["output"]))
+    keep_sum("output", mixed + np.square(recipe.weights.get("output.bias", 0.0)))
     features = ("output", "context", "query", "key", "value")
     rows = {
         name: array if name in features else np.max(array, (1, 3), keepdims=True, initial=0.0)

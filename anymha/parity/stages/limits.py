@@ -22,6 +22,7 @@ from anymha.framework.dtypes import accumulation_dtype, output_dtype
 from anymha.parity.oracle.cases import OracleProblem
 from anymha.parity.oracle.oracle import Truth
 from anymha.parity.oracle.recipe import Recipe
+from anymha.parity.stages.structure import spread_limits
 from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import Trace, name_of_dtype
 
@@ -70,10 +71,7 @@ def reproducible(trace: Trace) -> bool:
 
 def error_shares(apart: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Errors as shares of the errors that rounding explains; infinite where it explains none."""
-    try:
-        limits = np.broadcast_to(limits, apart.shape)
-    except ValueError:  # a mistake turned the axes
-        limits = np.full(apart.shape, np.max(limits, initial=0.0))
+    limits = spread_limits(limits, apart.shape)
     shares = np.where(apart > 0, np.inf, 0.0)
     with np.errstate(invalid="ignore", over="ignore"):
         np.divide(apart, limits, out=shares, where=limits > 0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares, reproducible
-from anymha.parity.stages.structure import count_differing, distance, structure
+from anymha.parity.stages.structure import count_differing, distance, is_masked, structure
 from anymha.parity.stages.tolerance import eps, tolerance
 from anymha.parity.stages.trace import STAGES, Trace, name_of_dtype
 
@@ -103,7 +103,20 @@ def compare_stages(
             numbers = (reference, candidate, fed, float64, allowed)
             stages.append(compare_stage(name, *numbers, computed_dtype(traces[0]), faults))
         own[name] = fed if candidate is None else candidate
+        if name == "masked_logits":
+            own[name] = _emptied(own[name], float64)
     return stages
+
+
+def _emptied(logits: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Masked logits with -inf in rows that see nothing, for the numbers that stand for it.
+
+    Such numbers hide a key beside one that is seen; the softmax of a row of them is no zeros.
+    """
+    if logits.shape != exact.shape:
+        return logits
+    rows = np.isneginf(exact).all(-1, keepdims=True)
+    return np.where(rows & is_masked(logits), -np.inf, logits)
 
 
 def compare_stage(
@@ -126,7 +139,7 @@ def compare_stage(
     axes = tuple(i for i, n in enumerate(limits.shape) if n == 1) if limits.ndim else None
     if limits.shape == reference.shape and not axes:
         axes = tuple(range(2, reference.ndim))  # of each feature: one position is the unit's
-    wrong = structure(name, reference, candidate)
+    wrong = structure(name, reference, candidate, limits)
     faults = (*wrong, *faults)
     if candidate.shape != reference.shape or not reference.size:
         unit = eps(dtype) * float(np.max(sizes_of, initial=0.0)) or eps(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,8 +10,14 @@ import numpy as np
 from anymha.parity.oracle.recipe import Arrays
 
 
-def structure(name: str, reference: np.ndarray, candidate: np.ndarray) -> list[str]:
-    """Faults of structure: another shape, NaN, other masked places, other sums of rows."""
+def structure(
+    name: str, reference: np.ndarray, candidate: np.ndarray, allowed: np.ndarray | float = 0.0
+) -> list[str]:
+    """Faults of structure: another shape, NaN, other masked places, other sums of rows.
+
+    `allowed`, the error of each number that rounding explains, widens the sums of rows from which a
+    sink has taken a part: see `_sum_limits`.
+    """
     if candidate.shape != reference.shape:
         return [f"shape {candidate.shape}, not {reference.shape}"]
     faults = []
@@ -19,20 +26,45 @@ def structure(name: str, reference: np.ndarray, candidate: np.ndarray) -> list[s
         more, fewer = int(np.sum(nan & ~other)), int(np.sum(other & ~nan))
         faults.append(f"NaN in {more} places where the reference has numbers" if more else
                       f"numbers in {fewer} places where the reference has NaN")  # fmt: skip
-    hidden, unseen = _masked(candidate), _masked(reference)
+    hidden, unseen = is_masked(candidate), is_masked(reference)
     if name == "masked_logits" and not np.array_equal(hidden, unseen):
         more, fewer = int(np.sum(hidden & ~unseen)), int(np.sum(unseen & ~hidden))
         faults.append(f"masks {more} places more and {fewer} fewer, of {hidden.size}")
     if name in ("probabilities", "scores") and not nan.any():
         sums, wanted = candidate.sum(-1), reference.sum(-1)
-        off = ~np.isclose(sums, wanted, atol=0.02, equal_nan=True)
+        off = ~(np.abs(sums - wanted) <= _sum_limits(reference, wanted, allowed))
         if off.any():
             faults.append(f"{int(off.sum())} of {off.size} rows sum to {sums[off][0]:.3g}, not "
                           f"{wanted[off][0]:.3g}")  # fmt: skip
     return faults
 
 
-def _masked(logits: np.ndarray) -> np.ndarray:
+def _sum_limits(reference: np.ndarray, sums: np.ndarray, allowed: np.ndarray | float) -> np.ndarray:
+    """How far the sums of rows of probabilities may be off.
+
+    Errors of logits move probability from key to key, which changes no sum. Where a sink has the
+    share s = 1 - sum, errors d_j move
+
+        s sum_j p_j d_j
+
+    to it. Each ``p_j d_j`` is at most the row's `allowed`, and their signs are random: S of them
+    add up to its ``sqrt(S)``-fold.
+    """
+    row = np.max(spread_limits(np.asarray(allowed), reference.shape), axis=-1, initial=0.0)
+    share = np.clip(1 - sums, 0.0, 1.0)
+    moved = np.multiply(share, row, out=np.zeros(row.shape), where=share > 0)
+    return 0.02 + 1e-5 * np.abs(sums) + math.sqrt(reference.shape[-1]) * moved
+
+
+def spread_limits(limits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Limits of each number, in the shape of a stage; their greatest where they do not fit it."""
+    try:
+        return np.broadcast_to(limits, shape)
+    except ValueError:  # a mistake turned the axes
+        return np.full(shape, np.max(limits, initial=0.0))
+
+
+def is_masked(logits: np.ndarray) -> np.ndarray:
     """Which logits are masked: -inf, or the large negative numbers that stand for it."""
     return logits <= -9e3
 
@@ -46,7 +78,7 @@ def distance(one: np.ndarray, other: np.ndarray, stage: str = "") -> np.ndarray:
         apart = np.abs(one - other)
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     if stage == "masked_logits":
-        same |= _masked(one) & _masked(other)
+        same |= is_masked(one) & is_masked(other)
     return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
 
 

@@ -79,5 +79,10 @@ def eps(dtype: str) -> float:
 
 @cache
 def smallest(dtype: str) -> float:
-    """The smallest positive number."""
-    return float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    """The smallest positive number that every framework keeps.
+
+    Smaller ones are flushed to zero by some, TensorFlow among them, and on some devices. Float16
+    keeps its subnormal numbers, which are normal ones of the float32 in which they are computed.
+    """
+    info = ml_dtypes.finfo(dtype)
+    return float(info.smallest_subnormal if dtype == "float16" else info.smallest_normal)

@@ -130,8 +130,8 @@ class RotarySection(Section):
         sizes = np.broadcast_to(sizes, array.shape)
         a, b, result = sizes[..., one], sizes[..., two], sizes.copy()
         # The exponent of the base is rounded, and the product with the position; 1 is exact.
-        own = self._frequencies(array, recipe)
-        exponents = np.arange(len(own)) / len(own)
+        own = self._frequencies(array, recipe)[..., None, :]
+        exponents = np.arange(own.shape[-1]) / own.shape[-1]
         errors = np.where(own == 1, 0, 1 + math.log(self.value["base"]) * exponents / 2)
         rounded = np.hypot(a, b) * errors * np.abs(angles) * self.factor
         result[..., one] = np.sqrt((a * cos) ** 2 + (b * sin) ** 2 + rounded**2)
@@ -205,8 +205,12 @@ class RotarySection(Section):
         return array.astype(self.dtype).astype(float) if what in self.rounded else array
 
     def _frequencies(self, array: np.ndarray, recipe: Recipe) -> np.ndarray:
-        width = 2 * len(self._pairs(array.shape[-1])[0])
-        return frequencies(self.value, width, recipe.lengths[2])
+        """(r/2,); or (B, 1, r/2), where each row is read alone and has a length of its own."""
+        width, length = 2 * len(self._pairs(array.shape[-1])[0]), recipe.lengths[2]
+        own = None if recipe.decoded is None else recipe.decoded.valid
+        if own is None or own.shape[1] != length or own.all():
+            return frequencies(self.value, width, length)
+        return np.stack([frequencies(self.value, width, n) for n in own.sum(1)])[:, None]
 
     def _with(self, recipe: Recipe, **wrong: Any) -> Recipe:
         return recipe.with_section(RotarySection(self.value, **wrong))

@@ -34,8 +34,11 @@ class SinksSection(Section):
         """The probabilities."""
         return ("probabilities",)
 
-    def _share(self, recipe: Recipe, stages: Arrays) -> np.ndarray:
-        """The probability of the sink, (B, H, T, 1)."""
+    def _shares(self, recipe: Recipe, stages: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        """The probability of the sink, and that of all keys, (B, H, T, 1).
+
+        The second is no difference from 1: in rows that are nearly all sink, nothing were left.
+        """
         masked = stages["masked_logits"]
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks[::-1] if self.turned else sinks
@@ -44,14 +47,14 @@ class SinksSection(Section):
         if self.shifted:
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
         peak = np.maximum(greatest, sinks)
-        own = np.exp(sinks - peak)
-        return own / (own + np.sum(np.exp(masked - peak), axis=-1, keepdims=True))
+        own, keys = np.exp(sinks - peak), np.sum(np.exp(masked - peak), axis=-1, keepdims=True)
+        return own / (own + keys), keys / (own + keys)
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
         """What the sink leaves of each probability."""
         if stage != "probabilities":
             return array
-        return array * (1.0 - self._share(recipe, stages))
+        return array * self._shares(recipe, stages)[1]
 
     def own_gradients(
         self,
@@ -69,7 +72,7 @@ class SinksSection(Section):
         if stage != "probabilities":
             return {}
         rows = np.sum(stages[stage] * gradient, axis=-1, keepdims=True)
-        own = np.sum(self._share(recipe, stages) * rows, axis=(0, 2, 3))
+        own = np.sum(self._shares(recipe, stages)[0] * rows, axis=(0, 2, 3))
         return {"sinks": -own if cancel else own}
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
