@@ -533,7 +533,9 @@ def test_what_is_no_layer() -> None:
         "flax.linen.MultiHeadDotProductAttention, flax.nnx.MultiHeadAttention, "
         "haiku.MultiHeadAttention, keras.GroupQueryAttention, keras.MultiHeadAttention, "
         "timm.vit, torch.MultiheadAttention, x_transformers.Attention, an attention module of "
-        "transformers, or parameters of Flax's linen or Haiku. Received: builtins.int.",
+        "transformers, or parameters of Flax's linen or Haiku. Received: builtins.int. Bring the "
+        "arrays of another module under the names of a layout, and pass them to "
+        "`anymha.to_canonical`.",
         lambda: anymha.get_weights(3),
     )
 
