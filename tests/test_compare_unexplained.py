@@ -47,6 +47,36 @@ def test_nothing_tried_is_not_no_known_mistake_and_declare_is_offered() -> None:
     assert "wrong scale" in str(compare(named, own_module(2.0), X).diagnosis)
 
 
+def test_a_module_of_unknown_weights_may_have_others_than_the_reference() -> None:
+    own = own_module()
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+    said = compare(layer, own, X).to_text()
+    assert "no known mistake" in said
+    assert "`declare(module, layout='timm.vit', num_heads=2)`" in said
+    assert "weights that differ would explain this" in said
+    named = anymha.parity.declare(own, layout="timm.vit", num_heads=2)
+    assert "Their weights differ: query.kernel" in compare(layer, named, X).to_text()
+
+
+def test_weights_are_declared_under_names_of_a_layout_that_the_module_does_not_have() -> None:
+    own = own_module()
+    names = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias",
+             "proj.weight": "out_proj.weight", "proj.bias": "out_proj.bias"}  # fmt: skip
+    state = {names[name]: array for name, array in own.state_dict().items()}
+    weights, config = anymha.to_canonical(state, "torch.MultiheadAttention", num_heads=2)
+    layer = anymha.MultiHeadAttention(backend="numpy", **config.to_dict())
+    anymha.set_weights(layer, weights)
+    mine = anymha.parity.declare(own, state, "torch.MultiheadAttention", num_heads=2)
+    report = compare(layer, mine, X)
+    assert report.passed
+    assert any("Own tells no such gradients" in note for note in report.notes)
+
+
+def test_a_class_is_no_implementation() -> None:
+    with pytest.raises(anymha.errors.ArgumentError, match="Make a layer of it, `MultiHead"):
+        compare(LAYER, type(LAYER), X)
+
+
 def test_output_of_another_shape_is_told() -> None:
     report = compare(LAYER, lambda query: LAYER(query).swapaxes(0, 1), X)
     assert str(report.diagnosis) == "time before batch in the output"

@@ -148,7 +148,7 @@ def _not_boolean(name: str, dtype: str, shape: str) -> str:
     return (
         f"`{name}` must be boolean, True = may attend. Received: shape {shape}, dtype {dtype}. "
         "Pass an additive mask as `attention_bias` (`bias` in `dot_product_attention`), and a "
-        f"0/1 mask as booleans, `{name}.astype(bool)`."
+        f"0/1 mask as booleans, `{name} != 0`."
     )
 
 
@@ -167,6 +167,12 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         errors.ShapeError,
         "`attention_mask` must broadcast to shape (5, 6). Received: shape (6, 5), dtype bool. "
         + _BROADCAST,
+    ),
+    "attention mask of keys alone": (
+        {"value": Y, "attention_mask": np.ones((2, 6), bool)},
+        errors.ShapeError,
+        "`attention_mask` must broadcast to shape (5, 6). Received: shape (2, 6), dtype bool. "
+        "Pass a mask of keys, (B, S), as `value_mask`.",
     ),
     "attention mask of another batch": (
         {"value": Y, "attention_mask": np.ones((3, 5, 6), bool)},
@@ -527,7 +533,9 @@ def test_what_is_no_layer() -> None:
         "flax.linen.MultiHeadDotProductAttention, flax.nnx.MultiHeadAttention, "
         "haiku.MultiHeadAttention, keras.GroupQueryAttention, keras.MultiHeadAttention, "
         "timm.vit, torch.MultiheadAttention, x_transformers.Attention, an attention module of "
-        "transformers, or parameters of Flax's linen or Haiku. Received: builtins.int.",
+        "transformers, or parameters of Flax's linen or Haiku. Received: builtins.int. Bring the "
+        "arrays of another module under the names of a layout, and pass them to "
+        "`anymha.to_canonical`.",
         lambda: anymha.get_weights(3),
     )
 

@@ -154,5 +154,5 @@ def check_boolean(mask: Array, name: str) -> None:
         raise DtypeError(
             f"`{name}` must be boolean, True = may attend. Received: {described(mask)}. "
             "Pass an additive mask as `attention_bias` (`bias` in `dot_product_attention`), "
-            f"and a 0/1 mask as booleans, `{name}.astype(bool)`."
+            f"and a 0/1 mask as booleans, `{name} != 0`."
         )

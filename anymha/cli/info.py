@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser("layouts", help="list the layouts of weights")
     command.set_defaults(run=show_layouts)
     command = commands.add_parser(
-        "info", help="show versions, homes of the layer and extras", description=info.__doc__
+        "info", help="show versions, frameworks and extras", description=info.__doc__
     )
     command.set_defaults(run=info)
 

@@ -10,8 +10,16 @@ from anymha.framework.dtypes import dtype_name
 from anymha.framework.protocol import Array, Dim
 
 
-def check_broadcast(x: Array, lengths: Sequence[Dim], name: str) -> None:
+def check_broadcast(
+    x: Array, lengths: Sequence[Dim], name: str, of_keys: Sequence[Dim] | None = None
+) -> None:
     """Refuse an array whose axes are neither of these lengths nor 1, aligned at the end.
+
+    Args:
+        x: The array.
+        lengths: The lengths to which it must broadcast.
+        name: The argument's name.
+        of_keys: The lengths of a mask of keys, which is another argument.
 
     Raises:
         ShapeError: with the expected and the received shape.
@@ -22,9 +30,11 @@ def check_broadcast(x: Array, lengths: Sequence[Dim], name: str) -> None:
         for n, m in zip(reversed(own), reversed(lengths), strict=False)
     )
     if not fits:
+        cure = "Give each axis that length, or 1."
+        if own == of_keys:
+            cure = "Pass a mask of keys, (B, S), as `value_mask`."
         raise ShapeError(
-            f"`{name}` must broadcast to shape {show(lengths)}. Received: {described(x)}. "
-            "Give each axis that length, or 1."
+            f"`{name}` must broadcast to shape {show(lengths)}. Received: {described(x)}. {cure}"
         )
 
 

@@ -259,7 +259,8 @@ def check_masks(
                     f"`{argument.name}` must have shape {' or '.join(map(show, forms))}{order}. "
                     f"Received: {described(array)}. {argument.hint}"
                 )
-        check_broadcast(array, shape, argument.name)
+        of_keys = (*lengths["B"], *lengths["S"]) if argument.name == "attention_mask" else None
+        check_broadcast(array, shape, argument.name, of_keys)
 
 
 def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:

@@ -84,6 +84,7 @@ PEERS: Mapping[str, str] = {
     "n_embd": "Pass it " + _WIDTH.format("n_embd"),
     "num_attention_heads": _HEADS,
     "n_head": _HEADS,
+    "n_heads": _HEADS,
     "head_dim": _KEY_DIM,
     "attention_dropout": _DROPOUT,
     "attn_dropout": _DROPOUT,

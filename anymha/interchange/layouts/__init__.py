@@ -72,7 +72,9 @@ def get_layout(name: str) -> Layout:
         given = str(name).lower()
         alike = [one for one in lowered if one.rpartition(".")[2] == given]
         alike = alike or get_close_matches(given, lowered, 1)
-        meant = f" Did you mean {lowered[alike[0]]!r}?" if alike else ""
+        alike = alike or [one for one in lowered if one.partition(".")[0] == given]
+        meant = " or ".join(repr(lowered[one]) for one in alike) if len(alike) < 4 else ""
+        meant = meant and f" Did you mean {meant}?"
         names = ", ".join(map(repr, known))
         raise UnknownLayoutError(f"`layout` must be one of {names}. Received: {name!r}.{meant}")
     return _plugged_in(points[name])

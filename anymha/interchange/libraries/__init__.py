@@ -96,7 +96,8 @@ def open_layer(layer: Any) -> LiveLayer:
     raise ArgumentError(
         f"`layer` must be a layer of anymha, a live layer of {', '.join(alone)}, an attention "
         "module of transformers, or parameters of Flax's linen or Haiku. Received: "
-        f"{type(layer).__module__}.{type(layer).__qualname__}."
+        f"{type(layer).__module__}.{type(layer).__qualname__}. Bring the arrays of another module "
+        "under the names of a layout, and pass them to `anymha.to_canonical`."
     )
 
 

@@ -45,11 +45,12 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
             `haiku.transform` for Haiku's layer, a function of `query`, `key`, `value` and `mask` by
             name.
         weights: Its weights, as `anymha.get_weights` takes them: a live layer, or the
-            parameters of linen or Haiku; or the canonical weights with `layout` "anymha". A layer
-            of anymha, and what `get_weights` returns of it, tells its options too, as rotary
-            positions. Default: the module's own state.
-        layout: The layout of a module's own state, by name, see `anymha.layouts`: then the
-            results of its projections are recorded too, and its weights have gradients.
+            parameters of linen or Haiku; or arrays under the names of a `layout`, "anymha" for
+            the canonical ones. A layer of anymha, and what `get_weights` returns of it, tells its
+            options too, as rotary positions. Default: the module's own state.
+        layout: Whose names the weights have, see `anymha.layouts`. Where it is that of a module's
+            own state, the results of its projections are recorded too, and its weights have
+            gradients.
         **sizes: Sizes that do not follow from the shapes: `num_heads`, `num_key_value_heads`,
             `scale`.
 
@@ -87,6 +88,12 @@ def adapter_for(implementation: Any) -> Adapter:
     Raises:
         ArgumentError: it is of no known kind.
     """
+    if isinstance(implementation, type):
+        name = implementation.__name__
+        raise ArgumentError(
+            f"An implementation is a layer or a function, not a class. Received: the class {name}. "
+            f"Make a layer of it, `{name}(...)`."
+        )
     if isinstance(implementation, Declared):
         return _declared(implementation)
     if isinstance(implementation, Decoding):

@@ -130,10 +130,11 @@ def gradients_not_compared(request: Request, first: Trace, second: Trace) -> lis
     if reasons or not first.gradients or not second.gradients:
         return [f"Gradients are not compared. {'; '.join(reasons)}".rstrip(". ") + "."]
     named = {name for name in (*first.gradients, *second.gradients) if "." in name}
-    silent = [trace.name for trace in (first, second) if not named & {*trace.gradients}]
+    silent = [trace for trace in (first, second) if not named & {*trace.gradients}]
     if not silent or not named:
         return []
-    return [f"Gradients of the weights are not compared: {silent[0]} does not tell its weights; "
+    lacks = "does not tell its weights" if silent[0].weights is None else "tells no such gradients"
+    return [f"Gradients of the weights are not compared: {silent[0].name} {lacks}; "
             "those of the inputs are."]  # fmt: skip
 
 

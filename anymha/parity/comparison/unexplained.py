@@ -32,11 +32,11 @@ def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> Comparison
     if diagnosis.causes:
         return comparison
     reason = _reason(comparison)
-    if not reason:
-        return comparison
-    offers = [f"{offer}." for offer in map(_offer, adapters) if offer]
-    notes = (*comparison.notes, *dict.fromkeys(offers)) if offers else comparison.notes
-    diagnosis = dataclasses.replace(diagnosis, untried=reason)
+    compared = "they are compared: weights that differ would explain this, too"
+    end = "causes are searched for" if reason else compared
+    offers = dict.fromkeys(f"{offer}, and {end}." for offer in map(_offer, adapters) if offer)
+    notes = (*comparison.notes, *offers)
+    diagnosis = dataclasses.replace(diagnosis, untried=reason or diagnosis.untried)
     return dataclasses.replace(comparison, diagnosis=diagnosis, notes=notes)
 
 
@@ -158,16 +158,14 @@ def _offer(adapter: Adapter) -> str:
         return ""
     module, heads = getattr(silent, "module", None), silent.parameters.heads or "..."
     if module is None:
-        return (f"Name the weights of {adapter.name} with `declare(function, weights, layout)`, "
-                "and causes are searched for")  # fmt: skip
+        return f"Name the weights of {adapter.name} with `declare(function, weights, layout)`"
     try:
         groups = find_layers(dict(module.state_dict()))
     except AnymhaError:
         groups = []
     fits = [fit.name for group in groups[:1] for fit in group.fits if group.prefixes == [""]]
     if not fits:
-        return (f"Name the weights of {adapter.name} with `declare(module, weights, layout)`, "
-                "and causes are searched for")  # fmt: skip
+        return f"Name the weights of {adapter.name} with `declare(module, weights, layout)`"
     others = f" (or {', '.join(fits[1:4])})" if fits[1:] else ""
     return (f"Name the weights of {adapter.name} with `declare(module, layout={fits[0]!r}, "
-            f"num_heads={heads})`{others}, and causes are searched for")  # fmt: skip
+            f"num_heads={heads})`{others}")  # fmt: skip

@@ -110,7 +110,7 @@ def _boolean(name: str, mask: np.ndarray) -> np.ndarray:
         raise DtypeError(
             f"`{name}` must be boolean, True = may attend. Received: {mask.dtype.name}. "
             "An additive mask is an `attention_bias`; one of 0 and 1 becomes boolean by "
-            "`.astype(bool)`."
+            f"`{name} != 0`."
         )
     return mask
 
