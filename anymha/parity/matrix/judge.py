@@ -113,7 +113,7 @@ def judge(
     differing, ties, compared = count_differing(every, exact, close if reproducible else None)
     faults = ()
     if reproducible and differing > ties:
-        faults = (f"{differing - ties} of {compared} elements differ between backends, 0 may",)
+        faults = (f"{differing - ties} of {compared} elements differ between backends, of 0 allowed",)
     return Row(
         problem.case.name,
         config.dtype + (f" in {config.compute_dtype}" if config.compute_dtype else ""),
@@ -132,7 +132,7 @@ def judge(
 def _cell(errors: Mapping[str, float], faults: list[str], budget: float, gradients: bool) -> Cell:
     for name, error in errors.items():
         if not error <= budget:
-            faults.append(f"{name} is off by {error:.3g} units, {budget:.3g} may")
+            faults.append(f"{name} is off by {error:.3g} units, of {budget:.3g} allowed")
     worst = max(errors, key=lambda name: errors[name], default="")
     return Cell(errors.get(worst, math.inf), worst, errors, tuple(faults), gradients)
 

@@ -219,5 +219,5 @@ def _check(result: ComparisonResult, name: str, stage: Stage | None) -> doc.Chec
     parts = [words]
     if stage is not None:
         parts += [*stage.faults, f"{short(stage.units)} units of rounding off, "
-                  f"{short(stage.budget)} may; {short(stage.own_units)} of its own"]  # fmt: skip
+                  f"of {short(stage.budget)} allowed; {short(stage.own_units)} of its own"]  # fmt: skip
     return doc.Check(name, "differs", "; ".join(parts), words, result.to_text())

@@ -55,7 +55,7 @@ class ComparisonResult:
         if self.passed:
             worst = max(self.stages, key=lambda s: s.units / s.budget if s.budget else 0.0)
             return (f"PARITY HOLDS: {both} agree in {len(self.stages)} quantities; {worst.name} is "
-                    f"{worst.units:.2g} units of rounding off, {worst.budget:.2g} may")  # fmt: skip
+                    f"{worst.units:.2g} units of rounding off, of {worst.budget:.2g} allowed")  # fmt: skip
         return f"PARITY DOES NOT HOLD: {both} part at {self.first_divergence}: {self.diagnosis}"
 
     @property
