@@ -7,9 +7,11 @@ A framework that is not installed skips its tests, with the reason printed. The 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere
 # PyTorch's threads wait without spinning, which takes two thirds of the processor where workers
@@ -50,6 +52,24 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
+@pytest.fixture
+def quick_programs() -> Iterator[None]:
+    """JAX's compiler works for less long: what it makes then is rounded otherwise, no more.
+
+    For tests that hold results against others within rounding, where compiling is most of the
+    time. What must not depend on the compiler, bits and excluded positions, has tests without it.
+    """
+    if not get_backend("jax").installed:
+        yield
+        return
+    usable("jax")
+    config: Any = importlib.import_module("jax").config
+    before = config.values["jax_disable_most_optimizations"]
+    config.update("jax_disable_most_optimizations", True)
+    yield
+    config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unhurried() -> Iterator[None]:
     """`compare` searches as long as it takes: what it finds is tested, not how fast this is."""
@@ -57,6 +77,12 @@ def unhurried() -> Iterator[None]:
         patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
         yield
+
+
+@pytest.fixture
+def no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two mistakes together are looked for, where one is the cause or none is asked for."""
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")
