@@ -123,12 +123,6 @@ def _plain(name: str) -> tuple[Problem, Truth]:
     return problem, _truth(name, problem, None, None)
 
 
-@lru_cache
-def _plain(name: str) -> tuple[Problem, Truth]:
-    problem, *_ = _layout(name)
-    return problem, _truth(name, problem, None, None)
-
-
 # With masks each layout is below; without, those that take long to compile share the layouts.
 PLAIN = [
     *itertools.product(("numpy", "torch"), LAYOUTS),
