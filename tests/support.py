@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -192,10 +193,12 @@ def _planned(
 def _kinds(problem: Problem) -> tuple[Any, ...]:
     """What tells programs apart: names, shapes and dtypes of the problem's arrays."""
     arrays = {**problem.weights, **problem.inputs, **problem.call}
-    return tuple(
+    kinds = [
         (name, np.shape(value), str(getattr(value, "dtype", type(value))))
         for name, value in arrays.items()
-    )
+    ]
+    # What was compiled in a hurry has other bits; see `quick_programs` in tests/conftest.py.
+    return (*kinds, os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS"))
 
 
 def compilers(backend: Backend, function: Callable[..., Any]) -> list[Callable[..., Any]]:
