@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -50,6 +51,23 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
+@pytest.fixture
+def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """JAX's compiler works for less long: what it makes then is rounded otherwise, no more.
+
+    For tests that hold results against others within rounding, where compiling is most of the
+    time. What must not depend on the compiler, bits and excluded positions, has tests without it.
+    """
+    option = "jax_disable_most_optimizations"
+    before = os.environ.get(option.upper(), "0")
+    monkeypatch.setenv(option.upper(), "1")  # for a JAX that the test imports
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(option, True)
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(option, before == "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unhurried() -> Iterator[None]:
     """`compare` searches as long as it takes: what it finds is tested, not how fast this is."""
@@ -57,6 +75,12 @@ def unhurried() -> Iterator[None]:
         patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
         yield
+
+
+@pytest.fixture
+def no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two mistakes together are looked for, where one is the cause or none is asked for."""
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

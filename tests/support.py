@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -140,9 +141,11 @@ def run(
     """Output, scores and gradients of the problem on a backend, by the layer's function.
 
     `compiled` puts it under JAX's `jit` where JAX runs it, which for new shapes is many times
-    faster than operation by operation.
+    faster than operation by operation. Problems of the same options and shapes share their plans,
+    as calls of one layer do.
     """
     ops = backend.ops
+    config, plans = _planned(backend.name, problem.config, _kinds(problem))
     arrays = native(ops, {**problem.weights, **problem.inputs})
     call = native(ops, problem.call)
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
@@ -153,13 +156,13 @@ def run(
         held = {name: arrays[name] for name in problem.weights}
         return multi_head_attention(
             ops,
-            problem.config,
+            config,
             held,
             *parts,
             **named,
             **call,
             return_attention_scores=True,
-            plans=Plans(),
+            plans=plans,
         )
 
     if not gradients:
@@ -177,6 +180,25 @@ def run(
         ops.to_numpy(scores),
         {name: ops.to_numpy(gradient) for name, gradient in pulled.items()},
     )
+
+
+@lru_cache(maxsize=64)
+def _planned(
+    backend: str, config: AttentionConfig, kinds: tuple[Any, ...]
+) -> tuple[AttentionConfig, Plans]:
+    """The config and the plans of all problems of these options and shapes: compiled once."""
+    return config, Plans()
+
+
+def _kinds(problem: Problem) -> tuple[Any, ...]:
+    """What tells programs apart: names, shapes and dtypes of the problem's arrays."""
+    arrays = {**problem.weights, **problem.inputs, **problem.call}
+    kinds = [
+        (name, np.shape(value), str(getattr(value, "dtype", type(value))))
+        for name, value in arrays.items()
+    ]
+    # What was compiled in a hurry has other bits; see `quick_programs` in tests/conftest.py.
+    return (*kinds, os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS"))
 
 
 def compilers(backend: Backend, function: Callable[..., Any]) -> list[Callable[..., Any]]:

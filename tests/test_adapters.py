@@ -22,6 +22,8 @@ from tests.frameworks import skip_or_fail
 from tests.peer_layers import need
 from tests.test_keras_layer import pytest_in
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 RNG = np.random.default_rng(0)
 QUERY = RNG.standard_normal((3, 5, 8)).astype("float32")
 VALUE, KEY = RNG.standard_normal((2, 3, 6, 8)).astype("float32")
@@ -102,6 +104,7 @@ def test_a_library_s_layer_with_our_weights_agrees_in_each_stage_and_gradient(ki
     assert found == ({f"gradient of {n}" for n in wanted} if gradients_there(kind) else set())
 
 
+@pytest.mark.usefixtures("no_pairs")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -151,6 +154,7 @@ def test_what_a_mask_ignored_lets_in_is_known_for_functions_too() -> None:
     assert "ignored mask" in str(report.diagnosis)
 
 
+@pytest.mark.usefixtures("no_pairs")
 def test_nan_at_an_excluded_position_is_found_where_it_leaks() -> None:
     layer = reference()
     torn = VALUE.copy()
@@ -548,6 +552,7 @@ def test_a_mistake_beside_haiku_s_layer_is_named() -> None:
                 attention_bias=np.zeros((5, 6), "float32"))  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_pairs")
 def test_weights_that_are_declared_may_be_canonical() -> None:
     layer = reference()
     shifted = declare(lambda query: layer(query) + 1, anymha.get_weights(layer), "anymha")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -16,6 +17,8 @@ from anymha.framework.registry import Backend
 from anymha.parity import compare
 from tests.peer_layers import need
 from tests.support import native, normal
+
+pytestmark = pytest.mark.usefixtures("quick_programs")
 
 OPTIONS = {"num_heads": 2, "key_dim": 4, "query_features": 8, "seed": 0}
 
@@ -48,12 +51,20 @@ def biases(places: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return (-np.array([2.0**-4, 2.0**-8])[:, None, None] * distance).astype(np.float32)
 
 
+@functools.cache
+def layers(backend: str, budget: int | None) -> tuple[Any, Any]:
+    """A layer with alibi and one without."""
+    options = {**OPTIONS, "sliding_window": 4, "memory_budget": budget, "backend": backend}
+    return (
+        anymha.MultiHeadAttention(**options, alibi=True),
+        anymha.MultiHeadAttention(**options),
+    )
+
+
 @pytest.mark.parametrize("budget", [None, 64])
 @pytest.mark.parametrize("call", ["indices", "offset", "positions"])
 def test_it_is_a_bias_whole_and_by_tiles(backend: Backend, call: str, budget: int | None) -> None:
-    options = {**OPTIONS, "sliding_window": 4, "memory_budget": budget, "backend": backend.name}
-    ours = anymha.MultiHeadAttention(**options, alibi=True)
-    plain = anymha.MultiHeadAttention(**options)
+    ours, plain = layers(backend.name, budget)
     x = normal((2, 6, 8), "x") * 3
     places = np.tile(np.arange(6, dtype=np.int32), (2, 1))
     keys, arrays, offset = places, {"x": x}, 0

@@ -16,6 +16,8 @@ from anymha.parity.stages.tolerance import tolerance
 from tests.support import Arrays, close, native, normal, np_dtype
 from tests.written_oracle import attention_oracle
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 B, T, S, H = 2, 5, 6, 4
 ROW, COLUMN = np.arange(T)[:, None], np.arange(S)[None, :]
 

@@ -17,6 +17,8 @@ from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.structure import distance, structure
 from anymha.parity.stages.trace import make_request, problem_of
 
+pytestmark = pytest.mark.usefixtures("no_pairs", "quick_programs")
+
 RNG = np.random.default_rng(0)
 QUERY = RNG.standard_normal((2, 5, 8)).astype("float32")
 VALUE = RNG.standard_normal((2, 6, 8)).astype("float32")

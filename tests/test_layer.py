@@ -59,16 +59,19 @@ def test_by_hand_one_head_of_width_one(backend: Backend) -> None:
     np.testing.assert_allclose(backend.ops.to_numpy(output), [[[70.5]]], rtol=1e-15)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_self_attention_in_each_dtype(backend: Backend, dtype: str) -> None:
     check(backend, make(value=None, dtype=dtype))
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_separate_widths_in_each_dtype(backend: Backend, dtype: str) -> None:
     check(backend, make(dtype=dtype))
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("compute", ["float16", "bfloat16", "float64"])
 def test_float32_weights_computed_in_another_dtype(backend: Backend, compute: str) -> None:
     check(backend, make(compute_dtype=compute))
@@ -99,6 +102,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_option_agrees_with_oracle(backend: Backend, options: dict[str, Any]) -> None:
     check(backend, make(**options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import anymha
 from anymha.framework.registry import Backend
 from anymha.parity import compare
 from tests.conftest import usable
-from tests.support import bits, make, native, normal, run
+from tests.support import Problem, Result, bits, make, native, normal, run
 
 LAYER = {"num_heads": 4, "num_key_value_heads": 2, "key_dim": 8, "query_features": 16, "seed": 0}
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -78,6 +79,7 @@ def inputs(backend: Backend) -> dict[str, Any]:
     return native(backend.ops, arrays)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_they_agree_with_the_definition(name: str, backend: Backend) -> None:
     ours, reference = (
@@ -89,31 +91,41 @@ def test_they_agree_with_the_definition(name: str, backend: Backend) -> None:
     assert report.passed, report
 
 
+def _packed(name: str) -> Problem:
+    options = {**LAYER, **TOGETHER[name], "compute_dtype": "float64"}
+    widths = (options.pop("query_features"),) * 3
+    return make((2, 7), None, widths, **options).calling(**PACKED, use_causal_mask=True)
+
+
+@cache
+def _of_numpy(name: str) -> Result:
+    return run(usable("numpy"), _packed(name))
+
+
 @pytest.mark.parametrize("name", TOGETHER)
 def test_the_reproducible_mode_has_the_bits_of_numpy(name: str, backend: Backend) -> None:
     """Output, scores and all gradients, of packed sequences with positions of their own."""
-    options = {**LAYER, **TOGETHER[name], "compute_dtype": "float64"}
-    widths = (options.pop("query_features"),) * 3
-    problem = make((2, 7), None, widths, **options).calling(**PACKED, use_causal_mask=True)
-    expected = run(usable("numpy"), problem).all
+    problem = _packed(name)
+    expected = _of_numpy(name).all
     found = run(backend, problem, compiled=True).all
     assert found.keys() == expected.keys() >= {"output", "scores", "query", "key.kernel"}
     differing = [n for n, x in expected.items() if not np.array_equal(bits(x), bits(found[n]))]
     assert not differing
 
 
+@cache
+def _output(name: str, backend: str, budget: int | None) -> np.ndarray:
+    found = usable(backend)
+    layer = found.layer(**LAYER, **TOGETHER[name], memory_budget=budget)
+    return found.ops.to_numpy(layer(**inputs(found), use_causal_mask=True))
+
+
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("name", TOGETHER)
 def test_tiles_give_what_one_piece_gives(name: str, backend: Backend) -> None:
-    found = [
-        backend.ops.to_numpy(layer(**inputs(backend), use_causal_mask=True))
-        for layer in (
-            anymha.MultiHeadAttention(
-                **LAYER, **TOGETHER[name], memory_budget=budget, backend=backend.name
-            )
-            for budget in (None, 64)
-        )
-    ]
-    np.testing.assert_allclose(*found, atol=2e-6)
+    """The piece is NumPy's; that of each framework agrees with it above."""
+    found = _output(name, backend.name, 64)
+    np.testing.assert_allclose(_output(name, "numpy", None), found, atol=2e-6)
 
 
 ALONE: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -84,11 +84,28 @@ def test_they_compose_with_masks_in_cross_attention(backend: Backend, dropout: f
 def test_a_segment_changes_no_bit_of_another(
     backend: Backend, options: dict[str, Any], held: float
 ) -> None:
-    config = AttentionConfig(**{n: v for n, v in HEADS.items() if n != "seed"}, **options)
+    before, after = (_of_packed(backend, (*options.items(),), x) for x in (None, held))
+    for one, other in zip(before, after, strict=True):
+        assert np.array_equal(rest_of(one), rest_of(other))
+    output, scores, _ = after
+    at = tuple(zip(*OTHER, strict=True))
+    assert not np.array_equal(output[at], before[0][at])
+    if not np.isfinite(held):  # it is not hidden where it belongs
+        assert np.isnan(output[at]).all()
+        assert np.isnan(scores[at]).all()
+
+
+@cache
+def _of_packed(
+    backend: Backend, options: tuple[tuple[str, Any], ...], held: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, scores (B, T, H, S) and gradient, where segment 1 holds a number, or its own."""
+    config = AttentionConfig(**{n: v for n, v in HEADS.items() if n != "seed"}, **dict(options))
     weights = {n: normal(s, n).astype(np.float32) for n, s in config.weight_shapes().items()}
-    changed = X.copy()
-    changed[tuple(zip(*OTHER, strict=True))] = held
-    changed[0, 7] = np.nan  # padding
+    x = X.copy()
+    if held is not None:
+        x[tuple(zip(*OTHER, strict=True))] = held
+        x[0, 7] = np.nan  # padding
     ops = backend.ops
     ids, own = ops.from_numpy(IDS), native(ops, weights)
 
@@ -99,21 +116,11 @@ def test_a_segment_changes_no_bit_of_another(
 
     to = native(ops, {"output": normal((2, 8, 8), "d").astype(np.float32),
                       "scores": normal((2, 4, 8, 8), "s").astype(np.float32)})  # fmt: skip
-    results = []
-    for x in (X, changed):
-        arrays = {"x": ops.from_numpy(x)}
-        with np.errstate(invalid="ignore"):  # of infinities that are projected
-            output, scores = function(ops, arrays)
-            gradient = gradients_of(ops, function, arrays, (to["output"], to["scores"]))["x"]
-        results.append((ops.to_numpy(output), ops.to_numpy(scores).swapaxes(1, 2), gradient))
-    for before, after in zip(*results, strict=True):
-        assert np.array_equal(rest_of(before), rest_of(after))
-    output, scores, _ = results[1]
-    at = tuple(zip(*OTHER, strict=True))
-    assert not np.array_equal(output[at], results[0][0][at])
-    if not np.isfinite(held):  # it is not hidden where it belongs
-        assert np.isnan(output[at]).all()
-        assert np.isnan(scores[at]).all()
+    arrays = {"x": ops.from_numpy(x)}
+    with np.errstate(invalid="ignore"):  # of infinities that are projected
+        output, scores = function(ops, arrays)
+        gradient = gradients_of(ops, function, arrays, (to["output"], to["scores"]))["x"]
+    return ops.to_numpy(output), ops.to_numpy(scores).swapaxes(1, 2), gradient
 
 
 def test_nan_is_found_in_long_rows(backend: Backend) -> None:
