@@ -58,7 +58,7 @@ _FAULTS = (
     Fault("norm on the other side of rotary", "query_key_norm on the other side of rotary", "query",
           (), {"rotary": True, "query_key_norm": "rms"}),
     Fault("cosines and sines exchanged", "rotary with cosines and sines exchanged", "query",
-          (), {"rotary": True}, from_output="rotary turned the other way"),
+          (), {"rotary": True}),
     Fault("rotary along the heads", "rotary along another axis", "query",
           (), {"rotary": True, "num_key_value_heads": 2}),
     Fault("half the exponents", "rotary of other exponents", "query", (), {"rotary": True}),
