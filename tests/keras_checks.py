@@ -708,6 +708,22 @@ def test_comparison_with_a_gate_of_keras() -> None:
     assert "context" in {stage.name for stage in report.stages}
 
 
+@pytest.mark.parametrize("held", [np.asarray, keras.ops.convert_to_tensor, keras.Variable])
+@pytest.mark.parametrize("options", [{}, {"gate": "elementwise", "sinks": True}])
+def test_comparison_of_our_layer(held: Any, options: dict[str, Any]) -> None:
+    """Its weights, which a tape of TensorFlow does not take, and inputs of every kind."""
+    ours = randomised(MultiHeadAttention(2, 4, query_features=X.shape[-1], **options))
+    plain = anymha.convert(ours, to="numpy")
+    for one, other in ((ours, plain), (plain, ours)):
+        report = compare(one, other, held(X), use_causal_mask=True)
+        assert report.passed, report
+        assert "gradient of query.kernel" in {stage.name for stage in report.stages}, report
+    wrong = anymha.get_weights(ours)
+    wrong["query.kernel"] = wrong["query.kernel"][:, ::-1]
+    report = compare(ours, anymha.set_weights(plain, wrong), held(X))
+    assert "query.kernel" in str(report.diagnosis)
+
+
 @trains
 def test_gate_takes_lora() -> None:
     layer = MultiHeadAttention(2, 4, gate="head")

@@ -578,6 +578,23 @@ def test_what_is_declared_with_a_layer_of_anymha_has_its_options(told, compute_d
         assert not any("computes more than attention" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("scale", ["weight", "one_plus_weight"])
+def test_weights_of_an_option_that_is_not_declared_are_compared(scale) -> None:
+    norm = anymha.QueryKeyNorm(scale=scale)
+    layer = anymha.MultiHeadAttention(
+        2, 4, query_features=8, query_key_norm=norm, rotary=True, seed=0, backend="numpy"
+    )
+    weights = {n: w + np.float32(0.25) for n, w in anymha.get_weights(layer).items()}
+    anymha.set_weights(layer, weights)
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    report = compare(layer, declare(lambda query: layer(query), weights, "anymha"), x)
+    assert report.passed, report
+    assert "pass `query_key_norm=" in " ".join(report.notes)
+    weights["key_norm.scale"] = 2 * weights["key_norm.scale"]
+    report = compare(layer, declare(lambda query: layer(query), weights, "anymha"), x)
+    assert report.first_divergence == "weight key_norm.scale"
+
+
 def model(path: Any, layer: Any, dropped: str = "") -> Any:
     """A file of ONNX with the weights of ours; without one of them."""
     onnx = need("onnx")

@@ -99,6 +99,8 @@ def test_the_port_itself_agrees(options, call, told) -> None:
         (1.5, {"cap": lambda s: 2.7 * np.tanh(s / 2.7)}, "another softcap (2.7 in place of 1.5)"),
         (1.5, {"cap": lambda s: np.clip(s, -0.8, 0.8)},
          "another softcap (0.8 in place of 1.5, by clipping)"),
+        (1.5, {"cap": lambda s: 1.5 * np.tanh(np.tanh(s / 1.5))},
+         "another softcap (1.5, tanh twice)"),
         (None, {"cap": lambda s: 3 * np.tanh(s / 3)}, "another softcap (3 in place of none)"),
         (None, {"cap": lambda s: np.clip(s, -1, 1)},
          "another softcap (1 in place of none, by clipping)"),
@@ -304,6 +306,59 @@ def to(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
 )  # fmt: skip
 def test_what_is_rounded_is_told(dtype, steps, words) -> None:
     assert words.format(dtype) in named(report_of(steps(to(dtype))))
+
+
+TURNED: Steps = {"query": turned, "key": turned}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (lambda f: {"key": lambda k: f(turned(k))}, "rounded to {} (key)"),
+        (lambda f: {"context": lambda p, v: np.einsum("bhts,bshv->bthv", f(p), v)},
+         "rounded to {} (probabilities)"),
+        (lambda f: {"inputs": lambda x: (x, x, f(x)), "weights": lambda w: {
+            **w, "value.kernel": f(w["value.kernel"])}}, "rounded to {} (factors of value)"),
+    ],
+)  # fmt: skip
+def test_what_is_rounded_beside_an_option_is_told(dtype, steps, words) -> None:
+    options = {"rotary": True, "softcap": 1.5}
+    report = report_of({**TURNED, **steps(to(dtype))}, False, options)
+    assert words.format(dtype) in named(report)
+    assert 0 < report.diagnosis.remaining <= 1
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"rotary": True}, {**TURNED, "query": lambda q: turned(turned(q))}),
+        ({"rotary": True}, {n: lambda x: turned(x.swapaxes(1, 2)).swapaxes(1, 2) for n in TURNED}),
+        ({"rotary": True}, {n: lambda x: turned(x, 37.0) for n in TURNED}),
+        ({"softcap": 1.5}, {"cap": lambda s: np.tanh(np.tanh(s))}),
+    ],
+)
+def test_great_errors_are_no_rounding(options, steps, told) -> None:
+    words = named(report_of(steps, told, {**options, "num_key_value_heads": 2}))
+    assert not any(of in words for of in ("rounded", "computed in", "quantised")), words
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ({n: lambda x: turned(x, 100.0) for n in TURNED},
+         ("rotary of another base (100 in place of 10000)", "other exponents (i/8 in place")),
+        ({n: lambda x: turned(x.swapaxes(1, 2)).swapaxes(1, 2) for n in TURNED},
+         ("rotary along another axis (over the heads)",)),
+        ({}, ("rotary left out",)),
+    ],
+)  # fmt: skip
+def test_mistakes_with_rotary_positions_are_told_in_plain_words(steps, words) -> None:
+    told = named(report_of(steps, False, {"rotary": True, "num_key_value_heads": 2}))
+    assert told.startswith(words[0])
+    assert all(word in told for word in words), told
+    assert "{" not in told
 
 
 @pytest.mark.parametrize(

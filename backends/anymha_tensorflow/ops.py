@@ -208,7 +208,8 @@ def native_keep_mask(seed, shape, keep, device, /):
 
 
 def vjp(function, arrays, cotangents, /):
-    arrays = dict(arrays)
+    # Variables, Keras's too, which no tape watches, are taken as they are now.
+    arrays = {name: tf.convert_to_tensor(x) for name, x in arrays.items()}
     with tf.GradientTape() as tape:
         tape.watch(list(arrays.values()))
         outputs = function(arrays)

@@ -128,6 +128,8 @@ class Port:
             keep = drop.keep(ops, tuple(scores.shape), like=scores)
             kept = ops.where(keep, scores * factor, 0.0)
         stages["dropped_probabilities"] = kept
+        if "probabilities transposed" in wrong:
+            kept = ops.permute_dims(kept, (0, 1, 3, 2))
         context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))
         if "heads merged without exchange" in wrong:
             shape = tuple(context.shape)
@@ -265,6 +267,7 @@ class Port:
             seen = seen & (distance >= 0 if "causal reversed" in wrong else distance <= late)
         if self.window is not None and "window ignored" not in wrong:
             size = self.window + ("window wider" in wrong) - ("window narrower" in wrong)
+            size *= 1 + ("window twice as wide" in wrong)
             seen = seen & (np.abs(j - i - shift) < size)
             if "window of one side" in wrong:
                 seen = seen & (j <= i + shift)

@@ -52,7 +52,8 @@ def declare(implementation: Any, weights: Any = None, layout: str | None = None,
             own state, the results of its projections are recorded too, and its weights have
             gradients.
         **sizes: Sizes that do not follow from the shapes: `num_heads`, `num_key_value_heads`,
-            `scale`.
+            `scale`; and the options of the layer, as ``rotary=anymha.Rotary()`` and
+            `query_key_norm`, which its weights do not tell.
 
     Returns:
         An object that `compare` takes in its place.

@@ -34,6 +34,7 @@ def _scale_wrong(recipe: Recipe) -> Variants:
     width = recipe.inputs["query"].shape[2]
     heads, d_k, d_v = recipe.heads[0], _width(recipe, "query"), _width(recipe, "value")
     factors = {
+        "1/sqrt(width of a head) in place of `scale`": 1 / math.sqrt(d_k),
         "missing": 1.0,
         "applied twice": recipe.scale**2,
         "1/sqrt(number of features)": 1 / math.sqrt(width),
@@ -42,7 +43,6 @@ def _scale_wrong(recipe: Recipe) -> Variants:
         "1/sqrt(number of heads)": 1 / math.sqrt(heads),
         "1/(width of a head)": 1 / d_k,
         "multiplied in place of divided": 1 / recipe.scale if recipe.scale else 0.0,
-        "1/sqrt(width of a head) in place of `scale`": 1 / math.sqrt(d_k),
     }
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
@@ -82,6 +82,7 @@ _BOUNDS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     ", arctan in place of tanh": np.arctan,
     ", a sigmoid in place of tanh": lambda x: 2 * _sigmoid(x) - 1,
     ", erf in place of tanh": lambda x: np.vectorize(math.erf)(x),
+    ", tanh twice": lambda x: np.tanh(np.tanh(x)),
     ", clipped above alone": lambda x: np.minimum(x, 1),
     ", clipped below alone": lambda x: np.maximum(x, -1),
 }
@@ -357,6 +358,17 @@ def _chunked(keys: int) -> Iterator[tuple[str, Step]]:
             yield f"{words} not rescaled to the running maximum, chunks of {size} keys", step
 
 
+def _transposed(recipe: Recipe) -> Variants:
+    """The values weighed by the queries' axis of the probabilities."""
+    if recipe.lengths[1] == recipe.lengths[2]:
+
+        def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+            turned = stages["dropped_probabilities"].swapaxes(2, 3)
+            return context_by(recipe, {**stages, "dropped_probabilities": turned})
+
+        yield "queries for keys, where the values are summed", recipe.stepping("context", step)
+
+
 def _grouped_tiled(recipe: Recipe) -> Variants:
     """Key heads tiled over the query heads: h % K in place of h // (H / K)."""
     heads, shared = recipe.heads
@@ -514,6 +526,8 @@ MISTAKES: tuple[Row, ...] = (
          "over the queries": lambda r, stages: softmax(stages["masked_logits"], 2),
          "over the heads": lambda r, stages: softmax(stages["masked_logits"], 1),
          "over the batch": lambda r, stages: softmax(stages["masked_logits"], 0)})),
+    ("probabilities transposed", "The values are summed over the keys, the last axis of the "
+     "probabilities.", _transposed),
     ("no softmax", "Probabilities are exp(logits), divided by their sum over the "
      "keys.", steps("probabilities", {
          "no softmax": _no_softmax,

@@ -143,10 +143,10 @@ class Search:
         with np.errstate(all="ignore"):
             places = rounded_places(self.recipe, self.evidence)
             if places is not None:
-                return Diagnosis((places[0],), 0.0, places[1], places[2])
+                return Diagnosis((places[0],), *places[1:])
             rounded = rounded_cause(self.recipe, self.evidence)
         if rounded is not None:
-            return Diagnosis((rounded[0],), 0.0, (), rounded[1])
+            return Diagnosis((rounded[0],), rounded[1], (), rounded[2])
         own = self._of_weights()
         if own is not None or not pairs:
             return own or Diagnosis()

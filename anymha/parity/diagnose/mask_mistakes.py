@@ -127,14 +127,20 @@ def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
 def _window_shifted(recipe: Recipe) -> Mapping[str, Any]:
     window = recipe.window or 0
     narrower = {"one key fewer on each side": {"window": window - 1}} if window > 1 else {}
-    more = {"twice as wide on each side": {"window": 2 * window - 1}}
-    more |= {"half as wide": {"window": (window + 1) // 2}, "2 W": {"window": 2 * window}}
     later = _offset(recipe)
     return {
-        "one key more on each side": {"window": window + 1}, **narrower, **more,
+        "one key more on each side": {"window": window + 1}, **narrower,
         "one key more after the query": {"offset": later + 1},
         "one key more before the query": {"offset": later - 1},
     }  # fmt: skip
+
+
+def _window_resized(recipe: Recipe) -> Mapping[str, Any]:
+    own = recipe.window or 0
+    sizes = {"twice as wide on each side": 2 * own - 1, "half as wide": (own + 1) // 2,
+             "2 W": 2 * own}  # fmt: skip
+    return {f"{words}: {size} in place of {own}": {"window": size}
+            for words, size in sizes.items() if abs(size - own) > 1}  # fmt: skip
 
 
 def _bias_wrong(recipe: Recipe) -> Variants:
@@ -477,6 +483,8 @@ MISTAKES: tuple[Row, ...] = (
     ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.",
      with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
+    ("window of another size", "A window of W is |i - j| < W: the query and W - 1 keys on each "
+     "side.", with_empty_rows(fields(lambda r: r.window is not None, _window_resized))),
     ("window ignored", "Pass the window on.", fields(lambda r: r.window is not None, window=None)),
     ("window of one side", "The window is open on both sides unless the call is "
      "causal too.", fields(lambda r: r.window is not None and not r.causal, causal=True)),

@@ -62,11 +62,11 @@ def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
     option = section.option
     yield Mistake(f"{option} left out", f"Pass `{option}` on: the candidate ignores it.",
                   partial(_left_out, section))  # fmt: skip
+    for name, fix, make in section.mistakes:
+        yield Mistake(name, fix, partial(_own, section, make))
     if section.usual:
         yield Mistake(f"another {option}", f"Give both the same `{option}`.",
                       partial(_another, section), _FAMILIES.get(option, no_families))  # fmt: skip
-    for name, fix, make in section.mistakes:
-        yield Mistake(name, fix, partial(_own, section, make))
 
 
 _FAMILIES: Mapping[str, Families] = {"softcap": attention_mistakes.any_cap}
@@ -91,7 +91,7 @@ def other_options(
             yield mistake, f"{option}={value!r}", _with_weights(recipe, config, own, weights or {})
         else:
             mistake = next(m for m in option_mistakes(section) if m.name == f"another {option}")
-            yield mistake, f"{value!r} in place of {expected!r}", recipe.with_section(own)
+            yield mistake, _in_place(value, expected), recipe.with_section(own)
 
 
 def _with_weights(recipe: Recipe, config: Any, section: Section, weights: Arrays) -> Recipe:
@@ -114,8 +114,17 @@ def _another(kind: type[Section], recipe: Recipe) -> Variants:
         if type(section) is kind:
             for value in section.usual:
                 if value != section.value:
-                    other = recipe.with_section(type(section)(value))
-                    yield f"{value!r} in place of {section.value!r}", other
+                    other = type(section)(value)
+                    words = _in_place(other.value, section.value)
+                    yield words, recipe.with_section(other)
+
+
+def _in_place(value: Any, expected: Any) -> str:
+    """An option's value and the expected one; of several fields those that differ."""
+    if isinstance(value, Mapping) and isinstance(expected, Mapping):
+        named = [n for n in {**expected, **value} if value.get(n) != expected.get(n)]
+        return ", ".join(f"{n} {value.get(n)!r} in place of {expected.get(n)!r}" for n in named)
+    return f"{value!r} in place of {expected!r}"
 
 
 def _own(kind: type[Section], make: Callable[[Any, Recipe], Variants], recipe: Recipe) -> Variants:

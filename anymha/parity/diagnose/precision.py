@@ -34,7 +34,7 @@ THEIRS = 0.2
 """What may be left of the differences where a candidate's numbers are those of rounded places."""
 
 ROUGH = 0.6
-"""No rounding leaves relative differences as great as this."""
+"""No rounding leaves relative differences as great as this, nor does it make them in a stage."""
 
 MOST_OF_IT = 0.5
 """What one place alone may leave for the search to begin with it."""
@@ -51,22 +51,31 @@ PRODUCTS = ("logits", "context", "output")
 """The stages that are products of stages before them."""
 
 
-def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | None:
-    """The rounding whose errors are those of the candidate, and the recipe that has it."""
+def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, Recipe] | None:
+    """The rounding whose errors are those of the candidate, and the recipe that has it.
+
+    Also the greatest error that it leaves, as a share of what its own dtype explains.
+    """
     mine = evidence.differences(recipe)
     expected = computed_dtype(evidence.reference or evidence.trace)
-    found: list[tuple[float, Cause, Recipe]] = []
+    found: list[tuple[float, Cause, float, Recipe]] = []
+    rough = ROUGH * len(evidence.names) ** 0.5  # relative to all stages together
     if not np.all(np.isfinite(mine)):
         return None
-    for name, detail, wide, wrong in _roundings(recipe, expected):
+    for dtype, detail, wrong in _roundings(recipe, expected):
+        wide = dtype == "float32"
         with np.errstate(all="ignore"):
             theirs = mine - evidence.differences(wrong)
         sizes = float(np.linalg.norm(mine)), float(np.linalg.norm(theirs))
         output, exact = evidence.reported.get("output"), recipe.stages["output"]
-        computed = wide and not detail and name.startswith("computed")
+        computed = wide and not detail
         all_of_it = computed and _is_of_float32(output)
         most = WIDE_GREATER if computed else GREATER
-        if not (all(sizes) and 1 / most < sizes[0] / sizes[1] < most):
+        if not (all(sizes) and 1 / most < sizes[0] / sizes[1] < most and sizes[1] < rough):
+            continue
+        left = _remaining(evidence, wrong, expected, dtype)
+        nearer = wide or evidence.distance(wrong) < sizes[0]
+        if not (left <= 1 and nearer):
             continue
         alike = float(mine @ theirs) / (sizes[0] * sizes[1])
         if all_of_it:
@@ -76,11 +85,18 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | 
         if alike >= (WIDE_ALIKE if wide else ALIKE):
             fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
                    "mixed precision and TF32 off.")  # fmt: skip
-            found.append((alike, Cause(name, detail, "query", fix), wrong))
-    if not found:
-        return None
-    _, cause, wrong = max(found, key=lambda one: one[0])
-    return cause, wrong
+            cause = Cause(f"computed in {dtype}", detail, "query", fix)
+            found.append((alike, cause, left, wrong))
+    return max(found, key=lambda one: one[0])[1:] if found else None
+
+
+def _remaining(evidence: Evidence, wrong: Recipe, expected: str, dtype: str) -> float:
+    """The greatest error beside a rounding, as a share of what numbers of its format explain."""
+    bits = dtype.removeprefix("int")
+    coarse = 2.0 ** (1 - int(bits)) if bits != dtype else eps(
+        "float16" if dtype == "TF32" else dtype)  # fmt: skip
+    worst = max(evidence.errors(wrong).values(), default=0.0)
+    return worst * min(eps(expected) / coarse, 1.0)
 
 
 def _is_of_float32(output: np.ndarray | None) -> bool:
@@ -90,25 +106,43 @@ def _is_of_float32(output: np.ndarray | None) -> bool:
     )
 
 
-def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, bool, Recipe]]:
-    """Name, detail, whether it is a wide dtype, and the recipe where all of it is rounded."""
+def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, Recipe]]:
+    """The dtype, what is rounded if not all, and the recipe where it is."""
+    recipe = _joined(recipe)
     for dtype, rounding in _dtypes(expected):
-        wide = dtype == "float32"
         weights = {name: rounding(w) for name, w in recipe.weights.items()}
         inputs = {name: rounding(x) for name, x in recipe.inputs.items()}
         everything = recipe.but(weights=weights, inputs=inputs)
-        stored = {name: _stored(recipe, name, rounding) for name in STEPS}
+        stored = {name: _stored(step, rounding) for name, step in recipe.steps.items()}
         soft = {**stored, "probabilities": recipe.steps["probabilities"]}
-        factors = {name: _of_factors(recipe, name, rounding) for name in PRODUCTS}
-        words = "the factors of each product"
-        products = everything.but(steps={**recipe.steps, **factors}, sections=())
-        yield f"computed in {dtype}", words, wide, products
+        factors = {name: _of_factors(recipe.steps[name], name, rounding) for name in PRODUCTS}
+        products = everything.but(steps={**recipe.steps, **factors})
+        yield dtype, "the factors of each product", products
         if dtype == "TF32":  # a format of products alone
             continue
-        # The steps have what the sections make of a stage in them, so that this is rounded too.
-        yield f"computed in {dtype}", "", wide, everything.but(steps=stored, sections=())
-        words = "all but the softmax"
-        yield f"computed in {dtype}", words, wide, everything.but(steps=soft, sections=())
+        yield dtype, "", everything.but(steps=stored)
+        yield dtype, "all but the softmax", everything.but(steps=soft)
+
+
+def _joined(recipe: Recipe) -> Recipe:
+    """The recipe whose steps have what its sections make of each stage, once.
+
+    So what a step gives can be rounded, or what it takes, and the sections stay.
+    """
+    if not recipe.sections:
+        return recipe
+    if "joined" not in recipe.computed:
+
+        def joined(name: str) -> Step:
+            def step(other: Recipe, stages: Arrays) -> np.ndarray:
+                own = other.but(sections=recipe.sections, steps=recipe.steps)
+                return own.stage(name, stages)
+
+            return step
+
+        steps = {name: joined(name) for name in recipe.steps}
+        recipe.computed["joined"] = recipe.but(steps=steps, sections=())
+    return recipe.computed["joined"]
 
 
 @dataclass(frozen=True)
@@ -121,12 +155,13 @@ class _Format:
     arrays: Rounding
 
 
-def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str, ...],
+def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tuple[str, ...],
                                                                Recipe] | None:  # fmt: skip
     """The places that are rounded, and to which format, where a candidate's numbers are those.
 
-    Also the other formats that give them. Place after place, in the order of the layer, is rounded
-    where that leaves less of the differences.
+    Also the greatest error that is left, as a share of what the format explains, and the other
+    formats that give the numbers. Place after place, in the order of the layer, is rounded where
+    that leaves less of the differences.
     """
     expected = computed_dtype(evidence.reference or evidence.trace)
     exact = evidence.differences(recipe)
@@ -169,10 +204,13 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, tuple[str
     others = tuple(one.name for share, one, _ in found
                    if one.name != form.name and share <= 1.5 * least)  # fmt: skip
     wrong = _with_rounded(recipe, form, chosen)
+    remaining = _remaining(evidence, wrong, expected, form.name)
+    if not remaining <= 1:
+        return None
     places = [place for group in _places(recipe) for place in group if place in chosen]
     name, detail, stage = _named(recipe, form, places)
     fix = f"The reference computes in {expected}, with weights and stages as they are."
-    return Cause(name, detail, stage, fix), others, wrong
+    return Cause(name, detail, stage, fix), remaining, others, wrong
 
 
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
@@ -246,21 +284,21 @@ def _places(recipe: Recipe) -> list[list[str]]:
 
 def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Recipe:
     """The recipe with these places rounded."""
+    recipe = _joined(recipe)
     weights = {n: form.weights(n, w) if n in places else w for n, w in recipe.weights.items()}
     inputs = {n: form.arrays(x) if {"inputs", f"input of {n}"} & {*places} else x
               for n, x in recipe.inputs.items()}  # fmt: skip
     steps = dict(recipe.steps)
     for stage in STEPS:
         if FACTORS + stage in places:
-            steps[stage] = _of_factors(recipe.but(steps=dict(steps)), stage, form.arrays)
+            steps[stage] = _of_factors(steps[stage], stage, form.arrays)
         if stage == "probabilities" and INSIDE in places:
             steps[stage] = partial(_by_steps, steps[stage], form.arrays)
         if stage + BEFORE in places:
             steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
-        if stage in places or (recipe.sections and FACTORS + stage not in places):
-            rounding = form.arrays if stage in places else lambda x: x
-            steps[stage] = _stored(recipe.but(steps=dict(steps)), stage, rounding)
-    return recipe.but(weights=weights, inputs=inputs, steps=steps, sections=())
+        if stage in places:
+            steps[stage] = _stored(steps[stage], form.arrays)
+    return recipe.but(weights=weights, inputs=inputs, steps=steps)
 
 
 def _by_steps(own: Step, rounding: Rounding, recipe: Recipe, stages: Arrays) -> np.ndarray:
@@ -342,27 +380,23 @@ def _tf32(array: np.ndarray) -> np.ndarray:
     return np.ldexp(np.round(mantissa * 2.0**11) / 2.0**11, exponent)
 
 
-def _stored(recipe: Recipe, name: str, rounding: Rounding) -> Step:
-    def step(other: Recipe, stages: Arrays) -> np.ndarray:
-        return rounding(other.but(sections=recipe.sections, steps=recipe.steps).stage(name, stages))
-
-    return step
+def _stored(own: Step, rounding: Rounding) -> Step:
+    """A step whose result is rounded."""
+    return lambda recipe, stages: rounding(own(recipe, stages))
 
 
-def _of_factors(recipe: Recipe, name: str, rounding: Rounding) -> Step:
+def _of_factors(own: Step, name: str, rounding: Rounding) -> Step:
     """A product of rounded factors; the result is not rounded."""
     kernel = f"{name}.kernel"
 
-    def step(other: Recipe, stages: Arrays) -> np.ndarray:
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
         factors = {n: rounding(array) for n, array in stages.items()}
-        weights, inputs = dict(other.weights), dict(other.inputs)
+        weights, inputs = dict(recipe.weights), dict(recipe.inputs)
         if name in PROJECTIONS:
             weights[kernel], inputs[name] = rounding(weights[kernel]), rounding(inputs[name])
         elif kernel in weights:
             weights[kernel] = rounding(weights[kernel])
-        own = other.but(sections=recipe.sections, steps=recipe.steps, weights=weights,
-                        inputs=inputs)  # fmt: skip
-        return own.stage(name, factors)
+        return own(recipe.but(weights=weights, inputs=inputs), factors)
 
     return step
 

@@ -340,7 +340,7 @@ def _twice(recipe: Recipe) -> Variants:
             plain = np.eye(len(flat[name])).reshape(kernels[name].shape)
             yield f"{name}, its kernel is left out", _with(recipe, {f"{name}.kernel": plain})
             none = dict.fromkeys(own[name]) | {f"{name}.kernel": plain}
-            if name != "output":  # it has a name of its own
+            if name != "output":
                 yield f"{name}, left out", _with(recipe, none)
 
 
@@ -365,9 +365,14 @@ def _output_not_by_head(recipe: Recipe) -> Variants:
     first = np.broadcast_to(kernel[:1], kernel.shape)
     yield "every head has the first head's part", _with(recipe, {"output.kernel": first})
     yield "the heads' outputs are averaged", _with(recipe, {"output.kernel": kernel / heads})
-    if heads * kernel.shape[1] == kernel.shape[2]:
+
+
+def _without_output(recipe: Recipe) -> Variants:
+    """The heads side by side for the output."""
+    kernel = recipe.weights["output.kernel"]
+    if len(kernel) * kernel.shape[1] == kernel.shape[2]:
         plain = np.eye(kernel.shape[2]).reshape(kernel.shape)
-        yield "it is left out", _with(recipe, {"output.kernel": plain, "output.bias": None})
+        yield "", _with(recipe, {"output.kernel": plain, "output.bias": None})
 
 
 def _orders(heads: int) -> Iterator[tuple[int, ...]]:
@@ -431,6 +436,8 @@ MISTAKES: tuple[Row, ...] = (
      _bias_of_another),
     ("output kernel interleaved", "The rows of the output's kernel are (heads, width): "
      "merge the heads in this order.", _output_interleaved),
+    ("output projection left out", "Project the heads, side by side, to the output.",
+     _without_output),
     ("output projection not applied by head", "The output's kernel has a part of its "
      "own for each head, (H, d_v, O); the heads' results are added.", _output_not_by_head),
     ("heads permuted", "Bring the heads into one order.", _heads_permuted),

@@ -200,7 +200,9 @@ def compare_weights(first: Trace, second: Trace) -> list[Stage]:
         return []
     stages = []
     for name in {**first.weights, **second.weights}:
-        wanted, got = first.weights.get(name), second.weights.get(name)
+        # Also what was told of a weight whose option was not.
+        wanted = first.weights.get(name, first.extras.get(name))
+        got = second.weights.get(name, second.extras.get(name))
         only = next((a for a in (wanted, got) if wanted is None or got is None), None)
         if only is not None and name.endswith(".bias") and not np.any(only):
             continue  # a bias of zeros is as none

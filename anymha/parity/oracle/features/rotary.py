@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -59,6 +60,8 @@ class RotarySection(Section):
         dtype: The half precision in which angles are computed; default none.
         shifts: What is added to the positions of the stages, by name.
         by_index: Whether positions of the call are ignored, and the offset too.
+        by_head: Whether heads are counted in place of positions.
+        exchanged: Whether cosines stand for sines, and sines for cosines.
     """
 
     option = "rotary"
@@ -76,11 +79,13 @@ class RotarySection(Section):
         rounded: tuple[str, ...] = (),
         shifts: dict[str, int] | None = None,
         by_index: bool = False,
+        by_head: bool = False,
+        exchanged: bool = False,
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
         self.on, self.sign, self.dtype, self.by_index = on, sign, dtype, by_index
-        self.rounded = rounded
+        self.rounded, self.by_head, self.exchanged = rounded, by_head, exchanged
         self.factor = attention_factor(self.value) if factor is None else factor
         self.shifts = shifts or {}
 
@@ -145,12 +150,17 @@ class RotarySection(Section):
         alone = "rotary of the keys alone" in wrong and place == "query"
         if place not in ("query", "key") or "rotary left out" in wrong or alone:
             return array
+        if "rotary along the heads" in wrong:
+            heads = ops.permute_dims(array, (0, 2, 1, 3))
+            own = replace(port, wrong={*port.wrong} - {"rotary along the heads"}, places={})
+            return ops.permute_dims(self.ported(ops, place, heads, own), (0, 2, 1, 3))
         _, length, _, d = array.shape
         r = d if rotary["dim"] is None else rotary["dim"]
         first = rotary["columns"] == "first"
         start = 0 if first != ("rotary on other columns" in wrong) else d - r
         in_halves = (rotary["layout"] == "half") != ("rotary layout swapped" in wrong)
         base = 10_000.0 if "another base" in wrong else rotary["base"]
+        base = base**0.5 if "half the exponents" in wrong else base
         scaling = None if "rotary scaling left out" in wrong else rotary["scaling"]
         plain = {**rotary, "base": base, "scaling": scaling}
         factor = attention_factor(rotary)
@@ -169,6 +179,8 @@ class RotarySection(Section):
             numbers = np.multiply.outer(places.astype(ml_dtypes.bfloat16), own).astype(np.float64)
         if "rotary turned the other way" in wrong:
             numbers = -numbers
+        if "cosines and sines exchanged" in wrong:
+            numbers = np.pi / 2 - numbers
         matrices = np.zeros((length, d, d)) + np.eye(d)
         for pair, angle in enumerate(numbers.T):
             i, j = (pair, pair + r // 2) if in_halves else (2 * pair, 2 * pair + 1)
@@ -193,12 +205,14 @@ class RotarySection(Section):
         """Cosines, sines and angles, (B or 1, T, 1, r/2)."""
         places = np.arange(array.shape[1])[None] if self.by_index else recipe.places(stage)
         places = places + self.shifts.get(stage, 0)
+        places = np.arange(array.shape[2])[None] if self.by_head else places
         own = self._frequencies(array, recipe)
         if {"frequencies", "angles"} <= {*self.rounded}:  # a product in that precision
             places = self._rounded("angles", places)
         angles = places[..., None] * self._rounded("frequencies", own)
-        angles = self._rounded("angles", angles)[:, :, None]
+        angles = np.expand_dims(self._rounded("angles", angles), 1 if self.by_head else 2)
         cos, sin = (self._rounded("tables", f(angles) * self.factor) for f in (np.cos, np.sin))
+        cos, sin = (sin, cos) if self.exchanged else (cos, sin)
         return cos, self.sign * sin, angles
 
     def _rounded(self, what: str, array: np.ndarray) -> np.ndarray:
@@ -230,6 +244,24 @@ class RotarySection(Section):
         """By the negative angle."""
         yield "", self._with(recipe, sign=-1, factor=self.factor)
 
+    def exchanged_tables(self, recipe: Recipe) -> Variants:
+        """(a, b) becomes (a sin - b cos, b sin + a cos)."""
+        yield "", self._with(recipe, exchanged=True, factor=self.factor)
+
+    def along_heads(self, recipe: Recipe) -> Variants:
+        """As where heads and positions are exchanged after the rotation."""
+        yield "over the heads", self._with(recipe, by_head=True, factor=self.factor)
+
+    def of_other_exponents(self, recipe: Recipe) -> Variants:
+        """Exponents of the base that are not 2i/dim of pair i."""
+        width = recipe.weights["query.kernel"].shape[2]
+        own, base = self.value["dim"] or width, self.value["base"]
+        for words, power in {f"2i/{width}, by the width of a head, in place of 2i/{own}":
+                             own / width, f"i/{own} in place of 2i/{own}": 0.5,
+                             f"4i/{own} in place of 2i/{own}": 2.0}.items():  # fmt: skip
+            if power != 1:
+                yield f"{words}, as of base {base**power:.6g}", self._but(recipe, base=base**power)
+
     def elsewhere(self, recipe: Recipe) -> Variants:
         """The other end of the heads, or another number of columns."""
         width = recipe.weights["query.kernel"].shape[2]
@@ -246,7 +278,7 @@ class RotarySection(Section):
         """Another base."""
         for base in BASES:
             if base != self.value["base"]:
-                words = f"{base:g} in place of {self.value['base']:g}"
+                words = f"{base:.9g} in place of {self.value['base']:.9g}"
                 yield words, self._but(recipe, base=base)
 
     def coarse(self, recipe: Recipe) -> Variants:
@@ -292,6 +324,10 @@ class RotarySection(Section):
          "2i + 1 in \"interleaved\"; or permute the columns of the weights.", swapped),
         ("rotary turned the other way", "(a, b) becomes (a cos - b sin, b cos + a sin): exchange "
          "the signs of the sines.", reversed),
+        ("rotary with cosines and sines exchanged", "(a, b) becomes (a cos - b sin, b cos + a "
+         "sin): the first factor is the cosine.", exchanged_tables),
+        ("rotary along another axis", "Positions are counted along the axis of positions: rotate "
+         "(B, T, H, d) along T, or exchange the axes first.", along_heads),
         ("rotary on other columns", "Rotate `dim` columns of each head, the `columns` that the "
          "option names.", elsewhere),
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
@@ -302,6 +338,8 @@ class RotarySection(Section):
         ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
          unscaled),
         ("rotary of another base", "Give both the same `base`.", based),
+        ("rotary of other exponents", "The frequency of pair i of `dim` columns is "
+         "base^(-2i/dim).", of_other_exponents),
         ("rotary angles in half precision", "Compute positions times frequencies, cosines and "
          "sines in float32 at least.", coarse),
     )  # fmt: skip

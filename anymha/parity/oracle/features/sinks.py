@@ -87,6 +87,8 @@ class SinksSection(Section):
             sinks = sinks[::-1]
         if "sinks with the other sign" in wrong:
             sinks = -sinks
+        if "sinks of zero" in wrong:
+            sinks = 0.0 * sinks
         logits = port.masked_logits
         if "sinks not shifted" in wrong:
             top = ops.max(logits, axis=-1, keepdims=True)
@@ -105,9 +107,13 @@ class SinksSection(Section):
         yield "reversed", recipe.with_section(SinksSection(self.value, turned=True))
 
     def with_the_other_sign(self, recipe: Recipe) -> Variants:
-        """Their negatives; or zeros, the softmax of "plus one"."""
-        for factor, words in ((-1.0, "negative"), (0.0, "zero")):
-            yield words, recipe.with_section(SinksSection(self.value, factor=factor))
+        """Their negatives."""
+        yield "", recipe.with_section(SinksSection(self.value, factor=-1.0))
+
+    def of_zero(self, recipe: Recipe) -> Variants:
+        """A logit of zero, the softmax of "plus one"."""
+        words = "each row has a logit of zero more: 1 is added to its sum"
+        yield words, recipe.with_section(SinksSection(self.value, factor=0.0))
 
     def beside_the_maximum(self, recipe: Recipe) -> Variants:
         """Its exponential as it is, beside those of logits less the greatest of the row."""
@@ -119,6 +125,8 @@ class SinksSection(Section):
         ("sinks of the other heads", "Give each query head its own sink.", of_other_heads),
         ("sinks with the other sign", "The sink's exponential joins the sum of each row.",
          with_the_other_sign),
+        ("sinks of zero", "Load the sinks' weights: zeros are the softmax with 1 more in its sum.",
+         of_zero),
         ("sinks not shifted by the maximum", "Take the row's maximum off the sink too, or let the "
          "maximum include it.", beside_the_maximum),
     )  # fmt: skip
@@ -127,6 +135,7 @@ class SinksSection(Section):
         ("sinks scaled", "sinks scaled", "probabilities"),
         ("sinks of the other heads", "sinks of the other heads", "probabilities"),
         ("sinks with the other sign", "sinks with the other sign", "probabilities"),
+        ("sinks of zero", "sinks of zero", "probabilities"),
         ("sinks not shifted", "sinks not shifted by the maximum", "probabilities"),
     )
 
