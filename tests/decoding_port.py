@@ -74,6 +74,11 @@ FAULTS = (
     Fault("join rotates to the padded batch", "rotation after the join", "rotary join ragged"),
     Fault("rotates all that is held in each call", "cached keys rotated wrongly", "rotary"),
     Fault("holds keys without rotation", "cached keys rotated wrongly", "rotary"),
+    Fault("holds new keys without rotation", "cached keys rotated wrongly", "linear rotary"),
+    Fault("repeats the last value", "stale keys", "linear"),
+    Fault("joins new positions in front", "cache in another order", "linear"),
+    Fault("holds float16", "cache in half precision", "linear"),
+    Fault("one position for a call", "positions read after the update", "position"),
     Fault("ring of one position fewer", "ring off by one", "window"),
     Fault("ring of one position more", "ring off by one", "window"),
     Fault("ring written before it is read", "ring off by one", "window"),
@@ -188,9 +193,16 @@ class Port:
         slots = places % size if self.layer.config.sliding_window else (
             self._slots(places, length, size))  # fmt: skip
         if not (wrong == "writes no keys behind the prompt" and length):
-            new.keys[row, slots] = k if wrong == "holds keys without rotation" else turned
+            bare = wrong == "holds keys without rotation" or (
+                wrong == "holds new keys without rotation" and length)  # fmt: skip
+            new.keys[row, slots] = k if bare else turned
         if not (wrong == "writes no values behind the prompt" and length):
             new.values[row, slots] = v
+        if wrong == "repeats the last value" and length:
+            new.values[row, slots] = old_values[length - 1]
+        if wrong == "holds float16":
+            new.keys[row, slots] = new.keys[row, slots].astype(np.float16)
+            new.values[row, slots] = new.values[row, slots].astype(np.float16)
         new.places[row, slots] = np.where(hide, -2, keys)
         new.lengths[row] = length + count - (wrong == "adds one too few to the lengths")
         if self.layer.config.sliding_window:
@@ -203,8 +215,10 @@ class Port:
         every_key, every_value = new.keys[row].copy(), new.values[row].copy()
         if source != row:
             every_key[:length], every_value[:length] = old_keys[:length], old_values[:length]
-        if wrong == "holds keys without rotation":
+        if wrong in ("holds keys without rotation", "holds float16"):
             every_key[slots] = turned
+        if wrong in ("repeats the last value", "holds float16"):
+            every_value[slots] = v
         at = np.arange(size)
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):
@@ -221,6 +235,7 @@ class Port:
             "positions of the longest row": lengths.max() + index,
             "positions after the update": places + len(index),
             "positions from 0": index,
+            "one position for a call": places - index,
         }.get(self.wrong.removeprefix("query "), places)
         return other, places if self.wrong.startswith("query") else other
 

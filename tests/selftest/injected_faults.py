@@ -68,6 +68,12 @@ _FAULTS = (
     Fault("window narrower", "window off by one", "masked_logits", (), {"sliding_window": 3}),
     Fault("window ignored", "window ignored", "masked_logits", (), {"sliding_window": 3}),
     Fault("window of one side", "window of one side", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window open to the right", "window of one side", "masked_logits", (),
+          {"sliding_window": 3}),
+    Fault("window inverted", "another kind of window", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window by blocks", "another kind of window", "masked_logits", (),
+          {"sliding_window": 3}),
+    Fault("lengths one short", "mask of other positions", "masked_logits", ("lengths",)),
     Fault("hidden logits filled", "mask applied wrongly", "masked_logits"),
     Fault("mask of another sequence", "mask of other positions", "masked_logits"),
     Fault("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
@@ -88,6 +94,11 @@ _FAULTS = (
     Fault("softmax over queries", "softmax over another axis", "probabilities"),
     Fault("softmax over heads", "softmax over another axis", "probabilities"),
     Fault("no softmax", "no softmax", "probabilities"),
+    Fault("last head even", "another softmax", "probabilities"),
+    Fault("attention over the heads", "attention over the heads", "context", ("square",)),
+    Fault("heads merged late", "heads merged wrongly", "output"),
+    Fault("rotary scaling multiplied", "rotary angles multiplied", "query", (), {"rotary": {
+        "scaling": {"rope_type": "linear", "factor": 4.0}}}),
     Fault("grouped heads tiled", "grouped heads tiled", "logits", ("mask",), GROUPED),
     Fault("key and value exchanged", "inputs exchanged", "key", ("mask", "three")),
     Fault("batch and time exchanged", "batch and time exchanged", "query", ("square",)),
@@ -158,7 +169,7 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
             "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch),
-            "segments", "restarted" (positions begin anew in each).
+            "segments", "restarted" (positions begin anew in each), "lengths" (a mask of lengths).
         dtype: Of the inputs.
         seed: Of all numbers.
     """
@@ -179,6 +190,9 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
         if "empty" in case:
             mask[0, 3] = False
         call["attention_mask"] = mask
+    if "lengths" in case:
+        lengths = np.array([KEYS, KEYS - 3])[:, None, None]
+        call["attention_mask"] = np.tile(np.arange(KEYS) < lengths, (1, queries, 1))
     if "bias" in case:
         call["attention_bias"] = normal(HEADS, queries, KEYS)
     if "causal" in case:

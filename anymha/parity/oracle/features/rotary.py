@@ -59,6 +59,9 @@ class RotarySection(Section):
         dtype: The half precision in which angles are computed; default none.
         shifts: What is added to the positions of the stages, by name.
         by_index: Whether positions of the call are ignored, and the offset too.
+        one_sign: Whether both sines are added (or, by `sign`, subtracted), which is no rotation.
+        times: The factor of the angles of the stages, by name.
+        twice: The stages that are turned twice.
     """
 
     option = "rotary"
@@ -76,11 +79,15 @@ class RotarySection(Section):
         rounded: tuple[str, ...] = (),
         shifts: dict[str, int] | None = None,
         by_index: bool = False,
+        one_sign: bool = False,
+        times: dict[str, float] | None = None,
+        twice: tuple[str, ...] = (),
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
         self.on, self.sign, self.dtype, self.by_index = on, sign, dtype, by_index
-        self.rounded = rounded
+        self.rounded, self.times, self.twice = rounded, times or {}, twice
+        self.first = -1 if one_sign else 1
         self.factor = attention_factor(self.value) if factor is None else factor
         self.shifts = shifts or {}
 
@@ -94,9 +101,11 @@ class RotarySection(Section):
             return array
         one, two = self._pairs(array.shape[-1])
         cos, sin, _ = self._turns(stage, array, recipe)
-        a, b, result = array[..., one], array[..., two], array.copy()
-        result[..., one], result[..., two] = a * cos - b * sin, b * cos + a * sin
-        return result
+        for _ in range(1 + (stage in self.twice)):
+            a, b, result = array[..., one], array[..., two], array.copy()
+            result[..., one], result[..., two] = a * cos - self.first * b * sin, b * cos + a * sin
+            array = result
+        return array
 
     def backward(
         self,
@@ -115,9 +124,12 @@ class RotarySection(Section):
         back = -sin
         if not cancel:
             cos, sin, back = np.abs(cos), np.abs(sin), np.abs(sin)
-        a, b, result = gradient[..., one], gradient[..., two], gradient.copy()
-        result[..., one], result[..., two] = a * cos + b * sin, b * cos + a * back
-        return result
+        back = self.first * back if cancel else back
+        for _ in range(1 + (stage in self.twice)):
+            a, b, result = gradient[..., one], gradient[..., two], gradient.copy()
+            result[..., one], result[..., two] = a * cos + b * sin, b * cos + a * back
+            gradient = result
+        return gradient
 
     def sizes(
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
@@ -169,6 +181,8 @@ class RotarySection(Section):
             numbers = np.multiply.outer(places.astype(ml_dtypes.bfloat16), own).astype(np.float64)
         if "rotary turned the other way" in wrong:
             numbers = -numbers
+        if "rotary scaling multiplied" in wrong:
+            numbers = numbers * rotary["scaling"]["factor"] ** 2
         matrices = np.zeros((length, d, d)) + np.eye(d)
         for pair, angle in enumerate(numbers.T):
             i, j = (pair, pair + r // 2) if in_halves else (2 * pair, 2 * pair + 1)
@@ -176,6 +190,10 @@ class RotarySection(Section):
             matrices[:, i, i] = matrices[:, j, j] = factor * np.cos(angle)
             matrices[:, i, j] = factor * np.sin(angle)
             matrices[:, j, i] = -factor * np.sin(angle)
+            if "rotary sines of one sign" in wrong:
+                matrices[:, j, i] *= -1
+        if "queries turned twice" in wrong and place == "query":
+            matrices = matrices @ matrices
         dtype = ops.to_numpy(array).dtype
         return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)[None]))
 
@@ -197,7 +215,7 @@ class RotarySection(Section):
         if {"frequencies", "angles"} <= {*self.rounded}:  # a product in that precision
             places = self._rounded("angles", places)
         angles = places[..., None] * self._rounded("frequencies", own)
-        angles = self._rounded("angles", angles)[:, :, None]
+        angles = self.times.get(stage, 1.0) * self._rounded("angles", angles)[:, :, None]
         cos, sin = (self._rounded("tables", f(angles) * self.factor) for f in (np.cos, np.sin))
         return cos, self.sign * sin, angles
 
@@ -283,11 +301,37 @@ class RotarySection(Section):
         if recipe.stages["value"].shape[-1] == recipe.stages["key"].shape[-1]:
             yield "the values are turned too", self._with(recipe, on=("query", "key", "value"))
 
+    def of_one_sign(self, recipe: Recipe) -> Variants:
+        """Both sines added, or both subtracted."""
+        for words, sign in (("both are added, a minus is missing", 1), ("both subtracted", -1)):
+            yield words, self._with(recipe, sign=sign, one_sign=True, factor=self.factor)
+
+    def often(self, recipe: Recipe) -> Variants:
+        """Queries, keys or both turned twice."""
+        for words, names in (("the queries", self.on[:1]), ("the keys", self.on[1:2]),
+                             ("queries and keys", self.on)):  # fmt: skip
+            yield f"{words} twice", self._with(recipe, twice=names, factor=self.factor)
+
+    def by_a_factor(self, recipe: Recipe) -> Variants:
+        """Angles with a factor: that of a linear scaling the other way round, or that of turns."""
+        scaling = self.value["scaling"] or {}
+        every = {"by 2 pi, as of turns": 2 * math.pi}
+        if scaling.get("rope_type") == "linear":
+            factor = float(scaling["factor"])
+            every = {"by the scaling's factor, not divided by it": factor**2,
+                     "divided by the scaling's factor twice": 1 / factor, **every}  # fmt: skip
+        for words, factor in every.items():
+            times = dict.fromkeys(self.on, factor)
+            yield words, self._with(recipe, times=times, factor=self.factor)
+
     mistakes = (
         ("rotary layout swapped", "Pair column i with i + dim/2 in the layout \"half\", 2i with "
          "2i + 1 in \"interleaved\"; or permute the columns of the weights.", swapped),
         ("rotary turned the other way", "(a, b) becomes (a cos - b sin, b cos + a sin): exchange "
          "the signs of the sines.", reversed),
+        ("rotary sines of one sign", "One sine is subtracted, the other added: (a, b) becomes "
+         "(a cos - b sin, b cos + a sin).", of_one_sign),
+        ("rotary twice", "Rotate queries and keys once each.", often),
         ("rotary on other columns", "Rotate `dim` columns of each head, the `columns` that the "
          "option names.", elsewhere),
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
@@ -297,6 +341,8 @@ class RotarySection(Section):
          "of attention, once.", misfactored),
         ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
          unscaled),
+        ("rotary angles multiplied", "An angle is a position times a frequency, in radians; a "
+         "linear scaling divides it by its factor, once.", by_a_factor),
         ("rotary of another base", "Give both the same `base`.", based),
         ("rotary angles in half precision", "Compute positions times frequencies, cosines and "
          "sines in float32 at least.", coarse),
@@ -306,6 +352,8 @@ class RotarySection(Section):
         ("another rotary", "another rotary", "query"),
         ("rotary layout swapped", "rotary layout swapped", "query"),
         ("rotary turned the other way", "rotary turned the other way", "query"),
+        ("rotary sines of one sign", "rotary sines of one sign", "query"),
+        ("queries turned twice", "rotary twice", "query"),
         ("rotary on other columns", "rotary on other columns", "query"),
         ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
         ("query positions off by one", "rotary positions off by one", "query"),
