@@ -74,11 +74,6 @@ FAULTS = (
     Fault("join rotates to the padded batch", "rotation after the join", "rotary join ragged"),
     Fault("rotates all that is held in each call", "cached keys rotated wrongly", "rotary"),
     Fault("holds keys without rotation", "cached keys rotated wrongly", "rotary"),
-    Fault("holds new keys without rotation", "cached keys rotated wrongly", "linear rotary"),
-    Fault("repeats the last value", "stale keys", "linear"),
-    Fault("joins new positions in front", "cache in another order", "linear"),
-    Fault("holds float16", "cache in half precision", "linear"),
-    Fault("one position for a call", "positions read after the update", "position"),
     Fault("ring of one position fewer", "ring off by one", "window"),
     Fault("ring of one position more", "ring off by one", "window"),
     Fault("ring written before it is read", "ring off by one", "window"),
@@ -98,6 +93,11 @@ FAULTS = (
     Fault("reorder moves the other way", "cache of another row", "reorder"),
     Fault("truncate does nothing", "wrong with `truncate`", "linear truncate"),
     Fault("truncate leaves one too many", "wrong with `truncate`", "linear truncate"),
+    Fault("holds new keys without rotation", "cached keys rotated wrongly", "linear rotary"),
+    Fault("repeats the last value", "stale keys", "linear"),
+    Fault("joins new positions in front", "cache in another order", "linear"),
+    Fault("holds float16", "cache in half precision", "linear"),
+    Fault("one position for a call", "positions read after the update", "position"),
 )  # fmt: skip
 """Every fault."""
 
@@ -192,6 +192,10 @@ class Port:
         q, turned = self._rotated(q, queries), self._rotated(k, keys)
         slots = places % size if self.layer.config.sliding_window else (
             self._slots(places, length, size))  # fmt: skip
+        if wrong == "joins new positions in front":
+            for own, old in ((new.keys, cache.keys), (new.values, cache.values),
+                             (new.places, cache.places)):  # fmt: skip
+                own[row, count : count + length] = old[row, :length]
         if not (wrong == "writes no keys behind the prompt" and length):
             bare = wrong == "holds keys without rotation" or (
                 wrong == "holds new keys without rotation" and length)  # fmt: skip
@@ -243,6 +247,7 @@ class Port:
         """Where new keys are written."""
         return {
             "writes each call at slot 0": places - length,
+            "joins new positions in front": places - length,
             "clamps to the last slot": np.minimum(places, size - 1),
             "moves a call back until it fits": places + min(0, size - length - len(places)),
             "writes one slot late": places + 1,

@@ -57,6 +57,8 @@ _FAULTS = (
           ("segments", "restarted"), {"rotary": True}),
     Fault("norm on the other side of rotary", "query_key_norm on the other side of rotary", "query",
           (), {"rotary": True, "query_key_norm": "rms"}),
+    Fault("norms exchanged", "query_key_norm by the weight of another", "query", (),
+          {"rotary": True, "query_key_norm": "rms"}),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
@@ -96,7 +98,6 @@ _FAULTS = (
     Fault("no softmax", "no softmax", "probabilities"),
     Fault("last head even", "another softmax", "probabilities"),
     Fault("attention over the heads", "attention over the heads", "context", ("square",)),
-    Fault("heads merged late", "heads merged wrongly", "output"),
     Fault("rotary scaling multiplied", "rotary angles multiplied", "query", (), {"rotary": {
         "scaling": {"rope_type": "linear", "factor": 4.0}}}),
     Fault("grouped heads tiled", "grouped heads tiled", "logits", ("mask",), GROUPED),

@@ -327,7 +327,7 @@ class Port:
             top = ops.exp(raw - ops.max(raw, axis=-1, keepdims=True))
             return ops.where(empty, top / ops.sum(top, axis=-1, keepdims=True), even)
         if "last head even" in wrong:
-            ones = ops.where(safe > -math.inf, 1.0, 0.0)
+            ones = ops.where(safe > -math.inf, 0.0 * weights + 1.0, 0.0)
             mean = ones / ops.sum(ones, axis=-1, keepdims=True)
             even = ops.concat([even[:, :-1], mean[:, -1:]], axis=1)
         return ops.where(empty, 0.0, even)

@@ -166,6 +166,8 @@ class GateSection(Section):
             return sizes
         y, own = self._projected(recipe, stages)
         function, slope = FUNCTIONS[self.function]
+        if self.added:
+            return np.hypot(sizes, np.abs(slope(y)) * own)
         return np.hypot(sizes * np.abs(function(y)), np.abs(array * slope(y)) * own)
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:

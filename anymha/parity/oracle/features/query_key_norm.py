@@ -310,7 +310,6 @@ class QueryKeyNormSection(Section):
         ("norm without its weight", "query_key_norm by another weight", "query"),
         ("norm with another epsilon", "query_key_norm with another epsilon", "query"),
         ("norm with the mean", "query_key_norm with another mean", "query"),
-        ("norms exchanged", "query_key_norm by the weight of another", "query"),
         ("norm by the query's weight", "query_key_norm by the weight of another", "key"),
         ("norm of the values too", "query_key_norm of one projection", "value"),
         ("norm's epsilon added to the root", "query_key_norm with another epsilon", "query"),
