@@ -137,14 +137,18 @@ def _window_shifted(recipe: Recipe) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def _apart(recipe: Recipe) -> np.ndarray:
-    """How far keys stand behind queries, (1 or B, 1, T, S)."""
+def _counted(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """The positions by which a window counts: queries (1 or B, 1, T, 1), keys (1 or B, 1, 1, S)."""
     _, queries, keys = recipe.lengths
-    return np.arange(queries)[:, None] - np.arange(keys) + _offset(recipe)[:, None, None, None]
+    own, other = np.arange(queries)[None], np.arange(keys)[None]
+    if recipe.decoded is not None and queries == keys:
+        own = other = recipe.decoded.places
+    return (own + _offset(recipe)[:, None])[:, None, :, None], other[:, None, None]
 
 
 def _window_of_one_side(recipe: Recipe) -> Mapping[str, Any]:
-    window, apart = recipe.window or 0, _apart(recipe)
+    window, (own, other) = recipe.window or 0, _counted(recipe)
+    apart = own - other
     every = {"all keys that follow are seen": apart < window,
              "all keys that precede are seen": apart > -window}  # fmt: skip
     return {"": {"causal": True}} | {
@@ -155,10 +159,8 @@ def _window_of_one_side(recipe: Recipe) -> Mapping[str, Any]:
 
 def _other_windows(recipe: Recipe) -> Mapping[str, Any]:
     """The window's condition inverted; blocks in the place of a window that slides."""
-    window, apart = recipe.window or 1, _apart(recipe)
-    _, queries, keys = recipe.lengths
-    own = np.arange(queries)[:, None] + _offset(recipe)[:, None, None, None]
-    blocks = own // window - np.arange(keys) // window
+    window, (own, other) = recipe.window or 1, _counted(recipe)
+    apart, blocks = own - other, own // window - other // window
     every = {
         "inverted: keys beyond it are seen": np.abs(apart) >= window,
         "inverted: keys beyond it are seen, and the query's own": (np.abs(apart) >= window)

@@ -123,7 +123,7 @@ class GateSection(Section):
         y, size = self._projected(recipe, stages)
         function, slope = FUNCTIONS[self.function]
         if cancel:
-            return gradient if self.added else gradient * function(y)
+            return gradient * function(y)
         return gradient * (np.abs(function(y)) + np.abs(slope(y)) * size)
 
     def own_gradients(

@@ -124,12 +124,9 @@ class RotarySection(Section):
         back = -sin
         if not cancel:
             cos, sin, back = np.abs(cos), np.abs(sin), np.abs(sin)
-        back = self.first * back if cancel else back
-        for _ in range(1 + (stage in self.twice)):
-            a, b, result = gradient[..., one], gradient[..., two], gradient.copy()
-            result[..., one], result[..., two] = a * cos + b * sin, b * cos + a * back
-            gradient = result
-        return gradient
+        a, b, result = gradient[..., one], gradient[..., two], gradient.copy()
+        result[..., one], result[..., two] = a * cos + b * sin, b * cos + a * back
+        return result
 
     def sizes(
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
