@@ -161,8 +161,10 @@ class AlibiSection(Section):
                 "not those of the call",
                 recipe.with_section(AlibiSection(self.value, by_index=True)),
             )
-        for shift in (1, -1):
-            words = f"query {shift:+d}"
+        more = recipe.lengths[2] - recipe.lengths[1]
+        for shift in dict.fromkeys((1, -1, more) if more else (1, -1)):
+            end = ", as at the end of the keys" if shift == more else ""
+            words = f"query {shift:+d}{end}"
             yield words, recipe.with_section(AlibiSection(self.value, shift=shift))
 
     mistakes = (

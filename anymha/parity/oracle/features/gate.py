@@ -57,7 +57,8 @@ class GateSection(Section):
     """The gate of a value, "elementwise" or "head".
 
     `function` is applied to what the projection of `source` gives, an input or "projected" for the
-    projected queries; the result multiplies the stage `place`, or is `added` to it.
+    projected queries, or to the context "itself"; the result multiplies the stage `place`, or is
+    `added` to it.
     """
 
     option = "gate"
@@ -85,8 +86,12 @@ class GateSection(Section):
         q = stages["query"]
         return q.reshape(*q.shape[:2], -1)
 
-    def _projected(self, recipe: Recipe, stages: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    def _projected(
+        self, recipe: Recipe, stages: Arrays, array: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the projection gives (B, T, H, d_v or 1), and the size of its terms."""
+        if self.source == "itself":
+            return array, np.abs(array)
         x, kernel = self._input(recipe, stages), recipe.weights["gate.kernel"]
         bias = recipe.weights.get("gate.bias", np.zeros(kernel.shape[1:]))
         if kernel.ndim == 2:
@@ -104,7 +109,7 @@ class GateSection(Section):
         """The stage times the gate."""
         if stage != self.place:
             return array
-        y, _ = self._projected(recipe, stages)
+        y, _ = self._projected(recipe, stages, array)
         gate = FUNCTIONS[self.function][0](y)
         return array + gate if self.added else array * gate
 
@@ -120,7 +125,7 @@ class GateSection(Section):
         """The gate is a factor; its own error comes from the terms of its projection."""
         if stage != self.place:
             return gradient
-        y, size = self._projected(recipe, stages)
+        y, size = self._projected(recipe, stages, array)
         function, slope = FUNCTIONS[self.function]
         if cancel:
             return gradient * function(y)
@@ -138,7 +143,7 @@ class GateSection(Section):
         """Of kernel and bias of the projection, and of the query through it."""
         if stage != "context" or self.place != "context":
             return {}
-        y, size = self._projected(recipe, stages)
+        y, size = self._projected(recipe, stages, array)
         slope, x = FUNCTIONS[self.function][1](y), self._input(recipe, stages)
         kernel = recipe.weights["gate.kernel"]
         if not cancel:
@@ -164,7 +169,7 @@ class GateSection(Section):
         """Errors are multiplied too, and those of the gate come on top."""
         if stage != self.place:
             return sizes
-        y, own = self._projected(recipe, stages)
+        y, own = self._projected(recipe, stages, array)
         function, slope = FUNCTIONS[self.function]
         if self.added:
             return np.hypot(sizes, np.abs(slope(y)) * own)
@@ -208,6 +213,8 @@ class GateSection(Section):
             gate = ops.reshape(gate, (batch, length, axes[0], kernel[0, 0].size))
         if "another gate" in wrong:
             gate = gate[..., :1]
+        if "gate of the context itself" in wrong:
+            gate = 1.0 / (1.0 + ops.exp(array * -1.0))
         return array + gate if "gate added" in wrong else array * gate
 
     def by_another_function(self, recipe: Recipe) -> Variants:
@@ -240,6 +247,7 @@ class GateSection(Section):
         for name in ("value", "key"):
             if recipe.inputs[name].shape == query.shape:
                 yield name, recipe.with_section(GateSection(self.value, source=name))
+        yield "the context itself", recipe.with_section(GateSection(self.value, source="itself"))
         if recipe.weights["query.kernel"][0].size == query.shape[-1]:
             words = "the projected queries"
             yield words, recipe.with_section(GateSection(self.value, source="projected"))
@@ -333,6 +341,7 @@ class GateSection(Section):
         ("gate by relu", "gate of another function", "context"),
         ("gate by a hard sigmoid", "gate of another function", "context"),
         ("gate added", "gate of another function", "context"),
+        ("gate of the context itself", "gate of another input", "context"),
         ("gate of the values", "gate of another stage", "value"),
         ("gate of the queries", "gate of another stage", "query"),
         ("gate after the output", "gate after the output", "context"),

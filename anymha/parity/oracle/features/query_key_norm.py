@@ -151,7 +151,9 @@ class QueryKeyNormSection(Section):
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        return (-2, -1) if self.value["over"] == "width" else (-1,)
+        return {"width": (-2, -1), "axis of heads": (-2,), "axis of positions": (-3,)}.get(
+            self.value["over"], (-1,)
+        )
 
     def _count(self, x: np.ndarray) -> int:
         """How many numbers are normalised together."""
@@ -194,7 +196,9 @@ class QueryKeyNormSection(Section):
         count = x.shape[-1]
         if value["kind"] == "layer":
             x = x - ops.sum(x, axis=-1, keepdims=True) / count
-        total = ops.sum(x * x, axis=-1, keepdims=True)
+        axis = 2 if "norm along the heads" in wrong else -1
+        count = x.shape[axis]
+        total = ops.sum(x * x, axis=axis, keepdims=True)
         if value["kind"] == "l2":
             root = ops.sqrt(total)
             x = x / ops.where(root > value["eps"], root, value["eps"])
@@ -247,6 +251,8 @@ class QueryKeyNormSection(Section):
         by_head = self.value["over"] != "width"
         over, words = ("width", "all heads together") if by_head else ("head", "each head")
         yield f"over {words}", self._but(recipe, over=over)
+        for over in ("axis of heads", "axis of positions"):
+            yield f"along the {over}", self._but(recipe, over=over)
 
     def by_another_weight(self, recipe: Recipe) -> Variants:
         """1 + w in place of w, or the other way round, or no weight."""
@@ -311,6 +317,7 @@ class QueryKeyNormSection(Section):
         ("norm with another epsilon", "query_key_norm with another epsilon", "query"),
         ("norm with the mean", "query_key_norm with another mean", "query"),
         ("norm by the query's weight", "query_key_norm by the weight of another", "key"),
+        ("norm along the heads", "query_key_norm over another width", "query"),
         ("norm of the values too", "query_key_norm of one projection", "value"),
         ("norm's epsilon added to the root", "query_key_norm with another epsilon", "query"),
     )

@@ -172,12 +172,16 @@ class RotarySection(Section):
         places = places.astype(np.float64)
         if "query positions off by one" in wrong and place == "query":
             places += 1
+        if "queries at the end" in wrong and place == "query":
+            places += port.inputs["key"].shape[1] - length
         numbers = np.outer(places, frequencies(plain, r, length))
         if "rotary angles in bfloat16" in wrong:
             own = frequencies(plain, r, length).astype(ml_dtypes.bfloat16)
             numbers = np.multiply.outer(places.astype(ml_dtypes.bfloat16), own).astype(np.float64)
         if "rotary turned the other way" in wrong:
             numbers = -numbers
+        if "rotary positions halved" in wrong:
+            numbers = numbers / 2
         if "rotary scaling multiplied" in wrong:
             numbers = numbers * rotary["scaling"]["factor"] ** 2
         matrices = np.zeros((length, d, d)) + np.eye(d)
@@ -273,6 +277,10 @@ class RotarySection(Section):
         given = (recipe.positions, recipe.key_positions, recipe.offset)
         if any(one is not None and np.any(one) for one in given):
             yield "not those of the call", self._with(recipe, by_index=True)
+        _, queries, keys = recipe.lengths
+        if queries != keys:
+            words = f"query {keys - queries:+d}, as at the end of the keys"
+            yield words, self._with(recipe, shifts={"query": keys - queries}, factor=self.factor)
         for names in (("query",), ("key",), ("query", "key")):
             for by in (1, -1):
                 words = f"{' and '.join(names)} {by:+d}"
@@ -313,10 +321,11 @@ class RotarySection(Section):
         """Angles with a factor: that of a linear scaling the other way round, or that of turns."""
         scaling = self.value["scaling"] or {}
         every = {"by 2 pi, as of turns": 2 * math.pi}
+        every |= {f"by 1/{n}, as by a linear scaling": 1 / n for n in (2, 4, 8)}
         if scaling.get("rope_type") == "linear":
             factor = float(scaling["factor"])
             every = {"by the scaling's factor, not divided by it": factor**2,
-                     "divided by the scaling's factor twice": 1 / factor, **every}  # fmt: skip
+                     "by 1/factor of the scaling, twice": 1 / factor, **every}  # fmt: skip
         for words, factor in every.items():
             times = dict.fromkeys(self.on, factor)
             yield words, self._with(recipe, times=times, factor=self.factor)
@@ -350,6 +359,8 @@ class RotarySection(Section):
         ("rotary layout swapped", "rotary layout swapped", "query"),
         ("rotary turned the other way", "rotary turned the other way", "query"),
         ("rotary sines of one sign", "rotary sines of one sign", "query"),
+        ("queries at the end", "rotary positions off by one", "query"),
+        ("rotary positions halved", "rotary angles multiplied", "query"),
         ("queries turned twice", "rotary twice", "query"),
         ("rotary on other columns", "rotary on other columns", "query"),
         ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
