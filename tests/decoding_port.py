@@ -93,6 +93,11 @@ FAULTS = (
     Fault("reorder moves the other way", "cache of another row", "reorder"),
     Fault("truncate does nothing", "wrong with `truncate`", "linear truncate"),
     Fault("truncate leaves one too many", "wrong with `truncate`", "linear truncate"),
+    Fault("holds new keys without rotation", "cached keys rotated wrongly", "linear rotary"),
+    Fault("repeats the last value", "stale keys", "linear"),
+    Fault("joins new positions in front", "cache in another order", "linear"),
+    Fault("holds float16", "cache in half precision", "linear"),
+    Fault("one position for a call", "positions read after the update", "position"),
 )  # fmt: skip
 """Every fault."""
 
@@ -187,10 +192,21 @@ class Port:
         q, turned = self._rotated(q, queries), self._rotated(k, keys)
         slots = places % size if self.layer.config.sliding_window else (
             self._slots(places, length, size))  # fmt: skip
+        if wrong == "joins new positions in front":
+            for own, old in ((new.keys, cache.keys), (new.values, cache.values),
+                             (new.places, cache.places)):  # fmt: skip
+                own[row, count : count + length] = old[row, :length]
         if not (wrong == "writes no keys behind the prompt" and length):
-            new.keys[row, slots] = k if wrong == "holds keys without rotation" else turned
+            bare = wrong == "holds keys without rotation" or (
+                wrong == "holds new keys without rotation" and length)  # fmt: skip
+            new.keys[row, slots] = k if bare else turned
         if not (wrong == "writes no values behind the prompt" and length):
             new.values[row, slots] = v
+        if wrong == "repeats the last value" and length:
+            new.values[row, slots] = old_values[length - 1]
+        if wrong == "holds float16":
+            new.keys[row, slots] = new.keys[row, slots].astype(np.float16)
+            new.values[row, slots] = new.values[row, slots].astype(np.float16)
         new.places[row, slots] = np.where(hide, -2, keys)
         new.lengths[row] = length + count - (wrong == "adds one too few to the lengths")
         if self.layer.config.sliding_window:
@@ -203,8 +219,10 @@ class Port:
         every_key, every_value = new.keys[row].copy(), new.values[row].copy()
         if source != row:
             every_key[:length], every_value[:length] = old_keys[:length], old_values[:length]
-        if wrong == "holds keys without rotation":
+        if wrong in ("holds keys without rotation", "holds float16"):
             every_key[slots] = turned
+        if wrong in ("repeats the last value", "holds float16"):
+            every_value[slots] = v
         at = np.arange(size)
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):
@@ -221,6 +239,7 @@ class Port:
             "positions of the longest row": lengths.max() + index,
             "positions after the update": places + len(index),
             "positions from 0": index,
+            "one position for a call": places - index,
         }.get(self.wrong.removeprefix("query "), places)
         return other, places if self.wrong.startswith("query") else other
 
@@ -228,6 +247,7 @@ class Port:
         """Where new keys are written."""
         return {
             "writes each call at slot 0": places - length,
+            "joins new positions in front": places - length,
             "clamps to the last slot": np.minimum(places, size - 1),
             "moves a call back until it fits": places + min(0, size - length - len(places)),
             "writes one slot late": places + 1,

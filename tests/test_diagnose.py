@@ -184,6 +184,23 @@ def test_what_stands_around_is_named(steps, words) -> None:
     assert words in str(report.diagnosis), report.to_text()
 
 
+def test_heads_that_are_merged_late_are_told_where_the_context_is_right() -> None:
+    def port(query: np.ndarray) -> dict[str, np.ndarray]:
+        told: dict[str, np.ndarray] = {}
+
+        def kept(context: np.ndarray) -> np.ndarray:
+            told["context"] = context.swapaxes(1, 2).astype(np.float32)
+            rows = context.reshape(BATCH, LENGTH, HEADS, WIDTH)  # (B, H, T, d), not exchanged
+            return rows.swapaxes(1, 2)
+
+        output = attention(query, np.ones((1, 1, 1, LENGTH), bool), {"context": kept})
+        return {**told, "output": output}
+
+    report = compare(LAYER, port, X)
+    assert report.first_divergence == "output"
+    assert "heads merged wrongly (heads and positions not exchanged" in str(report.diagnosis)
+
+
 def packed(order: str) -> np.ndarray:
     """The three kernels as one matrix (features, all outputs), in an order of P, H, d."""
     kernels = np.stack([WEIGHTS[f"{n}.kernel"] for n in ("query", "key", "value")])  # P D H d

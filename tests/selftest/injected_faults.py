@@ -62,6 +62,8 @@ _FAULTS = (
     Fault("rotary along the heads", "rotary along another axis", "query",
           (), {"rotary": True, "num_key_value_heads": 2}),
     Fault("half the exponents", "rotary of other exponents", "query", (), {"rotary": True}),
+    Fault("norms exchanged", "query_key_norm by the weight of another", "query", (),
+          {"rotary": True, "query_key_norm": "rms"}),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
@@ -75,6 +77,12 @@ _FAULTS = (
           {"sliding_window": 3}),
     Fault("window ignored", "window ignored", "masked_logits", (), {"sliding_window": 3}),
     Fault("window of one side", "window of one side", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window open to the right", "window of one side", "masked_logits", (),
+          {"sliding_window": 3}),
+    Fault("window inverted", "another kind of window", "masked_logits", (), {"sliding_window": 3}),
+    Fault("window by blocks", "another kind of window", "masked_logits", (),
+          {"sliding_window": 3}),
+    Fault("lengths one short", "mask of other positions", "masked_logits", ("lengths",)),
     Fault("hidden logits filled", "mask applied wrongly", "masked_logits"),
     Fault("mask of another sequence", "mask of other positions", "masked_logits"),
     Fault("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
@@ -96,6 +104,10 @@ _FAULTS = (
     Fault("softmax over heads", "softmax over another axis", "probabilities"),
     Fault("probabilities transposed", "probabilities transposed", "context", ("square",)),
     Fault("no softmax", "no softmax", "probabilities"),
+    Fault("last head even", "another softmax", "probabilities"),
+    Fault("attention over the heads", "attention over the heads", "context", ("square",)),
+    Fault("rotary scaling multiplied", "rotary angles multiplied", "query", (), {"rotary": {
+        "scaling": {"rope_type": "linear", "factor": 4.0}}}),
     Fault("grouped heads tiled", "grouped heads tiled", "logits", ("mask",), GROUPED),
     Fault("key and value exchanged", "inputs exchanged", "key", ("mask", "three")),
     Fault("batch and time exchanged", "batch and time exchanged", "query", ("square",)),
@@ -166,7 +178,7 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
             "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch),
-            "segments", "restarted" (positions begin anew in each).
+            "segments", "restarted" (positions begin anew in each), "lengths" (a mask of lengths).
         dtype: Of the inputs.
         seed: Of all numbers.
     """
@@ -187,6 +199,9 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
         if "empty" in case:
             mask[0, 3] = False
         call["attention_mask"] = mask
+    if "lengths" in case:
+        lengths = np.array([KEYS, KEYS - 3])[:, None, None]
+        call["attention_mask"] = np.tile(np.arange(KEYS) < lengths, (1, queries, 1))
     if "bias" in case:
         call["attention_bias"] = normal(HEADS, queries, KEYS)
     if "causal" in case:

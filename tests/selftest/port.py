@@ -89,8 +89,9 @@ class Port:
         for pairs in ("rotary halves", "rotary pairs"):
             if pairs in wrong:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
+        self.inputs = {"query": query, "value": value, "key": key}
         q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
-        self.inputs, self.projected = {"query": query, "value": value, "key": key}, q
+        self.projected = q
         stages = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
         keys, values = self._repeated(k, group), self._repeated(v, group)
@@ -128,9 +129,14 @@ class Port:
             keep = drop.keep(ops, tuple(scores.shape), like=scores)
             kept = ops.where(keep, scores * factor, 0.0)
         stages["dropped_probabilities"] = kept
+        self.shares, self.values = kept, values
         if "probabilities transposed" in wrong:
             kept = ops.permute_dims(kept, (0, 1, 3, 2))
         context = ops.permute_dims(ops.matmul(kept, values), (0, 2, 1, 3))
+        if "attention over the heads" in wrong:
+            rows = ops.matmul(stages["query"] * self.scale, ops.permute_dims(k, (0, 1, 3, 2)))
+            weights = ops.exp(rows)
+            context = ops.matmul(weights / ops.sum(weights, axis=-1, keepdims=True), v)
         if "heads merged without exchange" in wrong:
             shape = tuple(context.shape)
             context = ops.reshape(ops.permute_dims(context, (0, 2, 1, 3)), shape)
@@ -268,13 +274,23 @@ class Port:
         if self.window is not None and "window ignored" not in wrong:
             size = self.window + ("window wider" in wrong) - ("window narrower" in wrong)
             size *= 1 + ("window twice as wide" in wrong)
-            seen = seen & (np.abs(j - i - shift) < size)
+            near = np.abs(j - i - shift) < size
+            if "window open to the right" in wrong:
+                near = i + shift - j < size
+            if "window inverted" in wrong:
+                near = ~near
+            if "window by blocks" in wrong:
+                near = (i + shift) // size == j // size
+            seen = seen & near
             if "window of one side" in wrong:
                 seen = seen & (j <= i + shift)
         seen = ops.from_numpy(seen)
         if mask is None or "mask ignored" in wrong or "mask added" in wrong:
             return seen
         mask = self._mask(mask)
+        if "lengths one short" in wrong:
+            end = ops.from_numpy(np.zeros((*mask.shape[:-1], 1), bool))
+            mask = ops.logical_and(mask, ops.concat([mask[..., 1:], end], axis=-1))
         if "mask transposed" in wrong:
             mask = ops.permute_dims(mask, (0, 1, 3, 2))
         if "mask inverted" in wrong:
@@ -313,11 +329,18 @@ class Port:
         if "rows unmasked" in wrong:
             top = ops.exp(raw - ops.max(raw, axis=-1, keepdims=True))
             return ops.where(empty, top / ops.sum(top, axis=-1, keepdims=True), even)
+        if "last head even" in wrong:
+            ones = ops.where(safe > -math.inf, 0.0 * weights + 1.0, 0.0)
+            mean = ones / ops.sum(ones, axis=-1, keepdims=True)
+            even = ops.concat([even[:, :-1], mean[:, -1:]], axis=1)
         return ops.where(empty, 0.0, even)
 
     def _output(self, context: Any) -> Any:
         ops, kernel = self.ops, self.weights["output.kernel"]
         heads, width, features = kernel.shape
+        if "heads merged late" in self.wrong:
+            context = ops.permute_dims(context, (0, 2, 1, 3))
+            context = ops.reshape(context, (context.shape[0], -1, heads, width))
         if "output by the first head" in self.wrong:
             kernel = np.repeat(kernel[:1], heads, axis=0)
         batch, length, *_ = context.shape

@@ -303,6 +303,10 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
                 return weights / np.where(whole == 0, 1.0, whole)
 
             yield f"{words}, {how}", _with_shares(recipe, _of_logits(weighed))
+    heads, even = recipe.heads[0], _shares(lambda x: np.where(np.isneginf(x), 0.0, 1.0))
+    for head in range(heads) if 1 < heads <= 16 else ():
+        yield f"all keys alike, in head {head} alone", recipe.stepping("probabilities", partial(
+            _in_a_head, own=recipe.steps["probabilities"], other=even, head=head))  # fmt: skip
     for words in ("elu + 1", "relu", "the exponential"):
         features = recipe.after(("query", "key"), _WEIGHTS[words])
         sums = _of_logits(lambda x: x / np.where((t := x.sum(-1, keepdims=True)) == 0, 1.0, t))
@@ -314,6 +318,15 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
     for words, step in _chunked(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
+
+
+def _in_a_head(
+    recipe: Recipe, stages: Arrays, own: Step, other: Step, head: int
+) -> np.ndarray:  # fmt: skip
+    """Other shares of one head."""
+    shares = np.array(own(recipe, stages))
+    shares[:, head] = other(recipe, stages)[:, head]
+    return shares
 
 
 def _over(axes: tuple[int, ...], of_row: bool = False) -> Callable[[np.ndarray], np.ndarray]:

@@ -9,7 +9,16 @@ from functools import partial
 import numpy as np
 
 from anymha.parity.diagnose.changes import Row, no_families
-from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step, Variants
+from anymha.parity.oracle.recipe import (
+    STEPS,
+    Arrays,
+    Recipe,
+    Step,
+    Variants,
+    einsum,
+    reads,
+    softmax,
+)
 
 NORM_EPS = (1e-5, 1e-6, 1e-3, 1e-12)
 """What is added to the variance in layers that normalize."""
@@ -75,6 +84,33 @@ def _orders() -> list[tuple[str, str]]:
     return list(itertools.permutations(usual, 2))
 
 
+def _over_heads(recipe: Recipe) -> Variants:
+    """At each position its heads attend to each other: (B, T, H, d) taken for (B, H, T, d)."""
+    if recipe.lengths[1] != recipe.lengths[2]:
+        return
+    heads, shared = recipe.heads
+    for said, order in (("", reads(recipe)), (", not repeated", np.arange(shared))):
+        if said and shared == heads:
+            continue
+        for masked in (False, True) if recipe.causal else (False,):
+            causal = np.tri(heads, len(order), dtype=bool) | (not masked)
+            for merged in ("BTHd", "BHTd"):
+
+                def step(
+                    recipe: Recipe, stages: Arrays, order: np.ndarray = order,
+                    causal: np.ndarray = causal, merged: str = merged,
+                ) -> np.ndarray:  # fmt: skip
+                    key, value = stages["key"][:, :, order], stages["value"][:, :, order]
+                    logits = recipe.scale * einsum("bthd,btgd->bthg", stages["query"], key)
+                    shares = softmax(np.where(causal, logits, -np.inf))
+                    mixed = einsum("bthg,btgd->bthd", shares, value)
+                    return _memory(mixed, "BTHd", merged, "BTHd")
+
+                words = f"of each position{said}" + ", the causal mask over the heads" * masked
+                words += ", and heads and positions exchanged behind it" * (merged != "BTHd")
+                yield words, recipe.stepping("context", step)
+
+
 def _merged(recipe: Recipe) -> Variants:
     """The context's memory read in another order of axes as heads are merged."""
     own = recipe.steps["context"]
@@ -85,6 +121,21 @@ def _merged(recipe: Recipe) -> Variants:
             return _memory(own(recipe, stages), "BTHd", written, read)
 
         yield _words(written, read), recipe.stepping("context", step)
+    for written, read in _orders():
+        if written[0] == read[0] == "B":
+            words = f"{_words(written, read)}, as they are projected"
+            yield words, _merged_late(recipe, written, read)
+
+
+def _merged_late(recipe: Recipe, written: str, read: str) -> Recipe:
+    """The recipe with a right context, whose heads are merged in another order of axes."""
+    own = recipe.steps["output"]
+
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        context = _memory(stages["context"], "BTHd", written, read)
+        return own(recipe, {**stages, "context": context})
+
+    return recipe.stepping("output", step)
 
 
 def _split(recipe: Recipe) -> Variants:
@@ -196,6 +247,8 @@ def _normed(recipe: Recipe) -> Variants:
 MISTAKES: tuple[Row, ...] = (
     ("batch and time exchanged", "One of the two takes (time, batch, features): pass "
      "`batch_first=True`, or exchange the axes.", _batch_and_time),
+    ("attention over the heads", "Exchange heads and positions before the attention, which runs "
+     "over the last axis but one: (B, T, H, d) to (B, H, T, d).", _over_heads),
     ("heads merged wrongly", "Exchange heads and positions before the heads are "
      "merged: (B, H, T, d) to (B, T, H, d).", _merged, no_families, True),
     ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "

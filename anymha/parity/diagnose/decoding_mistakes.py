@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row
@@ -21,6 +22,7 @@ from anymha.parity.diagnose.wrong_caches import (
     of_rows,
     of_rows_and_lengths,
     past,
+    replaced,
     right,
     seeing,
     without,
@@ -90,6 +92,13 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
                                     ("values", False, True)):  # fmt: skip
             detail = f"{words} of calls {of}, zeros are seen"
             yield detail, without(recipe, pairs, keys, values)
+    last = np.max(np.where(first & facts.valid, np.arange(len(calls)), 0), 1)  # of the first call
+    lost = np.broadcast_to(old & ~first, seen.shape)
+    for words, keys, values in (("keys and values", True, True), ("keys", True, False),
+                                ("values", False, True)):  # fmt: skip
+        detail = f"{words} of calls behind the first are not held, the last one that is is repeated"
+        yield detail, replaced(recipe, lost, lambda x: x[np.arange(len(x)), last][:, None] + 0 * x,
+                               keys, values)  # fmt: skip
 
 
 @_decoding
@@ -299,6 +308,15 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
     }.items():
         yield words, keys_turned(recipe, facts, partial(_of_call, recipe, facts, other, every))
 
+    later = facts.calls > 0
+    for words, other in {"without rotation": np.zeros_like(places),
+                         "turned twice": 2 * places}.items():  # fmt: skip
+        counted = _given(recipe, np.where(later, other, places), places)
+        yield f"{words} behind the first call, for the call itself too", recipe.but(
+            key_positions=counted)  # fmt: skip
+        yield f"held {words} behind the first call", keys_turned(
+            recipe, facts, partial(_of_call, recipe, facts, other, later))  # fmt: skip
+
     def each(call: int) -> np.ndarray:
         times = facts.rounds[:, facts.calls == call][:, :1] - facts.rounds
         return _given(recipe, places * (1 + np.maximum(times, 0)), places)
@@ -310,6 +328,35 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
         return _given(recipe, np.where(facts.calls < call, places + end, places), places)
 
     yield "once more by the length of the cache", keys_turned(recipe, facts, lengths)
+
+
+@with_empty_rows
+@_decoding
+def _in_front(recipe: Recipe, facts: Decoded) -> Variants:
+    """New positions joined in front of those that are held, where a mask counts slots."""
+    places, index, free = facts.places, facts.places - facts.begins, facts.valid[:, None]
+    slots = (facts.ends[..., None] - facts.ends[:, None]) + index[:, None]
+    seen = free & (facts.calls <= facts.calls[:, None]) & (slots <= places[..., None])
+    yield "new positions in front of the old", seeing(
+        recipe, seen & in_window(recipe, places[..., None] - slots))  # fmt: skip
+    if recipe.window is not None:
+        yield "new positions in front of the old, the window by positions", seeing(
+            recipe, seen & in_window(recipe, behind(facts)))  # fmt: skip
+
+
+@_decoding
+def _narrow(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys and values that are rounded as they are held."""
+    pairs = np.broadcast_to(cached(facts), (len(facts.valid), *cached(facts).shape))
+    for dtype in (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn):
+        for of, keys, values in (("", True, True), ("keys alone, ", True, False),
+                                 ("values alone, ", False, True)):  # fmt: skip
+
+            def rounded(x: np.ndarray, dtype: Any = dtype) -> np.ndarray:
+                return x.astype(dtype).astype(x.dtype)
+
+            words = f"{of}in {np.dtype(dtype).name}"
+            yield words, replaced(recipe, pairs, rounded, keys, values)
 
 
 @with_empty_rows
@@ -416,6 +463,9 @@ def _after_the_update(recipe: Recipe, facts: Decoded) -> Variants:
     yield from _placed(recipe, facts, "all of a call have its last position", alone)
     alone = np.where(later, facts.begins, facts.places)
     yield from _placed(recipe, facts, "all of a call have its first position", alone)
+    of = "of the first call too"
+    yield from _placed(recipe, facts, f"all of a call have its first position, {of}", facts.begins)
+    yield from _placed(recipe, facts, f"all of a call have its last position, {of}", facts.ends - 1)
 
 
 @with_empty_rows
@@ -479,6 +529,8 @@ MISTAKES: tuple[Row, ...] = (
     ("later positions of a call seen", "Within a call a query sees the new positions up to its own "
      "alone.", _not_causal),
     ("empty slots seen", "Hide the slots from lengths[b] on.", _empty),
+    ("cache in another order", "Join new positions behind those that are held.", _in_front),
+    ("cache in half precision", "Hold keys and values in the dtype of the call.", _narrow),
     ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
      "lengths together.", _other_rows),
 )  # fmt: skip

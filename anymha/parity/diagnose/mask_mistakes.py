@@ -143,6 +143,42 @@ def _window_resized(recipe: Recipe) -> Mapping[str, Any]:
             for words, size in sizes.items() if abs(size - own) > 1}  # fmt: skip
 
 
+def _counted(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """The positions by which a window counts: queries (1 or B, 1, T, 1), keys (1 or B, 1, 1, S)."""
+    _, queries, keys = recipe.lengths
+    own, other = np.arange(queries)[None], np.arange(keys)[None]
+    if recipe.decoded is not None and queries == keys:
+        own = other = recipe.decoded.places
+    return (own + _offset(recipe)[:, None])[:, None, :, None], other[:, None, None]
+
+
+def _window_of_one_side(recipe: Recipe) -> Mapping[str, Any]:
+    window, (own, other) = recipe.window or 0, _counted(recipe)
+    apart = own - other
+    every = {"all keys that follow are seen": apart < window,
+             "all keys that precede are seen": apart > -window}  # fmt: skip
+    return {"": {"causal": True}} | {
+        words: {"window": None, "masks": {**recipe.masks, "window": seen}}
+        for words, seen in every.items()
+    }
+
+
+def _other_windows(recipe: Recipe) -> Mapping[str, Any]:
+    """The window's condition inverted; blocks in the place of a window that slides."""
+    window, (own, other) = recipe.window or 1, _counted(recipe)
+    apart, blocks = own - other, own // window - other // window
+    every = {
+        "inverted: keys beyond it are seen": np.abs(apart) >= window,
+        "inverted: keys beyond it are seen, and the query's own": (np.abs(apart) >= window)
+        | (apart == 0),
+        f"blocks of {window} in its place": blocks == 0,
+        f"blocks of {window} in its place, and the one before": (blocks == 0) | (blocks == 1),
+        f"blocks of {window} in its place, and both beside": np.abs(blocks) <= 1,
+    }
+    return {words: {"window": None, "masks": {**recipe.masks, "window": seen}}
+            for words, seen in every.items()}  # fmt: skip
+
+
 def _bias_wrong(recipe: Recipe) -> Variants:
     if recipe.bias is None:
         return
@@ -314,6 +350,13 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
             later, place = _shifted(mask, by, axis), "after" if by > 0 else "before"
             yield f"one of the {_AXES[axis]} more is seen {place} each, off by one", mask | later
             yield f"one of the {_AXES[axis]} fewer is seen {place} each, off by one", mask & later
+            end = np.arange(mask.shape[axis]) == (0 if by > 0 else mask.shape[axis] - 1)
+            fewer = mask & later & ~end.reshape((-1, *(1,) * (3 - axis)))
+            if not np.array_equal(fewer, mask & later):
+                yield (
+                    f"one of the {_AXES[axis]} fewer is seen {place} each, lengths one short",
+                    fewer,
+                )
     for axis, count in enumerate((batch, heads)):
         for at in range(count) if 1 < count <= 16 else ():
             own = (np.arange(count) == at).reshape((-1, *(1,) * (3 - axis)))
@@ -486,8 +529,10 @@ MISTAKES: tuple[Row, ...] = (
     ("window of another size", "A window of W is |i - j| < W: the query and W - 1 keys on each "
      "side.", with_empty_rows(fields(lambda r: r.window is not None, _window_resized))),
     ("window ignored", "Pass the window on.", fields(lambda r: r.window is not None, window=None)),
-    ("window of one side", "The window is open on both sides unless the call is "
-     "causal too.", fields(lambda r: r.window is not None and not r.causal, causal=True)),
+    ("window of one side", "The window is open on both sides unless the call is causal too.",
+     fields(lambda r: r.window is not None and not r.causal, _window_of_one_side)),
+    ("another kind of window", "Query i sees the keys with |i - j| < W: the window slides with the "
+     "query.", with_empty_rows(fields(lambda r: r.window is not None, _other_windows))),
     ("wrong attention bias", "The bias is added once, after the scale.",
      _bias_wrong, _bias_times),
     ("attention bias of other positions", "Give each sequence, head, query and key its own place "

@@ -174,6 +174,31 @@ def without(recipe: Recipe, pairs: np.ndarray, keys: bool = True, values: bool =
     return wrong.stepping("context", context) if values else wrong
 
 
+def replaced(
+    recipe: Recipe, pairs: np.ndarray, change: Callable[[np.ndarray], np.ndarray],
+    keys: bool = True, values: bool = True,
+) -> Recipe:  # fmt: skip
+    """The recipe with other keys, values or both for some pairs: `change` of all (B, T, K, d)."""
+    which = pairs[:, None]
+
+    def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        other = logits_by(recipe, {**stages, "key": change(stages["key"])})
+        return np.where(which, other, logits_by(recipe, stages))
+
+    def context(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        shares = stages["dropped_probabilities"]
+        other = {
+            **stages,
+            "value": change(stages["value"]),
+            "dropped_probabilities": shares * which,
+        }
+        own = {**stages, "dropped_probabilities": shares * ~which}
+        return context_by(recipe, own) + context_by(recipe, other)
+
+    wrong = recipe.stepping("logits", logits) if keys else recipe
+    return wrong.stepping("context", context) if values else wrong
+
+
 def of_rows(
     recipe: Recipe, facts: Decoded, source: np.ndarray, call: int | None, keys: bool = True,
     values: bool = True,

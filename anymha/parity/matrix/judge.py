@@ -113,7 +113,9 @@ def judge(
     differing, ties, compared = count_differing(every, exact, close if reproducible else None)
     faults = ()
     if reproducible and differing > ties:
-        faults = (f"{differing - ties} of {compared} elements differ between backends, of 0 allowed",)
+        faults = (
+            f"{differing - ties} of {compared} elements differ between backends, of 0 allowed",
+        )
     return Row(
         problem.case.name,
         config.dtype + (f" in {config.compute_dtype}" if config.compute_dtype else ""),

@@ -218,6 +218,7 @@ def _check(result: ComparisonResult, name: str, stage: Stage | None) -> doc.Chec
         return doc.Check(name)
     parts = [words]
     if stage is not None:
-        parts += [*stage.faults, f"{short(stage.units)} units of rounding off, "
-                  f"of {short(stage.budget)} allowed; {short(stage.own_units)} of its own"]  # fmt: skip
+        off, allowed, own = map(short, (stage.units, stage.budget, stage.own_units))
+        words_of_units = f"{off} units of rounding off, of {allowed} allowed; {own} of its own"
+        parts += [*stage.faults, words_of_units]
     return doc.Check(name, "differs", "; ".join(parts), words, result.to_text())

@@ -54,8 +54,9 @@ class ComparisonResult:
         both = f"{self.candidate} and {self.reference}"
         if self.passed:
             worst = max(self.stages, key=lambda s: s.units / s.budget if s.budget else 0.0)
-            return (f"PARITY HOLDS: {both} agree in {len(self.stages)} quantities; {worst.name} is "
-                    f"{worst.units:.2g} units of rounding off, of {worst.budget:.2g} allowed")  # fmt: skip
+            off = f"{worst.units:.2g} units of rounding off, of {worst.budget:.2g} allowed"
+            count = len(self.stages)
+            return f"PARITY HOLDS: {both} agree in {count} quantities; {worst.name} is {off}"
         return f"PARITY DOES NOT HOLD: {both} part at {self.first_divergence}: {self.diagnosis}"
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,22 @@ def paper_slopes(heads: int) -> np.ndarray:
     return np.concatenate([first, more[::2]])[:heads]
 
 
+def _other_slopes(slopes: np.ndarray) -> dict[str, np.ndarray]:
+    """Sequences that stand in the place of the paper's, of as many heads."""
+    heads = len(slopes)
+    h, more = np.arange(1, heads + 1), 2 ** math.ceil(math.log2(heads))
+    every = {"h from 0": 2.0 ** (-8 * (h - 1) / heads), "2^-h": 2.0**-h, "all 1": np.ones(heads)}
+    if more > heads:
+        longer = 2.0 ** (-8 * np.arange(1, more + 1) / more)
+        mixed = np.concatenate([longer[1::2], longer[::2]])
+        every |= {
+            "2^(-8h/H), though H is no power of two": 2.0 ** (-8 * h / heads),
+            "those of the next higher power of two, the first H": longer[:heads],
+            "those of the next higher power of two, every other one first": mixed[:heads],
+        }
+    return every
+
+
 class AlibiSection(Section):
     """The distances, each times the slope of its head.
 
@@ -27,6 +44,7 @@ class AlibiSection(Section):
         power: The power to which the slopes are raised.
         shift: What is added to the positions of the queries.
         by_index: Whether positions are indices, whatever the call says.
+        slopes: Other slopes (H).
     """
 
     option = "alibi"
@@ -41,8 +59,10 @@ class AlibiSection(Section):
         power: float = 1.0,
         shift: int = 0,
         by_index: bool = False,
+        slopes: np.ndarray | None = None,
     ) -> None:
         super().__init__(value)
+        self.slopes = slopes
         self.shift, self.by_index = shift, by_index
         self.factor, self.one_sided, self.power = factor, one_sided, power
 
@@ -66,10 +86,13 @@ class AlibiSection(Section):
 
     def of_distance(self, distance: np.ndarray, heads: int) -> np.ndarray:
         """What is added (1 or B, H, T, S) where keys are so far behind queries (1 or B, T, S)."""
-        slopes = paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
+        slopes = self._own_slopes(heads) if self.slopes is None else self.slopes
         slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
         distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
         return -self.factor * (slopes**self.power)[:, None, None] * distance[:, None]
+
+    def _own_slopes(self, heads: int) -> np.ndarray:
+        return paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
         """The logits and the bias."""
@@ -91,6 +114,10 @@ class AlibiSection(Section):
         slopes = paper_slopes(int(heads)) if self.value is True else np.array(self.value)
         if "alibi of other slopes" in wrong:
             slopes = slopes**0.5
+        if "alibi slopes reversed" in wrong:
+            slopes = slopes[::-1]
+        if "alibi slopes from 0" in wrong:
+            slopes = np.array([0.5 ** (8 * h / heads) for h in range(heads)])
         i, j = np.arange(int(queries))[:, None], np.arange(int(keys))
         i = i + ("alibi positions off by one" in wrong)
         distance = (
@@ -112,7 +139,13 @@ class AlibiSection(Section):
         yield "", recipe.with_section(AlibiSection(self.value, one_sided=True))
 
     def of_other_slopes(self, recipe: Recipe) -> Variants:
-        """Their roots, or their squares: another base of the sequence."""
+        """Of another order of heads, or another sequence."""
+        right = np.resize(self._own_slopes(recipe.heads[0]), recipe.heads[0])
+        every = {"reversed, of the heads in the other order": right[::-1]}
+        every |= _other_slopes(right) if self.value is True else {}
+        for words, slopes in every.items():
+            if not np.allclose(slopes, right):
+                yield words, recipe.with_section(AlibiSection(self.value, slopes=slopes))
         for power, words in ((0.5, "2^(-4h/H)"), (2.0, "2^(-16h/H)")):
             yield words, recipe.with_section(AlibiSection(self.value, power=power))
 
@@ -128,8 +161,10 @@ class AlibiSection(Section):
                 "not those of the call",
                 recipe.with_section(AlibiSection(self.value, by_index=True)),
             )
-        for shift in (1, -1):
-            words = f"query {shift:+d}"
+        more = recipe.lengths[2] - recipe.lengths[1]
+        for shift in dict.fromkeys((1, -1, more) if more else (1, -1)):
+            end = ", as at the end of the keys" if shift == more else ""
+            words = f"query {shift:+d}{end}"
             yield words, recipe.with_section(AlibiSection(self.value, shift=shift))
 
     mistakes = (
@@ -149,6 +184,8 @@ class AlibiSection(Section):
         ("alibi added", "alibi added", "logits"),
         ("alibi towards the past alone", "alibi towards the past alone", "logits"),
         ("alibi of other slopes", "alibi of other slopes", "logits"),
+        ("alibi slopes reversed", "alibi of other slopes", "logits"),
+        ("alibi slopes from 0", "alibi of other slopes", "logits"),
         ("alibi before the scale", "alibi before the scale", "logits"),
         ("alibi positions off by one", "alibi of other positions", "logits"),
     )

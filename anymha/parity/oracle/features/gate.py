@@ -7,15 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, einsum
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, einsum, softmax
 
 Function = Callable[[np.ndarray], np.ndarray]
+
+PROJECTIONS = ("value", "query", "key")
 
 
 def sigmoid(y: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-y)), without an exponential above 1."""
     small = np.exp(-np.abs(y))
     return np.where(y >= 0, 1.0, small) / (1.0 + small)
+
+
+def _over(axis: int) -> tuple[Function, Function]:
+    """The softmax over an axis of (B, T, H, d), and its slope."""
+
+    def function(y: np.ndarray) -> np.ndarray:
+        return softmax(y, axis if y.ndim > 3 else -1)
+
+    return function, lambda y: function(y) * (1 - function(y))
 
 
 FUNCTIONS: dict[str, tuple[Function, Function]] = {
@@ -25,6 +36,19 @@ FUNCTIONS: dict[str, tuple[Function, Function]] = {
     "tanh": (np.tanh, lambda y: 1 - np.tanh(y) ** 2),
     "1 - sigmoid": (lambda y: sigmoid(-y), lambda y: -sigmoid(y) * sigmoid(-y)),
     "sigmoid, twice": (lambda y: sigmoid(y) ** 2, lambda y: 2 * sigmoid(y) ** 2 * sigmoid(-y)),
+    "relu": (lambda y: np.maximum(y, 0.0), lambda y: np.where(y > 0, 1.0, 0.0)),
+    "hard sigmoid": (lambda y: np.clip(y / 6 + 0.5, 0, 1), lambda y: np.full_like(y, 1 / 6)),
+    "hard sigmoid, x / 5 + 1 / 2": (
+        lambda y: np.clip(y / 5 + 0.5, 0, 1),
+        lambda y: np.full_like(y, 1 / 5),
+    ),
+    "softmax over the width": _over(-1),
+    "softmax over the heads": _over(-2),
+    "exponential": (np.exp, np.exp),
+    "softplus": (lambda y: np.logaddexp(0.0, y), sigmoid),
+    "1 + sigmoid": (lambda y: 1 + sigmoid(y), lambda y: sigmoid(y) * sigmoid(-y)),
+    "2 sigmoid": (lambda y: 2 * sigmoid(y), lambda y: 2 * sigmoid(y) * sigmoid(-y)),
+    "1 + the projection": (lambda y: 1 + y, np.ones_like),
 }
 """Each function, and its slope."""
 
@@ -33,7 +57,8 @@ class GateSection(Section):
     """The gate of a value, "elementwise" or "head".
 
     `function` is applied to what the projection of `source` gives, an input or "projected" for the
-    projected queries; the result multiplies the stage `place`.
+    projected queries, or to the context "itself"; the result multiplies the stage `place`, or is
+    `added` to it.
     """
 
     option = "gate"
@@ -42,9 +67,11 @@ class GateSection(Section):
     usual = ("elementwise", "head")
 
     def __init__(
-        self, value: Any, function: str = "sigmoid", source: str = "query", place: str = "context"
-    ) -> None:
+        self, value: Any, function: str = "sigmoid", source: str = "query", place: str = "context",
+        added: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(value)
+        self.added = added
         self.function, self.source, self.place = function, source, place
 
     @property
@@ -59,8 +86,12 @@ class GateSection(Section):
         q = stages["query"]
         return q.reshape(*q.shape[:2], -1)
 
-    def _projected(self, recipe: Recipe, stages: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    def _projected(
+        self, recipe: Recipe, stages: Arrays, array: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the projection gives (B, T, H, d_v or 1), and the size of its terms."""
+        if self.source == "itself":
+            return array, np.abs(array)
         x, kernel = self._input(recipe, stages), recipe.weights["gate.kernel"]
         bias = recipe.weights.get("gate.bias", np.zeros(kernel.shape[1:]))
         if kernel.ndim == 2:
@@ -78,8 +109,9 @@ class GateSection(Section):
         """The stage times the gate."""
         if stage != self.place:
             return array
-        y, _ = self._projected(recipe, stages)
-        return array * FUNCTIONS[self.function][0](y)
+        y, _ = self._projected(recipe, stages, array)
+        gate = FUNCTIONS[self.function][0](y)
+        return array + gate if self.added else array * gate
 
     def backward(
         self,
@@ -93,7 +125,7 @@ class GateSection(Section):
         """The gate is a factor; its own error comes from the terms of its projection."""
         if stage != self.place:
             return gradient
-        y, size = self._projected(recipe, stages)
+        y, size = self._projected(recipe, stages, array)
         function, slope = FUNCTIONS[self.function]
         if cancel:
             return gradient * function(y)
@@ -111,7 +143,7 @@ class GateSection(Section):
         """Of kernel and bias of the projection, and of the query through it."""
         if stage != "context" or self.place != "context":
             return {}
-        y, size = self._projected(recipe, stages)
+        y, size = self._projected(recipe, stages, array)
         slope, x = FUNCTIONS[self.function][1](y), self._input(recipe, stages)
         kernel = recipe.weights["gate.kernel"]
         if not cancel:
@@ -137,15 +169,19 @@ class GateSection(Section):
         """Errors are multiplied too, and those of the gate come on top."""
         if stage != self.place:
             return sizes
-        y, own = self._projected(recipe, stages)
+        y, own = self._projected(recipe, stages, array)
         function, slope = FUNCTIONS[self.function]
+        if self.added:
+            return np.hypot(sizes, np.abs(slope(y)) * own)
         return np.hypot(sizes * np.abs(function(y)), np.abs(array * slope(y)) * own)
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
         """The context times the gate, with the faults below."""
         wrong = port.wrong
         after = "gate after the output" in wrong
-        if place != ("output" if after else "context") or "gate left out" in wrong:
+        usual = {"gate of the values": "value", "gate of the queries": "query"}
+        right = next((own for name, own in usual.items() if name in wrong), "context")
+        if place != ("output" if after else right) or "gate left out" in wrong:
             return array
         kernel, bias = port.weights["gate.kernel"], port.weights.get("gate.bias")
         if "gate of the heads reversed" in wrong:
@@ -157,12 +193,19 @@ class GateSection(Section):
         x = port.inputs["query"]
         if "gate of the projected queries" in wrong:
             x = ops.reshape(port.projected, (batch, length, len(kernel)))
+        if "gate of the values" in wrong:
+            x = port.inputs["value"]
         y = ops.tensordot(x, ops.from_numpy(np.ascontiguousarray(flat)), axes=1)
         if bias is not None and "gate bias left out" not in wrong:
             y = y + ops.from_numpy(np.ascontiguousarray(bias.reshape(-1)))
         share = 1.0 + ops.exp(y * -1.0)
         if "gate without sigmoid" in wrong:
             share = 1.0 + 0.0 * y
+        elif "gate by relu" in wrong:
+            y, share = ops.where(y > 0, y, 0.0), 1.0 + 0.0 * y
+        elif "gate by a hard sigmoid" in wrong:
+            y, share = y + 3.0, 6.0 + 0.0 * y
+            y = ops.where(y > 6, 6.0, ops.where(y > 0, y, 0.0))
         elif not ({"gate by silu"} & {*wrong}):
             y = 1.0 + 0.0 * y
         gate = y / share
@@ -170,13 +213,33 @@ class GateSection(Section):
             gate = ops.reshape(gate, (batch, length, axes[0], kernel[0, 0].size))
         if "another gate" in wrong:
             gate = gate[..., :1]
-        return array * gate
+        if "gate of the context itself" in wrong:
+            gate = 1.0 / (1.0 + ops.exp(array * -1.0))
+        return array + gate if "gate added" in wrong else array * gate
 
     def by_another_function(self, recipe: Recipe) -> Variants:
         """The projection as it is, or another function of it."""
         for name in FUNCTIONS:
             if name != self.function:
                 yield name, recipe.with_section(GateSection(self.value, name))
+        yield "added, not multiplied", recipe.with_section(GateSection(self.value, added=True))
+        projection = GateSection(self.value, "none", added=True)
+        yield "none, and added, not multiplied", recipe.with_section(projection)
+
+    def of_another_stage(self, recipe: Recipe) -> Variants:
+        """On a projection, by the gate of its own input or of the query's, where these fit."""
+        width = 1 if self.value == "head" else recipe.weights["gate.kernel"].shape[-1]
+        for place in PROJECTIONS:
+            shape = recipe.stages[place].shape
+            for source in dict.fromkeys((place, "query")):
+                x = recipe.inputs[source]
+                if shape[2] != recipe.heads[0] or width not in (1, shape[-1]) or (
+                    x.shape[1:] != (shape[1], len(recipe.weights["gate.kernel"]))):  # fmt: skip
+                    continue
+                words = f"of the {place}" + ("" if source == place else ", by the query input")
+                if source == place or not np.array_equal(x, recipe.inputs[place]):
+                    made = GateSection(self.value, source=source, place=place)
+                    yield words, recipe.with_section(made)
 
     def of_another_input(self, recipe: Recipe) -> Variants:
         """Of the values, of the keys, or of the projected queries, where these fit."""
@@ -184,6 +247,7 @@ class GateSection(Section):
         for name in ("value", "key"):
             if recipe.inputs[name].shape == query.shape:
                 yield name, recipe.with_section(GateSection(self.value, source=name))
+        yield "the context itself", recipe.with_section(GateSection(self.value, source="itself"))
         if recipe.weights["query.kernel"][0].size == query.shape[-1]:
             words = "the projected queries"
             yield words, recipe.with_section(GateSection(self.value, source="projected"))
@@ -256,6 +320,7 @@ class GateSection(Section):
         ("gate of another function", "The gate is sigmoid(query . W + b).", by_another_function),
         ("gate of another input", "Project the layer's query input to the gate.",
          of_another_input),
+        ("gate of another stage", "Multiply the context, and no projection.", of_another_stage),
         ("gate after the output", "Multiply by the gate before the output's projection.",
          after_the_output),
         ("gate bias left out", "Add the gate's own bias, once, before the sigmoid.",
@@ -273,6 +338,12 @@ class GateSection(Section):
         ("gate without sigmoid", "gate of another function", "context"),
         ("gate by silu", "gate of another function", "context"),
         ("gate of the projected queries", "gate of another input", "context"),
+        ("gate by relu", "gate of another function", "context"),
+        ("gate by a hard sigmoid", "gate of another function", "context"),
+        ("gate added", "gate of another function", "context"),
+        ("gate of the context itself", "gate of another input", "context"),
+        ("gate of the values", "gate of another stage", "value"),
+        ("gate of the queries", "gate of another stage", "query"),
         ("gate after the output", "gate after the output", "context"),
         ("gate bias left out", "gate bias left out", "context"),
         ("gate of the heads reversed", "gate of other heads", "context"),

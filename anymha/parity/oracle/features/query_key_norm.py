@@ -29,7 +29,8 @@ BOTH = ("query", "key")
 class QueryKeyNormSection(Section):
     """The norm with the fields of the value, in the order of `DEFAULTS`.
 
-    `names` are the projections that are normalised.
+    `names` are the projections that are normalised, `by` those whose weights they take where these
+    are others'; `eps_at`: "root" for an epsilon within the root, "sum" for one that is added to it.
     """
 
     option = "query_key_norm"
@@ -40,10 +41,13 @@ class QueryKeyNormSection(Section):
     )
     usual = ({"kind": "l2"}, {"kind": "layer"}, {})
 
-    def __init__(self, value: Any, names: tuple[str, ...] = BOTH) -> None:
+    def __init__(
+        self, value: Any, names: tuple[str, ...] = BOTH, by: Mapping[str, str] | None = None,
+        eps_at: str = "",
+    ) -> None:  # fmt: skip
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
-        self.names = names
+        self.names, self.by, self.eps_at = names, by or {}, eps_at
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -138,13 +142,18 @@ class QueryKeyNormSection(Section):
         if kind == "l2":
             length = np.sqrt(np.sum(x**2, axes, keepdims=True))
             divisor = np.maximum(length, eps)
+            if self.eps_at:
+                divisor = length + eps if self.eps_at == "sum" else np.sqrt(length**2 + eps)
             return x / divisor, divisor, (length > eps).astype(float)
-        divisor = np.sqrt(np.mean(x**2, axes, keepdims=True) + eps)
+        mean = np.mean(x**2, axes, keepdims=True)
+        divisor = np.sqrt(mean) + eps if self.eps_at == "sum" else np.sqrt(mean + eps)
         return x / divisor, divisor, np.ones(1)
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        return (-2, -1) if self.value["over"] == "width" else (-1,)
+        return {"width": (-2, -1), "axis of heads": (-2,), "axis of positions": (-3,)}.get(
+            self.value["over"], (-1,)
+        )
 
     def _count(self, x: np.ndarray) -> int:
         """How many numbers are normalised together."""
@@ -154,7 +163,7 @@ class QueryKeyNormSection(Section):
         """What the heads are multiplied with, and what is added; they broadcast to (.., H, d_k)."""
 
         def own(part: str) -> np.ndarray | None:
-            array = weights.get(f"{stage}_norm.{part}")
+            array = weights.get(f"{self.by.get(stage, stage)}_norm.{part}")
             if array is None or array.size in (1, x.shape[-1]):
                 return array
             return array.reshape(x.shape[-2:])
@@ -171,7 +180,8 @@ class QueryKeyNormSection(Section):
         """The normalised heads, with the faults below."""
         wrong, value = port.wrong, dict(self.value)
         alone = {f"norm of the {name} alone" for name in BOTH if name != place}
-        if place not in BOTH or "query_key_norm left out" in wrong or alone & {*wrong}:
+        every = (*BOTH, "value") if "norm of the values too" in wrong else BOTH
+        if place not in every or "query_key_norm left out" in wrong or alone & {*wrong}:
             return array
         if "another kind of norm" in wrong:
             value |= {"kind": "l2", "eps": 1e-6}
@@ -186,14 +196,23 @@ class QueryKeyNormSection(Section):
         count = x.shape[-1]
         if value["kind"] == "layer":
             x = x - ops.sum(x, axis=-1, keepdims=True) / count
-        total = ops.sum(x * x, axis=-1, keepdims=True)
+        axis = 2 if "norm along the heads" in wrong else -1
+        count = x.shape[axis]
+        total = ops.sum(x * x, axis=axis, keepdims=True)
         if value["kind"] == "l2":
             root = ops.sqrt(total)
             x = x / ops.where(root > value["eps"], root, value["eps"])
+        elif "norm's epsilon added to the root" in wrong:
+            x = x / (ops.sqrt(total / count) + value["eps"])
         else:
             x = x / ops.sqrt(total / count + value["eps"])
         x = ops.reshape(x, shape)
-        weight = port.weights.get(f"{place}_norm.scale")
+        source = "key" if place == "value" else place
+        if "norms exchanged" in wrong:
+            source = "key" if place == "query" else "query"
+        if "norm by the query's weight" in wrong:
+            source = "query"
+        weight = port.weights.get(f"{source}_norm.scale")
         if weight is not None and "norm without its weight" not in wrong:
             plus = (value["scale"] == "one_plus_weight") != ("norm by 1 + weight" in wrong)
             weight = weight + 1 if plus else weight
@@ -210,14 +229,30 @@ class QueryKeyNormSection(Section):
             alone = QueryKeyNormSection(self.value, (name,))
             yield f"the {name} alone", recipe.with_section(alone)
         if recipe.stages["value"].shape[-1] == recipe.stages["key"].shape[-1]:
-            every = QueryKeyNormSection(self.value, (*BOTH, "value"))
-            yield "of the values too", recipe.with_section(every)
+            for words, source in (("", "value"), *((f", by the weight of the {n}", n) for n in (
+                    ("key", "query") if _has_weights(recipe) else ()))):  # fmt: skip
+                every = QueryKeyNormSection(self.value, (*BOTH, "value"), {"value": source})
+                yield f"of the values too{words}", recipe.with_section(every)
+
+    def by_the_weight_of_another(self, recipe: Recipe) -> Variants:
+        """The weights of queries and keys exchanged, or one for both."""
+        if not _has_weights(recipe) or self.value["scale"] == "none":
+            return
+        for words, by in (
+            ("those of queries and keys are exchanged", {"query": "key", "key": "query"}),
+            ("that of the queries for the keys too", {"key": "query"}),
+            ("that of the keys for the queries too", {"query": "key"}),
+        ):
+            made = QueryKeyNormSection(self.value, self.names, by)
+            yield words, recipe.with_section(made)
 
     def over_another(self, recipe: Recipe) -> Variants:
         """Statistics of all heads in place of those of each, or the other way round."""
         by_head = self.value["over"] != "width"
         over, words = ("width", "all heads together") if by_head else ("head", "each head")
         yield f"over {words}", self._but(recipe, over=over)
+        for over in ("axis of heads", "axis of positions"):
+            yield f"along the {over}", self._but(recipe, over=over)
 
     def by_another_weight(self, recipe: Recipe) -> Variants:
         """1 + w in place of w, or the other way round, or no weight."""
@@ -230,7 +265,13 @@ class QueryKeyNormSection(Section):
         yield "left out", self._but(recipe, scale="none")
 
     def with_another_epsilon(self, recipe: Recipe) -> Variants:
-        """Others that models use."""
+        """Others that models use; or that of the option in another place."""
+        places = {"sum": "added to the root, not within it"}
+        if self.value["kind"] == "l2":
+            places = {"sum": "added to the length, not its least", "root": "within the root"}
+        for eps_at, words in places.items() if self.value["eps"] else ():
+            yield words, recipe.with_section(
+                QueryKeyNormSection(self.value, self.names, eps_at=eps_at))  # fmt: skip
         for eps in EPSILONS:
             if eps != self.value["eps"]:
                 yield f"{eps:g} in place of {self.value['eps']:g}", self._but(recipe, eps=eps)
@@ -256,6 +297,8 @@ class QueryKeyNormSection(Section):
          "over all heads together, as `over` says.", over_another),
         ("query_key_norm by another weight", "Multiply by w, by 1 + w or by nothing, as `scale` "
          "says.", by_another_weight),
+        ("query_key_norm by the weight of another", "Queries and keys have a weight each: give "
+         "each its own.", by_the_weight_of_another),
         ("query_key_norm with another epsilon", "Give both the same `eps`, within the root.",
          with_another_epsilon),
         ("query_key_norm with another mean", "The layer norm takes the mean off, the RMS norm does "
@@ -273,6 +316,10 @@ class QueryKeyNormSection(Section):
         ("norm without its weight", "query_key_norm by another weight", "query"),
         ("norm with another epsilon", "query_key_norm with another epsilon", "query"),
         ("norm with the mean", "query_key_norm with another mean", "query"),
+        ("norm by the query's weight", "query_key_norm by the weight of another", "key"),
+        ("norm along the heads", "query_key_norm over another width", "query"),
+        ("norm of the values too", "query_key_norm of one projection", "value"),
+        ("norm's epsilon added to the root", "query_key_norm with another epsilon", "query"),
     )
 
 

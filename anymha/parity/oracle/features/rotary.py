@@ -62,6 +62,9 @@ class RotarySection(Section):
         by_index: Whether positions of the call are ignored, and the offset too.
         by_head: Whether heads are counted in place of positions.
         exchanged: Whether cosines stand for sines, and sines for cosines.
+        one_sign: Whether both sines are added (or, by `sign`, subtracted), which is no rotation.
+        times: The factor of the angles of the stages, by name.
+        twice: The stages that are turned twice.
     """
 
     option = "rotary"
@@ -81,11 +84,15 @@ class RotarySection(Section):
         by_index: bool = False,
         by_head: bool = False,
         exchanged: bool = False,
+        one_sign: bool = False,
+        times: dict[str, float] | None = None,
+        twice: tuple[str, ...] = (),
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
         self.on, self.sign, self.dtype, self.by_index = on, sign, dtype, by_index
         self.rounded, self.by_head, self.exchanged = rounded, by_head, exchanged
+        self.times, self.twice, self.first = times or {}, twice, -1 if one_sign else 1
         self.factor = attention_factor(self.value) if factor is None else factor
         self.shifts = shifts or {}
 
@@ -99,9 +106,11 @@ class RotarySection(Section):
             return array
         one, two = self._pairs(array.shape[-1])
         cos, sin, _ = self._turns(stage, array, recipe)
-        a, b, result = array[..., one], array[..., two], array.copy()
-        result[..., one], result[..., two] = a * cos - b * sin, b * cos + a * sin
-        return result
+        for _ in range(1 + (stage in self.twice)):
+            a, b, result = array[..., one], array[..., two], array.copy()
+            result[..., one], result[..., two] = a * cos - self.first * b * sin, b * cos + a * sin
+            array = result
+        return array
 
     def backward(
         self,
@@ -173,6 +182,8 @@ class RotarySection(Section):
         places = places.astype(np.float64)
         if "query positions off by one" in wrong and place == "query":
             places += 1
+        if "queries at the end" in wrong and place == "query":
+            places += port.inputs["key"].shape[1] - length
         numbers = np.outer(places, frequencies(plain, r, length))
         if "rotary angles in bfloat16" in wrong:
             own = frequencies(plain, r, length).astype(ml_dtypes.bfloat16)
@@ -181,6 +192,10 @@ class RotarySection(Section):
             numbers = -numbers
         if "cosines and sines exchanged" in wrong:
             numbers = np.pi / 2 - numbers
+        if "rotary positions halved" in wrong:
+            numbers = numbers / 2
+        if "rotary scaling multiplied" in wrong:
+            numbers = numbers * rotary["scaling"]["factor"] ** 2
         matrices = np.zeros((length, d, d)) + np.eye(d)
         for pair, angle in enumerate(numbers.T):
             i, j = (pair, pair + r // 2) if in_halves else (2 * pair, 2 * pair + 1)
@@ -188,6 +203,10 @@ class RotarySection(Section):
             matrices[:, i, i] = matrices[:, j, j] = factor * np.cos(angle)
             matrices[:, i, j] = factor * np.sin(angle)
             matrices[:, j, i] = -factor * np.sin(angle)
+            if "rotary sines of one sign" in wrong:
+                matrices[:, j, i] *= -1
+        if "queries turned twice" in wrong and place == "query":
+            matrices = matrices @ matrices
         dtype = ops.to_numpy(array).dtype
         return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)[None]))
 
@@ -211,6 +230,7 @@ class RotarySection(Section):
             places = self._rounded("angles", places)
         angles = places[..., None] * self._rounded("frequencies", own)
         angles = np.expand_dims(self._rounded("angles", angles), 1 if self.by_head else 2)
+        angles = self.times.get(stage, 1.0) * angles
         cos, sin = (self._rounded("tables", f(angles) * self.factor) for f in (np.cos, np.sin))
         cos, sin = (sin, cos) if self.exchanged else (cos, sin)
         return cos, self.sign * sin, angles
@@ -294,6 +314,10 @@ class RotarySection(Section):
         given = (recipe.positions, recipe.key_positions, recipe.offset)
         if any(one is not None and np.any(one) for one in given):
             yield "not those of the call", self._with(recipe, by_index=True)
+        _, queries, keys = recipe.lengths
+        if queries != keys:
+            words = f"query {keys - queries:+d}, as at the end of the keys"
+            yield words, self._with(recipe, shifts={"query": keys - queries}, factor=self.factor)
         for names in (("query",), ("key",), ("query", "key")):
             for by in (1, -1):
                 words = f"{' and '.join(names)} {by:+d}"
@@ -319,6 +343,30 @@ class RotarySection(Section):
         if recipe.stages["value"].shape[-1] == recipe.stages["key"].shape[-1]:
             yield "the values are turned too", self._with(recipe, on=("query", "key", "value"))
 
+    def of_one_sign(self, recipe: Recipe) -> Variants:
+        """Both sines added, or both subtracted."""
+        for words, sign in (("both are added, a minus is missing", 1), ("both subtracted", -1)):
+            yield words, self._with(recipe, sign=sign, one_sign=True, factor=self.factor)
+
+    def often(self, recipe: Recipe) -> Variants:
+        """Queries, keys or both turned twice."""
+        for words, names in (("the queries", self.on[:1]), ("the keys", self.on[1:2]),
+                             ("queries and keys", self.on)):  # fmt: skip
+            yield f"{words} twice", self._with(recipe, twice=names, factor=self.factor)
+
+    def by_a_factor(self, recipe: Recipe) -> Variants:
+        """Angles with a factor: that of a linear scaling the other way round, or that of turns."""
+        scaling = self.value["scaling"] or {}
+        every = {"by 2 pi, as of turns": 2 * math.pi}
+        every |= {f"by 1/{n}, as by a linear scaling": 1 / n for n in (2, 4, 8)}
+        if scaling.get("rope_type") == "linear":
+            factor = float(scaling["factor"])
+            every = {"by the scaling's factor, not divided by it": factor**2,
+                     "by 1/factor of the scaling, twice": 1 / factor, **every}  # fmt: skip
+        for words, factor in every.items():
+            times = dict.fromkeys(self.on, factor)
+            yield words, self._with(recipe, times=times, factor=self.factor)
+
     mistakes = (
         ("rotary layout swapped", "Pair column i with i + dim/2 in the layout \"half\", 2i with "
          "2i + 1 in \"interleaved\"; or permute the columns of the weights.", swapped),
@@ -328,6 +376,9 @@ class RotarySection(Section):
          "sin): the first factor is the cosine.", exchanged_tables),
         ("rotary along another axis", "Positions are counted along the axis of positions: rotate "
          "(B, T, H, d) along T, or exchange the axes first.", along_heads),
+        ("rotary sines of one sign", "One sine is subtracted, the other added: (a, b) becomes "
+         "(a cos - b sin, b cos + a sin).", of_one_sign),
+        ("rotary twice", "Rotate queries and keys once each.", often),
         ("rotary on other columns", "Rotate `dim` columns of each head, the `columns` that the "
          "option names.", elsewhere),
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
@@ -337,6 +388,8 @@ class RotarySection(Section):
          "of attention, once.", misfactored),
         ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
          unscaled),
+        ("rotary angles multiplied", "An angle is a position times a frequency, in radians; a "
+         "linear scaling divides it by its factor, once.", by_a_factor),
         ("rotary of another base", "Give both the same `base`.", based),
         ("rotary of other exponents", "The frequency of pair i of `dim` columns is "
          "base^(-2i/dim).", of_other_exponents),
@@ -348,6 +401,10 @@ class RotarySection(Section):
         ("another rotary", "another rotary", "query"),
         ("rotary layout swapped", "rotary layout swapped", "query"),
         ("rotary turned the other way", "rotary turned the other way", "query"),
+        ("rotary sines of one sign", "rotary sines of one sign", "query"),
+        ("queries at the end", "rotary positions off by one", "query"),
+        ("rotary positions halved", "rotary angles multiplied", "query"),
+        ("queries turned twice", "rotary twice", "query"),
         ("rotary on other columns", "rotary on other columns", "query"),
         ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
         ("query positions off by one", "rotary positions off by one", "query"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, reads
 
 
 class SinksSection(Section):
     """The weight "sinks" (H), times `factor`, in the sum of each row.
 
-    `turned` reverses the heads; `shifted` adds the row's greatest logit.
+    `turned` reverses the heads; `shifted` adds the row's greatest logit; `behind`: it joins the sum
+    of the probabilities, which is 1. `function` is taken of the sinks. The share of a sink is lost,
+    but for the `valued`: it is that of a value, the first or the last one.
     """
 
     option = "sinks"
@@ -25,14 +28,22 @@ class SinksSection(Section):
         scaled: bool = False,
         turned: bool = False,
         shifted: bool = False,
+        function: Callable[[np.ndarray], np.ndarray] | None = None,
+        behind: bool = False,
+        valued: int | None = None,
     ) -> None:
         super().__init__(value)
+        self.function, self.behind, self.valued = function, behind, valued
         self.factor, self.scaled, self.turned, self.shifted = factor, scaled, turned, shifted
 
     @property
     def acts(self) -> tuple[str, ...]:
-        """The probabilities."""
-        return ("probabilities",)
+        """The probabilities; the context too where a sink has a value."""
+        return ("probabilities",) if self.valued is None else ("probabilities", "context")
+
+    def order(self) -> int:
+        """Before a gate."""
+        return -1
 
     def _shares(self, recipe: Recipe, stages: Arrays) -> tuple[np.ndarray, np.ndarray]:
         """The probability of the sink, and that of all keys, (B, H, T, 1).
@@ -42,6 +53,10 @@ class SinksSection(Section):
         masked = stages["masked_logits"]
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks[::-1] if self.turned else sinks
+        sinks = sinks if self.function is None else self.function(sinks)
+        if self.behind:
+            share = np.broadcast_to(np.exp(sinks) / (np.exp(sinks) + 1), (*masked.shape[:3], 1))
+            return share, 1.0 - share
         sinks = self.factor * sinks * (recipe.scale if self.scaled else 1.0)
         greatest = np.max(masked, axis=-1, keepdims=True, initial=-np.inf)
         if self.shifted:
@@ -52,6 +67,9 @@ class SinksSection(Section):
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
         """What the sink leaves of each probability."""
+        if stage == "context" and self.valued is not None:
+            value = stages["value"][:, self.valued, reads(recipe)]
+            return array + self._shares(recipe, stages)[0].swapaxes(1, 2) * value[:, None]
         if stage != "probabilities":
             return array
         return array * self._shares(recipe, stages)[1]
@@ -78,6 +96,10 @@ class SinksSection(Section):
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
         """The probabilities with the sink, with the faults below."""
         wrong = port.wrong
+        if place == "context" and "sinks with a value" in wrong:
+            rest = 1.0 - ops.sum(port.shares, axis=-1, keepdims=True)
+            last = port.values[:, :, -1:]
+            return array + ops.permute_dims(rest * last, (0, 2, 1, 3))
         if place != "probabilities" or "sinks left out" in wrong:
             return array
         sinks = np.array(port.weights["sinks"], np.float64)
@@ -89,12 +111,16 @@ class SinksSection(Section):
             sinks = -sinks
         if "sinks of zero" in wrong:
             sinks = 0.0 * sinks
+        if "sinks exponentiated" in wrong:
+            sinks = np.exp(sinks)
         logits = port.masked_logits
         if "sinks not shifted" in wrong:
             top = ops.max(logits, axis=-1, keepdims=True)
             logits = logits - ops.where(top > -np.inf, top, 0.0)
         sinks = np.ascontiguousarray(sinks.reshape(1, -1, 1, 1)).astype(np.float32)
         own = ops.exp(ops.astype(ops.from_numpy(sinks), logits.dtype))
+        if "sinks behind the softmax" in wrong:
+            return array / (1.0 + own)
         total = ops.sum(ops.exp(logits), axis=-1, keepdims=True)
         return array * (total / (total + own))
 
@@ -119,6 +145,23 @@ class SinksSection(Section):
         """Its exponential as it is, beside those of logits less the greatest of the row."""
         yield "", recipe.with_section(SinksSection(self.value, shifted=True))
 
+    def of_another_function(self, recipe: Recipe) -> Variants:
+        """As if the weight were the exponential of the logit, or its logarithm."""
+        for words, function in (
+            ("the exponential of the sinks", np.exp),
+            ("the logarithm of the sinks", lambda x: np.log(np.maximum(x, 1e-300))),
+        ):
+            yield words, recipe.with_section(SinksSection(self.value, function=function))
+
+    def behind_the_softmax(self, recipe: Recipe) -> Variants:
+        """The probabilities divided by 1 and the sink's exponential."""
+        yield "", recipe.with_section(SinksSection(self.value, behind=True))
+
+    def with_a_value(self, recipe: Recipe) -> Variants:
+        """The sink's column kept, as a key that has a value of another."""
+        for words, at in (("the last key's", -1), ("the first key's", 0)):
+            yield words, recipe.with_section(SinksSection(self.value, valued=at))
+
     mistakes = (
         ("sinks scaled", "Let the sinks join the softmax as they are: neither scaled nor capped.",
          scaled_too),
@@ -129,6 +172,12 @@ class SinksSection(Section):
          of_zero),
         ("sinks not shifted by the maximum", "Take the row's maximum off the sink too, or let the "
          "maximum include it.", beside_the_maximum),
+        ("sinks of another function", "The weight is a logit: the sum of each row has its "
+         "exponential.", of_another_function),
+        ("sinks behind the softmax", "The sink's exponential joins the sum of those of the "
+         "logits, within the softmax.", behind_the_softmax),
+        ("sinks with a value", "Drop the sink's column behind the softmax: it has no value.",
+         with_a_value),
     )  # fmt: skip
     faults = (
         ("sinks left out", "sinks left out", "probabilities"),
@@ -137,6 +186,9 @@ class SinksSection(Section):
         ("sinks with the other sign", "sinks with the other sign", "probabilities"),
         ("sinks of zero", "sinks of zero", "probabilities"),
         ("sinks not shifted", "sinks not shifted by the maximum", "probabilities"),
+        ("sinks exponentiated", "sinks of another function", "probabilities"),
+        ("sinks behind the softmax", "sinks behind the softmax", "probabilities"),
+        ("sinks with a value", "sinks with a value", "context"),
     )
 
 
