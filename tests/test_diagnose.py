@@ -408,4 +408,4 @@ def test_scaling_by_the_length_is_named() -> None:
         for rotary in (dynamic, True)
     )
     told = str(compare(layer, lambda query: plain(query), X).diagnosis)
-    assert told.startswith("another rotary")
+    assert told.startswith("rotary scaling left out")

@@ -233,7 +233,7 @@ def test_an_option_that_changes_nothing_is_told() -> None:
 @pytest.mark.usefixtures("toy")
 def test_mistakes_with_an_option_are_in_the_catalogue_and_are_found() -> None:
     names = [mistake.name for mistake in catalogue()]
-    expected = ["memory_budget left out", "another memory_budget", "toy doubled"]
+    expected = ["memory_budget left out", "toy doubled", "another memory_budget"]
     assert [name for name in names if name in expected] == expected
     recipe = recipe_of(ARRAYS)
     wrong = {
