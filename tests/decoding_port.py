@@ -41,7 +41,8 @@ class Fault:
         """Whether calls of a layer of these options, with padding or without, show it."""
         place = any(word in options for word in ("rotary", "alibi", "bfloat16"))
         there = {"position": place, "rotary": place and "alibi" not in options, "ragged": ragged,
-                 "float32": "bfloat16" not in options, "window": "window" in options, "linear": "window" not in options}  # fmt: skip
+                 "float32": "bfloat16" not in options, "window": "window" in options,
+                 "linear": "window" not in options}  # fmt: skip
         return all(there.get(need, True) for need in self.needs.split())
 
 
