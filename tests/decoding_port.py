@@ -34,14 +34,15 @@ class Fault:
     wrong: str  # What is wrong
     cause: str  # The name in the catalogue
     # What must be there: "rotary", "position" (rotary or ALiBi), "window", "linear" (no window),
-    # "ragged" (padding), or a function: "join", "reorder", "truncate"
+    # "ragged" (padding), "float32", or a function: "join", "reorder", "truncate"
     needs: str = ""
 
     def shows(self, options: str, ragged: bool) -> bool:
         """Whether calls of a layer of these options, with padding or without, show it."""
         place = any(word in options for word in ("rotary", "alibi", "bfloat16"))
         there = {"position": place, "rotary": place and "alibi" not in options, "ragged": ragged,
-                 "window": "window" in options, "linear": "window" not in options}  # fmt: skip
+                 "float32": "bfloat16" not in options, "window": "window" in options,
+                 "linear": "window" not in options}  # fmt: skip
         return all(there.get(need, True) for need in self.needs.split())
 
 
@@ -93,10 +94,11 @@ FAULTS = (
     Fault("reorder moves the other way", "cache of another row", "reorder"),
     Fault("truncate does nothing", "wrong with `truncate`", "linear truncate"),
     Fault("truncate leaves one too many", "wrong with `truncate`", "linear truncate"),
+    Fault("holds the last of a call alone", "stale keys", "linear rotary"),
     Fault("holds new keys without rotation", "cached keys rotated wrongly", "linear rotary"),
     Fault("repeats the last value", "stale keys", "linear"),
     Fault("joins new positions in front", "cache in another order", "linear"),
-    Fault("holds float16", "cache in half precision", "linear"),
+    Fault("holds float16", "cache in half precision", "linear float32"),
     Fault("one position for a call", "positions read after the update", "position"),
 )  # fmt: skip
 """Every fault."""
@@ -168,6 +170,11 @@ class Port:
                 own = (array[row, columns] for array in (q, k, v))
                 hide = padding[row, columns] & (wrong == "hides padding, and counts it")
                 context[row, columns] = self._row(cache, new, row, *own, hide)
+                if wrong == "holds the last of a call alone" and cache.lengths[row]:
+                    length, end = cache.lengths[row], new.lengths[row]
+                    for array in (new.keys, new.values, new.places):
+                        array[row, length] = array[row, end - 1]
+                    new.lengths[row] = length + 1
         output = np.einsum("bthv,hvo->bto", context, weights["output.kernel"])
         output = (output + weights["output.bias"]).astype(x.dtype)
         kept = wrong == "returns the cache that it got" and not prompt

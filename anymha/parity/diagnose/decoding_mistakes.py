@@ -81,6 +81,16 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     both = dict.fromkeys(("positions", "key_positions"), _given(recipe, alone, facts.places))
     yield "calls behind the first begin where it ends", seeing(
         recipe, facts.valid[:, None] & past(facts) & near & (own | first), **both)  # fmt: skip
+    # One position of each call behind the first, by which the length grows
+    index = facts.places - facts.begins
+    grown = facts.ends[:, :1] + np.maximum(facts.rounds - 1, 0) + index
+    counted = np.where(first, facts.places, grown)
+    near = in_window(recipe, counted[:, :, None] - counted[:, None])
+    both = dict.fromkeys(("positions", "key_positions"), _given(recipe, counted, facts.places))
+    for words, at in (("first", facts.begins), ("last", facts.ends - 1)):
+        held = own | first | (facts.places == at)[:, None]
+        yield f"of calls behind the first the {words} position alone is held and counted", seeing(
+            recipe, facts.valid[:, None] & past(facts) & near & held, **both)  # fmt: skip
     for of, lost in {
         "behind the first are not held": old & ~first,
         "behind the first are not written": np.broadcast_to(~first, old.shape),
