@@ -26,9 +26,8 @@ from tests.frameworks import EXPECTED, skip_or_fail
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
 
 # These take longest: where workers share the files, none starts one of them when the others end.
-LONG = ("test_keras_layer.py", "test_keras_tools.py", "test_conformance.py", "test_torch_tools.py",
-        "test_semantics.py", "test_adapters.py", "test_selftest.py",
-        "test_jax_half.py")  # fmt: skip
+LONG = ("test_keras_layer.py", "test_conformance.py", "test_torch_tools.py", "test_semantics.py",
+        "test_adapters.py", "test_selftest.py", "test_jax_half.py")  # fmt: skip
 
 settings.register_profile("anymha", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.load_profile("anymha")

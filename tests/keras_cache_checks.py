@@ -1,4 +1,4 @@
-"""What caches do in Keras, on the Keras backend that is set; run by `test_keras_caches.py`."""
+"""What caches do in Keras, on the Keras backend that is set; run by `test_keras_layer.py`."""
 
 from __future__ import annotations
 

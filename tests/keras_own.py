@@ -13,6 +13,8 @@ from keras.src.layers.attention import multi_head_attention_test as theirs
 
 import anymha_keras
 
+pytestmark = [pytest.mark.filterwarnings("ignore")]  # they are Keras's own
+
 # Tests of Keras's private methods and attributes, which the layer does not have.
 EXCLUDED = {
     "test_causal_only_skipped_for_subclass": "overrides a private method",

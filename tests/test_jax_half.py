@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +32,12 @@ EPS = float(jnp.finfo(BF16).eps)
 
 def numbers(*shape: int, seed: int = 0, dtype: Any = BF16) -> Any:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+X = numbers(2, 10, 64)
+
+quick: Any = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiling takes far longer than what is compiled; bits are compared as users compile."""
 
 
 def make(dtype: str = "bfloat16", **options: Any) -> MultiHeadAttention:
@@ -110,17 +116,17 @@ def test_derivatives_of_products_of_half_precision(dtype) -> None:
     near(one(x, y), narrow(jax.grad(g)(*wide)), eps)
     near(jax.jvp(f, (x, y), (x, y)), jax.jvp(g, wide, wide), eps)
     second = narrow(jax.jvp(jax.grad(g, (0, 1)), wide, wide)[1])
-    near(jax.jit(lambda x, y: jax.jvp(both, (x, y), (x, y))[1])(x, y), second, 2 * eps)
-    again = jax.jit(jax.grad(lambda x, y: (one(x, y) * x).astype("float32").sum(), 1))(x, y)
+    near(quick(lambda x, y: jax.jvp(both, (x, y), (x, y))[1])(x, y), second, 2 * eps)
+    again = quick(jax.grad(lambda x, y: (one(x, y) * x).astype("float32").sum(), 1))(x, y)
     wanted = jax.grad(lambda x, y: (jax.grad(g)(x, y) * wide[0]).sum(), 1)(*wide)
     near(again, narrow(wanted), 2 * eps)
     for axes in ((0, 0), (1, 0), (None, 2)):
         many = jnp.stack([x, 2 * x], axes[0] or 0) if axes[0] is not None else x
         others = jnp.stack([y, 3 * y], axes[1])
-        mapped = jax.jit(jax.vmap(both, axes))(many, others)
+        mapped = quick(jax.vmap(both, axes))(many, others)
         factor = 1 if axes[0] is None else 2
         near(jax.tree.map(lambda a: a[1], mapped), both(factor * x, 3 * y), eps)
-        total = jax.jit(jax.grad(lambda m, o, axes=axes: jax.vmap(f, axes)(m, o).sum(), (0, 1)))(
+        total = quick(jax.grad(lambda m, o, axes=axes: jax.vmap(f, axes)(m, o).sum(), (0, 1)))(
             many, others
         )
         wanted = jax.vmap(both, axes, axes if axes[0] is not None else (0, axes[1]))(many, others)
@@ -164,7 +170,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "use_causal_mask": True,
     },
 }
-by_call = pytest.mark.parametrize("call", CALLS)
+by_call = pytest.mark.parametrize("call", [n for n in CALLS if n != "padding"])  # which all have
 OPTIONS: dict[str, dict[str, Any]] = {
     "heads": {},
     "grouped": {"num_key_value_heads": 2},
@@ -189,18 +195,27 @@ def loss(layer: Any, x: Any, **call: Any) -> Any:
     return (layer(x, **call).astype("float32") ** 2).mean()
 
 
-def check(call: dict[str, Any], options: dict[str, Any], length: int = 10) -> None:
+def differentiated(layer: Any, x: Any, call: dict[str, Any]) -> Any:
+    return quick(jax.grad(partial(loss, **call), (0, 1)))(layer, x)
+
+
+@cache
+def by_float32(call: str, options: str) -> Any:
+    """Output and scores, and gradients, of the layer that computes in float32."""
+    arrays, exact, x = arrays_of(CALLS[call]), make(compute_dtype="float32", **OPTIONS[options]), X
+    both = exact(x, return_attention_scores=True, **arrays)
+    return both, differentiated(exact, x, arrays)
+
+
+def check(name: str, options: str) -> None:
     """A layer in half precision is as one that computes in float32, forward and backward."""
-    call = arrays_of(call)
-    layer, exact = make(**options), make(compute_dtype="float32", **options)
-    x = numbers(2, length, 64)
+    call, layer, x = arrays_of(CALLS[name]), make(**OPTIONS[options]), X
     output, scores = layer(x, return_attention_scores=True, **call)
     same(layer(x, **call), output)
     assert output.dtype == scores.dtype == BF16
-    wanted = exact(x, return_attention_scores=True, **call)
+    wanted, gradient = by_float32(name, options)
     near((output, scores), wanted)
-    gradient = jax.jit(jax.grad(partial(loss, **call), (0, 1)))
-    near(gradient(layer, x), gradient(exact, x))
+    near(differentiated(layer, x, call), gradient)
     hidden = ~(np.asarray(wanted[1], np.float32) > 0).any((1, 3))
     bias = np.broadcast_to(np.asarray(layer.weights["output.bias"], np.float32), output.shape)
     same(np.asarray(output, np.float32)[hidden], bias[hidden])
@@ -208,7 +223,7 @@ def check(call: dict[str, Any], options: dict[str, Any], length: int = 10) -> No
 
 @pytest.mark.parametrize(("call", "options"), [*PAIRS, *MORE])
 def test_half_precision_is_float32_rounded_at_each_stage(call, options, multiplied) -> None:
-    check(CALLS[call], OPTIONS[options])
+    check(call, options)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -417,7 +432,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, multiplied: None) -> Iterator[Kernel
 
 @pytest.mark.parametrize(("call", "options"), PAIRS)
 def test_kernel_gives_the_written_meaning(call, options, kernel) -> None:
-    check(CALLS[call], OPTIONS[options])
+    check(call, options)
     assert kernel.backward
     told = anymha.explain(make(**OPTIONS[options]), numbers(2, 10, 64), **arrays_of(CALLS[call]))
     assert "fused" in told
@@ -433,15 +448,15 @@ def test_hidden_positions_change_no_bit_of_the_kernels(call, kernel) -> None:
 def test_kernel_gets_even_lengths_where_there_is_a_mask(lengths, kernel) -> None:
     layer, exact = make(), make(compute_dtype="float32")
     x, memory = (numbers(2, n, 64, seed=n) for n in lengths)
+
+    def f(layer: Any, x: Any, memory: Any, mask: Any) -> Any:
+        output = layer(x, memory, value_mask=mask, use_causal_mask=True)
+        return (output.astype("float32") ** 2).mean(), output
+
+    gradient = quick(jax.grad(f, (0, 1, 2), has_aux=True))
     for mask in (np.arange(lengths[1]) < 2, np.zeros(lengths[1], bool)):
-        call = {"value_mask": jnp.asarray(mask[None].repeat(2, 0)), "use_causal_mask": True}
-        near(layer(x, memory, **call), exact(x, memory, **call))
-
-        def f(layer: Any, x: Any, memory: Any, call: Any = call) -> Any:
-            return (layer(x, memory, **call).astype("float32") ** 2).mean()
-
-        gradient = jax.jit(jax.grad(f, (0, 1, 2)))
-        own, wanted = (gradient(each, x, memory) for each in (layer, exact))
+        mask = jnp.asarray(mask[None].repeat(2, 0))
+        own, wanted = (gradient(each, x, memory, mask) for each in (layer, exact))
         near(own, wanted)
 
 
@@ -468,46 +483,100 @@ def test_bias_that_hides_and_its_gradient(kernel) -> None:
             exact = partial(anymha.dot_product_attention, wide[0], wide[1], wide[2])
             wanted = exact(bias=each.astype("float32"))
             near(f(q, each), wanted)
-            own = jax.jit(jax.grad(lambda b: (f(q, b) ** 2).sum()))(each)
-            right = jax.jit(jax.grad(lambda b, exact=exact: (exact(bias=b) ** 2).sum()))
+            own = quick(jax.grad(lambda b: (f(q, b) ** 2).sum()))(each)
+            right = quick(jax.grad(lambda b, exact=exact: (exact(bias=b) ** 2).sum()))
             near(own, right(each.astype("float32")).astype(BF16), 8 * EPS)
 
 
-TRANSFORMS: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
-    "jvp": lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),)),
-    "jit of grad": lambda f: jax.jit(jax.grad(f)),
-    "forward over reverse": lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (jnp.ones_like(x),)),
-    "reverse over reverse": lambda f: jax.grad(
-        lambda x: (jax.grad(f)(x).astype("float32") ** 2).sum() * 100
+def doubly(f: Any) -> Any:
+    return jax.grad(lambda x: (jax.grad(f)(x).astype("float32") ** 2).sum() * 100)
+
+
+def total(*tree: Any) -> Any:
+    return sum(x.astype("float32").sum() for x in tree)
+
+
+class Exact:
+    """Values and derivatives of the layer in float32, of which each transformation is made."""
+
+    def __init__(self, f: Any) -> None:
+        self.value, self.grad = quick(f), quick(jax.grad(f))
+        self.along = quick(lambda x, v: jax.jvp(jax.grad(f), (x,), (v,))[1])
+
+    def ones(self, x: Any) -> Any:
+        return self.along(x, jnp.ones_like(x))
+
+    def twice(self, x: Any) -> Any:
+        return 200 * self.along(x, self.grad(x))
+
+    def __call__(self, x: Any, *others: Any) -> Any:
+        return jnp.stack([self.value(each) for each in (x, *others)])
+
+    def grads(self, *several: Any) -> Any:
+        return jnp.stack([self.grad(x) for x in several])
+
+
+# What is done to a function, and what that gives of one with these values and derivatives.
+Transform = Callable[[Any], Callable[[Any], Any]]
+TRANSFORMS: dict[str, tuple[Transform, Callable[[Exact, Any], Any]]] = {
+    "jvp": (
+        lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),)),
+        lambda e, x: (e.value(x), total(e.grad(x))),
     ),
-    "reverse over forward": lambda f: jax.grad(
-        lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+    "grad": (jax.grad, lambda e, x: e.grad(x)),
+    "forward over reverse": (
+        lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (jnp.ones_like(x),)),
+        lambda e, x: (e.grad(x), e.ones(x)),
     ),
-    "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([x, x + 1])),
-    "vmap of vmap": lambda f: lambda x: jax.vmap(jax.vmap(f))(jnp.stack([x, -x] * 3).reshape(
-        2, 3, *x.shape)),
-    "vmap of grad": lambda f: lambda x: jax.vmap(jax.grad(f), 1)(jnp.stack([x, x + 1], 1)),
-    "grad of vmap": lambda f: lambda x: jax.grad(lambda x: jax.vmap(f, 2)(x).sum())(
-        jnp.stack([x, x + 1], 2)),
-    "vmap of the second": lambda f: jax.vmap(
-        jax.grad(lambda x: (jax.grad(f)(x).astype("float32") ** 2).sum() * 100), (None,),
-        axis_size=2),
-    "scan": lambda f: lambda x: jax.lax.scan(
-        lambda c, x: (c, jax.grad(f)(x)), 0, jnp.stack([x, x + 1]))[1],
-    "checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
-    "linearize": lambda f: lambda x: jax.linearize(f, x)[1](jnp.ones_like(x)),
+    "reverse over reverse": (doubly, lambda e, x: e.twice(x)),
+    "reverse over forward": (
+        lambda f: jax.grad(lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]),
+        lambda e, x: e.ones(x),
+    ),
+    "vmap": (
+        lambda f: lambda x: jax.vmap(f)(jnp.stack([x, x + 1])), lambda e, x: e(x, x + 1),
+    ),
+    "vmap of vmap": (
+        lambda f: lambda x: jax.vmap(jax.vmap(f))(jnp.stack([x, -x] * 3).reshape(2, 3, *x.shape)),
+        lambda e, x: e(*[x, -x] * 3).reshape(2, 3),
+    ),
+    "vmap of grad": (
+        lambda f: lambda x: jax.vmap(jax.grad(f), 1)(jnp.stack([x, x + 1], 1)),
+        lambda e, x: e.grads(x, x + 1),
+    ),
+    "grad of vmap": (
+        lambda f: lambda x: jax.grad(lambda x: jax.vmap(f, 2)(x).sum())(jnp.stack([x, x + 1], 2)),
+        lambda e, x: jnp.moveaxis(e.grads(x, x + 1), 0, 2),
+    ),
+    "vmap of the second": (
+        lambda f: jax.vmap(doubly(f), (None,), axis_size=2),
+        lambda e, x: jnp.stack([e.twice(x)] * 2),
+    ),
+    "scan": (
+        lambda f: lambda x: jax.lax.scan(
+            lambda c, x: (c, jax.grad(f)(x)), 0, jnp.stack([x, x + 1])
+        )[1],
+        lambda e, x: e.grads(x, x + 1),
+    ),
+    "checkpoint": (lambda f: jax.grad(jax.checkpoint(f)), lambda e, x: e.grad(x)),
+    "linearize": (
+        lambda f: lambda x: jax.linearize(f, x)[1](jnp.ones_like(x)),
+        lambda e, x: total(e.grad(x)),
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_kernel_is_transformed(transform, kernel) -> None:
-    layer, exact, call = make(), make(compute_dtype="float32"), arrays_of(CALLS["padding"])
-    x = numbers(2, 10, 64)
-    own, wanted = (
-        jax.jit(transform(lambda x, layer=each: loss(layer, x, **call)))(x)
-        for each in (layer, exact)
-    )
-    near(own, wanted, 8 * EPS)
+@pytest.fixture(scope="module")
+def exactly() -> Exact:
+    exact, call = make(compute_dtype="float32"), arrays_of(CALLS["padding"])
+    return Exact(lambda x: loss(exact, x, **call))
+
+
+@pytest.mark.parametrize(("transform", "wanted"), TRANSFORMS.values(), ids=TRANSFORMS)
+def test_kernel_is_transformed(transform, wanted, exactly, kernel) -> None:
+    layer, call = make(), arrays_of(CALLS["padding"])
+    own = quick(transform(lambda x: loss(layer, x, **call)))(X)
+    near(own, wanted(exactly, X), 8 * EPS)
 
 
 def test_kernel_without_a_compiler(kernel) -> None:
@@ -524,7 +593,7 @@ def test_many_cotangents_of_one_pass(kernel) -> None:
     layer, exact, x = make(), make(compute_dtype="float32"), numbers(2, 10, 64)
     cotangents = numbers(3, 2, 10, 64, seed=2)
     own, wanted = (
-        jax.jit(jax.vmap(jax.vjp(lambda x, layer=each: layer(x), x)[1]))(cotangents)
+        quick(jax.vmap(jax.vjp(lambda x, layer=each: layer(x), x)[1]))(cotangents)
         for each in (layer, exact)
     )
     near(own, wanted, 8 * EPS)
@@ -602,5 +671,5 @@ def test_half_precision_is_shared_out() -> None:
         check(jax.jit(jax.grad(share, (0, 1)))(layer, x))
         assert bool(kernel.forward and kernel.backward) == taken
     """
-    flags = "--xla_force_host_platform_device_count=2"
-    python(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
+    python(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")

@@ -1,12 +1,14 @@
 """The Keras layer on each of Keras's backends, in processes of their own.
 
-Importing Keras fixes its backend, so this process never does.
+Importing Keras fixes its backend, so this process never does. Importing takes seconds, so each
+backend has one process for all files of checks.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ def python(backend: str, *arguments: str, **environment: str) -> str:
         env={**os.environ, **known, **environment},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -44,9 +46,14 @@ def python(backend: str, *arguments: str, **environment: str) -> str:
 
 
 def pytest_in(backend: str, file: str, *options: str, **environment: str) -> str:
-    """Run a file of tests with this Keras backend."""
+    """Run a file of tests with this Keras backend; `options` may name others."""
     quiet = ("-q", "-p", "no:cacheprovider", "--tb=short")
     return python(backend, "-m", "pytest", *quiet, f"tests/{file}", *options, **environment)
+
+
+def count(output: str, file: str, outcome: str) -> int:
+    """How many tests of a file have this outcome, of which pytest has told each."""
+    return len(re.findall(rf"^tests/{file}::.* {outcome}", output, re.MULTILINE))
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -72,17 +79,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_layer_does_what_is_checked_of_it(backend: str, model: Path) -> None:
-    output = pytest_in(backend, "keras_checks.py", ANYMHA_KERAS_MODEL=str(model))
-    skipped = "7 skipped" if backend == "numpy" else "skipped"
-    assert (skipped in output) == (backend == "numpy"), output
-
-
-def test_the_layer_passes_the_tests_of_keras_layer(backend: str) -> None:
-    options = ["-o", "markers=requires_trainable_backend", "-W", "ignore"]
+    """All checks, and Keras's own tests of its layer."""
+    files = ["keras_checks.py", "keras_cache_checks.py", "keras_own.py"]
+    files += ["keras_tools_checks.py"] * (backend != "numpy")  # Keras does not train on NumPy
+    options = ["-vv", "-o", "markers=requires_trainable_backend"]
     options += ["-m", "not requires_trainable_backend"] * (backend == "numpy")
-    output = pytest_in(backend, "keras_own.py", *options)
-    lacks = {"numpy": "43 passed, 2 skipped, 1 deselected", "tensorflow": "44 passed, 2 skipped"}
-    assert lacks.get(backend, "46 passed") in output, output  # flash attention, training
+    others = (f"tests/{file}" for file in files[1:])
+    told = pytest_in(backend, files[0], *others, *options, ANYMHA_KERAS_MODEL=str(model))
+    assert count(told, files[0], "SKIPPED") == (7 if backend == "numpy" else 0), told
+    own = {"numpy": (43, 2), "tensorflow": (44, 2)}.get(backend, (46, 0))  # flash attention
+    assert tuple(count(told, "keras_own.py", o) for o in ("PASSED", "SKIPPED")) == own, told
+    assert all(count(told, file, "PASSED") for file in files), told
 
 
 def test_an_unknown_layer_is_an_error_that_names_the_known_ones() -> None:

@@ -22,6 +22,7 @@ import pytest
 import anymha
 from anymha.errors import AnymhaError, ShapeError
 from tests.frameworks import required
+from tests.pairs import pairs
 from tests.peer_layers import need
 
 torch = required("torch")
@@ -227,12 +228,15 @@ def trained(
     return net, handle
 
 
+OURS = [name for name in SUBJECTS if name != "reference"]
+
+
 @pytest.fixture(params=SUBJECTS)
 def subject(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=[name for name in SUBJECTS if name != "reference"])
+@pytest.fixture(params=OURS)
 def ours(request) -> str:
     return request.param
 
@@ -317,19 +321,21 @@ def test_projections_of_the_reproducible_mode_are_linears():
     assert all(isinstance(getattr(layer, name), nn.Linear) for name in PROJECTIONS)
 
 
-@pytest.mark.parametrize("calls_before", [0, 3])
+OTHER_WIDTHS = {"query": (8, 6), "key": (6, 9), "value": (7, 2), "output": (5, 8)}
+
+
 @pytest.mark.parametrize(
-    ("name", "widths"), [("query", (8, 6)), ("key", (6, 9)), ("value", (7, 2)), ("output", (5, 8))]
+    ("name", "calls_before", "wrapped"),
+    pairs(name=OTHER_WIDTHS, calls_before=[0, 3], wrapped=[False, True]),
 )
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_projection_of_another_width_is_refused(name, widths, calls_before, wrapped):
+def test_projection_of_another_width_is_refused(name, calls_before, wrapped):
     layer = MultiHeadAttention(
         2, 4, query_features=8, value_features=7, key_features=6, value_dim=3, seed=0
     )
     arrays = torch.ones(2, 3, 8), torch.ones(2, 5, 7), torch.ones(2, 5, 6)
     for _ in range(calls_before):
         layer(*arrays)
-    linear = nn.Linear(*widths)
+    linear = nn.Linear(*OTHER_WIDTHS[name])
     if wrapped and name != "output":  # what it takes, nothing tells
         linear = nn.Sequential(linear)
     setattr(layer, name, linear)
@@ -360,10 +366,15 @@ def test_canonical_weights_are_the_linears_transposed(ours):
         np.testing.assert_array_equal(value, canonical(layer.state_dict())[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}], ids=["full", "causal"])
-def test_training_is_that_by_hand(subject, dtype, call):
-    trained(subject, lambda attn: None, dtype, **call)
+@pytest.mark.parametrize(
+    ("subject", "dtype", "causal"),
+    pairs(
+        subject=SUBJECTS, dtype=[torch.float32, torch.float64, torch.bfloat16], causal=[False, True]
+    ),
+    ids=str,
+)
+def test_training_is_that_by_hand(subject, dtype, causal):
+    trained(subject, lambda attn: None, dtype, use_causal_mask=causal)
 
 
 def test_cross_attention_is_that_by_hand(subject, x):
@@ -387,8 +398,9 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("subject", "projection", "hook"), pairs(subject=SUBJECTS, projection=PROJECTIONS, hook=HOOKS)
+)
 def test_hook_takes_part_in_training_until_removed(subject, projection, hook):
     net, handle = trained(subject, lambda attn: HOOKS[hook](getattr(attn, projection)))
     plain = Net(attention(subject))
@@ -541,8 +553,11 @@ def test_saved_tensor_hooks_give_the_same_gradients(subject):
 # --- Pruning -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize(
+    ("subject", "projection", "dtype"),
+    pairs(subject=SUBJECTS, projection=PROJECTIONS, dtype=[torch.float32, torch.bfloat16]),
+    ids=str,
+)
 def test_pruned_weights_stay_zero(subject, projection, dtype):
     def tool(attn):
         prune.l1_unstructured(getattr(attn, projection), "weight", amount=0.5)
@@ -641,8 +656,9 @@ TOOLS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], bool]]] = {
 
 
 @old_weight_norm
-@pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(
+    ("subject", "projection", "tool"), pairs(subject=SUBJECTS, projection=PROJECTIONS, tool=TOOLS)
+)
 def test_parametrized_projection_trains(subject, projection, tool):
     apply, holds = TOOLS[tool]
     net, _ = trained(subject, lambda attn: apply(getattr(attn, projection)))
@@ -714,10 +730,16 @@ def test_cached_parametrization(subject, x):
 
 
 @old_weight_norm
-@pytest.mark.parametrize("projection", ["query", "output"])
 @pytest.mark.parametrize(
-    "tool", ["weight norm, hook", "spectral norm, hook", "weight norm", "spectral norm", "pruned"]
-)
+    ("ours", "projection", "tool"),
+    pairs(
+        ours=OURS,
+        projection=["query", "output"],
+        tool=[
+            "weight norm, hook", "spectral norm, hook", "weight norm", "spectral norm", "pruned"
+        ],
+    ),
+)  # fmt: skip
 def test_weights_right_after_a_step_are_not_those_of_the_call_before(ours, tool, projection):
     """Tools of hooks compute the weight anew in the next call only."""
     net = Net(attention(ours))
@@ -736,8 +758,9 @@ WRITTEN = {
 
 
 @old_weight_norm
-@pytest.mark.parametrize("projection", ["query", "output"])
-@pytest.mark.parametrize("tool", WRITTEN)
+@pytest.mark.parametrize(
+    ("ours", "projection", "tool"), pairs(ours=OURS, projection=["query", "output"], tool=WRITTEN)
+)
 def test_weights_are_set_through_a_parametrization_or_refused(ours, projection, tool):
     layer = attention(ours)
     WRITTEN[tool](getattr(layer, projection))
@@ -975,9 +998,11 @@ def no_bias(inputs, outputs):
     return nn.Linear(inputs, outputs, bias=False)
 
 
-@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize(
-    "kind", [Factored, Scaled, Wrapped, half, no_bias], ids=lambda k: k.__name__
+    ("subject", "projection", "kind"),
+    pairs(
+        subject=SUBJECTS, projection=PROJECTIONS, kind=[Factored, Scaled, Wrapped, half, no_bias]
+    ),
 )
 def test_module_in_a_projections_place_is_called(subject, projection, kind):
     def tool(attn):
@@ -1449,10 +1474,11 @@ CHECKPOINTS = {
 
 # A reentrant checkpoint says so where nothing is differentiated, as in evaluation.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-@pytest.mark.parametrize("call", [{}, {"use_causal_mask": True}], ids=["full", "causal"])
-@pytest.mark.parametrize("tool", [None, "forward"], ids=["plain", "hooked"])
-def test_checkpoint_trains_the_same(subject, kind, call, tool):
+@pytest.mark.parametrize(
+    ("subject", "kind", "causal", "tool"),
+    pairs(subject=SUBJECTS, kind=CHECKPOINTS, causal=[False, True], tool=[None, "forward"]),
+)
+def test_checkpoint_trains_the_same(subject, kind, causal, tool):
     base: Any = CheckpointedWhole if kind == "reentrant" else Checkpointed
 
     class Here(base):
@@ -1463,7 +1489,7 @@ def test_checkpoint_trains_the_same(subject, kind, call, tool):
         if tool:
             HOOKS[tool](net.attn.value)
     with set_checkpoint_early_stop(kind != "no early stop"):
-        losses = [train(net, **call) for net in nets]
+        losses = [train(net, use_causal_mask=causal) for net in nets]
     for one in losses[1:]:
         close(torch.tensor(losses[0]), torch.tensor(one), torch.float32)
     agree(nets[0], nets[2])
@@ -1495,9 +1521,10 @@ def test_checkpoint_of_a_long_sequence(subject, kind):
             torch.testing.assert_close(got, want, rtol=0, atol=margin)
 
 
-@pytest.mark.parametrize("rng", ["portable", "native"])
-@pytest.mark.parametrize("length", [5, 100])
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("ours", "rng", "length", "reentrant"),
+    pairs(ours=OURS, rng=["portable", "native"], length=[5, 100], reentrant=[True, False]),
+)
 def test_checkpoint_drops_the_same_elements(ours, rng, length, reentrant):
     x = numbers(1, length, WIDTH).requires_grad_()
     layer = attention(ours, dropout=0.5, dropout_rng=rng, memory_budget=4096)
@@ -1703,7 +1730,14 @@ def test_made_on_meta_and_filled(ours):
 
 # Of torch's compiler where it meets a full backward hook.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("hook", [None, "forward", "pre", "backward", "custom", "factored"])
+@pytest.mark.parametrize(
+    ("subject", "hook"),
+    [
+        *(("anymha", h) for h in (None, "forward", "backward", "custom", "factored")),
+        *(("reproducible", h) for h in ("pre", "backward", "factored")),
+        ("reference", "forward"),
+    ],
+)  # each trace takes seconds; what torch does with a hook is the same in every layer
 def test_compiled_layer(subject, hook, x):
     def made(kind):
         attn = attention(kind)
