@@ -34,8 +34,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REWIND = 2
-EXAMPLES = {"numpy": 50, "torch": 25}
-"""How many schedules; fewer where no array is written in place, and calls take longer."""
 
 piece = st.tuples(
     st.just("append"), st.sampled_from([1, 3]), st.sampled_from(["all", "some", "none"]),
@@ -170,7 +168,7 @@ def test_random_schedules_agree_with_the_oracle(name: str, backend: Backend) -> 
         n: w.reshape(*w.shape[:2], -1) if n == "output.kernel" else w for n, w in weights.items()
     }
 
-    @settings(max_examples=EXAMPLES.get(backend.name, 10), deadline=None)
+    @settings(max_examples=50, deadline=None)
     @given(st.lists(events, min_size=3, max_size=10))
     def check(schedule: list[tuple[Any, ...]]) -> None:
         run = Schedule(backend, layer, config, flat)

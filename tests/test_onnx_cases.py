@@ -118,32 +118,10 @@ def test_the_cases_are_there() -> None:
     seen = {name for case in ATTENTION.values() for name in (*case.inputs, *case.attributes)}
     assert {"past_key", "nonpad_kv_seqlen", "attn_mask", "softcap", "left_window_size"} <= seen
     assert len(ATTENTION) >= 90
-    assert len(CALL_OF_EACH_KIND) >= 40
     assert len(ROTARY) >= 8
 
 
-def _kind(case: Case) -> Any:
-    """What of a call may take another way: which arguments it has, of which dtype and ranks."""
-    call = _call(case)
-    query, key, value = (call[name] for name in ("query", "key", "value"))
-    mask = call.get("mask", call.get("bias", np.zeros(())))
-    past = None if np.ndim(call["query_offset"]) else bool(call["query_offset"])
-    named = frozenset(call), call["is_causal"], query.dtype, mask.ndim, past
-    return (*named, query.shape[2] == key.shape[2], key.shape[3] == value.shape[3])
-
-
-CALL_OF_EACH_KIND = {_kind(case): name for name, case in ATTENTION.items()}.values()
-
-
-@pytest.mark.parametrize(
-    ("backend", "name"),
-    [
-        (home, name)
-        for home in BACKENDS
-        for name in (CALL_OF_EACH_KIND if home in ("tensorflow", "jax") else ATTENTION)
-    ],
-    indirect=["backend"],
-)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_attention(backend: Backend, name: str) -> None:
     case = ATTENTION[name]
     given = native(backend.ops, _call(case))
