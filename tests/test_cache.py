@@ -23,8 +23,6 @@ from tests.test_options_together import LAYER, TOGETHER
 WIDTH = 16
 LENGTH = 17
 PIECES = (1, 3, 7, 1)
-FEWER = (1, 3, 1)
-"""JAX compiles each length; without a window it matters to none."""
 LENGTHS = (5, 2, 4)
 """What the rows hold before the pieces."""
 
@@ -103,10 +101,6 @@ def _compiled() -> Any:
     return importlib.import_module("jax").jit(lambda layer, x, **call: layer(x, **call))
 
 
-def pieces_of(backend: Backend, layer: Any) -> tuple[int, ...]:
-    return FEWER if backend.name == "jax" and layer.config.sliding_window is None else PIECES
-
-
 def decoded(
     backend: Backend, layer: Any, x: np.ndarray, side: str = "front", **made: Any
 ) -> tuple[list[np.ndarray], Any]:
@@ -118,7 +112,7 @@ def decoded(
     output, cache = call(native(backend, prompts), cache=cache, value_mask=native(backend, valid))
     rows = [[plain(backend, output)[b][valid[b]]] for b in range(batch)]
     places = np.array(LENGTHS)
-    for count in pieces_of(backend, layer):
+    for count in PIECES:
         piece = np.stack([x[b, p : p + count] for b, p in enumerate(places)])
         output, cache = call(native(backend, piece), cache=cache)
         for b, row in enumerate(plain(backend, output)):
@@ -144,7 +138,7 @@ def test_prefill_and_steps_have_the_bits_of_one_causal_call(name: str, backend: 
             expected = reference(x[b : b + 1, : len(row)], use_causal_mask=True)[0]
             assert np.array_equal(bits(row), bits(expected)), b
             continue
-        ends = np.cumsum([LENGTHS[b], *pieces_of(backend, layer)])
+        ends = np.cumsum([LENGTHS[b], *PIECES])
         for begin, end in zip([0, *ends], ends, strict=False):
             expected = reference(x[b : b + 1, :end], use_causal_mask=True)[0, begin:]
             np.testing.assert_allclose(row[begin:end], expected, atol=1e-6)
