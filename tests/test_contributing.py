@@ -18,7 +18,7 @@ from anymha.layer.native import CallOptions
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/add-an-option.md").read_text(encoding="utf-8")
 FILE = re.compile(
-    r"^`([\w./]+)`(?:, (behind|in place of) `([^\n]+)`)?\n\n```\w+\n(.*?)^```$", re.M | re.S
+    r"^`([\w./]+)`(?:, (behind|in place of) (`+) ?([^\n]+?) ?\3)?\n\n```\w+\n(.*?)^```$", re.M | re.S
 )
 FOLDERS = ("anymha", "backends", "docs", "tests")
 
@@ -31,7 +31,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ignored = shutil.ignore_patterns("__pycache__", "images")
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", root)
-    for name, how, line, text in FILE.findall(PAGE):
+    for name, how, _, line, text in FILE.findall(PAGE):
         path = root / name
         if not how:
             assert not path.exists(), f"{name} is there already"
