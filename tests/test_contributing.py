@@ -18,7 +18,8 @@ from anymha.layer.native import CallOptions
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/add-an-option.md").read_text(encoding="utf-8")
 FILE = re.compile(
-    r"^`([\w./]+)`(?:, (behind|in place of) (`+) ?([^\n]+?) ?\3)?\n\n```\w+\n(.*?)^```$", re.M | re.S
+    r"^`([\w./]+)`(?:, (behind|in place of) (`+) ?([^\n]+?) ?\3)?\n\n```\w+\n(.*?)^```$",
+    re.M | re.S,
 )
 FOLDERS = ("anymha", "backends", "docs", "tests")
 

@@ -256,7 +256,8 @@ def test_a_layer_takes_the_kernels_and_explains_it(kernels: Any, x: Any) -> None
 def test_a_layer_in_half_precision_takes_them_for_its_window(kernels: Any, x: Any) -> None:
     layer = make(sliding_window=3, dtype="bfloat16", compute_dtype="bfloat16", dropout=0.0)
     told = anymha.explain(layer, x.bfloat16(), use_causal_mask=True)
-    multiplied = ops.capabilities.multiplies(torch.bfloat16, torch.device("cpu"))
+    multiplies: Any = ops.capabilities.multiplies
+    multiplied = multiplies(torch.bfloat16, torch.device("cpu"))
     assert (triton_attention.NOTE_OF_WINDOW in told) == multiplied, told
 
 

@@ -128,7 +128,7 @@ def _why_wrong(
         *arrays, cotangent = (x.to(dtype) for x in drawn)
         with torch.enable_grad():
             wide = [x.float().requires_grad_() for x in arrays]
-            named = dict(zip(("query", "key", "value"), wide, strict=True))
+            named: dict[str, Any] = dict(zip(("query", "key", "value"), wide, strict=True))
             context = written(tiled_dropout.backend(), spec, None, named)["context"]
             gradients = torch.autograd.grad(context, wide, cotangent.float())
         expected = [context.detach(), *gradients]

@@ -493,7 +493,7 @@ def _check_frequencies(decoding: Stepwise, pair: tuple[Adapter, Adapter], reques
     ]
     configs = [getattr(one, "config", None) for one in described]
     config = next((c for c in configs if isinstance(c, AttentionConfig)), None)
-    rotary = None if config is None else config.rotary
+    rotary: Any = None if config is None else config.rotary
     if config is None or rotary is None or not rotary.depends_on_length:
         return
     valid = valid_of(request)
