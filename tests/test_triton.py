@@ -94,7 +94,7 @@ CASES = [_case(case) for case in fused.CASES if case.name in CHOSEN]
 WINDOWS = [
     AttentionCase("causal", lengths=(19, 19), window=(4, 0)),
     AttentionCase("both sides, grouped heads", lengths=(11, 37), heads=(4, 2), window=(3, 5)),
-    AttentionCase("to the left alone", lengths=(9, 20), window=(2, None), offset=3),
+    AttentionCase("offset", lengths=(9, 20), window=(2, 1), offset=3),
     AttentionCase("mask of queries", lengths=(9, 20), mask=(1, 1, 9, 20), window=(6, 0), offset=4),
     AttentionCase("offsets, bias", lengths=(9, 20), bias=(1, 4, 9, 20), window=(5, 0),
                   offset=(0, 40)),
@@ -194,6 +194,7 @@ def test_windows_are_left_to_the_kernels_where_they_gain(monkeypatch: pytest.Mon
     assert not taken(keys=512)
     assert not taken(dtype=None)  # in float32
     assert not taken(window=(None, 5))
+    assert not taken(window=(5, None))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

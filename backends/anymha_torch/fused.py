@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -86,11 +85,12 @@ def fused_attention(
         return with_sinks(spec, causal, mask, query, key, value, sinks)
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
-    drawing = NOTHING if drop is None or drop.seed is None else seeded(drop.seed, query.device)
-    with drawing:
-        context = scaled_dot_product_attention(
-            query, key, value, mask, rate, causal, scale=spec.scale, enable_gqa=grouped
-        )
+    arguments: Any = (query, key, value, mask, rate, causal)
+    if drop is None or drop.seed is None:
+        context = scaled_dot_product_attention(*arguments, scale=spec.scale, enable_gqa=grouped)
+    else:
+        with seeded(drop.seed, query.device):
+            context = scaled_dot_product_attention(*arguments, scale=spec.scale, enable_gqa=grouped)
     if torch.is_grad_enabled() and drop is None and not torch.compiler.is_compiling():
         node: Any = context.grad_fn
         kind = type(node)
@@ -105,7 +105,6 @@ def fused_attention(
     return context
 
 
-NOTHING = nullcontext()
 HALF = (torch.bfloat16, torch.float16)
 
 _OF_PROCESSOR = set()

@@ -57,12 +57,13 @@ def makes_window(spec: AttentionSpec, shape: AttentionShape, /) -> bool:
     are left out, since a kernel of torch's is faster where all are seen.
     """
     left, right = spec.position_mask.left, spec.position_mask.right
-    if left is None or spec.dropout is not None or spec.features or shape.has_segments:
+    if left is None or right is None:
+        return False
+    if spec.dropout is not None or spec.features or shape.has_segments:
         return False
     if shape.dtype not in (torch.bfloat16, torch.float16) or not isinstance(shape.keys, int):
         return False
-    seen = left + 1 + (left if right is None else right)
-    if shape.keys - seen < (1 if on_cpu else FEWEST_HIDDEN):
+    if shape.keys - (left + 1 + right) < (1 if on_cpu else FEWEST_HIDDEN):
         return False
     return (shape.device.type != "cpu" or on_cpu) and _why_not(shape, None) is None
 
