@@ -89,10 +89,10 @@ def test_every_layer_gives_the_right_values_and_is_timed(
     assert facts[framework]
     for case, result in zip(EVERYWHERE, results, strict=True):
         assert (result.framework, result.case) == (framework, case)
+        assert result.sound
         if framework == "numpy" and case.dtype == "bfloat16":
             assert (list(result.timings), result.note) == ([], "bfloat16 is not computed there")
             continue
-        assert result.sound
         names = [timing.name for timing in result.timings]
         assert len(set(names)) == len(names)
         for timing in result.timings:
