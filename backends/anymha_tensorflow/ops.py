@@ -32,7 +32,9 @@ from tensorflow import reduce_sum as sum
 from tensorflow import transpose as permute_dims
 
 from anymha.framework.capabilities import Capabilities
+from anymha_tensorflow import products
 from anymha_tensorflow.compiled import CompiledCall
+from anymha_tensorflow.products import HALF, multiplies, wide_matmul
 
 name = "tensorflow"
 log = tf.math.log
@@ -113,6 +115,8 @@ def seed_array(seed, /):
 
 
 def linear(x, matrix, bias, /):
+    if x.dtype in HALF:
+        return products.linear(x, matrix, bias)
     y = tf.matmul(x, matrix)
     return y if bias is None else tf.nn.bias_add(y, bias)  # which TensorFlow joins with the product
 
@@ -228,6 +232,8 @@ capabilities = Capabilities(
     tile_size=tile_size,
     loop=loop,
     narrow=narrow,
+    multiplies=multiplies,
+    wide_matmul=wide_matmul,
     linear=linear,
     softmax=tf.nn.softmax,
 )
