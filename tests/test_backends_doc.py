@@ -162,6 +162,6 @@ def test_plug_in_that_cannot_be_imported_is_named(project: Path) -> None:
 def test_unknown_name_is_refused_with_the_names_that_there_are(project: Path) -> None:
     done = python(project, "-c", "import anymha.framework.registry as r; r.get_backend('theano')")
     assert done.stderr.splitlines()[-1] == (
-        "anymha.errors.UnknownBackendError: `backend` must be one of 'numpy', 'torch', "
+        "anymha.errors.UnknownBackendError: A backend is one of 'numpy', 'torch', "
         "'tensorflow', 'jax', 'strict'. Received: 'theano'."
     )

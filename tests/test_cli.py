@@ -364,9 +364,9 @@ LAYOUTS = ", ".join(repr(name) for name in layouts())
 WRONG: dict[str, tuple[list[str], str]] = {
     "unknown backend": (
         ["--backends", "numpy,torhc"],
-        f"`backend` must be one of {KNOWN}. Received: 'torhc'.",
+        f"A backend is one of {KNOWN}. Received: 'torhc'.",
     ),
-    "no backend": (["--backends", ""], f"`backend` must be one of {KNOWN}. Received: ''."),
+    "no backend": (["--backends", ""], f"A backend is one of {KNOWN}. Received: ''."),
     "no layout": (
         [*REAL[:2], "--num-heads", "12"],
         "`--checkpoint` needs `--layout` and `--num-heads` too: neither is in the file. "

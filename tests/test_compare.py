@@ -310,7 +310,7 @@ def test_assert_parity_fails_with_the_whole_story(layer) -> None:
     [
         ({"value": VALUE}, {}, "must have a 'query'"),
         ([QUERY] * 4, {}, "at most query, value, key"),
-        (QUERY, {"causal": True}, "no argument 'causal'"),
+        (QUERY, {"causal": True}, "Pass `use_causal_mask`"),
     ],
 )
 def test_a_wrong_request_is_told(layer, inputs, call, words) -> None:

@@ -410,9 +410,11 @@ def test_functions_take_arrays_of_one_framework(installed: list[Backend]) -> Non
 def test_unknown_backend() -> None:
     with pytest.raises(
         errors.UnknownBackendError,
-        match=r"^`backend` must be one of 'numpy', '.*\. Received: 'theano'\.$",
+        match=r"^A backend is one of 'numpy', '.*\. Received: 'theano'\.$",
     ):
         anymha.MultiHeadAttention(2, 3, backend="theano")
+    with pytest.raises(errors.UnknownBackendError, match=r"Received: 'PyTorch'\. Pass 'torch'\.$"):
+        anymha.MultiHeadAttention(2, 3, backend="PyTorch")
 
 
 @pytest.mark.parametrize("name", ["torch", "tensorflow", "jax"])

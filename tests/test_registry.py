@@ -101,7 +101,7 @@ def test_unknown_name_says_which_there_are():
     with pytest.raises(UnknownBackendError) as caught:
         anymha.MultiHeadAttention(2, 4, backend="nope")
     assert isinstance(caught.value, (AnymhaError, ValueError))
-    assert str(caught.value).startswith("`backend` must be one of 'numpy', 'torch', 'tensorflow',")
+    assert str(caught.value).startswith("A backend is one of 'numpy', 'torch', 'tensorflow',")
     assert str(caught.value).endswith("Received: 'nope'.")
 
 

@@ -134,6 +134,13 @@ def backends() -> dict[str, Backend]:
     return found | {name: _plugged_in(point) for name, point in _entry_points().items()}
 
 
+OTHER_NAMES = {
+    "pytorch": "torch", "pt": "torch", "tf": "tensorflow", "np": "numpy", "jnp": "jax",
+    "tf.keras": "keras", "nnx": "flax", "linen": "flax", "eqx": "equinox",
+}  # fmt: skip
+"""What backends are called elsewhere."""
+
+
 def get_backend(name: str, *beside: str) -> Backend:
     """The backend of that name; only its own modules are imported.
 
@@ -150,7 +157,9 @@ def get_backend(name: str, *beside: str) -> Backend:
     if name not in others:
         names = (*(built_in.name for built_in in BUILT_IN), *beside, *others)
         known = ", ".join(map(repr, names))
-        raise UnknownBackendError(f"`backend` must be one of {known}. Received: {name!r}.")
+        meant = OTHER_NAMES.get(str(name).lower())
+        told = f" Pass {meant!r}." if meant in names else ""
+        raise UnknownBackendError(f"A backend is one of {known}. Received: {name!r}.{told}")
     return _plugged_in(others[name])
 
 

@@ -156,7 +156,8 @@ def _answered(config: Any, args: tuple[Any, ...], options: Mapping[str, Any]) ->
     needed = [name for name, field in known.items() if field.default is MISSING]
     missing = [name for name in needed[len(args) :] if name not in options]
     if missing:
-        received = ", ".join([*map(repr, args), *options]) or "no options"
+        given = [name for name in needed if name in options]  # a home may have added others
+        received = ", ".join([*map(repr, args), *given]) or "neither"
         return ArgumentError(
             f"{listed(missing)} must be passed: `num_heads` is the number of query heads, "
             f"`key_dim` the width of each. Received: {received}. {_REMEDY}"

@@ -11,6 +11,7 @@ import numpy as np
 from anymha.errors import ArgumentError, DtypeError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
+from anymha.layer.other_names import unexpected
 from anymha.options.config import AttentionConfig
 from anymha.parity.oracle.cases import MatrixCase, OracleProblem, result_shapes, trio
 from anymha.parity.oracle.decoded import Decoded
@@ -84,11 +85,8 @@ def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
     known = {*SEGMENTS, *POSITIONS, "training", "use_causal_mask", "query_offset", "seed"}
     unknown = sorted(set(rest) - known)
     if unknown:
-        raise ArgumentError(
-            f"The call of a layer has no argument {', '.join(map(repr, unknown))}. It has: "
-            f"{', '.join((*MASKS, *SEGMENTS, *POSITIONS, 'attention_bias', 'training'))}, "
-            "use_causal_mask, query_offset, seed."
-        )
+        every = (*MASKS, *SEGMENTS, *POSITIONS, "attention_bias", *sorted(known))
+        raise unexpected(unknown[0], dict.fromkeys(every))
     # Copies: a function that writes into its inputs must not change the reference's.
     arrays = {name: np.array(as_numpy(array)) for name, array in named.items()}
     for name, array in arrays.items():
