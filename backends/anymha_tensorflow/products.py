@@ -35,14 +35,16 @@ def _is_multiplied(dtype: Any) -> bool:
     return "convert(" not in text
 
 
-@tf.function(jit_compile=True, autograph=False)
-def _product(x: Any, y: Any) -> Any:
+def _batched(x: Any, y: Any) -> Any:
     return tf.raw_ops.BatchMatMulV3(x=x, y=y, Tout=tf.float32)
+
+
+_product: Any = tf.function(_batched, jit_compile=True, autograph=False)
 
 
 @tf.function(jit_compile=True, autograph=False)
 def _rows(x: Any, matrix: Any, bias: Any) -> Any:
-    product = tf.raw_ops.BatchMatMulV3(x=x, y=matrix, Tout=tf.float32)
+    product = _batched(x, matrix)
     if bias is not None:
         product += tf.cast(bias, tf.float32)
     return tf.cast(product, x.dtype)
