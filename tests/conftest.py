@@ -7,10 +7,12 @@ A framework that is not installed skips its tests, with the reason printed. The 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere
 # PyTorch's threads wait without spinning, which takes two thirds of the processor where workers
@@ -51,17 +53,33 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture
-def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick_programs(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """JAX's compiler works for less long: what it makes then is rounded otherwise, no more.
 
     For tests that hold results against others within rounding, where compiling is most of the
-    time. What must not depend on the compiler, bits and excluded positions, has tests without it.
+    time. What must not depend on the compiler, bits and excluded positions, has tests without it,
+    or with the mark `as_users_compile` in a file that has it.
     """
+    if request.node.get_closest_marker("as_users_compile"):
+        yield
+        return
     option = "jax_disable_most_optimizations"
     before = os.environ.get(option.upper(), "0")
     monkeypatch.setenv(option.upper(), "1")  # for a JAX that the test imports
     if "jax" in sys.modules:
         sys.modules["jax"].config.update(option, True)
+        compiler = importlib.import_module("jax._src.compiler")
+        options_of = getattr(compiler, "get_compile_options", None)  # is JAX's own affair
+
+        def quicker(*args: Any, **named: Any) -> Any:
+            options = options_of(*args, **named)
+            options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+            return options
+
+        if options_of is not None:
+            monkeypatch.setattr(compiler, "get_compile_options", quicker)
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].config.update(option, before == "1")

@@ -20,6 +20,8 @@ from tests.pairs import pairs
 from tests.support import bits, normal
 from tests.test_options_together import LAYER, TOGETHER
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 WIDTH = 16
 LENGTH = 17
 PIECES = (1, 3, 7, 1)
@@ -123,6 +125,7 @@ def decoded(
     return [np.concatenate(row) for row in rows], cache
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("name", OPTIONS)
 def test_prefill_and_steps_have_the_bits_of_one_causal_call(name: str, backend: Backend) -> None:
     """In reproducible mode, with rows of other lengths; of each framework those of NumPy."""
@@ -144,6 +147,7 @@ def test_prefill_and_steps_have_the_bits_of_one_causal_call(name: str, backend: 
             np.testing.assert_allclose(row[begin:end], expected, atol=1e-6)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("name", ["qwen 3", "everything", "bloom", "window of one"])
 @pytest.mark.parametrize("side", ["behind", "between"])
 def test_padding_anywhere_gives_the_same_bits(name: str, side: str, backend: Backend) -> None:
@@ -187,6 +191,7 @@ def backend_dtype(name: str) -> Any:
     return getattr(ml_dtypes, name)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("window", [None, 4])
 def test_packed_prompts_have_the_bits_of_one_causal_call(
     window: int | None, backend: Backend
@@ -217,6 +222,7 @@ def usable_numpy() -> Backend:
     return usable("numpy")
 
 
+@pytest.mark.as_users_compile
 def test_going_past_the_end_is_an_error_that_changes_nothing(backend: Backend) -> None:
     layer = layer_of(backend, {"rotary": True})
     x = native(backend, normal((2, 4, WIDTH), "x").astype(np.float32))
@@ -505,6 +511,7 @@ def test_masks_and_biases_are_over_the_positions_of_the_cache(backend: Backend) 
             begin += count
 
 
+@pytest.mark.as_users_compile
 def test_two_thousand_steps_keep_nothing(backend: Backend) -> None:
     """The memory of Python's objects and NumPy's arrays stays, and so do plans and programs."""
     layer = layer_of(backend, {"rotary": True})

@@ -17,6 +17,8 @@ from anymha.framework.registry import Backend
 from tests.conftest import usable
 from tests.support import normal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 WIDTH, LENGTH, MOST = 8, 7, 9
 SIZES = {"num_heads": 4, "key_dim": 4, "query_features": WIDTH, "seed": 0}
 CUTS = (0, 3, 4, LENGTH)
@@ -220,6 +222,7 @@ def test_rotation_by_the_length_goes_by_what_has_been_read(quick: Backend) -> No
         np.testing.assert_allclose(output[:, begin:end], expected, atol=1e-6)
 
 
+@pytest.mark.as_users_compile
 def test_pieces_of_any_length_give_the_same_bits_in_float64(backend: Backend) -> None:
     options = {"compute_dtype": "float64", "rotary": True, "sliding_window": 3}
     run = Runner(backend, make(backend, **options))

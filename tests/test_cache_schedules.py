@@ -21,6 +21,8 @@ from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.recipe import Recipe, ordered
 from tests.support import normal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 WIDTH, ROWS, MOST = 8, 2, 12
 LAYER = {"num_heads": 4, "num_key_value_heads": 2, "key_dim": 4, "query_features": WIDTH, "seed": 0}
 OPTIONS: dict[str, dict[str, Any]] = {

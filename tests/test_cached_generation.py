@@ -22,6 +22,8 @@ from anymha.framework.registry import as_numpy
 from tests.conftest import BACKENDS, usable
 from tests.peer_layers import need
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 torch, transformers = need("torch"), need("transformers")
 
 TOKENS = 30

@@ -17,6 +17,8 @@ from anymha.parity.reports.report import Comparison
 from tests.decoding_port import FAULTS, OPTIONS, Fault, Port
 from tests.frameworks import skip_or_fail
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 BATCH, LENGTH, FEATURES = 3, 13, 12
 STEPS = (5, 1, 3, 1)
 PADDED = {

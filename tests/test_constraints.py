@@ -16,6 +16,8 @@ from tests import keras_reference as reference
 from tests.keras_reference import CONSTRAINTS, OPTIONS, WIDTHS
 from tests.test_regularizers import layer_of
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 ALSO_BIASES = [name for name in CONSTRAINTS if name != "two axes"]
 
 
@@ -70,6 +72,7 @@ def test_dtype_of_the_weights_stays(backend: Backend, dtype: str) -> None:
         np.testing.assert_allclose(found.astype("float64"), exact[name], rtol=0, atol=4 * eps)
 
 
+@pytest.mark.as_users_compile
 def test_reproducible_constraints_are_equal_in_every_bit(installed: list[Backend]) -> None:
     options = {"kernel_constraint": "unit_norm", "compute_dtype": "float64"}
     first = constrained(installed[0], **options)

@@ -14,7 +14,10 @@ from tests.support import compilers, normal
 WINDOWS = (None, 3)
 
 # Of torch's compiler, where a cache that carries gradients is an input.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+    pytest.mark.usefixtures("quick_programs"),
+]
 
 
 def layer_of(backend: Backend, window: int | None) -> Any:

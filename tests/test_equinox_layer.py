@@ -21,6 +21,8 @@ import jax.numpy as jnp  # noqa: E402
 
 from anymha_equinox import MultiHeadAttention  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 MODES = [{}, {"compute_dtype": "float64"}, {"dtype": "float64"}, {"dtype": "bfloat16"}]
 mode = pytest.mark.parametrize("mode", MODES, ids=["float32", "reproducible", "float64", "bf16"])
 
@@ -79,6 +81,7 @@ def test_outputs_are_those_of_the_jax_layer(mode: dict[str, Any], call: dict[str
     same(layer(x, **call), plain(layer)(x, **call))
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("mode", MODES[:2], ids=["float32", "reproducible"])
 def test_compiled_outputs_are_those_of_the_compiled_jax_layer(mode):
     layer = make(dropout=0.25, **mode)

@@ -20,6 +20,8 @@ from anymha.parity import compare
 from tests.peer_layers import need
 from tests.support import native, normal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 OPTIONS = {
     "num_heads": 4,
     "num_key_value_heads": 2,
@@ -86,6 +88,7 @@ def test_a_gate_multiplies_what_the_heads_give(
     assert np.array_equal(scores, same)  # which a gate does not touch
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("gate", KINDS)
 def test_gradients_and_bits_are_those_of_the_definition(backend: Backend, gate: str) -> None:
     name, ops = backend.name, backend.ops
@@ -117,6 +120,7 @@ def test_gradients_are_the_slopes(gate: str) -> None:
             np.testing.assert_allclose(gradients[name][place], slope, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.as_users_compile
 def test_great_numbers_make_no_nan_forward_or_backward() -> None:
     layer = gated("numpy")
     x = normal((1, 3, 8), "x") * 1e4
@@ -125,6 +129,7 @@ def test_great_numbers_make_no_nan_forward_or_backward() -> None:
     assert all(np.all(np.isfinite(g)) for g in pullback(np.ones_like(output)).values())
 
 
+@pytest.mark.as_users_compile
 def test_a_query_that_is_hidden_gives_the_bias(backend: Backend) -> None:
     layer = gated(backend.name)
     x = normal((1, 3, 8), "x")

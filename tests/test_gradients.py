@@ -15,6 +15,8 @@ import anymha
 from anymha.framework.registry import Backend
 from tests.support import Arrays, Problem, make, native, normal, run
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 B, T, S, H = 2, 5, 6, 4
 
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -131,6 +133,7 @@ def test_gradients_have_the_dtype_of_their_arrays(backend: Backend) -> None:
             assert gradient.dtype == {**problem.weights, **problem.inputs}[name].dtype, name
 
 
+@pytest.mark.as_users_compile
 def test_key_bias_has_a_gradient_of_exactly_zero(backend: Backend) -> None:
     # It adds one number to all logits of a query, to which the softmax is indifferent.
     gradients = _gradients(backend, make())

@@ -25,6 +25,8 @@ import jax.numpy as jnp  # noqa: E402
 
 from anymha_jax import MultiHeadAttention, cudnn, products  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 GPU = cudnn.Accelerator("cuda", (9, 0))
 BF16 = jnp.dtype("bfloat16")
 EPS = float(jnp.finfo(BF16).eps)
@@ -66,6 +68,7 @@ def multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_is_multiplied_on_cpu", lambda dtype: True)
 
 
+@pytest.mark.as_users_compile
 def test_processor_multiplies_what_its_program_does_not_cast(monkeypatch) -> None:
     decide = products._is_multiplied_on_cpu.__wrapped__
     assert decide(jnp.dtype("float32"))
@@ -237,6 +240,7 @@ def test_dropout_in_half_precision_drops_the_same(dtype, multiplied) -> None:
         near(layer(x, **call), exact(x, **call), 8 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.as_users_compile
 @by_call
 def test_hidden_positions_change_no_bit(call, multiplied) -> None:
     hidden_positions(CALLS[call])
@@ -440,6 +444,7 @@ def test_kernel_gives_the_written_meaning(call, options, kernel) -> None:
     assert "in half precision" in told
 
 
+@pytest.mark.as_users_compile
 @by_call
 def test_hidden_positions_change_no_bit_of_the_kernels(call, kernel) -> None:
     hidden_positions(CALLS[call])
@@ -461,6 +466,7 @@ def test_kernel_gets_even_lengths_where_there_is_a_mask(lengths, kernel) -> None
         near(own, wanted)
 
 
+@pytest.mark.as_users_compile
 def test_key_that_nobody_sees_may_hold_any_number(kernel) -> None:
     q, k, v = (numbers(2, 10, 4, 16, seed=n) for n in range(3))
     mask = jnp.arange(10) < 7
@@ -470,6 +476,7 @@ def test_key_that_nobody_sees_may_hold_any_number(kernel) -> None:
         same(got, anymha.dot_product_attention(q, k, v, mask=mask))
 
 
+@pytest.mark.as_users_compile
 def test_bias_that_hides_and_its_gradient(kernel) -> None:
     q, k, v = (numbers(2, 10, 4, 16, seed=n) for n in range(3))
     for shape in ((2, 4, 10, 10), (10, 10)):

@@ -23,6 +23,8 @@ from tests.conftest import BACKENDS, usable
 from tests.frameworks import required
 from tests.support import native
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 required("onnx")
 
 AFTER_SOFTMAX = 3

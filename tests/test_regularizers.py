@@ -19,6 +19,8 @@ from anymha.layer.weights import regularization_loss
 from tests import keras_reference as reference
 from tests.keras_reference import ACTIVITY, AXES, OPTIONS, REGULARIZERS, WIDTHS
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 CLOSE = 1e-6
 """How far a float32 penalty may be from Keras's, relative to it."""
 
@@ -170,6 +172,7 @@ def test_dtype_of_the_penalties(backend: Backend, options: dict[str, str], dtype
         assert backend.ops.to_numpy(found).dtype.name == dtype
 
 
+@pytest.mark.as_users_compile
 def test_reproducible_penalties_are_equal_in_every_bit(installed: list[Backend]) -> None:
     def losses(backend: Backend) -> tuple[float, float]:
         regularizers = {"kernel_regularizer": "orthogonal", "activity_regularizer": "l2"}

@@ -20,6 +20,8 @@ from anymha.parity.stages.layer_call import gradients_of
 from tests.peer_layers import need
 from tests.support import native, normal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 HEADS = {"num_heads": 4, "num_key_value_heads": 2, "key_dim": 4, "query_features": 8, "seed": 0}
 IDS = np.array([[0, 0, 0, 1, 1, 2, 2, -1], [5, 3, 3, 5, 5, -7, 3, 3]], np.int32)
 SAME = (IDS[:, :, None] == IDS[:, None, :]) & (IDS >= 0)[:, :, None]
@@ -78,6 +80,7 @@ def test_they_compose_with_masks_in_cross_attention(backend: Backend, dropout: f
         np.testing.assert_allclose(*map(backend.ops.to_numpy, (one, other)), atol=2e-6)
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.parametrize("held", [100.0, np.nan, np.inf])
 @pytest.mark.parametrize("options", [{}, {"compute_dtype": "float64"}, {"memory_budget": 64}],
                          ids=str)  # fmt: skip
@@ -123,6 +126,7 @@ def _of_packed(
     return ops.to_numpy(output), ops.to_numpy(scores).swapaxes(1, 2), gradient
 
 
+@pytest.mark.as_users_compile
 def test_nan_is_found_in_long_rows(backend: Backend) -> None:
     length = 2100  # more pairs than are compared at a time, and no even number of parts
     assert length**2 > LARGE

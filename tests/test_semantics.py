@@ -128,6 +128,7 @@ def test_compiled_output_does_not_depend_on_the_scores_flag(backend: Backend, mo
         assert bits(a).tolist() == bits(b).tolist()
 
 
+@pytest.mark.usefixtures("quick_programs")
 def test_scores_are_those_before_dropout(backend: Backend) -> None:
     problem = make(dropout=0.5)
     dropped = run(backend, problem.calling(training=True, seed=1), gradients=False)
@@ -142,6 +143,7 @@ def _kept(rate: float, seed: int) -> np.ndarray:
     return kept * (65536 / (65536 - threshold))
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("mode", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_dropout_agrees_with_oracle(backend: Backend, mode: str, heads: int) -> None:
@@ -237,6 +239,7 @@ def _near(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @given(order=st.permutations(range(S)))
 def test_order_of_keys_is_of_no_account(backend: Backend, order: list[int]) -> None:
     mask, bias = normal((B, H, T, S), "m") > -1, normal((T, S), "b")
@@ -258,6 +261,7 @@ def test_order_of_keys_is_of_no_account(backend: Backend, order: list[int]) -> N
         _near(gradient[..., order] if name == "attention_bias" else gradient, b.gradients[name])
 
 
+@pytest.mark.usefixtures("quick_programs")
 @given(order=st.permutations(range(T)))
 def test_order_of_queries_is_that_of_outputs(backend: Backend, order: list[int]) -> None:
     problem = _float64()
@@ -266,6 +270,7 @@ def test_order_of_queries_is_that_of_outputs(backend: Backend, order: list[int])
     _near(a.output[:, order], b.output)
 
 
+@pytest.mark.usefixtures("quick_programs")
 @given(order=st.permutations(range(H)))
 def test_order_of_heads_is_of_no_account(backend: Backend, order: list[int]) -> None:
     problem = _float64()
@@ -292,6 +297,7 @@ def test_batch_places_do_not_see_each_other(backend: Backend, place: int) -> Non
     assert np.isnan(b.output[place]).all()
 
 
+@pytest.mark.usefixtures("quick_programs")
 @given(shift=st.floats(-50, 50))
 def test_a_bias_of_one_number_is_of_no_account(backend: Backend, shift: float) -> None:
     plain = _float64()
@@ -306,6 +312,7 @@ def test_scores_of_a_row_sum_to_one(backend: Backend) -> None:
     _near(scores.sum(-1), np.ones(scores.shape[:-1]))
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_large_logits_stay_finite(backend: Backend, dtype: str) -> None:
     # Logits of some 10,000, whose exp would overflow in any dtype.

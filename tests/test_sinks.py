@@ -16,6 +16,8 @@ from anymha.parity import compare
 from tests.peer_layers import need
 from tests.support import native, normal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 OPTIONS = {
     "num_heads": 4,
     "num_key_value_heads": 2,
@@ -74,6 +76,7 @@ def test_a_sink_joins_each_row_whole_and_by_tiles(backend: Backend, budget: int 
     assert np.max(np.abs(backend.ops.to_numpy(output) - other)) > 1e-2
 
 
+@pytest.mark.as_users_compile
 def test_gradients_and_bits_are_those_of_the_definition(backend: Backend) -> None:
     name, ops = backend.name, backend.ops
     x = normal((2, 6, 8), "x")
@@ -98,6 +101,7 @@ def test_gradients_are_the_slopes() -> None:
         np.testing.assert_allclose(gradients["sinks"][head], slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.as_users_compile
 def test_great_logits_do_not_overflow(backend: Backend) -> None:
     layer = with_sinks(backend.name, SINKS * 1e4)
     x = native(backend.ops, {"x": normal((1, 3, 8), "x") * 1e3})["x"]

@@ -14,6 +14,8 @@ from anymha.layer.varying import FEW, OFTEN, Varying, longer
 from tests.frameworks import required
 from tests.support import normal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 jax: Any = required("jax")
 jnp: Any = jax.numpy
 
@@ -90,6 +92,7 @@ def programs() -> Any:
     jax._src.monitoring.unregister_event_duration_listener(listener)
 
 
+@pytest.mark.as_users_compile
 def test_few_programs_serve_many_lengths(programs: Any) -> None:
     layer = anymha.MultiHeadAttention(**OPTIONS, backend="jax")
     for length in range(1, 33):
@@ -127,6 +130,7 @@ def test_what_is_traced_keeps_its_length() -> None:
         assert f"{length},16" in str(jax.make_jaxpr(apply)(x).out_avals[0])
 
 
+@pytest.mark.as_users_compile
 @pytest.mark.usefixtures("varying_at_once")
 def test_dropout_and_its_bits_are_those_of_the_length() -> None:
     options = {**OPTIONS, "dropout": 0.5}
@@ -146,6 +150,7 @@ def test_longer_adds_at_most_an_eighth_or_eight() -> None:
         assert longer(longer(length)) == longer(length)
 
 
+@pytest.mark.as_users_compile
 def test_lengths_that_are_called_often_get_a_program() -> None:
     seen = Varying()
     assert [seen.has_own((1, n, n)) for n in (3, 5, 6)] == [True] * FEW
