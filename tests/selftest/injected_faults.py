@@ -64,6 +64,12 @@ _FAULTS = (
     Fault("half the exponents", "rotary of other exponents", "query", (), {"rotary": True}),
     Fault("norms exchanged", "query_key_norm by the weight of another", "query", (),
           {"rotary": True, "query_key_norm": "rms"}),
+    Fault("norm by the first head's weight", "query_key_norm by the weight of another head",
+          "query", (), {"query_key_norm": {"kind": "rms", "over": "heads"}}),
+    Fault("alibi before the softcap", "alibi before the softcap", "logits", (),
+          {"alibi": True, "softcap": 0.6}),
+    Fault("query columns in pairs", "rotary columns of weights permuted", "query", (),
+          {"rotary": True}),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
@@ -233,6 +239,14 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
             for part in ("kernel", "bias"):
                 flat = w[f"{name}.{part}"].reshape(*w[f"{name}.{part}"].shape[:-2], width, -1)
                 w[f"{name}.{part}"] = np.moveaxis(flat, -1, -2)
+    if "norm by the first head's weight" in wrong:
+        own = w["query_norm.scale"].reshape(heads, width)
+        w["query_norm.scale"] = np.tile(own[0], heads).reshape(w["query_norm.scale"].shape)
+    if "query columns in pairs" in wrong:
+        for part in ("kernel", "bias"):
+            array = w[f"query.{part}"]
+            pairs = np.stack([array[..., : width // 2], array[..., width // 2 :]], -1)
+            w[f"query.{part}"] = pairs.reshape(array.shape)
     if "packed in another order" in wrong:
         for part in ("kernel", "bias"):
             q, k, v = (weights[f"{name}.{part}"] for name in ("query", "key", "value"))

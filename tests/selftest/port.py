@@ -166,7 +166,9 @@ class Port:
 
     def _with(self, place: str, array: Any) -> Any:
         """An array as the options change it."""
-        other_side = "norm on the other side of rotary" in self.wrong
+        other_side = {"norm on the other side of rotary", "alibi before the softcap"} & {
+            *self.wrong
+        }
         for section in self.sections[::-1] if other_side else self.sections:
             array = section.ported(self.ops, place, array, self)
         return array
@@ -240,6 +242,7 @@ class Port:
         width, value_width = (self.weights[f"{n}.kernel"].shape[2] for n in ("query", "value"))
         factors = {
             "scale missing": 1.0,
+            "norm of scaled queries": 1.0,
             "scale twice": 1 / width,
             "scale by the model's width": 1 / math.sqrt(self.weights["query.kernel"].shape[0]),
             "scale by the value's width": 1 / math.sqrt(value_width),

@@ -14,6 +14,7 @@ from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, step
 from anymha.parity.diagnose.head_maps import averaged
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
+from anymha.parity.oracle.features.rotary import RotarySection
 from anymha.parity.oracle.features.softcap import SoftcapSection
 from anymha.parity.oracle.recipe import (
     Arrays,
@@ -104,6 +105,36 @@ def any_cap(recipe: Recipe) -> Iterator[Family]:
             return f"{number(cap)}{'' if same else f' in place of {place}'}{how}"
 
         yield Family(make, tuple(np.linspace(-3, 5, 17)), words)
+
+
+def any_base(recipe: Recipe) -> Iterator[Family]:
+    """Rotary positions of another base."""
+    for section in recipe.sections:
+        if isinstance(section, RotarySection):
+            own, right = section, section.value["base"]
+
+            def make(power: float, own: RotarySection = own) -> Recipe:
+                value = {**own.value, "base": math.exp(power)}
+                return recipe.with_section(RotarySection(value, factor=own.factor))
+
+            def words(power: float, right: float = right) -> str:
+                return f"{number(math.exp(power))} in place of {right:.9g}"
+
+            yield Family(make, tuple(np.linspace(2, 18, 17)), words)
+
+
+def any_turn(recipe: Recipe) -> Iterator[Family]:
+    """Rotary positions whose angles have a factor, all alike."""
+    for section in recipe.sections:
+        if isinstance(section, RotarySection):
+            own = section
+
+            def make(power: float, own: RotarySection = own) -> Recipe:
+                times = dict.fromkeys(own.on, math.exp(power))
+                return recipe.with_section(RotarySection(own.value, times=times, factor=own.factor))
+
+            starts = tuple(np.linspace(-3, 2, 11))
+            yield Family(make, starts, lambda power: f"by {number(math.exp(power))}")
 
 
 def _bias_unscaled(recipe: Recipe) -> Variants:

@@ -45,6 +45,7 @@ class AlibiSection(Section):
         shift: What is added to the positions of the queries.
         by_index: Whether positions are indices, whatever the call says.
         slopes: Other slopes (H).
+        early: Whether it comes before a softcap.
     """
 
     option = "alibi"
@@ -60,9 +61,10 @@ class AlibiSection(Section):
         shift: int = 0,
         by_index: bool = False,
         slopes: np.ndarray | None = None,
+        early: bool = False,
     ) -> None:
         super().__init__(value)
-        self.slopes = slopes
+        self.slopes, self.early = slopes, early
         self.shift, self.by_index = shift, by_index
         self.factor, self.one_sided, self.power = factor, one_sided, power
 
@@ -73,7 +75,7 @@ class AlibiSection(Section):
 
     def order(self) -> int:
         """Behind a softcap."""
-        return 1
+        return -1 if self.early else 1
 
     def _bias(self, recipe: Recipe) -> np.ndarray:
         """(1 or B, H, T, S)."""
@@ -153,6 +155,11 @@ class AlibiSection(Section):
         """Added to the products, which are scaled then."""
         yield "", recipe.with_section(AlibiSection(self.value, factor=recipe.scale))
 
+    def before_the_softcap(self, recipe: Recipe) -> Variants:
+        """Bounded together with the logits."""
+        if "softcap" in recipe.options:
+            yield "", recipe.with_section(AlibiSection(self.value, early=True))
+
     def of_other_positions(self, recipe: Recipe) -> Variants:
         """Positions one too large or too small, or not those of the call."""
         given = (recipe.positions, recipe.key_positions, recipe.offset)
@@ -176,6 +183,8 @@ class AlibiSection(Section):
          "two, those of the next lower one and every other one of twice as many.", of_other_slopes),
         ("alibi before the scale", "Scale the products first, then subtract slope times distance.",
          before_the_scale),
+        ("alibi before the softcap", "Cap the scaled logits, and subtract slope times distance "
+         "then.", before_the_softcap),
         ("alibi of other positions", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", of_other_positions),
     )  # fmt: skip
