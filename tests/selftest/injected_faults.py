@@ -70,6 +70,16 @@ _FAULTS = (
           {"alibi": True, "softcap": 0.6}),
     Fault("query columns in pairs", "rotary columns of weights permuted", "query", (),
           {"rotary": True}),
+    Fault("keys by group", "heads alike in groups", "logits"),
+    Fault("scale by the logarithm of the position", "scale that grows with the position", "logits"),
+    Fault("the first keys seen by all", "first keys seen by all", "masked_logits", ("causal",)),
+    Fault("the first keys seen beside the window", "first keys seen by all", "masked_logits",
+          ("causal",), {"sliding_window": 3}),
+    Fault("window not asked for", "window not asked for", "masked_logits", ("causal",)),
+    Fault("segments two and two", "segments joined", "masked_logits", ("segments",)),
+    Fault("offset taken off", "query offset ignored", "masked_logits", ("causal", "offset")),
+    Fault("query bias in another order", "heads interleaved", "query"),
+    Fault("query bias and that of the key", "bias of another projection", "query"),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
@@ -90,7 +100,7 @@ _FAULTS = (
           {"sliding_window": 3}),
     Fault("lengths one short", "mask of other positions", "masked_logits", ("lengths",)),
     Fault("hidden logits filled", "mask applied wrongly", "masked_logits"),
-    Fault("mask of another sequence", "mask of other positions", "masked_logits"),
+    Fault("mask of another sequence", "mask of another sequence", "masked_logits"),
     Fault("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
     Fault("bias doubled", "wrong attention bias", "masked_logits", ("mask", "bias")),
     Fault("bias of the heads reversed", "attention bias of other positions", "masked_logits",
@@ -247,6 +257,10 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
             array = w[f"query.{part}"]
             pairs = np.stack([array[..., : width // 2], array[..., width // 2 :]], -1)
             w[f"query.{part}"] = pairs.reshape(array.shape)
+    if "query bias in another order" in wrong:
+        w["query.bias"] = w["query.bias"].T.reshape(heads, width)
+    if "query bias and that of the key" in wrong:
+        w["query.bias"] = w["query.bias"] + w["key.bias"]
     if "packed in another order" in wrong:
         for part in ("kernel", "bias"):
             q, k, v = (weights[f"{name}.{part}"] for name in ("query", "key", "value"))

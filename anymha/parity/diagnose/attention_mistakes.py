@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
-from anymha.parity.diagnose.head_maps import averaged
+from anymha.parity.diagnose.head_maps import averaged, of_groups
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
 from anymha.parity.oracle.features.rotary import RotarySection
@@ -74,6 +74,22 @@ def _any_scale(recipe: Recipe) -> Iterator[Family]:
             return words(sign * math.exp(power))
 
         yield Family(make, tuple(np.linspace(-6, 6, 25)), named)
+
+
+def _scale_grows(recipe: Recipe) -> Iterator[Family]:
+    """Logits times a logarithm of the query's position, from 1 on."""
+    place = recipe.places("query")[:, None, :, None] + 1.0
+    for words, least in (("at least 1", 1.0), ("less than 1 too", 0.0)):
+
+        def make(log: float, least: float = least) -> Recipe:
+            factor = np.maximum(np.log(np.maximum(place, 1.0)) / log, least)
+            return recipe.after(("logits",), lambda x: factor * x)
+
+        def told(log: float, words: str = words) -> str:
+            base = number(math.exp(log))
+            return f"times the logarithm of the query's position to base {base}, {words}"
+
+        yield Family(make, tuple(np.linspace(0.5, 9, 9)), told)
 
 
 _BOUNDS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -563,6 +579,8 @@ def _width(recipe: Recipe, name: str) -> int:
 MISTAKES: tuple[Row, ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
      "`scale` says otherwise.", _scale_wrong, _any_scale),
+    ("scale that grows with the position", "The logits are multiplied by one number: leave the "
+     "logarithm of the length or of the position out.", lambda recipe: iter(()), _scale_grows),
     ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
      _bias_unscaled),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",
@@ -587,6 +605,9 @@ MISTAKES: tuple[Row, ...] = (
      "head, do not tile them all.", _grouped_tiled),
     ("heads averaged", "Each query head has queries, keys, values and a part of the output of its "
      "own: add nothing up over the heads before the output.", averaged),
+    ("heads alike in groups", "Each query head has queries, keys and values of its own, or shares "
+     "those of its own key head: no group of heads has one for all.", of_groups, no_families,
+     True),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
     *(("rotary positions, by halves", "The candidate rotates queries and keys by their "

@@ -41,6 +41,7 @@ class AlibiSection(Section):
         value: True, or the slopes.
         factor: Multiplies all of it.
         one_sided: Whether keys behind the query have no distance.
+        signed: Whether they have a negative one.
         power: The power to which the slopes are raised.
         shift: What is added to the positions of the queries.
         by_index: Whether positions are indices, whatever the call says.
@@ -62,9 +63,10 @@ class AlibiSection(Section):
         by_index: bool = False,
         slopes: np.ndarray | None = None,
         early: bool = False,
+        signed: bool = False,
     ) -> None:
         super().__init__(value)
-        self.slopes, self.early = slopes, early
+        self.slopes, self.early, self.signed = slopes, early, signed
         self.shift, self.by_index = shift, by_index
         self.factor, self.one_sided, self.power = factor, one_sided, power
 
@@ -90,7 +92,8 @@ class AlibiSection(Section):
         """What is added (1 or B, H, T, S) where keys are so far behind queries (1 or B, T, S)."""
         slopes = self._own_slopes(heads) if self.slopes is None else self.slopes
         slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
-        distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
+        if not self.signed:
+            distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
         return -self.factor * (slopes**self.power)[:, None, None] * distance[:, None]
 
     def _own_slopes(self, heads: int) -> np.ndarray:
@@ -137,8 +140,10 @@ class AlibiSection(Section):
         yield "", recipe.with_section(AlibiSection(self.value, factor=-1.0))
 
     def towards_the_past(self, recipe: Recipe) -> Variants:
-        """No distance for keys behind the query."""
+        """No distance for keys behind the query, or a negative one."""
         yield "", recipe.with_section(AlibiSection(self.value, one_sided=True))
+        words = "with its sign: keys behind the query gain by theirs"
+        yield words, recipe.with_section(AlibiSection(self.value, signed=True))
 
     def of_other_slopes(self, recipe: Recipe) -> Variants:
         """Of another order of heads, or another sequence."""
