@@ -55,6 +55,10 @@ _FAULTS = (
           ("segments", "causal")),
     Fault("positions not restarted", "positions not restarted in segments", "query",
           ("segments", "restarted"), {"rotary": True}),
+    Fault("positions of the first sequence", "rotary of other positions", "query",
+          ("positions",), {"rotary": True}),
+    Fault("key positions ignored", "rotary of other positions", "key",
+          ("positions",), {"rotary": True}),
     Fault("norm on the other side of rotary", "query_key_norm on the other side of rotary", "query",
           (), {"rotary": True, "query_key_norm": "rms"}),
     Fault("cosines and sines exchanged", "rotary with cosines and sines exchanged", "query",
@@ -70,7 +74,7 @@ _FAULTS = (
           {"alibi": True, "softcap": 0.6}),
     Fault("query columns in pairs", "rotary columns of weights permuted", "query", (),
           {"rotary": True}),
-    Fault("keys by group", "heads alike in groups", "logits"),
+    Fault("keys averaged by group", "heads alike in groups", "key"),
     Fault("scale by the logarithm of the position", "scale that grows with the position", "logits"),
     Fault("the first keys seen by all", "first keys seen by all", "masked_logits", ("causal",)),
     Fault("the first keys seen beside the window", "first keys seen by all", "masked_logits",
@@ -194,7 +198,8 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
             "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch),
-            "segments", "restarted" (positions begin anew in each), "lengths" (a mask of lengths).
+            "segments", "restarted" (positions begin anew in each), "positions" (with gaps),
+            "lengths" (a mask of lengths).
         dtype: Of the inputs.
         seed: Of all numbers.
     """
@@ -232,6 +237,11 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
     if "restarted" in case:
         call["positions"] = np.array([0, 1, 2, 0, 1, 0, 0], np.int32)
         call["key_positions"] = np.array([0, 1, 2, 3, 0, 1, 0, 1, 0], np.int32)
+    if "positions" in case:
+        call["positions"], call["key_positions"] = (
+            np.cumsum(rng.integers(1, 4, (batch, length)), axis=1).astype(np.int32)
+            for length in (queries, KEYS)
+        )
     if "offset" in case:
         call["query_offset"] = 2
     return inputs, call

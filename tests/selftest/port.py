@@ -69,6 +69,10 @@ class Port:
         self.places = self._numbers(query=positions, key=key_positions)
         if "positions not restarted" in wrong:
             self.places = {}
+        if "positions of the first sequence" in wrong:
+            self.places = {name: own[:1] for name, own in self.places.items()}
+        if "key positions ignored" in wrong:
+            self.places = {"query": self.places["query"]}
         if "key and value exchanged" in wrong:
             key, value = value, key
         if "batch and time exchanged" in wrong:
@@ -91,14 +95,14 @@ class Port:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
         self.inputs = {"query": query, "value": value, "key": key}
         q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
+        if "keys averaged by group" in wrong:
+            mean = [(k[:, :, h : h + 1] + k[:, :, h + 1 : h + 2]) / 2 for h in (0, 2)]
+            k = ops.concat([mean[0], mean[0], mean[1], mean[1]], axis=2)
         self.projected = q
         stages = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
         keys, values = self._repeated(k, group), self._repeated(v, group)
 
-        if "keys by group" in wrong:
-            mean = [(keys[:, :, h : h + 1] + keys[:, :, h + 1 : h + 2]) / 2 for h in (0, 2)]
-            keys = ops.concat([mean[0], mean[0], mean[1], mean[1]], axis=2)
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
         logits = ops.matmul(q * self.scale, ops.permute_dims(keys, (0, 1, 3, 2)))
         if "scale by the logarithm of the position" in wrong:

@@ -201,7 +201,7 @@ class RotarySection(Section):
             factor *= factor
         places = port.places.get(place)
         places = np.arange(length) if places is None else places
-        places = places.astype(np.float64)
+        places = np.atleast_2d(places).astype(np.float64)
         if "query positions off by one" in wrong and place == "query":
             places += 1
         if "queries at the end" in wrong and place == "query":
@@ -210,7 +210,7 @@ class RotarySection(Section):
         if "the ramp the other way round" in wrong:
             free = frequencies({**plain, "scaling": None}, r, length)
             turns = free + free / scaling["factor"] - turns
-        numbers = np.outer(places, turns)
+        numbers = np.multiply.outer(places, turns)  # (1 or B, T, r/2)
         if "rotary angles in bfloat16" in wrong:
             own = frequencies(plain, r, length).astype(ml_dtypes.bfloat16)
             numbers = np.multiply.outer(places.astype(ml_dtypes.bfloat16), own).astype(np.float64)
@@ -223,19 +223,19 @@ class RotarySection(Section):
             numbers = numbers / 2
         if "rotary scaling multiplied" in wrong:
             numbers = numbers * rotary["scaling"]["factor"] ** 2
-        matrices = np.zeros((length, d, d)) + np.eye(d)
-        for pair, angle in enumerate(numbers.T):
+        matrices = np.zeros((*places.shape, d, d)) + np.eye(d)
+        for pair, angle in enumerate(np.moveaxis(numbers, -1, 0)):
             i, j = (pair, pair + r // 2) if in_halves else (2 * pair, 2 * pair + 1)
             i, j = start + i, start + j
-            matrices[:, i, i] = matrices[:, j, j] = factor * np.cos(angle)
-            matrices[:, i, j] = factor * np.sin(angle)
-            matrices[:, j, i] = -factor * np.sin(angle)
+            matrices[..., i, i] = matrices[..., j, j] = factor * np.cos(angle)
+            matrices[..., i, j] = factor * np.sin(angle)
+            matrices[..., j, i] = -factor * np.sin(angle)
             if "rotary sines of one sign" in wrong:
-                matrices[:, j, i] *= -1
+                matrices[..., j, i] *= -1
         if "queries turned twice" in wrong and place == "query":
             matrices = matrices @ matrices
         dtype = ops.to_numpy(array).dtype
-        return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)[None]))
+        return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)))
 
     def _pairs(self, width: int) -> tuple[np.ndarray, np.ndarray]:
         """The columns of the first and the second member of each pair."""
@@ -423,10 +423,9 @@ class RotarySection(Section):
                 made = self._with(recipe, dtype=dtype, rounded=rounded, factor=self.factor)
                 yield f"{words} in {np.dtype(dtype).name}", made
 
-    def shifted(self, recipe: Recipe) -> Variants:
-        """Positions one too large or too small, or not those of the call."""
+    def of_other_positions(self, recipe: Recipe) -> Variants:
+        """Not those of the call, or those of another sequence, or of keys for queries."""
         right = {name: recipe.places(name) for name in ("query", "key")}
-        _, queries, keys = recipe.lengths
         others = dict[str, Arrays]()
         given = (recipe.positions, recipe.key_positions, recipe.offset)
         if any(one is not None and np.any(one) for one in given):
@@ -435,7 +434,7 @@ class RotarySection(Section):
         if len(right["query"]) > 1 or len(right["key"]) > 1:
             others["those of the first sequence for all"] = {
                 name: place[:1] for name, place in right.items()}  # fmt: skip
-        if queries == keys:
+        if recipe.lengths[1] == recipe.lengths[2]:
             others["those of the other of the two"] = {
                 "query": right["key"], "key": right["query"]}  # fmt: skip
         for words, places in others.items():
@@ -444,6 +443,11 @@ class RotarySection(Section):
                 one = {name: places[name]}
                 yield f"{words}, the {name} alone", self._with(
                     recipe, places=one, factor=self.factor)  # fmt: skip
+
+    def shifted(self, recipe: Recipe) -> Variants:
+        """Positions one too large or too small, or as at the end of the keys."""
+        right = {name: recipe.places(name) for name in ("query", "key")}
+        _, queries, keys = recipe.lengths
         if queries != keys:
             words = f"query {keys - queries:+d}, as at the end of the keys"
             moved = {"query": right["query"] + keys - queries}
@@ -513,6 +517,8 @@ class RotarySection(Section):
         ("rotary on other columns", "Rotate `dim` columns of each head, the `columns` that the "
          "option names.", elsewhere),
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
+        ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
+         "queries and keys, and each sequence, have positions of their own.", of_other_positions),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
         ("rotary factor left out or twice", "Multiply cosines and sines by the scaling's factor "
