@@ -526,8 +526,9 @@ def _of_another_sequence(recipe: Recipe) -> Variants:
     """Masks of other sequences of the batch."""
     batch = recipe.lengths[0]
     for name, mask in recipe.masks.items():
-        changes = {"that of the first for all": mask[:1], "that of the last for all": mask[-1:]}
-        changes |= {f"that of the sequence {n} on": np.roll(mask, n, 0)
+        changes = {"that of the first of the sequences for all": mask[:1],
+                   "that of the last of the sequences for all": mask[-1:]}  # fmt: skip
+        changes |= {f"of another of the sequences, {n} on": np.roll(mask, n, 0)
                     for n in range(1, min(batch, 3))}  # fmt: skip
         for words, other in changes.items() if len(mask) > 1 else ():
             yield f"{_named(name, recipe)}, {words}", recipe.but(

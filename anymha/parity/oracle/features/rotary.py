@@ -461,8 +461,10 @@ class RotarySection(Section):
     def misfactored(self, recipe: Recipe) -> Variants:
         """The factor of cosines and sines left out, or squared."""
         if self.factor != 1:
-            yield "left out", self._with(recipe, factor=1.0)
-            yield "twice", self._with(recipe, factor=self.factor**2)
+            kind = dict(self.value["scaling"])["rope_type"]
+            words = f"the attention factor of {kind}, {self.factor:.4g}"
+            yield f"left out: {words}", self._with(recipe, factor=1.0)
+            yield f"twice: {words}", self._with(recipe, factor=self.factor**2)
 
     def unscaled(self, recipe: Recipe) -> Variants:
         """Frequencies without their scaling, with its factor or without."""
