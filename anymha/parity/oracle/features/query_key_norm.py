@@ -66,7 +66,7 @@ class QueryKeyNormSection(Section):
         if stage not in self.names:
             return array
         weight, bias = self._weights(stage, array, recipe.weights)
-        late = recipe.weights.get(f"{stage}.bias", 0.0) if stage in self.bare else 0.0
+        late = self._late(stage, recipe)
         array = array - late
         for _ in range(1 + (stage in self.twice)):
             array = self._parts(array)[0] * weight + bias
@@ -84,7 +84,7 @@ class QueryKeyNormSection(Section):
         """With y = x / r the gradient of x is (g - y mean(g y)) / r, its own mean taken off."""
         if stage not in self.names:
             return gradient
-        even, divisor, grows = self._parts(array)
+        even, divisor, grows = self._parts(array - self._late(stage, recipe))
         weight = self._weights(stage, array, recipe.weights)[0]
         sign = -1.0 if cancel else 1.0
         if not cancel:
@@ -111,7 +111,7 @@ class QueryKeyNormSection(Section):
         """Of the weights and the biases of the norm."""
         if stage not in self.names:
             return {}
-        even = self._parts(array)[0]
+        even = self._parts(array - self._late(stage, recipe))[0]
         every = {"scale": gradient * (even if cancel else np.abs(even)), "bias": gradient}
         found = {}
         for part, terms in every.items():
@@ -130,7 +130,8 @@ class QueryKeyNormSection(Section):
         """Errors are divided as the numbers are, those of the divisor come on top."""
         if stage not in self.names:
             return sizes
-        even, divisor, _ = self._parts(array)
+        late = self._late(stage, recipe)
+        even, divisor, _ = self._parts(array - late)
         weight, bias = self._weights(stage, array, recipe.weights)
         own = sizes / divisor
         squares = np.sum(np.square(even * own), self._axes, keepdims=True)
@@ -139,7 +140,11 @@ class QueryKeyNormSection(Section):
         if self.value["kind"] == "layer":
             mean = np.sqrt(np.sum(np.square(own), self._axes, keepdims=True)) / count
         spread = np.hypot(np.hypot(own, mean), np.hypot(even, even * np.sqrt(squares) / count))
-        return np.hypot(spread * np.abs(weight), np.abs(bias))
+        return np.hypot(spread * np.abs(weight), np.abs(bias) + np.abs(late))
+
+    def _late(self, stage: str, recipe: Recipe) -> Any:
+        """The bias of a projection that is added behind the norm."""
+        return recipe.weights.get(f"{stage}.bias", 0.0) if stage in self.bare else 0.0
 
     def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The heads without weights, what they are divided by, and whether that grows with them."""

@@ -142,6 +142,8 @@ class RotarySection(Section):
         cancel: bool,
     ) -> np.ndarray:
         """Turned back."""
+        if stage in self.own:
+            return self.own[stage].backward(stage, gradient, array, recipe, stages, cancel)
         if stage not in self.on:
             return gradient
         one, two = self._pairs(array.shape[-1])
