@@ -211,7 +211,7 @@ class RotarySection(Section):
         turns = frequencies(plain, r, length)
         if "the ramp the other way round" in wrong:
             free = frequencies({**plain, "scaling": None}, r, length)
-            turns = free + free / scaling["factor"] - turns
+            turns = free + free / rotary["scaling"]["factor"] - turns
         numbers = np.multiply.outer(places, turns)  # (1 or B, T, r/2)
         if "rotary angles in bfloat16" in wrong:
             own = frequencies(plain, r, length).astype(ml_dtypes.bfloat16)
