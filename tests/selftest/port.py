@@ -106,7 +106,7 @@ class Port:
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
         logits = ops.matmul(q * self.scale, ops.permute_dims(keys, (0, 1, 3, 2)))
         if "scale by the logarithm of the position" in wrong:
-            grown = np.maximum(np.log(np.arange(1, logits.shape[2] + 1)) / np.log(3), 1)
+            grown = np.log(np.arange(1, logits.shape[2] + 1)) / np.log(logits.shape[3])
             logits = logits * ops.from_numpy(grown[:, None].astype(np.float32))
         logits = self._with("logits", logits)
         stages["logits"] = logits

@@ -76,18 +76,34 @@ def _any_scale(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, tuple(np.linspace(-6, 6, 25)), named)
 
 
-def _scale_grows(recipe: Recipe) -> Iterator[Family]:
+def _grown(recipe: Recipe, log: float, least: float) -> Recipe:
     """Logits times a logarithm of the query's position, from 1 on."""
-    place = recipe.places("query")[:, None, :, None] + 1.0
-    for words, least in (("at least 1", 1.0), ("less than 1 too", 0.0)):
+    place = np.maximum(recipe.places("query")[:, None, :, None] + 1.0, 1.0)
+    factor = np.maximum(np.log(place) / log, least)
+    return recipe.after(("logits",), lambda x: factor * x)
+
+
+_LEAST = {"": 0.0, ", or 1": 1.0}
+
+
+def _scale_grows(recipe: Recipe) -> Variants:
+    """Times the logarithm of the position, or that by the logarithm of the length."""
+    keys = recipe.lengths[2]
+    for rest, least in _LEAST.items():
+        yield f"log(position){rest}", _grown(recipe, 1.0, least)
+        if keys > 1 and not least:
+            yield f"log(position) / log({keys}), of the keys", _grown(recipe, math.log(keys), 0.0)
+
+
+def _any_growth(recipe: Recipe) -> Iterator[Family]:
+    """A logarithm of any base."""
+    for rest, least in _LEAST.items():
 
         def make(log: float, least: float = least) -> Recipe:
-            factor = np.maximum(np.log(np.maximum(place, 1.0)) / log, least)
-            return recipe.after(("logits",), lambda x: factor * x)
+            return _grown(recipe, log, least)
 
-        def told(log: float, words: str = words) -> str:
-            base = number(math.exp(log))
-            return f"times the logarithm of the query's position to base {base}, {words}"
+        def told(log: float, rest: str = rest) -> str:
+            return f"log(position) / log({number(math.exp(log))}){rest}"
 
         yield Family(make, tuple(np.linspace(0.5, 9, 9)), told)
 
@@ -580,7 +596,7 @@ MISTAKES: tuple[Row, ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
      "`scale` says otherwise.", _scale_wrong, _any_scale),
     ("scale that grows with the position", "The logits are multiplied by one number: leave the "
-     "logarithm of the length or of the position out.", lambda recipe: iter(()), _scale_grows),
+     "logarithm of the length or of the position out.", _scale_grows, _any_growth),
     ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
      _bias_unscaled),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",

@@ -160,6 +160,9 @@ class Search:
         if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
             return Diagnosis((seen[0],), 0.0, (), seen[1])
         begun = self._by_prefix(singles)
+        other = None if begun.explained else other_kernels(self.recipe, self.evidence)
+        if other is not None:
+            return self._weights_cause("other weights", *other)
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found, hurried = self._pairs(singles)
@@ -173,10 +176,7 @@ class Search:
         told = with_own_weights(self.recipe, self.trace)
         if told is None:
             one = one_weight(self.recipe, self.evidence, self.before)
-            if one is not None:
-                return self._weights_cause("one weight differs", *one)
-            other = other_kernels(self.recipe, self.evidence)
-            return other and self._weights_cause("other weights", *other)
+            return one and self._weights_cause("one weight differs", *one)
         every = itertools.chain(
             self._variants(self.recipe), self._variants(self.recipe, alone=True)
         )

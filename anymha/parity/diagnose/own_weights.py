@@ -112,6 +112,11 @@ def other_kernels(recipe: Recipe, evidence: Evidence) -> tuple[str, Recipe] | No
             recipe.inputs[name], got - exact))  # fmt: skip
         if not np.all(np.isfinite(apart)) or np.abs(apart).max() <= NONE * np.abs(exact).max():
             continue
+        if np.ptp(apart, axis=0).max() <= NONE * np.abs(apart).max():
+            bias = recipe.weights.get(f"{name}.bias", np.zeros(exact.shape[2:]))
+            changed[f"{name}.bias"] = bias + apart.mean(0).reshape(bias.shape)
+            words.append(f"{name}.bias differs")
+            continue
         sizes = np.linalg.svd(apart, compute_uv=False)
         rank = int(np.sum(sizes > NONE * sizes[0]))
         low = SURE * rank <= min(*x.shape, apart.shape[1])
