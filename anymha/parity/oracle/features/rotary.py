@@ -159,10 +159,10 @@ class RotarySection(Section):
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
     ) -> np.ndarray:
         """Errors are turned too; an angle is rounded in proportion to its size."""
-        if stage in self.own:
-            return self.own[stage].sizes(stage, sizes, array, recipe, stages)
         if stage not in self.on:
             return sizes
+        if stage in self.own:
+            return self.own[stage].sizes(stage, sizes, array, recipe, stages)
         one, two = self._pairs(array.shape[-1])
         cos, sin, angles = self._turns(stage, array, recipe)
         sizes = np.broadcast_to(sizes, array.shape)
@@ -463,10 +463,8 @@ class RotarySection(Section):
     def misfactored(self, recipe: Recipe) -> Variants:
         """The factor of cosines and sines left out, or squared."""
         if self.factor != 1:
-            kind = dict(self.value["scaling"])["rope_type"]
-            words = f"the attention factor of {kind}, {self.factor:.4g}"
-            yield f"left out: {words}", self._with(recipe, factor=1.0)
-            yield f"twice: {words}", self._with(recipe, factor=self.factor**2)
+            yield "left out", self._with(recipe, factor=1.0)
+            yield "twice", self._with(recipe, factor=self.factor**2)
 
     def unscaled(self, recipe: Recipe) -> Variants:
         """Frequencies without their scaling, with its factor or without."""
