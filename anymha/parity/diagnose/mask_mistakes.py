@@ -490,8 +490,6 @@ def _elsewhere(recipe: Recipe) -> Variants:
             logits = rest.steps["masked_logits"](recipe, stages)
             return np.where(seen & ~np.isneginf(logits), 0.0, -np.inf)
 
-        yield (f"{named}: a product of 0 and -inf gives NaN, where keys are seen", rest.after(
-            ("masked_logits",), lambda x, seen=seen: np.where(seen, np.nan, x)))  # fmt: skip
         yield (f"{named}: the keys seen are hidden, the hidden ones are seen with logits of zero",
                rest.stepping("masked_logits", shown))  # fmt: skip
         yield (f"{named}: the logits of the keys seen are lost beside a great number that is added",
