@@ -51,6 +51,10 @@ FAULTS = (
     Fault("returns the cache that it got", "stale keys"),
     Fault("writes no values behind the prompt", "stale keys", "linear"),
     Fault("writes no keys behind the prompt", "stale keys", "linear"),
+    Fault("loses all values that are held", "stale keys", "linear"),
+    Fault("hides its own position", "own position not seen", "linear"),
+    Fault("exchanges keys and values that are held", "cached keys and values exchanged", "linear"),
+    Fault("drops the first position in each call", "first positions dropped", "linear"),
     Fault("writes each call at slot 0", "cache overwritten", "linear"),
     Fault("clamps to the last slot", "cache overwritten", "linear"),
     Fault("moves a call back until it fits", "cache overwritten", "linear"),
@@ -193,6 +197,13 @@ class Port:
         places = length + index
         queries, keys = self._positions(places, lengths, index)
         source = row - 1 if wrong == "reads the row before" else row
+        if wrong == "exchanges keys and values that are held":
+            cache = dataclasses.replace(cache, keys=cache.values, values=cache.keys)
+            new.keys[row], new.values[row] = cache.keys[row], cache.values[row]
+        if wrong == "loses all values that are held":
+            new.values[row] = 0.0
+        if wrong == "drops the first position in each call" and length:
+            new.places[row, np.argmax(new.places[row] >= 0)] = -2
         old_keys, old_values = cache.keys[source], cache.values[source]
         if wrong == "rotates all that is held in each call":
             old_keys = new.keys[row] = self._rotated(old_keys, np.maximum(cache.places[row], 0))
@@ -234,6 +245,8 @@ class Port:
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):
             seen = seen | (at >= length + count)
+        if wrong == "hides its own position":
+            seen = seen & (at != places[:, None])
         seen = seen & (new.places[row] != -2)
         marks = np.maximum(new.places[row], 0) if "position" in wrong else at
         return self._attend(q, queries, every_key, every_value, marks, seen)

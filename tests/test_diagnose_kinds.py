@@ -157,7 +157,7 @@ def test_wrong_attention_biases_are_told_apart(change, words) -> None:
         (2, {"key heads": heads([0] * 4), "value heads": heads([0] * 4)},
          "one head for all (key and value: that of head 0)"),
         (2, {"key heads": heads([1, 1, 0, 0]), "value heads": heads([1, 1, 0, 0])},
-         "heads of others (the heads read those of the key and value 1, 1, 0, 0)"),
+         "heads of others (the heads read those of the key and value 1, 1, 0, 0, in reverse)"),
         (2, {"value heads": heads([0, 1, 0, 1])}, "grouped heads tiled (of the values alone)"),
         (2, {"key heads": lambda k: k.mean(2, keepdims=True) + np.zeros((1, 1, HEADS, 1))},
          "heads averaged (key: mean of all heads)"),

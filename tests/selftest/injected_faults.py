@@ -55,6 +55,10 @@ _FAULTS = (
           ("segments", "causal")),
     Fault("positions not restarted", "positions not restarted in segments", "query",
           ("segments", "restarted"), {"rotary": True}),
+    Fault("positions of the first sequence", "rotary of other positions", "query",
+          ("positions",), {"rotary": True}),
+    Fault("key positions ignored", "rotary of other positions", "key",
+          ("positions",), {"rotary": True}),
     Fault("norm on the other side of rotary", "query_key_norm on the other side of rotary", "query",
           (), {"rotary": True, "query_key_norm": "rms"}),
     Fault("cosines and sines exchanged", "rotary with cosines and sines exchanged", "query",
@@ -64,6 +68,22 @@ _FAULTS = (
     Fault("half the exponents", "rotary of other exponents", "query", (), {"rotary": True}),
     Fault("norms exchanged", "query_key_norm by the weight of another", "query", (),
           {"rotary": True, "query_key_norm": "rms"}),
+    Fault("norm by the first head's weight", "query_key_norm by the weight of another head",
+          "query", (), {"query_key_norm": {"kind": "rms", "over": "heads"}}),
+    Fault("alibi before the softcap", "alibi before the softcap", "logits", (),
+          {"alibi": True, "softcap": 0.6}),
+    Fault("query columns in pairs", "rotary columns of weights permuted", "query", (),
+          {"rotary": True}),
+    Fault("keys averaged by group", "heads alike in groups", "key"),
+    Fault("scale by the logarithm of the position", "scale that grows with the position", "logits"),
+    Fault("the first keys seen by all", "first keys seen by all", "masked_logits", ("causal",)),
+    Fault("the first keys seen beside the window", "first keys seen by all", "masked_logits",
+          ("causal",), {"sliding_window": 3}),
+    Fault("window not asked for", "window not asked for", "masked_logits", ("causal",)),
+    Fault("segments two and two", "segments joined", "masked_logits", ("segments",)),
+    Fault("offset taken off", "query offset ignored", "masked_logits", ("causal", "offset")),
+    Fault("query bias in another order", "heads interleaved", "query"),
+    Fault("query bias and that of the key", "bias of another projection", "query"),
     Fault("causal ignored", "causal mask ignored", "masked_logits", ("causal",)),
     Fault("causal not asked for", "causal mask not asked for", "masked_logits", ("mask",)),
     Fault("other corner", "causal mask at the other corner", "masked_logits", ("causal",)),
@@ -84,7 +104,7 @@ _FAULTS = (
           {"sliding_window": 3}),
     Fault("lengths one short", "mask of other positions", "masked_logits", ("lengths",)),
     Fault("hidden logits filled", "mask applied wrongly", "masked_logits"),
-    Fault("mask of another sequence", "mask of other positions", "masked_logits"),
+    Fault("mask of another sequence", "mask of another sequence", "masked_logits"),
     Fault("bias left out", "wrong attention bias", "masked_logits", ("mask", "bias")),
     Fault("bias doubled", "wrong attention bias", "masked_logits", ("mask", "bias")),
     Fault("bias of the heads reversed", "attention bias of other positions", "masked_logits",
@@ -178,7 +198,8 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
     Args:
         case: "mask", "empty" (a row that sees nothing), "causal", "offset", "bias", "training",
             "square" (as many queries as keys), "three" (key and value differ), "four" (in a batch),
-            "segments", "restarted" (positions begin anew in each), "lengths" (a mask of lengths).
+            "segments", "restarted" (positions begin anew in each), "positions" (with gaps),
+            "lengths" (a mask of lengths).
         dtype: Of the inputs.
         seed: Of all numbers.
     """
@@ -216,6 +237,11 @@ def call_with_fault(case: tuple[str, ...], dtype: str, seed: int) -> tuple[Array
     if "restarted" in case:
         call["positions"] = np.array([0, 1, 2, 0, 1, 0, 0], np.int32)
         call["key_positions"] = np.array([0, 1, 2, 3, 0, 1, 0, 1, 0], np.int32)
+    if "positions" in case:
+        call["positions"], call["key_positions"] = (
+            np.cumsum(rng.integers(1, 4, (batch, length)), axis=1).astype(np.int32)
+            for length in (queries, KEYS)
+        )
     if "offset" in case:
         call["query_offset"] = 2
     return inputs, call
@@ -233,6 +259,18 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
             for part in ("kernel", "bias"):
                 flat = w[f"{name}.{part}"].reshape(*w[f"{name}.{part}"].shape[:-2], width, -1)
                 w[f"{name}.{part}"] = np.moveaxis(flat, -1, -2)
+    if "norm by the first head's weight" in wrong:
+        own = w["query_norm.scale"].reshape(heads, width)
+        w["query_norm.scale"] = np.tile(own[0], heads).reshape(w["query_norm.scale"].shape)
+    if "query columns in pairs" in wrong:
+        for part in ("kernel", "bias"):
+            array = w[f"query.{part}"]
+            pairs = np.stack([array[..., : width // 2], array[..., width // 2 :]], -1)
+            w[f"query.{part}"] = pairs.reshape(array.shape)
+    if "query bias in another order" in wrong:
+        w["query.bias"] = w["query.bias"].T.reshape(heads, width)
+    if "query bias and that of the key" in wrong:
+        w["query.bias"] = w["query.bias"] + w["key.bias"]
     if "packed in another order" in wrong:
         for part in ("kernel", "bias"):
             q, k, v = (weights[f"{name}.{part}"] for name in ("query", "key", "value"))

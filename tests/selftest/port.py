@@ -69,6 +69,10 @@ class Port:
         self.places = self._numbers(query=positions, key=key_positions)
         if "positions not restarted" in wrong:
             self.places = {}
+        if "positions of the first sequence" in wrong:
+            self.places = {name: own[:1] for name, own in self.places.items()}
+        if "key positions ignored" in wrong:
+            self.places = {"query": self.places["query"]}
         if "key and value exchanged" in wrong:
             key, value = value, key
         if "batch and time exchanged" in wrong:
@@ -91,6 +95,9 @@ class Port:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
         self.inputs = {"query": query, "value": value, "key": key}
         q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
+        if "keys averaged by group" in wrong:
+            mean = [(k[:, :, h : h + 1] + k[:, :, h + 1 : h + 2]) / 2 for h in (0, 2)]
+            k = ops.concat([mean[0], mean[0], mean[1], mean[1]], axis=2)
         self.projected = q
         stages = {"query": q, "key": k, "value": v}
         group = q.shape[2] // k.shape[2]
@@ -98,6 +105,9 @@ class Port:
 
         q, keys, values = (ops.permute_dims(x, (0, 2, 1, 3)) for x in (q, keys, values))
         logits = ops.matmul(q * self.scale, ops.permute_dims(keys, (0, 1, 3, 2)))
+        if "scale by the logarithm of the position" in wrong:
+            grown = np.log(np.arange(1, logits.shape[2] + 1)) / np.log(logits.shape[3])
+            logits = logits * ops.from_numpy(grown[:, None].astype(np.float32))
         logits = self._with("logits", logits)
         stages["logits"] = logits
         raw = logits
@@ -166,7 +176,8 @@ class Port:
 
     def _with(self, place: str, array: Any) -> Any:
         """An array as the options change it."""
-        other_side = "norm on the other side of rotary" in self.wrong
+        orders = {"norm on the other side of rotary", "alibi before the softcap"}
+        other_side = orders & {*self.wrong}
         for section in self.sections[::-1] if other_side else self.sections:
             array = section.ported(self.ops, place, array, self)
         return array
@@ -240,6 +251,7 @@ class Port:
         width, value_width = (self.weights[f"{n}.kernel"].shape[2] for n in ("query", "value"))
         factors = {
             "scale missing": 1.0,
+            "norm of scaled queries": 1.0,
             "scale twice": 1 / width,
             "scale by the model's width": 1 / math.sqrt(self.weights["query.kernel"].shape[0]),
             "scale by the value's width": 1 / math.sqrt(value_width),
@@ -264,19 +276,24 @@ class Port:
         queries, keys = logits.shape[2:]
         i, j = np.arange(queries)[:, None], np.arange(keys)[None]
         shift = 0 if "offset ignored" in wrong else offset
+        if "offset taken off" in wrong:
+            shift = -offset
         if "other corner" in wrong:
             shift += keys - queries
         seen = np.ones((1, 1, queries, keys), bool)
         if (causal and "causal ignored" not in wrong) or "causal not asked for" in wrong:
             distance = j - i - shift
             late = 1 if "next key seen" in wrong else -1 if "own key not seen" in wrong else 0
-            seen = seen & (distance >= 0 if "causal reversed" in wrong else distance <= late)
+            rule = distance >= 0 if "causal reversed" in wrong else distance <= late
+            seen = seen & (rule | (j < 3) if "the first keys seen by all" in wrong else rule)
         if self.window is not None and "window ignored" not in wrong:
             size = self.window + ("window wider" in wrong) - ("window narrower" in wrong)
             size *= 1 + ("window twice as wide" in wrong)
             near = np.abs(j - i - shift) < size
             if "window open to the right" in wrong:
                 near = i + shift - j < size
+            if "the first keys seen beside the window" in wrong:
+                near = near | (j < 2)
             if "window inverted" in wrong:
                 near = ~near
             if "window by blocks" in wrong:
@@ -284,6 +301,8 @@ class Port:
             seen = seen & near
             if "window of one side" in wrong:
                 seen = seen & (j <= i + shift)
+        if "window not asked for" in wrong:
+            seen = seen & (np.abs(j - i) < 4)
         seen = ops.from_numpy(seen)
         if mask is None or "mask ignored" in wrong or "mask added" in wrong:
             return seen
@@ -308,6 +327,8 @@ class Port:
             columns = np.roll(columns, 1, 3)
         if "lower segments seen" in wrong:
             return (rows >= columns) & (columns >= 0)
+        if "segments two and two" in wrong:
+            return (rows // 2 == columns // 2) & (columns >= 0)
         if "padding of segments seen" in wrong:
             return rows == columns
         return (rows == columns) & (columns >= 0)

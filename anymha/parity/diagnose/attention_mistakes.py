@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
-from anymha.parity.diagnose.head_maps import averaged
+from anymha.parity.diagnose.head_maps import averaged, of_groups
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
+from anymha.parity.oracle.features.rotary import RotarySection
 from anymha.parity.oracle.features.softcap import SoftcapSection
 from anymha.parity.oracle.recipe import (
     Arrays,
@@ -75,6 +76,38 @@ def _any_scale(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, tuple(np.linspace(-6, 6, 25)), named)
 
 
+def _grown(recipe: Recipe, log: float, least: float) -> Recipe:
+    """Logits times a logarithm of the query's position, from 1 on."""
+    place = np.maximum(recipe.places("query")[:, None, :, None] + 1.0, 1.0)
+    factor = np.maximum(np.log(place) / log, least)
+    return recipe.after(("logits",), lambda x: factor * x)
+
+
+_LEAST = {"": 0.0, ", or 1": 1.0}
+
+
+def _scale_grows(recipe: Recipe) -> Variants:
+    """Times the logarithm of the position, or that by the logarithm of the length."""
+    keys = recipe.lengths[2]
+    for rest, least in _LEAST.items():
+        yield f"log(position){rest}", _grown(recipe, 1.0, least)
+        if keys > 1 and not least:
+            yield f"log(position) / log({keys}), of the keys", _grown(recipe, math.log(keys), 0.0)
+
+
+def _any_growth(recipe: Recipe) -> Iterator[Family]:
+    """A logarithm of any base."""
+    for rest, least in _LEAST.items():
+
+        def make(log: float, least: float = least) -> Recipe:
+            return _grown(recipe, log, least)
+
+        def told(log: float, rest: str = rest) -> str:
+            return f"log(position) / log({number(math.exp(log))}){rest}"
+
+        yield Family(make, tuple(np.linspace(0.5, 9, 9)), told)
+
+
 _BOUNDS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "": np.tanh,
     ", by clipping": lambda x: np.clip(x, -1, 1),
@@ -104,6 +137,36 @@ def any_cap(recipe: Recipe) -> Iterator[Family]:
             return f"{number(cap)}{'' if same else f' in place of {place}'}{how}"
 
         yield Family(make, tuple(np.linspace(-3, 5, 17)), words)
+
+
+def any_base(recipe: Recipe) -> Iterator[Family]:
+    """Rotary positions of another base."""
+    for section in recipe.sections:
+        if isinstance(section, RotarySection):
+            own, right = section, section.value["base"]
+
+            def make(power: float, own: RotarySection = own) -> Recipe:
+                value = {**own.value, "base": math.exp(power)}
+                return recipe.with_section(RotarySection(value, factor=own.factor))
+
+            def words(power: float, right: float = right) -> str:
+                return f"{number(math.exp(power))} in place of {right:.9g}"
+
+            yield Family(make, tuple(np.linspace(2, 18, 17)), words)
+
+
+def any_turn(recipe: Recipe) -> Iterator[Family]:
+    """Rotary positions whose angles have a factor, all alike."""
+    for section in recipe.sections:
+        if isinstance(section, RotarySection):
+            own = section
+
+            def make(power: float, own: RotarySection = own) -> Recipe:
+                times = dict.fromkeys(own.on, math.exp(power))
+                return recipe.with_section(RotarySection(own.value, times=times, factor=own.factor))
+
+            starts = tuple(np.linspace(-3, 2, 11))
+            yield Family(make, starts, lambda power: f"by {number(math.exp(power))}")
 
 
 def _bias_unscaled(recipe: Recipe) -> Variants:
@@ -532,6 +595,8 @@ def _width(recipe: Recipe, name: str) -> int:
 MISTAKES: tuple[Row, ...] = (
     ("wrong scale", "The logits are multiplied once, by 1/sqrt(width of a head) unless "
      "`scale` says otherwise.", _scale_wrong, _any_scale),
+    ("scale that grows with the position", "The logits are multiplied by one number: leave the "
+     "logarithm of the length or of the position out.", _scale_grows, _any_growth),
     ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
      _bias_unscaled),
     ("softmax over another axis", "The softmax runs over the keys, the last axis.",
@@ -556,6 +621,9 @@ MISTAKES: tuple[Row, ...] = (
      "head, do not tile them all.", _grouped_tiled),
     ("heads averaged", "Each query head has queries, keys, values and a part of the output of its "
      "own: add nothing up over the heads before the output.", averaged),
+    ("heads alike in groups", "Each query head has queries, keys and values of its own, or shares "
+     "those of its own key head: no group of heads has one for all.", of_groups, no_families,
+     True),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
     *(("rotary positions, by halves", "The candidate rotates queries and keys by their "

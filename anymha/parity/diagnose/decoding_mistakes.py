@@ -15,6 +15,7 @@ from anymha.parity.diagnose.wrong_caches import (
     alibi_of,
     behind,
     cached,
+    exchanged,
     facts_of,
     in_slots,
     in_window,
@@ -92,6 +93,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         yield f"of calls behind the first the {words} position alone is held and counted", seeing(
             recipe, facts.valid[:, None] & past(facts) & near & held, **both)  # fmt: skip
     for of, lost in {
+        "before the query's are not held": old,
         "behind the first are not held": old & ~first,
         "behind the first are not written": np.broadcast_to(~first, old.shape),
         "but the last are not held": old & (calls < calls[:, None] - 1),
@@ -109,6 +111,67 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         detail = f"{words} of calls behind the first are not held, the last one that is is repeated"
         yield detail, replaced(recipe, lost, lambda x: x[np.arange(len(x)), last][:, None] + 0 * x,
                                keys, values)  # fmt: skip
+
+
+@_decoding
+def _own_hidden(recipe: Recipe, facts: Decoded) -> Variants:
+    """No query sees its own key; the rows that then see nothing, as masks leave them."""
+    seen, own, calls = right(recipe, facts), np.eye(len(facts.calls), dtype=bool), facts.calls
+    for words, which in (
+        ("", np.ones_like(calls, bool)),
+        (" in calls behind the first", calls > 0),
+    ):
+        less = seen & ~(own & which[:, None])
+        empty = ~less.any(-1, keepdims=True) & facts.valid[..., None]
+        for rows, more in {
+            "": np.zeros_like(own),
+            ", but where it is alone": own,
+            ", where it is alone its whole call is seen": calls[:, None] == calls,
+        }.items():
+            if not rows or empty.any():
+                pairs = less | (empty & more & facts.valid[:, None])
+                yield f"a query's own{words}{rows}", seeing(recipe, pairs)
+
+
+@_decoding
+def _exchanged(recipe: Recipe, facts: Decoded) -> Variants:
+    """Cached keys taken for values, and values for keys."""
+    if recipe.stages["key"].shape != recipe.stages["value"].shape:
+        return
+    old, first = cached(facts), facts.calls == 0
+    often = facts.calls[:, None] - facts.calls
+    for words, pairs in {
+        "all that is held": old,
+        "in each call anew": old & (often % 2 == 1),
+        "those of the first call": old & first,
+        "those of calls behind the first": old & ~first,
+    }.items():
+        yield words, exchanged(recipe, np.broadcast_to(pairs, (len(facts.valid), *old.shape)))
+
+
+@_decoding
+def _dropped(recipe: Recipe, facts: Decoded) -> Variants:
+    """The oldest positions of a cache without a window lost as others are written."""
+    places, near = facts.places, right(recipe, facts)
+    count = facts.begins - facts.begins[:, :1]
+    for words, lost in {
+        "the first position, in each call behind the first": facts.rounds,
+        "the first position, in each call behind the second": np.maximum(facts.rounds - 1, 0),
+        "the first position, in calls behind the first": np.minimum(facts.rounds, 1),
+        "as many of the first positions as calls behind the first read": np.where(
+            facts.calls > 0, facts.ends - facts.ends[:, :1], 0
+        ),
+        "as many of the first positions as the cache held": count,
+    }.items():
+        kept = near & (places[:, None] >= lost[..., None])
+        yield words, seeing(recipe, kept)
+        if recipe.options.keys() & {"rotary", "alibi"}:
+            other = _given(recipe, places - lost, places)
+            for said, names in ((", and positions count what is held",
+                                 ("positions", "key_positions")),
+                                (", and those of queries count what is held", ("positions",)),
+                                ):  # fmt: skip
+                yield words + said, seeing(recipe, kept, **dict.fromkeys(names, other))
 
 
 @_decoding
@@ -439,7 +502,7 @@ def _not_causal(recipe: Recipe, facts: Decoded) -> Variants:
     for distance in (behind(facts), np.maximum(behind(facts), 0)):
         more = whole & in_window(recipe, distance)
         yield from _seen(recipe, {
-            "": more,
+            "without the causal rule": more,
             "in calls behind the first": np.where(first, seen, more),
             "in the first call": np.where(first, more, seen),
         })  # fmt: skip
@@ -516,6 +579,12 @@ def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
 MISTAKES: tuple[Row, ...] = (
     ("stale keys", "Write the new keys and values into the cache before the queries attend, and "
      "give the cache that a call returns to the next one.", _stale),
+    ("own position not seen", "A query sees its own position too: write its key before it attends.",
+     with_empty_rows(_own_hidden)),
+    ("cached keys and values exchanged", "Return keys and values in the order in which they are "
+     "read.", _exchanged),
+    ("first positions dropped", "A cache without a window keeps all positions: join new ones "
+     "behind them, and cut none off.", with_empty_rows(_dropped)),
     ("cache overwritten", "Write a call's keys and values behind those that the row holds, and "
      "refuse what does not fit: nothing is clamped to the last slot.", _overwritten),
     ("cache written off by one", "Write the first new position of row b at lengths[b], read before "

@@ -17,7 +17,13 @@ from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
-from anymha.parity.diagnose.own_weights import FIX, one_weight, same_weights, with_own_weights
+from anymha.parity.diagnose.own_weights import (
+    FIX,
+    one_weight,
+    other_kernels,
+    same_weights,
+    with_own_weights,
+)
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
@@ -154,6 +160,9 @@ class Search:
         if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
             return Diagnosis((seen[0],), 0.0, (), seen[1])
         begun = self._by_prefix(singles)
+        other = None if begun.explained else other_kernels(self.recipe, self.evidence)
+        if other is not None:
+            return self._weights_cause("other weights", *other)
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found, hurried = self._pairs(singles)
@@ -167,9 +176,7 @@ class Search:
         told = with_own_weights(self.recipe, self.trace)
         if told is None:
             one = one_weight(self.recipe, self.evidence, self.before)
-            if one is None:
-                return None
-            return self._weights_cause("one weight differs", *one)
+            return one and self._weights_cause("one weight differs", *one)
         every = itertools.chain(
             self._variants(self.recipe), self._variants(self.recipe, alone=True)
         )

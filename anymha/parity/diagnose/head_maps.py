@@ -150,6 +150,28 @@ def averaged(recipe: Recipe) -> Variants:
             yield f"{place}: {words} of all heads", with_heads(recipe, place, matrix)
 
 
+def of_groups(recipe: Recipe) -> Variants:
+    """The mean of a group of heads, or its first, in the place of each."""
+    for place in PLACES:
+        count = recipe.heads[place in ("key and value", "key", "value")]
+        for group in range(2, count // 2 + 1):
+            if count % group == 0:
+                for words, one in (("the mean", np.full((group, group), 1 / group)),
+                                   ("the first", np.eye(group)[:1].repeat(group, 0))):  # fmt: skip
+                    own = np.kron(np.eye(count // group), one)  # [count, count]
+                    matrix = own.repeat(recipe.heads[0] // count, 0)
+                    yield f"{place}: {words} of each {group} heads", _mixed(recipe, place, matrix)
+
+
+def _mixed(recipe: Recipe, place: str, matrix: np.ndarray) -> Recipe:
+    """The recipe in which heads are read by a map; as they are projected, where that is alike."""
+    names = [name for name in place.split(" and ") if name in ("query", "key", "value")]
+    square = len(matrix) == matrix.shape[1] == recipe.heads[1]
+    if not names or not square or recipe.options.keys() & {"rotary", "query_key_norm"}:
+        return with_heads(recipe, place, matrix)
+    return recipe.after(names, lambda x: einsum("hr,btrk->bthk", matrix, x))
+
+
 def _mapped(recipe: Recipe, place: str, matrix: np.ndarray) -> Iterator[tuple[str, Recipe]]:
     """The first stage that is wrong and the recipe: a projection itself, or where it is read."""
     heads, shared = recipe.heads
@@ -165,6 +187,19 @@ def _mapped(recipe: Recipe, place: str, matrix: np.ndarray) -> Iterator[tuple[st
         yield "output", recipe.but(weights={**recipe.weights, "output.kernel": kernel})
     first = "logits" if place in ("query", "key", "key and value") else "context"
     yield first, with_heads(recipe, place, matrix)
+
+
+def in_words(order: np.ndarray, heads: int, count: int) -> str:
+    """An order of heads, and how it may have come about."""
+    words, every = ", ".join(map(str, order)), np.arange(heads)
+    known = {", in reverse": np.arange(count)[::-1].repeat(heads // count)}
+    if count < heads:
+        known[", h // K in place of h // (H / K), as of groups of another size"] = every // count
+    for groups in range(2, heads):
+        if heads % groups == 0 and count == heads:
+            words_of = f", interleaved: laid out as ({heads // groups}, {groups}) by group"
+            known[words_of] = every.reshape(groups, -1).T.reshape(-1)
+    return words + next((n for n, own in known.items() if np.array_equal(own, order)), "")
 
 
 def _simple(matrix: np.ndarray) -> np.ndarray | None:
@@ -186,7 +221,7 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
     right = np.arange(heads) // (heads // count)
     if one and np.array_equal(order, right):
         return "", ""
-    words = ", ".join(map(str, order))
+    words = in_words(order, heads, count)
     if one and len(set(order)) == 1:
         return "one head for all", f"{place}: that of head {order[0]}"
     if one and len(set(order)) == heads:

@@ -14,6 +14,9 @@ from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.oracle.recipe import Arrays, Recipe, Step, Variants, allowed, softmax
 
+MOST_FIRST = 32
+"""How many sizes of prefixes and windows are tried."""
+
 
 def _empty(recipe: Recipe) -> np.ndarray:
     """The rows that see nothing."""
@@ -118,10 +121,25 @@ def _causal_reversed(recipe: Recipe) -> Mapping[str, Any]:
 def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
     if recipe.window is not None:
         return {}
+    queries, keys = _counted(recipe)
+    behind = (keys < queries) | ((keys == 0) & (queries == 0))
     return {
         "the next key is seen too": {"offset": _offset(recipe) + 1},
         "the query's own key is not seen": {"offset": _offset(recipe) - 1},
-    }
+        "the query's own key is not seen, but by the first query": {
+            "causal": False, "masks": {**recipe.masks, "behind": behind}},
+    }  # fmt: skip
+
+
+def _offset_wrong(recipe: Recipe) -> Mapping[str, Any]:
+    """Other offsets, of masks and positions or of masks alone."""
+    right = recipe.positions if recipe.positions is not None else recipe.places("query")
+    every: dict[str, dict[str, Any]] = {"": {"offset": None}}
+    every["taken off, not added"] = {"offset": -_offset(recipe)}
+    if recipe.options.keys() & {"rotary", "alibi"}:
+        every |= {f"{words or 'ignored'}, by the masks alone": {**one, "positions": right}
+                  for words, one in every.items()}  # fmt: skip
+    return every
 
 
 def _window_shifted(recipe: Recipe) -> Mapping[str, Any]:
@@ -175,6 +193,9 @@ def _other_windows(recipe: Recipe) -> Mapping[str, Any]:
         f"blocks of {window} in its place, and the one before": (blocks == 0) | (blocks == 1),
         f"blocks of {window} in its place, and both beside": np.abs(blocks) <= 1,
     }
+    if np.any(_offset(recipe)):
+        alone = own - _offset(recipe)[:, None, None, None] - other
+        every["counted without the query offset"] = np.abs(alone) < window
     return {words: {"window": None, "masks": {**recipe.masks, "window": seen}}
             for words, seen in every.items()}  # fmt: skip
 
@@ -324,7 +345,7 @@ def _of_others(recipe: Recipe) -> Variants:
     if len(recipe.masks) > 1 or (recipe.masks and recipe.causal):
         parts = [*recipe.masks.values(), allowed(recipe.but(masks={}))]
         both = recipe.but(masks={"either": reduce(np.logical_or, parts)}, causal=False, window=None)
-        yield "what one mask lets see, no other hides", both
+        yield "masks joined by OR: what one of them lets see, no other hides", both
     yield from _chunks(recipe)
 
 
@@ -499,6 +520,53 @@ def _elsewhere(recipe: Recipe) -> Variants:
         yield f"{named}: hidden keys and values are zeroed in place of masked", zeroed
 
 
+def _of_another_sequence(recipe: Recipe) -> Variants:
+    """Masks of other sequences of the batch."""
+    batch = recipe.lengths[0]
+    for name, mask in recipe.masks.items():
+        changes = {"that of the first of the sequences for all": mask[:1],
+                   "that of the last of the sequences for all": mask[-1:]}  # fmt: skip
+        changes |= {f"of another of the sequences, {n} on": np.roll(mask, n, 0)
+                    for n in range(1, min(batch, 3))}  # fmt: skip
+        for words, other in changes.items() if len(mask) > 1 else ():
+            yield f"{_named(name, recipe)}, {words}", recipe.but(
+                masks={**recipe.masks, name: other})  # fmt: skip
+
+
+def _first_seen(recipe: Recipe) -> Variants:
+    """The first keys seen by every query, beside the causal rule or the window."""
+    _, _, keys = recipe.lengths
+    place, free = np.arange(keys), recipe.but(causal=False, window=None)
+    near = allowed(recipe.but(masks={}, causal=False))
+    behind = allowed(recipe.but(masks={}, window=None))
+    for count in range(1, min(keys, MOST_FIRST + 1)):
+        first = place < count
+        words = f"the first {count} key{'s' if count > 1 else ''}"
+        if recipe.causal:
+            masks = {**recipe.masks, "first": (behind | first) & near}
+            yield f"{words}, a prefix that every query sees", free.but(masks=masks)
+        if recipe.window is not None:
+            masks = {**recipe.masks, "first": (near | first) & behind}
+            yield f"{words}, beside the window", free.but(masks=masks)
+        if recipe.causal and recipe.window is not None:
+            masks = {**recipe.masks, "first": near & behind | first}
+            yield f"{words}, a prefix beside window and causal mask", free.but(masks=masks)
+
+
+def _windows_of_its_own(recipe: Recipe) -> Variants:
+    """A window or blocks where the reference sees everything."""
+    if recipe.window is not None:
+        return
+    (own, other), keys = _counted(recipe), recipe.lengths[2]
+    for size in range(1, min(keys, MOST_FIRST + 1)):
+        yield f"of {size}", recipe.but(window=size)
+        blocks = {**recipe.masks, "blocks": own // size == other // size}
+        yield f"blocks of {size}", recipe.but(masks=blocks)
+        if recipe.causal:
+            first = {**recipe.masks, "first": (np.abs(own - other) < size) | (other == 0)}
+            yield f"of {size}, beside the first key", recipe.but(masks=first)
+
+
 MISTAKES: tuple[Row, ...] = (
     ("inverted mask", "Pass the opposite of the mask, `~mask`: in one of the two "
      "implementations, True means that a position may not be attended to.",
@@ -511,6 +579,8 @@ MISTAKES: tuple[Row, ...] = (
      "them.", _masks(_transposed)),
     ("mask of batch and heads exchanged", "Give the mask all four axes, "
      "(batch, heads, queries, keys).", _masks(_of_heads)),
+    ("mask of another sequence", "Give each sequence of the batch its own mask.",
+     _of_another_sequence),
     ("causal mask ignored", "Switch the causal mask on.",
      fields(lambda r: r.causal, _not_causal)),
     ("causal mask at the other corner", "With fewer queries than keys the first "
@@ -522,7 +592,8 @@ MISTAKES: tuple[Row, ...] = (
     ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
      "lower triangle.", with_empty_rows(fields(lambda r: r.causal, _causal_reversed))),
     ("query offset ignored", "Add the offset to the positions of the queries.",
-     fields(lambda r: (r.causal or r.window is not None) and np.any(_offset(r)), offset=None)),
+     with_empty_rows(fields(lambda r: (r.causal or r.window is not None) and np.any(_offset(r)),
+                            _offset_wrong))),
     ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.",
      with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
@@ -552,6 +623,11 @@ MISTAKES: tuple[Row, ...] = (
      "positions be seen, and zeros take part in the softmax.", _elsewhere, _weak),
     ("mask of other positions", "Give each sequence, head, query and key its own place in the "
      "mask.", _of_others, no_families, True),
+    ("first keys seen by all", "A prefix that all queries see, or first keys beside a window, are "
+     "no rule of the layer: leave them out, or give the reference a mask.",
+     with_empty_rows(_first_seen), no_families, True),
+    ("window not asked for", "Leave the window out, or give it to the reference too.",
+     _windows_of_its_own, no_families, True),
     ("causal mask not asked for", "Switch the causal mask off.",
      fields(lambda r: not r.causal, causal=True)),
 )  # fmt: skip

@@ -62,15 +62,21 @@ def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
     option = section.option
     yield Mistake(f"{option} left out", f"Pass `{option}` on: the candidate ignores it.",
                   partial(_left_out, section))  # fmt: skip
-    for name, fix, make in section.mistakes:
-        yield Mistake(name, fix, partial(_own, section, make))
+    for name, fix, make, *alone in section.mistakes:
+        families = _FAMILIES.get(name, no_families)
+        yield Mistake(name, fix, partial(_own, section, make), families, *alone)
     if section.usual:
-        yield Mistake(f"another {option}", f"Give both the same `{option}`.",
-                      partial(_another, section), _FAMILIES.get(option, no_families))  # fmt: skip
+        name = f"another {option}"
+        yield Mistake(name, f"Give both the same `{option}`.", partial(_another, section),
+                      _FAMILIES.get(name, no_families))  # fmt: skip
 
 
-_FAMILIES: Mapping[str, Families] = {"softcap": attention_mistakes.any_cap}
-"""The options of which any other value is measured."""
+_FAMILIES: Mapping[str, Families] = {
+    "another softcap": attention_mistakes.any_cap,
+    "rotary of another base": attention_mistakes.any_base,
+    "rotary angles multiplied": attention_mistakes.any_turn,
+}
+"""The mistakes with options of which any other number is measured."""
 
 
 def other_options(

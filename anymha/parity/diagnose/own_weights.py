@@ -19,7 +19,14 @@ MOST = 1 << 22
 ALONG = 0.5
 """The least part of the differences along which one weight must move the output."""
 
-FIX = "Give both the same weights: save and load them again."
+NONE = 1e-4
+"""Singular values below this, of the greatest, are rounding."""
+
+SURE = 4
+"""How many times the rank of a change the least size of a matrix must be."""
+
+FIX = "Give both the same weights: save and load them again. Low-rank updates (LoRA) are added \
+once, with their sign and their factor alpha / r."
 
 
 def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
@@ -87,6 +94,42 @@ def one_weight(recipe: Recipe, evidence: Evidence, before: float) -> tuple[str, 
         if one is not None and max(evidence.errors(one[1]).values()) <= 1:
             return one
     return None
+
+
+def other_kernels(recipe: Recipe, evidence: Evidence) -> tuple[str, Recipe] | None:
+    """The recipe with the kernels that give the projections that are told, and what they are.
+
+    Of enough rows the kernel is measured; of fewer, a change of low rank is, as few rows would
+    show it by chance.
+    """
+    turned = {name for section in recipe.sections for name in section.acts}
+    changed, words = Arrays(), []
+    for name in ("query", "key", "value"):
+        got, exact = evidence.reported.get(name), recipe.stages[name]
+        if got is None or got.shape != exact.shape or name in turned:
+            continue
+        x, apart = (a.reshape(a.shape[0] * a.shape[1], -1) for a in (
+            recipe.inputs[name], got - exact))  # fmt: skip
+        if not np.all(np.isfinite(apart)) or np.abs(apart).max() <= NONE * np.abs(exact).max():
+            continue
+        if np.ptp(apart, axis=0).max() <= NONE * np.abs(apart).max():
+            bias = recipe.weights.get(f"{name}.bias", np.zeros(exact.shape[2:]))
+            changed[f"{name}.bias"] = bias + apart.mean(0).reshape(bias.shape)
+            words.append(f"{name}.bias differs")
+            continue
+        sizes = np.linalg.svd(apart, compute_uv=False)
+        rank = int(np.sum(sizes > NONE * sizes[0]))
+        low = SURE * rank <= min(*x.shape, apart.shape[1])
+        if not low and len(x) < 2 * x.shape[1]:
+            return None
+        kernel = recipe.weights[f"{name}.kernel"]
+        changed[f"{name}.kernel"] = kernel + (np.linalg.pinv(x) @ apart).reshape(kernel.shape)
+        of = f" by a matrix of rank {rank}, as of a low-rank update (LoRA)" if low else ""
+        words.append(f"{name}.kernel differs{of}")
+    made = recipe.but(weights={**recipe.weights, **changed})
+    if not changed or max(evidence.errors(made).values()) > 1:
+        return None
+    return ", ".join(words), made
 
 
 def _effects(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:

@@ -22,6 +22,16 @@ def _shifted(by: int, keys_by: int, ids: np.ndarray, key_ids: np.ndarray) -> np.
     return _same(np.roll(ids, by, 2), np.roll(key_ids, keys_by, 3))
 
 
+def _bounds(by: int, keys_by: int, ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
+    """Where segments begin one position later or earlier; the end of the row has the last id."""
+
+    def moved(array: np.ndarray, by: int, axis: int) -> np.ndarray:
+        index = np.clip(np.arange(array.shape[axis]) - by, 0, array.shape[axis] - 1)
+        return np.take(array, index, axis)
+
+    return _same(moved(ids, by, 2), moved(key_ids, keys_by, 3))
+
+
 def _seen(variants: dict[str, Seen]) -> Maker:
     """Other keys that are seen, by the words of each variant."""
 
@@ -57,12 +67,26 @@ def _restarted(ids: np.ndarray) -> np.ndarray:
 MISTAKES: tuple[Row, ...] = (
     ("segments ignored", "Pass `segment_ids` on: a query sees keys of its own segment alone.",
      _seen({"": lambda ids, key_ids: np.ones_like(ids == key_ids),
-            "padding stays hidden": lambda ids, key_ids: (ids >= 0) & (key_ids >= 0)})),
+            "padding stays hidden": lambda ids, key_ids: (ids >= 0) & (key_ids >= 0),
+            "ids are a mask, those of 0 are hidden": lambda ids, key_ids: (
+                (key_ids != 0) | np.zeros_like(ids, bool)),
+            "ids are a mask, those of 0 or less are hidden": lambda ids, key_ids: (
+                (key_ids > 0) | np.zeros_like(ids, bool))})),
     ("segment ids shifted by one", "Each position has the id of its own segment: check where "
      "segments begin.",
      _seen({f"those of the {words}, {by:+d}": partial(_shifted, n * by, m * by)
             for words, n, m in (("queries and keys", 1, 1), ("queries", 1, 0), ("keys", 0, 1))
-            for by in (1, -1)})),
+            for by in (1, -1)} |
+           {f"{words} begin one position {'late' if by > 0 else 'early'}": partial(
+                _bounds, n * by, m * by)
+            for words, n, m in (("segments", 1, 1), ("those of the queries", 1, 0),
+                                ("those of the keys", 0, 1)) for by in (1, -1)})),
+    ("segments joined", "Segments that stand beside each other see nothing of each other.",
+     _seen({"each with its neighbours": lambda ids, key_ids: (
+                (np.abs(ids - key_ids) <= 1) & (ids >= 0) & (key_ids >= 0)),
+            **{f"two and two, from {n} on": lambda ids, key_ids, n=n: (
+                ((ids + n) // 2 == (key_ids + n) // 2) & (ids >= 0) & (key_ids >= 0))
+               for n in (0, 1)}})),
     ("padding of segments seen", "A negative id sees and is seen by nothing.",
      _seen({"": lambda ids, key_ids: ids == key_ids,
             "all padding is one segment": lambda ids, key_ids: (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, no_families
+from anymha.parity.diagnose.head_maps import in_words
 from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 NAMES = ("query", "key", "value")
@@ -48,11 +49,22 @@ def _transposed(recipe: Recipe) -> Variants:
 def _interleaved(recipe: Recipe) -> Variants:
     """The features of a kernel read as (width, heads) in place of (heads, width)."""
     changed: Arrays = {}
+    back: Arrays = {}
     for name in NAMES:
         for key, array in _own(recipe, name).items():
             *front, heads, width = array.shape
             changed[key] = array.reshape(*front, width, heads).swapaxes(-1, -2)
+            back[key] = array.swapaxes(-1, -2).reshape(array.shape)
     yield from _each(recipe, changed, NAMES)
+    for words, arrays, part in (
+        ("the kernel alone", changed, ".kernel"),
+        ("the bias alone", changed, ".bias"),
+        ("the bias alone, the other way round", back, ".bias"),
+    ):
+        one = {n: a for n, a in arrays.items() if n.endswith(part)}
+        if 0 < len(one) < len(changed):
+            for named, wrong in _each(recipe, one, NAMES):
+                yield f"{named}, {words}", wrong
 
 
 def _output_interleaved(recipe: Recipe) -> Variants:
@@ -67,13 +79,13 @@ def _heads_permuted(recipe: Recipe) -> Variants:
     """The heads in another order before the output's projection, or of the queries alone."""
     heads = recipe.heads[0]
     for order in _orders(heads):
-        words = ", ".join(map(str, order))
+        words = in_words(np.array(order), heads, heads)
         kernel = recipe.weights["output.kernel"][list(order)]
         yield f"before the output, to {words}", _with(recipe, {"output.kernel": kernel})
     for name in NAMES:
         count = recipe.weights[f"{name}.kernel"].shape[1]
         for order in _orders(count):
-            words = ", ".join(map(str, order))
+            words = in_words(np.array(order), count, count)
             changed = {n: a[..., list(order), :] for n, a in _own(recipe, name).items()}
             yield f"of {name}, to {words}", _with(recipe, changed)
 
@@ -351,6 +363,7 @@ def _bias_of_another(recipe: Recipe) -> Variants:
         one, two = biases[name], biases[other]
         if one is not None and two is not None and one.shape == two.shape:
             yield f"{name} has that of {other}", _with(recipe, {f"{name}.bias": two})
+            yield f"{name} has that of {other} too", _with(recipe, {f"{name}.bias": one + two})
     for name, other in itertools.combinations(NAMES, 2):
         one, two = biases[name], biases[other]
         if one is not None and two is not None and one.shape == two.shape:
@@ -382,6 +395,8 @@ def _orders(heads: int) -> Iterator[tuple[int, ...]]:
     else:
         yield tuple(reversed(range(heads)))
         yield from (tuple((h + n) % heads for h in range(heads)) for n in (1, -1, heads // 2))
+        for groups in (n for n in range(2, heads) if heads % n == 0):
+            yield tuple(h % groups * (heads // groups) + h // groups for h in range(heads))
 
 
 def _alike(recipe: Recipe, names: tuple[str, ...] = NAMES) -> bool:

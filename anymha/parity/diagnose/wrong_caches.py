@@ -199,6 +199,23 @@ def replaced(
     return wrong.stepping("context", context) if values else wrong
 
 
+def exchanged(recipe: Recipe, pairs: np.ndarray) -> Recipe:
+    """The recipe in which cached keys and values of some pairs stand for each other."""
+    which = pairs[:, None]
+
+    def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        theirs = logits_by(recipe, {**stages, "key": stages["value"]})
+        return np.where(which, theirs, logits_by(recipe, stages))
+
+    def context(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        shares = stages["dropped_probabilities"]
+        mine = context_by(recipe, {**stages, "dropped_probabilities": shares * ~which})
+        theirs = {"value": stages["key"], "dropped_probabilities": shares * which}
+        return mine + context_by(recipe, theirs)
+
+    return recipe.stepping("logits", logits).stepping("context", context)
+
+
 def of_rows(
     recipe: Recipe, facts: Decoded, source: np.ndarray, call: int | None, keys: bool = True,
     values: bool = True,

@@ -56,7 +56,8 @@ class Section:
         ignores_a_constant: Whether one number added to all logits of a row, before this option
             changes them, still changes no probability. Where it does, the key's bias matters.
         mistakes: Known mistakes with the option: a name, how to fix it, and a function that makes
-            the recipes that have it, as `Variants`, from the section and a right recipe.
+            the recipes that have it, as `Variants`, from the section and a right recipe; True
+            behind these where there are so many that they are tried alone.
         faults: Mistakes that the self-test injects into a port: the fault's name, the name in the
             catalogue of mistakes, and the first stage that is wrong.
     """
@@ -65,7 +66,7 @@ class Section:
     examples: ClassVar[tuple[Any, ...]] = ()
     usual: ClassVar[tuple[Any, ...]] = ()
     ignores_a_constant: ClassVar[bool] = False
-    mistakes: ClassVar[tuple[tuple[str, str, Callable[[Any, Recipe], Variants]], ...]] = ()
+    mistakes: ClassVar[tuple[tuple[Any, ...], ...]] = ()
     faults: ClassVar[tuple[tuple[str, str, str], ...]] = ()
 
     def __init__(self, value: Any) -> None:

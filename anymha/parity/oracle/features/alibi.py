@@ -41,10 +41,12 @@ class AlibiSection(Section):
         value: True, or the slopes.
         factor: Multiplies all of it.
         one_sided: Whether keys behind the query have no distance.
+        signed: Whether they have a negative one.
         power: The power to which the slopes are raised.
         shift: What is added to the positions of the queries.
         by_index: Whether positions are indices, whatever the call says.
         slopes: Other slopes (H).
+        early: Whether it comes before a softcap.
     """
 
     option = "alibi"
@@ -60,9 +62,11 @@ class AlibiSection(Section):
         shift: int = 0,
         by_index: bool = False,
         slopes: np.ndarray | None = None,
+        early: bool = False,
+        signed: bool = False,
     ) -> None:
         super().__init__(value)
-        self.slopes = slopes
+        self.slopes, self.early, self.signed = slopes, early, signed
         self.shift, self.by_index = shift, by_index
         self.factor, self.one_sided, self.power = factor, one_sided, power
 
@@ -73,7 +77,7 @@ class AlibiSection(Section):
 
     def order(self) -> int:
         """Behind a softcap."""
-        return 1
+        return -1 if self.early else 1
 
     def _bias(self, recipe: Recipe) -> np.ndarray:
         """(1 or B, H, T, S)."""
@@ -88,7 +92,8 @@ class AlibiSection(Section):
         """What is added (1 or B, H, T, S) where keys are so far behind queries (1 or B, T, S)."""
         slopes = self._own_slopes(heads) if self.slopes is None else self.slopes
         slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
-        distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
+        if not self.signed:
+            distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
         return -self.factor * (slopes**self.power)[:, None, None] * distance[:, None]
 
     def _own_slopes(self, heads: int) -> np.ndarray:
@@ -135,8 +140,10 @@ class AlibiSection(Section):
         yield "", recipe.with_section(AlibiSection(self.value, factor=-1.0))
 
     def towards_the_past(self, recipe: Recipe) -> Variants:
-        """No distance for keys behind the query."""
+        """No distance for keys behind the query, or a negative one."""
         yield "", recipe.with_section(AlibiSection(self.value, one_sided=True))
+        words = "with its sign: keys behind the query gain by theirs"
+        yield words, recipe.with_section(AlibiSection(self.value, signed=True))
 
     def of_other_slopes(self, recipe: Recipe) -> Variants:
         """Of another order of heads, or another sequence."""
@@ -152,6 +159,11 @@ class AlibiSection(Section):
     def before_the_scale(self, recipe: Recipe) -> Variants:
         """Added to the products, which are scaled then."""
         yield "", recipe.with_section(AlibiSection(self.value, factor=recipe.scale))
+
+    def before_the_softcap(self, recipe: Recipe) -> Variants:
+        """Bounded together with the logits."""
+        if "softcap" in recipe.options:
+            yield "", recipe.with_section(AlibiSection(self.value, early=True))
 
     def of_other_positions(self, recipe: Recipe) -> Variants:
         """Positions one too large or too small, or not those of the call."""
@@ -176,6 +188,8 @@ class AlibiSection(Section):
          "two, those of the next lower one and every other one of twice as many.", of_other_slopes),
         ("alibi before the scale", "Scale the products first, then subtract slope times distance.",
          before_the_scale),
+        ("alibi before the softcap", "Cap the scaled logits, and subtract slope times distance "
+         "then.", before_the_softcap),
         ("alibi of other positions", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", of_other_positions),
     )  # fmt: skip

@@ -57,8 +57,8 @@ class GateSection(Section):
     """The gate of a value, "elementwise" or "head".
 
     `function` is applied to what the projection of `source` gives, an input or "projected" for the
-    projected queries, or to the context "itself"; the result multiplies the stage `place`, or is
-    `added` to it.
+    projected queries or the "context", or to the context "itself"; the result multiplies the stage
+    `place`, or is `added` to it.
     """
 
     option = "gate"
@@ -79,12 +79,12 @@ class GateSection(Section):
         """The context; or where a mistake puts the gate."""
         return (self.place,)
 
-    def _input(self, recipe: Recipe, stages: Arrays) -> np.ndarray:
+    def _input(self, recipe: Recipe, stages: Arrays, array: np.ndarray) -> np.ndarray:
         """What is projected, (B, T, D)."""
-        if self.source != "projected":
+        if self.source not in ("projected", "context"):
             return recipe.inputs[self.source]
-        q = stages["query"]
-        return q.reshape(*q.shape[:2], -1)
+        heads = stages["query"] if self.source == "projected" else array
+        return heads.reshape(*heads.shape[:2], -1)
 
     def _projected(
         self, recipe: Recipe, stages: Arrays, array: np.ndarray
@@ -92,7 +92,7 @@ class GateSection(Section):
         """What the projection gives (B, T, H, d_v or 1), and the size of its terms."""
         if self.source == "itself":
             return array, np.abs(array)
-        x, kernel = self._input(recipe, stages), recipe.weights["gate.kernel"]
+        x, kernel = self._input(recipe, stages, array), recipe.weights["gate.kernel"]
         bias = recipe.weights.get("gate.bias", np.zeros(kernel.shape[1:]))
         if kernel.ndim == 2:
             kernel, bias = kernel[..., None], bias[..., None]
@@ -144,7 +144,7 @@ class GateSection(Section):
         if stage != "context" or self.place != "context":
             return {}
         y, size = self._projected(recipe, stages, array)
-        slope, x = FUNCTIONS[self.function][1](y), self._input(recipe, stages)
+        slope, x = FUNCTIONS[self.function][1](y), self._input(recipe, stages, array)
         kernel = recipe.weights["gate.kernel"]
         if not cancel:
             array, x, kernel = np.abs(array), np.abs(x), np.abs(kernel)
@@ -195,6 +195,8 @@ class GateSection(Section):
             x = ops.reshape(port.projected, (batch, length, len(kernel)))
         if "gate of the values" in wrong:
             x = port.inputs["value"]
+        if "gate of the projected context" in wrong:
+            x = ops.reshape(array, (batch, length, len(kernel)))
         y = ops.tensordot(x, ops.from_numpy(np.ascontiguousarray(flat)), axes=1)
         if bias is not None and "gate bias left out" not in wrong:
             y = y + ops.from_numpy(np.ascontiguousarray(bias.reshape(-1)))
@@ -251,6 +253,9 @@ class GateSection(Section):
         if recipe.weights["query.kernel"][0].size == query.shape[-1]:
             words = "the projected queries"
             yield words, recipe.with_section(GateSection(self.value, source="projected"))
+        if recipe.stages["context"][0, 0].size == query.shape[-1]:
+            words = "the context, projected as the query input is"
+            yield words, recipe.with_section(GateSection(self.value, source="context"))
 
     def after_the_output(self, recipe: Recipe) -> Variants:
         """On the output, where that is as wide as all heads."""
@@ -338,6 +343,7 @@ class GateSection(Section):
         ("gate without sigmoid", "gate of another function", "context"),
         ("gate by silu", "gate of another function", "context"),
         ("gate of the projected queries", "gate of another input", "context"),
+        ("gate of the projected context", "gate of another input", "context"),
         ("gate by relu", "gate of another function", "context"),
         ("gate by a hard sigmoid", "gate of another function", "context"),
         ("gate added", "gate of another function", "context"),

@@ -7,7 +7,8 @@ over each head or over all heads, times w or 1 + w, plus a bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class QueryKeyNormSection(Section):
 
     `names` are the projections that are normalised, `by` those whose weights they take where these
     are others'; `eps_at`: "root" for an epsilon within the root, "sum" for one that is added to it.
+    `twice` are normalised again; the bias of those in `bare` is added behind the norm.
     """
 
     option = "query_key_norm"
@@ -43,11 +45,12 @@ class QueryKeyNormSection(Section):
 
     def __init__(
         self, value: Any, names: tuple[str, ...] = BOTH, by: Mapping[str, str] | None = None,
-        eps_at: str = "",
+        eps_at: str = "", twice: tuple[str, ...] = (), bare: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
         self.names, self.by, self.eps_at = names, by or {}, eps_at
+        self.twice, self.bare = twice, bare
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -63,7 +66,11 @@ class QueryKeyNormSection(Section):
         if stage not in self.names:
             return array
         weight, bias = self._weights(stage, array, recipe.weights)
-        return self._parts(array)[0] * weight + bias
+        late = self._late(stage, recipe)
+        array = array - late
+        for _ in range(1 + (stage in self.twice)):
+            array = self._parts(array)[0] * weight + bias
+        return array + late
 
     def backward(
         self,
@@ -77,7 +84,7 @@ class QueryKeyNormSection(Section):
         """With y = x / r the gradient of x is (g - y mean(g y)) / r, its own mean taken off."""
         if stage not in self.names:
             return gradient
-        even, divisor, grows = self._parts(array)
+        even, divisor, grows = self._parts(array - self._late(stage, recipe))
         weight = self._weights(stage, array, recipe.weights)[0]
         sign = -1.0 if cancel else 1.0
         if not cancel:
@@ -104,7 +111,7 @@ class QueryKeyNormSection(Section):
         """Of the weights and the biases of the norm."""
         if stage not in self.names:
             return {}
-        even = self._parts(array)[0]
+        even = self._parts(array - self._late(stage, recipe))[0]
         every = {"scale": gradient * (even if cancel else np.abs(even)), "bias": gradient}
         found = {}
         for part, terms in every.items():
@@ -123,7 +130,8 @@ class QueryKeyNormSection(Section):
         """Errors are divided as the numbers are, those of the divisor come on top."""
         if stage not in self.names:
             return sizes
-        even, divisor, _ = self._parts(array)
+        late = self._late(stage, recipe)
+        even, divisor, _ = self._parts(array - late)
         weight, bias = self._weights(stage, array, recipe.weights)
         own = sizes / divisor
         squares = np.sum(np.square(even * own), self._axes, keepdims=True)
@@ -132,7 +140,11 @@ class QueryKeyNormSection(Section):
         if self.value["kind"] == "layer":
             mean = np.sqrt(np.sum(np.square(own), self._axes, keepdims=True)) / count
         spread = np.hypot(np.hypot(own, mean), np.hypot(even, even * np.sqrt(squares) / count))
-        return np.hypot(spread * np.abs(weight), np.abs(bias))
+        return np.hypot(spread * np.abs(weight), np.abs(bias) + np.abs(late))
+
+    def _late(self, stage: str, recipe: Recipe) -> Any:
+        """The bias of a projection that is added behind the norm."""
+        return recipe.weights.get(f"{stage}.bias", 0.0) if stage in self.bare else 0.0
 
     def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The heads without weights, what they are divided by, and whether that grows with them."""
@@ -183,6 +195,15 @@ class QueryKeyNormSection(Section):
         every = (*BOTH, "value") if "norm of the values too" in wrong else BOTH
         if place not in every or "query_key_norm left out" in wrong or alone & {*wrong}:
             return array
+        if "norm twice" in wrong:
+            once = replace(port, wrong={*wrong} - {"norm twice"})
+            array = self.ported(ops, place, array, once)
+        if "norm before the bias" in wrong:
+            bias = ops.from_numpy(np.ascontiguousarray(port.weights[f"{place}.bias"][None, None]))
+            right = replace(port, wrong={*wrong} - {"norm before the bias"})
+            return bias + self.ported(ops, place, array - bias, right)
+        if "norm of scaled queries" in wrong and place == "query":
+            array = array * float(array.shape[-1]) ** -0.5
         if "another kind of norm" in wrong:
             value |= {"kind": "l2", "eps": 1e-6}
         if "norm with another epsilon" in wrong:
@@ -290,6 +311,48 @@ class QueryKeyNormSection(Section):
             words = "behind it" if behind else "before it"
             yield words, self._but(recipe, after_rotary=behind)
 
+    def by_the_weight_of_another_head(self, recipe: Recipe) -> Variants:
+        """Weights of all heads (H, d), of which each head takes another's."""
+        width = recipe.weights["query.kernel"].shape[2]
+        weights = {n: w for n, w in recipe.weights.items() if "_norm." in n and w.size > width}
+        changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "that of the first head for all": lambda w: w[:1] + 0 * w,
+            "that of the last head for all": lambda w: w[-1:] + 0 * w,
+            "in the reverse order of heads": lambda w: w[::-1],
+            "that of the next head": lambda w: np.roll(w, -1, 0),
+            "(d, H) in place of (H, d)": lambda w: w.reshape(w.shape[::-1]).T,
+        }
+        for words, change in changes.items():
+            for names in (BOTH, *((name,) for name in BOTH)):
+                own = {n: w for n, w in weights.items() if n.startswith(names)}
+                wrong = {n: change(w.reshape(-1, width)).reshape(w.shape) for n, w in own.items()}
+                if any(not np.array_equal(w, own[n]) for n, w in wrong.items()):
+                    detail = words if len(names) > 1 else f"{words}, of the {names[0]} alone"
+                    yield detail, recipe.but(weights={**recipe.weights, **wrong})
+
+    def often(self, recipe: Recipe) -> Variants:
+        """Queries, keys or both normalised twice."""
+        for words, names in (("queries and keys", BOTH), ("the query alone", BOTH[:1]),
+                             ("the key alone", BOTH[1:])):  # fmt: skip
+            yield words, recipe.with_section(
+                QueryKeyNormSection(self.value, self.names, twice=names))  # fmt: skip
+
+    def before_the_bias(self, recipe: Recipe) -> Variants:
+        """The bias of a projection added behind the norm."""
+        there = tuple(name for name in BOTH if f"{name}.bias" in recipe.weights)
+        if self.value["after_rotary"] and "rotary" in recipe.options:
+            return  # which has turned the bias
+        for names in dict.fromkeys((there, there[:1], there[1:])):
+            if names:
+                yield f"of {' and '.join(names)}", recipe.with_section(
+                    QueryKeyNormSection(self.value, self.names, bare=names))  # fmt: skip
+
+    def after_the_scale(self, recipe: Recipe) -> Variants:
+        """Of queries that are scaled, which the norm takes off again."""
+        if recipe.scale not in (0, 1) and not self.value["after_rotary"]:
+            free = recipe.but(scale=1.0)
+            yield "it takes the scale off again", free.after(("query",), lambda x: recipe.scale * x)
+
     mistakes = (
         ("query_key_norm of one projection", "Normalise queries and keys, and not the values.",
          of_one),
@@ -305,6 +368,13 @@ class QueryKeyNormSection(Section):
          "not.", with_another_mean),
         ("query_key_norm on the other side of rotary", "Normalise before the rotation, or behind "
          "it where `after_rotary` says so.", on_the_other_side),
+        ("query_key_norm by the weight of another head", "Where heads are normalised with weights "
+         "(H, d), give each head its own.", by_the_weight_of_another_head),
+        ("query_key_norm twice", "Normalise queries and keys once each.", often),
+        ("query_key_norm before the bias", "Add the bias of the projection, and normalise then.",
+         before_the_bias),
+        ("query_key_norm of scaled queries", "Normalise first, and scale then: a norm takes a "
+         "factor off.", after_the_scale),
     )  # fmt: skip
     faults = (
         ("query_key_norm left out", "query_key_norm left out", "query"),
@@ -319,6 +389,9 @@ class QueryKeyNormSection(Section):
         ("norm by the query's weight", "query_key_norm by the weight of another", "key"),
         ("norm along the heads", "query_key_norm over another width", "query"),
         ("norm of the values too", "query_key_norm of one projection", "value"),
+        ("norm twice", "query_key_norm twice", "query"),
+        ("norm before the bias", "query_key_norm before the bias", "query"),
+        ("norm of scaled queries", "query_key_norm of scaled queries", "query"),
         ("norm's epsilon added to the root", "query_key_norm with another epsilon", "query"),
     )
 

@@ -7,9 +7,11 @@ It acts on the projected heads.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -37,6 +39,15 @@ _YARN = {
 }
 
 
+USUAL_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Numbers that scalings have in most models."""
+
 COARSE = (
     ("frequencies", "angles"),
     ("frequencies", "angles", "tables"),
@@ -58,13 +69,14 @@ class RotarySection(Section):
         sign: -1 turns the other way.
         factor: Of cosines and sines; default that of the scaling.
         dtype: The half precision in which angles are computed; default none.
-        shifts: What is added to the positions of the stages, by name.
-        by_index: Whether positions of the call are ignored, and the offset too.
+        places: The positions (1 or B, length) of stages that have others than the call's.
         by_head: Whether heads are counted in place of positions.
         exchanged: Whether cosines stand for sines, and sines for cosines.
         one_sign: Whether both sines are added (or, by `sign`, subtracted), which is no rotation.
         times: The factor of the angles of the stages, by name.
         twice: The stages that are turned twice.
+        own: The rotation of stages that have one of their own.
+        change: Other frequencies, from those of the value and its plain ones.
     """
 
     option = "rotary"
@@ -80,21 +92,27 @@ class RotarySection(Section):
         factor: float | None = None,
         dtype: Any = None,
         rounded: tuple[str, ...] = (),
-        shifts: dict[str, int] | None = None,
-        by_index: bool = False,
+        places: Arrays | None = None,
         by_head: bool = False,
         exchanged: bool = False,
         one_sign: bool = False,
         times: dict[str, float] | None = None,
         twice: tuple[str, ...] = (),
+        own: Mapping[str, RotarySection] = MappingProxyType({}),
+        change: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
-        self.on, self.sign, self.dtype, self.by_index = on, sign, dtype, by_index
+        self.on, self.sign, self.dtype, self.own, self.change = on, sign, dtype, own, change
         self.rounded, self.by_head, self.exchanged = rounded, by_head, exchanged
         self.times, self.twice, self.first = times or {}, twice, -1 if one_sign else 1
         self.factor = attention_factor(self.value) if factor is None else factor
-        self.shifts = shifts or {}
+        self.places = places or {}
+
+    @property
+    def acts(self) -> tuple[str, ...]:
+        """The stages that are turned."""
+        return (*self.on, *self.own)
 
     def order(self) -> int:
         """Behind the norm."""
@@ -102,6 +120,8 @@ class RotarySection(Section):
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
         """The turned heads."""
+        if stage in self.own:
+            return self.own[stage].forward(stage, array, recipe, stages)
         if stage not in self.on:
             return array
         one, two = self._pairs(array.shape[-1])
@@ -122,6 +142,8 @@ class RotarySection(Section):
         cancel: bool,
     ) -> np.ndarray:
         """Turned back."""
+        if stage in self.own:
+            return self.own[stage].backward(stage, gradient, array, recipe, stages, cancel)
         if stage not in self.on:
             return gradient
         one, two = self._pairs(array.shape[-1])
@@ -139,6 +161,8 @@ class RotarySection(Section):
         """Errors are turned too; an angle is rounded in proportion to its size."""
         if stage not in self.on:
             return sizes
+        if stage in self.own:
+            return self.own[stage].sizes(stage, sizes, array, recipe, stages)
         one, two = self._pairs(array.shape[-1])
         cos, sin, angles = self._turns(stage, array, recipe)
         sizes = np.broadcast_to(sizes, array.shape)
@@ -179,16 +203,21 @@ class RotarySection(Section):
             factor *= factor
         places = port.places.get(place)
         places = np.arange(length) if places is None else places
-        places = places.astype(np.float64)
+        places = np.atleast_2d(places).astype(np.float64)
         if "query positions off by one" in wrong and place == "query":
             places += 1
         if "queries at the end" in wrong and place == "query":
             places += port.inputs["key"].shape[1] - length
-        numbers = np.outer(places, frequencies(plain, r, length))
+        turns = frequencies(plain, r, length)
+        if "the ramp the other way round" in wrong:
+            free = frequencies({**plain, "scaling": None}, r, length)
+            turns = free + free / rotary["scaling"]["factor"] - turns
+        numbers = np.multiply.outer(places, turns)  # (1 or B, T, r/2)
         if "rotary angles in bfloat16" in wrong:
             own = frequencies(plain, r, length).astype(ml_dtypes.bfloat16)
             numbers = np.multiply.outer(places.astype(ml_dtypes.bfloat16), own).astype(np.float64)
-        if "rotary turned the other way" in wrong:
+        if "rotary turned the other way" in wrong or (
+            "keys turned the other way" in wrong and place == "key"):  # fmt: skip
             numbers = -numbers
         if "cosines and sines exchanged" in wrong:
             numbers = np.pi / 2 - numbers
@@ -196,19 +225,19 @@ class RotarySection(Section):
             numbers = numbers / 2
         if "rotary scaling multiplied" in wrong:
             numbers = numbers * rotary["scaling"]["factor"] ** 2
-        matrices = np.zeros((length, d, d)) + np.eye(d)
-        for pair, angle in enumerate(numbers.T):
+        matrices = np.zeros((*places.shape, d, d)) + np.eye(d)
+        for pair, angle in enumerate(np.moveaxis(numbers, -1, 0)):
             i, j = (pair, pair + r // 2) if in_halves else (2 * pair, 2 * pair + 1)
             i, j = start + i, start + j
-            matrices[:, i, i] = matrices[:, j, j] = factor * np.cos(angle)
-            matrices[:, i, j] = factor * np.sin(angle)
-            matrices[:, j, i] = -factor * np.sin(angle)
+            matrices[..., i, i] = matrices[..., j, j] = factor * np.cos(angle)
+            matrices[..., i, j] = factor * np.sin(angle)
+            matrices[..., j, i] = -factor * np.sin(angle)
             if "rotary sines of one sign" in wrong:
-                matrices[:, j, i] *= -1
+                matrices[..., j, i] *= -1
         if "queries turned twice" in wrong and place == "query":
             matrices = matrices @ matrices
         dtype = ops.to_numpy(array).dtype
-        return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)[None]))
+        return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)))
 
     def _pairs(self, width: int) -> tuple[np.ndarray, np.ndarray]:
         """The columns of the first and the second member of each pair."""
@@ -222,8 +251,8 @@ class RotarySection(Section):
         self, stage: str, array: np.ndarray, recipe: Recipe
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cosines, sines and angles, (B or 1, T, 1, r/2)."""
-        places = np.arange(array.shape[1])[None] if self.by_index else recipe.places(stage)
-        places = places + self.shifts.get(stage, 0)
+        places = self.places.get(stage)
+        places = recipe.places(stage) if places is None else places
         places = np.arange(array.shape[2])[None] if self.by_head else places
         own = self._frequencies(array, recipe)
         if {"frequencies", "angles"} <= {*self.rounded}:  # a product in that precision
@@ -243,7 +272,9 @@ class RotarySection(Section):
         width, length = 2 * len(self._pairs(array.shape[-1])[0]), recipe.lengths[2]
         own = None if recipe.decoded is None else recipe.decoded.valid
         if own is None or own.shape[1] != length or own.all():
-            return frequencies(self.value, width, length)
+            right = frequencies(self.value, width, length)
+            plain = {**self.value, "scaling": None}
+            return self.change(right, frequencies(plain, width, length)) if self.change else right
         return np.stack([frequencies(self.value, width, n) for n in own.sum(1)])[:, None]
 
     def _with(self, recipe: Recipe, **wrong: Any) -> Recipe:
@@ -276,11 +307,96 @@ class RotarySection(Section):
         """Exponents of the base that are not 2i/dim of pair i."""
         width = recipe.weights["query.kernel"].shape[2]
         own, base = self.value["dim"] or width, self.value["base"]
-        for words, power in {f"2i/{width}, by the width of a head, in place of 2i/{own}":
-                             own / width, f"i/{own} in place of 2i/{own}": 0.5,
-                             f"4i/{own} in place of 2i/{own}": 2.0}.items():  # fmt: skip
+        powers = {f"2i/{width}, by the width of a head,": own / width, f"i/{own}": 0.5,
+                  f"4i/{own}": 2.0}  # fmt: skip
+        if own > 2:
+            powers |= {f"i/{own // 2 - 1}, from 1 down to 1/base,": own / (own - 2),
+                       f"2i/{own - 1}": own / (own - 1)}  # fmt: skip
+        for words, power in powers.items():
             if power != 1:
-                yield f"{words}, as of base {base**power:.6g}", self._but(recipe, base=base**power)
+                yield (f"{words} in place of 2i/{own}, as of base {base**power:.6g}",
+                       self._but(recipe, base=base**power))  # fmt: skip
+        for words, first in ((f"2(i + 1)/{own}", 2), (f"(2i + 1)/{own}", 1)):
+            times = dict.fromkeys(self.on, base ** (-first / own))
+            yield f"{words} in place of 2i/{own}", self._with(
+                recipe, times=times, factor=self.factor)  # fmt: skip
+        inverse = self._with(recipe, change=lambda right, _: right[::-1], factor=self.factor)
+        yield "in the reverse order of pairs", inverse
+
+    def of_another_scaling(self, recipe: Recipe) -> Variants:
+        """The kinds of scaling, or numbers of one, taken for each other."""
+        scaling: dict[str, Any] = dict(self.value["scaling"] or {})
+        kind, factor = scaling.get("rope_type"), scaling.get("factor")
+        every = dict[str, dict[str, Any]]()
+        for one, other in (("low_freq_factor", "high_freq_factor"), ("beta_fast", "beta_slow"),
+                           ("short_factor", "long_factor")):  # fmt: skip
+            both = {**USUAL_SCALING, **scaling}
+            if one in scaling or (kind == "yarn" and one == "beta_fast"):
+                words = f"{one} and {other} exchanged"
+                every[words] = {one: both[other], other: both[one]}
+        for name in ("short_factor", "long_factor"):
+            if kind == "longrope":
+                both = ("short_factor", "long_factor")
+                every[f"{name} at every length"] = dict.fromkeys(both, scaling[name])
+        for name, usual in USUAL_SCALING.items():
+            if scaling.get(name, usual) != usual:
+                every[f"{name} {usual} in place of {scaling[name]}"] = {name: usual}
+        if kind == "yarn":
+            cut = scaling.get("truncate", True)
+            every[f"`truncate` is {not cut}, not {cut}"] = {"truncate": not cut}
+        if kind in ("llama3", "yarn", "dynamic") and factor:
+            words = f"all frequencies divided by {factor:g}, as by a linear scaling"
+            every[words] = {"rope_type": "linear"}
+        for words, changed in every.items():
+            yield words, self._but(recipe, scaling={**scaling, **changed})
+        if kind in ("llama3", "yarn") and factor:
+            changes = {
+                "those that it divides and those that it leaves exchanged":
+                    lambda own, plain: plain + plain / factor - own,
+                "no ramp between, in part divided is left": lambda own, plain: np.where(
+                    own <= plain / factor * (1 + 1e-9), own, plain),
+                "no ramp between, in part divided is divided": lambda own, plain: np.where(
+                    own >= plain * (1 - 1e-9), own, plain / factor),
+                "multiplied, not divided": lambda own, plain: plain**2 / own,
+            }  # fmt: skip
+            for words, change in changes.items():
+                yield words, self._with(recipe, change=change, factor=self.factor)
+
+    def of_one_alone(self, recipe: Recipe) -> Variants:
+        """A rotation that is wrong for the queries alone, or for the keys alone."""
+        kind = type(self)
+        for make in (kind.swapped, kind.reversed, kind.exchanged_tables, kind.along_heads,
+                     kind.of_one_sign, kind.elsewhere, kind.unscaled, kind.of_another_scaling,
+                     kind.by_a_factor, kind.based, kind.of_other_exponents):  # fmt: skip
+            name, *_ = next(row for row in kind.mistakes if row[2] is make)
+            for words, wrong in make(self, recipe):
+                section = next(one for one in wrong.sections if isinstance(one, kind))
+                detail = name.removeprefix("rotary ") + (f", {words}" if words else "")
+                for stage in ("key", "query"):
+                    yield f"the {stage} alone: {detail}", self._with(
+                        recipe, own={stage: section}, factor=self.factor)  # fmt: skip
+
+    def of_permuted_weights(self, recipe: Recipe) -> Variants:
+        """Columns of kernels brought from pairs to halves, or back, where the layout is another."""
+        weights = recipe.weights
+        columns = np.sort(np.concatenate(self._pairs(weights["query.kernel"].shape[2])))
+        for names, back, bias in itertools.product(
+            (("query",), ("key",), ("query", "key")), (False, True), (True, False)
+        ):
+            own = weights[f"{names[0]}.kernel"].shape[1]
+            every = [f"{name}.{part}" for name in names for part in ("kernel", "bias")]
+            every = [n for n in every if n in weights and (bias or n.endswith("kernel"))]
+            if not bias and f"{names[0]}.bias" not in weights:
+                continue
+            for heads in recipe.heads if len(names) == 1 and recipe.heads[0] > own else (own,):
+                if weights[f"{names[0]}.kernel"][0].size % (2 * heads):
+                    continue
+                cut = None if heads == own else heads
+                changed = {n: _paired(weights[n], cut, columns, back) for n in every}
+                words = ("from halves to pairs", "from pairs to halves")[back]
+                words = f"{' and '.join(names)}, {words}" + f", as of {cut} heads" * bool(cut)
+                words += ", the biases are right" * (not bias)
+                yield words, recipe.but(weights={**weights, **changed})
 
     def elsewhere(self, recipe: Recipe) -> Variants:
         """The other end of the heads, or another number of columns."""
@@ -309,19 +425,40 @@ class RotarySection(Section):
                 made = self._with(recipe, dtype=dtype, rounded=rounded, factor=self.factor)
                 yield f"{words} in {np.dtype(dtype).name}", made
 
-    def shifted(self, recipe: Recipe) -> Variants:
-        """Positions one too large or too small, or not those of the call."""
+    def of_other_positions(self, recipe: Recipe) -> Variants:
+        """Not those of the call, or those of another sequence, or of keys for queries."""
+        right = {name: recipe.places(name) for name in ("query", "key")}
+        others = dict[str, Arrays]()
         given = (recipe.positions, recipe.key_positions, recipe.offset)
         if any(one is not None and np.any(one) for one in given):
-            yield "not those of the call", self._with(recipe, by_index=True)
+            others["not those of the call"] = {
+                name: np.arange(place.shape[1])[None] for name, place in right.items()}  # fmt: skip
+        if len(right["query"]) > 1 or len(right["key"]) > 1:
+            others["those of the first sequence for all"] = {
+                name: place[:1] for name, place in right.items()}  # fmt: skip
+        if recipe.lengths[1] == recipe.lengths[2]:
+            others["those of the other of the two"] = {
+                "query": right["key"], "key": right["query"]}  # fmt: skip
+        for words, places in others.items():
+            yield words, self._with(recipe, places=places, factor=self.factor)
+            for name in right:
+                one = {name: places[name]}
+                yield f"{words}, the {name} alone", self._with(
+                    recipe, places=one, factor=self.factor)  # fmt: skip
+
+    def shifted(self, recipe: Recipe) -> Variants:
+        """Positions one too large or too small, or as at the end of the keys."""
+        right = {name: recipe.places(name) for name in ("query", "key")}
         _, queries, keys = recipe.lengths
         if queries != keys:
             words = f"query {keys - queries:+d}, as at the end of the keys"
-            yield words, self._with(recipe, shifts={"query": keys - queries}, factor=self.factor)
+            moved = {"query": right["query"] + keys - queries}
+            yield words, self._with(recipe, places=moved, factor=self.factor)
         for names in (("query",), ("key",), ("query", "key")):
             for by in (1, -1):
                 words = f"{' and '.join(names)} {by:+d}"
-                yield words, self._with(recipe, shifts=dict.fromkeys(names, by))
+                moved = {name: right[name] + by for name in names}
+                yield words, self._with(recipe, places=moved, factor=self.factor)
 
     def misfactored(self, recipe: Recipe) -> Variants:
         """The factor of cosines and sines left out, or squared."""
@@ -382,6 +519,8 @@ class RotarySection(Section):
         ("rotary on other columns", "Rotate `dim` columns of each head, the `columns` that the "
          "option names.", elsewhere),
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
+        ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
+         "queries and keys, and each sequence, have positions of their own.", of_other_positions),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
         ("rotary factor left out or twice", "Multiply cosines and sines by the scaling's factor "
@@ -393,6 +532,13 @@ class RotarySection(Section):
         ("rotary of another base", "Give both the same `base`.", based),
         ("rotary of other exponents", "The frequency of pair i of `dim` columns is "
          "base^(-2i/dim).", of_other_exponents),
+        ("rotary of another scaling", "Scale each frequency as the option's `scaling` says: its "
+         "kind, and its numbers by their names.", of_another_scaling),
+        ("rotary of the query unlike that of the key", "Turn queries and keys alike: by the same "
+         "pairs, direction, frequencies and columns.", of_one_alone, True),
+        ("rotary columns of weights permuted", "Permute the columns of a checkpoint's kernels and "
+         "biases of queries and keys alike, each by its own heads, where `layout` is another.",
+         of_permuted_weights, True),
         ("rotary angles in half precision", "Compute positions times frequencies, cosines and "
          "sines in float32 at least.", coarse),
     )  # fmt: skip
@@ -412,6 +558,8 @@ class RotarySection(Section):
         ("rotary factor twice", "rotary factor left out or twice", "query"),
         ("rotary scaling left out", "rotary scaling left out", "query"),
         ("another base", "rotary of another base", "query"),
+        ("the ramp the other way round", "rotary of another scaling", "query"),
+        ("keys turned the other way", "rotary of the query unlike that of the key", "key"),
         ("rotary angles in bfloat16", "rotary angles in half precision", "query"),
     )
 
@@ -472,3 +620,19 @@ def attention_factor(rotary: Mapping[str, Any]) -> float:
     if s.get("mscale") and s.get("mscale_all_dim"):
         return (1 + 0.1 * s["mscale"] * grown) / (1 + 0.1 * s["mscale_all_dim"] * grown)
     return 1 + 0.1 * grown
+
+
+def _paired(array: np.ndarray, heads: int | None, columns: np.ndarray, back: bool) -> np.ndarray:
+    """A kernel or bias (.., H, d) with columns brought from halves to pairs, or `back`.
+
+    Args:
+        array: The weight.
+        heads: Another number of heads by which it is cut, and then in all its columns.
+        columns: The columns of a head that are permuted.
+        back: From pairs to halves.
+    """
+    wide = array.reshape(*array.shape[:-2], heads or array.shape[-2], -1).copy()
+    columns = np.arange(wide.shape[-1]) if heads else columns
+    order = columns.reshape((-1, 2) if back else (2, -1)).T.reshape(-1)
+    wide[..., columns] = wide[..., order]
+    return wide.reshape(array.shape)

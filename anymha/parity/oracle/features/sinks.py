@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,18 @@ import numpy as np
 
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, reads
 
+MOST_HEADS = 4
+"""Up to so many heads all their orders are tried."""
+
 
 class SinksSection(Section):
     """The weight "sinks" (H), times `factor`, in the sum of each row.
 
-    `turned` reverses the heads; `shifted` adds the row's greatest logit; `behind`: it joins the sum
-    of the probabilities, which is 1. `function` is taken of the sinks. The share of a sink is lost,
-    but for the `valued`: it is that of a value, the first or the last one.
+    `order` are the heads whose sinks each head has; `shifted` adds the row's greatest logit;
+    `behind`: it joins the sum of the probabilities, which is 1. `function` is taken of the sinks;
+    `plain`: they themselves, not their exponentials, are in the sum. The share of a sink is lost,
+    but for the `valued`: it is that of a value, the first or the last one. `dropped` is the column
+    of a key that is lost in its place, the first or the last: the sink stands at the other end.
     """
 
     option = "sinks"
@@ -26,15 +32,18 @@ class SinksSection(Section):
         value: Any,
         factor: float = 1.0,
         scaled: bool = False,
-        turned: bool = False,
+        order: np.ndarray | None = None,
         shifted: bool = False,
         function: Callable[[np.ndarray], np.ndarray] | None = None,
         behind: bool = False,
         valued: int | None = None,
+        plain: bool = False,
+        dropped: int | None = None,
     ) -> None:
         super().__init__(value)
         self.function, self.behind, self.valued = function, behind, valued
-        self.factor, self.scaled, self.turned, self.shifted = factor, scaled, turned, shifted
+        self.factor, self.scaled, self.heads, self.shifted = factor, scaled, order, shifted
+        self.plain, self.dropped = plain, dropped
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -52,7 +61,7 @@ class SinksSection(Section):
         """
         masked = stages["masked_logits"]
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
-        sinks = sinks[::-1] if self.turned else sinks
+        sinks = sinks if self.heads is None else sinks[np.resize(self.heads, len(sinks))]
         sinks = sinks if self.function is None else self.function(sinks)
         if self.behind:
             share = np.broadcast_to(np.exp(sinks) / (np.exp(sinks) + 1), (*masked.shape[:3], 1))
@@ -61,6 +70,11 @@ class SinksSection(Section):
         greatest = np.max(masked, axis=-1, keepdims=True, initial=-np.inf)
         if self.shifted:
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
+        if self.plain:
+            top = np.where(greatest > -np.inf, greatest, 0.0)
+            keys = np.sum(np.exp(masked - top), axis=-1, keepdims=True)
+            own = sinks - top if self.shifted else sinks * np.exp(-top)  # the greatest is in both
+            return own / (own + keys), keys / (own + keys)
         peak = np.maximum(greatest, sinks)
         own, keys = np.exp(sinks - peak), np.sum(np.exp(masked - peak), axis=-1, keepdims=True)
         return own / (own + keys), keys / (own + keys)
@@ -72,7 +86,12 @@ class SinksSection(Section):
             return array + self._shares(recipe, stages)[0].swapaxes(1, 2) * value[:, None]
         if stage != "probabilities":
             return array
-        return array * self._shares(recipe, stages)[1]
+        own, keys = self._shares(recipe, stages)
+        if self.dropped is None:
+            return array * keys
+        whole = [array * keys, own] if self.dropped == 0 else [own, array * keys]
+        whole = np.concatenate(whole, -1)
+        return whole[..., 1:] if self.dropped == 0 else whole[..., :-1]
 
     def own_gradients(
         self,
@@ -107,6 +126,8 @@ class SinksSection(Section):
             sinks = sinks * port.scale
         if "sinks of the other heads" in wrong:
             sinks = sinks[::-1]
+        if "sinks by group" in wrong:
+            sinks = sinks.reshape(2, -1).T.reshape(-1)
         if "sinks with the other sign" in wrong:
             sinks = -sinks
         if "sinks of zero" in wrong:
@@ -121,16 +142,54 @@ class SinksSection(Section):
         own = ops.exp(ops.astype(ops.from_numpy(sinks), logits.dtype))
         if "sinks behind the softmax" in wrong:
             return array / (1.0 + own)
+        if "sinks not exponentiated" in wrong:
+            own = ops.astype(ops.from_numpy(sinks), logits.dtype)
         total = ops.sum(ops.exp(logits), axis=-1, keepdims=True)
+        if "first column dropped" in wrong:
+            whole = ops.concat([ops.exp(logits), own + 0.0 * total], axis=-1)
+            return whole[..., 1:] / (total + own)
         return array * (total / (total + own))
 
     def scaled_too(self, recipe: Recipe) -> Variants:
-        """Scaled as the logits are."""
+        """Scaled or capped as the logits are."""
         yield "", recipe.with_section(SinksSection(self.value, scaled=True))
+        cap = recipe.options.get("softcap")
+        if cap is not None:
+            capped = SinksSection(self.value, function=lambda x: cap * np.tanh(x / cap))
+            yield "by the softcap too", recipe.with_section(capped)
 
     def of_other_heads(self, recipe: Recipe) -> Variants:
-        """In the reverse order of heads."""
-        yield "reversed", recipe.with_section(SinksSection(self.value, turned=True))
+        """In another order of heads, or one for several heads."""
+        count, shared = recipe.heads
+        heads, group, right = np.arange(count), count // shared, np.arange(count)
+        orders = {"reversed": heads[::-1], "the first head's for all": 0 * heads}
+        if 1 < shared < count:
+            orders |= {
+                "laid out as (H / K, K), not (K, H / K)": heads.reshape(shared, group).T.ravel(),
+                "laid out as (K, H / K), not (H / K, K)": heads.reshape(group, shared).T.ravel(),
+                "one for each key head, the first of its group": heads // group * group,
+                "one for each key head, the first K": heads // group,
+                "the first K, tiled": heads % shared,
+            }
+        orders |= {f"{n} on": np.roll(heads, n) for n in range(1, min(count, 17))}
+        if count <= MOST_HEADS:
+            orders |= {f"to {', '.join(map(str, order))}": np.array(order)
+                       for order in itertools.permutations(range(count))}  # fmt: skip
+        for words, order in orders.items():
+            if not np.array_equal(order, right):
+                yield words, recipe.with_section(SinksSection(self.value, order=order))
+
+    def not_exponentiated(self, recipe: Recipe) -> Variants:
+        """The weight itself in the sum."""
+        for words, shifted in (("", False), (", beside those of logits less the maximum", True)):
+            yield f"itself in the sum{words}", recipe.with_section(
+                SinksSection(self.value, shifted=shifted, plain=True))  # fmt: skip
+
+    def in_another_column(self, recipe: Recipe) -> Variants:
+        """The column of a key dropped behind the softmax in place of the sink's."""
+        for words, at in (("the sink is the last column, the first is dropped", 0),
+                          ("the sink is the first column, the last is dropped", -1)):  # fmt: skip
+            yield words, recipe.with_section(SinksSection(self.value, dropped=at))
 
     def with_the_other_sign(self, recipe: Recipe) -> Variants:
         """Their negatives."""
@@ -174,6 +233,10 @@ class SinksSection(Section):
          "maximum include it.", beside_the_maximum),
         ("sinks of another function", "The weight is a logit: the sum of each row has its "
          "exponential.", of_another_function),
+        ("sinks not exponentiated", "The weight is a logit: its exponential joins the sum of each "
+         "row.", not_exponentiated),
+        ("sinks in the column of a key", "Drop the column behind the softmax in which the sink "
+         "stands.", in_another_column),
         ("sinks behind the softmax", "The sink's exponential joins the sum of those of the "
          "logits, within the softmax.", behind_the_softmax),
         ("sinks with a value", "Drop the sink's column behind the softmax: it has no value.",
@@ -185,6 +248,9 @@ class SinksSection(Section):
         ("sinks of the other heads", "sinks of the other heads", "probabilities"),
         ("sinks with the other sign", "sinks with the other sign", "probabilities"),
         ("sinks of zero", "sinks of zero", "probabilities"),
+        ("sinks by group", "sinks of the other heads", "probabilities"),
+        ("sinks not exponentiated", "sinks not exponentiated", "probabilities"),
+        ("first column dropped", "sinks in the column of a key", "probabilities"),
         ("sinks not shifted", "sinks not shifted by the maximum", "probabilities"),
         ("sinks exponentiated", "sinks of another function", "probabilities"),
         ("sinks behind the softmax", "sinks behind the softmax", "probabilities"),
