@@ -145,10 +145,12 @@ def outputs_alone(
     cotangent: np.ndarray | None = None,
     notes: Sequence[str] = (),
     stirred: Trace | None = None,
+    turned: np.ndarray | None = None,
 ) -> Comparison:
     """The comparison of what both returned, where no weights are known; with these notes.
 
-    `stirred` as for `judge_traces`.
+    `stirred` as for `judge_traces`; `turned` is the part of each position of the output, (B, T, 1),
+    by which rounded angles of rotary positions may change it (`limits.turned_away`).
     """
     stages = []
     dtype = computed_dtype(first)
@@ -162,7 +164,10 @@ def outputs_alone(
         # Sums exceed results, and layers of other libraries round each step.
         relative = max(8 * tolerance(dtype, length, 1.0),
                        6 * tolerance(dtype, length, 1.0, stored=first.stored))  # fmt: skip
-        allowed = 2 * relative * _sizes_alone(reference, axes) + length * smallest(dtype)
+        sizes = _sizes_alone(reference, axes)
+        allowed = 2 * relative * sizes + length * smallest(dtype)
+        if turned is not None and name == "output":
+            allowed = allowed + 2 * turned * sizes
         if stirred is not None and name == "output":
             apart = distance(stirred.output.astype(np.float64), reference)
             most = float(np.max(apart, initial=0.0))

@@ -26,7 +26,7 @@ from anymha.parity.diagnose.calls import diagnose_by_calls
 from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
-from anymha.parity.stages.limits import computed_dtype
+from anymha.parity.stages.limits import computed_dtype, turned_away
 from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
 
@@ -179,7 +179,8 @@ def _at_full_length(
     )
     first, second = settle_padding(request, (first, second), None)
     with np.errstate(all="ignore"):
-        (stage,) = outputs_alone(request, first, second).stages
+        turned = _turned_away(request, first, second)
+        (stage,) = outputs_alone(request, first, second, turned=turned).stages
     stage = dataclasses.replace(stage, name="output at full length")
     stages = (*comparison.stages, stage)
     note += f" The outputs agree at {words(whole, request)}." * stage.passed
@@ -192,6 +193,19 @@ def _at_full_length(
         changes["first_divergence"] = stage.name
         changes["request"] = whole  # what repeats it
     return dataclasses.replace(comparison, **changes)
+
+
+def _turned_away(request: Request, first: Trace, second: Trace) -> np.ndarray | None:
+    """How much rounded angles change each position of an output, as a part; None: by nothing."""
+    basis = first if first.weights is not None else second
+    if basis.weights is None or basis.config is None:
+        return None
+    folded = fold(problem_of(basis.config, basis.weights, request))
+    recipe = folded.recipe
+    if not recipe.sections or folded.output_shape != first.output.shape or first.output.ndim != 3:
+        return None
+    recipe = recipe if request.decoded is None else recipe.but(decoded=request.decoded)
+    return turned_away(recipe, computed_dtype(first))
 
 
 def _stirred(request: Request, trace: Trace) -> Request:

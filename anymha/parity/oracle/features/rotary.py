@@ -136,20 +136,42 @@ class RotarySection(Section):
     def sizes(
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
     ) -> np.ndarray:
-        """Errors are turned too; an angle is rounded in proportion to its size."""
+        """Errors are turned too."""
         if stage not in self.on:
             return sizes
         one, two = self._pairs(array.shape[-1])
-        cos, sin, angles = self._turns(stage, array, recipe)
+        cos, sin, _ = self._turns(stage, array, recipe)
         sizes = np.broadcast_to(sizes, array.shape)
         a, b, result = sizes[..., one], sizes[..., two], sizes.copy()
-        # The exponent of the base is rounded, and the product with the position; 1 is exact.
+        result[..., one] = np.hypot(a * cos, b * sin)
+        result[..., two] = np.hypot(b * cos, a * sin)
+        return result
+
+    def own_errors(
+        self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray | float:
+        """An angle that is off by d turns a pair of the size s by d s away.
+
+        With u = eps / 2 the angle m w of a frequency w = base^-x is off by
+
+            m w ((1 + 2 x ln(base)) u + 2 u + u)
+
+        at most: the exponent x is rounded, ln(base) or the power has an error of its own, which
+        its exponential multiplies by x ln(base); a power, its inverse and a scaling are three more
+        roundings, the product with the position is one. In units of eps that is
+        2 + x ln(base), times the angle: linear in the position. A frequency of 1 is exact, and so
+        is its angle.
+        """
+        if stage not in self.on:
+            return 0.0
+        one, two = self._pairs(array.shape[-1])
+        angles = self._turns(stage, array, recipe)[2]
         own = self._frequencies(array, recipe)[..., None, :]
         exponents = np.arange(own.shape[-1]) / own.shape[-1]
-        errors = np.where(own == 1, 0, 1 + math.log(self.value["base"]) * exponents / 2)
-        rounded = np.hypot(a, b) * errors * np.abs(angles) * self.factor
-        result[..., one] = np.sqrt((a * cos) ** 2 + (b * sin) ** 2 + rounded**2)
-        result[..., two] = np.sqrt((b * cos) ** 2 + (a * sin) ** 2 + rounded**2)
+        each = np.where(own == 1, 0.0, 2 + math.log(self.value["base"]) * exponents)
+        result = np.zeros(array.shape)
+        pairs = np.hypot(array[..., one], array[..., two])
+        result[..., one] = result[..., two] = pairs * each * np.abs(angles) * self.factor
         return result
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
