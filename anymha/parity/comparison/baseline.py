@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from anymha.framework.dtypes import accumulation_dtype
 from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
 from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
@@ -253,21 +254,25 @@ def _gradients(
     dtype = max(map(computed_dtype, traces), key=eps)
     # A bias's gradient is a sum over positions; JAX adds in the dtype of the gradient.
     relative = sum(tolerance(dtype, length, 1.0, accumulated=trace.stored) for trace in traces)
-    recipe = folded.recipe
+    recipe, wider = folded.recipe, 1.0
     if recipe.sections:
         # The logits that an option bounds are off by more than they are great, and so are slopes.
         sizes, logits = recipe.sizes["masked_logits"], recipe.stages["masked_logits"]
         peak = np.max(np.abs(logits), initial=1.0, where=np.isfinite(logits))
-        relative *= max(1.0, 2 * float(np.max(sizes, initial=0.0)) / peak)
+        wider = max(1.0, 2 * float(np.max(sizes, initial=0.0)) / peak)
     allowed = {
-        name: relative * float(np.max(truth.magnitudes[name], initial=0.0))
+        name: wider * relative * float(np.max(truth.magnitudes[name], initial=0.0))
         + 2 * length * smallest(dtype)
         for name in truth.gradients
     }
     none = np.zeros_like(recipe.stages["probabilities"])
     rounding = rounding_errors(recipe, folded.flat(cotangent), none, dtype, STEPS) if plain else {}
+    # Terms that cancel within a step, as on the way back through a norm, are not stored: they have
+    # the errors of the dtype in which the step is computed.
+    within = 2 * wider * tolerance(accumulation_dtype(dtype), length, 1.0)
     for name, errors in (folded.shaped(rounding) if rounding else {}).items():
         most = (ROUNDED_OFTEN + math.sqrt(length)) * float(np.max(errors, initial=0.0))
+        most += within * float(np.max(truth.magnitudes[name], initial=0.0))
         allowed[name] = min(allowed[name], most + 2 * length * smallest(dtype))
     return compare_gradients(traces, truth.gradients, allowed)
 

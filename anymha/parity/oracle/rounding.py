@@ -41,11 +41,15 @@ def rounding_errors(
     if BITS[dtype] > 16:
         return {}
     d_output, d_scores = np.asarray(d_output, np.float64), np.asarray(d_scores, np.float64)
-    eps = float(ml_dtypes.finfo(dtype).eps)
+    info = ml_dtypes.finfo(dtype)
+    eps, least = float(info.eps), float(info.smallest_subnormal)
     generator = np.random.default_rng(0)
 
     def rounded(array: np.ndarray) -> np.ndarray:
-        return array * (1 + eps * generator.uniform(-0.5, 0.5, np.shape(array)))
+        # The numbers below the smallest normal one are as far apart as those above it; none is off
+        # by more than itself.
+        apart = np.maximum(eps * np.abs(array), np.minimum(least, 2 * np.abs(array)))
+        return array + apart * generator.uniform(-0.5, 0.5, np.shape(array))
 
     def rounding(step: Step) -> Step:
         return lambda recipe, stages: rounded(step(recipe, stages))
