@@ -166,7 +166,10 @@ def outputs_alone(
         relative = max(8 * tolerance(dtype, length, 1.0),
                        6 * tolerance(dtype, length, 1.0, stored=first.stored))  # fmt: skip
         sizes = _sizes_alone(reference, axes)
-        allowed = 2 * relative * sizes + length * smallest(dtype)
+        # A probability that underflows is off by the smallest number, times values that are as
+        # great as the greatest outputs.
+        least = length * smallest(dtype) * max(1.0, _greatest(reference))
+        allowed = 2 * relative * sizes + least
         if turned is not None and name == "output":
             allowed = allowed + 2 * turned * sizes
         if stirred is not None and name == "output":
