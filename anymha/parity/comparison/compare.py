@@ -21,6 +21,7 @@ from anymha.parity.adapters.decoding import (
 from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
+from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
 from anymha.parity.comparison.unexplained import explained
 from anymha.parity.diagnose.calls import diagnose_by_calls
 from anymha.parity.diagnose.causes import Diagnosis
@@ -30,7 +31,6 @@ from anymha.parity.stages.limits import computed_dtype, turned_away
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
-
 
 STIRRED = 4
 """How many calls tell what rounding changes, where one is too few."""
@@ -116,6 +116,8 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     if stirred is not None and comparison.first_divergence == "output":
         stirred = _stirred_often(one, request, first, stirred)
         comparison = judge_traces(request, first, second, cotangent, stirred)
+    if says_nothing(comparison) and not (first.random or second.random):
+        return without_numbers(comparison, other, lambda request: _compared(one, other, request))
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)

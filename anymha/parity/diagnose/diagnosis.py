@@ -20,7 +20,7 @@ from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
 from anymha.parity.diagnose.own_weights import FIX, one_weight, same_weights, with_own_weights
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.structure import distance
+from anymha.parity.stages.structure import distance, is_masked
 from anymha.parity.stages.trace import STAGES, Trace
 
 ALONE_SECONDS = 12.0
@@ -58,6 +58,9 @@ NUMBERS = ("wrong scale", "wrong attention bias", "mask applied wrongly")
 
 SAMPLE = 1 << 11
 """Of how many differences the effects of two mistakes are added."""
+
+EMPTY_ROWS = "fully masked rows give NaN"
+"""The mistake whose places of NaN are known: rows that see nothing."""
 
 EXACT = 1e-3
 """What two measured numbers may leave of the differences."""
@@ -109,6 +112,22 @@ class Search:
         """Whether the recipe itself gives the reported results."""
         return max(self.evidence.errors(self.recipe).values()) <= 1
 
+    def _without_holes_fits(self) -> bool:
+        """Whether NaN and infinity in place of numbers are all that is wrong.
+
+        Any mistake that gives the same places NaN would then explain it.
+        """
+        reported = dict(self.reported)
+        for name, got in reported.items():
+            exact = self.exact["probabilities" if name == "scores" else name]
+            if got.shape == exact.shape and not np.all(np.isfinite(got)):
+                empty = np.isfinite(exact) & ~np.isfinite(got)
+                reported[name] = np.where(empty & ~is_masked(got), exact, got)
+        if all(array is self.reported[name] for name, array in reported.items()):
+            return False
+        evidence = Evidence(self.trace, reported, self.reference)
+        return max(evidence.errors(self.recipe).values()) <= 1
+
     @cached_property
     def before(self) -> float:
         """The distance of the right recipe from what is reported."""
@@ -134,6 +153,9 @@ class Search:
             return Diagnosis()
         if self.fits():
             return Diagnosis()
+        if self._without_holes_fits():
+            known = filter(None, self._tried(self.recipe, keys={(EMPTY_ROWS, "")}))
+            return self._fitting(known) or Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
         singles = self.singles

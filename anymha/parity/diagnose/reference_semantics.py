@@ -56,6 +56,10 @@ class ReferenceSemantics:
         `gradients` tells why where no value differs.
         """
         flow, scores = _flow_and_scores(reported)
+        told = {name: array for name, array in flow.items() if self._tells(name, array)}
+        if "output" in wrong and "output" not in told and not trace.random:
+            # What gives NaN everywhere has the same output: the stages with numbers are judged.
+            return self._of_stages(trace, told) if {*wrong} & {*told} else Diagnosis()
         other = self._in_another_dtype(trace, flow, wrong)
         if other is not None:
             return other
@@ -83,6 +87,11 @@ class ReferenceSemantics:
         remaining = max(diagnosis.remaining, own.remaining)
         causes = (*diagnosis.causes, *own.causes)
         return replace(diagnosis, causes=causes, remaining=remaining)
+
+    def _tells(self, name: str, array: np.ndarray) -> bool:
+        """Whether a stage has a number where the reference has one."""
+        exact = self._known.stages[name]
+        return exact.shape != array.shape or bool(np.any(np.isfinite(exact) & np.isfinite(array)))
 
     def _in_another_dtype(
         self, trace: Trace, reported: Arrays, wrong: Collection[str]
