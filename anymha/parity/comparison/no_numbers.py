@@ -133,7 +133,7 @@ def _place(stage: str) -> int:
 
 
 def _judged(other: Comparison, call: str) -> str:
-    return f"it gives numbers {call}, {'and they are right' if other.passed else 'which differ'}"
+    return f"{call} it gives numbers, {'and they are right' if other.passed else 'which differ'}"
 
 
 def _first(comparison: Comparison) -> tuple[str, str]:

@@ -148,13 +148,26 @@ class ReferenceSemantics:
         if later.fits():  # what is reported of the projections is not what it computes with
             return search.diagnose()
         found = later.diagnose(pairs=False)
-        if found.causes:
-            return found
         projections = {n: a for n, a in reported.items() if n not in rest}
         right = self._search(self._known, trace, projections).fits()
+        if found.causes and not right and self._is_no_scale(trace, projections, found):
+            found = replace(found, remaining=np.inf)
+        if found.causes:
+            return found
         one, other = (later, search) if right else (search, later)
         found = one.diagnose()
         return found if found.explained else other.diagnose()
+
+    def _is_no_scale(self, trace: Trace, projections: Arrays, found: Diagnosis) -> bool:
+        """Whether a scale is found of queries or keys that are wrong themselves, and so their own.
+
+        Those that are told before norms and rotary positions say nothing of it.
+        """
+        if not any(cause.name == "wrong scale" for cause in found.causes):
+            return False
+        bare = self._search(self._known.but(sections=()), trace, projections)
+        shapes = (array.shape == self._known.stages[n].shape for n, array in projections.items())
+        return all(shapes) and not bare.fits()
 
     def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
         return Search(recipe, trace, reported, self.trace)
