@@ -10,13 +10,13 @@ from functools import cached_property
 
 import numpy as np
 
-from anymha.framework.dtypes import accumulation_dtype
+from anymha.framework.dtypes import BITS, accumulation_dtype
 from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
 from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
-from anymha.parity.oracle.recipe import STEPS, Arrays
-from anymha.parity.oracle.rounding import rounding_errors
+from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe
+from anymha.parity.oracle.rounding import output_errors, rounding_errors
 from anymha.parity.oracle.truth import Folded, expected
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, longest_sum
@@ -38,6 +38,10 @@ PROJECTIONS = ("query", "key", "value")
 ROUNDED_OFTEN = 4
 """How many times the errors of rounding each stage once gradients of half precision may have."""
 
+ROUNDINGS = 5
+"""How many roundings a step has at most: a softmax subtracts, exponentiates, adds and divides."""
+MANY = 256
+"""Of how many numbers the median is told from chance."""
 SATURATED = 64
 """How much greater the terms of a gradient may be than the output tells."""
 UNSETTLED = 0.05
@@ -84,6 +88,12 @@ class Baseline:
             gradients = _gradients(self.folded, traces, cotangent, plain)
             notes += nonfinite_gradients(first, gradients)
             stages += gradients
+        if all(stage.passed for stage in stages):
+            words = _coarser(semantics.recipe, traces, reported["output"])
+            stages = [
+                dataclasses.replace(stage, faults=(*stage.faults, *words))
+                if stage.name == "output" else stage for stage in stages
+            ]  # fmt: skip
         wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
 
         def of_gradients() -> Diagnosis:
@@ -109,6 +119,28 @@ class Baseline:
             exact,
             reported,
         )
+
+
+def _coarser(recipe: Recipe, traces: tuple[Trace, Trace], output: np.ndarray) -> list[str]:
+    """Says so where a candidate's output in half precision has more errors than rounding makes.
+
+    The greatest error that rounding explains is several times the usual one, so a step in a format
+    of fewer bits may hide below it. Errors of many numbers are told by their median: with k
+    independent roundings in each step it is sqrt(k) times that of rounding each step once.
+    """
+    dtypes = {computed_dtype(trace) for trace in traces}
+    dtype, exact = min(dtypes), recipe.stages["output"]
+    if len(dtypes) > 1 or BITS[dtype] > 16 or output.size < MANY or output.shape != exact.shape:
+        return []
+    once, size = output_errors(recipe, dtype), np.max(np.abs(exact), -1, keepdims=True)
+    seen = np.broadcast_to((size > 0) & np.isfinite(size), exact.shape)
+    with np.errstate(all="ignore"):
+        usual = float(np.median((once / size)[:, seen])) if seen.any() else 0.0
+        own = float(np.median((np.abs(output - exact) / size)[seen])) if seen.any() else 0.0
+    usual = max(usual, eps(dtype) / 16)  # of one rounding, of numbers that are smaller than others
+    if not own > math.sqrt(ROUNDINGS) * usual:
+        return []
+    return [f"errors are {own / usual:.2g} times those of rounding each step to {dtype}"]
 
 
 def _reported(trace: Trace, folded: Folded) -> Arrays:
