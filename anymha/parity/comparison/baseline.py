@@ -12,8 +12,10 @@ import numpy as np
 
 from anymha.framework.dtypes import BITS, accumulation_dtype
 from anymha.parity.diagnose.causes import Diagnosis
+from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
 from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
+from anymha.parity.diagnose.precision import rounded_places
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
 from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe
 from anymha.parity.oracle.rounding import output_errors, rounding_errors
@@ -88,6 +90,7 @@ class Baseline:
             gradients = _gradients(self.folded, traces, cotangent, plain)
             notes += nonfinite_gradients(first, gradients)
             stages += gradients
+        words: list[str] = []
         if all(stage.passed for stage in stages):
             words = _coarser(semantics.recipe, traces, reported["output"])
             stages = [
@@ -101,7 +104,10 @@ class Baseline:
                 return Diagnosis()
             return diagnose_gradients(self.folded, traces, cotangent, wrong)
 
-        diagnosis = semantics.diagnose(second, reported, wrong, of_gradients)
+        diagnosis = (
+            _of_fewer_bits(semantics.recipe, traces, reported["output"]) if words
+            else semantics.diagnose(second, reported, wrong, of_gradients)
+        )  # fmt: skip
         return Comparison(
             first.name,
             second.name,
@@ -141,6 +147,16 @@ def _coarser(recipe: Recipe, traces: tuple[Trace, Trace], output: np.ndarray) ->
     if not own > math.sqrt(ROUNDINGS) * usual:
         return []
     return [f"errors are {own / usual:.2g} times those of rounding each step to {dtype}"]
+
+
+def _of_fewer_bits(recipe: Recipe, traces: tuple[Trace, Trace], output: np.ndarray) -> Diagnosis:
+    """The place that is rounded to fewer bits, of errors that are small each."""
+    with np.errstate(all="ignore"):
+        found = rounded_places(recipe, Evidence(traces[1], {"output": output}, traces[0]))
+    if found is not None:
+        return Diagnosis((found[0],), *found[1:])
+    untried = "rounding explains each error by itself, not all: a step in fewer bits does, or noise"
+    return Diagnosis(small=True, untried=untried)
 
 
 def _reported(trace: Trace, folded: Folded) -> Arrays:

@@ -56,6 +56,9 @@ MEASURED = 8
 NUMBERS = ("wrong scale", "wrong attention bias", "mask applied wrongly")
 """The mistakes with a number that come with another."""
 
+SAME = 1e-9
+"""Of differences, as parts of the size of all of a stage."""
+
 SAMPLE = 1 << 11
 """Of how many differences the effects of two mistakes are added."""
 
@@ -233,9 +236,12 @@ class Search:
         least = min(t.left for t in good)
         near = [t for t in good if t.left <= max(2 * least, 0.1)]
         first, others = near[0], dict[tuple[str, ...], str]()
+        own = tuple(cause.name for cause in first.causes)
         for one in near:
             if one.rank <= first.rank:
                 names = tuple(cause.name for cause in one.causes)
+                if names == own and one is not first and _same_numbers(one, first):
+                    names = tuple(map(str, one.causes))
                 others.setdefault(names, " and ".join(map(str, one.causes)))
         alternatives = tuple(itertools.islice(others.values(), 1, 4))
         return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
@@ -437,6 +443,13 @@ def _of_catalogue(
                     wanted.discard(detail)
                     if keys is not None and not wanted:
                         break
+
+
+def _same_numbers(one: _Tried, other: _Tried) -> bool:
+    """Whether two explanations differ by no more than float64 does."""
+    if one.apart.shape != other.apart.shape:
+        return False
+    return bool(np.max(np.abs(one.apart - other.apart), initial=0.0) < SAME)
 
 
 def _sample(apart: np.ndarray) -> np.ndarray:

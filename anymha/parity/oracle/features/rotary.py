@@ -345,11 +345,15 @@ class RotarySection(Section):
                 words = f"{' and '.join(names)} {by:+d}"
                 yield words, self._with(recipe, shifts=dict.fromkeys(names, by))
 
-    def misfactored(self, recipe: Recipe) -> Variants:
-        """The factor of cosines and sines left out, or squared."""
+    def without_its_factor(self, recipe: Recipe) -> Variants:
+        """Cosines and sines as they are."""
         if self.factor != 1:
-            yield "left out", self._with(recipe, factor=1.0)
-            yield "twice", self._with(recipe, factor=self.factor**2)
+            yield "", self._with(recipe, factor=1.0)
+
+    def with_its_factor_twice(self, recipe: Recipe) -> Variants:
+        """The factor of cosines and sines squared."""
+        if self.factor != 1:
+            yield "", self._with(recipe, factor=self.factor**2)
 
     def unscaled(self, recipe: Recipe) -> Variants:
         """Frequencies without their scaling, with its factor or without."""
@@ -406,8 +410,10 @@ class RotarySection(Section):
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
-        ("rotary factor left out or twice", "Multiply cosines and sines by the scaling's factor "
-         "of attention, once.", misfactored),
+        ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "
+         "of attention.", without_its_factor),
+        ("rotary attention factor twice", "Multiply cosines and sines by the scaling's factor of attention "
+         "once.", with_its_factor_twice),
         ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
          unscaled),
         ("rotary angles multiplied", "An angle is a position times a frequency, in radians; a "
@@ -430,8 +436,8 @@ class RotarySection(Section):
         ("rotary on other columns", "rotary on other columns", "query"),
         ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
         ("query positions off by one", "rotary positions off by one", "query"),
-        ("rotary factor left out", "rotary factor left out or twice", "query"),
-        ("rotary factor twice", "rotary factor left out or twice", "query"),
+        ("rotary factor left out", "rotary attention factor left out", "query"),
+        ("rotary factor twice", "rotary attention factor twice", "query"),
         ("rotary scaling left out", "rotary scaling left out", "query"),
         ("another base", "rotary of another base", "query"),
         ("rotary angles in bfloat16", "rotary angles in half precision", "query"),
