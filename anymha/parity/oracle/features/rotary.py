@@ -412,8 +412,8 @@ class RotarySection(Section):
          "`key_positions` and `query_offset`.", shifted),
         ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "
          "of attention.", without_its_factor),
-        ("rotary attention factor twice", "Multiply cosines and sines by the scaling's factor of attention "
-         "once.", with_its_factor_twice),
+        ("rotary attention factor twice", "Multiply cosines and sines by the scaling's factor of "
+         "attention once.", with_its_factor_twice),
         ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
          unscaled),
         ("rotary angles multiplied", "An angle is a position times a frequency, in radians; a "
