@@ -138,8 +138,7 @@ def test_what_rounding_explains_grows_as_positions_do() -> None:
     right, budgets = layer(rotary=True), []
     for offset in (30_000, 300_000):
         call = {"positions": PLACES + offset, "key_positions": PLACES + offset}
-        (stage,) = report_of(right, lambda query, positions, key_positions: right(
-            query, positions=positions, key_positions=key_positions), **call).stages[-1:]  # fmt: skip
+        stage = report_of(right, port_of(right), **call).stages[-1]
         budgets.append(stage.budget)
     assert 5 < budgets[1] / budgets[0] < 20
 
