@@ -240,7 +240,9 @@ class Search:
         for one in near:
             if one.rank <= first.rank:
                 names = tuple(cause.name for cause in one.causes)
-                if names == own and one is not first and _same_numbers(one, first):
+                # Of a cache many forms give equal numbers; one is told.
+                again = names == own and one is not first and self.recipe.decoded is None
+                if again and _same_numbers(one, first):
                     names = tuple(map(str, one.causes))
                 others.setdefault(names, " and ".join(map(str, one.causes)))
         alternatives = tuple(itertools.islice(others.values(), 1, 4))
