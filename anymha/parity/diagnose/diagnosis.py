@@ -245,7 +245,7 @@ class Search:
                 if again and _same_numbers(one, first):
                     names = tuple(map(str, one.causes))
                 others.setdefault(names, " and ".join(map(str, one.causes)))
-        alternatives = tuple(itertools.islice(others.values(), 1, 4))
+        alternatives = tuple(itertools.islice(dict.fromkeys(others.values()), 1, 4))
         return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
