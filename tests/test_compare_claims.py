@@ -328,11 +328,17 @@ def test_probabilities_in_float8_are_seen_in_half_precision(dtype, monkeypatch) 
         y = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
         return y.astype(kind)
 
+    by_the_median = 0
     for seed in range(3):
-        x = np.random.default_rng(seed).standard_normal(X.shape).astype(kind)
+        x = (2 * np.random.default_rng(seed).standard_normal(X.shape)).astype(kind)
         assert report_of(right, lambda query: port(query, kind), x).passed
         report = report_of(right, lambda query: port(query, ml_dtypes.float8_e4m3fn), x)
         assert not report.passed
+        (stage,) = report.stages
+        by_the_median += (
+            stage.units <= stage.budget and "times those of rounding" in stage.faults[0]
+        )
+    assert by_the_median or dtype == "float16", "the greatest error alone does not show it"
 
 
 def test_gradients_of_half_precision_may_underflow() -> None:
@@ -344,4 +350,4 @@ def test_gradients_of_half_precision_may_underflow() -> None:
     errors = rounding_errors(recipe, np.ones((1, 1, 1)), np.zeros((1, 1, 1, 2)), "float16")
     small = evaluate(recipe).scores[0, 0, 0, 1]
     assert small < np.finfo(np.float16).tiny
-    assert errors["output"].max() > 8 * small * np.finfo(np.float16).eps
+    assert errors["output"].max() > np.finfo(np.float16).smallest_subnormal
