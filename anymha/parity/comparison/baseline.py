@@ -10,12 +10,15 @@ from functools import cached_property
 
 import numpy as np
 
+from anymha.framework.dtypes import BITS, accumulation_dtype
 from anymha.parity.diagnose.causes import Diagnosis
+from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
 from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
+from anymha.parity.diagnose.precision import rounded_places
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
-from anymha.parity.oracle.recipe import STEPS, Arrays
-from anymha.parity.oracle.rounding import rounding_errors
+from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe
+from anymha.parity.oracle.rounding import output_errors, rounding_errors
 from anymha.parity.oracle.truth import Folded, expected
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, longest_sum
@@ -37,6 +40,10 @@ PROJECTIONS = ("query", "key", "value")
 ROUNDED_OFTEN = 4
 """How many times the errors of rounding each stage once gradients of half precision may have."""
 
+ROUNDINGS = 5
+"""How many roundings a step has at most: a softmax subtracts, exponentiates, adds and divides."""
+MANY = 256
+"""Of how many numbers the median is told from chance."""
 SATURATED = 64
 """How much greater the terms of a gradient may be than the output tells."""
 UNSETTLED = 0.05
@@ -83,6 +90,13 @@ class Baseline:
             gradients = _gradients(self.folded, traces, cotangent, plain)
             notes += nonfinite_gradients(first, gradients)
             stages += gradients
+        words: list[str] = []
+        if all(stage.passed for stage in stages):
+            words = _coarser(semantics.recipe, traces, reported["output"])
+            stages = [
+                dataclasses.replace(stage, faults=(*stage.faults, *words))
+                if stage.name == "output" else stage for stage in stages
+            ]  # fmt: skip
         wrong = [stage.name for stage in stages if not stage.passed or stage.culprit]
 
         def of_gradients() -> Diagnosis:
@@ -90,7 +104,10 @@ class Baseline:
                 return Diagnosis()
             return diagnose_gradients(self.folded, traces, cotangent, wrong)
 
-        diagnosis = semantics.diagnose(second, reported, wrong, of_gradients)
+        diagnosis = (
+            _of_fewer_bits(semantics.recipe, traces, reported["output"]) if words
+            else semantics.diagnose(second, reported, wrong, of_gradients)
+        )  # fmt: skip
         return Comparison(
             first.name,
             second.name,
@@ -108,6 +125,38 @@ class Baseline:
             exact,
             reported,
         )
+
+
+def _coarser(recipe: Recipe, traces: tuple[Trace, Trace], output: np.ndarray) -> list[str]:
+    """Says so where a candidate's output in half precision has more errors than rounding makes.
+
+    The greatest error that rounding explains is several times the usual one, so a step in a format
+    of fewer bits may hide below it. Errors of many numbers are told by their median: with k
+    independent roundings in each step it is sqrt(k) times that of rounding each step once.
+    """
+    dtypes = {computed_dtype(trace) for trace in traces}
+    dtype, exact = min(dtypes), recipe.stages["output"]
+    if len(dtypes) > 1 or BITS[dtype] > 16 or output.size < MANY or output.shape != exact.shape:
+        return []
+    once, size = output_errors(recipe, dtype), np.max(np.abs(exact), -1, keepdims=True)
+    seen = np.broadcast_to((size > 0) & np.isfinite(size), exact.shape)
+    with np.errstate(all="ignore"):
+        usual = float(np.median((once / size)[:, seen])) if seen.any() else 0.0
+        own = float(np.median((np.abs(output - exact) / size)[seen])) if seen.any() else 0.0
+    usual = max(usual, eps(dtype) / 16)  # of one rounding, of numbers that are smaller than others
+    if not own > math.sqrt(ROUNDINGS) * usual:
+        return []
+    return [f"errors are {own / usual:.2g} times those of rounding each step to {dtype}"]
+
+
+def _of_fewer_bits(recipe: Recipe, traces: tuple[Trace, Trace], output: np.ndarray) -> Diagnosis:
+    """The place that is rounded to fewer bits, of errors that are small each."""
+    with np.errstate(all="ignore"):
+        found = rounded_places(recipe, Evidence(traces[1], {"output": output}, traces[0]))
+    if found is not None:
+        return Diagnosis((found[0],), *found[1:])
+    untried = "rounding explains each error by itself, not all: a step in fewer bits does, or noise"
+    return Diagnosis(small=True, untried=untried)
 
 
 def _reported(trace: Trace, folded: Folded) -> Arrays:
@@ -145,10 +194,12 @@ def outputs_alone(
     cotangent: np.ndarray | None = None,
     notes: Sequence[str] = (),
     stirred: Trace | None = None,
+    turned: np.ndarray | None = None,
 ) -> Comparison:
     """The comparison of what both returned, where no weights are known; with these notes.
 
-    `stirred` as for `judge_traces`.
+    `stirred` as for `judge_traces`; `turned` is the part of each position of the output, (B, T, 1),
+    by which rounded angles of rotary positions may change it (`limits.turned_away`).
     """
     stages = []
     dtype = computed_dtype(first)
@@ -162,7 +213,13 @@ def outputs_alone(
         # Sums exceed results, and layers of other libraries round each step.
         relative = max(8 * tolerance(dtype, length, 1.0),
                        6 * tolerance(dtype, length, 1.0, stored=first.stored))  # fmt: skip
-        allowed = 2 * relative * _sizes_alone(reference, axes) + length * smallest(dtype)
+        sizes = _sizes_alone(reference, axes)
+        # A probability that underflows is off by the smallest number, times values that are as
+        # great as the greatest outputs.
+        least = length * smallest(dtype) * max(1.0, _greatest(reference))
+        allowed = 2 * relative * sizes + least
+        if turned is not None and name == "output":
+            allowed = allowed + 2 * turned * sizes
         if stirred is not None and name == "output":
             apart = distance(stirred.output.astype(np.float64), reference)
             most = float(np.max(apart, initial=0.0))
@@ -248,21 +305,25 @@ def _gradients(
     dtype = max(map(computed_dtype, traces), key=eps)
     # A bias's gradient is a sum over positions; JAX adds in the dtype of the gradient.
     relative = sum(tolerance(dtype, length, 1.0, accumulated=trace.stored) for trace in traces)
-    recipe = folded.recipe
+    recipe, wider = folded.recipe, 1.0
     if recipe.sections:
         # The logits that an option bounds are off by more than they are great, and so are slopes.
         sizes, logits = recipe.sizes["masked_logits"], recipe.stages["masked_logits"]
         peak = np.max(np.abs(logits), initial=1.0, where=np.isfinite(logits))
-        relative *= max(1.0, 2 * float(np.max(sizes, initial=0.0)) / peak)
+        wider = max(1.0, 2 * float(np.max(sizes, initial=0.0)) / peak)
     allowed = {
-        name: relative * float(np.max(truth.magnitudes[name], initial=0.0))
+        name: wider * relative * float(np.max(truth.magnitudes[name], initial=0.0))
         + 2 * length * smallest(dtype)
         for name in truth.gradients
     }
     none = np.zeros_like(recipe.stages["probabilities"])
     rounding = rounding_errors(recipe, folded.flat(cotangent), none, dtype, STEPS) if plain else {}
+    # Terms that cancel within a step, as on the way back through a norm, are not stored: they have
+    # the errors of the dtype in which the step is computed.
+    within = 2 * wider * tolerance(accumulation_dtype(dtype), length, 1.0)
     for name, errors in (folded.shaped(rounding) if rounding else {}).items():
         most = (ROUNDED_OFTEN + math.sqrt(length)) * float(np.max(errors, initial=0.0))
+        most += within * float(np.max(truth.magnitudes[name], initial=0.0))
         allowed[name] = min(allowed[name], most + 2 * length * smallest(dtype))
     return compare_gradients(traces, truth.gradients, allowed)
 

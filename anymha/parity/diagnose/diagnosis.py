@@ -26,7 +26,7 @@ from anymha.parity.diagnose.own_weights import (
 )
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.structure import distance
+from anymha.parity.stages.structure import distance, is_masked
 from anymha.parity.stages.trace import STAGES, Trace
 
 ALONE_SECONDS = 12.0
@@ -62,8 +62,14 @@ MEASURED = 8
 NUMBERS = ("wrong scale", "wrong attention bias", "mask applied wrongly")
 """The mistakes with a number that come with another."""
 
+SAME = 1e-9
+"""Of differences, as parts of the size of all of a stage."""
+
 SAMPLE = 1 << 11
 """Of how many differences the effects of two mistakes are added."""
+
+EMPTY_ROWS = "fully masked rows give NaN"
+"""The mistake whose places of NaN are known: rows that see nothing."""
 
 EXACT = 1e-3
 """What two measured numbers may leave of the differences."""
@@ -115,6 +121,22 @@ class Search:
         """Whether the recipe itself gives the reported results."""
         return max(self.evidence.errors(self.recipe).values()) <= 1
 
+    def _without_holes_fits(self) -> bool:
+        """Whether NaN and infinity in place of numbers are all that is wrong.
+
+        Any mistake that gives the same places NaN would then explain it.
+        """
+        reported = dict(self.reported)
+        for name, got in reported.items():
+            exact = self.exact["probabilities" if name == "scores" else name]
+            if got.shape == exact.shape and not np.all(np.isfinite(got)):
+                empty = np.isfinite(exact) & ~np.isfinite(got)
+                reported[name] = np.where(empty & ~is_masked(got), exact, got)
+        if all(array is self.reported[name] for name, array in reported.items()):
+            return False
+        evidence = Evidence(self.trace, reported, self.reference)
+        return max(evidence.errors(self.recipe).values()) <= 1
+
     @cached_property
     def before(self) -> float:
         """The distance of the right recipe from what is reported."""
@@ -140,6 +162,9 @@ class Search:
             return Diagnosis()
         if self.fits():
             return Diagnosis()
+        if self._without_holes_fits():
+            known = filter(None, self._tried(self.recipe, keys={(EMPTY_ROWS, "")}))
+            return self._fitting(known) or Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
         singles = self.singles
@@ -218,11 +243,16 @@ class Search:
         least = min(t.left for t in good)
         near = [t for t in good if t.left <= max(2 * least, 0.1)]
         first, others = near[0], dict[tuple[str, ...], str]()
+        own = tuple(cause.name for cause in first.causes)
         for one in near:
             if one.rank <= first.rank:
                 names = tuple(cause.name for cause in one.causes)
+                # Of a cache many forms give equal numbers; one is told.
+                again = names == own and one is not first and self.recipe.decoded is None
+                if again and _same_numbers(one, first):
+                    names = tuple(map(str, one.causes))
                 others.setdefault(names, " and ".join(map(str, one.causes)))
-        alternatives = tuple(itertools.islice(others.values(), 1, 4))
+        alternatives = tuple(itertools.islice(dict.fromkeys(others.values()), 1, 4))
         return Diagnosis(first.causes, first.worst, alternatives, first.recipe)
 
     def _by_prefix(self, singles: list[_Tried]) -> Diagnosis:
@@ -422,6 +452,13 @@ def _of_catalogue(
                     wanted.discard(detail)
                     if keys is not None and not wanted:
                         break
+
+
+def _same_numbers(one: _Tried, other: _Tried) -> bool:
+    """Whether two explanations differ by no more than float64 does."""
+    if one.apart.shape != other.apart.shape:
+        return False
+    return bool(np.max(np.abs(one.apart - other.apart), initial=0.0) < SAME)
 
 
 def _sample(apart: np.ndarray) -> np.ndarray:

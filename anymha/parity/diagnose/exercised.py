@@ -10,6 +10,8 @@ from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.stages.trace import POSITIONS, Request
 
 PROJECTIONS = ("query", "key", "value", "gate", "output")
+SATURATED = 0.9
+"""Where a key has more than this of the probability, the others count little."""
 LARGE = 1 << 20
 """Where there are more logits, nothing is computed again without each feature."""
 
@@ -118,11 +120,14 @@ def _switched_off(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     if 1 < recipe.heads[1] < recipe.heads[0]:
         alike = _turned(recipe, ("key", "value"), 1)
         yield "the order of the grouped heads of key and value: they are alike", alike
-    yield "the scale: the logits are about equal", recipe.but(scale=2 * recipe.scale)
+    alike = float(np.mean(np.max(recipe.stages["probabilities"], -1))) < SATURATED
+    words = "the logits are about equal" if alike else "each query sees one key, the rest is 0"
+    yield f"the scale: {words}", recipe.but(scale=2 * recipe.scale)
     # The key's bias adds one number to all logits of a row, which the softmax alone ignores.
     ignored = all(section.ignores_a_constant for section in recipe.sections)
     for name in PROJECTIONS:
         if f"{name}.bias" in recipe.weights and not (ignored and name == "key"):
             rest = {n: w for n, w in recipe.weights.items() if n != f"{name}.bias"}
-            words = "it changes nothing" if name == "key" else "it is zero"
+            zero = not np.any(recipe.weights[f"{name}.bias"])
+            words = "it is zero" if zero else "it changes nothing"
             yield f"`{name}.bias`: {words}", recipe.but(weights=rest)

@@ -9,9 +9,11 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
+from anymha.framework.dtypes import BITS
 from anymha.parity.diagnose.causes import Cause
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step
+from anymha.parity.oracle.rounding import output_errors
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.structure import looks_like_rounding
 from anymha.parity.stages.tolerance import eps
@@ -171,6 +173,7 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
         wrong = _with_rounded(recipe, form, places)
         return evidence.distance(wrong) / before
 
+    theirs = _theirs(recipe, evidence, expected)
     found: list[tuple[float, _Format, set[str]]] = []
     for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
         chosen, least = set[str](), 1.0
@@ -191,7 +194,7 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
                     chosen, least = chosen ^ {best}, shares[best]
             if least > STIRRED or (turn and least > 0.9 * already):
                 break
-        if least <= THEIRS:
+        if least <= theirs:
             found.append((least, form, chosen))
     if not found:
         return None
@@ -211,6 +214,16 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     name, detail, stage = _named(recipe, form, places)
     fix = f"The reference computes in {expected}, with weights and stages as they are."
     return Cause(name, detail, stage, fix), remaining, others, wrong
+
+
+def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
+    """What may be left: of an output in half precision also what its own roundings leave."""
+    output = evidence.reported.get("output")
+    if BITS[expected] > 16 or output is None or len(evidence.reported) > 1:
+        return THEIRS
+    own = np.square(output - recipe.stages["output"])
+    usual = np.mean(np.square(output_errors(recipe, expected)))
+    return float(np.hypot(THEIRS, min(np.sqrt(usual / np.mean(own)), 2 * THEIRS)))
 
 
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:

@@ -56,6 +56,10 @@ class ReferenceSemantics:
         `gradients` tells why where no value differs.
         """
         flow, scores = _flow_and_scores(reported)
+        told = {name: array for name, array in flow.items() if self._tells(name, array)}
+        if "output" in wrong and "output" not in told and not trace.random:
+            # What gives NaN everywhere has the same output: the stages with numbers are judged.
+            return self._of_stages(trace, told) if {*wrong} & {*told} else Diagnosis()
         other = self._in_another_dtype(trace, flow, wrong)
         if other is not None:
             return other
@@ -83,6 +87,11 @@ class ReferenceSemantics:
         remaining = max(diagnosis.remaining, own.remaining)
         causes = (*diagnosis.causes, *own.causes)
         return replace(diagnosis, causes=causes, remaining=remaining)
+
+    def _tells(self, name: str, array: np.ndarray) -> bool:
+        """Whether a stage has a number where the reference has one."""
+        exact = self._known.stages[name]
+        return exact.shape != array.shape or bool(np.any(np.isfinite(exact) & np.isfinite(array)))
 
     def _in_another_dtype(
         self, trace: Trace, reported: Arrays, wrong: Collection[str]
@@ -139,13 +148,26 @@ class ReferenceSemantics:
         if later.fits():  # what is reported of the projections is not what it computes with
             return search.diagnose()
         found = later.diagnose(pairs=False)
-        if found.causes:
-            return found
         projections = {n: a for n, a in reported.items() if n not in rest}
         right = self._search(self._known, trace, projections).fits()
+        if found.causes and not right and self._is_no_scale(trace, projections, found):
+            found = replace(found, remaining=np.inf)
+        if found.causes:
+            return found
         one, other = (later, search) if right else (search, later)
         found = one.diagnose()
         return found if found.explained else other.diagnose()
+
+    def _is_no_scale(self, trace: Trace, projections: Arrays, found: Diagnosis) -> bool:
+        """Whether a scale is found of queries or keys that are wrong themselves, and so their own.
+
+        Those that are told before norms and rotary positions say nothing of it.
+        """
+        if not any(cause.name == "wrong scale" for cause in found.causes):
+            return False
+        bare = self._search(self._known.but(sections=()), trace, projections)
+        shapes = (array.shape == self._known.stages[n].shape for n, array in projections.items())
+        return all(shapes) and not bare.fits()
 
     def _search(self, recipe: Recipe, trace: Trace, reported: Arrays) -> Search:
         return Search(recipe, trace, reported, self.trace)

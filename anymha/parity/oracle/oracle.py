@@ -152,6 +152,7 @@ class _Features:
             return self.stages[stage] if self.recipe.sections else array
         for section, taken in self.recipe.taken(stage, self.stages):
             array = section.sizes(stage, array, taken, self.recipe, self.stages)
+            array = np.hypot(array, section.own_errors(stage, taken, self.recipe, self.stages))
         return array
 
     def backward(self, stage: str, gradient: np.ndarray) -> np.ndarray:

@@ -127,6 +127,16 @@ class Section:
         """The sizes of the stage's terms, as `Recipe.sizes` counts them, from those of `array`."""
         return sizes
 
+    def own_errors(
+        self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray | float:
+        """The errors of the option's own numbers, which no sum makes, from its argument `array`.
+
+        They are in units of eps of the dtype in which the option is computed, and broadcast to the
+        stage.
+        """
+        return 0.0
+
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
         """An array of the self-test's port as the option changes it, in any framework.
 
@@ -207,10 +217,17 @@ class Recipe:
         """What others computed of the recipe, by what they call it; kept as long as the recipe."""
         return {}
 
-    @cached_property
+    @property
     def sizes(self) -> Arrays:
         """The sizes of the terms of each stage; computed once."""
-        return sizes(self, self.stages)
+        return self.sizes_at(0.0, 1.0)
+
+    def sizes_at(self, relative: float, own: float) -> Arrays:
+        """The sizes of the terms of each stage, as `sizes` counts them; computed once."""
+        place = "sizes", relative, own
+        if place not in self.computed:
+            self.computed[place] = sizes(self, self.stages, relative, own)
+        return self.computed[place]
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -436,12 +453,18 @@ STEPS: Mapping[str, Step] = {
 """The steps of the layer."""
 
 
-def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
+def sizes(recipe: Recipe, stages: Arrays, relative: float = 0.0, own: float = 1.0) -> Arrays:
     """The sizes of the terms of each stage, however much they cancel.
 
     The size of a sum is the root of the sum of its squared terms, or its own value where that is
     greater, as rounding errors have random signs. Stages after the logits have the size of the
     effect of the logits' errors.
+
+    A product a b of two stages of the sizes A and B is off by A b and by a B, and by A B times
+    `relative`, the error that one unit of size stands for: an error of one factor is not multiplied
+    by another. So errors that grow with positions, those of the angles of rotary positions
+    (`Section.own_errors`), make those of the logits grow as much, and not with the square. One eps
+    of theirs counts as `own` units of size.
 
     By stage, and for "scores", the array broadcasts to it: one size for each row of logits and
     probabilities, and for each feature of each position of projections, context and output, which
@@ -460,6 +483,8 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     def keep(name: str, array: np.ndarray) -> np.ndarray:
         for section, taken in recipe.taken(name, stages):
             array = section.sizes(name, array, taken, recipe, stages)
+            errors = section.own_errors(name, taken, recipe, stages)
+            array = np.hypot(array, own * errors) if np.ndim(errors) else array
         kept[name] = array
         return array
 
@@ -473,8 +498,9 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
         bias = np.square(recipe.weights.get(f"{name}.bias", 0.0))
         keep_sum(name, _squared("btd,dhk->bthk", x, w) + bias)
     heads = reads(recipe)
-    products = _squared("bthk,bshk->bhts", kept["query"], kept["key"][:, :, heads])
-    logits = keep_sum("logits", recipe.scale**2 * products)
+    keys = kept["key"][:, :, heads], stages["key"][:, :, heads]
+    pairs = (kept["query"], stages["query"]), keys
+    logits = keep_sum("logits", recipe.scale**2 * _product("bthk,bshk->bhts", *pairs, relative))
     bias = 0.0 if recipe.bias is None else np.nan_to_num(recipe.bias, posinf=0.0, neginf=0.0)
     masked = keep_sum("masked_logits", np.square(logits) + np.square(bias))
     shares = size(np.zeros(1), stages["probabilities"])
@@ -487,7 +513,9 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
     keep("probabilities", shares * spread)
     left = size(np.zeros(1), stages["dropped_probabilities"])
     dropped = keep("dropped_probabilities", spread * left)
-    keep_sum("context", _squared("bhts,bshv->bthv", dropped, kept["value"][:, :, heads]))
+    values = kept["value"][:, :, heads], stages["value"][:, :, heads]
+    pairs = (dropped, stages["dropped_probabilities"]), values
+    keep_sum("context", _product("bhts,bshv->bthv", *pairs, relative))
     mixed = _squared("bthv,hvo->bto", kept["context"], recipe.weights["output.kernel"])
     keep_sum("output", mixed + np.square(recipe.weights.get("output.bias", 0.0)))
     features = ("output", "context", "query", "key", "value")
@@ -496,6 +524,31 @@ def sizes(recipe: Recipe, stages: Arrays) -> Arrays:
         for name, array in kept.items()
     }
     return {**rows, "scores": rows["probabilities"]}
+
+
+def _product(
+    formula: str,
+    one: tuple[np.ndarray, np.ndarray],
+    other: tuple[np.ndarray, np.ndarray],
+    relative: float,
+) -> np.ndarray:
+    """The sums of the squared terms of a product of two stages, each its sizes and its numbers.
+
+    With sizes A and B of numbers a and b, the terms are (A b)^2 + (a B)^2 - (a b)^2, which is
+    (A B)^2 where one size is no greater than its number, and A B times `relative`, squared.
+    """
+    (wide, a), (high, b) = one, other
+    most = _squared(formula, wide, high)
+    if np.shape(wide) != np.shape(a) or np.shape(high) != np.shape(b):
+        return most  # a mistake turned the axes
+    rest = _squared(formula, _beyond(wide, a), _beyond(high, b))
+    return np.maximum(most - (1 - min(relative, 1.0) ** 2) * rest, 0.0)
+
+
+def _beyond(sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The part of sizes that is no part of the numbers: together they are the sizes, as roots."""
+    numbers = np.nan_to_num(np.abs(numbers), nan=0.0, posinf=0.0, neginf=0.0)
+    return np.sqrt(np.maximum(np.square(sizes) - np.square(numbers), 0.0))
 
 
 def _squared(formula: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -41,11 +41,7 @@ def rounding_errors(
     if BITS[dtype] > 16:
         return {}
     d_output, d_scores = np.asarray(d_output, np.float64), np.asarray(d_scores, np.float64)
-    eps = float(ml_dtypes.finfo(dtype).eps)
-    generator = np.random.default_rng(0)
-
-    def rounded(array: np.ndarray) -> np.ndarray:
-        return array * (1 + eps * generator.uniform(-0.5, 0.5, np.shape(array)))
+    rounded = _roundings(dtype)
 
     def rounding(step: Step) -> Step:
         return lambda recipe, stages: rounded(step(recipe, stages))
@@ -62,3 +58,36 @@ def rounding_errors(
         for name, array in found.items():
             np.maximum(errors[name], np.abs(array - exact[name]), out=errors[name])
     return errors
+
+
+def output_errors(recipe: Recipe, dtype: str) -> np.ndarray:
+    """Sizes of errors of the output, several of each number, (SAMPLES, B, T, O).
+
+    Each step is rounded, and what the options make of its result once more.
+    """
+    rounded, steps = _roundings(dtype), {}
+    for name, own in recipe.steps.items():
+        once = recipe.stepping(name, lambda r, stages, own=own: rounded(own(r, stages)))
+        sections = bool(recipe.sections)
+        steps[name] = lambda r, stages, once=once, name=name, more=sections: (
+            rounded(once.stage(name, stages)) if more else once.stage(name, stages)
+        )
+    exact = recipe.stages["output"]
+    every = (recipe.but(steps=dict(steps), sections=()) for _ in range(SAMPLES))
+    return np.abs(np.stack([one.stages["output"] - exact for one in every]))
+
+
+def _roundings(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that adds random errors, of at most half a distance between two numbers."""
+    info = ml_dtypes.finfo(dtype)
+    eps, least = float(info.eps), float(info.smallest_subnormal)
+    generator = np.random.default_rng(0)
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        # The numbers below the smallest normal one are as far apart as those above it; none is off
+        # by more than itself.
+        apart = np.maximum(eps * np.abs(array), np.minimum(least, 2 * np.abs(array)))
+        noise = apart * generator.uniform(-0.5, 0.5, np.shape(array))
+        return array + np.where(np.isfinite(noise), noise, 0.0)
+
+    return rounded

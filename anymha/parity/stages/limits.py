@@ -21,7 +21,7 @@ import numpy as np
 from anymha.framework.dtypes import accumulation_dtype, output_dtype
 from anymha.parity.oracle.cases import OracleProblem
 from anymha.parity.oracle.oracle import Truth
-from anymha.parity.oracle.recipe import Recipe
+from anymha.parity.oracle.recipe import Recipe, reads
 from anymha.parity.stages.structure import spread_limits
 from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import Trace, name_of_dtype
@@ -31,7 +31,7 @@ class Tolerances:
     """How far a trace may be from float64 at each stage, in the dtype of the reference at most."""
 
     def __init__(self, recipe: Recipe, reference: Trace | None = None) -> None:
-        self.reference, self.sizes = reference, recipe.sizes
+        self.reference, self.recipe = reference, recipe
         widths = [array.shape[-1] for array in recipe.inputs.values()]
         widths += [recipe.weights[f"{name}.kernel"].shape[2] for name in ("query", "value")]
         heads, width, _ = recipe.weights["output.kernel"].shape
@@ -43,11 +43,44 @@ class Tolerances:
         reference = self.reference
         if reference and eps(computed_dtype(trace)) > eps(computed_dtype(reference)):
             trace = reference
-        dtype, size = computed_dtype(trace), self.sizes[stage]
+        dtype = computed_dtype(trace)
         relative = tolerance(
             dtype, self.length, 1.0, accumulated=trace.accumulated, stored=trace.stored
         )
+        # Angles of positions are computed in float32 at least, in one product and no sum.
+        own = min(eps(trace.accumulated or accumulation_dtype(dtype)), eps("float32"))
+        size = self.recipe.sizes_at(relative, own / relative)[stage]
         return relative * size + smallest(dtype) * self.length
+
+
+def turned_away(recipe: Recipe, dtype: str) -> np.ndarray | None:
+    """How much rounded angles of rotary positions change the logits of a query, (B, T, 1).
+
+    None where nothing is turned. It needs no logits, so it may be asked of long sequences: with
+    errors d of the numbers of queries and keys, as `Section.own_errors` has them, the logit of a
+    query and a key is off by
+
+        scale * sqrt(sum_i (d_qi k_i)^2 + (q_i d_ki)^2),
+
+    here with the greatest number and error that any key has. Probabilities change by no greater a
+    part than that; so does the output, a mean of values by them.
+    """
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    stages = recipe.until("key")
+    for name in ("query", "key"):
+        errors = np.zeros(1)
+        for section, taken in recipe.taken(name, stages):
+            errors = section.sizes(name, errors, taken, recipe, stages)
+            errors = np.hypot(errors, section.own_errors(name, taken, recipe, stages))
+        if np.shape(errors) != stages[name].shape:
+            return None
+        found[name] = errors, np.abs(stages[name])
+    heads = reads(recipe)
+    (off, query), key = found["query"], found["key"]
+    far, most = (np.nan_to_num(array[:, :, heads]).max(1, keepdims=True) for array in key)
+    squares = np.sum(np.square(off * most) + np.square(query * far), axis=-1)
+    changes = abs(recipe.scale) * np.sqrt(squares).max(-1, keepdims=True)
+    return eps(accumulation_dtype(dtype)) * changes
 
 
 def computed_dtype(trace: Trace) -> str:

@@ -98,7 +98,7 @@ def compare_stages(
             allowed = tolerances.of(name, traces[0]) + tolerances.of(name, traces[1])
             faults = output_faults(traces) if name == "output" else []
             if name in ("output", "scores") and all(map(reproducible, traces)):
-                close = tolerance("float64", tolerances.length, tolerances.sizes[name].max())
+                close = tolerance("float64", tolerances.length, recipe.sizes[name].max())
                 faults += _bits(reference, candidate, float64, close)
             numbers = (reference, candidate, fed, float64, allowed)
             stages.append(compare_stage(name, *numbers, computed_dtype(traces[0]), faults))

@@ -157,7 +157,8 @@ class QueryKeyNormSection(Section):
             if self.eps_at:
                 divisor = length + eps if self.eps_at == "sum" else np.sqrt(length**2 + eps)
             return x / divisor, divisor, (length > eps).astype(float)
-        mean = np.mean(x**2, axes, keepdims=True)
+        count = self._count(x)
+        mean = np.mean(x**2, axes, keepdims=True) * count / (count - self.value.get("less", 0))
         divisor = np.sqrt(mean) + eps if self.eps_at == "sum" else np.sqrt(mean + eps)
         return x / divisor, divisor, np.ones(1)
 
@@ -226,7 +227,8 @@ class QueryKeyNormSection(Section):
         elif "norm's epsilon added to the root" in wrong:
             x = x / (ops.sqrt(total / count) + value["eps"])
         else:
-            x = x / ops.sqrt(total / count + value["eps"])
+            less = "norm by n - 1" in wrong
+            x = x / ops.sqrt(total / (count - less) + value["eps"])
         x = ops.reshape(x, shape)
         source = "key" if place == "value" else place
         if "norms exchanged" in wrong:
@@ -304,6 +306,11 @@ class QueryKeyNormSection(Section):
             words = "it is not taken off" if centred else "it is taken off"
             yield words, self._but(recipe, kind="rms" if centred else "layer")
 
+    def with_another_variance(self, recipe: Recipe) -> Variants:
+        """The squares divided by n - 1, as `torch.var` divides them."""
+        if self.value["kind"] != "l2":
+            yield "divided by n - 1 in place of n", self._but(recipe, less=1)
+
     def on_the_other_side(self, recipe: Recipe) -> Variants:
         """Behind the rotation in place of before it, or the other way round."""
         if any(section.option == "rotary" for section in recipe.sections):
@@ -366,6 +373,8 @@ class QueryKeyNormSection(Section):
          with_another_epsilon),
         ("query_key_norm with another mean", "The layer norm takes the mean off, the RMS norm does "
          "not.", with_another_mean),
+        ("query_key_norm with another variance", "Divide the sum of the n squares by n: "
+         "`correction=0` in torch.", with_another_variance),
         ("query_key_norm on the other side of rotary", "Normalise before the rotation, or behind "
          "it where `after_rotary` says so.", on_the_other_side),
         ("query_key_norm by the weight of another head", "Where heads are normalised with weights "
@@ -386,6 +395,7 @@ class QueryKeyNormSection(Section):
         ("norm without its weight", "query_key_norm by another weight", "query"),
         ("norm with another epsilon", "query_key_norm with another epsilon", "query"),
         ("norm with the mean", "query_key_norm with another mean", "query"),
+        ("norm by n - 1", "query_key_norm with another variance", "query"),
         ("norm by the query's weight", "query_key_norm by the weight of another", "key"),
         ("norm along the heads", "query_key_norm over another width", "query"),
         ("norm of the values too", "query_key_norm of one projection", "value"),

@@ -158,22 +158,44 @@ class RotarySection(Section):
     def sizes(
         self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
     ) -> np.ndarray:
-        """Errors are turned too; an angle is rounded in proportion to its size."""
+        """Errors are turned too."""
         if stage not in self.on:
             return sizes
         if stage in self.own:
             return self.own[stage].sizes(stage, sizes, array, recipe, stages)
         one, two = self._pairs(array.shape[-1])
-        cos, sin, angles = self._turns(stage, array, recipe)
+        cos, sin, _ = self._turns(stage, array, recipe)
         sizes = np.broadcast_to(sizes, array.shape)
         a, b, result = sizes[..., one], sizes[..., two], sizes.copy()
-        # The exponent of the base is rounded, and the product with the position; 1 is exact.
+        result[..., one] = np.hypot(a * cos, b * sin)
+        result[..., two] = np.hypot(b * cos, a * sin)
+        return result
+
+    def own_errors(
+        self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray | float:
+        """An angle that is off by d turns a pair of the size s by d s away.
+
+        With u = eps / 2 the angle m w of a frequency w = base^-x is off by
+
+            m w ((1 + 2 x ln(base)) u + 2 u + u)
+
+        at most: the exponent x is rounded, ln(base) or the power has an error of its own, which
+        its exponential multiplies by x ln(base); a power, its inverse and a scaling are three more
+        roundings, the product with the position is one. In units of eps that is
+        2 + x ln(base), times the angle: linear in the position. A frequency of 1 is exact, and so
+        is its angle.
+        """
+        if stage not in self.on:
+            return 0.0
+        one, two = self._pairs(array.shape[-1])
+        angles = self._turns(stage, array, recipe)[2]
         own = self._frequencies(array, recipe)[..., None, :]
         exponents = np.arange(own.shape[-1]) / own.shape[-1]
-        errors = np.where(own == 1, 0, 1 + math.log(self.value["base"]) * exponents / 2)
-        rounded = np.hypot(a, b) * errors * np.abs(angles) * self.factor
-        result[..., one] = np.sqrt((a * cos) ** 2 + (b * sin) ** 2 + rounded**2)
-        result[..., two] = np.sqrt((b * cos) ** 2 + (a * sin) ** 2 + rounded**2)
+        each = np.where(own == 1, 0.0, 2 + math.log(self.value["base"]) * exponents)
+        result = np.zeros(array.shape)
+        pairs = np.hypot(array[..., one], array[..., two])
+        result[..., one] = result[..., two] = pairs * each * np.abs(angles) * self.factor
         return result
 
     def ported(self, ops: Any, place: str, array: Any, port: Any) -> Any:
@@ -460,11 +482,15 @@ class RotarySection(Section):
                 moved = {name: right[name] + by for name in names}
                 yield words, self._with(recipe, places=moved, factor=self.factor)
 
-    def misfactored(self, recipe: Recipe) -> Variants:
-        """The factor of cosines and sines left out, or squared."""
+    def without_its_factor(self, recipe: Recipe) -> Variants:
+        """Cosines and sines as they are."""
         if self.factor != 1:
-            yield "left out", self._with(recipe, factor=1.0)
-            yield "twice", self._with(recipe, factor=self.factor**2)
+            yield "", self._with(recipe, factor=1.0)
+
+    def with_its_factor_twice(self, recipe: Recipe) -> Variants:
+        """The factor of cosines and sines squared."""
+        if self.factor != 1:
+            yield "", self._with(recipe, factor=self.factor**2)
 
     def unscaled(self, recipe: Recipe) -> Variants:
         """Frequencies without their scaling, with its factor or without."""
@@ -523,8 +549,10 @@ class RotarySection(Section):
          "queries and keys, and each sequence, have positions of their own.", of_other_positions),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
-        ("rotary factor left out or twice", "Multiply cosines and sines by the scaling's factor "
-         "of attention, once.", misfactored),
+        ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "
+         "of attention.", without_its_factor),
+        ("rotary attention factor twice", "Multiply cosines and sines by the scaling's factor of "
+         "attention once.", with_its_factor_twice),
         ("rotary scaling left out", "Scale the frequencies as the option's `scaling` says.",
          unscaled),
         ("rotary angles multiplied", "An angle is a position times a frequency, in radians; a "
@@ -554,8 +582,8 @@ class RotarySection(Section):
         ("rotary on other columns", "rotary on other columns", "query"),
         ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
         ("query positions off by one", "rotary positions off by one", "query"),
-        ("rotary factor left out", "rotary factor left out or twice", "query"),
-        ("rotary factor twice", "rotary factor left out or twice", "query"),
+        ("rotary factor left out", "rotary attention factor left out", "query"),
+        ("rotary factor twice", "rotary attention factor twice", "query"),
         ("rotary scaling left out", "rotary scaling left out", "query"),
         ("another base", "rotary of another base", "query"),
         ("the ramp the other way round", "rotary of another scaling", "query"),

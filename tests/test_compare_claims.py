@@ -1,0 +1,353 @@
+"""What rounding may explain, and what is said of a cause: no more than the numbers show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import anymha
+from anymha.parity import Comparison, compare
+from anymha.parity.oracle.oracle import evaluate
+from anymha.parity.oracle.recipe import Recipe
+from anymha.parity.oracle.rounding import rounding_errors
+
+HEADS, WIDTH, FEATURES = 2, 16, 32
+RNG = np.random.default_rng(3)
+PLACES = np.array([[0, 1, 2, 5, 6, 9, 10, 11], [3, 4, 5, 6, 8, 9, 12, 13]])
+X = RNG.standard_normal((2, 8, FEATURES)).astype(np.float32)
+SEEN = np.arange(8) < [[8], [5]]
+
+Numbers = np.ndarray
+Angles = Callable[[Numbers, float], Numbers]
+
+
+def layer(**options: Any) -> Any:
+    own = {"query_features": FEATURES, "bias_initializer": "random_normal", "seed": 2, **options}
+    return anymha.MultiHeadAttention(HEADS, WIDTH, backend="numpy", **own)
+
+
+def exponents() -> Numbers:
+    return np.arange(0, WIDTH, 2, dtype=np.float32) / np.float32(WIDTH)
+
+
+def in_float64(places: Numbers, base: float) -> Numbers:
+    return places[..., None] * base ** -exponents().astype(np.float64)
+
+
+def by_a_negative_power(places: Numbers, base: float) -> Numbers:
+    return places.astype(np.float32)[..., None] * np.float32(base) ** -exponents()
+
+
+def by_an_exponential(places: Numbers, base: float) -> Numbers:
+    own = np.exp(exponents() * np.float32(-np.log(base)))
+    return places.astype(np.float32)[..., None] * own
+
+
+HONEST = (in_float64, by_a_negative_power, by_an_exponential)
+WRONG: dict[str, Angles] = {
+    "backwards": lambda places, base: -in_float64(places, base),
+    "another base": lambda places, base: in_float64(places, 5e5),
+    "half the exponents": lambda places, base: in_float64(places, base**0.5),
+    "not turned": lambda places, base: in_float64(0 * places, base),
+    "halved": lambda places, base: in_float64(places / 2, base),
+    "in bfloat16": lambda places, base: in_float64(places.astype(ml_dtypes.bfloat16), base),
+}
+
+
+def softmax(logits: Numbers) -> Numbers:
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def port_of(right: Any, angles: Angles = in_float64, **steps: Any) -> Callable[..., Any]:
+    """The layer as a port writes it out in float32; `steps` replaces steps of it."""
+    w, rotary = anymha.get_weights(right), right.config.rotary
+
+    def turn(x: Numbers, places: Numbers) -> Numbers:
+        if rotary is None:
+            return x
+        angle = angles(places, rotary.base)[:, :, None]
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        a, b = x[..., : WIDTH // 2], x[..., WIDTH // 2 :]
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+    def port(query: Any, value_mask: Any = None, positions: Any = None,
+             key_positions: Any = None, use_causal_mask: bool = False) -> Any:  # fmt: skip
+        places = np.arange(query.shape[1])[None]
+        q, k, v = (
+            np.einsum("btd,dhk->bthk", query, w[f"{name}.kernel"]) + w[f"{name}.bias"]
+            for name in ("query", "key", "value")
+        )
+        norm = steps.get("norm", lambda x, name: x)
+        q, k = norm(q, "query"), norm(k, "key")
+        q = turn(q, places if positions is None else positions)
+        k = turn(k, places if key_positions is None else key_positions)
+        logits = np.einsum("bthk,bshk->bhts", q, k) / np.float32(WIDTH**0.5)
+        seen = np.ones(logits.shape[-2:], bool)
+        seen = np.tril(seen) if use_causal_mask else seen
+        seen = seen if value_mask is None else seen & value_mask[:, None, None]
+        seen = np.broadcast_to(seen, logits.shape)
+        masked = steps.get("mask", lambda s, m: np.where(m, s, -np.inf))(logits, seen)
+        shares = steps.get("softmax", softmax)(masked)
+        context = np.einsum("bhts,bshv->bthv", shares, v)
+        output = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+        output = output.astype(query.dtype)
+        stages = {"query": q, "key": k, "logits": logits, "masked_logits": masked,
+                  "probabilities": shares, "context": context, "output": output}  # fmt: skip
+        return stages if steps.get("told") else output
+
+    return port
+
+
+def report_of(right: Any, port: Any, x: Any = X, **call: Any) -> Comparison:
+    with np.errstate(all="ignore"):
+        return compare(right, port, x, **call)
+
+
+# Great positions
+
+
+@pytest.mark.parametrize("offset", [0, 3000, 30_000, 300_000])
+@pytest.mark.parametrize("base", [1e4, 5e5])
+def test_angles_of_great_positions_may_be_rounded_as_people_round_them(offset, base) -> None:
+    right = layer(rotary=anymha.Rotary(base=base))
+    call = {"positions": PLACES + offset, "key_positions": PLACES + offset}
+    for angles in HONEST:
+        report = report_of(right, port_of(right, angles), **call)
+        assert report.passed, f"{angles.__name__}: {report.to_text()}"
+
+
+@pytest.mark.parametrize("offset", [3000, 30_000, 300_000])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_rotation_is_caught_at_great_positions(wrong, offset, monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right = layer(rotary=True)
+    call = {"positions": PLACES + offset, "key_positions": PLACES + offset}
+    (stage,) = report_of(right, port_of(right, WRONG[wrong]), **call).stages
+    assert stage.units > 3 * stage.budget
+
+
+NOTHING = anymha.parity.diagnose.causes.Diagnosis()
+
+
+def test_what_rounding_explains_grows_as_positions_do() -> None:
+    right, budgets = layer(rotary=True), []
+    for offset in (30_000, 300_000):
+        call = {"positions": PLACES + offset, "key_positions": PLACES + offset}
+        stage = report_of(right, port_of(right), **call).stages[-1]
+        budgets.append(stage.budget)
+    assert 5 < budgets[1] / budgets[0] < 20
+
+
+def test_long_sequences_may_round_their_angles_and_may_not_turn_them_otherwise() -> None:
+    right = layer(rotary=True)
+    x = 3 * RNG.standard_normal((1, 1200, FEATURES)).astype(np.float32)
+    for angles in (in_float64, by_a_negative_power):
+        report = report_of(right, port_of(right, angles), x, use_causal_mask=True)
+        assert report.stages[-1].name == "output at full length"
+        assert report.passed, report.to_text()
+
+    def wraps(places: Numbers, base: float) -> Numbers:
+        return in_float64(places % 600, base)
+
+    report = report_of(right, port_of(right, wraps), x, use_causal_mask=True)
+    assert report.first_divergence == "output at full length"
+
+
+# NaN and infinity
+
+
+def no_maximum(logits: Numbers) -> Numbers:
+    shares = np.exp(logits)
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def zero_times_infinity(logits: Numbers, seen: Numbers) -> Numbers:
+    return logits + (1 - seen) * -np.inf
+
+
+def where_something_is_hidden(logits: Numbers, seen: Numbers) -> Numbers:
+    return logits if seen.all() else zero_times_infinity(logits, seen)
+
+
+@pytest.mark.parametrize("rows", ["all", "some"])
+def test_overflow_is_told_by_smaller_inputs(rows) -> None:
+    right, x = layer(), 40 * X
+    if rows == "some":
+        x = np.where(np.arange(2)[:, None, None] == 1, x, X)
+    report = report_of(right, port_of(right, softmax=no_maximum), x)
+    assert report.first_divergence == "probabilities"
+    assert str(report.diagnosis).startswith("overflow (exponentials of logits up to")
+    assert "of inputs 64 times smaller it gives numbers, and they are right" in report.to_text()
+
+
+def test_overflow_of_products_before_the_scale_is_told_where_float16_is_left() -> None:
+    right = layer(dtype="float16")
+    w = {name: a.astype(np.float32) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any) -> Any:
+        q, k, v = (
+            np.einsum("btd,dhk->bthk", query.astype(np.float32), w[f"{n}.kernel"]) + w[f"{n}.bias"]
+            for n in ("query", "key", "value")
+        )
+        products = np.einsum("bthk,bshk->bhts", q, k).astype(np.float16)
+        shares = softmax(products.astype(np.float32) / WIDTH**0.5)
+        y = np.einsum("bhts,bshv,hvo->bto", shares, v, w["output.kernel"]) + w["output.bias"]
+        return y.astype(np.float16)
+
+    report = report_of(right, port, (150 * X).astype(np.float16))
+    assert report.first_divergence == "logits"
+    assert "products before the scale" in str(report.diagnosis)
+    assert not any("it is zero" in words for words in report.not_exercised)
+    assert not any("about equal" in words for words in report.not_exercised)
+
+
+def test_a_mask_that_makes_nan_is_told_by_a_call_without_it() -> None:
+    right = layer()
+    report = report_of(right, port_of(right, mask=where_something_is_hidden), value_mask=SEEN)
+    assert report.first_divergence == "masked_logits"
+    assert str(report.diagnosis) == (
+        "NaN of the mask (without `value_mask` it gives numbers, and they are right)")  # fmt: skip
+
+    told = port_of(right, mask=zero_times_infinity, told=True)
+    report = report_of(right, told, value_mask=SEEN)
+    assert report.first_divergence == "masked_logits"
+    assert "as 0 times -inf gives" in str(report.diagnosis)
+
+
+def test_a_mistake_beside_nan_is_told_by_the_numbers_alone() -> None:
+    right = layer()
+
+    def scaled(x: Numbers, name: str) -> Numbers:
+        return 2 * x if name == "query" else x
+
+    port = port_of(right, norm=scaled, mask=where_something_is_hidden)
+    report = report_of(right, port, value_mask=SEEN)
+    assert str(report.diagnosis).startswith("wrong scale")
+    assert "and NaN of the mask" in str(report.diagnosis)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_nan_without_a_reason_has_no_cause(every) -> None:
+    right = layer()
+
+    def broken(query: Any, value_mask: Any) -> Any:
+        output = right(query, value_mask=value_mask)
+        output[slice(None) if every else (1, 3)] = np.nan
+        return output
+
+    report = report_of(right, broken, value_mask=SEEN)
+    assert not report.passed
+    assert report.diagnosis is not None
+    assert not report.diagnosis.causes
+    assert "NaN or infinity, of smaller inputs and without masks too" in report.to_text()
+
+
+def test_rows_that_see_nothing_are_the_known_places_of_nan() -> None:
+    right, mask = layer(), np.ones((2, 8, 8), bool)
+    mask[0, 3] = False
+
+    def port(query: Any, attention_mask: Any) -> Any:
+        output = right(query, attention_mask=attention_mask)
+        output[~attention_mask.any(-1)] = np.nan
+        return output
+
+    report = report_of(right, port, attention_mask=mask)
+    assert str(report.diagnosis) == "fully masked rows give NaN"
+
+
+# Scales and norms
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_variance_by_one_less_is_no_scale(kind, told) -> None:
+    right = layer(query_key_norm=anymha.QueryKeyNorm(kind))
+    scales = {n: anymha.get_weights(right)[f"{n}_norm.scale"] for n in ("query", "key")}
+
+    def norm(x: Numbers, name: str) -> Numbers:
+        x = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+        spread = np.sum(x**2, -1, keepdims=True) / (WIDTH - 1)
+        return x / np.sqrt(spread + right.config.query_key_norm.eps) * scales[name]
+
+    report = report_of(right, port_of(right, norm=norm, told=told))
+    assert report.first_divergence == "query"
+    assert str(report.diagnosis).startswith("query_key_norm with another variance")
+
+
+def test_a_scale_is_not_asserted_where_queries_themselves_are_wrong() -> None:
+    right = layer(query_key_norm="rms")
+    scales = {n: anymha.get_weights(right)[f"{n}_norm.scale"] for n in ("query", "key")}
+
+    def norm(x: Numbers, name: str) -> Numbers:
+        spread = np.mean(x**2, -1, keepdims=True)
+        return x / np.sqrt(spread + right.config.query_key_norm.eps) * scales[name] * 0.83
+
+    report = report_of(right, port_of(right, norm=norm, told=True))
+    assert report.first_divergence == "query"
+    assert report.diagnosis is not None
+    scaled = any(cause.name == "wrong scale" for cause in report.diagnosis.causes)
+    assert not (scaled and report.diagnosis.explained)
+
+
+def test_explanations_that_give_equal_numbers_are_all_told() -> None:
+    right = layer(rotary=True)
+    report = report_of(
+        right, lambda query: port_of(right)(query, np.ones((2, 8), bool), np.arange(8)[None] + 1)
+    )
+    told = str(report.diagnosis)
+    assert "rotary positions off by one (query +1)" in told
+    assert "rotary positions off by one (key -1)" in told
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_probabilities_in_float8_are_seen_in_half_precision(dtype, monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right = layer(dtype=dtype)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    w = {name: a.astype(np.float32) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any, form: Any) -> Any:
+        def stored(x: Numbers, to: Any = kind) -> Numbers:
+            return x.astype(to).astype(np.float32)
+
+        q, k, v = (
+            stored(np.einsum("btd,dhk->bthk", query.astype(np.float32), w[f"{n}.kernel"])
+                   + w[f"{n}.bias"])
+            for n in ("query", "key", "value")
+        )  # fmt: skip
+        shares = softmax(np.einsum("bthk,bshk->bhts", q, k) / np.float32(WIDTH**0.5))
+        context = stored(np.einsum("bhts,bshv->bthv", stored(shares, form), v))
+        y = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+        return y.astype(kind)
+
+    by_the_median = 0
+    for seed in range(3):
+        x = (2 * np.random.default_rng(seed).standard_normal(X.shape)).astype(kind)
+        assert report_of(right, lambda query: port(query, kind), x).passed
+        report = report_of(right, lambda query: port(query, ml_dtypes.float8_e4m3fn), x)
+        assert not report.passed
+        (stage,) = report.stages
+        by_the_median += (
+            stage.units <= stage.budget and "times those of rounding" in stage.faults[0]
+        )
+    assert by_the_median or dtype == "float16", "the greatest error alone does not show it"
+
+
+def test_gradients_of_half_precision_may_underflow() -> None:
+    """Probabilities near 0 are multiples of the smallest number, and their gradients with them."""
+    weights = {f"{name}.kernel": np.ones((1, 1, 1)) for name in ("query", "key", "value", "output")}
+    x = {"query": np.ones((1, 1, 1)), "key": np.array([[[0.0], [-14.0]]]),
+         "value": np.array([[[0.0], [8.0]]])}  # fmt: skip
+    recipe = Recipe(weights, x, 1.0)
+    errors = rounding_errors(recipe, np.ones((1, 1, 1)), np.zeros((1, 1, 1, 2)), "float16")
+    small = evaluate(recipe).scores[0, 0, 0, 1]
+    assert small < np.finfo(np.float16).tiny
+    assert errors["output"].max() > np.finfo(np.float16).smallest_subnormal
