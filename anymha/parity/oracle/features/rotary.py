@@ -186,6 +186,8 @@ class RotarySection(Section):
         2 + x ln(base), times the angle: linear in the position. A frequency of 1 is exact, and so
         is its angle.
         """
+        if stage in self.own:
+            return self.own[stage].own_errors(stage, array, recipe, stages)
         if stage not in self.on:
             return 0.0
         one, two = self._pairs(array.shape[-1])
