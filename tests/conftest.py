@@ -71,7 +71,7 @@ def quick_programs(
     if "jax" in sys.modules:
         sys.modules["jax"].config.update(option, True)
         compiler = importlib.import_module("jax._src.compiler")
-        options_of = getattr(compiler, "get_compile_options", None)  # is JAX's own affair
+        options_of: Any = getattr(compiler, "get_compile_options", None)  # JAX's own affair
 
         def quicker(*args: Any, **named: Any) -> Any:
             options = options_of(*args, **named)
