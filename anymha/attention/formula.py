@@ -71,8 +71,10 @@ def formula(
     wide = ops.capabilities.wide_matmul
     if wide is not None and working_dtype(ops, query) == query.dtype:
         wide = None
-    # [B, K, (H/K)*T, S]; in half precision the scaled query would be rounded once more
-    logits = wide(query, key) * spec.scale if wide else ops.matmul(query * spec.scale, key)
+    if wide is not None and not _is_exact(spec.scale, query):
+        logits = wide(query, key) * spec.scale  # the scaled query would be rounded once more
+    else:
+        logits = (wide or ops.matmul)(query * spec.scale, key)  # [B, K, (H/K)*T, S]
     if heads != shared:
         logits = ops.reshape(logits, (batch, heads, queries, keys))
     for feature in spec.features:
@@ -116,6 +118,14 @@ def formula(
     # Normalised last: a row of context is much shorter than a row of weights.
     results["context"] = normalised(context)
     return results
+
+
+def _is_exact(scale: float, query: Array) -> bool:
+    """Whether a half-precision query times the scale is not rounded: times a power of two.
+
+    Of float16, whose numbers end at 2^-24, that is not so.
+    """
+    return math.frexp(scale)[0] == 0.5 and dtype_name(query.dtype) == "bfloat16"
 
 
 def _visible(
