@@ -351,3 +351,35 @@ def test_gradients_of_half_precision_may_underflow() -> None:
     small = evaluate(recipe).scores[0, 0, 0, 1]
     assert small < np.finfo(np.float16).tiny
     assert errors["output"].max() > np.finfo(np.float16).smallest_subnormal
+
+
+def turning(dtype: Any, base: float = 1e4) -> Any:
+    """A port of unknown weights, whose angles are computed in a dtype."""
+    kernels = np.random.default_rng(5).standard_normal((4, 16, 16)).astype("f4") / 4
+
+    def port(x: Any, positions: Any) -> Any:
+        frequencies = (dtype(base) ** (-np.arange(0, 8, 2, dtype=dtype) / dtype(8))).astype(dtype)
+        angles = positions[..., None].astype(dtype) * frequencies
+        cos, sin = (f(angles)[..., None, :].astype("f4") for f in (np.cos, np.sin))
+
+        def turned(y: Any) -> Any:
+            one, two = y[..., :4], y[..., 4:]
+            return np.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
+
+        q, k, v = ((x @ kernel).reshape(*x.shape[:2], 2, 8) for kernel in kernels[:3])
+        logits = np.einsum("bthd,bshd->bhts", turned(q), turned(k)) / np.float32(8**0.5)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ kernels[3]
+
+    return port
+
+
+@pytest.mark.parametrize("far", [100, 10_000, 1_000_000])
+def test_angles_of_ports_of_unknown_weights_are_rounded_too(far) -> None:
+    x = np.random.default_rng(6).standard_normal((2, 9, 16)).astype("f4")
+    positions = (far + 37 * np.arange(18)).reshape(2, 9)
+    exact, rounded = turning(np.float64), turning(np.float32)
+    assert compare(exact, rounded, x, positions=positions).passed
+    assert compare(rounded, exact, x, positions=positions).passed
+    assert not compare(exact, turning(np.float64, 9e3), x, positions=positions).passed
