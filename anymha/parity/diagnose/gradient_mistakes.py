@@ -128,6 +128,9 @@ def _models(
         "the sum over the keys in the softmax's derivative has no p": lambda p, g: (
             p * (g - np.sum(g, -1, keepdims=True))
         ),
+        "the mean over the keys in the softmax's derivative has no p": lambda p, g: (
+            p * (g - np.mean(g, -1, keepdims=True))
+        ),
         "the sum over the keys in the softmax's derivative is added": lambda p, g: (
             p * (g + np.sum(p * g, -1, keepdims=True))
         ),
