@@ -273,6 +273,9 @@ FACTORS = "factors of "
 INSIDE = "steps of the softmax"
 """The exponentials and their sum, and what they are made of."""
 
+UNDIVIDED = "factors of context, divided by the sum behind their product"
+"""Values and exponentials, as a fused kernel has them; the sum is not rounded."""
+
 BEFORE = " before the bias"
 """Behind a stage: what its product gives is rounded, before the bias or the scale."""
 
@@ -287,6 +290,7 @@ def _places(recipe: Recipe) -> list[list[str]]:
         places = [name for name in own if name in recipe.weights]
         places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
         places += [INSIDE] * (stage == "probabilities" and not recipe.sections)
+        places += [UNDIVIDED] * (stage == "context")
         if not recipe.sections:
             places += [stage + BEFORE] * (stage in ("logits", "output") or own[1] in recipe.weights)
         same = {"masked_logits": recipe.bias, "dropped_probabilities": recipe.kept}
@@ -305,6 +309,8 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
     for stage in STEPS:
         if FACTORS + stage in places:
             steps[stage] = _of_factors(steps[stage], stage, form.arrays)
+        if stage == "context" and UNDIVIDED in places:
+            steps[stage] = partial(_undivided, steps[stage], form.arrays)
         if stage == "probabilities" and INSIDE in places:
             steps[stage] = partial(_by_steps, steps[stage], form.arrays)
         if stage + BEFORE in places:
@@ -325,6 +331,17 @@ def _by_steps(own: Step, rounding: Rounding, recipe: Recipe, stages: Arrays) -> 
     total = rounding(weights.sum(-1, keepdims=True))
     rounded = weights / np.where(total == 0, 1.0, total)
     return np.where(seen.any(-1, keepdims=True), rounded, own(recipe, stages))
+
+
+def _undivided(own: Step, rounding: Rounding, recipe: Recipe, stages: Arrays) -> np.ndarray:
+    """A context of rounded values and rounded exponentials."""
+    masked = stages["masked_logits"]
+    top = masked.max(-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(masked - np.where(np.isfinite(top), top, 0.0))
+    ratio = rounding(weights) / np.where(weights > 0, weights, 1.0)
+    shares = stages["dropped_probabilities"] * ratio
+    value = rounding(stages["value"])
+    return own(recipe, {**stages, "dropped_probabilities": shares, "value": value})
 
 
 def _before_the_bias(own: Step, stage: str, rounding: Rounding) -> Step:
@@ -368,6 +385,11 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     softmax = {"logits", "masked_logits", INSIDE, "probabilities"}
     if {*places} <= softmax and len(places) > 1 and places[-1] in (INSIDE, "probabilities"):
         return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
+    if {*places} in (
+        {FACTORS + "logits", one, "context"} for one in (UNDIVIDED, FACTORS + "context")
+    ):
+        kernel = "attention alone, from queries, keys and values to the context"
+        return f"computed in {form.name}", "; ".join([*more, kernel]), stage
     if len(places) > every / 3:
         return f"computed in {form.name}", "; ".join(more), stage
     return f"{verb} to {to}", "; ".join([*more, " and ".join(places)]), stage

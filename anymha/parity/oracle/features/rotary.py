@@ -216,6 +216,12 @@ class RotarySection(Section):
             heads = ops.permute_dims(array, (0, 2, 1, 3))
             own = replace(port, wrong={*port.wrong} - {"rotary along the heads"}, places={})
             return ops.permute_dims(self.ported(ops, place, heads, own), (0, 2, 1, 3))
+        if "rotary before the split" in wrong:
+            own = replace(port, wrong={*port.wrong} - {"rotary before the split"})
+            shape = tuple(array.shape)
+            heads = ops.reshape(array, (*shape[:2], 1, shape[2] * shape[3]))
+            whole = RotarySection({**rotary, "dim": None})
+            return ops.reshape(whole.ported(ops, place, heads, own), shape)
         _, length, _, d = array.shape
         r = d if rotary["dim"] is None else rotary["dim"]
         first = rotary["columns"] == "first"
@@ -265,6 +271,9 @@ class RotarySection(Section):
                 matrices[..., j, i] *= -1
         if "queries turned twice" in wrong and place == "query":
             matrices = matrices @ matrices
+        if "queries written in another layout" in wrong and place == "query":
+            order = start + np.arange(r).reshape((2, -1) if in_halves else (-1, 2)).T.reshape(-1)
+            matrices[..., start : start + r] = matrices[..., order]
         dtype = ops.to_numpy(array).dtype
         return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)))
 
@@ -618,6 +627,8 @@ class RotarySection(Section):
         ("another base", "rotary of another base", "query"),
         ("the ramp the other way round", "rotary of another scaling", "query"),
         ("keys turned the other way", "rotary of the query unlike that of the key", "key"),
+        ("queries written in another layout", "rotary written in another layout", "query"),
+        ("rotary before the split", "rotary before the split into heads", "query"),
         ("rotary angles in bfloat16", "rotary angles in half precision", "query"),
     )
 

@@ -182,7 +182,10 @@ class SinksSection(Section):
     def not_exponentiated(self, recipe: Recipe) -> Variants:
         """The weight itself in the sum, or its absolute value, as a sum must not be negative."""
         for what, function in (("itself", None), ("its absolute value", np.abs)):
-            for words, shifted in (("", False), (", beside those of logits less the maximum", True)):
+            for words, shifted in (
+                ("", False),
+                (", beside those of logits less the maximum", True),
+            ):
                 yield f"{what} in the sum{words}", recipe.with_section(SinksSection(
                     self.value, shifted=shifted, plain=True, function=function))  # fmt: skip
 
