@@ -648,8 +648,8 @@ MISTAKES: tuple[Row, ...] = (
      fields(lambda r: r.window is not None and not r.causal, _window_of_one_side)),
     ("another kind of window", "Query i sees the keys with |i - j| < W: the window slides with the "
      "query.", with_empty_rows(fields(lambda r: r.window is not None, _other_windows))),
-    ("padding beside the keys seen", "Where a window reaches beyond the first or the last key, hide "
-     "what pads them with -inf.", _padding_seen, no_families, True),
+    ("padding beside the keys seen", "Where a window reaches beyond the first or the last key, "
+     "hide what pads them with -inf.", _padding_seen, no_families, True),
     ("wrong attention bias", "The bias is added once, after the scale.",
      _bias_wrong, _bias_times),
     ("attention bias of other positions", "Give each sequence, head, query and key its own place "

@@ -155,6 +155,9 @@ class _Format:
     detail: str
     weights: Callable[[str, np.ndarray], np.ndarray]
     arrays: Rounding
+    # How the reference's own half precision rounds a projection before it is cast, product and sum
+    # with the bias, or the sum alone: a number near the middle of two of the format falls to either
+    own: tuple[Rounding, bool] | None = None
 
 
 def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tuple[str, ...],
@@ -204,8 +207,8 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
                               key=lambda one: one[1].name == "TF32")  # fmt: skip
     if computed_dtype(evidence.trace) != expected and least > THEIRS / 4:
         return None
-    others = tuple(one.name for share, one, _ in found
-                   if one.name != form.name and share <= 1.5 * least)  # fmt: skip
+    others = tuple(dict.fromkeys(one.name for share, one, _ in found
+                                 if one.name != form.name and share <= 1.5 * least))  # fmt: skip
     wrong = _with_rounded(recipe, form, chosen)
     remaining = _remaining(evidence, wrong, expected, form.name)
     if not remaining <= 1:
@@ -227,8 +230,10 @@ def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
 
 
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
+    own: Rounding = partial(_cast, dtype=np.dtype(getattr(ml_dtypes, expected, expected)))
     for dtype, rounding in _dtypes(expected):
-        yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding)
+        for half in ((own, True), (own, False)) if BITS[expected] == 16 else (None,):
+            yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding, half)
     if eps("bfloat16") > eps(expected):
         cut = _cut_off
         yield _Format("bfloat16", "cut off in place of rounded", lambda _, w: cut(w), cut)
@@ -315,6 +320,10 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
             steps[stage] = partial(_by_steps, steps[stage], form.arrays)
         if stage + BEFORE in places:
             steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
+        if stage in places and stage in PROJECTIONS and form.own is not None:
+            half, twice = form.own
+            product = _before_the_bias(steps[stage], stage, half) if twice else steps[stage]
+            steps[stage] = _stored(product, half)
         if stage in places:
             steps[stage] = _stored(steps[stage], form.arrays)
     return recipe.but(weights=weights, inputs=inputs, steps=steps)

@@ -37,8 +37,8 @@ Changes = Mapping[str, Callable[..., np.ndarray]]
 
 For "output", "context", "logits", "query", "key" and "value", and for "input of" the last three, it
 takes the gradient that comes there; for "weights of" the first three what multiplies the other
-factor of their gradient, (B, H, T, S); for "softmax" the probabilities and their gradient, and gives
-that of the logits.
+factor of their gradient, (B, H, T, S); for "softmax" the probabilities and their gradient, and it
+gives that of the logits.
 """
 
 
