@@ -394,9 +394,9 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     softmax = {"logits", "masked_logits", INSIDE, "probabilities"}
     if {*places} <= softmax and len(places) > 1 and places[-1] in (INSIDE, "probabilities"):
         return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
-    if {*places} in (
-        {FACTORS + "logits", one, "context"} for one in (UNDIVIDED, FACTORS + "context")
-    ):
+    of_logits = FACTORS + "logits" in places or {"query", "key"} <= {*places}
+    last = [name for name in places if name not in (*PROJECTIONS, FACTORS + "logits")]
+    if of_logits and last in ([UNDIVIDED, "context"], [FACTORS + "context", "context"]):
         kernel = "attention alone, from queries, keys and values to the context"
         return f"computed in {form.name}", "; ".join([*more, kernel]), stage
     if len(places) > every / 3:
