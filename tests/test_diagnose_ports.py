@@ -11,12 +11,14 @@ import pytest
 
 import anymha
 from anymha.parity import compare
+from anymha.parity.diagnose.causes import Diagnosis
 from tests.frameworks import required
 
 BATCH, LENGTH, HEADS, FEATURES = 2, 7, 6, 36
 WIDTH = FEATURES // HEADS
 X = np.random.default_rng(4).standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)
 ROWS, COLUMNS = np.indices((LENGTH, LENGTH))
+NOTHING = Diagnosis()
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -189,3 +191,44 @@ def test_backward_passes_by_hand(turned, mean, words) -> None:
         told = named(right, port, x)
         assert told.startswith("wrong jacobian")
         assert words in told
+
+
+def adapted(*names: str) -> Any:
+    """Changes kernels by matrices of rank 2."""
+
+    def changed(w: Any) -> Any:
+        rng = np.random.default_rng(7)
+        more = {
+            f"{name}.kernel": 0.2 * np.einsum(
+                "dr,rhk->dhk", rng.standard_normal((FEATURES, 2)),
+                rng.standard_normal((2, HEADS, WIDTH)))
+            for name in names
+        }  # fmt: skip
+        return w | {name: w[name] + array for name, array in more.items()}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "names", [("query",), ("key",), ("value",), ("query", "value"), ("key", "value")]
+)
+def test_low_rank_updates_are_told_by_calls(names, monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right = layer_of()
+    several = " and ".join(f"{name}.kernel" for name in names)
+    differ = "differs by a matrix" if len(names) == 1 else "differ by matrices"
+    words = f"other weights ({several} {differ} of rank 2, as of a low-rank update (LoRA))"
+    x = np.random.default_rng(2).standard_normal((2, 12, FEATURES)).astype(np.float32)
+    assert named(right, port_of(right, weights=adapted(*names)), x) == words
+
+
+@pytest.mark.parametrize("rank", [9, 36])
+def test_kernels_that_differ_by_a_high_rank_are_no_low_rank_update(rank, monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right, rng = layer_of(), np.random.default_rng(7)
+    more = (rng.standard_normal((FEATURES, rank)) @ rng.standard_normal((rank, FEATURES))) / rank
+
+    def changed(w: Any) -> Any:
+        return w | {"query.kernel": w["query.kernel"] + more.reshape(w["query.kernel"].shape)}
+
+    assert "rank" not in named(right, port_of(right, weights=changed))

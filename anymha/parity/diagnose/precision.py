@@ -376,7 +376,8 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
         .partition(".")[0]
         .removesuffix(BEFORE)
     )
-    stage = {"inputs": "query", INSIDE: "probabilities"}.get(stage, stage)
+    known = {UNDIVIDED.removeprefix(FACTORS): "context", INSIDE: "probabilities"}
+    stage = {"inputs": "query", **known}.get(stage, stage)
     bits = form.name.removeprefix("int")
     verb = "quantised" if bits != form.name else "rounded"
     to = f"{bits} bits" if bits != form.name else form.name
