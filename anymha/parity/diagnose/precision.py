@@ -230,10 +230,10 @@ def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
 
 
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
-    own: Rounding = partial(_cast, dtype=np.dtype(getattr(ml_dtypes, expected, expected)))
+    half: Rounding = partial(_cast, dtype=np.dtype(getattr(ml_dtypes, expected, expected)))
     for dtype, rounding in _dtypes(expected):
-        for half in ((own, True), (own, False)) if BITS[expected] == 16 else (None,):
-            yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding, half)
+        for first in ((half, True), (half, False)) if BITS[expected] == 16 else (None,):
+            yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding, first)
     if eps("bfloat16") > eps(expected):
         cut = _cut_off
         yield _Format("bfloat16", "cut off in place of rounded", lambda _, w: cut(w), cut)

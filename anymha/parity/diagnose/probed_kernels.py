@@ -33,9 +33,8 @@ STEEP = 3.0
 
 def probed_kernels(recipe: Recipe, ask: Ask, evidence: Evidence) -> tuple[str, Recipe] | None:
     """The recipe with kernels that differ by a matrix of low rank, and which; None where none."""
-    crossed = "value" in ask_names(recipe)
-    if recipe.sections or recipe.decoded is not None or len(recipe.batches) > 1 or (
-        crossed and recipe.causal):  # fmt: skip
+    several = recipe.decoded is not None or len(recipe.batches) > 1
+    if recipe.sections or several or (recipe.causal and "value" in ask_names(recipe)):
         return None
     plain = recipe.but(masks={}, bias=None, kept=None, window=None, offset=None)
     with np.errstate(all="ignore"):
@@ -57,9 +56,8 @@ def probed_kernels(recipe: Recipe, ask: Ask, evidence: Evidence) -> tuple[str, R
 
 def ask_names(recipe: Recipe) -> tuple[str, ...]:
     """The inputs of a call: the query, and the value where it is another."""
-    x = recipe.inputs
-    return ("query",) if x["value"] is x["query"] or (
-        np.array_equal(x["query"], x["value"])) else ("query", "value")  # fmt: skip
+    alike = np.array_equal(recipe.inputs["query"], recipe.inputs["value"])
+    return ("query",) if alike else ("query", "value")
 
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
