@@ -27,7 +27,7 @@ MOST_NUMBERS = 600
 NOISE = 3e-3
 """The part of a measured change that may be noise."""
 
-STEEP = 3.0
+STEEP = 1.5
 """The greatest difference of two logits that is asked for."""
 
 
