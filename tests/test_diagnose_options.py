@@ -40,7 +40,6 @@ def port_of(layer: Any, steps: Steps) -> Callable[..., Any]:
     config = layer.config
     w = {name: array.astype(np.float64) for name, array in anymha.get_weights(layer).items()}
     w = steps.get("weights", lambda w: w)(w)
-    pairs = np.arange(WIDTH // 2)
 
     def step(name: str, usual: Callable[..., Any], *arrays: Any) -> Any:
         return steps.get(name, usual)(*arrays)
@@ -50,9 +49,12 @@ def port_of(layer: Any, steps: Steps) -> Callable[..., Any]:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.query_key_norm.eps) * scale
 
     def turned(x: np.ndarray, name: str, places: np.ndarray) -> np.ndarray:
-        own = step("frequencies", lambda plain, name: plain, 1e4 ** (-2 * pairs / WIDTH), name)
+        pairs = np.arange(x.shape[-1] // 2)
+        plain = 1e4 ** (-2 * pairs / x.shape[-1])
+        own = step("frequencies", lambda plain, name: plain, plain, name)
         turns = np.exp(1j * step("angles", lambda a, name: a, places[..., None] * own, name))
-        z = (x[..., : WIDTH // 2] + 1j * x[..., WIDTH // 2 :]) * turns[:, :, None]
+        half = x.shape[-1] // 2
+        z = (x[..., :half] + 1j * x[..., half:]) * turns[:, :, None]
         return np.concatenate([z.real, z.imag], -1)
 
     def prepared(query: np.ndarray, name: str, places: np.ndarray | None) -> np.ndarray:
@@ -63,8 +65,11 @@ def port_of(layer: Any, steps: Steps) -> Callable[..., Any]:
             x = step("norm", lambda x, b, f: f(x + b), x, w[f"{name}.bias"],
                      lambda x: norm(x, name))  # fmt: skip
         right = np.arange(LENGTH)[None] if places is None else places
-        return turned(x, name, step("places", lambda p, name: p, right, name)) if (
-            config.rotary) else x  # fmt: skip
+        if not config.rotary:
+            return x
+        places = step("places", lambda p, name: p, right, name)
+        return step("rotated", lambda f, x, name: f(x, name), lambda x, name: turned(
+            x, name, places), x, name)  # fmt: skip
 
     def port(
         query: Any, use_causal_mask: bool = False, positions: Any = None, key_positions: Any = None
@@ -124,6 +129,36 @@ def ramp(plain: np.ndarray, low: float, high: float) -> np.ndarray:
     return share * plain + (1 - share) * plain / 8
 
 
+def before_the_split(turned: Callable[..., Any], x: np.ndarray, name: str) -> np.ndarray:
+    """All heads turned as one."""
+    return turned(x.reshape(*x.shape[:2], 1, -1), name).reshape(x.shape)
+
+
+def as_pairs(x: np.ndarray) -> np.ndarray:
+    """Columns in halves written in pairs."""
+    return np.stack(np.split(x, 2, axis=-1), -1).reshape(x.shape)
+
+
+def permuted_back(w: Any) -> Any:
+    """Columns of the keys brought to pairs as of all query heads, and back as of their own."""
+    changed = {}
+    for name in ("key.kernel", "key.bias"):
+        own = w[name]
+        wide = as_pairs(own.reshape(*own.shape[:-2], HEADS, -1)).reshape(own.shape)
+        changed[name] = wide.reshape(*own.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(own.shape)
+    return w | changed
+
+
+def in_two(weights: np.ndarray, merge: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Two parts of the keys, each divided by its own sum."""
+    parts = np.array_split(weights, 2, axis=-1)
+    sums = [part.sum(-1, keepdims=True) for part in parts]
+    tops = np.stack([part.max(-1, keepdims=True) for part in parts])
+    shares = merge(tops) * np.ones_like(tops)
+    return np.concatenate([p / np.where(s > 0, s, 1) * share for p, s, share in zip(
+        parts, sums, shares, strict=True)], -1)  # fmt: skip
+
+
 def beside(weights: np.ndarray, sink: np.ndarray) -> np.ndarray:
     """The sink in the last column, of which the first is dropped."""
     every = np.concatenate([weights, sink], -1)
@@ -152,6 +187,27 @@ KINDS = {
              "query_key_norm before the bias (of query and key)"),
     "plain sinks": ({"softmax": lambda e, s, b: e / (e.sum(-1, keepdims=True) + b)},
                     {"sinks": True}, "sinks not exponentiated (itself in the sum)"),
+    "positive sinks": ({"softmax": lambda e, s, b: e / (e.sum(-1, keepdims=True) + abs(b))},
+                       {"sinks": True}, "sinks not exponentiated (its absolute value in the sum)"),
+    "other layout": ({"rotated": lambda f, x, n: as_pairs(f(x, n)) if n == "key" else f(x, n)},
+                     ROTARY, "rotary written in another layout (the key alone)"),
+    "whole width": ({"rotated": before_the_split}, ROTARY,
+                    "rotary before the split into heads (halves of the whole width)"),
+    "permuted back": ({"weights": permuted_back}, ROTARY,
+                      "rotary columns of weights permuted (key, from halves to pairs, as of 4 "
+                      "heads, and back as of 2"),
+    "powers of 2": ({"softmax": lambda e, s, b: e ** np.log(2) / (e ** np.log(2)).sum(
+                        -1, keepdims=True)}, {"alibi": True},
+                    "another softmax (powers of 2 in place of e)"),
+    "averaged": ({"softmax": lambda e, s, b: in_two(e, lambda tops: np.array(0.5))}, {},
+                 "another softmax (the keys in 2 parts, each divided by its own sum, averaged)"),
+    "by maxima": ({"softmax": lambda e, s, b: in_two(e, lambda tops: tops / tops.sum(0))}, {},
+                  "another softmax (the keys in 2 parts, each divided by its own sum, weighed by "
+                  "the softmax of their maxima)"),
+    "padding": ({"rule": lambda i, j: (j <= i) & (i - j < 3), "softmax": lambda e, s, b: e / (
+                    e.sum(-1, keepdims=True) + np.maximum(2 - np.arange(LENGTH), 0)[:, None])},
+                {"sliding_window": 3},
+                "padding beside the keys seen (keys and values of zeros)"),
     "groups": ({"weights": lambda w: w | {"sinks": w["sinks"].reshape(2, 2).T.ravel()}},
                {"sinks": True}, "sinks of the other heads (laid out as"),
     "column": ({"softmax": lambda e, s, b: beside(e, s)}, {"sinks": True},

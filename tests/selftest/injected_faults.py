@@ -102,6 +102,8 @@ _FAULTS = (
     Fault("window inverted", "another kind of window", "masked_logits", (), {"sliding_window": 3}),
     Fault("window by blocks", "another kind of window", "masked_logits", (),
           {"sliding_window": 3}),
+    Fault("zeros before the first key", "padding beside the keys seen", "probabilities",
+          ("causal",), {"sliding_window": 3}),
     Fault("lengths one short", "mask of other positions", "masked_logits", ("lengths",)),
     Fault("hidden logits filled", "mask applied wrongly", "masked_logits"),
     Fault("mask of another sequence", "mask of another sequence", "masked_logits"),

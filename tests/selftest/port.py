@@ -344,6 +344,9 @@ class Port:
         peak = ops.where(empty, 0.0, peak) if "rows NaN" not in wrong else peak
         weights = ops.exp(safe - peak)
         more = 0.01 if "sum with an epsilon" in wrong else 0.0
+        if "zeros before the first key" in wrong:
+            reach = (self.window or 1) - 1 - np.arange(logits.shape[2])[:, None]
+            more = ops.from_numpy(np.maximum(reach, 0).astype(np.float32)) * ops.exp(-1.0 * peak)
         even = weights / (ops.sum(weights, axis=axis, keepdims=True) + more)
         if "rows NaN" in wrong or "rows mean" in wrong:
             return even

@@ -23,6 +23,7 @@ from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
 from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
+from anymha.parity.comparison.probed import with_probed_kernels
 from anymha.parity.comparison.unexplained import explained
 from anymha.parity.diagnose.calls import diagnose_by_calls
 from anymha.parity.diagnose.causes import Diagnosis
@@ -124,6 +125,7 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)
     comparison = explained(comparison, (one, other))
+    comparison = with_probed_kernels(comparison, other)
     if isinstance(other, Stepwise) and not comparison.passed:
         return _with_less(comparison, other)
     return comparison

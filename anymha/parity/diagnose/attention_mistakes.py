@@ -250,8 +250,21 @@ def _added(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, tuple(np.linspace(-16, 2, 19)), words)
 
 
+def _other_base(recipe: Recipe) -> Iterator[Family]:
+    """Powers of 2 or of 10 in place of e, behind bias and masks; no other base is looked for."""
+    for base in (2, 10):
+
+        def make(times: float) -> Recipe:
+            return _with_shares(recipe, _shares(lambda x: np.exp(times * x)))
+
+        log = math.log(base)
+        words = f"powers of {base} in place of e"
+        yield Family(make, (0.999 * log, log, 1.001 * log), lambda _, words=words: words)
+
+
 def _shares_measured(recipe: Recipe) -> Iterator[Family]:
-    return itertools.chain(_denominator(recipe), _added(recipe), _power(recipe))
+    every = (_denominator, _added, _power, _other_base)
+    return itertools.chain.from_iterable(make(recipe) for make in every)
 
 
 def _changed_shares(
@@ -381,6 +394,8 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
     for words, step in _chunked(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
+    for words, merged in _parts(recipe.lengths[2]):
+        yield words, _with_shares(recipe, _of_logits(merged))
 
 
 def _in_a_head(
@@ -432,6 +447,38 @@ def _chunked(keys: int) -> Iterator[tuple[str, Step]]:
                 return context_by(recipe, {**stages, "dropped_probabilities": shares})
 
             yield f"{words} not rescaled to the running maximum, chunks of {size} keys", step
+
+
+def _parts(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Parts of the keys, each with a softmax of its own, that are not merged by their sums."""
+    cuts = {f"{n} parts": tuple(len(p) for p in np.array_split(np.arange(keys), n))
+            for n in range(2, min(keys, 9))}  # fmt: skip
+    cuts |= {f"parts of {n}": (*[n] * (keys // n), *[keys % n] * (keys % n > 0))
+             for n in range(1, keys) if n < 9 or n & (n - 1) == 0}  # fmt: skip
+    cuts = {sizes: words for words, sizes in reversed(cuts.items())}
+    ways: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+        "averaged": lambda tops, sums: np.full_like(tops, 1 / len(tops)),
+        "added": lambda tops, sums: np.ones_like(tops),
+        "weighed by the softmax of their maxima": lambda tops, sums: softmax(tops, 0),
+        "weighed by their sums, each less its own maximum": lambda tops, sums: sums / sums.sum(0),
+    }
+    for (sizes, words), (how, weigh) in itertools.product(cuts.items(), ways.items()):
+        at = np.cumsum(sizes)[:-1]
+
+        def merged(
+            logits: np.ndarray, at: np.ndarray = at,
+            weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] = weigh,
+        ) -> np.ndarray:  # fmt: skip
+            parts = np.split(logits, at, axis=-1)
+            tops = np.stack([part.max(-1, keepdims=True) for part in parts])
+            sums = np.stack([
+                np.exp(part - np.where(np.isfinite(top), top, 0.0)).sum(-1, keepdims=True)
+                for part, top in zip(parts, tops, strict=True)
+            ])  # fmt: skip
+            shares = weigh(tops, sums)
+            return np.concatenate([softmax(p) * s for p, s in zip(parts, shares, strict=True)], -1)
+
+        yield f"the keys in {words}, each divided by its own sum, {how}", merged
 
 
 def _transposed(recipe: Recipe) -> Variants:

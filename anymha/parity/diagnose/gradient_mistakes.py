@@ -128,6 +128,9 @@ def _models(
         "the sum over the keys in the softmax's derivative has no p": lambda p, g: (
             p * (g - np.sum(g, -1, keepdims=True))
         ),
+        "the mean over the keys in the softmax's derivative has no p": lambda p, g: (
+            p * (g - np.mean(g, -1, keepdims=True))
+        ),
         "the sum over the keys in the softmax's derivative is added": lambda p, g: (
             p * (g + np.sum(p * g, -1, keepdims=True))
         ),
@@ -135,6 +138,15 @@ def _models(
             p * (g - np.mean(p * g, -1, keepdims=True))
         ),
     }
+    turned = lambda weights: weights.swapaxes(2, 3)  # noqa: E731
+    every = ("query", "key", "value")
+    for names in (("value",), ("key",), ("query",), *itertools.combinations(every, 2), every):
+        words = "the product with queries and keys for the gradient of the {} is not transposed"
+        try:
+            wrong = vector({f"weights of {name}": turned for name in names})
+        except ValueError:
+            continue  # there are not as many queries as keys
+        yield "wrong jacobian", words.format(" and ".join(names)), wrong
     for words, change in jacobians.items():
         yield "wrong jacobian", words, vector({"softmax": change})
 

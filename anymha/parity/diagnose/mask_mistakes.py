@@ -12,7 +12,16 @@ import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
 from anymha.parity.diagnose.measured import Family, number
-from anymha.parity.oracle.recipe import Arrays, Recipe, Step, Variants, allowed, softmax
+from anymha.parity.oracle.recipe import (
+    Arrays,
+    Recipe,
+    Step,
+    Variants,
+    allowed,
+    einsum,
+    reads,
+    softmax,
+)
 
 MOST_FIRST = 32
 """How many sizes of prefixes and windows are tried."""
@@ -198,6 +207,41 @@ def _other_windows(recipe: Recipe) -> Mapping[str, Any]:
         every["counted without the query offset"] = np.abs(alone) < window
     return {words: {"window": None, "masks": {**recipe.masks, "window": seen}}
             for words, seen in every.items()}  # fmt: skip
+
+
+def _padding_seen(recipe: Recipe) -> Variants:
+    """Zeros before the first key, and behind the last, that take part where a window reaches."""
+    if recipe.window is None:
+        return
+    most, (own, _), keys = recipe.window - 1, _counted(recipe), recipe.lengths[2]
+    behind = 0 if recipe.causal else np.clip(own + recipe.window - keys, 0, most)
+    count = np.clip(most - own, 0, most) + behind  # (1 or B, 1, T, 1)
+    if not np.any(count):
+        return
+
+    def split(recipe: Recipe, stages: Arrays, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shares of the keys, and that of all padding."""
+        logits = stages["masked_logits"]
+        padded = recipe.scale * einsum("bthk,hk->bht", stages["query"], key)[..., None]
+        top = np.maximum(logits.max(-1, keepdims=True), padded)
+        weights, rest = np.exp(logits - top), count * np.exp(padded - top)
+        total = weights.sum(-1, keepdims=True) + rest
+        return weights / np.where(total > 0, total, 1.0), rest / np.where(total > 0, total, 1.0)
+
+    heads, context = reads(recipe), recipe.steps["context"]
+    key, value = (recipe.weights.get(f"{name}.bias", np.zeros(stage.shape[2:]))[heads]
+                  for name, stage in ((n, recipe.stages[n]) for n in ("key", "value")))  # fmt: skip
+    zeros = recipe.stepping("probabilities", lambda r, s: split(r, s, 0 * key)[0])
+    yield "keys and values of zeros", zeros
+    if np.any(key) or np.any(value):
+
+        def more(recipe: Recipe, stages: Arrays) -> np.ndarray:
+            rest = split(recipe, stages, key)[1].swapaxes(1, 2)
+            return context(recipe, stages) + rest * value
+
+        of_keys = recipe.stepping("probabilities", lambda r, s: split(r, s, key)[0])
+        words = "inputs of zeros, whose keys and values are the biases"
+        yield words, of_keys.stepping("context", more)
 
 
 def _bias_wrong(recipe: Recipe) -> Variants:
@@ -604,6 +648,8 @@ MISTAKES: tuple[Row, ...] = (
      fields(lambda r: r.window is not None and not r.causal, _window_of_one_side)),
     ("another kind of window", "Query i sees the keys with |i - j| < W: the window slides with the "
      "query.", with_empty_rows(fields(lambda r: r.window is not None, _other_windows))),
+    ("padding beside the keys seen", "Where a window reaches beyond the first or the last key, "
+     "hide what pads them with -inf.", _padding_seen, no_families, True),
     ("wrong attention bias", "The bias is added once, after the scale.",
      _bias_wrong, _bias_times),
     ("attention bias of other positions", "Give each sequence, head, query and key its own place "

@@ -155,6 +155,9 @@ class _Format:
     detail: str
     weights: Callable[[str, np.ndarray], np.ndarray]
     arrays: Rounding
+    # How the reference's own half precision rounds a projection before it is cast, product and sum
+    # with the bias, or the sum alone: a number near the middle of two of the format falls to either
+    own: tuple[Rounding, bool] | None = None
 
 
 def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tuple[str, ...],
@@ -204,8 +207,8 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
                               key=lambda one: one[1].name == "TF32")  # fmt: skip
     if computed_dtype(evidence.trace) != expected and least > THEIRS / 4:
         return None
-    others = tuple(one.name for share, one, _ in found
-                   if one.name != form.name and share <= 1.5 * least)  # fmt: skip
+    others = tuple(dict.fromkeys(one.name for share, one, _ in found
+                                 if one.name != form.name and share <= 1.5 * least))  # fmt: skip
     wrong = _with_rounded(recipe, form, chosen)
     remaining = _remaining(evidence, wrong, expected, form.name)
     if not remaining <= 1:
@@ -227,8 +230,10 @@ def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
 
 
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
+    half: Rounding = partial(_cast, dtype=np.dtype(getattr(ml_dtypes, expected, expected)))
     for dtype, rounding in _dtypes(expected):
-        yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding)
+        for first in ((half, True), (half, False)) if BITS[expected] == 16 else (None,):
+            yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding, first)
     if eps("bfloat16") > eps(expected):
         cut = _cut_off
         yield _Format("bfloat16", "cut off in place of rounded", lambda _, w: cut(w), cut)
@@ -273,6 +278,9 @@ FACTORS = "factors of "
 INSIDE = "steps of the softmax"
 """The exponentials and their sum, and what they are made of."""
 
+UNDIVIDED = "factors of context, divided by the sum behind their product"
+"""Values and exponentials, as a fused kernel has them; the sum is not rounded."""
+
 BEFORE = " before the bias"
 """Behind a stage: what its product gives is rounded, before the bias or the scale."""
 
@@ -287,6 +295,7 @@ def _places(recipe: Recipe) -> list[list[str]]:
         places = [name for name in own if name in recipe.weights]
         places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
         places += [INSIDE] * (stage == "probabilities" and not recipe.sections)
+        places += [UNDIVIDED] * (stage == "context")
         if not recipe.sections:
             places += [stage + BEFORE] * (stage in ("logits", "output") or own[1] in recipe.weights)
         same = {"masked_logits": recipe.bias, "dropped_probabilities": recipe.kept}
@@ -305,10 +314,16 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
     for stage in STEPS:
         if FACTORS + stage in places:
             steps[stage] = _of_factors(steps[stage], stage, form.arrays)
+        if stage == "context" and UNDIVIDED in places:
+            steps[stage] = partial(_undivided, steps[stage], form.arrays)
         if stage == "probabilities" and INSIDE in places:
             steps[stage] = partial(_by_steps, steps[stage], form.arrays)
         if stage + BEFORE in places:
             steps[stage] = _before_the_bias(steps[stage], stage, form.arrays)
+        if stage in places and stage in PROJECTIONS and form.own is not None:
+            half, twice = form.own
+            product = _before_the_bias(steps[stage], stage, half) if twice else steps[stage]
+            steps[stage] = _stored(product, half)
         if stage in places:
             steps[stage] = _stored(steps[stage], form.arrays)
     return recipe.but(weights=weights, inputs=inputs, steps=steps)
@@ -325,6 +340,17 @@ def _by_steps(own: Step, rounding: Rounding, recipe: Recipe, stages: Arrays) -> 
     total = rounding(weights.sum(-1, keepdims=True))
     rounded = weights / np.where(total == 0, 1.0, total)
     return np.where(seen.any(-1, keepdims=True), rounded, own(recipe, stages))
+
+
+def _undivided(own: Step, rounding: Rounding, recipe: Recipe, stages: Arrays) -> np.ndarray:
+    """A context of rounded values and rounded exponentials."""
+    masked = stages["masked_logits"]
+    top = masked.max(-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(masked - np.where(np.isfinite(top), top, 0.0))
+    ratio = rounding(weights) / np.where(weights > 0, weights, 1.0)
+    shares = stages["dropped_probabilities"] * ratio
+    value = rounding(stages["value"])
+    return own(recipe, {**stages, "dropped_probabilities": shares, "value": value})
 
 
 def _before_the_bias(own: Step, stage: str, rounding: Rounding) -> Step:
@@ -350,7 +376,8 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
         .partition(".")[0]
         .removesuffix(BEFORE)
     )
-    stage = {"inputs": "query", INSIDE: "probabilities"}.get(stage, stage)
+    known = {UNDIVIDED.removeprefix(FACTORS): "context", INSIDE: "probabilities"}
+    stage = {"inputs": "query", **known}.get(stage, stage)
     bits = form.name.removeprefix("int")
     verb = "quantised" if bits != form.name else "rounded"
     to = f"{bits} bits" if bits != form.name else form.name
@@ -368,6 +395,11 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     softmax = {"logits", "masked_logits", INSIDE, "probabilities"}
     if {*places} <= softmax and len(places) > 1 and places[-1] in (INSIDE, "probabilities"):
         return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
+    of_logits = FACTORS + "logits" in places or {"query", "key"} <= {*places}
+    last = [name for name in places if name not in (*PROJECTIONS, FACTORS + "logits")]
+    if of_logits and last in ([UNDIVIDED, "context"], [FACTORS + "context", "context"]):
+        kernel = "attention alone, from queries, keys and values to the context"
+        return f"computed in {form.name}", "; ".join([*more, kernel]), stage
     if len(places) > every / 3:
         return f"computed in {form.name}", "; ".join(more), stage
     return f"{verb} to {to}", "; ".join([*more, " and ".join(places)]), stage

@@ -301,6 +301,9 @@ def _of_another(recipe: Recipe) -> Variants:
         if _matrix(recipe, name).shape == _matrix(recipe, other).shape:
             changed = taken(name, other)
             yield f"{name} has those of {other}", _with(recipe, changed)
+            kernel = {n: array for n, array in changed.items() if n.endswith("kernel")}
+            if any(changed.get(n) is not recipe.weights.get(n) for n in changed.keys() - kernel):
+                yield f"{name} has the kernel of {other}", _with(recipe, kernel)
             if name > other:
                 swapped = _with(recipe, {**changed, **taken(other, name)})
                 yield f"{other} and {name} swapped", swapped

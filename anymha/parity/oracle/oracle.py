@@ -36,8 +36,9 @@ Changes = Mapping[str, Callable[..., np.ndarray]]
 """Other gradients on the way back, by the place where they act.
 
 For "output", "context", "logits", "query", "key" and "value", and for "input of" the last three, it
-takes the gradient that comes there; for "softmax" the probabilities and their gradient, and gives
-that of the logits.
+takes the gradient that comes there; for "weights of" the first three what multiplies the other
+factor of their gradient, (B, H, T, S); for "softmax" the probabilities and their gradient, and it
+gives that of the logits.
 """
 
 
@@ -137,6 +138,14 @@ class _Features:
         """The gradient at a place of the backward pass."""
         return self.changes[place](gradient) if place in self.changes else gradient
 
+    def across(
+        self, name: str, formula: str, weights: np.ndarray, array: np.ndarray,
+        einsum: Callable[..., np.ndarray],
+    ) -> np.ndarray:  # fmt: skip
+        """A product that sums over queries or keys; a change may turn its first factor."""
+        place = f"weights of {name}"
+        return einsum(formula, self.changed(place, weights), array)
+
     def of_softmax(
         self, scores: np.ndarray, gradient: np.ndarray, einsum: Callable[..., np.ndarray]
     ) -> np.ndarray:
@@ -191,7 +200,7 @@ def _passes(
     }
     g_context = einsum("bto,hvo->bthv", g_output, w["output.kernel"])
     g_context = features.backward("context", g_context)
-    g_values = einsum("bhts,bthv->bshv", dropped, g_context)
+    g_values = features.across("value", "bhts,bthv->bshv", dropped, g_context, einsum)
     g_probs = einsum("bthv,bshv->bhts", g_context, values) * kept + g_scores
     g_probs = features.backward("probabilities", g_probs)
     g_logits = features.of_softmax(scores, g_probs, einsum)
@@ -203,10 +212,10 @@ def _passes(
         )
         gradients["attention_bias"] = einsum(f"bhts->{own}", g_logits).reshape(shape)
     g_logits = features.backward("logits", g_logits)
-    g_keys = scale * einsum("bhts,bthk->bshk", g_logits, q)
+    g_keys = scale * features.across("key", "bhts,bthk->bshk", g_logits, q, einsum)
     grouped = np.eye(k.shape[2])[heads]  # [H, K]
     parts = {
-        "query": scale * einsum("bhts,bshk->bthk", g_logits, keys),
+        "query": scale * features.across("query", "bhts,bshk->bthk", g_logits, keys, einsum),
         "key": einsum("bshk,hg->bsgk", g_keys, grouped),
         "value": einsum("bshv,hg->bsgv", g_values, grouped),
     }

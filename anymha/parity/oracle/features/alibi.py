@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -31,6 +32,14 @@ def _other_slopes(slopes: np.ndarray) -> dict[str, np.ndarray]:
             "those of the next higher power of two, the first H": longer[:heads],
             "those of the next higher power of two, every other one first": mixed[:heads],
         }
+    n = 2 ** int(math.log2(heads))
+    if n < heads:
+        for (words, start), (more_words, first) in itertools.product(
+            (("from 1", 1), ("from 0", 0)), (("1, 3, ..", 1), ("2, 4, ..", 2), ("0, 2, ..", 0))
+        ):
+            parts = (np.arange(n) + start) / n, (first + 2 * np.arange(heads - n)) / (2 * n)
+            words = f"2^(-8h/{n}), h {words}, then 2^(-8h/{2 * n}), h = {more_words}"
+            every[words] = 2.0 ** (-8 * np.concatenate(parts))
     return every
 
 
@@ -45,7 +54,7 @@ class AlibiSection(Section):
         power: The power to which the slopes are raised.
         shift: What is added to the positions of the queries.
         by_index: Whether positions are indices, whatever the call says.
-        slopes: Other slopes (H).
+        slopes: Other slopes (H), or (B, H).
         early: Whether it comes before a softcap.
     """
 
@@ -91,10 +100,11 @@ class AlibiSection(Section):
     def of_distance(self, distance: np.ndarray, heads: int) -> np.ndarray:
         """What is added (1 or B, H, T, S) where keys are so far behind queries (1 or B, T, S)."""
         slopes = self._own_slopes(heads) if self.slopes is None else self.slopes
-        slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
+        if slopes.ndim == 1:
+            slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
         if not self.signed:
             distance = np.maximum(distance, 0.0) if self.one_sided else np.abs(distance)
-        return -self.factor * (slopes**self.power)[:, None, None] * distance[:, None]
+        return -self.factor * (slopes**self.power)[..., None, None] * distance[:, None]
 
     def _own_slopes(self, heads: int) -> np.ndarray:
         return paper_slopes(heads) if self.value is True else np.array(self.value, np.float64)
@@ -153,6 +163,11 @@ class AlibiSection(Section):
         for words, slopes in every.items():
             if not np.allclose(slopes, right):
                 yield words, recipe.with_section(AlibiSection(self.value, slopes=slopes))
+        batch, (heads, _) = recipe.lengths[0], recipe.heads
+        if batch > 1:
+            words = "batch and heads exchanged: each slope for B rows in turn, of B * H"
+            turned = right.repeat(batch).reshape(batch, heads)
+            yield words, recipe.with_section(AlibiSection(self.value, slopes=turned))
         for power, words in ((0.5, "2^(-4h/H)"), (2.0, "2^(-16h/H)")):
             yield words, recipe.with_section(AlibiSection(self.value, power=power))
 

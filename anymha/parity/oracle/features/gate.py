@@ -58,7 +58,8 @@ class GateSection(Section):
 
     `function` is applied to what the projection of `source` gives, an input or "projected" for the
     projected queries or the "context", or to the context "itself"; the result multiplies the stage
-    `place`, or is `added` to it.
+    `place`, or is `added` to it. `columns`: the gates of heads are those of columns; `bare`: they
+    multiply the output before its bias.
     """
 
     option = "gate"
@@ -68,10 +69,10 @@ class GateSection(Section):
 
     def __init__(
         self, value: Any, function: str = "sigmoid", source: str = "query", place: str = "context",
-        added: bool = False,
+        added: bool = False, columns: bool = False, bare: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(value)
-        self.added = added
+        self.added, self.columns, self.bare = added, columns, bare
         self.function, self.source, self.place = function, source, place
 
     @property
@@ -101,6 +102,8 @@ class GateSection(Section):
         y = einsum("btd,dhv->bthv", x, kernel) + bias
         squares = einsum("btd,dhv->bthv", x * x, kernel * kernel) + bias * bias
         size = np.maximum(np.sqrt(squares), np.abs(y))
+        if self.columns:
+            y, size = y.swapaxes(-1, -2), size.swapaxes(-1, -2)
         if self.place == "output":
             y, size = (array.reshape(*array.shape[:2], -1) for array in (y, size))
         return y, size
@@ -111,6 +114,9 @@ class GateSection(Section):
             return array
         y, _ = self._projected(recipe, stages, array)
         gate = FUNCTIONS[self.function][0](y)
+        if self.bare:
+            bias = recipe.weights.get("output.bias", 0.0)
+            return (array - bias) * gate + bias
         return array + gate if self.added else array * gate
 
     def backward(
@@ -141,7 +147,7 @@ class GateSection(Section):
         cancel: bool,
     ) -> Arrays:
         """Of kernel and bias of the projection, and of the query through it."""
-        if stage != "context" or self.place != "context":
+        if stage != "context" or self.place != "context" or self.columns:
             return {}
         y, size = self._projected(recipe, stages, array)
         slope, x = FUNCTIONS[self.function][1](y), self._input(recipe, stages, array)
@@ -261,6 +267,9 @@ class GateSection(Section):
         """On the output, where that is as wide as all heads."""
         if recipe.weights["gate.kernel"][0].size == recipe.weights["output.kernel"].shape[-1]:
             yield "", recipe.with_section(GateSection(self.value, place="output"))
+            if np.any(recipe.weights.get("output.bias", 0.0)):
+                made = GateSection(self.value, place="output", bare=True)
+                yield "before its bias", recipe.with_section(made)
 
     def without_its_bias(self, recipe: Recipe) -> Variants:
         """Without its bias, or with that twice."""
@@ -279,6 +288,9 @@ class GateSection(Section):
             return recipe.but(weights={**recipe.weights, **turned})
 
         kernel = recipe.weights["gate.kernel"]
+        if kernel.ndim == 2 and kernel.shape[1] == recipe.stages["context"].shape[-1]:
+            words = "the gate of head h multiplies column h of every head"
+            yield words, recipe.with_section(GateSection(self.value, columns=True))
         at = 1 - kernel.ndim  # the axis of the heads, from the end
         yield "reversed", changed(lambda w: np.flip(w, at))
         for steps in range(1, kernel.shape[1]):

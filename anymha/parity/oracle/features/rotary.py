@@ -77,6 +77,7 @@ class RotarySection(Section):
         twice: The stages that are turned twice.
         own: The rotation of stages that have one of their own.
         change: Other frequencies, from those of the value and its plain ones.
+        rewritten: The stages whose turned pairs are written in the other layout.
     """
 
     option = "rotary"
@@ -100,6 +101,7 @@ class RotarySection(Section):
         twice: tuple[str, ...] = (),
         own: Mapping[str, RotarySection] = MappingProxyType({}),
         change: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        rewritten: tuple[str, ...] = (),
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
@@ -107,7 +109,7 @@ class RotarySection(Section):
         self.rounded, self.by_head, self.exchanged = rounded, by_head, exchanged
         self.times, self.twice, self.first = times or {}, twice, -1 if one_sign else 1
         self.factor = attention_factor(self.value) if factor is None else factor
-        self.places = places or {}
+        self.places, self.rewritten = places or {}, rewritten
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -130,6 +132,9 @@ class RotarySection(Section):
             a, b, result = array[..., one], array[..., two], array.copy()
             result[..., one], result[..., two] = a * cos - self.first * b * sin, b * cos + a * sin
             array = result
+        if stage in self.rewritten:
+            columns = np.sort(np.concatenate([one, two]))
+            array = _paired(array, None, columns, self.value["layout"] != "half")
         return array
 
     def backward(
@@ -211,6 +216,12 @@ class RotarySection(Section):
             heads = ops.permute_dims(array, (0, 2, 1, 3))
             own = replace(port, wrong={*port.wrong} - {"rotary along the heads"}, places={})
             return ops.permute_dims(self.ported(ops, place, heads, own), (0, 2, 1, 3))
+        if "rotary before the split" in wrong:
+            own = replace(port, wrong={*port.wrong} - {"rotary before the split"})
+            shape = tuple(array.shape)
+            heads = ops.reshape(array, (*shape[:2], 1, shape[2] * shape[3]))
+            whole = RotarySection({**rotary, "dim": None})
+            return ops.reshape(whole.ported(ops, place, heads, own), shape)
         _, length, _, d = array.shape
         r = d if rotary["dim"] is None else rotary["dim"]
         first = rotary["columns"] == "first"
@@ -260,6 +271,9 @@ class RotarySection(Section):
                 matrices[..., j, i] *= -1
         if "queries turned twice" in wrong and place == "query":
             matrices = matrices @ matrices
+        if "queries written in another layout" in wrong and place == "query":
+            order = start + np.arange(r).reshape((2, -1) if in_halves else (-1, 2)).T.reshape(-1)
+            matrices[..., start : start + r] = matrices[..., order]
         dtype = ops.to_numpy(array).dtype
         return ops.matmul(array, ops.from_numpy(matrices.astype(dtype)))
 
@@ -419,8 +433,12 @@ class RotarySection(Section):
                 changed = {n: _paired(weights[n], cut, columns, back) for n in every}
                 words = ("from halves to pairs", "from pairs to halves")[back]
                 words = f"{' and '.join(names)}, {words}" + f", as of {cut} heads" * bool(cut)
-                words += ", the biases are right" * (not bias)
-                yield words, recipe.but(weights={**weights, **changed})
+                rest = ", the biases are right" * (not bias)
+                yield words + rest, recipe.but(weights={**weights, **changed})
+                if cut:  # permuted rightly, and back as of the queries' heads, or the other way
+                    again = {n: _paired(a, None, columns, not back) for n, a in changed.items()}
+                    yield f"{words}, and back as of {own}{rest}", recipe.but(
+                        weights={**weights, **again})  # fmt: skip
 
     def elsewhere(self, recipe: Recipe) -> Variants:
         """The other end of the heads, or another number of columns."""
@@ -440,6 +458,21 @@ class RotarySection(Section):
             if base != self.value["base"]:
                 words = f"{base:.9g} in place of {self.value['base']:.9g}"
                 yield words, self._but(recipe, base=base)
+
+    def written_in_another_layout(self, recipe: Recipe) -> Variants:
+        """Pairs that are read in one layout and written in the other, of one of the two alone."""
+        for stage in self.on:
+            made = self._with(recipe, rewritten=(stage,), factor=self.factor)
+            yield f"the {stage} alone", made
+
+    def before_the_split(self, recipe: Recipe) -> Variants:
+        """All heads turned as one, whose pairs and frequencies are those of the whole width."""
+        if (self.value["scaling"] or {}).get("rope_type") == "longrope":
+            return  # which has a factor for each pair
+        for layout in dict.fromkeys((self.value["layout"], "half", "interleaved")):
+            whole = _WholeSection({**self.value, "dim": None, "layout": layout}, factor=self.factor)
+            words = {"half": "halves", "interleaved": "neighbours"}[layout]
+            yield f"{words} of the whole width", recipe.with_section(whole)
 
     def coarse(self, recipe: Recipe) -> Variants:
         """Frequencies, angles, or cosines and sines, each or several in half precision."""
@@ -569,6 +602,10 @@ class RotarySection(Section):
         ("rotary columns of weights permuted", "Permute the columns of a checkpoint's kernels and "
          "biases of queries and keys alike, each by its own heads, where `layout` is another.",
          of_permuted_weights, True),
+        ("rotary written in another layout", "Write the turned pairs to the columns from which "
+         "they are read.", written_in_another_layout),
+        ("rotary before the split into heads", "Split queries and keys into heads, and turn each "
+         "head then: its pairs and frequencies are those of its own width.", before_the_split),
         ("rotary angles in half precision", "Compute positions times frequencies, cosines and "
          "sines in float32 at least.", coarse),
     )  # fmt: skip
@@ -590,8 +627,37 @@ class RotarySection(Section):
         ("another base", "rotary of another base", "query"),
         ("the ramp the other way round", "rotary of another scaling", "query"),
         ("keys turned the other way", "rotary of the query unlike that of the key", "key"),
+        ("queries written in another layout", "rotary written in another layout", "query"),
+        ("rotary before the split", "rotary before the split into heads", "query"),
         ("rotary angles in bfloat16", "rotary angles in half precision", "query"),
     )
+
+
+class _WholeSection(RotarySection):
+    """The rotation of queries and keys before they are split into heads."""
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """All heads turned as one."""
+        return self._as_one(super().forward, stage, array, recipe, stages)
+
+    def sizes(
+        self, stage: str, sizes: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray:
+        """Errors are turned too."""
+        sizes = np.broadcast_to(sizes, array.shape)
+        whole = array.reshape(*array.shape[:2], 1, -1)
+        own = super().sizes(stage, sizes.reshape(whole.shape), whole, recipe, stages)
+        return own.reshape(array.shape)
+
+    def own_errors(
+        self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays
+    ) -> np.ndarray | float:
+        """Those of the turned width."""
+        return self._as_one(super().own_errors, stage, array, recipe, stages)
+
+    def _as_one(self, method: Any, stage: str, array: np.ndarray, *rest: Any) -> Any:
+        whole = method(stage, array.reshape(*array.shape[:2], 1, -1), *rest)
+        return whole.reshape(array.shape) if np.ndim(whole) else whole
 
 
 SECTION = RotarySection

@@ -180,10 +180,14 @@ class SinksSection(Section):
                 yield words, recipe.with_section(SinksSection(self.value, order=order))
 
     def not_exponentiated(self, recipe: Recipe) -> Variants:
-        """The weight itself in the sum."""
-        for words, shifted in (("", False), (", beside those of logits less the maximum", True)):
-            yield f"itself in the sum{words}", recipe.with_section(
-                SinksSection(self.value, shifted=shifted, plain=True))  # fmt: skip
+        """The weight itself in the sum, or its absolute value, as a sum must not be negative."""
+        for what, function in (("itself", None), ("its absolute value", np.abs)):
+            for words, shifted in (
+                ("", False),
+                (", beside those of logits less the maximum", True),
+            ):
+                yield f"{what} in the sum{words}", recipe.with_section(SinksSection(
+                    self.value, shifted=shifted, plain=True, function=function))  # fmt: skip
 
     def in_another_column(self, recipe: Recipe) -> Variants:
         """The column of a key dropped behind the softmax in place of the sink's."""

@@ -1,0 +1,55 @@
+"""Kernels that are measured by calls of the candidate, where no known mistake explains it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from anymha.framework.registry import backend_of
+from anymha.parity.adapters.decoding import Stepwise
+from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.diagnose.own_weights import FIX
+from anymha.parity.diagnose.probed_kernels import probed_kernels
+from anymha.parity.oracle.truth import fold
+from anymha.parity.reports.report import Comparison
+from anymha.parity.stages.trace import Adapter, problem_of
+
+
+def with_probed_kernels(comparison: Comparison, candidate: Adapter) -> Comparison:
+    """The comparison with kernels that differ by a matrix of low rank, where these explain it."""
+    request, (first, second), told = comparison.request, comparison.traces, comparison.diagnosis
+    known = told is None or told.causes or told.untried
+    if comparison.passed or known or comparison.first_divergence != "output":
+        return comparison
+    if first.weights is None or first.config is None or first.random or second.random:
+        return comparison
+    if isinstance(candidate, Stepwise) or "key" in request.inputs or request.training:
+        return comparison
+    if not comparison.exact or first.output.ndim != 3 or first.output.dtype != np.float32:
+        return comparison
+    ops = backend_of(request.originals["query"]).ops
+
+    def ask(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        own = {name: inputs[name].astype(np.float32) for name in request.inputs}
+        call = {n: value for n, value in request.call.items() if n == "use_causal_mask"}
+        other = dataclasses.replace(
+            request, inputs=own, originals={n: ops.from_numpy(x) for n, x in own.items()},
+            masks={}, bias=None, call=call,
+        )  # fmt: skip
+        return candidate.trace(other, None).output
+
+    recipe = fold(problem_of(first.config, first.weights, request)).recipe
+    evidence = Evidence(second, {"output": second.output.astype(np.float64)}, first)
+    try:
+        found = probed_kernels(recipe, ask, evidence)
+    except Exception:  # it takes no such call
+        return comparison
+    if found is None:
+        return comparison
+    stage = found[0].partition(".")[0]
+    worst = max(evidence.errors(found[1]).values())
+    diagnosis = Diagnosis((Cause("other weights", found[0], stage, FIX),), worst, (), found[1])
+    return dataclasses.replace(comparison, diagnosis=diagnosis, first_divergence=stage)
