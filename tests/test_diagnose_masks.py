@@ -90,6 +90,10 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
                CAUSAL, "causal mask by blocks (of 3, each query sees its own block and those"),
     "edges": (lambda segment_ids: pieces(segment_ids), {"segment_ids": IDS, **CAUSAL},
               "segment ids shifted by one (segments begin one position early, each has the id"),
+    "ends": (lambda segment_ids: without_last(np.where(segment_ids == 0, -1, segment_ids)),
+             {"segment_ids": IDS, **CAUSAL}, "left out (the first and the last of each row)"),
+    "as many": (lambda value_mask: of_keys(np.arange(LENGTH) < value_mask.sum(-1, keepdims=True)),
+                {"value_mask": HOLES}, "(the mask, taken for a length: as many of the first keys"),
     "last": (lambda segment_ids: without_last(segment_ids), {"segment_ids": IDS, **CAUSAL},
              "segment left out (the last of each row)"),
 }  # fmt: skip

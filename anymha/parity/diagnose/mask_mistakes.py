@@ -354,6 +354,13 @@ def _joined_by_or(recipe: Recipe) -> Variants:
     parts = {_named(name, recipe): mask for name, mask in recipe.masks.items()}
     if recipe.causal or recipe.window is not None:
         parts["the mask of positions"] = allowed(recipe.but(masks={}))
+    if recipe.causal and recipe.window is not None:
+        window, causal = (allowed(recipe.but(masks={}, **one))
+                          for one in ({"causal": False}, {"window": None}))  # fmt: skip
+        either = recipe.but(
+            masks={**recipe.masks, "either": window | causal}, causal=False, window=None
+        )
+        yield "masks joined by OR: the causal mask and the window", either
     free = recipe.but(causal=False, window=None)
     if len(parts) > 1:
         both = free.but(masks={"either": reduce(np.logical_or, parts.values())})
@@ -383,6 +390,8 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
             "reshaped to (keys, queries)",
             np.swapaxes(mask.reshape(*mask.shape[:2], keys, queries), 2, 3).reshape(mask.shape),
         )
+    if mask.shape[3] > 1:
+        yield from _as_lengths(mask)
     yield from _elsewhere_on_an_axis(mask)
     for axis in (2, 3):
         for by in (1, -1) if mask.shape[axis] > 1 else ():
@@ -409,6 +418,18 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         for words, order in orders.items():
             detail = f"{words} with batch and heads in the wrong order"
             yield detail, mask[:, 0][order]
+
+
+def _as_lengths(mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A mask with holes, or with padding in front, taken for a number of keys."""
+    place, keys = np.arange(mask.shape[3]), mask.shape[3]
+    count = mask.sum(-1, keepdims=True)
+    hole = np.where(mask.all(-1), keys, np.argmin(mask, -1))[..., None]
+    last = np.where(mask.any(-1), keys - np.argmax(mask[..., ::-1], -1), 0)[..., None]
+    yield "taken for a length: as many of the first keys are seen", place < count
+    yield "taken for a length: as many of the last keys are seen", place >= keys - count
+    yield "taken for a length: what follows the first hidden key is hidden", place < hole
+    yield "taken for a length: all up to the last key that it shows is seen", place < last
 
 
 _AXES = ("sequences", "heads", "queries", "keys")

@@ -113,6 +113,9 @@ MISTAKES: tuple[Row, ...] = (
      "of the row to the places where ids change.",
      with_empty_rows(_seen({f"the {words} of each row{more}": partial(_lost, first, padding)
             for words, first in (("last", False), ("first", True))
+            for more, padding in (("", False), (", padding counted", True))} |
+           {f"the first and the last of each row{more}": lambda ids, key_ids, padding=padding: (
+                _lost(True, padding, ids, key_ids) & _lost(False, padding, ids, key_ids))
             for more, padding in (("", False), (", padding counted", True))}))),
     ("segments joined", "Segments that stand beside each other see nothing of each other.",
      _seen({"each with its neighbours": lambda ids, key_ids: (
