@@ -252,6 +252,8 @@ def _row_of_another(facts: Decoded) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{words} for all", np.full_like(rows, row)
     for by, words in ((1, "before"), (-1, "behind")) if len(rows) > 1 else ():
         yield f"the row {words}", np.roll(rows, by)
+    if len(rows) > 2:
+        yield "the rows from the last to the first", rows[::-1]
 
 
 @_decoding

@@ -17,6 +17,9 @@ from anymha.parity.oracle.recipe import Arrays, Recipe, Step, Variants, allowed,
 MOST_ROWS = 16
 """How many sequences are tried whose mask all have."""
 
+BLOCKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)
+"""Sizes of the blocks by which a causal rule is taken."""
+
 MOST_FIRST = 32
 """How many sizes of prefixes and windows are tried."""
 
@@ -606,7 +609,7 @@ def _causal_by_blocks(recipe: Recipe) -> Variants:
         return
     own, other = _counted(recipe)
     free = recipe.but(causal=False)
-    for size in range(2, min(max(recipe.lengths[1:]), MOST_FIRST) + 1):
+    for size in (n for n in BLOCKS if n < max(recipe.lengths[1:])):
         block = own // size
         for words, seen in {
             f"of {size}, each query sees its own block and those before": other // size <= block,
