@@ -102,6 +102,9 @@ FAULTS = (
     Fault("holds new keys without rotation", "cached keys rotated wrongly", "linear rotary"),
     Fault("repeats the last value", "stale keys", "linear"),
     Fault("joins new positions in front", "cache in another order", "linear"),
+    Fault("writes values one slot late", "cache written off by one", "linear"),
+    Fault("joins new values in front", "cache in another order", "linear"),
+    Fault("reads row 0 for all, its new positions too", "cache of another row", "linear"),
     Fault("holds float16", "cache in half precision", "linear float32"),
     Fault("one position for a call", "positions read after the update", "position"),
 )  # fmt: skip
@@ -142,6 +145,7 @@ class Port:
             "moves a call back until it fits": -4,
             "sees the empty slots of a long cache": 64 - max_length,
             "writes one slot late": 1,
+            "writes values one slot late": 1,
             "ring of one position fewer": -1,
             "ring of one position more": 1,
         }
@@ -218,8 +222,11 @@ class Port:
             bare = wrong == "holds keys without rotation" or (
                 wrong == "holds new keys without rotation" and length)  # fmt: skip
             new.keys[row, slots] = k if bare else turned
+        if wrong == "joins new values in front":
+            new.values[row, count : count + length] = old_values[:length]
         if not (wrong == "writes no values behind the prompt" and length):
-            new.values[row, slots] = v
+            late = wrong == "writes values one slot late"
+            new.values[row, index if wrong == "joins new values in front" else slots + late] = v
         if wrong == "repeats the last value" and length:
             new.values[row, slots] = old_values[length - 1]
         if wrong == "holds float16":
@@ -241,6 +248,8 @@ class Port:
             every_key[slots] = turned
         if wrong in ("repeats the last value", "holds float16"):
             every_value[slots] = v
+        if wrong == "reads row 0 for all, its new positions too":
+            every_key, every_value = new.keys[0], new.values[0]
         at = np.arange(size)
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):

@@ -80,6 +80,8 @@ _FAULTS = (
     Fault("the first keys seen beside the window", "first keys seen by all", "masked_logits",
           ("causal",), {"sliding_window": 3}),
     Fault("window not asked for", "window not asked for", "masked_logits", ("causal",)),
+    Fault("causal by blocks", "causal mask by blocks", "masked_logits", ("causal",)),
+    Fault("last segment left out", "segment left out", "masked_logits", ("segments",)),
     Fault("segments two and two", "segments joined", "masked_logits", ("segments",)),
     Fault("offset taken off", "query offset ignored", "masked_logits", ("causal", "offset")),
     Fault("query bias in another order", "heads interleaved", "query"),

@@ -285,6 +285,7 @@ class Port:
             distance = j - i - shift
             late = 1 if "next key seen" in wrong else -1 if "own key not seen" in wrong else 0
             rule = distance >= 0 if "causal reversed" in wrong else distance <= late
+            rule = j // 3 <= (i + shift) // 3 if "causal by blocks" in wrong else rule
             seen = seen & (rule | (j < 3) if "the first keys seen by all" in wrong else rule)
         if self.window is not None and "window ignored" not in wrong:
             size = self.window + ("window wider" in wrong) - ("window narrower" in wrong)
@@ -331,6 +332,8 @@ class Port:
             return (rows // 2 == columns // 2) & (columns >= 0)
         if "padding of segments seen" in wrong:
             return rows == columns
+        if "last segment left out" in wrong:
+            columns = np.where(columns == columns.max(-1, keepdims=True), -1, columns)
         return (rows == columns) & (columns >= 0)
 
     def _softmax(self, logits: Any, raw: Any) -> Any:

@@ -20,6 +20,7 @@ from anymha.parity.diagnose.wrong_caches import (
     in_slots,
     in_window,
     keys_turned,
+    misaligned,
     of_rows,
     of_rows_and_lengths,
     past,
@@ -68,7 +69,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
             seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
         "a call sees the first one and itself alone": seen & (own | first),
         "a call sees itself alone": seen & own,
-        "a call sees the one before it and itself alone":
+        "the last call alone is kept, a call sees the one before it and itself":
             seen & (calls[:, None] - calls <= 1),
         "the call before is not seen": seen & (own | (calls <= calls[:, None] - 2)),
         "of a call the first position alone is held":
@@ -236,6 +237,12 @@ def _off_by_one(recipe: Recipe, facts: Decoded) -> Variants:
         for detail, by_slot in (("", "keys"), (", ALiBi of slots alone", "slots")):
             yield f"{words}, the last is seen{detail}", in_slots(
                 recipe, facts, slots, slots, grown, by_slot=by_slot)  # fmt: skip
+        for said, keys, values in _ONE_OF_BOTH:
+            yield f"{said} alone, {words}", misaligned(recipe, facts, slots, keys, values)
+
+
+_ONE_OF_BOTH = ("values", False, True), ("keys", True, False)
+"""Keys or values alone: words, whether keys, whether values."""
 
 
 def _row_of_another(facts: Decoded) -> Iterator[tuple[str, np.ndarray]]:
@@ -245,6 +252,8 @@ def _row_of_another(facts: Decoded) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{words} for all", np.full_like(rows, row)
     for by, words in ((1, "before"), (-1, "behind")) if len(rows) > 1 else ():
         yield f"the row {words}", np.roll(rows, by)
+    if len(rows) > 2:
+        yield "the rows from the last to the first", rows[::-1]
 
 
 @_decoding
@@ -415,6 +424,16 @@ def _in_front(recipe: Recipe, facts: Decoded) -> Variants:
     if recipe.window is not None:
         yield "new positions in front of the old, the window by positions", seeing(
             recipe, seen & in_window(recipe, behind(facts)))  # fmt: skip
+    for said, keys, values in _ONE_OF_BOTH:
+        yield f"new {said} alone in front of the old", misaligned(
+            recipe, facts, None, keys, values)  # fmt: skip
+        yield f"{said} alone, each call at slot 0", misaligned(
+            recipe, facts, index, keys, values)  # fmt: skip
+    for words, rows in (("longest", np.max), ("shortest", np.min)) if facts.ragged else ():
+        begins = rows(facts.begins, axis=0, keepdims=True)
+        for said, keys, values in _ONE_OF_BOTH:
+            yield f"{said} alone, behind the {words} row", misaligned(
+                recipe, facts, begins + index, keys, values)  # fmt: skip
 
 
 @_decoding
@@ -547,7 +566,7 @@ def _from_zero(recipe: Recipe, facts: Decoded) -> Variants:
     index = facts.places - facts.begins
     yield from _placed(recipe, facts, "", index)
     seen = right(recipe, facts) & (facts.places[:, None] <= index[..., None])
-    yield "the causal rule alone", seeing(recipe, seen)
+    yield "the causal rule alone, its corner at the first key", seeing(recipe, seen)
     if recipe.options.keys() & {"rotary", "alibi"}:
         other = _given(recipe, index, facts.places)
         both = {"positions": other, "key_positions": other}
@@ -561,6 +580,9 @@ def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
     groups: list[tuple[str, int | None]] = [("", None)]
     if facts.turned is not None:
         groups.insert(0, ("the first call's, ", 0))
+        for said, keys, values in (("rows", True, True), *_ONE_OF_BOTH):
+            yield f"the {said} are not reordered", of_rows(
+                recipe, facts, np.argsort(facts.turned), 0, keys, values)  # fmt: skip
     index = facts.places - facts.begins
     for words, call in groups:
         for of, rows in _row_of_another(facts):
@@ -568,6 +590,9 @@ def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
                                        (", values alone", False, True)):  # fmt: skip
                 yield f"{words}those of {of}{said}", of_rows(
                     recipe, facts, rows, call, keys, values)  # fmt: skip
+                if call is None:
+                    yield f"those of {of}, what the call writes too{said}", of_rows(
+                        recipe, facts, rows, None, keys, values, own=True)  # fmt: skip
             if facts.ragged and call == 0:
                 yield f"{words}those of {of}, and the length", of_rows_and_lengths(
                     recipe, facts, rows)  # fmt: skip

@@ -23,6 +23,12 @@ from anymha.parity.oracle.recipe import (
     softmax,
 )
 
+MOST_ROWS = 16
+"""How many sequences are tried whose mask all have."""
+
+BLOCKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)
+"""Sizes of the blocks by which a causal rule is taken."""
+
 MOST_FIRST = 32
 """How many sizes of prefixes and windows are tried."""
 
@@ -386,11 +392,30 @@ def _of_others(recipe: Recipe) -> Variants:
     for named, mask, rest in _groups(recipe):
         for words, moved in _moved(recipe, mask):
             yield f"{named}, {words}", rest.but(masks={**rest.masks, "moved": moved})
-    if len(recipe.masks) > 1 or (recipe.masks and recipe.causal):
-        parts = [*recipe.masks.values(), allowed(recipe.but(masks={}))]
-        both = recipe.but(masks={"either": reduce(np.logical_or, parts)}, causal=False, window=None)
-        yield "masks joined by OR: what one of them lets see, no other hides", both
+    yield from _joined_by_or(recipe)
     yield from _chunks(recipe)
+
+
+def _joined_by_or(recipe: Recipe) -> Variants:
+    """Masks of which it is enough that one lets see: all of them, or two of several."""
+    parts = {_named(name, recipe): mask for name, mask in recipe.masks.items()}
+    if recipe.causal or recipe.window is not None:
+        parts["the mask of positions"] = allowed(recipe.but(masks={}))
+    if recipe.causal and recipe.window is not None:
+        window, causal = (allowed(recipe.but(masks={}, **one))
+                          for one in ({"causal": False}, {"window": None}))  # fmt: skip
+        either = recipe.but(
+            masks={**recipe.masks, "either": window | causal}, causal=False, window=None
+        )
+        yield "masks joined by OR: the causal mask and the window", either
+    free = recipe.but(causal=False, window=None)
+    if len(parts) > 1:
+        both = free.but(masks={"either": reduce(np.logical_or, parts.values())})
+        yield "masks joined by OR: what one of them lets see, no other hides", both
+    for pair in itertools.combinations(parts, 2) if len(parts) > 2 else ():
+        rest = {name: mask for name, mask in parts.items() if name not in pair}
+        either = {**rest, "either": parts[pair[0]] | parts[pair[1]]}
+        yield f"masks joined by OR: {' and '.join(pair)}", free.but(masks=either)
 
 
 def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -404,11 +429,16 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         yield f"it hides {other}, not {of}", turned
         yield f"it hides {other} as well as {of}", mask & turned
         yield f"it hides pairs where both, {other} and {of}, are hidden", mask | turned
+    if batch == queries > 1 and {mask.shape[0], mask.shape[2]} == {1, batch}:
+        shapes = ("(B, S)", "(T, S)") if mask.shape[2] == 1 else ("(T, S)", "(B, S)")
+        yield "of {} taken for one of {}".format(*shapes), np.swapaxes(mask, 0, 2)
     if mask.shape[2] > 1 and mask.shape[3] > 1 and queries != keys:
         yield (
             "reshaped to (keys, queries)",
             np.swapaxes(mask.reshape(*mask.shape[:2], keys, queries), 2, 3).reshape(mask.shape),
         )
+    if mask.shape[3] > 1:
+        yield from _as_lengths(mask)
     yield from _elsewhere_on_an_axis(mask)
     for axis in (2, 3):
         for by in (1, -1) if mask.shape[axis] > 1 else ():
@@ -435,6 +465,18 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         for words, order in orders.items():
             detail = f"{words} with batch and heads in the wrong order"
             yield detail, mask[:, 0][order]
+
+
+def _as_lengths(mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A mask with holes, or with padding in front, taken for a number of keys."""
+    place, keys = np.arange(mask.shape[3]), mask.shape[3]
+    count = mask.sum(-1, keepdims=True)
+    hole = np.where(mask.all(-1), keys, np.argmin(mask, -1))[..., None]
+    last = np.where(mask.any(-1), keys - np.argmax(mask[..., ::-1], -1), 0)[..., None]
+    yield "taken for a length: as many of the first keys are seen", place < count
+    yield "taken for a length: as many of the last keys are seen", place >= keys - count
+    yield "taken for a length: what follows the first hidden key is hidden", place < hole
+    yield "taken for a length: all up to the last key that it shows is seen", place < last
 
 
 _AXES = ("sequences", "heads", "queries", "keys")
@@ -538,6 +580,8 @@ def _elsewhere(recipe: Recipe) -> Variants:
                rest.stepping("masked_logits", shown))  # fmt: skip
         yield (f"{named}: the logits of the keys seen are lost beside a great number that is added",
                rest.stepping("masked_logits", even))  # fmt: skip
+        less = rest.after(("masked_logits",), lambda x, seen=seen: x - np.where(seen, 0.0, 1.0))
+        yield f"{named}: hidden logits are lowered by 1 only, a finite number", less
         great = "a great positive number: hidden keys alone are seen"
         for words, one in (("zero, as by 1e-9 or a product with the mask", 0.0), (great, 1e4)):
             yield f"{named}: hidden logits are filled with {words}", _filled(rest, seen, one)
@@ -572,6 +616,12 @@ def _of_another_sequence(recipe: Recipe) -> Variants:
                    "that of the last of the sequences for all": mask[-1:]}  # fmt: skip
         changes |= {f"of another of the sequences, {n} on": np.roll(mask, n, 0)
                     for n in range(1, min(batch, 3))}  # fmt: skip
+        changes |= {f"that of number {n} of the sequences for all": mask[n : n + 1]
+                    for n in range(1, min(len(mask), MOST_ROWS) - 1)}  # fmt: skip
+        changes |= {
+            "what one sequence hides, all hide, as cut to the shortest": mask.all(0, keepdims=True),
+            "what one sequence sees, all see, as of the longest": mask.any(0, keepdims=True),
+        }
         for words, other in changes.items() if len(mask) > 1 else ():
             yield f"{_named(name, recipe)}, {words}", recipe.but(
                 masks={**recipe.masks, name: other})  # fmt: skip
@@ -595,6 +645,27 @@ def _first_seen(recipe: Recipe) -> Variants:
         if recipe.causal and recipe.window is not None:
             masks = {**recipe.masks, "first": near & behind | first}
             yield f"{words}, a prefix beside window and causal mask", free.but(masks=masks)
+
+
+def _causal_by_blocks(recipe: Recipe) -> Variants:
+    """The causal rule for whole blocks of positions, as a kernel decides which it visits."""
+    if not recipe.causal or recipe.window is not None:
+        return
+    own, other = _counted(recipe)
+    free = recipe.but(causal=False)
+    for size in (n for n in BLOCKS if n < max(recipe.lengths[1:])):
+        block = own // size
+        for words, seen in {
+            f"of {size}, each query sees its own block and those before": other // size <= block,
+            f"of {size}, each query sees the blocks before its own alone": other // size < block,
+            f"of {size}, each query sees the blocks before its own and itself": (
+                (other // size < block) | (other == own)
+            ),
+            f"of {size}, each query sees as much as the first of its block": (
+                other <= block * size
+            ),
+        }.items():
+            yield words, free.but(masks={**recipe.masks, "blocks": seen})
 
 
 def _windows_of_its_own(recipe: Recipe) -> Variants:
@@ -672,6 +743,8 @@ MISTAKES: tuple[Row, ...] = (
     ("first keys seen by all", "A prefix that all queries see, or first keys beside a window, are "
      "no rule of the layer: leave them out, or give the reference a mask.",
      with_empty_rows(_first_seen), no_families, True),
+    ("causal mask by blocks", "Query i sees keys j <= i: compare positions, not the "
+     "blocks in which they stand.", with_empty_rows(_causal_by_blocks), no_families, True),
     ("window not asked for", "Leave the window out, or give it to the reference too.",
      _windows_of_its_own, no_families, True),
     ("causal mask not asked for", "Switch the causal mask off.",

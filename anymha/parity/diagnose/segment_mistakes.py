@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row
+from anymha.parity.diagnose.mask_mistakes import with_empty_rows
 from anymha.parity.oracle.recipe import Recipe, Variants
 
 Seen = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -30,6 +31,31 @@ def _bounds(by: int, keys_by: int, ids: np.ndarray, key_ids: np.ndarray) -> np.n
         return np.take(array, index, axis)
 
     return _same(moved(ids, by, 2), moved(key_ids, keys_by, 3))
+
+
+def _pieces(by: int, ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
+    """Pieces of a row that begin one position late or early, with the id of their begin."""
+    rows, index = ids[:, 0, :, 0], np.arange(ids.shape[2])
+    if not np.array_equal(rows, key_ids[:, 0, 0]):
+        return _same(ids, key_ids)
+    run = np.cumsum(np.diff(rows, axis=1, prepend=rows[:, :1]) != 0, axis=1)
+    run = run[:, np.clip(index - by, 0, len(index) - 1)]
+    begins = np.diff(run, axis=1, prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    pieces = np.where(np.take_along_axis(rows, first, 1) < 0, -1, run)
+    return _same(pieces[:, None, :, None], pieces[:, None, None])
+
+
+def _lost(first: bool, padding: bool, ids: np.ndarray, key_ids: np.ndarray) -> np.ndarray:
+    """All but the first or the last segment of each row; `padding` may be that one."""
+    rows = key_ids[:, 0, 0]
+    if padding and np.all(rows >= 0):
+        return _same(ids, key_ids)
+    counted = np.ones_like(rows, bool) if padding else rows >= 0
+    at = np.argmax(counted if first else counted[:, ::-1], axis=1)
+    at = at if first else rows.shape[1] - 1 - at
+    own = np.take_along_axis(rows, at[:, None], 1)[:, None, None]
+    return _same(ids, key_ids) & (key_ids != own)
 
 
 def _seen(variants: dict[str, Seen]) -> Maker:
@@ -80,7 +106,17 @@ MISTAKES: tuple[Row, ...] = (
            {f"{words} begin one position {'late' if by > 0 else 'early'}": partial(
                 _bounds, n * by, m * by)
             for words, n, m in (("segments", 1, 1), ("those of the queries", 1, 0),
-                                ("those of the keys", 0, 1)) for by in (1, -1)})),
+                                ("those of the keys", 0, 1)) for by in (1, -1)} |
+           {f"segments begin one position {words}, each has the id of its first position": partial(
+                _pieces, by) for words, by in (("late", 1), ("early", -1))})),
+    ("segment left out", "Each segment attends, the first and the last of a row too: join the ends "
+     "of the row to the places where ids change.",
+     with_empty_rows(_seen({f"the {words} of each row{more}": partial(_lost, first, padding)
+            for words, first in (("last", False), ("first", True))
+            for more, padding in (("", False), (", padding counted", True))} |
+           {f"the first and the last of each row{more}": lambda ids, key_ids, padding=padding: (
+                _lost(True, padding, ids, key_ids) & _lost(False, padding, ids, key_ids))
+            for more, padding in (("", False), (", padding counted", True))}))),
     ("segments joined", "Segments that stand beside each other see nothing of each other.",
      _seen({"each with its neighbours": lambda ids, key_ids: (
                 (np.abs(ids - key_ids) <= 1) & (ids >= 0) & (key_ids >= 0)),

@@ -5,7 +5,7 @@ Arrays of pairs are booleans (B, T, T), queries before keys, in the columns of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,7 @@ def exchanged(recipe: Recipe, pairs: np.ndarray) -> Recipe:
 
 def of_rows(
     recipe: Recipe, facts: Decoded, source: np.ndarray, call: int | None, keys: bool = True,
-    values: bool = True,
+    values: bool = True, own: bool = False,
 ) -> Recipe:  # fmt: skip
     """The recipe whose rows read the cache of other rows, `source` (B,), slot by slot.
 
@@ -229,12 +229,57 @@ def of_rows(
         call: The call whose slots alone are another row's; None: those of all calls before.
         keys: Whether keys are read from there.
         values: Whether values are.
+        own: Whether what a call itself writes is read from there too.
     """
-    pairs = cached(facts) & ((facts.calls == call) | (call is None))
-    rows, read = source[:, None], dict[int, np.ndarray]()
-    for now in range(1, facts.calls[-1] + 1):
-        held = facts.valid & (facts.calls < now) & ((facts.calls == call) | (call is None))
+    pairs, read = cached(facts) & ((facts.calls == call) | (call is None)), dict[int, np.ndarray]()
+    for now in range(0 if own else 1, facts.calls[-1] + 1):
+        held = facts.valid & (facts.calls < now + own) & ((facts.calls == call) | (call is None))
         read[now] = _standing(recipe, facts, source, held)
+    pairs = pairs | (own & (facts.calls[:, None] == facts.calls))
+    return _reading(recipe, facts, source, read, pairs, keys, values)
+
+
+def misaligned(
+    recipe: Recipe, facts: Decoded, slots: np.ndarray | None, keys: bool, values: bool
+) -> Recipe:
+    """The recipe of a cache in which keys or values alone stand in other slots.
+
+    Args:
+        recipe: The right one.
+        facts: How its sequences are read.
+        slots: (B, T): the slot into which a valid column is written; an empty slot holds zeros.
+            None: a call's columns are joined in front of those that are held.
+        keys: Whether keys stand there.
+        values: Whether values do.
+    """
+    places, calls, length = facts.places, facts.calls, len(facts.calls)
+    held = None if slots is None else _contents(facts, slots, 2 * length)
+    read = dict[int, np.ndarray]()
+    for now in range(calls[-1] + 1):
+        if held is None:
+            column = np.full(facts.valid.shape, -1)
+            for row, valid in enumerate(facts.valid & (calls <= now)):
+                columns = np.flatnonzero(valid)
+                order = columns[np.argsort(-calls[columns], kind="stable")]
+                fits = places[row] < len(order)
+                column[row, fits] = order[places[row, fits]]
+        else:
+            column = np.take_along_axis(held[:, np.argmax(calls == now)], places, 1)
+        read[now] = np.where(facts.valid, column, -1)
+    pairs = calls[:, None] >= calls
+    return _reading(recipe, facts, np.arange(len(places)), read, pairs, keys, values)
+
+
+def _reading(
+    recipe: Recipe, facts: Decoded, source: np.ndarray, read: Mapping[int, np.ndarray],
+    pairs: np.ndarray, keys: bool, values: bool,
+) -> Recipe:  # fmt: skip
+    """The recipe whose queries read other columns for those of some pairs (T, T).
+
+    `read` has, by the number of the query's call, the column (B, T) of row `source` (B,) that is
+    read in place of each; -1: zeros.
+    """
+    rows = source[:, None]
 
     def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
         array = logits_by(recipe, stages)

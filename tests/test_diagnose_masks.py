@@ -1,0 +1,134 @@
+"""Mistakes with masks of sequences, of segments, and of several at once: each has its words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymha
+from anymha.parity import Comparison, compare
+
+BATCH, LENGTH, HEADS, WIDTH, FEATURES = 4, 8, 3, 8, 24
+RNG = np.random.default_rng(12)
+X = 1.5 * RNG.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)
+X_SQUARE = X[:, :BATCH]
+LENGTHS = np.arange(LENGTH) < np.array([[8], [5], [7], [6]])
+HOLES = (np.arange(LENGTH) + np.arange(BATCH)[:, None]) % 4 > 1
+HOLES[:, 6] = False
+SQUARE = np.arange(BATCH) < np.array([[4], [2], [3], [1]])
+SEEN = RNG.random((BATCH, LENGTH, LENGTH)) < 0.5
+SEEN |= np.eye(LENGTH, dtype=bool)
+IDS = np.array([[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2, 2, -1],
+                [0, 1, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1, -1, -1]])  # fmt: skip
+TRIL = np.tri(LENGTH, dtype=bool)
+Mask = Callable[..., np.ndarray]
+
+
+def report_of(seen: Mask, x: np.ndarray = X, lower: float = np.inf, **call: Any) -> Comparison:
+    """The layer beside a port that hides, by `lower`, what `seen` does not let see."""
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3, bias_initializer="random_normal")  # fmt: skip
+    w = {name: array.astype(np.float64) for name, array in anymha.get_weights(layer).items()}
+
+    def port(query: Any, use_causal_mask: bool = False, **masks: Any) -> Any:
+        q, k, v = (np.einsum("btd,dhk->bthk", query, w[f"{name}.kernel"]) + w[f"{name}.bias"]
+                   for name in ("query", "key", "value"))  # fmt: skip
+        logits = np.einsum("bthk,bshk->bhts", q, k) / WIDTH**0.5
+        seeing = seen(**masks)
+        shares = np.exp(np.where(seeing, logits, logits - lower))
+        total = shares.sum(-1, keepdims=True)
+        context = np.einsum("bhts,bshv->bthv", shares / np.where(total == 0, 1, total), v)
+        y = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+        return y.astype(np.float32)
+
+    return compare(layer, port, x, **call)
+
+
+def of_keys(value_mask: np.ndarray) -> np.ndarray:
+    return value_mask[:, None, None]
+
+
+def same(ids: np.ndarray) -> np.ndarray:
+    return ((ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None] & TRIL)[:, None]
+
+
+def pieces(ids: np.ndarray) -> np.ndarray:
+    """Pieces between the last positions of segments, as where 1 is not added to the edges."""
+    seen = np.zeros((len(ids), LENGTH, LENGTH), bool)
+    for row, own in enumerate(ids):
+        edges = np.flatnonzero(np.diff(own))
+        for start, end in zip([0, *edges], [*edges, LENGTH], strict=True):
+            seen[row, start:end, start:end] = own[start] >= 0
+    return (seen & TRIL)[:, None]
+
+
+def without_last(ids: np.ndarray) -> np.ndarray:
+    last = ids.max(1, keepdims=True)
+    return same(np.where(ids == last, -1, ids))
+
+
+PADDING = {"value_mask": LENGTHS}
+BOTH = {"value_mask": LENGTHS, "attention_mask": SEEN}
+CAUSAL = {"use_causal_mask": True}
+KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
+    "third row": (lambda value_mask: of_keys(value_mask[2:3]), PADDING,
+                  "mask of another sequence (the mask, that of number 2 of the sequences for all)"),
+    "shortest": (lambda value_mask: of_keys(value_mask.all(0)[None]), PADDING,
+                 "what one sequence hides, all hide, as cut to the shortest"),
+    "longest": (lambda value_mask: of_keys(value_mask.any(0)[None]), {"value_mask": HOLES},
+                "mask of another sequence (the mask, what one sequence sees, all see"),
+    "two by or": (lambda value_mask, attention_mask: of_keys(value_mask) | attention_mask[:, None],
+                  BOTH, "mask of other positions (masks joined by OR: what one of them lets see"),
+    "two of three by or": (lambda value_mask, attention_mask: (
+                               (of_keys(value_mask) | attention_mask[:, None]) & TRIL),
+                           {**BOTH, **CAUSAL},
+                           "(masks joined by OR: `attention_mask` and `value_mask`)"),
+    "blocks": (lambda: (np.arange(LENGTH) // 3 <= np.arange(LENGTH)[:, None] // 3)[None, None],
+               CAUSAL, "causal mask by blocks (of 3, each query sees its own block and those"),
+    "edges": (lambda segment_ids: pieces(segment_ids), {"segment_ids": IDS, **CAUSAL},
+              "segment ids shifted by one (segments begin one position early, each has the id"),
+    "ends": (lambda segment_ids: without_last(np.where(segment_ids == 0, -1, segment_ids)),
+             {"segment_ids": IDS, **CAUSAL}, "left out (the first and the last of each row)"),
+    "as many": (lambda value_mask: of_keys(np.arange(LENGTH) < value_mask.sum(-1, keepdims=True)),
+                {"value_mask": HOLES}, "(the mask, taken for a length: as many of the first keys"),
+    "last": (lambda segment_ids: without_last(segment_ids), {"segment_ids": IDS, **CAUSAL},
+             "segment left out (the last of each row)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_named(kind) -> None:
+    seen, call, words = KINDS[kind]
+    report = report_of(seen, **call)
+    assert not report.passed
+    assert words in report.to_text(), report.to_text()
+
+
+def test_sequences_taken_for_queries() -> None:
+    report = report_of(lambda value_mask: value_mask[None, None], X_SQUARE, value_mask=SQUARE)
+    assert "(the mask, of (B, S) taken for one of (T, S))" in str(report.diagnosis)
+
+
+def test_what_gives_the_same_numbers_is_told_too() -> None:
+    """One less for what is hidden is one more for what is seen."""
+    text = report_of(of_keys, lower=1.0, **PADDING).to_text()
+    assert "additive mask (the mask, 1 where True)" in text
+    assert "(or: mask applied wrongly (the mask: hidden logits are lowered by 1 only" in text
+
+
+@pytest.mark.parametrize(
+    ("seen", "call"),
+    [
+        (of_keys, PADDING),
+        (same, {"segment_ids": IDS, **CAUSAL}),
+        (lambda: TRIL[None, None], CAUSAL),
+    ],
+)
+def test_the_port_itself_agrees(seen, call) -> None:
+    def right(**masks: Any) -> np.ndarray:
+        return seen(*masks.values())
+
+    assert report_of(right, **call).passed
