@@ -227,7 +227,7 @@ def test_an_option_that_changes_nothing_is_told() -> None:
     weights = {n: w for n, w in plain.weights.items() if n not in ("gate", "sinks")}
     told = not_exercised(plain.but(weights=weights))
     assert "`memory_budget`" in told
-    assert "`key.bias`: it changes nothing" in told
+    assert "`key.bias`: it is zero" in told
 
 
 @pytest.mark.usefixtures("toy")
