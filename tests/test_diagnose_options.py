@@ -139,6 +139,14 @@ def as_pairs(x: np.ndarray) -> np.ndarray:
     return np.stack(np.split(x, 2, axis=-1), -1).reshape(x.shape)
 
 
+def with_tables_of_pairs(x: np.ndarray) -> np.ndarray:
+    """Halves turned by cosines and sines that are doubled by `repeat`, as of pairs."""
+    angles = np.arange(LENGTH)[:, None] * 1e4 ** (-2 * np.arange(WIDTH // 2) / WIDTH)
+    angles = np.repeat(angles, 2, axis=-1)[:, None]
+    one, two = np.split(x, 2, axis=-1)
+    return x * np.cos(angles) + np.concatenate([-two, one], -1) * np.sin(angles)
+
+
 def permuted_back(w: Any) -> Any:
     """Columns of the keys brought to pairs as of all query heads, and back as of their own."""
     changed = {}
@@ -179,6 +187,11 @@ KINDS = {
                  ROTARY, "rotary of the query unlike that of the key (the query alone: of another"),
     "low and high": ({"frequencies": lambda w, n: ramp(w, 4.0, 1.0)}, {"rotary": {
         "scaling": LLAMA3}}, "rotary of another scaling (low_freq_factor and high_freq_factor"),
+    "ramp": ({"frequencies": lambda w, n: np.where(
+                (64 * w > 2 * np.pi) & (64 * w < 8 * np.pi), 9 / 8 * w - ramp(w, 1.0, 4.0),
+                ramp(w, 1.0, 4.0))},
+             {"rotary": {"scaling": LLAMA3}},
+             "rotary of another scaling (the ramp between turned round"),
     "linear": ({"angles": lambda a, n: a / 8}, {"rotary": {"scaling": LLAMA3}},
                "rotary of another scaling (all frequencies divided by 8, as by a linear"),
     "twice": ({"norm": lambda x, b, f: f(f(x + b))}, {"query_key_norm": "rms"},
@@ -191,6 +204,8 @@ KINDS = {
                        {"sinks": True}, "sinks not exponentiated (its absolute value in the sum)"),
     "other layout": ({"rotated": lambda f, x, n: as_pairs(f(x, n)) if n == "key" else f(x, n)},
                      ROTARY, "rotary written in another layout (the key alone)"),
+    "tables": ({"rotated": lambda f, x, n: with_tables_of_pairs(x)}, ROTARY,
+               "rotary layout swapped (halves with the cosines and sines of interleaved pairs)"),
     "whole width": ({"rotated": before_the_split}, ROTARY,
                     "rotary before the split into heads (halves of the whole width)"),
     "permuted back": ({"weights": permuted_back}, ROTARY,

@@ -19,6 +19,8 @@ from anymha.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from anymha.framework.registry import Backend
 from anymha.parity import compare
 from anymha.parity.oracle.features import rotary as oracle
+from anymha.parity.oracle.recipe import Recipe
+from anymha.parity.stages.trace import INPUTS
 from tests.peer_layers import need
 from tests.support import native, normal
 
@@ -420,3 +422,18 @@ def test_comparison_names_what_is_in_half_precision(rounded: tuple[str, ...], dt
 
     report = compare(layer, port, normal((2, 9, 8), "x"))
     assert f"rotary angles in half precision ({' and '.join(rounded)}" in str(report.diagnosis)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_gradients_of_angles_of_the_other_layout_are_turned_back(layout: str) -> None:
+    rng = np.random.default_rng(3)
+    weights = {f"{name}.kernel": rng.standard_normal((6, 2, 8)) for name in INPUTS}
+    weights["output.kernel"] = rng.standard_normal((2, 8, 6))
+    recipe = Recipe(weights, {name: rng.standard_normal((2, 5, 6)) for name in INPUTS}, 0.4)
+    section = oracle.RotarySection({"layout": layout}, mixed=True)
+    x, y = rng.standard_normal((2, 2, 5, 2, 8))
+    turned = section.forward("query", x, recipe, {})
+    back = section.backward("query", y, x, recipe, {}, True)
+    assert np.sum(turned * y) == pytest.approx(np.sum(x * back), rel=1e-12)
+    plain = oracle.RotarySection({"layout": layout}).forward("query", x, recipe, {})
+    assert np.max(np.abs(turned - plain)) > 0.1

@@ -541,7 +541,8 @@ def _placed(recipe: Recipe, facts: Decoded, words: str, counted: np.ndarray) -> 
     for said, names in (
         ("", both), (", of queries alone", both[:1]), (", of keys alone", both[1:])
     ):  # fmt: skip
-        yield words + said, recipe.but(**dict.fromkeys(names, other))
+        told = words + said if words else said.removeprefix(", ")
+        yield told, recipe.but(**dict.fromkeys(names, other))
 
 
 @_decoding

@@ -276,7 +276,7 @@ class GateSection(Section):
         bias = recipe.weights.get("gate.bias")
         if bias is not None:
             rest = {name: w for name, w in recipe.weights.items() if name != "gate.bias"}
-            yield "left out", recipe.but(weights=rest)
+            yield "", recipe.but(weights=rest)
             yield "twice", recipe.but(weights={**recipe.weights, "gate.bias": 2 * bias})
 
     def of_other_heads(self, recipe: Recipe) -> Variants:

@@ -23,7 +23,7 @@ DEFAULTS = {
     "eps": 1e-6,
     "after_rotary": False,
 }
-EPSILONS = (1e-6, 1e-5, 1e-8, 1e-12, 1e-3)
+EPSILONS = (1e-6, 1e-5, 1e-8, 1e-12, 1e-3, 1e-4, 1e-2)
 BOTH = ("query", "key")
 
 

@@ -78,6 +78,7 @@ class RotarySection(Section):
         own: The rotation of stages that have one of their own.
         change: Other frequencies, from those of the value and its plain ones.
         rewritten: The stages whose turned pairs are written in the other layout.
+        mixed: Whether each column has the angle that it has in the other layout.
     """
 
     option = "rotary"
@@ -102,6 +103,7 @@ class RotarySection(Section):
         own: Mapping[str, RotarySection] = MappingProxyType({}),
         change: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
         rewritten: tuple[str, ...] = (),
+        mixed: bool = False,
     ) -> None:
         fields = value if isinstance(value, Mapping) else vars(value)
         super().__init__({**DEFAULTS, **fields})
@@ -109,7 +111,7 @@ class RotarySection(Section):
         self.rounded, self.by_head, self.exchanged = rounded, by_head, exchanged
         self.times, self.twice, self.first = times or {}, twice, -1 if one_sign else 1
         self.factor = attention_factor(self.value) if factor is None else factor
-        self.places, self.rewritten = places or {}, rewritten
+        self.places, self.rewritten, self.mixed = places or {}, rewritten, mixed
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -128,9 +130,10 @@ class RotarySection(Section):
             return array
         one, two = self._pairs(array.shape[-1])
         cos, sin, _ = self._turns(stage, array, recipe)
+        (cos, also), (sin, back) = self._of_columns(cos), self._of_columns(sin)
         for _ in range(1 + (stage in self.twice)):
             a, b, result = array[..., one], array[..., two], array.copy()
-            result[..., one], result[..., two] = a * cos - self.first * b * sin, b * cos + a * sin
+            result[..., one], result[..., two] = a * cos - self.first * b * sin, b * also + a * back
             array = result
         if stage in self.rewritten:
             columns = np.sort(np.concatenate([one, two]))
@@ -153,11 +156,12 @@ class RotarySection(Section):
             return gradient
         one, two = self._pairs(array.shape[-1])
         cos, sin, _ = self._turns(stage, array, recipe)
-        back = -sin
+        (cos, also), (back, sin) = self._of_columns(cos), self._of_columns(sin)
+        back = -back
         if not cancel:
-            cos, sin, back = np.abs(cos), np.abs(sin), np.abs(sin)
+            cos, also, sin, back = (np.abs(each) for each in (cos, also, sin, back))
         a, b, result = gradient[..., one], gradient[..., two], gradient.copy()
-        result[..., one], result[..., two] = a * cos + b * sin, b * cos + a * back
+        result[..., one], result[..., two] = a * cos + b * sin, b * also + a * back
         return result
 
     def sizes(
@@ -302,6 +306,18 @@ class RotarySection(Section):
         cos, sin = (sin, cos) if self.exchanged else (cos, sin)
         return cos, self.sign * sin, angles
 
+    def _of_columns(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of a table for each pair, (..., r/2), those of the first and of the second columns."""
+        if not self.mixed:
+            return table, table
+        half = table.shape[-1]
+        columns, order = np.arange(2 * half), self.value["layout"]
+        angles = columns // 2 if order == "half" else columns % half
+        one, two = (
+            (angles[:half], angles[half:]) if order == "half" else (angles[::2], angles[1::2])
+        )
+        return table[..., one], table[..., two]
+
     def _rounded(self, what: str, array: np.ndarray) -> np.ndarray:
         return array.astype(self.dtype).astype(float) if what in self.rounded else array
 
@@ -328,6 +344,8 @@ class RotarySection(Section):
         names = {"half": "halves", "interleaved": "interleaved pairs"}
         words = f"{names[other]} for {names[self.value['layout']]}"
         yield words, self._but(recipe, layout=other)
+        words = f"{names[self.value['layout']]} with the cosines and sines of {names[other]}"
+        yield words, self._with(recipe, mixed=True, factor=self.factor)
 
     def reversed(self, recipe: Recipe) -> Variants:
         """By the negative angle."""
@@ -391,6 +409,9 @@ class RotarySection(Section):
             changes = {
                 "those that it divides and those that it leaves exchanged":
                     lambda own, plain: plain + plain / factor - own,
+                "the ramp between turned round": lambda own, plain: np.where(
+                    (own > plain / factor * (1 + 1e-9)) & (own < plain * (1 - 1e-9)),
+                    plain + plain / factor - own, own),
                 "no ramp between, in part divided is left": lambda own, plain: np.where(
                     own <= plain / factor * (1 + 1e-9), own, plain),
                 "no ramp between, in part divided is divided": lambda own, plain: np.where(
