@@ -40,8 +40,10 @@ PROJECTIONS = ("query", "key", "value")
 ROUNDED_OFTEN = 4
 """How many times the errors of rounding each stage once gradients of half precision may have."""
 
-ROUNDINGS = 5
-"""How many roundings a step has at most: a softmax subtracts, exponentiates, adds and divides."""
+ROUNDINGS = 7
+"""How many roundings a step has at most: a softmax scales, hides, subtracts, exponentiates, adds
+and divides the numbers of a product."""
+
 MANY = 256
 """Of how many numbers the median is told from chance."""
 SATURATED = 64
