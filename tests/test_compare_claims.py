@@ -383,3 +383,22 @@ def test_angles_of_ports_of_unknown_weights_are_rounded_too(far) -> None:
     assert compare(exact, rounded, x, positions=positions).passed
     assert compare(rounded, exact, x, positions=positions).passed
     assert not compare(exact, turning(np.float64, 9e3), x, positions=positions).passed
+
+
+def test_a_wrong_scale_shows_in_one_output_feature_of_half_precision() -> None:
+    x = np.random.default_rng(8).standard_normal((2, 9, 6)).astype(np.float16)
+    kernels = np.random.default_rng(9).standard_normal((4, 6, 6)).astype(np.float16)
+
+    def port(dtype: Any, scale: float = 1.0) -> Any:
+        def call(x: Any) -> Any:
+            q, k, v = ((x.astype(dtype) @ w.astype(dtype)) for w in kernels[:3])
+            logits = q @ k.swapaxes(-1, -2) * dtype(scale / 6**0.5)
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            weights = weights / weights.sum(-1, keepdims=True, dtype=dtype)
+            y = weights @ v @ kernels[3, :, :1].astype(dtype)
+            return (y - y.astype(np.float64).mean(1, keepdims=True).astype(dtype)).astype(x.dtype)
+
+        return call
+
+    assert compare(port(np.float32), port(np.float16), x).passed
+    assert not compare(port(np.float32), port(np.float16, 1.1), x).passed
