@@ -402,3 +402,21 @@ def test_a_wrong_scale_shows_in_one_output_feature_of_half_precision() -> None:
 
     assert compare(port(np.float32), port(np.float16), x).passed
     assert not compare(port(np.float32), port(np.float16, 1.1), x).passed
+
+
+def test_positions_stay_within_the_tables_of_a_port() -> None:
+    """What is called again, to see what rounding changes, gets no position that was not given."""
+    x = np.random.default_rng(6).standard_normal((1, 9, 16)).astype("f4")
+    places = np.arange(9)[None]
+
+    def within(port: Any) -> Any:
+        def call(x: Any, positions: Any) -> Any:
+            assert np.asarray(positions).min() >= 0
+            assert np.asarray(positions).max() <= 8
+            return port(x, np.asarray(positions))
+
+        return call
+
+    one, other = within(turning(np.float64)), within(turning(np.float64, 9e3))
+    for positions in (places, places.tolist()):
+        assert not compare(one, other, x, positions=positions).passed

@@ -16,7 +16,7 @@ import tensorflow as tf
 HALF = (tf.bfloat16, tf.float16)
 
 LEAST = 1 << 23
-"""Products of fewer multiplications are as fast in float32, and need no program of their own."""
+"""Of fewer multiplications, to start a program takes longer than what it saves."""
 
 
 def multiplies(dtype: Any, device: Any, /) -> bool:

@@ -251,10 +251,10 @@ def _stirred_often(
     with np.errstate(all="ignore"):
         total = squares(others) + part**2 * squares(moved)
         total = np.maximum(total, np.mean(total, axis=-1, keepdims=True))
-        gradients = {
-            name: array + part * sum(np.abs(trace.gradients[name] - array) for trace in moved)
-            for name, array in stirred.gradients.items()
-        }  # fmt: skip
+        gradients = dict(stirred.gradients)
+        for name, array in stirred.gradients.items():
+            apart = [np.abs(trace.gradients[name] - array) for trace in moved]
+            gradients[name] = array + part * np.max(apart, axis=0) if apart else array
         return dataclasses.replace(stirred, output=exact + np.sqrt(total), gradients=gradients)
 
 
@@ -275,12 +275,12 @@ def _greatest_position(positions: Any) -> float:
 
 
 def _displaced(request: Request, seed: int) -> Request:
-    """The request with positions that are each off by 0 or 1."""
+    """The request with positions that are lower by 0 or 1: a table of angles may have no more."""
     rng = np.random.default_rng(seed)
+    given = {n: np.asarray(request.call[n]) for n in POSITIONS if request.call.get(n) is not None}
     moved = {
-        name: array + rng.integers(0, 2, array.shape).astype(array.dtype)
-        for name in POSITIONS
-        if (array := request.call.get(name)) is not None
+        name: np.maximum(places - rng.integers(0, 2, places.shape), 0).astype(places.dtype)
+        for name, places in given.items()
     }
     return dataclasses.replace(request, call={**request.call, **moved})
 
