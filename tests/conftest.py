@@ -93,6 +93,7 @@ def unhurried() -> Iterator[None]:
     """`compare` searches as long as it takes: what it finds is tested, not how fast this is."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
+        patched.setattr("anymha.parity.diagnose.diagnosis.PARTS_SECONDS", 60.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
         yield
 

@@ -17,6 +17,7 @@ from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
+from anymha.parity.diagnose.mixed import groups, mixed
 from anymha.parity.diagnose.own_weights import (
     FIX,
     one_weight,
@@ -31,6 +32,13 @@ from anymha.parity.stages.trace import STAGES, Trace
 
 ALONE_SECONDS = 12.0
 """How long mistakes alone are computed, those with many variants included."""
+
+PARTS_SECONDS = 3.0
+"""How long mistakes in some calls, sequences or queries alone are computed."""
+
+SAME_PART = 1e-3
+"""Of how far outputs are apart in a group of columns, as a part of the greatest number: beyond it
+no mistake is looked for any more where one is found."""
 
 PAIRS_SECONDS = 1.0
 """How long pairs of mistakes are computed."""
@@ -68,6 +76,9 @@ SAME = 1e-9
 SAMPLE = 1 << 11
 """Of how many differences the effects of two mistakes are added."""
 
+LEFT_OUT = "left out"
+"""How the names of mistakes end where an option is not there."""
+
 EMPTY_ROWS = "fully masked rows give NaN"
 """The mistake whose places of NaN are known: rows that see nothing."""
 
@@ -85,6 +96,9 @@ class _Tried:
     # 0: a usual mistake; 1: its number is measured; 2: one of many variants. What fits by a lower
     # rank needs no explanation by a higher one.
     rank: int = 0
+    # (B, T): the greatest distance of each column's output, as a part of the greatest number; None
+    # where it was not computed
+    columns: np.ndarray | None = None
 
     @property
     def worst(self) -> float:
@@ -181,6 +195,9 @@ class Search:
         own = self._of_weights()
         if own is not None or not pairs:
             return own or Diagnosis()
+        found = self._in_a_part(singles)
+        if found is not None:
+            return found
         seen = measured_mask(self.recipe, self.reported)
         if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
             return Diagnosis((seen[0],), 0.0, (), seen[1])
@@ -195,6 +212,40 @@ class Search:
         if found.causes:
             return found
         return replace(found, small=self.before < SMALL, hurried=hurried)
+
+    def _in_a_part(self, singles: list[_Tried]) -> Diagnosis | None:
+        """One mistake in some calls alone, in some sequences, or from some query on."""
+        parts = list(groups(self.recipe, self.evidence.fitting(self.recipe)))
+        # Those whose own results are those of the group come first: all that change no keys are
+        # found so. Of the others what is left out is usual.
+        order = [
+            (self._apart_in(one, group.columns), group, one)
+            for group in parts for one in singles if len(one.causes) == 1
+        ]  # fmt: skip
+        order.sort(key=lambda each: (
+            each[0] > SAME_PART, not each[2].causes[0].name.endswith(LEFT_OUT), each[0]
+        ))  # fmt: skip
+        found: list[_Tried] = []
+        until = time.thread_time() + PARTS_SECONDS
+        for apart, group, one in order:
+            if time.thread_time() > until or (found and apart > SAME_PART):
+                break
+            (cause,) = one.causes
+            detail = ", ".join(filter(None, (cause.detail, group.words)))
+            wrong = mixed(self.recipe, one.recipe, group)
+            tried = self._weighed(
+                self.recipe, (replace(cause, detail=detail),), wrong, one.rank
+            )  # fmt: skip
+            if tried is not None and tried.explains:
+                found.append(tried)
+        return self._fitting(found)
+
+    def _apart_in(self, one: _Tried, columns: np.ndarray) -> float:
+        """How far a mistake's own output is from the reported one in a group of columns."""
+        if one.columns is None:
+            return np.inf
+        where = np.broadcast_to(columns, one.columns.shape)
+        return float(np.max(one.columns, where=where, initial=0.0))
 
     def _of_weights(self) -> Diagnosis | None:
         """Other weights that the candidate tells, and one mistake more; or one other weight."""
@@ -410,7 +461,8 @@ class Search:
                     own = self.evidence.first_errors(wrong, recipe)
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
-        return _Tried(found, replace(wrong), own, left, _sample(apart), rank)
+            columns = self.evidence.columns(wrong) if left < np.inf else None
+        return _Tried(found, replace(wrong), own, left, _sample(apart), rank, columns)
 
     def _whole(self, tried: Iterable[_Tried]) -> list[_Tried]:
         """With what each leaves of all stages."""
