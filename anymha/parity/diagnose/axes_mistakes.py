@@ -184,6 +184,30 @@ def _reversed(recipe: Recipe) -> Variants:
             yield f"{what}, {words}", recipe.but(inputs=inputs)
 
 
+def _other_sequences(recipe: Recipe) -> Variants:
+    """Another sequence of the batch in the place of each, as where beams share a memory."""
+    count = recipe.lengths[0]
+    rows, orders = np.arange(count), dict[str, np.ndarray]()
+    if count == 1 or recipe.decoded is not None:
+        return
+    orders["the first for all"], orders["the last for all"] = 0 * rows, 0 * rows + count - 1
+    orders["the one before each"] = np.roll(rows, 1)
+    orders["the one behind each"] = np.roll(rows, -1)
+    for parts in (n for n in range(2, count) if count % n == 0):
+        sizes = f"({parts}, {count // parts})"
+        orders[f"in the order of {sizes} read the other way round"] = rows.reshape(
+            parts, -1).T.ravel()  # fmt: skip
+        orders[f"the first {parts}, tiled"] = rows % parts
+        orders[f"the first {parts}, repeated"] = rows // (count // parts)
+        orders[f"the first of each {count // parts}"] = rows - rows % (count // parts)
+    for words, order in orders.items():
+        for names in (("key", "value"), ("query", "key", "value"), ("query",), ("key",),
+                      ("value",)):  # fmt: skip
+            inputs = {n: x[order] if n in names else x for n, x in recipe.inputs.items()}
+            yield f"{' and '.join(names)}: {words}", recipe.but(inputs=inputs)
+        yield f"output: {words}", recipe.after(("output",), lambda x, order=order: x[order])
+
+
 def _folded(length: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     """Positions of several axes in one, read in another order of these axes."""
     for rows in (n for n in range(2, length) if length % n == 0):
@@ -255,6 +279,9 @@ MISTAKES: tuple[Row, ...] = (
      "(B, H, T, d).", _split, no_families, True),
     ("in another order of positions", "Leave positions, sequences and features in their order.",
      _reversed, no_families, True),
+    ("another sequence of the batch", "Each sequence of the batch attends over its own keys and "
+     "values: where several queries share one, repeat it in their order.", _other_sequences,
+     no_families, True),
     ("normalized once more", "The layer has no norm of its own here: leave it to the block around "
      "it.", _normed, no_families, True),
 )  # fmt: skip

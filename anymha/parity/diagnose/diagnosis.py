@@ -16,6 +16,7 @@ from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
+from anymha.parity.diagnose.measured_positions import measured_positions
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
 from anymha.parity.diagnose.mixed import groups, mixed
 from anymha.parity.diagnose.own_weights import (
@@ -198,9 +199,12 @@ class Search:
         found = self._in_a_part(singles)
         if found is not None:
             return found
-        seen = measured_mask(self.recipe, self.reported)
-        if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
-            return Diagnosis((seen[0],), 0.0, (), seen[1])
+        for solved in (
+            measured_positions(self.recipe, self.evidence),
+            measured_mask(self.recipe, self.reported),
+        ):
+            if solved is not None and max(self.evidence.errors(solved[1]).values()) <= 1:
+                return Diagnosis((solved[0],), 0.0, (), solved[1])
         begun = self._by_prefix(singles)
         other = None if begun.explained else other_kernels(self.recipe, self.evidence)
         if other is not None:
@@ -220,7 +224,8 @@ class Search:
         # found so. Of the others what is left out is usual.
         order = [
             (self._apart_in(one, group.columns), group, one)
-            for group in parts for one in singles if len(one.causes) == 1
+            for group in parts for one in singles
+            if len(one.causes) == 1 and "call" not in one.causes[0].detail
         ]  # fmt: skip
         order.sort(key=lambda each: (
             each[0] > SAME_PART, not each[2].causes[0].name.endswith(LEFT_OUT), each[0]

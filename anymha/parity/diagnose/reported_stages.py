@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
-from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.diagnose.evidence import MASKED, Evidence
 from anymha.parity.diagnose.measured import number
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.trace import Trace
@@ -32,7 +32,14 @@ def told_otherwise(
     if not wrong or ("output" in wrong and right_shape):
         return Diagnosis()
     causes, right = [], dict(reported)
+    biased = with_told_bias(recipe, reported)
     for name in wrong:
+        if name == "logits" and biased and _fits(evidence, recipe, reported[name] - recipe.bias):
+            fix = "Report the logits without the attention bias: all that follows is right."
+            words = "the logits are reported with the attention bias in them"
+            causes.append(Cause(words, "", name, fix))
+            right[name] = reported[name] - recipe.bias
+            continue
         exact = recipe.stages["probabilities" if name == "scores" else name]
         for words, array in _forms(name, reported[name], exact):
             one = Evidence(trace, {name: array}, reference)
@@ -46,6 +53,21 @@ def told_otherwise(
     if len(causes) < len(wrong):
         return Diagnosis()
     return Diagnosis(tuple(causes), max(Evidence(trace, right, reference).errors(recipe).values()))
+
+
+def with_told_bias(recipe: Recipe, reported: Arrays) -> bool:
+    """Whether the logits are told with the attention bias, or another one, in them already."""
+    if recipe.bias is None or not np.any(recipe.bias) or "logits" not in reported:
+        return False
+    got, masked = reported["logits"], reported.get("masked_logits")
+    if masked is None or masked.shape != got.shape:
+        return masked is None and got.shape == recipe.stages["logits"].shape
+    return bool(np.all((got == masked) | (masked < -MASKED)))
+
+
+def _fits(evidence: Evidence, recipe: Recipe, logits: np.ndarray) -> bool:
+    one = Evidence(evidence.trace, {"logits": logits}, evidence.reference)
+    return one.errors(recipe)["logits"] <= 1
 
 
 def _forms(name: str, got: np.ndarray, exact: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -60,6 +60,10 @@ COARSE = (
 """What is in half precision together; the likeliest first."""
 
 
+LONGEST_TABLE = 64
+"""Up to so many positions every length of a table of angles is tried; beyond it powers of two."""
+
+
 class RotarySection(Section):
     """The rotation with the fields of the value, by the names of `DEFAULTS`.
 
@@ -416,10 +420,12 @@ class RotarySection(Section):
                     own <= plain / factor * (1 + 1e-9), own, plain),
                 "no ramp between, in part divided is divided": lambda own, plain: np.where(
                     own >= plain * (1 - 1e-9), own, plain / factor),
-                "multiplied, not divided": lambda own, plain: plain**2 / own,
             }  # fmt: skip
             for words, change in changes.items():
                 yield words, self._with(recipe, change=change, factor=self.factor)
+        if kind in ("llama3", "yarn", "longrope"):
+            yield "multiplied, not divided", self._with(
+                recipe, change=lambda own, plain: plain**2 / own, factor=self.factor)  # fmt: skip
 
     def of_one_alone(self, recipe: Recipe) -> Variants:
         """A rotation that is wrong for the queries alone, or for the keys alone."""
@@ -507,10 +513,13 @@ class RotarySection(Section):
         """Not those of the call, or those of another sequence, or of keys for queries."""
         right = {name: recipe.places(name) for name in ("query", "key")}
         others = dict[str, Arrays]()
-        given = (recipe.positions, recipe.key_positions, recipe.offset)
+        given = (recipe.positions, recipe.key_positions)
+        indices = {name: np.arange(place.shape[1])[None] for name, place in right.items()}
         if any(one is not None and np.any(one) for one in given):
-            others["not those of the call"] = {
-                name: np.arange(place.shape[1])[None] for name, place in right.items()}  # fmt: skip
+            others["not those of the call"] = indices
+        elif recipe.offset is not None and np.any(recipe.offset):
+            yield "the query offset left out", self._with(
+                recipe, places={"query": indices["query"]}, factor=self.factor)  # fmt: skip
         if len(right["query"]) > 1 or len(right["key"]) > 1:
             others["those of the first sequence for all"] = {
                 name: place[:1] for name, place in right.items()}  # fmt: skip
@@ -523,6 +532,23 @@ class RotarySection(Section):
                 one = {name: places[name]}
                 yield f"{words}, the {name} alone", self._with(
                     recipe, places=one, factor=self.factor)  # fmt: skip
+
+    def within_a_table(self, recipe: Recipe) -> Variants:
+        """Positions beyond a number are the last below it, or begin again."""
+        right = {name: recipe.places(name) for name in ("query", "key")}
+        most = max(int(places.max(initial=0)) for places in right.values())
+        sizes = {*range(1, min(most, LONGEST_TABLE) + 1)}
+        sizes |= {1 << power for power in range(most.bit_length()) if 1 << power <= most}
+        for size in sorted(sizes, reverse=True):
+            changes = {
+                f"none beyond {size - 1}": {n: np.minimum(x, size - 1) for n, x in right.items()},
+                f"they begin again after {size}": {n: x % size for n, x in right.items()},
+            }  # fmt: skip
+            for words, places in changes.items():
+                for names in (("query", "key"), ("query",), ("key",)):
+                    alone = "" if len(names) == 2 else f", the {names[0]} alone"
+                    own = {name: places[name] for name in names}
+                    yield words + alone, self._with(recipe, places=own, factor=self.factor)
 
     def shifted(self, recipe: Recipe) -> Variants:
         """Positions one too large or too small, or as at the end of the keys."""
@@ -603,6 +629,8 @@ class RotarySection(Section):
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
         ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
          "queries and keys, and each sequence, have positions of their own.", of_other_positions),
+        ("rotary of other positions", "Count positions on, over all pieces of the queries, and "
+         "make tables of angles as long as the greatest position.", within_a_table, True),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
         ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "

@@ -19,9 +19,11 @@ class SinksSection(Section):
 
     `order` are the heads whose sinks each head has; `shifted` adds the row's greatest logit;
     `behind`: it joins the sum of the probabilities, which is 1. `function` is taken of the sinks;
-    `plain`: they themselves, not their exponentials, are in the sum. The share of a sink is lost,
-    but for the `valued`: it is that of a value, the first or the last one. `dropped` is the column
-    of a key that is lost in its place, the first or the last: the sink stands at the other end.
+    `plain`: they themselves, not their exponentials, are in the sum, beside the exponentials of
+    logits less the greatest where it is `shifted`, which may be the sink where it is `joined`. The
+    share of a sink is lost, but for the `valued`: it is that of a value, the first or the last one.
+    `dropped` is the column of a key that is lost in its place, the first or the last: the sink
+    stands at the other end.
     """
 
     option = "sinks"
@@ -39,11 +41,12 @@ class SinksSection(Section):
         valued: int | None = None,
         plain: bool = False,
         dropped: int | None = None,
+        joined: bool = False,
     ) -> None:
         super().__init__(value)
         self.function, self.behind, self.valued = function, behind, valued
         self.factor, self.scaled, self.heads, self.shifted = factor, scaled, order, shifted
-        self.plain, self.dropped = plain, dropped
+        self.plain, self.dropped, self.joined = plain, dropped, joined
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -62,6 +65,7 @@ class SinksSection(Section):
         masked = stages["masked_logits"]
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks if self.heads is None else sinks[np.resize(self.heads, len(sinks))]
+        logit = sinks
         sinks = sinks if self.function is None else self.function(sinks)
         if self.behind:
             share = np.broadcast_to(np.exp(sinks) / (np.exp(sinks) + 1), (*masked.shape[:3], 1))
@@ -72,8 +76,10 @@ class SinksSection(Section):
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
         if self.plain:
             top = np.where(greatest > -np.inf, greatest, 0.0)
-            keys = np.sum(np.exp(masked - top), axis=-1, keepdims=True)
             own = sinks - top if self.shifted else sinks * np.exp(-top)  # the greatest is in both
+            if self.joined:
+                top, own = np.maximum(greatest, logit), sinks
+            keys = np.sum(np.exp(masked - top), axis=-1, keepdims=True)
             return own / (own + keys), keys / (own + keys)
         peak = np.maximum(greatest, sinks)
         own, keys = np.exp(sinks - peak), np.sum(np.exp(masked - peak), axis=-1, keepdims=True)
@@ -188,6 +194,9 @@ class SinksSection(Section):
             ):
                 yield f"{what} in the sum{words}", recipe.with_section(SinksSection(
                     self.value, shifted=shifted, plain=True, function=function))  # fmt: skip
+            words = ", beside those of logits less the maximum, which the sink may be"
+            yield f"{what} in the sum{words}", recipe.with_section(SinksSection(
+                self.value, plain=True, joined=True, function=function))  # fmt: skip
 
     def in_another_column(self, recipe: Recipe) -> Variants:
         """The column of a key dropped behind the softmax in place of the sink's."""
