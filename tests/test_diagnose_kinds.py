@@ -389,3 +389,19 @@ def test_another_dtype_is_the_cause_only_of_right_numbers(right) -> None:
 def test_nested_lists_are_one_output() -> None:
     one = layer()
     assert compare(one, lambda query: one(query).tolist(), X).passed
+
+
+@pytest.mark.parametrize("of", [slice(None), slice(1)])
+def test_logits_that_are_told_with_the_bias(of) -> None:
+    right = layer()
+
+    def port(query: Any, attention_bias: Any) -> Any:
+        stages = port_of(right, {"bias": lambda s, b: s + b[:, of]}, told=True)(
+            query, attention_bias=attention_bias)  # fmt: skip
+        return stages | {"logits": stages["logits"] + attention_bias[:, of]}
+
+    report = compare(right, port, X, attention_bias=BIAS)
+    words = "the logits are reported with the attention bias in them"
+    if of == slice(1):
+        words = "attention bias of other positions (that of the first of the heads for all)"
+    assert named(report) == words

@@ -413,12 +413,12 @@ class RotarySection(Section):
             changes = {
                 "those that it divides and those that it leaves exchanged":
                     lambda own, plain: plain + plain / factor - own,
-                "the ramp between turned round": lambda own, plain: np.where(
+                "the blend of divided and plain ones exchanged": lambda own, plain: np.where(
                     (own > plain / factor * (1 + 1e-9)) & (own < plain * (1 - 1e-9)),
                     plain + plain / factor - own, own),
-                "no ramp between, in part divided is left": lambda own, plain: np.where(
+                "no blend between, in part divided is left": lambda own, plain: np.where(
                     own <= plain / factor * (1 + 1e-9), own, plain),
-                "no ramp between, in part divided is divided": lambda own, plain: np.where(
+                "no blend between, in part divided is divided": lambda own, plain: np.where(
                     own >= plain * (1 - 1e-9), own, plain / factor),
             }  # fmt: skip
             for words, change in changes.items():
