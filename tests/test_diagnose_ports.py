@@ -222,6 +222,21 @@ def test_low_rank_updates_are_told_by_calls(names, monkeypatch) -> None:
     assert named(right, port_of(right, weights=adapted(*names)), x) == words
 
 
+@pytest.mark.parametrize("names", [("kernel",), ("bias",), ("kernel", "bias")])
+def test_values_of_another_layer_are_told_by_calls(names, monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right, rng = layer_of(), np.random.default_rng(7)
+
+    def changed(w: Any) -> Any:
+        own = {f"value.{name}" for name in names}
+        return w | {n: 0.3 * rng.standard_normal(w[n].shape) for n in w if n in own}
+
+    x = np.random.default_rng(2).standard_normal((2, 12, FEATURES)).astype(np.float32)
+    differ = "differs" if len(names) == 1 else "differ"
+    words = f"other weights ({' and '.join(f'value.{name}' for name in names)} {differ})"
+    assert named(right, port_of(right, weights=changed), x) == words
+
+
 @pytest.mark.parametrize("rank", [9, 36])
 def test_kernels_that_differ_by_a_high_rank_are_no_low_rank_update(rank, monkeypatch) -> None:
     monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
