@@ -36,6 +36,11 @@ def behind(facts: Decoded) -> np.ndarray:
     return facts.places[:, :, None] - facts.places[:, None]
 
 
+def given(recipe: Recipe, counted: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Positions as far from those of the call as a count is from the right one."""
+    return recipe.places("query") + (counted - places)
+
+
 def in_window(recipe: Recipe, distance: np.ndarray) -> np.ndarray:
     """Where a distance is in the recipe's window, if it has one."""
     return np.ones_like(distance, bool) if recipe.window is None else (
