@@ -7,11 +7,18 @@ queries, keys or both, the causal rule too, or the place where keys are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 import numpy as np
 
-from anymha.parity.diagnose.wrong_caches import facts_of, given, in_slots
+from anymha.parity.diagnose.wrong_caches import (
+    facts_of,
+    given,
+    in_slots,
+    in_window,
+    right,
+    seeing,
+)
 from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.recipe import Recipe, Variants
 
@@ -22,19 +29,40 @@ PARTS = {
 }
 """The fields that have other positions."""
 
+SMALL = 1 << 15
+"""Where there are no more logits, both of what makes a position may be wrong at once."""
+
 
 def counted_wrongly(recipe: Recipe) -> Variants:
-    """Every other count, of what uses positions; those of few changes first."""
+    """Every other count, of what uses positions; those with one thing wrong first."""
     facts = facts_of(recipe)
     if facts is None or facts.calls[-1] == 0:
         return
-    placed = bool(recipe.options.keys() & {"rotary", "alibi"})
-    for words, counted in _counts(recipe, facts, usual=False) if placed else ():
-        for part, names in PARTS.items():
-            other = given(recipe, counted, facts.places)
-            yield words + part, recipe.but(**dict.fromkeys(names, other))
-    for words, counted in _counts(recipe, facts, usual=True):
+    begins, indices = _begins(recipe, facts), _indices(facts)
+    (own, *bases), (index, *others) = begins, indices
+    usual = [(own, i) for i in others] + [(base, index) for base in bases]
+    usual += [(base, others[0]) for base in bases]
+    single = {_words(*pair): begins[pair[0]] + indices[pair[1]] for pair in usual}
+    counts = _told_once(facts, {**single, **_bounded(facts)})
+    yield from _placed(recipe, facts, counts)
+    for words, counted in _told_once(facts, single).items():
         yield from _with_the_causal_rule(recipe, facts, words, counted)
+    if recipe.stages["logits"].size <= SMALL:
+        double = {_words(b, i): begins[b] + indices[i] for b in bases for i in others[1:]}
+        double = _told_once(facts, {**single, **double})
+        yield from _placed(recipe, facts, {n: x for n, x in double.items() if n not in counts})
+
+
+def _words(base: str, index: str) -> str:
+    return ", ".join(filter(None, (base, index)))
+
+
+def _placed(recipe: Recipe, facts: Decoded, counts: Mapping[str, np.ndarray]) -> Variants:
+    """The positions by which queries, keys or both are rotated, or which ALiBi counts."""
+    for words, counted in counts.items() if recipe.options.keys() & {"rotary", "alibi"} else ():
+        other = given(recipe, counted, facts.places)
+        for part, names in PARTS.items():
+            yield words + part, recipe.but(**dict.fromkeys(names, other))
 
 
 def _with_the_causal_rule(
@@ -43,43 +71,49 @@ def _with_the_causal_rule(
     """What queries see is told by the counted positions too, or by them alone."""
     places, most = facts.places, len(facts.calls)
     other = given(recipe, counted, places)
-    for of, slots, size in (
-        ("the causal rule", places, most),
-        ("the slots of keys and the causal rule", counted, 2 * most),
+    for follows, slots, size in (
+        ("the causal rule follows", places, most),
+        ("keys are written there, the causal rule follows", counted, 2 * most),
     ):
-        for hidden, empty in (", of a buffer", True), ("", False):
-            detail = f"{words}, of {of}{hidden}"
-            yield f"{detail} alone", in_slots(recipe, facts, slots, counted, size, empty)
-            if recipe.options.keys() & {"rotary", "alibi"}:
+        for hidden, empty in ("", False), (", empty slots are seen", True):
+            detail = f"{words}; {follows}{hidden}"
+            if "rotary" in recipe.options:
                 for part, names in PARTS.items():
-                    changed = dict.fromkeys(names, other)
-                    yield f"{detail} too{part}", in_slots(
-                        recipe, facts, slots, counted, size, empty, by_slot=None, **changed
+                    yield (
+                        detail + part,
+                        in_slots(
+                            recipe,
+                            facts,
+                            slots,
+                            counted,
+                            size,
+                            empty,
+                            **dict.fromkeys(names, other),
+                        ),
                     )
+                detail += ", and no rotation"
+            yield detail, in_slots(recipe, facts, slots, counted, size, empty, by_slot="slots")
+            if "alibi" in recipe.options:
+                yield f"{detail}, not ALiBi", in_slots(recipe, facts, slots, counted, size, empty)
+    if recipe.window is not None:
+        past = right(recipe.but(window=None), facts)
+        for keys in places, counted:
+            near = in_window(recipe, counted[:, :, None] - keys[:, None])
+            yield f"{words}; the window follows", seeing(recipe, past & near)
 
 
-def _counts(recipe: Recipe, facts: Decoded, usual: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Words and the counted positions (B, T), each once; `usual`: within the call as is usual."""
+def _told_once(facts: Decoded, counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The counts that differ from each other and the right one, in all calls or but the first."""
     later, told = facts.calls > 0, {facts.places[facts.valid].tobytes()}
-    every = _together(recipe, facts, usual)
-    for words, counted in every if usual else (*every, *_bounded(facts)):
+    made = dict[str, np.ndarray]()
+    for words, counted in counts.items():
         behind = np.where(later, counted, facts.places)
         for said, array in (words, counted), (f"{words}, behind the first call", behind):
             key = np.asarray(array[facts.valid], int).tobytes()
             if key not in told:
                 told.add(key)
-                yield said, array
-
-
-def _together(recipe: Recipe, facts: Decoded, usual: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """Where a call begins, with how it counts from there; those that differ in one come first."""
-    begins, indices = _begins(recipe, facts), _indices(facts)
-    own, index = next(iter(begins)), next(iter(indices))
-    pairs = [(own, i) for i in indices] + [(b, index) for b in begins]
-    pairs += [(b, i) for b in begins for i in indices]
-    for base, of in dict.fromkeys(pairs):
-        if not usual or of in tuple(indices)[:2]:
-            yield ", ".join(filter(None, (base, of))), begins[base] + indices[of]
+                made[said] = array
+    return made
 
 
 def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
@@ -88,6 +122,7 @@ def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
     columns = np.searchsorted(calls, calls)  # the first of each column's call
     prompt, padded = facts.ends[:, :1], np.count_nonzero(first)
     before = np.maximum(calls - 1, 0)
+    width = np.bincount(calls)[calls]
     old = np.searchsorted(calls, before)  # the first column of the call before
     told = {
         "": begins,
@@ -114,6 +149,8 @@ def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
         "a call begins one too late": begins + 1,
         "a call begins one too early": begins - 1,
         "a call begins at the capacity": len(calls) + 0 * begins,
+        "a call ends at the capacity": len(calls) - width + 0 * begins,
+        "a call ends at 0": -width + 0 * begins,
     }  # fmt: skip
     for of, row in {
         "the longest row": begins.max(0), "the shortest row": begins.min(0), "row 0": begins[0],
@@ -131,19 +168,25 @@ def _indices(facts: Decoded) -> dict[str, np.ndarray]:
     index, columns = facts.places - facts.begins, np.arange(len(facts.calls))
     counts = facts.ends - facts.begins
     start = np.searchsorted(facts.calls, facts.calls)
+    ranks = np.cumsum(facts.valid, axis=1)  # of columns that may be padding in their own row
+    ranks = ranks - ranks[:, start] + facts.valid[:, start] - 1
     width = np.bincount(facts.calls)[facts.calls]
     return {
         "": index,
         "padding within the call counted": columns - start + 0 * index,
         "padding counted as if in front": width - counts + index,
+        "padding of row 0 for all": ranks[:1] + 0 * index,
+        "padding of the last row for all": ranks[-1:] + 0 * index,
         "all of a call have one": 0 * index,
         "all of a call have its last": counts - 1,
         "from the last to the first of a call": counts - 1 - index,
     }
 
 
-def _bounded(facts: Decoded) -> Iterator[tuple[str, np.ndarray]]:
+def _bounded(facts: Decoded) -> dict[str, np.ndarray]:
     """Positions that end at a greatest one, or begin again behind it."""
+    made = {"each position twice": 2 * facts.places}
     for size in range(int(facts.ends.max()) - 1, 1, -1):
-        yield f"{size - 1} at most", np.minimum(facts.places, size - 1)
-        yield f"from 0 again behind {size - 1}", facts.places % size
+        made[f"{size - 1} at most"] = np.minimum(facts.places, size - 1)
+        made[f"from 0 again behind {size - 1}"] = facts.places % size
+    return made

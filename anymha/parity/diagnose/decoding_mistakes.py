@@ -414,6 +414,50 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
     yield "once more by the length of the cache", keys_turned(recipe, facts, lengths)
 
 
+@_decoding
+def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys that are held turned again: which of them, in which calls, by what, and whether kept."""
+    if "rotary" not in recipe.options:
+        return
+    places, calls = facts.places, facts.calls
+    first = np.searchsorted(calls, np.arange(calls[-1] + 1))
+    begins, ends = facts.begins[:, first], facts.ends[:, first]  # of each call, (B, calls)
+    by = {
+        "by their own positions": places[:, None] + 0 * begins[..., None],
+        "by the length before": begins[..., None] + 0 * places[:, None],
+        "by the length behind": ends[..., None] + 0 * places[:, None],
+        "by the newest position": (ends - 1)[..., None] + 0 * places[:, None],
+        "by one position": np.ones((*begins.shape, len(calls)), int),
+        "by as many as the call reads": (ends - begins)[..., None] + 0 * places[:, None],
+    }  # [B, calls, T]: what a call turns each key by
+    number = np.arange(calls[-1] + 1)
+    old, behind_first = number[:, None] > calls, (number > 0)[:, None]
+    both = number[:, None] >= calls
+    # Of whom, when, which calls turn which keys (calls, T), and whether they stay turned.
+    turned = (
+        ("what is held", "in each call", old, True),
+        ("old and new keys", "in each call behind the first", both & behind_first, True),
+        ("old and new keys", "in each call", both, True),
+        ("those of the first call", "behind it", old & (number == 1)[:, None], True),
+        ("old and new keys", "in the second call", both & (number == 1)[:, None], True),
+        ("what is held", "as it is read", old, False),
+        ("old and new keys", "as they are read behind the first call", both & behind_first, False),
+        ("old and new keys", "as they are read", both, False),
+    )
+    begun = {"turned again": places, "turned back": places,
+             "held without rotation, turned": 0 * places}  # fmt: skip
+    for of, when, which, kept in turned:
+        # By one angle for all as they are read: that are the queries' positions.
+        for words, angles in by.items() if kept else [*by.items()][:1]:
+            steps = angles * which
+            total = np.cumsum(steps, axis=1) if kept else steps
+            for said, base in begun.items():
+                more = -total if said == "turned back" else total
+                every = given(recipe, base, places)[:, None] + more
+                yield f"{of} {said} {words}, {when}", keys_turned(
+                    recipe, facts, lambda call, every=every: every[:, call])  # fmt: skip
+
+
 @with_empty_rows
 @_decoding
 def _in_front(recipe: Recipe, facts: Decoded) -> Variants:
@@ -622,6 +666,8 @@ MISTAKES: tuple[Row, ...] = (
      "are.", _joined),
     ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
      "written, or whenever it is read.", _rotated_again),
+    ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
+     "written, or whenever it is read.", _turned_again, no_families, True),
     ("ring off by one", "A ring for a window of W holds W positions; a call of several reads what "
      "it overwrites before it writes.", _ring),
     ("positions read after the update", "Read lengths[b] before the new positions are added to it.",
@@ -633,8 +679,9 @@ MISTAKES: tuple[Row, ...] = (
     ("empty slots seen", "Hide the slots from lengths[b] on.", _empty),
     ("cache in another order", "Join new positions behind those that are held.", _in_front),
     ("cache in half precision", "Hold keys and values in the dtype of the call.", _narrow),
-    ("positions of a call counted wrongly", "Position i of row b in a call is lengths[b] + i: count "
-     "the row's own valid positions, of all calls before.", counted_wrongly, no_families, True),
+    ("positions of a call counted wrongly", "Position i of row b in a call is lengths[b] + i: "
+     "count the row's own valid positions, of all calls before.", counted_wrongly, no_families,
+     True),
     ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
      "lengths together.", _other_rows),
 )  # fmt: skip
