@@ -240,7 +240,9 @@ class Stepwise:
         pieces = self.decoding.pieces(length)
         turned = None if self.decoding.reorder is None else np.roll(np.arange(batch), -1)
         calls = np.repeat(np.arange(len(pieces)), pieces)
-        return Decoded(valid_of(request), calls, self.decoding.join is not None, turned)
+        drafted = DRAFT * (self.decoding.truncate is not None)
+        joined = self.decoding.join is not None
+        return Decoded(valid_of(request), calls, joined, turned, drafted)
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""

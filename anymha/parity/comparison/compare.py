@@ -26,7 +26,10 @@ from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
 from anymha.parity.comparison.probed import with_probed_kernels
 from anymha.parity.comparison.unexplained import explained
 from anymha.parity.diagnose.calls import diagnose_by_calls
-from anymha.parity.diagnose.causes import Diagnosis
+from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.decoding_mistakes import MISTAKES
+from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.diagnose.taken_back import how_truncated
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, turned_away
@@ -36,6 +39,12 @@ from anymha.parity.stages.trace import POSITIONS, Adapter, Request, Trace, make_
 
 STIRRED = 4
 """How many calls tell what rounding changes, where one is too few."""
+
+OF_A_CACHE = {name for name, *_ in MISTAKES}
+"""The causes that may be mistakes of what is done to a cache between calls."""
+
+OF_A_FUNCTION = {"reorder": "cache of another row", "join": "rotation after the join"}
+"""The causes that say which function of a cache is wrong."""
 
 
 class ParityError(AnymhaError, AssertionError):
@@ -133,18 +142,41 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
 
 def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
     """The comparison with the function of a cache without which the candidate is right."""
-    if comparison.diagnosis is not None and comparison.diagnosis.explained:
+    found, request, (first, second) = comparison.diagnosis, comparison.request, comparison.traces
+    known = found is not None and found.explained
+    if first.random or second.random or (known and found.causes[0].name not in OF_A_CACHE):
         return comparison
-    request, (first, _) = comparison.request, comparison.traces
     for name, other in candidate.less():
         traces = first, _traced("candidate", other, request, None)
         one, two = settle_padding(request, traces, None)
         one = dataclasses.replace(one, scores=None)
-        if outputs_alone(request, one, two).passed:
-            fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
-            diagnosis = Diagnosis.certain(f"wrong with `{name}`", "output", fix)
-            return dataclasses.replace(comparison, diagnosis=diagnosis)
+        if not outputs_alone(request, one, two).passed:
+            continue
+        fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
+        if known and found.causes[0].name == OF_A_FUNCTION.get(name):
+            cause = dataclasses.replace(found.causes[0], fix=f"{found.causes[0].fix} {fix}")
+            diagnosis = dataclasses.replace(found, causes=(cause,))
+        else:
+            detail = _how_truncated(comparison) if name == "truncate" else ""
+            detail = detail or f"as of {found.causes[0]}" * known
+            cause = Cause(f"wrong with `{name}`", detail, "output", fix)
+            diagnosis = Diagnosis((cause,), 0.0)
+        return dataclasses.replace(comparison, diagnosis=diagnosis)
     return comparison
+
+
+def _how_truncated(comparison: Comparison) -> str:
+    """In what way the candidate's `truncate` is wrong, in words; empty where it is not known."""
+    request, (first, second) = comparison.request, comparison.traces
+    basis = first if first.weights is not None else second
+    if basis.weights is None or basis.config is None or not comparison.exact:
+        return ""
+    folded = fold(problem_of(basis.config, basis.weights, request))
+    recipe = folded.recipe.but(decoded=request.decoded)
+    _, second = settle_padding(request, (first, second), folded)
+    with np.errstate(all="ignore"):
+        reported = {"output": second.output.astype(np.float64)}
+        return how_truncated(recipe, Evidence(second, reported, first))
 
 
 def _explained_by_calls(
