@@ -187,6 +187,13 @@ class Stepwise:
                 other = dataclasses.replace(self.decoding, **{name: None})
                 yield name, Stepwise(other, self.description)
 
+    def bare(self) -> Stepwise | None:
+        """It without any of them; None where it has none."""
+        if not any(True for _ in self.less()):
+            return None
+        none = dict.fromkeys(("truncate", "reorder", "join"))
+        return Stepwise(dataclasses.replace(self.decoding, **none), self.description)
+
     @property
     def mask(self) -> str | None:
         """Its parameter for the padding of a piece."""

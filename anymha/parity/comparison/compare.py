@@ -25,11 +25,11 @@ from anymha.parity.comparison.cut import cut, sequences, words
 from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
 from anymha.parity.comparison.probed import with_probed_kernels
 from anymha.parity.comparison.unexplained import explained
+from anymha.parity.diagnose.cache_functions import ways_of
 from anymha.parity.diagnose.calls import diagnose_by_calls
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.decoding_mistakes import MISTAKES
 from anymha.parity.diagnose.evidence import Evidence
-from anymha.parity.diagnose.taken_back import how_truncated
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, turned_away
@@ -157,26 +157,41 @@ def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
             cause = dataclasses.replace(found.causes[0], fix=f"{found.causes[0].fix} {fix}")
             diagnosis = dataclasses.replace(found, causes=(cause,))
         else:
-            detail = _how_truncated(comparison) if name == "truncate" else ""
-            detail = detail or f"as of {found.causes[0]}" * known
-            cause = Cause(f"wrong with `{name}`", detail, "output", fix)
-            diagnosis = Diagnosis((cause,), 0.0)
+            ways = _ways_of(name, comparison)
+            ways = ways or ([f"as of {found.causes[0]}"] if known else [""])
+            cause = Cause(f"wrong with `{name}`", ways[0], "output", fix)
+            diagnosis = Diagnosis((cause,), 0.0, tuple(ways[1:4]))
         return dataclasses.replace(comparison, diagnosis=diagnosis)
-    return comparison
+    return comparison if known else _with_none(comparison, candidate)
 
 
-def _how_truncated(comparison: Comparison) -> str:
-    """In what way the candidate's `truncate` is wrong, in words; empty where it is not known."""
+def _with_none(comparison: Comparison, candidate: Stepwise) -> Comparison:
+    """The comparison with what explains it where no function of the cache is called."""
+    request, (first, _), bare = comparison.request, comparison.traces, candidate.bare()
+    if bare is None or request.decoded is None:
+        return comparison
+    request = dataclasses.replace(request, decoded=bare.facts(request))
+    other = judge_traces(request, first, _traced("candidate", bare, request, None))
+    if other.passed or other.diagnosis is None or not other.diagnosis.explained:
+        return comparison
+    note = "The cause is that of calls without `truncate`, `reorder` and `join`; more may differ."
+    return dataclasses.replace(comparison, diagnosis=other.diagnosis,
+                               first_divergence=other.first_divergence,
+                               notes=(*comparison.notes, note))  # fmt: skip
+
+
+def _ways_of(function: str, comparison: Comparison) -> list[str]:
+    """In what ways a function of a cache may be wrong, in words; none where it is not known."""
     request, (first, second) = comparison.request, comparison.traces
     basis = first if first.weights is not None else second
     if basis.weights is None or basis.config is None or not comparison.exact:
-        return ""
+        return []
     folded = fold(problem_of(basis.config, basis.weights, request))
     recipe = folded.recipe.but(decoded=request.decoded)
     _, second = settle_padding(request, (first, second), folded)
     with np.errstate(all="ignore"):
         reported = {"output": second.output.astype(np.float64)}
-        return how_truncated(recipe, Evidence(second, reported, first))
+        return [*ways_of(function, recipe, Evidence(second, reported, first))]
 
 
 def _explained_by_calls(

@@ -71,7 +71,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
             seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
         "a call sees the first one and itself alone": seen & (own | first),
         "a call sees itself alone": seen & own,
-        "the last call alone is kept, a call sees the one before it and itself":
+        "the last call alone is held, a call sees the one before it and itself":
             seen & (calls[:, None] - calls <= 1),
         "the call before is not seen": seen & (own | (calls <= calls[:, None] - 2)),
         "of a call the first position alone is held":
@@ -405,7 +405,7 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
         times = facts.rounds[:, facts.calls == call][:, :1] - facts.rounds
         return given(recipe, places * (1 + np.maximum(times, 0)), places)
 
-    yield "again in each call", keys_turned(recipe, facts, each)
+    yield "again in each call", keys_turned(recipe, facts, each, int(facts.calls[-1]) + 1)
 
     def lengths(call: int) -> np.ndarray:
         end = facts.ends[:, facts.calls == call][:, :1]
@@ -454,8 +454,9 @@ def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
             for said, base in begun.items():
                 more = -total if said == "turned back" else total
                 every = given(recipe, base, places)[:, None] + more
+                most = len(number) if kept else 2
                 yield f"{of} {said} {words}, {when}", keys_turned(
-                    recipe, facts, lambda call, every=every: every[:, call])  # fmt: skip
+                    recipe, facts, lambda call, every=every: every[:, call], most)  # fmt: skip
 
 
 @with_empty_rows

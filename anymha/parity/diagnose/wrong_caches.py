@@ -354,11 +354,13 @@ def of_rows_and_lengths(recipe: Recipe, facts: Decoded, source: np.ndarray) -> R
     return wrong.stepping("logits", logits).stepping("context", context)
 
 
-def keys_turned(recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarray]) -> Recipe:
+def keys_turned(
+    recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarray], turns: int = 1
+) -> Recipe:
     """The recipe with keys rotated by other positions.
 
     `places` gives the positions (B, T) of all keys as the queries of a call see them, by its
-    number.
+    number; a key is rotated, and rounded, in `turns` calls at most.
     """
     calls = range(facts.calls[-1] + 1)
     turned = [recipe.but(key_positions=places(call)).until("key")["key"] for call in calls]
@@ -372,4 +374,6 @@ def keys_turned(recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarr
         return array
 
     step: Step = logits
-    return recipe.stepping("logits", step)
+    made = recipe.stepping("logits", step)
+    made.computed["turns"] = turns - 1
+    return made

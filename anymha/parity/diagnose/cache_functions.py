@@ -1,6 +1,7 @@
-"""How a cache is truncated wrongly: recipes that see positions which were to be taken back.
+"""In what way a function of a cache is wrong: `truncate`, `reorder` or `join`.
 
-They are tried where a comparison without `truncate` agrees.
+A buffer is filled as the wrong function leaves it. That is tried where a comparison without this
+function agrees.
 """
 
 from __future__ import annotations
@@ -16,22 +17,30 @@ from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.recipe import Recipe
 
 EMPTY = -1
-"""Stands for the column of a slot that holds zeros."""
+"""Stands for the column of a slot that holds zeros, or what another row had there."""
 
 Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """The lengths (B,) behind a truncation, from those that are held and the right ones."""
 
 
+def _right(held: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return right
+
+
 @dataclass
-class _Truncated:
-    """A buffer whose rows are truncated wrongly, and what the queries of each call find in it.
+class _Buffer:
+    """A buffer that is truncated or moved wrongly, and what the queries of each call find in it.
 
     Draft `call * drafted + d` is a copy of column d, read before a call and to be taken back.
     """
 
     recipe: Recipe
     facts: Decoded
-    lengths: Lengths
+    lengths: Lengths = _right  # How it is truncated
+    # Of which rows keys, values and lengths are behind the first call, (B,); None: their own
+    moved: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    # Another length behind the first call for each row, from those that are right
+    begun: Callable[[np.ndarray], np.ndarray] | None = None
     cleared: int = 0  # How many of the last positions that are kept are cleared
     newest: bool = False  # Whether the last positions are kept in place of the first
     held: list[list[int]] = field(init=False)  # Of each row the column in each slot
@@ -47,7 +56,9 @@ class _Truncated:
         self.drafts, self.contents = np.zeros((rows, calls * facts.drafted), int), []
         for call in range(calls):
             columns = np.flatnonzero(facts.calls == call)
-            if call:
+            if call == 1 and self.moved is not None:
+                self._move(self.moved[2])
+            if call and facts.drafted:
                 self._draft(call, range(min(facts.drafted, columns[0])))
                 self._truncate(facts.begins[:, columns[0]])
             for row, held in enumerate(self.held):
@@ -56,6 +67,22 @@ class _Truncated:
                     held.append(int(column))
             self.contents.append([held.copy() for held in self.held])
         self.length = length
+
+    def _move(self, rows: np.ndarray) -> None:
+        counts = np.array([len(held) for held in self.held])[rows]
+        counts = counts if self.begun is None else self.begun(counts) + 0 * counts
+        self.held = [[EMPTY] * int(count) for count in counts]
+
+    def _slots(self, name: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """What slots hold that hold no column: inputs (B, slots, D), and whether any."""
+        x, facts = self.recipe.inputs[name], self.facts
+        held, any_held = np.zeros((len(x), most, x.shape[2])), np.zeros((len(x), most), bool)
+        if self.moved is not None:
+            for row, source in enumerate(self.moved[0 if name == "key" else 1]):
+                columns = np.flatnonzero(facts.valid[source] & (facts.calls == 0))
+                held[row, : len(columns)] = x[source, columns]
+                any_held[row, : len(columns)] = True
+        return held, any_held
 
     def _draft(self, call: int, columns: range) -> None:
         for row, held in enumerate(self.held):
@@ -82,10 +109,10 @@ class _Truncated:
         rows, drafts = self.drafts.shape
         slots = np.broadcast_to(np.arange(most), (rows, most))
         columns = np.concatenate([
-            np.arange(length), np.tile(np.arange(facts.drafted), drafts // facts.drafted),
-            np.zeros(most, int),
+            np.arange(length),
+            np.tile(np.arange(facts.drafted), int(facts.calls[-1]) + 1),
         ])  # fmt: skip
-        seen = np.zeros((rows, length, len(columns)), bool)
+        seen = np.zeros((rows, length, len(columns) + most), bool)
         for at, call in enumerate(facts.calls):
             for row in range(rows):
                 for slot, column in enumerate(self.contents[call][row][: self.places[row, at] + 1]):
@@ -95,16 +122,22 @@ class _Truncated:
         own = given(recipe, self.places, facts.places)
         keys = counted + own[:, :1] - self.places[:, :1]
         masks = {n: mask for n, mask in recipe.masks.items() if n == "query_mask"}
-        inputs = {n: x if n == "query" else x[:, columns] for n, x in recipe.inputs.items()}
+        inputs, holds = dict(recipe.inputs), dict[str, np.ndarray]()
+        for name in ("key", "value"):
+            more, any_held = self._slots(name, most)
+            inputs[name] = np.concatenate([inputs[name][:, columns], more], axis=1)
+            own_columns = np.ones((rows, len(columns)), bool)
+            holds[name] = np.concatenate([own_columns, any_held], axis=1)[..., None, None]
         wrong = recipe.but(
             inputs=inputs, masks={**masks, "cache": seen[:, None]}, causal=False, window=None,
             decoded=None, positions=own, key_positions=keys,
         )  # fmt: skip
-        holds = (np.arange(len(columns)) < length + drafts)[:, None, None]
-        return wrong.after(("key", "value"), lambda heads: heads * holds)
+        for name in holds:
+            wrong = wrong.after((name,), lambda heads, name=name: heads * holds[name])
+        return wrong
 
 
-def _ways(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Truncated]]:
+def _truncated(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
     """Words, and the buffer that is truncated so."""
     first = 0 if facts.turned is None else int(facts.turned[0])  # that stands first behind call 0
     last = len(facts.valid) - 1 if facts.turned is None else int(facts.turned[-1])
@@ -112,19 +145,19 @@ def _ways(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Truncated]]:
     told: dict[str, Lengths] = {
         "one position too many is taken back": lambda held, right: right - 1,
         "one position too few is taken back": lambda held, right: np.minimum(right + 1, held),
-        "one position more than is right is counted": lambda held, right: right + 1,
+        "one position too few is taken back, even of none": lambda held, right: right + 1,
         "nothing is taken back": lambda held, right: held,
         "all is taken back": lambda held, right: 0 * right,
         "two positions too many are taken back": lambda held, right: right - 2,
         "three positions too many are taken back": lambda held, right: right - 3,
-        "two positions more than is right are counted": lambda held, right: right + 2,
+        "two positions too few are taken back": lambda held, right: right + 2,
     }
     for count in range(1, read + 3):
-        words = f"{count} of each row are taken back, whatever its length"
+        words = f"of each row {count} {'is' if count == 1 else 'are'} taken back, whatever was read"
         told[words] = lambda held, right, count=count: held - count
     for of, row in {
-        "row 0": lambda x: x[first], "the last row": lambda x: x[last], "the longest row": np.max,
-        "the shortest row": np.min, "the row before": lambda x: np.roll(x, 1),
+        "the longest row": np.max, "the shortest row": np.min, "row 0": lambda x: x[first],
+        "the last row": lambda x: x[last], "the row before": lambda x: np.roll(x, 1),
         "the row behind": lambda x: np.roll(x, -1),
     }.items() if len(facts.valid) > 1 else ():  # fmt: skip
         told[f"to the length of {of}"] = lambda held, right, row=row: row(right) + 0 * right
@@ -133,20 +166,65 @@ def _ways(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Truncated]]:
         words = f"as many of each row are taken back as of {of}"
         told[words] = lambda held, right, row=row: held - row(held - right)
     for words, lengths in told.items():
-        yield words, _Truncated(recipe, facts, lengths)
+        yield words, _Buffer(recipe, facts, lengths)
     yield ("the last position that is kept is cleared",
-           _Truncated(recipe, facts, lambda held, right: right, cleared=1))  # fmt: skip
+           _Buffer(recipe, facts, cleared=1))  # fmt: skip
     if "alibi" not in recipe.options:  # where a key's distance would follow its slot
         yield ("the newest positions are kept, not the first ones",
-               _Truncated(recipe, facts, lambda held, right: right, newest=True))  # fmt: skip
+               _Buffer(recipe, facts, newest=True))  # fmt: skip
 
 
-def how_truncated(recipe: Recipe, evidence: Evidence) -> str:
-    """In what way `truncate` is wrong, in words; empty where none gives the numbers."""
+def _moved(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
+    """Words, and the buffer whose rows are reordered or joined so, behind the first call."""
+    rows = np.arange(len(facts.valid))
+    order = rows if facts.turned is None else facts.turned
+    at = np.argsort(order)  # where each row stands behind the first call
+    sources = {
+        "not moved": at, "moved the other way": at[at], "moved twice": order[order[at]],
+        "those of the rows from the last to the first": rows[::-1][at],
+        "those of the row before": order[(at - 1) % len(rows)],
+        "those of the row behind": order[(at + 1) % len(rows)],
+        "those of the first row for all": 0 * rows, "those of the last row for all":
+        0 * rows + rows[-1],
+    }  # fmt: skip
+    told = {rows.tobytes()}
+    for words, source in sources.items():
+        if source.tobytes() not in told:
+            told.add(source.tobytes())
+            for of, which in _PARTS.items():
+                moved = [source if part in which else rows for part in range(3)]
+                buffer = _Buffer(recipe, facts, moved=(moved[0], moved[1], moved[2]))
+                yield f"{of} are {words}", buffer
+    for words, begun in {
+        "that of the longest row for all": np.max, "that of the shortest row for all": np.min,
+        "0": lambda counts: 0 * counts, "one too great": lambda counts: counts + 1,
+        "one too small": lambda counts: counts - 1,
+    }.items():  # fmt: skip
+        yield f"the length is {words}", _Buffer(recipe, facts, moved=(rows,) * 3, begun=begun)
+
+
+_PARTS = {
+    "keys, values and lengths": (0, 1, 2),
+    "keys and values": (0, 1),
+    "keys": (0,),
+    "values": (1,),
+    "lengths": (2,),
+    "keys and lengths": (0, 2),
+    "values and lengths": (1, 2),
+}
+"""What is moved wrongly."""
+
+
+def ways_of(function: str, recipe: Recipe, evidence: Evidence) -> Iterator[str]:
+    """The ways in which a function of a cache may be wrong that give the numbers, in words."""
     facts = facts_of(recipe)
-    if facts is None or not facts.drafted or recipe.positions is not None:
-        return ""
-    for words, buffer in _ways(recipe, facts) if recipe.segments is None else ():
-        if max(evidence.errors(buffer.made()).values()) <= 1:
-            return words
-    return ""
+    if facts is None or recipe.positions is not None or recipe.segments is not None:
+        return
+    ways = _truncated if function == "truncate" else _moved
+    for words, buffer in ways(recipe, facts):
+        try:
+            worst = max(evidence.errors(buffer.made()).values())
+        except (ValueError, IndexError):
+            continue  # an option whose arrays have one place for each position of the call
+        if worst <= 1:
+            yield words
