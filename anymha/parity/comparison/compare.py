@@ -142,9 +142,10 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
 
 def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
     """The comparison with the function of a cache without which the candidate is right."""
-    found, request, (first, second) = comparison.diagnosis, comparison.request, comparison.traces
-    known = found is not None and found.explained
-    if first.random or second.random or (known and found.causes[0].name not in OF_A_CACHE):
+    diagnosis, request, (first, second) = (
+        comparison.diagnosis, comparison.request, comparison.traces)  # fmt: skip
+    found = diagnosis.causes if diagnosis is not None and diagnosis.explained else ()
+    if first.random or second.random or (found and found[0].name not in OF_A_CACHE):
         return comparison
     for name, other in candidate.less():
         traces = first, _traced("candidate", other, request, None)
@@ -153,16 +154,17 @@ def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
         if not outputs_alone(request, one, two).passed:
             continue
         fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
-        if known and found.causes[0].name == OF_A_FUNCTION.get(name):
-            cause = dataclasses.replace(found.causes[0], fix=f"{found.causes[0].fix} {fix}")
-            diagnosis = dataclasses.replace(found, causes=(cause,))
+        if diagnosis and found and found[0].name == OF_A_FUNCTION.get(name):
+            cause = dataclasses.replace(found[0], fix=f"{found[0].fix} {fix}")
+            diagnosis = dataclasses.replace(diagnosis, causes=(cause, *found[1:]))
         else:
-            ways = _ways_of(name, comparison)
-            ways = ways or ([f"as of {found.causes[0]}"] if known else [""])
-            cause = Cause(f"wrong with `{name}`", ways[0], "output", fix)
+            known = f"as of {' and '.join(map(str, found))}" if found else ""
+            ways = _ways_of(name, comparison) or [known]
+            stage = found[0].stage if found else "output"
+            cause = Cause(f"wrong with `{name}`", ways[0], stage, fix)
             diagnosis = Diagnosis((cause,), 0.0, tuple(ways[1:4]))
         return dataclasses.replace(comparison, diagnosis=diagnosis)
-    return comparison if known else _with_none(comparison, candidate)
+    return comparison if found else _with_none(comparison, candidate)
 
 
 def _with_none(comparison: Comparison, candidate: Stepwise) -> Comparison:

@@ -200,7 +200,8 @@ def _moved(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
         "0": lambda counts: 0 * counts, "one too great": lambda counts: counts + 1,
         "one too small": lambda counts: counts - 1,
     }.items():  # fmt: skip
-        yield f"the length is {words}", _Buffer(recipe, facts, moved=(rows,) * 3, begun=begun)
+        buffer = _Buffer(recipe, facts, moved=(rows, rows, rows), begun=begun)
+        yield f"the length is {words}", buffer
 
 
 _PARTS = {

@@ -8,6 +8,7 @@ queries, keys or both, the causal rule too, or the place where keys are written.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -79,18 +80,9 @@ def _with_the_causal_rule(
             detail = f"{words}; {follows}{hidden}"
             if "rotary" in recipe.options:
                 for part, names in PARTS.items():
-                    yield (
-                        detail + part,
-                        in_slots(
-                            recipe,
-                            facts,
-                            slots,
-                            counted,
-                            size,
-                            empty,
-                            **dict.fromkeys(names, other),
-                        ),
-                    )
+                    changed: dict[str, Any] = dict.fromkeys(names, other)
+                    made = in_slots(recipe, facts, slots, counted, size, empty, **changed)
+                    yield detail + part, made
                 detail += ", and no rotation"
             yield detail, in_slots(recipe, facts, slots, counted, size, empty, by_slot="slots")
             if "alibi" in recipe.options:
@@ -158,7 +150,8 @@ def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
         "the row behind": np.roll(begins, -1, 0),
     }.items():  # fmt: skip
         told[f"a call begins at the length of {of}"] = row + 0 * begins
-    for most in {recipe.window, recipe.window and recipe.window - 1} - {None}:
+    window = recipe.window
+    for most in () if window is None else (window, window - 1):
         told[f"a call begins at {most} at most"] = np.minimum(begins, most)
     return told
 
