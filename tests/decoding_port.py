@@ -107,6 +107,12 @@ FAULTS = (
     Fault("reads row 0 for all, its new positions too", "cache of another row", "linear"),
     Fault("holds float16", "cache in half precision", "linear float32"),
     Fault("one position for a call", "positions read after the update", "position"),
+    Fault("positions from twice the length", "positions of a call counted wrongly", "position"),
+    Fault("query positions at most seven", "positions of a call counted wrongly", "rotary"),
+    Fault("rotates old and new keys in each call", "cached keys rotated wrongly", "linear rotary"),
+    Fault("truncate takes one too many", "wrong with `truncate`", "linear truncate"),
+    Fault("truncate to the length of row 0", "wrong with `truncate`", "linear truncate ragged"),
+    Fault("reorder leaves lengths", "wrong with `reorder`", "linear reorder ragged"),
 )  # fmt: skip
 """Every fault."""
 
@@ -222,6 +228,10 @@ class Port:
             bare = wrong == "holds keys without rotation" or (
                 wrong == "holds new keys without rotation" and length)  # fmt: skip
             new.keys[row, slots] = k if bare else turned
+        if wrong == "rotates old and new keys in each call" and length:
+            new.keys[row, : length + count] = self._rotated(
+                new.keys[row, : length + count], np.arange(length + count)
+            )
         if wrong == "joins new values in front":
             new.values[row, count : count + length] = old_values[:length]
         if not (wrong == "writes no values behind the prompt" and length):
@@ -269,6 +279,8 @@ class Port:
             "positions after the update": places + len(index),
             "positions from 0": index,
             "one position for a call": places - index,
+            "positions from twice the length": 2 * places - index,
+            "positions at most seven": np.minimum(places, 7),
         }.get(self.wrong.removeprefix("query "), places)
         return other, places if self.wrong.startswith("query") else other
 
@@ -376,7 +388,10 @@ class Port:
         if self.wrong == "truncate does nothing":
             return cache
         more = self.wrong == "truncate leaves one too many"
-        lengths = np.minimum(np.asarray(lengths) + more, cache.lengths)
+        less = self.wrong == "truncate takes one too many"
+        lengths = np.minimum(np.asarray(lengths) + more - less, cache.lengths)
+        if self.wrong == "truncate to the length of row 0":
+            lengths = np.minimum(lengths[0], cache.lengths)
         places = np.where(cache.places < lengths[:, None], cache.places, -1)
         return dataclasses.replace(cache, lengths=lengths, places=places)
 
@@ -386,6 +401,8 @@ class Port:
         moved = cache.rows(order)
         if self.wrong == "reorder leaves keys and values":
             return dataclasses.replace(moved, keys=cache.keys, values=cache.values)
+        if self.wrong == "reorder leaves lengths":
+            return dataclasses.replace(moved, lengths=cache.lengths)
         if self.wrong == "reorder moves keys alone":
             return dataclasses.replace(moved, values=cache.values)
         if self.wrong == "reorder moves the other way":

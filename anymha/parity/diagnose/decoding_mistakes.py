@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, Row
+from anymha.parity.diagnose.changes import Maker, Row, no_families
+from anymha.parity.diagnose.counted_positions import counted_wrongly
 from anymha.parity.diagnose.mask_mistakes import with_empty_rows
 from anymha.parity.diagnose.wrong_caches import (
     alibi_of,
@@ -17,6 +18,7 @@ from anymha.parity.diagnose.wrong_caches import (
     cached,
     exchanged,
     facts_of,
+    given,
     in_slots,
     in_window,
     keys_turned,
@@ -69,7 +71,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
             seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
         "a call sees the first one and itself alone": seen & (own | first),
         "a call sees itself alone": seen & own,
-        "the last call alone is kept, a call sees the one before it and itself":
+        "the last call alone is held, a call sees the one before it and itself":
             seen & (calls[:, None] - calls <= 1),
         "the call before is not seen": seen & (own | (calls <= calls[:, None] - 2)),
         "of a call the first position alone is held":
@@ -80,7 +82,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     # A cache that stays as the first call leaves it, its length too
     alone = np.where(first, facts.places, facts.ends[:, :1] + facts.places - facts.begins)
     near = in_window(recipe, alone[:, :, None] - alone[:, None])
-    both = dict.fromkeys(("positions", "key_positions"), _given(recipe, alone, facts.places))
+    both = dict.fromkeys(("positions", "key_positions"), given(recipe, alone, facts.places))
     yield "calls behind the first begin where it ends", seeing(
         recipe, facts.valid[:, None] & past(facts) & near & (own | first), **both)  # fmt: skip
     # One position of each call behind the first, by which the length grows
@@ -88,7 +90,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     grown = facts.ends[:, :1] + np.maximum(facts.rounds - 1, 0) + index
     counted = np.where(first, facts.places, grown)
     near = in_window(recipe, counted[:, :, None] - counted[:, None])
-    both = dict.fromkeys(("positions", "key_positions"), _given(recipe, counted, facts.places))
+    both = dict.fromkeys(("positions", "key_positions"), given(recipe, counted, facts.places))
     for words, at in (("first", facts.begins), ("last", facts.ends - 1)):
         held = own | first | (facts.places == at)[:, None]
         yield f"of calls behind the first the {words} position alone is held and counted", seeing(
@@ -167,7 +169,7 @@ def _dropped(recipe: Recipe, facts: Decoded) -> Variants:
         kept = near & (places[:, None] >= lost[..., None])
         yield words, seeing(recipe, kept)
         if recipe.options.keys() & {"rotary", "alibi"}:
-            other = _given(recipe, places - lost, places)
+            other = given(recipe, places - lost, places)
             for said, names in ((", and positions count what is held",
                                  ("positions", "key_positions")),
                                 (", and those of queries count what is held", ("positions",)),
@@ -186,8 +188,8 @@ def _overwritten(recipe: Recipe, facts: Decoded) -> Variants:
         last = np.minimum(places, size - 1)
         yield f"{words}, the last slot is overwritten", in_slots(recipe, facts, last, last, length)
         yield (f"{words}, the last slot is overwritten, which has the positions of all",
-               in_slots(recipe, facts, last, last, length, positions=_given(recipe, last, places),
-                        key_positions=_given(recipe, last, places)))  # fmt: skip
+               in_slots(recipe, facts, last, last, length, positions=given(recipe, last, places),
+                        key_positions=given(recipe, last, places)))  # fmt: skip
         block = np.maximum(np.minimum(facts.begins, size - count), 0) + index
         yield (f"{words}, a call that does not fit is written over the last slots",
                in_slots(recipe, facts, block, places, size))  # fmt: skip
@@ -214,8 +216,8 @@ def _in_slots(
                     recipe, facts, slots, last, empty=empty, by_slot=by_slot)  # fmt: skip
         if "rotary" in recipe.options:
             both: dict[str, Any] = {
-                "positions": _given(recipe, last, facts.places),
-                "key_positions": _given(recipe, slots, facts.places),
+                "positions": given(recipe, last, facts.places),
+                "key_positions": given(recipe, slots, facts.places),
             }
             for hidden, empty in (("", True), (", empty slots are hidden", False)):
                 yield f"{words}{hidden}, and positions are slots", in_slots(
@@ -269,7 +271,7 @@ def _row_zero(recipe: Recipe, facts: Decoded) -> Variants:
         yield f"the mask of {words}", seeing(recipe, near)
         yield f"the mask of {words}, the window by the row's own", seeing(
             recipe, seen & in_window(recipe, behind(facts)))  # fmt: skip
-        other = _given(recipe, theirs, places)
+        other = given(recipe, theirs, places)
         both = {"positions": other, "key_positions": other}
         yield f"mask and positions of {words}", seeing(recipe, near, **both)
         asking = near & held[..., None]
@@ -333,7 +335,7 @@ def _padding(recipe: Recipe, facts: Decoded) -> Variants:
             for said, other in ((", and counted in positions", counted),
                                 (", and counted in positions of the batch", columns)):  # fmt: skip
                 both = dict.fromkeys(("positions", "key_positions"),
-                                     _given(recipe, other, places))  # fmt: skip
+                                     given(recipe, other, places))  # fmt: skip
                 yield detail + said, seeing(recipe, seen, **both)
                 yield f"{detail}{said} of queries", seeing(
                     recipe, seen, positions=both["positions"])  # fmt: skip
@@ -344,7 +346,7 @@ def _padding(recipe: Recipe, facts: Decoded) -> Variants:
             near = in_window(recipe, counted[:, :, None] - counted[:, None])
             said = f"hidden, and counted in the window{words}"
             yield said, seeing(recipe, hidden & near)
-            both = dict.fromkeys(("positions", "key_positions"), _given(recipe, counted, places))
+            both = dict.fromkeys(("positions", "key_positions"), given(recipe, counted, places))
             yield f"{said} and in positions", seeing(recipe, hidden & near, **both)
     if recipe.window is not None:
         yield "hidden, and counted in the window of the batch", seeing(
@@ -375,7 +377,7 @@ def _of_call(
 ) -> np.ndarray:
     """Other positions of the keys of some calls, as calls behind them see them."""
     old = which & (facts.calls < call)
-    return _given(recipe, np.where(old, other, facts.places), facts.places)
+    return given(recipe, np.where(old, other, facts.places), facts.places)
 
 
 @_decoding
@@ -393,7 +395,7 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
     later = facts.calls > 0
     for words, other in {"without rotation": np.zeros_like(places),
                          "turned twice": 2 * places}.items():  # fmt: skip
-        counted = _given(recipe, np.where(later, other, places), places)
+        counted = given(recipe, np.where(later, other, places), places)
         yield f"{words} behind the first call, for the call itself too", recipe.but(
             key_positions=counted)  # fmt: skip
         yield f"held {words} behind the first call", keys_turned(
@@ -401,15 +403,60 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
 
     def each(call: int) -> np.ndarray:
         times = facts.rounds[:, facts.calls == call][:, :1] - facts.rounds
-        return _given(recipe, places * (1 + np.maximum(times, 0)), places)
+        return given(recipe, places * (1 + np.maximum(times, 0)), places)
 
-    yield "again in each call", keys_turned(recipe, facts, each)
+    yield "again in each call", keys_turned(recipe, facts, each, int(facts.calls[-1]) + 1)
 
     def lengths(call: int) -> np.ndarray:
         end = facts.ends[:, facts.calls == call][:, :1]
-        return _given(recipe, np.where(facts.calls < call, places + end, places), places)
+        return given(recipe, np.where(facts.calls < call, places + end, places), places)
 
     yield "once more by the length of the cache", keys_turned(recipe, facts, lengths)
+
+
+@_decoding
+def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys that are held turned again: which of them, in which calls, by what, and whether kept."""
+    if "rotary" not in recipe.options:
+        return
+    places, calls = facts.places, facts.calls
+    first = np.searchsorted(calls, np.arange(calls[-1] + 1))
+    begins, ends = facts.begins[:, first], facts.ends[:, first]  # of each call, (B, calls)
+    by = {
+        "by their own positions": places[:, None] + 0 * begins[..., None],
+        "by the length before": begins[..., None] + 0 * places[:, None],
+        "by the length behind": ends[..., None] + 0 * places[:, None],
+        "by the newest position": (ends - 1)[..., None] + 0 * places[:, None],
+        "by one position": np.ones((*begins.shape, len(calls)), int),
+        "by as many as the call reads": (ends - begins)[..., None] + 0 * places[:, None],
+    }  # [B, calls, T]: what a call turns each key by
+    number = np.arange(calls[-1] + 1)
+    old, behind_first = number[:, None] > calls, (number > 0)[:, None]
+    both = number[:, None] >= calls
+    # Of whom, when, which calls turn which keys (calls, T), and whether they stay turned.
+    turned = (
+        ("what is held", "in each call", old, True),
+        ("old and new keys", "in each call behind the first", both & behind_first, True),
+        ("old and new keys", "in each call", both, True),
+        ("those of the first call", "behind it", old & (number == 1)[:, None], True),
+        ("old and new keys", "in the second call", both & (number == 1)[:, None], True),
+        ("what is held", "as it is read", old, False),
+        ("old and new keys", "as they are read behind the first call", both & behind_first, False),
+        ("old and new keys", "as they are read", both, False),
+    )
+    begun = {"turned again": places, "turned back": places,
+             "held without rotation, turned": 0 * places}  # fmt: skip
+    for of, when, which, kept in turned:
+        # By one angle for all as they are read: that are the queries' positions.
+        for words, angles in by.items() if kept else [*by.items()][:1]:
+            steps = angles * which
+            total = np.cumsum(steps, axis=1) if kept else steps
+            for said, base in begun.items():
+                more = -total if said == "turned back" else total
+                every = given(recipe, base, places)[:, None] + more
+                most = len(number) if kept else 2
+                yield f"{of} {said} {words}, {when}", keys_turned(
+                    recipe, facts, lambda call, every=every: every[:, call], most)  # fmt: skip
 
 
 @with_empty_rows
@@ -487,8 +534,8 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
     for words, queries in (("", places), (", those of queries too", turned),
                            (", queries are at its end", np.minimum(places, window - 1)),
                            ):  # fmt: skip
-        both = {"positions": _given(recipe, queries, places),
-                "key_positions": _given(recipe, turned, places)}  # fmt: skip
+        both = {"positions": given(recipe, queries, places),
+                "key_positions": given(recipe, turned, places)}  # fmt: skip
         yield f"slots are taken for positions{words}", recipe.but(**both)
     every = np.ones_like(facts.calls, bool)
     held_at = partial(_of_call, recipe, facts, turned, every)
@@ -527,16 +574,11 @@ def _not_causal(recipe: Recipe, facts: Decoded) -> Variants:
         })  # fmt: skip
 
 
-def _given(recipe: Recipe, counted: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Positions as far from those of the call as a count is from the right one."""
-    return recipe.places("query") + (counted - places)
-
-
 def _placed(recipe: Recipe, facts: Decoded, words: str, counted: np.ndarray) -> Variants:
     """Other positions of queries and keys, or of one of both."""
     if not recipe.options.keys() & {"rotary", "alibi"}:
         return
-    other = _given(recipe, counted, facts.places)
+    other = given(recipe, counted, facts.places)
     both = "positions", "key_positions"
     for said, names in (
         ("", both), (", of queries alone", both[:1]), (", of keys alone", both[1:])
@@ -569,7 +611,7 @@ def _from_zero(recipe: Recipe, facts: Decoded) -> Variants:
     seen = right(recipe, facts) & (facts.places[:, None] <= index[..., None])
     yield "the causal rule alone, its corner at the first key", seeing(recipe, seen)
     if recipe.options.keys() & {"rotary", "alibi"}:
-        other = _given(recipe, index, facts.places)
+        other = given(recipe, index, facts.places)
         both = {"positions": other, "key_positions": other}
         yield "positions and the causal rule", seeing(recipe, seen, **both)
 
@@ -625,6 +667,8 @@ MISTAKES: tuple[Row, ...] = (
      "are.", _joined),
     ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
      "written, or whenever it is read.", _rotated_again),
+    ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
+     "written, or whenever it is read.", _turned_again, no_families, True),
     ("ring off by one", "A ring for a window of W holds W positions; a call of several reads what "
      "it overwrites before it writes.", _ring),
     ("positions read after the update", "Read lengths[b] before the new positions are added to it.",
@@ -636,6 +680,9 @@ MISTAKES: tuple[Row, ...] = (
     ("empty slots seen", "Hide the slots from lengths[b] on.", _empty),
     ("cache in another order", "Join new positions behind those that are held.", _in_front),
     ("cache in half precision", "Hold keys and values in the dtype of the call.", _narrow),
+    ("positions of a call counted wrongly", "Position i of row b in a call is lengths[b] + i: "
+     "count the row's own valid positions, of all calls before.", counted_wrongly, no_families,
+     True),
     ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
      "lengths together.", _other_rows),
 )  # fmt: skip

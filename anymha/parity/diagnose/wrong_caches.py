@@ -36,6 +36,11 @@ def behind(facts: Decoded) -> np.ndarray:
     return facts.places[:, :, None] - facts.places[:, None]
 
 
+def given(recipe: Recipe, counted: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Positions as far from those of the call as a count is from the right one."""
+    return recipe.places("query") + (counted - places)
+
+
 def in_window(recipe: Recipe, distance: np.ndarray) -> np.ndarray:
     """Where a distance is in the recipe's window, if it has one."""
     return np.ones_like(distance, bool) if recipe.window is None else (
@@ -349,11 +354,13 @@ def of_rows_and_lengths(recipe: Recipe, facts: Decoded, source: np.ndarray) -> R
     return wrong.stepping("logits", logits).stepping("context", context)
 
 
-def keys_turned(recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarray]) -> Recipe:
+def keys_turned(
+    recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarray], turns: int = 1
+) -> Recipe:
     """The recipe with keys rotated by other positions.
 
     `places` gives the positions (B, T) of all keys as the queries of a call see them, by its
-    number.
+    number; a key is rotated, and rounded, in `turns` calls at most.
     """
     calls = range(facts.calls[-1] + 1)
     turned = [recipe.but(key_positions=places(call)).until("key")["key"] for call in calls]
@@ -367,4 +374,6 @@ def keys_turned(recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarr
         return array
 
     step: Step = logits
-    return recipe.stepping("logits", step)
+    made = recipe.stepping("logits", step)
+    made.computed["turns"] = turns - 1
+    return made
