@@ -53,6 +53,22 @@ FIRST = 40
 TRANCHES = (0, 200), (200, 1200)
 """Which of the pairs that promise to leave least are tried first, and which then."""
 
+USUAL = (
+    "inverted mask", "ignored mask", "additive mask", "transposed mask", "mask applied wrongly",
+    "causal mask ignored", "causal mask at the other corner", "causal mask off by one",
+    "causal mask not asked for", "query offset ignored", "window ignored", "window off by one",
+    "wrong attention bias", "wrong scale", "softmax over another axis", "no softmax",
+    "grouped heads tiled", "inputs exchanged", "heads merged wrongly", "heads split wrongly",
+    "transposed kernel", "packed weights in another order", "packed weights split wrongly",
+    "heads interleaved", "missing bias", "output kernel interleaved",
+    "weights of another projection", "rotary of another base", "rotary layout swapped",
+    "rotary positions, by halves", "rotary positions, by pairs", "rotary of queries or keys alone",
+)  # fmt: skip
+"""Mistakes of which every two are tried together, those of options that are left out too."""
+
+FORMS = 4
+"""How many forms of each of these, the usual ones."""
+
 NEAREST = 6
 """Beside how many of the nearest mistakes every other is tried between these."""
 
@@ -191,7 +207,7 @@ class Search:
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found, hurried = self._pairs(singles)
-        found = found or begun
+        found = found or self._usual_pairs(singles) or begun
         if found.causes:
             return found
         return replace(found, small=self.before < SMALL, hurried=hurried)
@@ -303,6 +319,30 @@ class Search:
                 if time.thread_time() > until:
                     return None, True
         return None, False
+
+    def _usual_pairs(self, singles: list[_Tried]) -> Diagnosis | None:
+        """Any two usual mistakes, however little each alone does."""
+        if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
+            return None
+        until = time.thread_time() + PAIRS_SECONDS
+        counts: dict[str, int] = {}
+        usual = list[_Tried]()
+        for one in singles:
+            name = one.causes[0].name
+            if one.rank == 0 and (name in USUAL or name.endswith(" left out")):
+                counts[name] = counts.get(name, 0) + 1
+                usual += [one] * (counts[name] <= FORMS)
+        # With those first that change an early stage, whatever is before the other is known.
+        usual.sort(key=lambda one: STAGES.index(one.causes[0].stage))
+        for at, one in enumerate(usual):
+            keys = {other.causes[0].key for other in usual[at + 1 :]}
+            for both in self._tried(one.recipe, one.causes[0].name, keys) if keys else ():
+                if both is not None and both.explains:
+                    return Diagnosis(_in_order(*one.causes, *both.causes), both.worst, (),
+                                     both.recipe)  # fmt: skip
+                if time.thread_time() > until:
+                    return None
+        return None
 
     def _promising(
         self, singles: list[_Tried]
