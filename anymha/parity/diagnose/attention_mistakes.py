@@ -59,8 +59,8 @@ def _scale_wrong(recipe: Recipe) -> Variants:
         factors["1/sqrt(width of all key heads)"] = 1 / math.sqrt(shared * d_k)
     columns = (recipe.options.get("rotary") or {}).get("dim")
     if columns and columns != d_k:
-        factors |= {"1/sqrt(rotated columns)": 1 / math.sqrt(columns),
-                    "1/sqrt(columns that are not rotated)": 1 / math.sqrt(d_k - columns)}  # fmt: skip
+        factors["1/sqrt(rotated columns)"] = 1 / math.sqrt(columns)
+        factors["1/sqrt(columns that are not rotated)"] = 1 / math.sqrt(d_k - columns)
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
             yield words, recipe.but(scale=factor)

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Row, no_families
+from anymha.parity.diagnose.changes import Row, listed, no_families
 from anymha.parity.oracle.recipe import (
     STEPS,
     Arrays,
@@ -268,7 +268,7 @@ def _normed(recipe: Recipe) -> Variants:
         every = ("query", "key", "value")
         for names in (every, ("query",), ("key", "value")):
             inputs = {n: norm(x) if n in names else x for n, x in recipe.inputs.items()}
-            yield f"{words}, of the input of {' and '.join(names)}", recipe.but(inputs=inputs)
+            yield f"{words}, of the input of {listed(names)}", recipe.but(inputs=inputs)
         for names in (("query", "key"), ("query",), ("key",), ("value",), ("context",),
                       ("output",)):  # fmt: skip
             yield f"{words}, of {' and '.join(names)}", recipe.after(names, norm)

@@ -25,6 +25,7 @@ from anymha.parity.diagnose.own_weights import (
     with_own_weights,
 )
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
+from anymha.parity.diagnose.scaled_weights import scaled_weights
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance, is_masked
 from anymha.parity.stages.trace import STAGES, Trace
@@ -261,7 +262,9 @@ class Search:
         first, others = near[0], dict[tuple[str, ...], str]()
         own = tuple(cause.name for cause in first.causes)
         for one in near:
-            if one.rank <= first.rank:
+            # "another rotary" says less than "rotary of another base".
+            less = one.causes[0].name.partition("another ")
+            if one.rank <= first.rank and (less[0] or less[2] not in str(first.causes[0])):
                 names = tuple(cause.name for cause in one.causes)
                 # Of a cache many forms give equal numbers; one is told.
                 again = names == own and one is not first and self.recipe.decoded is None
@@ -389,6 +392,9 @@ class Search:
         """
         for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
             yield self._judged(recipe, mistake, detail, wrong)
+        if alone:
+            for causes, wrong in scaled_weights(recipe, self.reported):
+                yield self._weighed(recipe, causes, wrong, 1)
         if alone or keys:
             return
         evidence = self._up_to_the_first_wrong(recipe)

@@ -150,7 +150,7 @@ def _offset_wrong(recipe: Recipe) -> Mapping[str, Any]:
     """Other offsets, of masks and positions or of masks alone."""
     right = recipe.positions if recipe.positions is not None else recipe.places("query")
     every: dict[str, dict[str, Any]] = {"": {"offset": None}}
-    every["taken off, not added"] = {"offset": -_offset(recipe)}
+    every["subtracted, not added"] = {"offset": -_offset(recipe)}
     if recipe.options.keys() & {"rotary", "alibi"}:
         every |= {f"{words or 'ignored'}, by the masks alone": {**one, "positions": right}
                   for words, one in every.items()}  # fmt: skip
@@ -411,7 +411,7 @@ def _joined_by_or(recipe: Recipe) -> Variants:
     free = recipe.but(causal=False, window=None)
     if len(parts) > 1:
         both = free.but(masks={"either": reduce(np.logical_or, parts.values())})
-        yield "masks joined by OR: what one of them lets see, no other hides", both
+        yield "masks joined by OR: what one of them lets see is seen", both
     for pair in itertools.combinations(parts, 2) if len(parts) > 2 else ():
         rest = {name: mask for name, mask in parts.items() if name not in pair}
         either = {**rest, "either": parts[pair[0]] | parts[pair[1]]}
@@ -612,11 +612,11 @@ def _of_another_sequence(recipe: Recipe) -> Variants:
     """Masks of other sequences of the batch."""
     batch = recipe.lengths[0]
     for name, mask in recipe.masks.items():
-        changes = {"that of the first of the sequences for all": mask[:1],
-                   "that of the last of the sequences for all": mask[-1:]}  # fmt: skip
-        changes |= {f"of another of the sequences, {n} on": np.roll(mask, n, 0)
+        changes = {"that of the first sequence for all": mask[:1],
+                   "that of the last sequence for all": mask[-1:]}  # fmt: skip
+        changes |= {f"each has that of the sequence {n} before it": np.roll(mask, n, 0)
                     for n in range(1, min(batch, 3))}  # fmt: skip
-        changes |= {f"that of number {n} of the sequences for all": mask[n : n + 1]
+        changes |= {f"that of sequence {n} for all": mask[n : n + 1]
                     for n in range(1, min(len(mask), MOST_ROWS) - 1)}  # fmt: skip
         changes |= {
             "what one sequence hides, all hide, as cut to the shortest": mask.all(0, keepdims=True),
