@@ -57,10 +57,13 @@ def _scale_wrong(recipe: Recipe) -> Variants:
         every = heads / shared * d_k
         factors["1/sqrt(width of the query heads of a group)"] = 1 / math.sqrt(every)
         factors["1/sqrt(width of all key heads)"] = 1 / math.sqrt(shared * d_k)
-    columns = (recipe.options.get("rotary") or {}).get("dim")
+    rotary = recipe.options.get("rotary")
+    columns = rotary.get("dim") if isinstance(rotary, Mapping) else None
     if columns and columns != d_k:
         factors["1/sqrt(rotated columns)"] = 1 / math.sqrt(columns)
         factors["1/sqrt(columns that are not rotated)"] = 1 / math.sqrt(d_k - columns)
+    if not any(math.isclose(factor, 2 * recipe.scale) for factor in factors.values()):
+        factors["2 times"] = 2 * recipe.scale
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
             yield words, recipe.but(scale=factor)
@@ -234,12 +237,12 @@ def _denominator(recipe: Recipe) -> Iterator[Family]:
         def words(power: float, shifted: bool = shifted) -> str:
             more = math.exp(power)
             if shifted:
-                return f"{number(more)} added to the sum of the exponentials less their maximum"
+                return f"{number(more)} added to the denominator, the sum less the maximum"
             many = round(more) if math.isclose(more, round(more), rel_tol=1e-4) else 0
             keys = "one more key" if many == 1 else f"{many} more keys"
             rest = f"{keys} with a logit of zero (padding that is not hidden)"
             rest = rest if many else f"one more logit, {number(power)}"
-            return f"{number(more)} added to the sum of the exponentials, as of {rest}"
+            return f"{number(more)} added to the denominator, as of {rest}"
 
         yield Family(make, tuple(np.linspace(-20, 6, 27)), words)
 

@@ -246,7 +246,7 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
         return "heads averaged", f"{place}: {'sum' if matrix[0, 0] == 1 else 'mean'} of all heads"
     own = matrix[np.arange(heads), right] if count == heads else matrix.sum(1)
     if np.array_equal(matrix, np.eye(count)[right] * own[:, None]):
-        if np.all(own == own[0]):
+        if np.ptp(own) < NEAR:
             return "", ""  # a factor of the output
         shared = own.reshape(count, -1)
         in_groups = place in ("key", "value", "key and value")
@@ -266,7 +266,7 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
 
 def in_heads(own: np.ndarray) -> str:
     """Which heads have a factor other than 1, and which."""
-    words = []
+    words, own = [], np.round(own, 4)
     for factor in dict.fromkeys(own[own != 1].tolist()):
         heads = list(map(str, np.flatnonzero(own == factor)))
         some, verb = ("heads", "are") if heads[1:] else ("head", "is")

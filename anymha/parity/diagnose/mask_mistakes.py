@@ -614,8 +614,11 @@ def _of_another_sequence(recipe: Recipe) -> Variants:
     for name, mask in recipe.masks.items():
         changes = {"that of the first sequence for all": mask[:1],
                    "that of the last sequence for all": mask[-1:]}  # fmt: skip
-        changes |= {f"each has that of the sequence {n} before it": np.roll(mask, n, 0)
-                    for n in range(1, min(batch, 3))}  # fmt: skip
+        changes |= {
+            f"each of the sequences has that of the one {where}before it": np.roll(mask, n, 0)
+            for n, where in ((1, ""), (2, "2 "))
+            if n < batch
+        }
         changes |= {f"that of sequence {n} for all": mask[n : n + 1]
                     for n in range(1, min(len(mask), MOST_ROWS) - 1)}  # fmt: skip
         changes |= {

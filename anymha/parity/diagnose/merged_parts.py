@@ -123,6 +123,9 @@ _WAYS: Mapping[str, _Way] = {
 }
 """How the results of parts, each divided by its own sum, are brought together, by words."""
 
+OF_ONE_KEY = "averaged", "added", "weighed by the softmax of their maxima"
+"""How parts of one key each are merged."""
+
 _OF_RINGS: Mapping[str, Callable[[_Parts, np.ndarray], np.ndarray]] = {
     "that of the query itself alone, as if a ring did not turn":
         lambda p, own: 1.0 * (own & (p.counts > 0)),
@@ -149,6 +152,8 @@ def parts_merged(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.nda
 
     ways = {**_WAYS, **{words: ring(way) for words, way in _OF_RINGS.items()}}
     for (sizes, words), (how, weigh) in itertools.product(cuts.items(), ways.items()):
+        if max(sizes) == 1 and how not in OF_ONE_KEY:
+            continue  # it is as another mistake
         at = np.cumsum(sizes)[:-1]
 
         def merged(logits: np.ndarray, at: np.ndarray = at, weigh: _Way = weigh) -> np.ndarray:

@@ -575,8 +575,6 @@ MISTAKES: tuple[Row, ...] = (
      _of_another),
     ("weights scaled", SCALED, _doubled),
     ("weights scaled", SCALED, _doubled_in_part, no_families, True),
-    ("shards loaded wrongly", "Devices have parts of kernels: join each part once, in their "
-     "order, along the axis along which they were cut.", _once(_shards), no_families, True),
     ("another number of heads", "Give both the same number of heads: the shapes of kernels as "
      "matrices do not tell it.", _other_heads, no_families, True),
     ("one head for all", "Each head has its own part of kernel and bias: do not broadcast one.",
@@ -586,4 +584,6 @@ MISTAKES: tuple[Row, ...] = (
     ("weights reshaped without a transpose", "The axes of a kernel in memory are packed parts P, "
      "heads H, width d, features D in some order: read them in the order in which they were "
      "written, and transpose them then.", _once(_reshaped), no_families, True),
+    ("shards loaded wrongly", "Devices have parts of kernels: join each part once, in their "
+     "order, along the axis along which they were cut.", _once(_shards), no_families, True),
 )  # fmt: skip
