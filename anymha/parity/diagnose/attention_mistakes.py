@@ -497,6 +497,19 @@ def _over(axes: tuple[int, ...], of_row: bool = False) -> Callable[[np.ndarray],
     return over
 
 
+def _other_axis(recipe: Recipe) -> Variants:
+    """The softmax over queries, heads or batch; where all of it is hidden, also by a number."""
+    hidden = ~np.broadcast_to(recipe.seen, recipe.stages["logits"].shape)
+    for axis, words in ((2, "queries"), (1, "heads"), (0, "batch")):
+        for rest in ("", ", those that are hidden from all alike")[: 1 + hidden.all(axis).any()]:
+
+            def step(_: Recipe, stages: Arrays, axis: int = axis, alike: bool = bool(rest)) -> Any:
+                logits = stages["masked_logits"]
+                return softmax(np.maximum(logits, -1e30) if alike else logits, axis)
+
+            yield f"over the {words}{rest}", recipe.stepping("probabilities", step)
+
+
 def _transposed(recipe: Recipe) -> Variants:
     """The values weighed by the queries' axis of the probabilities."""
     if recipe.lengths[1] == recipe.lengths[2]:
@@ -662,11 +675,7 @@ MISTAKES: tuple[Row, ...] = (
      "logarithm of the length or of the position out.", _scale_grows, _any_growth),
     ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
      _bias_unscaled),
-    ("softmax over another axis", "The softmax runs over the keys, the last axis.",
-     steps("probabilities", {
-         "over the queries": lambda r, stages: softmax(stages["masked_logits"], 2),
-         "over the heads": lambda r, stages: softmax(stages["masked_logits"], 1),
-         "over the batch": lambda r, stages: softmax(stages["masked_logits"], 0)})),
+    ("softmax over another axis", "The softmax runs over the keys, the last axis.", _other_axis),
     ("probabilities transposed", "The values are summed over the keys, the last axis of the "
      "probabilities.", _transposed),
     ("no softmax", "Probabilities are exp(logits), divided by their sum over the "

@@ -134,10 +134,14 @@ def _causal_reversed(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
-    if recipe.window is not None:
-        return {}
     queries, keys = _counted(recipe)
     behind = (keys < queries) | ((keys == 0) & (queries == 0))
+    if recipe.window is not None:  # which stays where it is
+        others = {"the next key is seen too": keys <= queries + 1,
+                  "the query's own key is not seen": keys < queries,
+                  "the query's own key is not seen, but by the first query": behind}  # fmt: skip
+        return {words: {"causal": False, "masks": {**recipe.masks, "behind": mask}}
+                for words, mask in others.items()}  # fmt: skip
     return {
         "the next key is seen too": {"offset": _offset(recipe) + 1},
         "the query's own key is not seen": {"offset": _offset(recipe) - 1},
