@@ -162,6 +162,23 @@ def test_positive_functions_in_place_of_the_exponential_are_named(change, words)
     assert words in named(report_of({"softmax": change}, attention_mask=SEEN))
 
 
+@pytest.mark.parametrize(
+    ("feature", "least", "words"),
+    [
+        (lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))), 0.0,
+         "none: elu + 1 of the features of queries and keys, divided by the sum"),
+        (relu, 1e-3, "none: relu of the features of queries and keys, divided by the sum and 0.001"),
+    ],
+)  # fmt: skip
+def test_linear_attention_is_named_under_a_mask(feature, least, words) -> None:
+    def shares(s: np.ndarray) -> np.ndarray:
+        seen = np.where(np.isfinite(s), s, 0)
+        return seen / (seen.sum(-1, keepdims=True) + least)
+
+    steps = {"query": feature, "key": feature, "scale": lambda s: s, "softmax": shares}
+    assert words in named(report_of(steps, attention_mask=SEEN))
+
+
 def changed(*names: str) -> Callable[..., Steps]:
     """Steps that change weights of these names."""
     return lambda change: {"weights": lambda w: w | {name: change(w[name]) for name in names}}

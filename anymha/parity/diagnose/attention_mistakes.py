@@ -428,11 +428,7 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
     for head in range(heads) if 1 < heads <= 16 else ():
         yield f"all keys alike, in head {head} alone", recipe.stepping("probabilities", partial(
             _in_a_head, own=recipe.steps["probabilities"], other=even, head=head))  # fmt: skip
-    for words in ("elu + 1", "relu", "the exponential", "squared relu", "softplus", "squares"):
-        features = recipe.after(("query", "key"), _WEIGHTS[words])
-        sums = _of_logits(lambda x: x / np.where((t := x.sum(-1, keepdims=True)) == 0, 1.0, t))
-        detail = f"none: {words} of the features of queries and keys, divided by the sum"
-        yield detail, features.stepping("probabilities", sums)
+    yield from _of_features(recipe)
     for axes, words in _SUMS.items():
         each = _with_shares(recipe, _of_logits(_over(axes, of_row=True)))
         yield f"divided by the sum over {words}, less the maximum of each row", each
@@ -441,6 +437,24 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield words, recipe.stepping("context", step)
     for words, merged in parts_merged(recipe.lengths[2]):
         yield words, _with_shares(recipe, _of_logits(merged))
+
+
+def _of_features(recipe: Recipe) -> Variants:
+    """Linear attention: products of functions of queries and keys in the place of exponentials."""
+    every: dict[str, float | None] = {"not divided by the sum": None, "divided by the sum": 0.0}
+    every |= {f"divided by the sum and {n:g}": n for n in (1e-3, 1e-4, 1e-5, 1e-6, 1e-8)}
+    for words in ("elu + 1", "relu", "the exponential", "squared relu", "softplus", "squares"):
+        features = recipe.after(("query", "key"), _WEIGHTS[words])
+        for how, least in every.items():
+            scaled = features if least == 0 else features.but(scale=1.0)  # a sum has the scale too
+
+            def shares(x: np.ndarray, more: float | None = least) -> np.ndarray:
+                seen = np.where(np.isneginf(x), 0.0, x)
+                total = 1.0 if more is None else seen.sum(-1, keepdims=True) + more
+                return seen / np.where(np.equal(total, 0), 1.0, total)
+
+            detail = f"none: {words} of the features of queries and keys, {how}"
+            yield detail, scaled.stepping("probabilities", _of_logits(shares))
 
 
 def _kept_from_zero() -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:

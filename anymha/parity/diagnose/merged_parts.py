@@ -86,6 +86,13 @@ _WAYS: Mapping[str, _Way] = {
     "added": lambda p: np.ones_like(p.tops),
     "weighed by the softmax of their maxima": lambda p: softmax(p.tops, 0),
     "weighed by their sums, each less its own maximum": lambda p: _by(p.sums),
+    "weighed by their sums, and multiplied by them again": lambda p: p.right * p.sums,
+    "weighed by the softmax of maxima and sums, not of the logarithm of these": lambda p: softmax(
+        p.tops + p.sums, 0
+    ),
+    "weighed by their sums, the maxima added to the logarithms twice": lambda p: softmax(
+        p.tops + p.logs, 0
+    ),
     "weighed by their numbers of keys": lambda p: _by(p.counts),
     "weighed by the logarithms of their sums": lambda p: _by(
         np.where(p.sums > 0, np.where(p.sums > 0, p.logs, 0.0), 0.0)
