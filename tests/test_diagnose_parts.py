@@ -167,7 +167,7 @@ def test_positive_functions_in_place_of_the_exponential_are_named(change, words)
     [
         (lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))), 0.0,
          "none: elu + 1 of the features of queries and keys, divided by the sum"),
-        (relu, 1e-3, "none: relu of the features of queries and keys, divided by the sum and 0.001"),
+        (relu, 1e-3, "relu of the features of queries and keys, divided by the sum and 0.001"),
     ],
 )  # fmt: skip
 def test_linear_attention_is_named_under_a_mask(feature, least, words) -> None:
