@@ -259,6 +259,14 @@ def test_any_two_usual_mistakes_are_both_named(one, other) -> None:
         assert other in told
 
 
+def test_one_mistake_with_two_projections_is_named_for_both() -> None:
+    def turned(array: np.ndarray) -> np.ndarray:
+        return array.reshape(FEATURES, FEATURES).T.reshape(array.shape)
+
+    told = named(report_of(changed("query.kernel", "output.kernel")(turned)))
+    assert told == "transposed kernel (query) and transposed kernel (output)"
+
+
 def test_an_inverted_mask_beside_a_wrong_merge_is_named() -> None:
     def port(query: Any, attention_mask: Any) -> Any:
         return port_of(layer(), {"context": merged_early})(query, ~attention_mask)

@@ -339,7 +339,7 @@ class Search:
         usual.sort(key=lambda one: STAGES.index(one.causes[0].stage))
         for at, one in enumerate(usual):
             keys = {other.causes[0].key for other in usual[at + 1 :]}
-            for both in self._tried(one.recipe, one.causes[0].name, keys) if keys else ():
+            for both in self._tried(one.recipe, None, keys) if keys else ():
                 if both is not None and both.explains:
                     return Diagnosis(_in_order(*one.causes, *both.causes), both.worst, (),
                                      both.recipe)  # fmt: skip
