@@ -62,8 +62,6 @@ def _scale_wrong(recipe: Recipe) -> Variants:
     if columns and columns != d_k:
         factors["1/sqrt(rotated columns)"] = 1 / math.sqrt(columns)
         factors["1/sqrt(columns that are not rotated)"] = 1 / math.sqrt(d_k - columns)
-    if not any(math.isclose(factor, 2 * recipe.scale) for factor in factors.values()):
-        factors["2 times"] = 2 * recipe.scale
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
             yield words, recipe.but(scale=factor)
@@ -76,7 +74,8 @@ def _scale_wrong(recipe: Recipe) -> Variants:
 def _any_scale(recipe: Recipe) -> Iterator[Family]:
     """Any factor of the logits, of either sign, beside the right one."""
     known = {math.log(2): "2 to the power in place of e: log2(e) is missing",
-             1 / math.log(2): "log2(e) too many"}  # fmt: skip
+             1 / math.log(2): "log2(e) too many",
+             2.0: "as of weights of query or key that are taken twice"}  # fmt: skip
 
     def words(times: float) -> str:
         for factor, meaning in known.items():

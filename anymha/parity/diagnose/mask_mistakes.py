@@ -590,7 +590,7 @@ def _elsewhere(recipe: Recipe) -> Variants:
         for words, one in (("zero, as by 1e-9 or a product with the mask", 0.0), (great, 1e4)):
             yield f"{named}: hidden logits are filled with {words}", _filled(rest, seen, one)
         late, values = rest.stepping("probabilities", step), seen.shape[1:3] == (1, 1)
-        of = "multiplied after the softmax" + " or onto the values" * values
+        of = "hidden probabilities are zeroed after the softmax" + ", or hidden values" * values
         yield f"{named}: {of}, so that rows do not sum to 1", late
         if seen.shape[1:3] != (1, 1):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -410,8 +411,11 @@ def _orders(heads: int) -> Iterator[tuple[int, ...]]:
 
 
 def _doubled(recipe: Recipe) -> Variants:
-    """The queries' or keys' weights twice, as of an update that is merged into itself."""
-    for name in ("query", "key"):
+    """The queries' or keys' weights twice, where that is as without a scale.
+
+    Elsewhere the factor of the logits is measured.
+    """
+    for name in ("query", "key") if math.isclose(2 * recipe.scale, 1.0) else ():
         changed = {n: 2 * array for n, array in _own(recipe, name).items()}
         what = "kernel and bias" if len(changed) > 1 else "kernel"
         yield f"{name}'s {what}, 2 times", _with(recipe, changed)
