@@ -161,9 +161,9 @@ def test_wrong_attention_biases_are_told_apart(change, words) -> None:
         (2, {"value heads": heads([0, 1, 0, 1])}, "grouped heads tiled (of the values alone)"),
         (2, {"key heads": lambda k: k.mean(2, keepdims=True) + np.zeros((1, 1, HEADS, 1))},
          "heads averaged (key: mean of all heads)"),
-        (4, {"query": heads([1, 0, 3, 2])}, "heads permuted (of query, to 1, 0, 3, 2)"),
+        (4, {"query": heads([1, 0, 3, 2])}, "heads permuted (of query, in the order 1, 0, 3, 2)"),
         (4, {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p[:, [2, 1, 0, 3]], v)},
-         "heads permuted (of probabilities, to 2, 1, 0, 3)"),
+         "heads permuted (of probabilities, in the order 2, 1, 0, 3)"),
         (4, {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p * np.reshape(
             [1, 1, 0, 1], (4, 1, 1)), v)}, "heads left out"),
     ],

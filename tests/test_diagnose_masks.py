@@ -75,7 +75,7 @@ BOTH = {"value_mask": LENGTHS, "attention_mask": SEEN}
 CAUSAL = {"use_causal_mask": True}
 KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "third row": (lambda value_mask: of_keys(value_mask[2:3]), PADDING,
-                  "mask of another sequence (the mask, that of number 2 of the sequences for all)"),
+                  "mask of another sequence (the mask, that of sequence 2 for all)"),
     "shortest": (lambda value_mask: of_keys(value_mask.all(0)[None]), PADDING,
                  "what one sequence hides, all hide, as cut to the shortest"),
     "longest": (lambda value_mask: of_keys(value_mask.any(0)[None]), {"value_mask": HOLES},

@@ -27,6 +27,7 @@ from anymha.parity.diagnose.own_weights import (
     with_own_weights,
 )
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
+from anymha.parity.diagnose.scaled_weights import scaled_weights
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance, is_masked
 from anymha.parity.stages.trace import STAGES, Trace
@@ -61,6 +62,22 @@ FIRST = 40
 
 TRANCHES = (0, 200), (200, 1200)
 """Which of the pairs that promise to leave least are tried first, and which then."""
+
+USUAL = (
+    "inverted mask", "ignored mask", "additive mask", "transposed mask", "mask applied wrongly",
+    "causal mask ignored", "causal mask at the other corner", "causal mask off by one",
+    "causal mask not asked for", "query offset ignored", "window ignored", "window off by one",
+    "wrong attention bias", "wrong scale", "softmax over another axis", "no softmax",
+    "grouped heads tiled", "inputs exchanged", "heads merged wrongly", "heads split wrongly",
+    "transposed kernel", "packed weights in another order", "packed weights split wrongly",
+    "heads interleaved", "missing bias", "output kernel interleaved",
+    "weights of another projection", "rotary of another base", "rotary layout swapped",
+    "rotary positions, by halves", "rotary positions, by pairs", "rotary of queries or keys alone",
+)  # fmt: skip
+"""Mistakes of which every two are tried together, those of options that are left out too."""
+
+FORMS = 4
+"""How many forms of each of these, the usual ones."""
 
 NEAREST = 6
 """Beside how many of the nearest mistakes every other is tried between these."""
@@ -212,7 +229,7 @@ class Search:
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found, hurried = self._pairs(singles)
-        found = found or begun
+        found = found or self._usual_pairs(singles) or begun
         if found.causes:
             return found
         return replace(found, small=self.before < SMALL, hurried=hurried)
@@ -301,7 +318,9 @@ class Search:
         first, others = near[0], dict[tuple[str, ...], str]()
         own = tuple(cause.name for cause in first.causes)
         for one in near:
-            if one.rank <= first.rank:
+            # "another rotary" says less than "rotary of another base".
+            less = one.causes[0].name.partition("another ")
+            if one.rank <= first.rank and (less[0] or less[2] not in str(first.causes[0])):
                 names = tuple(cause.name for cause in one.causes)
                 # Of a cache many forms give equal numbers; one is told.
                 again = names == own and one is not first and self.recipe.decoded is None
@@ -360,6 +379,30 @@ class Search:
                     return None, True
         return None, False
 
+    def _usual_pairs(self, singles: list[_Tried]) -> Diagnosis | None:
+        """Any two usual mistakes, however little each alone does."""
+        if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
+            return None
+        until = time.thread_time() + PAIRS_SECONDS
+        counts: dict[str, int] = {}
+        usual = list[_Tried]()
+        for one in singles:
+            name = one.causes[0].name
+            if one.rank == 0 and (name in USUAL or name.endswith(" left out")):
+                counts[name] = counts.get(name, 0) + 1
+                usual += [one] * (counts[name] <= FORMS)
+        # With those first that change an early stage, whatever is before the other is known.
+        usual.sort(key=lambda one: STAGES.index(one.causes[0].stage))
+        for at, one in enumerate(usual):
+            keys = {other.causes[0].key for other in usual[at + 1 :]}
+            for both in self._tried(one.recipe, None, keys) if keys else ():
+                if both is not None and both.explains:
+                    return Diagnosis(_in_order(*one.causes, *both.causes), both.worst, (),
+                                     both.recipe)  # fmt: skip
+                if time.thread_time() > until:
+                    return None
+        return None
+
     def _promising(
         self, singles: list[_Tried]
     ) -> Iterator[Iterator[tuple[_Tried, set[tuple[str, str]]]]]:
@@ -405,6 +448,9 @@ class Search:
         """
         for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
             yield self._judged(recipe, mistake, detail, wrong)
+        if alone:
+            for causes, wrong in scaled_weights(recipe, self.reported):
+                yield self._weighed(recipe, causes, wrong, 1)
         if alone or keys:
             return
         evidence = self._up_to_the_first_wrong(recipe)

@@ -83,6 +83,13 @@ def _forms(name: str, got: np.ndarray, exact: np.ndarray) -> Iterator[tuple[str,
             yield f"as ({', '.join(axes[i] for i in order)}){folded}", back
     if name == "output":
         return
+    if got.shape == exact.shape and "H" in axes:
+        heads, told = (np.moveaxis(a, axes.index("H"), 0) for a in (exact, got))
+        apart = [[np.nanmax(np.abs(_finite(one - other))) for one in heads] for other in told]
+        order = tuple(np.argmin(apart, 1))
+        if sorted(order) == list(range(len(order))) != list(order):
+            back = np.moveaxis(told[np.argsort(order)], 0, axes.index("H"))
+            yield f"with its heads in the order {', '.join(map(str, order))}", back
     if got.shape != exact.shape or name == "probabilities":
         return
     finite = np.isfinite(exact) & np.isfinite(got)
@@ -91,3 +98,8 @@ def _forms(name: str, got: np.ndarray, exact: np.ndarray) -> Iterator[tuple[str,
         factor = float(own @ got[finite]) / (float(own @ own) or 1.0)
         if factor:
             yield f"with a factor of {number(factor)} in it, a scale", got / factor
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """With zero where two numbers are both infinite."""
+    return np.where(np.isnan(array), 0.0, array)

@@ -477,7 +477,7 @@ class RotarySection(Section):
         if (self.value["scaling"] or {}).get("rope_type") == "longrope":
             return  # which has a factor for each pair
         for dim in sorted({width - width % 2, width // 4 * 2, width // 8 * 2} - {own, 0}):
-            yield f"{dim} of {width}", self._but(recipe, dim=dim)
+            yield f"{dim} of {width}, not {own}", self._but(recipe, dim=dim)
 
     def based(self, recipe: Recipe) -> Variants:
         """Another base."""
