@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 4},
     "window, rotary": {"sliding_window": 4, "rotary": True},
     "window, alibi": {"sliding_window": 4, "alibi": True},
+    "norm": {"query_key_norm": {"kind": "rms", "eps": 0.1}},
     "bfloat16": {"dtype": "bfloat16", "rotary": True},
 }
 """The layers, by name."""
@@ -34,7 +35,7 @@ class Fault:
     wrong: str  # What is wrong
     cause: str  # The name in the catalogue
     # What must be there: "rotary", "position" (rotary or ALiBi), "window", "linear" (no window),
-    # "ragged" (padding), "float32", or a function: "join", "reorder", "truncate"
+    # "norm", "ragged" (padding), "float32", or a function: "join", "reorder", "truncate"
     needs: str = ""
 
     def shows(self, options: str, ragged: bool) -> bool:
@@ -42,7 +43,7 @@ class Fault:
         place = any(word in options for word in ("rotary", "alibi", "bfloat16"))
         there = {"position": place, "rotary": place and "alibi" not in options, "ragged": ragged,
                  "float32": "bfloat16" not in options, "window": "window" in options,
-                 "linear": "window" not in options}  # fmt: skip
+                 "linear": "window" not in options, "norm": "norm" in options}  # fmt: skip
         return all(there.get(need, True) for need in self.needs.split())
 
 
@@ -79,6 +80,7 @@ FAULTS = (
     Fault("join rotates to the padded batch", "rotation after the join", "rotary join ragged"),
     Fault("rotates all that is held in each call", "cached keys rotated wrongly", "rotary"),
     Fault("holds keys without rotation", "cached keys rotated wrongly", "rotary"),
+    Fault("norms what is held in each call", "cached keys normed again", "linear norm"),
     Fault("ring of one position fewer", "ring off by one", "window"),
     Fault("ring of one position more", "ring off by one", "window"),
     Fault("ring written before it is read", "ring off by one", "window"),
@@ -95,6 +97,7 @@ FAULTS = (
     Fault("reads the row before", "cache of another row"),
     Fault("reorder leaves keys and values", "cache of another row", "reorder"),
     Fault("reorder moves keys alone", "cache of another row", "reorder"),
+    Fault("sees one empty slot", "empty slots seen", "linear"),
     Fault("reorder moves the other way", "cache of another row", "reorder"),
     Fault("truncate does nothing", "wrong with `truncate`", "linear truncate"),
     Fault("truncate leaves one too many", "wrong with `truncate`", "linear truncate"),
@@ -169,6 +172,7 @@ class Port:
             + weights[f"{name}.bias"]
             for name in ("query", "key", "value")
         )
+        q, k = self._normed(q, "query"), self._normed(k, "key")
         valid = np.ones(x.shape[:2], bool) if value_mask is None else np.array(value_mask)
         if wrong == "takes the mask of row 0":
             valid = np.broadcast_to(valid[0], valid.shape)
@@ -217,6 +221,8 @@ class Port:
         old_keys, old_values = cache.keys[source], cache.values[source]
         if wrong == "rotates all that is held in each call":
             old_keys = new.keys[row] = self._rotated(old_keys, np.maximum(cache.places[row], 0))
+        if wrong == "norms what is held in each call":
+            old_keys = new.keys[row] = self._normed(old_keys, "key")
         q, turned = self._rotated(q, queries), self._rotated(k, keys)
         slots = places % size if self.layer.config.sliding_window else (
             self._slots(places, length, size))  # fmt: skip
@@ -264,6 +270,8 @@ class Port:
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):
             seen = seen | (at >= length + count)
+        if wrong == "sees one empty slot":
+            seen = seen | (at == length + count)
         if wrong == "hides its own position":
             seen = seen & (at != places[:, None])
         seen = seen & (new.places[row] != -2)
@@ -361,6 +369,14 @@ class Port:
         turns = np.exp(1j * angles)[:, None]
         z = (x[..., :half] + 1j * x[..., half:]) * turns
         return np.concatenate([z.real, z.imag], -1).astype(x.dtype)
+
+    def _normed(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Heads (..., d) divided by their root mean square, times the weight."""
+        norm = self.layer.config.query_key_norm
+        if norm is None:
+            return x
+        size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(norm.eps))
+        return x / size * self.weights[f"{name}_norm.scale"]
 
     def join(self, caches: list[Held]) -> Held:
         """Caches of one row each as one."""

@@ -29,6 +29,7 @@ from anymha.parity.diagnose.wrong_caches import (
     replaced,
     right,
     seeing,
+    with_keys_of_calls,
     without,
 )
 from anymha.parity.oracle.decoded import Decoded
@@ -459,6 +460,34 @@ def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
                     recipe, facts, lambda call, every=every: every[:, call], most)  # fmt: skip
 
 
+@_decoding
+def _normed_again(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys that are held normed again, in each call or as they are read."""
+    norm = recipe.options.get("query_key_norm")
+    if norm is None:
+        return
+    (section,) = (one for one in recipe.sections if one.option == "query_key_norm")
+    calls, stages = facts.calls, recipe.until("key")
+    most = int(calls[-1]) + 1
+    times = [stages["key"]]
+    for _ in range(most):
+        times.append(section.forward("key", times[-1], recipe, stages))
+    every, later = np.arange(most)[:, None] - calls, np.arange(most)[:, None] > 0
+    for words, often in {
+        "what is held normed again in each call": every,
+        "what is held normed again as it is read": np.minimum(every, 1),
+        "old and new keys normed again in each call behind the first": (every + 1) * later,
+        "old and new keys normed again in each call": every + 1,
+    }.items():
+        often = np.where(every < 0, 0, np.minimum(often, most))  # [calls, T]
+
+        def seen_in(call: int, often: np.ndarray = often) -> np.ndarray:
+            keys = np.stack(times)[often[call], :, np.arange(len(calls))]  # [T, B, K, d]
+            return keys.swapaxes(0, 1)
+
+        yield words, with_keys_of_calls(recipe, facts, [seen_in(call) for call in range(most)])
+
+
 @with_empty_rows
 @_decoding
 def _in_front(recipe: Recipe, facts: Decoded) -> Variants:
@@ -507,7 +536,7 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
     places, apart, free = facts.places, behind(facts), facts.valid[:, None]
     before, first, old = free & past(facts), facts.calls == 0, cached(facts)
     begins, ends = facts.begins[..., None], facts.ends[..., None]
-    for size in (window - 1, window + 1, window):
+    for size in (window - 1, window + 1, window, *range(max(window - 3, 1), window - 1)):
         words = f"a ring of {size} positions for a window of {window}"
         narrow = before & (apart < size)
         held, kept = places[:, None] >= ends - size, places[:, None] >= begins - size
@@ -559,6 +588,20 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
         yield f"of {size} slots, and the whole call", seeing(recipe, whole, empty)
         yield (f"of {size} slots, and the whole call, in calls behind the first",
                seeing(recipe, np.where(later, whole, seen), empty & later))  # fmt: skip
+    # One slot too many is seen, the next one
+    calls, ends = facts.calls, facts.ends[..., None]
+    for count, of in ((1, "the first slot"), (2, "the first two slots")):
+        for size in (most, most + count):
+            slots = np.arange(size)
+            next_ones = (slots >= ends) & (slots < ends + count)
+            for words, which in {
+                "": calls >= 0,
+                ", in calls behind the first": calls > 0,
+                ", in calls of one position": np.bincount(calls)[calls] == 1,
+            }.items():
+                if which.any():
+                    yield f"of {size} slots, {of} that no position has{words}", seeing(
+                        recipe, seen, next_ones & which[None, :, None])  # fmt: skip
 
 
 @_decoding
@@ -624,8 +667,12 @@ def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
     if facts.turned is not None:
         groups.insert(0, ("the first call's, ", 0))
         for said, keys, values in (("rows", True, True), *_ONE_OF_BOTH):
-            yield f"the {said} are not reordered", of_rows(
-                recipe, facts, np.argsort(facts.turned), 0, keys, values)  # fmt: skip
+            back = np.argsort(facts.turned)
+            ways = {"not reordered": back,
+                    "reordered by the inverse of the indices": back[back],
+                    "reordered twice": facts.turned}  # fmt: skip
+            for how, source in ways.items():
+                yield f"the {said} are {how}", of_rows(recipe, facts, source, 0, keys, values)
     index = facts.places - facts.begins
     for words, call in groups:
         for of, rows in _row_of_another(facts):
@@ -669,6 +716,8 @@ MISTAKES: tuple[Row, ...] = (
      "written, or whenever it is read.", _rotated_again),
     ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
      "written, or whenever it is read.", _turned_again, no_families, True),
+    ("cached keys normed again", "Norm each key once, before it is written: what is held is normed "
+     "already.", _normed_again),
     ("ring off by one", "A ring for a window of W holds W positions; a call of several reads what "
      "it overwrites before it writes.", _ring),
     ("positions read after the update", "Read lengths[b] before the new positions are added to it.",

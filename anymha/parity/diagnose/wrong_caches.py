@@ -5,7 +5,7 @@ Arrays of pairs are booleans (B, T, T), queries before keys, in the columns of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -364,6 +364,13 @@ def keys_turned(
     """
     calls = range(facts.calls[-1] + 1)
     turned = [recipe.but(key_positions=places(call)).until("key")["key"] for call in calls]
+    made = with_keys_of_calls(recipe, facts, turned)
+    made.computed["turns"] = turns - 1
+    return made
+
+
+def with_keys_of_calls(recipe: Recipe, facts: Decoded, turned: Sequence[np.ndarray]) -> Recipe:
+    """The recipe whose queries of a call see other keys: those (B, T, K, d) of its number."""
 
     def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
         array = logits_by(recipe, stages)
@@ -374,6 +381,4 @@ def keys_turned(
         return array
 
     step: Step = logits
-    made = recipe.stepping("logits", step)
-    made.computed["turns"] = turns - 1
-    return made
+    return recipe.stepping("logits", step)
