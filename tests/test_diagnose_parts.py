@@ -221,7 +221,8 @@ QUERY = "query.kernel", "query.bias"
          "weights scaled (value's bias, 0.7 times)"),
         (changed("output.kernel")(lambda a: a * of_head(3, 0.0)[..., None]), (False,),
          "heads left out (head 3 of 4 is zero: the context, or its part of the output's kernel)"),
-        (changed(*QUERY)(lambda a: 2 * a), (False,), "wrong scale (2 times, as of weights of query or key that are taken twice)"),
+        (changed(*QUERY)(lambda a: 2 * a), (False,),
+         "wrong scale (2 times, as of weights of query or key that are taken twice)"),
     ],
 )  # fmt: skip
 def test_weights_of_other_shards_or_with_a_factor_are_named(steps, told, words) -> None:
