@@ -187,6 +187,13 @@ def _moved(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
         "those of the first row for all": 0 * rows, "those of the last row for all":
         0 * rows + rows[-1],
     }  # fmt: skip
+    for words, begun in {
+        "that of the longest row for all": np.max, "that of the shortest row for all": np.min,
+        "0": lambda counts: 0 * counts, "one too great": lambda counts: counts + 1,
+        "one too small": lambda counts: counts - 1,
+    }.items():  # fmt: skip
+        buffer = _Buffer(recipe, facts, moved=(rows, rows, rows), begun=begun)
+        yield f"the length is {words}", buffer
     told = {rows.tobytes()}
     for words, source in sources.items():
         if source.tobytes() not in told:
@@ -195,13 +202,6 @@ def _moved(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
                 moved = [source if part in which else rows for part in range(3)]
                 buffer = _Buffer(recipe, facts, moved=(moved[0], moved[1], moved[2]))
                 yield f"{of} are {words}", buffer
-    for words, begun in {
-        "that of the longest row for all": np.max, "that of the shortest row for all": np.min,
-        "0": lambda counts: 0 * counts, "one too great": lambda counts: counts + 1,
-        "one too small": lambda counts: counts - 1,
-    }.items():  # fmt: skip
-        buffer = _Buffer(recipe, facts, moved=(rows, rows, rows), begun=begun)
-        yield f"the length is {words}", buffer
 
 
 _PARTS = {

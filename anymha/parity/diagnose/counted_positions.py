@@ -178,7 +178,7 @@ def _indices(facts: Decoded) -> dict[str, np.ndarray]:
 
 def _bounded(facts: Decoded) -> dict[str, np.ndarray]:
     """Positions that end at a greatest one, or begin again behind it."""
-    made = {"each position twice": 2 * facts.places}
+    made = {"each position counts twice": 2 * facts.places}
     for size in range(int(facts.ends.max()) - 1, 1, -1):
         made[f"{size - 1} at most"] = np.minimum(facts.places, size - 1)
         made[f"from 0 again behind {size - 1}"] = facts.places % size
