@@ -241,7 +241,10 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
         of = "" if place == "key and value" else f"of the {place}s alone"
         return "grouped heads tiled", of
     if one:
-        return "heads of others", f"the heads read those of the {place} {words}"
+        shards = (n for n in range(2, heads) if heads % n == 0)
+        twice = (f", the first of {heads // n} parts for all" for n in shards
+                 if np.array_equal(order, right[np.arange(heads) % n]))  # fmt: skip
+        return "heads of others", f"the heads read those of the {place} {words}{next(twice, '')}"
     if np.all(matrix == matrix[0, 0]) and matrix[0, 0] in (1.0, 1 / count):
         return "heads averaged", f"{place}: {'sum' if matrix[0, 0] == 1 else 'mean'} of all heads"
     own = matrix[np.arange(heads), right] if count == heads else matrix.sum(1)

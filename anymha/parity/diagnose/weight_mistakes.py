@@ -147,7 +147,8 @@ def _reshaped(recipe: Recipe) -> Variants:
             for parts in (("kernel", "bias"), ("kernel",)):
                 changed = _as_read(recipe, names, parts, written, read)
                 if changed:
-                    words = f"{' and '.join(names)}, written as {written}, read as {read}"
+                    of = f"packed {listed(names)}" if len(names) > 1 else names[0]
+                    words = f"{of}, written as {written}, read as {read}"
                     alone = "" if len(parts) > 1 else ", the biases are right"
                     yield words + alone, _with(recipe, changed)
 
@@ -184,9 +185,15 @@ def _cut(recipe: Recipe) -> Variants:
         kernels = [recipe.weights[f"{name}.kernel"] for name in names]
         if len({len(kernel) for kernel in kernels}) > 1:
             continue
-        orders = [(kind, order) for kind in ("by block", "by head")
-                  for order in itertools.permutations(range(len(names)))]  # fmt: skip
-        for written, read in itertools.permutations(orders, 2):
+        heads = min(kernel.shape[-2] for kernel in kernels)
+        every = [*itertools.permutations(range(len(names)))]
+        orders = [(groups, order) for groups in dict.fromkeys((1, heads)) for order in every]
+        pairs = [*itertools.permutations(orders, 2)]
+        # Shards are joined, or cut, as they lie: parts stand in one order.
+        for shards in (n for n in range(2, heads) if heads % n == 0):
+            for (groups, order), way in itertools.product(orders, (1, -1)):
+                pairs.append(((shards, order), (groups, order))[::way])
+        for written, read in pairs:
             changed: Arrays = {}
             for part in ("kernel", "bias"):
                 arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
@@ -194,8 +201,11 @@ def _cut(recipe: Recipe) -> Variants:
                     again = _unpacked(_packed([np.asarray(a) for a in arrays], *written),
                                       [np.asarray(a) for a in arrays], *read)  # fmt: skip
                     changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
-            words = [f"{', '.join(names[i] for i in order)} {kind}" for kind, order in
-                     (written, read)]  # fmt: skip
+            kinds = {1: "by block", heads: "by head"}
+            words = [
+                f"{', '.join(names[i] for i in order)} {kinds.get(n, f'in {n} shards')}"
+                for n, order in (written, read)
+            ]
             yield f"written in the order {words[0]}, split as {words[1]}", _with(recipe, changed)
         widths = {kernel.shape[-1] for kernel in kernels}
         for parts in (("kernel", "bias"), ("kernel",)) if len(widths) == 1 else ():
@@ -213,21 +223,15 @@ def _cut(recipe: Recipe) -> Variants:
             yield f"all heads of {of} interleaved with their width", _with(recipe, changed)
 
 
-def _groups_of(array: np.ndarray, groups: int, kind: str) -> np.ndarray:
-    """(..., groups, features of a group): groups of heads, or one block."""
-    return array.reshape(*array.shape[:-2], groups if kind == "by head" else 1, -1)
-
-
-def _packed(arrays: list[np.ndarray], kind: str, order: tuple[int, ...]) -> np.ndarray:
-    groups = min(array.shape[-2] for array in arrays)
-    parts = [_groups_of(arrays[i], groups, kind) for i in order]
+def _packed(arrays: list[np.ndarray], groups: int, order: tuple[int, ...]) -> np.ndarray:
+    """One array of all, in groups of heads, each with its part of every array."""
+    parts = [arrays[i].reshape(*arrays[i].shape[:-2], groups, -1) for i in order]
     pack = np.concatenate(parts, -1)
     return pack.reshape(*pack.shape[:-2], -1)
 
 
-def _unpacked(pack: np.ndarray, like: list[np.ndarray], kind: str,
+def _unpacked(pack: np.ndarray, like: list[np.ndarray], groups: int,
               order: tuple[int, ...]) -> list[np.ndarray]:  # fmt: skip
-    groups = min(array.shape[-2] for array in like) if kind == "by head" else 1
     whole = pack.reshape(*pack.shape[:-1], groups, -1)
     widths = [like[i].shape[-2] * like[i].shape[-1] // groups for i in order]
     parts = np.split(whole, np.cumsum(widths)[:-1], axis=-1)
