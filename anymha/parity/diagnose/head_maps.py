@@ -210,6 +210,7 @@ def in_words(order: np.ndarray, heads: int, count: int) -> str:
         if heads % groups == 0 and count == heads:
             words_of = f", interleaved: laid out as ({heads // groups}, {groups}) by group"
             known[words_of] = every.reshape(groups, -1).T.reshape(-1)
+            known[f", the first of {heads // groups} shards for all"] = every % groups
     return words + next((n for n, own in known.items() if np.array_equal(own, order)), "")
 
 
@@ -241,10 +242,7 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
         of = "" if place == "key and value" else f"of the {place}s alone"
         return "grouped heads tiled", of
     if one:
-        shards = (n for n in range(2, heads) if heads % n == 0)
-        twice = (f", the first of {heads // n} parts for all" for n in shards
-                 if np.array_equal(order, right[np.arange(heads) % n]))  # fmt: skip
-        return "heads of others", f"the heads read those of the {place} {words}{next(twice, '')}"
+        return "heads of others", f"the heads read those of the {place} {words}"
     if np.all(matrix == matrix[0, 0]) and matrix[0, 0] in (1.0, 1 / count):
         return "heads averaged", f"{place}: {'sum' if matrix[0, 0] == 1 else 'mean'} of all heads"
     own = matrix[np.arange(heads), right] if count == heads else matrix.sum(1)
