@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,3 +233,24 @@ def test_own_arguments_of_the_homes_are_answered_elsewhere() -> None:
     for own in {name for names in OWN.values() for name in names}:
         told = answer(lambda own=own: AttentionConfig(2, 4, **{own: 1}), UnknownOptionError)
         assert "It takes" not in told, told
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda path, layer: anymha.load(path, to="numpy"), "Pass `backend`"),
+        (lambda path, layer: anymha.load(path, bakend="numpy"), "Pass `backend`, if that is meant"),
+        (lambda path, layer: anymha.load(path, num_heads=2), "It takes: path, backend, prefix"),
+        (lambda path, layer: anymha.convert(layer, backend="numpy"), "Pass `to`"),
+        (lambda path, layer: anymha.save(filename=path, layer=layer), "Pass `path`"),
+        (lambda path, layer: anymha.save(layer, path), "`save` takes the path first"),
+    ],
+)
+def test_wrong_arguments_of_functions_are_answered(call: Any, told: str, tmp_path: Path) -> None:
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+    path = tmp_path / "layer.safetensors"
+    anymha.save(path, layer)
+    with pytest.raises(ArgumentError) as error:
+        call(path, layer)
+    assert told in str(error.value)
+    assert anymha.load(path, "numpy").config.key_dim == 4

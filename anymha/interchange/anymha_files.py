@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from anymha.errors import AnymhaError, ConfigError, DtypeError, FileError
+from anymha.errors import AnymhaError, ArgumentError, ConfigError, DtypeError, FileError
+from anymha.framework.names import answers
 from anymha.framework.registry import get_layer, get_ops
 from anymha.interchange import caches
 from anymha.interchange.files.formats import create_file, format_of, open_file
@@ -38,6 +39,11 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
+@answers(
+    **dict.fromkeys(("file", "f", "filename"), "Pass `path`, the first argument."),
+    obj="Pass `layer`, the second argument.",
+    model="Pass `layer`, the second argument.",
+)
 def save(path: PathLike, layer: Any) -> None:
     """Write a layer to a ``.safetensors`` file: its weights, bit for bit, and its configuration.
 
@@ -63,6 +69,11 @@ def save(path: PathLike, layer: Any) -> None:
         >>> load(path, backend="numpy").config.key_dim
         4
     """
+    if isinstance(layer, (str, os.PathLike)) and not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(
+            "`save` takes the path first: `save(path, layer)`. Received: "
+            f"{type(path).__name__}, and then a path. Exchange them."
+        )
     target = as_path("path", path)
     if not target.name.endswith(SUFFIX):
         raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
@@ -108,6 +119,10 @@ def load(
 ) -> homes.EquinoxLayer: ...
 @overload
 def load(path: PathLike, backend: str, *, prefix: str = ..., max_bytes: MaxBytes = ...) -> Any: ...
+@answers(
+    **dict.fromkeys(("to", "framework"), "Pass `backend`, the framework's name."),
+    **dict.fromkeys(("file", "f", "filename"), "Pass `path`, the first argument."),
+)
 def load(
     path: PathLike, backend: str = "torch", *, prefix: str = "", max_bytes: MaxBytes = None
 ) -> Any:

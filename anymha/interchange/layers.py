@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError, WeightsError
+from anymha.framework.names import answers
 from anymha.framework.registry import backend_of, get_layer, named_arrays
 from anymha.interchange import caches
 from anymha.interchange.compared_options import check_same_results
@@ -219,6 +220,7 @@ def convert(
 ) -> homes.EquinoxLayer: ...
 @overload
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any: ...
+@answers(**dict.fromkeys(("backend", "framework"), "Pass `to`, its name."))
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any:
     """The native layer of another framework, with the same configuration and the same weights.
 
