@@ -232,9 +232,13 @@ def test_values_of_another_layer_are_told_by_calls(names, monkeypatch) -> None:
         return w | {n: 0.3 * rng.standard_normal(w[n].shape) for n in w if n in own}
 
     x = np.random.default_rng(2).standard_normal((2, 12, FEATURES)).astype(np.float32)
-    differ = "differs" if len(names) == 1 else "differ"
-    words = f"other weights ({' and '.join(f'value.{name}' for name in names)} {differ})"
-    assert named(right, port_of(right, weights=changed), x) == words
+    either = "output.bias or value.bias"
+    words = {
+        ("kernel",): "value.kernel differs",
+        ("bias",): f"{either} differs, which adds the same to every output",
+        ("kernel", "bias"): f"value.kernel and {either} differ",
+    }[names]
+    assert named(right, port_of(right, weights=changed), x) == f"other weights ({words})"
 
 
 @pytest.mark.parametrize("rank", [9, 36])

@@ -73,19 +73,23 @@ def _other_values(
 ) -> tuple[str, Recipe] | None:
     """The recipe with all of the values' kernel, or bias, as it was measured."""
     weights = dict(recipe.weights)
-    names = []
-    for name, change in (("value.kernel", kernel), ("value.bias", bias)):
-        if change is not None:
-            own = recipe.stages["value"].shape[2:]
-            own = weights["value.kernel"].shape if name == "value.kernel" else own
-            weights[name] = weights.get(name, 0.0) + change.reshape(own)
-            names.append(name)
+    if kernel is not None:
+        own = weights["value.kernel"]
+        weights["value.kernel"] = own + kernel.reshape(own.shape)
+    if bias is not None:  # of either projection: the probabilities of a row sum to 1
+        own = recipe.stages["value"].shape[2:]
+        weights["value.bias"] = weights.get("value.bias", 0.0) + bias.reshape(own)
     made = recipe.but(weights=weights)
     if kernel is not None:
         made = _nearer(made, np.abs(kernel).max(), evidence)
-    differ = "differs" if len(names) == 1 else "differ"
     fits = max(evidence.errors(made).values()) <= 1
-    return (f"{' and '.join(names)} {differ}", made) if fits else None
+    either = "output.bias or value.bias"
+    words = {
+        (True, False): "value.kernel differs",
+        (False, True): f"{either} differs, which adds the same to every output",
+        (True, True): f"value.kernel and {either} differ",
+    }[kernel is not None, bias is not None]
+    return (words, made) if fits else None
 
 
 def _nearer(recipe: Recipe, most: float, evidence: Evidence) -> Recipe:
