@@ -32,8 +32,9 @@ PADDED = {
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs of mistakes are not searched for long."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
+    """Pairs of mistakes, and mistakes in some calls alone, are not searched for."""
+    for name in ("PARTS_SECONDS", "PAIRS_SECONDS"):
+        monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
 
 
 def layer_of(options: str, seed: int = 0, **more: Any) -> Any:

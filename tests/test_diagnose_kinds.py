@@ -391,6 +391,7 @@ def test_nested_lists_are_one_output() -> None:
     assert compare(one, lambda query: one(query).tolist(), X).passed
 
 
+@pytest.mark.usefixtures("no_pairs")
 @pytest.mark.parametrize("of", [slice(None), slice(1)])
 def test_logits_that_are_told_with_the_bias(of) -> None:
     right = layer()
