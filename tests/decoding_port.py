@@ -97,6 +97,9 @@ FAULTS = (
     Fault("reads the row before", "cache of another row"),
     Fault("reorder leaves keys and values", "cache of another row", "reorder"),
     Fault("reorder moves keys alone", "cache of another row", "reorder"),
+    Fault("sees full pages alone", "last page not seen", "linear"),
+    Fault("averages held and new keys", "held and new keys merged wrongly", "linear"),
+    Fault("writes no values of single steps", "stale keys", "linear"),
     Fault("sees one empty slot", "empty slots seen", "linear"),
     Fault("reorder moves the other way", "cache of another row", "reorder"),
     Fault("truncate does nothing", "wrong with `truncate`", "linear truncate"),
@@ -240,7 +243,8 @@ class Port:
             )
         if wrong == "joins new values in front":
             new.values[row, count : count + length] = old_values[:length]
-        if not (wrong == "writes no values behind the prompt" and length):
+        unwritten = wrong == "writes no values of single steps" and count == 1
+        if not (wrong == "writes no values behind the prompt" and length) and not unwritten:
             late = wrong == "writes values one slot late"
             new.values[row, index if wrong == "joins new values in front" else slots + late] = v
         if wrong == "repeats the last value" and length:
@@ -270,12 +274,19 @@ class Port:
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):
             seen = seen | (at >= length + count)
+        if wrong == "sees full pages alone":
+            seen = seen & (at < (places[:, None] + 1) // 3 * 3)
         if wrong == "sees one empty slot":
             seen = seen | (at == length + count)
         if wrong == "hides its own position":
             seen = seen & (at != places[:, None])
         seen = seen & (new.places[row] != -2)
         marks = np.maximum(new.places[row], 0) if "position" in wrong else at
+        if wrong == "averages held and new keys" and length:
+            parts = (seen & (at < length), seen & (at >= length))
+            return sum(
+                self._attend(q, queries, every_key, every_value, marks, part) for part in parts
+            ) / np.float32(2)
         return self._attend(q, queries, every_key, every_value, marks, seen)
 
     def _positions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -213,7 +214,7 @@ KINDS = {
                       "heads, and back as of 2"),
     "powers of 2": ({"softmax": lambda e, s, b: e ** np.log(2) / (e ** np.log(2)).sum(
                         -1, keepdims=True)}, {"alibi": True},
-                    "another softmax (powers of 2 in place of e)"),
+                    "another softmax (powers of 2 in place of e, `exp2` for `exp`)"),
     "averaged": ({"softmax": lambda e, s, b: in_two(e, lambda tops: np.array(0.5))}, {},
                  "another softmax (the keys in 2 parts, each divided by its own sum, averaged)"),
     "by maxima": ({"softmax": lambda e, s, b: in_two(e, lambda tops: tops / tops.sum(0))}, {},
@@ -311,3 +312,11 @@ def test_query_offset_that_is_left_out(options) -> None:
     report = compare(layer, port, [X[:, :4], X], query_offset=3)
     (option,) = options
     assert str(report.diagnosis) == f"{option} of other positions (the query offset left out)"
+
+
+def test_positions_in_bfloat16() -> None:
+    far = GAPS + 500
+    report = report_of({"places": lambda p, n: p.astype(ml_dtypes.bfloat16).astype(float)},
+                       ROTARY, positions=far, key_positions=far)  # fmt: skip
+    words = "rotary angles in half precision (positions in bfloat16)"
+    assert str(report.diagnosis).startswith(words), str(report.diagnosis)

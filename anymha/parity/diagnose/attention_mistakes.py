@@ -282,7 +282,7 @@ def _other_base(recipe: Recipe) -> Iterator[Family]:
             return _with_shares(recipe, _shares(lambda x: np.exp(times * x)))
 
         log = math.log(base)
-        words = f"powers of {base} in place of e"
+        words = f"powers of {base} in place of e" + ", `exp2` for `exp`" * (base == 2)
         yield Family(make, (0.999 * log, log, 1.001 * log), lambda _, words=words: words)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from anymha.parity.diagnose.changes import Maker, Row, no_families
 from anymha.parity.diagnose.counted_positions import counted_wrongly
 from anymha.parity.diagnose.mask_mistakes import with_empty_rows
+from anymha.parity.diagnose.merged_parts import merged_by
 from anymha.parity.diagnose.wrong_caches import (
     alibi_of,
     behind,
@@ -33,10 +34,13 @@ from anymha.parity.diagnose.wrong_caches import (
     without,
 )
 from anymha.parity.oracle.decoded import Decoded
-from anymha.parity.oracle.recipe import Recipe, Variants
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 CAPACITIES = (16, 32, 64, 128, 256, 512, 1024)
 """Lengths that caches have beside those that `compare` asks for."""
+
+MOST_OF_A_PAGE = 64
+"""Up to so many positions every size of a page is tried."""
 
 CLAMPED = 16
 """How many lengths of a cache that is too short are tried."""
@@ -64,7 +68,7 @@ def _seen(recipe: Recipe, pairs: Mapping[str, np.ndarray]) -> Variants:
 @_decoding
 def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     seen, old, calls = right(recipe, facts), cached(facts), facts.calls
-    own, first = calls[:, None] == calls, calls == 0
+    own, first, single = calls[:, None] == calls, calls == 0, np.bincount(calls)[calls] == 1
     yield from _seen(recipe, {
         "a call does not see its own positions": seen & old,
         "calls behind the first do not see their own positions": seen & (old | first[:, None]),
@@ -100,6 +104,9 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         "before the query's are not held": old,
         "behind the first are not held": old & ~first,
         "behind the first are not written": np.broadcast_to(~first, old.shape),
+        "of one position are not held": old & single,
+        "of one position are not written": np.broadcast_to(single, old.shape),
+        "of several positions are not held": old & ~single,
         "but the last are not held": old & (calls < calls[:, None] - 1),
         "that are first are not held": old & first,
     }.items():
@@ -228,11 +235,14 @@ def _in_slots(
 @_decoding
 def _off_by_one(recipe: Recipe, facts: Decoded) -> Variants:
     places, later = facts.places, (facts.calls > 0).astype(int)[None]
+    single = (np.bincount(facts.calls)[facts.calls] == 1).astype(int)[None]
     grown = 2 * len(facts.calls)
     for words, slots in {
         "each position one slot late": places + 1,
         "calls behind the first one slot late": places + later,
         "calls behind the first one slot early": places - later,
+        "calls of one position one slot early": np.maximum(places - single, 0),
+        "calls of one position one slot late": places + single,
         "each call one slot earlier than the one before": np.maximum(places - facts.rounds, 0),
         "each call one slot later than the one before": places + facts.rounds,
     }.items():
@@ -604,6 +614,36 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
                         recipe, seen, next_ones & which[None, :, None])  # fmt: skip
 
 
+@with_empty_rows
+@_decoding
+def _last_page(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys in pages of a size, of which the last is not seen until it is full."""
+    places, longest = facts.places, int(facts.ends.max())
+    new = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
+    for size in (n for n in range(2, longest) if n <= MOST_OF_A_PAGE):
+        full = (places + 1) // size * size
+        near = in_window(recipe, behind(facts))
+        yield f"pages of {size}", seeing(recipe, right(recipe, facts) & (
+            places[:, None] < full[..., None]))  # fmt: skip
+        bound = np.maximum(full, size)[..., None]
+        slots = np.arange(size)
+        yield f"pages of {size}, the first is seen as a whole", seeing(
+            recipe, new & near & (places[:, None] < bound),
+            (slots >= facts.ends[..., None]) & (slots < bound))  # fmt: skip
+
+
+@_decoding
+def _merged(recipe: Recipe, facts: Decoded) -> Variants:
+    """What is held and what a call brings, each with a softmax of its own, merged wrongly."""
+    old = cached(facts)
+    for words, merged in merged_by((old, ~old)):
+
+        def step(_: Recipe, stages: Arrays, merged: Callable[..., np.ndarray] = merged) -> Any:
+            return merged(stages["masked_logits"])
+
+        yield words, recipe.stepping("probabilities", step)
+
+
 @_decoding
 def _not_causal(recipe: Recipe, facts: Decoded) -> Variants:
     seen, first = right(recipe, facts), (facts.calls == 0)[:, None]
@@ -727,6 +767,10 @@ MISTAKES: tuple[Row, ...] = (
     ("later positions of a call seen", "Within a call a query sees the new positions up to its own "
      "alone.", _not_causal),
     ("empty slots seen", "Hide the slots from lengths[b] on.", _empty),
+    ("last page not seen", "Read the pages up to the row's length, the last one as far as it is "
+     "filled.", _last_page, no_families, True),
+    ("held and new keys merged wrongly", "Weigh what is held and what is new by their sums, "
+     "s * exp(m), m being the greatest logit of each.", _merged, no_families, True),
     ("cache in another order", "Join new positions behind those that are held.", _in_front),
     ("cache in half precision", "Hold keys and values in the dtype of the call.", _narrow),
     ("positions of a call counted wrongly", "Position i of row b in a call is lengths[b] + i: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,11 @@ from anymha.parity.diagnose.own_weights import (
     same_weights,
     with_own_weights,
 )
-from anymha.parity.diagnose.precision import rounded_cause, rounded_places
+from anymha.parity.diagnose.precision import (
+    rounded_alone,
+    rounded_cause,
+    rounded_places,
+)
 from anymha.parity.diagnose.scaled_weights import scaled_weights
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance, is_masked
@@ -93,6 +98,9 @@ SAME = 1e-9
 
 SAMPLE = 1 << 11
 """Of how many differences the effects of two mistakes are added."""
+
+OF_CALLS = re.compile("calls|(first|last|second|each) call")
+"""What mistakes say that are in some calls themselves."""
 
 LEFT_OUT = "left out"
 """How the names of mistakes end where an option is not there."""
@@ -237,12 +245,18 @@ class Search:
     def _in_a_part(self, singles: list[_Tried]) -> Diagnosis | None:
         """One mistake in some calls alone, in some sequences, or from some query on."""
         parts = list(groups(self.recipe, self.evidence.fitting(self.recipe)))
+        if parts and self.before < SMALL:
+            rounded = (
+                self._weighed(self.recipe, (cause,), wrong, 1)
+                for cause, wrong in rounded_alone(self.recipe, self.evidence)
+            )
+            singles = [*singles, *filter(None, rounded)]
         # Those whose own results are those of the group come first: all that change no keys are
         # found so. Of the others what is left out is usual.
         order = [
             (self._apart_in(one, group.columns), group, one)
             for group in parts for one in singles
-            if len(one.causes) == 1 and "call" not in one.causes[0].detail
+            if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
         ]  # fmt: skip
         order.sort(key=lambda each: (
             each[0] > SAME_PART, not each[2].causes[0].name.endswith(LEFT_OUT), each[0]

@@ -7,7 +7,7 @@ m, and the values that its own softmax gives. Right is the mean of these by s * 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -167,10 +167,7 @@ def parts_merged(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.nda
             split = np.split(logits, at, axis=-1)
             tops = np.stack([part.max(-1, keepdims=True) for part in split])
             seen = np.stack([np.isfinite(part).sum(-1, keepdims=True) for part in split])
-            sums = np.stack([
-                np.exp(part - np.where(np.isfinite(top), top, 0.0)).sum(-1, keepdims=True)
-                for part, top in zip(split, tops, strict=True)
-            ])  # fmt: skip
+            sums = np.stack([_sum(p, top) for p, top in zip(split, tops, strict=True)])
             own = None
             if logits.shape[-2] == logits.shape[-1]:
                 places = np.searchsorted(at, np.arange(logits.shape[-1]), "right")
@@ -180,6 +177,27 @@ def parts_merged(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.nda
             return np.nan_to_num(np.concatenate(shares, -1), nan=0.0)
 
         yield f"the keys in {words}, each divided by its own sum, {how}", merged
+
+
+def merged_by(masks: Sequence[np.ndarray]) -> Iterator[tuple[str, Callable[..., np.ndarray]]]:
+    """Shares of parts of the keys that masks tell, each with its own softmax, merged wrongly."""
+    for words, weigh in _WAYS.items():
+
+        def merged(logits: np.ndarray, weigh: _Way = weigh) -> np.ndarray:
+            split = [np.where(mask, logits, -np.inf) for mask in masks]
+            tops = np.stack([part.max(-1, keepdims=True) for part in split])
+            seen = np.stack([np.isfinite(part).sum(-1, keepdims=True) for part in split])
+            sums = np.stack([_sum(p, top) for p, top in zip(split, tops, strict=True)])
+            weights = weigh(_Parts(tops, sums, seen, None))
+            every = [softmax(p) * w for p, w in zip(split, weights, strict=True)]
+            return np.nan_to_num(np.sum(every, axis=0), nan=0.0)
+
+        yield words, merged
+
+
+def _sum(part: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """The sum of the exponentials less the greatest, (..., 1)."""
+    return np.exp(part - np.where(np.isfinite(top), top, 0.0)).sum(-1, keepdims=True)
 
 
 def not_rescaled(keys: int) -> Iterator[tuple[str, Step]]:

@@ -220,6 +220,16 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     return Cause(name, detail, stage, fix), remaining, others, wrong
 
 
+def rounded_alone(recipe: Recipe, evidence: Evidence) -> Iterator[tuple[Cause, Recipe]]:
+    """Each place rounded alone to each format, whatever it leaves."""
+    expected = computed_dtype(evidence.reference or evidence.trace)
+    fix = f"The reference computes in {expected}, with weights and stages as they are."
+    for form in _formats(recipe, expected):
+        for place in (place for group in _places(recipe) for place in group):
+            name, detail, stage = _named(recipe, form, [place])
+            yield Cause(name, detail, stage, fix), _with_rounded(recipe, form, {place})
+
+
 def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
     """What may be left: of an output in half precision also what its own roundings leave."""
     output = evidence.reported.get("output")

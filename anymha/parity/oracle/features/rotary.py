@@ -56,6 +56,9 @@ COARSE = (
     ("tables",),
     ("angles", "tables"),
     ("frequencies", "tables"),
+    ("positions",),
+    ("positions", "frequencies"),
+    ("positions", "angles"),
 )
 """What is in half precision together; the likeliest first."""
 
@@ -303,6 +306,7 @@ class RotarySection(Section):
         own = self._frequencies(array, recipe)
         if {"frequencies", "angles"} <= {*self.rounded}:  # a product in that precision
             places = self._rounded("angles", places)
+        places = self._rounded("positions", places)
         angles = places[..., None] * self._rounded("frequencies", own)
         angles = np.expand_dims(self._rounded("angles", angles), 1 if self.by_head else 2)
         angles = self.times.get(stage, 1.0) * angles

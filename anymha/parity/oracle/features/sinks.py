@@ -140,6 +140,8 @@ class SinksSection(Section):
             sinks = 0.0 * sinks
         if "sinks exponentiated" in wrong:
             sinks = np.exp(sinks)
+        if "sinks twice" in wrong:
+            sinks = sinks + np.log(2)
         logits = port.masked_logits
         if "sinks not shifted" in wrong:
             top = ops.max(logits, axis=-1, keepdims=True)
@@ -163,6 +165,12 @@ class SinksSection(Section):
         if cap is not None:
             capped = SinksSection(self.value, function=lambda x: cap * np.tanh(x / cap))
             yield "by the softcap too", recipe.with_section(capped)
+
+    def several_times(self, recipe: Recipe) -> Variants:
+        """In the sum of each part of the keys."""
+        for count in (2, 3, 4):
+            more = SinksSection(self.value, function=lambda x, n=count: x + np.log(n))
+            yield f"{count} times in the sum, as of {count} parts", recipe.with_section(more)
 
     def of_other_heads(self, recipe: Recipe) -> Variants:
         """In another order of heads, or one for several heads."""
@@ -237,6 +245,8 @@ class SinksSection(Section):
     mistakes = (
         ("sinks scaled", "Let the sinks join the softmax as they are: neither scaled nor capped.",
          scaled_too),
+        ("sinks counted several times", "Add the sink's exponential to the sum of a row once, not "
+         "in each part of the keys.", several_times),
         ("sinks of the other heads", "Give each query head its own sink.", of_other_heads),
         ("sinks with the other sign", "The sink's exponential joins the sum of each row.",
          with_the_other_sign),
@@ -258,6 +268,7 @@ class SinksSection(Section):
     faults = (
         ("sinks left out", "sinks left out", "probabilities"),
         ("sinks scaled", "sinks scaled", "probabilities"),
+        ("sinks twice", "sinks counted several times", "probabilities"),
         ("sinks of the other heads", "sinks of the other heads", "probabilities"),
         ("sinks with the other sign", "sinks with the other sign", "probabilities"),
         ("sinks of zero", "sinks of zero", "probabilities"),
