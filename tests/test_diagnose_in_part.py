@@ -114,8 +114,7 @@ def test_mask_of_the_first_piece_alone_is_told() -> None:
 
 
 def test_what_is_no_mistake_in_a_part_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ALONE_SECONDS", "PAIRS_SECONDS"):
-        monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 1.0)
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
     right, _ = pair_of({"softcap": 2.0})
 
     def step(x: Any, cache: Any) -> Any:
@@ -127,3 +126,21 @@ def test_what_is_no_mistake_in_a_part_is_not_named(monkeypatch: pytest.MonkeyPat
     assert not report.passed
     assert report.diagnosis is not None
     assert not report.diagnosis.explained, str(report.diagnosis)
+
+
+def test_other_causes_that_fit_a_part_are_told_too() -> None:
+    right, _ = pair_of({})
+    seen = np.ones((LENGTH, LENGTH), bool)
+    seen[-1, -1] = False  # the last query alone does not see its own key
+
+    def port(x: Any, use_causal_mask: bool) -> Any:
+        return right(x, use_causal_mask=use_causal_mask, attention_mask=seen)
+
+    text = str(compare(right, port, X, use_causal_mask=True).diagnosis)
+    assert "mask" in text.partition(" (or: ")[0], text
+
+
+def test_steps_that_return_nothing_of_what_they_read() -> None:
+    right, _ = pair_of({"rotary": True})
+    report = compare(right, decoding(lambda x, cache: (0 * x, cache), steps=STEPS), X)
+    assert str(report.diagnosis) == "the output does not depend on the inputs"

@@ -399,7 +399,8 @@ def test_logits_that_are_told_with_the_bias(of) -> None:
     def port(query: Any, attention_bias: Any) -> Any:
         stages = port_of(right, {"bias": lambda s, b: s + b[:, of]}, told=True)(
             query, attention_bias=attention_bias)  # fmt: skip
-        return stages | {"logits": stages["logits"] + attention_bias[:, of]}
+        both = stages["logits"] + attention_bias[:, of]
+        return stages | {"logits": both, "masked_logits": both}
 
     report = compare(right, port, X, attention_bias=BIAS)
     words = "the logits are reported with the attention bias in them"

@@ -40,6 +40,9 @@ from anymha.parity.stages.trace import STAGES, Trace
 ALONE_SECONDS = 12.0
 """How long mistakes alone are computed, those with many variants included."""
 
+TURN = 24
+"""How many variants of one of these are computed before the next has its turn."""
+
 PARTS_SECONDS = 3.0
 """How long mistakes in some calls, sequences or queries alone are computed."""
 
@@ -189,7 +192,13 @@ class Search:
         reached = self._reached(self.recipe)
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), ALONE_SECONDS / 2)
+            alone = _in_time(self._tried(self.recipe, alone=True), ALONE_SECONDS / 2)
+            names = [mistake.name for mistake in catalogue(self.recipe) if mistake.alone]
+            places = {name: at for at, name in reversed([*enumerate(names)])}
+            # What is measured stands behind the catalogue's variants.
+            tried += sorted(alone, key=lambda one: (
+                one.rank < 2, places.get(one.causes[0].name, len(names))
+            ))  # fmt: skip
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
@@ -207,6 +216,11 @@ class Search:
             return self._fitting(known) or Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
+        if self._is_constant():
+            usual = self._fitting(filter(None, self._tried(self.recipe)))
+            fix = "Return what the attention computes: all positions have one output here."
+            name = "the output does not depend on the inputs"
+            return usual or Diagnosis.certain(name, "output", fix)
         singles = self.singles
         best = self._fitting(singles)
         if best is not None:
@@ -237,10 +251,21 @@ class Search:
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found, hurried = self._pairs(singles)
-        found = found or self._usual_pairs(singles) or begun
+        if not (found and found.causes):
+            found, also = self._usual_pairs(singles)
+            hurried |= also
+        found = found or begun
         if found.causes:
             return found
         return replace(found, small=self.before < SMALL, hurried=hurried)
+
+    def _is_constant(self) -> bool:
+        """Whether all positions have one output, and it alone is told."""
+        output = self.reported.get("output")
+        if output is None or len(self.reported) > 1 or output.ndim != 3:
+            return False
+        rows = output.reshape(-1, output.shape[-1])
+        return len(rows) > 1 and bool(np.all(rows == rows[0]))
 
     def _in_a_part(self, singles: list[_Tried]) -> Diagnosis | None:
         """One mistake in some calls alone, in some sequences, or from some query on."""
@@ -254,16 +279,16 @@ class Search:
         # Those whose own results are those of the group come first: all that change no keys are
         # found so. Of the others what is left out is usual.
         order = [
-            (self._apart_in(one, group.columns), group, one)
-            for group in parts for one in singles
+            (self._apart_in(one, group.columns), at, group, one)
+            for group in parts for at, one in enumerate(singles)
             if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
         ]  # fmt: skip
         order.sort(key=lambda each: (
-            each[0] > SAME_PART, not each[2].causes[0].name.endswith(LEFT_OUT), each[0]
+            each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT), each[0]
         ))  # fmt: skip
-        found: list[_Tried] = []
+        found: list[tuple[int, _Tried]] = []
         until = time.thread_time() + PARTS_SECONDS
-        for apart, group, one in order:
+        for apart, at, group, one in order:
             if time.thread_time() > until or (found and apart > SAME_PART):
                 break
             (cause,) = one.causes
@@ -273,8 +298,10 @@ class Search:
                 self.recipe, (replace(cause, detail=detail),), wrong, one.rank
             )  # fmt: skip
             if tried is not None and tried.explains:
-                found.append(tried)
-        return self._fitting(found)
+                found.append((at, tried))
+        # Of those that fit the usual ones in the catalogue's order.
+        found.sort(key=lambda one: (one[1].rank, one[0]))
+        return self._fitting(one for _, one in found)
 
     def _apart_in(self, one: _Tried, columns: np.ndarray) -> float:
         """How far a mistake's own output is from the reported one in a group of columns."""
@@ -334,7 +361,8 @@ class Search:
         for one in near:
             # "another rotary" says less than "rotary of another base".
             less = one.causes[0].name.partition("another ")
-            if one.rank <= first.rank and (less[0] or less[2] not in str(first.causes[0])):
+            more = one is first or less[0] or less[2] not in str(first.causes[0])
+            if one.rank <= first.rank and (more or one.causes[0].name == own[0]):
                 names = tuple(cause.name for cause in one.causes)
                 # Of a cache many forms give equal numbers; one is told.
                 again = names == own and one is not first and self.recipe.decoded is None
@@ -393,16 +421,16 @@ class Search:
                     return None, True
         return None, False
 
-    def _usual_pairs(self, singles: list[_Tried]) -> Diagnosis | None:
-        """Any two usual mistakes, however little each alone does."""
+    def _usual_pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
+        """Any two usual mistakes, however little each alone does; and whether time ran out."""
         if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
-            return None
+            return None, False
         until = time.thread_time() + PAIRS_SECONDS
         counts: dict[str, int] = {}
         usual = list[_Tried]()
         for one in singles:
             name = one.causes[0].name
-            if one.rank == 0 and (name in USUAL or name.endswith(" left out")):
+            if one.rank == 0 and (name in USUAL or name.endswith(LEFT_OUT)):
                 counts[name] = counts.get(name, 0) + 1
                 usual += [one] * (counts[name] <= FORMS)
         # With those first that change an early stage, whatever is before the other is known.
@@ -412,10 +440,10 @@ class Search:
             for both in self._tried(one.recipe, None, keys) if keys else ():
                 if both is not None and both.explains:
                     return Diagnosis(_in_order(*one.causes, *both.causes), both.worst, (),
-                                     both.recipe)  # fmt: skip
+                                     both.recipe), False  # fmt: skip
                 if time.thread_time() > until:
-                    return None
-        return None
+                    return None, True
+        return None, False
 
     def _promising(
         self, singles: list[_Tried]
@@ -559,7 +587,21 @@ class Search:
 def _of_catalogue(
     recipe: Recipe, alone: bool, keys: Collection[tuple[str, str]] | None
 ) -> Iterator[tuple[Mistake, str, Recipe]]:
-    """Each mistake with its detail and the recipe that has it; with `keys` no more than those."""
+    """Each mistake with its detail and the recipe that has it; with `keys` no more than those.
+
+    Those tried `alone` take turns, so that time that runs out leaves out none of them.
+    """
+    if alone and keys is None:
+        rows = [(mistake, iter(mistake.variants(recipe))) for mistake in catalogue(recipe)
+                if mistake.alone]  # fmt: skip
+        while rows:
+            going = []
+            for mistake, variants in rows:
+                some = list(itertools.islice(variants, TURN))
+                yield from ((mistake, detail, wrong) for detail, wrong in some)
+                going += [(mistake, variants)] * (len(some) == TURN)
+            rows = going
+        return
     for mistake in catalogue(recipe):
         wanted = {detail for name, detail in keys or () if name == mistake.name}
         if mistake.alone == alone and (keys is None or wanted):

@@ -340,6 +340,10 @@ def _bias_times(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, tuple(np.linspace(-6, 6, 13)), words)
 
 
+def _keys(count: int) -> str:
+    return "key is" if count == 1 else f"{count} keys are"
+
+
 def _in_empty_rows(instead: Step) -> Step:
     def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
         empty = np.all(np.isneginf(stages["masked_logits"]), axis=-1, keepdims=True)
@@ -518,10 +522,10 @@ def _chunks(recipe: Recipe) -> Variants:
     place = np.arange(keys)[None, None, None]
     for count in [n for n in range(1, keys) if n < 33 or n % 64 == 0 or keys % n == 0]:
         last = recipe.but(masks={**recipe.masks, "end": place < keys - count})
-        yield f"the last {count} keys are left out, as an incomplete chunk", last
+        yield f"the last {_keys(count)} left out, as an incomplete chunk", last
         if count < 4:
             first = recipe.but(masks={**recipe.masks, "start": place >= count})
-            yield f"the first {count} keys are left out", first
+            yield f"the first {_keys(count)} left out", first
         if (recipe.causal or recipe.window is not None) and count > 1:
             free = recipe.but(causal=False, window=None)
             for words, distance in {

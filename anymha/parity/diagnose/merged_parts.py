@@ -6,10 +6,10 @@ m, and the values that its own softmax gives. Right is the mean of these by s * 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -158,25 +158,45 @@ def parts_merged(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.nda
         return lambda p: p.right if p.own is None else way(p, p.own)
 
     ways = {**_WAYS, **{words: ring(way) for words, way in _OF_RINGS.items()}}
-    for (sizes, words), (how, weigh) in itertools.product(cuts.items(), ways.items()):
-        if max(sizes) == 1 and how not in OF_ONE_KEY:
-            continue  # it is as another mistake
-        at = np.cumsum(sizes)[:-1]
+    for sizes, words in cuts.items():
+        parts_of = _of_the_last(np.cumsum(sizes)[:-1])
+        for how, weigh in ways.items():
+            if max(sizes) == 1 and how not in OF_ONE_KEY:
+                continue  # it is as another mistake
 
-        def merged(logits: np.ndarray, at: np.ndarray = at, weigh: _Way = weigh) -> np.ndarray:
+            def merged(
+                logits: np.ndarray, parts_of: Any = parts_of, weigh: _Way = weigh
+            ) -> np.ndarray:
+                shares, parts = parts_of(logits)
+                pairs = zip(shares, weigh(parts), strict=True)
+                whole = np.concatenate([own * weight for own, weight in pairs], -1)
+                return np.nan_to_num(whole, nan=0.0)
+
+            yield f"the keys in {words}, each divided by its own sum, {how}", merged
+
+
+def _of_the_last(at: np.ndarray) -> Callable[[np.ndarray], tuple[list[np.ndarray], _Parts]]:
+    """The softmax of each part, cut at these keys, and what there is of it; kept for the ways."""
+    kept: list[Any] = [None, None]
+
+    def parts_of(logits: np.ndarray) -> tuple[list[np.ndarray], _Parts]:
+        if kept[0] is not logits:
             split = np.split(logits, at, axis=-1)
-            tops = np.stack([part.max(-1, keepdims=True) for part in split])
-            seen = np.stack([np.isfinite(part).sum(-1, keepdims=True) for part in split])
-            sums = np.stack([_sum(p, top) for p, top in zip(split, tops, strict=True)])
             own = None
             if logits.shape[-2] == logits.shape[-1]:
                 places = np.searchsorted(at, np.arange(logits.shape[-1]), "right")
                 own = (np.arange(len(split))[:, None] == places)[:, None, None, :, None]
-            weights = weigh(_Parts(tops, sums, seen, own))
-            shares = [softmax(p) * w for p, w in zip(split, weights, strict=True)]
-            return np.nan_to_num(np.concatenate(shares, -1), nan=0.0)
+            kept[:] = logits, ([softmax(part) for part in split], _parts(split, own))
+        return kept[1]
 
-        yield f"the keys in {words}, each divided by its own sum, {how}", merged
+    return parts_of
+
+
+def _parts(split: Sequence[np.ndarray], own: np.ndarray | None) -> _Parts:
+    tops = np.stack([part.max(-1, keepdims=True) for part in split])
+    seen = np.stack([np.isfinite(part).sum(-1, keepdims=True) for part in split])
+    sums = np.stack([_sum(part, top) for part, top in zip(split, tops, strict=True)])
+    return _Parts(tops, sums, seen, own)
 
 
 def merged_by(masks: Sequence[np.ndarray]) -> Iterator[tuple[str, Callable[..., np.ndarray]]]:
@@ -185,10 +205,7 @@ def merged_by(masks: Sequence[np.ndarray]) -> Iterator[tuple[str, Callable[..., 
 
         def merged(logits: np.ndarray, weigh: _Way = weigh) -> np.ndarray:
             split = [np.where(mask, logits, -np.inf) for mask in masks]
-            tops = np.stack([part.max(-1, keepdims=True) for part in split])
-            seen = np.stack([np.isfinite(part).sum(-1, keepdims=True) for part in split])
-            sums = np.stack([_sum(p, top) for p, top in zip(split, tops, strict=True)])
-            weights = weigh(_Parts(tops, sums, seen, None))
+            weights = weigh(_parts(split, None))
             every = [softmax(p) * w for p, w in zip(split, weights, strict=True)]
             return np.nan_to_num(np.sum(every, axis=0), nan=0.0)
 

@@ -26,6 +26,9 @@ MOST = 6000
 MOST_NUMBERS = 600
 """The most numbers of changes that are fitted to the output."""
 
+CALLS = 16
+"""How many times what rounding explains is left by a kernel as calls measure it, at most."""
+
 MOST_FITTED = 1 << 22
 """The most numbers of a matrix from a kernel to the output."""
 
@@ -80,14 +83,16 @@ def _other_values(
         own = recipe.stages["value"].shape[2:]
         weights["value.bias"] = weights.get("value.bias", 0.0) + bias.reshape(own)
     made = recipe.but(weights=weights)
-    if kernel is not None:
+    if kernel is not None and max(evidence.errors(made).values()) <= CALLS:
         made = _nearer(made, np.abs(kernel).max(), evidence)
     fits = max(evidence.errors(made).values()) <= 1
     either = "output.bias or value.bias"
+    # Of one head calls tell the product of both kernels alone.
+    of = "value.kernel" if recipe.heads[0] > 1 else "value.kernel or output.kernel"
     words = {
-        (True, False): "value.kernel differs",
+        (True, False): f"{of} differs",
         (False, True): f"{either} differs, which adds the same to every output",
-        (True, True): f"value.kernel and {either} differ",
+        (True, True): f"{of}, and {either} differ",
     }[kernel is not None, bias is not None]
     return (words, made) if fits else None
 

@@ -32,7 +32,7 @@ def told_otherwise(
     if not wrong or ("output" in wrong and right_shape):
         return Diagnosis()
     causes, right = [], dict(reported)
-    biased = with_told_bias(recipe, reported)
+    biased = recipe.bias is not None and np.any(recipe.bias)
     for name in wrong:
         if name == "logits" and biased and _fits(evidence, recipe, reported[name] - recipe.bias):
             fix = "Report the logits without the attention bias: all that follows is right."
@@ -56,12 +56,12 @@ def told_otherwise(
 
 
 def with_told_bias(recipe: Recipe, reported: Arrays) -> bool:
-    """Whether the logits are told with the attention bias, or another one, in them already."""
-    if recipe.bias is None or not np.any(recipe.bias) or "logits" not in reported:
+    """Whether logits are told that are the masked ones already, where there is a bias."""
+    if recipe.bias is None or not np.any(recipe.bias):
         return False
-    got, masked = reported["logits"], reported.get("masked_logits")
-    if masked is None or masked.shape != got.shape:
-        return masked is None and got.shape == recipe.stages["logits"].shape
+    got, masked = reported.get("logits"), reported.get("masked_logits")
+    if got is None or masked is None or masked.shape != got.shape:
+        return False
     return bool(np.all((got == masked) | (masked < -MASKED)))
 
 

@@ -553,7 +553,7 @@ def _own(recipe: Recipe, name: str) -> Arrays:
     return {n: a for n, a in recipe.weights.items() if n in (f"{name}.kernel", f"{name}.bias")}
 
 
-SCALED = "Load each weight as it is, without a factor; an update is merged once."
+SCALED = "Load each weight as it is, and scale no projection; an update is merged once."
 
 MISTAKES: tuple[Row, ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "

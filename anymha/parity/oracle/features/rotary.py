@@ -633,8 +633,8 @@ class RotarySection(Section):
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
         ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
          "queries and keys, and each sequence, have positions of their own.", of_other_positions),
-        ("rotary of other positions", "Count positions on, over all pieces of the queries, and "
-         "make tables of angles as long as the greatest position.", within_a_table, True),
+        ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
+         "queries and keys, and each sequence, have positions of their own.", within_a_table, True),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
         ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "
