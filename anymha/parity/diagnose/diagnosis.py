@@ -19,7 +19,7 @@ from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.measured_positions import measured_positions
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
-from anymha.parity.diagnose.mixed import groups, mixed
+from anymha.parity.diagnose.mixed import OF_KEYS, groups, mixed
 from anymha.parity.diagnose.own_weights import (
     FIX,
     one_weight,
@@ -277,11 +277,15 @@ class Search:
             )
             singles = [*singles, *filter(None, rounded)]
         # Those whose own results are those of the group come first: all that change no keys are
-        # found so. Of the others what is left out is usual.
+        # found so, and others change these. Of them what is left out is usual.
         order = [
             (self._apart_in(one, group.columns), at, group, one)
             for group in parts for at, one in enumerate(singles)
             if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
+        ]  # fmt: skip
+        order = [
+            each for each in order
+            if each[0] <= SAME_PART or each[3].causes[0].stage in ("query", *OF_KEYS)
         ]  # fmt: skip
         order.sort(key=lambda each: (
             each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT), each[0]
