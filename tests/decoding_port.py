@@ -283,10 +283,11 @@ class Port:
         seen = seen & (new.places[row] != -2)
         marks = np.maximum(new.places[row], 0) if "position" in wrong else at
         if wrong == "averages held and new keys" and length:
-            parts = (seen & (at < length), seen & (at >= length))
-            return sum(
-                self._attend(q, queries, every_key, every_value, marks, part) for part in parts
-            ) / np.float32(2)
+            held, brought = (
+                self._attend(q, queries, every_key, every_value, marks, seen & part)
+                for part in (at < length, at >= length)
+            )
+            return (held + brought) / np.float32(2)
         return self._attend(q, queries, every_key, every_value, marks, seen)
 
     def _positions(

@@ -191,8 +191,9 @@ def _cut(recipe: Recipe) -> Variants:
         pairs = [*itertools.permutations(orders, 2)]
         # Shards are joined, or cut, as they lie: parts stand in one order.
         for shards in (n for n in range(2, heads) if heads % n == 0):
-            for (groups, order), way in itertools.product(orders, (1, -1)):
-                pairs.append(((shards, order), (groups, order))[::way])
+            for groups, order in orders:
+                one, other = (shards, order), (groups, order)
+                pairs += [(one, other), (other, one)]
         for written, read in pairs:
             changed: Arrays = {}
             for part in ("kernel", "bias"):
