@@ -104,6 +104,9 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         "before the query's are not held": old,
         "behind the first are not held": old & ~first,
         "behind the first are not written": np.broadcast_to(~first, old.shape),
+        "behind the first but their last position are not written": np.broadcast_to(
+            (~first & (facts.places != facts.ends - 1))[:, None], (len(facts.valid), *old.shape)
+        ),
         "of one position are not held": old & single,
         "of one position are not written": np.broadcast_to(single, old.shape),
         "of several positions are not held": old & ~single,
@@ -250,8 +253,12 @@ def _off_by_one(recipe: Recipe, facts: Decoded) -> Variants:
         for detail, by_slot in (("", "keys"), (", ALiBi of slots alone", "slots")):
             yield f"{words}, the last is seen{detail}", in_slots(
                 recipe, facts, slots, slots, grown, by_slot=by_slot)  # fmt: skip
+        within = np.minimum(slots, len(facts.calls) - 1)
         for said, keys, values in _ONE_OF_BOTH:
             yield f"{said} alone, {words}", misaligned(recipe, facts, slots, keys, values)
+            if np.any(within != slots):
+                yield f"{said} alone, {words}, but for the last slot", misaligned(
+                    recipe, facts, within, keys, values)  # fmt: skip
 
 
 _ONE_OF_BOTH = ("values", False, True), ("keys", True, False)
@@ -627,6 +634,9 @@ def _last_page(recipe: Recipe, facts: Decoded) -> Variants:
             places[:, None] < full[..., None]))  # fmt: skip
         bound = np.maximum(full, size)[..., None]
         slots = np.arange(size)
+        whole = np.maximum(facts.ends // size * size, np.minimum(facts.ends, size))[..., None]
+        yield f"pages of {size}, of those that the row has behind the call", seeing(
+            recipe, right(recipe, facts) & (places[:, None] < whole))  # fmt: skip
         yield f"pages of {size}, the first is seen as a whole", seeing(
             recipe, new & near & (places[:, None] < bound),
             (slots >= facts.ends[..., None]) & (slots < bound))  # fmt: skip

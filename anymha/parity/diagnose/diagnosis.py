@@ -269,7 +269,9 @@ class Search:
 
     def _in_a_part(self, singles: list[_Tried]) -> Diagnosis | None:
         """One mistake in some calls alone, in some sequences, or from some query on."""
-        parts = list(groups(self.recipe, self.evidence.fitting(self.recipe)))
+        fitting = self.evidence.fitting(self.recipe)
+        # A group that is all that is wrong comes first.
+        parts = sorted(groups(self.recipe, fitting), key=lambda one: np.any(one.columns == fitting))
         if parts and self.before < SMALL:
             rounded = (
                 self._weighed(self.recipe, (cause,), wrong, 1)
@@ -279,8 +281,8 @@ class Search:
         # Those whose own results are those of the group come first: all that change no keys are
         # found so, and others change these. Of them what is left out is usual.
         order = [
-            (self._apart_in(one, group.columns), at, group, one)
-            for group in parts for at, one in enumerate(singles)
+            (self._apart_in(one, group.columns), number, at, one)
+            for number, group in enumerate(parts) for at, one in enumerate(singles)
             if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
         ]  # fmt: skip
         order = [
@@ -288,14 +290,15 @@ class Search:
             if each[0] <= SAME_PART or each[3].causes[0].stage in ("query", *OF_KEYS)
         ]  # fmt: skip
         order.sort(key=lambda each: (
-            each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT), each[0]
+            each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT),
+            each[0] if each[0] <= SAME_PART else each[1], each[0],
         ))  # fmt: skip
         found: list[tuple[int, _Tried]] = []
         until = time.thread_time() + PARTS_SECONDS
-        for apart, at, group, one in order:
+        for apart, number, at, one in order:
             if time.thread_time() > until or (found and apart > SAME_PART):
                 break
-            (cause,) = one.causes
+            (cause,), group = one.causes, parts[number]
             detail = ", ".join(filter(None, (cause.detail, group.words)))
             wrong = mixed(self.recipe, one.recipe, group)
             tried = self._weighed(

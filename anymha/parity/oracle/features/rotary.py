@@ -354,6 +354,9 @@ class RotarySection(Section):
         yield words, self._but(recipe, layout=other)
         words = f"{names[self.value['layout']]} with the cosines and sines of {names[other]}"
         yield words, self._with(recipe, mixed=True, factor=self.factor)
+        words = f"{names[other]} with the cosines and sines of {names[self.value['layout']]}"
+        own = {**self.value, "layout": other}
+        yield words, recipe.with_section(RotarySection(own, mixed=True, factor=self.factor))
 
     def reversed(self, recipe: Recipe) -> Variants:
         """By the negative angle."""
