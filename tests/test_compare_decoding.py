@@ -125,6 +125,13 @@ def test_cause_without_the_functions_of_a_cache_is_told_where_both_are_wrong() -
     assert any("without `truncate`" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_half_precision_of_a_cache_is_named_where_numbers_lie_between_two(seed: int) -> None:
+    fault = next(one for one in FAULTS if one.wrong == "holds float16")
+    report = compared(fault, "rotary", "even", seed)
+    assert str(report.diagnosis).startswith("cache in half precision (in float16)")
+
+
 def test_each_mistake_of_decoding_has_a_fault() -> None:
     assert {name for name, *_ in MISTAKES} <= {fault.cause for fault in FAULTS}
 

@@ -534,14 +534,54 @@ def _narrow(recipe: Recipe, facts: Decoded) -> Variants:
     """Keys and values that are rounded as they are held."""
     pairs = np.broadcast_to(cached(facts), (len(facts.valid), *cached(facts).shape))
     for dtype in (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn):
-        for of, keys, values in (("", True, True), ("keys alone, ", True, False),
-                                 ("values alone, ", False, True)):  # fmt: skip
+        for of, names in {"": KEYS_AND_VALUES, "keys alone, ": ("key",),
+                          "values alone, ": ("value",)}.items():  # fmt: skip
+            exact = {name: recipe.stages[name] for name in names}
+            rounded = {name: x.astype(dtype).astype(x.dtype) for name, x in exact.items()}
+            made = _held_as(recipe, pairs, rounded)
+            made.computed["ties"] = partial(_other_ties, recipe, pairs, exact, rounded, dtype)
+            yield f"{of}in {np.dtype(dtype).name}", made
 
-            def rounded(x: np.ndarray, dtype: Any = dtype) -> np.ndarray:
-                return x.astype(dtype).astype(x.dtype)
 
-            words = f"{of}in {np.dtype(dtype).name}"
-            yield words, replaced(recipe, pairs, rounded, keys, values)
+KEYS_AND_VALUES = "key", "value"
+
+NEAR_TIE = 16 * 2.0**-24
+"""How near to the middle of two numbers, as a part of the greatest number of a vector, float32 may
+be on its other side."""
+
+MOST_TIES = 16
+"""How many such numbers, of keys and of values, are tried on the other side."""
+
+
+def _held_as(recipe: Recipe, pairs: np.ndarray, held: Arrays) -> Recipe:
+    for name, array in held.items():
+        keys = name == "key"
+        recipe = replaced(recipe, pairs, lambda _, array=array: array, keys, not keys)
+    return recipe
+
+
+def _other_ties(
+    recipe: Recipe, pairs: np.ndarray, exact: Arrays, rounded: Arrays, dtype: Any,
+    distance: Callable[[Recipe], float],
+) -> Recipe:  # fmt: skip
+    """The recipe that is nearest, numbers near the middle of two rounded to either of them."""
+    held, best = dict(rounded), _held_as(recipe, pairs, rounded)
+    least = distance(best)
+    for name, x in exact.items():
+        size = np.abs(x).max(-1, keepdims=True)  # what is turned has errors of its vector's size
+        away = x + np.sign(x - rounded[name]) * NEAR_TIE * size
+        other = away.astype(dtype).astype(x.dtype)
+        near = np.abs(x - (rounded[name] + other) / 2) / size
+        places = np.argwhere(other != rounded[name])
+        places = places[np.argsort(near[tuple(places.T)], kind="stable")][:MOST_TIES]
+        for place in map(tuple, places):
+            array = held[name].copy()
+            array[place] = other[place]
+            made = _held_as(recipe, pairs, {**held, name: array})
+            left = distance(made)
+            if left < least:
+                held, best, least = {**held, name: array}, made, left
+    return best
 
 
 @with_empty_rows

@@ -559,6 +559,12 @@ class Search:
                     left = float(np.linalg.norm(apart)) / self.before
                 if not many and (several or left <= EXPLAINED):
                     own = self.evidence.first_errors(wrong, recipe)
+                ties = wrong.computed.get("ties")
+                if ties and not many and max(own.values()) > 1 and left <= EXPLAINED:
+                    wrong = ties(self.evidence.distance)
+                    apart = self.evidence.differences(wrong)
+                    left = float(np.linalg.norm(apart)) / self.before
+                    own = self.evidence.first_errors(wrong, recipe)
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
             columns = self.evidence.columns(wrong) if left < np.inf else None
