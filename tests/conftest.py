@@ -93,14 +93,16 @@ def unhurried() -> Iterator[None]:
     """`compare` searches as long as it takes: what it finds is tested, not how fast this is."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
+        patched.setattr("anymha.parity.diagnose.diagnosis.PARTS_SECONDS", 60.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
         yield
 
 
 @pytest.fixture
 def no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No two mistakes together are looked for, where one is the cause or none is asked for."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
+    """No two mistakes together and none in a part, where one is the cause or none is asked for."""
+    for name in ("PARTS_SECONDS", "PAIRS_SECONDS"):
+        monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
 
 
 @pytest.fixture(scope="session")

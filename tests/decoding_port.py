@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 4},
     "window, rotary": {"sliding_window": 4, "rotary": True},
     "window, alibi": {"sliding_window": 4, "alibi": True},
+    "norm": {"query_key_norm": {"kind": "rms", "eps": 0.1}},
     "bfloat16": {"dtype": "bfloat16", "rotary": True},
 }
 """The layers, by name."""
@@ -34,7 +35,7 @@ class Fault:
     wrong: str  # What is wrong
     cause: str  # The name in the catalogue
     # What must be there: "rotary", "position" (rotary or ALiBi), "window", "linear" (no window),
-    # "ragged" (padding), "float32", or a function: "join", "reorder", "truncate"
+    # "norm", "ragged" (padding), "float32", or a function: "join", "reorder", "truncate"
     needs: str = ""
 
     def shows(self, options: str, ragged: bool) -> bool:
@@ -42,7 +43,7 @@ class Fault:
         place = any(word in options for word in ("rotary", "alibi", "bfloat16"))
         there = {"position": place, "rotary": place and "alibi" not in options, "ragged": ragged,
                  "float32": "bfloat16" not in options, "window": "window" in options,
-                 "linear": "window" not in options}  # fmt: skip
+                 "linear": "window" not in options, "norm": "norm" in options}  # fmt: skip
         return all(there.get(need, True) for need in self.needs.split())
 
 
@@ -79,6 +80,7 @@ FAULTS = (
     Fault("join rotates to the padded batch", "rotation after the join", "rotary join ragged"),
     Fault("rotates all that is held in each call", "cached keys rotated wrongly", "rotary"),
     Fault("holds keys without rotation", "cached keys rotated wrongly", "rotary"),
+    Fault("norms what is held in each call", "cached keys normed again", "linear norm"),
     Fault("ring of one position fewer", "ring off by one", "window"),
     Fault("ring of one position more", "ring off by one", "window"),
     Fault("ring written before it is read", "ring off by one", "window"),
@@ -95,6 +97,10 @@ FAULTS = (
     Fault("reads the row before", "cache of another row"),
     Fault("reorder leaves keys and values", "cache of another row", "reorder"),
     Fault("reorder moves keys alone", "cache of another row", "reorder"),
+    Fault("sees full pages alone", "last page not seen", "linear"),
+    Fault("averages held and new keys", "held and new keys merged wrongly", "linear"),
+    Fault("writes no values of single steps", "stale keys", "linear"),
+    Fault("sees one empty slot", "empty slots seen", "linear"),
     Fault("reorder moves the other way", "cache of another row", "reorder"),
     Fault("truncate does nothing", "wrong with `truncate`", "linear truncate"),
     Fault("truncate leaves one too many", "wrong with `truncate`", "linear truncate"),
@@ -107,6 +113,12 @@ FAULTS = (
     Fault("reads row 0 for all, its new positions too", "cache of another row", "linear"),
     Fault("holds float16", "cache in half precision", "linear float32"),
     Fault("one position for a call", "positions read after the update", "position"),
+    Fault("positions from twice the length", "positions of a call counted wrongly", "position"),
+    Fault("query positions at most seven", "positions of a call counted wrongly", "rotary"),
+    Fault("rotates old and new keys in each call", "cached keys rotated wrongly", "linear rotary"),
+    Fault("truncate takes one too many", "wrong with `truncate`", "linear truncate"),
+    Fault("truncate to the length of row 0", "wrong with `truncate`", "linear truncate ragged"),
+    Fault("reorder leaves lengths", "wrong with `reorder`", "linear reorder ragged"),
 )  # fmt: skip
 """Every fault."""
 
@@ -163,6 +175,7 @@ class Port:
             + weights[f"{name}.bias"]
             for name in ("query", "key", "value")
         )
+        q, k = self._normed(q, "query"), self._normed(k, "key")
         valid = np.ones(x.shape[:2], bool) if value_mask is None else np.array(value_mask)
         if wrong == "takes the mask of row 0":
             valid = np.broadcast_to(valid[0], valid.shape)
@@ -211,6 +224,8 @@ class Port:
         old_keys, old_values = cache.keys[source], cache.values[source]
         if wrong == "rotates all that is held in each call":
             old_keys = new.keys[row] = self._rotated(old_keys, np.maximum(cache.places[row], 0))
+        if wrong == "norms what is held in each call":
+            old_keys = new.keys[row] = self._normed(old_keys, "key")
         q, turned = self._rotated(q, queries), self._rotated(k, keys)
         slots = places % size if self.layer.config.sliding_window else (
             self._slots(places, length, size))  # fmt: skip
@@ -222,9 +237,14 @@ class Port:
             bare = wrong == "holds keys without rotation" or (
                 wrong == "holds new keys without rotation" and length)  # fmt: skip
             new.keys[row, slots] = k if bare else turned
+        if wrong == "rotates old and new keys in each call" and length:
+            new.keys[row, : length + count] = self._rotated(
+                new.keys[row, : length + count], np.arange(length + count)
+            )
         if wrong == "joins new values in front":
             new.values[row, count : count + length] = old_values[:length]
-        if not (wrong == "writes no values behind the prompt" and length):
+        unwritten = wrong == "writes no values of single steps" and count == 1
+        if not (wrong == "writes no values behind the prompt" and length) and not unwritten:
             late = wrong == "writes values one slot late"
             new.values[row, index if wrong == "joins new values in front" else slots + late] = v
         if wrong == "repeats the last value" and length:
@@ -254,10 +274,20 @@ class Port:
         seen = at <= self._last(places, length, lengths, size)[:, None]
         if wrong in ("sees empty slots", "sees the empty slots of a long cache"):
             seen = seen | (at >= length + count)
+        if wrong == "sees full pages alone":
+            seen = seen & (at < (places[:, None] + 1) // 3 * 3)
+        if wrong == "sees one empty slot":
+            seen = seen | (at == length + count)
         if wrong == "hides its own position":
             seen = seen & (at != places[:, None])
         seen = seen & (new.places[row] != -2)
         marks = np.maximum(new.places[row], 0) if "position" in wrong else at
+        if wrong == "averages held and new keys" and length:
+            held, brought = (
+                self._attend(q, queries, every_key, every_value, marks, seen & part)
+                for part in (at < length, at >= length)
+            )
+            return (held + brought) / np.float32(2)
         return self._attend(q, queries, every_key, every_value, marks, seen)
 
     def _positions(
@@ -269,6 +299,8 @@ class Port:
             "positions after the update": places + len(index),
             "positions from 0": index,
             "one position for a call": places - index,
+            "positions from twice the length": 2 * places - index,
+            "positions at most seven": np.minimum(places, 7),
         }.get(self.wrong.removeprefix("query "), places)
         return other, places if self.wrong.startswith("query") else other
 
@@ -350,6 +382,14 @@ class Port:
         z = (x[..., :half] + 1j * x[..., half:]) * turns
         return np.concatenate([z.real, z.imag], -1).astype(x.dtype)
 
+    def _normed(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Heads (..., d) divided by their root mean square, times the weight."""
+        norm = self.layer.config.query_key_norm
+        if norm is None:
+            return x
+        size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(norm.eps))
+        return x / size * self.weights[f"{name}_norm.scale"]
+
     def join(self, caches: list[Held]) -> Held:
         """Caches of one row each as one."""
         joined = Held(
@@ -376,7 +416,10 @@ class Port:
         if self.wrong == "truncate does nothing":
             return cache
         more = self.wrong == "truncate leaves one too many"
-        lengths = np.minimum(np.asarray(lengths) + more, cache.lengths)
+        less = self.wrong == "truncate takes one too many"
+        lengths = np.minimum(np.asarray(lengths) + more - less, cache.lengths)
+        if self.wrong == "truncate to the length of row 0":
+            lengths = np.minimum(lengths[0], cache.lengths)
         places = np.where(cache.places < lengths[:, None], cache.places, -1)
         return dataclasses.replace(cache, lengths=lengths, places=places)
 
@@ -386,6 +429,8 @@ class Port:
         moved = cache.rows(order)
         if self.wrong == "reorder leaves keys and values":
             return dataclasses.replace(moved, keys=cache.keys, values=cache.values)
+        if self.wrong == "reorder leaves lengths":
+            return dataclasses.replace(moved, lengths=cache.lengths)
         if self.wrong == "reorder moves keys alone":
             return dataclasses.replace(moved, values=cache.values)
         if self.wrong == "reorder moves the other way":

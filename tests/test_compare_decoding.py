@@ -32,8 +32,9 @@ PADDED = {
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs of mistakes are not searched for long."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
+    """Pairs of mistakes, and mistakes in some calls alone, are not searched for."""
+    for name in ("PARTS_SECONDS", "PAIRS_SECONDS"):
+        monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
 
 
 def layer_of(options: str, seed: int = 0, **more: Any) -> Any:
@@ -90,6 +91,38 @@ def test_fault_is_caught_and_named(fault: Fault) -> None:
     assert report.diagnosis is not None
     assert report.diagnosis.explained, (options, padded, str(report.diagnosis))
     assert report.diagnosis.causes[0].name == fault.cause, (options, padded, str(report.diagnosis))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "way"),
+    [
+        ("truncate does nothing", "nothing is taken back"),
+        ("truncate leaves one too many", "one position too few is taken back"),
+        ("truncate takes one too many", "one position too many is taken back"),
+        ("truncate to the length of row 0", "to the length of row 0, where the row is longer"),
+        ("reorder leaves lengths", "lengths are not moved"),
+    ],
+)
+def test_way_in_which_a_function_of_a_cache_is_wrong_is_told(wrong: str, way: str) -> None:
+    fault = next(fault for fault in FAULTS if fault.wrong == wrong)
+    options = "rotary" if wrong == "truncate does nothing" else "alibi"
+    report = compared(fault, options, "behind")
+    assert report.diagnosis is not None
+    told = [report.diagnosis.causes[0].detail, *report.diagnosis.alternatives]
+    assert report.diagnosis.causes[0].name == fault.cause
+    assert way in told
+    assert "lengths" in report.diagnosis.causes[0].fix
+
+
+def test_cause_without_the_functions_of_a_cache_is_told_where_both_are_wrong() -> None:
+    layer = layer_of("alibi")
+    x, _ = inputs_of("alibi", "even")
+    port = Port(layer, "writes one slot early")
+    decode = decoding(port.step, port.make_cache, steps=STEPS, truncate=port.truncate)
+    report = compare(layer, decode, x)
+    assert report.diagnosis is not None
+    assert report.diagnosis.causes[0].name == "cache written off by one"
+    assert any("without `truncate`" in note for note in report.notes)
 
 
 def test_each_mistake_of_decoding_has_a_fault() -> None:

@@ -371,7 +371,7 @@ def test_a_mask_is_named_where_no_weights_are_known() -> None:
     ("stage", "change"),
     [
         ("query", lambda q: q - WEIGHTS["query.bias"]),
-        ("query", lambda q: q[:, :, ::-1]),
+        ("query", lambda q: q * np.linspace(1, 2, q.shape[-1])),
         ("key", lambda k: k[:, :, ::-1] - 0.3),
     ],
 )

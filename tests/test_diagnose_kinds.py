@@ -161,9 +161,9 @@ def test_wrong_attention_biases_are_told_apart(change, words) -> None:
         (2, {"value heads": heads([0, 1, 0, 1])}, "grouped heads tiled (of the values alone)"),
         (2, {"key heads": lambda k: k.mean(2, keepdims=True) + np.zeros((1, 1, HEADS, 1))},
          "heads averaged (key: mean of all heads)"),
-        (4, {"query": heads([1, 0, 3, 2])}, "heads permuted (of query, to 1, 0, 3, 2)"),
+        (4, {"query": heads([1, 0, 3, 2])}, "heads permuted (of query, in the order 1, 0, 3, 2)"),
         (4, {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p[:, [2, 1, 0, 3]], v)},
-         "heads permuted (of probabilities, to 2, 1, 0, 3)"),
+         "heads permuted (of probabilities, in the order 2, 1, 0, 3)"),
         (4, {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p * np.reshape(
             [1, 1, 0, 1], (4, 1, 1)), v)}, "heads left out"),
     ],
@@ -389,3 +389,21 @@ def test_another_dtype_is_the_cause_only_of_right_numbers(right) -> None:
 def test_nested_lists_are_one_output() -> None:
     one = layer()
     assert compare(one, lambda query: one(query).tolist(), X).passed
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("of", [slice(None), slice(1)])
+def test_logits_that_are_told_with_the_bias(of) -> None:
+    right = layer()
+
+    def port(query: Any, attention_bias: Any) -> Any:
+        stages = port_of(right, {"bias": lambda s, b: s + b[:, of]}, told=True)(
+            query, attention_bias=attention_bias)  # fmt: skip
+        both = stages["logits"] + attention_bias[:, of]
+        return stages | {"logits": both, "masked_logits": both}
+
+    report = compare(right, port, X, attention_bias=BIAS)
+    words = "the logits are reported with the attention bias in them"
+    if of == slice(1):
+        words = "attention bias of other positions (that of the first of the heads for all)"
+    assert named(report) == words

@@ -75,7 +75,7 @@ BOTH = {"value_mask": LENGTHS, "attention_mask": SEEN}
 CAUSAL = {"use_causal_mask": True}
 KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "third row": (lambda value_mask: of_keys(value_mask[2:3]), PADDING,
-                  "mask of another sequence (the mask, that of number 2 of the sequences for all)"),
+                  "mask of another sequence (the mask, that of sequence 2 for all)"),
     "shortest": (lambda value_mask: of_keys(value_mask.all(0)[None]), PADDING,
                  "what one sequence hides, all hide, as cut to the shortest"),
     "longest": (lambda value_mask: of_keys(value_mask.any(0)[None]), {"value_mask": HOLES},
@@ -94,6 +94,8 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
              {"segment_ids": IDS, **CAUSAL}, "left out (the first and the last of each row)"),
     "as many": (lambda value_mask: of_keys(np.arange(LENGTH) < value_mask.sum(-1, keepdims=True)),
                 {"value_mask": HOLES}, "(the mask, taken for a length: as many of the first keys"),
+    "one for all": (lambda segment_ids: same(segment_ids[:1]), {"segment_ids": IDS, **CAUSAL},
+                    "segments of the other side (those of the first sequence for all)"),
     "last": (lambda segment_ids: without_last(segment_ids), {"segment_ids": IDS, **CAUSAL},
              "segment left out (the last of each row)"),
 }  # fmt: skip
@@ -132,3 +134,37 @@ def test_the_port_itself_agrees(seen, call) -> None:
         return seen(*masks.values())
 
     assert report_of(right, **call).passed
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ([0, 0, 0, 0], "key and value: the first for all"),
+        ([0, 2, 1, 3], "key and value: in the order of (2, 2) read the other way round"),
+        ([0, 0, 1, 1], "key and value: the first 2, repeated"),
+        ([0, 1, 0, 1], "key and value: the first 2, tiled"),
+        ([3, 0, 1, 2], "key and value: the one before each"),
+    ],
+)
+def test_memory_of_another_sequence(order, words) -> None:
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3)  # fmt: skip
+    memory = RNG.standard_normal((BATCH, 5, FEATURES)).astype(np.float32)
+    report = compare(layer, lambda query, value: layer(query, value[order]), [X, memory])
+    assert str(report.diagnosis) == f"another sequence of the batch ({words})"
+
+
+def test_segments_of_queries_taken_for_keys() -> None:
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3)  # fmt: skip
+    memory = RNG.standard_normal((BATCH, 11, FEATURES)).astype(np.float32)
+    keys = np.sort(RNG.integers(0, 3, (BATCH, 11)))
+
+    def port(query: Any, value: Any, segment_ids: Any, key_segment_ids: Any) -> Any:
+        ids = segment_ids[:, np.minimum(np.arange(11), LENGTH - 1)]
+        return layer(query, value, segment_ids=segment_ids, key_segment_ids=ids)
+
+    report = compare(layer, port, [X, memory], segment_ids=np.abs(IDS), key_segment_ids=keys)
+    assert str(report.diagnosis) == (
+        "segments of the other side (those of the queries for the keys)"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -191,7 +192,7 @@ KINDS = {
                 (64 * w > 2 * np.pi) & (64 * w < 8 * np.pi), 9 / 8 * w - ramp(w, 1.0, 4.0),
                 ramp(w, 1.0, 4.0))},
              {"rotary": {"scaling": LLAMA3}},
-             "rotary of another scaling (the ramp between turned round"),
+             "rotary of another scaling (the blend of divided and plain ones exchanged"),
     "linear": ({"angles": lambda a, n: a / 8}, {"rotary": {"scaling": LLAMA3}},
                "rotary of another scaling (all frequencies divided by 8, as by a linear"),
     "twice": ({"norm": lambda x, b, f: f(f(x + b))}, {"query_key_norm": "rms"},
@@ -213,7 +214,7 @@ KINDS = {
                       "heads, and back as of 2"),
     "powers of 2": ({"softmax": lambda e, s, b: e ** np.log(2) / (e ** np.log(2)).sum(
                         -1, keepdims=True)}, {"alibi": True},
-                    "another softmax (powers of 2 in place of e)"),
+                    "another softmax (powers of 2 in place of e, `exp2` for `exp`)"),
     "averaged": ({"softmax": lambda e, s, b: in_two(e, lambda tops: np.array(0.5))}, {},
                  "another softmax (the keys in 2 parts, each divided by its own sum, averaged)"),
     "by maxima": ({"softmax": lambda e, s, b: in_two(e, lambda tops: tops / tops.sum(0))}, {},
@@ -245,6 +246,16 @@ KINDS = {
              "other weights (query.kernel differs by a matrix of rank 2"),
     "bias": ({"weights": lambda w: w | {"key.bias": w["key.bias"] ** 2}, "told": bool}, {},
              "other weights (key.bias differs)"),
+    "sinks joined": ({"softmax": lambda e, s, b: e / (e.sum(-1, keepdims=True) + (
+                          np.abs(b) * np.maximum(e.max(-1, keepdims=True), s)))},
+                     {"sinks": True}, "sinks not exponentiated (its absolute value in the sum, "
+                     "beside those of logits less the maximum, which the sink may be)"),
+    "multiplied": ({"frequencies": lambda w, n: 3 * w}, {"rotary": {
+                       "max_position_embeddings": 64, "scaling": {
+                           "rope_type": "longrope", "short_factor": [3.0] * 4,
+                           "long_factor": [9.0] * 4, "factor": 1.0,
+                           "original_max_position_embeddings": 64}}},
+                   "rotary of another scaling (multiplied, not divided)"),
 }  # fmt: skip
 
 
@@ -267,3 +278,45 @@ def test_each_kind_is_named(kind) -> None:
 def test_positions_of_the_call_that_are_not_used(places, words) -> None:
     report = report_of({"places": places}, ROTARY, positions=GAPS, key_positions=GAPS)
     assert str(report.diagnosis) == f"rotary of other positions ({words})"
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (lambda p, n: np.minimum(p, 7), "none beyond 7"),
+        (alone("query", lambda p: np.minimum(p, 5)), "none beyond 5, the query alone"),
+        (lambda p, n: p % 11, "they begin again after 11"),
+        (alone("key", lambda p: p % 4), "they begin again after 4, the key alone"),
+    ],
+)
+def test_positions_beyond_a_table(places, words) -> None:
+    report = report_of({"places": places}, ROTARY, positions=GAPS, key_positions=GAPS)
+    assert str(report.diagnosis).startswith(f"rotary of other positions ({words})")
+
+
+def test_positions_of_pieces_of_queries_are_measured() -> None:
+    places = alone("query", lambda p: np.array([[0, 1, 2, 0, 0, 1, 2, 3, 0]]))
+    report = report_of({"places": places}, ROTARY)
+    words = "rotary of other positions (measured: query 3 at 0, not 3, query 4 at 0, not 4, query"
+    assert str(report.diagnosis).startswith(words)
+
+
+@pytest.mark.parametrize("options", [ROTARY, {"alibi": True}], ids=str)
+def test_query_offset_that_is_left_out(options) -> None:
+    layer = layer_of(**options)
+
+    def port(query: Any, value: Any, query_offset: int) -> Any:
+        places = np.arange(value.shape[1])
+        return layer(query, value, positions=places[: query.shape[1]], key_positions=places)
+
+    report = compare(layer, port, [X[:, :4], X], query_offset=3)
+    (option,) = options
+    assert str(report.diagnosis) == f"{option} of other positions (the query offset left out)"
+
+
+def test_positions_in_bfloat16() -> None:
+    far = GAPS + 500
+    report = report_of({"places": lambda p, n: p.astype(ml_dtypes.bfloat16).astype(float)},
+                       ROTARY, positions=far, key_positions=far)  # fmt: skip
+    words = "rotary angles in half precision (positions in bfloat16)"
+    assert str(report.diagnosis).startswith(words), str(report.diagnosis)

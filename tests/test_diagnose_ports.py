@@ -222,6 +222,42 @@ def test_low_rank_updates_are_told_by_calls(names, monkeypatch) -> None:
     assert named(right, port_of(right, weights=adapted(*names)), x) == words
 
 
+@pytest.mark.parametrize("names", [("kernel",), ("bias",), ("kernel", "bias")])
+def test_values_of_another_layer_are_told_by_calls(names, monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right, rng = layer_of(), np.random.default_rng(7)
+
+    def changed(w: Any) -> Any:
+        own = {f"value.{name}" for name in names}
+        return w | {n: 0.3 * rng.standard_normal(w[n].shape) for n in w if n in own}
+
+    x = np.random.default_rng(2).standard_normal((2, 12, FEATURES)).astype(np.float32)
+    either = "output.bias or value.bias"
+    words = {
+        ("kernel",): "value.kernel differs",
+        ("bias",): f"{either} differs, which adds the same to every output",
+        ("kernel", "bias"): f"value.kernel, and {either} differ",
+    }[names]
+    assert named(right, port_of(right, weights=changed), x) == f"other weights ({words})"
+
+
+def test_a_kernel_as_calls_measure_it_hides_no_other_mistake(monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right, rng = layer_of(), np.random.default_rng(7)
+    own = {"value.kernel": rng.standard_normal(anymha.get_weights(right)["value.kernel"].shape)}
+    other = layer_of(scale=1.003 * right.config.scale_value)
+    anymha.set_weights(other, anymha.get_weights(right) | own)
+    x = 0.3 * np.random.default_rng(2).standard_normal((1, 6, FEATURES)).astype(np.float32)
+    assert "differs" not in named(right, lambda query: other(query), x)
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+def test_an_output_that_does_not_depend_on_the_inputs(constant) -> None:
+    told = named(layer_of(), lambda query: 0 * query + np.float32(constant))
+    assert told == "the output does not depend on the inputs"
+
+
 @pytest.mark.parametrize("rank", [9, 36])
 def test_kernels_that_differ_by_a_high_rank_are_no_low_rank_update(rank, monkeypatch) -> None:
     monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)

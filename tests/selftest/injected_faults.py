@@ -82,6 +82,8 @@ _FAULTS = (
     Fault("window not asked for", "window not asked for", "masked_logits", ("causal",)),
     Fault("causal by blocks", "causal mask by blocks", "masked_logits", ("causal",)),
     Fault("last segment left out", "segment left out", "masked_logits", ("segments",)),
+    Fault("segments of the queries for the keys", "segments of the other side", "masked_logits",
+          ("segments",)),
     Fault("segments two and two", "segments joined", "masked_logits", ("segments",)),
     Fault("offset taken off", "query offset ignored", "masked_logits", ("causal", "offset")),
     Fault("query bias in another order", "heads interleaved", "query"),
@@ -145,6 +147,7 @@ _FAULTS = (
           ("mask", "training"), DROPPING),
     Fault("heads merged without exchange", "heads merged wrongly", "context"),
     Fault("heads split without exchange", "heads split wrongly", "query"),
+    Fault("memory of the first sequence", "another sequence of the batch", "key"),
     Fault("output reversed", "in another order of positions", "output"),
     Fault("inputs normalized", "normalized once more", "query"),
     Fault("inputs scaled", "input scaled", "query"),
@@ -170,6 +173,8 @@ _FAULTS = (
     Fault("value has the key's weights", "weights of another projection", "value"),
     Fault("twice as many heads", "another number of heads", "query"),
     Fault("one head's values for all", "one head for all", "value"),
+    Fault("the first head's query kernel doubled", "weights scaled", "query"),
+    Fault("parts of the value's kernel exchanged", "shards loaded wrongly", "value"),
     Fault("key and value cut wrongly", "packed parts cut wrongly", "key"),
     Fault("packed without a transpose", "weights reshaped without a transpose", "query"),
     Fault("heads in another order", "heads permuted", "output"),
@@ -293,6 +298,12 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
     if "one head's values for all" in wrong:
         w |= {n: np.broadcast_to(w[n][..., :1, :], w[n].shape)
               for n in ("value.kernel", "value.bias")}  # fmt: skip
+    if "the first head's query kernel doubled" in wrong:
+        factors = np.where(np.arange(heads) == 0, 2.0, 1.0)[:, None]
+        w["query.kernel"] = (w["query.kernel"] * factors).astype(w["query.kernel"].dtype)
+    if "parts of the value's kernel exchanged" in wrong:
+        one, two = np.split(w["value.kernel"], 2)
+        w["value.kernel"] = np.concatenate([two, one])
     if "twice as many heads" in wrong:
         w |= {n: a.reshape(*a.shape[:-2], 2 * heads, -1)
               for n, a in w.items() if not n.startswith("output")}  # fmt: skip

@@ -75,6 +75,8 @@ class Port:
             self.places = {"query": self.places["query"]}
         if "key and value exchanged" in wrong:
             key, value = value, key
+        if "memory of the first sequence" in wrong:
+            key, value = (ops.concat([x[:1]] * x.shape[0], axis=0) for x in (key, value))
         if "batch and time exchanged" in wrong:
             query, key, value = (ops.permute_dims(x, (1, 0, 2)) for x in (query, key, value))
         dtype = query.dtype
@@ -328,6 +330,9 @@ class Port:
             columns = np.roll(columns, 1, 3)
         if "lower segments seen" in wrong:
             return (rows >= columns) & (columns >= 0)
+        if "segments of the queries for the keys" in wrong:
+            last = np.minimum(np.arange(key.shape[1]), query.shape[1] - 1)
+            columns = query[:, None, None, last]
         if "segments two and two" in wrong:
             return (rows // 2 == columns // 2) & (columns >= 0)
         if "padding of segments seen" in wrong:

@@ -187,6 +187,13 @@ class Stepwise:
                 other = dataclasses.replace(self.decoding, **{name: None})
                 yield name, Stepwise(other, self.description)
 
+    def bare(self) -> Stepwise | None:
+        """It without any of them; None where it has none."""
+        if not any(True for _ in self.less()):
+            return None
+        none = dict.fromkeys(("truncate", "reorder", "join"))
+        return Stepwise(dataclasses.replace(self.decoding, **none), self.description)
+
     @property
     def mask(self) -> str | None:
         """Its parameter for the padding of a piece."""
@@ -240,7 +247,9 @@ class Stepwise:
         pieces = self.decoding.pieces(length)
         turned = None if self.decoding.reorder is None else np.roll(np.arange(batch), -1)
         calls = np.repeat(np.arange(len(pieces)), pieces)
-        return Decoded(valid_of(request), calls, self.decoding.join is not None, turned)
+        drafted = DRAFT * (self.decoding.truncate is not None)
+        joined = self.decoding.join is not None
+        return Decoded(valid_of(request), calls, joined, turned, drafted)
 
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""

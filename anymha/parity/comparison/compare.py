@@ -25,8 +25,11 @@ from anymha.parity.comparison.cut import cut, sequences, words
 from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
 from anymha.parity.comparison.probed import with_probed_kernels
 from anymha.parity.comparison.unexplained import explained
+from anymha.parity.diagnose.cache_functions import ways_of
 from anymha.parity.diagnose.calls import diagnose_by_calls
-from anymha.parity.diagnose.causes import Diagnosis
+from anymha.parity.diagnose.causes import Cause, Diagnosis
+from anymha.parity.diagnose.decoding_mistakes import MISTAKES
+from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, turned_away
@@ -36,6 +39,12 @@ from anymha.parity.stages.trace import POSITIONS, Adapter, Request, Trace, make_
 
 STIRRED = 4
 """How many calls tell what rounding changes, where one is too few."""
+
+OF_A_CACHE = {name for name, *_ in MISTAKES}
+"""The causes that may be mistakes of what is done to a cache between calls."""
+
+OF_A_FUNCTION = {"reorder": "cache of another row", "join": "rotation after the join"}
+"""The causes that say which function of a cache is wrong."""
 
 
 class ParityError(AnymhaError, AssertionError):
@@ -133,18 +142,58 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
 
 def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:
     """The comparison with the function of a cache without which the candidate is right."""
-    if comparison.diagnosis is not None and comparison.diagnosis.explained:
+    diagnosis, request, (first, second) = (
+        comparison.diagnosis, comparison.request, comparison.traces)  # fmt: skip
+    found = diagnosis.causes if diagnosis is not None and diagnosis.explained else ()
+    if first.random or second.random or (found and found[0].name not in OF_A_CACHE):
         return comparison
-    request, (first, _) = comparison.request, comparison.traces
     for name, other in candidate.less():
         traces = first, _traced("candidate", other, request, None)
         one, two = settle_padding(request, traces, None)
         one = dataclasses.replace(one, scores=None)
-        if outputs_alone(request, one, two).passed:
-            fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
-            diagnosis = Diagnosis.certain(f"wrong with `{name}`", "output", fix)
-            return dataclasses.replace(comparison, diagnosis=diagnosis)
-    return comparison
+        if not outputs_alone(request, one, two).passed:
+            continue
+        fix = f"Without `{name}` all agrees: look at what it does to keys, values and lengths."
+        if diagnosis and found and found[0].name == OF_A_FUNCTION.get(name):
+            cause = dataclasses.replace(found[0], fix=f"{found[0].fix} {fix}")
+            diagnosis = dataclasses.replace(diagnosis, causes=(cause, *found[1:]))
+        else:
+            known = f"as of {' and '.join(map(str, found))}" if found else ""
+            ways = _ways_of(name, comparison) or [known]
+            stage = found[0].stage if found else "output"
+            cause = Cause(f"wrong with `{name}`", ways[0], stage, fix)
+            diagnosis = Diagnosis((cause,), 0.0, tuple(ways[1:4]))
+        return dataclasses.replace(comparison, diagnosis=diagnosis)
+    return comparison if found else _with_none(comparison, candidate)
+
+
+def _with_none(comparison: Comparison, candidate: Stepwise) -> Comparison:
+    """The comparison with what explains it where no function of the cache is called."""
+    request, (first, _), bare = comparison.request, comparison.traces, candidate.bare()
+    if bare is None or request.decoded is None:
+        return comparison
+    request = dataclasses.replace(request, decoded=bare.facts(request))
+    other = judge_traces(request, first, _traced("candidate", bare, request, None))
+    if other.passed or other.diagnosis is None or not other.diagnosis.explained:
+        return comparison
+    note = "The cause is that of calls without `truncate`, `reorder` and `join`; more may differ."
+    return dataclasses.replace(comparison, diagnosis=other.diagnosis,
+                               first_divergence=other.first_divergence,
+                               notes=(*comparison.notes, note))  # fmt: skip
+
+
+def _ways_of(function: str, comparison: Comparison) -> list[str]:
+    """In what ways a function of a cache may be wrong, in words; none where it is not known."""
+    request, (first, second) = comparison.request, comparison.traces
+    basis = first if first.weights is not None else second
+    if basis.weights is None or basis.config is None or not comparison.exact:
+        return []
+    folded = fold(problem_of(basis.config, basis.weights, request))
+    recipe = folded.recipe.but(decoded=request.decoded)
+    _, second = settle_padding(request, (first, second), folded)
+    with np.errstate(all="ignore"):
+        reported = {"output": second.output.astype(np.float64)}
+        return [*ways_of(function, recipe, Evidence(second, reported, first))]
 
 
 def _explained_by_calls(

@@ -19,7 +19,7 @@ from anymha.parity.stages.trace import Adapter, problem_of
 
 
 def with_probed_kernels(comparison: Comparison, candidate: Adapter) -> Comparison:
-    """The comparison with kernels that differ by a matrix of low rank, where these explain it."""
+    """The comparison with kernels that differ, as calls measure them, where these explain it."""
     request, (first, second), told = comparison.request, comparison.traces, comparison.diagnosis
     known = told is None or told.causes or told.untried
     if comparison.passed or known or comparison.first_divergence != "output":

@@ -13,6 +13,7 @@ import numpy as np
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
 from anymha.parity.diagnose.head_maps import averaged, of_groups
 from anymha.parity.diagnose.measured import Family, number
+from anymha.parity.diagnose.merged_parts import not_rescaled, parts_merged
 from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
 from anymha.parity.oracle.features.rotary import RotarySection
 from anymha.parity.oracle.features.softcap import SoftcapSection
@@ -33,18 +34,34 @@ STARTS = (1, 2, 3, 4, -1)
 
 def _scale_wrong(recipe: Recipe) -> Variants:
     width = recipe.inputs["query"].shape[2]
-    heads, d_k, d_v = recipe.heads[0], _width(recipe, "query"), _width(recipe, "value")
+    d_k, d_v = _width(recipe, "query"), _width(recipe, "value")
+    (heads, shared), (_, queries, keys) = recipe.heads, recipe.lengths
+    usual = math.isclose(recipe.scale, 1 / math.sqrt(d_k))
     factors = {
         "1/sqrt(width of a head) in place of `scale`": 1 / math.sqrt(d_k),
         "missing": 1.0,
-        "applied twice": recipe.scale**2,
+        "applied twice" + ", 1/(width of a head)" * usual: recipe.scale**2,
         "1/sqrt(number of features)": 1 / math.sqrt(width),
         "1/sqrt(width of all heads)": 1 / math.sqrt(heads * d_k),
-        "1/sqrt(width of a value head)": 1 / math.sqrt(d_v),
         "1/sqrt(number of heads)": 1 / math.sqrt(heads),
-        "1/(width of a head)": 1 / d_k,
         "multiplied in place of divided": 1 / recipe.scale if recipe.scale else 0.0,
+        f"1/sqrt(number of {'positions' if queries == keys else 'keys'})": 1 / math.sqrt(keys),
     }
+    if d_v != d_k:
+        factors["1/sqrt(width of a value head)"] = 1 / math.sqrt(d_v)
+    if not usual:
+        factors["1/(width of a head)"] = 1 / d_k
+    if queries != keys:
+        factors["1/sqrt(number of queries)"] = 1 / math.sqrt(queries)
+    if 1 < shared < heads:
+        every = heads / shared * d_k
+        factors["1/sqrt(width of the query heads of a group)"] = 1 / math.sqrt(every)
+        factors["1/sqrt(width of all key heads)"] = 1 / math.sqrt(shared * d_k)
+    rotary = recipe.options.get("rotary")
+    columns = rotary.get("dim") if isinstance(rotary, Mapping) else None
+    if columns and columns != d_k:
+        factors["1/sqrt(rotated columns)"] = 1 / math.sqrt(columns)
+        factors["1/sqrt(columns that are not rotated)"] = 1 / math.sqrt(d_k - columns)
     for words, factor in factors.items():
         if not math.isclose(factor, recipe.scale):
             yield words, recipe.but(scale=factor)
@@ -57,7 +74,8 @@ def _scale_wrong(recipe: Recipe) -> Variants:
 def _any_scale(recipe: Recipe) -> Iterator[Family]:
     """Any factor of the logits, of either sign, beside the right one."""
     known = {math.log(2): "2 to the power in place of e: log2(e) is missing",
-             1 / math.log(2): "log2(e) too many"}  # fmt: skip
+             1 / math.log(2): "log2(e) too many",
+             2.0: "as of weights of query or key that are taken twice"}  # fmt: skip
 
     def words(times: float) -> str:
         for factor, meaning in known.items():
@@ -83,13 +101,13 @@ def _grown(recipe: Recipe, log: float, least: float) -> Recipe:
     return recipe.after(("logits",), lambda x: factor * x)
 
 
-_LEAST = {"": 0.0, ", or 1": 1.0}
+_OR_ONE = {"": 0.0, ", or 1": 1.0}
 
 
 def _scale_grows(recipe: Recipe) -> Variants:
     """Times the logarithm of the position, or that by the logarithm of the length."""
     keys = recipe.lengths[2]
-    for rest, least in _LEAST.items():
+    for rest, least in _OR_ONE.items():
         yield f"log(position){rest}", _grown(recipe, 1.0, least)
         if keys > 1 and not least:
             yield f"log(position) / log({keys}), of the keys", _grown(recipe, math.log(keys), 0.0)
@@ -97,7 +115,7 @@ def _scale_grows(recipe: Recipe) -> Variants:
 
 def _any_growth(recipe: Recipe) -> Iterator[Family]:
     """A logarithm of any base."""
-    for rest, least in _LEAST.items():
+    for rest, least in _OR_ONE.items():
 
         def make(log: float, least: float = least) -> Recipe:
             return _grown(recipe, log, least)
@@ -216,8 +234,14 @@ def _denominator(recipe: Recipe) -> Iterator[Family]:
             return _with_shares(recipe, _shares(np.exp, math.exp(power), shifted))
 
         def words(power: float, shifted: bool = shifted) -> str:
-            rest = "" if shifted else ", the maximum not subtracted, as of one more logit"
-            return f"{number(math.exp(power))} added to the denominator, the sum{rest}"
+            more = math.exp(power)
+            if shifted:
+                return f"{number(more)} added to the denominator, the sum less the maximum"
+            many = round(more) if math.isclose(more, round(more), rel_tol=1e-4) else 0
+            keys = "one more key" if many == 1 else f"{many} more keys"
+            rest = f"{keys} with a logit of zero (padding that is not hidden)"
+            rest = rest if many else f"one more logit, {number(power)}"
+            return f"{number(more)} added to the denominator, as of {rest}"
 
         yield Family(make, tuple(np.linspace(-20, 6, 27)), words)
 
@@ -258,7 +282,7 @@ def _other_base(recipe: Recipe) -> Iterator[Family]:
             return _with_shares(recipe, _shares(lambda x: np.exp(times * x)))
 
         log = math.log(base)
-        words = f"powers of {base} in place of e"
+        words = f"powers of {base} in place of e" + ", `exp2` for `exp`" * (base == 2)
         yield Family(make, (0.999 * log, log, 1.001 * log), lambda _, words=words: words)
 
 
@@ -309,12 +333,20 @@ _TOTALS: Mapping[str, Callable[[np.ndarray], Any]] = {
     "divided by their sum": lambda w: w.sum(-1, keepdims=True),
     "not divided by their sum": lambda w: 1.0,
     "divided by the number of keys": lambda w: w.shape[-1],
+    "divided by the root of the number of keys": lambda w: math.sqrt(w.shape[-1]),
+    "divided by the number of queries": lambda w: w.shape[-2],
     "divided by the sum of their absolute values": lambda w: np.abs(w).sum(-1, keepdims=True),
     "divided by the root of the sum of their squares": lambda w: np.sqrt(
         np.square(w).sum(-1, keepdims=True)
     ),
 }
 
+
+_RELUS = "relu", "squared relu"
+"""Functions that may leave nothing in a row."""
+
+_LEAST = tuple(10.0**-n for n in range(3, 13))
+"""Numbers that keep a sum from zero."""
 
 _SUMS = {(2,): "the queries", (1,): "the heads", (0,): "the batch", (2, 3): "the queries and keys",
          (1, 3): "the heads and keys", (1, 2, 3): "heads, queries and keys",
@@ -379,23 +411,84 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
                 return weights / np.where(whole == 0, 1.0, whole)
 
             yield f"{words}, {how}", _with_shares(recipe, _of_logits(weighed))
+
+        def by_seen(
+            logits: np.ndarray, weigh: Callable[[np.ndarray], np.ndarray] = weigh
+        ) -> np.ndarray:
+            seen = np.isfinite(logits)
+            count = np.maximum(seen.sum(-1, keepdims=True), 1)
+            return np.where(seen, weigh(np.where(seen, logits, 0.0)), 0.0) / count
+
+        how = "divided by the number of keys that are seen"
+        yield f"{words}, {how}", _with_shares(recipe, _of_logits(by_seen))
+    for words, how, kept in _kept_from_zero():
+        yield f"{words}, {how}", _with_shares(recipe, _of_logits(kept, None))
     heads, even = recipe.heads[0], _shares(lambda x: np.where(np.isneginf(x), 0.0, 1.0))
     for head in range(heads) if 1 < heads <= 16 else ():
         yield f"all keys alike, in head {head} alone", recipe.stepping("probabilities", partial(
             _in_a_head, own=recipe.steps["probabilities"], other=even, head=head))  # fmt: skip
-    for words in ("elu + 1", "relu", "the exponential"):
-        features = recipe.after(("query", "key"), _WEIGHTS[words])
-        sums = _of_logits(lambda x: x / np.where((t := x.sum(-1, keepdims=True)) == 0, 1.0, t))
-        detail = f"none: {words} of the features of queries and keys, divided by the sum"
-        yield detail, features.stepping("probabilities", sums)
+    yield from _of_features(recipe)
     for axes, words in _SUMS.items():
         each = _with_shares(recipe, _of_logits(_over(axes, of_row=True)))
         yield f"divided by the sum over {words}, less the maximum of each row", each
         yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
-    for words, step in _chunked(recipe.lengths[2]):
+    for words, step in not_rescaled(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
-    for words, merged in _parts(recipe.lengths[2]):
+    for words, merged in parts_merged(recipe.lengths[2]):
         yield words, _with_shares(recipe, _of_logits(merged))
+
+
+def _of_features(recipe: Recipe) -> Variants:
+    """Linear attention: products of functions of queries and keys in the place of exponentials."""
+    every: dict[str, float | None] = {"not divided by the sum": None, "divided by the sum": 0.0}
+    every |= {f"divided by the sum and {n:g}": n for n in (1e-3, 1e-4, 1e-5, 1e-6, 1e-8)}
+    for words in ("elu + 1", "relu", "the exponential", "squared relu", "softplus", "squares"):
+        features = recipe.after(("query", "key"), _WEIGHTS[words])
+        for how, least in every.items():
+            scaled = features if least == 0 else features.but(scale=1.0)  # a sum has the scale too
+
+            def shares(x: np.ndarray, more: float | None = least) -> np.ndarray:
+                seen = np.where(np.isneginf(x), 0.0, x)
+                total = 1.0 if more is None else seen.sum(-1, keepdims=True) + more
+                return seen / np.where(np.equal(total, 0), 1.0, total)
+
+            detail = f"none: {words} of the features of queries and keys, {how}"
+            yield detail, scaled.stepping("probabilities", _of_logits(shares))
+
+
+def _kept_from_zero() -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
+    """Functions that may leave nothing in a row, and what such a row gives then."""
+    ways: Mapping[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+        "added to each, hidden keys too": lambda w, seen, least: _divided(w + least),
+        "added to each that is seen": lambda w, seen, least: _divided(w + least * seen),
+        "added to the sum": lambda w, seen, least: w / (w.sum(-1, keepdims=True) + least),
+        "the least of the sum": lambda w, seen, least: w / np.maximum(
+            w.sum(-1, keepdims=True), least),
+    }  # fmt: skip
+    for words in _RELUS:
+        weigh = _WEIGHTS[words]
+        for (how, way), least in itertools.product(ways.items(), _LEAST):
+
+            def kept(
+                logits: np.ndarray, weigh: Callable[[np.ndarray], np.ndarray] = weigh,
+                way: Callable[[np.ndarray, np.ndarray, float], np.ndarray] = way,
+                least: float = least,
+            ) -> np.ndarray:  # fmt: skip
+                return way(weigh(logits), np.isfinite(logits), least)
+
+            yield words, f"divided by their sum, {least:.0e} {how}", kept
+
+        def alone(
+            logits: np.ndarray, weigh: Callable[[np.ndarray], np.ndarray] = weigh
+        ) -> np.ndarray:
+            return _divided(weigh(logits))
+
+        yield words, "divided by their sum, rows without any give NaN", alone
+
+
+def _divided(weights: np.ndarray) -> np.ndarray:
+    """Weights divided by their sum."""
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def _in_a_head(
@@ -417,68 +510,17 @@ def _over(axes: tuple[int, ...], of_row: bool = False) -> Callable[[np.ndarray],
     return over
 
 
-def _chunked(keys: int) -> Iterator[tuple[str, Step]]:
-    """A running softmax over chunks of the keys that is not brought to the new maximum."""
-    sizes = [n for n in range(1, keys) if n < 17 or n & (n - 1) == 0]
-    for size in sizes:
-        for words, of_sum, of_values in (
-            ("the values are", True, False), ("the sum is", False, True),
-            ("values and sum are", False, False),
-        ):  # fmt: skip
+def _other_axis(recipe: Recipe) -> Variants:
+    """The softmax over queries, heads or batch; where all of it is hidden, also by a number."""
+    hidden = ~np.broadcast_to(recipe.seen, recipe.stages["logits"].shape)
+    for axis, words in ((2, "queries"), (1, "heads"), (0, "batch")):
+        for rest in ("", ", those that are hidden from all alike")[: 1 + hidden.all(axis).any()]:
 
-            def step(
-                recipe: Recipe, stages: Arrays, size: int = size, of_sum: bool = of_sum,
-                of_values: bool = of_values,
-            ) -> np.ndarray:  # fmt: skip
+            def step(_: Recipe, stages: Arrays, axis: int = axis, alike: bool = bool(rest)) -> Any:
                 logits = stages["masked_logits"]
-                starts = range(0, logits.shape[-1], size)
-                tops = np.stack([logits[..., s : s + size].max(-1) for s in starts])
-                running = np.maximum.accumulate(np.maximum(tops, -1e30))
-                weights = np.empty_like(logits)
-                for at, start in enumerate(starts):
-                    part = logits[..., start : start + size]
-                    weights[..., start : start + size] = np.exp(part - running[at][..., None])
-                # What a chunk lacks that is not brought to the last maximum.
-                lacks = np.exp(running - running[-1])
-                lacks = np.repeat(np.moveaxis(lacks, 0, -1), size, axis=-1)
-                lacks = lacks[..., : logits.shape[-1]]
-                total = (weights * (lacks if of_sum else 1.0)).sum(-1, keepdims=True)
-                shares = weights * (lacks if of_values else 1.0) / np.where(total > 0, total, 1.0)
-                return context_by(recipe, {**stages, "dropped_probabilities": shares})
+                return softmax(np.maximum(logits, -1e30) if alike else logits, axis)
 
-            yield f"{words} not rescaled to the running maximum, chunks of {size} keys", step
-
-
-def _parts(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """Parts of the keys, each with a softmax of its own, that are not merged by their sums."""
-    cuts = {f"{n} parts": tuple(len(p) for p in np.array_split(np.arange(keys), n))
-            for n in range(2, min(keys, 9))}  # fmt: skip
-    cuts |= {f"parts of {n}": (*[n] * (keys // n), *[keys % n] * (keys % n > 0))
-             for n in range(1, keys) if n < 9 or n & (n - 1) == 0}  # fmt: skip
-    cuts = {sizes: words for words, sizes in reversed(cuts.items())}
-    ways: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-        "averaged": lambda tops, sums: np.full_like(tops, 1 / len(tops)),
-        "added": lambda tops, sums: np.ones_like(tops),
-        "weighed by the softmax of their maxima": lambda tops, sums: softmax(tops, 0),
-        "weighed by their sums, each less its own maximum": lambda tops, sums: sums / sums.sum(0),
-    }
-    for (sizes, words), (how, weigh) in itertools.product(cuts.items(), ways.items()):
-        at = np.cumsum(sizes)[:-1]
-
-        def merged(
-            logits: np.ndarray, at: np.ndarray = at,
-            weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] = weigh,
-        ) -> np.ndarray:  # fmt: skip
-            parts = np.split(logits, at, axis=-1)
-            tops = np.stack([part.max(-1, keepdims=True) for part in parts])
-            sums = np.stack([
-                np.exp(part - np.where(np.isfinite(top), top, 0.0)).sum(-1, keepdims=True)
-                for part, top in zip(parts, tops, strict=True)
-            ])  # fmt: skip
-            shares = weigh(tops, sums)
-            return np.concatenate([softmax(p) * s for p, s in zip(parts, shares, strict=True)], -1)
-
-        yield f"the keys in {words}, each divided by its own sum, {how}", merged
+            yield f"over the {words}{rest}", recipe.stepping("probabilities", step)
 
 
 def _transposed(recipe: Recipe) -> Variants:
@@ -510,10 +552,10 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
     """An input in the place of another, wherever both have one shape and other numbers."""
     x = recipe.inputs
     for words, sources in {
-        "inputs": {"key": "value", "value": "key"},
+        "key and value exchanged": {"key": "value", "value": "key"},
         "query and value exchanged": {"query": "value", "value": "query"},
-        "the key for both": {"value": "key"},
-        "the value for both": {"key": "value"},
+        "the key for the value": {"value": "key"},
+        "the value for the key": {"key": "value"},
         "the query for the value": {"value": "query"},
         "the query for the key": {"key": "query"},
         "the query for key and value": {"key": "query", "value": "query"},
@@ -646,11 +688,7 @@ MISTAKES: tuple[Row, ...] = (
      "logarithm of the length or of the position out.", _scale_grows, _any_growth),
     ("scale before the bias", "Scale what a projection gives with its bias, or the logits.",
      _bias_unscaled),
-    ("softmax over another axis", "The softmax runs over the keys, the last axis.",
-     steps("probabilities", {
-         "over the queries": lambda r, stages: softmax(stages["masked_logits"], 2),
-         "over the heads": lambda r, stages: softmax(stages["masked_logits"], 1),
-         "over the batch": lambda r, stages: softmax(stages["masked_logits"], 0)})),
+    ("softmax over another axis", "The softmax runs over the keys, the last axis.", _other_axis),
     ("probabilities transposed", "The values are summed over the keys, the last axis of the "
      "probabilities.", _transposed),
     ("no softmax", "Probabilities are exp(logits), divided by their sum over the "

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Row, no_families
+from anymha.parity.diagnose.changes import Row, listed, no_families
 from anymha.parity.oracle.recipe import (
     STEPS,
     Arrays,
@@ -111,10 +111,37 @@ def _over_heads(recipe: Recipe) -> Variants:
                 yield words, recipe.stepping("context", step)
 
 
+USUAL = ("BHTd", "BTHd")
+"""Heads before positions, and behind them: the axes that are most often taken for each other."""
+
+
+def _merged_usually(recipe: Recipe) -> Variants:
+    """Heads merged without an exchange."""
+    written, read = USUAL
+    own = recipe.steps["context"]
+
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        return _memory(own(recipe, stages), "BTHd", written, read)
+
+    yield _words(written, read), recipe.stepping("context", step)
+
+
+def _split_usually(recipe: Recipe) -> Variants:
+    """Heads split without an exchange."""
+    read, written = USUAL
+    for names in SPLITS:
+        wrong = recipe
+        for name in names:
+            wrong = wrong.stepping(name, _read(recipe.steps[name], written, read))
+        yield _of(names) + _words(written, read), wrong
+
+
 def _merged(recipe: Recipe) -> Variants:
     """The context's memory read in another order of axes as heads are merged."""
     own = recipe.steps["context"]
     for written, read in _orders():
+        if (written, read) == USUAL:
+            continue
 
         def step(recipe: Recipe, stages: Arrays, written: str = written,
                  read: str = read) -> np.ndarray:  # fmt: skip
@@ -123,7 +150,7 @@ def _merged(recipe: Recipe) -> Variants:
         yield _words(written, read), recipe.stepping("context", step)
     for written, read in _orders():
         if written[0] == read[0] == "B":
-            words = f"{_words(written, read)}, as they are projected"
+            words = f"{_words(written, read)}, behind a context that is right"
             yield words, _merged_late(recipe, written, read)
 
 
@@ -140,16 +167,23 @@ def _merged_late(recipe: Recipe, written: str, read: str) -> Recipe:
 
 def _split(recipe: Recipe) -> Variants:
     """Projections whose memory is read in another order of axes as heads are split."""
-    every = ("query", "key", "value")
-    for names in (every, ("value",), ("key",), ("query",), ("key", "value"), ("query", "key")):
+    for names in SPLITS:
         for written, read in _orders():
-            if written not in ("BTHd", "TBHd"):
+            if written not in ("BTHd", "TBHd") or (read, written) == USUAL:
                 continue
             wrong = recipe
             for name in names:
                 wrong = wrong.stepping(name, _read(recipe.steps[name], written, read))
-            of = "" if len(names) == 3 else f" of {' and '.join(names)}"
-            yield _words(written, read) + of, wrong
+            yield _of(names) + _words(written, read), wrong
+
+
+SPLITS = (("query", "key", "value"), ("value",), ("key",), ("query",), ("key", "value"),
+          ("query", "key"))  # fmt: skip
+"""Projections whose heads are split wrongly together."""
+
+
+def _of(names: tuple[str, ...]) -> str:
+    return "" if len(names) == 3 else f"of {' and '.join(names)}, "
 
 
 def _read(own: Step, written: str, read: str) -> Step:
@@ -162,8 +196,12 @@ def _words(written: str, read: str) -> str:
                               ("H", "d", "heads and width"), ("B", "T", "batch and positions"),
                               ("T", "d", "positions and width")):  # fmt: skip
         if written.translate(str.maketrans(one + other, other + one)) == read:
-            return f"{words} not exchanged: written as {written}, read as {read}"
-    return f"written as {written}, read as {read}"
+            return f"{words} not exchanged: written as {_axes(written)}, read as {_axes(read)}"
+    return f"written as {_axes(written)}, read as {_axes(read)}"
+
+
+def _axes(order: str) -> str:
+    return f"({', '.join(order)})"
 
 
 def _reversed(recipe: Recipe) -> Variants:
@@ -182,6 +220,30 @@ def _reversed(recipe: Recipe) -> Variants:
             inputs = {n: change(x) if n in names else x for n, x in recipe.inputs.items()}
             what = f"the input{'s' if len(names) > 1 else ''} of {' and '.join(names)}"
             yield f"{what}, {words}", recipe.but(inputs=inputs)
+
+
+def _other_sequences(recipe: Recipe) -> Variants:
+    """Another sequence of the batch in the place of each, as where beams share a memory."""
+    count = recipe.lengths[0]
+    rows, orders = np.arange(count), dict[str, np.ndarray]()
+    if count == 1 or recipe.decoded is not None:
+        return
+    orders["the first for all"], orders["the last for all"] = 0 * rows, 0 * rows + count - 1
+    orders["the one before each"] = np.roll(rows, 1)
+    orders["the one behind each"] = np.roll(rows, -1)
+    for parts in (n for n in range(2, count) if count % n == 0):
+        sizes = f"({parts}, {count // parts})"
+        orders[f"in the order of {sizes} read the other way round"] = rows.reshape(
+            parts, -1).T.ravel()  # fmt: skip
+        orders[f"the first {parts}, tiled"] = rows % parts
+        orders[f"the first {parts}, repeated"] = rows // (count // parts)
+        orders[f"the first of each {count // parts}"] = rows - rows % (count // parts)
+    for words, order in orders.items():
+        for names in (("key", "value"), ("query", "key", "value"), ("query",), ("key",),
+                      ("value",)):  # fmt: skip
+            inputs = {n: x[order] if n in names else x for n, x in recipe.inputs.items()}
+            yield f"{' and '.join(names)}: {words}", recipe.but(inputs=inputs)
+        yield f"output: {words}", recipe.after(("output",), lambda x, order=order: x[order])
 
 
 def _folded(length: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
@@ -230,7 +292,7 @@ def _normed(recipe: Recipe) -> Variants:
         every = ("query", "key", "value")
         for names in (every, ("query",), ("key", "value")):
             inputs = {n: norm(x) if n in names else x for n, x in recipe.inputs.items()}
-            yield f"{words}, of the input of {' and '.join(names)}", recipe.but(inputs=inputs)
+            yield f"{words}, of the input of {listed(names)}", recipe.but(inputs=inputs)
         for names in (("query", "key"), ("query",), ("key",), ("value",), ("context",),
                       ("output",)):  # fmt: skip
             yield f"{words}, of {' and '.join(names)}", recipe.after(names, norm)
@@ -249,12 +311,17 @@ MISTAKES: tuple[Row, ...] = (
      "`batch_first=True`, or exchange the axes.", _batch_and_time),
     ("attention over the heads", "Exchange heads and positions before the attention, which runs "
      "over the last axis but one: (B, T, H, d) to (B, H, T, d).", _over_heads),
-    ("heads merged wrongly", "Exchange heads and positions before the heads are "
-     "merged: (B, H, T, d) to (B, T, H, d).", _merged, no_families, True),
-    ("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
-     "(B, H, T, d).", _split, no_families, True),
+    *(("heads merged wrongly", "Exchange heads and positions before the heads are "
+       "merged: (B, H, T, d) to (B, T, H, d).", make, no_families, make is _merged)
+      for make in (_merged_usually, _merged)),
+    *(("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
+       "(B, H, T, d).", make, no_families, make is _split)
+      for make in (_split_usually, _split)),
     ("in another order of positions", "Leave positions, sequences and features in their order.",
      _reversed, no_families, True),
+    ("another sequence of the batch", "Each sequence of the batch attends over its own keys and "
+     "values: where several queries share one, repeat it in their order.", _other_sequences,
+     no_families, True),
     ("normalized once more", "The layer has no norm of its own here: leave it to the block around "
      "it.", _normed, no_families, True),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from anymha.parity.oracle.recipe import Recipe, Step, Variants
@@ -17,6 +17,12 @@ Row = tuple[Any, ...]
 def no_families(recipe: Recipe) -> Iterator[Any]:
     """None: nothing is measured."""
     return iter(())
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words with commas between them, and "and" before the last."""
+    *front, last = words
+    return f"{', '.join(front)} and {last}" if front else last
 
 
 def fields(

@@ -9,14 +9,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, Row
+from anymha.parity.diagnose.changes import Maker, Row, no_families
+from anymha.parity.diagnose.counted_positions import counted_wrongly
 from anymha.parity.diagnose.mask_mistakes import with_empty_rows
+from anymha.parity.diagnose.merged_parts import merged_by
 from anymha.parity.diagnose.wrong_caches import (
     alibi_of,
     behind,
     cached,
     exchanged,
     facts_of,
+    given,
     in_slots,
     in_window,
     keys_turned,
@@ -27,13 +30,17 @@ from anymha.parity.diagnose.wrong_caches import (
     replaced,
     right,
     seeing,
+    with_keys_of_calls,
     without,
 )
 from anymha.parity.oracle.decoded import Decoded
-from anymha.parity.oracle.recipe import Recipe, Variants
+from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 CAPACITIES = (16, 32, 64, 128, 256, 512, 1024)
 """Lengths that caches have beside those that `compare` asks for."""
+
+MOST_OF_A_PAGE = 64
+"""Up to so many positions every size of a page is tried."""
 
 CLAMPED = 16
 """How many lengths of a cache that is too short are tried."""
@@ -61,7 +68,7 @@ def _seen(recipe: Recipe, pairs: Mapping[str, np.ndarray]) -> Variants:
 @_decoding
 def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     seen, old, calls = right(recipe, facts), cached(facts), facts.calls
-    own, first = calls[:, None] == calls, calls == 0
+    own, first, single = calls[:, None] == calls, calls == 0, np.bincount(calls)[calls] == 1
     yield from _seen(recipe, {
         "a call does not see its own positions": seen & old,
         "calls behind the first do not see their own positions": seen & (old | first[:, None]),
@@ -69,7 +76,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
             seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
         "a call sees the first one and itself alone": seen & (own | first),
         "a call sees itself alone": seen & own,
-        "the last call alone is kept, a call sees the one before it and itself":
+        "the last call alone is held, a call sees the one before it and itself":
             seen & (calls[:, None] - calls <= 1),
         "the call before is not seen": seen & (own | (calls <= calls[:, None] - 2)),
         "of a call the first position alone is held":
@@ -80,7 +87,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     # A cache that stays as the first call leaves it, its length too
     alone = np.where(first, facts.places, facts.ends[:, :1] + facts.places - facts.begins)
     near = in_window(recipe, alone[:, :, None] - alone[:, None])
-    both = dict.fromkeys(("positions", "key_positions"), _given(recipe, alone, facts.places))
+    both = dict.fromkeys(("positions", "key_positions"), given(recipe, alone, facts.places))
     yield "calls behind the first begin where it ends", seeing(
         recipe, facts.valid[:, None] & past(facts) & near & (own | first), **both)  # fmt: skip
     # One position of each call behind the first, by which the length grows
@@ -88,7 +95,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     grown = facts.ends[:, :1] + np.maximum(facts.rounds - 1, 0) + index
     counted = np.where(first, facts.places, grown)
     near = in_window(recipe, counted[:, :, None] - counted[:, None])
-    both = dict.fromkeys(("positions", "key_positions"), _given(recipe, counted, facts.places))
+    both = dict.fromkeys(("positions", "key_positions"), given(recipe, counted, facts.places))
     for words, at in (("first", facts.begins), ("last", facts.ends - 1)):
         held = own | first | (facts.places == at)[:, None]
         yield f"of calls behind the first the {words} position alone is held and counted", seeing(
@@ -97,6 +104,9 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         "before the query's are not held": old,
         "behind the first are not held": old & ~first,
         "behind the first are not written": np.broadcast_to(~first, old.shape),
+        "of one position are not held": old & single,
+        "of one position are not written": np.broadcast_to(single, old.shape),
+        "of several positions are not held": old & ~single,
         "but the last are not held": old & (calls < calls[:, None] - 1),
         "that are first are not held": old & first,
     }.items():
@@ -167,7 +177,7 @@ def _dropped(recipe: Recipe, facts: Decoded) -> Variants:
         kept = near & (places[:, None] >= lost[..., None])
         yield words, seeing(recipe, kept)
         if recipe.options.keys() & {"rotary", "alibi"}:
-            other = _given(recipe, places - lost, places)
+            other = given(recipe, places - lost, places)
             for said, names in ((", and positions count what is held",
                                  ("positions", "key_positions")),
                                 (", and those of queries count what is held", ("positions",)),
@@ -186,8 +196,8 @@ def _overwritten(recipe: Recipe, facts: Decoded) -> Variants:
         last = np.minimum(places, size - 1)
         yield f"{words}, the last slot is overwritten", in_slots(recipe, facts, last, last, length)
         yield (f"{words}, the last slot is overwritten, which has the positions of all",
-               in_slots(recipe, facts, last, last, length, positions=_given(recipe, last, places),
-                        key_positions=_given(recipe, last, places)))  # fmt: skip
+               in_slots(recipe, facts, last, last, length, positions=given(recipe, last, places),
+                        key_positions=given(recipe, last, places)))  # fmt: skip
         block = np.maximum(np.minimum(facts.begins, size - count), 0) + index
         yield (f"{words}, a call that does not fit is written over the last slots",
                in_slots(recipe, facts, block, places, size))  # fmt: skip
@@ -214,8 +224,8 @@ def _in_slots(
                     recipe, facts, slots, last, empty=empty, by_slot=by_slot)  # fmt: skip
         if "rotary" in recipe.options:
             both: dict[str, Any] = {
-                "positions": _given(recipe, last, facts.places),
-                "key_positions": _given(recipe, slots, facts.places),
+                "positions": given(recipe, last, facts.places),
+                "key_positions": given(recipe, slots, facts.places),
             }
             for hidden, empty in (("", True), (", empty slots are hidden", False)):
                 yield f"{words}{hidden}, and positions are slots", in_slots(
@@ -225,11 +235,14 @@ def _in_slots(
 @_decoding
 def _off_by_one(recipe: Recipe, facts: Decoded) -> Variants:
     places, later = facts.places, (facts.calls > 0).astype(int)[None]
+    single = (np.bincount(facts.calls)[facts.calls] == 1).astype(int)[None]
     grown = 2 * len(facts.calls)
     for words, slots in {
         "each position one slot late": places + 1,
         "calls behind the first one slot late": places + later,
         "calls behind the first one slot early": places - later,
+        "calls of one position one slot early": np.maximum(places - single, 0),
+        "calls of one position one slot late": places + single,
         "each call one slot earlier than the one before": np.maximum(places - facts.rounds, 0),
         "each call one slot later than the one before": places + facts.rounds,
     }.items():
@@ -269,7 +282,7 @@ def _row_zero(recipe: Recipe, facts: Decoded) -> Variants:
         yield f"the mask of {words}", seeing(recipe, near)
         yield f"the mask of {words}, the window by the row's own", seeing(
             recipe, seen & in_window(recipe, behind(facts)))  # fmt: skip
-        other = _given(recipe, theirs, places)
+        other = given(recipe, theirs, places)
         both = {"positions": other, "key_positions": other}
         yield f"mask and positions of {words}", seeing(recipe, near, **both)
         asking = near & held[..., None]
@@ -333,7 +346,7 @@ def _padding(recipe: Recipe, facts: Decoded) -> Variants:
             for said, other in ((", and counted in positions", counted),
                                 (", and counted in positions of the batch", columns)):  # fmt: skip
                 both = dict.fromkeys(("positions", "key_positions"),
-                                     _given(recipe, other, places))  # fmt: skip
+                                     given(recipe, other, places))  # fmt: skip
                 yield detail + said, seeing(recipe, seen, **both)
                 yield f"{detail}{said} of queries", seeing(
                     recipe, seen, positions=both["positions"])  # fmt: skip
@@ -344,7 +357,7 @@ def _padding(recipe: Recipe, facts: Decoded) -> Variants:
             near = in_window(recipe, counted[:, :, None] - counted[:, None])
             said = f"hidden, and counted in the window{words}"
             yield said, seeing(recipe, hidden & near)
-            both = dict.fromkeys(("positions", "key_positions"), _given(recipe, counted, places))
+            both = dict.fromkeys(("positions", "key_positions"), given(recipe, counted, places))
             yield f"{said} and in positions", seeing(recipe, hidden & near, **both)
     if recipe.window is not None:
         yield "hidden, and counted in the window of the batch", seeing(
@@ -375,7 +388,7 @@ def _of_call(
 ) -> np.ndarray:
     """Other positions of the keys of some calls, as calls behind them see them."""
     old = which & (facts.calls < call)
-    return _given(recipe, np.where(old, other, facts.places), facts.places)
+    return given(recipe, np.where(old, other, facts.places), facts.places)
 
 
 @_decoding
@@ -393,7 +406,7 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
     later = facts.calls > 0
     for words, other in {"without rotation": np.zeros_like(places),
                          "turned twice": 2 * places}.items():  # fmt: skip
-        counted = _given(recipe, np.where(later, other, places), places)
+        counted = given(recipe, np.where(later, other, places), places)
         yield f"{words} behind the first call, for the call itself too", recipe.but(
             key_positions=counted)  # fmt: skip
         yield f"held {words} behind the first call", keys_turned(
@@ -401,15 +414,88 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
 
     def each(call: int) -> np.ndarray:
         times = facts.rounds[:, facts.calls == call][:, :1] - facts.rounds
-        return _given(recipe, places * (1 + np.maximum(times, 0)), places)
+        return given(recipe, places * (1 + np.maximum(times, 0)), places)
 
-    yield "again in each call", keys_turned(recipe, facts, each)
+    yield "again in each call", keys_turned(recipe, facts, each, int(facts.calls[-1]) + 1)
 
     def lengths(call: int) -> np.ndarray:
         end = facts.ends[:, facts.calls == call][:, :1]
-        return _given(recipe, np.where(facts.calls < call, places + end, places), places)
+        return given(recipe, np.where(facts.calls < call, places + end, places), places)
 
     yield "once more by the length of the cache", keys_turned(recipe, facts, lengths)
+
+
+@_decoding
+def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys that are held turned again: which of them, in which calls, by what, and whether kept."""
+    if "rotary" not in recipe.options:
+        return
+    places, calls = facts.places, facts.calls
+    first = np.searchsorted(calls, np.arange(calls[-1] + 1))
+    begins, ends = facts.begins[:, first], facts.ends[:, first]  # of each call, (B, calls)
+    by = {
+        "by their own positions": places[:, None] + 0 * begins[..., None],
+        "by the length before": begins[..., None] + 0 * places[:, None],
+        "by the length behind": ends[..., None] + 0 * places[:, None],
+        "by the newest position": (ends - 1)[..., None] + 0 * places[:, None],
+        "by one position": np.ones((*begins.shape, len(calls)), int),
+        "by as many as the call reads": (ends - begins)[..., None] + 0 * places[:, None],
+    }  # [B, calls, T]: what a call turns each key by
+    number = np.arange(calls[-1] + 1)
+    old, behind_first = number[:, None] > calls, (number > 0)[:, None]
+    both = number[:, None] >= calls
+    # Of whom, when, which calls turn which keys (calls, T), and whether they stay turned.
+    turned = (
+        ("what is held", "in each call", old, True),
+        ("old and new keys", "in each call behind the first", both & behind_first, True),
+        ("old and new keys", "in each call", both, True),
+        ("those of the first call", "behind it", old & (number == 1)[:, None], True),
+        ("old and new keys", "in the second call", both & (number == 1)[:, None], True),
+        ("what is held", "as it is read", old, False),
+        ("old and new keys", "as they are read behind the first call", both & behind_first, False),
+        ("old and new keys", "as they are read", both, False),
+    )
+    begun = {"turned again": places, "turned back": places,
+             "held without rotation, turned": 0 * places}  # fmt: skip
+    for of, when, which, kept in turned:
+        # By one angle for all as they are read: that are the queries' positions.
+        for words, angles in by.items() if kept else [*by.items()][:1]:
+            steps = angles * which
+            total = np.cumsum(steps, axis=1) if kept else steps
+            for said, base in begun.items():
+                more = -total if said == "turned back" else total
+                every = given(recipe, base, places)[:, None] + more
+                most = len(number) if kept else 2
+                yield f"{of} {said} {words}, {when}", keys_turned(
+                    recipe, facts, lambda call, every=every: every[:, call], most)  # fmt: skip
+
+
+@_decoding
+def _normed_again(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys that are held normed again, in each call or as they are read."""
+    norm = recipe.options.get("query_key_norm")
+    if norm is None:
+        return
+    (section,) = (one for one in recipe.sections if one.option == "query_key_norm")
+    calls, stages = facts.calls, recipe.until("key")
+    most = int(calls[-1]) + 1
+    times = [stages["key"]]
+    for _ in range(most):
+        times.append(section.forward("key", times[-1], recipe, stages))
+    every, later = np.arange(most)[:, None] - calls, np.arange(most)[:, None] > 0
+    for words, often in {
+        "what is held normed again in each call": every,
+        "what is held normed again as it is read": np.minimum(every, 1),
+        "old and new keys normed again in each call behind the first": (every + 1) * later,
+        "old and new keys normed again in each call": every + 1,
+    }.items():
+        often = np.where(every < 0, 0, np.minimum(often, most))  # [calls, T]
+
+        def seen_in(call: int, often: np.ndarray = often) -> np.ndarray:
+            keys = np.stack(times)[often[call], :, np.arange(len(calls))]  # [T, B, K, d]
+            return keys.swapaxes(0, 1)
+
+        yield words, with_keys_of_calls(recipe, facts, [seen_in(call) for call in range(most)])
 
 
 @with_empty_rows
@@ -460,7 +546,7 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
     places, apart, free = facts.places, behind(facts), facts.valid[:, None]
     before, first, old = free & past(facts), facts.calls == 0, cached(facts)
     begins, ends = facts.begins[..., None], facts.ends[..., None]
-    for size in (window - 1, window + 1, window):
+    for size in (window - 1, window + 1, window, *range(max(window - 3, 1), window - 1)):
         words = f"a ring of {size} positions for a window of {window}"
         narrow = before & (apart < size)
         held, kept = places[:, None] >= ends - size, places[:, None] >= begins - size
@@ -487,8 +573,8 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
     for words, queries in (("", places), (", those of queries too", turned),
                            (", queries are at its end", np.minimum(places, window - 1)),
                            ):  # fmt: skip
-        both = {"positions": _given(recipe, queries, places),
-                "key_positions": _given(recipe, turned, places)}  # fmt: skip
+        both = {"positions": given(recipe, queries, places),
+                "key_positions": given(recipe, turned, places)}  # fmt: skip
         yield f"slots are taken for positions{words}", recipe.but(**both)
     every = np.ones_like(facts.calls, bool)
     held_at = partial(_of_call, recipe, facts, turned, every)
@@ -512,6 +598,50 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
         yield f"of {size} slots, and the whole call", seeing(recipe, whole, empty)
         yield (f"of {size} slots, and the whole call, in calls behind the first",
                seeing(recipe, np.where(later, whole, seen), empty & later))  # fmt: skip
+    # One slot too many is seen, the next one
+    calls, ends = facts.calls, facts.ends[..., None]
+    for count, of in ((1, "the first slot"), (2, "the first two slots")):
+        for size in (most, most + count):
+            slots = np.arange(size)
+            next_ones = (slots >= ends) & (slots < ends + count)
+            for words, which in {
+                "": calls >= 0,
+                ", in calls behind the first": calls > 0,
+                ", in calls of one position": np.bincount(calls)[calls] == 1,
+            }.items():
+                if which.any():
+                    yield f"of {size} slots, {of} that no position has{words}", seeing(
+                        recipe, seen, next_ones & which[None, :, None])  # fmt: skip
+
+
+@with_empty_rows
+@_decoding
+def _last_page(recipe: Recipe, facts: Decoded) -> Variants:
+    """Keys in pages of a size, of which the last is not seen until it is full."""
+    places, longest = facts.places, int(facts.ends.max())
+    new = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
+    for size in (n for n in range(2, longest) if n <= MOST_OF_A_PAGE):
+        full = (places + 1) // size * size
+        near = in_window(recipe, behind(facts))
+        yield f"pages of {size}", seeing(recipe, right(recipe, facts) & (
+            places[:, None] < full[..., None]))  # fmt: skip
+        bound = np.maximum(full, size)[..., None]
+        slots = np.arange(size)
+        yield f"pages of {size}, the first is seen as a whole", seeing(
+            recipe, new & near & (places[:, None] < bound),
+            (slots >= facts.ends[..., None]) & (slots < bound))  # fmt: skip
+
+
+@_decoding
+def _merged(recipe: Recipe, facts: Decoded) -> Variants:
+    """What is held and what a call brings, each with a softmax of its own, merged wrongly."""
+    old = cached(facts)
+    for words, merged in merged_by((old, ~old)):
+
+        def step(_: Recipe, stages: Arrays, merged: Callable[..., np.ndarray] = merged) -> Any:
+            return merged(stages["masked_logits"])
+
+        yield words, recipe.stepping("probabilities", step)
 
 
 @_decoding
@@ -527,16 +657,11 @@ def _not_causal(recipe: Recipe, facts: Decoded) -> Variants:
         })  # fmt: skip
 
 
-def _given(recipe: Recipe, counted: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Positions as far from those of the call as a count is from the right one."""
-    return recipe.places("query") + (counted - places)
-
-
 def _placed(recipe: Recipe, facts: Decoded, words: str, counted: np.ndarray) -> Variants:
     """Other positions of queries and keys, or of one of both."""
     if not recipe.options.keys() & {"rotary", "alibi"}:
         return
-    other = _given(recipe, counted, facts.places)
+    other = given(recipe, counted, facts.places)
     both = "positions", "key_positions"
     for said, names in (
         ("", both), (", of queries alone", both[:1]), (", of keys alone", both[1:])
@@ -569,7 +694,7 @@ def _from_zero(recipe: Recipe, facts: Decoded) -> Variants:
     seen = right(recipe, facts) & (facts.places[:, None] <= index[..., None])
     yield "the causal rule alone, its corner at the first key", seeing(recipe, seen)
     if recipe.options.keys() & {"rotary", "alibi"}:
-        other = _given(recipe, index, facts.places)
+        other = given(recipe, index, facts.places)
         both = {"positions": other, "key_positions": other}
         yield "positions and the causal rule", seeing(recipe, seen, **both)
 
@@ -582,8 +707,12 @@ def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
     if facts.turned is not None:
         groups.insert(0, ("the first call's, ", 0))
         for said, keys, values in (("rows", True, True), *_ONE_OF_BOTH):
-            yield f"the {said} are not reordered", of_rows(
-                recipe, facts, np.argsort(facts.turned), 0, keys, values)  # fmt: skip
+            back = np.argsort(facts.turned)
+            ways = {"not reordered": back,
+                    "reordered by the inverse of the indices": back[back],
+                    "reordered twice": facts.turned}  # fmt: skip
+            for how, source in ways.items():
+                yield f"the {said} are {how}", of_rows(recipe, facts, source, 0, keys, values)
     index = facts.places - facts.begins
     for words, call in groups:
         for of, rows in _row_of_another(facts):
@@ -625,6 +754,10 @@ MISTAKES: tuple[Row, ...] = (
      "are.", _joined),
     ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
      "written, or whenever it is read.", _rotated_again),
+    ("cached keys rotated wrongly", "Rotate each key once, by its own position: before it is "
+     "written, or whenever it is read.", _turned_again, no_families, True),
+    ("cached keys normed again", "Norm each key once, before it is written: what is held is normed "
+     "already.", _normed_again),
     ("ring off by one", "A ring for a window of W holds W positions; a call of several reads what "
      "it overwrites before it writes.", _ring),
     ("positions read after the update", "Read lengths[b] before the new positions are added to it.",
@@ -634,8 +767,15 @@ MISTAKES: tuple[Row, ...] = (
     ("later positions of a call seen", "Within a call a query sees the new positions up to its own "
      "alone.", _not_causal),
     ("empty slots seen", "Hide the slots from lengths[b] on.", _empty),
+    ("last page not seen", "Read the pages up to the row's length, the last one as far as it is "
+     "filled.", _last_page, no_families, True),
+    ("held and new keys merged wrongly", "Weigh what is held and what is new by their sums, "
+     "s * exp(m), m being the greatest logit of each.", _merged, no_families, True),
     ("cache in another order", "Join new positions behind those that are held.", _in_front),
     ("cache in half precision", "Hold keys and values in the dtype of the call.", _narrow),
+    ("positions of a call counted wrongly", "Position i of row b in a call is lengths[b] + i: "
+     "count the row's own valid positions, of all calls before.", counted_wrongly, no_families,
+     True),
     ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
      "lengths together.", _other_rows),
 )  # fmt: skip

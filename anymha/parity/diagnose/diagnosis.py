@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,9 @@ from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import fitted
 from anymha.parity.diagnose.measured_mask import measured_mask
+from anymha.parity.diagnose.measured_positions import measured_positions
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
+from anymha.parity.diagnose.mixed import OF_KEYS, groups, mixed
 from anymha.parity.diagnose.own_weights import (
     FIX,
     one_weight,
@@ -24,13 +27,28 @@ from anymha.parity.diagnose.own_weights import (
     same_weights,
     with_own_weights,
 )
-from anymha.parity.diagnose.precision import rounded_cause, rounded_places
+from anymha.parity.diagnose.precision import (
+    rounded_alone,
+    rounded_cause,
+    rounded_places,
+)
+from anymha.parity.diagnose.scaled_weights import scaled_weights
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance, is_masked
 from anymha.parity.stages.trace import STAGES, Trace
 
 ALONE_SECONDS = 12.0
 """How long mistakes alone are computed, those with many variants included."""
+
+TURN = 24
+"""How many variants of one of these are computed before the next has its turn."""
+
+PARTS_SECONDS = 3.0
+"""How long mistakes in some calls, sequences or queries alone are computed."""
+
+SAME_PART = 1e-3
+"""Of how far outputs are apart in a group of columns, as a part of the greatest number: beyond it
+no mistake is looked for any more where one is found."""
 
 PAIRS_SECONDS = 1.0
 """How long pairs of mistakes are computed."""
@@ -53,6 +71,22 @@ FIRST = 40
 TRANCHES = (0, 200), (200, 1200)
 """Which of the pairs that promise to leave least are tried first, and which then."""
 
+USUAL = (
+    "inverted mask", "ignored mask", "additive mask", "transposed mask", "mask applied wrongly",
+    "causal mask ignored", "causal mask at the other corner", "causal mask off by one",
+    "causal mask not asked for", "query offset ignored", "window ignored", "window off by one",
+    "wrong attention bias", "wrong scale", "softmax over another axis", "no softmax",
+    "grouped heads tiled", "inputs exchanged", "heads merged wrongly", "heads split wrongly",
+    "transposed kernel", "packed weights in another order", "packed weights split wrongly",
+    "heads interleaved", "missing bias", "output kernel interleaved",
+    "weights of another projection", "rotary of another base", "rotary layout swapped",
+    "rotary positions, by halves", "rotary positions, by pairs", "rotary of queries or keys alone",
+)  # fmt: skip
+"""Mistakes of which every two are tried together, those of options that are left out too."""
+
+FORMS = 4
+"""How many forms of each of these, the usual ones."""
+
 NEAREST = 6
 """Beside how many of the nearest mistakes every other is tried between these."""
 
@@ -67,6 +101,12 @@ SAME = 1e-9
 
 SAMPLE = 1 << 11
 """Of how many differences the effects of two mistakes are added."""
+
+OF_CALLS = re.compile("calls|(first|last|second|each) call")
+"""What mistakes say that are in some calls themselves."""
+
+LEFT_OUT = "left out"
+"""How the names of mistakes end where an option is not there."""
 
 EMPTY_ROWS = "fully masked rows give NaN"
 """The mistake whose places of NaN are known: rows that see nothing."""
@@ -85,6 +125,9 @@ class _Tried:
     # 0: a usual mistake; 1: its number is measured; 2: one of many variants. What fits by a lower
     # rank needs no explanation by a higher one.
     rank: int = 0
+    # (B, T): the greatest distance of each column's output, as a part of the greatest number; None
+    # where it was not computed
+    columns: np.ndarray | None = None
 
     @property
     def worst(self) -> float:
@@ -149,7 +192,13 @@ class Search:
         reached = self._reached(self.recipe)
         nearer = len(self.reported) > FEW and any(one.prefix() > reached for one in tried)
         if not nearer and not any(one.explains for one in tried):
-            tried += _in_time(self._tried(self.recipe, alone=True), ALONE_SECONDS / 2)
+            alone = _in_time(self._tried(self.recipe, alone=True), ALONE_SECONDS / 2)
+            names = [mistake.name for mistake in catalogue(self.recipe) if mistake.alone]
+            places = {name: at for at, name in reversed([*enumerate(names)])}
+            # What is measured stands behind the catalogue's variants.
+            tried += sorted(alone, key=lambda one: (
+                one.rank < 2, places.get(one.causes[0].name, len(names))
+            ))  # fmt: skip
         return tried
 
     def diagnose(self, pairs: bool = True) -> Diagnosis:
@@ -167,6 +216,11 @@ class Search:
             return self._fitting(known) or Diagnosis()
         if self.recipe.lengths[0] > 1 and self.exact["logits"].size > LARGE:
             return self._of_one_batch_element(pairs)
+        if self._is_constant():
+            usual = self._fitting(filter(None, self._tried(self.recipe)))
+            fix = "Return what the attention computes: all positions have one output here."
+            name = "the output does not depend on the inputs"
+            return usual or Diagnosis.certain(name, "output", fix)
         singles = self.singles
         best = self._fitting(singles)
         if best is not None:
@@ -181,9 +235,15 @@ class Search:
         own = self._of_weights()
         if own is not None or not pairs:
             return own or Diagnosis()
-        seen = measured_mask(self.recipe, self.reported)
-        if seen is not None and max(self.evidence.errors(seen[1]).values()) <= 1:
-            return Diagnosis((seen[0],), 0.0, (), seen[1])
+        found = self._in_a_part(singles)
+        if found is not None:
+            return found
+        for solved in (
+            measured_positions(self.recipe, self.evidence),
+            measured_mask(self.recipe, self.reported),
+        ):
+            if solved is not None and max(self.evidence.errors(solved[1]).values()) <= 1:
+                return Diagnosis((solved[0],), 0.0, (), solved[1])
         begun = self._by_prefix(singles)
         other = None if begun.explained else other_kernels(self.recipe, self.evidence)
         if other is not None:
@@ -191,10 +251,68 @@ class Search:
         if begun.explained or (begun.causes and len(self.reported) > FEW):
             return begun
         found, hurried = self._pairs(singles)
+        if not (found and found.causes):
+            found, also = self._usual_pairs(singles)
+            hurried |= also
         found = found or begun
         if found.causes:
             return found
         return replace(found, small=self.before < SMALL, hurried=hurried)
+
+    def _is_constant(self) -> bool:
+        """Whether all positions have one output, and it alone is told."""
+        output = self.reported.get("output")
+        if output is None or len(self.reported) > 1 or output.ndim != 3:
+            return False
+        rows = output.reshape(-1, output.shape[-1])
+        return len(rows) > 1 and bool(np.all(rows == rows[0]))
+
+    def _in_a_part(self, singles: list[_Tried]) -> Diagnosis | None:
+        """One mistake in some calls alone, in some sequences, or from some query on."""
+        parts = list(groups(self.recipe, self.evidence.fitting(self.recipe)))
+        if parts and self.before < SMALL:
+            rounded = (
+                self._weighed(self.recipe, (cause,), wrong, 1)
+                for cause, wrong in rounded_alone(self.recipe, self.evidence)
+            )
+            singles = [*singles, *filter(None, rounded)]
+        # Those whose own results are those of the group come first: all that change no keys are
+        # found so, and others change these. Of them what is left out is usual.
+        order = [
+            (self._apart_in(one, group.columns), at, group, one)
+            for group in parts for at, one in enumerate(singles)
+            if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
+        ]  # fmt: skip
+        order = [
+            each for each in order
+            if each[0] <= SAME_PART or each[3].causes[0].stage in ("query", *OF_KEYS)
+        ]  # fmt: skip
+        order.sort(key=lambda each: (
+            each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT), each[0]
+        ))  # fmt: skip
+        found: list[tuple[int, _Tried]] = []
+        until = time.thread_time() + PARTS_SECONDS
+        for apart, at, group, one in order:
+            if time.thread_time() > until or (found and apart > SAME_PART):
+                break
+            (cause,) = one.causes
+            detail = ", ".join(filter(None, (cause.detail, group.words)))
+            wrong = mixed(self.recipe, one.recipe, group)
+            tried = self._weighed(
+                self.recipe, (replace(cause, detail=detail),), wrong, one.rank
+            )  # fmt: skip
+            if tried is not None and tried.explains:
+                found.append((at, tried))
+        # Of those that fit the usual ones in the catalogue's order.
+        found.sort(key=lambda one: (one[1].rank, one[0]))
+        return self._fitting(one for _, one in found)
+
+    def _apart_in(self, one: _Tried, columns: np.ndarray) -> float:
+        """How far a mistake's own output is from the reported one in a group of columns."""
+        if one.columns is None:
+            return np.inf
+        where = np.broadcast_to(columns, one.columns.shape)
+        return float(np.max(one.columns, where=where, initial=0.0))
 
     def _of_weights(self) -> Diagnosis | None:
         """Other weights that the candidate tells, and one mistake more; or one other weight."""
@@ -245,7 +363,10 @@ class Search:
         first, others = near[0], dict[tuple[str, ...], str]()
         own = tuple(cause.name for cause in first.causes)
         for one in near:
-            if one.rank <= first.rank:
+            # "another rotary" says less than "rotary of another base".
+            less = one.causes[0].name.partition("another ")
+            more = one is first or less[0] or less[2] not in str(first.causes[0])
+            if one.rank <= first.rank and (more or one.causes[0].name == own[0]):
                 names = tuple(cause.name for cause in one.causes)
                 # Of a cache many forms give equal numbers; one is told.
                 again = names == own and one is not first and self.recipe.decoded is None
@@ -304,6 +425,30 @@ class Search:
                     return None, True
         return None, False
 
+    def _usual_pairs(self, singles: list[_Tried]) -> tuple[Diagnosis | None, bool]:
+        """Any two usual mistakes, however little each alone does; and whether time ran out."""
+        if self.evidence.errors(self.recipe).get("output", np.inf) <= 1:
+            return None, False
+        until = time.thread_time() + PAIRS_SECONDS
+        counts: dict[str, int] = {}
+        usual = list[_Tried]()
+        for one in singles:
+            name = one.causes[0].name
+            if one.rank == 0 and (name in USUAL or name.endswith(LEFT_OUT)):
+                counts[name] = counts.get(name, 0) + 1
+                usual += [one] * (counts[name] <= FORMS)
+        # With those first that change an early stage, whatever is before the other is known.
+        usual.sort(key=lambda one: STAGES.index(one.causes[0].stage))
+        for at, one in enumerate(usual):
+            keys = {other.causes[0].key for other in usual[at + 1 :]}
+            for both in self._tried(one.recipe, None, keys) if keys else ():
+                if both is not None and both.explains:
+                    return Diagnosis(_in_order(*one.causes, *both.causes), both.worst, (),
+                                     both.recipe), False  # fmt: skip
+                if time.thread_time() > until:
+                    return None, True
+        return None, False
+
     def _promising(
         self, singles: list[_Tried]
     ) -> Iterator[Iterator[tuple[_Tried, set[tuple[str, str]]]]]:
@@ -349,6 +494,9 @@ class Search:
         """
         for mistake, detail, wrong in self._variants(recipe, skip, alone, keys):
             yield self._judged(recipe, mistake, detail, wrong)
+        if alone:
+            for causes, wrong in scaled_weights(recipe, self.reported):
+                yield self._weighed(recipe, causes, wrong, 1)
         if alone or keys:
             return
         evidence = self._up_to_the_first_wrong(recipe)
@@ -410,7 +558,8 @@ class Search:
                     own = self.evidence.first_errors(wrong, recipe)
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
-        return _Tried(found, replace(wrong), own, left, _sample(apart), rank)
+            columns = self.evidence.columns(wrong) if left < np.inf else None
+        return _Tried(found, replace(wrong), own, left, _sample(apart), rank, columns)
 
     def _whole(self, tried: Iterable[_Tried]) -> list[_Tried]:
         """With what each leaves of all stages."""
@@ -442,7 +591,21 @@ class Search:
 def _of_catalogue(
     recipe: Recipe, alone: bool, keys: Collection[tuple[str, str]] | None
 ) -> Iterator[tuple[Mistake, str, Recipe]]:
-    """Each mistake with its detail and the recipe that has it; with `keys` no more than those."""
+    """Each mistake with its detail and the recipe that has it; with `keys` no more than those.
+
+    Those tried `alone` take turns, so that time that runs out leaves out none of them.
+    """
+    if alone and keys is None:
+        rows = [(mistake, iter(mistake.variants(recipe))) for mistake in catalogue(recipe)
+                if mistake.alone]  # fmt: skip
+        while rows:
+            going = []
+            for mistake, variants in rows:
+                some = list(itertools.islice(variants, TURN))
+                yield from ((mistake, detail, wrong) for detail, wrong in some)
+                going += [(mistake, variants)] * (len(some) == TURN)
+            rows = going
+        return
     for mistake in catalogue(recipe):
         wanted = {detail for name, detail in keys or () if name == mistake.name}
         if mistake.alone == alone and (keys is None or wanted):

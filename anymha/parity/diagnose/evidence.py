@@ -74,6 +74,31 @@ class Evidence:
                 break
         return found
 
+    def fitting(self, recipe: Recipe) -> np.ndarray:
+        """(B, T): the queries whose reported results are those of a recipe, within rounding."""
+        fits = np.ones(recipe.lengths[:2], bool)
+        tolerances = Tolerances(recipe, self.reference)
+        for name in self._observed:
+            apart = self._distance(name, recipe.stages)
+            if name in ("key", "value") or apart.ndim < 3:
+                continue
+            shares = error_shares(apart, tolerances.of(name, self.trace))
+            if name not in ("query", "context", "output"):
+                shares = np.swapaxes(shares, 1, 2)
+            fits &= shares.reshape(*fits.shape, -1).max(-1, initial=0.0) <= 1
+        return fits
+
+    def columns(self, recipe: Recipe) -> np.ndarray | None:
+        """(B, T): how far each reported output is from a recipe's; None where none is reported."""
+        got = self._observed.get("output")
+        if got is None or got.ndim != 3:
+            return None
+        exact = recipe.stages["output"]
+        if exact.shape != got.shape:
+            return None
+        most = float(np.max(np.abs(got), where=np.isfinite(got), initial=0.0)) or 1.0
+        return distance(got, exact, "output").max(-1, initial=0.0) / most
+
     def _share(self, name: str, apart: np.ndarray, tolerances: Tolerances) -> float:
         shares = error_shares(apart, tolerances.of(name, self.trace))
         return float(np.max(shares, initial=0.0))

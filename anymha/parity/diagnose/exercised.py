@@ -74,7 +74,7 @@ def _decoding_untold(recipe: Recipe) -> list[str]:
     if not facts.ragged and len(facts.valid) > 1:
         words.append("rows of unequal lengths: there is no padding, give a `value_mask`")
     elif facts.ragged and np.all(facts.begins[0] >= facts.begins):
-        words.append("row 0 from the longest row: they are one")
+        words.append("row 0 from the longest row: row 0 is the longest")
     counts = np.bincount(facts.calls)
     if np.all(counts[1:] < 2):
         words.append("calls of several positions behind the first: give `steps`")

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
+from anymha.parity.diagnose.changes import listed
 from anymha.parity.diagnose.measured import number
 from anymha.parity.oracle.recipe import Arrays, Recipe, Variants, context_by, einsum
 
@@ -38,7 +39,7 @@ def head_maps(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, .
         return
     rest = got - recipe.weights.get("output.bias", 0.0)
     before = float(np.linalg.norm(got - exact))
-    every = dict(_added(recipe))
+    every, found_maps = dict(_added(recipe)), []
     for place in PLACES:
         if place not in every:
             continue
@@ -53,8 +54,16 @@ def head_maps(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, .
         if left <= NEARER * before and matrix is not None:
             name, detail = _named(place, matrix)
             if name:
-                for stage, wrong in _mapped(recipe, place, matrix):
-                    yield (Cause(name, detail, stage, FIX),), wrong
+                found_maps.append((name in FACTORS and place != "context", name, detail, place,
+                                   matrix))  # fmt: skip
+    # A head without a part in the output is told as that, before what may have made it so.
+    for _, name, detail, place, matrix in sorted(found_maps, key=lambda one: one[0]):
+        for stage, wrong in _mapped(recipe, place, matrix):
+            yield (Cause(name, detail, stage, FIX),), wrong
+
+
+FACTORS = ("heads left out", "heads scaled")
+"""What a map with a factor for each head is called."""
 
 
 FIX = "Give each head its own part of queries, keys, values and output: query head h reads key \
@@ -193,12 +202,15 @@ def in_words(order: np.ndarray, heads: int, count: int) -> str:
     """An order of heads, and how it may have come about."""
     words, every = ", ".join(map(str, order)), np.arange(heads)
     known = {", in reverse": np.arange(count)[::-1].repeat(heads // count)}
+    if heads % 2 == 0 and heads == count > 2:
+        known[", the halves exchanged, as of two shards"] = np.roll(every, heads // 2)
     if count < heads:
         known[", h // K in place of h // (H / K), as of groups of another size"] = every // count
     for groups in range(2, heads):
         if heads % groups == 0 and count == heads:
             words_of = f", interleaved: laid out as ({heads // groups}, {groups}) by group"
             known[words_of] = every.reshape(groups, -1).T.reshape(-1)
+            known[f", the first of {heads // groups} shards for all"] = every % groups
     return words + next((n for n, own in known.items() if np.array_equal(own, order)), "")
 
 
@@ -225,7 +237,7 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
     if one and len(set(order)) == 1:
         return "one head for all", f"{place}: that of head {order[0]}"
     if one and len(set(order)) == heads:
-        return "heads permuted", f"of {place}, to {words}"
+        return "heads permuted", f"of {place}, in the order {words}"
     if one and count < heads and np.array_equal(order, np.arange(heads) % count):
         of = "" if place == "key and value" else f"of the {place}s alone"
         return "grouped heads tiled", of
@@ -235,10 +247,30 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
         return "heads averaged", f"{place}: {'sum' if matrix[0, 0] == 1 else 'mean'} of all heads"
     own = matrix[np.arange(heads), right] if count == heads else matrix.sum(1)
     if np.array_equal(matrix, np.eye(count)[right] * own[:, None]):
-        off = np.flatnonzero(own != 1)
-        if len(off) == heads and len(set(own)) == 1:
+        if np.ptp(own) < NEAR:
             return "", ""  # a factor of the output
-        parts = [f"head {h} {'is zero' if own[h] == 0 else f'times {number(own[h])}'}" for h in off]
-        return "heads left out" if not np.any(own[off]) else "heads scaled", (
-            f"{place}: {', '.join(parts)}")  # fmt: skip
+        shared = own.reshape(count, -1)
+        in_groups = place in ("key", "value", "key and value")
+        none = not np.any(own[own != 1])
+        # The same numbers as of the context, or of the values.
+        if place == "probabilities" or (none and place == "key and value"):
+            return "", ""
+        if in_groups and np.any(shared != shared[:, :1]):
+            return "", ""
+        of = "context, or its part of the output's kernel" if place == "context" else place
+        words = in_heads(shared[:, 0] if in_groups else own)
+        twice = set(own.tolist()) == {0.0, 2.0}
+        words += ", as of one part of the heads twice and another not at all" * twice
+        return FACTORS[not none], f"{words}: the {of}"
     return "", ""
+
+
+def in_heads(own: np.ndarray) -> str:
+    """Which heads have a factor other than 1, and which."""
+    words, own = [], np.round(own, 4)
+    for factor in dict.fromkeys(own[own != 1].tolist()):
+        heads = list(map(str, np.flatnonzero(own == factor)))
+        some, verb = ("heads", "are") if heads[1:] else ("head", "is")
+        times = "zero" if factor == 0 else f"{number(factor)} times as great"
+        words.append(f"{some} {listed(heads)} of {len(own)} {verb} {times}")
+    return ", ".join(words)

@@ -134,10 +134,14 @@ def _causal_reversed(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
-    if recipe.window is not None:
-        return {}
     queries, keys = _counted(recipe)
     behind = (keys < queries) | ((keys == 0) & (queries == 0))
+    if recipe.window is not None:  # which stays where it is
+        others = {"the next key is seen too": keys <= queries + 1,
+                  "the query's own key is not seen": keys < queries,
+                  "the query's own key is not seen, but by the first query": behind}  # fmt: skip
+        return {words: {"causal": False, "masks": {**recipe.masks, "behind": mask}}
+                for words, mask in others.items()}  # fmt: skip
     return {
         "the next key is seen too": {"offset": _offset(recipe) + 1},
         "the query's own key is not seen": {"offset": _offset(recipe) - 1},
@@ -150,7 +154,7 @@ def _offset_wrong(recipe: Recipe) -> Mapping[str, Any]:
     """Other offsets, of masks and positions or of masks alone."""
     right = recipe.positions if recipe.positions is not None else recipe.places("query")
     every: dict[str, dict[str, Any]] = {"": {"offset": None}}
-    every["taken off, not added"] = {"offset": -_offset(recipe)}
+    every["subtracted, not added"] = {"offset": -_offset(recipe)}
     if recipe.options.keys() & {"rotary", "alibi"}:
         every |= {f"{words or 'ignored'}, by the masks alone": {**one, "positions": right}
                   for words, one in every.items()}  # fmt: skip
@@ -336,6 +340,10 @@ def _bias_times(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, tuple(np.linspace(-6, 6, 13)), words)
 
 
+def _keys(count: int) -> str:
+    return "key is" if count == 1 else f"{count} keys are"
+
+
 def _in_empty_rows(instead: Step) -> Step:
     def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
         empty = np.all(np.isneginf(stages["masked_logits"]), axis=-1, keepdims=True)
@@ -411,7 +419,7 @@ def _joined_by_or(recipe: Recipe) -> Variants:
     free = recipe.but(causal=False, window=None)
     if len(parts) > 1:
         both = free.but(masks={"either": reduce(np.logical_or, parts.values())})
-        yield "masks joined by OR: what one of them lets see, no other hides", both
+        yield "masks joined by OR: what one of them lets see is seen", both
     for pair in itertools.combinations(parts, 2) if len(parts) > 2 else ():
         rest = {name: mask for name, mask in parts.items() if name not in pair}
         either = {**rest, "either": parts[pair[0]] | parts[pair[1]]}
@@ -514,10 +522,10 @@ def _chunks(recipe: Recipe) -> Variants:
     place = np.arange(keys)[None, None, None]
     for count in [n for n in range(1, keys) if n < 33 or n % 64 == 0 or keys % n == 0]:
         last = recipe.but(masks={**recipe.masks, "end": place < keys - count})
-        yield f"the last {count} keys are left out, as an incomplete chunk", last
+        yield f"the last {_keys(count)} left out, as an incomplete chunk", last
         if count < 4:
             first = recipe.but(masks={**recipe.masks, "start": place >= count})
-            yield f"the first {count} keys are left out", first
+            yield f"the first {_keys(count)} left out", first
         if (recipe.causal or recipe.window is not None) and count > 1:
             free = recipe.but(causal=False, window=None)
             for words, distance in {
@@ -586,7 +594,7 @@ def _elsewhere(recipe: Recipe) -> Variants:
         for words, one in (("zero, as by 1e-9 or a product with the mask", 0.0), (great, 1e4)):
             yield f"{named}: hidden logits are filled with {words}", _filled(rest, seen, one)
         late, values = rest.stepping("probabilities", step), seen.shape[1:3] == (1, 1)
-        of = "multiplied after the softmax" + " or onto the values" * values
+        of = "hidden probabilities are zeroed after the softmax" + ", or hidden values" * values
         yield f"{named}: {of}, so that rows do not sum to 1", late
         if seen.shape[1:3] != (1, 1):
             continue
@@ -612,11 +620,14 @@ def _of_another_sequence(recipe: Recipe) -> Variants:
     """Masks of other sequences of the batch."""
     batch = recipe.lengths[0]
     for name, mask in recipe.masks.items():
-        changes = {"that of the first of the sequences for all": mask[:1],
-                   "that of the last of the sequences for all": mask[-1:]}  # fmt: skip
-        changes |= {f"of another of the sequences, {n} on": np.roll(mask, n, 0)
-                    for n in range(1, min(batch, 3))}  # fmt: skip
-        changes |= {f"that of number {n} of the sequences for all": mask[n : n + 1]
+        changes = {"that of the first sequence for all": mask[:1],
+                   "that of the last sequence for all": mask[-1:]}  # fmt: skip
+        changes |= {
+            f"each of the sequences has that of the one {where}before it": np.roll(mask, n, 0)
+            for n, where in ((1, ""), (2, "2 "))
+            if n < batch
+        }
+        changes |= {f"that of sequence {n} for all": mask[n : n + 1]
                     for n in range(1, min(len(mask), MOST_ROWS) - 1)}  # fmt: skip
         changes |= {
             "what one sequence hides, all hide, as cut to the shortest": mask.all(0, keepdims=True),

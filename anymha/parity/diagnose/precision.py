@@ -11,6 +11,7 @@ import numpy as np
 
 from anymha.framework.dtypes import BITS
 from anymha.parity.diagnose.causes import Cause
+from anymha.parity.diagnose.changes import listed
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe, Step
 from anymha.parity.oracle.rounding import output_errors
@@ -219,6 +220,16 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     return Cause(name, detail, stage, fix), remaining, others, wrong
 
 
+def rounded_alone(recipe: Recipe, evidence: Evidence) -> Iterator[tuple[Cause, Recipe]]:
+    """Each place rounded alone to each format, whatever it leaves."""
+    expected = computed_dtype(evidence.reference or evidence.trace)
+    fix = f"The reference computes in {expected}, with weights and stages as they are."
+    for form in _formats(recipe, expected):
+        for place in (place for group in _places(recipe) for place in group):
+            name, detail, stage = _named(recipe, form, [place])
+            yield Cause(name, detail, stage, fix), _with_rounded(recipe, form, {place})
+
+
 def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
     """What may be left: of an output in half precision also what its own roundings leave."""
     output = evidence.reported.get("output")
@@ -385,12 +396,12 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     if len(weights) == len(places):
         kernels = {name for name in recipe.weights if name.endswith("kernel")}
         which = [] if {*weights} == {*recipe.weights} else (
-            ["the kernels"] if {*weights} == kernels else [" and ".join(weights)])  # fmt: skip
+            ["the kernels"] if {*weights} == kernels else [listed([*weights])])  # fmt: skip
         if verb == "quantised" and {*weights} >= kernels:
             which = []
         return f"weights {verb} to {to}", "; ".join([*more, *which]), stage
     if not weights and all(p.startswith("input") for p in places):
-        which = "the inputs" if places == ["inputs"] else " and ".join(places)
+        which = "the inputs" if places == ["inputs"] else listed(places)
         return f"computed in {form.name}", "; ".join([*more, which]), stage
     softmax = {"logits", "masked_logits", INSIDE, "probabilities"}
     if {*places} <= softmax and len(places) > 1 and places[-1] in (INSIDE, "probabilities"):
@@ -402,7 +413,7 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
         return f"computed in {form.name}", "; ".join([*more, kernel]), stage
     if len(places) > every / 3:
         return f"computed in {form.name}", "; ".join(more), stage
-    return f"{verb} to {to}", "; ".join([*more, " and ".join(places)]), stage
+    return f"{verb} to {to}", "; ".join([*more, listed(places)]), stage
 
 
 def _dtypes(expected: str) -> Iterator[tuple[str, Rounding]]:

@@ -1,4 +1,6 @@
-"""Kernels of a candidate that is a function, measured by calls: changes of low rank, as of LoRA.
+"""Kernels of a candidate that is a function, measured by calls.
+
+The values' kernel and bias are measured as they are, other changes of low rank, as of LoRA.
 
 Of a sequence of one position the output tells the values. Of one of two positions it tells the
 share of each head, and so the difference of two logits, which is a product of a query and a change
@@ -24,6 +26,12 @@ MOST = 6000
 MOST_NUMBERS = 600
 """The most numbers of changes that are fitted to the output."""
 
+CALLS = 16
+"""How many times what rounding explains is left by a kernel as calls measure it, at most."""
+
+MOST_FITTED = 1 << 22
+"""The most numbers of a matrix from a kernel to the output."""
+
 NOISE = 3e-3
 """The part of a measured change that may be noise."""
 
@@ -32,15 +40,19 @@ STEEP = 1.5
 
 
 def probed_kernels(recipe: Recipe, ask: Ask, evidence: Evidence) -> tuple[str, Recipe] | None:
-    """The recipe with kernels that differ by a matrix of low rank, and which; None where none."""
+    """The recipe with kernels that differ, and which; None where none is found."""
     several = recipe.decoded is not None or len(recipe.batches) > 1
     if recipe.sections or several or (recipe.causal and "value" in ask_names(recipe)):
         return None
     plain = recipe.but(masks={}, bias=None, kept=None, window=None, offset=None)
     with np.errstate(all="ignore"):
-        changes = _of_values(plain, ask)
-        if changes is None:
+        measured = _of_values(plain, ask)
+        if measured is None:
             return None
+        kernel, bias = measured
+        changes: Factors | None = {} if kernel is None else _factors("value", kernel)
+        if changes is None or bias is not None:
+            return _other_values(recipe, kernel, bias, evidence)
         rest = _of_logits(_with(plain, changes), ask)
         if rest is None or not (changes or rest):
             return None
@@ -52,6 +64,58 @@ def probed_kernels(recipe: Recipe, ask: Ask, evidence: Evidence) -> tuple[str, R
     ranks = " and ".join(dict.fromkeys(str(one.shape[1]) for one, _ in factors.values()))
     differ = "differs by a matrix" if len(factors) == 1 else "differ by matrices"
     return f"{names} {differ} of rank {ranks}, as of a low-rank update (LoRA)", made
+
+
+def _factors(name: str, change: np.ndarray) -> Factors | None:
+    low = _low(change)
+    return None if low is None else {name: low}
+
+
+def _other_values(
+    recipe: Recipe, kernel: np.ndarray | None, bias: np.ndarray | None, evidence: Evidence
+) -> tuple[str, Recipe] | None:
+    """The recipe with all of the values' kernel, or bias, as it was measured."""
+    weights = dict(recipe.weights)
+    if kernel is not None:
+        own = weights["value.kernel"]
+        weights["value.kernel"] = own + kernel.reshape(own.shape)
+    if bias is not None:  # of either projection: the probabilities of a row sum to 1
+        own = recipe.stages["value"].shape[2:]
+        weights["value.bias"] = weights.get("value.bias", 0.0) + bias.reshape(own)
+    made = recipe.but(weights=weights)
+    if kernel is not None and max(evidence.errors(made).values()) <= CALLS:
+        made = _nearer(made, np.abs(kernel).max(), evidence)
+    fits = max(evidence.errors(made).values()) <= 1
+    either = "output.bias or value.bias"
+    # Of one head calls tell the product of both kernels alone.
+    of = "value.kernel" if recipe.heads[0] > 1 else "value.kernel or output.kernel"
+    words = {
+        (True, False): f"{of} differs",
+        (False, True): f"{either} differs, which adds the same to every output",
+        (True, True): f"{of}, and {either} differ",
+    }[kernel is not None, bias is not None]
+    return (words, made) if fits else None
+
+
+def _nearer(recipe: Recipe, most: float, evidence: Evidence) -> Recipe:
+    """The recipe with a values' kernel that gives the output, where it is near to that measured.
+
+    The output is linear in it. Calls measure it within their own rounding, a part of `most`.
+    """
+    got, exact = evidence.reported["output"], recipe.stages["output"]
+    order, kernel = reads(recipe), recipe.weights["value.kernel"]
+    shares, w = recipe.stages["dropped_probabilities"], recipe.weights["output.kernel"]
+    if exact.size * kernel.size > MOST_FITTED or got.shape != exact.shape:
+        return recipe
+    seen = einsum("bhts,bsd->bthd", shares, recipe.inputs["value"])
+    grouped = np.eye(recipe.heads[1])[order]
+    slopes = np.einsum("bthd,hvo,hg->btodgv", seen, w, grouped, optimize=True)
+    slopes = slopes.reshape(exact.size, kernel.size)
+    more = np.linalg.lstsq(slopes, (got - exact).reshape(-1), rcond=1e-6)[0]
+    if not np.abs(more).max() <= NOISE * most:
+        return recipe
+    weights = {**recipe.weights, "value.kernel": kernel + more.reshape(kernel.shape)}
+    return recipe.but(weights=weights)
 
 
 def ask_names(recipe: Recipe) -> tuple[str, ...]:
@@ -99,8 +163,11 @@ def _asked(
                            key_segments=None)  # fmt: skip
 
 
-def _of_values(recipe: Recipe, ask: Ask) -> Factors | None:
-    """How the values' kernel differs, from sequences of one position."""
+def _of_values(recipe: Recipe, ask: Ask) -> tuple[np.ndarray | None, np.ndarray | None] | None:
+    """How the values' kernel (D, K * d_v) and bias (K * d_v) differ, None where they do not.
+
+    From sequences of one position; None alone where no other kernel and bias explain those.
+    """
     features = [len(recipe.weights[f"{name}.kernel"]) for name in ("query", "value")]
     rng, count = np.random.default_rng(0), 4 * (features[1] + 1)
     value = rng.standard_normal((count, 1, features[1]))
@@ -111,18 +178,22 @@ def _of_values(recipe: Recipe, ask: Ask) -> Factors | None:
     if got.shape != exact.shape or not np.all(np.isfinite(got)):
         return None
     if np.abs(got - exact).max() <= 1e-4 * np.abs(exact).max():
-        return {}
-    change = _solved(other.inputs["value"][:, 0], (got - exact)[:, 0])
+        return None, None
+    x = other.inputs["value"][:, 0]
+    with_one = np.concatenate([x, np.ones((len(x), 1))], 1)
+    change = np.linalg.lstsq(with_one, (got - exact)[:, 0], rcond=None)[0]
     grouped = np.eye(recipe.heads[1])[reads(recipe)]
     kernel = einsum("hvo,hg->gvo", recipe.weights["output.kernel"], grouped)
     kernel = kernel.reshape(-1, kernel.shape[-1])
-    if change is None or np.linalg.matrix_rank(kernel) < len(kernel):
+    most = np.abs(change).max()
+    left = np.abs(with_one @ change - (got - exact)[:, 0]).max()
+    if np.linalg.matrix_rank(kernel) < len(kernel) or left > NOISE * np.abs(got - exact).max():
         return None
     values = change @ np.linalg.pinv(kernel)
-    if np.abs(values @ kernel - change).max() > NOISE * np.abs(change).max():
+    if np.abs(values @ kernel - change).max() > NOISE * most:
         return None
-    low = _low(values)
-    return None if low is None else {"value": low}
+    same = np.abs(change[:-1]).max() <= NOISE * most, np.abs(change[-1]).max() <= NOISE * most
+    return None if same[0] else values[:-1], None if same[1] else values[-1]
 
 
 def _of_logits(recipe: Recipe, ask: Ask) -> Factors | None:

@@ -16,7 +16,7 @@ import numpy as np
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.diagnose.model_steps import featured
-from anymha.parity.diagnose.reported_stages import told_otherwise
+from anymha.parity.diagnose.reported_stages import told_otherwise, with_told_bias
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.tolerance import eps
@@ -127,6 +127,10 @@ class ReferenceSemantics:
         if told.causes:
             return told
         diagnosis = self._of_stages(trace, reported)
+        if not diagnosis.explained and with_told_bias(self._known, reported):
+            rest = {name: array for name, array in reported.items() if name != "logits"}
+            told = self._of_stages(trace, rest)
+            diagnosis = told if told.explained else diagnosis
         if diagnosis.explained or self.reason is None:
             return diagnosis
         plain = self._search(self.plain, trace, reported).diagnose()

@@ -71,6 +71,33 @@ def _seen(variants: dict[str, Seen]) -> Maker:
     return make
 
 
+def _of_the_other_side(recipe: Recipe) -> Variants:
+    """The ids of queries for keys or those of keys for queries, and those of one sequence."""
+    if recipe.segments is None or recipe.key_segments is None:
+        return
+    ids, key_ids = recipe.segments, recipe.key_segments
+    pairs = dict[str, tuple[np.ndarray, np.ndarray]]()
+    for way, fitted in {"": _with_the_last, ", begun again": _begun_again}.items():
+        pairs[f"those of the queries for the keys{way}"] = ids, fitted(ids, key_ids.shape[1])
+        pairs[f"those of the keys for the queries{way}"] = fitted(key_ids, ids.shape[1]), key_ids
+    pairs["those of the first sequence for all"] = ids[:1], key_ids[:1]
+    pairs["of the queries those of the first sequence for all"] = ids[:1], key_ids
+    pairs["of the keys those of the first sequence for all"] = ids, key_ids[:1]
+    for words, (own, keys) in pairs.items():
+        seen = _same(own[:, None, :, None], keys[:, None, None])
+        yield words, recipe.but(masks={**recipe.masks, "segment_ids": seen})
+
+
+def _with_the_last(ids: np.ndarray, length: int) -> np.ndarray:
+    """The ids (1 or B, length): cut, or with the last one behind them."""
+    return ids[:, np.minimum(np.arange(length), ids.shape[1] - 1)]
+
+
+def _begun_again(ids: np.ndarray, length: int) -> np.ndarray:
+    """The ids (1 or B, length): cut, or once more behind them."""
+    return ids[:, np.arange(length) % ids.shape[1]]
+
+
 def _not_restarted(recipe: Recipe) -> Variants:
     """Indices of the row in place of the positions that the call gives, or the other way round."""
     if recipe.segments is None or recipe.key_segments is None:
@@ -132,6 +159,8 @@ MISTAKES: tuple[Row, ...] = (
      "one.",
      _seen({"keys of lower ids are seen": lambda ids, key_ids: (ids >= key_ids) & (key_ids >= 0),
             "keys of higher ids are seen": lambda ids, key_ids: (ids <= key_ids) & (ids >= 0)})),
+    ("segments of the other side", "Queries have the ids of `segment_ids`, keys those of "
+     "`key_segment_ids`, and each sequence its own.", with_empty_rows(_of_the_other_side)),
     ("positions not restarted in segments", "Pass on `positions` and `key_positions`, which begin "
      "at 0 in each segment.", _not_restarted),
 )  # fmt: skip

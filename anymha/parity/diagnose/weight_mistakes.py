@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, Row, no_families
-from anymha.parity.diagnose.head_maps import in_words
+from anymha.parity.diagnose.changes import Maker, Row, listed, no_families
+from anymha.parity.diagnose.head_maps import in_heads, in_words
 from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 
 NAMES = ("query", "key", "value")
 Changed = Mapping[str, np.ndarray | None]
 SMALL = 1 << 14
 """How many numbers weights may have to be compared with each other's."""
+
+SHARDS = (2, 3, 4, 8)
+"""Into how many parts kernels are cut, beside the numbers of heads."""
 
 MOST_HEADS = 4
 """Up to so many heads all their orders are tried."""
@@ -81,13 +85,16 @@ def _heads_permuted(recipe: Recipe) -> Variants:
     for order in _orders(heads):
         words = in_words(np.array(order), heads, heads)
         kernel = recipe.weights["output.kernel"][list(order)]
-        yield f"before the output, to {words}", _with(recipe, {"output.kernel": kernel})
+        yield (
+            f"of the output's kernel, in the order {words}",
+            _with(recipe, {"output.kernel": kernel}),
+        )
     for name in NAMES:
         count = recipe.weights[f"{name}.kernel"].shape[1]
         for order in _orders(count):
             words = in_words(np.array(order), count, count)
             changed = {n: a[..., list(order), :] for n, a in _own(recipe, name).items()}
-            yield f"of {name}, to {words}", _with(recipe, changed)
+            yield f"of {name}, in the order {words}", _with(recipe, changed)
 
 
 def _packed_order(recipe: Recipe) -> Variants:
@@ -103,7 +110,8 @@ def _packed_order(recipe: Recipe) -> Variants:
                     f"{name}.{key.partition('.')[2]}": array
                     for key, array in _own(recipe, other).items()
                 }
-            yield f"query, key, value got those of {', '.join(order)}", _with(recipe, changed)
+            words = [f"{name} has those of {other}" for name, other in moved]
+            yield listed(words), _with(recipe, changed)
 
 
 def _packed_heads(recipe: Recipe) -> Variants:
@@ -139,7 +147,8 @@ def _reshaped(recipe: Recipe) -> Variants:
             for parts in (("kernel", "bias"), ("kernel",)):
                 changed = _as_read(recipe, names, parts, written, read)
                 if changed:
-                    words = f"{' and '.join(names)}, written as {written}, read as {read}"
+                    of = f"packed {listed(names)}" if len(names) > 1 else names[0]
+                    words = f"{of}, written as {written}, read as {read}"
                     alone = "" if len(parts) > 1 else ", the biases are right"
                     yield words + alone, _with(recipe, changed)
 
@@ -176,9 +185,16 @@ def _cut(recipe: Recipe) -> Variants:
         kernels = [recipe.weights[f"{name}.kernel"] for name in names]
         if len({len(kernel) for kernel in kernels}) > 1:
             continue
-        orders = [(kind, order) for kind in ("by block", "by head")
-                  for order in itertools.permutations(range(len(names)))]  # fmt: skip
-        for written, read in itertools.permutations(orders, 2):
+        heads = min(kernel.shape[-2] for kernel in kernels)
+        every = [*itertools.permutations(range(len(names)))]
+        orders = [(groups, order) for groups in dict.fromkeys((1, heads)) for order in every]
+        pairs = [*itertools.permutations(orders, 2)]
+        # Shards are joined, or cut, as they lie: parts stand in one order.
+        for shards in (n for n in range(2, heads) if heads % n == 0):
+            for groups, order in orders:
+                one, other = (shards, order), (groups, order)
+                pairs += [(one, other), (other, one)]
+        for written, read in pairs:
             changed: Arrays = {}
             for part in ("kernel", "bias"):
                 arrays = [recipe.weights.get(f"{name}.{part}") for name in names]
@@ -186,8 +202,11 @@ def _cut(recipe: Recipe) -> Variants:
                     again = _unpacked(_packed([np.asarray(a) for a in arrays], *written),
                                       [np.asarray(a) for a in arrays], *read)  # fmt: skip
                     changed |= {f"{n}.{part}": a for n, a in zip(names, again, strict=True)}
-            words = [f"{', '.join(names[i] for i in order)} {kind}" for kind, order in
-                     (written, read)]  # fmt: skip
+            kinds = {1: "by block", heads: "by head"}
+            words = [
+                f"{', '.join(names[i] for i in order)} {kinds.get(n, f'in {n} shards')}"
+                for n, order in (written, read)
+            ]
             yield f"written in the order {words[0]}, split as {words[1]}", _with(recipe, changed)
         widths = {kernel.shape[-1] for kernel in kernels}
         for parts in (("kernel", "bias"), ("kernel",)) if len(widths) == 1 else ():
@@ -205,21 +224,15 @@ def _cut(recipe: Recipe) -> Variants:
             yield f"all heads of {of} interleaved with their width", _with(recipe, changed)
 
 
-def _groups_of(array: np.ndarray, groups: int, kind: str) -> np.ndarray:
-    """(..., groups, features of a group): groups of heads, or one block."""
-    return array.reshape(*array.shape[:-2], groups if kind == "by head" else 1, -1)
-
-
-def _packed(arrays: list[np.ndarray], kind: str, order: tuple[int, ...]) -> np.ndarray:
-    groups = min(array.shape[-2] for array in arrays)
-    parts = [_groups_of(arrays[i], groups, kind) for i in order]
+def _packed(arrays: list[np.ndarray], groups: int, order: tuple[int, ...]) -> np.ndarray:
+    """One array of all, in groups of heads, each with its part of every array."""
+    parts = [arrays[i].reshape(*arrays[i].shape[:-2], groups, -1) for i in order]
     pack = np.concatenate(parts, -1)
     return pack.reshape(*pack.shape[:-2], -1)
 
 
-def _unpacked(pack: np.ndarray, like: list[np.ndarray], kind: str,
+def _unpacked(pack: np.ndarray, like: list[np.ndarray], groups: int,
               order: tuple[int, ...]) -> list[np.ndarray]:  # fmt: skip
-    groups = min(array.shape[-2] for array in like) if kind == "by head" else 1
     whole = pack.reshape(*pack.shape[:-1], groups, -1)
     widths = [like[i].shape[-2] * like[i].shape[-1] // groups for i in order]
     parts = np.split(whole, np.cumsum(widths)[:-1], axis=-1)
@@ -248,7 +261,7 @@ def _other_heads(recipe: Recipe) -> Variants:
         masks = [m for m in (*recipe.masks.values(), recipe.bias, recipe.kept) if m is not None]
         if any(np.ndim(m) > 3 and np.shape(m)[1] != 1 for m in masks):
             continue
-        words = f"{h} heads in place of {heads}"
+        words = f"{h} head{'s' if h > 1 else ''} in place of {heads}"
         words += "" if heads == shared and h == k else f", {k} of keys in place of {shared}"
         width = shapes["query.kernel"][2]
         wrong = _with(recipe, changed)
@@ -402,6 +415,112 @@ def _orders(heads: int) -> Iterator[tuple[int, ...]]:
             yield tuple(h % groups * (heads // groups) + h // groups for h in range(heads))
 
 
+def _doubled(recipe: Recipe) -> Variants:
+    """The queries' or keys' weights twice, where that is as without a scale.
+
+    Elsewhere the factor of the logits is measured.
+    """
+    for name in ("query", "key") if math.isclose(2 * recipe.scale, 1.0) else ():
+        changed = {n: 2 * array for n, array in _own(recipe, name).items()}
+        what = "kernel and bias" if len(changed) > 1 else "kernel"
+        yield f"{name}'s {what}, 2 times", _with(recipe, changed)
+
+
+def _doubled_in_part(recipe: Recipe) -> Variants:
+    """A kernel alone, or the weights of one head, twice or half as great."""
+    for name, times in itertools.product(("query", "key"), (2.0, 0.5)):
+        own = _own(recipe, name)
+        kernel = f"{name}.kernel"
+        if len(own) > 1:
+            words = f"{name}'s kernel, {times:g} times"
+            yield words, _with(recipe, {kernel: times * own[kernel]})
+        heads = own[kernel].shape[1]
+        for head in range(heads) if heads <= 16 else ():
+            factors = np.where(np.arange(heads) == head, times, 1.0)[:, None]
+            for what, names in {"kernel and bias": tuple(own), "kernel": (kernel,)}.items():
+                if what == "kernel" or len(names) > 1:
+                    words = f"{name}'s {what}, of which {in_heads(factors[:, 0])}"
+                    yield words, _with(recipe, {n: own[n] * factors for n in names})
+
+
+def _shards(recipe: Recipe) -> Variants:
+    """Parts of kernels, as of several devices, in the place of others, or left out."""
+    every = (*NAMES, "output")
+    groups = [(name,) for name in every] + [("key", "value"), NAMES, every]
+    alone = {part: [(n,) for n in every if f"{n}.bias" in recipe.weights] for part in PARTS[1:]}
+    for part, names in ((p, n) for p in PARTS for n in alone.get(p, groups)):
+        for along in ("heads", "features"):
+            arrays = {n: a for name in names for n, a in _own(recipe, name).items()
+                      if part in ("", n.partition(".")[2])}  # fmt: skip
+            # Biases lie along the heads, that of the output along its features.
+            arrays = {n: a for n, a in arrays.items() if n.endswith("kernel")
+                      or (n == "output.bias") == (along == "features")}  # fmt: skip
+            sizes = [_cut_axis(n, a, along).shape[0] for n, a in arrays.items()]
+            counts = {*SHARDS, *recipe.heads} - {1} if arrays else set[int]()
+            for count in sorted(n for n in counts if all(size % n == 0 for size in sizes)):
+                for words, order in _of_shards(count):
+                    changed = {n: _in_shards(n, a, along, count, order) for n, a in arrays.items()}
+                    of = listed(names) if len(names) < 4 else "all projections"
+                    what = {"": of, "bias": f"{of}'s bias", "kernel": f"{of}'s kernel"}[part]
+                    cut = f"cut into {count} along the {along}"
+                    yield f"{what}, {cut}: {words}", _with(recipe, changed)
+
+
+PARTS = ("", "kernel", "bias")
+"""Kernel and bias together, and each alone."""
+
+
+def _cut_axis(name: str, array: np.ndarray, along: str) -> np.ndarray:
+    """An array with the axis first that is cut: heads with their width, or the other one."""
+    if name == "output.bias":
+        return array
+    if name == "output.kernel":
+        flat = array.reshape(-1, array.shape[-1])
+        return flat if along == "heads" else flat.T
+    flat = array.reshape(*array.shape[:-2], -1)
+    return np.moveaxis(flat, -1, 0) if along == "heads" else flat
+
+
+def _in_shards(
+    name: str, array: np.ndarray, along: str, count: int, order: tuple[int, ...]
+) -> np.ndarray:
+    """An array whose parts are others of them; -1: zeros."""
+    cut = _cut_axis(name, array, along)
+    parts = [*np.split(cut, count), np.zeros_like(np.split(cut, count)[0])]
+    again = np.concatenate([parts[at] for at in order])
+    turned = again.T if (name == "output.kernel") != (along == "heads") else again
+    return turned.reshape(array.shape)
+
+
+def _of_shards(count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Which part stands where, counted from 0, with words."""
+    every = tuple(range(count))
+    yield "the first part for all", (0,) * count
+    if count > 2:
+        yield "the last part for all", (count - 1,) * count
+        yield "in the order of the last to the first", every[::-1]
+        yield "each part in the place of the one before it", (*every[1:], 0)
+        yield "each part in the place of the one behind it", (count - 1, *every[:-1])
+    else:
+        yield "exchanged", (1, 0)
+        yield "the second part for both", (1, 1)
+    for groups in (n for n in range(2, count) if count % n == 0):
+        words = f"of each {count // groups} parts the first for all"
+        yield words, tuple(at // (count // groups) * (count // groups) for at in every)
+        yield (
+            f"in the order of {groups} groups by turns",
+            tuple(at % groups * (count // groups) + at // groups for at in every),
+        )
+    if count % 2 == 0 and count > 2:
+        yield "each two exchanged", tuple(at ^ 1 for at in every)
+    for at in every:
+        yield f"part {at} is missing", (*every[:at], -1, *every[at + 1 :])
+    for at, other in ((a, b) for a in every for b in (a - 1, a + 1) if count > 2):
+        if 0 <= other < count:
+            words = f"part {other} twice, part {at} missing"
+            yield words, (*every[:at], other, *every[at + 1 :])
+
+
 def _alike(recipe: Recipe, names: tuple[str, ...] = NAMES) -> bool:
     return len({recipe.weights[f"{name}.kernel"].shape for name in names}) == 1
 
@@ -415,7 +534,7 @@ def _each(recipe: Recipe, changed: Changed, together: tuple[str, ...] = ()) -> V
             groups.append(group)
     for group in groups:
         own = {n: a for n, a in changed.items() if n.partition(".")[0] in group}
-        yield " and ".join(group), _with(recipe, own)
+        yield listed(group), _with(recipe, own)
 
 
 def _with(recipe: Recipe, changed: Changed) -> Recipe:
@@ -434,6 +553,8 @@ def _own(recipe: Recipe, name: str) -> Arrays:
     """A projection's kernel and bias, as far as it has them, by their names."""
     return {n: a for n, a in recipe.weights.items() if n in (f"{name}.kernel", f"{name}.bias")}
 
+
+SCALED = "Load each weight as it is, and scale no projection; an update is merged once."
 
 MISTAKES: tuple[Row, ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
@@ -461,6 +582,8 @@ MISTAKES: tuple[Row, ...] = (
     ("heads permuted", "Bring the heads into one order.", _heads_permuted),
     ("weights of another projection", "Give each projection its own kernel and bias.",
      _of_another),
+    ("weights scaled", SCALED, _doubled),
+    ("weights scaled", SCALED, _doubled_in_part, no_families, True),
     ("another number of heads", "Give both the same number of heads: the shapes of kernels as "
      "matrices do not tell it.", _other_heads, no_families, True),
     ("one head for all", "Each head has its own part of kernel and bias: do not broadcast one.",
@@ -470,4 +593,6 @@ MISTAKES: tuple[Row, ...] = (
     ("weights reshaped without a transpose", "The axes of a kernel in memory are packed parts P, "
      "heads H, width d, features D in some order: read them in the order in which they were "
      "written, and transpose them then.", _once(_reshaped), no_families, True),
+    ("shards loaded wrongly", "Devices have parts of kernels: join each part once, in their "
+     "order, along the axis along which they were cut.", _once(_shards), no_families, True),
 )  # fmt: skip

@@ -5,7 +5,7 @@ Arrays of pairs are booleans (B, T, T), queries before keys, in the columns of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,11 @@ def cached(facts: Decoded) -> np.ndarray:
 def behind(facts: Decoded) -> np.ndarray:
     """(B, T, T): how many positions each key stands behind the query, in its row's sequence."""
     return facts.places[:, :, None] - facts.places[:, None]
+
+
+def given(recipe: Recipe, counted: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Positions as far from those of the call as a count is from the right one."""
+    return recipe.places("query") + (counted - places)
 
 
 def in_window(recipe: Recipe, distance: np.ndarray) -> np.ndarray:
@@ -349,14 +354,23 @@ def of_rows_and_lengths(recipe: Recipe, facts: Decoded, source: np.ndarray) -> R
     return wrong.stepping("logits", logits).stepping("context", context)
 
 
-def keys_turned(recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarray]) -> Recipe:
+def keys_turned(
+    recipe: Recipe, facts: Decoded, places: Callable[[int], np.ndarray], turns: int = 1
+) -> Recipe:
     """The recipe with keys rotated by other positions.
 
     `places` gives the positions (B, T) of all keys as the queries of a call see them, by its
-    number.
+    number; a key is rotated, and rounded, in `turns` calls at most.
     """
     calls = range(facts.calls[-1] + 1)
     turned = [recipe.but(key_positions=places(call)).until("key")["key"] for call in calls]
+    made = with_keys_of_calls(recipe, facts, turned)
+    made.computed["turns"] = turns - 1
+    return made
+
+
+def with_keys_of_calls(recipe: Recipe, facts: Decoded, turned: Sequence[np.ndarray]) -> Recipe:
+    """The recipe whose queries of a call see other keys: those (B, T, K, d) of its number."""
 
     def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
         array = logits_by(recipe, stages)

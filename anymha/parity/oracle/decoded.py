@@ -21,6 +21,8 @@ class Decoded:
     # (B,) Behind the first call, row b stands where row order[b] of the batch stood before it;
     # None: rows stay
     turned: np.ndarray | None = None
+    # How many of the first columns are read again before each call behind the first, and taken back
+    drafted: int = 0
 
     @cached_property
     def places(self) -> np.ndarray:

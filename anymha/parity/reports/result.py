@@ -55,8 +55,8 @@ class ComparisonResult:
         if self.passed:
             worst = max(self.stages, key=lambda s: s.units / s.budget if s.budget else 0.0)
             off = f"{worst.units:.2g} units of rounding off, of {worst.budget:.2g} allowed"
-            count = len(self.stages)
-            return f"PARITY HOLDS: {both} agree in {count} quantities; {worst.name} is {off}"
+            count = "one quantity" if len(self.stages) == 1 else f"{len(self.stages)} quantities"
+            return f"PARITY HOLDS: {both} agree in {count}; {worst.name} is {off}"
         return f"PARITY DOES NOT HOLD: {both} part at {self.first_divergence}: {self.diagnosis}"
 
     @property

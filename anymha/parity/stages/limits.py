@@ -37,6 +37,8 @@ class Tolerances:
         heads, width, _ = recipe.weights["output.kernel"].shape
         more = recipe.computed.get("terms", 0)  # of a softmax over more than the keys
         self.length = max(*widths, recipe.lengths[2], heads * width, more)
+        # What is turned again is rounded again: each time it is a sum of two products more.
+        self.length += 2 * recipe.computed.get("turns", 0)
 
     def of(self, stage: str, trace: Trace) -> np.ndarray:
         """The greatest error that rounding explains, of each position; broadcasts to the stage."""

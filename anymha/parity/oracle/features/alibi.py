@@ -184,10 +184,9 @@ class AlibiSection(Section):
         """Positions one too large or too small, or not those of the call."""
         given = (recipe.positions, recipe.key_positions, recipe.offset)
         if any(one is not None and np.any(one) for one in given):
-            yield (
-                "not those of the call",
-                recipe.with_section(AlibiSection(self.value, by_index=True)),
-            )
+            only = all(one is None or not np.any(one) for one in given[:2])
+            words = "the query offset left out" if only else "not those of the call"
+            yield words, recipe.with_section(AlibiSection(self.value, by_index=True))
         more = recipe.lengths[2] - recipe.lengths[1]
         for shift in dict.fromkeys((1, -1, more) if more else (1, -1)):
             end = ", as at the end of the keys" if shift == more else ""

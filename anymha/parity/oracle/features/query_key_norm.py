@@ -285,7 +285,7 @@ class QueryKeyNormSection(Section):
         words, scale = ("w in place of 1 + w", "weight") if plus else (
             "1 + w in place of w", "one_plus_weight")  # fmt: skip
         yield words, self._but(recipe, scale=scale)
-        yield "left out", self._but(recipe, scale="none")
+        yield "without a weight", self._but(recipe, scale="none")
 
     def with_another_epsilon(self, recipe: Recipe) -> Variants:
         """Others that models use; or that of the option in another place."""

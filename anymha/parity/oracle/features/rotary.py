@@ -56,8 +56,15 @@ COARSE = (
     ("tables",),
     ("angles", "tables"),
     ("frequencies", "tables"),
+    ("positions",),
+    ("positions", "frequencies"),
+    ("positions", "angles"),
 )
 """What is in half precision together; the likeliest first."""
+
+
+LONGEST_TABLE = 64
+"""Up to so many positions every length of a table of angles is tried; beyond it powers of two."""
 
 
 class RotarySection(Section):
@@ -299,6 +306,7 @@ class RotarySection(Section):
         own = self._frequencies(array, recipe)
         if {"frequencies", "angles"} <= {*self.rounded}:  # a product in that precision
             places = self._rounded("angles", places)
+        places = self._rounded("positions", places)
         angles = places[..., None] * self._rounded("frequencies", own)
         angles = np.expand_dims(self._rounded("angles", angles), 1 if self.by_head else 2)
         angles = self.times.get(stage, 1.0) * angles
@@ -409,17 +417,19 @@ class RotarySection(Section):
             changes = {
                 "those that it divides and those that it leaves exchanged":
                     lambda own, plain: plain + plain / factor - own,
-                "the ramp between turned round": lambda own, plain: np.where(
+                "the blend of divided and plain ones exchanged": lambda own, plain: np.where(
                     (own > plain / factor * (1 + 1e-9)) & (own < plain * (1 - 1e-9)),
                     plain + plain / factor - own, own),
-                "no ramp between, in part divided is left": lambda own, plain: np.where(
+                "no blend between, in part divided is left": lambda own, plain: np.where(
                     own <= plain / factor * (1 + 1e-9), own, plain),
-                "no ramp between, in part divided is divided": lambda own, plain: np.where(
+                "no blend between, in part divided is divided": lambda own, plain: np.where(
                     own >= plain * (1 - 1e-9), own, plain / factor),
-                "multiplied, not divided": lambda own, plain: plain**2 / own,
             }  # fmt: skip
             for words, change in changes.items():
                 yield words, self._with(recipe, change=change, factor=self.factor)
+        if kind in ("llama3", "yarn", "longrope"):
+            yield "multiplied, not divided", self._with(
+                recipe, change=lambda own, plain: plain**2 / own, factor=self.factor)  # fmt: skip
 
     def of_one_alone(self, recipe: Recipe) -> Variants:
         """A rotation that is wrong for the queries alone, or for the keys alone."""
@@ -471,7 +481,7 @@ class RotarySection(Section):
         if (self.value["scaling"] or {}).get("rope_type") == "longrope":
             return  # which has a factor for each pair
         for dim in sorted({width - width % 2, width // 4 * 2, width // 8 * 2} - {own, 0}):
-            yield f"{dim} of {width}", self._but(recipe, dim=dim)
+            yield f"{dim} of {width}, not {own}", self._but(recipe, dim=dim)
 
     def based(self, recipe: Recipe) -> Variants:
         """Another base."""
@@ -507,10 +517,13 @@ class RotarySection(Section):
         """Not those of the call, or those of another sequence, or of keys for queries."""
         right = {name: recipe.places(name) for name in ("query", "key")}
         others = dict[str, Arrays]()
-        given = (recipe.positions, recipe.key_positions, recipe.offset)
+        given = (recipe.positions, recipe.key_positions)
+        indices = {name: np.arange(place.shape[1])[None] for name, place in right.items()}
         if any(one is not None and np.any(one) for one in given):
-            others["not those of the call"] = {
-                name: np.arange(place.shape[1])[None] for name, place in right.items()}  # fmt: skip
+            others["not those of the call"] = indices
+        elif recipe.offset is not None and np.any(recipe.offset):
+            yield "the query offset left out", self._with(
+                recipe, places={"query": indices["query"]}, factor=self.factor)  # fmt: skip
         if len(right["query"]) > 1 or len(right["key"]) > 1:
             others["those of the first sequence for all"] = {
                 name: place[:1] for name, place in right.items()}  # fmt: skip
@@ -523,6 +536,23 @@ class RotarySection(Section):
                 one = {name: places[name]}
                 yield f"{words}, the {name} alone", self._with(
                     recipe, places=one, factor=self.factor)  # fmt: skip
+
+    def within_a_table(self, recipe: Recipe) -> Variants:
+        """Positions beyond a number are the last below it, or begin again."""
+        right = {name: recipe.places(name) for name in ("query", "key")}
+        most = max(int(places.max(initial=0)) for places in right.values())
+        sizes = {*range(1, min(most, LONGEST_TABLE) + 1)}
+        sizes |= {1 << power for power in range(most.bit_length()) if 1 << power <= most}
+        for size in sorted(sizes, reverse=True):
+            changes = {
+                f"none beyond {size - 1}": {n: np.minimum(x, size - 1) for n, x in right.items()},
+                f"they begin again after {size}": {n: x % size for n, x in right.items()},
+            }  # fmt: skip
+            for words, places in changes.items():
+                for names in (("query", "key"), ("query",), ("key",)):
+                    alone = "" if len(names) == 2 else f", the {names[0]} alone"
+                    own = {name: places[name] for name in names}
+                    yield words + alone, self._with(recipe, places=own, factor=self.factor)
 
     def shifted(self, recipe: Recipe) -> Variants:
         """Positions one too large or too small, or as at the end of the keys."""
@@ -603,6 +633,8 @@ class RotarySection(Section):
         ("rotary of queries or keys alone", "Rotate both, queries and keys.", alone),
         ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
          "queries and keys, and each sequence, have positions of their own.", of_other_positions),
+        ("rotary of other positions", "Pass on `positions`, `key_positions` and `query_offset`: "
+         "queries and keys, and each sequence, have positions of their own.", within_a_table, True),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
         ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "

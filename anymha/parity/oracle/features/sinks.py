@@ -19,9 +19,11 @@ class SinksSection(Section):
 
     `order` are the heads whose sinks each head has; `shifted` adds the row's greatest logit;
     `behind`: it joins the sum of the probabilities, which is 1. `function` is taken of the sinks;
-    `plain`: they themselves, not their exponentials, are in the sum. The share of a sink is lost,
-    but for the `valued`: it is that of a value, the first or the last one. `dropped` is the column
-    of a key that is lost in its place, the first or the last: the sink stands at the other end.
+    `plain`: they themselves, not their exponentials, are in the sum, beside the exponentials of
+    logits less the greatest where it is `shifted`, which may be the sink where it is `joined`. The
+    share of a sink is lost, but for the `valued`: it is that of a value, the first or the last one.
+    `dropped` is the column of a key that is lost in its place, the first or the last: the sink
+    stands at the other end.
     """
 
     option = "sinks"
@@ -39,11 +41,12 @@ class SinksSection(Section):
         valued: int | None = None,
         plain: bool = False,
         dropped: int | None = None,
+        joined: bool = False,
     ) -> None:
         super().__init__(value)
         self.function, self.behind, self.valued = function, behind, valued
         self.factor, self.scaled, self.heads, self.shifted = factor, scaled, order, shifted
-        self.plain, self.dropped = plain, dropped
+        self.plain, self.dropped, self.joined = plain, dropped, joined
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -62,6 +65,7 @@ class SinksSection(Section):
         masked = stages["masked_logits"]
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks if self.heads is None else sinks[np.resize(self.heads, len(sinks))]
+        logit = sinks
         sinks = sinks if self.function is None else self.function(sinks)
         if self.behind:
             share = np.broadcast_to(np.exp(sinks) / (np.exp(sinks) + 1), (*masked.shape[:3], 1))
@@ -72,8 +76,10 @@ class SinksSection(Section):
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
         if self.plain:
             top = np.where(greatest > -np.inf, greatest, 0.0)
-            keys = np.sum(np.exp(masked - top), axis=-1, keepdims=True)
             own = sinks - top if self.shifted else sinks * np.exp(-top)  # the greatest is in both
+            if self.joined:
+                top, own = np.maximum(greatest, logit), sinks
+            keys = np.sum(np.exp(masked - top), axis=-1, keepdims=True)
             return own / (own + keys), keys / (own + keys)
         peak = np.maximum(greatest, sinks)
         own, keys = np.exp(sinks - peak), np.sum(np.exp(masked - peak), axis=-1, keepdims=True)
@@ -134,6 +140,8 @@ class SinksSection(Section):
             sinks = 0.0 * sinks
         if "sinks exponentiated" in wrong:
             sinks = np.exp(sinks)
+        if "sinks twice" in wrong:
+            sinks = sinks + np.log(2)
         logits = port.masked_logits
         if "sinks not shifted" in wrong:
             top = ops.max(logits, axis=-1, keepdims=True)
@@ -157,6 +165,12 @@ class SinksSection(Section):
         if cap is not None:
             capped = SinksSection(self.value, function=lambda x: cap * np.tanh(x / cap))
             yield "by the softcap too", recipe.with_section(capped)
+
+    def several_times(self, recipe: Recipe) -> Variants:
+        """In the sum of each part of the keys."""
+        for count in (2, 3, 4):
+            more = SinksSection(self.value, function=lambda x, n=count: x + np.log(n))
+            yield f"{count} times in the sum, as of {count} parts", recipe.with_section(more)
 
     def of_other_heads(self, recipe: Recipe) -> Variants:
         """In another order of heads, or one for several heads."""
@@ -188,6 +202,9 @@ class SinksSection(Section):
             ):
                 yield f"{what} in the sum{words}", recipe.with_section(SinksSection(
                     self.value, shifted=shifted, plain=True, function=function))  # fmt: skip
+            words = ", beside those of logits less the maximum, which the sink may be"
+            yield f"{what} in the sum{words}", recipe.with_section(SinksSection(
+                self.value, plain=True, joined=True, function=function))  # fmt: skip
 
     def in_another_column(self, recipe: Recipe) -> Variants:
         """The column of a key dropped behind the softmax in place of the sink's."""
@@ -228,6 +245,8 @@ class SinksSection(Section):
     mistakes = (
         ("sinks scaled", "Let the sinks join the softmax as they are: neither scaled nor capped.",
          scaled_too),
+        ("sinks counted several times", "Add the sink's exponential to the sum of a row once, not "
+         "in each part of the keys.", several_times),
         ("sinks of the other heads", "Give each query head its own sink.", of_other_heads),
         ("sinks with the other sign", "The sink's exponential joins the sum of each row.",
          with_the_other_sign),
@@ -249,6 +268,7 @@ class SinksSection(Section):
     faults = (
         ("sinks left out", "sinks left out", "probabilities"),
         ("sinks scaled", "sinks scaled", "probabilities"),
+        ("sinks twice", "sinks counted several times", "probabilities"),
         ("sinks of the other heads", "sinks of the other heads", "probabilities"),
         ("sinks with the other sign", "sinks with the other sign", "probabilities"),
         ("sinks of zero", "sinks of zero", "probabilities"),
