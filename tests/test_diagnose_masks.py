@@ -168,3 +168,17 @@ def test_segments_of_queries_taken_for_keys() -> None:
     assert str(report.diagnosis) == (
         "segments of the other side (those of the queries for the keys)"
     )
+
+
+@pytest.mark.parametrize("mask", ["value_mask", "key_mask", "query_mask", "segment_ids"])
+@pytest.mark.parametrize("scale", [0.05, 0.3])
+def test_stages_where_a_mask_excludes_positions_say_nothing(mask, scale) -> None:
+    """Both tell their logits; where they count for nothing they are those of the reference."""
+    options = {"query_features": FEATURES, "backend": "numpy", "seed": 3}
+    right = anymha.MultiHeadAttention(HEADS, WIDTH, **options)
+    other = anymha.MultiHeadAttention(HEADS, WIDTH, **options, scale=scale)
+    anymha.set_weights(other, dict(anymha.get_weights(right)))
+    given = {"segment_ids": IDS}.get(mask, HOLES)
+    report = compare(right, other, X, **{mask: given})
+    assert report.first_divergence == "logits"
+    assert str(report.diagnosis).startswith("wrong scale"), str(report.diagnosis)

@@ -153,9 +153,10 @@ def make_trace(
     stored = dtype if "float" in dtype else None
     accumulated = stored if (framework, stored) in COARSE else None
     weights = config = None
+    settled: Arrays = {}
     if description is not None:
         weights, config = description.weights, description.config
-        stages = settle_masked_positions(stages, description.recipe(request))
+        stages, settled = settle_masked_positions(stages, description.recipe(request))
         notes = (*description.notes, *notes)
     random = differs_between_calls(output, again["output"])
     extras = {} if description is None else description.extras
@@ -164,13 +165,14 @@ def make_trace(
     reason = gradients if isinstance(gradients, str) else ""
     gradients = {} if isinstance(gradients, str) else gradients
     return Trace(name, output, scores, stages, gradients, reason, weights, config, accumulated,
-                 stored, random, notes, extras)  # fmt: skip
+                 stored, random, notes, extras, settled)  # fmt: skip
 
 
-def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:
+def settle_masked_positions(stages: Arrays, recipe: Recipe) -> tuple[Arrays, Arrays]:
     """The stages in float64; at positions that a mask excludes, the numbers of the recipe.
 
     These positions count for nothing, and layers have different numbers there: anymha zeros.
+    Also by stage where they are: booleans that broadcast to it, False = settled.
     """
     stages = {name: array.astype(np.float64) for name, array in stages.items()}
     keys = [recipe.masks[name] for name in ("value_mask", "key_mask") if name in recipe.masks]
@@ -179,14 +181,16 @@ def settle_masked_positions(stages: Arrays, recipe: Recipe) -> Arrays:
         rows.append(recipe.segments[:, None, :, None] >= 0)
         keys.append(recipe.key_segments[:, None, None] >= 0)
     if not keys and not rows:
-        return stages
+        return stages, {}
     batch, queries, length = recipe.lengths
     seen = np.logical_and.reduce([np.ones((batch, 1, 1, length), bool), *keys])  # (B, 1, 1, S)
     asking = np.logical_and.reduce([np.ones((batch, 1, queries, 1), bool), *rows])  # (B, 1, T, 1)
     own = recipe.stages
     places = {"query": asking[:, 0, :, :, None], "logits": seen & asking}
     places |= dict.fromkeys(("key", "value"), seen[:, 0, 0, :, None, None])
+    settled: Arrays = {}
     for name, place in places.items():
         if name in stages and stages[name].shape == own[name].shape:
             stages[name] = np.where(place, stages[name], own[name])
-    return stages
+            settled[name] = place
+    return stages, settled

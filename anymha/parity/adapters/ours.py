@@ -59,16 +59,18 @@ class Ours:
         computed = layer.config.compute_dtype or layer.config.dtype
         narrow = multiplies(ops, computed, ops.device(next(iter(weights.values()))))
         recipe = fold(problem_of(layer.config, canonical, request)).recipe
+        stages, settled = settle_masked_positions(stages, recipe)
         return Trace(
             self.name,
             result,
             as_numpy(scores),
-            settle_masked_positions(stages, recipe),
+            stages,
             {} if cotangent is None else self._gradients(inputs, others, cotangent, result.dtype),
             weights=canonical,
             config=layer.config,
             stored=computed if narrow else None,
             random=differs_between_calls(result, as_numpy(again)),
+            settled=settled,
         )
 
     def output(self, request: Request) -> np.ndarray:

@@ -349,7 +349,9 @@ class Search:
             most = np.maximum(most, apart.reshape(len(apart), -1).max(1))
         at = int(np.argmax(most))
         reported = {name: array[at : at + 1] for name, array in self.reported.items()}
-        one = Search(self.recipe.of_batch(at), self.trace, reported, self.reference).diagnose(pairs)
+        settled = {name: array[at : at + 1] for name, array in self.trace.settled.items()}
+        trace = replace(self.trace, settled=settled)
+        one = Search(self.recipe.of_batch(at), trace, reported, self.reference).diagnose(pairs)
         whole = self.recipe
         for cause in one.causes:
             every = itertools.chain(self._variants(whole), self._variants(whole, alone=True))

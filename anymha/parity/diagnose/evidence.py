@@ -108,7 +108,17 @@ class Evidence:
         got, exact = self._observed[name], results[_source(name)]
         if exact.size == got.size and name in ("query", "key", "value", "context"):
             exact = exact.reshape(got.shape)  # of another number of heads
-        return distance(got, exact, name) if got.shape == exact.shape else np.full(1, np.inf)
+        if got.shape != exact.shape:
+            return np.full(1, np.inf)
+        apart, counts = distance(got, exact, name), self._counts(name, got)
+        return apart if counts is None else np.where(counts, apart, 0.0)
+
+    def _counts(self, name: str, got: np.ndarray) -> np.ndarray | None:
+        """Where a stage counts, and is not settled as what a mask excludes; None for everywhere."""
+        counts = self.trace.settled.get(name)
+        if counts is None or got.ndim != counts.ndim or len(got) != len(counts):
+            return None
+        return np.broadcast_to(counts, got.shape)
 
     def differences(self, recipe: Recipe) -> np.ndarray:
         """What the reported stages have more than a recipe's, in one vector.
@@ -132,6 +142,9 @@ class Evidence:
             return np.full(got.size, most)
         if name == "masked_logits":
             exact = _unseen(exact)
+        counts = self._counts(name, self._observed[name])
+        if counts is not None:
+            exact = np.where(counts.reshape(-1), exact, got)
         with np.errstate(invalid="ignore"):
             apart = (got - exact) / size
         numbers = np.isfinite(apart)

@@ -168,6 +168,8 @@ class Trace:
     # Arrays of its steps besides plain attention, by name: norms of queries and keys, sinks, and
     # the "cos" and "sin" of rotary positions (B, T, d)
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    # Where stages count, by name: booleans that broadcast to them; elsewhere a mask excludes them
+    settled: Arrays = field(default_factory=dict)
 
 
 class Adapter(Protocol):
