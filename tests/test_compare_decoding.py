@@ -146,6 +146,21 @@ def again(layer: Any) -> Any:
     return step
 
 
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_packed_rows_with_padding_are_read_alone(rows: int) -> None:
+    layer = layer_of("alibi")
+    x, call = inputs_of("alibi", "between")
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (rows, LENGTH)))
+    mask = {"value_mask": call["value_mask"][:rows], "segment_ids": ids}
+
+    def step(x: Any, cache: Any, value_mask: Any, segment_ids: Any) -> Any:
+        return layer(x, cache=cache, value_mask=value_mask, segment_ids=segment_ids)
+
+    make_cache = lambda batch, length: layer.make_cache(batch, length)  # noqa: E731
+    report = compare(layer, decoding(step, make_cache, steps=STEPS), x[:rows], **mask)
+    assert report.passed, report.to_text()
+
+
 def test_other_mistakes_are_named_too() -> None:
     layer = layer_of("rotary")
     x, _ = inputs_of("rotary", "even")

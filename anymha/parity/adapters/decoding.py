@@ -425,7 +425,7 @@ class Whole:
         output, scores = whole.pop("output"), whole.pop("scores", None)
         random = any(trace.random for _, trace in made)
         return dataclasses.replace(made[0][1], output=output, scores=scores, stages=whole,
-                                   random=random)  # fmt: skip
+                                   random=random, settled={})  # fmt: skip
 
     def output(self, request: Request) -> np.ndarray:
         """The output alone."""
@@ -562,7 +562,9 @@ def settle_padding(
         stages = {name: settled(name, array) for name, array in trace.stages.items()}
         output = settled("output", trace.output)
         scores = None if trace.scores is None else settled("scores", trace.scores)
-        made.append(dataclasses.replace(trace, output=output, stages=stages, scores=scores))
+        made.append(
+            dataclasses.replace(trace, output=output, stages=stages, scores=scores, settled={})
+        )
     return made[0], made[1]
 
 

@@ -118,7 +118,8 @@ class Evidence:
         counts = self.trace.settled.get(name)
         if counts is None or got.ndim != counts.ndim or len(got) != len(counts):
             return None
-        return np.broadcast_to(counts, got.shape)
+        alike = all(n in (1, size) for n, size in zip(counts.shape, got.shape, strict=True))
+        return np.broadcast_to(counts, got.shape) if alike else None
 
     def differences(self, recipe: Recipe) -> np.ndarray:
         """What the reported stages have more than a recipe's, in one vector.
