@@ -258,6 +258,25 @@ def test_an_output_that_does_not_depend_on_the_inputs(constant) -> None:
     assert told == "the output does not depend on the inputs"
 
 
+@pytest.mark.usefixtures("no_pairs")
+def test_one_mean_for_all_queries_of_a_sequence_depends_on_the_inputs() -> None:
+    right = layer_of()
+
+    def even(query: Any) -> Any:
+        output = port_of(right, attention=lambda q, k, v: np.mean(v, 1, keepdims=True) + 0 * q)
+        return output(query)
+
+    x = np.random.default_rng(2).standard_normal((1, 6, FEATURES)).astype(np.float32)
+    assert named(right, even, x).startswith("another softmax (all keys alike)")
+
+
+@pytest.mark.usefixtures("no_pairs")
+def test_a_constant_output_of_one_sequence_tells_of_no_weight() -> None:
+    x = np.random.default_rng(2).standard_normal((1, 6, FEATURES)).astype(np.float32)
+    told = named(layer_of(), lambda query: 0 * query + np.float32(3), x)
+    assert "differ" not in told.replace("the difference", ""), told
+
+
 @pytest.mark.parametrize("rank", [9, 36])
 def test_kernels_that_differ_by_a_high_rank_are_no_low_rank_update(rank, monkeypatch) -> None:
     monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)

@@ -41,14 +41,14 @@ ALONE_SECONDS = 12.0
 """How long mistakes alone are computed, those with many variants included."""
 
 TURN = 24
-"""How many variants of one of these are computed before the next has its turn."""
+"""Of a mistake that is tried alone so many variants are computed, then some of the next one."""
 
 PARTS_SECONDS = 3.0
 """How long mistakes in some calls, sequences or queries alone are computed."""
 
 SAME_PART = 1e-3
-"""Of how far outputs are apart in a group of columns, as a part of the greatest number: beyond it
-no mistake is looked for any more where one is found."""
+"""Outputs that differ by no more than this part of the greatest number are alike in a group of
+columns. Once a mistake is found, only those whose outputs are alike are tried too."""
 
 PAIRS_SECONDS = 1.0
 """How long pairs of mistakes are computed."""
@@ -260,12 +260,20 @@ class Search:
         return replace(found, small=self.before < SMALL, hurried=hurried)
 
     def _is_constant(self) -> bool:
-        """Whether all positions have one output, and it alone is told."""
+        """Whether the output alone is told, and does not depend on the inputs.
+
+        In one sequence all positions may have one mean of the values; so there it must be what an
+        output of no values is, zero or the bias.
+        """
         output = self.reported.get("output")
         if output is None or len(self.reported) > 1 or output.ndim != 3:
             return False
         rows = output.reshape(-1, output.shape[-1])
-        return len(rows) > 1 and bool(np.all(rows == rows[0]))
+        if len(rows) < 2 or not np.all(rows == rows[0]):
+            return False
+        several = any(np.any(x != x[:1]) for x in self.recipe.inputs.values())
+        bias = self.recipe.weights.get("output.bias", np.zeros(1))
+        return several or not rows.any() or bool(np.allclose(rows[0], bias, 1e-6, 0))
 
     def _in_a_part(self, singles: list[_Tried]) -> Diagnosis | None:
         """One mistake in some calls alone, in some sequences, or from some query on."""

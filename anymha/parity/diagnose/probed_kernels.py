@@ -79,6 +79,8 @@ def _other_values(
     if kernel is not None:
         own = weights["value.kernel"]
         weights["value.kernel"] = own + kernel.reshape(own.shape)
+        if np.abs(weights["value.kernel"]).max() <= NOISE * np.abs(own).max():
+            return None  # an output that depends on no input tells of no weight
     if bias is not None:  # of either projection: the probabilities of a row sum to 1
         own = recipe.stages["value"].shape[2:]
         weights["value.bias"] = weights.get("value.bias", 0.0) + bias.reshape(own)
