@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.parity import Comparison, compare
+from anymha.parity import Comparison, compare, decoding
 from anymha.parity.oracle.oracle import evaluate
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.oracle.rounding import rounding_errors
@@ -353,8 +353,8 @@ def test_gradients_of_half_precision_may_underflow() -> None:
     assert errors["output"].max() > np.finfo(np.float16).smallest_subnormal
 
 
-def turning(dtype: Any, base: float = 1e4) -> Any:
-    """A port of unknown weights, whose angles are computed in a dtype."""
+def turning(dtype: Any, base: float = 1e4, scores: bool = False) -> Any:
+    """A port of unknown weights, whose angles are computed in a dtype; it may return its scores."""
     kernels = np.random.default_rng(5).standard_normal((4, 16, 16)).astype("f4") / 4
 
     def port(x: Any, positions: Any) -> Any:
@@ -370,19 +370,22 @@ def turning(dtype: Any, base: float = 1e4) -> Any:
         logits = np.einsum("bthd,bshd->bhts", turned(q), turned(k)) / np.float32(8**0.5)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return np.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ kernels[3]
+        y = np.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ kernels[3]
+        return (y, weights) if scores else y
 
     return port
 
 
+@pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize("far", [100, 10_000, 1_000_000])
-def test_angles_of_ports_of_unknown_weights_are_rounded_too(far) -> None:
+def test_angles_of_ports_of_unknown_weights_are_rounded_too(far, scores) -> None:
     x = np.random.default_rng(6).standard_normal((2, 9, 16)).astype("f4")
     positions = (far + 37 * np.arange(18)).reshape(2, 9)
-    exact, rounded = turning(np.float64), turning(np.float32)
+    exact, rounded = (turning(dtype, scores=scores) for dtype in (np.float64, np.float32))
+    wrong = turning(np.float64, 9e3, scores)
     assert compare(exact, rounded, x, positions=positions).passed
     assert compare(rounded, exact, x, positions=positions).passed
-    assert not compare(exact, turning(np.float64, 9e3), x, positions=positions).passed
+    assert not compare(exact, wrong, x, positions=positions).passed
 
 
 def test_a_wrong_scale_shows_in_one_output_feature_of_half_precision() -> None:
@@ -420,3 +423,40 @@ def test_positions_stay_within_the_tables_of_a_port() -> None:
     one, other = within(turning(np.float64)), within(turning(np.float64, 9e3))
     for positions in (places, places.tolist()):
         assert not compare(one, other, x, positions=positions).passed
+
+
+def test_scores_of_unknown_weights_are_off_by_what_rounding_changes() -> None:
+    """Probabilities are off as their logits are, which are great here; sinks take nearly all."""
+    bias = 1e3 + RNG.standard_normal((1, HEADS, 8, 8))
+    rounded = layer(sinks=True)
+    weights = {**anymha.get_weights(rounded), "sinks": np.full(HEADS, 1e3 + 15, np.float32)}
+    rounded = anymha.set_weights(rounded, weights)
+    exact, wrong = (
+        anymha.set_weights(layer(dtype="float64", scale=scale, sinks=True), weights)
+        for scale in (None, 1.01 * WIDTH**-0.5)
+    )
+
+    def port(of: Any) -> Any:
+        def call(x: Any, **call: Any) -> Any:
+            return tuple(a.astype("f4") for a in of(x, return_attention_scores=True, **call))
+
+        return call
+
+    for one, other in ((rounded, exact), (exact, rounded)):
+        report = compare(port(one), port(other), X, attention_bias=bias)
+        assert report.passed, report.to_text()
+    assert not compare(port(exact), port(wrong), X, attention_bias=bias).passed
+
+
+def test_padding_of_a_port_of_unknown_weights_hides_no_mistake() -> None:
+    right, wrong = layer(), layer(scale=1.02 * WIDTH**-0.5)
+
+    def by(made: Any) -> Any:
+        def step(x: Any, cache: Any, value_mask: Any) -> Any:
+            y, cache = made(x, cache=cache or made.make_cache(2, 8), value_mask=value_mask)
+            return y + np.float32(3), cache
+
+        return decoding(step)
+
+    assert compare(by(right), by(right), X, value_mask=SEEN).passed
+    assert not compare(by(right), by(wrong), X, value_mask=SEEN).passed

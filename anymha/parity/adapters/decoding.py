@@ -535,8 +535,8 @@ def decoded_request(request: Request, one: Adapter, other: Adapter) -> Request:
 
 
 def settle_padding(
-    request: Request, traces: tuple[Trace, Trace], folded: Folded | None
-) -> tuple[Trace, Trace]:
+    request: Request, traces: Sequence[Trace], folded: Folded | None
+) -> Sequence[Trace]:
     """The traces with the same numbers at padding, which is not compared: those of the recipe.
 
     Without a recipe zeros.
@@ -565,7 +565,7 @@ def settle_padding(
         made.append(
             dataclasses.replace(trace, output=output, stages=stages, scores=scores, settled={})
         )
-    return made[0], made[1]
+    return made
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:

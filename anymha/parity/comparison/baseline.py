@@ -228,11 +228,14 @@ def outputs_alone(
         allowed = 2 * relative * sizes + least
         if turned is not None and name == "output":
             allowed = allowed + 2 * turned * sizes
-        if stirred is not None and name == "output":
-            apart = distance(stirred.output.astype(np.float64), reference)
+        nearby = None if stirred is None else getattr(stirred, name)
+        if nearby is not None and nearby.shape == reference.shape:
+            apart = distance(nearby.astype(np.float64), reference)
             most = float(np.max(apart, initial=0.0))
-            if most > UNSETTLED * _greatest(first.output):  # elsewhere by chance less
+            if most > UNSETTLED * _greatest(reference):  # elsewhere by chance less
                 apart = np.full_like(apart, most)
+            elif name == "scores":  # so too in a row, of which any key's logit may be off
+                apart = np.max(apart, axis=axes, keepdims=True)
             allowed = np.maximum(allowed, 8 * apart)
         candidate = other.astype(np.float64)
         faults = output_faults((first, second)) if name == "output" else ()

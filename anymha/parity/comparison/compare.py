@@ -274,7 +274,7 @@ def _turned_away(request: Request, first: Trace, second: Trace) -> np.ndarray | 
 def _stirred_often(
     adapter: Adapter, request: Request, first: Trace, stirred: Trace, pulled: np.ndarray | None
 ) -> Trace:
-    """A stirred trace whose output is off by the root of the mean square of several.
+    """A stirred trace whose results are off by the root of the mean square of several.
 
     What rounding changes in one softmax is one random number for all features of its position, and
     may be small by chance: the root of the mean over the features is the least that any of them
@@ -290,25 +290,32 @@ def _stirred_often(
         _traced("reference", adapter, _displaced(request, seed), pulled)
         for seed in range(STIRRED if far else 0)
     ]
-    exact = first.output.astype(np.float64)
 
-    def squares(traces: list[Trace]) -> Any:
-        outputs = [trace.output for trace in traces if trace.output.shape == exact.shape]
-        apart = [distance(output.astype(np.float64), exact) ** 2 for output in outputs]
+    def squares(exact: np.ndarray, arrays: list[np.ndarray | None]) -> Any:
+        same = [array for array in arrays if array is not None and array.shape == exact.shape]
+        apart = [distance(array.astype(np.float64), exact) ** 2 for array in same]
         return np.mean(apart, axis=0) if apart else 0.0
 
-    with np.errstate(all="ignore"):
-        total = squares(others) + part**2 * squares(moved)
+    def off(name: str) -> np.ndarray:
+        exact = getattr(first, name).astype(np.float64)
+        total = squares(exact, [getattr(trace, name) for trace in others])
+        total = total + part**2 * squares(exact, [getattr(trace, name) for trace in moved])
         total = np.maximum(total, np.mean(total, axis=-1, keepdims=True))
+        return exact + np.sqrt(total)
+
+    with np.errstate(all="ignore"):
         gradients = dict(stirred.gradients)
         for name, array in stirred.gradients.items():
             apart = [np.abs(trace.gradients[name] - array) for trace in moved]
             gradients[name] = array + part * np.max(apart, axis=0) if apart else array
-        return dataclasses.replace(stirred, output=exact + np.sqrt(total), gradients=gradients)
+        scores = None if first.scores is None else off("scores")
+        return dataclasses.replace(
+            stirred, output=off("output"), scores=scores, gradients=gradients
+        )
 
 
 def _stirred(request: Request, trace: Trace, seed: int = 0) -> Request:
-    """The request with inputs that are off by their rounding, in the dtype of the trace."""
+    """The request with inputs and a bias that are off by their rounding in the trace's dtype."""
     rng, unit = np.random.default_rng(seed), eps(computed_dtype(trace))
     inputs = {
         name: (array * (1 + unit * rng.choice([-1.0, 1.0], array.shape))).astype(array.dtype)
@@ -316,7 +323,10 @@ def _stirred(request: Request, trace: Trace, seed: int = 0) -> Request:
     }
     ops = backend_of(request.originals["query"]).ops
     originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
-    return dataclasses.replace(request, inputs=inputs, originals=originals)
+    bias = request.bias
+    if bias is not None:
+        bias = (bias * (1 + unit * rng.choice([-1.0, 1.0], bias.shape))).astype(bias.dtype)
+    return dataclasses.replace(request, inputs=inputs, originals=originals, bias=bias)
 
 
 def _greatest_position(positions: Any) -> float:
@@ -359,6 +369,8 @@ def judge_traces(
     with np.errstate(all="ignore"):  # the comparison reports overflow and NaN
         if basis.weights is None or basis.config is None:
             first, second = settle_padding(request, (first, second), None)
+            if stirred is not None:
+                (stirred,) = settle_padding(request, (stirred,), None)
             return outputs_alone(request, first, second, cotangent, stirred=stirred)
         folded = fold(problem_of(basis.config, basis.weights, request))
         if request.decoded is not None:
