@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.parity import Comparison, compare, decoding
+from anymha.parity import Comparison, compare, declare, decoding
 from anymha.parity.oracle.oracle import evaluate
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.oracle.rounding import rounding_errors
@@ -460,3 +460,39 @@ def test_padding_of_a_port_of_unknown_weights_hides_no_mistake() -> None:
 
     assert compare(by(right), by(right), X, value_mask=SEEN).passed
     assert not compare(by(right), by(wrong), X, value_mask=SEEN).passed
+
+
+def test_numbers_whose_squares_underflow_are_off_by_rounding_too() -> None:
+    made = layer(dtype="float64", sinks=True)
+    weights = {**anymha.get_weights(made), "sinks": np.full(HEADS, 560.0)}
+    made = anymha.set_weights(made, weights)
+    report = compare(made, made, 40 * X.astype(np.float64))
+    assert report.passed
+    assert not [note for note in report.notes if "not plain attention" in note]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_a_norm_makes_the_roundings_of_small_numbers_great(size) -> None:
+    """A projection of float16 that is near its smallest number is rounded before it is normed."""
+    norm = anymha.QueryKeyNorm(kind="l2", eps=1e-12)
+    made = layer(dtype="float16", query_key_norm=norm, bias_initializer="zeros")
+    x = (size * X).astype(np.float16)
+    weights = {name: 2e-2 * array if name in ("query.kernel", "key.kernel") else array
+               for name, array in anymha.get_weights(made).items()}  # fmt: skip
+    made = anymha.set_weights(made, weights)
+
+    def port(x: Any, wrong: float = 1.0) -> dict[str, Any]:
+        q, k, v = (np.einsum("btd,dhk->bthk", x, made.weights[f"{name}.kernel"])
+                   for name in ("query", "key", "value"))  # fmt: skip
+        q, k = (wrong * a / np.sqrt((a.astype("f4") ** 2).sum(-1, keepdims=True)) for a in (q, k))
+        q, k = q.astype("f2"), k.astype("f2")
+        logits = np.einsum("bthd,bshd->bhts", q, k).astype("f4") / WIDTH**0.5
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        shares = (shares / shares.sum(-1, keepdims=True)).astype("f2")
+        context = np.einsum("bhts,bshd->bthd", shares, v)
+        return {"query": q, "output": np.einsum("bthd,hdo->bto", context,
+                                                made.weights["output.kernel"])}  # fmt: skip
+
+    report = compare(made, declare(port, made), x)
+    assert report.passed, report.to_text()
+    assert not compare(made, declare(lambda x: port(x, 1.2), made), x).passed

@@ -220,13 +220,13 @@ class Recipe:
     @property
     def sizes(self) -> Arrays:
         """The sizes of the terms of each stage; computed once."""
-        return self.sizes_at(0.0, 1.0)
+        return self.sizes_at(0.0, 1.0, 0.0)
 
-    def sizes_at(self, relative: float, own: float) -> Arrays:
+    def sizes_at(self, relative: float, own: float, least: float) -> Arrays:
         """The sizes of the terms of each stage, as `sizes` counts them; computed once."""
-        place = "sizes", relative, own
+        place = "sizes", relative, own, least
         if place not in self.computed:
-            self.computed[place] = sizes(self, self.stages, relative, own)
+            self.computed[place] = sizes(self, self.stages, relative, own, least)
         return self.computed[place]
 
     @property
@@ -453,7 +453,9 @@ STEPS: Mapping[str, Step] = {
 """The steps of the layer."""
 
 
-def sizes(recipe: Recipe, stages: Arrays, relative: float = 0.0, own: float = 1.0) -> Arrays:
+def sizes(
+    recipe: Recipe, stages: Arrays, relative: float = 0.0, own: float = 1.0, least: float = 0.0
+) -> Arrays:
     """The sizes of the terms of each stage, however much they cancel.
 
     The size of a sum is the root of the sum of its squared terms, or its own value where that is
@@ -464,7 +466,9 @@ def sizes(recipe: Recipe, stages: Arrays, relative: float = 0.0, own: float = 1.
     `relative`, the error that one unit of size stands for: an error of one factor is not multiplied
     by another. So errors that grow with positions, those of the angles of rotary positions
     (`Section.own_errors`), make those of the logits grow as much, and not with the square. One eps
-    of theirs counts as `own` units of size.
+    of theirs counts as `own` units of size. Projections have `least` more, the size of what
+    underflows, but are off by no more than themselves: a norm makes small numbers great, and their
+    errors.
 
     By stage, and for "scores", the array broadcasts to it: one size for each row of logits and
     probabilities, and for each feature of each position of projections, context and output, which
@@ -496,7 +500,8 @@ def sizes(recipe: Recipe, stages: Arrays, relative: float = 0.0, own: float = 1.
     for name in ("query", "key", "value"):
         x, w = recipe.inputs[name], recipe.weights[f"{name}.kernel"]
         bias = np.square(recipe.weights.get(f"{name}.bias", 0.0))
-        keep_sum(name, _squared("btd,dhk->bthk", x, w) + bias)
+        sums = _squared("btd,dhk->bthk", x, w) + bias
+        keep_sum(name, sums + (np.minimum(least**2, sums / relative**2) if least else 0.0))
     heads = reads(recipe)
     keys = kept["key"][:, :, heads], stages["key"][:, :, heads]
     pairs = (kept["query"], stages["query"]), keys

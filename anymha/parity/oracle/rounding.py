@@ -1,8 +1,9 @@
 """How far half precision takes results from the exact ones, where each stage is rounded.
 
 Half precision may round the result of each projection, the probabilities, the context and the
-output to its dtype, with float32 between, and likewise the gradients of these on the way back. The
-sums of the oracle are done again with random errors of at most half a distance between two numbers.
+output to its dtype, with float32 between, what the options make of each, and likewise the gradients
+of these on the way back. The sums of the oracle are done again with random errors of at most half a
+distance between two numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from anymha.framework.dtypes import BITS
 from anymha.parity.oracle.oracle import results_of
-from anymha.parity.oracle.recipe import Arrays, Recipe, Step, einsum
+from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Step, einsum
 
 SAMPLES = 8
 """How often results are computed with other errors."""
@@ -51,13 +52,37 @@ def rounding_errors(
 
     exact = results_of(recipe, d_output, d_scores, einsum, {})
     steps = {n: rounding(s) if n in stages else s for n, s in recipe.steps.items()}
+    around = _Rounding(rounded, ()), _Rounding(rounded, stages)
+    sections = (around[0], *recipe.sections, around[1]) if recipe.sections else ()
     errors = {name: np.zeros_like(array) for name, array in exact.items()}
     changes: dict[str, Callable[..., np.ndarray]] = {"logits": rounded}
     for _ in range(SAMPLES):
-        found = results_of(recipe.but(steps=steps), d_output, d_scores, sums, changes)
+        wrong = recipe.but(steps=steps, sections=sections)
+        found = results_of(wrong, d_output, d_scores, sums, changes)
         for name, array in found.items():
             np.maximum(errors[name], np.abs(array - exact[name]), out=errors[name])
     return errors
+
+
+class _Rounding(Section):
+    """Rounds what is made of some stages before it, and every gradient on the way back."""
+
+    option = "rounding"
+
+    def __init__(self, rounded: Callable[[np.ndarray], np.ndarray], stages: Collection[str]):
+        super().__init__(None)
+        self.rounded, self.stages = rounded, stages
+
+    def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:
+        """The stage, rounded."""
+        return self.rounded(array) if stage in self.stages else array
+
+    def backward(
+        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        cancel: bool,
+    ) -> np.ndarray:  # fmt: skip
+        """The gradient, rounded."""
+        return self.rounded(gradient)
 
 
 def output_errors(recipe: Recipe, dtype: str) -> np.ndarray:

@@ -26,6 +26,9 @@ from anymha.parity.stages.structure import spread_limits
 from anymha.parity.stages.tolerance import eps, smallest, tolerance
 from anymha.parity.stages.trace import Trace, name_of_dtype
 
+UNSQUARED = smallest("float64") ** 0.5
+"""Sizes are roots of sums of squares in float64, where the squares of smaller numbers are 0."""
+
 
 class Tolerances:
     """How far a trace may be from float64 at each stage, in the dtype of the reference at most."""
@@ -51,8 +54,9 @@ class Tolerances:
         )
         # Angles of positions are computed in float32 at least, in one product and no sum.
         own = min(eps(trace.accumulated or accumulation_dtype(dtype)), eps("float32"))
-        size = self.recipe.sizes_at(relative, own / relative)[stage]
-        return relative * size + smallest(dtype) * self.length
+        lost = smallest(dtype) * self.length
+        size = self.recipe.sizes_at(relative, own / relative, lost / relative)[stage]
+        return relative * size + lost + UNSQUARED * self.length
 
 
 def turned_away(recipe: Recipe, dtype: str) -> np.ndarray | None:
