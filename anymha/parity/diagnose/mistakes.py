@@ -27,6 +27,9 @@ from anymha.parity.diagnose.measured import Families
 from anymha.parity.oracle.features import SECTIONS
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
 
+LEFT_OUT = "left out"
+"""How the names of mistakes end where an option is not there."""
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -60,7 +63,7 @@ def catalogue(recipe: Recipe | None = None) -> Iterator[Mistake]:
 def option_mistakes(section: type[Section]) -> Iterator[Mistake]:
     """The mistakes with an option: those that every option has, and its own."""
     option = section.option
-    yield Mistake(f"{option} left out", f"Pass `{option}` on: the candidate ignores it.",
+    yield Mistake(f"{option} {LEFT_OUT}", f"Pass `{option}` on: the candidate ignores it.",
                   partial(_left_out, section))  # fmt: skip
     for name, fix, make, *alone in section.mistakes:
         families = _FAMILIES.get(name, no_families)
