@@ -338,7 +338,7 @@ def _check_heads(arrays: Mapping[str, Array]) -> None:
             "`query`, `key` and `value` must have shapes (B, T, H, d_k), (B, S, K, d_k) and "
             "(B, S, K, d_v), H a multiple of K. Received: "
             f"{show(query.shape)}, {show(key.shape)} and {show(value.shape)}. "
-            "Move heads behind the length if they stand before it."
+            "Move heads after the length if they stand before it."
         )
 
 

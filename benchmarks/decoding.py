@@ -8,7 +8,7 @@ A layer by hand has the same four projections without biases, keys and values (B
 written in place where the framework can (NumPy, PyTorch, variables of TensorFlow, donated arrays
 of JAX), and no masks where it needs none; in JAX and TensorFlow both layers are compiled by the
 user. Both take turns in one process, `--times` times; medians of the time of a step. One token a
-step in float32 behind `--held` positions; values are compared first.
+step in float32 after `--held` positions; values are compared first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS = 20
 """How many steps are one measurement."""
 
 Run = Callable[[int, int], Any]
-"""Takes so many steps behind so many positions; gives the last output as a NumPy array."""
+"""Takes so many steps after so many positions; gives the last output as a NumPy array."""
 
 
 class Sizes:

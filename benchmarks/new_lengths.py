@@ -190,7 +190,7 @@ def measure_times(options: argparse.Namespace, framework: str) -> list[str]:
 
 
 def measure_memory(options: argparse.Namespace, framework: str, which: int) -> float:
-    """By how many MB the process grows in the calls of one layer behind the first `WARM`."""
+    """By how many MB the process grows in the calls of one layer after the first `WARM`."""
     layer = list(layers(framework, options.features, options.heads).values())[which]
     lengths = [*range(options.shortest, options.shortest + options.count)]
     random.Random(0).shuffle(lengths)

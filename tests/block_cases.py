@@ -116,7 +116,7 @@ CASES = {
     "offset by batch": Case(visible=BY_BATCH),
     "window": Case(visible=PositionMask(2, 1, offset=-1)),
     "open window": Case(visible=PositionMask(right=2, offset=-4)),
-    "window behind": Case(visible=PositionMask(left=1, offset=3)),
+    "window after": Case(visible=PositionMask(left=1, offset=3)),
     "mask (S,)": Case((FULL[0, 0, 0],)),
     "mask (T, S)": Case((FULL[0, 0],)),
     "mask (H, T, 1)": Case((FULL[0, :, :, :1],)),

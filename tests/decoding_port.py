@@ -1,6 +1,6 @@
 """A port of cached decoding to NumPy, as people write one, with faults that can be injected.
 
-It keeps the keys of each row in a buffer, writes new ones behind those that it holds, and reads
+It keeps the keys of each row in a buffer, writes new ones after those that it holds, and reads
 row by row. With a window the buffer is a ring. It shares nothing with the search for mistakes.
 """
 
@@ -50,8 +50,8 @@ class Fault:
 FAULTS = (
     Fault("attends before it writes", "stale keys"),
     Fault("returns the cache that it got", "stale keys"),
-    Fault("writes no values behind the prompt", "stale keys", "linear"),
-    Fault("writes no keys behind the prompt", "stale keys", "linear"),
+    Fault("writes no values after the prompt", "stale keys", "linear"),
+    Fault("writes no keys after the prompt", "stale keys", "linear"),
     Fault("loses all values that are held", "stale keys", "linear"),
     Fault("hides its own position", "own position not seen", "linear"),
     Fault("exchanges keys and values that are held", "cached keys and values exchanged", "linear"),
@@ -71,7 +71,7 @@ FAULTS = (
           "rotary ragged"),
     Fault("sees as much as the longest row has", "position from the batch's longest row",
           "linear ragged"),
-    Fault("writes behind the longest row", "position from the batch's longest row",
+    Fault("writes after the longest row", "position from the batch's longest row",
           "linear ragged"),
     Fault("holds padding", "padding held", "ragged"),
     Fault("holds padding of the prompt", "padding held", "ragged"),
@@ -209,7 +209,7 @@ class Port:
         index, lengths = np.arange(count), cache.lengths
         length = {
             "takes the length of row 0": lengths[0],
-            "writes behind the longest row": lengths.max(),
+            "writes after the longest row": lengths.max(),
         }.get(wrong, lengths[row])
         places = length + index
         queries, keys = self._positions(places, lengths, index)
@@ -233,7 +233,7 @@ class Port:
             for own, old in ((new.keys, cache.keys), (new.values, cache.values),
                              (new.places, cache.places)):  # fmt: skip
                 own[row, count : count + length] = old[row, :length]
-        if not (wrong == "writes no keys behind the prompt" and length):
+        if not (wrong == "writes no keys after the prompt" and length):
             bare = wrong == "holds keys without rotation" or (
                 wrong == "holds new keys without rotation" and length)  # fmt: skip
             new.keys[row, slots] = k if bare else turned
@@ -244,7 +244,7 @@ class Port:
         if wrong == "joins new values in front":
             new.values[row, count : count + length] = old_values[:length]
         unwritten = wrong == "writes no values of single steps" and count == 1
-        if not (wrong == "writes no values behind the prompt" and length) and not unwritten:
+        if not (wrong == "writes no values after the prompt" and length) and not unwritten:
             late = wrong == "writes values one slot late"
             new.values[row, index if wrong == "joins new values in front" else slots + late] = v
         if wrong == "repeats the last value" and length:

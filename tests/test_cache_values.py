@@ -62,7 +62,7 @@ def ragged(backend: Backend, layer: Any, x: np.ndarray, rewind: int) -> Any:
 
 
 def check_next(backend: Backend, layer: Any, x: np.ndarray, cache: Any) -> None:
-    """The position 8 of `x`, behind what a `ragged` cache holds."""
+    """The position 8 of `x`, after what a `ragged` cache holds."""
     output = plain(backend, layer(backend.ops.from_numpy(x[:, 8:9].copy()), cache=cache)[0])
     expected = last_of(backend, layer, np.concatenate([x[0, :3], x[0, 8:9]]))
     np.testing.assert_allclose(output[0, 0], expected, atol=2e-6)

@@ -30,7 +30,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and devices of PO
 def start(
     *arguments: str, before: str = "", environment: dict[str, str] | None = None, **streams: Any
 ) -> subprocess.Popen[str]:
-    """The command in a process of its own, behind the statement `before`."""
+    """The command in a process of its own, after the statement `before`."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
     code = f"{before}\nfrom anymha.cli.main import main\nraise SystemExit(main({arguments!r}))"
     own = {"PYTHONPATH": paths, "COLUMNS": "120", "PYTHONUNBUFFERED": "", **(environment or {})}

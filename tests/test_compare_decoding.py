@@ -321,7 +321,7 @@ def test_not_exercised_says_what_the_call_lacks() -> None:
     x, _ = inputs_of("window", "even")
     report = compare(layer, decoding(again(layer), steps=(2,)), x[:, :3])
     told = " ".join(report.not_exercised)
-    for words in ("rows of unequal lengths", "several positions behind the first", "a ring"):
+    for words in ("rows of unequal lengths", "several positions after the first", "a ring"):
         assert words in told
 
 

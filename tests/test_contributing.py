@@ -18,7 +18,7 @@ from anymha.layer.native import CallOptions
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/add-an-option.md").read_text(encoding="utf-8")
 FILE = re.compile(
-    r"^`([\w./]+)`(?:, (behind|in place of) (`+) ?([^\n]+?) ?\3)?\n\n```\w+\n(.*?)^```$",
+    r"^`([\w./]+)`(?:, (after|in place of) (`+) ?([^\n]+?) ?\3)?\n\n```\w+\n(.*?)^```$",
     re.M | re.S,
 )
 FOLDERS = ("anymha", "backends", "docs", "tests")
@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             continue
         before = path.read_text(encoding="utf-8")
         assert before.count(f"{line}\n") == 1, f"{name} has not one line {line!r}"
-        kept = f"{line}\n" if how == "behind" else ""
+        kept = f"{line}\n" if how == "after" else ""
         path.write_text(before.replace(f"{line}\n", kept + text), encoding="utf-8")
     return root
 

@@ -194,7 +194,7 @@ ODD_NAMES: dict[str, tuple[list[str], dict[str, str]]] = {
     "a far group": (["g", "g/h/i/j"], {".h5": "needs a group 'g'"}),
     "empty": ([""], {".h5": "has a part that is empty"}),
     "empty part": (["a//b"], {".h5": "has a part that is empty"}),
-    "slash behind": (["q/"], {".h5": "has a part that is empty"}),
+    "slash after": (["q/"], {".h5": "has a part that is empty"}),
     "slash before": (["/q"], {".h5": "has a part that is empty"}),
     "dots": (["./x", "a/../x"], {".h5": "dots alone"}),
     "one dot": (["."], {".h5": "dots alone"}),

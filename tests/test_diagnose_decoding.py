@@ -40,7 +40,7 @@ def reported(
     causal: bool = False,
     option: str = "rotary",
 ) -> Comparison:
-    """The comparison of a port that keeps rows one behind the other, with what is wrong.
+    """The comparison of a port that keeps rows one after the other, with what is wrong.
 
     Args:
         count: Gives the positions (B, t) of a call from what is known of it.
@@ -110,12 +110,12 @@ COUNTS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], str]] = {
     "twice": (lambda c: 2 * c["n"][:, None] + c["rank"], "a call begins at twice the length"),
     "columns, one for all": (
         lambda c: c["columns"],
-        "a call begins behind all columns before it, padding counted, all of a call have one"),
+        "a call begins after all columns before it, padding counted, all of a call have one"),
     "from the end": (
         lambda c: c["n"][:, None] + c["t"] - c["count"] + c["rank"],
         "padding counted as if in front"),
     "at most": (lambda c: np.minimum(c["n"][:, None] + c["rank"], 6), "6 at most"),
-    "again": (lambda c: (c["n"][:, None] + c["rank"]) % 7, "from 0 again behind 6"),
+    "again": (lambda c: (c["n"][:, None] + c["rank"]) % 7, "from 0 again after 6"),
     "reversed": (lambda c: c["n"][:, None] + c["count"] - 1 - c["rank"],
                  "from the last to the first of a call"),
 }  # fmt: skip
@@ -174,7 +174,7 @@ def of_old(places: Callable[[int, int], Any]) -> Callable[[np.ndarray, int, int]
     ("again", "words"),
     [
         (lambda k, past, t: turned(k, np.arange(past + t)) if past else k,
-         "old and new keys turned again by their own positions, in each call behind the first"),
+         "old and new keys turned again by their own positions, in each call after the first"),
         (lambda k, past, t: turned(k, np.arange(past + t)),
          "old and new keys turned again by their own positions, in each call"),
         (lambda k, past, t: turned(k, np.full(past + t, past + t - 1)),
@@ -182,12 +182,12 @@ def of_old(places: Callable[[int, int], Any]) -> Callable[[np.ndarray, int, int]
         (of_old(lambda past, t: past),
          "what is held turned again by the length before, in each call"),
         (of_old(lambda past, t: past + t),
-         "what is held turned again by the length behind, in each call"),
+         "what is held turned again by the length after, in each call"),
         (of_old(lambda past, t: 1), "what is held turned again by one position, in each call"),
         (of_old(lambda past, t: -np.arange(past)),
          "what is held turned back by their own positions, in each call"),
         (of_old(lambda past, t: np.arange(past) * (past == 4)),
-         "those of the first call turned again by their own positions, behind it"),
+         "those of the first call turned again by their own positions, after it"),
     ],
 )  # fmt: skip
 def test_keys_that_are_turned_again_are_named(again: Any, words: str) -> None:

@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[int, int], bool
     "softcap": ({"softcap": 2.0}, {"softcap": None}, ONE,
                 "softcap left out (in calls of one position)"),
     "sinks": ({"sinks": True}, {"sinks": False}, LATER,
-              "sinks left out (in calls behind the first)"),
+              "sinks left out (in calls after the first)"),
     "gate": ({"gate": "elementwise"}, {"gate": None}, FIRST,
              "gate left out (in the first call alone)"),
     "scale": ({}, {"scale": 0.25}, SEVERAL,
@@ -55,7 +55,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[int, int], bool
     "norm of the prompt": (NORM, {"query_key_norm": None}, FIRST,
                            "query_key_norm left out (in the first call alone)"),
     "base": ({"rotary": True}, {"rotary": {"base": 1e6}}, LATER,
-             "rotary of another base (1000000 in place of 10000, in calls behind the first)"),
+             "rotary of another base (1000000 in place of 10000, in calls after the first)"),
 }  # fmt: skip
 
 

@@ -242,7 +242,7 @@ def test_what_is_exchanged_behind_the_projections_is_named() -> None:
         return (y + WEIGHTS["output.bias"]).astype(np.float32)
 
     told = named(compare(right, port, dict(zip(("query", "value", "key"), three, strict=True))))
-    assert told.startswith("inputs exchanged (behind the projections key and value exchanged)")
+    assert told.startswith("inputs exchanged (after the projections key and value exchanged)")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_blocks_of_keys_that_are_merged_wrongly_are_named(size, call, merge, wor
 
 
 def test_a_ring_that_turns_once_too_few_is_named() -> None:
-    """Three devices of two positions each; none has the keys of the device behind it."""
+    """Three devices of two positions each; none has the keys of the device after it."""
     rows, columns = np.indices((6, 6)) // 2
     hidden = columns == (rows + 1) % 3
     port = port_of(layer(), {"softmax": lambda s: softmax(np.where(hidden, -np.inf, s))})

@@ -548,7 +548,7 @@ _SHAPES = (
     "`query`, `key` and `value` must have shapes (B, T, H, d_k), (B, S, K, d_k) and "
     "(B, S, K, d_v), H a multiple of K. Received: "
 )
-_HEADS_REMEDY = " Move heads behind the length if they stand before it."
+_HEADS_REMEDY = " Move heads after the length if they stand before it."
 _WINDOW = (
     "`window` must be (left, right), each None or an integer of at least 0, the keys visible on "
     "that side of the query's own position. Received: "

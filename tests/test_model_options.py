@@ -263,7 +263,7 @@ ORDERS: dict[str, dict[str, Any]] = {
         "kind": "layer", "over": "heads", "use_bias": True}},
     "a norm of all heads": {"rotary": {"layout": "interleaved"}, "query_key_norm": {
         "over": "width"}},
-    "a norm behind": {"rotary": {"layout": "interleaved", "dim": 4}, "query_key_norm": {
+    "a norm after": {"rotary": {"layout": "interleaved", "dim": 4}, "query_key_norm": {
         "after_rotary": True}},
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 The cases and their expected numbers come from the package `onnx`. What the operators have besides
 attention is done here in NumPy: heads are packed and unpacked, keys of a past stand before the new
-ones, a short mask hides what lies behind it.
+ones, a short mask hides what lies after it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _check(case: Case, context: np.ndarray, scores: np.ndarray) -> None:
 
 
 BEYOND = "attention_local_window_with_past"
-"""Its last queries stand behind all keys: a cache has no positions without keys."""
+"""Its last queries stand after all keys: a cache has no positions without keys."""
 WITH_PAST = [
     name
     for name, case in ATTENTION.items()

@@ -31,7 +31,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     },
     "gate of each head with sinks": {"gate": "head", "sinks": True, "alibi": True},
     "olmo 2": {"query_key_norm": {"kind": "rms", "over": "width"}, "rotary": {"dim": 4}},
-    "norm behind rotary": {
+    "norm after rotary": {
         "query_key_norm": {"kind": "layer", "use_bias": True, "after_rotary": True},
         "rotary": {"layout": "interleaved", "columns": "last", "dim": 4},
     },

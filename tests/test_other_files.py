@@ -426,7 +426,7 @@ def extension(content: bytes) -> bytes:
         (b"\x81\xa1a" * 40 + b"\xc0", "its dicts are nested more than 32 deep"),
         (b"\x81\xa1a\xc1", "byte 3 is none of msgpack's"),
         (b"\x81\xc0\xc0", "a key is no text"),
-        (b"\x81\xa1a\xc0\xc0", "there are bytes behind its end"),
+        (b"\x81\xa1a\xc0\xc0", "there are bytes after its end"),
         (b"\x81\xa1a" + extension(b"\x93\x91\x05\xa7float32\xc4\x04aaaa"), "has 4 bytes"),
         (b"\x81\xa1a" + extension(b"\x93\x91\xff\xa7float32\xc4\x04aaaa"), "a shape that is none"),
         (b"\x81\xa1a" + extension(b"\x93\x91\x01\xa6object\xc4\x08aaaaaaaa"), "not numbers"),

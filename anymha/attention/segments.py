@@ -4,7 +4,7 @@
 
 The booleans are made tile by tile. What a segment holds changes no bit of another: a hidden key has
 the weight zero, but ``0 * NaN`` is NaN, so NaN and infinities become zeros before the products, and
-the queries of the segment that holds them become NaN behind these.
+the queries of the segment that holds them become NaN after these.
 
 References:
     M. Krell et al., "Efficient Sequence Packing without Cross-contamination" (2021).

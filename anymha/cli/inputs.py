@@ -46,7 +46,7 @@ def make_cases(
     Those of "self" have one input, the others a query (2, 5, D) and a value and a key (2, 7, D);
     "causal" has the causal mask; "padded" and "self-masked" a mask of its own for each query, one
     of which attends to nothing, and a second key sequence that is shorter. "decoded" has three
-    sequences of the length `longest`, with padding in front, behind and between.
+    sequences of the length `longest`, with padding in front, at the end and between.
     """
     rng = np.random.default_rng(20170612)
 

@@ -30,7 +30,7 @@ class Tiles:
         count: Number of tiles.
         height: Queries in a tile, an even number but in the last tile of all.
         key_start: The first key.
-        key_stop: The key behind the last.
+        key_stop: The key after the last.
     """
 
     start: int
@@ -41,7 +41,7 @@ class Tiles:
 
     @property
     def stop(self) -> int:
-        """The query behind the last."""
+        """The query after the last."""
         return self.start + self.count * self.height
 
     def single(self) -> Iterator[Tiles]:
@@ -76,7 +76,7 @@ def plan_tiles(
 
 
 def seen_keys(position_mask: PositionMask, start: int, stop: int, keys: int) -> tuple[int, int]:
-    """The first key that queries from `start` to `stop` see, and the one behind the last.
+    """The first key that queries from `start` to `stop` see, and the one after the last.
 
     One more where they see none, so that there is something to be masked.
     """

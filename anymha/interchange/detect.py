@@ -69,8 +69,8 @@ class LayoutFit:
         naming: The layout, and its names in the file.
         names: The file's names by the layout's, without the layer's prefix.
         shapes: Shapes by the layout's names.
-        unknown: Names behind the prefix that the layout does not know, and that are no buffers.
-        masks: Names behind the prefix that are buffers if their values are those of a causal mask.
+        unknown: Names after the prefix that the layout does not know, and that are no buffers.
+        masks: Names after the prefix that are buffers if their values are those of a causal mask.
         options: Sizes and options that the model's configuration states.
     """
 
@@ -172,7 +172,7 @@ class LayerGroup:
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Names behind the prefix that no layout which fits knows."""
+        """Names after the prefix that no layout which fits knows."""
         unknown = [dict.fromkeys(fit.unknown) for fit in self.fits] or [{}]
         return tuple(name for name in unknown[0] if all(name in other for other in unknown))
 
@@ -199,7 +199,7 @@ def find_layers(
     Returns:
         A group for each kind of layer: `pattern`, what their names begin with, with letters for
         numbers; `prefixes`, what the names of each begin with; `fits`, the layouts that they may
-        have, the likeliest first, each with its `name`, its `names` (the names behind the prefix by
+        have, the likeliest first, each with its `name`, its `names` (the names after the prefix by
         the layout's names), its `config` (None where the number of heads is open) and its `needs`;
         `layout`, the one that the configuration names, or where there is none, the only one that
         fits, else None;
@@ -313,7 +313,7 @@ def _judge(found: list[LayoutFit], own: Mapping[str, Tensor], kind: str, prefix:
 
     Args:
         found: The layouts whose names it has.
-        own: Its arrays by their names behind the prefix.
+        own: Its arrays by their names after the prefix.
         kind: What its projections are where they are no plain weights.
         prefix: What its names begin with.
     """
@@ -370,7 +370,7 @@ def _narrow(fits: list[LayoutFit], own: Mapping[str, Tensor]) -> str:
 def _own_names(
     index: NameIndex, prefix: str, layers: Container[str], claimed: Mapping[str, str]
 ) -> list[str]:
-    """The names behind a prefix that belong to no other layer."""
+    """The names after a prefix that belong to no other layer."""
     return [
         name
         for name in index.beginning(prefix)

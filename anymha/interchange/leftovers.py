@@ -46,7 +46,7 @@ _ATTENTION = re.compile(r"att(entio)?n|mha", re.IGNORECASE)
 """What the module of an attention layer is called; another one may be a whole block."""
 _DROPOUT = re.compile(r"drop")
 _NORM_AFTER = re.compile(r"layer_?norm", re.IGNORECASE)
-"""The norm behind the output projection, in a module of both, as in BERT."""
+"""The norm after the output projection, in a module of both, as in BERT."""
 _PROJECTED = re.compile(r"(^|_)(q|k|v|qk|kv|qkv|query|key|value)(?![a-z])")
 
 _MARKS = {
@@ -179,7 +179,7 @@ def may_be_mask(name: str, dtype: np.dtype) -> bool:
 def learned(name: str, array: np.ndarray) -> str | None:
     """Why an array under a mask's name is no causal mask by its values; None where it is one.
 
-    A mask has a 1, or a 0 where the others are far below, where a query sees a key: nowhere behind
+    A mask has a 1, or a 0 where the others are far below, where a query sees a key: nowhere after
     its own position. An array of one value changes nothing.
     """
     if array.ndim < 2 or not may_be_mask(name, array.dtype):
@@ -195,7 +195,7 @@ def learned(name: str, array: np.ndarray) -> str | None:
 
 
 def is_own(name: str, modules: Iterable[str], prefix: str) -> bool:
-    """Whether a name behind a layer's prefix is the layer's.
+    """Whether a name after a layer's prefix is the layer's.
 
     Without a prefix it may be any other module's: the layer's are those beside the projections, or
     within one of the layer's own modules, as ``self.q_norm.weight`` beside ``self.query``.

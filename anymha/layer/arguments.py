@@ -181,7 +181,7 @@ OPTIONS = (
 )  # fmt: skip
 
 CALL_ARGUMENTS: tuple[CallArgument, ...] = (*INPUTS, *ARRAYS, *OPTIONS)
-"""All of them, in the order of the signature; those behind the inputs are keyword-only."""
+"""All of them, in the order of the signature; those after the inputs are keyword-only."""
 
 BY_NAME = {argument.name: argument for argument in CALL_ARGUMENTS}
 KEYWORDS = {argument.name: argument for argument in (*ARRAYS, *OPTIONS)}
@@ -191,7 +191,7 @@ PLACES = {"B": 0, "H": 1, "T": 2, "S": 3}
 
 
 def call_parameters() -> list[inspect.Parameter]:
-    """The parameters of a layer's call, behind `self`."""
+    """The parameters of a layer's call, after `self`."""
     kinds = inspect.Parameter
     return [
         kinds(

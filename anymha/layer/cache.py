@@ -239,7 +239,7 @@ class Cache(Nested):
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
             new.__dict__["_known"] = wanted
             return new if is_same else new._cleared(ops)
-        return new._share(self, wanted)  # what lies behind is cleared at the next call
+        return new._share(self, wanted)  # what lies after is cleared at the next call
 
     def reorder(self, indices: Any) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
@@ -367,7 +367,7 @@ class Cache(Nested):
             self._sharing.is_differentiated = True
 
     def _claim(self, known: np.ndarray) -> Any:
-        """What a call that may write positions behind `known` holds until `_after`; else None.
+        """What a call that may write positions after `known` holds until `_after`; else None.
 
         After a call that fails nothing is written any more: the next one copies.
         """
@@ -380,7 +380,7 @@ class Cache(Nested):
         return None
 
     def _may_write(self, known: np.ndarray) -> bool:
-        """Whether no other cache holds what positions behind `known` would overwrite."""
+        """Whether no other cache holds what positions after `known` would overwrite."""
         sharing = self._sharing
         if sharing.is_differentiated:
             return False

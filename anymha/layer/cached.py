@@ -1,9 +1,9 @@
 """Calls that have a cache or a memory: what is appended, and what their queries see.
 
-New positions of a row stand behind those that it holds: at ``lengths[b]``, ``lengths[b] + 1``, ...
-Those that `value_mask` leaves out are put behind the others first, and their outputs back to their
-places at the end; so all that follows knows rows whose padding is behind. A query sees what stands
-at or before its own position:
+New positions of a row stand after those that it holds: at ``lengths[b]``, ``lengths[b] + 1``, ...
+Those that `value_mask` leaves out are put after the others first, and their outputs back to their
+places at the end; so all that follows knows rows whose padding is at the end. A query sees what
+stands at or before its own position:
 
     static cache          all slots up to it
     ring, one position    all slots that hold what its window sees

@@ -102,7 +102,7 @@ PEERS: Mapping[str, str] = {
 FUNCTION_PEERS: Mapping[str, str] = {
     # torch.nn.functional.scaled_dot_product_attention
     "attn_mask": "Pass a boolean one as `mask`, True = may attend as there, and a floating one as "
-    "`bias`; heads stand behind the length here, before it there.",
+    "`bias`; heads stand after the length here, before it there.",
     "dropout_p": "Pass `dropout`.",
     "enable_gqa": "Leave it out: fewer key heads than query heads are seen in the shapes.",
     # jax.nn.dot_product_attention, flax

@@ -454,7 +454,7 @@ class CapabilityTests(BackendTests):
                 pytest.skip("`resized` does not serve this device")
             Returned(f"resized(x, {shape})", ops.to_numpy(found)).equals(expected)
             kept = array if given is array else ops.to_numpy(given)
-            Returned(f"x behind resized(x, {shape})", kept).equals(before)
+            Returned(f"x after resized(x, {shape})", kept).equals(before)
 
     def test_has_values_is_true_in_an_eager_call(self, ops: Any) -> None:
         """An overflow of a cache would not be seen otherwise."""

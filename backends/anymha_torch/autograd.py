@@ -44,7 +44,7 @@ class Loop:
         return self._called(index, self._parts(index, arrays))
 
     def results(self, arrays: Tensors) -> list[torch.Tensor]:
-        """The results of all rounds, one behind the other."""
+        """The results of all rounds, one after the other."""
         gathered: list[torch.Tensor] = []
         for index in range(self.count):
             found = self.round(index, arrays)

@@ -7,7 +7,7 @@ The tiles, the softmax in one pass over the keys, and the gradients are those of
     dQ = scale * dS K,  dK = scale * dS^T Q
 
 The keep mask is made where it is needed, bit for bit as `anymha.attention.dropout` says. A word of
-its generator decides for an even query and for the odd one behind it; so a program has a tile of
+its generator decides for an even query and for the odd one after it; so a program has a tile of
 even queries and a tile of odd ones, which share a tile of words. Without dropout there are no
 words, and what `threshold` decides is left out of the program. Tiles whose queries see none of
 the keys are left out. Nothing is added atomically: the results are the same in every run.
@@ -80,7 +80,7 @@ def _dropped(x, words, threshold, odd: tl.constexpr):
 
 @triton.jit
 def _load_rows(array, rows, row_stride, columns, row_count, column_count):
-    """Rows of a matrix, zeros behind its last row and column; `rows` and `columns` broadcast."""
+    """Rows of a matrix, zeros after its last row and column; `rows` and `columns` broadcast."""
     inside = (rows < row_count) & (columns < column_count)
     return tl.load(array + rows.to(tl.int64) * row_stride + columns, mask=inside, other=0.0)
 
@@ -566,7 +566,7 @@ def _start(
 
 
 def _with_near_features(x: torch.Tensor) -> torch.Tensor:
-    """An array whose features lie one behind the other."""
+    """An array whose features lie one after the other."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 

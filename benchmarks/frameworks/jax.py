@@ -182,7 +182,7 @@ def _by_hand(problem: Problem) -> Layer:
     )
 
     def attend(q: Any, k: Any, v: Any, key: Any) -> Any:
-        if today is not None:  # whose tables are of (T, d), and heads behind the length
+        if today is not None:  # whose tables are of (T, d), and heads after the length
             q, k = (x.swapaxes(1, 2) for x in today.heads(q.swapaxes(1, 2), k.swapaxes(1, 2)))
         logits = jnp.einsum("bthd,bshd->bhts", q / math.sqrt(case.key_dim), k)
         if mask is not None:

@@ -205,7 +205,7 @@ def keras_weights(folder: Path) -> Files:
 
 
 def whole_h5(folder: Path) -> Files:
-    """As Keras 2 saves a whole model: its configuration, lists of names, and `:0` behind them."""
+    """As Keras 2 saves a whole model: its configuration, lists of names, and `:0` after them."""
     h5py: Any = importlib.import_module("h5py")
     stream = io.BytesIO()
     config = {"class_name": "Functional", "config": {"layers": [{"class_name": "Dense"}] * 3}}

@@ -24,8 +24,8 @@ def features_of(config: Any) -> tuple[Feature, ...]:
     places = {kind.option: float(place) for place, kind in enumerate(FEATURES)}
 
     def place(feature: Feature) -> float:
-        behind = places.get(feature.behind)
-        return places[feature.option] if behind is None else behind + 0.5
+        after = places.get(feature.after)
+        return places[feature.option] if after is None else after + 0.5
 
     made = [kind.from_config(config) for kind in FEATURES]
     return tuple(sorted((feature for feature in made if feature is not None), key=place))

@@ -69,8 +69,8 @@ class Feature:
     adds_by_position: ClassVar[bool] = False
 
     @property
-    def behind(self) -> str:
-        """The option behind which the feature acts; empty for its place in `FEATURES`."""
+    def after(self) -> str:
+        """The option after which the feature acts; empty for its place in `FEATURES`."""
         return ""
 
     @property
@@ -166,7 +166,7 @@ class Feature:
         return logits
 
     def bias(self, ops: Ops, arrays: Mapping[str, Array], like: Array) -> Array | None:
-        """What is added to the logits of a tile behind `logits`, (B, H, T, S); None for nothing.
+        """What is added to the logits of a tile after `logits`, (B, H, T, S); None for nothing.
 
         Args:
             ops: The backend.

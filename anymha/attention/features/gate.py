@@ -4,7 +4,7 @@
     context = context * g
 
 W is a projection of the layer's query input, called as the other four: "gate.kernel" is
-(D_q, H, d_v), or (D_q, H) with one number for each head. It acts behind the values and before the
+(D_q, H, d_v), or (D_q, H) with one number for each head. It acts after the values and before the
 output projection, so that a framework's kernel computes the rest.
 
 References:

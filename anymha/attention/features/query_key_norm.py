@@ -96,7 +96,7 @@ class HeadNorm(Feature):
     norm: QueryKeyNorm
 
     @property
-    def behind(self) -> str:
+    def after(self) -> str:
         """Rotary positions, where it acts after these."""
         return "rotary" if self.norm.after_rotary else ""
 

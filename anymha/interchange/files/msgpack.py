@@ -56,7 +56,7 @@ class MsgpackReader(StreamReader):
     def _parse(self) -> None:
         self.set_tensors(self._walk((), 0))  # which looks at each name before the next is made
         if self._stream.tell() != self._size:
-            raise Malformed("there are bytes behind its end")
+            raise Malformed("there are bytes after its end")
 
     def _walk(self, keys: tuple[str, ...], depth: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the value that comes next."""

@@ -77,7 +77,7 @@ def _bias(
 
 
 def _former(node: Node, matrix: str, bias: str | None, uses: Counter[str]) -> str | None:
-    """The name that a matrix had, by its node and the bias behind it; None if it is not certain."""
+    """The name that a matrix had, by its node and the bias after it; None if it is not certain."""
     scope = _SCOPE.fullmatch(node.name)
     by_node = f"{scope[1].replace('/', '.')}.{_WEIGHT}" if scope else None
     by_bias = None

@@ -21,7 +21,7 @@ from anymha.interchange.files.streams import Malformed
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 FOOTER = 48
 TRAILER = 5
-"""The bytes behind a block: how it is packed, and its checksum."""
+"""The bytes after a block: how it is packed, and its checksum."""
 MAX_ENTRIES, MAX_BLOCKS = 100_000, 4_000
 
 

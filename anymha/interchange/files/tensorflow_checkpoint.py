@@ -225,7 +225,7 @@ class TensorflowReader(Reader):
         return names | {key: name for key, name in full.items() if counts[name] == 1}
 
     def _graph(self, place: _Place) -> bytes:
-        """The graph of objects: a text behind its length and the checksum of the length."""
+        """The graph of objects: a text after its length and the checksum of the length."""
         if place.size > MAX_INDEX:
             raise Malformed(f"its graph of objects takes {place.size} bytes")
         self._check("the graph of objects", place, Tensor((place.size,), np.dtype(np.uint8)))

@@ -1,7 +1,7 @@
 """torch's distributed checkpoints (DCP): a folder whose ``.metadata`` says where each piece lies.
 
 The metadata is a pickle, which torch would run; here it is read as data, like every pickle. Each
-piece of a tensor is a file of torch of its own, one behind another in the ``.distcp`` files.
+piece of a tensor is a file of torch of its own, one after another in the ``.distcp`` files.
 
 References:
     PyTorch 2.13, ``torch/distributed/checkpoint/metadata.py`` and ``filesystem.py``.

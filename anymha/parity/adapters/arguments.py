@@ -79,7 +79,7 @@ class Parameters:
         inputs = [p for p in places if not _is_option(p)][:3]
         led = [a is b for a, b in zip(places, inputs, strict=False)]
         front = led.index(False) if False in led else len(led)
-        # Inputs behind the first option cannot be given by their place.
+        # Inputs after the first option cannot be given by their place.
         names = ["" if i < front else p.name for i, p in enumerate(inputs)]
         others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
         unknown = [p.name for p in others if p.default is p.empty and not _is_option(p)]

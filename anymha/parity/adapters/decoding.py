@@ -27,10 +27,10 @@ from anymha.parity.oracle.truth import Folded
 from anymha.parity.stages.trace import Adapter, Request, Trace, as_numpy
 
 DRAFT = 2
-"""How many positions are read and taken back behind each call, where `truncate` is tried."""
+"""How many positions are read and taken back after each call, where `truncate` is tried."""
 
 ROWS = ("query", "key", "value", "context", "output")
-"""The stages with a position in their axis 1; the others have queries and keys behind the heads."""
+"""The stages with a position in their axis 1; the others have queries and keys after the heads."""
 
 Cache = Any
 Step = Callable[..., Any]
@@ -70,8 +70,8 @@ def decoding(
 
     What `compare` takes is the whole sequences, x (B, T, D); they are read in pieces, and the
     outputs of all pieces are compared with those of one causal call over each row's sequence. With
-    `value_mask` (B, T) in the call, positions where it is False are padding, in front, behind or
-    between, which the cache does not hold; their outputs are not compared.
+    `value_mask` (B, T) in the call, positions where it is False are padding, in front, at the end
+    or between, which the cache does not hold; their outputs are not compared.
 
     Args:
         step: A function ``step(x, cache) -> (output, cache)`` of the next positions x (B, t, D), in
@@ -86,9 +86,9 @@ def decoding(
         join: A function of a list of caches, of one row each: then each row of the first piece is
             read alone, and the caches are joined. True for a layer of anymha.
         truncate: A function of a cache and its lengths (B,) before: then two positions more are
-            read behind each piece, and taken back. True for a layer of anymha.
+            read after each piece, and taken back. True for a layer of anymha.
         reorder: A function of a cache and indices (B,): then the rows of the batch stand in
-            another order behind the first piece. True for a layer of anymha.
+            another order after the first piece. True for a layer of anymha.
 
     Returns:
         An object that `compare` and `assert_parity` take as an implementation.
@@ -273,7 +273,7 @@ class Stepwise:
         return next((n for n in ("positions", "position_ids") if n in self.names), None)
 
     def _read(self, request: Request, pieces: tuple[int, ...]) -> np.ndarray:
-        """The outputs of all pieces, one behind the other."""
+        """The outputs of all pieces, one after the other."""
         rows, made = _Rows.of(request, self.ops), self.decoding
         batch, length = rows.valid.shape
         first, outputs = pieces[0], []
@@ -515,7 +515,7 @@ def _check_frequencies(decoding: Stepwise, pair: tuple[Adapter, Adapter], reques
             raise LayoutError(
                 f"{decoding.name} cannot be compared with one causal call: the rotary frequencies "
                 f"of rope_type {kind!r} depend on the number of keys, and change between pieces "
-                f"behind which rows hold {', '.join(map(str, sorted(held)))}. Read the sequences "
+                f"after which rows hold {', '.join(map(str, sorted(held)))}. Read the sequences "
                 f"in one piece, `steps=({valid.shape[1]},)`, or give shorter ones."
             )
 

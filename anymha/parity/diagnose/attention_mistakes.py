@@ -275,7 +275,7 @@ def _added(recipe: Recipe) -> Iterator[Family]:
 
 
 def _other_base(recipe: Recipe) -> Iterator[Family]:
-    """Powers of 2 or of 10 in place of e, behind bias and masks; no other base is looked for."""
+    """Powers of 2 or of 10 in place of e, after bias and masks; no other base is looked for."""
     for base in (2, 10):
 
         def make(times: float) -> Recipe:
@@ -571,9 +571,9 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
         same = recipe.stages[one].shape == recipe.stages[other].shape
         if same and not np.array_equal(x[one], x[other]):  # else it is one of the weights
             behind = recipe.stepping(one, recipe.steps[other])
-            yield f"behind the projections the {other} for the {one}", behind
+            yield f"after the projections the {other} for the {one}", behind
             if one > other:
-                words = f"behind the projections {other} and {one} exchanged"
+                words = f"after the projections {other} and {one} exchanged"
                 yield words, behind.stepping(other, recipe.steps[one])
 
 
@@ -661,7 +661,7 @@ _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "leaky relu, 0.2": lambda x: np.where(x > 0, x, 0.2 * x),
     "leaky relu, 0.3": lambda x: np.where(x > 0, x, 0.3 * x),
 }
-"""Functions that stand behind the layers of other networks."""
+"""Functions that stand after the layers of other networks."""
 
 
 def _activated(recipe: Recipe) -> Variants:

@@ -107,12 +107,12 @@ def _over_heads(recipe: Recipe) -> Variants:
                     return _memory(mixed, "BTHd", merged, "BTHd")
 
                 words = f"of each position{said}" + ", the causal mask over the heads" * masked
-                words += ", and heads and positions exchanged behind it" * (merged != "BTHd")
+                words += ", and heads and positions exchanged after it" * (merged != "BTHd")
                 yield words, recipe.stepping("context", step)
 
 
 USUAL = ("BHTd", "BTHd")
-"""Heads before positions, and behind them: the axes that are most often taken for each other."""
+"""Heads before positions, and after them: the axes that are most often taken for each other."""
 
 
 def _merged_usually(recipe: Recipe) -> Variants:
@@ -150,7 +150,7 @@ def _merged(recipe: Recipe) -> Variants:
         yield _words(written, read), recipe.stepping("context", step)
     for written, read in _orders():
         if written[0] == read[0] == "B":
-            words = f"{_words(written, read)}, behind a context that is right"
+            words = f"{_words(written, read)}, after a context that is right"
             yield words, _merged_late(recipe, written, read)
 
 
@@ -230,7 +230,7 @@ def _other_sequences(recipe: Recipe) -> Variants:
         return
     orders["the first for all"], orders["the last for all"] = 0 * rows, 0 * rows + count - 1
     orders["the one before each"] = np.roll(rows, 1)
-    orders["the one behind each"] = np.roll(rows, -1)
+    orders["the next of each"] = np.roll(rows, -1)
     for parts in (n for n in range(2, count) if count % n == 0):
         sizes = f"({parts}, {count // parts})"
         orders[f"in the order of {sizes} read the other way round"] = rows.reshape(

@@ -20,7 +20,7 @@ EMPTY = -1
 """Stands for the column of a slot that holds zeros, or what another row had there."""
 
 Lengths = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""The lengths (B,) behind a truncation, from those that are held and the right ones."""
+"""The lengths (B,) after a truncation, from those that are held and the right ones."""
 
 
 def _right(held: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -37,9 +37,9 @@ class _Buffer:
     recipe: Recipe
     facts: Decoded
     lengths: Lengths = _right  # How it is truncated
-    # Of which rows keys, values and lengths are behind the first call, (B,); None: their own
+    # Of which rows keys, values and lengths are after the first call, (B,); None: their own
     moved: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-    # Another length behind the first call for each row, from those that are right
+    # Another length after the first call for each row, from those that are right
     begun: Callable[[np.ndarray], np.ndarray] | None = None
     cleared: int = 0  # How many of the last positions that are kept are cleared
     newest: bool = False  # Whether the last positions are kept in place of the first
@@ -103,7 +103,7 @@ class _Buffer:
             self.held[row] = kept
 
     def made(self) -> Recipe:
-        """The recipe: behind the columns stand the drafts, and zeros of each slot."""
+        """The recipe: after the columns stand the drafts, and zeros of each slot."""
         recipe, facts, length = self.recipe, self.facts, self.length
         most = max(len(held) for rows in self.contents for held in rows)
         rows, drafts = self.drafts.shape
@@ -139,7 +139,7 @@ class _Buffer:
 
 def _truncated(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
     """Words, and the buffer that is truncated so."""
-    first = 0 if facts.turned is None else int(facts.turned[0])  # that stands first behind call 0
+    first = 0 if facts.turned is None else int(facts.turned[0])  # that stands first after call 0
     last = len(facts.valid) - 1 if facts.turned is None else int(facts.turned[-1])
     read = facts.drafted
     told: dict[str, Lengths] = {
@@ -158,7 +158,7 @@ def _truncated(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
     for of, row in {
         "the longest row": np.max, "the shortest row": np.min, "row 0": lambda x: x[first],
         "the last row": lambda x: x[last], "the row before": lambda x: np.roll(x, 1),
-        "the row behind": lambda x: np.roll(x, -1),
+        "the next row": lambda x: np.roll(x, -1),
     }.items() if len(facts.valid) > 1 else ():  # fmt: skip
         told[f"to the length of {of}"] = lambda held, right, row=row: row(right) + 0 * right
         words = f"to the length of {of}, where the row is longer"
@@ -175,15 +175,15 @@ def _truncated(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
 
 
 def _moved(recipe: Recipe, facts: Decoded) -> Iterator[tuple[str, _Buffer]]:
-    """Words, and the buffer whose rows are reordered or joined so, behind the first call."""
+    """Words, and the buffer whose rows are reordered or joined so, after the first call."""
     rows = np.arange(len(facts.valid))
     order = rows if facts.turned is None else facts.turned
-    at = np.argsort(order)  # where each row stands behind the first call
+    at = np.argsort(order)  # where each row stands after the first call
     sources = {
         "not moved": at, "moved the other way": at[at], "moved twice": order[order[at]],
         "those of the rows from the last to the first": rows[::-1][at],
         "those of the row before": order[(at - 1) % len(rows)],
-        "those of the row behind": order[(at + 1) % len(rows)],
+        "those of the next row": order[(at + 1) % len(rows)],
         "those of the first row for all": 0 * rows, "those of the last row for all":
         0 * rows + rows[-1],
     }  # fmt: skip

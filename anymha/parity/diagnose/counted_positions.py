@@ -100,7 +100,7 @@ def _told_once(facts: Decoded, counts: Mapping[str, np.ndarray]) -> dict[str, np
     made = dict[str, np.ndarray]()
     for words, counted in counts.items():
         behind = np.where(later, counted, facts.places)
-        for said, array in (words, counted), (f"{words}, behind the first call", behind):
+        for said, array in (words, counted), (f"{words}, after the first call", behind):
             key = np.asarray(array[facts.valid], int).tobytes()
             if key not in told:
                 told.add(key)
@@ -121,15 +121,15 @@ def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
         "a call counts as one position": calls + 0 * begins,
         "a call counts as one position of its row": facts.rounds,
         "a call begins at 0": 0 * begins,
-        "a call begins behind all columns before it, padding counted": columns + 0 * begins,
+        "a call begins after all columns before it, padding counted": columns + 0 * begins,
         "padding of the first call counted": np.where(first, 0, begins - prompt + padded),
-        "padding of calls behind the first counted": np.where(first, 0, columns - padded + prompt),
-        "calls behind the first begin where it ends": np.where(first, 0, prompt),
-        "calls behind the first begin where it ends, padding counted":
+        "padding of calls after the first counted": np.where(first, 0, columns - padded + prompt),
+        "calls after the first begin where it ends": np.where(first, 0, prompt),
+        "calls after the first begin where it ends, padding counted":
             np.where(first, 0, padded) + 0 * begins,
-        "each call behind the first counts as one position":
+        "each call after the first counts as one position":
             np.where(first, 0, prompt + before),
-        "each call behind the first counts as one position, padding of the first counted":
+        "each call after the first counts as one position, padding of the first counted":
             np.where(first, 0, padded + before) + 0 * begins,
         "a call begins with the one before": np.where(first, 0, begins[:, old]),
         "a call begins at the count of the one before": np.where(
@@ -147,7 +147,7 @@ def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
     for of, row in {
         "the longest row": begins.max(0), "the shortest row": begins.min(0), "row 0": begins[0],
         "the last row": begins[-1], "the row before": np.roll(begins, 1, 0),
-        "the row behind": np.roll(begins, -1, 0),
+        "the next row": np.roll(begins, -1, 0),
     }.items():  # fmt: skip
         told[f"a call begins at the length of {of}"] = row + 0 * begins
     window = recipe.window
@@ -177,9 +177,9 @@ def _indices(facts: Decoded) -> dict[str, np.ndarray]:
 
 
 def _bounded(facts: Decoded) -> dict[str, np.ndarray]:
-    """Positions that end at a greatest one, or begin again behind it."""
+    """Positions that end at a greatest one, or begin again after it."""
     made = {"each position counts twice": 2 * facts.places}
     for size in range(int(facts.ends.max()) - 1, 1, -1):
         made[f"{size - 1} at most"] = np.minimum(facts.places, size - 1)
-        made[f"from 0 again behind {size - 1}"] = facts.places % size
+        made[f"from 0 again after {size - 1}"] = facts.places % size
     return made

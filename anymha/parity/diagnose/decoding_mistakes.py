@@ -71,7 +71,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     own, first, single = calls[:, None] == calls, calls == 0, np.bincount(calls)[calls] == 1
     yield from _seen(recipe, {
         "a call does not see its own positions": seen & old,
-        "calls behind the first do not see their own positions": seen & (old | first[:, None]),
+        "calls after the first do not see their own positions": seen & (old | first[:, None]),
         "the last position that the cache holds is not seen":
             seen & ~(old & (facts.places[:, None] == facts.begins[..., None] - 1)),
         "a call sees the first one and itself alone": seen & (own | first),
@@ -88,9 +88,9 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     alone = np.where(first, facts.places, facts.ends[:, :1] + facts.places - facts.begins)
     near = in_window(recipe, alone[:, :, None] - alone[:, None])
     both = dict.fromkeys(("positions", "key_positions"), given(recipe, alone, facts.places))
-    yield "calls behind the first begin where it ends", seeing(
+    yield "calls after the first begin where it ends", seeing(
         recipe, facts.valid[:, None] & past(facts) & near & (own | first), **both)  # fmt: skip
-    # One position of each call behind the first, by which the length grows
+    # One position of each call after the first, by which the length grows
     index = facts.places - facts.begins
     grown = facts.ends[:, :1] + np.maximum(facts.rounds - 1, 0) + index
     counted = np.where(first, facts.places, grown)
@@ -98,13 +98,13 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     both = dict.fromkeys(("positions", "key_positions"), given(recipe, counted, facts.places))
     for words, at in (("first", facts.begins), ("last", facts.ends - 1)):
         held = own | first | (facts.places == at)[:, None]
-        yield f"of calls behind the first the {words} position alone is held and counted", seeing(
+        yield f"of calls after the first the {words} position alone is held and counted", seeing(
             recipe, facts.valid[:, None] & past(facts) & near & held, **both)  # fmt: skip
     for of, lost in {
         "before the query's are not held": old,
-        "behind the first are not held": old & ~first,
-        "behind the first are not written": np.broadcast_to(~first, old.shape),
-        "behind the first but their last position are not written": np.broadcast_to(
+        "after the first are not held": old & ~first,
+        "after the first are not written": np.broadcast_to(~first, old.shape),
+        "after the first but their last position are not written": np.broadcast_to(
             (~first & (facts.places != facts.ends - 1))[:, None], (len(facts.valid), *old.shape)
         ),
         "of one position are not held": old & single,
@@ -122,7 +122,7 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
     lost = np.broadcast_to(old & ~first, seen.shape)
     for words, keys, values in (("keys and values", True, True), ("keys", True, False),
                                 ("values", False, True)):  # fmt: skip
-        detail = f"{words} of calls behind the first are not held, the last one that is is repeated"
+        detail = f"{words} of calls after the first are not held, the last one that is is repeated"
         yield detail, replaced(recipe, lost, lambda x: x[np.arange(len(x)), last][:, None] + 0 * x,
                                keys, values)  # fmt: skip
 
@@ -133,7 +133,7 @@ def _own_hidden(recipe: Recipe, facts: Decoded) -> Variants:
     seen, own, calls = right(recipe, facts), np.eye(len(facts.calls), dtype=bool), facts.calls
     for words, which in (
         ("", np.ones_like(calls, bool)),
-        (" in calls behind the first", calls > 0),
+        (" in calls after the first", calls > 0),
     ):
         less = seen & ~(own & which[:, None])
         empty = ~less.any(-1, keepdims=True) & facts.valid[..., None]
@@ -158,7 +158,7 @@ def _exchanged(recipe: Recipe, facts: Decoded) -> Variants:
         "all that is held": old,
         "in each call anew": old & (often % 2 == 1),
         "those of the first call": old & first,
-        "those of calls behind the first": old & ~first,
+        "those of calls after the first": old & ~first,
     }.items():
         yield words, exchanged(recipe, np.broadcast_to(pairs, (len(facts.valid), *old.shape)))
 
@@ -169,10 +169,10 @@ def _dropped(recipe: Recipe, facts: Decoded) -> Variants:
     places, near = facts.places, right(recipe, facts)
     count = facts.begins - facts.begins[:, :1]
     for words, lost in {
-        "the first position, in each call behind the first": facts.rounds,
-        "the first position, in each call behind the second": np.maximum(facts.rounds - 1, 0),
-        "the first position, in calls behind the first": np.minimum(facts.rounds, 1),
-        "as many of the first positions as calls behind the first read": np.where(
+        "the first position, in each call after the first": facts.rounds,
+        "the first position, in each call after the second": np.maximum(facts.rounds - 1, 0),
+        "the first position, in calls after the first": np.minimum(facts.rounds, 1),
+        "as many of the first positions as calls after the first read": np.where(
             facts.calls > 0, facts.ends - facts.ends[:, :1], 0
         ),
         "as many of the first positions as the cache held": count,
@@ -242,8 +242,8 @@ def _off_by_one(recipe: Recipe, facts: Decoded) -> Variants:
     grown = 2 * len(facts.calls)
     for words, slots in {
         "each position one slot late": places + 1,
-        "calls behind the first one slot late": places + later,
-        "calls behind the first one slot early": places - later,
+        "calls after the first one slot late": places + later,
+        "calls after the first one slot early": places - later,
         "calls of one position one slot early": np.maximum(places - single, 0),
         "calls of one position one slot late": places + single,
         "each call one slot earlier than the one before": np.maximum(places - facts.rounds, 0),
@@ -270,7 +270,7 @@ def _row_of_another(facts: Decoded) -> Iterator[tuple[str, np.ndarray]]:
     rows = np.arange(len(facts.valid))
     for words, row in (("row 0", 0), ("the last row", len(rows) - 1)):
         yield f"{words} for all", np.full_like(rows, row)
-    for by, words in ((1, "before"), (-1, "behind")) if len(rows) > 1 else ():
+    for by, words in ((1, "before"), (-1, "after")) if len(rows) > 1 else ():
         yield f"the row {words}", np.roll(rows, by)
     if len(rows) > 2:
         yield "the rows from the last to the first", rows[::-1]
@@ -320,7 +320,7 @@ def _longest(recipe: Recipe, facts: Decoded) -> Variants:
                 f"as many slots are seen as the {said} has",
                 in_slots(recipe, facts, places, slots),
             )
-            held = f"written behind the {said}"
+            held = f"written after the {said}"
             yield from _in_slots(recipe, facts, held, slots, slots, places)
 
 
@@ -343,7 +343,7 @@ def _padding(recipe: Recipe, facts: Decoded) -> Variants:
     for words, held, counted in (
         ("", np.ones_like(facts.valid), columns),
         ("that of the first call", facts.valid | first, prompt),
-        ("that of calls behind the first", facts.valid | ~first, places + 0),
+        ("that of calls after the first", facts.valid | ~first, places + 0),
     ):
         detail = words or "all of it"
         own_counted = counted[:, :, None] - counted[:, None]
@@ -393,7 +393,7 @@ def _joined(recipe: Recipe, facts: Decoded) -> Variants:
 def _of_call(
     recipe: Recipe, facts: Decoded, other: np.ndarray, which: np.ndarray, call: int
 ) -> np.ndarray:
-    """Other positions of the keys of some calls, as calls behind them see them."""
+    """Other positions of the keys of some calls, as calls after them see them."""
     old = which & (facts.calls < call)
     return given(recipe, np.where(old, other, facts.places), facts.places)
 
@@ -414,9 +414,9 @@ def _rotated_again(recipe: Recipe, facts: Decoded) -> Variants:
     for words, other in {"without rotation": np.zeros_like(places),
                          "turned twice": 2 * places}.items():  # fmt: skip
         counted = given(recipe, np.where(later, other, places), places)
-        yield f"{words} behind the first call, for the call itself too", recipe.but(
+        yield f"{words} after the first call, for the call itself too", recipe.but(
             key_positions=counted)  # fmt: skip
-        yield f"held {words} behind the first call", keys_turned(
+        yield f"held {words} after the first call", keys_turned(
             recipe, facts, partial(_of_call, recipe, facts, other, later))  # fmt: skip
 
     def each(call: int) -> np.ndarray:
@@ -443,7 +443,7 @@ def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
     by = {
         "by their own positions": places[:, None] + 0 * begins[..., None],
         "by the length before": begins[..., None] + 0 * places[:, None],
-        "by the length behind": ends[..., None] + 0 * places[:, None],
+        "by the length after": ends[..., None] + 0 * places[:, None],
         "by the newest position": (ends - 1)[..., None] + 0 * places[:, None],
         "by one position": np.ones((*begins.shape, len(calls)), int),
         "by as many as the call reads": (ends - begins)[..., None] + 0 * places[:, None],
@@ -454,12 +454,12 @@ def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
     # Of whom, when, which calls turn which keys (calls, T), and whether they stay turned.
     turned = (
         ("what is held", "in each call", old, True),
-        ("old and new keys", "in each call behind the first", both & behind_first, True),
+        ("old and new keys", "in each call after the first", both & behind_first, True),
         ("old and new keys", "in each call", both, True),
-        ("those of the first call", "behind it", old & (number == 1)[:, None], True),
+        ("those of the first call", "after it", old & (number == 1)[:, None], True),
         ("old and new keys", "in the second call", both & (number == 1)[:, None], True),
         ("what is held", "as it is read", old, False),
-        ("old and new keys", "as they are read behind the first call", both & behind_first, False),
+        ("old and new keys", "as they are read after the first call", both & behind_first, False),
         ("old and new keys", "as they are read", both, False),
     )
     begun = {"turned again": places, "turned back": places,
@@ -493,7 +493,7 @@ def _normed_again(recipe: Recipe, facts: Decoded) -> Variants:
     for words, often in {
         "what is held normed again in each call": every,
         "what is held normed again as it is read": np.minimum(every, 1),
-        "old and new keys normed again in each call behind the first": (every + 1) * later,
+        "old and new keys normed again in each call after the first": (every + 1) * later,
         "old and new keys normed again in each call": every + 1,
     }.items():
         often = np.where(every < 0, 0, np.minimum(often, most))  # [calls, T]
@@ -525,7 +525,7 @@ def _in_front(recipe: Recipe, facts: Decoded) -> Variants:
     for words, rows in (("longest", np.max), ("shortest", np.min)) if facts.ragged else ():
         begins = rows(facts.begins, axis=0, keepdims=True)
         for said, keys, values in _ONE_OF_BOTH:
-            yield f"{said} alone, behind the {words} row", misaligned(
+            yield f"{said} alone, after the {words} row", misaligned(
                 recipe, facts, begins + index, keys, values)  # fmt: skip
 
 
@@ -606,15 +606,15 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
                  }  # fmt: skip
         for detail, seen in later.items():
             yield words + detail, seeing(recipe, seen)
-            yield f"{words}{detail}, in calls behind the first", seeing(
+            yield f"{words}{detail}, in calls after the first", seeing(
                 recipe, np.where(first[:, None], near, seen))  # fmt: skip
     seen, slots = right(recipe, facts), np.arange(window)
     for words, written in (("", places[..., None] + 1), (", before the call", begins),
-                           (", behind the call", ends)):  # fmt: skip
+                           (", after the call", ends)):  # fmt: skip
         empty = slots >= written
         detail = f"slots are seen that are not yet written{words}"
         yield detail, seeing(recipe, seen, empty)
-        yield f"{detail}, in calls behind the first", seeing(
+        yield f"{detail}, in calls after the first", seeing(
             recipe, seen, empty & ~first[:, None])  # fmt: skip
     turned = places % window
     for words, queries in (("", places), (", those of queries too", turned),
@@ -640,10 +640,10 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
     for size in (most, most + 1, most + 2, *(n for n in CAPACITIES if n > most)):
         empty = np.arange(size) >= facts.ends[..., None]
         yield f"of {size} slots", seeing(recipe, seen, empty)
-        yield f"of {size} slots, in calls behind the first", seeing(recipe, seen, empty & later)
+        yield f"of {size} slots, in calls after the first", seeing(recipe, seen, empty & later)
         whole = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
         yield f"of {size} slots, and the whole call", seeing(recipe, whole, empty)
-        yield (f"of {size} slots, and the whole call, in calls behind the first",
+        yield (f"of {size} slots, and the whole call, in calls after the first",
                seeing(recipe, np.where(later, whole, seen), empty & later))  # fmt: skip
     # One slot too many is seen, the next one
     calls, ends = facts.calls, facts.ends[..., None]
@@ -653,7 +653,7 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
             next_ones = (slots >= ends) & (slots < ends + count)
             for words, which in {
                 "": calls >= 0,
-                ", in calls behind the first": calls > 0,
+                ", in calls after the first": calls > 0,
                 ", in calls of one position": np.bincount(calls)[calls] == 1,
             }.items():
                 if which.any():
@@ -675,7 +675,7 @@ def _last_page(recipe: Recipe, facts: Decoded) -> Variants:
         bound = np.maximum(full, size)[..., None]
         slots = np.arange(size)
         whole = np.maximum(facts.ends // size * size, np.minimum(facts.ends, size))[..., None]
-        yield f"pages of {size}, of those that the row has behind the call", seeing(
+        yield f"pages of {size}, of those that the row has after the call", seeing(
             recipe, right(recipe, facts) & (places[:, None] < whole))  # fmt: skip
         yield f"pages of {size}, the first is seen as a whole", seeing(
             recipe, new & near & (places[:, None] < bound),
@@ -702,7 +702,7 @@ def _not_causal(recipe: Recipe, facts: Decoded) -> Variants:
         more = whole & in_window(recipe, distance)
         yield from _seen(recipe, {
             "without the causal rule": more,
-            "in calls behind the first": np.where(first, seen, more),
+            "in calls after the first": np.where(first, seen, more),
             "in the first call": np.where(first, more, seen),
         })  # fmt: skip
 
@@ -724,9 +724,9 @@ def _placed(recipe: Recipe, facts: Decoded, words: str, counted: np.ndarray) -> 
 def _after_the_update(recipe: Recipe, facts: Decoded) -> Variants:
     count, later = facts.ends - facts.begins, facts.calls > 0
     yield from _placed(recipe, facts, "each call", facts.places + count)
-    yield from _placed(recipe, facts, "calls behind the first", facts.places + count * later)
-    yield from _placed(recipe, facts, "calls behind the first, one too far", facts.places + later)
-    yield from _placed(recipe, facts, "calls behind the first, one too near", facts.places - later)
+    yield from _placed(recipe, facts, "calls after the first", facts.places + count * later)
+    yield from _placed(recipe, facts, "calls after the first, one too far", facts.places + later)
+    yield from _placed(recipe, facts, "calls after the first, one too near", facts.places - later)
     alone = np.where(later, facts.ends - 1, facts.places)
     yield from _placed(recipe, facts, "all of a call have its last position", alone)
     alone = np.where(later, facts.begins, facts.places)
@@ -789,14 +789,14 @@ MISTAKES: tuple[Row, ...] = (
     ("cached keys and values exchanged", "Return keys and values in the order in which they are "
      "read.", _exchanged),
     ("first positions dropped", "A cache without a window keeps all positions: join new ones "
-     "behind them, and cut none off.", with_empty_rows(_dropped)),
-    ("cache overwritten", "Write a call's keys and values behind those that the row holds, and "
+     "after them, and cut none off.", with_empty_rows(_dropped)),
+    ("cache overwritten", "Write a call's keys and values after those that the row holds, and "
      "refuse what does not fit: nothing is clamped to the last slot.", _overwritten),
     ("cache written off by one", "Write the first new position of row b at lengths[b], read before "
      "the call.", _off_by_one),
     ("position from the batch's longest row", "Count positions from lengths[b], the row's own, not "
      "from the greatest length of the batch.", _longest),
-    ("padding held", "Write the valid positions of a row one behind the other, or hide the others "
+    ("padding held", "Write the valid positions of a row one after the other, or hide the others "
      "in all calls that follow; padding has no position.", _padding),
     ("mask of another row", "Each row has a mask and a length of its own: do not take those of row "
      "0 for the batch.", _row_zero),
@@ -821,7 +821,7 @@ MISTAKES: tuple[Row, ...] = (
      "filled.", _last_page, no_families, True),
     ("held and new keys merged wrongly", "Weigh what is held and what is new by their sums, "
      "s * exp(m), m being the greatest logit of each.", _merged, no_families, True),
-    ("cache in another order", "Join new positions behind those that are held.", _in_front),
+    ("cache in another order", "Join new positions after those that are held.", _in_front),
     ("cache in half precision", "Hold keys and values in the dtype of the call.", _narrow),
     ("positions of a call counted wrongly", "Position i of row b in a call is lengths[b] + i: "
      "count the row's own valid positions, of all calls before.", counted_wrongly, no_families,

@@ -109,7 +109,7 @@ class Search(Trials):
             alone = in_time(self.tried(self.recipe, alone=True), ALONE_SECONDS / 2)
             names = [mistake.name for mistake in catalogue(self.recipe) if mistake.alone]
             places = {name: at for at, name in reversed([*enumerate(names)])}
-            # What is measured stands behind the catalogue's variants.
+            # What is measured stands after the catalogue's variants.
             tried += sorted(alone, key=lambda one: (
                 one.rank < 2, places.get(one.causes[0].name, len(names))
             ))  # fmt: skip

@@ -54,7 +54,7 @@ class Evidence:
         return self._last["errors"]
 
     def first_errors(self, recipe: Recipe, like: Recipe) -> dict[str, float]:
-        """The errors up to the first that is too great; infinite behind it.
+        """The errors up to the first that is too great; infinite after it.
 
         The recipe may have stages in common with `like`, whose errors are known. A large error
         counts as infinite, without its limit.
@@ -193,6 +193,6 @@ def _source(name: str) -> str:
 
 
 def _stage(recipe: Recipe, name: str) -> np.ndarray:
-    """A stage of a recipe, those behind it not computed."""
+    """A stage of a recipe, those after it not computed."""
     own = _source(name)
     return recipe.until(own)[own]

@@ -77,7 +77,7 @@ def _decoding_untold(recipe: Recipe) -> list[str]:
         words.append("row 0 from the longest row: row 0 is the longest")
     counts = np.bincount(facts.calls)
     if np.all(counts[1:] < 2):
-        words.append("calls of several positions behind the first: give `steps`")
+        words.append("calls of several positions after the first: give `steps`")
     window = recipe.window
     if window is not None and int(facts.places.max()) < window:
         words.append("what a ring overwrites: no row is longer than the window")

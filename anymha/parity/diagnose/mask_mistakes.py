@@ -120,7 +120,7 @@ def _not_causal(recipe: Recipe) -> Mapping[str, Any]:
         return {"": {"causal": False}}
     behind = allowed(recipe) | ~allowed(recipe.but(masks={}, window=None))
     masks = {**recipe.masks, "window": behind}
-    return {"": {"causal": False}, "all that follows is seen, the window behind stays": {
+    return {"": {"causal": False}, "all that follows is seen, the window of earlier keys stays": {
         "causal": False, "window": None, "masks": masks}}  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def _other_windows(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _padding_seen(recipe: Recipe) -> Variants:
-    """Zeros before the first key, and behind the last, that take part where a window reaches."""
+    """Zeros before the first key, and after the last, that take part where a window reaches."""
     if recipe.window is None:
         return
     most, (own, _), keys = recipe.window - 1, _counted(recipe), recipe.lengths[2]

@@ -138,7 +138,7 @@ _OF_RINGS: Mapping[str, Callable[[_Parts, np.ndarray], np.ndarray]] = {
         lambda p, own: 1.0 * (own & (p.counts > 0)),
     "that of the query itself left out": lambda p, own: p.those(~own),
     "that of the query itself twice": lambda p, own: _by(p.right * (1 + own)),
-    "that behind the query's left out, as of a ring that turns once too few":
+    "that after the query's left out, as of a ring that turns once too few":
         lambda p, own: p.those(~np.roll(own, 1, 0)),
     "that before the query's left out, as of a ring that turns once too few":
         lambda p, own: p.those(~np.roll(own, -1, 0)),

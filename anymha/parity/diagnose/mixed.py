@@ -1,6 +1,6 @@
 """Mistakes that a port makes in some calls alone, in some sequences, or from some query on.
 
-A port may be right in the prompt and leave an option out in the steps behind it, or hide the
+A port may be right in the prompt and leave an option out in the steps after it, or hide the
 padding of a first piece alone. Its stages are then those of the wrong recipe in the columns of
 these calls, those of queries and of the keys that they write, and those of the right one elsewhere.
 """
@@ -26,7 +26,7 @@ class Group:
     """Where a mistake is made.
 
     Args:
-        words: Words for it, behind those of the mistake.
+        words: Words for it, after those of the mistake.
         columns: (1 or B, 1 or T) booleans, the queries.
         keys: Whether the keys of these columns have it too; else a mistake that changes keys is
             none of these.
@@ -100,13 +100,13 @@ def _of_calls(facts: Decoded, fitting: np.ndarray) -> Iterator[Group]:
     wrong = calls[~fitting.all(0)]
     tried: list[np.ndarray] = []
     for words, which in {
-        "in calls behind the first": calls > 0,
+        "in calls after the first": calls > 0,
         "in the first call alone": calls == 0,
         "in calls of one position": size == 1,
         "in calls of several positions": size > 1,
         "in the last call alone": calls == calls[-1],
         "in the second call alone": calls == 1,
-        "in calls behind the second": calls > 1,
+        "in calls after the second": calls > 1,
     }.items():
         known = any(np.array_equal(which, other) for other in tried)
         # What is written wrongly is read later; what was before is right.

@@ -289,11 +289,11 @@ FACTORS = "factors of "
 INSIDE = "steps of the softmax"
 """The exponentials and their sum, and what they are made of."""
 
-UNDIVIDED = "factors of context, divided by the sum behind their product"
+UNDIVIDED = "factors of context, divided by the sum after their product"
 """Values and exponentials, as a fused kernel has them; the sum is not rounded."""
 
 BEFORE = " before the bias"
-"""Behind a stage: what its product gives is rounded, before the bias or the scale."""
+"""After a stage: what its product gives is rounded, before the bias or the scale."""
 
 
 def _places(recipe: Recipe) -> list[list[str]]:
@@ -458,7 +458,7 @@ def _of_factors(own: Step, name: str, rounding: Rounding) -> Step:
 
 
 def _cut_off(array: np.ndarray) -> np.ndarray:
-    """The bits of bfloat16 alone, those behind it left out."""
+    """The bits of bfloat16 alone, those after it left out."""
     bits = array.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
     return bits.view(np.float32).astype(np.float64)
 

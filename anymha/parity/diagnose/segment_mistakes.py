@@ -89,12 +89,12 @@ def _of_the_other_side(recipe: Recipe) -> Variants:
 
 
 def _with_the_last(ids: np.ndarray, length: int) -> np.ndarray:
-    """The ids (1 or B, length): cut, or with the last one behind them."""
+    """The ids (1 or B, length): cut, or with the last one after them."""
     return ids[:, np.minimum(np.arange(length), ids.shape[1] - 1)]
 
 
 def _begun_again(ids: np.ndarray, length: int) -> np.ndarray:
-    """The ids (1 or B, length): cut, or once more behind them."""
+    """The ids (1 or B, length): cut, or once more after them."""
     return ids[:, np.arange(length) % ids.shape[1]]
 
 

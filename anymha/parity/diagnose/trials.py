@@ -298,7 +298,7 @@ def in_time(tried: Iterable[Trial | None], seconds: float) -> Iterator[Trial]:
 
 
 def first_change(right: Recipe, wrong: Recipe) -> str | None:
-    """The first stage that a mistake changes, those behind it not computed; None of none."""
+    """The first stage that a mistake changes, those after it not computed; None of none."""
     for name in STAGES:
         one, other = (recipe.until(name)[name] for recipe in (right, wrong))
         if one is other:

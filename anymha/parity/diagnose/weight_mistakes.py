@@ -500,7 +500,7 @@ def _of_shards(count: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "the last part for all", (count - 1,) * count
         yield "in the order of the last to the first", every[::-1]
         yield "each part in the place of the one before it", (*every[1:], 0)
-        yield "each part in the place of the one behind it", (count - 1, *every[:-1])
+        yield "each part in the place of the one after it", (count - 1, *every[:-1])
     else:
         yield "exchanged", (1, 0)
         yield "the second part for both", (1, 1)
@@ -568,7 +568,7 @@ MISTAKES: tuple[Row, ...] = (
      "this order.", _interleaved),
     ("missing bias", "The projection has a bias: load it.", _bias_left_out),
     ("doubled bias", "Add the bias once.", _bias_doubled),
-    ("bias subtracted or elsewhere", "Add each bias once, behind its own product.",
+    ("bias subtracted or elsewhere", "Add each bias once, after its own product.",
      _bias_subtracted),
     ("projection twice or left out", "Apply each projection once, to its own input.", _twice),
     ("bias of another projection", "Give each projection its own bias.",

@@ -32,7 +32,7 @@ def cached(facts: Decoded) -> np.ndarray:
 
 
 def behind(facts: Decoded) -> np.ndarray:
-    """(B, T, T): how many positions each key stands behind the query, in its row's sequence."""
+    """(B, T, T): how many positions each key stands before the query, in its row's sequence."""
     return facts.places[:, :, None] - facts.places[:, None]
 
 
@@ -327,13 +327,13 @@ def _standing(recipe: Recipe, facts: Decoded, source: np.ndarray, held: np.ndarr
 
 
 def of_rows_and_lengths(recipe: Recipe, facts: Decoded, source: np.ndarray) -> Recipe:
-    """The recipe whose rows have, behind the first call, its cache and length of other rows."""
+    """The recipe whose rows have, after the first call, its cache and length of other rows."""
     first = facts.calls == 0
     ends = facts.ends[:, :1]
     places = np.where(first, facts.places, facts.places - ends + ends[source])
     held = facts.valid[source] & first
     pairs = cached(facts) & first
-    old = np.where(first, facts.places[source], places)  # as the queries behind see keys
+    old = np.where(first, facts.places[source], places)  # as the queries after see keys
     seen = np.where(pairs, held[:, None], facts.valid[:, None]) & past(facts)
     distance = np.where(pairs, places[..., None] - old[:, None], behind(facts))
 

@@ -12,16 +12,16 @@ import numpy as np
 class Decoded:
     """The calls in which the columns of a batch were read, and the columns that are padding.
 
-    A cache holds the valid columns of each row, one behind the other; padding is not held.
+    A cache holds the valid columns of each row, one after the other; padding is not held.
     """
 
     valid: np.ndarray  # (B, T) booleans; False = padding
     calls: np.ndarray  # (T,) the number of the call that reads a column, from 0 on
     joined: bool = False  # Whether the first call is one call for each row, whose caches are joined
-    # (B,) Behind the first call, row b stands where row order[b] of the batch stood before it;
+    # (B,) After the first call, row b stands where row order[b] of the batch stood before it;
     # None: rows stay
     turned: np.ndarray | None = None
-    # How many of the first columns are read again before each call behind the first, and taken back
+    # How many of the first columns are read again before each call after the first, and taken back
     drafted: int = 0
 
     @cached_property

@@ -57,7 +57,7 @@ class Section:
             changes them, still changes no probability. Where it does, the key's bias matters.
         mistakes: Known mistakes with the option: a name, how to fix it, and a function that makes
             the recipes that have it, as `Variants`, from the section and a right recipe; True
-            behind these where there are so many that they are tried alone.
+            after these where there are so many that they are tried alone.
         faults: Mistakes that the self-test injects into a port: the fault's name, the name in the
             catalogue of mistakes, and the first stage that is wrong.
     """
@@ -192,7 +192,7 @@ class Recipe:
         return {}
 
     def until(self, name: str) -> Arrays:
-        """The stages up to one by name, in order, and those behind it that are known already."""
+        """The stages up to one by name, in order, and those after it that are known already."""
         stages = self._begun
         for stage in self.steps:
             if name in stages:

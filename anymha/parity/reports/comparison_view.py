@@ -125,7 +125,7 @@ def _fold(outcome: Outcome) -> doc.Fold:
 
 
 def _causes(result: ComparisonResult, forms: tuple[str, ...]) -> Iterator[doc.Block]:
-    """Why they differ, and what to do: before the stages on a page, behind them in a terminal."""
+    """Why they differ, and what to do: before the stages on a page, after them in a terminal."""
     diagnosis = result.diagnosis
     if diagnosis is not None:
         for cause in diagnosis.causes:

@@ -15,7 +15,7 @@ NAMES = ("numpy", "torch", "tensorflow", "jax", "keras", "flax", "equinox")
 
 
 Step = Callable[..., Any]
-"""A function of layers, and of arrays and caches behind them."""
+"""A function of layers, and of arrays and caches after them."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Written:
     """What a home wrote.
 
     Args:
-        letters: The numbers of the letters behind the prompt, (T,).
+        letters: The numbers of the letters after the prompt, (T,).
         logits: The logits that they were drawn by, (T, vocabulary).
         seconds: The time that each took, (T,).
     """
@@ -54,7 +54,7 @@ class Writer:
         self.step = self.home.of_layers(partial(forward, self.home.xp), self.layers)
 
     def logits(self, letters: np.ndarray, caches: Any = None) -> tuple[np.ndarray, Any]:
-        """The logits (T, vocabulary) behind each of the letters (T,), and the new caches."""
+        """The logits (T, vocabulary) after each of the letters (T,), and the new caches."""
         hidden = self.home.array(self.token[letters][None])
         logits, caches = self.step(self.weights, hidden, caches)
         return self.home.numpy(logits)[0], caches
@@ -76,7 +76,7 @@ class Writer:
         """Write without caches: each letter comes from a call with the whole text."""
 
         def last(text: np.ndarray) -> np.ndarray:
-            behind = -len(text) % BUCKET  # the layers are causal: padding behind changes nothing
+            behind = -len(text) % BUCKET  # the layers are causal: padding after changes nothing
             return self.logits(np.pad(text, (0, behind)))[0][len(text) - 1]
 
         return _write(prompt, noise, last)
@@ -85,7 +85,7 @@ class Writer:
 def _write(
     prompt: np.ndarray, noise: np.ndarray, last: Callable[[np.ndarray], np.ndarray]
 ) -> Written:
-    """Draw letters by the logits behind the text so far; Gumbel's `noise` (T, vocabulary) draws."""
+    """Draw letters by the logits after the text so far; Gumbel's `noise` (T, vocabulary) draws."""
     text, rows, seconds = prompt, [], []
     for draw in noise:
         start = time.perf_counter()

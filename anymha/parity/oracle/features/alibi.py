@@ -49,7 +49,7 @@ class AlibiSection(Section):
     Args:
         value: True, or the slopes.
         factor: Multiplies all of it.
-        one_sided: Whether keys behind the query have no distance.
+        one_sided: Whether keys after the query have no distance.
         signed: Whether they have a negative one.
         power: The power to which the slopes are raised.
         shift: What is added to the positions of the queries.
@@ -85,7 +85,7 @@ class AlibiSection(Section):
         return ("logits",)
 
     def order(self) -> int:
-        """Behind a softcap."""
+        """After a softcap."""
         return -1 if self.early else 1
 
     def _bias(self, recipe: Recipe) -> np.ndarray:
@@ -98,7 +98,7 @@ class AlibiSection(Section):
         return self.of_distance(queries[:, :, None] - keys[:, None], recipe.heads[0])
 
     def of_distance(self, distance: np.ndarray, heads: int) -> np.ndarray:
-        """What is added (1 or B, H, T, S) where keys are so far behind queries (1 or B, T, S)."""
+        """What is added (1 or B, H, T, S) where keys are so far before queries (1 or B, T, S)."""
         slopes = self._own_slopes(heads) if self.slopes is None else self.slopes
         if slopes.ndim == 1:
             slopes = np.resize(slopes, heads)  # a mistake may have another number of heads
@@ -150,9 +150,9 @@ class AlibiSection(Section):
         yield "", recipe.with_section(AlibiSection(self.value, factor=-1.0))
 
     def towards_the_past(self, recipe: Recipe) -> Variants:
-        """No distance for keys behind the query, or a negative one."""
+        """No distance for keys after the query, or a negative one."""
         yield "", recipe.with_section(AlibiSection(self.value, one_sided=True))
-        words = "with its sign: keys behind the query gain by theirs"
+        words = "with its sign: keys after the query gain by theirs"
         yield words, recipe.with_section(AlibiSection(self.value, signed=True))
 
     def of_other_slopes(self, recipe: Recipe) -> Variants:
@@ -196,7 +196,7 @@ class AlibiSection(Section):
     mistakes = (
         ("alibi added", "Subtract the slope times the distance from the logits.",
          with_the_other_sign),
-        ("alibi towards the past alone", "The distance is absolute: keys behind the query have one "
+        ("alibi towards the past alone", "The distance is absolute: keys after the query have one "
          "too.", towards_the_past),
         ("alibi of other slopes", "The slopes are 2^(-8h/H), h = 1 .. H; of H that is no power of "
          "two, those of the next lower one and every other one of twice as many.", of_other_slopes),

@@ -32,7 +32,7 @@ class QueryKeyNormSection(Section):
 
     `names` are the projections that are normalised, `by` those whose weights they take where these
     are others'; `eps_at`: "root" for an epsilon within the root, "sum" for one that is added to it.
-    `twice` are normalised again; the bias of those in `bare` is added behind the norm.
+    `twice` are normalised again; the bias of those in `bare` is added after the norm.
     """
 
     option = "query_key_norm"
@@ -143,7 +143,7 @@ class QueryKeyNormSection(Section):
         return np.hypot(spread * np.abs(weight), np.abs(bias) + np.abs(late))
 
     def _late(self, stage: str, recipe: Recipe) -> Any:
-        """The bias of a projection that is added behind the norm."""
+        """The bias of a projection that is added after the norm."""
         return recipe.weights.get(f"{stage}.bias", 0.0) if stage in self.bare else 0.0
 
     def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -312,10 +312,10 @@ class QueryKeyNormSection(Section):
             yield "divided by n - 1 in place of n", self._but(recipe, less=1)
 
     def on_the_other_side(self, recipe: Recipe) -> Variants:
-        """Behind the rotation in place of before it, or the other way round."""
+        """After the rotation in place of before it, or the other way round."""
         if any(section.option == "rotary" for section in recipe.sections):
             behind = not self.value["after_rotary"]
-            words = "behind it" if behind else "before it"
+            words = "after it" if behind else "before it"
             yield words, self._but(recipe, after_rotary=behind)
 
     def by_the_weight_of_another_head(self, recipe: Recipe) -> Variants:
@@ -345,7 +345,7 @@ class QueryKeyNormSection(Section):
                 QueryKeyNormSection(self.value, self.names, twice=names))  # fmt: skip
 
     def before_the_bias(self, recipe: Recipe) -> Variants:
-        """The bias of a projection added behind the norm."""
+        """The bias of a projection added after the norm."""
         there = tuple(name for name in BOTH if f"{name}.bias" in recipe.weights)
         if self.value["after_rotary"] and "rotary" in recipe.options:
             return  # which has turned the bias
@@ -375,7 +375,7 @@ class QueryKeyNormSection(Section):
          "not.", with_another_mean),
         ("query_key_norm with another variance", "Divide the sum of the n squares by n: "
          "`correction=0` in torch.", with_another_variance),
-        ("query_key_norm on the other side of rotary", "Normalise before the rotation, or behind "
+        ("query_key_norm on the other side of rotary", "Normalise before the rotation, or after "
          "it where `after_rotary` says so.", on_the_other_side),
         ("query_key_norm by the weight of another head", "Where heads are normalised with weights "
          "(H, d), give each head its own.", by_the_weight_of_another_head),

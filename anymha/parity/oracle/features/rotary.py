@@ -126,7 +126,7 @@ class RotarySection(Section):
         return (*self.on, *self.own)
 
     def order(self) -> int:
-        """Behind the norm."""
+        """After the norm."""
         return 1
 
     def forward(self, stage: str, array: np.ndarray, recipe: Recipe, stages: Arrays) -> np.ndarray:

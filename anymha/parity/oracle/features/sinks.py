@@ -148,7 +148,7 @@ class SinksSection(Section):
             logits = logits - ops.where(top > -np.inf, top, 0.0)
         sinks = np.ascontiguousarray(sinks.reshape(1, -1, 1, 1)).astype(np.float32)
         own = ops.exp(ops.astype(ops.from_numpy(sinks), logits.dtype))
-        if "sinks behind the softmax" in wrong:
+        if "sinks after the softmax" in wrong:
             return array / (1.0 + own)
         if "sinks not exponentiated" in wrong:
             own = ops.astype(ops.from_numpy(sinks), logits.dtype)
@@ -207,7 +207,7 @@ class SinksSection(Section):
                 self.value, plain=True, joined=True, function=function))  # fmt: skip
 
     def in_another_column(self, recipe: Recipe) -> Variants:
-        """The column of a key dropped behind the softmax in place of the sink's."""
+        """The column of a key dropped after the softmax in place of the sink's."""
         for words, at in (("the sink is the last column, the first is dropped", 0),
                           ("the sink is the first column, the last is dropped", -1)):  # fmt: skip
             yield words, recipe.with_section(SinksSection(self.value, dropped=at))
@@ -258,11 +258,11 @@ class SinksSection(Section):
          "exponential.", of_another_function),
         ("sinks not exponentiated", "The weight is a logit: its exponential joins the sum of each "
          "row.", not_exponentiated),
-        ("sinks in the column of a key", "Drop the column behind the softmax in which the sink "
+        ("sinks in the column of a key", "Drop the column after the softmax in which the sink "
          "stands.", in_another_column),
-        ("sinks behind the softmax", "The sink's exponential joins the sum of those of the "
+        ("sinks after the softmax", "The sink's exponential joins the sum of those of the "
          "logits, within the softmax.", behind_the_softmax),
-        ("sinks with a value", "Drop the sink's column behind the softmax: it has no value.",
+        ("sinks with a value", "Drop the sink's column after the softmax: it has no value.",
          with_a_value),
     )  # fmt: skip
     faults = (
@@ -277,7 +277,7 @@ class SinksSection(Section):
         ("first column dropped", "sinks in the column of a key", "probabilities"),
         ("sinks not shifted", "sinks not shifted by the maximum", "probabilities"),
         ("sinks exponentiated", "sinks of another function", "probabilities"),
-        ("sinks behind the softmax", "sinks behind the softmax", "probabilities"),
+        ("sinks after the softmax", "sinks after the softmax", "probabilities"),
         ("sinks with a value", "sinks with a value", "context"),
     )
 
