@@ -18,7 +18,7 @@ from anymha.execution import path as paths
 from anymha.execution.attend import Attended, attend
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name, multiplies
-from anymha.framework.names import answer, listed
+from anymha.framework.names import answer, backticked
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import check_named, common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
@@ -214,10 +214,10 @@ def _wrong_names(unknown: Mapping[str, Any], **inputs: Any) -> ArgumentError:
     lacking = [name for name, array in inputs.items() if array is None]
     if told:
         return ArgumentError(
-            f"`dot_product_attention` has no argument {listed(unknown)}. {' '.join(told)}"
+            f"`dot_product_attention` has no argument {backticked(unknown)}. {' '.join(told)}"
         )
     return ArgumentError(
-        f"`query`, `key` and `value` must be arrays. Received: no {listed(lacking)}. "
+        f"`query`, `key` and `value` must be arrays. Received: no {backticked(lacking)}. "
         "Pass all three."
     )
 

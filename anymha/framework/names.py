@@ -34,7 +34,7 @@ def answer(name: str, known: Iterable[str], peers: Mapping[str, str]) -> str:
     return f"If `{nearest}` is meant: {peers[nearest]}"
 
 
-def listed(names: Iterable[str]) -> str:
+def backticked(names: Iterable[str]) -> str:
     """Names in backticks, with commas."""
     return ", ".join(f"`{name}`" for name in names)
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from anymha.errors import AnymhaError, ArgumentError, UnknownOptionError
-from anymha.framework.names import answer, listed
+from anymha.framework.names import answer, backticked
 
 _WIDTH = "as `query_features`, the width of the query input, with `key_dim` = {} / num_heads."
 _BIASES = "Pass `use_bias`: True, False, or the names of the projections that have a bias."
@@ -159,7 +159,7 @@ def _answered(config: Any, args: tuple[Any, ...], options: Mapping[str, Any]) ->
         given = [name for name in needed if name in options]  # a home may have added others
         received = ", ".join([*map(repr, args), *given]) or "neither"
         return ArgumentError(
-            f"{listed(missing)} must be passed: `num_heads` is the number of query heads, "
+            f"{backticked(missing)} must be passed: `num_heads` is the number of query heads, "
             f"`key_dim` the width of each. Received: {received}. {_REMEDY}"
         )
     return None
@@ -176,5 +176,6 @@ def unknown_options(
     ]
     plural = "s" if len(names) > 1 else ""
     return UnknownOptionError(
-        f"MultiHeadAttention has no option{plural} {listed(names)}. {' '.join(dict.fromkeys(told))}"
+        f"MultiHeadAttention has no option{plural} {backticked(names)}. "
+        f"{' '.join(dict.fromkeys(told))}"
     )

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 from anymha.attention.features.base import Feature, FeatureOptions, Weight
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import working_dtype
-from anymha.framework.names import listed
+from anymha.framework.names import backticked
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.validation import checked_choice
 
@@ -120,7 +120,7 @@ class HeadNorm(Feature):
         unknown = [name for name in value if name not in known]
         if unknown:
             raise ConfigError(
-                f"`query_key_norm` has no field {listed(unknown)}. It has: {', '.join(known)}."
+                f"`query_key_norm` has no field {backticked(unknown)}. It has: {', '.join(known)}."
             )
         try:
             return QueryKeyNorm(**value)
