@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shlex
@@ -33,21 +35,43 @@ from tests.test_hostile_files import with_header, zipped_pickle
 ROOT = Path(__file__).parents[1]
 MEMORY, SECONDS = 10**9, 10
 
-LIMITED = """
-import resource, sys
+LIMITED = f"""
+import json, os, resource, signal, sys
 from anymha.cli.main import main
-path, folder = sys.argv[1:]
 def run(*words):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     status = main(words)
     print(status, resource.getrusage(resource.RUSAGE_SELF).ru_utime - before)
-    return status
-resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
-resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
-run("inspect", path)
-run("convert", path, f"{{folder}}/new.npz", "--from", "transformers.bert", "--to", "anymha",
-    "--num-heads", "2", "--others")
+main(("inspect", os.devnull))  # imports what any call needs
+for line in sys.stdin:
+    path, folder, told = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{{told}}/{{name}}", os.O_WRONLY | os.O_CREAT), stream)
+    signal.alarm(120)
+    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+    resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+    run("inspect", path)
+    run("convert", path, f"{{folder}}/new.npz", "--from", "transformers.bert", "--to", "anymha",
+        "--num-heads", "2", "--others")
+    sys.exit()
 """
+"""A process that imports the command once; for each line a child of it runs in limits."""
+
+
+@functools.cache
+def limited() -> subprocess.Popen[str]:
+    """The process of `LIMITED`, for all bombs; it ends with this one."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIMITED], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
 
 
 def deflated(size: int, byte: bytes = b"\0") -> bytes:
@@ -413,31 +437,34 @@ READ_LATE = ("swelling chunk", "swelling chunk in .keras", "Blosc")
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_bomb_is_refused_at_once_in_little_memory(tmp_path: Path, case: str) -> None:
     make, told = BOMBS[case]
-    check_bomb(tmp_path, make(tmp_path), told, late=case in READ_LATE)
+    check_bomb(tmp_path, make, told, late=case in READ_LATE)
 
 
-def check_bomb(folder: Path, path: Path, told: str, *, late: bool) -> None:
+def check_bomb(folder: Path, make: Callable[[Path], Path], told: str, *, late: bool) -> None:
     """Check that a file is refused at once in little memory, by `convert` alone where it is late.
 
     Args:
-        folder: A folder for the new file.
-        path: The file.
+        folder: A folder for the file, the new one, and what is printed.
+        make: Makes the file in a folder.
         told: Words of the error.
         late: Whether it is seen where values are read.
     """
-    code = LIMITED.format(memory=MEMORY, seconds=SECONDS)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(folder)], text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}, check=False,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    outcomes = [line.split() for line in done.stdout.splitlines() if line[:2] in ("0 ", "2 ")]
+    bomb, printed = folder / "bomb", folder / "printed"
+    bomb.mkdir()
+    printed.mkdir()
+    stdin, stdout = limited().stdin, limited().stdout
+    assert stdin is not None
+    assert stdout is not None
+    print(json.dumps([str(make(bomb)), str(bomb), str(printed)]), file=stdin, flush=True)
+    status = stdout.readline().strip()
+    stderr = (printed / "stderr").read_text()
+    assert status == "0", stderr[-2000:]
+    lines = (printed / "stdout").read_text().splitlines()
+    outcomes = [line.split() for line in lines if line[:2] in ("0 ", "2 ")]
     assert [status for status, _ in outcomes] == (["0", "2"] if late else ["2", "2"])
-    assert told in done.stderr or late
+    assert told in stderr or late
     assert all(float(seconds) < 3 for _, seconds in outcomes), outcomes
-    assert not list(folder.glob("*.part"))
+    assert not list(bomb.glob("*.part"))
 
 
 @pytest.mark.parametrize("case", READ_LATE)

@@ -238,7 +238,7 @@ READ_LATE = ("Orbax, a chunk",)
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_bomb_is_refused_at_once_in_little_memory(tmp_path: Path, case: str) -> None:
     make, told = BOMBS[case]
-    check_bomb(tmp_path, make(tmp_path), told, late=case in READ_LATE)
+    check_bomb(tmp_path, make, told, late=case in READ_LATE)
 
 
 def test_a_chunk_that_unfolds_to_much_is_told_where_it_is_read(tmp_path: Path) -> None:

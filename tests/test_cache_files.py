@@ -15,12 +15,14 @@ import pytest
 import anymha
 from anymha.cli.main import main
 from anymha.errors import AnymhaError, FileError
-from anymha.framework.registry import Backend
+from anymha.framework.registry import Backend, get_backend
 from anymha.interchange.anymha_files import ENTRY
 from anymha.interchange.files.formats import create_file, open_file
 from anymha.interchange.files.reader import Tensor
-from tests.conftest import usable
+from tests.conftest import BACKENDS, usable
+from tests.pairs import pairs
 from tests.support import normal
+from tests.test_cache import calling
 
 LENGTH, WIDTH = 6, 8
 X = normal((2, LENGTH, WIDTH), "x").astype("float32")
@@ -60,7 +62,8 @@ def started(backend: str, **options: Any) -> tuple[Any, Any]:
 
 def goes_on(layer: Any, cache: Any) -> np.ndarray:
     ids = layer.ops.from_numpy(np.array([[1, 1]] * 2, "int32"))
-    output, _ = layer(layer.ops.from_numpy(X[:, 4:]), cache=cache, segment_ids=ids)
+    call = calling(get_backend(layer.ops.name), layer)
+    output, _ = call(layer.ops.from_numpy(X[:, 4:]), cache=cache, segment_ids=ids)
     return np.asarray(layer.ops.to_numpy(output))
 
 
@@ -79,8 +82,12 @@ def test_a_cache_goes_on_in_another_framework_bit_for_bit(
     np.testing.assert_array_equal(goes_on(layer, back), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("options", [{}, RING], ids=["whole", "ring"])
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize(
+    ("backend", "dtype", "options"),
+    pairs(backend=BACKENDS, dtype=["float16", "bfloat16", "float32"], options=[{}, RING]),
+    indirect=["backend"],
+)
 def test_a_saved_cache_is_loaded_in_any_framework(
     backend: Backend, dtype: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from anymha.attention.dropout import keep_mask, rate_threshold
 from anymha.framework.registry import Backend, get_backend
 from anymha.interchange.layers import set_weights
-from tests.conftest import usable
+from tests.conftest import BACKENDS, usable
 from tests.pairs import pairs
 from tests.support import Arrays, Problem, Result, bits, check, compilers, make, native, normal, run
 
@@ -26,7 +26,14 @@ MODES: dict[str, dict[str, str]] = {
     "reproducible": {"compute_dtype": "float64"},
     "float32 in bfloat16": {"compute_dtype": "bfloat16"},
 }
-modes = pytest.mark.parametrize("mode", MODES)
+
+
+def modes_but_quickly(*names: str) -> Any:
+    """Each mode; JAX compiles for less long in these."""
+    users = pytest.mark.as_users_compile
+    return pytest.mark.parametrize(
+        "mode", [pytest.param(name, marks=[users] * (name not in names)) for name in MODES]
+    )
 
 
 def _empty_rows() -> np.ndarray:
@@ -61,8 +68,16 @@ EMPTYING: dict[str, tuple[dict[str, Any], np.ndarray]] = {
 }
 
 
+ROW_CASES = {"name": EMPTYING, "mode": MODES, "dropping": [False, True]}
+
+
 @pytest.mark.parametrize(
-    ("name", "mode", "dropping"), pairs(name=EMPTYING, mode=MODES, dropping=[False, True])
+    ("backend", "name", "mode", "dropping"),
+    [
+        *((backend, *case) for backend in ("numpy", "torch") for case in pairs(**ROW_CASES)),
+        *pairs(backend=["tensorflow", "jax"], **ROW_CASES),  # which take longer
+    ],
+    indirect=["backend"],
 )
 def test_row_without_keys_gives_exactly_the_output_bias(
     backend: Backend, name: str, mode: str, dropping: bool
@@ -97,8 +112,11 @@ def test_all_rows_empty_without_biases_give_zeros(backend: Backend) -> None:
     assert all(not gradient.any() for gradient in result.gradients.values())
 
 
-@modes
-@pytest.mark.parametrize("dropping", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize(
+    ("backend", "mode", "dropping"),
+    pairs(backend=BACKENDS, mode=MODES, dropping=[False, True]),
+    indirect=["backend"],
+)
 def test_output_does_not_depend_on_the_scores_flag(
     backend: Backend, mode: str, dropping: bool
 ) -> None:
@@ -177,7 +195,9 @@ def _masked(name: str, mode: str, which: str) -> tuple[Problem, Result]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "junk", "which"), pairs(mode=MODES, junk=JUNK, which=["value_mask", "key_mask"])
+    ("backend", "mode", "junk", "which"),
+    pairs(backend=BACKENDS, mode=MODES, junk=JUNK, which=["value_mask", "key_mask"]),
+    indirect=["backend"],
 )
 def test_excluded_keys_and_values_influence_nothing(
     backend: Backend, mode: str, junk: str, which: str
@@ -193,7 +213,8 @@ def test_excluded_keys_and_values_influence_nothing(
         assert not dirty.gradients[name][~VALUE_MASK].any()
 
 
-@modes
+@pytest.mark.usefixtures("quick_programs")
+@modes_but_quickly("bfloat16", "float64", "float32 in bfloat16")
 def test_excluded_queries_influence_nothing(backend: Backend, mode: str) -> None:
     mask = np.array([[True, False, True, True, False], [False] * 2 + [True] * 3])
     problem = make(**MODES[mode]).calling(query_mask=mask)
@@ -205,7 +226,8 @@ def test_excluded_queries_influence_nothing(backend: Backend, mode: str) -> None
     assert not dirty.gradients["query"][~mask].any()
 
 
-@modes
+@pytest.mark.usefixtures("quick_programs")
+@modes_but_quickly("float16", "float32", "reproducible")
 def test_excluded_positions_of_self_attention_influence_no_other(
     backend: Backend, mode: str
 ) -> None:

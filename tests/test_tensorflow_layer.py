@@ -443,6 +443,20 @@ def test_calls_of_many_lengths_share_programs(budget: int | None, most: int) -> 
     assert compiled._function.experimental_get_tracing_count() == most
 
 
+def test_rounds_of_a_loop_are_not_converted_by_autograph() -> None:
+    """`tf.map_fn` has each converted by AutoGraph, in which what it calls is seconds slower."""
+    seen = []
+
+    def function(index, arrays):
+        seen.append(tf.__internal__.autograph.control_status_ctx().status.name)
+        return {"double": arrays["x"] + arrays["x"]}
+
+    loop = MultiHeadAttention.ops.capabilities.loop
+    found = loop(function, 9, {"x": numbers(9, 2)}, {}, {"double": tf.float32})
+    assert tuple(found["double"].shape) == (9, 2)
+    assert set(seen) == {"DISABLED"}
+
+
 def test_tiles_have_second_derivatives() -> None:
     x = tf.constant(normal((3, 4, 8), "x"))
     found = []

@@ -165,6 +165,7 @@ def loop(function, count, mapped, constant, results, /):
 
     # TensorFlow's optimiser of graphs makes the shape (0,) of what a loop gives into which a
     # floating array goes as it is. So each round takes the array out of a condition.
+    @tf.autograph.experimental.do_not_convert  # which takes a second and is of no use here
     def round_of_many(index):
         own = [tf.where(index >= 0, x, tf.zeros((), x.dtype)) for x in moving.values()]
         return at(index, own)
