@@ -371,7 +371,7 @@ def make_plan(
     if compute is not None and compile is None:  # kept, and computed eagerly
         positions = replace(plan.spec.position_mask, kept={})
         plan = replace(plan, spec=replace(plan.spec, position_mask=positions))
-    if compute is None or compile is None or plan.double or flags.observed:
+    if compute is None or compile is None or flags.observed:
         return plan
     logits = most_logits(ops, plan.spec, plan.working, ops.device(query))
     # Dropout and what sums over all positions would see the ones that are added.
