@@ -622,6 +622,11 @@ def _show_call(function: Any) -> None:
 
 _show_call(multi_head_attention)
 
+# AutoGraph of TensorFlow calls as it is what has this; else it would convert, for seconds, all that
+# these call where a `tf.function` calls them.
+for _function in (dot_product_attention, multi_head_attention, merge_attention, rotate):
+    vars(_function)["autograph_info__"] = {}
+
 _PLANS: dict[AttentionConfig, Plans] = {}
 _MIXED: dict[tuple[AttentionConfig, str], AttentionConfig] = {}
 

@@ -45,6 +45,15 @@ def in_turn(names: Iterable[Any]) -> list[tuple[str, Any]]:
     return [(OURS[(place + first) % 2], name) for place, name in enumerate(names)]
 
 
+# What trains for long: where Keras compiles each model, one of the subjects on each backend.
+one_in_turn = pytest.mark.parametrize(
+    "subject", HERE if BACKEND == "torch" else [OURS[int(BACKEND == "tensorflow")]]
+)
+other_in_turn = pytest.mark.parametrize(
+    "subject", HERE if BACKEND == "torch" else [OURS[int(BACKEND != "tensorflow")]]
+)
+
+
 @pytest.fixture(params=HERE)
 def subject(request) -> str:
     return request.param
@@ -170,6 +179,7 @@ def test_lora_alone_is_trained(subject: str, names: tuple[str, ...]) -> None:
     assert changed <= {name for name, _ in trainable[0]}
 
 
+@one_in_turn
 def test_lora_by_fit_without_biases_trains_nothing_else(subject: str) -> None:
     model = built_of(with_lora(attention(subject, use_bias=False)))
     model.get_layer("head").trainable = False
@@ -182,6 +192,7 @@ def test_lora_by_fit_without_biases_trains_nothing_else(subject: str) -> None:
     assert {n for n in after if np.abs(after[n] - before[n]).max() > 0} == names
 
 
+@other_in_turn
 def test_lora_enabled_after_training_goes_on(subject: str) -> None:
     models = [built_of(attention(kind)) for kind in (subject, "reference")]
     for model in models:
@@ -242,6 +253,7 @@ def test_file_of_a_layer_with_lora_holds_the_effective_weights(ours: str, tmp_pa
     close(anymha.load(tmp_path / "layer.safetensors", backend="keras")(X), layer(X))
 
 
+@one_in_turn
 def test_model_with_lora_is_saved_and_loaded(subject: str, tmp_path: Path) -> None:
     model = built_of(with_lora(attention(subject)))
     fit(model)
@@ -254,6 +266,7 @@ def test_model_with_lora_is_saved_and_loaded(subject: str, tmp_path: Path) -> No
     fit(loaded)
 
 
+@other_in_turn
 def test_weights_of_a_model_with_lora_go_into_another(subject: str, tmp_path: Path) -> None:
     model = built_of(with_lora(attention(subject)))
     fit(model)
@@ -362,6 +375,7 @@ class Noisy(Factored):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+@one_in_turn
 def test_layer_in_a_projections_place_keeps_its_state(subject: str) -> None:
     base: Any = Theirs if subject == "reference" else MultiHeadAttention
 

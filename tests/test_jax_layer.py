@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 import pickle
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from jax import export  # noqa: E402
 
 from anymha_jax import MultiHeadAttention  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 MODES = [{}, {"compute_dtype": "float64"}]
 mode = pytest.mark.parametrize("mode", MODES, ids=["float32", "reproducible"])
 
@@ -31,8 +35,19 @@ def numbers(*shape, seed=0, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
-def make(**options):
+def new(**options):
     return MultiHeadAttention(2, 4, query_features=8, seed=0, **options)
+
+
+@functools.cache
+def _kept(compiled, options):
+    return new(**dict(options))
+
+
+def make(**options):
+    """The layer with these options, whose programs all tests share that compile alike."""
+    compiled = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    return _kept(compiled, tuple(sorted(options.items())))
 
 
 def loss(layer, x, **call):
@@ -86,7 +101,7 @@ def test_layers_of_different_seeds_stack_into_an_ensemble():
 
 
 def test_structure_is_hashable_and_equal_for_equal_options():
-    one, two = jax.tree.structure(make()), jax.tree.structure(make())
+    one, two = jax.tree.structure(new()), jax.tree.structure(new())
     assert hash(one) == hash(two)
     assert one == two
     assert one != jax.tree.structure(make(sliding_window=2))
@@ -100,8 +115,8 @@ def test_second_call_does_not_trace_again():
         traces.append(1)
         return layer(x)
 
-    run(make(), X)
-    run(jax.tree.map(lambda w: w + 1, make()), X + 1)
+    run(new(), X)
+    run(jax.tree.map(lambda w: w + 1, new()), X + 1)
     assert len(traces) == 1
     run(make(scale=2.0), X)  # options are static
     assert len(traces) == 2
@@ -288,6 +303,7 @@ def test_float64_heads_in_a_float32_program():
     assert anymha.dot_product_attention(q, q, q, is_causal=True).dtype == jnp.float64
 
 
+@pytest.mark.as_users_compile
 def test_reproducible_mode_computes_in_float64():
     x, exact = jnp.asarray(X), make(dtype="float64")
     with jax.enable_x64(True):
@@ -299,7 +315,8 @@ def test_reproducible_mode_computes_in_float64():
 
 
 def test_reproducible_mode_where_a_traced_program_imports_the_backend():
-    python("""
+    python(
+        """
     import sys, jax, jax.numpy as jnp, numpy as np, anymha
     x = np.random.default_rng(1).standard_normal((2, 5, 8)).astype("float32")
     options = {"query_features": 8, "seed": 0, "compute_dtype": "float64"}
@@ -311,9 +328,12 @@ def test_reproducible_mode_where_a_traced_program_imports_the_backend():
     assert "anymha_jax" in sys.modules
     for again in (jax.grad(loss), jax.jit(jax.grad(lambda x: loss(x)))):
         np.testing.assert_array_equal(again(jnp.asarray(x)), first)
-    """)
+    """,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
 
 
+@pytest.mark.as_users_compile
 def test_reproducible_gradients_are_the_same_compiled_batched_and_scanned():
     layer, x = make(compute_dtype="float64", dropout=0.25), jnp.asarray(X)
 
@@ -331,6 +351,7 @@ def test_reproducible_gradients_are_the_same_compiled_batched_and_scanned():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.as_users_compile
 def test_reproducible_gradients_are_those_of_torch():
     torch = pytest.importorskip("torch")
     layer = make(compute_dtype="float64", num_key_value_heads=1)
@@ -478,7 +499,8 @@ def test_sharded_inputs_and_weights():
         near = jax.grad(lambda x: layer(x).sum())(jnp.asarray(x))
         np.testing.assert_allclose(jax.grad(lost)(x), near, rtol=1e-4, atol=1e-5)
     """
-    python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_PLATFORMS="cpu")
+    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
+    python(code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 # --- bad calls -----------------------------------------------------------------------------------

@@ -24,6 +24,19 @@ ROOT = Path(__file__).parents[1]
 SCIPY = importlib.util.find_spec("scipy") is not None  # comes with JAX, not with TensorFlow
 
 
+# How `compare` asks Keras's layers; `test_adapters.py` itself does on one backend, TensorFlow.
+ASKED = [
+    f"test_adapters.py::{name}"
+    for name in (
+        *(
+            f"test_a_library_s_layer_with_our_weights_agrees_in_each_stage_and_gradient[{case}]"
+            for case in ("keras-cross", "keras-grouped-causal")
+        ),
+        "test_keras_s_layer_is_left_as_it_was",
+    )
+]
+
+
 def python(backend: str, *arguments: str, **environment: str) -> str:
     """What Python prints with these arguments and this Keras backend; it must succeed."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
@@ -71,25 +84,24 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model that one backend saved, and its predictions."""
-    folder = tmp_path_factory.mktemp("keras")
-    saver = next(n for n in BACKENDS if get_backend(n).installed and (SCIPY or n != "numpy"))
-    python(saver, "tests/keras_checks.py", str(folder))
-    return folder
+    """A folder for a model that the first backend saves, and its predictions."""
+    return tmp_path_factory.mktemp("keras")
 
 
 def test_the_layer_does_what_is_checked_of_it(backend: str, model: Path) -> None:
-    """All checks, and Keras's own tests of its layer."""
+    """All checks, Keras's own tests of its layer, and how `compare` asks it."""
     files = ["keras_checks.py", "keras_cache_checks.py", "keras_own.py"]
     files += ["keras_tools_checks.py"] * (backend != "numpy")  # Keras does not train on NumPy
     options = ["-vv", "-o", "markers=requires_trainable_backend"]
     options += ["-m", "not requires_trainable_backend"] * (backend == "numpy")
-    others = (f"tests/{file}" for file in files[1:])
+    asked = ASKED * (backend in ("torch", "jax"))
+    others = (f"tests/{file}" for file in [*files[1:], *asked])
     told = pytest_in(backend, files[0], *others, *options, ANYMHA_KERAS_MODEL=str(model))
     assert count(told, files[0], "SKIPPED") == (7 if backend == "numpy" else 0), told
     own = {"numpy": (43, 2), "tensorflow": (44, 2)}.get(backend, (46, 0))  # flash attention
     assert tuple(count(told, "keras_own.py", o) for o in ("PASSED", "SKIPPED")) == own, told
     assert all(count(told, file, "PASSED") for file in files), told
+    assert count(told, "test_adapters.py", "PASSED") == len(asked), told
 
 
 def test_an_unknown_layer_is_an_error_that_names_the_known_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import anymha
+import anymha.functional
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
 from tests.frameworks import required
 from tests.support import normal
@@ -168,24 +170,25 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["graph", "XLA"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_graph_of_unknown_lengths_gives_the_same(name, jit):
+def test_graph_of_unknown_lengths_gives_the_same(name):
+    """By TensorFlow's graph, and by XLA."""
     options, shape, arrays, call = GRAPHS[name]
     layer, x = make(**options), numbers(*shape, 8)
     specs = [tf.TensorSpec([None] * array.shape.rank, array.dtype) for array in arrays.values()]
+    signature = [tf.TensorSpec([None] * len(shape) + [8]), *specs]
 
-    @tf.function(
-        input_signature=[tf.TensorSpec([None] * len(shape) + [8]), *specs], jit_compile=jit
-    )
-    def graph(x, *values):
+    def function(x, *values):
         return layer(x, **dict(zip(arrays, values, strict=True)), **call)
 
-    fast, plain = graph(x, *arrays.values()), layer(x, **arrays, **call)
-    for one, other in zip(tf.nest.flatten(fast), tf.nest.flatten(plain), strict=True):
-        np.testing.assert_allclose(one, other, **TOLERANCE)
-        if options.get("compute_dtype") == "float64":
-            assert_equal(one, other)
+    plain = tf.nest.flatten(layer(x, **arrays, **call))
+    for jit in (False, True):
+        graph = tf.function(function, input_signature=signature, jit_compile=jit)
+        fast = tf.nest.flatten(graph(x, *arrays.values()))
+        for one, other in zip(fast, plain, strict=True):
+            np.testing.assert_allclose(one, other, **TOLERANCE, err_msg=f"XLA: {jit}")
+            if options.get("compute_dtype") == "float64":
+                assert_equal(one, other)
 
 
 @pytest.mark.parametrize("known", [[2, None, 8], [None, 5, 8], [2, 5, 8]])
@@ -233,6 +236,31 @@ def test_functions_in_a_graph(jit):
         return anymha.multi_head_attention(layer.canonical_weights(), x, config=layer.config)
 
     np.testing.assert_allclose(whole(x), layer(x), **TOLERANCE)
+
+
+def test_functions_are_not_converted_by_autograph(monkeypatch):
+    """It would take seconds for all that they call, and warn of what it cannot convert."""
+    functional, seen = anymha.functional, []
+
+    def noting(function):
+        def called(*args, **options):
+            seen.append(inspect.stack()[1].filename)
+            return function(*args, **options)
+
+        return called
+
+    monkeypatch.setattr(functional, "common_ops", noting(functional.common_ops))
+    layer, q = make(), numbers(2, 5, 2, 4)
+
+    @tf.function
+    def graph(q, x):
+        turned = anymha.rotate(q, tf.range(5), True)
+        context, lse = anymha.dot_product_attention(turned, q, q, return_lse=True)
+        anymha.multi_head_attention(layer.canonical_weights(), x, config=layer.config)
+        return anymha.merge_attention([context, context], [lse, lse])
+
+    np.testing.assert_array_equal(graph(q, numbers(2, 5, 8))[0].shape, q.shape)
+    assert seen == [functional.__file__] * 4
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "XLA"])
