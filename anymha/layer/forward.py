@@ -323,11 +323,11 @@ def _as_arrays(ops: Ops, offset: Any, seed: Any) -> dict[str, Array]:
 def _compute(plan: Plan, arrays: Mapping[str, Array]) -> Any:
     """The results of a planned call from its arrays by name, for a compiler."""
     if plan.double:
-        return plan.ops.in_float64(lambda arrays: _computed_call(plan, arrays), arrays)
-    return _computed_call(plan, arrays)
+        return plan.ops.in_float64(lambda arrays: _results_of(plan, arrays), arrays)
+    return _results_of(plan, arrays)
 
 
-def _computed_call(plan: Plan, arrays: Mapping[str, Array]) -> Any:
+def _results_of(plan: Plan, arrays: Mapping[str, Array]) -> Any:
     query, value, key = (arrays[name] for name in plan.sources)
     inputs = (query, value, key)
     masks = {name: array for name, array in arrays.items() if name in _MASKS}

@@ -374,9 +374,10 @@ def make_plan(
     if compute is None or compile is None or flags.observed:
         return plan
     logits = most_logits(ops, plan.spec, plan.working, ops.device(query))
-    # Dropout and what sums over all positions would see the ones that are added.
+    # Dropout and what sums over all positions would see the ones that are added; sums in float64
+    # keep their order.
     may_grow = axes is PLAIN and not (
-        flags.dropping or flags.activity or config.features or flags.held
+        flags.dropping or flags.activity or config.features or flags.held or plan.double
     )
     return replace(
         plan,
