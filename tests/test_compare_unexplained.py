@@ -180,3 +180,21 @@ def test_what_the_reference_alone_does_is_left_out_in_the_candidate() -> None:
     (cause,) = report.diagnosis.causes if report.diagnosis else ()
     assert cause.name == "rotary left out"
     assert "the candidate ignores it" in cause.fix
+
+
+def test_weights_that_one_side_does_not_tell_are_named_where_the_results_agree() -> None:
+    layer = anymha.MultiHeadAttention(
+        2, 4, query_features=8, backend="numpy", seed=0, query_key_norm="rms"
+    )
+    known = dict(anymha.get_weights(layer))
+    known["query_norm.scale"] = known["query_norm.scale"] * 1.5
+    layer = anymha.set_weights(layer, known)
+    some = {name: array for name, array in known.items() if "_norm" not in name}
+    port = anymha.parity.declare(lambda x: layer(x), some, "anymha")
+    told = compare(layer, port, X).to_text()
+    assert "does not tell query_norm.scale, key_norm.scale" in told
+    assert "`query_key_norm`" in told
+    assert "no known mistake" not in told
+    assert "Give both the same" not in told
+    wrong = anymha.parity.declare(lambda x: 2 * layer(x), some, "anymha")
+    assert "does not tell" not in str(compare(layer, wrong, X).diagnosis)

@@ -15,6 +15,9 @@ from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.trace import Adapter
 
+WEIGHT = "weight "
+"""How the names of stages begin that compare weights."""
+
 
 def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> Comparison:
     """The comparison with causes that need no known weights, or with why none was found.
@@ -31,6 +34,9 @@ def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> Comparison
         return _with(comparison, axes)
     if diagnosis.causes:
         return comparison
+    untold = _untold_weights(comparison)
+    if untold is not None:
+        return _with(comparison, untold)
     reason = _reason(comparison)
     compared = "they are compared: weights that differ would explain this, too"
     end = "causes are searched for" if reason else compared
@@ -55,6 +61,21 @@ def _reason(comparison: Comparison) -> str:
     if first.output.shape != second.output.shape:
         return f"the output has the shape {second.output.shape}, not {first.output.shape}"
     return ""
+
+
+def _untold_weights(comparison: Comparison) -> Diagnosis | None:
+    """Weights that one side alone tells, where all results agree."""
+    wrong = [stage.name for stage in comparison.stages if not stage.passed]
+    if not wrong or not all(name.startswith(WEIGHT) for name in wrong):
+        return None
+    names = [name.removeprefix(WEIGHT) for name in wrong]
+    for trace in comparison.traces:
+        if not {*names} & {*(trace.weights or ()), *trace.extras}:
+            fix = ("The results agree. Give `declare`, or the layer, the option that has these "
+                   "weights: `query_key_norm`, `gate` or `sinks`.")  # fmt: skip
+            told = f"{trace.name} does not tell {', '.join(names)}"
+            return Diagnosis.certain(told, wrong[0], fix)
+    return None
 
 
 def _other_axes(comparison: Comparison) -> Diagnosis | None:

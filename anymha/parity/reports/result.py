@@ -63,7 +63,8 @@ class ComparisonResult:
     def advice(self) -> str:
         """Advice where the two have different weights; else empty."""
         names = [s.name.removeprefix("weight ") for s in self.stages if s.name[:7] == "weight "]
-        if not names:
+        causes = () if self.diagnosis is None else self.diagnosis.causes
+        if not names or any(cause.stage.startswith("weight ") for cause in causes):
             return ""
         return f"Their weights differ: {', '.join(names)}. Give both the same, and compare again."
 
