@@ -705,8 +705,8 @@ def _last_page(recipe: Recipe, facts: Decoded) -> Variants:
 @_decoding
 def _shared_pages(recipe: Recipe, facts: Decoded) -> Variants:
     """Pages that are the first row's for all rows, as where a table of pages is not each row's."""
-    slots = np.arange(int(facts.ends.max()))
-    for size in (n for n in PAGES if n < len(slots)) if len(facts.valid) > 1 else ():
+    slots = np.arange(int(facts.ends.max()) + 1)  # padding at the end stands after the last
+    for size in (n for n in PAGES if n < slots[-1]) if len(facts.valid) > 1 else ():
         page = slots // size
         for (of, shared), (words, written, read), at_once in itertools.product(
             {"the first page": page == 0, "the second page": page == 1,
