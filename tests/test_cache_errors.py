@@ -149,6 +149,14 @@ CALLS: dict[str, tuple[Case, str]] = {
         lambda b, layer, c, x: c.reorder([0, 2]),
         r"numbers of rows, 0 to 1. Received: \[0, 2\]",
     ),
+    "a row beyond 32 bits": (
+        lambda b, layer, c, x: c.reorder([2**32]), r"below 2\*\*31. Received: \[4294967296\]",
+    ),
+    "a length beyond 32 bits": (
+        lambda b, layer, c, x: c.truncate(b.ops.from_numpy(np.full(2, 2**32 + 1))),
+        r"below 2\*\*31. Received: \[4294967297, 4294967297\]",
+    ),
+    "one cache to join": (lambda b, layer, c, x: anymha.join_caches(c), r"a list.*Received: Cache"),
     "rows that are no integers": (
         lambda b, layer, c, x: c.reorder([0.5]),
         "`indices` must be integers",
@@ -201,6 +209,7 @@ def test_a_failed_call_says_why_and_leaves_the_cache(home: Backend, name: str) -
 MAKING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no rows": ({}, {"batch_size": -1}, "`batch_size` must be an integer, at least 0"),
     "no length": ({}, {"max_length": 0}, "`max_length` must be an integer, at least 1"),
+    "a length beyond 32 bits": ({"sliding_window": 3}, {"max_length": 2**31}, "at most 2147483647"),
     "half a row": ({}, {"batch_size": 1.5}, "`batch_size` must be an integer"),
     "a flag": ({}, {"batch_size": True}, "`batch_size` must be an integer"),
     "a negative rewind": ({}, {"rewind": -1}, "`rewind` must be an integer"),

@@ -490,3 +490,35 @@ def test_a_module_of_tensorflow_holds_a_cache() -> None:
     decoder = Decoder()
     case.steps(lambda x, cache: (decoder(x), cache))
     assert len(decoder.variables) == len(case.layer.variables)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_cast_layer_has_caches_and_memories_of_its_dtype(dtype) -> None:
+    torch = required("torch")
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="torch", seed=0)
+    layer = layer.to(getattr(torch, dtype))
+    x = torch.from_numpy(normal((2, 5, 8), "x")).to(getattr(torch, dtype))
+    cache = layer.make_cache(2, 6)
+    memory = layer.make_memory(x)
+    assert cache.keys.dtype == memory.keys.dtype == x.dtype
+    outputs = []
+    with torch.no_grad():
+        for t in range(5):
+            output, cache = layer(x[:, t : t + 1], cache=cache)
+            outputs.append(output)
+        tolerance = {"float64": 1e-14, "bfloat16": 3e-2}[dtype]
+        whole = layer(x, use_causal_mask=True)
+        torch.testing.assert_close(torch.cat(outputs, 1), whole, atol=tolerance, rtol=0)
+        torch.testing.assert_close(layer(x, memory=memory), layer(x, x), atol=tolerance, rtol=0)
+
+
+def test_a_cache_with_gradients_is_copied_deeply() -> None:
+    torch = required("torch")
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="torch", seed=0)
+    x = torch.from_numpy(normal((2, 5, 8), "x"))
+    _, cache = layer(x[:, :4], cache=layer.make_cache(2, 6))
+    kept = copy.deepcopy({"cache": cache})["cache"]
+    one, other = (layer(x[:, 4:], cache=c)[0] for c in (cache, kept))
+    assert torch.equal(one, other)
+    other.sum().backward()
+    assert layer.query.weight.grad is not None

@@ -11,6 +11,7 @@ attention takes them, normed and turned; where their rotation depends on the len
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
@@ -73,6 +74,10 @@ class Memory(Nested):
     keys: Array
     values: Array
     key_positions: Array | None = None
+
+
+MOST_POSITIONS = 2**31 - 1
+"""How many positions an int32 counts."""
 
 
 class _Sharing(WeakSet["Cache"]):
@@ -177,6 +182,12 @@ class Cache(Nested):
             first = np.maximum(ops.to_numpy(self.starts), self._lost).astype(np.int32)
             state["starts"] = ops.asarray(first, device=ops.device(self.starts))
         return state
+
+    def __deepcopy__(self, memo: Any) -> Cache:
+        try:
+            return Cache(**copy.deepcopy(self.__getstate__(), memo))
+        except RuntimeError:  # of PyTorch's tensors that have a gradient to flow through
+            return self.copy()
 
     def __copy__(self) -> Cache:
         new = Cache(**self.__getstate__())
@@ -475,13 +486,16 @@ def unflatten(kind: type[Any], static: Any, leaves: Sequence[Any]) -> Any:
 def make_cache(
     ops: Ops,
     config: AttentionConfig,
+    computing: str,
     batch_size: int,
     max_length: int,
-    dtype: str | None,
     rewind: int,
+    dtype: str | None,
     device: Any = None,
 ) -> Cache:
     """An empty cache; `anymha.layer.native.NativeLayer.make_cache` has the arguments.
+
+    `computing` is the dtype in which the layer computes.
 
     Raises:
         CacheError: a size is not a positive integer, or the layer attends over other axes.
@@ -490,6 +504,11 @@ def make_cache(
                                ("rewind", rewind, 0)):  # fmt: skip
         if isinstance(value, bool) or not is_integer(value) or value < least:
             raise CacheError(f"`{name}` must be an integer, at least {least}. Received: {value!r}.")
+    if max_length > MOST_POSITIONS:
+        raise CacheError(
+            f"`max_length` must be at most {MOST_POSITIONS}, as positions are counted in 32 bits. "
+            f"Received: {max_length}."
+        )
     if config.attention_axes not in (None, (1,), (-2,)):
         raise CacheError(
             "A cache needs a layer that attends over one axis of (B, T, D). Received: "
@@ -498,12 +517,11 @@ def make_cache(
     window, max_length = config.sliding_window, int(max_length)  # no NumPy integer, of any width
     size = max_length if window is None else min(max_length, window + int(rewind))
     is_ring = window is not None and window < max_length
-    compute = config.compute_dtype or config.dtype
-    held = dtype_name(ops.dtype(compute)) if dtype is None else dtype_name(dtype)
-    if not is_floating(held) or held == "float64" != compute:
+    held = dtype_name(ops.dtype(computing)) if dtype is None else dtype_name(dtype)
+    if not is_floating(held) or held == "float64" != computing:
         raise CacheError(
             "`dtype` must be float16, bfloat16 or float32; or float64, where the layer computes in "
-            f"it. Received: {dtype!r}, and a layer that computes in {compute}. Leave it out for "
+            f"it. Received: {dtype!r}, and a layer that computes in {computing}. Leave it out for "
             "the dtype in which the layer computes."
         )
 
@@ -549,11 +567,12 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
         >>> anymha.join_caches(caches).lengths.tolist()
         [2, 3]
     """
-    caches = list(caches)
+    given: Any = caches
+    caches = list(given) if isinstance(given, Iterable) else []
     if not caches or not all(isinstance(cache, Cache) for cache in caches):
+        received = [type(cache).__name__ for cache in caches] or type(given).__name__
         raise ArgumentError(
-            "`caches` must be a list of at least one cache, of one layer. Received: "
-            f"{[type(cache).__name__ for cache in caches]}."
+            f"`caches` must be a list of at least one cache, of one layer. Received: {received}."
         )
     ops = backend_of(caches[0].lengths).ops
 
@@ -659,11 +678,16 @@ def _integers(ops: Ops, value: Any, name: str, count: Any, like: Array) -> Array
             raise ArgumentError(
                 f"`{name}` must be integers. Received: {described(value)}. Cast them first."
             )
+        _check_width(known_values(ops, value), name)
+        if dtype_name(value.dtype) == "int64":  # traced, it has no values yet
+            value = ops.where(value > MOST_POSITIONS, MOST_POSITIONS, value)
+            value = ops.where(value < -1, -1, value)
         found = ops.astype(value, ops.int32)
     else:
         numbers = np.asarray(value)
         if numbers.dtype.kind not in "iu":
             raise ArgumentError(f"`{name}` must be integers. Received: {value!r}.")
+        _check_width(numbers, name)
         found = ops.asarray(numbers.astype(np.int32), device=ops.device(like))
     if not len(found.shape) and count is not None:
         found = ops.broadcast_to(ops.reshape(found, (1,)), (count,))
@@ -674,6 +698,14 @@ def _integers(ops: Ops, value: Any, name: str, count: Any, like: Array) -> Array
     ):  # fmt: skip
         raise ShapeError(f"`{name}` must have shape {wanted}. Received: {described(found)}.")
     return found
+
+
+def _check_width(numbers: np.ndarray | None, name: str) -> None:
+    """Refuse integers that 32 bits do not hold."""
+    if numbers is not None and ((numbers > MOST_POSITIONS) | (numbers < -MOST_POSITIONS)).any():
+        raise CacheError(
+            f"`{name}` must be numbers below 2**31. Received: {np.asarray(numbers).tolist()}."
+        )
 
 
 def _check_truncated(

@@ -104,12 +104,22 @@ class HeldCall(NamedTuple):
 def prepare(
     ops: Ops,
     config: AttentionConfig,
+    computing: str,
     query: Any,
     others: tuple[Any, Any],
     masks: dict[str, Any],
     call: Mapping[str, Any],
 ) -> HeldCall:
     """Check a call that has a cache or a memory, and take from `masks` those over its positions.
+
+    Args:
+        ops: The backend.
+        config: The layer's options.
+        computing: The dtype in which the layer computes.
+        query: (B, T, D_q).
+        others: Value and key, as they were given.
+        masks: The masks and the bias.
+        call: The keyword arguments.
 
     Raises:
         ArgumentError: arguments do not go together.
@@ -123,7 +133,7 @@ def prepare(
     check_arrays(ops, {"query": query, **masks})
     check_inputs(config, query, query, query, (None, None, None))
     check_arrays(ops, {("cache" if own else "memory") + ".keys": given.keys})
-    _check_fits(config, query, given, "cache" if own else "memory")
+    _check_fits(config, computing, query, given, "cache" if own else "memory")
     if isinstance(given, Memory):
         return _prepare_memory(ops, config, query, given, masks)
     return _prepare_cache(ops, config, query, given, masks, "own" if own else "cache")
@@ -142,7 +152,8 @@ def check_fits(
     masks = {n: x for n, x in masks.items() if x is not None}
     _check_arguments(config, query, others, masks, call)
     name = "cache" if call.get("memory") is None else "memory"
-    _check_fits(config, query, call[name], name)
+    computing = config.compute_dtype or config.dtype
+    _check_fits(config, computing, query, call[name], name)
 
 
 def needs_positions(features: Any) -> bool:
@@ -198,7 +209,9 @@ def _check_arguments(
         )
 
 
-def _check_fits(config: AttentionConfig, query: Any, given: Cache | Memory, name: str) -> None:
+def _check_fits(
+    config: AttentionConfig, computing: str, query: Any, given: Cache | Memory, name: str
+) -> None:
     """Sizes of a cache or a memory fit the layer and the call."""
     keys, values = given.keys.shape, given.values.shape
     expected = (config.key_value_heads, config.key_dim, config.value_dim)
@@ -209,11 +222,10 @@ def _check_fits(config: AttentionConfig, query: Any, given: Cache | Memory, name
             f"value_dim={expected[2]}. Received: {received[0]}, {received[1]} and {received[2]}. "
             "Make it by this layer."
         )
-    compute = config.compute_dtype or config.dtype
-    if dtype_name(given.keys.dtype) == "float64" != compute:
+    if dtype_name(given.keys.dtype) == "float64" != computing:
         raise CacheError(
-            f"`{name}` must not be wider than the layer computes, in {compute}. Received: float64. "
-            "Make it by this layer."
+            f"`{name}` must not be wider than the layer computes, in {computing}. Received: "
+            "float64. Make it by this layer."
         )
     batch = query.shape[0]
     if is_known(batch) and is_known(keys[0]) and keys[0] != batch:

@@ -155,12 +155,13 @@ def multi_head_attention(
     if masks and ops.capabilities.constants is not None:
         masks = ops.capabilities.constants(query, masks)
 
-    if cache is not None or call.get("memory") is not None:
-        held = prepare(ops, config, query, given, masks, call)
-        flags, offset, inputs = flags._replace(held=held.held), held.offset, (query,) * 3
-        value = query
     projections: Any = weights if type(weights) is Projections else None
     kind = _kind_of(config, weights) if projections is None else projections.kind
+    if cache is not None or call.get("memory") is not None:
+        computing = config.compute_dtype or kind.dtype_name
+        held = prepare(ops, config, computing, query, given, masks, call)
+        flags, offset, inputs = flags._replace(held=held.held), held.offset, (query,) * 3
+        value = query
     if held is not None and held.held.source != "own":
         kind = kind._replace(widths=(kind.widths[0], None, None))
     planned = plan_call(plans, ops, config, kind, inputs, masks, flags, offset, _compute, held)

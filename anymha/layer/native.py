@@ -18,6 +18,7 @@ from anymha.errors import (
     UnknownOptionError,
     WeightsError,
 )
+from anymha.framework.dtypes import dtype_name
 from anymha.framework.protocol import Array, Dim
 from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
@@ -265,11 +266,13 @@ class NativeLayer:
         Raises:
             CacheError: a size is not a positive integer, or the layer attends over other axes.
         """
-        device = None
+        device, computing = None, self.config.compute_dtype or self.config.dtype
         for weight in self.canonical_weights().values():
             device = self.ops.device(weight)
+            computing = self.config.compute_dtype or dtype_name(weight.dtype)
             break
-        return make_cache(self.ops, self.config, batch_size, max_length, dtype, rewind, device)
+        sizes = batch_size, max_length, rewind
+        return make_cache(self.ops, self.config, computing, *sizes, dtype, device)
 
     def make_memory(
         self, value: Array, key: Array | None = None, *, key_positions: Any = None

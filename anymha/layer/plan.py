@@ -67,6 +67,11 @@ class WeightsKind(NamedTuple):
     widths: tuple[int | None, ...]
     key: Hashable = None
 
+    @property
+    def dtype_name(self) -> str:
+        """The name of their dtype."""
+        return self.dtype if isinstance(self.dtype, str) else dtype_name(self.dtype)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -335,7 +340,7 @@ def make_plan(
     query, value, key = inputs
     value_source = "query" if value is query else "value"
     key_source = "query" if key is query else value_source if key is value else "key"
-    dtype = weights.dtype if isinstance(weights.dtype, str) else dtype_name(weights.dtype)
+    dtype = weights.dtype_name
     compute_dtype = config.compute_dtype or dtype
     working = "float64" if compute_dtype == "float64" else "float32"
     narrow = BITS[compute_dtype] == 16 and multiplies(ops, compute_dtype, ops.device(query))
