@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Iterator
@@ -103,6 +104,27 @@ def no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two mistakes together and none in a part, where one is the cause or none is asked for."""
     for name in ("PARTS_SECONDS", "PAIRS_SECONDS"):
         monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
+
+
+@pytest.fixture(scope="module")
+def folded_once() -> Iterator[None]:
+    """`compare` knows of calls alike one right recipe, and what mistakes make of it.
+
+    For many faults in one call, which only what is reported tells apart.
+    """
+    module = importlib.import_module("anymha.parity.comparison.compare")
+    fold: Any = module.fold
+    kept: dict[bytes, Any] = {}
+
+    def folded(problem: Any) -> Any:
+        key = pickle.dumps(problem)
+        if key not in kept:
+            kept[key] = fold(problem)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "fold", folded)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -135,25 +135,23 @@ def make(
     )
 
 
-def run(
-    backend: Backend, problem: Problem, *, gradients: bool = True, compiled: bool = False
-) -> Result:
+def run(backend: Backend, problem: Problem, *, gradients: bool = True) -> Result:
     """Output, scores and gradients of the problem on a backend, by the layer's function.
 
-    `compiled` puts it under JAX's `jit` where JAX runs it, which for new shapes is many times
-    faster than operation by operation. Problems of the same options and shapes share their plans,
-    as calls of one layer do.
+    Problems of the same options and shapes share their plans, as calls of one layer do, and on
+    JAX the program that differentiates, which takes masks as arguments.
     """
     ops = backend.ops
-    config, plans = _planned(backend.name, problem.config, _kinds(problem))
+    config, plans, programs = _planned(backend.name, problem.config, _kinds(problem))
     arrays = native(ops, {**problem.weights, **problem.inputs})
     call = native(ops, problem.call)
     cotangents = (ops.from_numpy(problem.d_output), ops.from_numpy(problem.d_scores))
+    names = tuple(problem.weights)
 
-    def function(ops: Any, arrays: Mapping[str, Any]) -> Any:
-        named = {name: a for name, a in arrays.items() if name not in problem.weights}
+    def function(ops: Any, call: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
+        named = {name: a for name, a in arrays.items() if name not in names}
         parts = [named.pop(name, None) for name in ("query", "value", "key")]
-        held = {name: arrays[name] for name in problem.weights}
+        held = {name: arrays[name] for name in names}
         return multi_head_attention(
             ops,
             config,
@@ -166,14 +164,26 @@ def run(
         )
 
     if not gradients:
-        (output, scores), pulled = function(ops, arrays), {}
+        (output, scores), pulled = function(ops, call, arrays), {}
+    elif backend.name == "jax":
+        fixed = {name: x for name, x in call.items() if isinstance(x, FIXED)}
+        kinds = tuple((name, type(x), x) for name, x in fixed.items())
+        if kinds not in programs:
+
+            def differentiate(given: Any, arrays: Any, cotangents: Any) -> Any:
+                attend = partial(function, ops, {**fixed, **given})
+                return ops.capabilities.vjp(attend, arrays, cotangents)
+
+            programs[kinds] = importlib.import_module("jax").jit(differentiate)
+        given = {name: x for name, x in call.items() if name not in fixed}
+        (output, scores), pulled = programs[kinds](given, arrays, cotangents)
     elif ops.capabilities.vjp is not None:
-        differentiate = partial(ops.capabilities.vjp, partial(function, ops))
-        if compiled and backend.name == "jax":
-            differentiate = importlib.import_module("jax").jit(differentiate)
-        (output, scores), pulled = differentiate(arrays, cotangents)
+        attend = partial(function, ops, call)
+        (output, scores), pulled = ops.capabilities.vjp(attend, arrays, cotangents)
     else:
-        (output, scores), pull = tape.vjp(ops, function, arrays)
+        (output, scores), pull = tape.vjp(
+            ops, lambda ops, arrays: function(ops, call, arrays), arrays
+        )
         pulled = pull(cotangents)
     return Result(
         ops.to_numpy(output),
@@ -182,12 +192,16 @@ def run(
     )
 
 
+FIXED = (bool, int, float, str, np.generic, type(None))
+"""What is a part of a program in a call; all else, arrays, is an argument of it."""
+
+
 @lru_cache(maxsize=64)
 def _planned(
     backend: str, config: AttentionConfig, kinds: tuple[Any, ...]
-) -> tuple[AttentionConfig, Plans]:
-    """The config and the plans of all problems of these options and shapes: compiled once."""
-    return config, Plans()
+) -> tuple[AttentionConfig, Plans, dict[Any, Callable[..., Any]]]:
+    """The config, the plans and the programs of all problems of these options and shapes."""
+    return config, Plans(), {}
 
 
 def _kinds(problem: Problem) -> tuple[Any, ...]:

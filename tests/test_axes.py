@@ -136,7 +136,7 @@ def test_each_batch_place_is_on_its_own(backend: Backend, name: str) -> None:
 
 
 def _agree(backend: Backend, problem: Problem, exact: Truth) -> None:
-    agree(run(backend, problem, compiled=True), exact, problem)
+    agree(run(backend, problem), exact, problem)
 
 
 RANKS = ("queries and keys", "batch", "heads")

@@ -12,6 +12,8 @@ import pytest
 import anymha
 from anymha.parity import Comparison, compare, declare
 
+pytestmark = pytest.mark.usefixtures("folded_once")
+
 BATCH, LENGTH, HEADS, WIDTH, FEATURES = 2, 7, 4, 8, 32
 RNG = np.random.default_rng(3)
 X = 2 * RNG.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)

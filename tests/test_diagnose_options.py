@@ -12,6 +12,8 @@ import pytest
 import anymha
 from anymha.parity import Comparison, compare
 
+pytestmark = pytest.mark.usefixtures("folded_once")
+
 BATCH, LENGTH, HEADS, SHARED, WIDTH, FEATURES = 2, 9, 4, 2, 8, 32
 RNG = np.random.default_rng(8)
 X = 1.5 * RNG.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)

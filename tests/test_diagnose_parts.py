@@ -27,6 +27,8 @@ from tests.test_diagnose_kinds import (
     softmax,
 )
 
+pytestmark = pytest.mark.usefixtures("folded_once")
+
 CAUSAL = {"attention_mask": np.broadcast_to(np.tri(LENGTH, dtype=bool), SEEN.shape)}
 Merge = Callable[[list[tuple[np.ndarray, np.ndarray, np.ndarray]]], np.ndarray]
 

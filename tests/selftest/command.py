@@ -54,7 +54,7 @@ def selftest(options: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     steps = len(FAULTS) * len(chosen) + options.honest * len(dtypes)
-    honest = (chosen, options.honest, dtypes)
+    honest = (chosen, range(options.honest), dtypes)
     with progress_bar(steps) as progress:
         singles = list(inject_all(chosen, progress))
         pairs = list(inject_pairs(chosen[:1], progress)) if options.pairs else []

@@ -181,12 +181,12 @@ class Alarm:
 
 def find_false_alarms(
     backends: Sequence[Backend],
-    count: int,
+    numbers: Sequence[int],
     dtypes: Sequence[str] = DTYPES,
     progress: Progress = lambda *_: None,
     gradients_of: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[list[Alarm]]:
-    """The alarms of each random configuration in each dtype, which should be none.
+    """The alarms of random configurations by their numbers in each dtype, which should be none.
 
     Every two backends are compared, each way round; a single one with itself: stages, outputs, and
     the gradients of weights, inputs and bias for a random cotangent, in the configurations whose
@@ -194,7 +194,7 @@ def find_false_alarms(
     """
     layers: dict[Any, Any] = {}  # a layer keeps its compiled programs
     for dtype in dtypes:
-        for number in range(count):
+        for number in numbers:
             progress("correct layers", f"{dtype} {number}")
             options, request = random_call(number, dtype)
             traces, cotangent = {}, None

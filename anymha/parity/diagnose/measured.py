@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,9 @@ TURNS = 4
 SMALL = 1e-4
 """By how much, of the distance between two starts, a number is changed to see its effect."""
 
+SETTLED = 1e-6
+"""A number is found where a step takes no more than this share of the squared differences."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -33,6 +36,12 @@ class Family:
     make: Callable[[float], Recipe]  # The recipe with this number
     starts: Sequence[float]  # Numbers from which the search begins, in order
     words: Callable[[float], str]  # Words for the number
+    # The recipes of the starts, kept with what was computed of them; None: they are made anew
+    begun: Sequence[Recipe] | None = None
+
+    def kept(self) -> Family:
+        """The family with the recipes of its starts, for one evidence after another."""
+        return replace(self, begun=[self.make(start) for start in self.starts])
 
 
 Families = Callable[[Recipe], Iterator[Family]]
@@ -46,7 +55,8 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
     """
     starts = np.asarray(family.starts, float)
     with np.errstate(all="ignore"):
-        far = [evidence.distance(family.make(start)) for start in starts]
+        recipes = map(family.make, starts) if family.begun is None else family.begun
+        far = [evidence.distance(recipe) for recipe in recipes]
         best = int(np.argmin(far))
         if not far[best] <= before * (1 + 1e-9) or max(far) == far[best]:
             return None  # the last: it changes nothing that is reported
@@ -82,8 +92,9 @@ def _improved(family: Family, evidence: Evidence, value: float, room: float) -> 
             step /= 4
         else:
             break
+        gained = apart @ apart - nearer @ nearer
         value, apart = value + step, nearer
-        if abs(step) < 1e-9 * room:
+        if abs(step) < 1e-9 * room or gained < SETTLED * (apart @ apart):
             break
         room = max(4 * abs(step), 1e-6)
     return value

@@ -14,7 +14,7 @@ from anymha.parity.diagnose.around import around
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.head_maps import head_maps
-from anymha.parity.diagnose.measured import fitted
+from anymha.parity.diagnose.measured import Family, fitted
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
 from anymha.parity.diagnose.scaled_weights import scaled_weights
 from anymha.parity.oracle.recipe import Arrays, Recipe
@@ -118,8 +118,9 @@ class Trials:
         evidence = self._up_to_the_first_wrong(recipe)
         before = evidence.distance(recipe)
         names = {one.name for one in catalogue(recipe)} if measured is None else {*measured}
-        for mistake in catalogue(recipe) if names else ():
-            for family in mistake.families(recipe) if mistake.name in names - {skip} else ():
+        for at, mistake in enumerate(catalogue(recipe) if names else ()):
+            wanted = mistake.name in names - {skip}
+            for family in self._families(recipe, mistake, at) if wanted else ():
                 found = fitted(family, evidence, before)
                 if found is not None:
                     yield self._judged(recipe, mistake, *found, rank=1)
@@ -127,6 +128,20 @@ class Trials:
         for causes, wrong in sums:
             if causes[0].name != skip:
                 yield self.weighed(recipe, causes, wrong, 1)
+
+    def _families(self, recipe: Recipe, mistake: Mistake, at: int) -> Iterable[Family]:
+        """The families of a mistake, `at` in the catalogue; kept, as `variants` are."""
+        if not self._is_small(recipe):
+            return mistake.families(recipe)
+        place = "families", at
+        if place not in recipe.computed:
+            recipe.computed[place] = [one.kept() for one in mistake.families(recipe)]
+        return recipe.computed[place]
+
+    def _is_small(self, recipe: Recipe) -> bool:
+        """Whether what is made of a recipe is kept for other evidence."""
+        numbers = self.exact["logits"].size + sum(w.size for w in recipe.weights.values())
+        return recipe is self.recipe and numbers <= SMALL_CASE
 
     def _up_to_the_first_wrong(self, recipe: Recipe) -> Evidence:
         """The evidence by which numbers are measured: what follows may have other mistakes too."""
@@ -141,7 +156,9 @@ class Trials:
         self, recipe: Recipe, mistake: Mistake, detail: str, wrong: Recipe, rank: int = 0
     ) -> Trial | None:
         def causes(wrong: Recipe) -> tuple[Cause, ...]:
-            stage = first_change(recipe, wrong)
+            if "changes" not in wrong.computed:
+                wrong.computed["changes"] = first_change(recipe, wrong)
+            stage = wrong.computed["changes"]
             return () if stage is None else (Cause(mistake.name, detail, stage, mistake.fix),)
 
         return self.weighed(recipe, causes, wrong, max(rank, 2 * mistake.alone))
@@ -198,10 +215,8 @@ class Trials:
     ) -> Iterator[tuple[Mistake, str, Recipe]]:  # fmt: skip
         """Each mistake with its detail and the recipe that has it, but those of one name."""
         every = () if alone else other_options(recipe, self.trace.config, self.trace.weights)
-        numbers = self.exact["logits"].size + sum(w.size for w in recipe.weights.values())
-        small = recipe is self.recipe and numbers <= SMALL_CASE
         known = _of_catalogue(recipe, alone, keys)
-        if small and keys is None:
+        if self._is_small(recipe) and keys is None:
             # Made once: the recipes know what was computed of them for other evidence.
             place = "mistakes", alone
             known = recipe.computed[place] = recipe.computed.get(place) or list(known)
