@@ -12,6 +12,8 @@ import anymha
 from anymha.parity import Comparison, compare, declare
 from tests.peer_layers import need
 
+pytestmark = pytest.mark.usefixtures("folded_once")
+
 BATCH, LENGTH, HEADS, WIDTH, FEATURES = 2, 6, 4, 8, 32
 LAYER = anymha.MultiHeadAttention(
     HEADS,
