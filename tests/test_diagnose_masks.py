@@ -11,6 +11,8 @@ import pytest
 import anymha
 from anymha.parity import Comparison, compare
 
+pytestmark = pytest.mark.usefixtures("folded_once")
+
 BATCH, LENGTH, HEADS, WIDTH, FEATURES = 4, 8, 3, 8, 24
 RNG = np.random.default_rng(12)
 X = 1.5 * RNG.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)

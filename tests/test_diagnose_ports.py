@@ -14,6 +14,8 @@ from anymha.parity import compare
 from anymha.parity.diagnose.causes import Diagnosis
 from tests.frameworks import required
 
+pytestmark = pytest.mark.usefixtures("folded_once")
+
 BATCH, LENGTH, HEADS, FEATURES = 2, 7, 6, 36
 WIDTH = FEATURES // HEADS
 X = np.random.default_rng(4).standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32)

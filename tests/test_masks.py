@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from anymha.framework.registry import Backend
 from tests.conftest import usable
-from tests.support import Problem, check, make, normal, run
+from tests.support import Problem, check, close, make, normal, run
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -218,9 +218,15 @@ def test_mask_of_rank_3_is_batch_even_where_there_are_as_many_heads(backend: Bac
 def test_offsets_of_any_integer_dtype_are_the_ints(backend: Backend, dtype: str) -> None:
     if backend.name == "jax" and dtype == "int64":
         dtype = "uint32"  # JAX has no int64 outside of its float64 mode
-    for offset in (np.array([2, 2], dtype), np.array(2, dtype), np.array([2], dtype)):
-        problem = make().calling(use_causal_mask=True, query_offset=offset)
-        check(backend, problem, allowed=COLUMN <= ROW + 2)
+    each, one, alone = (
+        make().calling(use_causal_mask=True, query_offset=np.array(offset, dtype))
+        for offset in ([2, 2], 2, [2])
+    )
+    wanted = check(backend, each, allowed=COLUMN <= ROW + 2)
+    for problem in (one, alone):
+        got = run(backend, problem, gradients=False)
+        close(got.output, wanted.output, 1e-5)
+        close(got.scores, wanted.scores, 1e-6)
 
 
 @pytest.mark.parametrize("offset", [np.int64(2), np.int32(2)])

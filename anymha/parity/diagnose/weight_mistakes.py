@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def _heads_permuted(recipe: Recipe) -> Variants:
     """The heads in another order before the output's projection, or of the queries alone."""
     heads = recipe.heads[0]
     for order in _orders(heads):
-        words = in_words(np.array(order), heads, heads)
+        words = _order_in_words(order)
         kernel = recipe.weights["output.kernel"][list(order)]
         yield (
             f"of the output's kernel, in the order {words}",
@@ -92,9 +93,15 @@ def _heads_permuted(recipe: Recipe) -> Variants:
     for name in NAMES:
         count = recipe.weights[f"{name}.kernel"].shape[1]
         for order in _orders(count):
-            words = in_words(np.array(order), count, count)
+            words = _order_in_words(order)
             changed = {n: a[..., list(order), :] for n, a in _own(recipe, name).items()}
             yield f"of {name}, in the order {words}", _with(recipe, changed)
+
+
+@lru_cache(maxsize=1 << 12)
+def _order_in_words(order: tuple[int, ...]) -> str:
+    """Words for an order of all heads; a search asks for the same ones again and again."""
+    return in_words(np.array(order), len(order), len(order))
 
 
 def _packed_order(recipe: Recipe) -> Variants:
