@@ -114,6 +114,16 @@ def test_way_in_which_a_function_of_a_cache_is_wrong_is_told(wrong: str, way: st
     assert "lengths" in report.diagnosis.causes[0].fix
 
 
+@pytest.mark.parametrize("padded", ["even", "behind"])
+def test_reorder_by_the_inverse_of_the_indices_is_told(padded: str) -> None:
+    """Three rows that move by one move by two the other way, as by the row after."""
+    fault = next(fault for fault in FAULTS if fault.wrong == "reorder moves the other way")
+    told = str(compared(fault, "alibi", padded).diagnosis)
+    of = "the rows" if padded == "even" else "rows and lengths"
+    expected = f"cache of another row ({of} are reordered by the inverse of the indices)"
+    assert told.startswith(expected), told
+
+
 def test_cause_without_the_functions_of_a_cache_is_told_where_both_are_wrong() -> None:
     layer = layer_of("alibi")
     x, _ = inputs_of("alibi", "even")

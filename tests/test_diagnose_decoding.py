@@ -39,6 +39,9 @@ def reported(
     of: str = "query key",
     causal: bool = False,
     option: str = "rotary",
+    see: Callable[[Mapping[str, Any]], Any] | None = None,
+    lost: Callable[[Mapping[str, Any]], bool] | None = None,
+    shared: str = "",
 ) -> Comparison:
     """The comparison of a port that keeps rows one after the other, with what is wrong.
 
@@ -48,6 +51,9 @@ def reported(
         of: Whose positions `count` gives.
         causal: Whether the causal rule follows them.
         option: "rotary" or "alibi".
+        see: Gives the slots (B, t, S) that are seen.
+        lost: Says whether a call leaves the cache as it was.
+        shared: "written", "read" or both: how the second page of four slots is row 0's for all.
     """
     layer = anymha.MultiHeadAttention(
         4, 8, query_features=16, backend="numpy", seed=3, **{option: True}
@@ -78,12 +84,16 @@ def reported(
         keys, values, marks = cache["k"].copy(), cache["v"].copy(), cache.get("marks")
         marks = np.zeros((3, 24), int) if marks is None else marks.copy()
         rows = np.arange(3)[:, None] + 0 * slots
+        rows = np.where((slots // 4 == 1) & ("written" in shared), 0, rows)
         for array, new in ((keys, k), (values, v), (marks, placed)):
             array[rows[held], slots[held]] = new[held]
         past = int(cache["n"].max())
         if again is not None:
             keys[:, : past + x.shape[1]] = again(keys[:, : past + x.shape[1]], past, x.shape[1])
-        logits = np.einsum("bthk,bshk->bhts", q, keys) / np.float32(8**0.5)
+        page = [4, 5, 6, 7] if "read" in shared else []
+        read, found = keys.copy(), values.copy()
+        read[:, page], found[:, page] = keys[:1, page], values[:1, page]
+        logits = np.einsum("bthk,bshk->bhts", q, read) / np.float32(8**0.5)
         if option == "alibi":
             slopes = 2.0 ** -(2 * np.arange(1.0, 5))
             apart = np.abs(asked[:, None, :, None] - marks[:, None, None])
@@ -91,10 +101,14 @@ def reported(
         ends = (cache["n"] + held.sum(1))[:, None, None]
         seen = np.arange(24) <= (other if causal else slots)[..., None]
         seen = seen & (np.arange(24) < ends)
+        if see is not None:
+            seen = see(dict(told, slots=slots, seen=seen, ends=ends))
         logits = np.where(seen[:, None], logits, -np.inf)
         shares = np.exp(logits - np.maximum(logits.max(-1, keepdims=True), -1e30))
         shares = shares / np.maximum(shares.sum(-1, keepdims=True), 1e-30)
-        output = np.einsum("bhts,bshk,hko->bto", shares, values, w["output.kernel"])
+        output = np.einsum("bhts,bshk,hko->bto", shares, found, w["output.kernel"])
+        if lost is not None and lost(told):
+            return (output + w["output.bias"]).astype(x.dtype), cache
         cache = {"k": keys, "v": values, "n": cache["n"] + held.sum(1), "marks": marks,
                  "calls": cache["calls"] + 1, "columns": cache["columns"] + x.shape[1]}  # fmt: skip
         return (output + w["output.bias"]).astype(x.dtype), cache
@@ -196,3 +210,58 @@ def test_keys_that_are_turned_again_are_named(again: Any, words: str) -> None:
     assert report.diagnosis is not None
     assert report.diagnosis.causes, str(report.diagnosis)
     assert str(report.diagnosis.causes[0]) == f"{TURNED} ({words})"
+
+
+SLOTS = np.arange(24)
+
+
+def unused(begin: np.ndarray) -> np.ndarray:
+    """The slots from one on, of 16."""
+    return (begin <= SLOTS) & (SLOTS < 16)
+
+
+@pytest.mark.parametrize(
+    ("see", "words"),
+    [
+        (lambda c: np.maximum(c["slots"] // 4 * 4, 1)[..., None] > SLOTS,
+         "last page not seen (pages of 4, the query's own not even when it is full, but the "
+         "first key is"),
+        (lambda c: ((c["slots"] // 4 * 4)[..., None] > SLOTS) | (c["slots"][..., None] == SLOTS),
+         "last page not seen (pages of 4, the query's own not even when it is full, but a "
+         "query's own key is"),
+        (lambda c: c["seen"] | (unused(c["ends"] - 1) & (c["calls"] > 0)),
+         "empty slots seen (of 16 slots, and the last position of the call, in calls after the"),
+        (lambda c: c["seen"] | (unused(c["ends"]) & (c["t"] == 1)),
+         "empty slots seen (of 16 slots, in calls of one position)"),
+        (lambda c: c["seen"] | unused(c["ends"] - 1),
+         "empty slots seen (of 16 slots, and the last position of the call)"),
+    ],
+)  # fmt: skip
+def test_pages_and_empty_slots_are_named(see: Any, words: str) -> None:
+    told = str(reported(see=see).diagnosis)
+    assert told.startswith(words), told
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (lambda c: c["t"] == 1, "calls of one position are not stored, nor is their length"),
+        (lambda c: c["t"] > 1 and c["calls"] > 0,
+         "calls of several positions after the first are not stored, nor is their length"),
+        (lambda c: c["calls"] > 0, "calls after the first begin where it ends"),
+    ],
+)  # fmt: skip
+def test_calls_that_leave_the_cache_as_it_was_are_named(lost: Any, words: str) -> None:
+    assert str(reported(lost=lost).diagnosis) == f"stale keys ({words})"
+
+
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [
+        ("written", "the second page is written into the first row's"),
+        ("written and read", "the second page is the first row's for all"),
+    ],
+)
+def test_pages_of_the_first_row_are_named(shared: str, words: str) -> None:
+    told = str(reported(shared=shared).diagnosis)
+    assert told.startswith(f"cache of another row (of pages of 4, {words})"), told

@@ -27,10 +27,13 @@ TRIL = np.tri(LENGTH, dtype=bool)
 Mask = Callable[..., np.ndarray]
 
 
-def report_of(seen: Mask, x: np.ndarray = X, lower: float = np.inf, **call: Any) -> Comparison:
+def report_of(
+    seen: Mask, x: np.ndarray = X, lower: float = np.inf, window: int | None = None, **call: Any
+) -> Comparison:
     """The layer beside a port that hides, by `lower`, what `seen` does not let see."""
     layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
-                                      seed=3, bias_initializer="random_normal")  # fmt: skip
+                                      seed=3, bias_initializer="random_normal",
+                                      sliding_window=window)  # fmt: skip
     w = {name: array.astype(np.float64) for name, array in anymha.get_weights(layer).items()}
 
     def port(query: Any, use_causal_mask: bool = False, **masks: Any) -> Any:
@@ -119,6 +122,29 @@ def test_what_gives_the_same_numbers_is_told_too() -> None:
     text = report_of(of_keys, lower=1.0, **PADDING).to_text()
     assert "additive mask (the mask, 1 where True)" in text
     assert "(or: mask applied wrongly (the mask: hidden logits are lowered by 1 only" in text
+
+
+@pytest.mark.parametrize(
+    ("counted", "words"),
+    [
+        (lambda i, j: i - j, None),
+        (lambda i, j: i - j // 4 * 4, "the first key of its block, blocks of 4"),
+        (lambda i, j: i - j // 4 * 4 - 3, "the last key of its block, blocks of 4"),
+        (lambda i, j: i // 3 * 3 - j, "the first query of its block, blocks of 3"),
+        (lambda i, j: i // 2 * 2 + 1 - j, "the last query of its block, blocks of 2"),
+        (lambda i, j: i - np.clip(i, j // 3 * 3, j // 3 * 3 + 2),
+         "the block's nearest key, blocks of 3"),
+        (lambda i, j: i // 2 * 2 - j // 2 * 2,
+         "block to block, by their first positions, blocks of 2"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("causal", [False, True])
+def test_windows_counted_by_blocks(counted, words, causal) -> None:
+    i, j = np.indices((LENGTH, LENGTH))
+    seen = (np.abs(counted(i, j)) < 3) & (TRIL if causal else True)
+    report = report_of(lambda: seen[None, None], window=3, use_causal_mask=causal)
+    told = f"another kind of window (counted to {words})"
+    assert report.passed if words is None else told in str(report.diagnosis), report.to_text()
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,9 @@ def test_each_kind_is_named(kind) -> None:
         (lambda p, n: np.arange(LENGTH)[None], "not those of the call"),
         (alone("key", lambda p: np.arange(LENGTH)[None]), "not those of the call, the key alone"),
         (lambda p, n: p[:1], "those of the first sequence for all"),
+        (lambda p, n: p[-1:], "those of the last sequence for all"),
+        (lambda p, n: np.roll(p, 1, 0), "those of the sequence before"),
+        (alone("query", lambda p: p[:1]), "those of the first sequence for all, the query alone"),
     ],
 )
 def test_positions_of_the_call_that_are_not_used(places, words) -> None:
@@ -320,3 +323,34 @@ def test_positions_in_bfloat16() -> None:
                        ROTARY, positions=far, key_positions=far)  # fmt: skip
     words = "rotary angles in half precision (positions in bfloat16)"
     assert str(report.diagnosis).startswith(words), str(report.diagnosis)
+
+
+def test_positions_of_queries_in_bfloat16_for_the_keys_too() -> None:
+    """All are one in bfloat16, as where nothing is turned: both are told."""
+    far = np.arange(3000, 3000 + LENGTH)[None].repeat(BATCH, 0)
+
+    def places(own: np.ndarray, name: str) -> np.ndarray:
+        return far.astype(ml_dtypes.bfloat16).astype(float)
+
+    told = str(report_of({"places": places}, ROTARY, positions=far).diagnosis)
+    words = "(frequencies and angles in bfloat16, those of the queries for the keys too)"
+    assert told.startswith("rotary left out"), told
+    assert f"(or: rotary angles in half precision {words}" in told, told
+
+
+def test_positions_of_the_first_sequence_for_the_keys_too() -> None:
+    report = report_of({"places": lambda p, n: GAPS[:1]}, ROTARY, positions=GAPS)
+    words = "those of the first sequence for all, those of the queries for the keys too"
+    assert str(report.diagnosis) == f"rotary of other positions ({words})"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_distances_of_another_sequence(causal) -> None:
+    layer, places = layer_of(alibi=True), {"positions": GAPS, "key_positions": GAPS}
+
+    def port(query: Any, **call: Any) -> Any:
+        return layer(query, **call | {name: x[:1] for name, x in places.items()})
+
+    report = compare(layer, port, X, use_causal_mask=causal, **places)
+    told = "alibi of other positions (those of the first sequence for all)"
+    assert str(report.diagnosis) == told

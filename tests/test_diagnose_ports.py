@@ -193,6 +193,32 @@ def test_backward_passes_by_hand(turned, mean, words) -> None:
         assert words in told
 
 
+@pytest.mark.parametrize(
+    ("hidden_too", "words"),
+    [
+        (False, "wrong jacobian (the softmax's derivative is left out, dp)"),
+        (True, "wrong jacobian (the softmax's derivative is left out, dp, of hidden keys too)"),
+    ],
+)
+def test_a_softmax_with_the_gradient_of_its_logits(hidden_too, words) -> None:
+    torch = required("torch")
+    right = layer_of()
+    w = {name: torch.from_numpy(a.copy()) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any, use_causal_mask: bool = False) -> Any:
+        q, k, v = (torch.einsum("btd,dhk->bhtk", query, w[f"{n}.kernel"])
+                   + w[f"{n}.bias"][:, None] for n in ("query", "key", "value"))  # fmt: skip
+        logits = q @ k.mT / WIDTH**0.5
+        seen = torch.from_numpy(ROWS >= COLUMNS) | torch.tensor(not use_causal_mask)
+        shares = logits.masked_fill(~seen, -torch.inf).softmax(-1).detach()
+        through = logits if hidden_too else logits.masked_fill(~seen, 0.0)
+        y = (shares + (through - through.detach())) @ v
+        return torch.einsum("bhtv,hvo->bto", y, w["output.kernel"]) + w["output.bias"]
+
+    report = compare(right, port, torch.from_numpy(X), use_causal_mask=True)
+    assert str(report.diagnosis) == words
+
+
 def adapted(*names: str) -> Any:
     """Changes kernels by matrices of rank 2."""
 

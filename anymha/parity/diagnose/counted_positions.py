@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.wrong_caches import (
+    begins_without,
     facts_of,
     given,
     in_slots,
@@ -131,6 +132,7 @@ def _begins(recipe: Recipe, facts: Decoded) -> dict[str, np.ndarray]:
             np.where(first, 0, prompt + before),
         "each call after the first counts as one position, padding of the first counted":
             np.where(first, 0, padded + before) + 0 * begins,
+        "calls of one position are not counted": begins_without(facts, width == 1),
         "a call begins with the one before": np.where(first, 0, begins[:, old]),
         "a call begins at the count of the one before": np.where(
             first, 0, begins - begins[:, old]),

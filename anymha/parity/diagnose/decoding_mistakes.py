@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from anymha.parity.diagnose.mask_mistakes import with_empty_rows
 from anymha.parity.diagnose.merged_parts import merged_by
 from anymha.parity.diagnose.wrong_caches import (
     alibi_of,
+    begins_without,
     behind,
     cached,
     exchanged,
@@ -31,6 +33,7 @@ from anymha.parity.diagnose.wrong_caches import (
     right,
     seeing,
     with_keys_of_calls,
+    with_shared_pages,
     without,
 )
 from anymha.parity.oracle.decoded import Decoded
@@ -41,6 +44,9 @@ CAPACITIES = (16, 32, 64, 128, 256, 512, 1024)
 
 MOST_OF_A_PAGE = 64
 """Up to so many positions every size of a page is tried."""
+
+PAGES = (2, 3, 4, 5, 6, 8, 16, 32, 64, 128, 256)
+"""Sizes of pages of which one may be another row's."""
 
 CLAMPED = 16
 """How many lengths of a cache that is too short are tried."""
@@ -84,12 +90,18 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         "of a call the last position alone is held":
             seen & (own | (facts.places == facts.ends - 1)[:, None]),
     })  # fmt: skip
-    # A cache that stays as the first call leaves it, its length too
-    alone = np.where(first, facts.places, facts.ends[:, :1] + facts.places - facts.begins)
-    near = in_window(recipe, alone[:, :, None] - alone[:, None])
-    both = dict.fromkeys(("positions", "key_positions"), given(recipe, alone, facts.places))
-    yield "calls after the first begin where it ends", seeing(
-        recipe, facts.valid[:, None] & past(facts) & near & (own | first), **both)  # fmt: skip
+    # A cache that some calls leave as it was, its length too
+    for words, left in {
+        "calls after the first begin where it ends": ~first,
+        "calls of one position are not stored, nor is their length": single,
+        "calls of several positions after the first are not stored, nor is their length": ~first
+        & ~single,
+    }.items():
+        alone = begins_without(facts, left) + facts.places - facts.begins
+        near = in_window(recipe, alone[:, :, None] - alone[:, None])
+        both = dict.fromkeys(("positions", "key_positions"), given(recipe, alone, facts.places))
+        yield words, seeing(
+            recipe, facts.valid[:, None] & past(facts) & near & (own | ~left), **both)  # fmt: skip
     # One position of each call after the first, by which the length grows
     index = facts.places - facts.begins
     grown = facts.ends[:, :1] + np.maximum(facts.rounds - 1, 0) + index
@@ -635,27 +647,29 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
 def _empty(recipe: Recipe, facts: Decoded) -> Variants:
     if recipe.window is not None:
         return
-    seen, later = right(recipe, facts), (facts.calls > 0)[None, :, None]
-    most = len(facts.calls)
+    seen, most, calls = right(recipe, facts), len(facts.calls), facts.calls
+    own, ends = calls == calls[:, None], facts.ends[..., None]
+    last = facts.places[:, None] == facts.ends[..., None] - 1
+    kinds = {
+        "": seen,
+        ", and the whole call": facts.valid[:, None] & (calls <= calls[:, None]),
+        ", and the last position of the call": seen | (facts.valid[:, None] & own & last),
+    }
+    when = {"": calls >= 0, ", in calls after the first": calls > 0,
+            ", in calls of one position": np.bincount(calls)[calls] == 1}  # fmt: skip
     for size in (most, most + 1, most + 2, *(n for n in CAPACITIES if n > most)):
-        empty = np.arange(size) >= facts.ends[..., None]
-        yield f"of {size} slots", seeing(recipe, seen, empty)
-        yield f"of {size} slots, in calls after the first", seeing(recipe, seen, empty & later)
-        whole = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
-        yield f"of {size} slots, and the whole call", seeing(recipe, whole, empty)
-        yield (f"of {size} slots, and the whole call, in calls after the first",
-               seeing(recipe, np.where(later, whole, seen), empty & later))  # fmt: skip
+        empty = np.arange(size) >= ends
+        for (said, more), (words, which) in itertools.product(kinds.items(), when.items()):
+            at = which[None, :, None]
+            if which.any() and not (said and "of one" in words):
+                yield f"of {size} slots{said}{words}", seeing(
+                    recipe, np.where(at, more, seen), empty & at)  # fmt: skip
     # One slot too many is seen, the next one
-    calls, ends = facts.calls, facts.ends[..., None]
     for count, of in ((1, "the first slot"), (2, "the first two slots")):
         for size in (most, most + count):
             slots = np.arange(size)
             next_ones = (slots >= ends) & (slots < ends + count)
-            for words, which in {
-                "": calls >= 0,
-                ", in calls after the first": calls > 0,
-                ", in calls of one position": np.bincount(calls)[calls] == 1,
-            }.items():
+            for words, which in when.items():
                 if which.any():
                     yield f"of {size} slots, {of} that no position has{words}", seeing(
                         recipe, seen, next_ones & which[None, :, None])  # fmt: skip
@@ -668,18 +682,43 @@ def _last_page(recipe: Recipe, facts: Decoded) -> Variants:
     places, longest = facts.places, int(facts.ends.max())
     new = facts.valid[:, None] & (facts.calls <= facts.calls[:, None])
     for size in (n for n in range(2, longest) if n <= MOST_OF_A_PAGE):
-        full = (places + 1) // size * size
-        near = in_window(recipe, behind(facts))
-        yield f"pages of {size}", seeing(recipe, right(recipe, facts) & (
-            places[:, None] < full[..., None]))  # fmt: skip
-        bound = np.maximum(full, size)[..., None]
-        slots = np.arange(size)
+        near, slots = right(recipe, facts), np.arange(size)
         whole = np.maximum(facts.ends // size * size, np.minimum(facts.ends, size))[..., None]
         yield f"pages of {size}, of those that the row has after the call", seeing(
-            recipe, right(recipe, facts) & (places[:, None] < whole))  # fmt: skip
-        yield f"pages of {size}, the first is seen as a whole", seeing(
-            recipe, new & near & (places[:, None] < bound),
-            (slots >= facts.ends[..., None]) & (slots < bound))  # fmt: skip
+            recipe, near & (places[:, None] < whole))  # fmt: skip
+        for words, full in {
+            f"pages of {size}": (places + 1) // size * size,
+            f"pages of {size}, the query's own not even when it is full": places // size * size,
+        }.items():
+            seen = near & (places[:, None] < full[..., None])
+            yield words, seeing(recipe, seen)
+            yield f"{words}, but the first key is", seeing(
+                recipe, seen | (near & (places == 0)[:, None]))  # fmt: skip
+            yield f"{words}, but a query's own key is", seeing(
+                recipe, seen | (near & np.eye(len(facts.calls), dtype=bool)))  # fmt: skip
+            bound = np.maximum(full, size)[..., None]
+            yield f"{words}, the first is seen as a whole", seeing(
+                recipe, new & in_window(recipe, behind(facts)) & (places[:, None] < bound),
+                (slots >= facts.ends[..., None]) & (slots < bound))  # fmt: skip
+
+
+@_decoding
+def _shared_pages(recipe: Recipe, facts: Decoded) -> Variants:
+    """Pages that are the first row's for all rows, as where a table of pages is not each row's."""
+    slots = np.arange(int(facts.ends.max()) + 1)  # padding at the end stands after the last
+    for size in (n for n in PAGES if n < slots[-1]) if len(facts.valid) > 1 else ():
+        page = slots // size
+        for (of, shared), (words, written, read), at_once in itertools.product(
+            {"the first page": page == 0, "the second page": page == 1,
+             "each page after the first": page > 0}.items(),
+            (("is the first row's for all", True, True),
+             ("is written into the first row's", True, False),
+             ("is read from the first row's", False, True)), (True, False),
+        ):  # fmt: skip
+            if written or at_once:
+                rows = "" if at_once else ", row after row"
+                yield f"of pages of {size}, {of} {words}{rows}", with_shared_pages(
+                    recipe, facts, shared, written, read, at_once)  # fmt: skip
 
 
 @_decoding
@@ -763,6 +802,9 @@ def _other_rows(recipe: Recipe, facts: Decoded) -> Variants:
                     "reordered twice": facts.turned}  # fmt: skip
             for how, source in ways.items():
                 yield f"the {said} are {how}", of_rows(recipe, facts, source, 0, keys, values)
+                if facts.ragged and said == "rows":
+                    yield f"rows and lengths are {how}", of_rows_and_lengths(
+                        recipe, facts, source)  # fmt: skip
     index = facts.places - facts.begins
     for words, call in groups:
         for of, rows in _row_of_another(facts):
@@ -828,4 +870,6 @@ MISTAKES: tuple[Row, ...] = (
      True),
     ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
      "lengths together.", _other_rows),
+    ("cache of another row", "Row b reads and writes row b of the cache; reorder keys, values and "
+     "lengths together.", _shared_pages, no_families, True),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -137,6 +138,12 @@ def _models(
         "the mean over the keys is taken in the softmax's derivative": lambda p, g: (
             p * (g - np.mean(p * g, -1, keepdims=True))
         ),
+        "the softmax's derivative is that of its logarithm, dp - p * sum(dp)": lambda p, g: (
+            g - p * np.sum(g, -1, keepdims=True)
+        ),
+        "the softmax's derivative is transposed, the sum is over the queries": lambda p, g: (
+            p * (g - np.sum(p * g, -2, keepdims=True))
+        ),
     }
     turned = lambda weights: weights.swapaxes(2, 3)  # noqa: E731
     every = ("query", "key", "value")
@@ -148,7 +155,15 @@ def _models(
             continue  # there are not as many queries as keys
         yield "wrong jacobian", words.format(" and ".join(names)), wrong
     for words, change in jacobians.items():
-        yield "wrong jacobian", words, vector({"softmax": change})
+        # A key that is hidden gets no gradient where its logit was replaced.
+        for where, seen in ("", lambda p: p > 0), (", of hidden keys too", np.ones_like):
+
+            def softmax(
+                p: np.ndarray, g: np.ndarray, change: Any = change, seen: Any = seen
+            ) -> np.ndarray:
+                return seen(p) * change(p, seen(p) * g)
+
+            yield "wrong jacobian", words + where, vector({"softmax": softmax})
 
 
 def _joined(gradients: Arrays, reference: Arrays, names: list[str]) -> np.ndarray:

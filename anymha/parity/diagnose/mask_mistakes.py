@@ -679,6 +679,28 @@ def _causal_by_blocks(recipe: Recipe) -> Variants:
             yield words, free.but(masks={**recipe.masks, "blocks": seen})
 
 
+def _window_by_blocks(recipe: Recipe) -> Variants:
+    """A window counted from the ends of the blocks in which queries or keys stand."""
+    window, (own, other) = recipe.window, _counted(recipe)
+    for size in (n for n in BLOCKS if n < max(recipe.lengths[1:])) if window is not None else ():
+        query, key = (place // size * size for place in (own, other))  # where their blocks begin
+        end = key + size - 1
+        for words, apart in {
+            "the first key of its block": own - key,
+            "the last key of its block": own - end,
+            "the first query of its block": query - other,
+            "the last query of its block": query + size - 1 - other,
+            "the block's nearest key": own - np.clip(own, key, end),
+            "the block's farthest key": np.maximum(np.abs(own - key), np.abs(own - end)),
+            "block to block, by their first positions": query - key,
+            "block to block, by their nearest positions": np.maximum(
+                np.abs(query - key) - size + 1, 0
+            ),
+        }.items():
+            masks = {**recipe.masks, "window": np.abs(apart) < window}
+            yield f"counted to {words}, blocks of {size}", recipe.but(window=None, masks=masks)
+
+
 def _windows_of_its_own(recipe: Recipe) -> Variants:
     """A window or blocks where the reference sees everything."""
     if recipe.window is not None:
@@ -730,6 +752,8 @@ MISTAKES: tuple[Row, ...] = (
      fields(lambda r: r.window is not None and not r.causal, _window_of_one_side)),
     ("another kind of window", "Query i sees the keys with |i - j| < W: the window slides with the "
      "query.", with_empty_rows(fields(lambda r: r.window is not None, _other_windows))),
+    ("another kind of window", "Query i sees the keys with |i - j| < W: the window slides with the "
+     "query.", with_empty_rows(_window_by_blocks), no_families, True),
     ("padding beside the keys seen", "Where a window reaches beyond the first or the last key, "
      "hide what pads them with -inf.", _padding_seen, no_families, True),
     ("wrong attention bias", "The bias is added once, after the scale.",

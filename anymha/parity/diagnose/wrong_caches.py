@@ -31,6 +31,13 @@ def cached(facts: Decoded) -> np.ndarray:
     return facts.calls[:, None] > facts.calls
 
 
+def begins_without(facts: Decoded, lost: np.ndarray) -> np.ndarray:
+    """(B, T): where each column's call begins, if the columns of some calls (T,) do not count."""
+    held = facts.valid & ~lost
+    counts = np.cumsum(held, axis=1) - held
+    return counts[:, np.searchsorted(facts.calls, facts.calls)]
+
+
 def behind(facts: Decoded) -> np.ndarray:
     """(B, T, T): how many positions each key stands before the query, in its row's sequence."""
     return facts.places[:, :, None] - facts.places[:, None]
@@ -236,12 +243,12 @@ def of_rows(
         values: Whether values are.
         own: Whether what a call itself writes is read from there too.
     """
-    pairs, read = cached(facts) & ((facts.calls == call) | (call is None)), dict[int, np.ndarray]()
+    pairs, read = cached(facts) & ((facts.calls == call) | (call is None)), dict[int, Columns]()
     for now in range(0 if own else 1, facts.calls[-1] + 1):
         held = facts.valid & (facts.calls < now + own) & ((facts.calls == call) | (call is None))
-        read[now] = _standing(recipe, facts, source, held)
+        read[now] = source[:, None], _standing(recipe, facts, source, held)
     pairs = pairs | (own & (facts.calls[:, None] == facts.calls))
-    return _reading(recipe, facts, source, read, pairs, keys, values)
+    return _reading(recipe, facts, read, pairs, keys, values)
 
 
 def misaligned(
@@ -259,7 +266,7 @@ def misaligned(
     """
     places, calls, length = facts.places, facts.calls, len(facts.calls)
     held = None if slots is None else _contents(facts, slots, 2 * length)
-    read = dict[int, np.ndarray]()
+    read = dict[int, Columns]()
     for now in range(calls[-1] + 1):
         if held is None:
             column = np.full(facts.valid.shape, -1)
@@ -270,25 +277,59 @@ def misaligned(
                 column[row, fits] = order[places[row, fits]]
         else:
             column = np.take_along_axis(held[:, np.argmax(calls == now)], places, 1)
-        read[now] = np.where(facts.valid, column, -1)
+        read[now] = np.arange(len(places))[:, None], np.where(facts.valid, column, -1)
     pairs = calls[:, None] >= calls
-    return _reading(recipe, facts, np.arange(len(places)), read, pairs, keys, values)
+    return _reading(recipe, facts, read, pairs, keys, values)
+
+
+def with_shared_pages(
+    recipe: Recipe, facts: Decoded, shared: np.ndarray, written: bool, read: bool, at_once: bool
+) -> Recipe:
+    """The recipe of a cache of which some slots are row 0's for all rows.
+
+    Args:
+        recipe: The right one.
+        facts: How its sequences are read.
+        shared: (slots,): which slots are row 0's.
+        written: Whether they are written there; where they are not, a row writes its own.
+        read: Whether they are read from there.
+        at_once: Whether all rows of a call write before one of them attends; else row after row.
+    """
+    rows, columns = np.full((2, len(facts.valid), len(shared)), -1)  # what each slot holds
+    found = dict[int, Columns]()
+    every = range(len(rows))
+    for now in range(facts.calls[-1] + 1):
+        found[now] = np.zeros_like(facts.places), np.zeros_like(facts.places)
+        for writing in (every,) if at_once else ((row,) for row in every):
+            for row in writing:
+                new = np.flatnonzero(facts.valid[row] & (facts.calls == now))
+                slots = facts.places[row, new]
+                target = np.where(shared[slots] & written, 0, row)
+                rows[target, slots], columns[target, slots] = row, new
+            for row in writing:
+                slots = facts.places[row]
+                source = np.where(shared[slots] & read, 0, row)
+                found[now][0][row], found[now][1][row] = rows[source, slots], columns[source, slots]
+    return _reading(recipe, facts, found, facts.calls[:, None] >= facts.calls, True, True)
+
+
+Columns = tuple[np.ndarray, np.ndarray]
+"""The row and the column, each (B, T) or what broadcasts to it, that are read in place of each
+column; a column of -1: zeros."""
 
 
 def _reading(
-    recipe: Recipe, facts: Decoded, source: np.ndarray, read: Mapping[int, np.ndarray],
-    pairs: np.ndarray, keys: bool, values: bool,
+    recipe: Recipe, facts: Decoded, read: Mapping[int, Columns], pairs: np.ndarray, keys: bool,
+    values: bool,
 ) -> Recipe:  # fmt: skip
     """The recipe whose queries read other columns for those of some pairs (T, T).
 
-    `read` has, by the number of the query's call, the column (B, T) of row `source` (B,) that is
-    read in place of each; -1: zeros.
+    `read` has what is read by the number of the query's call.
     """
-    rows = source[:, None]
 
     def logits(recipe: Recipe, stages: Arrays) -> np.ndarray:
         array = logits_by(recipe, stages)
-        for now, column in read.items():
+        for now, (rows, column) in read.items():
             at = facts.calls == now
             theirs = {"query": stages["query"][:, at], "key": stages["key"][rows, column]}
             theirs = np.where((column >= 0)[:, None, None], logits_by(recipe, theirs), 0.0)
@@ -298,7 +339,7 @@ def _reading(
     def context(recipe: Recipe, stages: Arrays) -> np.ndarray:
         shares = stages["dropped_probabilities"]
         array = context_by(recipe, {**stages, "dropped_probabilities": shares * ~pairs})
-        for now, column in read.items():
+        for now, (rows, column) in read.items():
             at = facts.calls == now
             part = shares[:, :, at] * (pairs[at] & (column >= 0)[:, None, None])
             theirs = {"value": stages["value"][rows, column], "dropped_probabilities": part}

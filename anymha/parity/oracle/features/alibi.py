@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anymha.parity.oracle.features.rotary import places_of_others
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants
 
 
@@ -187,6 +188,8 @@ class AlibiSection(Section):
             only = all(one is None or not np.any(one) for one in given[:2])
             words = "the query offset left out" if only else "not those of the call"
             yield words, recipe.with_section(AlibiSection(self.value, by_index=True))
+        for words, places in places_of_others(recipe).items():
+            yield words, recipe.but(positions=places["query"], key_positions=places["key"])
         more = recipe.lengths[2] - recipe.lengths[1]
         for shift in dict.fromkeys((1, -1, more) if more else (1, -1)):
             end = ", as at the end of the keys" if shift == more else ""

@@ -63,6 +63,18 @@ COARSE = (
 """What is in half precision together; the likeliest first."""
 
 
+OF_BOTH = ", those of the queries for the keys too"
+"""After a mistake with positions: beside it keys have those of the queries."""
+
+ROWS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "the first sequence for all": lambda x: x[:1],
+    "the last sequence for all": lambda x: x[-1:],
+    "the sequence before": lambda x: np.roll(x, 1, 0),
+    "the next sequence": lambda x: np.roll(x, -1, 0),
+}
+"""Whose positions, (1 or B, length), sequences may have by mistake; of two the last is as that
+before it."""
+
 LONGEST_TABLE = 64
 """Up to so many positions every length of a table of angles is tried; beyond it powers of two."""
 
@@ -512,9 +524,12 @@ class RotarySection(Section):
         """Frequencies, angles, or cosines and sines, each or several in half precision."""
         for rounded in COARSE:
             words = " and ".join({"tables": "cosines and sines"}.get(n, n) for n in rounded)
-            for dtype in (ml_dtypes.bfloat16, np.float16):
-                made = self._with(recipe, dtype=dtype, rounded=rounded, factor=self.factor)
-                yield f"{words} in {np.dtype(dtype).name}", made
+            for dtype, (more, places) in itertools.product(
+                (ml_dtypes.bfloat16, np.float16), _of_one_side(recipe).items()
+            ):
+                fields = {"dtype": dtype, "rounded": rounded, "places": places}
+                made = self._with(recipe, **fields, factor=self.factor)
+                yield f"{words} in {np.dtype(dtype).name}{more}", made
 
     def of_other_positions(self, recipe: Recipe) -> Variants:
         """Not those of the call, or those of another sequence, or of keys for queries."""
@@ -527,15 +542,13 @@ class RotarySection(Section):
         elif recipe.offset is not None and np.any(recipe.offset):
             yield "the query offset left out", self._with(
                 recipe, places={"query": indices["query"]}, factor=self.factor)  # fmt: skip
-        if len(right["query"]) > 1 or len(right["key"]) > 1:
-            others["those of the first sequence for all"] = {
-                name: place[:1] for name, place in right.items()}  # fmt: skip
+        others |= places_of_others(recipe)
         if recipe.lengths[1] == recipe.lengths[2]:
             others["those of the other of the two"] = {
                 "query": right["key"], "key": right["query"]}  # fmt: skip
         for words, places in others.items():
             yield words, self._with(recipe, places=places, factor=self.factor)
-            for name in right:
+            for name in right if OF_BOTH not in words else ():
                 one = {name: places[name]}
                 yield f"{words}, the {name} alone", self._with(
                     recipe, places=one, factor=self.factor)  # fmt: skip
@@ -772,6 +785,24 @@ def attention_factor(rotary: Mapping[str, Any]) -> float:
     if s.get("mscale") and s.get("mscale_all_dim"):
         return (1 + 0.1 * s["mscale"] * grown) / (1 + 0.1 * s["mscale_all_dim"] * grown)
     return 1 + 0.1 * grown
+
+
+def places_of_others(recipe: Recipe) -> dict[str, Arrays]:
+    """The positions of other sequences of the batch, by whose they are."""
+    others = dict[str, Arrays]()
+    for more, sides in _of_one_side(recipe).items():
+        places = {name: recipe.places(name) for name in ("query", "key")} | sides
+        most = max(len(place) for place in places.values())
+        for words, move in itertools.islice(ROWS.items(), min(most**2 - 1, len(ROWS))):
+            others[f"those of {words}{more}"] = {n: move(x) for n, x in places.items()}
+    return others
+
+
+def _of_one_side(recipe: Recipe) -> dict[str, Arrays]:
+    """Positions that may stand for a call's: none, or those of queries for keys; by their words."""
+    own, keys = (recipe.places(name) for name in ("query", "key"))
+    alike = own.shape[1] != keys.shape[1] or not np.any(own - keys)
+    return {"": {}} if alike else {"": {}, OF_BOTH: {"key": own}}
 
 
 def _paired(array: np.ndarray, heads: int | None, columns: np.ndarray, back: bool) -> np.ndarray:
