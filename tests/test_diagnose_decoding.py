@@ -42,6 +42,7 @@ def reported(
     see: Callable[[Mapping[str, Any]], Any] | None = None,
     lost: Callable[[Mapping[str, Any]], bool] | None = None,
     shared: str = "",
+    late: bool = False,
 ) -> Comparison:
     """The comparison of a port that keeps rows one after the other, with what is wrong.
 
@@ -50,14 +51,16 @@ def reported(
         again: Changes the keys (B, S, H, d) that are held and new, of `past` and `t` positions.
         of: Whose positions `count` gives.
         causal: Whether the causal rule follows them.
-        option: "rotary" or "alibi".
+        option: "rotary", "alibi" or "sliding_window", of 3, which `see` hides.
         see: Gives the slots (B, t, S) that are seen.
         lost: Says whether a call leaves the cache as it was.
         shared: "written", "read" or both: how the second page of four slots is row 0's for all.
+        late: Whether a call attends before it writes.
     """
     layer = anymha.MultiHeadAttention(
-        4, 8, query_features=16, backend="numpy", seed=3, **{option: True}
-    )
+        4, 8, query_features=16, backend="numpy", seed=3,
+        **{option: 3 if option == "sliding_window" else True},
+    )  # fmt: skip
     w = anymha.get_weights(layer)
     rng = np.random.default_rng(4)
     x = rng.standard_normal((3, 12, 16)).astype(np.float32)
@@ -93,6 +96,8 @@ def reported(
         page = [4, 5, 6, 7] if "read" in shared else []
         read, found = keys.copy(), values.copy()
         read[:, page], found[:, page] = keys[:1, page], values[:1, page]
+        if late:
+            read, found = cache["k"], cache["v"]
         logits = np.einsum("bthk,bshk->bhts", q, read) / np.float32(8**0.5)
         if option == "alibi":
             slopes = 2.0 ** -(2 * np.arange(1.0, 5))
@@ -235,6 +240,12 @@ def unused(begin: np.ndarray) -> np.ndarray:
          "empty slots seen (of 16 slots, in calls of one position)"),
         (lambda c: c["seen"] | unused(c["ends"] - 1),
          "empty slots seen (of 16 slots, and the last position of the call)"),
+        (lambda c: c["slots"][..., None] + 1 >= SLOTS,
+         "empty slots seen (of 12 slots, the one behind the query's own)"),
+        (lambda c: c["seen"] | (c["n"].max() > SLOTS),
+         "empty slots seen (up to the longest row's length before the call)"),
+        (lambda c: np.where(c["t"] > 1, c["seen"], c["ends"].max() > SLOTS),
+         "empty slots seen (up to the longest row's length after the call, in calls of one"),
     ],
 )  # fmt: skip
 def test_pages_and_empty_slots_are_named(see: Any, words: str) -> None:
@@ -265,3 +276,45 @@ def test_calls_that_leave_the_cache_as_it_was_are_named(lost: Any, words: str) -
 def test_pages_of_the_first_row_are_named(shared: str, words: str) -> None:
     told = str(reported(shared=shared).diagnosis)
     assert told.startswith(f"cache of another row (of pages of 4, {words})"), told
+
+
+def test_calls_that_attend_before_they_write_are_named() -> None:
+    told = str(reported(late=True).diagnosis)
+    words = "keys and values of a call are written after it attends, zeros are seen"
+    assert told == f"stale keys ({words})"
+
+
+def overwritten(c: Mapping[str, Any], held: np.ndarray) -> np.ndarray:
+    """What a ring shows whose call is written first; `held` is seen where nothing else is."""
+    seen = c["seen"] & (c["ends"] - 3 <= SLOTS)
+    return np.where(seen.any(-1, keepdims=True), seen, held & (c["ends"] - 3 <= SLOTS))
+
+
+def first_held(c: Mapping[str, Any]) -> np.ndarray:
+    """What a ring shows that holds the first positions of a first call."""
+    places, seen = c["slots"], c["seen"] & (c["slots"][..., None] - 3 < SLOTS)
+    for row, prompt in enumerate((3, 2, 4)) if c["calls"] else ():
+        for query, place in enumerate(places[row]):
+            held = {slot: slot for slot in range(min(prompt, 3))}
+            held |= {new % 3: new for new in range(prompt, place + 1)}
+            seen[row, query] = np.isin(SLOTS, [*held.values()])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("see", "words"),
+    [
+        (lambda c: overwritten(c, (c["slots"][..., None] % 3 == SLOTS % 3) & (c["ends"] > SLOTS)),
+         "ring off by one (a call is written before its queries attend, a query that sees nothing "
+         "sees its own slot)"),
+        (first_held, "ring off by one (of the first call the first 3 positions are held)"),
+        (lambda c: c["seen"] & (c["slots"][..., None] // 3 == SLOTS // 3),
+         "another kind of window (blocks of 3 in its place, as of a ring of which slots up to the "
+         "query's are seen)"),
+        (lambda c: c["seen"] & (c["slots"][..., None] - 3 < SLOTS), None),
+    ],
+)  # fmt: skip
+def test_rings_are_named(see: Any, words: str | None) -> None:
+    report = reported(see=see, option="sliding_window")
+    assert report.passed == (words is None)
+    assert words is None or str(report.diagnosis) == words

@@ -81,6 +81,10 @@ def named(report: Comparison) -> str:
     return str(report.diagnosis)
 
 
+def above(shares: np.ndarray, least: Any) -> np.ndarray:
+    return np.where(shares >= least, shares, 0.0)
+
+
 def heads(order: Any) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: x[:, :, list(order)]
 
@@ -127,6 +131,14 @@ def test_any_cap_is_measured(cap, steps, words, told) -> None:
         (lambda s: softmax(s) ** 1.5, "to the power of 1.5"),
         (lambda s: softmax(s) * WIDTH**-0.5, "before and after the softmax"),
         (lambda s: softmax(s * WIDTH**0.5) * WIDTH**-0.5, "after the softmax, not before it"),
+        (lambda s: above(softmax(s), np.sort(softmax(s))[..., -3, None]),
+         "the 3 greatest probabilities of a row alone kept)"),
+        (lambda s: (p := above(softmax(s), np.sort(softmax(s))[..., -2, None]))
+         / p.sum(-1, keepdims=True),
+         "the 2 greatest probabilities of a row alone kept, divided by their sum"),
+        (lambda s: above(softmax(s), 0.08), "probabilities below 0.08 set to zero)"),
+        (lambda s: (p := above(softmax(s), 0.08)) / p.sum(-1, keepdims=True),
+         "probabilities below 0.08 set to zero, the others divided by their sum"),
     ],
 )  # fmt: skip
 def test_other_functions_in_place_of_the_softmax_are_told_apart(change, words) -> None:
@@ -221,6 +233,8 @@ def by_steps(logits: np.ndarray) -> np.ndarray:
         ({"softmax": lambda s: (e := np.exp(s - s.max(-1, keepdims=True)))
           / e.sum((2, 3), keepdims=True)}, "queries and keys, less the maximum of each row"),
         ({"softmax": by_steps}, "computed in bfloat16 (the softmax)"),
+        ({"context": lambda p, v: np.einsum("bhts,bshv->bthv", p, v) + v},
+         "residual added (the value, as projected, to the context)"),
         ({"weights": lambda w: {**w, "output.kernel": w["value.kernel"].reshape(
             HEADS, WIDTH, FEATURES), "output.bias": w["value.bias"].ravel()}},
          "output has those of value"),
@@ -245,6 +259,13 @@ def test_what_is_exchanged_behind_the_projections_is_named() -> None:
 
     told = named(compare(right, port, dict(zip(("query", "value", "key"), three, strict=True))))
     assert told.startswith("inputs exchanged (after the projections key and value exchanged)")
+
+
+def test_queries_and_context_that_are_exchanged_are_named() -> None:
+    right, rng = layer(), np.random.default_rng(5)
+    x, y = (rng.standard_normal((BATCH, LENGTH, FEATURES)).astype(np.float32) for _ in range(2))
+    told = named(compare(right, lambda query, value: right(value, query), (x, y)))
+    assert told == "inputs exchanged (queries and context exchanged)"
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_a_fused_kernel_in_half_precision_is_named() -> None:
     assert named(right, port_of(right, attention=fused)) == words
 
 
-def test_keys_and_values_in_float8_of_a_layer_in_half_precision() -> None:
+@pytest.mark.parametrize("stored", [half, np.asarray])
+def test_keys_and_values_in_float8_of_a_layer_in_half_precision(stored) -> None:
     right, x = layer_of(dtype="bfloat16"), X.astype(ml_dtypes.bfloat16)
 
     def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, form: Any) -> np.ndarray:
@@ -143,7 +144,7 @@ def test_keys_and_values_in_float8_of_a_layer_in_half_precision() -> None:
         return np.einsum("bhts,bshv->bthv", shares / shares.sum(-1, keepdims=True), v)
 
     def port(form: Any) -> Any:
-        return port_of(right, stored=half, attention=lambda q, k, v: attention(q, k, v, form))
+        return port_of(right, stored=stored, attention=lambda q, k, v: attention(q, k, v, form))
 
     assert compare(right, port(ml_dtypes.bfloat16), x).passed
     told = named(right, port(ml_dtypes.float8_e4m3fn), x)
@@ -193,6 +194,53 @@ def test_backward_passes_by_hand(turned, mean, words) -> None:
         told = named(right, port, x)
         assert told.startswith("wrong jacobian")
         assert words in told
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ("", None),
+        ("shares values", ""),
+        ("values", " for the gradient of the values"),
+        ("shares", " for the softmax's derivative"),
+    ],
+)
+def test_a_backward_pass_that_hides_less(places, words) -> None:
+    torch = required("torch")
+    hidden = torch.from_numpy(ROWS < COLUMNS)
+
+    class Weighed(torch.autograd.Function):
+        """The causal softmax times the values."""
+
+        @staticmethod
+        def forward(ctx: Any, logits: Any, values: Any) -> Any:
+            masked = logits.masked_fill(hidden, -torch.inf)
+            ctx.save_for_backward(logits, masked, values)
+            return masked.softmax(-1) @ values
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            (g,), (logits, masked, values) = gradients, ctx.saved_tensors
+            shares, total = masked.softmax(-1), masked.logsumexp(-1, keepdim=True)
+            every, own = (logits - total).exp(), g @ values.mT
+            rest = (shares * own).sum(-1, keepdim=True)
+            of_values = every if "values" in places else shares
+            return (every if "shares" in places else shares) * (own - rest), of_values.mT @ g
+
+    right = layer_of()
+    w = {name: torch.from_numpy(a.copy()) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any, use_causal_mask: bool = False) -> Any:
+        assert use_causal_mask
+        q, k, v = (torch.einsum("btd,dhk->bhtk", query, w[f"{n}.kernel"])
+                   + w[f"{n}.bias"][:, None] for n in ("query", "key", "value"))  # fmt: skip
+        y = Weighed.apply(q @ k.mT / WIDTH**0.5, v)
+        return torch.einsum("bhtv,hvo->bto", y, w["output.kernel"]) + w["output.bias"]
+
+    report = compare(right, port, torch.from_numpy(X), use_causal_mask=True)
+    assert report.passed == (words is None)
+    detail = f"the probabilities are made anew without the causal mask{words}"
+    assert words is None or str(report.diagnosis) == f"wrong jacobian ({detail})"
 
 
 @pytest.mark.parametrize(

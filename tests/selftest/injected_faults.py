@@ -152,6 +152,7 @@ _FAULTS = (
     Fault("inputs normalized", "normalized once more", "query"),
     Fault("inputs scaled", "input scaled", "query"),
     Fault("positions added", "positions added", "query"),
+    Fault("query left in", "residual added", "context"),
     Fault("value activated", "activation too many", "value"),
     Fault("query transposed", "transposed kernel", "query"),
     Fault("value transposed", "transposed kernel", "value"),

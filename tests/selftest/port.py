@@ -155,6 +155,8 @@ class Port:
         if "heads averaged" in wrong:
             mean = ops.sum(context, axis=2, keepdims=True) / context.shape[2]
             context = ops.concat([mean] * context.shape[2], axis=2)
+        if "query left in" in self.wrong:
+            context = context + stages["query"]
         context = self._with("context", context)
         stages["context"] = context
         output = self._with("output", self._output(context))

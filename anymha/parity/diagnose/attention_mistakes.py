@@ -24,12 +24,16 @@ from anymha.parity.oracle.recipe import (
     Variants,
     context_by,
     logits_by,
+    reads,
     softmax,
 )
 
 BASES = (500_000.0, 1_000_000.0, 100_000.0, 50_000.0, 5_000.0, 1_000.0, 100.0)
 FACTORS = (2.0, 4.0, 8.0, 0.5)
 STARTS = (1, 2, 3, 4, -1)
+
+MOST_KEPT = 33
+"""Of a row fewer greatest probabilities are kept."""
 
 
 def _scale_wrong(recipe: Recipe) -> Variants:
@@ -286,8 +290,32 @@ def _other_base(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, (0.999 * log, log, 1.001 * log), lambda _, words=words: words)
 
 
+def _cut(recipe: Recipe) -> Iterator[Family]:
+    """Probabilities below a number are zero; what is left is divided by its sum, or not."""
+    shares = np.unique(recipe.stages["probabilities"])
+    for again in False, True:
+
+        def make(power: float, again: bool = again) -> Recipe:
+            def kept(p: np.ndarray) -> np.ndarray:
+                cut = np.where(p < math.exp(power), 0.0, p)
+                return _divided(cut) if again else cut
+
+            return _changed_shares(recipe, kept)
+
+        def words(power: float, again: bool = again) -> str:
+            cut = math.exp(power)
+            at = np.searchsorted(shares, cut)
+            least, most = shares[max(at - 1, 0)], shares[min(at, len(shares) - 1)]
+            short = (float(f"{cut:.{digits}g}") for digits in range(1, 9))
+            told = next((one for one in short if least < one <= most), cut)
+            rest = ", the others divided by their sum" if again else ""
+            return f"probabilities below {told:.4g} set to zero{rest}"
+
+        yield Family(make, tuple(np.linspace(-9, -0.25, 36)), words)
+
+
 def _shares_measured(recipe: Recipe) -> Iterator[Family]:
-    every = (_denominator, _added, _power, _other_base)
+    every = (_denominator, _added, _power, _other_base, _cut)
     return itertools.chain.from_iterable(make(recipe) for make in every)
 
 
@@ -432,6 +460,17 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         each = _with_shares(recipe, _of_logits(_over(axes, of_row=True)))
         yield f"divided by the sum over {words}, less the maximum of each row", each
         yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
+    for count in range(1, min(recipe.lengths[2], MOST_KEPT)):
+
+        def greatest(p: np.ndarray, count: int = count) -> np.ndarray:
+            return np.where(p >= np.sort(p, axis=-1)[..., -count, None], p, 0.0)
+
+        def divided(p: np.ndarray, greatest: Callable[..., np.ndarray] = greatest) -> np.ndarray:
+            return _divided(greatest(p))
+
+        kept = f"the {count} greatest probabilities of a row alone kept"
+        yield kept, _changed_shares(recipe, greatest)
+        yield f"{kept}, divided by their sum", _changed_shares(recipe, divided)
     for words, step in not_rescaled(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
     for words, merged in parts_merged(recipe.lengths[2]):
@@ -554,6 +593,7 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
     for words, sources in {
         "key and value exchanged": {"key": "value", "value": "key"},
         "query and value exchanged": {"query": "value", "value": "query"},
+        "queries and context exchanged": {"query": "value", "key": "query", "value": "query"},
         "the key for the value": {"value": "key"},
         "the value for the key": {"key": "value"},
         "the query for the value": {"value": "query"},
@@ -564,6 +604,7 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
         fits = all(wrong[name].shape[2] == x[name].shape[2] for name in x)
         changes = all(not np.array_equal(wrong[name], x[name]) for name in sources)
         keys = wrong["key"].shape[1]
+        fits = fits and wrong["query"].shape[1] == x["query"].shape[1]
         if fits and changes and keys == wrong["value"].shape[1]:
             masks = {n: m for n, m in recipe.masks.items() if m.shape[3] in (1, keys)}
             yield words, recipe.but(inputs=wrong, masks=masks)
@@ -575,6 +616,21 @@ def _inputs_exchanged(recipe: Recipe) -> Variants:
             if one > other:
                 words = f"after the projections {other} and {one} exchanged"
                 yield words, behind.stepping(other, recipe.steps[one])
+
+
+def _residual(recipe: Recipe) -> Variants:
+    """What a projection gives added to the context, as a residual around attention proper."""
+    shape, own = recipe.stages["context"].shape, recipe.steps["context"]
+    for name in ("query", "key", "value"):
+        heads = slice(None) if name == "query" else reads(recipe)
+        if recipe.stages[name][:, :, heads].shape == shape:
+
+            def step(
+                recipe: Recipe, stages: Arrays, name: str = name, heads: Any = heads
+            ) -> np.ndarray:
+                return own(recipe, stages) + stages[name][:, :, heads]
+
+            yield f"the {name}, as projected, to the context", recipe.stepping("context", step)
 
 
 def _rotary(pairs: bool, usual: bool = True) -> Maker:
@@ -711,6 +767,8 @@ MISTAKES: tuple[Row, ...] = (
      True),
     ("inputs exchanged", "Check the order of the arguments: Keras and anymha take query, "
      "value, key; torch, Flax and Equinox query, key, value.", _inputs_exchanged),
+    ("residual added", "The residual connection is not of the layer: leave it to the block around "
+     "it.", _residual),
     *(("rotary positions, by halves", "The candidate rotates queries and keys by their "
        "positions, by halves of a head; the reference does not, or by pairs.",
        _rotary(False, usual), no_families, not usual) for usual in (True, False)),

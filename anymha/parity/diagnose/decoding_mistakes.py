@@ -113,22 +113,24 @@ def _stale(recipe: Recipe, facts: Decoded) -> Variants:
         yield f"of calls after the first the {words} position alone is held and counted", seeing(
             recipe, facts.valid[:, None] & past(facts) & near & held, **both)  # fmt: skip
     for of, lost in {
-        "before the query's are not held": old,
-        "after the first are not held": old & ~first,
-        "after the first are not written": np.broadcast_to(~first, old.shape),
-        "after the first but their last position are not written": np.broadcast_to(
+        "a call are written after it attends": own,
+        "a call after the first are written after it attends": own & ~first[:, None],
+        "calls before the query's are not held": old,
+        "calls after the first are not held": old & ~first,
+        "calls after the first are not written": np.broadcast_to(~first, old.shape),
+        "calls after the first but their last position are not written": np.broadcast_to(
             (~first & (facts.places != facts.ends - 1))[:, None], (len(facts.valid), *old.shape)
         ),
-        "of one position are not held": old & single,
-        "of one position are not written": np.broadcast_to(single, old.shape),
-        "of several positions are not held": old & ~single,
-        "but the last are not held": old & (calls < calls[:, None] - 1),
-        "that are first are not held": old & first,
+        "calls of one position are not held": old & single,
+        "calls of one position are not written": np.broadcast_to(single, old.shape),
+        "calls of several positions are not held": old & ~single,
+        "calls but the last are not held": old & (calls < calls[:, None] - 1),
+        "calls that are first are not held": old & first,
     }.items():
         pairs = np.broadcast_to(lost, seen.shape)
         for words, keys, values in (("keys and values", True, True), ("keys", True, False),
                                     ("values", False, True)):  # fmt: skip
-            detail = f"{words} of calls {of}, zeros are seen"
+            detail = f"{words} of {of}, zeros are seen"
             yield detail, without(recipe, pairs, keys, values)
     last = np.max(np.where(first & facts.valid, np.arange(len(calls)), 0), 1)  # of the first call
     lost = np.broadcast_to(old & ~first, seen.shape)
@@ -321,18 +323,23 @@ def _longest(recipe: Recipe, facts: Decoded) -> Variants:
     places, index = facts.places, facts.places - facts.begins
     first = facts.calls == 0
     prompt = facts.ends[:, :1]
+    # The longest row may have no padding: all lengths are then those that count padding
+    columns = np.searchsorted(facts.calls, facts.calls)
+    both = ", as lengths that count padding do"
     for words, rows in (("longest", np.max), ("shortest", np.min)):
         begins = rows(facts.begins, axis=0, keepdims=True) + np.zeros_like(places)
         after = np.where(first, places, rows(prompt) + places - prompt)
         grown = _grown(facts, rows) + index
         for said, slots in ((words, begins + index), (f"{words} at the first call", after),
                             (f"{words} of each call", grown)):  # fmt: skip
-            yield from _placed(recipe, facts, said, slots)
+            counted = both if np.array_equal(slots - index, columns + 0 * places) else ""
+            its = "its length" if said == "longest" else said
+            yield from _placed(recipe, facts, its + counted, slots)
             yield (
                 f"as many slots are seen as the {said} has",
                 in_slots(recipe, facts, places, slots),
             )
-            held = f"written after the {said}"
+            held = f"written after the {said}{counted}"
             yield from _in_slots(recipe, facts, held, slots, slots, places)
 
 
@@ -620,6 +627,32 @@ def _ring(recipe: Recipe, facts: Decoded) -> Variants:
             yield words + detail, seeing(recipe, seen)
             yield f"{words}{detail}, in calls after the first", seeing(
                 recipe, np.where(first[:, None], near, seen))  # fmt: skip
+    # A call of several is written as a whole before its first query attends
+    held = places[:, None] >= ends - window
+    own_slot = (free & (places[:, None] < ends) & held
+                & ((places[:, None] - places[..., None]) % window == 0))  # fmt: skip
+    filled = places[:, None] % window < np.minimum(places + 1, window)[..., None]
+    overwritten = "a call is written before its queries attend"
+    for words, seen in {
+        "a query that sees nothing sees its own slot": np.where(
+            (before & held).any(-1, keepdims=True), before & held, own_slot
+        ),
+        "a query's own slot is seen": (before & held) | own_slot,
+        "as many slots are seen as the query has positions": free
+        & (places[:, None] < ends)
+        & held
+        & filled,
+    }.items():
+        yield f"{overwritten}, {words}", seeing(recipe, seen)
+    # Of a first call that is longer than the window the first positions are held
+    prompt = facts.ends[:, :1]
+    until = prompt + (places - prompt) % window
+    head = (places < window)[:, None] & (until[:, None] > places[..., None])
+    near = right(recipe, facts)
+    for words, more in (("", before), (", the window is looked at", near)):
+        seen = np.where(first, head & more, near)
+        yield f"of the first call the first {window} positions are held{words}", seeing(
+            recipe, np.where(first[:, None], near, seen))  # fmt: skip
     seen, slots = right(recipe, facts), np.arange(window)
     for words, written in (("", places[..., None] + 1), (", before the call", begins),
                            (", after the call", ends)):  # fmt: skip
@@ -664,7 +697,25 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
             if which.any() and not (said and "of one" in words):
                 yield f"of {size} slots{said}{words}", seeing(
                     recipe, np.where(at, more, seen), empty & at)  # fmt: skip
-    # One slot too many is seen, the next one
+    # One slot too many is seen, which within a call is the next position
+    places, slots = facts.places[..., None], np.arange(most + 1)
+    written = facts.valid[:, None] & (calls <= calls[:, None])
+    for words, which in when.items():
+        at = which[None, :, None]
+        for size in most, most + 1:
+            if which.any():
+                yield f"of {size} slots, the one behind the query's own{words}", seeing(
+                    recipe, seen | (written & at & (facts.places[:, None] == places + 1)),
+                    at & (slots[:size] >= ends) & (slots[:size] == places + 1))  # fmt: skip
+        # Rows of the batch that are shorter see as much as the longest
+        for said, length in (
+            ("before the call", facts.begins), ("after the call", facts.ends)
+        ) if facts.ragged else ():  # fmt: skip
+            bound = length.max(0)[:, None]
+            yield f"up to the longest row's length {said}{words}", seeing(
+                recipe, seen | (written & at & (facts.places[:, None] < bound)),
+                at & (slots >= ends) & (slots < bound))  # fmt: skip
+    # Of the slots that no position has, the first ones are seen
     for count, of in ((1, "the first slot"), (2, "the first two slots")):
         for size in (most, most + count):
             slots = np.arange(size)

@@ -12,7 +12,7 @@ import numpy as np
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.measured import number
 from anymha.parity.oracle.oracle import Changes, gradients_of
-from anymha.parity.oracle.recipe import Arrays
+from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.oracle.truth import Folded
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.tolerance import eps
@@ -55,7 +55,8 @@ def diagnose_gradients(
         exact = vector({})
         scale = folded.recipe.scale
         own = _each_scaled(reference, candidate, names)
-        for name, detail, theirs in (*_models(exact, vector, got, scale), own):
+        models = (*_models(exact, vector, got, scale), *_unmasked(folded.recipe, vector), own)
+        for name, detail, theirs in models:
             left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
             fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
                    "tensor that is detached.")  # fmt: skip
@@ -164,6 +165,44 @@ def _models(
                 return seen(p) * change(p, seen(p) * g)
 
             yield "wrong jacobian", words + where, vector({"softmax": softmax})
+
+
+def _unmasked(
+    recipe: Recipe, vector: Callable[[Changes], np.ndarray]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """A backward pass that makes the probabilities anew, and hides less."""
+    masked, p = recipe.stages["masked_logits"], recipe.stages["probabilities"]
+    top = np.argmax(p, -1, keepdims=True)
+    most = np.take_along_axis(p, top, -1)
+    total = np.take_along_axis(masked, top, -1) - np.log(np.where(most > 0, most, 1.0))
+    kept = 1.0 if recipe.kept is None else recipe.kept
+    without: dict[str, dict[str, Any]] = {
+        "the causal mask": {"causal": False} if recipe.causal else {},
+        "the window": {"window": None} if recipe.window is not None else {},
+        **{f"`{name}`": {"masks": {n: m for n, m in recipe.masks.items() if n != name}}
+           for name in recipe.masks},
+        "any mask": {"causal": False, "window": None, "masks": {}},
+    }  # fmt: skip
+    for words, changes in without.items() if recipe.stages["probabilities"].size else ():
+        logits = recipe.but(**changes).until("masked_logits")["masked_logits"]
+        if np.array_equal(logits, masked):
+            continue
+        made = np.where(most > 0, np.exp(np.minimum(logits - total, 700.0)), 0.0)
+
+        def softmax(p: np.ndarray, g: np.ndarray, made: np.ndarray = made) -> np.ndarray:
+            return made * (g - np.sum(p * g, -1, keepdims=True))
+
+        def weights(_: np.ndarray, made: np.ndarray = made) -> np.ndarray:
+            return made * kept
+
+        places: dict[str, Changes] = {
+            "": {"softmax": softmax, "weights of value": weights},
+            " for the gradient of the values": {"weights of value": weights},
+            " for the softmax's derivative": {"softmax": softmax},
+        }
+        for where, change in places.items():
+            detail = f"the probabilities are made anew without {words}{where}"
+            yield "wrong jacobian", detail, vector(change)
 
 
 def _joined(gradients: Arrays, reference: Arrays, names: list[str]) -> np.ndarray:

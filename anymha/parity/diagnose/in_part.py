@@ -37,19 +37,22 @@ def in_a_part(trials: Trials, singles: list[Trial], seconds: float) -> Diagnosis
         )
         singles = [*singles, *filter(None, rounded)]
     # Those whose own results are those of the group come first: all that change no keys are
-    # found so, and others change these. Of them what is left out is usual.
+    # found so, and others change these. Of them what is left out is usual, many variants are not.
     order = [
         (_apart_in(one, group.columns), number, at, one)
         for number, group in enumerate(parts) for at, one in enumerate(singles)
         if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
     ]  # fmt: skip
+    # Of a group whose own results are right what is written for later ones may be wrong.
+    right = [bool(np.all(fitting | ~group.columns)) for group in parts]
     order = [
         each for each in order
-        if each[0] <= SAME_PART or each[3].causes[0].stage in ("query", *OF_KEYS)
+        if (each[0] <= SAME_PART and not right[each[1]])
+        or each[3].causes[0].stage in ("query", *OF_KEYS)
     ]  # fmt: skip
     order.sort(key=lambda each: (
         each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT),
-        each[0] if each[0] <= SAME_PART else each[1], each[0],
+        each[0] > SAME_PART and each[3].rank, each[0] if each[0] <= SAME_PART else each[1], each[0],
     ))  # fmt: skip
     found: list[tuple[int, Trial]] = []
     until = time.thread_time() + seconds

@@ -204,11 +204,12 @@ def _other_windows(recipe: Recipe) -> Mapping[str, Any]:
     """The window's condition inverted; blocks in the place of a window that slides."""
     window, (own, other) = recipe.window or 1, _counted(recipe)
     apart, blocks = own - other, own // window - other // window
+    ring = ", as of a ring of which slots up to the query's are seen" if recipe.decoded else ""
     every = {
         "inverted: keys beyond it are seen": np.abs(apart) >= window,
         "inverted: keys beyond it are seen, and the query's own": (np.abs(apart) >= window)
         | (apart == 0),
-        f"blocks of {window} in its place": blocks == 0,
+        f"blocks of {window} in its place{ring}": blocks == 0,
         f"blocks of {window} in its place, and the one before": (blocks == 0) | (blocks == 1),
         f"blocks of {window} in its place, and both beside": np.abs(blocks) <= 1,
     }

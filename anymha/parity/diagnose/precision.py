@@ -243,7 +243,8 @@ def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
     half: Rounding = partial(_cast, dtype=np.dtype(getattr(ml_dtypes, expected, expected)))
     for dtype, rounding in _dtypes(expected):
-        for first in ((half, True), (half, False)) if BITS[expected] == 16 else (None,):
+        half_first = ((half, True), (half, False)) if BITS[expected] == 16 else ()
+        for first in (*half_first, None):
             yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding, first)
     if eps("bfloat16") > eps(expected):
         cut = _cut_off
