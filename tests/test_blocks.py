@@ -63,7 +63,7 @@ def _is_slow(backend: Backend) -> bool:
 
 
 ALIKE = (
-    *("open window", "window behind", "mask (S,)", "mask (T, S)", "mask (H, T, 1)"),
+    *("open window", "window after", "mask (S,)", "mask (T, S)", "mask (H, T, 1)"),
     *("mask (B, 1, T, S)", "bias (S,)", "bias (H, 1, S)", "bias (1, H, T, S)", "bias (B, H, T, S)"),
 )
 """Windows, masks and biases of which frameworks that take long to compile have every second."""

@@ -241,7 +241,7 @@ def unused(begin: np.ndarray) -> np.ndarray:
         (lambda c: c["seen"] | unused(c["ends"] - 1),
          "empty slots seen (of 16 slots, and the last position of the call)"),
         (lambda c: c["slots"][..., None] + 1 >= SLOTS,
-         "empty slots seen (of 12 slots, the one behind the query's own)"),
+         "empty slots seen (of 12 slots, the one after the query's own)"),
         (lambda c: c["seen"] | (c["n"].max() > SLOTS),
          "empty slots seen (up to the longest row's length before the call)"),
         (lambda c: np.where(c["t"] > 1, c["seen"], c["ends"].max() > SLOTS),

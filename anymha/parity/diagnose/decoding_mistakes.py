@@ -704,7 +704,7 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
         at = which[None, :, None]
         for size in most, most + 1:
             if which.any():
-                yield f"of {size} slots, the one behind the query's own{words}", seeing(
+                yield f"of {size} slots, the one after the query's own{words}", seeing(
                     recipe, seen | (written & at & (facts.places[:, None] == places + 1)),
                     at & (slots[:size] >= ends) & (slots[:size] == places + 1))  # fmt: skip
         # Rows of the batch that are shorter see as much as the longest
