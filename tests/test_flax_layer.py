@@ -525,3 +525,14 @@ def test_boxed_values_are_refused_in_words_elsewhere():
         anymha.MultiHeadAttention(
             2, 4, query_features=8, seed=0, kernel_initializer=kernel, backend="jax"
         )
+
+
+def test_tied_weights_have_one_value():
+    layer, other = (MultiHeadAttention(2, 4, query_features=8, rngs=nnx.Rngs(n)) for n in (0, 1))
+    layer.key.kernel = layer.query.kernel
+    weights = anymha.get_weights(other)
+    with pytest.raises(WeightsError, match=r"`query.kernel` and `key.kernel` are tied.*two values"):
+        anymha.set_weights(layer, weights)
+    weights["key.kernel"] = weights["query.kernel"]
+    anymha.set_weights(layer, weights)
+    np.testing.assert_array_equal(anymha.get_weights(layer)["key.kernel"], weights["key.kernel"])

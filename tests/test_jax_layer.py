@@ -264,6 +264,8 @@ def test_traced_offset():
     run = jax.jit(lambda x, o: layer(x, use_causal_mask=True, query_offset=o))
     rows = [layer(x[i : i + 1], use_causal_mask=True, query_offset=i)[0] for i in range(2)]
     close(run(x, jnp.arange(2)), jnp.stack(rows))
+    known = jax.jit(lambda x: layer(x, use_causal_mask=True, query_offset=np.arange(2)))
+    close(known(x), jnp.stack(rows))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

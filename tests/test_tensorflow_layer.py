@@ -142,6 +142,16 @@ def test_set_weights_keeps_the_variables(x):
     assert_equal(layer(x), make(seed=1)(x))
 
 
+def test_tied_weights_have_one_value():
+    layer, weights = make(), anymha.get_weights(make(seed=1))
+    layer.key.kernel = layer.query.kernel
+    with pytest.raises(WeightsError, match=r"`query.kernel` and `key.kernel` are tied.*two values"):
+        anymha.set_weights(layer, weights)
+    weights["key.kernel"] = weights["query.kernel"]
+    anymha.set_weights(layer, weights)
+    np.testing.assert_array_equal(anymha.get_weights(layer)["key.kernel"], weights["key.kernel"])
+
+
 # --- graphs -------------------------------------------------------------------------------------
 
 UNKNOWN = [None, None, 8]

@@ -13,6 +13,8 @@ import functools
 import io
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.errors import AnymhaError, ShapeError
+from anymha.errors import AnymhaError, ShapeError, WeightsError
 from tests.frameworks import required
 from tests.pairs import pairs
 from tests.peer_layers import need
@@ -1797,3 +1799,43 @@ def test_gated_by_a_requires_grad_of_nothing(subject, x):
     leaf = x.clone().requires_grad_()
     attn(leaf).sum().backward()
     assert leaf.grad.any()
+
+
+def test_weights_of_several_processes_are_read_and_set_whole(tmp_path):
+    """Two processes have half of each weight (FSDP2)."""
+    program = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+import numpy as np, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import anymha
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
+make = lambda seed: anymha.MultiHeadAttention(3, 4, query_features=8, backend="torch", seed=seed)
+layer, other = make(0), make(1)
+weights = anymha.get_weights(other)
+fully_shard(layer, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+anymha.set_weights(layer, weights)
+assert layer.query.weight.to_local().numel() < layer.query.weight.numel()
+got = anymha.get_weights(layer)
+assert all(np.array_equal(got[name], array) for name, array in weights.items())
+x = torch.ones(1, 3, 8)
+assert torch.allclose(layer(x), other(x), atol=1e-6)
+dist.destroy_process_group()
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", program, str(rank)]) for rank in (0, 1)]
+    assert [one.wait(timeout=120) for one in ranks] == [0, 0]
+
+
+def test_tied_weights_have_one_value(x):
+    layer, other = (MultiHeadAttention(2, 4, query_features=8, seed=seed) for seed in (0, 1))
+    layer.key.weight = layer.query.weight
+    weights = anymha.get_weights(other)
+    before = {name: array.copy() for name, array in anymha.get_weights(layer).items()}
+    with pytest.raises(WeightsError, match=r"`query.kernel` and `key.kernel` are tied.*two values"):
+        anymha.set_weights(layer, weights)
+    for name, array in anymha.get_weights(layer).items():
+        np.testing.assert_array_equal(array, before[name])
+    weights["key.kernel"] = weights["query.kernel"]
+    anymha.set_weights(layer, weights)
+    np.testing.assert_array_equal(anymha.get_weights(layer)["key.kernel"], weights["key.kernel"])

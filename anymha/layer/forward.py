@@ -150,6 +150,9 @@ def multi_head_attention(
     flags, offset, seed, draw_seed = PLAIN_CALL, 0, None, None
     held = None
     if call or observe is not None:
+        if ops.capabilities.constants is not None and "query_offset" in call:
+            own = {"query_offset": call["query_offset"]}
+            call = {**call, **ops.capabilities.constants(query, own)}
         flags, offset, seed, draw_seed = _read_call(ops, config, call, masks, observe)
 
     if masks and ops.capabilities.constants is not None:

@@ -248,7 +248,31 @@ class NativeLayer:
         Raises:
             WeightsError: names or shapes do not fit; the layer is left as it was.
         """
-        return self._assigned(checked_values(self.config, self.canonical_weights(), weights))
+        values = checked_values(self.config, self.canonical_weights(), weights)
+        first: dict[Any, str] = {}
+        for name, place in self._places().items():
+            other = first.setdefault(place, name)
+            if other != name and name in values and other in values:
+                self._check_tied(other, name, values)
+        return self._assigned(values)
+
+    def _places(self) -> dict[str, Any]:
+        """By the names of weights where each is held, hashable; one place for those that are tied.
+
+        None of a layer whose weights cannot be tied: Keras allows no other variable once a layer is
+        built, and layers of JAX and NumPy have their arrays in a dict.
+        """
+        return {}
+
+    def _check_tied(self, one: str, other: str, values: Mapping[str, Any]) -> None:
+        """Refuse two values for two weights that are one."""
+        a, b = (x if isinstance(x, np.ndarray) else self.ops.to_numpy(x)
+                for x in (values[one], values[other]))  # fmt: skip
+        if not np.array_equal(a.reshape(-1), b.reshape(-1), equal_nan=True):
+            raise WeightsError(
+                f"`{one}` and `{other}` are tied: the layer holds one array for both. Received: "
+                "two values. Give both the same, or give each an array of its own."
+            )
 
     def make_cache(
         self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0

@@ -183,6 +183,9 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
         """The weights by canonical name."""
         return {name: param[...] for name, param in weights_of_projections(self).items()}
 
+    def _places(self) -> dict[str, Any]:
+        return {name: id(param) for name, param in weights_of_projections(self).items()}
+
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         params = weights_of_projections(self)
         for name, value in values.items():

@@ -121,6 +121,9 @@ class MultiHeadAttention(NativeLayer, tf.Module):
         """The variables by canonical name."""
         return weights_of_projections(self)
 
+    def _places(self) -> dict[str, Any]:
+        return {name: id(variable) for name, variable in self.canonical_weights().items()}
+
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:
         mine = self.canonical_weights()
         if not mine:

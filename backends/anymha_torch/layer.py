@@ -278,10 +278,9 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         if not self.built:
             return {}
         modules: Any = self._modules
-        widths = [getattr(modules[n], "in_features", None) for n in ("query", "value", "key")]
         arrays = {}
         check_biases(modules, self.config)
-        for full, shape in self.config.weight_shapes(*widths).items():
+        for full, shape in self.config.weight_shapes(*self._widths()).items():
             name, _, part = full.partition(".")
             module, own = self._place(full)
             linear = name in self.config.projections
@@ -289,6 +288,22 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             if weight is not None:
                 arrays[full] = to_canonical(weight, part, shape)
         return arrays
+
+    def _widths(self) -> list[Any]:
+        """The widths of query, value and key; None of what is no linear layer."""
+        modules: Any = self._modules
+        return [getattr(modules[n], "in_features", None) for n in ("query", "value", "key")]
+
+    def _places(self) -> dict[str, Any]:
+        if not self.built:
+            return {}
+        found = {}
+        for full in self.config.weight_shapes(*self._widths()):
+            module, own = self._place(full)
+            parameter = module._parameters.get(own)
+            if parameter is not None:
+                found[full] = id(parameter)
+        return found
 
     @torch.no_grad()
     def _assigned(self, values: Mapping[str, Any]) -> MultiHeadAttention:

@@ -188,7 +188,10 @@ def to_numpy(x, /):
             "A tensor on the meta device has no values. Received: "
             f"shape {tuple(x.shape)}. Load or make the weights first."
         )
-    x = x.detach().cpu().resolve_conj().resolve_neg()
+    x = x.detach()
+    if hasattr(x, "full_tensor"):  # a DTensor, of which this process may have a part
+        x = x.full_tensor()
+    x = x.cpu().resolve_conj().resolve_neg()
     if x.dtype == torch.bfloat16:
         import ml_dtypes
 

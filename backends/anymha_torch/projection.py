@@ -6,6 +6,7 @@ the output (H, d_v, *O) is the transposed weight (prod(O), H * d_v).
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -467,7 +468,13 @@ def write(name: str, module: Any, part: str, value: torch.Tensor) -> None:
         WeightsError: the parametrisation does not give the value.
     """
     if not parametrize.is_parametrized(module, part):
-        module._parameters[part].copy_(value)
+        parameter: Any = module._parameters[part]
+        if hasattr(parameter, "device_mesh"):  # a DTensor: each process keeps its part
+            distributed = importlib.import_module("torch.distributed.tensor")
+            value = distributed.distribute_tensor(
+                value.to(parameter.device), parameter.device_mesh, parameter.placements
+            )
+        parameter.copy_(value)
         return
     try:
         value = value.to(getattr(module, part).device)
@@ -485,7 +492,9 @@ def write(name: str, module: Any, part: str, value: torch.Tensor) -> None:
 
 
 def to_canonical(weight: torch.Tensor, part: str, shape: Sequence[int]) -> torch.Tensor:
-    """A view of a weight or a bias in its canonical shape."""
+    """A view of a weight or a bias in its canonical shape; of a DTensor the whole tensor."""
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()  # pyright: ignore
     return weight.t().reshape(shape) if part == "kernel" else weight.reshape(shape)
 
 
