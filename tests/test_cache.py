@@ -525,10 +525,10 @@ def test_masks_and_biases_are_over_the_positions_of_the_cache(backend: Backend) 
 
 
 @pytest.mark.as_users_compile
-def test_a_thousand_steps_keep_nothing(backend: Backend) -> None:
+def test_two_thousand_steps_keep_nothing(backend: Backend) -> None:
     """The memory of Python's objects and NumPy's arrays stays, and so do plans and programs."""
     layer = layer_of(backend, {"rotary": True})
-    steps, x = 1000, native(backend, normal((2, 1, WIDTH), "x").astype(np.float32))
+    steps, x = 2000, native(backend, normal((2, 1, WIDTH), "x").astype(np.float32))
     step: Any = lambda x, cache: layer(x, cache=cache)  # noqa: E731
     traced = []
     if backend.name in ("jax", "tensorflow"):
@@ -554,5 +554,5 @@ def test_a_thousand_steps_keep_nothing(backend: Backend) -> None:
     tracemalloc.stop()
     assert plain(backend, cache.lengths).tolist() == [steps, steps]
     assert len(traced) == (1 if backend.name in ("jax", "tensorflow") else 0)
-    assert held[1] - held[0] < 100_000
+    assert held[1] - held[0] < 200_000
     assert len(layer.plans.calls) + len(layer.plans.plans) + len(layer.plans.seen_once) < 20

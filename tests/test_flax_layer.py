@@ -13,6 +13,7 @@ import pytest
 import anymha
 from anymha.errors import ArgumentError, ConfigError, ShapeError, WeightsError
 from tests.frameworks import required
+from tests.jax_calls import in_each_mode
 
 jax = required("jax")
 required("flax")
@@ -66,27 +67,7 @@ X = numbers(2, 5, 8, seed=1)
 # --- JAX's numbers -------------------------------------------------------------------------------
 
 
-MASKS = {"attention_mask": np.tri(5, dtype=bool), "value_mask": np.arange(10).reshape(2, 5) > 2}
-CALLS = {
-    "self": {},
-    "causal": {"use_causal_mask": True, "query_offset": 1},
-    "scores": {"return_attention_scores": True},
-    "masks": MASKS,
-    "dropout": {"training": True, "seed": 7},
-    "all": {**MASKS, "use_causal_mask": True, "query_offset": 1, "return_attention_scores": True,
-            "training": True, "seed": 7},
-}  # fmt: skip
-
-
-# Each by itself in float32, and all at once in each mode.
-@pytest.mark.parametrize(
-    ("mode", "call"),
-    [
-        *(pytest.param({}, call, id=f"float32-{name}") for name, call in CALLS.items()),
-        *(pytest.param(mode, CALLS["all"], id=f"{name}-all") for name, mode in MODES.items()
-          if mode),
-    ],
-)  # fmt: skip
+@in_each_mode(MODES)
 def test_outputs_are_those_of_the_jax_layer(mode: dict[str, Any], call: dict[str, Any]) -> None:
     layer = make(dropout=0.25, **mode).with_canonical_weights(random_weights())
     layer.eval()

@@ -250,7 +250,7 @@ class Cache(Nested):
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
             new.__dict__["_known"] = wanted
             return new if is_same else new._cleared(ops)
-        return new._share(self, wanted)  # what lies after is cleared at the next call
+        return new._share(self, wanted)  # the next call clears what lies beyond
 
     def reorder(self, indices: Any) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
@@ -704,7 +704,7 @@ def _check_width(numbers: np.ndarray | None, name: str) -> None:
     """Refuse integers that 32 bits do not hold."""
     if numbers is not None and ((numbers > MOST_POSITIONS) | (numbers < -MOST_POSITIONS)).any():
         raise CacheError(
-            f"`{name}` must be numbers below 2**31. Received: {np.asarray(numbers).tolist()}."
+            f"`{name}` must be integers of 32 bits. Received: {np.asarray(numbers).tolist()}."
         )
 
 
