@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,30 @@ OF_CALLS = re.compile("calls|(first|last|second|each) call")
 """What mistakes say that are in some calls themselves."""
 
 
+class _Try(NamedTuple):
+    """A mistake to be tried in a group of columns."""
+
+    apart: float  # how far its own output is from the reported one in the group
+    group: int  # the number of the group
+    at: int  # its place among the mistakes
+    trial: Trial
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether its own output is the reported one in the group."""
+        return self.apart <= SAME_PART
+
+    def order(self) -> tuple[Any, ...]:
+        """What is tried first: what is alike, which finds all that change no keys.
+
+        Of the others first what is left out, and what has no many variants.
+        """
+        left_out = self.trial.causes[0].name.endswith(LEFT_OUT)
+        if self.is_alike:
+            return False, not left_out, 0, self.apart
+        return True, not left_out, self.trial.rank, self.group, self.apart
+
+
 def in_a_part(trials: Trials, singles: list[Trial], seconds: float) -> Diagnosis | None:
     """One mistake in some calls alone, in some sequences, or from some query on."""
     fitting = trials.evidence.fitting(trials.recipe)
@@ -36,40 +61,32 @@ def in_a_part(trials: Trials, singles: list[Trial], seconds: float) -> Diagnosis
             for cause, wrong in rounded_alone(trials.recipe, trials.evidence)
         )
         singles = [*singles, *filter(None, rounded)]
-    # Those whose own results are those of the group come first: all that change no keys are
-    # found so, and others change these. Of them what is left out is usual, many variants are not.
-    order = [
-        (_apart_in(one, group.columns), number, at, one)
+    # Of a group whose own results are right, what it writes for later ones may be wrong.
+    right = [bool(np.all(fitting | ~group.columns)) for group in parts]
+    tries = [
+        _Try(_apart_in(one, group.columns), number, at, one)
         for number, group in enumerate(parts) for at, one in enumerate(singles)
         if len(one.causes) == 1 and not OF_CALLS.search(one.causes[0].detail)
     ]  # fmt: skip
-    # Of a group whose own results are right what is written for later ones may be wrong.
-    right = [bool(np.all(fitting | ~group.columns)) for group in parts]
-    order = [
-        each for each in order
-        if (each[0] <= SAME_PART and not right[each[1]])
-        or each[3].causes[0].stage in ("query", *OF_KEYS)
+    tries = [
+        one for one in tries
+        if (one.is_alike and not right[one.group])
+        or one.trial.causes[0].stage in ("query", *OF_KEYS)
     ]  # fmt: skip
-    order.sort(key=lambda each: (
-        each[0] > SAME_PART, not each[3].causes[0].name.endswith(LEFT_OUT),
-        each[0] > SAME_PART and each[3].rank, each[0] if each[0] <= SAME_PART else each[1], each[0],
-    ))  # fmt: skip
-    found: list[tuple[int, Trial]] = []
+    found: list[_Try] = []
     until = time.thread_time() + seconds
-    for apart, number, at, one in order:
-        if time.thread_time() > until or (found and apart > SAME_PART):
+    for one in sorted(tries, key=_Try.order):
+        if time.thread_time() > until or (found and not one.is_alike):
             break
-        (cause,), group = one.causes, parts[number]
-        detail = ", ".join(filter(None, (cause.detail, group.words)))
-        wrong = mixed(trials.recipe, one.recipe, group)
-        tried = trials.weighed(
-            trials.recipe, (replace(cause, detail=detail),), wrong, one.rank
-        )  # fmt: skip
+        (cause,), group = one.trial.causes, parts[one.group]
+        cause = replace(cause, detail=", ".join(filter(None, (cause.detail, group.words))))
+        wrong = mixed(trials.recipe, one.trial.recipe, group)
+        tried = trials.weighed(trials.recipe, (cause,), wrong, one.trial.rank)
         if tried is not None and tried.explains:
-            found.append((at, tried))
+            found.append(one._replace(trial=tried))
     # Of those that fit the usual ones in the catalogue's order.
-    found.sort(key=lambda one: (one[1].rank, one[0]))
-    return best(one for _, one in found)
+    found.sort(key=lambda one: (one.trial.rank, one.at))
+    return best(one.trial for one in found)
 
 
 def _apart_in(one: Trial, columns: np.ndarray) -> float:
