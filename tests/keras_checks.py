@@ -251,6 +251,17 @@ def exact(**options: Any) -> Any:
     )
 
 
+@trains
+def test_a_stateless_call_takes_arrays_of_numpy() -> None:
+    x = numbers(2, 5, 8)
+    layer = MultiHeadAttention(2, 4, query_features=8, seed=0)
+    weights = [variable.value for variable in layer.trainable_variables]
+    rest = [variable.value for variable in layer.non_trainable_variables]
+    options = {"attention_mask": numbers(5, 5) > 0, "attention_bias": numbers(5, 5, seed=1)}
+    output, _ = layer.stateless_call(weights, rest, x, x, **options)
+    close(output, layer(x, x, **options))
+
+
 def test_dropout_of_a_seed_is_that_of_the_numpy_layer_bit_for_bit() -> None:
     layer = exact(seed=1)
     numpy = anymha.convert(layer, to="numpy")

@@ -445,3 +445,11 @@ def test_layers_of_different_names_and_initialisers_have_one_structure():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays)
     assert stacked.query.kernel.shape == (2, 8, 2, 4)
     assert [layer.config.name for layer in layers] == ["layer_0", "layer_1"]
+
+
+def test_another_object_in_the_place_of_a_projection_is_an_error_in_words() -> None:
+    layer = MultiHeadAttention(2, 4, query_features=8, key=jax.random.key(0))
+    other = eqx.nn.Linear(8, 8, key=jax.random.key(1))
+    changed = eqx.tree_at(lambda layer: layer.output, layer, other)
+    with pytest.raises(WeightsError, match=r"`layer.output` must hold `kernel`.*Received: equinox"):
+        changed(jnp.ones((1, 3, 8)))

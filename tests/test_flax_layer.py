@@ -517,3 +517,10 @@ def test_tied_weights_have_one_value():
     weights["key.kernel"] = weights["query.kernel"]
     anymha.set_weights(layer, weights)
     np.testing.assert_array_equal(anymha.get_weights(layer)["key.kernel"], weights["key.kernel"])
+
+
+def test_another_object_in_the_place_of_a_projection_is_an_error_in_words() -> None:
+    layer = MultiHeadAttention(2, 4, query_features=8, rngs=nnx.Rngs(0))
+    layer.query = nnx.LoRA(8, 2, 8, base_module=layer.query, rngs=nnx.Rngs(1))
+    with pytest.raises(WeightsError, match=r"`layer.query` must hold `kernel`.*Received: flax"):
+        layer(jnp.ones((1, 3, 8)))

@@ -344,13 +344,33 @@ class NativeLayer:
 
 
 def weights_of_projections(layer: Any) -> dict[str, Any]:
-    """What a layer's projections hold as `kernel` and `bias`, None left out, by canonical name."""
-    named = {name: part(layer) for name, part in _PARTS.items()}
+    """What a layer's projections hold as `kernel` and `bias`, None left out, by canonical name.
+
+    Raises:
+        WeightsError: something else stands in the place of a projection.
+    """
+    try:
+        named = {name: part(layer) for name, part in _PARTS.items()}
+    except AttributeError:
+        raise _replaced(layer) from None
     config = layer.config
     further = [f"{name}.{part}" for name in config.further_projections for part in PARTS]
     for name in (*further, *config.feature_weights):
         named[name] = held(layer, name)
     return {name: weight for name, weight in named.items() if weight is not None}
+
+
+def _replaced(layer: Any) -> WeightsError:
+    """What is said of a layer whose projection is another object than its own."""
+    for full in _PARTS:
+        name, _, part = full.partition(".")
+        if not hasattr(own := getattr(layer, name, None), part):
+            break
+    return WeightsError(
+        f"`layer.{name}` must hold `{part}`, which the layer reads: it does not call what stands "
+        f"there. Received: {type(own).__module__}.{type(own).__name__}. Give the kernel new values "
+        "instead, of a low-rank update (LoRA) its product, by `anymha.set_weights`."
+    )
 
 
 def held(layer: Any, name: str) -> Any:

@@ -61,6 +61,11 @@ def result_shapes(
     return (*query.shape[:-1], *out), (*batch, config.num_heads, *queries, *keys)
 
 
+def as_tensor(x: Any) -> Any:
+    """An array of NumPy as a tensor of Keras's backend, which `stateless_call` does not make."""
+    return keras.ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+
+
 def all_masks(given: Mapping[str, Any], query: Any, value: Any, key: Any) -> dict[str, Any]:
     """The boolean masks of a call: those passed, else those attached to the inputs.
 

@@ -30,7 +30,15 @@ from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
 from anymha.options.config import AttentionConfig, shown_options
 from anymha_keras.caches import hidden, is_symbolic, shown, symbolic_results
-from anymha_keras.call import MASKS, all_masks, any_shape, result_shapes, unpack_shapes, with_mask
+from anymha_keras.call import (
+    MASKS,
+    all_masks,
+    any_shape,
+    as_tensor,
+    result_shapes,
+    unpack_shapes,
+    with_mask,
+)
 from anymha_keras.options import Given, KerasOptions, core_dtypes, read_options, saved
 from anymha_keras.projection import (
     Projection,
@@ -209,11 +217,11 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
                 "Please disable flash attention to access attention scores."
             )
         cache, memory = shown(cache), shown(memory)
-        query, value, key = unpack_inputs(query, value, key)
-        passed = (query_mask, value_mask, key_mask, attention_mask)
+        query, value, key = map(as_tensor, unpack_inputs(query, value, key))
+        passed = map(as_tensor, (query_mask, value_mask, key_mask, attention_mask))
         masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
         if memory is not None:  # what is attached to the queries is not of the memory
-            masks |= {"value_mask": value_mask, "key_mask": key_mask}
+            masks |= {"value_mask": as_tensor(value_mask), "key_mask": as_tensor(key_mask)}
         penalised = self._config.activity_regularizer is not None
         result = multi_head_attention(
             self.ops,
@@ -224,11 +232,11 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             key,
             plans=plans_unless_tracing(self.ops, self.plans),
             **masks,
-            attention_bias=attention_bias,
-            segment_ids=segment_ids,
-            key_segment_ids=key_segment_ids,
-            positions=positions,
-            key_positions=key_positions,
+            attention_bias=as_tensor(attention_bias),
+            segment_ids=as_tensor(segment_ids),
+            key_segment_ids=as_tensor(key_segment_ids),
+            positions=as_tensor(positions),
+            key_positions=as_tensor(key_positions),
             return_attention_scores=return_attention_scores,
             return_activity_loss=penalised,
             training=training,
