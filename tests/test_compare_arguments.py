@@ -73,6 +73,16 @@ def positions_of_both(x: Any, positions: Any) -> Any:
     return LAYER(x, positions=positions, key_positions=positions)
 
 
+def mask_of_heads(hidden: Any, attention_mask: Any, past_key_value: Any = None) -> Any:
+    assert (past_key_value, attention_mask.ndim) == (None, 4)
+    return LAYER(hidden, attention_mask=attention_mask)
+
+
+def scaled(x: Any, scale: Any = None, mask: Any = None, freqs_cis: Any = None) -> Any:
+    assert scale is None is freqs_cis
+    return LAYER(x, attention_mask=mask)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "torch's order": (by_torch_order, [X, Y, Z], {}),
     "torch's order, two inputs": (by_torch_order, [X, Y], {}),
@@ -86,6 +96,8 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "segments": (segments, [X], {"segment_ids": IDS}),
     "segments, positions": (segments_and_positions, [X], {"segment_ids": IDS, **PLACES}),
     "one name for both positions": (positions_of_both, [X], PLACES),
+    "a mask with an axis of heads": (mask_of_heads, [X], {"attention_mask": MASK[..., :5]}),
+    "parameters that are no inputs": (scaled, [X], {"attention_mask": MASK[..., :5]}),
     "partial": (functools.partial(by_torch_order), [X, Y, Z], {}),
 }
 
@@ -141,6 +153,8 @@ def test_what_a_callable_does_not_take_is_refused_in_words(kind: str) -> None:
         compare(LAYER, candidate, X, value_mask=TOKENS[:, :5])
     with pytest.raises(LayoutError, match="takes one input alone"):
         compare(LAYER, candidate, [X, Y])
+    with pytest.raises(LayoutError, match="needs `start_pos`, `freqs_cis`, which no call has"):
+        compare(LAYER, lambda x, start_pos, freqs_cis, mask: LAYER(x), X)
 
 
 @pytest.mark.parametrize("first", ["batch", "time"])

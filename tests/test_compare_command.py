@@ -153,6 +153,24 @@ def test_objects_that_make_hold_and_are_layers(command: Run, name: str) -> None:
     assert sys.modules["port"].calls == ["make"] * (name == "port:make")
 
 
+def test_a_file_stands_for_its_module(command: Run, folder: Path) -> None:
+    elsewhere = folder / "other"
+    elsewhere.mkdir()
+    (elsewhere / "neighbour_of_port.py").write_text("from port import layer")
+    (elsewhere / "port.py").write_text("raise ImportError('the wrong one')")
+    (elsewhere / "json.py").write_text(
+        "from neighbour_of_port import layer\nport = layer"
+    )  # a name taken
+    file = str(elsewhere / "json.py")
+    for names in (("port.py:layer", "port:right"), ("port:layer", f"{file}:port")):
+        status, out, err = command(*names, "--cases", "self")
+        assert (status, err) == (0, ""), out
+    assert sys.modules["json"].__file__ != file
+    status, _, err = command("nowhere/port.py:layer", "port:right")
+    assert status == 2
+    assert "there is no file nowhere/port.py. The folder is" in err
+
+
 def test_all_pairs_of_several_are_compared(command: Run) -> None:
     status, out, _ = command("port:layer", "port:right", "port:forgot", "--cases", "causal")
     assert status == 1

@@ -47,8 +47,8 @@ def add_command(commands: Any) -> None:
         description=compare.__doc__,
     )
     command.add_argument("reference", metavar="REFERENCE",
-                         help="the implementation that counts as right: MODULE:OBJECT, FILE.onnx, "
-                         "a backend (numpy, torch, ...) "
+                         help="the implementation that counts as right: MODULE:OBJECT, "
+                         "FILE.py:OBJECT, FILE.onnx, a backend (numpy, torch, ...) "
                          "or a library's layer (torch.MultiheadAttention, ...)")  # fmt: skip
     command.add_argument("candidates", nargs="+", metavar="CANDIDATE",
                          help="the implementation to judge, likewise; several: all pairs are "

@@ -58,7 +58,8 @@ def is_model(name: str) -> bool:
 def implementation_named(name: str) -> Implementation:
     """The implementation that a word of the command line names.
 
-    The word is ``module:object``, the name of a backend or of a layout, or the path of a model.
+    The word is ``module:object`` or ``file.py:object``, the name of a backend or of a layout, or
+    the path of a model.
 
     Raises:
         UsageError: it names nothing, or an object that cannot be compared.
@@ -81,10 +82,10 @@ def implementation_named(name: str) -> Implementation:
         get_layer(name)  # says which extra installs it
         return Implementation(name)
     if ":" not in name:
+        homes = ", ".join((*known, *(n for n in backends() if n not in known)))
         raise UsageError(
-            f"An implementation is MODULE:OBJECT, a model of ONNX (FILE.onnx), a backend "
-            f"({', '.join((*known, *(n for n in backends() if n not in known)))}), or a layer of a "
-            f"library ({', '.join(LIVE)}). Received: {name}."
+            "An implementation is MODULE:OBJECT, FILE.py:OBJECT, a model of ONNX (FILE.onnx), a "
+            f"backend ({homes}), or a layer of a library ({', '.join(LIVE)}). Received: {name}."
         )
     implementation = _object(name)
     return Implementation(name, implementation, _known_layer(implementation))
@@ -92,11 +93,16 @@ def implementation_named(name: str) -> Implementation:
 
 def _object(name: str) -> Any:
     """The named object, imported; called, where it is a class or a function without arguments."""
-    path, _, attribute = name.partition(":")
+    path, _, attribute = name.rpartition(":")
+    is_file = path.endswith(".py")
+    if is_file and not Path(path).is_file():
+        raise UsageError(
+            f"{name} cannot be imported: there is no file {path}. The folder is {os.getcwd()}."
+        )
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        value: Any = importlib.import_module(path)
+        value: Any = _module_of(Path(path)) if is_file else importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
             raise UsageError(
@@ -131,6 +137,30 @@ def _object(name: str) -> Any:
     except AnymhaError as error:
         raise UsageError(f"{name} cannot be compared. {error}") from error
     return value
+
+
+def _module_of(file: Path) -> Any:
+    """The module of a file, which may import its neighbours, as a script may."""
+    file = file.resolve()
+    for module in [*sys.modules.values()]:
+        if (path := getattr(module, "__file__", None)) and Path(path) == file:
+            return module
+    taken = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
+    if taken is None or taken.origin == str(file):
+        name = file.stem
+    else:
+        name = f"{file.stem} of {file.parent}"  # another module has its name
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _makes(value: Any) -> bool:

@@ -33,6 +33,15 @@ OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_cau
            *POSITIONS, *SEGMENTS)  # fmt: skip
 
 
+NO_INPUT = frozenset({
+    "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary", "cos", "sin",
+    "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start", "offset",
+    "length", "lengths", "lens", "seqlen", "seqlens", "window", "sink", "sinks", "slopes", "alibi",
+    "size", "device", "dtype", "generator", "return", "config",
+})  # fmt: skip
+"""Words of which one in a parameter's name says that it is no input: `freqs_cis`, `start_pos`."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """One form in which a callable may be given a call."""
@@ -82,7 +91,7 @@ class Parameters:
         # Inputs after the first option cannot be given by their place.
         names = ["" if i < front else p.name for i, p in enumerate(inputs)]
         others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
-        unknown = [p.name for p in others if p.default is p.empty and not _is_option(p)]
+        unknown = [p.name for p in others if p.default is p.empty and not _is_of_call(p)]
         said = [getattr(owner, n, 0) for n in ("num_heads", "n_heads", "n_head", "heads", "nhead")]
         return cls(
             name,
@@ -148,6 +157,10 @@ class Parameters:
             own["need_weights"] = False
         if not folded:
             yield Fitted(inputs, own)
+            mask = own.get("attention_mask")
+            if mask is not None and mask.ndim == 3:  # it may take an axis of heads alone
+                told = f"`attention_mask` is given as {mask[:, None].shape}, True = may attend"
+                yield Fitted(inputs, {**own, "attention_mask": mask[:, None]}, (told,))
             return
         for masks, words in self._mask_forms(request, folded):
             yield Fitted(inputs, {**own, **masks}, ("; ".join(words),))
@@ -260,7 +273,14 @@ def name_of(function: Any) -> str:
 
 
 def _is_option(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter is not an input, but one of the call's other arguments."""
+    """Whether a parameter is not an input."""
+    name = parameter.name
+    words = {name, *name.lower().split("_")}
+    return _is_of_call(parameter) or not words.isdisjoint(NO_INPUT)
+
+
+def _is_of_call(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is one of a call's other arguments, or has a value of its own."""
     if parameter.default is not parameter.empty and parameter.default is not None:
         return True
     name = parameter.name
