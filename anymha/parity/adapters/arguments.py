@@ -34,10 +34,10 @@ OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_cau
 
 
 NO_INPUT = frozenset({
-    "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary", "cos", "sin",
-    "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start", "offset",
-    "length", "lengths", "lens", "seqlen", "seqlens", "window", "sink", "sinks", "slopes", "alibi",
-    "size", "device", "dtype", "generator", "return", "config",
+    "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary", "cos",
+    "sin", "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start",
+    "offset", "length", "lengths", "lens", "seqlen", "seqlens", "window", "sink", "sinks", "slopes",
+    "alibi", "size", "device", "dtype", "generator", "return", "config",
 })  # fmt: skip
 """Words of which one in a parameter's name says that it is no input: `freqs_cis`, `start_pos`."""
 
