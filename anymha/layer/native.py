@@ -362,9 +362,11 @@ def weights_of_projections(layer: Any) -> dict[str, Any]:
 
 def _replaced(layer: Any) -> WeightsError:
     """What is said of a layer whose projection is another object than its own."""
+    name, own, part = "", None, ""
     for full in _PARTS:
         name, _, part = full.partition(".")
-        if not hasattr(own := getattr(layer, name, None), part):
+        own = getattr(layer, name, None)
+        if not hasattr(own, part):
             break
     return WeightsError(
         f"`layer.{name}` must hold `{part}`, which the layer reads: it does not call what stands "

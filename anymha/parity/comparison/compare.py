@@ -24,6 +24,7 @@ from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
 from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
 from anymha.parity.comparison.probed import with_probed_kernels
+from anymha.parity.comparison.proven_weights import proven
 from anymha.parity.comparison.unexplained import explained
 from anymha.parity.diagnose.cache_functions import ways_of
 from anymha.parity.diagnose.calls import diagnose_by_calls
@@ -133,11 +134,34 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)
+    read = _with_proven_weights(comparison, one, other)
+    if read is not None:
+        return read
     comparison = explained(comparison, (one, other))
     comparison = with_probed_kernels(comparison, other)
     if isinstance(other, Stepwise) and not comparison.passed:
         return _with_less(comparison, other)
     return comparison
+
+
+def _with_proven_weights(comparison: Comparison, one: Adapter, other: Adapter) -> Comparison | None:
+    """The comparison with weights that nobody has named, where it has no cause without them."""
+    request, (first, second) = comparison.request, comparison.traces
+    found = comparison.diagnosis
+    if comparison.passed or (found is not None and found.causes) or first.random or second.random:
+        return None
+    if first.weights is None and second.weights is None:
+        whose = proven(one, request, first)
+        if whose is not None:
+            one, other = whose.adapter, whose.alike(other)
+    else:
+        whose = proven(other, request, second) if second.weights is None else None
+        if whose is not None:
+            other = whose.adapter
+    if whose is None:
+        return None
+    read = _compared(one, other, request)
+    return dataclasses.replace(read, notes=(whose.note, *read.notes))
 
 
 def _with_less(comparison: Comparison, candidate: Stepwise) -> Comparison:

@@ -1,0 +1,158 @@
+"""The weights of a torch module that nobody has named, where numbers prove what they are.
+
+Names alone prove nothing: weights are read as each layout that fits, with each number of heads, and
+taken where attention of them is what the module gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anymha.errors import AnymhaError
+from anymha.interchange.detect import find_layers
+from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
+from anymha.parity.diagnose.diagnosis import Search
+from anymha.parity.oracle.truth import fold
+from anymha.parity.stages.trace import Adapter, Request, Trace, problem_of
+
+FOUR = "transformers.mpnet"
+"""The layout of four linear layers that are named by letters."""
+
+ROLES = {"q": ("q", "query", "queries"), "k": ("k", "key", "keys"), "v": ("v", "value", "values"),
+         "o": ("o", "out", "output", "")}  # fmt: skip
+"""What is left of the name of a linear layer, without the words below, by the layer's letter."""
+
+COMMON = ("projection", "project", "proj", "linear", "lin", "dense", "layer", "weights", "weight",
+          "matrix", "mat", "to", "fc", "w", "_", ".", "0")  # fmt: skip
+"""What names of linear layers have in common."""
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A module whose weights are known."""
+
+    adapter: Any
+    layout: str
+    names: Mapping[str, str] | None  # Its names by the layout's; None where they are the same
+    sizes: Mapping[str, int]
+
+    @property
+    def note(self) -> str:
+        """How its weights were found, in words."""
+        config = self.adapter.description.config
+        return (
+            f"The weights of {self.adapter.name} are read by the names of its layers, with "
+            f"{config.num_heads} heads of {config.key_dim}: attention of them gives its output."
+        )
+
+    def alike(self, other: Adapter) -> Adapter:
+        """Another adapter with its weights read alike, if it is a module of the same names."""
+        module: Any = getattr(other, "module", None)
+        if module is None or _shapes(module) != _shapes(self.adapter.module):
+            return other
+        return _read(other, self.layout, self.names, self.sizes) or other
+
+
+def proven(adapter: Adapter, request: Request, trace: Trace) -> Proven | None:
+    """The module of an adapter with its weights; None where no reading is proven.
+
+    Args:
+        adapter: One whose weights are not known.
+        request: A call.
+        trace: Its results in it.
+    """
+    if getattr(adapter, "module", None) is None or trace.output.ndim != 3:
+        return None
+    calls = [(request, trace), *_without_masks(adapter, request)]
+    for layout, names, sizes in _readings(adapter):
+        read = _read(adapter, layout, names, sizes)
+        if read is not None and any(_proves(read.description, *call) for call in calls):
+            return Proven(read, layout, names, sizes)
+    return None
+
+
+def _without_masks(adapter: Adapter, request: Request) -> Iterator[tuple[Request, Trace]]:
+    """The call without masks, of which libraries make different things, and the results."""
+    if not request.masks and request.bias is None and not request.call.get("use_causal_mask"):
+        return
+    call = {n: value for n, value in request.call.items() if n != "use_causal_mask"}
+    bare = dataclasses.replace(request, masks={}, bias=None, call=call)
+    with contextlib.suppress(Exception):  # it may need a mask
+        yield bare, adapter.trace(bare, None)
+
+
+def _readings(adapter: Any) -> Iterator[tuple[str, Mapping[str, str] | None, dict[str, int]]]:
+    """Layouts, the module's names by theirs (None where they are the same), and sizes."""
+    state, heads = _state(adapter.module), adapter.parameters.heads
+    try:
+        groups = find_layers(state)
+    except AnymhaError:
+        groups = []
+    fits = [fit for group in groups for fit in group.fits if group.prefixes == [""]]
+    layouts: list[tuple[str, Mapping[str, str] | None]] = [(fit.name, None) for fit in fits]
+    four = _four(state)
+    if four is not None:
+        layouts.append((FOUR, four))
+    widths = {min(x.shape) for x in state.values() if x.ndim == 2}
+    counts = [heads] if heads else [
+        n for n in range(1, 65) if any(width % n == 0 and width // n > 1 for width in widths)
+    ]  # fmt: skip
+    for layout, names in layouts:
+        for count in counts:
+            yield layout, names, {"num_heads": count}
+
+
+def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
+    """The names of four linear layers, and maybe their biases, by those of `FOUR`."""
+    found: dict[str, str] = {}
+    for name in state:
+        layer, _, part = name.rpartition(".")
+        rest = layer.rpartition(".")[2].lower()
+        for word in COMMON:
+            rest = rest.replace(word, "")
+        letter = next((role for role, words in ROLES.items() if rest in words), None)
+        if letter is None or part not in ("weight", "bias") or f"{letter}.{part}" in found:
+            return None
+        found[f"{letter}.{part}"] = name
+    return found if {f"{letter}.weight" for letter in ROLES} <= found.keys() else None
+
+
+def _read(
+    adapter: Any, layout: str, names: Mapping[str, str] | None, sizes: Mapping[str, int]
+) -> Any:
+    """The adapter with the weights of its module; None where these do not fit."""
+    state = _state(adapter.module)
+    arrays = state if names is None else {theirs: state[own] for theirs, own in names.items()}
+    try:
+        description = describe_arrays(arrays, layout, sizes)
+    except AnymhaError:
+        return None
+    description = dataclasses.replace(description, needs=())  # of the library, whose it is not
+    return type(adapter)(adapter.module, description, names is None)
+
+
+def _proves(description: LayerDescription, request: Request, trace: Trace) -> bool:
+    """Whether attention of these weights is the output that a trace has."""
+    try:
+        folded = fold(problem_of(description.config, description.weights, request))
+    except AnymhaError:
+        return False
+    if folded.output_shape != trace.output.shape:
+        return False
+    flow = {"output": folded.flat(trace.output).astype(np.float64)}
+    with np.errstate(all="ignore"):
+        return Search(folded.recipe, trace, flow).fits()
+
+
+def _state(module: Any) -> dict[str, Any]:
+    return dict(module.state_dict())
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in _state(module).items()}

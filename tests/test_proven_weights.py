@@ -1,0 +1,118 @@
+"""Modules whose weights nobody has named: they are read where numbers prove them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anymha.parity import compare
+from tests.frameworks import required
+
+torch = required("torch")
+
+X = np.random.default_rng(3).standard_normal((2, 5, 16)).astype(np.float32)
+MASK = np.random.default_rng(4).random((2, 5, 5)) < 0.6  # a query of which sees nothing
+MASK[1, 2] = False
+
+FORMS = {
+    "letters": ("q", "k", "v", "o"),
+    "words": ("queries", "keys", "values", "fc_out"),
+    "W": ("W_q", "W_k", "W_v", "W_o"),
+    "linear": ("q_linear", "k_linear", "v_linear", "out"),
+    "to": ("to_q", "to_k", "to_v", "proj"),
+    "fused": ("qkv", "proj"),
+}
+
+
+def made(form: str, mistake: str = "", heads: int = 4, tell: bool = False, **options: Any) -> Any:
+    """A module as people write them, with one mistake."""
+    names = FORMS[form]
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in names:
+                width = 48 if name == "qkv" else 16
+                setattr(self, name, torch.nn.Linear(16, width, **options))
+            if tell:
+                self.num_heads = heads
+
+        def forward(self, x: Any, mask: Any = None) -> Any:
+            *parts, last = [getattr(self, name) for name in names]
+            q, k, v = parts[0](x).chunk(3, -1) if len(parts) == 1 else [part(x) for part in parts]
+            split = [y.view(*y.shape[:2], heads, -1).transpose(1, 2) for y in (q, k, v)]
+            q, k, v = split
+            scale = (16 if mistake == "scale" else 16 // heads) ** -0.5
+            logits = q @ k.transpose(-1, -2) * scale
+            if mask is not None:
+                logits = logits.masked_fill(~mask, -1e9)
+            p = logits.softmax(-2 if mistake == "axis" else -1)
+            context = (p @ v).transpose(1, 2)
+            if mistake == "joined":
+                context = p @ v
+            return last(context.reshape(x.shape))
+
+    torch.manual_seed(0)
+    return Attention()
+
+
+CAUSES = {
+    "scale": "wrong scale",
+    "axis": "softmax over another axis (over the queries)",
+    "joined": "heads",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mistake_between_two_modules_has_a_cause(form: str) -> None:
+    mistake = list(CAUSES)[list(FORMS).index(form) % len(CAUSES)]
+    tell, bias = form in ("W", "to"), form != "words"
+    reference = made(form, tell=tell, bias=bias)
+    report = compare(reference, made(form, mistake, tell=tell, bias=bias), X)
+    assert CAUSES[mistake] in str(report.diagnosis)
+    assert "4 heads of 4" in report.to_text()
+    assert "it computes more than attention" not in report.to_text()
+
+
+def test_a_candidate_of_other_names_is_judged_by_the_reference_alone() -> None:
+    report = compare(made("letters", heads=2), made("W", "axis", heads=2), X)
+    assert CAUSES["axis"] in str(report.diagnosis)
+    assert "2 heads of 8" in report.to_text()
+    assert not any(stage.name.startswith("weight ") for stage in report.stages)
+
+
+def test_what_a_reference_makes_of_empty_rows_hides_no_weights() -> None:
+    report = compare(made("letters"), made("letters", "scale"), X, attention_mask=MASK)
+    assert CAUSES["scale"] in str(report.diagnosis)
+    assert "fully masked rows" in report.to_text()
+
+
+def test_other_weights_are_told_by_name() -> None:
+    candidate = made("letters")
+    with torch.no_grad():
+        candidate.k.weight.copy_(candidate.k.weight.t().clone())
+    report = compare(made("letters"), candidate, X)
+    assert "key" in str(report.diagnosis)
+    assert not next(stage for stage in report.stages if stage.name == "weight key.kernel").passed
+
+
+def test_nothing_is_read_where_numbers_do_not_prove_it() -> None:
+    class Other(torch.nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            for name in FORMS["letters"]:
+                setattr(self, name, torch.nn.Linear(16, 16))
+            self.factor = factor
+
+        def forward(self, x: Any) -> Any:
+            return self.o(torch.tanh(self.q(x)) * self.k(x) + self.factor * self.v(x))
+
+    torch.manual_seed(0)
+    one = Other(1.0)
+    torch.manual_seed(0)
+    report = compare(one, Other(2.0), X)
+    assert not report.passed
+    assert "neither side tells its weights" in report.to_text()
+    assert "are read by" not in report.to_text()
