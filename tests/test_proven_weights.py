@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from anymha.cli.main import main
 from anymha.parity import compare
 from tests.frameworks import required
 
@@ -116,3 +119,31 @@ def test_nothing_is_read_where_numbers_do_not_prove_it() -> None:
     assert not report.passed
     assert "neither side tells its weights" in report.to_text()
     assert "are read by" not in report.to_text()
+
+
+def test_the_command_line_gives_a_backend_the_weights_of_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    root = Path(__file__).parents[1]
+    file = tmp_path / "modules_of_mine.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(root)!r})\n"
+        "from tests.test_proven_weights import made\n"
+        "def right(): return made('fused')\n"
+        "def says(): return made('W', 'scale', tell=True)\n"
+        "def silent(): return made('W', 'scale')\n"
+    )
+
+    def run(name: str) -> tuple[int, str, str]:
+        status = main(["compare", "numpy", f"{file}:{name}", "--cases", "self"])
+        printed = capsys.readouterr()
+        return status, " ".join(printed.out.split()), printed.err
+
+    status, out, _ = run("right")
+    assert (status, "4 heads of 4: attention of them gives its output" in out) == (0, True)
+    status, out, _ = run("says")
+    assert (status, "Cause: wrong scale" in out) == (1, True)
+    assert "4 heads of 4: as many as it says" in out
+    status, _, err = run("silent")
+    assert (status, "must get the weights of" in err) == (2, True)

@@ -142,8 +142,9 @@ def _outcomes(
     saved: SavedCase | None,
     options: argparse.Namespace,
 ) -> Iterator[Outcome]:
-    known = next((one.layer for one in every if one.layer is not None), None)
-    other = None
+    teller = next((one for one in every if one.layer is not None), None)
+    known, other = None if teller is None else teller.layer, None
+    note = teller.note if teller and any(one.implementation is None for one in every) else ""
     if saved is not None:
         several = len(every) > 2
         cases = [CallInputs(options.inputs.stem if several else "", saved.inputs, saved.call)]
@@ -171,12 +172,13 @@ def _outcomes(
     for (i, one), (j, two) in itertools.combinations(enumerate(every), 2):
         explicit = options.cases is not None or saved is not None or names != CASES
         pair, both = (one, two), (live[i], live[j])
-        done = {case.name: _outcome(case, pair, both, options.arrays, explicit) for case in cases
+        own = (pair, both, options.arrays, explicit, note)
+        done = {case.name: _outcome(case, *own) for case in cases
                 if explicit or case.name not in SELF.values() or case.name == "self"}  # fmt: skip
         alone = any("one input alone" in (outcome.reason or "") for outcome in done.values())
         for case in cases:
             if case.name not in done and alone:
-                done[case.name] = _outcome(case, pair, both, options.arrays, explicit)
+                done[case.name] = _outcome(case, *own)
         for case in cases:
             outcome = done.get(case.name)
             if outcome is None:
@@ -214,6 +216,7 @@ def _outcome(
     live: tuple[Any, Any],
     arrays: str | None,
     explicit: bool,
+    note: str,
 ) -> Outcome:
     """One comparison: its result, the error that was raised, or why it cannot run."""
     names = (pair[0].name, pair[1].name)
@@ -247,7 +250,9 @@ def _outcome(
             left = f"Without {', '.join(names_left)}: {reason}."
             left = f"With {instead[0]} in place of {names_left[0]}: {reason}." if instead else left
             result = dataclasses.replace(result, notes=(left, *result.notes))
-        return Outcome(case.name, *names, result=dataclasses.replace(result, command_names=names))
+        notes = (*filter(None, [note]), *result.notes)
+        result = dataclasses.replace(result, command_names=names, notes=notes)
+        return Outcome(case.name, *names, result=result)
     return Outcome(case.name, *names, reason=reason, left_out=left_out and not explicit)
 
 

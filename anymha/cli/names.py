@@ -18,6 +18,7 @@ from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.interchange.libraries import MAKERS
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters import adapter_for
+from anymha.parity.comparison.proven_weights import by_names
 from anymha.parity.stages.saved_case import SavedLayer
 
 LIVE = tuple(name for name, (module, _) in MAKERS.items() if module != "params")
@@ -36,6 +37,7 @@ class Implementation:
     # weights of the others
     implementation: Any = None
     layer: SavedLayer | None = None  # Its options and weights, where they are known
+    note: str = ""  # How these were found, if nobody has named them
 
     def make(self, layer: SavedLayer) -> Any:
         """The object to compare: itself, or a layer with these options and weights."""
@@ -88,7 +90,11 @@ def implementation_named(name: str) -> Implementation:
             f"backend ({homes}), or a layer of a library ({', '.join(LIVE)}). Received: {name}."
         )
     implementation = _object(name)
-    return Implementation(name, implementation, _known_layer(implementation))
+    layer, note = _known_layer(implementation), ""
+    if layer is None and (reading := by_names(adapter_for(implementation))) is not None:
+        description = reading.adapter.description
+        layer, note = SavedLayer(description.config, description.weights), reading.note
+    return Implementation(name, implementation, layer, note)
 
 
 def _object(name: str) -> Any:

@@ -33,6 +33,9 @@ OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_cau
            *POSITIONS, *SEGMENTS)  # fmt: skip
 
 
+HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead", "h")
+"""Attributes in which a module may say how many heads it has."""
+
 NO_INPUT = frozenset({
     "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary", "cos",
     "sin", "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start",
@@ -92,7 +95,7 @@ class Parameters:
         names = ["" if i < front else p.name for i, p in enumerate(inputs)]
         others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
         unknown = [p.name for p in others if p.default is p.empty and not _is_of_call(p)]
-        said = [getattr(owner, n, 0) for n in ("num_heads", "n_heads", "n_head", "heads", "nhead")]
+        said = [getattr(owner, name, 0) for name in HEADS]
         return cls(
             name,
             tuple(_roles([p.name for p in inputs])),

@@ -1,7 +1,7 @@
-"""The weights of a torch module that nobody has named, where numbers prove what they are.
+"""The weights of a torch module that nobody has named, read by the names of its layers.
 
 Names alone prove nothing: weights are read as each layout that fits, with each number of heads, and
-taken where attention of them is what the module gives.
+are proven where attention of them is what the module gives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anymha.interchange.detect import find_layers
 from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
 from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.oracle.truth import fold
-from anymha.parity.stages.trace import Adapter, Request, Trace, problem_of
+from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
 
 FOUR = "transformers.mpnet"
 """The layout of four linear layers that are named by letters."""
@@ -34,21 +34,23 @@ COMMON = ("projection", "project", "proj", "linear", "lin", "dense", "layer", "w
 
 
 @dataclass(frozen=True)
-class Proven:
-    """A module whose weights are known."""
+class Reading:
+    """A module whose weights are known by the names of its layers."""
 
     adapter: Any
     layout: str
     names: Mapping[str, str] | None  # Its names by the layout's; None where they are the same
     sizes: Mapping[str, int]
+    is_proven: bool = True
 
     @property
     def note(self) -> str:
         """How its weights were found, in words."""
         config = self.adapter.description.config
+        why = "attention of them gives its output" if self.is_proven else "as many as it says"
         return (
             f"The weights of {self.adapter.name} are read by the names of its layers, with "
-            f"{config.num_heads} heads of {config.key_dim}: attention of them gives its output."
+            f"{config.num_heads} heads of {config.key_dim}: {why}."
         )
 
     def alike(self, other: Adapter) -> Adapter:
@@ -59,7 +61,7 @@ class Proven:
         return _read(other, self.layout, self.names, self.sizes) or other
 
 
-def proven(adapter: Adapter, request: Request, trace: Trace) -> Proven | None:
+def proven(adapter: Adapter, request: Request, trace: Trace) -> Reading | None:
     """The module of an adapter with its weights; None where no reading is proven.
 
     Args:
@@ -73,8 +75,34 @@ def proven(adapter: Adapter, request: Request, trace: Trace) -> Proven | None:
     for layout, names, sizes in _readings(adapter):
         read = _read(adapter, layout, names, sizes)
         if read is not None and any(_proves(read.description, *call) for call in calls):
-            return Proven(read, layout, names, sizes)
+            return Reading(read, layout, names, sizes)
     return None
+
+
+def by_names(adapter: Adapter) -> Reading | None:
+    """The module of an adapter with its weights, proven by a call of ours if it is plain attention.
+
+    One that is not may be a port with a mistake: its weights are read if it says how many heads it
+    has. None where nothing can be read.
+    """
+    if getattr(adapter, "module", None) is None:
+        return None
+    first: Reading | None = None
+    for layout, names, sizes in _readings(adapter):
+        read = _read(adapter, layout, names, sizes)
+        if read is None:
+            continue
+        if first is None:
+            width = read.description.weights["query.kernel"].shape[0]
+            x = np.random.default_rng(0).standard_normal((2, 7, width)).astype(np.float32)
+            request = make_request({"query": x}, {})
+            with contextlib.suppress(Exception):  # it may need more
+                found = proven(adapter, request, adapter.trace(request, None))
+                if found is not None:
+                    return found
+            first = Reading(read, layout, names, sizes, is_proven=False)
+    said: Any = adapter
+    return first if said.parameters.heads else None
 
 
 def _without_masks(adapter: Adapter, request: Request) -> Iterator[tuple[Request, Trace]]:
