@@ -12,6 +12,7 @@ import numpy as np
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.in_part import SMALL, in_a_part
+from anymha.parity.diagnose.measured_logits import measured_logits
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.measured_positions import measured_positions
 from anymha.parity.diagnose.mistakes import catalogue
@@ -195,6 +196,7 @@ class Search(Trials):
         for solved in (
             measured_positions(self.recipe, self.evidence),
             measured_mask(self.recipe, self.reported),
+            measured_logits(self.recipe, self.evidence),
         ):
             if solved is not None and max(self.evidence.errors(solved[1]).values()) <= 1:
                 return Diagnosis((solved[0],), 0.0, (), solved[1])

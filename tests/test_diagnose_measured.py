@@ -1,0 +1,105 @@
+"""Mistakes of many numbers, each of which is measured: factors and biases of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.test_diagnose_kinds import BIAS, HEADS, LENGTH, SEEN, WIDTH, named, report_of
+
+pytestmark = pytest.mark.usefixtures("folded_once")
+
+T, S = np.arange(LENGTH)[:, None], np.arange(LENGTH)
+RNG = np.random.default_rng(6)
+OF_DISTANCE = RNG.standard_normal((HEADS, 2 * LENGTH - 1))
+CAUSAL = np.broadcast_to(S <= T, SEEN.shape)
+
+
+def by_head(*numbers: float) -> np.ndarray:
+    return np.reshape(numbers, (-1, 1, 1))
+
+
+def scaled(factors: Any) -> dict[str, Any]:
+    return {"scale": lambda logits: logits / WIDTH**0.5 * factors}
+
+
+def added(bias: Any) -> dict[str, Any]:
+    return {"bias": lambda logits, own: logits + own + bias}
+
+
+def of_heads(*factors: float) -> dict[str, Any]:
+    """The context of each head with a factor of its own."""
+    return {"context": lambda p, v: np.einsum("bhts,bshv->bthv", p, v) * np.reshape(
+        factors, (-1, 1))}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "steps", "words"),
+    [
+        ({}, {}, scaled(by_head(1, 1.3, 0.7, 2)),
+         "wrong scale (of its own in each head: 1, 1.3, 0.7, 2 times)"),
+        ({"num_key_value_heads": 2}, {"attention_mask": SEEN},
+         scaled(by_head(1.02, 0.98, 1.01, 1)), "in each head: 1.02, 0.98, 1.01, 1 times"),
+        ({"softcap": 1.5}, {}, {"cap": lambda s: 1.5 * np.tanh(s / 1.5) * by_head(1, 2, 3, -1)},
+         "in each head: 1, 2, 3, -1 times, after softcap"),
+        ({}, {}, scaled(np.sqrt(1 + T)), "of its own in each query: 1, 1.41, 1.73, 2, 2.24"),
+        ({}, {}, scaled(np.reshape([1, 1.4], (2, 1, 1, 1))),
+         "wrong scale (of its own in each sequence of the batch: 1, 1.4 times)"),
+        ({}, {"attention_bias": BIAS}, {"bias": lambda s, b: s + by_head(1, 2, 0.5, 1) * b},
+         "wrong attention bias (of its own in each head: 1, 2, 0.5, 1 times)"),
+        ({"alibi": True}, {}, added(-by_head(0.5, 0.2, 0.1, 0.9) * np.abs(T - S)),
+         "alibi of other slopes (measured: 0.5, 0.2, 0.1, 0.9)"),
+        ({}, {}, of_heads(1.02, 0.98, 1.01, 1),
+         "heads scaled (head 0 of 4 is 1.02 times as great, head 1 of 4 is 0.98 times"),
+        ({}, {}, of_heads(0.51, 1.99, 0.26, -0.98), "heads scaled (head 0 of 4 is 0.51 times"),
+    ],
+)  # fmt: skip
+def test_factors_of_each_head_are_measured(options, call, steps, words) -> None:
+    assert words in named(report_of(steps, False, options, **call))
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (scaled(by_head(1, 1.3, 0.7, 2)), "wrong scale (of its own in each head: 1, 1.3, 0.7, 2"),
+        ({"cap": lambda s: 1.5 * np.tanh(s / 1.5) * by_head(1, 2, 3, -1)},
+         "1, 2, 3, -1 times, after softcap"),
+        (added(np.sin(9.0 * S)), "over key positions: 0, 0.412"),
+    ],
+)  # fmt: skip
+def test_they_are_measured_where_stages_are_told(steps, words) -> None:
+    assert words in named(report_of(steps, True, {"softcap": 1.5} if "cap" in steps else None))
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "bias", "words"),
+    [
+        ({}, {"attention_mask": SEEN}, -0.3 * S, "over key positions: a ramp, -0.3 times the"),
+        ({}, {}, np.sin(9.0 * S), "over key positions: 0, 0.412, -0.751, 0.956, -0.992, 0.851"),
+        ({"softcap": 1.5}, {}, 2.0 * (S == 0), "over key positions: 2 at 0, 0 elsewhere"),
+        ({}, {}, by_head(1, -1, 2, 0) * np.sin(9.0 * S), "over key positions in each head: 0, 0.4"),
+        ({}, {}, by_head(0.1, 0.2, 0.4, -0.5) * S, "a ramp, 0.1, 0.2, 0.4, -0.5 times the"),
+        ({}, {}, -0.2 * np.abs(T - S), "-0.2 times the distance of query and key"),
+        ({}, {}, -by_head(0.5, 0.2, 0.1, 0.9) * np.abs(T - S),
+         "as ALiBi of slopes of its own: 0.5, 0.2, 0.1, 0.9"),
+        ({}, {}, -np.log1p(np.abs(T - S)), "-1 times the logarithm of 1 + distance"),
+        ({}, {}, -3.0 * (T == S), "over the distance of query and key: -3 at 0, 0 elsewhere"),
+        ({}, {}, OF_DISTANCE[0][T - S + LENGTH - 1], "over the distance of query and key: 0, "),
+        ({}, {"attention_mask": CAUSAL}, OF_DISTANCE[:, T - S + LENGTH - 1],
+         "over the distance of query and key in each head: any, any, any, any, any, any, 0, "),
+    ],
+)  # fmt: skip
+def test_biases_of_positions_are_measured(options, call, bias, words) -> None:
+    found = named(report_of(added(bias), False, options, **call))
+    assert found.startswith("positions added (to the logits, ")
+    assert words in found
+
+
+@pytest.mark.usefixtures("no_pairs")
+def test_a_bias_that_no_form_has_is_not_named() -> None:
+    report = report_of(added(RNG.standard_normal((HEADS, LENGTH, LENGTH))))
+    assert not report.passed
+    assert report.diagnosis is not None
+    assert not report.diagnosis.causes
