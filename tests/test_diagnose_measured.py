@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_diagnose_kinds import BIAS, HEADS, LENGTH, SEEN, WIDTH, named, report_of
+from tests.test_diagnose_kinds import (
+    BIAS,
+    HEADS,
+    LENGTH,
+    SEEN,
+    WIDTH,
+    named,
+    report_of,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("folded_once")
 

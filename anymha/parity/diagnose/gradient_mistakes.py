@@ -11,7 +11,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.changes import listed
-from anymha.parity.diagnose.measured import number
+from anymha.parity.diagnose.measured import nearest, number
 from anymha.parity.oracle.oracle import Changes, gradients_of
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.oracle.truth import Folded
@@ -29,9 +29,6 @@ FIX = ("The forward pass agrees: look at this place of the backward pass, or for
        "detached.")  # fmt: skip
 FIXES = {CLIPPED: "Clip gradients in the optimizer's step, after both are compared: no hook or "
          "backward pass of the layer cuts them."}  # fmt: skip
-
-FINEST = 1e-6
-"""Up to which part of a number a limit is looked for."""
 
 PLACES = ("output", "context", "logits", "query", "key", "value", "input of query", "input of key",
           "input of value")  # fmt: skip
@@ -161,22 +158,12 @@ def _clipped(
                 return vector(dict.fromkeys(places, lambda g: cut(g, math.exp(power))))
 
             if max(seen, default=0.0) > 0:
-                power = _nearest(lambda power, theirs=theirs: float(
-                    np.linalg.norm(got - theirs(power))), math.log(max(seen)))  # fmt: skip
+                powers = math.log(max(seen)) + np.linspace(1, -10.5, 24)
+                power = nearest(lambda power, theirs=theirs: float(
+                    np.linalg.norm(got - theirs(power))), powers)  # fmt: skip
                 limit = words.format(number(math.exp(power)))
                 detail = f"{_whose([f'the {listed(places)}'])} {limit}"
                 yield CLIPPED, detail, theirs(power)
-
-
-def _nearest(distance: Callable[[float], float], most: float) -> float:
-    """The power of the limit from which a distance is least: from a grid, in ever smaller rooms."""
-    room, best = 0.5, most
-    powers = most + 1 - room * np.arange(24)
-    while room > FINEST:
-        best = float(min(powers, key=distance))
-        powers = best + room * np.linspace(-1, 1, 9)
-        room /= 4
-    return best
 
 
 def gradients_alone(first: str) -> Diagnosis:
