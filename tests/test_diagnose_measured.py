@@ -111,3 +111,23 @@ def test_a_bias_that_no_form_has_is_not_named() -> None:
     assert not report.passed
     assert report.diagnosis is not None
     assert not report.diagnosis.causes
+
+
+def test_log_softmax_of_filled_logits_is_named() -> None:
+    def wrong(logits: np.ndarray) -> np.ndarray:
+        filled = np.where(np.isneginf(logits), -1e4, logits)
+        return filled - np.log(np.exp(filled).sum(-1, keepdims=True))
+
+    found = named(report_of({"softmax": wrong}, attention_mask=SEEN))
+    assert "log_softmax, hidden logits filled with -10000 before" in found
+
+
+def test_a_softmax_of_projections_is_named() -> None:
+    over_features, over_positions = (
+        lambda x, axis=axis: (e := np.exp(x)) / e.sum(axis, keepdims=True) for axis in (-1, 1)
+    )
+    plain = {"scale": lambda s: s, "softmax": lambda s: s}
+    both = {"query": over_features, "key": over_positions, **plain}
+    words = "softmax of queries over the features, of keys over the positions"
+    assert words in named(report_of(both))
+    assert "softmax over the positions of key" in named(report_of({"key": over_positions}))
