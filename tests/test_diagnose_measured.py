@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+import anymha
+from anymha.parity import compare
+from tests.peer_layers import need
 from tests.test_diagnose_kinds import (
     BIAS,
+    FEATURES,
     HEADS,
     LENGTH,
     SEEN,
     WIDTH,
+    X,
     named,
     report_of,
 )  # fmt: skip
@@ -89,7 +94,7 @@ def test_they_are_measured_where_stages_are_told(steps, words) -> None:
         ({"softcap": 1.5}, {}, 2.0 * (S == 0), "over key positions: 2 at 0, 0 elsewhere"),
         ({}, {}, by_head(1, -1, 2, 0) * np.sin(9.0 * S), "over key positions in each head: 0, 0.4"),
         ({}, {}, by_head(0.1, 0.2, 0.4, -0.5) * S, "a ramp, 0.1, 0.2, 0.4, -0.5 times the"),
-        ({}, {}, -0.2 * np.abs(T - S), "-0.2 times the distance of query and key"),
+        ({}, {}, -0.2 * np.abs(T - S), "over the distance of query and key: -0.2 times the"),
         ({}, {}, -by_head(0.5, 0.2, 0.1, 0.9) * np.abs(T - S),
          "as ALiBi of slopes of its own: 0.5, 0.2, 0.1, 0.9"),
         ({}, {}, -np.log1p(np.abs(T - S)), "-1 times the logarithm of 1 + distance"),
@@ -131,3 +136,32 @@ def test_a_softmax_of_projections_is_named() -> None:
     words = "softmax of queries over the features, of keys over the positions"
     assert words in named(report_of(both))
     assert "softmax over the positions of key" in named(report_of({"key": over_positions}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_measured_in_half_precision_too(dtype: str) -> None:
+    torch = need("torch")
+    right = anymha.MultiHeadAttention(
+        HEADS, WIDTH, backend="torch", query_features=FEATURES, dtype=dtype, seed=1
+    )
+    kind = getattr(torch, dtype)
+    w = {n: torch.tensor(np.asarray(a, np.float32)).to(kind)
+         for n, a in anymha.get_weights(right).items()}  # fmt: skip
+    x = torch.tensor(np.asarray(X)).to(kind)
+
+    def report(change: Any) -> Any:
+        def port(query: Any) -> Any:
+            q, k, v = (torch.einsum("btd,dhk->bthk", query, w[f"{n}.kernel"])
+                       for n in ("query", "key", "value"))  # fmt: skip
+            logits = change(torch.einsum("bthk,bshk->bhts", q, k) / WIDTH**0.5)
+            shares = torch.softmax(logits.float(), -1).to(kind)
+            context = torch.einsum("bhts,bshv->bthv", shares, v)
+            return torch.einsum("bthv,hvo->bto", context, w["output.kernel"])
+
+        return compare(right, port, x)
+
+    factors = torch.tensor([0.5, 1.0, 1.5, 2.0]).reshape(-1, 1, 1).to(kind)
+    distance = torch.tensor(0.25 * np.abs(T - S)).to(kind)
+    assert report(lambda logits: logits).passed
+    assert "wrong scale (of its own in each head: " in named(report(lambda s: s * factors))
+    assert "over the distance of query and key: -0.2" in named(report(lambda s: s - distance))

@@ -7,6 +7,7 @@ changes with each logit.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,9 @@ MOST_NUMBERS = 512
 
 SURE = 2
 """How many equations there must be for each number."""
+
+SECONDS = 4.0
+"""How long numbers are measured."""
 
 STEPS = 80
 """How often the numbers are improved."""
@@ -106,9 +110,9 @@ def measured_logits(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] 
     got, exact = evidence.reported.get("output"), recipe.stages["output"]
     if got is None or got.shape != exact.shape or not np.all(np.isfinite([got, exact])):
         return None
-    before = evidence.distance(recipe)
+    before, until = evidence.distance(recipe), time.thread_time() + SECONDS
     for form in _forms(recipe):
-        found = _fitted(form, recipe, got)
+        found = _fitted(form, recipe, got, until)
         if found is None:
             continue
         made = form.make(found[0])
@@ -135,8 +139,14 @@ def _forms(recipe: Recipe) -> Iterator[Form]:
         yield Form(BIAS, lambda numbers: recipe.but(bias=numbers.reshape(1, heads, 1, 1)
                    * recipe.bias), np.ones(heads), _of_heads(heads),
                    partial(_factors, "head", ""))  # fmt: skip
-    apart = recipe.places("query")[:, None, :, None] - recipe.places("key")[:, None, None]
+    place = recipe.places("key")[:, None, None]
+    apart = recipe.places("query")[:, None, :, None] - place
     own = recipe.options.get("alibi")
+    for over, shape in (("key positions: a ramp, {} times the position", place),
+                        ("the distance of query and key: {} times the distance", np.abs(apart))
+                        )[: 1 if own else 2]:  # fmt: skip
+        yield Form(ADDED, partial(_times_shape, recipe, shape), np.zeros(1),
+                   np.zeros((1, 1, 1, 1), int), partial(_of_shape, over))  # fmt: skip
     if own is not None:
         slopes = paper_slopes(heads) if own is True else np.resize(np.asarray(own, float), heads)
         yield Form("alibi of other slopes", lambda numbers: recipe.with_section(
@@ -186,7 +196,13 @@ def _with_bias(recipe: Recipe, more: np.ndarray) -> Recipe:
     return recipe.but(bias=more if recipe.bias is None else recipe.bias + more)
 
 
-def _fitted(form: Form, recipe: Recipe, got: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _times_shape(recipe: Recipe, shape: np.ndarray, numbers: np.ndarray) -> Recipe:
+    return _with_bias(recipe, float(numbers[0]) * shape)
+
+
+def _fitted(
+    form: Form, recipe: Recipe, got: np.ndarray, until: float
+) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers nearest to an output, and which of them change it; None of too little."""
     batch, queries, keys = recipe.lengths
     of = np.broadcast_to(form.of, recipe.stages["logits"].shape)
@@ -201,7 +217,7 @@ def _fitted(form: Form, recipe: Recipe, got: np.ndarray) -> tuple[np.ndarray, np
     begun, slopes = float(left @ left), np.zeros((0, 0))
     for _ in range(STEPS):
         effects, places = _effects(form, made, numbers, of, used)
-        if not np.all(np.isfinite(effects)):
+        if not np.all(np.isfinite(effects)) or time.thread_time() > until:
             return None
         slopes = effects.T @ effects
         along, sizes = effects.T @ left[places], np.diag(slopes).max(initial=0.0)
@@ -272,15 +288,17 @@ def _factors(place: str, rest: str, numbers: np.ndarray, told: np.ndarray) -> st
     return f"of its own in each {each}: {_listed(_short(numbers), told)} times{rest}"
 
 
+def _of_shape(over: str, numbers: np.ndarray, told: np.ndarray) -> str:
+    times = number(float(_short(numbers)[0]))
+    return f"to the logits, a bias of its own over {over.format(times)}"
+
+
 def _slopes(numbers: np.ndarray, told: np.ndarray) -> str:
     return f"measured: {_listed(_short(numbers), told)}"
 
 
 def _as_alibi(numbers: np.ndarray, told: np.ndarray) -> str:
-    numbers = _short(numbers)
-    if np.ptp(numbers) <= CLEAR * np.abs(numbers).max():
-        return f"to the logits, {number(-float(numbers[0]))} times the distance of query and key"
-    return f"to the logits, as ALiBi of slopes of its own: {_listed(numbers, told)}"
+    return f"to the logits, as ALiBi of slopes of its own: {_listed(_short(numbers), told)}"
 
 
 def _biases(
@@ -298,12 +316,8 @@ def _biases(
         if "positions" in over and all(one is not None for one in slopes):
             each = ", ".join(number(float(one or 0.0)) for one in slopes)
             return f"{first}: a ramp, {each} times the position"
-    elif "positions" in over:
-        ramp = _times(values, own, seen)
-        if ramp is not None:
-            return f"{first}: a ramp, {number(ramp)} times the position"
-    else:
-        known = {"distance": np.abs(values), "distance, squared": values**2,
+    elif "distance" in over:
+        known = {"distance, squared": values**2,
                  "logarithm of 1 + distance": np.log1p(np.abs(values)),
                  "distance of keys before the query": np.maximum(values, 0.0),
                  "distance of keys after the query": np.maximum(-values, 0.0),
@@ -312,7 +326,7 @@ def _biases(
             times = _times(shape, own, seen)
             if times is not None:
                 return f"{first}: {number(times)} times the {words}"
-    # A number that all have changes nothing: the most frequent one is taken for zero.
+    # A number that all have changes nothing: the median is taken for zero.
     least = np.median(own[seen]) if seen.any() else 0.0
     shown = _short(own - least)
     odd = np.flatnonzero(seen & (np.abs(shown) > CLEAR * np.abs(shown).max(initial=0.0)))
