@@ -298,11 +298,17 @@ def test_a_stage_that_is_reported_otherwise_is_no_mistake_of_the_weights() -> No
         )
 
 
-def clamped(x: Any) -> Any:
-    """`x`, whose gradient is cut off."""
+def clamped(x: Any, limit: float = 0.01, norm: bool = False) -> Any:
+    """`x`, whose gradient is cut off, or the norm of that of each position."""
     x = x.clone()
     if x.requires_grad:
-        x.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+        x.register_hook(
+            lambda g: (
+                g * (limit / g.norm(dim=-1, keepdim=True)).clamp(max=1.0)
+                if norm
+                else g.clamp(-limit, limit)
+            )
+        )
     return x
 
 
@@ -313,7 +319,19 @@ def clamped(x: Any) -> Any:
         (lambda q, k, v: (q, k, v.detach()), "no gradient flows through the value"),
         (lambda q, k, v: (q.detach(), k.detach(), v), "no gradient flows through"),
         (lambda q, k, v: (q, 0.5 * k + 0.5 * k.detach(), v), "key is multiplied by 0.5"),
-        (lambda q, k, v: (q, k, clamped(v)), "the gradients alone differ"),
+        (
+            lambda q, k, v: (q, k, clamped(v)),
+            "gradient clipped (that of the value is cut at 0.01 and -0.01)",
+        ),
+        (lambda q, k, v: (clamped(q), k, v), "that of the query is cut at 0.01 and -0.01"),
+        (
+            lambda q, k, v: [clamped(x, 0.02) for x in (q, k, v)],
+            "that of the query, key and value is cut at 0.02 and -0.02",
+        ),
+        (
+            lambda q, k, v: (q, k, clamped(v, 0.05, norm=True)),
+            "that of the value is cut to a norm of 0.05 at each position",
+        ),
     ],
 )
 def test_where_gradients_are_lost_is_named(wrong, words) -> None:
@@ -325,6 +343,25 @@ def test_a_factor_of_the_gradient_of_one_weight_is_measured() -> None:
     linear, weight = port.out_proj, port.out_proj.weight
     linear.forward = lambda y: y @ (0.9 * weight + (0.1 * weight).detach()).mT + linear.bias
     assert "that of output.kernel is multiplied by 0.9" in of_gradients(port)
+
+
+@pytest.mark.parametrize(
+    ("hook", "names", "words"),
+    [
+        (lambda g: g.clamp(-0.1, 0.1), ("q_proj", "k_proj", "v_proj", "out_proj"),
+         "gradient clipped (those of"),
+        (lambda g: g.clamp(-0.1, 0.1), ("v_proj",), "that of value.kernel is cut at 0.1 and -0.1"),
+        (lambda g: g * min(1.0, 0.5 / g.norm().item()), ("q_proj", "v_proj", "out_proj"),
+         "have a norm of 0.5 each"),
+        (lambda g: 0.25 * g, ("q_proj", "v_proj"),
+         "those of query.kernel and value.kernel are multiplied by 0.25"),
+    ],
+)  # fmt: skip
+def test_gradients_of_weights_that_a_hook_cuts_are_told(hook, names, words) -> None:
+    port = bart_port(lambda *three: three)
+    for name in names:
+        getattr(port, name).weight.register_hook(hook)
+    assert words in of_gradients(port)
 
 
 def bart_port(wrong: Callable[..., Any]) -> Any:

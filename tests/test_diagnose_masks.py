@@ -86,11 +86,11 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "longest": (lambda value_mask: of_keys(value_mask.any(0)[None]), {"value_mask": HOLES},
                 "mask of another sequence (the mask, what one sequence sees, all see"),
     "two by or": (lambda value_mask, attention_mask: of_keys(value_mask) | attention_mask[:, None],
-                  BOTH, "mask of other positions (masks joined by OR: what one of them lets see"),
+                  BOTH, "mask of other positions (masks joined by or, not by and: a key that one"),
     "two of three by or": (lambda value_mask, attention_mask: (
                                (of_keys(value_mask) | attention_mask[:, None]) & TRIL),
                            {**BOTH, **CAUSAL},
-                           "(masks joined by OR: `attention_mask` and `value_mask`)"),
+                           "(masks joined by or, not by and: `attention_mask` and `value_mask`)"),
     "blocks": (lambda: (np.arange(LENGTH) // 3 <= np.arange(LENGTH)[:, None] // 3)[None, None],
                CAUSAL, "causal mask by blocks (of 3, each query sees its own block and those"),
     "edges": (lambda segment_ids: pieces(segment_ids), {"segment_ids": IDS, **CAUSAL},

@@ -241,7 +241,8 @@ KINDS = {
     "prefix": ({"rule": lambda i, j: (j <= i) | (j < 4)}, {},
                "first keys seen by all (the first 4 keys, a prefix that every query sees)"),
     "either": ({"rule": lambda i, j: (j <= i) | (np.abs(i - j) < 3)}, {"sliding_window": 3},
-               "mask of other positions (masks joined by OR: the causal mask and the window)"),
+               "mask of other positions (masks joined by or, not by and: the causal mask and the "
+               "window)"),
     "first": ({"rule": lambda i, j: (j <= i) & ((i - j < 3) | (j < 2))}, {"sliding_window": 3},
               "first keys seen by all (the first 2 keys, beside the window)"),
     "rank": ({"weights": low_rank, "told": bool}, {},

@@ -377,6 +377,8 @@ _LEAST = tuple(10.0**-n for n in range(3, 13))
 """Numbers that keep a sum from zero."""
 
 _SUMS = {(2,): "the queries", (1,): "the heads", (0,): "the batch", (2, 3): "the queries and keys",
+         (1, 2): "the heads and queries", (0, 1): "the batch and heads",
+         (0, 2): "the batch and queries",
          (1, 3): "the heads and keys", (1, 2, 3): "heads, queries and keys",
          (0, 1, 2, 3): "all numbers"}  # fmt: skip
 """The axes over which a sum without the right one runs, in words."""
@@ -456,6 +458,12 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield f"all keys alike, in head {head} alone", recipe.stepping("probabilities", partial(
             _in_a_head, own=recipe.steps["probabilities"], other=even, head=head))  # fmt: skip
     yield from _of_features(recipe)
+    for words, change in _several_times(recipe.scale).items():
+        yield words, _with_shares(recipe, _of_logits(change))
+    for filled in _FILLED:
+        words = f"log_softmax, hidden logits filled with {filled:g} before"
+        yield words, recipe.stepping("probabilities", _of_logits(
+            lambda x, n=filled: _log_softmax(np.where(np.isneginf(x), n, x)), None))  # fmt: skip
     for axes, words in _SUMS.items():
         each = _with_shares(recipe, _of_logits(_over(axes, of_row=True)))
         yield f"divided by the sum over {words}, less the maximum of each row", each
@@ -477,6 +485,54 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield words, _with_shares(recipe, _of_logits(merged))
 
 
+_FILLED = (-1e9, -1e4, -1e6, -1e30, float(np.finfo(np.float32).min))
+"""Finite numbers in the place of hidden logits."""
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    less = logits - logits.max(-1, keepdims=True)
+    return less - np.log(np.exp(less).sum(-1, keepdims=True))
+
+
+def _several_times(scale: float) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Softmaxes one after another, along other axes or of other signs, which are divided again."""
+
+    def again(logits: np.ndarray) -> np.ndarray:
+        return softmax(np.where(np.isneginf(logits), -np.inf, softmax(logits)))
+
+    def by_sum(shares: np.ndarray, axis: int) -> np.ndarray:
+        total = shares.sum(axis, keepdims=True)
+        return shares / np.where(total == 0, 1.0, total)
+
+    every: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "softmax three times": lambda x: softmax(
+            np.where(np.isneginf(x), -np.inf, again(x))),
+        "softmax twice, scaled before the second": lambda x: softmax(
+            np.where(np.isneginf(x), -np.inf, scale * softmax(x))),
+        "softmax of the negated logits, softmin": lambda x: softmax(
+            np.where(np.isneginf(x), -np.inf, -x)),
+        "the negative log_softmax": lambda x: -_log_softmax(x),
+        "the logarithm of 1 + the probabilities": lambda x: np.log1p(softmax(x)),
+        "log_softmax, divided by its sum": lambda x: (y := np.where(
+            np.isneginf(x), 0.0, _log_softmax(x))) / y.sum(-1, keepdims=True),
+        "the probabilities squared, divided by their sum": lambda x: by_sum(softmax(x) ** 2, -1),
+    }  # fmt: skip
+    for axis, other in {2: "queries", 1: "heads", 0: "batch"}.items():
+        every |= {
+            f"softmax over the {other}, then over the keys": lambda x, axis=axis: softmax(
+                np.where(np.isneginf(x), -np.inf, softmax(x, axis))),
+            f"softmax over the keys, then over the {other}": lambda x, axis=axis: softmax(
+                np.where(np.isneginf(x), -np.inf, softmax(x)), axis),
+            f"softmax over the {other}, divided by the sum over the keys": lambda x, axis=axis: (
+                by_sum(softmax(x, axis), -1)),
+            f"softmax over the keys, divided by the sum over the {other}": lambda x, axis=axis: (
+                by_sum(softmax(x), axis)),
+            f"softmax over the keys, divided by the sum over the {other} and by that over the keys":
+                lambda x, axis=axis: by_sum(by_sum(softmax(x), axis), -1),
+        }  # fmt: skip
+    return every
+
+
 def _of_features(recipe: Recipe) -> Variants:
     """Linear attention: products of functions of queries and keys in the place of exponentials."""
     every: dict[str, float | None] = {"not divided by the sum": None, "divided by the sum": 0.0}
@@ -493,6 +549,13 @@ def _of_features(recipe: Recipe) -> Variants:
 
             detail = f"none: {words} of the features of queries and keys, {how}"
             yield detail, scaled.stepping("probabilities", _of_logits(shares))
+
+    for words, axis in {"over the features": -1, "over the positions": 1}.items():
+        shaped = recipe.after(("query",), softmax).after(("key",), lambda x, a=axis: softmax(x, a))
+        for scale in {1.0: "", recipe.scale: ", scaled"}.items():
+            plain = shaped.but(scale=scale[0]).stepping("probabilities", _of_logits(lambda x: x))
+            detail = f"none: softmax of queries over the features, of keys {words}{scale[1]}"
+            yield detail, plain
 
 
 def _kept_from_zero() -> Iterator[tuple[str, str, Callable[[np.ndarray], np.ndarray]]]:
@@ -713,6 +776,8 @@ _ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     },
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
     "gelu by tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "softmax": softmax,
+    "log_softmax": _log_softmax,
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0.0))),
     "leaky relu, 0.2": lambda x: np.where(x > 0, x, 0.2 * x),
     "leaky relu, 0.3": lambda x: np.where(x > 0, x, 0.3 * x),
@@ -727,6 +792,9 @@ def _activated(recipe: Recipe) -> Variants:
     for words, change in _ACTIVATIONS.items():
         for names in (*places, *((name,) for name in (*every, "logits", "context", "output"))):
             yield f"{words} of {' and '.join(names)}", recipe.after(names, change)
+    for names in (("key",), ("query",), ("value",), ("query", "key")):
+        over = recipe.after(names, lambda x: softmax(x, 1))
+        yield f"softmax over the positions of {' and '.join(names)}", over
 
 
 def _no_softmax(recipe: Recipe, stages: Arrays) -> np.ndarray:

@@ -12,8 +12,10 @@ import numpy as np
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.in_part import SMALL, in_a_part
+from anymha.parity.diagnose.measured_logits import measured_logits
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.measured_positions import measured_positions
+from anymha.parity.diagnose.measured_weights import measured_weights
 from anymha.parity.diagnose.mistakes import catalogue
 from anymha.parity.diagnose.own_weights import (
     FIX,
@@ -191,11 +193,14 @@ class Search(Trials):
         return replace(one, recipe=None if one.recipe is None else whole)
 
     def _solved(self) -> Diagnosis | None:
-        """Positions or a mask that are measured number by number."""
-        for solved in (
-            measured_positions(self.recipe, self.evidence),
-            measured_mask(self.recipe, self.reported),
-        ):
+        """Positions, a mask, logits or weights that are measured number by number."""
+        searches: tuple[Callable[[], tuple[Cause, Recipe] | None], ...] = (
+            lambda: measured_positions(self.recipe, self.evidence),
+            lambda: measured_mask(self.recipe, self.reported),
+            lambda: measured_logits(self.recipe, self.evidence),
+            lambda: measured_weights(self.recipe, self.evidence),
+        )
+        for solved in (search() for search in searches):
             if solved is not None and max(self.evidence.errors(solved[1]).values()) <= 1:
                 return Diagnosis((solved[0],), 0.0, (), solved[1])
         return None

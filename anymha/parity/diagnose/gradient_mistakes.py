@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
-from anymha.parity.diagnose.measured import number
+from anymha.parity.diagnose.changes import listed
+from anymha.parity.diagnose.measured import nearest, number
 from anymha.parity.oracle.oracle import Changes, gradients_of
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.oracle.truth import Folded
@@ -22,6 +23,12 @@ START = "gradient of "
 LEFT = 1e-3, 0.05
 """The least and the greatest part of the differences of gradients that a mistake may leave, by
 their rounding."""
+
+CLIPPED = "gradient clipped"
+FIX = ("The forward pass agrees: look at this place of the backward pass, or for a tensor that is "
+       "detached.")  # fmt: skip
+FIXES = {CLIPPED: "Clip gradients in the optimizer's step, after both are compared: no hook or "
+         "backward pass of the layer cuts them."}  # fmt: skip
 
 PLACES = ("output", "context", "logits", "query", "key", "value", "input of query", "input of key",
           "input of value")  # fmt: skip
@@ -55,13 +62,16 @@ def diagnose_gradients(
         exact = vector({})
         scale = folded.recipe.scale
         own = _each_scaled(reference, candidate, names)
-        models = (*_models(exact, vector, got, scale), *_unmasked(folded.recipe, vector), own)
-        for name, detail, theirs in models:
-            left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
-            fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
-                   "tensor that is detached.")  # fmt: skip
-            found.append((left, Cause(name, detail, first, fix)))
-    found = [one for one in found if one[0] <= most]
+        searches = (
+            lambda: (*_models(exact, vector, got, scale), *_unmasked(folded.recipe, vector), own,
+                     *_each_clipped(reference, candidate, names)),
+            lambda: _clipped(vector, got),
+        )  # fmt: skip
+        for search in searches:
+            for name, detail, theirs in search() if not found else ():
+                left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
+                if left <= most:
+                    found.append((left, Cause(name, detail, first, FIXES.get(name, FIX))))
     if found:
         # The first of those that leave about the same: the places stand in the order of the layer.
         least = min(left for left, _ in found)
@@ -81,8 +91,79 @@ def _each_scaled(
     theirs = _joined(scaled, reference, names)
     if not any(abs(f) > 1e-3 for f in off.values()):
         return "gradient detached", f"no gradient reaches {', '.join(off)}", theirs
+    norms = {n: float(np.linalg.norm(candidate[n])) for n in off}
+    whole = math.hypot(*norms.values())
+    if len(off) > 1 and np.ptp([*norms.values()]) <= 1e-5 * max(norms.values()):
+        detail = f"those of {listed([*off])} have a norm of {number(whole / len(off) ** 0.5)} each"
+        return CLIPPED, detail, theirs
+    if len(off) > 1 and np.ptp([*off.values()]) <= 1e-4 * max(map(abs, off.values())):
+        factor = next(iter(off.values()))
+        words = f"those of {listed([*off])} are multiplied by {number(factor)}"
+        limit = float(f"{whole:.2g}")
+        if 0 < factor < 1 and math.isclose(whole, limit, rel_tol=1e-5):
+            return CLIPPED, f"{words}, to a norm of {limit:g} of all together", theirs
+        return "gradient scaled", words, theirs
     words = (f"that of {n} is multiplied by {number(f)}" for n, f in off.items())
     return "gradient scaled", ", ".join(words), theirs
+
+
+def _each_clipped(
+    reference: Arrays, candidate: Arrays, names: list[str]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """The gradients where numbers of some of them are cut at a limit, the greatest that is left."""
+    limits = {n: float(np.max(np.abs(candidate[n]), initial=0.0)) for n in names}
+    over = {n: c for n, c in limits.items() if np.max(np.abs(reference[n]), initial=0.0) >
+            (1 + 1e-3) * c > 0}  # fmt: skip
+    if over:
+        theirs = {n: np.clip(reference[n], -over[n], over[n]) if n in over else reference[n]
+                  for n in names}  # fmt: skip
+        by_limit: dict[str, list[str]] = {}
+        for n, limit in over.items():
+            by_limit.setdefault(number(limit), []).append(n)
+        words = (f"{_whose(of)} cut at {limit} and -{limit}" for limit, of in by_limit.items())
+        yield CLIPPED, ", ".join(words), _joined(theirs, reference, names)
+
+
+def _whose(of: list[str]) -> str:
+    return f"that of {of[0]} is" if len(of) == 1 else f"those of {listed(of)} are"
+
+
+def _cut(gradient: np.ndarray, limit: float) -> np.ndarray:
+    return np.clip(gradient, -limit, limit)
+
+
+def _cut_norms(gradient: np.ndarray, limit: float) -> np.ndarray:
+    """The vector of each position and head no longer than the limit."""
+    sizes = np.linalg.norm(gradient, axis=-1, keepdims=True)
+    return gradient * np.minimum(1.0, limit / np.where(sizes > 0, sizes, 1.0))
+
+
+def _clipped(
+    vector: Callable[[Changes], np.ndarray], got: np.ndarray
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """A gradient within the layer that is cut at a limit, which is measured."""
+    every = ("query", "key", "value")
+    for places in (*((place,) for place in PLACES), ("masked_logits",), ("probabilities",), every):
+        seen: list[float] = []
+
+        def noted(gradient: np.ndarray, seen: list[float] = seen) -> np.ndarray:
+            seen.append(float(np.max(np.abs(gradient), initial=0.0)))
+            return gradient
+
+        vector(dict.fromkeys(places, noted))
+        for cut, words in ((_cut, "cut at {0} and -{0}"),
+                           (_cut_norms, "cut to a norm of {0} at each position")):  # fmt: skip
+
+            def theirs(power: float, cut: Any = cut, places: Any = places) -> np.ndarray:
+                return vector(dict.fromkeys(places, lambda g: cut(g, math.exp(power))))
+
+            if max(seen, default=0.0) > 0:
+                powers = math.log(max(seen)) + np.linspace(1, -10.5, 24)
+                power = nearest(lambda power, theirs=theirs: float(
+                    np.linalg.norm(got - theirs(power))), powers)  # fmt: skip
+                limit = words.format(number(math.exp(power)))
+                detail = f"{_whose([f'the {listed(places)}'])} {limit}"
+                yield CLIPPED, detail, theirs(power)
 
 
 def gradients_alone(first: str) -> Diagnosis:

@@ -26,6 +26,9 @@ NEARER = 0.5
 NEAR = 0.03
 """How far a measured number may be from a simple one."""
 
+CLEAR = 1e-3
+"""Factors of heads that are no further apart are the same."""
+
 PLACES = ("key and value", "key", "value", "query", "probabilities", "context")
 
 
@@ -50,9 +53,9 @@ def head_maps(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, .
         if rank < len(found):
             continue
         left = float(np.linalg.norm(rest.reshape(-1) - found @ columns))
-        matrix = _simple(found.reshape(heads, count))
-        if left <= NEARER * before and matrix is not None:
-            name, detail = _named(place, matrix)
+        whole = found.reshape(heads, count)
+        for matrix in (_simple(whole), _factors(whole)) if left <= NEARER * before else ():
+            name, detail = ("", "") if matrix is None else _named(place, matrix)
             if name:
                 found_maps.append((name in FACTORS and place != "context", name, detail, place,
                                    matrix))  # fmt: skip
@@ -225,6 +228,16 @@ def _simple(matrix: np.ndarray) -> np.ndarray | None:
     return None if rest and not np.all(np.isin(matrix, simple)) else matrix
 
 
+def _factors(matrix: np.ndarray) -> np.ndarray | None:
+    """The factor of each head as it is measured, where heads have no parts of others."""
+    heads, count = matrix.shape
+    own = np.diag(np.diag(matrix))
+    if heads != count or np.abs(matrix - own).max() > CLEAR * np.abs(own).max():
+        return None
+    short = np.round(own, 3)
+    return np.where(np.abs(own - short) <= CLEAR / 10, short, own)
+
+
 def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
     """The name and the detail of a map; empty names where it has none."""
     heads, count = matrix.shape
@@ -247,7 +260,7 @@ def _named(place: str, matrix: np.ndarray) -> tuple[str, str]:
         return "heads averaged", f"{place}: {'sum' if matrix[0, 0] == 1 else 'mean'} of all heads"
     own = matrix[np.arange(heads), right] if count == heads else matrix.sum(1)
     if np.array_equal(matrix, np.eye(count)[right] * own[:, None]):
-        if np.ptp(own) < NEAR:
+        if np.ptp(own) < CLEAR:
             return "", ""  # a factor of the output
         shared = own.reshape(count, -1)
         in_groups = place in ("key", "value", "key and value")

@@ -416,15 +416,15 @@ def _joined_by_or(recipe: Recipe) -> Variants:
         either = recipe.but(
             masks={**recipe.masks, "either": window | causal}, causal=False, window=None
         )
-        yield "masks joined by OR: the causal mask and the window", either
+        yield "masks joined by or, not by and: the causal mask and the window", either
     free = recipe.but(causal=False, window=None)
     if len(parts) > 1:
         both = free.but(masks={"either": reduce(np.logical_or, parts.values())})
-        yield "masks joined by OR: what one of them lets see is seen", both
+        yield "masks joined by or, not by and: a key that one of them lets see is seen", both
     for pair in itertools.combinations(parts, 2) if len(parts) > 2 else ():
         rest = {name: mask for name, mask in parts.items() if name not in pair}
         either = {**rest, "either": parts[pair[0]] | parts[pair[1]]}
-        yield f"masks joined by OR: {' and '.join(pair)}", free.but(masks=either)
+        yield f"masks joined by or, not by and: {' and '.join(pair)}", free.but(masks=either)
 
 
 def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

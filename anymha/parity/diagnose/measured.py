@@ -29,6 +29,10 @@ SETTLED = 1e-6
 """A number is found where a step takes no more than this share of the squared differences."""
 
 
+FINEST = 1e-6
+"""In what room a number is found that is looked for without slopes."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Recipes that differ in one number."""
@@ -98,6 +102,22 @@ def _improved(family: Family, evidence: Evidence, value: float, room: float) -> 
             break
         room = max(4 * abs(step), 1e-6)
     return value
+
+
+def nearest(
+    distance: Callable[[float], float], starts: Sequence[float] | np.ndarray, finest: float = FINEST
+) -> float:
+    """The number whose distance is least, from starts at equal steps, in ever smaller rooms.
+
+    It needs no slopes: the distance may go by steps.
+    """
+    values, best = np.asarray(starts, float), float(starts[0])
+    room = float(np.abs(values[1] - values[0]))
+    while room > finest:
+        best = float(min(values, key=distance))
+        values = best + room * np.linspace(-1, 1, 9)
+        room /= 4
+    return best
 
 
 def number(value: float) -> str:

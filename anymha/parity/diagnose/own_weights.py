@@ -8,6 +8,7 @@ import numpy as np
 
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.measured import Family, fitted, number
+from anymha.parity.diagnose.measured_weights import related
 from anymha.parity.oracle.oracle import gradients_of
 from anymha.parity.oracle.recipe import Arrays, Recipe, einsum, reads
 from anymha.parity.stages.tolerance import eps
@@ -45,7 +46,8 @@ def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
             words.append(f"{int((apart > unit).sum())} of {right.size} numbers of {name}")
     if not changed:
         return None
-    return ", ".join(words), recipe.but(weights={**recipe.weights, **changed})
+    how = related(recipe.weights, changed) or ", ".join(words)
+    return how, recipe.but(weights={**recipe.weights, **changed})
 
 
 def same_weights(one: Arrays, other: Arrays) -> bool:
