@@ -24,6 +24,7 @@ import pytest
 from hypothesis import settings
 
 from anymha.framework.registry import Backend, get_backend
+from anymha.layer import plan
 from tests.frameworks import EXPECTED, skip_or_fail
 
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
@@ -56,37 +57,57 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
+SHARED = {"quick": False}
+"""Whether the programs that layers share now were compiled by `quick_programs`."""
+
+
+def _quick(request: pytest.FixtureRequest) -> bool:
+    named = "quick_programs" in request.fixturenames
+    return named and request.node.get_closest_marker("as_users_compile") is None
+
+
+@pytest.fixture(autouse=True)
+def programs_of_others(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Layers of several tests share programs, but where a test patches what they are made of."""
+    patching = "monkeypatch" in request.fixturenames
+    if patching or SHARED["quick"] != _quick(request):
+        plan.compiled_once.cache_clear()
+    SHARED["quick"] = _quick(request)
+    yield
+    if patching:
+        plan.compiled_once.cache_clear()
+
+
 @pytest.fixture
-def quick_programs(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """JAX's compiler works for less long: what it makes then is rounded otherwise, no more.
 
     For tests that hold results against others within rounding, where compiling is most of the
     time. What must not depend on the compiler, bits and excluded positions, has tests without it,
     or with the mark `as_users_compile` in a file that has it.
     """
-    if request.node.get_closest_marker("as_users_compile"):
+    if not _quick(request):
         yield
         return
-    option = "jax_disable_most_optimizations"
-    before = os.environ.get(option.upper(), "0")
-    monkeypatch.setenv(option.upper(), "1")  # for a JAX that the test imports
-    if "jax" in sys.modules:
-        sys.modules["jax"].config.update(option, True)
-        compiler = importlib.import_module("jax._src.compiler")
-        options_of: Any = getattr(compiler, "get_compile_options", None)  # JAX's own affair
+    with pytest.MonkeyPatch.context() as patched:
+        option = "jax_disable_most_optimizations"
+        before = os.environ.get(option.upper(), "0")
+        patched.setenv(option.upper(), "1")  # for a JAX that the test imports
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update(option, True)
+            compiler = importlib.import_module("jax._src.compiler")
+            options_of: Any = getattr(compiler, "get_compile_options", None)  # JAX's own affair
 
-        def quicker(*args: Any, **named: Any) -> Any:
-            options = options_of(*args, **named)
-            options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
-            return options
+            def quicker(*args: Any, **named: Any) -> Any:
+                options = options_of(*args, **named)
+                options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+                return options
 
-        if options_of is not None:
-            monkeypatch.setattr(compiler, "get_compile_options", quicker)
-    yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].config.update(option, before == "1")
+            if options_of is not None:
+                patched.setattr(compiler, "get_compile_options", quicker)
+        yield
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update(option, before == "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
