@@ -100,7 +100,10 @@ def quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
 
             def quicker(*args: Any, **named: Any) -> Any:
                 options = options_of(*args, **named)
-                options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+                options.env_option_overrides += [
+                    ("xla_cpu_use_fusion_emitters", False),
+                    ("xla_cpu_parallel_codegen_split_count", 1),  # one module for LLVM
+                ]
                 return options
 
             if options_of is not None:
