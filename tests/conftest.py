@@ -6,6 +6,7 @@ A framework that is not installed skips its tests, with the reason printed. The 
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -57,25 +58,24 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
-SHARED = {"quick": False}
-"""Whether the programs that layers share now were compiled by `quick_programs`."""
+def _table() -> Any:
+    """An empty table of the programs that layers share."""
+    return functools.lru_cache(maxsize=plan.SHARED)(plan.compiled_once.__wrapped__)
 
 
-def _quick(request: pytest.FixtureRequest) -> bool:
-    named = "quick_programs" in request.fixturenames
-    return named and request.node.get_closest_marker("as_users_compile") is None
+QUICK = _table()
+"""The programs that layers of several tests share which are compiled by `quick_programs`."""
 
 
 @pytest.fixture(autouse=True)
-def programs_of_others(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Layers of several tests share programs, but where a test patches what they are made of."""
-    patching = "monkeypatch" in request.fixturenames
-    if patching or SHARED["quick"] != _quick(request):
-        plan.compiled_once.cache_clear()
-    SHARED["quick"] = _quick(request)
-    yield
-    if patching:
-        plan.compiled_once.cache_clear()
+def programs_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that patches something shares no programs with others, which may be made of it."""
+    if "monkeypatch" not in request.fixturenames:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan, "compiled_once", _table())
+        yield
 
 
 @pytest.fixture
@@ -86,10 +86,12 @@ def quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     time. What must not depend on the compiler, bits and excluded positions, has tests without it,
     or with the mark `as_users_compile` in a file that has it.
     """
-    if not _quick(request):
+    if request.node.get_closest_marker("as_users_compile"):
         yield
         return
     with pytest.MonkeyPatch.context() as patched:
+        if "monkeypatch" not in request.fixturenames:
+            patched.setattr(plan, "compiled_once", QUICK)
         option = "jax_disable_most_optimizations"
         before = os.environ.get(option.upper(), "0")
         patched.setenv(option.upper(), "1")  # for a JAX that the test imports

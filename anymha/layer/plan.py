@@ -403,8 +403,7 @@ def make_plan(
 def _compiled(
     plan: Plan, compute: Callable[[Plan, Mapping[str, Array]], Any], pairs: int
 ) -> Callable[[Mapping[str, Array]], Any]:
-    """The compiled call of a plan, which layers share whose options are equal, as far as a call
-    asks for them.
+    """The compiled call of a plan; layers share it whose options for calls are equal.
 
     Args:
         plan: The plan.
