@@ -599,6 +599,7 @@ class Counted:
         return isinstance(other, Counted)
 
 
+@pytest.mark.as_users_compile
 def test_layers_of_equal_options_share_programs_and_have_their_own_weights(compiled):
     x = jnp.asarray(X)
     options = {"num_heads": 2, "key_dim": 4, "query_features": 8, "scale": 0.37}

@@ -464,8 +464,9 @@ def test_tiles_with_a_bias_that_all_share(shape: tuple[int, ...]) -> None:
     ("budget", "most"), [(None, 4), (2**10, 16)], ids=["few logits", "over the budget"]
 )
 def test_calls_of_many_lengths_share_programs(budget: int | None, most: int) -> None:
-    layer = MultiHeadAttention(2, 4, query_features=8, seed=0, memory_budget=budget)
-    same = MultiHeadAttention(2, 4, query_features=8, seed=0)
+    options = {"query_features": 8, "seed": 0, "scale": 0.41}  # those of no other test
+    layer = MultiHeadAttention(2, 4, **options, memory_budget=budget)
+    same = MultiHeadAttention(2, 4, **options)
     for length in range(20, 36):
         x = numbers(8, length, 8, seed=length)
         mask = tf.range(length)[None] < length - 2
@@ -586,3 +587,25 @@ def test_every_replica_of_a_strategy_has_gradients():
     run = [sys.executable, "-c", REPLICAS]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_layers_of_equal_options_share_programs_and_have_their_own_weights() -> None:
+    options = {"query_features": 8, "scale": 0.43}  # those of no other test
+    x = numbers(2, 5, 8)
+    layers = [MultiHeadAttention(2, 4, **options, seed=seed) for seed in (0, 1)]
+    layers[0].query.kernel = tf.Variable(layers[0].query.kernel, trainable=False)
+    for layer in layers:
+        with tf.GradientTape() as tape:
+            output = layer(x)
+        named = layer.canonical_weights()
+        gradients = tape.gradient(output, named)
+        assert [n for n, g in gradients.items() if g is None] == (
+            ["query.kernel"] if layer is layers[0] else []
+        )
+        weights = {name: array.numpy() for name, array in named.items()}
+        alone = anymha.MultiHeadAttention(2, 4, **options, backend="numpy")
+        alone = anymha.set_weights(alone, weights) or alone
+        np.testing.assert_allclose(output, alone(x.numpy()), **TOLERANCE)
+    first, second = (next(iter(layer.plans.plans.values())).run for layer in layers)
+    assert first is second
+    assert first._function.experimental_get_tracing_count() == 1
