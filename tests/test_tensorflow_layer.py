@@ -577,9 +577,12 @@ for options in ({}, {"compute_dtype": "float64"}):
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(layer(x, use_causal_mask=True) ** 2)
         return tape.gradient(loss, layer.trainable_variables)
-    for gradient, want in zip(strategy.run(gradients, (mirrored,)), gradients(alone)):
+    before = gradients(alone)  # by a program that both layers share, but for the replicas
+    for gradient, want in zip(strategy.run(gradients, (mirrored,)), before):
         for got in strategy.experimental_local_results(gradient):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for got, want in zip(gradients(alone), before):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 """
 
 
