@@ -609,6 +609,7 @@ def test_layers_of_equal_options_share_programs_and_have_their_own_weights() -> 
         alone = anymha.MultiHeadAttention(2, 4, **options, backend="numpy")
         alone = anymha.set_weights(alone, weights) or alone
         np.testing.assert_allclose(output, alone(x.numpy()), **TOLERANCE)
-    first, second = (next(iter(layer.plans.plans.values())).run for layer in layers)
+    runs: list[Any] = [next(iter(layer.plans.plans.values())).run for layer in layers]
+    first, second = runs
     assert first is second
     assert first._function.experimental_get_tracing_count() == 1
