@@ -91,6 +91,7 @@ def _random(layer: Any) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize("budget", [None, 64])
 @pytest.mark.parametrize("name", NORMS)
 def test_queries_and_keys_are_normalised_whole_and_by_tiles(

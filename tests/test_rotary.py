@@ -84,6 +84,7 @@ def _by_hand(
     return np.einsum("bhts,bshv,hvo->bto", scores, v, w["output.kernel"]) + w["output.bias"]
 
 
+@pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize(
     ("budget", "rotary", "given"),
     [

@@ -8,13 +8,15 @@ same shapes are checked once, calls with ever new lengths share a plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.masks import FAR, PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape, Path, choose_path, most_logits
+from anymha.framework.capabilities import Capabilities
 from anymha.framework.dtypes import BITS, dtype_name, multiplies
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
@@ -25,6 +27,8 @@ from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
+from anymha.options.serialization import ConfigObject
+from anymha.options.training import OBJECTS
 
 (BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
 HIDING = {argument.name for argument in ARRAYS if argument.kind in (Kind.MASK, Kind.SEGMENTS)}
@@ -32,6 +36,9 @@ HIDING = {argument.name for argument in ARRAYS if argument.kind in (Kind.MASK, K
 
 MOST = 128
 """How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
+
+SHARED = 64
+"""How many compiled calls are kept for layers yet to come; a layer keeps its own as well."""
 
 
 class Flags(NamedTuple):
@@ -77,6 +84,8 @@ class WeightsKind(NamedTuple):
 class Plan:
     """What calls that differ in their lengths alone have in common.
 
+    Two are equal where the calls compute the same; what follows from the rest is not compared.
+
     Args:
         ops: The backend.
         config: The layer's options.
@@ -107,7 +116,7 @@ class Plan:
     flags: Flags
     axes: Axes
     sources: tuple[str, str, str]
-    spec: AttentionSpec
+    spec: AttentionSpec = field(compare=False)
     compute_dtype: Any
     working: Any
     carried: Any
@@ -116,12 +125,12 @@ class Plan:
     narrow: bool
     as_given: bool
     double: bool
-    paths: dict[Any, Path]
-    heads: Mapping[str, tuple[int, int]]
+    paths: dict[Any, Path] = field(compare=False)
+    heads: Mapping[str, tuple[int, int]] = field(compare=False)
     context_width: int
     output_shape: tuple[int, ...] | None
-    run: Callable[[Mapping[str, Array]], Any] | None = None
-    varying: Varying | None = None
+    run: Callable[[Mapping[str, Array]], Any] | None = field(default=None, compare=False)
+    varying: Varying | None = field(default=None, compare=False)
     device: Any = None
 
 
@@ -386,9 +395,40 @@ def make_plan(
     )
     return replace(
         plan,
-        run=compile(lambda arrays: compute(plan, arrays), logits // config.num_heads),
+        run=_compiled(plan, compute, logits // config.num_heads),
         varying=Varying() if may_grow and ops.capabilities.resized is not None else None,
     )
+
+
+def _compiled(
+    plan: Plan, compute: Callable[[Plan, Mapping[str, Array]], Any], pairs: int
+) -> Callable[[Mapping[str, Array]], Any]:
+    """The compiled call of a plan; layers share it whose options for calls are equal.
+
+    Args:
+        plan: The plan.
+        compute: Computes a planned call from its arrays.
+        pairs: As `Capabilities.compile` has it.
+    """
+    config, capabilities = plan.config, plan.ops.capabilities
+    if not isinstance(config.activity_regularizer, ConfigObject | None):  # it may have a state
+        return compiled_once.__wrapped__(plan, capabilities, compute, pairs)
+    unasked: Any = dict.fromkeys(("seed", "name", *OBJECTS.keys() - {"activity_regularizer"}))
+    unasked |= {"kernel_initializer": "zeros", "bias_initializer": "zeros"}
+    plan = replace(plan, config=replace(config, **unasked), paths={})
+    return compiled_once(plan, capabilities, compute, pairs)
+
+
+@lru_cache(maxsize=SHARED)
+def compiled_once(
+    plan: Plan,
+    capabilities: Capabilities,
+    compute: Callable[[Plan, Mapping[str, Array]], Any],
+    pairs: int,
+) -> Callable[[Mapping[str, Array]], Any]:
+    """As `_compiled`, kept: an equal plan gets the same."""
+    compile: Any = capabilities.compile
+    return compile(partial(compute, plan), pairs)
 
 
 def _with_lengths(
