@@ -251,6 +251,33 @@ def exact(**options: Any) -> Any:
     )
 
 
+def test_compare_reads_the_weights_of_layers_of_ones_own() -> None:
+    class Attention(keras.layers.Layer):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+            parts = [keras.layers.Dense(16, bias_initializer="random_normal") for _ in range(4)]
+            self.to_q, self.to_k, self.to_v, self.to_out = parts
+            for part in parts:
+                part.build((None, None, 16))
+
+        def call(self, x: Any) -> Any:
+            ops: Any = keras.ops
+            q, k, v = (
+                ops.transpose(ops.reshape(part(x), (2, 5, 4, 4)), (0, 2, 1, 3))
+                for part in (self.to_q, self.to_k, self.to_v)
+            )
+            shares = ops.softmax(self.scale * ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))))
+            context = ops.transpose(ops.matmul(shares, v), (0, 2, 1, 3))
+            return self.to_out(ops.reshape(context, (2, 5, 16)))
+
+    right, wrong = Attention(0.5), Attention(0.3)
+    wrong.set_weights(right.get_weights())
+    report = compare(right, wrong, keras.ops.convert_to_tensor(numbers(2, 5, 16)))
+    assert "wrong scale (0.6 times)" in str(report.diagnosis)
+    assert "4 heads of 4: attention of them gives its output" in report.to_text()
+
+
 @trains
 def test_a_stateless_call_takes_arrays_of_numpy() -> None:
     x = numbers(2, 5, 8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,69 @@ def test_nothing_is_read_where_numbers_do_not_prove_it() -> None:
     assert not report.passed
     assert "neither side tells its weights" in report.to_text()
     assert "are read by" not in report.to_text()
+
+
+def attention_of(lines: Callable[[str, Any], Any], x: Any, scale: float) -> Any:
+    """Attention of four linear layers by name, in JAX."""
+    jax: Any = importlib.import_module("jax")
+    q, k, v = (
+        lines(name, x).reshape(2, 5, 4, 4).swapaxes(1, 2) for name in ("query", "key", "value")
+    )
+    context = jax.nn.softmax(scale * q @ k.swapaxes(2, 3)) @ v
+    return lines("out", context.swapaxes(1, 2).reshape(2, 5, 16))
+
+
+def of_nnx(scale: float) -> Any:
+    nnx: Any = importlib.import_module("flax.nnx")
+
+    class Attention(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            for name in ("query", "key", "value", "out"):
+                setattr(self, name, nnx.Linear(16, 16, rngs=rngs))
+
+        def __call__(self, x: Any) -> Any:
+            return attention_of(lambda name, x: getattr(self, name)(x), x, scale)
+
+    return Attention(nnx.Rngs(0))
+
+
+def of_linen(scale: float) -> Any:
+    nn: Any = importlib.import_module("flax.linen")
+
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return attention_of(lambda name, x: nn.Dense(16, name=name)(x), x, scale)
+
+    jax: Any = importlib.import_module("jax")
+    module = Attention()
+    return module.bind(module.init(jax.random.key(0), X))
+
+
+def of_equinox(scale: float) -> Any:
+    eqx: Any = importlib.import_module("equinox")
+    jax: Any = importlib.import_module("jax")
+
+    class Attention(eqx.Module):
+        query: Any
+        key: Any
+        value: Any
+        out: Any
+
+        def __call__(self, x: Any) -> Any:
+            return attention_of(lambda n, x: jax.vmap(jax.vmap(getattr(self, n)))(x), x, scale)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    return Attention(*(eqx.nn.Linear(16, 16, key=key) for key in keys))
+
+
+@pytest.mark.parametrize("make", [of_nnx, of_linen, of_equinox])
+def test_modules_of_jax_are_read_alike(make: Callable[[float], Any]) -> None:
+    required("equinox" if make is of_equinox else "flax")
+    x = importlib.import_module("jax.numpy").asarray(X)
+    report = compare(make(0.5), make(0.3), x)
+    assert "wrong scale (0.6 times)" in str(report.diagnosis)
+    assert "4 heads of 4: attention of them gives its output" in report.to_text()
 
 
 def test_the_command_line_gives_a_backend_the_weights_of_a_module(

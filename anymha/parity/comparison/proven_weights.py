@@ -1,4 +1,4 @@
-"""The weights of a torch module that nobody has named, read by the names of its layers.
+"""The weights of a module that nobody has named, read by the names of its layers.
 
 Names alone prove nothing: weights are read as each layout that fits, with each number of heads, and
 are proven where attention of them is what the module gives.
@@ -17,6 +17,9 @@ import numpy as np
 from anymha.errors import AnymhaError
 from anymha.interchange.detect import find_layers
 from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
+from anymha.parity.adapters.function import Function
+from anymha.parity.adapters.module_state import has_state, state_of
+from anymha.parity.adapters.torch_layers import TorchModule
 from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
@@ -55,8 +58,8 @@ class Reading:
 
     def alike(self, other: Adapter) -> Adapter:
         """Another adapter with its weights read alike, if it is a module of the same names."""
-        module: Any = getattr(other, "module", None)
-        if module is None or _shapes(module) != _shapes(self.adapter.module):
+        module = _module(other)
+        if module is None or _shapes(module) != _shapes(_module(self.adapter)):
             return other
         return _read(other, self.layout, self.names, self.sizes) or other
 
@@ -69,7 +72,7 @@ def proven(adapter: Adapter, request: Request, trace: Trace) -> Reading | None:
         request: A call.
         trace: Its results in it.
     """
-    if getattr(adapter, "module", None) is None or trace.output.ndim != 3:
+    if _module(adapter) is None or trace.output.ndim != 3:
         return None
     calls = [(request, trace), *_without_masks(adapter, request)]
     for layout, names, sizes in _readings(adapter):
@@ -85,7 +88,7 @@ def by_names(adapter: Adapter) -> Reading | None:
     One that is not may be a port with a mistake: its weights are read if it says how many heads it
     has. None where nothing can be read.
     """
-    if getattr(adapter, "module", None) is None:
+    if _module(adapter) is None:
         return None
     first: Reading | None = None
     for layout, names, sizes in _readings(adapter):
@@ -117,7 +120,7 @@ def _without_masks(adapter: Adapter, request: Request) -> Iterator[tuple[Request
 
 def _readings(adapter: Any) -> Iterator[tuple[str, Mapping[str, str] | None, dict[str, int]]]:
     """Layouts, the module's names by theirs (None where they are the same), and sizes."""
-    state, heads = _state(adapter.module), adapter.parameters.heads
+    state, heads = state_of(_module(adapter)), adapter.parameters.heads
     try:
         groups = find_layers(state)
     except AnymhaError:
@@ -155,14 +158,17 @@ def _read(
     adapter: Any, layout: str, names: Mapping[str, str] | None, sizes: Mapping[str, int]
 ) -> Any:
     """The adapter with the weights of its module; None where these do not fit."""
-    state = _state(adapter.module)
+    module = _module(adapter)
+    state = state_of(module)
     arrays = state if names is None else {theirs: state[own] for theirs, own in names.items()}
     try:
         description = describe_arrays(arrays, layout, sizes)
     except AnymhaError:
         return None
     description = dataclasses.replace(description, needs=())  # of the library, whose it is not
-    return type(adapter)(adapter.module, description, names is None)
+    if type(adapter) is Function:
+        return Function(module, description)
+    return TorchModule(module, description, names is None and has_state(module))
 
 
 def _proves(description: LayerDescription, request: Request, trace: Trace) -> bool:
@@ -178,9 +184,12 @@ def _proves(description: LayerDescription, request: Request, trace: Trace) -> bo
         return Search(folded.recipe, trace, flow).fits()
 
 
-def _state(module: Any) -> dict[str, Any]:
-    return dict(module.state_dict())
+def _module(adapter: Any) -> Any:
+    """The module of an adapter, or what it calls; None of another kind of adapter."""
+    if type(adapter) is TorchModule:
+        return adapter.module
+    return adapter.function if type(adapter) is Function else None
 
 
 def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in _state(module).items()}
+    return {name: tuple(x.shape) for name, x in state_of(module).items()}
