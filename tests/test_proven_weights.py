@@ -81,6 +81,44 @@ def test_a_mistake_between_two_modules_has_a_cause(form: str) -> None:
     assert "it computes more than attention" not in report.to_text()
 
 
+class Bare(torch.nn.Module):
+    """Matrices (in, out) without layers, two key heads for four query heads, causal unasked."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, width in {"W_q": 16, "W_k": 8, "W_v": 8, "W_o": 16}.items():
+            setattr(self, name, torch.nn.Parameter(torch.randn(16, width) / 4))
+        self.b_o = torch.nn.Parameter(torch.randn(16))
+        self.scale = scale
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = (
+            (x @ matrix).unflatten(-1, (-1, 4)).transpose(1, 2)
+            for matrix in (self.W_q, self.W_k, self.W_v)
+        )
+        context = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+        )
+        return context.transpose(1, 2).flatten(2) @ self.W_o + self.b_o
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.attention = made("W", "" if scale == 0.5 else "scale")
+
+    def forward(self, x: Any) -> Any:
+        return self.attention(x)
+
+
+@pytest.mark.parametrize("kind", [Bare, Wrapped])
+def test_matrices_without_layers_and_a_layer_within_another_are_read(kind: Any) -> None:
+    report = compare(kind(0.5), kind(0.25), X)
+    assert "wrong scale" in str(report.diagnosis)
+    assert "4 heads of 4: attention of them gives its output" in report.to_text()
+
+
 def test_a_candidate_of_other_names_is_judged_by_the_reference_alone() -> None:
     report = compare(made("letters", heads=2), made("W", "axis", heads=2), X)
     assert CAUSES["axis"] in str(report.diagnosis)

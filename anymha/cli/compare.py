@@ -197,7 +197,8 @@ def _random_layer(
     if silent and named_alone:
         raise UsageError(
             f"A layer of {named_alone[0]} must get the weights of {silent[0]}, which are not "
-            "known. Name a layer, or a result of `anymha.parity.declare`, or a saved case."
+            "known. Name a layer, a module that says how many heads it has, as `num_heads`, a "
+            "result of `anymha.parity.declare`, or a saved case."
         )
     return make_layer(widths, dtype)
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,14 +36,21 @@ COMMON = ("projection", "project", "proj", "linear", "lin", "dense", "layer", "w
 """What names of linear layers have in common."""
 
 
+class Naming(NamedTuple):
+    """How the arrays of a module's state are read."""
+
+    layout: str
+    names: Mapping[str, str] | None  # The state's names by the layout's; None: they are the same
+    sizes: Mapping[str, int]
+    turned: bool = False  # Whether matrices are (in, out), where the layout has (out, in)
+
+
 @dataclass(frozen=True)
 class Reading:
     """A module whose weights are known by the names of its layers."""
 
     adapter: Any
-    layout: str
-    names: Mapping[str, str] | None  # Its names by the layout's; None where they are the same
-    sizes: Mapping[str, int]
+    naming: Naming
     is_proven: bool = True
 
     @property
@@ -61,7 +68,7 @@ class Reading:
         module = _module(other)
         if module is None or _shapes(module) != _shapes(_module(self.adapter)):
             return other
-        return _read(other, self.layout, self.names, self.sizes) or other
+        return _read(other, self.naming) or other
 
 
 def proven(adapter: Adapter, request: Request, trace: Trace) -> Reading | None:
@@ -75,10 +82,14 @@ def proven(adapter: Adapter, request: Request, trace: Trace) -> Reading | None:
     if _module(adapter) is None or trace.output.ndim != 3:
         return None
     calls = [(request, trace), *_without_masks(adapter, request)]
-    for layout, names, sizes in _readings(adapter):
-        read = _read(adapter, layout, names, sizes)
+    for bare, given in calls[-1:]:  # a module may be causal without being asked
+        if "value" not in bare.inputs:
+            causal = {**bare.call, "use_causal_mask": True}
+            calls.append((dataclasses.replace(bare, call=causal), given))
+    for naming in _namings(adapter):
+        read = _read(adapter, naming)
         if read is not None and any(_proves(read.description, *call) for call in calls):
-            return Reading(read, layout, names, sizes)
+            return Reading(read, naming)
     return None
 
 
@@ -91,8 +102,8 @@ def by_names(adapter: Adapter) -> Reading | None:
     if _module(adapter) is None:
         return None
     first: Reading | None = None
-    for layout, names, sizes in _readings(adapter):
-        read = _read(adapter, layout, names, sizes)
+    for naming in _namings(adapter):
+        read = _read(adapter, naming)
         if read is None:
             continue
         if first is None:
@@ -103,7 +114,7 @@ def by_names(adapter: Adapter) -> Reading | None:
                 found = proven(adapter, request, adapter.trace(request, None))
                 if found is not None:
                     return found
-            first = Reading(read, layout, names, sizes, is_proven=False)
+            first = Reading(read, naming, is_proven=False)
     said: Any = adapter
     return first if said.parameters.heads else None
 
@@ -118,51 +129,75 @@ def _without_masks(adapter: Adapter, request: Request) -> Iterator[tuple[Request
         yield bare, adapter.trace(bare, None)
 
 
-def _readings(adapter: Any) -> Iterator[tuple[str, Mapping[str, str] | None, dict[str, int]]]:
-    """Layouts, the module's names by theirs (None where they are the same), and sizes."""
+def _namings(adapter: Any) -> Iterator[Naming]:
+    """How a module's state may be read, with each number of heads that it may have."""
     state, heads = state_of(_module(adapter)), adapter.parameters.heads
     try:
         groups = find_layers(state)
     except AnymhaError:
         groups = []
-    fits = [fit for group in groups for fit in group.fits if group.prefixes == [""]]
-    layouts: list[tuple[str, Mapping[str, str] | None]] = [(fit.name, None) for fit in fits]
+    namings: list[Naming] = []
+    for group in groups:
+        if len(group.prefixes) == 1:
+            (prefix,) = group.prefixes
+            namings += [
+                Naming(fit.name, {theirs: prefix + own for theirs, own in fit.names.items()}
+                       if prefix else None, {}) for fit in group.fits
+            ]  # fmt: skip
     four = _four(state)
     if four is not None:
-        layouts.append((FOUR, four))
+        bare = not any(name.endswith(".weight") for name in four.values())
+        namings += [
+            Naming(FOUR, four, {}, turned) for turned in ((True, False) if bare else (False,))
+        ]
     widths = {min(x.shape) for x in state.values() if x.ndim == 2}
     counts = [heads] if heads else [
         n for n in range(1, 65) if any(width % n == 0 and width // n > 1 for width in widths)
     ]  # fmt: skip
-    for layout, names in layouts:
+    for naming in namings:
         for count in counts:
-            yield layout, names, {"num_heads": count}
+            sizes = {"num_heads": count}
+            if naming.layout == FOUR and naming.names is not None:
+                sizes |= _shared(state, naming, count)
+            yield naming._replace(sizes=sizes)
+
+
+def _shared(state: Mapping[str, Any], naming: Naming, heads: int) -> dict[str, int]:
+    """The number of key heads of four layers, where they are fewer than the queries'."""
+    names: Any = naming.names
+    queries, keys = (
+        state[names[f"{letter}.weight"]].shape[1 if naming.turned else 0] for letter in "qk"
+    )
+    shared = keys * heads // queries
+    return {"num_key_value_heads": shared} if 0 < shared < heads else {}
 
 
 def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
-    """The names of four linear layers, and maybe their biases, by those of `FOUR`."""
+    """The names of four matrices, and maybe their biases, by those of `FOUR`."""
     found: dict[str, str] = {}
-    for name in state:
+    for name, array in state.items():
         layer, _, part = name.rpartition(".")
+        if part not in ("weight", "bias"):  # as `W_q`, `b_q`
+            layer, part = name, "weight" if array.ndim == 2 else "bias"
         rest = layer.rpartition(".")[2].lower()
-        for word in COMMON:
+        for word in (*COMMON, *(("bias", "b") if part == "bias" and layer == name else ())):
             rest = rest.replace(word, "")
         letter = next((role for role, words in ROLES.items() if rest in words), None)
-        if letter is None or part not in ("weight", "bias") or f"{letter}.{part}" in found:
+        if letter is None or f"{letter}.{part}" in found:
             return None
         found[f"{letter}.{part}"] = name
     return found if {f"{letter}.weight" for letter in ROLES} <= found.keys() else None
 
 
-def _read(
-    adapter: Any, layout: str, names: Mapping[str, str] | None, sizes: Mapping[str, int]
-) -> Any:
+def _read(adapter: Any, naming: Naming) -> Any:
     """The adapter with the weights of its module; None where these do not fit."""
-    module = _module(adapter)
+    module, names = _module(adapter), naming.names
     state = state_of(module)
     arrays = state if names is None else {theirs: state[own] for theirs, own in names.items()}
+    if naming.turned:
+        arrays = {name: x.T if x.ndim == 2 else x for name, x in arrays.items()}
     try:
-        description = describe_arrays(arrays, layout, sizes)
+        description = describe_arrays(arrays, naming.layout, naming.sizes)
     except AnymhaError:
         return None
     description = dataclasses.replace(description, needs=())  # of the library, whose it is not
@@ -173,6 +208,9 @@ def _read(
 
 def _proves(description: LayerDescription, request: Request, trace: Trace) -> bool:
     """Whether attention of these weights is the output that a trace has."""
+    for name, array in zip(("query", "value", "key"), request.three, strict=True):
+        if description.weights[f"{name}.kernel"].shape[0] != array.shape[-1]:
+            return False
     try:
         folded = fold(problem_of(description.config, description.weights, request))
     except AnymhaError:
