@@ -24,8 +24,8 @@ from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.oracle.truth import fold
 from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
 
-FOUR = "transformers.mpnet"
-"""The layout of four linear layers that are named by letters."""
+FOUR = "transformers.llama"
+"""A layout of four linear layers, each with or without a bias, that may share key heads."""
 
 ROLES = {"q": ("q", "query", "queries"), "k": ("k", "key", "keys"), "v": ("v", "value", "values"),
          "o": ("o", "out", "output", "")}  # fmt: skip
@@ -166,7 +166,7 @@ def _shared(state: Mapping[str, Any], naming: Naming, heads: int) -> dict[str, i
     """The number of key heads of four layers, where they are fewer than the queries'."""
     names: Any = naming.names
     queries, keys = (
-        state[names[f"{letter}.weight"]].shape[1 if naming.turned else 0] for letter in "qk"
+        state[names[f"{letter}_proj.weight"]].shape[1 if naming.turned else 0] for letter in "qk"
     )
     shared = keys * heads // queries
     return {"num_key_value_heads": shared} if 0 < shared < heads else {}
@@ -183,10 +183,10 @@ def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
         for word in (*COMMON, *(("bias", "b") if part == "bias" and layer == name else ())):
             rest = rest.replace(word, "")
         letter = next((role for role, words in ROLES.items() if rest in words), None)
-        if letter is None or f"{letter}.{part}" in found:
+        if letter is None or f"{letter}_proj.{part}" in found:
             return None
-        found[f"{letter}.{part}"] = name
-    return found if {f"{letter}.weight" for letter in ROLES} <= found.keys() else None
+        found[f"{letter}_proj.{part}"] = name
+    return found if {f"{letter}_proj.weight" for letter in ROLES} <= found.keys() else None
 
 
 def _read(adapter: Any, naming: Naming) -> Any:
