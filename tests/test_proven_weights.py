@@ -112,6 +112,39 @@ class Wrapped(torch.nn.Module):
         return self.attention(x)
 
 
+class Rotated(torch.nn.Module):
+    """Rotary positions of which the weights tell nothing."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, torch.nn.Linear(16, 16, bias=False))
+        self.layout = layout
+
+    def forward(self, x: Any) -> Any:
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in layers)
+        angles = torch.arange(x.shape[1])[:, None] * 10000.0 ** (-torch.arange(4) / 4)
+
+        def turned(y: Any) -> Any:
+            pairs = y.unflatten(-1, (2, 4) if self.layout == "half" else (4, 2))
+            one, other = pairs.unbind(-2 if self.layout == "half" else -1)
+            both = (one * angles.cos() - other * angles.sin(),
+                    other * angles.cos() + one * angles.sin())  # fmt: skip
+            return torch.stack(both, -2 if self.layout == "half" else -1).flatten(-2)
+
+        function = torch.nn.functional.scaled_dot_product_attention
+        context = function(turned(q), turned(k), v)
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+
+def test_rotary_positions_are_found_by_numbers() -> None:
+    report = compare(Rotated("half"), Rotated("interleaved"), X)
+    assert "rotary layout swapped" in str(report.diagnosis)
+    assert "2 heads of 8 and rotary positions (base=10000, layout='half')" in report.to_text()
+
+
 @pytest.mark.parametrize("kind", [Bare, Wrapped])
 def test_matrices_without_layers_and_a_layer_within_another_are_read(kind: Any) -> None:
     report = compare(kind(0.5), kind(0.25), X)

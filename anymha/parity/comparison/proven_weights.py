@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from anymha.attention.features.rotary import LAYOUTS, Rotary
 from anymha.errors import AnymhaError
 from anymha.interchange.detect import find_layers
 from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
@@ -30,6 +33,14 @@ FOUR = "transformers.llama"
 ROLES = {"q": ("q", "query", "queries"), "k": ("k", "key", "keys"), "v": ("v", "value", "values"),
          "o": ("o", "out", "output", "")}  # fmt: skip
 """What is left of the name of a linear layer, without the words below, by the layer's letter."""
+
+SECONDS = 3.0
+"""So long readings are tried."""
+
+BASES = (10000.0, 500000.0, 1000000.0)
+ROTARY = (None, *(Rotary(base=base, layout=layout) for base in BASES
+                  for layout in LAYOUTS))  # fmt: skip
+"""What a module may do beside attention, which its weights do not tell."""
 
 COMMON = ("projection", "project", "proj", "linear", "lin", "dense", "layer", "weights", "weight",
           "matrix", "mat", "to", "fc", "w", "_", ".", "0")  # fmt: skip
@@ -57,10 +68,13 @@ class Reading:
     def note(self) -> str:
         """How its weights were found, in words."""
         config = self.adapter.description.config
+        rotary, turned = config.rotary, ""
+        if rotary is not None:
+            turned = f" and rotary positions (base={rotary.base:g}, layout={rotary.layout!r})"
         why = "attention of them gives its output" if self.is_proven else "as many as it says"
         return (
             f"The weights of {self.adapter.name} are read by the names of its layers, with "
-            f"{config.num_heads} heads of {config.key_dim}: {why}."
+            f"{config.num_heads} heads of {config.key_dim}{turned}: {why}."
         )
 
     def alike(self, other: Adapter) -> Adapter:
@@ -86,10 +100,13 @@ def proven(adapter: Adapter, request: Request, trace: Trace) -> Reading | None:
         if "value" not in bare.inputs:
             causal = {**bare.call, "use_causal_mask": True}
             calls.append((dataclasses.replace(bare, call=causal), given))
+    until = time.thread_time() + SECONDS
     for naming in _namings(adapter):
         read = _read(adapter, naming)
         if read is not None and any(_proves(read.description, *call) for call in calls):
             return Reading(read, naming)
+        if time.thread_time() > until:
+            break
     return None
 
 
@@ -154,12 +171,13 @@ def _namings(adapter: Any) -> Iterator[Naming]:
     counts = [heads] if heads else [
         n for n in range(1, 65) if any(width % n == 0 and width // n > 1 for width in widths)
     ]  # fmt: skip
-    for naming in namings:
-        for count in counts:
-            sizes = {"num_heads": count}
-            if naming.layout == FOUR and naming.names is not None:
-                sizes |= _shared(state, naming, count)
-            yield naming._replace(sizes=sizes)
+    for rotary, naming, count in itertools.product(ROTARY, namings, counts):
+        sizes: dict[str, Any] = {"num_heads": count}
+        if rotary is not None:
+            sizes["rotary"] = rotary
+        if naming.layout == FOUR and naming.names is not None:
+            sizes |= _shared(state, naming, count)
+        yield naming._replace(sizes=sizes)
 
 
 def _shared(state: Mapping[str, Any], naming: Naming, heads: int) -> dict[str, int]:
