@@ -130,9 +130,7 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
         {"attention_mask": SEEN & ~EMPTY}, told)
        for words, key, told in (
            ("first", np.arange(LENGTH) == 0, "fully masked rows are given a key (the first key)"),
-           ("own", OWN, "fully masked rows are given a key (their own key)"),
-           ("next", np.eye(LENGTH, k=1, dtype=bool),
-            "the rows that see nothing are given the next key"))},
+           ("own", OWN, "fully masked rows are given a key (their own key)"))},
     "last": (lambda segment_ids: without_last(segment_ids), {"segment_ids": IDS, **CAUSAL},
              "segment left out (the last of each row)"),
 }  # fmt: skip
@@ -222,6 +220,22 @@ def test_memory_of_another_sequence(order, words) -> None:
                                       seed=3)  # fmt: skip
     memory = RNG.standard_normal((BATCH, 5, FEATURES)).astype(np.float32)
     report = compare(layer, lambda query, value: layer(query, value[order]), [X, memory])
+    assert str(report.diagnosis) == f"another sequence of the batch ({words})"
+
+
+@pytest.mark.parametrize("rotary", [None, True])
+@pytest.mark.parametrize("call", [{}, CAUSAL])
+def test_a_batch_that_is_laid_end_to_end(rotary, call) -> None:
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3, rotary=rotary)  # fmt: skip
+
+    def port(query: Any, use_causal_mask: bool = False) -> Any:
+        joined = query.reshape(1, -1, FEATURES)
+        return layer(joined, use_causal_mask=use_causal_mask).reshape(query.shape)
+
+    words = "each query sees the keys of all sequences, laid end to end"
+    words += ", and positions go on" if rotary else ""
+    report = compare(layer, port, X, **call)
     assert str(report.diagnosis) == f"another sequence of the batch ({words})"
 
 
