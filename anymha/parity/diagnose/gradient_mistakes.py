@@ -18,6 +18,9 @@ from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.tolerance import eps
 from anymha.parity.stages.trace import Trace
 
+FIX = ("The forward pass agrees: look at this place of the backward pass, or for a tensor that is "
+       "detached.")  # fmt: skip
+
 START = "gradient of "
 LEFT = 1e-3, 0.05
 """The least and the greatest part of the differences of gradients that a mistake may leave, by
@@ -47,7 +50,7 @@ def diagnose_gradients(
         gradients = folded.shaped(gradients_of(folded.recipe, flat, changes))
         return _joined(gradients, reference, names)
 
-    most = min(max(LEFT[0], 32 * max(eps(computed_dtype(trace)) for trace in traces)), LEFT[1])
+    most = _most(traces)
     right, got = (_joined(side, reference, names) for side in (reference, candidate))
     known = set(names) <= set(folded.shaped(gradients_of(folded.recipe, flat, {})))
     found: list[tuple[float, Cause]] = []
@@ -55,12 +58,11 @@ def diagnose_gradients(
         exact = vector({})
         scale = folded.recipe.scale
         own = _each_scaled(reference, candidate, names)
-        models = (*_models(exact, vector, got, scale), *_unmasked(folded.recipe, vector), own)
+        models = (*_models(exact, vector, got, scale), *_row_terms(folded.recipe, vector, got),
+                  *_unmasked(folded.recipe, vector), own)  # fmt: skip
         for name, detail, theirs in models:
             left = float(np.linalg.norm(got - theirs) / (np.linalg.norm(got - right) or 1.0))
-            fix = ("The forward pass agrees: look at this place of the backward pass, or for a "
-                   "tensor that is detached.")  # fmt: skip
-            found.append((left, Cause(name, detail, first, fix)))
+            found.append((left, Cause(name, detail, first, FIX)))
     found = [one for one in found if one[0] <= most]
     if found:
         # The first of those that leave about the same: the places stand in the order of the layer.
@@ -83,6 +85,47 @@ def _each_scaled(
         return "gradient detached", f"no gradient reaches {', '.join(off)}", theirs
     words = (f"that of {n} is multiplied by {number(f)}" for n, f in off.items())
     return "gradient scaled", ", ".join(words), theirs
+
+
+def _most(traces: tuple[Trace, Trace]) -> float:
+    """The greatest part of the differences that a mistake may leave."""
+    return min(max(LEFT[0], 32 * max(eps(computed_dtype(trace)) for trace in traces)), LEFT[1])
+
+
+def gradients_of_inputs(first: str, traces: tuple[Trace, Trace]) -> Diagnosis:
+    """Why gradients of inputs alone differ, where no weights are known.
+
+    What comes through the keys alone is told from what comes through the values: each row of the
+    softmax's derivative adds up to zero, so the gradient of unturned keys does over the positions.
+    """
+    reference, candidate = ({n: a.astype(np.float64) for n, a in trace.gradients.items()}
+                            for trace in traces)  # fmt: skip
+    names = [n for n in reference if n in candidate and reference[n].shape == candidate[n].shape]
+    right, got = (_joined(side, reference, names) for side in (reference, candidate))
+    most = _most(traces)
+
+    def explains(theirs: np.ndarray) -> bool:
+        return bool(np.linalg.norm(got - theirs) <= most * np.linalg.norm(got - right))
+
+    name, detail, theirs = _each_scaled(reference, candidate, names)
+    if explains(theirs):
+        return Diagnosis((Cause(name, detail, first, FIX),), 0.0)
+    others = {**reference, "value": candidate.get("value", np.zeros(0))}
+    if "key" in names or "value" not in names or not explains(_joined(others, reference, names)):
+        return gradients_alone(first)
+    whole, rest, lost = (
+        float(np.linalg.norm(np.sum(a, axis=-2)))
+        for a in (reference["value"], candidate["value"], reference["value"] - candidate["value"])
+    )
+    if rest <= most * whole:
+        detail = ("no gradient flows through the value: that of the input that is key and value "
+                  "adds up to zero over the positions, as that through the keys alone")  # fmt: skip
+    elif lost <= most * whole:
+        detail = ("that through the key is lost or has a factor: what the input that is key and "
+                  "value lacks adds up to zero over the positions")  # fmt: skip
+    else:
+        return gradients_alone(first)
+    return Diagnosis((Cause("gradient detached", detail, first, FIX),), 0.0)
 
 
 def gradients_alone(first: str) -> Diagnosis:
@@ -165,6 +208,55 @@ def _models(
                 return seen(p) * change(p, seen(p) * g)
 
             yield "wrong jacobian", words + where, vector({"softmax": softmax})
+
+
+def _row_terms(
+    recipe: Recipe, vector: Callable[[Changes], np.ndarray], got: np.ndarray
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """A softmax's derivative p * (dp - delta) with a wrong delta, the number of each row."""
+    seen: Arrays = {}
+
+    def look(gradient: np.ndarray) -> np.ndarray:
+        seen["dy"] = gradient
+        return gradient
+
+    vector({"context": look})
+    y, dy = (np.swapaxes(a, 1, 2) for a in (recipe.stages["context"], seen["dy"]))  # (B, H, T, d)
+    p, right = recipe.stages["probabilities"], np.sum(y * dy, -1, keepdims=True)
+    deltas = {
+        "the sum of the context without its gradient": y.sum(-1, keepdims=True),
+        "the sum of the context's gradient without the context": dy.sum(-1, keepdims=True),
+        "the sum of the context's squares": np.sum(y * y, -1, keepdims=True),
+        "the sum of the squares of the context's gradient": np.sum(dy * dy, -1, keepdims=True),
+        "the mean over the width, not the sum": right / y.shape[-1],
+        "that of all heads together": right.sum(1, keepdims=True) + 0 * right,
+        "the mean of all heads": right.mean(1, keepdims=True) + 0 * right,
+        "that of all queries together": right.sum(2, keepdims=True) + 0 * right,
+        "the mean of all queries": right.mean(2, keepdims=True) + 0 * right,
+        "that of the query before": np.roll(right, 1, 2),
+        "that of the next query": np.roll(right, -1, 2),
+        "that of the head before": np.roll(right, 1, 1),
+        "that of the next head": np.roll(right, -1, 1),
+        "that of the sequence before": np.roll(right, 1, 0),
+        "its absolute value": np.abs(right),
+        "multiplied by the scale": recipe.scale * right,
+        "divided by the scale": right / (recipe.scale or 1.0),
+    }
+    without = vector({"softmax": lambda p, g: p * g})
+    for words, delta in deltas.items():
+        theirs = vector({"softmax": lambda p, g, delta=delta: p * (g - delta)})
+        yield "wrong jacobian", f"the delta of the softmax's derivative is {words}", theirs
+    part = without - vector({"softmax": lambda p, g: p * (g - right)})
+    factor = float((without - got) @ part / (float(part @ part) or 1.0))
+    words = f"the delta of the softmax's derivative is multiplied by {number(factor)}"
+    yield "wrong jacobian", words, without - factor * part
+    top = np.max(p, -1, keepdims=True)
+    made = p / np.where(top > 0, top, 1.0)
+    kept = 1.0 if recipe.kept is None else recipe.kept
+    every: Changes = {"softmax": lambda p, g: made * (g - np.sum(p * g, -1, keepdims=True)),
+                      "weights of value": lambda _: made * kept}  # fmt: skip
+    yield ("wrong jacobian", "the probabilities are made anew without their sum",
+           vector(every))  # fmt: skip
 
 
 def _unmasked(
