@@ -382,6 +382,47 @@ TURNED: Steps = {"query": turned, "key": turned}
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
+    ("tile", "words"), [(1, "key"), (2, "tile of 2 keys"), (4, "tile of 4 keys")]
+)
+def test_running_sums_that_are_rounded_are_told(dtype, tile, words) -> None:
+    def context(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
+        so_far = np.zeros(())
+        for start in range(0, LENGTH, tile):
+            own = slice(start, start + tile)
+            so_far = to(dtype)(so_far + mixed(shares[..., own], values[:, own]))
+        return so_far
+
+    told = f"rounded to {dtype} (the sum of values by their probabilities, after each {words})"
+    assert named(report_of({"context": context})) == told
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_a_running_sum_by_running_maxima_that_is_rounded_is_told(tile) -> None:
+    """The maxima are those of the tiles before: another sum is rounded than that of all keys."""
+    sums: dict[str, np.ndarray] = {}
+
+    def softmax_of(logits: np.ndarray) -> np.ndarray:
+        sums["logits"] = logits
+        return softmax(logits)
+
+    def context(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
+        logits, so_far, total = sums["logits"], np.zeros(()), np.zeros(())
+        top = np.full((*logits.shape[:3], 1), -np.inf)
+        for start in range(0, LENGTH, tile):
+            own = logits[..., start : start + tile]
+            new = np.maximum(top, own.max(-1, keepdims=True))
+            old, weights, top = np.exp(top - new), np.exp(own - new), new
+            more = np.einsum("bhts,bshv->bhtv", weights, values[:, start : start + tile])
+            so_far = to("bfloat16")(old * so_far + more)
+            total = old * total + weights.sum(-1, keepdims=True)
+        return (so_far / total).swapaxes(1, 2)
+
+    told = f"rounded to bfloat16 (the running sum of the context, after each tile of {tile} keys)"
+    assert named(report_of({"softmax": softmax_of, "context": context})) == told
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
     ("steps", "words"),
     [
         (lambda f: {"key": lambda k: f(turned(k))}, "rounded to {} (key)"),
