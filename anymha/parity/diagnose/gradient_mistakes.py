@@ -110,19 +110,20 @@ def gradients_of_inputs(first: str, traces: tuple[Trace, Trace]) -> Diagnosis:
     name, detail, theirs = _each_scaled(reference, candidate, names)
     if explains(theirs):
         return Diagnosis((Cause(name, detail, first, FIX),), 0.0)
-    others = {**reference, "value": candidate.get("value", np.zeros(0))}
-    if "key" in names or "value" not in names or not explains(_joined(others, reference, names)):
+    shared = "value" if "value" in names else "query"  # the input that is the keys' too
+    others = {**reference, shared: candidate.get(shared, np.zeros(0))}
+    if "key" in names or shared not in names or not explains(_joined(others, reference, names)):
         return gradients_alone(first)
     whole, rest, lost = (
         float(np.linalg.norm(np.sum(a, axis=-2)))
-        for a in (reference["value"], candidate["value"], reference["value"] - candidate["value"])
+        for a in (reference[shared], candidate[shared], reference[shared] - candidate[shared])
     )
-    if rest <= most * whole:
-        detail = ("no gradient flows through the value: that of the input that is key and value "
-                  "adds up to zero over the positions, as that through the keys alone")  # fmt: skip
+    if rest <= most * whole and shared == "value":
+        detail = ("no gradient flows through the value: that of value adds up to zero over the "
+                  "positions, as that through the keys alone")  # fmt: skip
     elif lost <= most * whole:
-        detail = ("that through the key is lost or has a factor: what the input that is key and "
-                  "value lacks adds up to zero over the positions")  # fmt: skip
+        detail = (f"that through the key is lost or has a factor: what that of {shared} lacks adds "
+                  "up to zero over the positions")  # fmt: skip
     else:
         return gradients_alone(first)
     return Diagnosis((Cause("gradient detached", detail, first, FIX),), 0.0)
