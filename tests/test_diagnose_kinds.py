@@ -65,7 +65,8 @@ def port_of(right: Any, steps: Steps, told: bool = False) -> Callable[..., Any]:
         context = step("context", lambda p, v: np.einsum("bhts,bshv->bthv", p, v), shares, values)
         y = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
         output = step("output", lambda y, x: y, y, query).astype(np.float32)
-        stages = {"query": q, "key": k, "value": v, "logits": logits, "output": output}
+        stages = {"query": q, "key": k, "value": v, "logits": logits, "probabilities": shares,
+                  "context": context, "output": output}  # fmt: skip
         return stages if told else output
 
     return port
@@ -83,6 +84,18 @@ def named(report: Comparison) -> str:
 
 def above(shares: np.ndarray, least: Any) -> np.ndarray:
     return np.where(shares >= least, shares, 0.0)
+
+
+def until(shares: np.ndarray, least: float) -> np.ndarray:
+    """The greatest of each row, until they add up to a number."""
+    order = np.argsort(-shares, -1)
+    falling = np.take_along_axis(shares, order, -1)
+    kept = np.where(np.cumsum(falling, -1) - falling < least, falling, 0.0)
+    return np.take_along_axis(kept, np.argsort(order, -1), -1)
+
+
+def mixed(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.einsum("bhts,bshv->bthv", shares, values)
 
 
 def heads(order: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -116,10 +129,35 @@ def test_any_cap_is_measured(cap, steps, words, told) -> None:
     assert named(report_of(steps, told, {"softcap": cap})).startswith(words)
 
 
+@pytest.mark.parametrize("names", [("key",), ("value",), ("key", "value"), ("query",)])
+def test_heads_folded_in_the_batch_in_another_order(names) -> None:
+    def folded(x: np.ndarray) -> np.ndarray:
+        heads_first = x.transpose(2, 0, 1, 3).reshape(BATCH, HEADS, LENGTH, WIDTH)
+        return heads_first.transpose(0, 2, 1, 3)
+
+    words = "batch and heads not exchanged: written as (H, B, T, d), read as (B, H, T, d)"
+    cause = named(report_of(dict.fromkeys(names, folded)))
+    assert cause.startswith(f"heads split wrongly (of {' and '.join(names)}, {words})")
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "words"),
+    [
+        ("softmax", lambda s: softmax(s) / 0.9,
+         "probabilities scaled (multiplied by 1.11, the 1/(1 - rate) of dropout at 0.1, with"),
+        ("context", lambda p, v: mixed(p, v) / LENGTH,
+         "context scaled (multiplied by 0.143, as divided by the number of keys or"),
+        ("context", lambda p, v: 1.7 * mixed(p, v), "context scaled (multiplied by 1.7)"),
+    ],
+)  # fmt: skip
+def test_a_factor_of_a_told_stage_is_measured(stage, change, words) -> None:
+    assert named(report_of({stage: change}, told=True)).startswith(words)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: softmax(s, (2, 3)), "divided by the sum over the queries and keys"),
+        (lambda s: softmax(s, (2, 3)), "over another axis (over the queries and keys jointly)"),
         (lambda s: softmax(softmax(s)), "softmax twice"),
         (lambda s: np.logaddexp(0, s) / np.logaddexp(0, s).sum(-1, keepdims=True),
          "softplus, divided by their sum"),
@@ -147,6 +185,14 @@ def test_any_cap_is_measured(cap, steps, words, told) -> None:
         (lambda s: above(softmax(s), 0.08), "probabilities below 0.08 set to zero)"),
         (lambda s: (p := above(softmax(s), 0.08)) / p.sum(-1, keepdims=True),
          "probabilities below 0.08 set to zero, the others divided by their sum"),
+        (lambda s: above(softmax(s), 0.3 * softmax(s).max(-1, keepdims=True)),
+         "probabilities below 0.3 times a row's greatest set to zero)"),
+        (lambda s: (p := until(softmax(s), 0.8)) / p.sum(-1, keepdims=True),
+         "until they add up to 0.8, the others divided by their sum"),
+        (lambda s: np.maximum(softmax(s), 0.03), "probabilities clamped to at least 0.03"),
+        (lambda s: (p := np.minimum(softmax(s), 0.2)) / p.sum(-1, keepdims=True),
+         "probabilities clamped to at most 0.2, and divided by their sum"),
+        (lambda s: softmax(s) / 0.8, "the 1/(1 - rate) of dropout at 0.2, with nothing dropped"),
     ],
 )  # fmt: skip
 def test_other_functions_in_place_of_the_softmax_are_told_apart(change, words) -> None:
@@ -340,6 +386,47 @@ def test_what_is_rounded_is_told(dtype, steps, words) -> None:
 
 
 TURNED: Steps = {"query": turned, "key": turned}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("tile", "words"), [(1, "key"), (2, "tile of 2 keys"), (4, "tile of 4 keys")]
+)
+def test_running_sums_that_are_rounded_are_told(dtype, tile, words) -> None:
+    def context(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
+        so_far = np.zeros(())
+        for start in range(0, LENGTH, tile):
+            own = slice(start, start + tile)
+            so_far = to(dtype)(so_far + mixed(shares[..., own], values[:, own]))
+        return so_far
+
+    told = f"rounded to {dtype} (the sum of values by their probabilities, after each {words})"
+    assert named(report_of({"context": context})) == told
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_a_running_sum_by_running_maxima_that_is_rounded_is_told(tile) -> None:
+    """The maxima are those of the tiles before: another sum is rounded than that of all keys."""
+    sums: dict[str, np.ndarray] = {}
+
+    def softmax_of(logits: np.ndarray) -> np.ndarray:
+        sums["logits"] = logits
+        return softmax(logits)
+
+    def context(shares: np.ndarray, values: np.ndarray) -> np.ndarray:
+        logits, so_far, total = sums["logits"], np.zeros(()), np.zeros(())
+        top = np.full((*logits.shape[:3], 1), -np.inf)
+        for start in range(0, LENGTH, tile):
+            own = logits[..., start : start + tile]
+            new = np.maximum(top, own.max(-1, keepdims=True))
+            old, weights, top = np.exp(top - new), np.exp(own - new), new
+            more = np.einsum("bhts,bshv->bhtv", weights, values[:, start : start + tile])
+            so_far = to("bfloat16")(old * so_far + more)
+            total = old * total + weights.sum(-1, keepdims=True)
+        return (so_far / total).swapaxes(1, 2)
+
+    told = f"rounded to bfloat16 (the running sum of the context, after each tile of {tile} keys)"
+    assert named(report_of({"softmax": softmax_of, "context": context})) == told
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -26,6 +26,13 @@ SEEN |= np.eye(LENGTH, dtype=bool)
 IDS = np.array([[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2, 2, -1],
                 [0, 1, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1, -1, -1]])  # fmt: skip
 TRIL = np.tri(LENGTH, dtype=bool)
+OWN = np.eye(LENGTH, dtype=bool)
+EMPTY = (
+    np.isin(np.arange(LENGTH), (2, 5))[:, None]
+    & np.array([False, True, True, False])[:, None, None]
+)
+LONELY = np.where(EMPTY, OWN, SEEN)
+SEEN_TWICE = LONELY.sum(-1, keepdims=True) > 1
 Mask = Callable[..., np.ndarray]
 
 
@@ -54,6 +61,10 @@ def report_of(
 
 def of_keys(value_mask: np.ndarray) -> np.ndarray:
     return value_mask[:, None, None]
+
+
+def later(offset: int) -> np.ndarray:
+    return np.tri(LENGTH, k=offset, dtype=bool)[None, None]
 
 
 def same(ids: np.ndarray) -> np.ndarray:
@@ -101,6 +112,25 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
                 {"value_mask": HOLES}, "(the mask, taken for a length: as many of the first keys"),
     "one for all": (lambda segment_ids: same(segment_ids[:1]), {"segment_ids": IDS, **CAUSAL},
                     "segments of the other side (those of the first sequence for all)"),
+    "offset twice": (lambda query_offset: later(2 * query_offset),
+                     {**CAUSAL, "query_offset": 2}, "wrong query offset (added twice)"),
+    "offset of another": (lambda query_offset: later(3 * query_offset),
+                          {**CAUSAL, "query_offset": 2},
+                          "as of a causal rule that lets query i see keys j <= i + 6)"),
+    "own key": (lambda attention_mask: (attention_mask & ~OWN)[:, None],
+                {"attention_mask": SEEN}, "own key hidden"),
+    "own key or none": (lambda attention_mask: (attention_mask & ~(OWN & SEEN_TWICE))[:, None],
+                        {"attention_mask": LONELY},
+                        "own key hidden (but where it is all that is seen)"),
+    "own key seen": (lambda attention_mask: (attention_mask | OWN)[:, None],
+                     {"attention_mask": SEEN & ~(TRIL & OWN)},
+                     "own key seen in spite of the mask"),
+    **{f"empty rows, {words}": (
+        lambda attention_mask, key=key: (attention_mask | (key & EMPTY))[:, None],
+        {"attention_mask": SEEN & ~EMPTY}, told)
+       for words, key, told in (
+           ("first", np.arange(LENGTH) == 0, "fully masked rows are given a key (the first key)"),
+           ("own", OWN, "fully masked rows are given a key (their own key)"))},
     "last": (lambda segment_ids: without_last(segment_ids), {"segment_ids": IDS, **CAUSAL},
              "segment left out (the last of each row)"),
 }  # fmt: skip
@@ -112,6 +142,17 @@ def test_each_kind_is_named(kind) -> None:
     report = report_of(seen, **call)
     assert not report.passed
     assert words in report.to_text(), report.to_text()
+
+
+def test_zeros_in_place_of_the_bias_of_the_output() -> None:
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3, bias_initializer="random_normal")  # fmt: skip
+
+    def port(query: Any, attention_mask: Any) -> Any:
+        return layer(query, attention_mask=attention_mask) * attention_mask.any(-1)[..., None]
+
+    report = compare(layer, port, X, attention_mask=SEEN & ~EMPTY)
+    assert str(report.diagnosis).startswith("fully masked rows without the output's bias (zeros")
 
 
 def test_sequences_taken_for_queries() -> None:
@@ -179,6 +220,22 @@ def test_memory_of_another_sequence(order, words) -> None:
                                       seed=3)  # fmt: skip
     memory = RNG.standard_normal((BATCH, 5, FEATURES)).astype(np.float32)
     report = compare(layer, lambda query, value: layer(query, value[order]), [X, memory])
+    assert str(report.diagnosis) == f"another sequence of the batch ({words})"
+
+
+@pytest.mark.parametrize("rotary", [None, True])
+@pytest.mark.parametrize("call", [{}, CAUSAL])
+def test_a_batch_that_is_laid_end_to_end(rotary, call) -> None:
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3, rotary=rotary)  # fmt: skip
+
+    def port(query: Any, use_causal_mask: bool = False) -> Any:
+        joined = query.reshape(1, -1, FEATURES)
+        return layer(joined, use_causal_mask=use_causal_mask).reshape(query.shape)
+
+    words = "each query sees the keys of all sequences, laid end to end"
+    words += ", and positions go on" if rotary else ""
+    report = compare(layer, port, X, **call)
     assert str(report.diagnosis) == f"another sequence of the batch ({words})"
 
 

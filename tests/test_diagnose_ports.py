@@ -197,6 +197,91 @@ def test_backward_passes_by_hand(turned, mean, words) -> None:
 
 
 @pytest.mark.parametrize(
+    ("delta", "words"),
+    [
+        (lambda y, g: y * g, None),
+        (lambda y, g: y, "the sum of the context without its gradient"),
+        (lambda y, g: g, "the sum of the context's gradient without the context"),
+        (lambda y, g: (y * g).sum(1, keepdim=True), "that of all heads together"),
+        (lambda y, g: (y * g).roll(1, 2), "that of the query before"),
+        (lambda y, g: (y * g) / WIDTH**0.5, "multiplied by the scale"),
+        (lambda y, g: 0.3 * (y * g), "multiplied by 0.3"),
+    ],
+)
+def test_each_wrong_delta_of_a_backward_pass_is_named(delta, words) -> None:
+    torch = required("torch")
+
+    class Core(torch.autograd.Function):
+        """Attention whose backward pass takes the softmax's own term from the context."""
+
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            shares = (q @ k.mT / WIDTH**0.5).softmax(-1)
+            ctx.save_for_backward(q, k, v, shares, shares @ v)
+            return shares @ v
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            (g,), (q, k, v, shares, y) = gradients, ctx.saved_tensors
+            rest = delta(y, g).sum(-1, keepdim=True)
+            slopes = shares * (g @ v.mT - rest) / WIDTH**0.5
+            return slopes @ k, slopes.mT @ q, shares.mT @ g
+
+    right = layer_of()
+    w = {name: torch.from_numpy(a.copy()) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any) -> Any:
+        three = (torch.einsum("btd,dhk->bhtk", query, w[f"{n}.kernel"])
+                 + w[f"{n}.bias"][:, None] for n in ("query", "key", "value"))  # fmt: skip
+        y = Core.apply(*three)
+        return torch.einsum("bhtv,hvo->bto", y, w["output.kernel"]) + w["output.bias"]
+
+    report = compare(right, port, torch.from_numpy(X))
+    assert report.passed == (words is None)
+    detail = f"the delta of the softmax's derivative is {words}"
+    assert words is None or str(report.diagnosis) == f"wrong jacobian ({detail})"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda q, k, v: (q, k, v.detach()), "no gradient flows through the value"),
+        (lambda q, k, v: (q, k.detach(), v), "that through the key is lost or has a factor"),
+        (lambda q, k, v: (q, 0.5 * (k + k.detach()), v), "that through the key is lost or has"),
+        (lambda q, k, v: (q.detach(), k, v), "no gradient reaches query"),
+        (lambda q, k, v: (0.5 * (q + q.detach()), k, v), "that of query is multiplied by 0.5"),
+        (lambda q, k, v: (q, 0.5 * (k + k.detach()), v.detach() + 2 * (v - v.detach())),
+         "the gradients alone differ"),
+    ],
+)  # fmt: skip
+def test_gradients_of_two_functions_of_unknown_weights(change, words) -> None:
+    torch = required("torch")
+    w = {name: torch.from_numpy(a.copy()) for name, a in anymha.get_weights(layer_of()).items()}
+
+    def attention(query: Any, value: Any, change: Any = lambda *three: three) -> Any:
+        q, k, v = (torch.einsum("btd,dhk->bhtk", x, w[f"{n}.kernel"]) + w[f"{n}.bias"][:, None]
+                   for n, x in (("query", query), ("key", value), ("value", value)))  # fmt: skip
+        q, k, v = change(q, k, v)
+        y = (q @ k.mT / WIDTH**0.5).softmax(-1) @ v
+        return torch.einsum("bhtv,hvo->bto", y, w["output.kernel"]) + w["output.bias"]
+
+    def other(query: Any, value: Any) -> Any:
+        return attention(query, value, change)
+
+    def reference(query: Any, value: Any) -> Any:
+        return attention(query, value)
+
+    x = torch.from_numpy(X)
+    report = compare(reference, other, [x, x.flip(1) * 0.7])
+    assert words in str(report.diagnosis)
+    if "the key" in words:  # which one input of all three tells too
+        report = compare(
+            lambda query: reference(query, query), lambda query: other(query, query), x
+        )
+        assert words in str(report.diagnosis)
+
+
+@pytest.mark.parametrize(
     ("places", "words"),
     [
         ("", None),

@@ -308,7 +308,8 @@ class Port:
                 seen = seen & (j <= i + shift)
         if "window not asked for" in wrong:
             seen = seen & (np.abs(j - i) < 4)
-        seen = ops.from_numpy(seen)
+        own = j == i + shift
+        seen = ops.from_numpy(seen & ~own if "own key hidden" in wrong else seen)
         if mask is None or "mask ignored" in wrong or "mask added" in wrong:
             return seen
         mask = self._mask(mask)
@@ -319,7 +320,9 @@ class Port:
             mask = ops.permute_dims(mask, (0, 1, 3, 2))
         if "mask inverted" in wrong:
             mask = ops.logical_and(ops.from_numpy(np.ones((1, 1, 1, 1), bool)), mask == False)  # noqa: E712
-        return ops.logical_and(seen, mask)
+        seen = ops.logical_and(seen, mask)
+        shown = ops.from_numpy(own & ("own key shown" in wrong))
+        return ops.where(shown, shown, seen)
 
     def _numbers(self, **arrays: Any) -> dict[str, np.ndarray]:
         """Those integers that are there, in NumPy."""
@@ -363,6 +366,9 @@ class Port:
         if "rows unmasked" in wrong:
             top = ops.exp(raw - ops.max(raw, axis=-1, keepdims=True))
             return ops.where(empty, top / ops.sum(top, axis=-1, keepdims=True), even)
+        if "rows the first key" in wrong:
+            first = np.arange(logits.shape[3]) == 0
+            return ops.where(empty, ops.from_numpy(first) * (0.0 * weights + 1.0), even)
         if "last head even" in wrong:
             ones = ops.where(safe > -math.inf, 0.0 * weights + 1.0, 0.0)
             mean = ones / ops.sum(ones, axis=-1, keepdims=True)
@@ -387,4 +393,7 @@ class Port:
         if bias is None or "output bias left out" in self.wrong:
             return y
         often = heads if "output bias for each head" in self.wrong else 1
-        return y + ops.from_numpy(bias) * float(often)
+        y, heads_alone = y + ops.from_numpy(bias) * float(often), y
+        if "rows without the output's bias" in self.wrong:
+            return ops.where(heads_alone == 0.0, 0.0, y)
+        return y

@@ -14,7 +14,7 @@ from anymha.framework.dtypes import BITS, accumulation_dtype
 from anymha.parity.diagnose.causes import Diagnosis
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.exercised import not_exercised, not_told_apart
-from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_alone
+from anymha.parity.diagnose.gradient_mistakes import diagnose_gradients, gradients_of_inputs
 from anymha.parity.diagnose.precision import rounded_places
 from anymha.parity.diagnose.reference_semantics import ReferenceSemantics, reference_semantics_of
 from anymha.parity.oracle.recipe import STEPS, Arrays, Recipe
@@ -266,7 +266,7 @@ def outputs_alone(
     divergence = next((stage.name for stage in stages if not stage.passed), None)
     diagnosis = Diagnosis()
     if divergence is not None and divergence.startswith("gradient"):
-        diagnosis = gradients_alone(divergence)
+        diagnosis = gradients_of_inputs(divergence, (first, second))
     unknown = ("The weights of neither are known: outputs alone are compared, and causes are "
                "searched for in the arguments and around the output. Tell the weights with "
                "`declare`.",) if first.weights is second.weights is None else ()  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
 from anymha.parity.diagnose.measured import number
+from anymha.parity.diagnose.scaled_stages import meaning
 from anymha.parity.oracle.recipe import Arrays, Recipe, Step
 
 CLEAR = 1e-3
@@ -26,12 +27,12 @@ def around(recipe: Recipe, reported: Arrays) -> Iterator[tuple[tuple[Cause, ...]
     """The recipes whose output has more or less of one or two terms, near to what is reported."""
     exact, got = recipe.stages["output"], reported.get("output")
     if got is not None and got.shape == exact.shape:
-        for causes, more in sums(_terms(recipe, exact), exact, got):
+        for causes, more in sums(_terms(recipe, exact), exact, got, recipe):
             yield causes, recipe.stepping("output", _step(recipe, more))
 
 
 def sums(
-    terms: Arrays, exact: np.ndarray, got: np.ndarray
+    terms: Arrays, exact: np.ndarray, got: np.ndarray, recipe: Recipe | None = None
 ) -> Iterator[tuple[tuple[Cause, ...], dict[str, float]]]:
     """How much more of one or two terms brings an output near to another, and what that means."""
     finite = np.isfinite(got) & np.isfinite(exact)
@@ -52,11 +53,11 @@ def sums(
             if _leaves_nothing(dict(zip(chosen, factors, strict=True))):
                 continue
             more = dict(zip(chosen, map(_rounded, map(float, factors)), strict=True))
-            yield tuple(_cause(name, factor) for name, factor in more.items()), more
+            yield tuple(_cause(name, factor, recipe) for name, factor in more.items()), more
             # Beside another mistake a factor is not measured well: a half or a whole is tried.
             near = {name: round(2 * factor) / 2 for name, factor in more.items()}
             if near != more and all(near.values()) and not _leaves_nothing(near):
-                yield tuple(_cause(name, factor) for name, factor in near.items()), near
+                yield tuple(_cause(name, factor, recipe) for name, factor in near.items()), near
 
 
 def _leaves_nothing(more: Mapping[str, float]) -> bool:
@@ -77,13 +78,14 @@ def _terms(recipe: Recipe, output: np.ndarray) -> Arrays:
     return terms
 
 
-def _cause(name: str, factor: float) -> Cause:
+def _cause(name: str, factor: float, recipe: Recipe | None) -> Cause:
     if name in ("output", "heads"):
         words = {"output": "", "heads": ", the bias is not"}[name]
         times = number(1 + factor)
+        known = "" if recipe is None else meaning(recipe, 1 + factor)
         fix = ("Return the output as it is: no factor, such as that of a dropout in evaluation or "
                "of a mean, belongs to it.")  # fmt: skip
-        what = "negative" if abs(factor + 2) < CLEAR else f"multiplied by {times}{words}"
+        what = "negative" if abs(factor + 2) < CLEAR else f"multiplied by {times}{words}{known}"
         return Cause("output scaled", what, "output", fix)
     if name == "bias":
         fix = "Add the output's bias once."

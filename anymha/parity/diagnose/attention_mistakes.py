@@ -290,32 +290,97 @@ def _other_base(recipe: Recipe) -> Iterator[Family]:
         yield Family(make, (0.999 * log, log, 1.001 * log), lambda _, words=words: words)
 
 
+def _absolute(p: np.ndarray) -> np.ndarray:
+    return p
+
+
+def _of_greatest(p: np.ndarray) -> np.ndarray:
+    """Parts of the greatest of a row."""
+    most = p.max(-1, keepdims=True)
+    return p / np.where(most > 0, most, 1.0)
+
+
+def _not_before(p: np.ndarray) -> np.ndarray:
+    """What is left of a row's sum by all that are greater, 1 for the greatest."""
+    order = np.argsort(-p, axis=-1, kind="stable")
+    sorted_ = np.take_along_axis(p, order, -1)
+    left = np.empty_like(p)
+    np.put_along_axis(left, order, 1 - (np.cumsum(sorted_, -1) - sorted_), -1)
+    return left
+
+
+_CUTS: tuple[tuple[Callable[[np.ndarray], np.ndarray], Callable[[float], str]], ...] = (
+    (_absolute, lambda c: f"probabilities below {c:.4g} set to zero"),
+    (
+        _of_greatest,
+        lambda c: f"probabilities below {c:.4g} times a row's greatest set to zero",
+    ),
+    (_not_before, lambda c: f"the greatest of a row alone kept, until they add up to {1 - c:.4g}"),
+)
+"""By what probabilities are cut, and the words for where."""
+
+
+_USUAL_CUTS = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+"""Where probabilities are cut most often; from the measured places between two of them, no slope
+leads to another."""
+
+
 def _cut(recipe: Recipe) -> Iterator[Family]:
     """Probabilities below a number are zero; what is left is divided by its sum, or not."""
-    shares = np.unique(recipe.stages["probabilities"])
-    for again in False, True:
+    for (size, told), again in itertools.product(_CUTS, (False, True)):
+        sizes = np.unique(size(recipe.stages["probabilities"]))
 
-        def make(power: float, again: bool = again) -> Recipe:
+        def make(
+            power: float, again: bool = again, size: Callable[[np.ndarray], np.ndarray] = size
+        ) -> Recipe:
             def kept(p: np.ndarray) -> np.ndarray:
-                cut = np.where(p < math.exp(power), 0.0, p)
+                cut = np.where(size(p) < math.exp(power), 0.0, p)
                 return _divided(cut) if again else cut
 
             return _changed_shares(recipe, kept)
 
-        def words(power: float, again: bool = again) -> str:
+        def words(
+            power: float, again: bool = again, sizes: np.ndarray = sizes,
+            told: Callable[[float], str] = told,
+        ) -> str:  # fmt: skip
             cut = math.exp(power)
-            at = np.searchsorted(shares, cut)
-            least, most = shares[max(at - 1, 0)], shares[min(at, len(shares) - 1)]
+            at = np.searchsorted(sizes, cut)
+            least, most = sizes[max(at - 1, 0)], sizes[min(at, len(sizes) - 1)]
             short = (float(f"{cut:.{digits}g}") for digits in range(1, 9))
-            told = next((one for one in short if least < one <= most), cut)
             rest = ", the others divided by their sum" if again else ""
-            return f"probabilities below {told:.4g} set to zero{rest}"
+            return told(next((one for one in short if least < one <= most), cut)) + rest
 
-        yield Family(make, tuple(np.linspace(-9, -0.25, 36)), words)
+        usual = np.log([*_USUAL_CUTS, 1 / max(recipe.lengths[2], 2)])
+        yield Family(make, tuple(np.union1d(np.linspace(-9, -0.25, 36), usual)), words)
+
+
+def _clamped(recipe: Recipe) -> Iterator[Family]:
+    """Probabilities of at least or at most a number, hidden keys too or not."""
+    ways: Mapping[str, Callable[..., np.ndarray]] = {
+        "at least {}": lambda p, seen, c: np.maximum(p, c),
+        "at least {}, where keys are seen": lambda p, seen, c: np.where(seen, np.maximum(p, c), p),
+        "at most {}": lambda p, seen, c: np.minimum(p, c),
+    }
+    for (told, clamp), again in itertools.product(ways.items(), (False, True)):
+
+        def make(
+            power: float, again: bool = again, clamp: Callable[..., np.ndarray] = clamp
+        ) -> Recipe:
+            def within(p: np.ndarray, seen: np.ndarray) -> np.ndarray:
+                clamped = clamp(p, seen, math.exp(power))
+                return _divided(clamped) if again else clamped
+
+            return _changed_shares(recipe, within, seen=True)
+
+        def words(power: float, again: bool = again, told: str = told) -> str:
+            bound = told.format(number(math.exp(power)))
+            return f"probabilities clamped to {bound}" + ", and divided by their sum" * again
+
+        yield Family(make, tuple(np.linspace(-14, -0.1, 19)), words)
 
 
 def _shares_measured(recipe: Recipe) -> Iterator[Family]:
-    every = (_denominator, _added, _power, _other_base, _cut)
+    every = (_denominator, _added, _power, _other_base, _cut, _clamped)
     return itertools.chain.from_iterable(make(recipe) for make in every)
 
 
@@ -378,7 +443,7 @@ _LEAST = tuple(10.0**-n for n in range(3, 13))
 
 _SUMS = {(2,): "the queries", (1,): "the heads", (0,): "the batch", (2, 3): "the queries and keys",
          (1, 2): "the heads and queries", (0, 1): "the batch and heads",
-         (0, 2): "the batch and queries",
+         (0, 2): "the batch and queries", (0, 3): "the batch and keys",
          (1, 3): "the heads and keys", (1, 2, 3): "heads, queries and keys",
          (0, 1, 2, 3): "all numbers"}  # fmt: skip
 """The axes over which a sum without the right one runs, in words."""
@@ -418,9 +483,6 @@ def _other_softmax(recipe: Recipe) -> Variants:
         ),
         "all keys alike": _shares(lambda x: np.where(np.isneginf(x), 0.0, 1.0)),
         "the greatest alone": _shares(lambda x: np.where(x == 0, 1.0, 0.0)),
-        "divided by the sum over the queries and keys": _of_logits(_over((2, 3))),
-        "divided by the sum over the heads and keys": _of_logits(_over((1, 3))),
-        "divided by the sum over the batch and keys": _of_logits(_over((0, 3))),
     }
     for words, step in steps.items():
         yield words, _with_shares(recipe, step)
@@ -467,7 +529,8 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
     for axes, words in _SUMS.items():
         each = _with_shares(recipe, _of_logits(_over(axes, of_row=True)))
         yield f"divided by the sum over {words}, less the maximum of each row", each
-        yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
+        if len(axes) == 1:
+            yield f"divided by the sum over {words}", _with_shares(recipe, _of_logits(_over(axes)))
     for count in range(1, min(recipe.lengths[2], MOST_KEPT)):
 
         def greatest(p: np.ndarray, count: int = count) -> np.ndarray:
@@ -623,6 +686,9 @@ def _other_axis(recipe: Recipe) -> Variants:
                 return softmax(np.maximum(logits, -1e30) if alike else logits, axis)
 
             yield f"over the {words}{rest}", recipe.stepping("probabilities", step)
+    for axes, words in _SUMS.items():
+        if len(axes) > 1:
+            yield f"over {words} jointly", _with_shares(recipe, _of_logits(_over(axes)))
 
 
 def _transposed(recipe: Recipe) -> Variants:

@@ -15,10 +15,14 @@ from anymha.parity.oracle.recipe import (
     Recipe,
     Step,
     Variants,
+    allowed,
     einsum,
     reads,
     softmax,
 )
+
+MOST_LOGITS = 1 << 20
+"""Where all sequences have no more logits with the keys of all, these are computed."""
 
 NORM_EPS = (1e-5, 1e-6, 1e-3, 1e-12)
 """What is added to the variance in layers that normalize."""
@@ -136,6 +140,16 @@ def _split_usually(recipe: Recipe) -> Variants:
         yield _of(names) + _words(written, read), wrong
 
 
+def _folded_in_the_batch(recipe: Recipe) -> Variants:
+    """Heads folded in the batch, in one order of the two in one place and another in the rest."""
+    for names in (("key",), ("value",), ("key", "value"), ("query",)):
+        for written, read in (("HBTd", "BHTd"), ("BHTd", "HBTd")):
+            wrong = recipe
+            for name in names:
+                wrong = wrong.stepping(name, _read(recipe.steps[name], written, read))
+            yield _of(names) + _words(written, read), wrong
+
+
 def _merged(recipe: Recipe) -> Variants:
     """The context's memory read in another order of axes as heads are merged."""
     own = recipe.steps["context"]
@@ -238,12 +252,46 @@ def _other_sequences(recipe: Recipe) -> Variants:
         orders[f"the first {parts}, tiled"] = rows % parts
         orders[f"the first {parts}, repeated"] = rows // (count // parts)
         orders[f"the first of each {count // parts}"] = rows - rows % (count // parts)
+    yield from _of_all_sequences(recipe)
     for words, order in orders.items():
         for names in (("key", "value"), ("query", "key", "value"), ("query",), ("key",),
                       ("value",)):  # fmt: skip
             inputs = {n: x[order] if n in names else x for n, x in recipe.inputs.items()}
             yield f"{' and '.join(names)}: {words}", recipe.but(inputs=inputs)
         yield f"output: {words}", recipe.after(("output",), lambda x, order=order: x[order])
+
+
+ALL = "each query sees the keys of all sequences"
+
+
+def _of_all_sequences(recipe: Recipe) -> Variants:
+    """Each query sees the keys of all sequences, as of a batch that is laid end to end."""
+    batch, queries, keys = recipe.lengths
+    plain = recipe.bias is recipe.kept is recipe.decoded is recipe.segments is None
+    if batch == 1 or not plain or batch * recipe.stages["logits"].size > MOST_LOGITS:
+        return
+
+    def whole(x: np.ndarray) -> np.ndarray:
+        """What all sequences have, one after another."""
+        x = np.broadcast_to(x, (batch, *x.shape[1:]))
+        return np.broadcast_to(x.reshape(1, -1, *x.shape[2:]), (batch, batch * keys, *x.shape[2:]))
+
+    inputs = {n: x if n == "query" else whole(x) for n, x in recipe.inputs.items()}
+    places = {"positions": recipe.places("query"), "key_positions": whole(recipe.places("key"))}
+    masks = recipe.masks.items()
+    moved = recipe.window is not None or (recipe.offset is not None and np.any(recipe.offset))
+    if all(m.shape[1:3] == (1, 1) for _, m in masks) and not moved:
+        rows = {
+            n: np.broadcast_to(m, (batch, 1, 1, keys)).reshape(1, 1, 1, -1) for n, m in masks
+        }  # fmt: skip
+        end_to_end = {"inputs": inputs, "masks": rows, "offset": queries * np.arange(batch)}
+        yield f"{ALL}, laid end to end", recipe.but(**end_to_end, **places)
+        if recipe.sections:
+            yield f"{ALL}, laid end to end, and positions go on", recipe.but(**end_to_end)
+    seen = np.broadcast_to(allowed(recipe), (batch, *allowed(recipe).shape[1:3], keys))
+    tiled = {"masks": {"all": np.tile(seen, batch)}, "causal": False, "window": None}
+    if masks or moved or recipe.causal:
+        yield f"{ALL}, as it sees its own", recipe.but(inputs=inputs, **tiled, **places)
 
 
 def _folded(length: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
@@ -316,7 +364,7 @@ MISTAKES: tuple[Row, ...] = (
       for make in (_merged_usually, _merged)),
     *(("heads split wrongly", "Reshape to (B, T, H, d), then exchange the axes to "
        "(B, H, T, d).", make, no_families, make is _split)
-      for make in (_split_usually, _split)),
+      for make in (_split_usually, _folded_in_the_batch, _split)),
     ("in another order of positions", "Leave positions, sequences and features in their order.",
      _reversed, no_families, True),
     ("another sequence of the batch", "Each sequence of the batch attends over its own keys and "

@@ -471,19 +471,29 @@ def _turned_again(recipe: Recipe, facts: Decoded) -> Variants:
     old, behind_first = number[:, None] > calls, (number > 0)[:, None]
     both = number[:, None] >= calls
     # Of whom, when, which calls turn which keys (calls, T), and whether they stay turned.
+    single = (np.bincount(calls) == 1)[:, None]
+    some = behind_first & single & np.any(behind_first & ~single)  # else it is each call
+    of_one = "in calls of one position"
+    newest = old & (places[:, None] == begins[..., None] - 1)
     turned = (
         ("what is held", "in each call", old, True),
+        ("what is held", of_one, old & some, True),
+        ("the newest that is held", "in each call", newest, True),
         ("old and new keys", "in each call after the first", both & behind_first, True),
         ("old and new keys", "in each call", both, True),
+        ("old and new keys", of_one, both & some, True),
         ("those of the first call", "after it", old & (number == 1)[:, None], True),
         ("old and new keys", "in the second call", both & (number == 1)[:, None], True),
         ("what is held", "as it is read", old, False),
+        ("what is held", f"as it is read {of_one}", old & some, False),
         ("old and new keys", "as they are read after the first call", both & behind_first, False),
         ("old and new keys", "as they are read", both, False),
     )
     begun = {"turned again": places, "turned back": places,
              "held without rotation, turned": 0 * places}  # fmt: skip
     for of, when, which, kept in turned:
+        if not np.any(which):
+            continue
         # By one angle for all as they are read: that are the queries' positions.
         for words, angles in by.items() if kept else [*by.items()][:1]:
             steps = angles * which

@@ -26,6 +26,7 @@ from anymha.parity.diagnose.own_weights import (
 )
 from anymha.parity.diagnose.pairs import promising_pairs, usual_pairs
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
+from anymha.parity.diagnose.running_sums import rounded_sums
 from anymha.parity.diagnose.trials import Trial, Trials, best, first_change, in_order, in_time
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.stages.structure import distance, is_masked
@@ -148,7 +149,8 @@ class Search(Trials):
             places = rounded_places(self.recipe, self.evidence)
             if places is not None:
                 return Diagnosis((places[0],), *places[1:])
-            rounded = rounded_cause(self.recipe, self.evidence)
+            rounded = rounded_sums(self.recipe, self.evidence) or rounded_cause(
+                self.recipe, self.evidence)  # fmt: skip
         return rounded and Diagnosis((rounded[0],), rounded[1], (), rounded[2])
 
     def _of_weights(self) -> Diagnosis | None:

@@ -54,7 +54,7 @@ def diagnose_gradients(
         gradients = folded.shaped(gradients_of(folded.recipe, flat, changes))
         return _joined(gradients, reference, names)
 
-    most = min(max(LEFT[0], 32 * max(eps(computed_dtype(trace)) for trace in traces)), LEFT[1])
+    most = _most(traces)
     right, got = (_joined(side, reference, names) for side in (reference, candidate))
     known = set(names) <= set(folded.shaped(gradients_of(folded.recipe, flat, {})))
     found: list[tuple[float, Cause]] = []
@@ -63,7 +63,8 @@ def diagnose_gradients(
         scale = folded.recipe.scale
         own = _each_scaled(reference, candidate, names)
         searches = (
-            lambda: (*_models(exact, vector, got, scale), *_unmasked(folded.recipe, vector), own,
+            lambda: (*_models(exact, vector, got, scale), *_row_terms(folded.recipe, vector, got),
+                     *_unmasked(folded.recipe, vector), own,
                      *_each_clipped(reference, candidate, names)),
             lambda: _clipped(vector, got),
         )  # fmt: skip
@@ -166,6 +167,48 @@ def _clipped(
                 yield CLIPPED, detail, theirs(power)
 
 
+def _most(traces: tuple[Trace, Trace]) -> float:
+    """The greatest part of the differences that a mistake may leave."""
+    return min(max(LEFT[0], 32 * max(eps(computed_dtype(trace)) for trace in traces)), LEFT[1])
+
+
+def gradients_of_inputs(first: str, traces: tuple[Trace, Trace]) -> Diagnosis:
+    """Why gradients of inputs alone differ, where no weights are known.
+
+    What comes through the keys alone is told from what comes through the values: each row of the
+    softmax's derivative adds up to zero, so the gradient of unturned keys does over the positions.
+    """
+    reference, candidate = ({n: a.astype(np.float64) for n, a in trace.gradients.items()}
+                            for trace in traces)  # fmt: skip
+    names = [n for n in reference if n in candidate and reference[n].shape == candidate[n].shape]
+    right, got = (_joined(side, reference, names) for side in (reference, candidate))
+    most = _most(traces)
+
+    def explains(theirs: np.ndarray) -> bool:
+        return bool(np.linalg.norm(got - theirs) <= most * np.linalg.norm(got - right))
+
+    name, detail, theirs = _each_scaled(reference, candidate, names)
+    if explains(theirs):
+        return Diagnosis((Cause(name, detail, first, FIX),), 0.0)
+    shared = "value" if "value" in names else "query"  # the input that is the keys' too
+    others = {**reference, shared: candidate.get(shared, np.zeros(0))}
+    if "key" in names or shared not in names or not explains(_joined(others, reference, names)):
+        return gradients_alone(first)
+    whole, rest, lost = (
+        float(np.linalg.norm(np.sum(a, axis=-2)))
+        for a in (reference[shared], candidate[shared], reference[shared] - candidate[shared])
+    )
+    if rest <= most * whole and shared == "value":
+        detail = ("no gradient flows through the value: that of value adds up to zero over the "
+                  "positions, as that through the keys alone")  # fmt: skip
+    elif lost <= most * whole:
+        detail = (f"that through the key is lost or has a factor: what that of {shared} lacks adds "
+                  "up to zero over the positions")  # fmt: skip
+    else:
+        return gradients_alone(first)
+    return Diagnosis((Cause("gradient detached", detail, first, FIX),), 0.0)
+
+
 def gradients_alone(first: str) -> Diagnosis:
     """All that the forward pass gives agrees, and gradients differ, this one first."""
     fix = ("The forward pass agrees: look for a tensor that is detached, a gradient of your own, "
@@ -246,6 +289,55 @@ def _models(
                 return seen(p) * change(p, seen(p) * g)
 
             yield "wrong jacobian", words + where, vector({"softmax": softmax})
+
+
+def _row_terms(
+    recipe: Recipe, vector: Callable[[Changes], np.ndarray], got: np.ndarray
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """A softmax's derivative p * (dp - delta) with a wrong delta, the number of each row."""
+    seen: Arrays = {}
+
+    def look(gradient: np.ndarray) -> np.ndarray:
+        seen["dy"] = gradient
+        return gradient
+
+    vector({"context": look})
+    y, dy = (np.swapaxes(a, 1, 2) for a in (recipe.stages["context"], seen["dy"]))  # (B, H, T, d)
+    p, right = recipe.stages["probabilities"], np.sum(y * dy, -1, keepdims=True)
+    deltas = {
+        "the sum of the context without its gradient": y.sum(-1, keepdims=True),
+        "the sum of the context's gradient without the context": dy.sum(-1, keepdims=True),
+        "the sum of the context's squares": np.sum(y * y, -1, keepdims=True),
+        "the sum of the squares of the context's gradient": np.sum(dy * dy, -1, keepdims=True),
+        "the mean over the width, not the sum": right / y.shape[-1],
+        "that of all heads together": right.sum(1, keepdims=True) + 0 * right,
+        "the mean of all heads": right.mean(1, keepdims=True) + 0 * right,
+        "that of all queries together": right.sum(2, keepdims=True) + 0 * right,
+        "the mean of all queries": right.mean(2, keepdims=True) + 0 * right,
+        "that of the query before": np.roll(right, 1, 2),
+        "that of the next query": np.roll(right, -1, 2),
+        "that of the head before": np.roll(right, 1, 1),
+        "that of the next head": np.roll(right, -1, 1),
+        "that of the sequence before": np.roll(right, 1, 0),
+        "its absolute value": np.abs(right),
+        "multiplied by the scale": recipe.scale * right,
+        "divided by the scale": right / (recipe.scale or 1.0),
+    }
+    without = vector({"softmax": lambda p, g: p * g})
+    for words, delta in deltas.items():
+        theirs = vector({"softmax": lambda p, g, delta=delta: p * (g - delta)})
+        yield "wrong jacobian", f"the delta of the softmax's derivative is {words}", theirs
+    part = without - vector({"softmax": lambda p, g: p * (g - right)})
+    factor = float((without - got) @ part / (float(part @ part) or 1.0))
+    words = f"the delta of the softmax's derivative is multiplied by {number(factor)}"
+    yield "wrong jacobian", words, without - factor * part
+    top = np.max(p, -1, keepdims=True)
+    made = p / np.where(top > 0, top, 1.0)
+    kept = 1.0 if recipe.kept is None else recipe.kept
+    every: Changes = {"softmax": lambda p, g: made * (g - np.sum(p * g, -1, keepdims=True)),
+                      "weights of value": lambda _: made * kept}  # fmt: skip
+    yield ("wrong jacobian", "the probabilities are made anew without their sum",
+           vector(every))  # fmt: skip
 
 
 def _unmasked(

@@ -109,10 +109,22 @@ def _offset(recipe: Recipe) -> np.ndarray:
     return np.zeros(1, int) if recipe.offset is None else recipe.offset
 
 
+def _counts_from_an_offset(recipe: Recipe) -> bool:
+    positions = recipe.causal or recipe.window is not None
+    return positions and bool(np.any(_offset(recipe)))
+
+
 def _other_corner(recipe: Recipe) -> Mapping[str, Any]:
     """The last query aligned with the last key, in place of the first with the first."""
     _, queries, keys = recipe.lengths
-    return {} if queries == keys else {"": {"offset": _offset(recipe) + keys - queries}}
+    if queries == keys:
+        return {}
+    own, later = _offset(recipe), keys - queries
+    every = {"": own + later}
+    if np.any(own):
+        every["without the query offset"] = 0 * own + later
+        every["the offset subtracted"] = later - own
+    return {words: {"offset": offset} for words, offset in every.items()}
 
 
 def _not_causal(recipe: Recipe) -> Mapping[str, Any]:
@@ -150,15 +162,54 @@ def _causal_shifted(recipe: Recipe) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+def _offset_ignored(recipe: Recipe) -> Mapping[str, Any]:
+    return _by_masks_or_all(recipe, {"": None})
+
+
 def _offset_wrong(recipe: Recipe) -> Mapping[str, Any]:
+    own = _offset(recipe)
+    every = {"subtracted, not added": -own, "added twice": 2 * own}
+    if len(own) > 1:
+        every |= {f"that of the {words} for all": 0 * own + one for words, one in (
+            ("first sequence", own[0]), ("last sequence", own[-1]), ("longest", own.max()),
+            ("shortest", own.min()))}  # fmt: skip
+    return _by_masks_or_all(recipe, every)
+
+
+def _by_masks_or_all(recipe: Recipe, offsets: Mapping[str, np.ndarray | None]) -> Mapping[str, Any]:
     """Other offsets, of masks and positions or of masks alone."""
     right = recipe.positions if recipe.positions is not None else recipe.places("query")
-    every: dict[str, dict[str, Any]] = {"": {"offset": None}}
-    every["subtracted, not added"] = {"offset": -_offset(recipe)}
+    every: dict[str, dict[str, Any]] = {words: {"offset": own} for words, own in offsets.items()}
     if recipe.options.keys() & {"rotary", "alibi"}:
         every |= {f"{words or 'ignored'}, by the masks alone": {**one, "positions": right}
                   for words, one in every.items()}  # fmt: skip
     return every
+
+
+def _own_key(recipe: Recipe) -> np.ndarray:
+    """Where a key stands at a query's own position."""
+    queries, keys = _counted(recipe)
+    return queries == keys
+
+
+def _own_hidden(recipe: Recipe) -> Mapping[str, Any]:
+    """Each query's own key hidden, as in a shared projection of queries and keys."""
+    if recipe.causal:  # then the border of the causal rule is off by one
+        return {}
+    own, right = _own_key(recipe), allowed(recipe)
+    rest = right & ~own
+    alone = right & own & ~rest.any(-1, keepdims=True)
+    every = {
+        "": rest,
+        **({"but where it is all that is seen": rest | alone} if alone.any() else {}),
+    }
+    return {words: {"masks": {**recipe.masks, "own": seen}} for words, seen in every.items()}
+
+
+def _own_seen(recipe: Recipe) -> Mapping[str, Any]:
+    """Each query's own key seen, whatever masks hide."""
+    seen = allowed(recipe) | _own_key(recipe)
+    return {"": {"masks": {"own": seen}, "causal": False, "window": None}}
 
 
 def _window_shifted(recipe: Recipe) -> Mapping[str, Any]:
@@ -371,6 +422,35 @@ def _evenly_by_position(recipe: Recipe, stages: Arrays) -> np.ndarray:
 
 def _unmasked(recipe: Recipe, stages: Arrays) -> np.ndarray:
     return softmax(stages["logits"] if recipe.bias is None else stages["logits"] + recipe.bias)
+
+
+def _at(place: Callable[[Recipe], np.ndarray]) -> Step:
+    """All of the weight on one key of each row: on that where `place` is 1."""
+    return lambda recipe, stages: np.broadcast_to(
+        np.where(place(recipe), 1.0, 0.0), stages["logits"].shape)  # fmt: skip
+
+
+def _by_position_alone(recipe: Recipe) -> Variants:
+    """Rows that see nothing show what a causal rule or a window does, without other masks."""
+
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        free = recipe.but(masks={})
+        return softmax(free.steps["masked_logits"](free, stages))
+
+    if recipe.causal or recipe.window is not None:
+        yield from _empty_rows({"all that position lets them see": step})(recipe)
+
+
+def _after_the_bias(recipe: Recipe) -> Variants:
+    """Zeros after the output in rows that see nothing, without the output's bias or with NaN."""
+    empty = _empty(recipe).all(1)  # [B, T, 1]
+    if np.any(empty):
+        for words, other in (("zeros after the output, without its bias", 0.0),
+                             ("NaN after the output", np.nan)):  # fmt: skip
+            yield words, recipe.after(("output",), lambda y, to=other: np.where(empty, to, y))
+        if recipe.inputs["query"].shape == recipe.stages["output"].shape:
+            x = recipe.inputs["query"]
+            yield "the query itself", recipe.after(("output",), lambda y: np.where(empty, x, y))
 
 
 _ROWS: Mapping[str, Step] = {
@@ -741,8 +821,9 @@ MISTAKES: tuple[Row, ...] = (
     ("causal mask reversed", "Query i sees keys j <= i, not j >= i: take the "
      "lower triangle.", with_empty_rows(fields(lambda r: r.causal, _causal_reversed))),
     ("query offset ignored", "Add the offset to the positions of the queries.",
-     with_empty_rows(fields(lambda r: (r.causal or r.window is not None) and np.any(_offset(r)),
-                            _offset_wrong))),
+     with_empty_rows(fields(_counts_from_an_offset, _offset_ignored))),
+    ("wrong query offset", "Add the offset to the positions of the queries once, each sequence's "
+     "own.", with_empty_rows(fields(_counts_from_an_offset, _offset_wrong))),
     ("window off by one", "A window of W is |i - j| < W: libraries that count "
      "without the query itself take W - 1.",
      with_empty_rows(fields(lambda r: r.window is not None, _window_shifted))),
@@ -772,6 +853,18 @@ MISTAKES: tuple[Row, ...] = (
     ("fully masked rows are not masked", "A query that sees nothing gives zeros "
      "in anymha; here its mask shifts such a row by a constant, which a softmax ignores.",
      _empty_rows({"": _unmasked})),
+    *(("fully masked rows are given a key", "A query that sees nothing gives zeros in anymha: show "
+       "it no key in place of that, or leave such rows out of the comparison.", make)
+      for make in (_empty_rows({
+          "the first key": _at(lambda r: np.arange(r.lengths[2]) == 0),
+          "the last key": _at(lambda r: np.arange(r.lengths[2]) == r.lengths[2] - 1),
+          "their own key": _at(_own_key)}), _by_position_alone)),
+    ("fully masked rows without the output's bias", "A query that sees nothing has a context of "
+     "zeros, so its output is the bias of the output: zero nothing after it.", _after_the_bias),
+    ("own key hidden", "A query sees its own key unless a mask hides it: leave the diagonal out of "
+     "the mask.", with_empty_rows(fields(lambda r: True, _own_hidden))),
+    ("own key seen in spite of the mask", "A query sees its own key only where no mask hides it: "
+     "set no diagonal.", fields(lambda r: True, _own_seen)),
     ("mask applied wrongly", "Hide with -inf, before the softmax: a finite number lets hidden "
      "positions be seen, and zeros take part in the softmax.", _elsewhere, _weak),
     ("mask of other positions", "Give each sequence, head, query and key its own place in the "

@@ -48,7 +48,7 @@ def measured_mask(recipe: Recipe, reported: Arrays) -> tuple[Cause, Recipe] | No
     wrong = recipe.but(masks={"measured": seen[:, None]}, causal=False, window=None)
     fix = "Give each sequence, head, query and key its own place in the mask."
     name = "mask of other positions"
-    return Cause(name, _words(seen, right[:, 0]), "masked_logits", fix), wrong
+    return Cause(name, _words(recipe, seen, right[:, 0]), "masked_logits", fix), wrong
 
 
 def _context(recipe: Recipe, reported: Arrays) -> np.ndarray | None:
@@ -67,7 +67,7 @@ def _context(recipe: Recipe, reported: Arrays) -> np.ndarray | None:
     return (rest @ np.linalg.pinv(flat)).reshape(exact.shape)
 
 
-def _words(seen: np.ndarray, right: np.ndarray) -> str:
+def _words(recipe: Recipe, seen: np.ndarray, right: np.ndarray) -> str:
     """What differs, for the first row that does."""
     rows = np.argwhere((seen != right).any(-1))
     sequence, query = map(int, rows[0])
@@ -76,7 +76,38 @@ def _words(seen: np.ndarray, right: np.ndarray) -> str:
     words = [f"sees {_places(extra)} too"] if extra.size else []
     words += [f"does not see {_places(fewer)}"] if fewer.size else []
     return (f"measured: query {query} of sequence {sequence} {' and '.join(words)}; "
-            f"{len(rows)} of {right.shape[0] * right.shape[1]} rows differ")  # fmt: skip
+            f"{len(rows)} of {right.shape[0] * right.shape[1]} rows differ"
+            f"{_pattern(recipe, seen, right)}")  # fmt: skip
+
+
+def _pattern(recipe: Recipe, seen: np.ndarray, right: np.ndarray) -> str:
+    """What all rows that differ have in common, where it is one of a few patterns."""
+    queries, keys = right.shape[1:]
+    place, other = np.arange(queries)[:, None], np.arange(keys)
+    patterns = {"its own key": place == other, "the first key": other == 0,
+                "the last key": other == keys - 1, "the next key": other == place + 1,
+                "the key before": other == place - 1, "all keys that follow": other > place,
+                "all keys before": other < place, "all keys up to its own": other <= place,
+                "all keys": other >= 0}  # fmt: skip
+    differ, empty = (seen != right).any(-1), ~right.any(-1)
+    if not seen[differ].any():
+        return ", all of which see nothing"
+    nothing = np.array_equal(differ & empty, differ)
+    for words, pattern in patterns.items():
+        shown, hidden = (np.where(differ[..., None], a, right)
+                         for a in (right | pattern, right & ~pattern))  # fmt: skip
+        if np.array_equal(seen, shown):
+            own = words.replace("its", "their") if nothing else words
+            which = "the rows that see nothing are" if nothing else "each is"
+            return f", {which} given {own}"
+        if np.array_equal(seen, hidden):
+            return f", {words} hidden from each"
+    free = allowed(recipe.but(causal=False))[:, 0]
+    for offset in range(-queries, keys) if recipe.causal else ():
+        if np.all(seen == free & (other <= place + offset)):
+            return f", as of a causal rule that lets query i see keys j <= i + {offset}"
+    alike = np.all(seen == seen[:, :1])
+    return ", all rows of a sequence see the same keys" if alike else ""
 
 
 def _places(places: np.ndarray) -> str:

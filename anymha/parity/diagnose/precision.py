@@ -76,7 +76,7 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, Rec
         most = WIDE_GREATER if computed else GREATER
         if not (all(sizes) and 1 / most < sizes[0] / sizes[1] < most and sizes[1] < rough):
             continue
-        left = _remaining(evidence, wrong, expected, dtype)
+        left = remaining(evidence, wrong, expected, dtype)
         nearer = wide or evidence.distance(wrong) < sizes[0]
         if not (left <= 1 and nearer):
             continue
@@ -93,7 +93,7 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, Rec
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
-def _remaining(evidence: Evidence, wrong: Recipe, expected: str, dtype: str) -> float:
+def remaining(evidence: Evidence, wrong: Recipe, expected: str, dtype: str) -> float:
     """The greatest error beside a rounding, as a share of what numbers of its format explain."""
     bits = dtype.removeprefix("int")
     coarse = 2.0 ** (1 - int(bits)) if bits != dtype else eps(
@@ -112,7 +112,7 @@ def _is_of_float32(output: np.ndarray | None) -> bool:
 def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, Recipe]]:
     """The dtype, what is rounded if not all, and the recipe where it is."""
     recipe = _joined(recipe)
-    for dtype, rounding in _dtypes(expected):
+    for dtype, rounding in formats(expected):
         weights = {name: rounding(w) for name, w in recipe.weights.items()}
         inputs = {name: rounding(x) for name, x in recipe.inputs.items()}
         everything = recipe.but(weights=weights, inputs=inputs)
@@ -211,13 +211,13 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     others = tuple(dict.fromkeys(one.name for share, one, _ in found
                                  if one.name != form.name and share <= 1.5 * least))  # fmt: skip
     wrong = _with_rounded(recipe, form, chosen)
-    remaining = _remaining(evidence, wrong, expected, form.name)
-    if not remaining <= 1:
+    rest = remaining(evidence, wrong, expected, form.name)
+    if not rest <= 1:
         return None
     places = [place for group in _places(recipe) for place in group if place in chosen]
     name, detail, stage = _named(recipe, form, places)
     fix = f"The reference computes in {expected}, with weights and stages as they are."
-    return Cause(name, detail, stage, fix), remaining, others, wrong
+    return Cause(name, detail, stage, fix), rest, others, wrong
 
 
 def rounded_alone(recipe: Recipe, evidence: Evidence) -> Iterator[tuple[Cause, Recipe]]:
@@ -242,7 +242,7 @@ def _theirs(recipe: Recipe, evidence: Evidence, expected: str) -> float:
 
 def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
     half: Rounding = partial(_cast, dtype=np.dtype(getattr(ml_dtypes, expected, expected)))
-    for dtype, rounding in _dtypes(expected):
+    for dtype, rounding in formats(expected):
         half_first = ((half, True), (half, False)) if BITS[expected] == 16 else ()
         for first in (*half_first, None):
             yield _Format(dtype, "", lambda _, w, to=rounding: to(w), rounding, first)
@@ -417,7 +417,7 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     return f"{verb} to {to}", "; ".join([*more, listed(places)]), stage
 
 
-def _dtypes(expected: str) -> Iterator[tuple[str, Rounding]]:
+def formats(expected: str) -> Iterator[tuple[str, Rounding]]:
     """The formats of fewer bits than the expected dtype, the widest first."""
     for dtype in ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
         if eps(dtype) > eps(expected):

@@ -16,6 +16,7 @@ from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import Family, fitted
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
+from anymha.parity.diagnose.scaled_stages import scaled_stages
 from anymha.parity.diagnose.scaled_weights import scaled_weights
 from anymha.parity.oracle.recipe import Arrays, Recipe
 from anymha.parity.stages.structure import distance
@@ -124,7 +125,8 @@ class Trials:
                 found = fitted(family, evidence, before)
                 if found is not None:
                     yield self._judged(recipe, mistake, *found, rank=1)
-        sums = itertools.chain(around(recipe, self.reported), head_maps(recipe, self.reported))
+        ways = around, head_maps, scaled_stages
+        sums = itertools.chain.from_iterable(way(recipe, self.reported) for way in ways)
         for causes, wrong in sums:
             if causes[0].name != skip:
                 yield self.weighed(recipe, causes, wrong, 1)
