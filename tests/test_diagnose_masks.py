@@ -104,6 +104,12 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
                            "(masks joined by or, not by and: `attention_mask` and `value_mask`)"),
     "blocks": (lambda: (np.arange(LENGTH) // 3 <= np.arange(LENGTH)[:, None] // 3)[None, None],
                CAUSAL, "causal mask by blocks (of 3, each query sees its own block and those"),
+    "tiles": (lambda: TRIL & (np.arange(LENGTH) // 3 * 3
+                              <= np.arange(LENGTH)[:, None] // 4 * 4),
+              CAUSAL, "causal mask by blocks (tiles of 4 queries and 3 keys: those that begin"),
+    "reduced": (lambda attention_mask: attention_mask.any(1)[:, None, None],
+                {"attention_mask": SEEN & (np.arange(LENGTH) < 6)},
+                "(the mask, reduced over the queries: what one of them sees is seen)"),
     "edges": (lambda segment_ids: pieces(segment_ids), {"segment_ids": IDS, **CAUSAL},
               "segment ids shifted by one (segments begin one position early, each has the id"),
     "ends": (lambda segment_ids: without_last(np.where(segment_ids == 0, -1, segment_ids)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anymha.cli.main import main
-from anymha.parity import compare
+from anymha.parity import compare, declare
 from tests.frameworks import required
 
 torch = required("torch")
@@ -283,3 +283,19 @@ def test_the_command_line_gives_a_backend_the_weights_of_a_module(
     assert "4 heads of 4: as many as it says" in out
     status, _, err = run("silent")
     assert (status, "must get the weights of" in err) == (2, True)
+
+
+def test_a_module_that_has_other_weights_than_were_declared_is_told() -> None:
+    reference = made("W", tell=True)
+    low = made("W", tell=True)
+    with torch.no_grad():
+        low.W_v.weight += 0.1 * torch.outer(torch.arange(16.0), torch.ones(16))
+    weights = {name.replace("W_", ""): x for name, x in reference.state_dict().items()}
+    names = {"layout": "transformers.mpnet", "num_heads": 4}
+    right = declare(reference, weights, **names)
+    other = made("W", tell=True)
+    with torch.no_grad():
+        other.W_v.weight.copy_(torch.randn(16, 16, generator=torch.manual_seed(1)) / 4)
+    for candidate, words in ((low, "rank 1"), (other, "value.kernel")):
+        report = compare(right, declare(candidate, weights, **names), X)
+        assert words in str(report.diagnosis), report.to_text()

@@ -154,8 +154,10 @@ def _with_proven_weights(comparison: Comparison, one: Adapter, other: Adapter) -
         whose = proven(one, request, first)
         if whose is not None:
             one, other = whose.adapter, whose.alike(other)
-    else:
-        whose = proven(other, request, second) if second.weights is None else None
+    else:  # a candidate may have others than it was declared to have
+        whose, own = None, getattr(other, "state", None)
+        if first.weights is not None and own is None:
+            whose = proven(other, request, second, first.config)
         if whose is not None:
             other = whose.adapter
     if whose is None:

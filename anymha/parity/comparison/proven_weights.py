@@ -19,6 +19,7 @@ import numpy as np
 from anymha.attention.features.rotary import LAYOUTS, Rotary
 from anymha.errors import AnymhaError
 from anymha.interchange.detect import find_layers
+from anymha.options.config import AttentionConfig
 from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
 from anymha.parity.adapters.function import Function
 from anymha.parity.adapters.module_state import has_state, state_of
@@ -85,24 +86,29 @@ class Reading:
         return _read(other, self.naming) or other
 
 
-def proven(adapter: Adapter, request: Request, trace: Trace) -> Reading | None:
+def proven(
+    adapter: Adapter, request: Request, trace: Trace, config: AttentionConfig | None = None
+) -> Reading | None:
     """The module of an adapter with its weights; None where no reading is proven.
 
     Args:
         adapter: One whose weights are not known.
         request: A call.
         trace: Its results in it.
+        config: The options that it has, as the reference; None for those that are tried.
     """
     if _module(adapter) is None or trace.output.ndim != 3:
         return None
-    calls = [(request, trace), *_without_masks(adapter, request)]
-    for bare, given in calls[-1:]:  # a module may be causal without being asked
-        if "value" not in bare.inputs:
+    calls = [(request, trace)]
+    if config is None:
+        calls += _without_masks(adapter, request)
+        bare, given = calls[-1]
+        if "value" not in bare.inputs:  # a module may be causal without being asked
             causal = {**bare.call, "use_causal_mask": True}
             calls.append((dataclasses.replace(bare, call=causal), given))
     until = time.thread_time() + SECONDS
-    for naming in _namings(adapter):
-        read = _read(adapter, naming)
+    for naming in _namings(adapter, config):
+        read = _read(adapter, naming, config)
         if read is not None and any(_proves(read.description, *call) for call in calls):
             return Reading(read, naming)
         if time.thread_time() > until:
@@ -146,9 +152,10 @@ def _without_masks(adapter: Adapter, request: Request) -> Iterator[tuple[Request
         yield bare, adapter.trace(bare, None)
 
 
-def _namings(adapter: Any) -> Iterator[Naming]:
+def _namings(adapter: Any, config: AttentionConfig | None = None) -> Iterator[Naming]:
     """How a module's state may be read, with each number of heads that it may have."""
-    state, heads = state_of(_module(adapter)), adapter.parameters.heads
+    state = state_of(_module(adapter))
+    heads = adapter.parameters.heads if config is None else config.num_heads
     try:
         groups = find_layers(state)
     except AnymhaError:
@@ -171,7 +178,8 @@ def _namings(adapter: Any) -> Iterator[Naming]:
     counts = [heads] if heads else [
         n for n in range(1, 65) if any(width % n == 0 and width // n > 1 for width in widths)
     ]  # fmt: skip
-    for rotary, naming, count in itertools.product(ROTARY, namings, counts):
+    turned = ROTARY if config is None else ROTARY[:1]
+    for rotary, naming, count in itertools.product(turned, namings, counts):
         sizes: dict[str, Any] = {"num_heads": count}
         if rotary is not None:
             sizes["rotary"] = rotary
@@ -207,8 +215,8 @@ def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
     return found if {f"{letter}_proj.weight" for letter in ROLES} <= found.keys() else None
 
 
-def _read(adapter: Any, naming: Naming) -> Any:
-    """The adapter with the weights of its module; None where these do not fit."""
+def _read(adapter: Any, naming: Naming, config: AttentionConfig | None = None) -> Any:
+    """The adapter with the weights of its module; None where these do not fit the options."""
     module, names = _module(adapter), naming.names
     state = state_of(module)
     arrays = state if names is None else {theirs: state[own] for theirs, own in names.items()}
@@ -219,6 +227,13 @@ def _read(adapter: Any, naming: Naming) -> Any:
     except AnymhaError:
         return None
     description = dataclasses.replace(description, needs=())  # of the library, whose it is not
+    if config is not None:
+        own = description.config
+        if (own.num_heads, own.key_value_heads, own.key_dim) != (
+            config.num_heads, config.key_value_heads, config.key_dim
+        ):  # fmt: skip
+            return None
+        description = dataclasses.replace(description, config=config)
     if type(adapter) is Function:
         return Function(module, description)
     return TorchModule(module, description, names is None and has_state(module))

@@ -528,6 +528,14 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         )
     if mask.shape[3] > 1:
         yield from _as_lengths(mask)
+    for axis, name in enumerate(_AXES[1:], 1):
+        if mask.shape[axis] > 1:
+            every = f"reduced over the {name}: what all of them see is seen"
+            yield every, mask.all(axis, keepdims=True)
+            yield (
+                every.replace("all of them see", "one of them sees"),
+                mask.any(axis, keepdims=True),
+            )
     yield from _elsewhere_on_an_axis(mask)
     for axis in (2, 3):
         for by in (1, -1) if mask.shape[axis] > 1 else ():
@@ -758,6 +766,18 @@ def _causal_by_blocks(recipe: Recipe) -> Variants:
             ),
         }.items():
             yield words, free.but(masks={**recipe.masks, "blocks": seen})
+    # Tiles that a loop skips, of others sizes for queries than for keys.
+    sizes = [n for n in BLOCKS if n <= max(recipe.lengths[1:])]
+    for rows, columns in itertools.product(sizes, repeat=2):
+        first, begin = own // rows * rows, other // columns * columns
+        for words, seen in {
+            "that begin after the first query of their tile are skipped": begin <= first,
+            "that end after the last query of their tile are skipped": (
+                begin + columns <= first + rows
+            ),
+        }.items():
+            detail = f"tiles of {rows} queries and {columns} keys: those {words}"
+            yield detail, recipe.but(masks={**recipe.masks, "tiles": seen})
 
 
 def _window_by_blocks(recipe: Recipe) -> Variants:

@@ -43,11 +43,26 @@ def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
         unit = eps(name_of_dtype(array)) * float(np.max(np.abs(right), initial=0.0))
         if np.any(apart > unit):
             changed[name] = array.reshape(right.shape).astype(np.float64)
-            words.append(f"{int((apart > unit).sum())} of {right.size} numbers of {name}")
+            count = int((apart > unit).sum())
+            low = ""
+            if right.ndim == 3 and 2 * count > right.size:
+                inputs = right[..., 0].size if name.startswith("output") else right.shape[0]
+                low = low_rank((changed[name] - right).reshape(inputs, -1))
+            counted = f"{count} of {right.size} numbers of {name}"
+            words.append(f"{name} differs{low}" if low else counted)
     if not changed:
         return None
     how = related(recipe.weights, changed) or ", ".join(words)
     return how, recipe.but(weights={**recipe.weights, **changed})
+
+
+def low_rank(matrix: np.ndarray, *sizes: int) -> str:
+    """That a matrix has a low rank, as other sizes go too, in words; empty where it has none."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    rank = int(np.sum(values > NONE * values[0]))
+    if SURE * rank > min(*matrix.shape, *sizes):
+        return ""
+    return f" by a matrix of rank {rank}, as of a low-rank update (LoRA)"
 
 
 def same_weights(one: Arrays, other: Arrays) -> bool:
@@ -119,15 +134,12 @@ def other_kernels(recipe: Recipe, evidence: Evidence) -> tuple[str, Recipe] | No
             changed[f"{name}.bias"] = bias + apart.mean(0).reshape(bias.shape)
             words.append(f"{name}.bias differs")
             continue
-        sizes = np.linalg.svd(apart, compute_uv=False)
-        rank = int(np.sum(sizes > NONE * sizes[0]))
-        low = SURE * rank <= min(*x.shape, apart.shape[1])
+        low = low_rank(apart, *x.shape)
         if not low and len(x) < 2 * x.shape[1]:
             return None
         kernel = recipe.weights[f"{name}.kernel"]
         changed[f"{name}.kernel"] = kernel + (np.linalg.pinv(x) @ apart).reshape(kernel.shape)
-        of = f" by a matrix of rank {rank}, as of a low-rank update (LoRA)" if low else ""
-        words.append(f"{name}.kernel differs{of}")
+        words.append(f"{name}.kernel differs{low}")
     made = recipe.but(weights={**recipe.weights, **changed})
     if not changed or max(evidence.errors(made).values()) > 1:
         return None
