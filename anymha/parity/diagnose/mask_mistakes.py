@@ -530,12 +530,9 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         yield from _as_lengths(mask)
     for axis, name in enumerate(_AXES[1:], 1):
         if mask.shape[axis] > 1:
-            every = f"reduced over the {name}: what all of them see is seen"
-            yield every, mask.all(axis, keepdims=True)
-            yield (
-                every.replace("all of them see", "one of them sees"),
-                mask.any(axis, keepdims=True),
-            )
+            words = f"reduced over the {name}: what {{}} is seen"
+            yield words.format("all of them see"), np.all(mask, axis, keepdims=True)
+            yield words.format("one of them sees"), np.any(mask, axis, keepdims=True)
     yield from _elsewhere_on_an_axis(mask)
     for axis in (2, 3):
         for by in (1, -1) if mask.shape[axis] > 1 else ():
