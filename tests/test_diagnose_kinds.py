@@ -167,7 +167,7 @@ def test_a_factor_of_a_told_stage_is_measured(stage, change, words) -> None:
         (lambda s: softmax(softmax(softmax(s))), "softmax three times"),
         (lambda s: softmax(softmax(s) / WIDTH**0.5), "softmax twice, scaled before the second"),
         (lambda s: softmax(softmax(s, 2)), "softmax over the queries, then over the keys"),
-        (lambda s: softmax(s, (1, 2)), "softmax over another axis (over the heads and queries jointly)"),
+        (lambda s: softmax(s, (1, 2)), "(over the heads and queries jointly)"),
         (lambda s: (p := softmax(s, 1)) / p.sum(-1, keepdims=True),
          "softmax over the heads, divided by the sum over the keys"),
         (lambda s: np.maximum(s, 0) ** 2, "squared relu, not divided by their sum"),
