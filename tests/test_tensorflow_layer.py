@@ -613,3 +613,17 @@ def test_layers_of_equal_options_share_programs_and_have_their_own_weights() -> 
     first, second = runs
     assert first is second
     assert first._function.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_a_layer_of_tied_weights_shares_no_program_with_others(tied_first: bool) -> None:
+    x = tf.random.stateless_normal((2, 3, 12), seed=(1, 2))
+    tied, apart = (MultiHeadAttention(3, 2, query_features=12, seed=seed) for seed in (0, 1))
+    tied.key.kernel = tied.query.kernel
+    for layer in (tied, apart) if tied_first else (apart, tied):
+        with tf.GradientTape() as tape:
+            y = layer(x)
+        twin = anymha.convert(layer, to="numpy")
+        np.testing.assert_allclose(y.numpy(), twin(x.numpy()), rtol=0, atol=1e-5)
+        gradients = tape.gradient(y, layer.trainable_variables)
+        assert all(gradient is not None for gradient in gradients)

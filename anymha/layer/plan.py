@@ -27,7 +27,6 @@ from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
-from anymha.options.serialization import ConfigObject
 from anymha.options.training import OBJECTS
 
 (BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
@@ -38,7 +37,7 @@ MOST = 128
 """How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
 
 SHARED = 64
-"""How many compiled calls are kept for layers yet to come; a layer keeps its own as well."""
+"""How many compiled calls are kept for layers that are made later."""
 
 
 class Flags(NamedTuple):
@@ -84,7 +83,7 @@ class WeightsKind(NamedTuple):
 class Plan:
     """What calls that differ in their lengths alone have in common.
 
-    Two are equal where the calls compute the same; what follows from the rest is not compared.
+    Two are equal where the calls compute the same: fields that follow from others do not count.
 
     Args:
         ops: The backend.
@@ -411,11 +410,12 @@ def _compiled(
         pairs: As `Capabilities.compile` has it.
     """
     config, capabilities = plan.config, plan.ops.capabilities
-    if not isinstance(config.activity_regularizer, ConfigObject | None):  # it may have a state
+    own = type(config.activity_regularizer)
+    if own not in (type(None), *OBJECTS["activity_regularizer"].values()):  # it may have a state
         return compiled_once.__wrapped__(plan, capabilities, compute, pairs)
-    unasked: Any = dict.fromkeys(("seed", "name", *OBJECTS.keys() - {"activity_regularizer"}))
-    unasked |= {"kernel_initializer": "zeros", "bias_initializer": "zeros"}
-    plan = replace(plan, config=replace(config, **unasked), paths={})
+    not_called: Any = dict.fromkeys(("seed", "name", *OBJECTS.keys() - {"activity_regularizer"}))
+    not_called |= {"kernel_initializer": "zeros", "bias_initializer": "zeros"}
+    plan = replace(plan, config=replace(config, **not_called), paths={})
     return compiled_once(plan, capabilities, compute, pairs)
 
 
@@ -460,7 +460,8 @@ def _with_lengths(
     if held is not None:
         return PlannedCall(plan, shape, held_path(plan, shape, masks, held, held.read))
     per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
-    known = plan.paths.get((_offset_kind(offset), per_query))
+    place = (_offset_kind(offset), per_query, *masks)
+    known = plan.paths.get(place)
     if (
         known is not None
         and isinstance(b, int) and isinstance(t, int) and isinstance(s, int)
@@ -490,7 +491,7 @@ def _with_lengths(
         with_scores=flags.scores,
     )  # fmt: skip
     if path.most_queries and not flags.observed:
-        plan.paths[(_offset_kind(offset), per_query)] = path
+        plan.paths[place] = path
     return PlannedCall(plan, shape, path)
 
 

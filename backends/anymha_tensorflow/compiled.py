@@ -49,6 +49,7 @@ class CompiledCall:
             return self._function(arrays)
         # `tf.function` itself would look at each array in Python again.
         shapes = tuple([(name, type(x), x.dtype, tuple(x.shape)) for name, x in arrays.items()])
+        shapes += _tied(arrays)
         program = self._programs.get(shapes)
         return (self._find(shapes, arrays) if program is None else program)(arrays)
 
@@ -73,12 +74,20 @@ class CompiledCall:
             return program
         self._calls[shapes] = calls
         specs = {name: _spec(name, x) for name, x in arrays.items()}
-        kind = tuple([(n, s.dtype, tuple(s.shape)) for n, s in specs.items()])
+        kind = tuple([(n, s.dtype, tuple(s.shape)) for n, s in specs.items()]) + _tied(arrays)
         program = self._without_lengths.get(kind)
         if program is None:
             program = self._function.get_concrete_function(specs)
             self._without_lengths[kind] = program
         return program
+
+
+def _tied(arrays: Tensors) -> tuple[Any, ...]:
+    """Which weights are one variable: a program has it once; empty where all are apart."""
+    weights = [id(x) for name, x in arrays.items() if "." in name]
+    if len({*weights}) == len(weights):
+        return ()
+    return tuple([weights.index(x) for x in weights])
 
 
 def _pairs(arrays: Tensors) -> int:

@@ -33,7 +33,7 @@ OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_cau
            *POSITIONS, *SEGMENTS)  # fmt: skip
 
 
-HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead", "h")
+HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead")
 """Attributes in which a module may say how many heads it has."""
 
 NO_INPUT = frozenset({
@@ -95,7 +95,6 @@ class Parameters:
         names = ["" if i < front else p.name for i, p in enumerate(inputs)]
         others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
         unknown = [p.name for p in others if p.default is p.empty and not _is_of_call(p)]
-        said = [getattr(owner, name, 0) for name in HEADS]
         return cls(
             name,
             tuple(_roles([p.name for p in inputs])),
@@ -104,7 +103,7 @@ class Parameters:
             frozenset(p.name for p in others),
             tuple(unknown),
             any(p.kind is p.VAR_KEYWORD for p in every),
-            next((n for n in said if isinstance(n, int) and n), 0),
+            _heads_of(owner),
         )
 
     @property
@@ -273,6 +272,18 @@ def name_of(function: Any) -> str:
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     name = name.rpartition("<locals>.")[2]
     return "the function" if name == "<lambda>" else name
+
+
+def _heads_of(owner: Any) -> int:
+    """How many heads an object says that it has; 0 where it does not say."""
+    for name in HEADS:
+        try:
+            said = getattr(owner, name, 0)
+        except Exception:  # of a property of the user's
+            continue
+        if type(said) is int and said > 0:
+            return said
+    return 0
 
 
 def _is_option(parameter: inspect.Parameter) -> bool:

@@ -112,8 +112,11 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     return _at_full_length(comparison, one, other, request)
 
 
-def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
-    """The comparison of two implementations in one call."""
+def _compared(one: Adapter, other: Adapter, request: Request, proving: bool = True) -> Comparison:
+    """The comparison of two implementations in one call.
+
+    `proving`: weights that nobody has named are read, where no cause is found without them.
+    """
     request = decoded_request(request, one, other)
     first, cotangent = _traced("reference", one, request, None), None
     if not request.training:
@@ -134,7 +137,7 @@ def _compared(one: Adapter, other: Adapter, request: Request) -> Comparison:
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)
-    read = _with_proven_weights(comparison, one, other)
+    read = _with_proven_weights(comparison, one, other) if proving else None
     if read is not None:
         return read
     comparison = explained(comparison, (one, other))
@@ -162,7 +165,7 @@ def _with_proven_weights(comparison: Comparison, one: Adapter, other: Adapter) -
             other = whose.adapter
     if whose is None:
         return None
-    read = _compared(one, other, request)
+    read = _compared(one, other, request, proving=False)
     return dataclasses.replace(read, notes=(whose.note, *read.notes))
 
 
