@@ -1,16 +1,16 @@
 """The weights of a module that nobody has named, read by the names of its layers.
 
 Names alone prove nothing: weights are read as each layout that fits, with each number of heads, and
-are proven where attention of them is what the module gives.
+are proven where attention of them is what the module gives. What cannot be read is left unknown: no
+module may cost a comparison its result.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from anymha.attention.features.rotary import LAYOUTS, Rotary
 from anymha.errors import AnymhaError
+from anymha.framework.registry import backend_of
 from anymha.interchange.detect import find_layers
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
@@ -35,17 +36,22 @@ ROLES = {"q": ("q", "query", "queries"), "k": ("k", "key", "keys"), "v": ("v", "
          "o": ("o", "out", "output", "")}  # fmt: skip
 """What is left of the name of a linear layer, without the words below, by the layer's letter."""
 
-SECONDS = 3.0
-"""So long readings are tried."""
-
-BASES = (10000.0, 500000.0, 1000000.0)
-ROTARY = (None, *(Rotary(base=base, layout=layout) for base in BASES
-                  for layout in LAYOUTS))  # fmt: skip
-"""What a module may do beside attention, which its weights do not tell."""
-
 COMMON = ("projection", "project", "proj", "linear", "lin", "dense", "layer", "weights", "weight",
           "matrix", "mat", "to", "fc", "w", "_", ".", "0")  # fmt: skip
 """What names of linear layers have in common."""
+
+BASES = (10000.0, 500000.0, 1000000.0)
+ROTARY = (None, *(Rotary(base=base, layout=layout) for base in BASES for layout in LAYOUTS))
+"""What a module may do beside attention, which its weights do not tell."""
+
+SECONDS = 3.0
+"""So long readings are tried."""
+
+MOST = 1 << 25
+"""Of more numbers nothing is read."""
+
+USUAL = 64
+"""The width of a head that is tried first."""
 
 
 class Naming(NamedTuple):
@@ -53,7 +59,7 @@ class Naming(NamedTuple):
 
     layout: str
     names: Mapping[str, str] | None  # The state's names by the layout's; None: they are the same
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Any]
     turned: bool = False  # Whether matrices are (in, out), where the layout has (out, in)
 
 
@@ -72,18 +78,23 @@ class Reading:
         rotary, turned = config.rotary, ""
         if rotary is not None:
             turned = f" and rotary positions (base={rotary.base:g}, layout={rotary.layout!r})"
-        why = "attention of them gives its output" if self.is_proven else "as many as it says"
+        heads = f"{config.num_heads} heads" if config.num_heads > 1 else "1 head"
+        why = ": attention of them gives its output" if self.is_proven else (
+            ", as it says; that its output is attention of them is not proven")  # fmt: skip
         return (
             f"The weights of {self.adapter.name} are read by the names of its layers, with "
-            f"{config.num_heads} heads of {config.key_dim}{turned}: {why}."
+            f"{heads} of {config.key_dim}{turned}{why}."
         )
 
     def alike(self, other: Adapter) -> Adapter:
         """Another adapter with its weights read alike, if it is a module of the same names."""
-        module = _module(other)
-        if module is None or _shapes(module) != _shapes(_module(self.adapter)):
+        try:
+            state, own = _state(other), _state(self.adapter)
+            if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in own.items()}:
+                return other
+            return _read(other, state, self.naming) or other
+        except Exception:  # whatever a module of the user's raises
             return other
-        return _read(other, self.naming) or other
 
 
 def proven(
@@ -97,65 +108,109 @@ def proven(
         trace: Its results in it.
         config: The options that it has, as the reference; None for those that are tried.
     """
-    if _module(adapter) is None or trace.output.ndim != 3:
+    try:
+        if config is not None:
+            return _first_proven(adapter, [(request, trace)], config)
+        ours = _call_of_ours(adapter, request)
+        if ours is not None:
+            return _first_proven(adapter, ours)
+        found = [*_all_proven(adapter, _with_causal(request, trace))]
+    except Exception:  # whatever a module of the user's raises
         return None
-    calls = [(request, trace)]
-    if config is None:
-        calls += _without_masks(adapter, request)
-        bare, given = calls[-1]
-        if "value" not in bare.inputs:  # a module may be causal without being asked
-            causal = {**bare.call, "use_causal_mask": True}
-            calls.append((dataclasses.replace(bare, call=causal), given))
-    until = time.thread_time() + SECONDS
-    for naming in _namings(adapter, config):
-        read = _read(adapter, naming, config)
-        if read is not None and any(_proves(read.description, *call) for call in calls):
-            return Reading(read, naming)
-        if time.thread_time() > until:
-            break
-    return None
+    # A call of one position, say, does not tell how many heads there are.
+    counts = {reading.adapter.description.config.num_heads for reading in found}
+    return found[0] if len(counts) == 1 else None
 
 
 def by_names(adapter: Adapter) -> Reading | None:
     """The module of an adapter with its weights, proven by a call of ours if it is plain attention.
 
     One that is not may be a port with a mistake: its weights are read if it says how many heads it
-    has. None where nothing can be read.
+    has, and its names mean one thing alone. None where nothing can be read.
     """
-    if _module(adapter) is None:
+    try:
+        ours = _call_of_ours(adapter, None)
+        found = None if ours is None else _first_proven(adapter, ours)
+        return found or _only_one(adapter)
+    except Exception:  # whatever a module of the user's raises
         return None
-    first: Reading | None = None
-    for naming in _namings(adapter):
-        read = _read(adapter, naming)
+
+
+def _first_proven(
+    adapter: Adapter, calls: Sequence[tuple[Request, Trace]], config: AttentionConfig | None = None
+) -> Reading | None:
+    return next(_all_proven(adapter, calls, config), None)
+
+
+def _all_proven(
+    adapter: Adapter, calls: Sequence[tuple[Request, Trace]], config: AttentionConfig | None = None
+) -> Iterator[Reading]:
+    """The readings whose attention is what one of the calls gave, as far as there is time."""
+    until, state = time.perf_counter() + SECONDS, _state(adapter)
+    for naming in _namings(adapter, state, config):
+        read = _read(adapter, state, naming, config)
+        if read is not None and any(_proves(read.description, *call) for call in calls):
+            yield Reading(read, naming)
+        if time.perf_counter() > until:
+            return
+
+
+def _only_one(adapter: Any) -> Reading | None:
+    """The one reading with as many heads as the module says; None where there are several."""
+    state, heads = _state(adapter), adapter.parameters.heads
+    found: list[Reading] = []
+    for naming in _namings(adapter, state) if heads else ():
+        if naming.sizes != {**naming.sizes, "num_heads": heads} or "rotary" in naming.sizes:
+            break
+        read = _read(adapter, state, naming)
+        if read is not None:
+            found.append(Reading(read, naming, is_proven=False))
+    first = found[0].adapter.description.weights if found else {}
+    alike = all(
+        np.array_equal(first[name], array)
+        for reading in found for name, array in reading.adapter.description.weights.items()
+    )  # fmt: skip
+    return found[0] if found and alike else None
+
+
+def _call_of_ours(adapter: Any, like: Request | None) -> list[tuple[Request, Trace]] | None:
+    """A call that tells how many heads there are, and its results; None where there are none."""
+    state = _state(adapter)
+    for naming in _namings(adapter, state):
+        read = _read(adapter, state, naming)
         if read is None:
             continue
-        if first is None:
-            width = read.description.weights["query.kernel"].shape[0]
-            x = np.random.default_rng(0).standard_normal((2, 7, width)).astype(np.float32)
-            request = make_request({"query": x}, {})
-            with contextlib.suppress(Exception):  # it may need more
-                found = proven(adapter, request, adapter.trace(request, None))
-                if found is not None:
-                    return found
-            first = Reading(read, naming, is_proven=False)
-    said: Any = adapter
-    return first if said.parameters.heads else None
+        rng, ops = np.random.default_rng(0), None
+        if like is not None:
+            ops = backend_of(like.originals["query"]).ops
+        inputs: dict[str, Any] = {}
+        for name in ("query", "value", "key")[: 1 if adapter.parameters.needs == 1 else 3]:
+            width = read.description.weights[f"{name}.kernel"].shape[0]
+            x = rng.standard_normal((2, 7, width)).astype(np.float32)
+            inputs[name] = x if ops is None else ops.from_numpy(x)
+        request = make_request(inputs, {})
+        try:
+            trace = adapter.trace(request, None)
+        except Exception:  # it may need more
+            return None
+        return None if trace.random or trace.output.ndim != 3 else _with_causal(request, trace)
+    return None
 
 
-def _without_masks(adapter: Adapter, request: Request) -> Iterator[tuple[Request, Trace]]:
-    """The call without masks, of which libraries make different things, and the results."""
-    if not request.masks and request.bias is None and not request.call.get("use_causal_mask"):
-        return
-    call = {n: value for n, value in request.call.items() if n != "use_causal_mask"}
-    bare = dataclasses.replace(request, masks={}, bias=None, call=call)
-    with contextlib.suppress(Exception):  # it may need a mask
-        yield bare, adapter.trace(bare, None)
+def _with_causal(request: Request, trace: Trace) -> list[tuple[Request, Trace]]:
+    """The call, and the causal one: a module may be causal without being asked."""
+    calls = [(request, trace)]
+    if "value" not in request.inputs:
+        causal = {**request.call, "use_causal_mask": True}
+        calls.append((dataclasses.replace(request, call=causal), trace))
+    return calls
 
 
-def _namings(adapter: Any, config: AttentionConfig | None = None) -> Iterator[Naming]:
-    """How a module's state may be read, with each number of heads that it may have."""
-    state = state_of(_module(adapter))
-    heads = adapter.parameters.heads if config is None else config.num_heads
+def _namings(
+    adapter: Any, state: Mapping[str, Any], config: AttentionConfig | None = None
+) -> Iterator[Naming]:
+    """How a module's state may be read; first with as many heads as it says, without rotation."""
+    said = adapter.parameters.heads if config is None else config.num_heads
     try:
         groups = find_layers(state)
     except AnymhaError:
@@ -174,18 +229,17 @@ def _namings(adapter: Any, config: AttentionConfig | None = None) -> Iterator[Na
         namings += [
             Naming(FOUR, four, {}, turned) for turned in ((True, False) if bare else (False,))
         ]
-    widths = {min(x.shape) for x in state.values() if x.ndim == 2}
-    counts = [heads] if heads else [
-        n for n in range(1, 65) if any(width % n == 0 and width // n > 1 for width in widths)
-    ]  # fmt: skip
-    turned = ROTARY if config is None else ROTARY[:1]
-    for rotary, naming, count in itertools.product(turned, namings, counts):
-        sizes: dict[str, Any] = {"num_heads": count}
-        if rotary is not None:
-            sizes["rotary"] = rotary
-        if naming.layout == FOUR and naming.names is not None:
-            sizes |= _shared(state, naming, count)
-        yield naming._replace(sizes=sizes)
+    width = max([min(x.shape) for x in state.values() if x.ndim == 2], default=0)
+    counts = [n for n in range(1, 65) if width % n == 0 and width > n != said]
+    counts.sort(key=lambda count: abs(np.log(width / count / USUAL)))
+    counts = [said] * bool(said) + counts * (config is None)
+    for rotary in ROTARY if config is None else ROTARY[:1]:
+        turns = {} if rotary is None else {"rotary": rotary}
+        for count, naming in itertools.product(counts, namings):
+            sizes: dict[str, Any] = {"num_heads": count, **turns}
+            if naming.layout == FOUR and naming.names is not None:
+                sizes |= _shared(state, naming, count)
+            yield naming._replace(sizes=sizes)
 
 
 def _shared(state: Mapping[str, Any], naming: Naming, heads: int) -> dict[str, int]:
@@ -194,7 +248,7 @@ def _shared(state: Mapping[str, Any], naming: Naming, heads: int) -> dict[str, i
     queries, keys = (
         state[names[f"{letter}_proj.weight"]].shape[1 if naming.turned else 0] for letter in "qk"
     )
-    shared = keys * heads // queries
+    shared = keys * heads // max(queries, 1)
     return {"num_key_value_heads": shared} if 0 < shared < heads else {}
 
 
@@ -215,10 +269,11 @@ def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
     return found if {f"{letter}_proj.weight" for letter in ROLES} <= found.keys() else None
 
 
-def _read(adapter: Any, naming: Naming, config: AttentionConfig | None = None) -> Any:
+def _read(
+    adapter: Any, state: Mapping[str, Any], naming: Naming, config: AttentionConfig | None = None
+) -> Any:
     """The adapter with the weights of its module; None where these do not fit the options."""
-    module, names = _module(adapter), naming.names
-    state = state_of(module)
+    names = naming.names
     arrays = state if names is None else {theirs: state[own] for theirs, own in names.items()}
     if naming.turned:
         arrays = {name: x.T if x.ndim == 2 else x for name, x in arrays.items()}
@@ -234,6 +289,7 @@ def _read(adapter: Any, naming: Naming, config: AttentionConfig | None = None) -
         ):  # fmt: skip
             return None
         description = dataclasses.replace(description, config=config)
+    module = _module(adapter)
     if type(adapter) is Function:
         return Function(module, description)
     return TorchModule(module, description, names is None and has_state(module))
@@ -262,5 +318,9 @@ def _module(adapter: Any) -> Any:
     return adapter.function if type(adapter) is Function else None
 
 
-def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in state_of(module).items()}
+def _state(adapter: Any) -> dict[str, Any]:
+    """The arrays of a module; none of one that has too many numbers."""
+    module = _module(adapter)
+    state = {} if module is None else state_of(module)
+    state = {name: x for name, x in state.items() if hasattr(x, "ndim") and hasattr(x, "shape")}
+    return {} if sum(int(np.prod(x.shape)) for x in state.values()) > MOST else state
