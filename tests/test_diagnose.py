@@ -125,7 +125,7 @@ def test_any_scale_is_measured(factor, words) -> None:
          "it acts on number 0 of the heads alone"),
         ("tokens", {"output": lambda y, x: y * TOKENS[..., None]}, "the output of hidden"),
         ("tokens", seen_as(lambda m: m[:1]), "ignored mask"),
-        ("mask", seen_as(lambda m: m[:, :, :1]), "that of the first of the queries for all"),
+        ("mask", seen_as(lambda m: m[:, :, :1]), "that of the first query for all"),
         ("mask", seen_as(lambda m: np.roll(m, 1, 3)), "shifted by one of the keys"),
         ("mask", seen_as(lambda m: m & np.swapaxes(m, 2, 3)), "measured: query"),
         ("causal", seen_as(lambda m: m & (np.arange(LENGTH) < 4)), "the last 2 keys are left out"),

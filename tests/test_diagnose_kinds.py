@@ -205,7 +205,7 @@ def test_other_functions_in_place_of_the_softmax_are_told_apart(change, words) -
         (lambda s, b: s + b.swapaxes(2, 3), "transposed, queries and keys exchanged"),
         (lambda s, b: s + b[:, ::-1], "in reverse along the heads"),
         (lambda s, b: s + b[:, [2, 0, 3, 1]], "heads permuted, to 2, 0, 3, 1"),
-        (lambda s, b: s + b[:, :1], "that of the first of the heads for all"),
+        (lambda s, b: s + b[:, :1], "that of the first head for all"),
         (lambda s, b: s + b[::-1], "in reverse along the sequences"),
         (lambda s, b: s + b.mean(1, keepdims=True), "averaged over the heads"),
         (lambda s, b: s + np.roll(b, 1, 3), "shifted by one of the keys"),
@@ -523,5 +523,5 @@ def test_logits_that_are_told_with_the_bias(of) -> None:
     report = compare(right, port, X, attention_bias=BIAS)
     words = "the logits are reported with the attention bias in them"
     if of == slice(1):
-        words = "attention bias of other positions (that of the first of the heads for all)"
+        words = "attention bias of other positions (that of the first head for all)"
     assert named(report) == words

@@ -197,8 +197,8 @@ def _random_layer(
     if silent and named_alone:
         raise UsageError(
             f"A layer of {named_alone[0]} must get the weights of {silent[0]}, which are not "
-            "known. Name a layer, a module that says how many heads it has, as `num_heads`, a "
-            "result of `anymha.parity.declare`, or a saved case."
+            "known. Name a layer, a result of `anymha.parity.declare`, or a saved case; a module's "
+            "are read where it tells `num_heads` and the names of its layers mean one thing alone."
         )
     return make_layer(widths, dtype)
 

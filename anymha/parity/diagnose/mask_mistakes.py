@@ -574,6 +574,7 @@ def _as_lengths(mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 _AXES = ("sequences", "heads", "queries", "keys")
+_ONE = ("sequence", "head", "query", "key")
 
 
 def _elsewhere_on_an_axis(array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -590,7 +591,7 @@ def _elsewhere_on_an_axis(array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
             if count - by > 3:
                 yield f"{moved}, backwards", np.roll(array, -by, axis)
         for at, which in ((0, "first"), (count - 1, "last")):
-            yield f"that of the {which} of the {name} for all", np.take(array, [at], axis)
+            yield f"that of the {which} {_ONE[axis]} for all", np.take(array, [at], axis)
 
 
 def _shifted(mask: np.ndarray, by: int, axis: int) -> np.ndarray:
