@@ -383,6 +383,18 @@ def test_low_rank_updates_are_told_by_calls(names, monkeypatch) -> None:
     assert named(right, port_of(right, weights=adapted(*names)), x) == words
 
 
+def test_low_rank_updates_are_told_of_a_function_that_needs_a_mask(monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right = layer_of()
+    other = anymha.convert(right, to="numpy")
+    anymha.set_weights(other, adapted("query")(dict(anymha.get_weights(right))))
+    x = np.random.default_rng(2).standard_normal((2, 12, FEATURES)).astype(np.float32)
+    pairs = np.tri(12, k=6, dtype=bool)[None] | np.ones((2, 1, 1), bool)
+    port = lambda query, attention_mask: other(query, attention_mask=attention_mask)  # noqa: E731
+    report = compare(right, port, x, attention_mask=pairs)
+    assert "query.kernel differs by a matrix of rank 2" in str(report.diagnosis)
+
+
 @pytest.mark.parametrize("names", [("kernel",), ("bias",), ("kernel", "bias")])
 def test_values_of_another_layer_are_told_by_calls(names, monkeypatch) -> None:
     monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)

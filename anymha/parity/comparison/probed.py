@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -15,7 +16,19 @@ from anymha.parity.diagnose.own_weights import FIX
 from anymha.parity.diagnose.probed_kernels import probed_kernels
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
-from anymha.parity.stages.trace import Adapter, problem_of
+from anymha.parity.stages.trace import Adapter, Request, problem_of
+
+
+def _open_masks(request: Request, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Masks of the call's kinds for other inputs, by which everything is seen."""
+    query = inputs["query"]
+    batch, queries, keys = *query.shape[:2], inputs.get("value", query).shape[1]
+    rows = {"query_mask": (batch, queries), "value_mask": (batch, keys), "key_mask": (batch, keys)}
+    masks = {}
+    for name, mask in request.masks.items():
+        of_pairs = (batch, *mask.shape[1:-2], queries, keys) if mask.ndim > 2 else (queries, keys)
+        masks[name] = np.ones(rows.get(name, of_pairs), bool)
+    return masks
 
 
 def with_probed_kernels(comparison: Comparison, candidate: Adapter) -> Comparison:
@@ -32,21 +45,25 @@ def with_probed_kernels(comparison: Comparison, candidate: Adapter) -> Compariso
         return comparison
     ops = backend_of(request.originals["query"]).ops
 
-    def ask(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def ask(inputs: Mapping[str, np.ndarray], masked: bool = False) -> np.ndarray:
         own = {name: inputs[name].astype(np.float32) for name in request.inputs}
         call = {n: value for n, value in request.call.items() if n == "use_causal_mask"}
+        masks = _open_masks(request, own) if masked else {}
         other = dataclasses.replace(
             request, inputs=own, originals={n: ops.from_numpy(x) for n, x in own.items()},
-            masks={}, bias=None, call=call,
+            masks=masks, bias=None, call=call,
         )  # fmt: skip
         return candidate.trace(other, None).output
 
     recipe = fold(problem_of(first.config, first.weights, request)).recipe
     evidence = Evidence(second, {"output": second.output.astype(np.float64)}, first)
-    try:
-        found = probed_kernels(recipe, ask, evidence)
-    except Exception:  # it takes no such call
-        return comparison
+    found = None
+    for masked in (False, True) if request.masks else (False,):
+        try:
+            found = probed_kernels(recipe, partial(ask, masked=masked), evidence)
+            break
+        except Exception:  # it takes no such call, as without masks
+            continue
     if found is None:
         return comparison
     stage = found[0].partition(".")[0]

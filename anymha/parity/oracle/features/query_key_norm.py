@@ -286,6 +286,14 @@ class QueryKeyNormSection(Section):
             "1 + w in place of w", "one_plus_weight")  # fmt: skip
         yield words, self._but(recipe, scale=scale)
         yield "without a weight", self._but(recipe, scale="none")
+        for name in (f"{place}_norm.scale" for place in self.names):
+            own = recipe.weights.get(name)
+            if own is not None and len(self.names) > 1:
+                place = name.partition("_")[0]
+                neutral, other = np.full_like(own, 0.0 if plus else 1.0), own + (-1 if plus else 1)
+                for told, weight in ((f"that of the {place} left out", neutral),
+                                     (f"{words} for the {place} alone", other)):  # fmt: skip
+                    yield told, recipe.but(weights={**recipe.weights, name: weight})
 
     def with_another_epsilon(self, recipe: Recipe) -> Variants:
         """Others that models use; or that of the option in another place."""
