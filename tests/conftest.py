@@ -6,7 +6,6 @@ A framework that is not installed skips its tests, with the reason printed. The 
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import os
@@ -25,7 +24,6 @@ import pytest
 from hypothesis import settings
 
 from anymha.framework.registry import Backend, get_backend
-from anymha.layer import plan
 from tests.frameworks import EXPECTED, skip_or_fail
 
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
@@ -58,28 +56,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return usable(request.param)
 
 
-def _table() -> Any:
-    """An empty table of the programs that layers share."""
-    return functools.lru_cache(maxsize=plan.SHARED)(plan.compiled_once.__wrapped__)
-
-
-QUICK = _table()
-"""The programs that layers of several tests share which are compiled by `quick_programs`."""
-
-
-@pytest.fixture(autouse=True)
-def programs_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that patches something shares no programs with others, which may be made of it."""
-    if "monkeypatch" not in request.fixturenames:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(plan, "compiled_once", _table())
-        yield
-
-
 @pytest.fixture
-def quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+def quick_programs(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """JAX's compiler works for less long: what it makes then is rounded otherwise, no more.
 
     For tests that hold results against others within rounding, where compiling is most of the
@@ -89,30 +69,24 @@ def quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("as_users_compile"):
         yield
         return
-    with pytest.MonkeyPatch.context() as patched:
-        if "monkeypatch" not in request.fixturenames:
-            patched.setattr(plan, "compiled_once", QUICK)
-        option = "jax_disable_most_optimizations"
-        before = os.environ.get(option.upper(), "0")
-        patched.setenv(option.upper(), "1")  # for a JAX that the test imports
-        if "jax" in sys.modules:
-            sys.modules["jax"].config.update(option, True)
-            compiler = importlib.import_module("jax._src.compiler")
-            options_of: Any = getattr(compiler, "get_compile_options", None)  # JAX's own affair
+    option = "jax_disable_most_optimizations"
+    before = os.environ.get(option.upper(), "0")
+    monkeypatch.setenv(option.upper(), "1")  # for a JAX that the test imports
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(option, True)
+        compiler = importlib.import_module("jax._src.compiler")
+        options_of: Any = getattr(compiler, "get_compile_options", None)  # JAX's own affair
 
-            def quicker(*args: Any, **named: Any) -> Any:
-                options = options_of(*args, **named)
-                options.env_option_overrides += [
-                    ("xla_cpu_use_fusion_emitters", False),
-                    ("xla_cpu_parallel_codegen_split_count", 1),  # one module for LLVM
-                ]
-                return options
+        def quicker(*args: Any, **named: Any) -> Any:
+            options = options_of(*args, **named)
+            options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+            return options
 
-            if options_of is not None:
-                patched.setattr(compiler, "get_compile_options", quicker)
-        yield
-        if "jax" in sys.modules:
-            sys.modules["jax"].config.update(option, before == "1")
+        if options_of is not None:
+            monkeypatch.setattr(compiler, "get_compile_options", quicker)
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update(option, before == "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -86,10 +86,7 @@ def test_every_layer_gives_the_right_values_and_is_timed(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if framework == "jax":  # XLA compiles for longer than it computes; no time is looked at
         monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        monkeypatch.setenv(
-            "XLA_FLAGS",
-            "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
-        )
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
     facts: dict[str, Any] = {}
     results = run_framework(framework, EVERYWHERE, repeats=1, budget=1.0, facts=facts)
     assert facts[framework]

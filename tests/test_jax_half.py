@@ -660,7 +660,6 @@ def test_half_precision_is_shared_out() -> None:
     import warnings; warnings.simplefilter("error")
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    from anymha.layer import plan
     from anymha_jax import MultiHeadAttention, cudnn, products
     from tests.test_jax_half import GPU, Kernel
     products._is_multiplied_on_cpu = lambda dtype: True
@@ -674,7 +673,6 @@ def test_half_precision_is_shared_out() -> None:
     kernel = Kernel()
     for taken in (False, True):
         layer = make()
-        plan.compiled_once.cache_clear()
         if taken:
             cudnn.PLATFORM, cudnn.kernel = "cpu", kernel
             on = GPU._replace(platform="cpu")

@@ -50,20 +50,6 @@ def make(**options):
     return _kept(compiled, tuple(sorted(options.items())))
 
 
-@pytest.fixture
-def compiled():
-    """The programs that JAX compiles meanwhile, one entry for each."""
-    names = []
-
-    def note(name, *_, **__):
-        if name.endswith("backend_compile_duration"):
-            names.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 def loss(layer, x, **call):
     return (layer(x, use_causal_mask=True, **call) ** 2).sum()
 
@@ -581,48 +567,3 @@ def test_sparse_inputs_are_refused_in_words():
     sparse = pytest.importorskip("jax.experimental.sparse")
     with pytest.raises(ArgumentError, match="`query` must be a dense array of jax"):
         make()(sparse.BCOO.fromdense(jnp.asarray(X)))
-
-
-class Counted:
-    """The activity penalty of the user's own, with a factor that may change."""
-
-    def __init__(self, factor):
-        self.factor = factor
-
-    def __call__(self, x):
-        return self.factor * (x * x).sum()
-
-    def __hash__(self):
-        return 0
-
-    def __eq__(self, other):
-        return isinstance(other, Counted)
-
-
-@pytest.mark.as_users_compile
-def test_layers_of_equal_options_share_programs_and_have_their_own_weights(compiled):
-    x = jnp.asarray(X)
-    options = {"num_heads": 2, "key_dim": 4, "query_features": 8, "scale": 0.37}
-    first = MultiHeadAttention(**options, seed=0)
-    outputs = [first(x)]
-    other = {"kernel_regularizer": "l2", "kernel_initializer": lambda key, *of: jnp.ones(*of)}
-    layers = [
-        MultiHeadAttention(**options, seed=1, name="second"),
-        MultiHeadAttention(**options, seed=2, **other),
-    ]
-    compiled.clear()
-    outputs += [layer(x) for layer in layers]
-    assert not compiled
-    for layer, output in zip([first, *layers], outputs, strict=True):
-        close(jax.jit(MultiHeadAttention.__call__)(layer, x), output)
-    compiled.clear()
-    MultiHeadAttention(**{**options, "scale": 0.73}, seed=0)(x)
-    assert len(compiled) == 1
-
-
-def test_penalties_of_the_users_own_are_computed_for_each_layer():
-    losses = []
-    for factor in (1.0, 3.0):
-        layer = new(activity_regularizer=Counted(factor))
-        losses.append(layer(jnp.asarray(X), return_activity_loss=True)[1])
-    close(losses[1], 3 * losses[0])

@@ -44,9 +44,7 @@ def python(backend: str, *arguments: str, **environment: str) -> str:
     known |= {"PY_COLORS": "0", "PYTEST_ADDOPTS": ""}  # what is printed is looked at
     if backend == "jax":  # XLA compiles for longer than it computes; the layer of JAX has tests
         known["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        known["XLA_FLAGS"] = " ".join(
-            ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
-        )
+        known["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
     result = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -8,15 +8,13 @@ same shapes are checked once, calls with ever new lengths share a plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.masks import FAR, PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape, Path, choose_path, most_logits
-from anymha.framework.capabilities import Capabilities
 from anymha.framework.dtypes import BITS, dtype_name, multiplies
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.shapes import product
@@ -27,7 +25,6 @@ from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
 from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
-from anymha.options.training import OBJECTS
 
 (BIAS,) = [argument.name for argument in ARRAYS if argument.kind is Kind.BIAS]
 HIDING = {argument.name for argument in ARRAYS if argument.kind in (Kind.MASK, Kind.SEGMENTS)}
@@ -35,9 +32,6 @@ HIDING = {argument.name for argument in ARRAYS if argument.kind in (Kind.MASK, K
 
 MOST = 128
 """How many calls, and how many plans, a layer keeps; lengths seen once are not kept."""
-
-SHARED = 64
-"""How many compiled calls are kept for layers that are made later."""
 
 
 class Flags(NamedTuple):
@@ -83,8 +77,6 @@ class WeightsKind(NamedTuple):
 class Plan:
     """What calls that differ in their lengths alone have in common.
 
-    Two are equal where the calls compute the same: fields that follow from others do not count.
-
     Args:
         ops: The backend.
         config: The layer's options.
@@ -115,7 +107,7 @@ class Plan:
     flags: Flags
     axes: Axes
     sources: tuple[str, str, str]
-    spec: AttentionSpec = field(compare=False)
+    spec: AttentionSpec
     compute_dtype: Any
     working: Any
     carried: Any
@@ -124,12 +116,12 @@ class Plan:
     narrow: bool
     as_given: bool
     double: bool
-    paths: dict[Any, Path] = field(compare=False)
-    heads: Mapping[str, tuple[int, int]] = field(compare=False)
+    paths: dict[Any, Path]
+    heads: Mapping[str, tuple[int, int]]
     context_width: int
     output_shape: tuple[int, ...] | None
-    run: Callable[[Mapping[str, Array]], Any] | None = field(default=None, compare=False)
-    varying: Varying | None = field(default=None, compare=False)
+    run: Callable[[Mapping[str, Array]], Any] | None = None
+    varying: Varying | None = None
     device: Any = None
 
 
@@ -394,41 +386,9 @@ def make_plan(
     )
     return replace(
         plan,
-        run=_compiled(plan, compute, logits // config.num_heads),
+        run=compile(lambda arrays: compute(plan, arrays), logits // config.num_heads),
         varying=Varying() if may_grow and ops.capabilities.resized is not None else None,
     )
-
-
-def _compiled(
-    plan: Plan, compute: Callable[[Plan, Mapping[str, Array]], Any], pairs: int
-) -> Callable[[Mapping[str, Array]], Any]:
-    """The compiled call of a plan; layers share it whose options for calls are equal.
-
-    Args:
-        plan: The plan.
-        compute: Computes a planned call from its arrays.
-        pairs: As `Capabilities.compile` has it.
-    """
-    config, capabilities = plan.config, plan.ops.capabilities
-    own = type(config.activity_regularizer)
-    if own not in (type(None), *OBJECTS["activity_regularizer"].values()):  # it may have a state
-        return compiled_once.__wrapped__(plan, capabilities, compute, pairs)
-    not_called: Any = dict.fromkeys(("seed", "name", *OBJECTS.keys() - {"activity_regularizer"}))
-    not_called |= {"kernel_initializer": "zeros", "bias_initializer": "zeros"}
-    plan = replace(plan, config=replace(config, **not_called), paths={})
-    return compiled_once(plan, capabilities, compute, pairs)
-
-
-@lru_cache(maxsize=SHARED)
-def compiled_once(
-    plan: Plan,
-    capabilities: Capabilities,
-    compute: Callable[[Plan, Mapping[str, Array]], Any],
-    pairs: int,
-) -> Callable[[Mapping[str, Array]], Any]:
-    """As `_compiled`, kept: an equal plan gets the same."""
-    compile: Any = capabilities.compile
-    return compile(partial(compute, plan), pairs)
 
 
 def _with_lengths(
@@ -460,8 +420,7 @@ def _with_lengths(
     if held is not None:
         return PlannedCall(plan, shape, held_path(plan, shape, masks, held, held.read))
     per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
-    place = (_offset_kind(offset), per_query, *masks)
-    known = plan.paths.get(place)
+    known = plan.paths.get((_offset_kind(offset), per_query))
     if (
         known is not None
         and isinstance(b, int) and isinstance(t, int) and isinstance(s, int)
@@ -491,7 +450,7 @@ def _with_lengths(
         with_scores=flags.scores,
     )  # fmt: skip
     if path.most_queries and not flags.observed:
-        plan.paths[place] = path
+        plan.paths[(_offset_kind(offset), per_query)] = path
     return PlannedCall(plan, shape, path)
 
 

@@ -48,8 +48,7 @@ class CompiledCall:
         if tf.config.functions_run_eagerly():
             return self._function(arrays)
         # `tf.function` itself would look at each array in Python again.
-        shapes = tuple([(name, type(x), x.dtype, tuple(x.shape)) for name, x in arrays.items()])
-        shapes += _tied(arrays)
+        shapes = tuple([(name, x.dtype, tuple(x.shape)) for name, x in arrays.items()])
         program = self._programs.get(shapes)
         return (self._find(shapes, arrays) if program is None else program)(arrays)
 
@@ -68,26 +67,15 @@ class CompiledCall:
         if any(isinstance(x, tf.distribute.DistributedValues) for x in arrays.values()):
             self._programs[shapes] = self._eagerly
             return self._eagerly
-        # Another thread may clear what is kept meanwhile.
         if not varying:
-            program = self._programs[shapes] = self._function.get_concrete_function(arrays)
-            return program
+            self._programs[shapes] = self._function.get_concrete_function(arrays)
+            return self._programs[shapes]
         self._calls[shapes] = calls
         specs = {name: _spec(name, x) for name, x in arrays.items()}
-        kind = tuple([(n, s.dtype, tuple(s.shape)) for n, s in specs.items()]) + _tied(arrays)
-        program = self._without_lengths.get(kind)
-        if program is None:
-            program = self._function.get_concrete_function(specs)
-            self._without_lengths[kind] = program
-        return program
-
-
-def _tied(arrays: Tensors) -> tuple[Any, ...]:
-    """Which weights are one variable: a program has it once; empty where all are apart."""
-    weights = [id(x) for name, x in arrays.items() if "." in name]
-    if len({*weights}) == len(weights):
-        return ()
-    return tuple([weights.index(x) for x in weights])
+        kind = tuple([(n, s.dtype, tuple(s.shape)) for n, s in specs.items()])
+        if kind not in self._without_lengths:
+            self._without_lengths[kind] = self._function.get_concrete_function(specs)
+        return self._without_lengths[kind]
 
 
 def _pairs(arrays: Tensors) -> int:
