@@ -63,7 +63,9 @@ def result_shapes(
 
 def as_tensor(x: Any) -> Any:
     """An array of NumPy as a tensor of Keras's backend, which `stateless_call` does not make."""
-    return keras.ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, np.ndarray) or keras.config.backend() == "numpy":  # whose tensors they are
+        return x
+    return keras.ops.convert_to_tensor(x)
 
 
 def all_masks(given: Mapping[str, Any], query: Any, value: Any, key: Any) -> dict[str, Any]:
