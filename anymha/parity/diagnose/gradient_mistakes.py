@@ -93,16 +93,12 @@ def _each_scaled(
     if not any(abs(f) > 1e-3 for f in off.values()):
         return "gradient detached", f"no gradient reaches {', '.join(off)}", theirs
     norms = {n: float(np.linalg.norm(candidate[n])) for n in off}
-    whole = math.hypot(*norms.values())
     if len(off) > 1 and np.ptp([*norms.values()]) <= 1e-5 * max(norms.values()):
-        detail = f"those of {listed([*off])} have a norm of {number(whole / len(off) ** 0.5)} each"
+        detail = f"those of {listed([*off])} have a norm of {number(max(norms.values()))} each"
         return CLIPPED, detail, theirs
     if len(off) > 1 and np.ptp([*off.values()]) <= 1e-4 * max(map(abs, off.values())):
         factor = next(iter(off.values()))
         words = f"those of {listed([*off])} are multiplied by {number(factor)}"
-        limit = float(f"{whole:.2g}")
-        if 0 < factor < 1 and math.isclose(whole, limit, rel_tol=1e-5):
-            return CLIPPED, f"{words}, to a norm of {limit:g} of all together", theirs
         return "gradient scaled", words, theirs
     words = (f"that of {n} is multiplied by {number(f)}" for n, f in off.items())
     return "gradient scaled", ", ".join(words), theirs

@@ -764,7 +764,8 @@ def _causal_by_blocks(recipe: Recipe) -> Variants:
             ),
         }.items():
             yield words, free.but(masks={**recipe.masks, "blocks": seen})
-    # Tiles that a loop skips, of others sizes for queries than for keys.
+    # Tiles that a loop skips, of other sizes for queries than for keys; each mask once.
+    known = {recipe.seen.tobytes()}
     sizes = [n for n in BLOCKS if n <= max(recipe.lengths[1:])]
     for rows, columns in itertools.product(sizes, repeat=2):
         first, begin = own // rows * rows, other // columns * columns
@@ -774,8 +775,11 @@ def _causal_by_blocks(recipe: Recipe) -> Variants:
                 begin + columns <= first + rows
             ),
         }.items():
-            detail = f"tiles of {rows} queries and {columns} keys: those {words}"
-            yield detail, recipe.but(masks={**recipe.masks, "tiles": seen})
+            mark = (recipe.seen & seen).tobytes()
+            if mark not in known:
+                known.add(mark)
+                detail = f"tiles of {rows} queries and {columns} keys: those {words}"
+                yield detail, recipe.but(masks={**recipe.masks, "tiles": seen})
 
 
 def _window_by_blocks(recipe: Recipe) -> Variants:
