@@ -13,6 +13,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported anywhere
@@ -37,6 +38,12 @@ LONG = ("test_keras_layer.py", "test_conformance.py", "test_torch_tools.py", "te
 
 FINISHED: list[str] = []
 """The tests that have ended in this process."""
+
+GROWN = 500 << 20
+"""When the process has grown by so many bytes, all garbage is searched for,"""
+
+SEARCHED = [0]
+"""and so great it was after each search."""
 
 settings.register_profile("anymha", max_examples=8, deadline=None, derandomize=True, database=None)
 settings.load_profile("anymha")
@@ -153,9 +160,21 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_logfinish(nodeid: str) -> None:
     """Likewise what tests leave: JAX keeps the programs, a million objects after some files.
 
-    Searching them took a tenth of the whole run. Cycles that are garbage are collected before.
+    Searching them took a tenth of the whole run. Cycles that are garbage are collected before. What
+    becomes garbage later is searched for where the process has grown.
     """
     FINISHED.append(nodeid)
     if len(FINISHED) % 20 == 0:
-        gc.collect(1)
+        grown = resident() > SEARCHED[-1] + GROWN
+        if grown:
+            gc.unfreeze()
+        gc.collect(2 if grown else 1)
         gc.freeze()
+        if grown:
+            SEARCHED.append(resident())
+
+
+def resident() -> int:
+    """The resident memory of this process in bytes, where Linux tells it; else 0."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
