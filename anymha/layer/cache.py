@@ -80,15 +80,27 @@ MOST_POSITIONS = 2**31 - 1
 """How many positions an int32 counts."""
 
 
+class _Arrays:
+    """Of all caches that have the same arrays of keys and values, plain enough for compilers.
+
+    Attributes:
+        taken: Whether a compiled program has written into them for a cache that these do not know.
+    """
+
+    taken = False
+
+
 class _Sharing(WeakSet["Cache"]):
     """Caches that have the same arrays; a copy of one has others.
 
     Attributes:
+        arrays: What is known of the arrays.
         reached: Up to which lengths (B,) something has been written, be it of caches that are gone.
         is_differentiated: Whether a graph of gradients needs the arrays as they are.
         writing: Held by the call that may write; of two threads that go on, the other one copies.
     """
 
+    arrays: Any = None
     reached: Any = None
     is_differentiated = False
 
@@ -145,6 +157,9 @@ class Cache(Nested):
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
     _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
+    _arrays: ClassVar[Any] = None  # of an instance what is known of its arrays
+    # of an instance whether no other cache has been, or is to be, written into its arrays
+    _is_newest: ClassVar[bool] = False
 
     keys: Array
     values: Array
@@ -167,6 +182,7 @@ class Cache(Nested):
             return
         same = [(self.keys is one.keys, self.values is one.values) for one in sharing.all()]
         if any(map(any, same)):
+            self.__dict__["_arrays"] = sharing.arrays
             sharing.add(self)
         if (True, True) not in same:  # not all are known to be these caches' alone
             self._sharing = None
@@ -191,6 +207,7 @@ class Cache(Nested):
 
     def __copy__(self) -> Cache:
         new = Cache(**self.__getstate__())
+        new.__dict__["_arrays"] = self._arrays
         return new if self._sharing is None else new._share(self, self._known)
 
     def __repr__(self) -> str:
@@ -249,6 +266,7 @@ class Cache(Nested):
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
             new.__dict__["_known"] = wanted
+            new.__dict__["_arrays"] = self._arrays
             return new if is_same else new._cleared(ops)
         return new._share(self, wanted)  # the next call clears what lies beyond
 
@@ -303,14 +321,38 @@ class Cache(Nested):
         self.__dict__["_known"] = known
         self.__dict__["_sharing"] = sharing = _Sharing([self])
         sharing.reached = known
+        if not self._is_newest:
+            self._alone(backend_of(self.lengths).ops)
+        sharing.arrays = self._arrays
         return self
+
+    def _alone(self, ops: Ops) -> None:
+        """Note that the arrays are new, and this cache's alone."""
+        self._arrays = _Arrays()
+        writes, inference = ops.capabilities.compiles_writes, ops.capabilities.is_inference
+        # What inference makes cannot be written elsewhere; a compiler cannot ask for it.
+        self._is_newest = inference is None or (writes is not None and writes()) or not inference()
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
         """Note that the arrays are those of another cache."""
         self.__dict__["_known"] = known
         self.__dict__["_sharing"] = other._sharing
+        self.__dict__["_arrays"] = other._arrays
         other._sharing.add(self)
         return self
+
+    def _hand_over(self) -> bool:
+        """Whether a program that is compiled now may write into the arrays.
+
+        They are its new cache's from then on; this one keeps its meaning: what it holds is not
+        written, and its next call copies that. A ring would lose what it holds.
+        """
+        if not (self._is_newest and self.window is None):
+            return False
+        self._is_newest = False
+        self._arrays.taken = True
+        self._stale_to = self.keys.shape[2]
+        return True
 
     def _written(self, arrays: Mapping[str, Array], known: np.ndarray) -> None:
         """Note what has been written into the arrays, whatever becomes of the call.
@@ -345,6 +387,10 @@ class Cache(Nested):
             self.__dict__["_known"] = known
         else:
             self._share(cache, known)
+            older = [cache] if cache._is_newest else cache._sharing.all()
+            for one in older:
+                one.__dict__["_is_newest"] = False
+            self.__dict__["_is_newest"] = True
         lost = cache._lost
         if lost is not None and (lost > known - self.keys.shape[2]).any():
             self.__dict__["_lost"] = lost
@@ -355,6 +401,8 @@ class Cache(Nested):
 
     def _top(self) -> int:
         """Up to which slot something may have been written, of what is cleared at the next call."""
+        if self._arrays is not None and self._arrays.taken:
+            return int(self.keys.shape[2])
         reached = None if self._sharing is None else self._sharing.reached
         if reached is None or reached is self._known:
             return self._stale_to
@@ -376,6 +424,7 @@ class Cache(Nested):
         differentiated = ops.capabilities.is_differentiated
         if self._sharing is not None and differentiated is not None and differentiated(output):
             self._sharing.is_differentiated = True
+            self.__dict__["_is_newest"] = False
 
     def _claim(self, known: np.ndarray) -> Any:
         """What a call that may write positions after `known` holds until `_after`; else None.
@@ -383,7 +432,7 @@ class Cache(Nested):
         After a call that fails nothing is written any more: the next one copies.
         """
         sharing = self._sharing
-        if sharing is None or not sharing.writing.acquire(blocking=False):
+        if sharing is None or self._arrays.taken or not sharing.writing.acquire(blocking=False):
             return None
         if self._may_write(known):
             return sharing.writing
@@ -410,20 +459,25 @@ class Cache(Nested):
 
     def _cleared(self, ops: Ops) -> Cache:
         """The cache, zero in slots that hold nothing: NaN of what is gone must not be read."""
+        self.keys, self.values = self._arrays_cleared(ops)
+        self._stale_to = 0
+        self._sharing = None
+        self._alone(ops)
+        return self if self._known is None else self._own(self._known)
+
+    def _arrays_cleared(self, ops: Ops) -> tuple[Array, Array]:
+        """New arrays of keys and values, zero in slots that hold nothing."""
         size = self.keys.shape[2]
         if self.window is None:
             held = slots(ops, size, self.lengths) < ops.reshape(self.lengths, (-1, 1))
         else:
             held = ring_positions(ops, size, self.lengths, self.lengths) >= self._first(ops)
         held = ops.reshape(held, (-1, 1, size, 1))
-        for name in ("keys", "values"):
-            cleared = _any_dtype(ops, lambda x: ops.where(held, x, 0.0), getattr(self, name))
-            setattr(self, name, cleared)
-        self._stale_to = 0
-        self._sharing = None
-        if self._known is not None:
-            self._own(self._known)
-        return self
+
+        def cleared(x: Array) -> Array:
+            return _any_dtype(ops, lambda x: ops.where(held, x, 0.0), x)
+
+        return cleared(self.keys), cleared(self.values)
 
 
 def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:

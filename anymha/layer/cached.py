@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -289,9 +289,16 @@ def _prepare_cache(
             known = None if counts is None else known
     size, eager = cache.keys.shape[2], ops.capabilities.compile is None
     if known is None:
-        held = Held("own", size, cache.max_length, cache.window)
+        written = _is_written_by_program(ops)
+        in_place = written and cache._hand_over()
+        if written and not in_place and cache.window is None:
+            arrays |= _of_cleared(ops, cache)
+            in_place = True
+        held = Held("own", size, cache.max_length, cache.window, in_place=in_place)
         offset = cache.lengths
         return HeldCall(held, arrays, None, None, offset, _finisher(ops, cache, None))
+    if cache._sharing is None and cache._is_newest:  # as a compiled program has made it
+        cache._own(known)
     lengths = known + counts
     _check_room(cache, known, lengths)
     start = int(known[0]) if eager and known.size and is_uniform(known) else None
@@ -302,9 +309,8 @@ def _prepare_cache(
     if in_place and not (is_ring and not (one and valid is None)):
         arrays |= _clear(ops, cache, known)
     elif cache._top():
-        cleared = Cache(**cache.__getstate__())._cleared(ops)
         in_place = bool(ops.capabilities.writes_in_place)
-        arrays |= {PREFIX + n: getattr(cleared, n) for n in ("keys", "values")}
+        arrays |= _of_cleared(ops, cache)
     full = bool(
         start is not None and one and valid is None
         and (not is_ring or (size == cache.window and not cache._top()))
@@ -395,6 +401,18 @@ def _check_segments(cache: Cache, masks: Mapping[str, Any], source: str) -> None
         )
 
 
+def _is_written_by_program(ops: Ops) -> bool:
+    """Whether the call becomes a part of a program that may write into arrays that it is given."""
+    compiles_writes = ops.capabilities.compiles_writes
+    return compiles_writes is not None and compiles_writes()
+
+
+def _of_cleared(ops: Ops, cache: Cache) -> dict[str, Array]:
+    """New arrays of keys and values, zero in slots that hold nothing."""
+    keys, values = cache._arrays_cleared(ops)
+    return {f"{PREFIX}keys": keys, f"{PREFIX}values": values}
+
+
 def _clear(ops: Ops, cache: Cache, known: np.ndarray) -> dict[str, Array]:
     """The cache's arrays, zero in slots that `truncate` has given up; its own where it may be."""
     top = cache._top()
@@ -432,6 +450,8 @@ def _finisher(
             start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None
             new._after(cache, lengths, start, claim)
             new._note_output(ops, result[0] if isinstance(result, tuple) else result)
+        elif _is_written_by_program(ops):
+            new._alone(ops)
         return (*result, new) if isinstance(result, tuple) else (result, new)
 
     return finish
@@ -815,6 +835,8 @@ class Holding:
             if is_ring:
                 slot = slot % size if self.start is not None else ops.remainder(n, size)
             return write(storage, new, slot, in_place)
+        if in_place and not is_ring and is_known(self.queries) and self.queries <= size:
+            return self._written_around(storage, new)
         if write is not None and self.is_one and counts is None:
             # A row that has no room is lost from now on, whatever lies in its last slot.
             slot = ops.remainder(n, size) if is_ring else ops.where(n < size, n, size - 1)
@@ -838,6 +860,24 @@ class Holding:
             new = ops.gather(new, place, axis=2)
             return ops.where(ops.reshape(taken, (-1, 1, size, 1)), new, storage)
         return storage
+
+    def _written_around(self, storage: Array, new: Array) -> Array:
+        """`storage` itself, with the new positions that are kept in their slots.
+
+        As many slots as there are new positions are written; those whose row keeps no new position
+        there, or is lost, get what they have, which a cache before this one may hold too.
+        """
+        ops, n, queries = self.ops, self.lengths, self.queries
+        last = self.held.size - queries
+        begin = ops.where(n < last, n, last)
+        slot = ops.reshape(begin, (-1, 1)) + slots(ops, queries, n)  # [B, T]
+        place = slot - ops.reshape(n, (-1, 1))
+        count: Any = ops.reshape(self.new_lengths - n, (-1, 1))  # 0 in rows that are lost
+        taken = ops.logical_and(place >= 0, place < count)
+        new = ops.gather(new, ops.where(taken, place, 0), axis=2)
+        where = ops.reshape(taken, (-1, 1, queries, 1))
+        new = ops.where(where, new, ops.gather(storage, slot, axis=2))
+        return cast(Any, ops.capabilities.write_slots)(storage, new, begin, True)
 
     def _from_memory(self) -> None:
         """A memory: all of it is there."""

@@ -162,6 +162,10 @@ def is_tracing():
     )
 
 
+def compiles_writes():
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def is_differentiated(x, /):
     return torch.is_grad_enabled() and (x.requires_grad or transformed())
 
@@ -320,6 +324,8 @@ capabilities = Capabilities(
     has_values=has_values,
     write_slots=write_slots,
     writes_in_place=True,
+    compiles_writes=compiles_writes,
+    is_inference=torch.is_inference_mode_enabled,
     chunk_size=chunk_size,
     bitwise_and_inplace=torch.Tensor.bitwise_and_,
     bitwise_xor_inplace=torch.Tensor.bitwise_xor_,
