@@ -2,13 +2,15 @@
 
     python -m benchmarks.decoding                                   # every framework
     python -m benchmarks.decoding --frameworks torch --held 2048 --batch 8
+    python -m benchmarks.decoding --frameworks torch --compiled --room 4096   # by torch.compile
     python -m benchmarks.decoding --steps 2000                      # how the time of a step grows
 
 A layer by hand has the same four projections without biases, keys and values (B, H, S, d) that are
 written in place where the framework can (NumPy, PyTorch, variables of TensorFlow, donated arrays
-of JAX), and no masks where it needs none; in JAX and TensorFlow both layers are compiled by the
-user. Both take turns in one process, `--times` times; medians of the time of a step. One token a
-step in float32 after `--held` positions; values are compared first.
+of JAX), and no masks where it needs none. In JAX and TensorFlow both layers are compiled by the
+user, in PyTorch with `--compiled`, where both read all slots. Both take turns in one process,
+`--times` times; medians of the time of a step. One token a step in float32 after `--held`
+positions; values are compared first.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Sizes:
         self.token = draw.standard_normal((batch, 1, features)).astype(np.float32)
 
 
-def runs(framework: str, sizes: Sizes) -> dict[str, Run]:
+def runs(framework: str, sizes: Sizes, compiled: bool = False) -> dict[str, Run]:
     """A step of our layer and of the one by hand, with the same weights."""
     features = sizes.heads * sizes.width
     layer: Any = get_layer(framework)(
@@ -61,10 +63,14 @@ def runs(framework: str, sizes: Sizes) -> dict[str, Run]:
         name.partition(".")[0]: np.ascontiguousarray(ops.to_numpy(x).reshape(features, features))
         for name, x in layer.canonical_weights().items()
     }
-    return {"anymha": _ours(framework, layer, sizes), "by hand": _HAND[framework](weights, sizes)}
+    by_hand = _torch_compiled if compiled else _HAND[framework]
+    return {
+        "anymha": _ours(framework, layer, sizes, compiled),
+        "by hand": by_hand(weights, sizes),
+    }
 
 
-def _ours(framework: str, layer: Any, sizes: Sizes) -> Run:
+def _ours(framework: str, layer: Any, sizes: Sizes, compiled: bool) -> Run:
     ops = get_backend(framework).ops
     prompt, token = ops.from_numpy(sizes.prompt), ops.from_numpy(sizes.token)
     step: Any = lambda x, cache: layer(x, cache=cache)  # noqa: E731
@@ -78,6 +84,10 @@ def _ours(framework: str, layer: Any, sizes: Sizes) -> Run:
 
         step = tf.function(step)
         prefill = tf.function(prefill)
+    elif compiled:
+        import torch
+
+        step = torch.compile(step, fullgraph=True)
     caches: list[Any] = []
 
     def run(steps: int, _: int) -> Any:
@@ -153,6 +163,40 @@ def _torch(weights: Any, sizes: Sizes) -> Run:
             values[:, :, end - 1 : end] = project(token, "value")
             context = scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end])
             output = linear(context.transpose(1, 2).reshape(batch, 1, -1), matrices["output"])
+        return output.numpy()
+
+    return torch.no_grad()(run)
+
+
+def _torch_compiled(weights: Any, sizes: Sizes) -> Run:
+    import torch
+    from torch.nn.functional import linear, scaled_dot_product_attention
+
+    batch, heads, width = sizes.batch, sizes.heads, sizes.width
+    keys, values = (torch.zeros(batch, heads, sizes.room, width) for _ in range(2))
+    matrices = {n: torch.from_numpy(np.ascontiguousarray(w.T)) for n, w in weights.items()}
+    prompt, token = torch.from_numpy(sizes.prompt), torch.from_numpy(sizes.token)
+
+    def project(x: Any, name: str) -> Any:
+        return linear(x, matrices[name]).view(batch, -1, heads, width).transpose(1, 2)
+
+    @torch.compile(fullgraph=True)
+    def step(x: Any, keys: Any, values: Any, at: Any) -> Any:
+        q = project(x, "query")
+        keys[:, :, at] = project(x, "key")
+        values[:, :, at] = project(x, "value")
+        seen = (torch.arange(sizes.room) <= at)[None, None]
+        context = scaled_dot_product_attention(q, keys, values, seen)
+        return linear(context.transpose(1, 2).reshape(batch, 1, -1), matrices["output"]), at + 1
+
+    def run(steps: int, at: int) -> Any:
+        if not steps:
+            keys[:, :, : sizes.held] = project(prompt, "key")
+            values[:, :, : sizes.held] = project(prompt, "value")
+            return None
+        place, output = torch.tensor([at]), torch.zeros(0)
+        for _ in range(steps):
+            output, place = step(token, keys, values, place)
         return output.numpy()
 
     return torch.no_grad()(run)
@@ -246,9 +290,9 @@ def _tensorflow(weights: Any, sizes: Sizes) -> Run:
 _HAND = {"numpy": _numpy, "torch": _torch, "tensorflow": _tensorflow, "jax": _jax}
 
 
-def measured(framework: str, sizes: Sizes, times: int) -> dict[str, float]:
+def measured(framework: str, sizes: Sizes, times: int, compiled: bool) -> dict[str, float]:
     """The median time of a step of each, in microseconds; values are compared first."""
-    both = runs(framework, sizes)
+    both = runs(framework, sizes, compiled)
     found = {}
     for name, run in both.items():
         run(0, 0)
@@ -295,10 +339,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=0, help="show how a step grows instead")
+    parser.add_argument("--compiled", action="store_true", help="PyTorch's steps, both of them")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    names = options.frameworks.split(",")
+    if options.compiled and names != ["torch"]:
+        parser.error("--compiled is about PyTorch: pass --frameworks torch, too")
     if options.here is None:
-        names = options.frameworks.split(",")
         given = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "benchmarks.decoding", *given, "--here"]
         return max(
@@ -322,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         for column in ("held", "anymha, us a step", "by hand", "ratio"):
             table.add_column(column, justify="right")
-        found = measured(options.here, sizes, options.times)
+        found = measured(options.here, sizes, options.times, options.compiled)
         ratio = found["anymha"] / found["by hand"]
         cells = [f"{found[name]:.0f}" for name in ("anymha", "by hand")]
         table.add_row(str(sizes.held), *cells, f"{ratio:.2f}")

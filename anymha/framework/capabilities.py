@@ -20,6 +20,7 @@ Function = Callable[..., Any]
 TOGETHER = (
     ("compile", "array_key"),
     ("compile", "seed_array"),
+    ("compiles_writes", "write_slots"),
     ("loop", "tile_size"),
     ("loop", "narrow"),
     ("fused_attention", "why_not_fused"),
@@ -51,10 +52,10 @@ class Capabilities:
             `new` (B, K, T, d) in T slots of each row, from `slot` on, an int or int32 integers
             (B,); all are below C. With `in_place` it may write into `storage`.
         writes_in_place: Whether `write_slots` does so.
-        compiles_writes: ``compiles_writes()``: whether a compiler runs the call now, in whose program
-            `write_slots` may write into arrays that are given to it.
-        is_inference: ``is_inference()``: whether arrays that are made now, by no compiled program, can
-            be written in regions such as this one alone, as in torch's inference mode.
+        compiles_writes: ``compiles_writes()``: whether a compiler runs the call now, in whose
+            program `write_slots` may write into arrays that are given to it.
+        is_inference: ``is_inference()``: whether arrays that are made now, by no compiled program,
+            can be written in regions such as this one alone, as in torch's inference mode.
         choose: ``choose(index, functions, arrays)`` is ``functions[index](arrays)`` of an int32
             scalar, in one program that runs the chosen function alone.
         resized: ``resized(x, shape)`` is `x`, maybe NumPy's, as an array with more or fewer places

@@ -505,6 +505,37 @@ class CapabilityTests(BackendTests):
         found = ops.capabilities.write_slots(given, new, 1, True)
         Returned("storage behind it", ops.to_numpy(given)).equals(ops.to_numpy(found))
 
+    def test_compiles_writes_is_false_in_an_eager_call(self, ops: Any) -> None:
+        """There each call asks what its cache's arrays are to others."""
+        self.need(ops, "compiles_writes", "write_slots")
+        answer = ops.capabilities.compiles_writes()
+        must(answer is False, f"`compiles_writes` must give False here. Received: {answer!r}.")
+
+    def test_compiles_writes_is_what_a_program_does(self, ops: Any, compiler: Any) -> None:
+        """A program that writes into an array that is given to it, without a gradient."""
+        self.need(ops, "compiles_writes", "write_slots")
+        if compiler is None:
+            pytest.skip(f"`compiles_writes` of {ops.name} is judged inside of a compiler alone")
+        storage, new = values(2, 1, 3, 2), values(2, 1, 1, 2, seed=1)
+        seen: list[Any] = []
+
+        def function(arrays: Mapping[str, Any]) -> Any:
+            seen.append(ops.capabilities.compiles_writes())
+            return ops.capabilities.write_slots(arrays["storage"], arrays["new"], 1, True)
+
+        given = {"storage": ops.from_numpy(storage), "new": ops.from_numpy(new)}
+        found = ops.to_numpy(compiler(function)(given))
+        storage[:, :, 1:2] = new
+        Returned("write_slots(storage, new, 1) in a program", found).equals(storage)
+        must(seen and all(seen), f"`compiles_writes` must give True there. Received: {seen}.")
+        Returned("storage after the program", ops.to_numpy(given["storage"])).equals(storage)
+
+    def test_is_inference_is_false_in_an_eager_call(self, ops: Any) -> None:
+        """Compiled programs would copy the arrays that such a call has made."""
+        self.need(ops, "is_inference")
+        answer = ops.capabilities.is_inference()
+        must(answer is False, f"`is_inference` must give False here. Received: {answer!r}.")
+
     @pytest.mark.parametrize("index", [0, 1, 2])
     def test_choose_runs_the_function_of_the_index(self, ops: Any, index: int) -> None:
         """Of three functions of a dict of arrays; the index is an array."""

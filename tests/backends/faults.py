@@ -439,6 +439,8 @@ def sound(ops: Any) -> dict[str, Any]:
         "has_values": lambda x: not tracing,
         "choose": lambda index, functions, arrays: functions[int(index)](arrays),
         "is_tracing": lambda: bool(tracing),
+        "compiles_writes": lambda: bool(tracing),
+        "is_inference": lambda: False,
         "constants": lambda query, arrays: arrays,
         "seed_array": exact(ops, int),
         "draw_seed_like": lambda x, native: ops.draw_seed(),
@@ -1070,6 +1072,24 @@ FAULTS = (
         lambda o: {"writes_in_place": True, "write_slots": lambda s, x, slot, p: (
             o.capabilities.write_slots(s, x, slot, False))},
         ("test_writes_in_place_is_what_write_slots_does",),
+    ),
+    Fault(
+        "compiles_writes is true",
+        lambda o: {"compiles_writes": lambda: True},
+        ("test_compiles_writes_is_false_in_an_eager_call",),
+    ),
+    Fault(
+        "compiles_writes of a program that copies",
+        lambda o: {"write_slots": lambda s, x, slot, p: (
+            o.capabilities.write_slots(s, x, slot, False))},
+        ("test_compiles_writes_is_what_a_program_does",),
+        base="torch",
+        compiler=torch_compile,
+    ),
+    Fault(
+        "is_inference is true",
+        lambda o: {"is_inference": lambda: True},
+        ("test_is_inference_is_false_in_an_eager_call",),
     ),
     Fault(
         "choose takes the last function",
