@@ -290,7 +290,7 @@ def _tensorflow(weights: Any, sizes: Sizes) -> Run:
 _HAND = {"numpy": _numpy, "torch": _torch, "tensorflow": _tensorflow, "jax": _jax}
 
 
-def measured(framework: str, sizes: Sizes, times: int, compiled: bool) -> dict[str, float]:
+def measured(framework: str, sizes: Sizes, times: int, compiled: bool = False) -> dict[str, float]:
     """The median time of a step of each, in microseconds; values are compared first."""
     both = runs(framework, sizes, compiled)
     found = {}

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
+
+import pytest
 
 from anymha.framework.registry import Backend
 from benchmarks.decoding import STEPS, Sizes, grown, measured
+from tests.frameworks import required
 
 
 def test_both_layers_have_the_same_values_and_are_timed(backend: Backend) -> None:
     found = measured(backend.name, Sizes(2, 2, 4, 5, 5 + STEPS), times=1)
     assert list(found) == ["anymha", "by hand"]
     assert all(spent > 0 for spent in found.values())
+
+
+def test_compiled_layers_have_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = required("torch")
+    quick = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda *given, **o: quick(*given, **o))
+    torch._dynamo.reset()
+    found = measured("torch", Sizes(2, 2, 4, 5, 5 + STEPS), times=1, compiled=True)
+    assert list(found) == ["anymha", "by hand"]
 
 
 def test_growth_has_a_row_for_each_part_of_the_steps() -> None:

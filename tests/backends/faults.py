@@ -1080,8 +1080,8 @@ FAULTS = (
     ),
     Fault(
         "compiles_writes of a program that copies",
-        lambda o: {"write_slots": lambda s, x, slot, p: (
-            o.capabilities.write_slots(s, x, slot, False))},
+        lambda o: {"compiles_writes": o.capabilities.compiles_writes, "write_slots": (
+            lambda s, x, slot, p: o.capabilities.write_slots(s, x, slot, False))},
         ("test_compiles_writes_is_what_a_program_does",),
         base="torch",
         compiler=torch_compile,
