@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
+from anymha.parity.diagnose.distance_bias import of_other_distances
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.oracle.recipe import (
     Arrays,
@@ -363,7 +364,8 @@ def _bias_of_others(recipe: Recipe) -> Variants:
     bias = np.asarray(recipe.bias)
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     for words, other in itertools.chain(
-        _elsewhere_on_an_axis(bias), _turned(bias), _averaged(bias), _of_other_heads(bias)
+        of_other_distances(bias), _elsewhere_on_an_axis(bias), _turned(bias), _averaged(bias),
+        _of_other_heads(bias),
     ):
         yield words, recipe.but(bias=other)
         yield f"{words}, subtracted", recipe.but(bias=-other)
