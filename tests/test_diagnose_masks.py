@@ -127,7 +127,7 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
                           "as of a causal rule that lets query i see keys j <= i + 6)"),
     "queries' for keys'": (
         lambda value_mask, query_mask: of_keys(query_mask) & query_mask[:, None, :, None],
-        TWO_SIDES, "mask in the place of another (`query_mask` hides keys in the place of"),
+        TWO_SIDES, "mask of other positions (`query_mask` hides keys in the place of"),
     "queries' for all": (
         lambda attention_mask, query_mask: of_keys(query_mask)
         & np.ones_like(attention_mask)[:, None],
@@ -135,7 +135,7 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
         "(`query_mask` hides keys in the place of `attention_mask`, and no queries)"),
     "both exchanged": (
         lambda value_mask, query_mask: of_keys(query_mask) & value_mask[:, None, :, None],
-        TWO_SIDES, "mask in the place of another (`query_mask` and `value_mask` exchanged)"),
+        TWO_SIDES, "mask of other positions (`query_mask` and `value_mask` exchanged)"),
     "own key": (lambda attention_mask: (attention_mask & ~OWN)[:, None],
                 {"attention_mask": SEEN}, "own key hidden"),
     "own key or none": (lambda attention_mask: (attention_mask & ~(OWN & SEEN_TWICE))[:, None],

@@ -364,7 +364,10 @@ def _bias_of_others(recipe: Recipe) -> Variants:
     bias = np.asarray(recipe.bias)
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     for words, other in itertools.chain(
-        of_other_distances(bias), _elsewhere_on_an_axis(bias), _turned(bias), _averaged(bias),
+        of_other_distances(bias),
+        _elsewhere_on_an_axis(bias),
+        _turned(bias),
+        _averaged(bias),
         _of_other_heads(bias),
     ):
         yield words, recipe.but(bias=other)
@@ -875,8 +878,6 @@ MISTAKES: tuple[Row, ...] = (
      "(batch, heads, queries, keys).", _masks(_of_heads)),
     ("mask of another sequence", "Give each sequence of the batch its own mask.",
      _of_another_sequence),
-    ("mask in the place of another", "Lay each mask on its own axis: `value_mask` and `key_mask` "
-     "hide keys, `query_mask` hides queries.", _in_place_of_another),
     ("causal mask ignored", "Switch the causal mask on.",
      fields(lambda r: r.causal, _not_causal)),
     ("causal mask at the other corner", "With fewer queries than keys the first "
@@ -934,8 +935,9 @@ MISTAKES: tuple[Row, ...] = (
      "set no diagonal.", fields(lambda r: True, _own_seen)),
     ("mask applied wrongly", "Hide with -inf, before the softmax: a finite number lets hidden "
      "positions be seen, and zeros take part in the softmax.", _elsewhere, _weak),
-    ("mask of other positions", "Give each sequence, head, query and key its own place in the "
-     "mask.", _of_others, no_families, True),
+    *(("mask of other positions", "Give each sequence, head, query and key its own place in the "
+       "mask.", make, no_families, alone)
+      for make, alone in ((_in_place_of_another, False), (_of_others, True))),
     ("first keys seen by all", "A prefix that all queries see, or first keys beside a window, are "
      "no rule of the layer: leave them out, or give the reference a mask.",
      with_empty_rows(_first_seen), no_families, True),
