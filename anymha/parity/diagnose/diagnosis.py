@@ -12,6 +12,7 @@ import numpy as np
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.in_part import SMALL, in_a_part
+from anymha.parity.diagnose.measured_dropout import measured_dropout
 from anymha.parity.diagnose.measured_logits import measured_logits
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.measured_positions import measured_positions
@@ -218,6 +219,7 @@ class Search(Trials):
     def _solved(self) -> Diagnosis | None:
         """Positions, a mask, logits or weights that are measured number by number."""
         searches: tuple[Callable[[], tuple[Cause, Recipe] | None], ...] = (
+            lambda: measured_dropout(self.recipe, self.reported),
             lambda: measured_positions(self.recipe, self.evidence),
             lambda: measured_mask(self.recipe, self.reported),
             lambda: measured_logits(self.recipe, self.evidence),
