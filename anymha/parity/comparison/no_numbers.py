@@ -106,6 +106,13 @@ def without_numbers(
             words = _judged(free, _without_words(names))
             at = "masked_logits" if stage == "output" else stage
             return _with(comparison, Cause(OF_THE_MASK, words, at, MASKING), free)
+    wider = _in_float32(comparison, candidate) if computed_dtype(second) == "float16" else None
+    if wider is not None:
+        words = (_judged(wider, "of the same inputs in float32") + ": no smaller inputs do, so a "
+                 "number of its own, such as -1e9 or 1e-9, is infinite or zero")  # fmt: skip
+        fix = ("Take constants from the dtype, as `finfo(dtype).min`, or hide with `where` and "
+               "-inf: float16 ends at 65504, and below 6e-8 it is zero.")  # fmt: skip
+        return _with(comparison, Cause("constant beyond float16", words, stage, fix), wider)
     if holes(first.output, second.output).all() and diagnosis is not None and diagnosis.causes:
         told = dataclasses.replace(diagnosis, remaining=math.inf)
         return dataclasses.replace(comparison, diagnosis=told)
@@ -163,6 +170,20 @@ def _lost(comparison: Comparison) -> bool:
 
 def _without_words(names: Collection[str]) -> str:
     return "without " + " and ".join(f"`{name}`" for name in names)
+
+
+def _in_float32(comparison: Comparison, candidate: Adapter) -> Comparison | None:
+    """The comparison of what a candidate gives for inputs in float32; None without its numbers."""
+    first, second = comparison.traces
+    try:
+        output = candidate.trace(_scaled(comparison.request, 1.0, "float32"), None).output
+    except Exception:  # it takes no other dtype
+        return None
+    if not np.isfinite(output.astype(np.float64)).all():
+        return None
+    cast = output.astype(second.output.dtype)
+    rest = dataclasses.replace(second, output=cast, scores=None, gradients={}, stages={})
+    return outputs_alone(comparison.request, first, rest)
 
 
 def _shown_alone(comparison: Comparison) -> bool:
@@ -234,9 +255,9 @@ def _peak(array: np.ndarray | None) -> float:
     return float(np.max(np.abs(array), initial=0.0, where=np.isfinite(array)))
 
 
-def _scaled(request: Request, factor: float) -> Request:
-    """The request with inputs times a factor."""
-    inputs = {n: (x * factor).astype(x.dtype) for n, x in request.inputs.items()}
+def _scaled(request: Request, factor: float, dtype: str | None = None) -> Request:
+    """The request with inputs times a factor, in another dtype."""
+    inputs = {n: (x * factor).astype(dtype or x.dtype) for n, x in request.inputs.items()}
     ops = backend_of(request.originals["query"]).ops
     originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
     return dataclasses.replace(request, inputs=inputs, originals=originals)
