@@ -38,9 +38,10 @@ MASKING = ("0 times infinity is NaN, and so is the softmax of a row of -inf alon
 
 BACKWARD = "NaN in the backward pass"
 
-BEHIND = ("A `where` behind NaN or infinity keeps these out of the output, not out of the gradients: "
-          "0 times NaN is NaN. Put finite numbers in front of the softmax in rows that see nothing, "
-          "as `where` on both sides does.")  # fmt: skip
+BEHIND = (
+    "A `where` keeps NaN and infinity behind it out of the output, not out of the gradients: "
+    "0 times NaN is NaN. Put finite numbers there before the softmax, too."
+)
 
 
 def holes(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:

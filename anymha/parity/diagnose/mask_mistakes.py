@@ -53,8 +53,8 @@ def with_empty_rows(make: Maker) -> Maker:
         for words, wrong in make(recipe):
             yield words, wrong
             if not empty and np.any(_empty(wrong)):
+                several = f"{words}; " if words else ""
                 for rows, step in _ROWS.items():
-                    several = f"{words}; " if words else ""
                     detail = f"{several}rows that see nothing {rows}"
                     yield detail, wrong.stepping("probabilities", _in_empty_rows(step))
                 detail = f"{several}rows that see nothing are not masked, but {ROUNDED}"

@@ -47,7 +47,9 @@ def measured_dropout(recipe: Recipe, reported: Arrays) -> tuple[Cause, Recipe] |
             return _cause(stage, *factors), recipe.after(
                 (stage,), lambda x, kept=factors[0]: x * kept)  # fmt: skip
     context = context_of(recipe, reported)
-    for axes in ((), (1,), (0, 1), (0,)) if context is not None else ():
+    if context is None:
+        return None
+    for axes in ((), (1,), (0, 1), (0,)):
         found = _solved(recipe, context, axes) or (None if axes else _chosen(recipe, context))
         if found is not None:
             kept, factor, count = found

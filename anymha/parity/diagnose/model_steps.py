@@ -322,7 +322,7 @@ def _biased(recipe: Recipe, trace: Trace) -> Iterator[Recipe]:
         return
     seen = np.broadcast_to(allowed(recipe), logits.shape) & (scores > 0)
     bias = np.where(seen, np.log(np.where(seen, scores, 1.0)) - logits, 0.0)
-    common = seen.all(0, keepdims=True)
+    common = np.asarray(seen.all(0, keepdims=True))
     count = np.maximum(common.sum(-1, keepdims=True), 1)
     bias = bias - np.where(common, bias, 0.0).sum(-1, keepdims=True) / count
     mean = np.where(common, bias, 0.0).mean(0, keepdims=True)
