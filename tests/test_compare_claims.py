@@ -231,6 +231,35 @@ def test_a_mistake_beside_nan_is_told_by_the_numbers_alone() -> None:
     assert "and NaN of the mask" in str(report.diagnosis)
 
 
+@pytest.mark.parametrize("constant", [1e9, 0.0])
+def test_a_constant_beyond_float16_is_told_by_float32(constant) -> None:
+    """(1 - mask) * -1e9 is 0 times infinity where keys are seen; so is what is divided by zero."""
+    right = layer(dtype="float16")
+    w = {name: a.astype(np.float32) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any, value_mask: Any) -> Any:
+        dtype = query.dtype
+        q, k, v = (np.einsum("btd,dhk->bthk", query.astype(np.float32), w[f"{n}.kernel"])
+                   + w[f"{n}.bias"] for n in ("query", "key", "value"))  # fmt: skip
+        logits = (np.einsum("bthk,bshk->bhts", q, k) / WIDTH**0.5).astype(dtype)
+        hidden = 1 - value_mask[:, None, None].astype(dtype)
+        with np.errstate(all="ignore"):
+            if constant:
+                logits = logits - hidden * np.array(constant, np.float32).astype(dtype)
+            else:
+                tiny = np.array(1e-9, np.float32).astype(dtype)
+                logits = np.where(hidden, -np.inf, logits * tiny / tiny)
+            shares = softmax(logits.astype(np.float32))
+        y = np.einsum("bhts,bshv,hvo->bto", shares, v, w["output.kernel"]) + w["output.bias"]
+        return y.astype(dtype)
+
+    report = report_of(right, port, X.astype(np.float16), value_mask=SEEN)
+    assert str(report.diagnosis).startswith(
+        "constant beyond float16 (of the same inputs in float32 it gives numbers, and they are"
+    )
+    assert "and they are right" in report.to_text()
+
+
 @pytest.mark.parametrize("every", [True, False])
 def test_nan_without_a_reason_has_no_cause(every) -> None:
     right = layer()

@@ -204,3 +204,43 @@ def test_in_half_precision_a_detached_key_is_no_rounding(dtype: str, where: str)
     assert report.passed == (not where)
     if where:
         assert "gradient detached (no gradient flows through the key)" in str(report.diagnosis)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+@pytest.mark.parametrize(
+    ("how", "rows", "words"),
+    [
+        ("where", True, "NaN in the backward pass (where rows that see nothing are shown all keys"),
+        ("exponential", False, "NaN in the backward pass (without `attention_mask` it gives"),
+        ("always", False, "the gradients alone differ"),
+    ],
+)
+def test_nan_of_gradients_alone_is_told_by_other_calls(name, how, rows, words) -> None:
+    """What stands behind a `where` is not in the output, but 0 times NaN is in the gradient."""
+    torch, jax = (framework(name) if name == one else None for one in ("torch", "jax"))
+    xp: Any = torch if torch is not None else jax.numpy
+    softmax = (lambda s: s.softmax(-1)) if torch is not None else jax.nn.softmax
+    weights = {n: xp.asarray(np.array(array)) for n, array in WEIGHTS.items()}
+    seen = np.tril(np.ones((2, 5, 5), bool))
+    seen[0, 3] &= not rows
+
+    def port(query: Any, attention_mask: Any = None) -> Any:
+        mask = seen | True if attention_mask is None else np.asarray(attention_mask)
+        mask = xp.asarray(mask[:, None] | np.zeros((2, 2, 5, 5), bool))
+
+        def shares(logits: Any) -> Any:
+            if how == "where":
+                masked = xp.where(mask, logits, -xp.inf + 0 * logits)
+                return xp.where(mask, softmax(masked), 0 * logits)
+            hidden = xp.where(mask, 0 * logits, 0 * logits + 1e3)
+            weights = xp.where(mask, xp.exp(logits + hidden), 0 * logits)
+            if how == "always":
+                weights = weights + xp.where(mask, 0 * logits, xp.sqrt(0 * logits))
+                weights = xp.where(weights < 0, xp.sqrt(0 * logits), weights)
+            return weights / weights.sum(-1)[..., None]
+
+        return attention(xp, shares, weights, query, query, lambda _, array: array)
+
+    report = compare(LAYER, port, xp.asarray(X), attention_mask=xp.asarray(seen))
+    assert report.first_divergence == "gradient of query", report.to_text()
+    assert str(report.diagnosis).startswith(words), report.to_text()

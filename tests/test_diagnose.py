@@ -122,7 +122,7 @@ def test_any_scale_is_measured(factor, words) -> None:
          "in reverse along the keys"),
         ("tokens", seen_as(lambda m: m[::-1]), "sequences"),
         ("tokens", seen_as(lambda m: m | (np.arange(HEADS) > 0)[:, None, None]),
-         "it acts on number 0 of the heads alone"),
+         "it acts on head 0 alone"),
         ("tokens", {"output": lambda y, x: y * TOKENS[..., None]}, "the output of hidden"),
         ("tokens", seen_as(lambda m: m[:1]), "ignored mask"),
         ("mask", seen_as(lambda m: m[:, :, :1]), "that of the first query for all"),

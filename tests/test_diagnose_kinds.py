@@ -11,6 +11,7 @@ import pytest
 
 import anymha
 from anymha.parity import Comparison, compare, declare
+from anymha.parity.diagnose.distance_bias import without_rows
 
 pytestmark = pytest.mark.usefixtures("folded_once")
 
@@ -525,3 +526,69 @@ def test_logits_that_are_told_with_the_bias(of) -> None:
     if of == slice(1):
         words = "attention bias of other positions (that of the first head for all)"
     assert named(report) == words
+
+
+@pytest.mark.parametrize(
+    ("bias_of", "words"),
+    [
+        (lambda d: -d, "mirrored, its sign reversed"),
+        (abs, "without its sign: keys before a query have what those after it"),
+        (lambda d: d - 1, "of a distance that is less by 1"),
+        (lambda d: np.minimum(d, 0), "of no distance for all keys after a query"),
+    ],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_bias_over_another_distance(bias_of, words, told) -> None:
+    right = layer()
+    table = RNG.standard_normal((HEADS, 2 * LENGTH + 1))
+    apart = np.arange(LENGTH) - np.arange(LENGTH)[:, None]
+    own, other = (table[:, np.clip(d, 1 - LENGTH, LENGTH - 1) + LENGTH][None].astype(np.float32)
+                  for d in (apart, bias_of(apart)))  # fmt: skip
+    port = port_of(right, {"bias": lambda s, b: s + other}, told=told)
+    report = compare(right, port, X, attention_bias=own)
+    assert named(report).startswith("attention bias of other positions (")
+    assert words in named(report), report.to_text()
+
+
+def test_a_bias_of_distances_is_found_without_the_numbers_of_rows() -> None:
+    own = RNG.standard_normal((1, HEADS, 9))
+    exact = own[..., np.arange(4) - np.arange(6)[:, None] + 5]
+    seen = np.tri(6, 4, 2, bool)
+    found = without_rows(np.where(seen, exact + RNG.standard_normal((1, HEADS, 6, 1)), 0.0), seen)
+    apart = np.where(seen, found - exact, np.nan)
+    assert np.nanmax(np.abs(apart - np.nanmean(apart, (-2, -1), keepdims=True))) < 1e-9
+    noise = RNG.standard_normal((1, HEADS, 6, 4))
+    assert without_rows(noise, seen) is noise
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize(
+    ("follow", "stage", "words"),
+    [
+        (lambda s: {"probabilities": softmax(s["logits"])}, "probabilities", "ignored mask (the"),
+        (lambda s: {"probabilities": softmax(np.where(SEEN[:, None], 3 * s["logits"], -np.inf))},
+         "probabilities", "wrong scale (3 times"),
+        (lambda s: {"context": mixed(softmax(2 * s["masked_logits"]), s["value"])},
+         "context", "the logits that are told are right, the context made of others"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_is_told_but_not_what_the_next_is_made_of(follow, stage, words) -> None:
+    right = layer()
+    w = {name: a.astype(np.float64) for name, a in anymha.get_weights(right).items()}
+
+    def port(query: Any, attention_mask: Any) -> Any:
+        s = {n: np.einsum("btd,dhk->bthk", query, w[f"{n}.kernel"]) + w.get(f"{n}.bias", 0.0)
+             for n in ("query", "key", "value")}  # fmt: skip
+        s["logits"] = np.einsum("bthk,bshk->bhts", s["query"], s["key"]) / WIDTH**0.5
+        s["masked_logits"] = np.where(attention_mask[:, None], s["logits"], -np.inf)
+        s["probabilities"] = softmax(s["masked_logits"])
+        s |= follow(s)
+        s["context"] = s.get("context", mixed(s["probabilities"], s["value"]))
+        y = np.einsum("bthv,hvo->bto", s["context"], w["output.kernel"])
+        s["output"] = y + w.get("output.bias", 0.0)
+        return {name: array.astype(np.float32) for name, array in s.items()}
+
+    report = compare(right, port, X, attention_mask=SEEN)
+    assert report.first_divergence == stage
+    assert words in named(report), report.to_text()
+    assert "told" in named(report), report.to_text()

@@ -88,6 +88,8 @@ def without_last(ids: np.ndarray) -> np.ndarray:
 
 PADDING = {"value_mask": LENGTHS}
 BOTH = {"value_mask": LENGTHS, "attention_mask": SEEN}
+TWO_SIDES = {"value_mask": LENGTHS, "query_mask": np.roll(LENGTHS, 1, 0)}
+EMPTY_ROWS = "fully masked rows are not masked (rounded beside"
 CAUSAL = {"use_causal_mask": True}
 KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "third row": (lambda value_mask: of_keys(value_mask[2:3]), PADDING,
@@ -123,6 +125,17 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "offset of another": (lambda query_offset: later(3 * query_offset),
                           {**CAUSAL, "query_offset": 2},
                           "as of a causal rule that lets query i see keys j <= i + 6)"),
+    "queries' for keys'": (
+        lambda value_mask, query_mask: of_keys(query_mask) & query_mask[:, None, :, None],
+        TWO_SIDES, "mask of other positions (`query_mask` hides keys in the place of"),
+    "queries' for all": (
+        lambda attention_mask, query_mask: of_keys(query_mask)
+        & np.ones_like(attention_mask)[:, None],
+        {"attention_mask": SEEN, "query_mask": HOLES},
+        "(`query_mask` hides keys in the place of `attention_mask`, and no queries)"),
+    "both exchanged": (
+        lambda value_mask, query_mask: of_keys(query_mask) & value_mask[:, None, :, None],
+        TWO_SIDES, "mask of other positions (`query_mask` and `value_mask` exchanged)"),
     "own key": (lambda attention_mask: (attention_mask & ~OWN)[:, None],
                 {"attention_mask": SEEN}, "own key hidden"),
     "own key or none": (lambda attention_mask: (attention_mask & ~(OWN & SEEN_TWICE))[:, None],
@@ -171,6 +184,31 @@ def test_what_gives_the_same_numbers_is_told_too() -> None:
     text = report_of(of_keys, lower=1.0, **PADDING).to_text()
     assert "additive mask (the mask, 1 where True)" in text
     assert "(or: mask applied wrongly (the mask: hidden logits are lowered by 1 only" in text
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("inverted", [True, False])
+def test_rows_that_see_nothing_are_rounded_beside_a_great_number(scale, inverted) -> None:
+    """10000 is taken from all logits of such a row: a softmax of what float32 leaves of them."""
+    layer = anymha.MultiHeadAttention(HEADS, WIDTH, query_features=FEATURES, backend="numpy",
+                                      seed=3, bias_initializer="random_normal")  # fmt: skip
+    w = anymha.get_weights(layer)
+
+    def port(query: Any, value_mask: Any) -> Any:
+        q, k, v = (np.einsum("btd,dhk->bthk", query, w[f"{name}.kernel"]) + w[f"{name}.bias"]
+                   for name in ("query", "key", "value"))  # fmt: skip
+        logits = np.einsum("bthk,bshk->bhts", q, k) * np.float32(WIDTH**-0.5 if scale else 1)
+        logits = logits - np.float32(1e4) * (value_mask == inverted)[:, None, None]
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        context = np.einsum("bhts,bshv->bthv", shares / shares.sum(-1, keepdims=True), v)
+        return np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+
+    mask = LENGTHS if inverted else LENGTHS & np.array([[True], [True], [False], [True]])
+    report = compare(layer, port, X, value_mask=mask)
+    rows = "inverted mask (the mask; rows that see nothing are not" if inverted else EMPTY_ROWS
+    words = [rows, "wrong scale ("] if not scale else [rows]
+    assert all(one in str(report.diagnosis) for one in words), report.to_text()
+    assert len(report.diagnosis.causes) == len(words)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,12 @@ from tests.test_diagnose_kinds import (
     SEEN,
     WIDTH,
     X,
+    layer,
+    mixed,
     named,
+    port_of,
     report_of,
+    softmax,
 )  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("folded_once")
@@ -165,3 +169,59 @@ def test_numbers_are_measured_in_half_precision_too(dtype: str) -> None:
     assert report(lambda logits: logits).passed
     assert "wrong scale (of its own in each head: " in named(report(lambda s: s * factors))
     assert "over the distance of query and key: -0.2" in named(report(lambda s: s - distance))
+
+
+def dropping(rate: float, *shape: int) -> Any:
+    """Dropout that draws the same numbers in each call."""
+    kept = np.random.default_rng(2).random(shape) >= rate
+    return lambda x: x * kept / (1 - rate)
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((2, HEADS, LENGTH, LENGTH), "as of a rate of 0.17)"),
+        ((HEADS, LENGTH, LENGTH), "as of a rate of 0.17"),
+        ((LENGTH, LENGTH), "as of a rate of 0.17"),
+    ],
+)
+def test_dropout_with_fixed_numbers_is_measured(shape, words, told) -> None:
+    drop = dropping(0.17, *shape)
+    report = report_of({"softmax": lambda s: drop(softmax(s))}, told, attention_mask=SEEN)
+    assert named(report).startswith("dropout left on (measured:"), report.to_text()
+    assert words in named(report), report.to_text()
+    assert report.first_divergence == ("probabilities" if told else "dropped_probabilities")
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize(
+    ("shape", "rate", "words"),
+    [
+        ((2, HEADS, 12, 12), 0.1, "as of a rate of 0.1)"),
+        ((12, 12), 0.13, "a rate of 0.13, the same for all heads)"),
+    ],
+)
+def test_dropout_of_more_keys_than_features_is_measured(shape, rate, words) -> None:
+    x = RNG.standard_normal((2, 12, FEATURES)).astype(np.float32)
+    drop = dropping(rate, *shape)
+    report = compare(layer(), port_of(layer(), {"softmax": lambda s: drop(softmax(s))}), x)
+    assert named(report).startswith("dropout left on (measured:"), report.to_text()
+    assert words in named(report), report.to_text()
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("place", ["context", "output"])
+def test_dropout_of_another_place_is_measured(place) -> None:
+    drop = dropping(0.3, 2, LENGTH, *((HEADS, WIDTH) if place == "context" else (FEATURES,)))
+    step = (lambda p, v: drop(mixed(p, v))) if place == "context" else (lambda y, x: drop(y))
+    report = report_of({place: step})
+    assert named(report).startswith(f"dropout of the {place} left on (measured: "), named(report)
+
+
+@pytest.mark.usefixtures("no_pairs")
+def test_shares_that_are_lost_at_no_rate_are_no_dropout() -> None:
+    lost = np.random.default_rng(2).random((2, HEADS, LENGTH, LENGTH)) < 0.3
+    report = report_of({"softmax": lambda s: softmax(s) * ~lost}, attention_mask=SEEN)
+    assert "dropout" not in named(report)

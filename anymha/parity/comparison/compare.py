@@ -22,7 +22,7 @@ from anymha.parity.adapters.decoding import (
 from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
-from anymha.parity.comparison.no_numbers import says_nothing, without_numbers
+from anymha.parity.comparison.no_numbers import says_nothing, without_gradients, without_numbers
 from anymha.parity.comparison.probed import with_probed_kernels
 from anymha.parity.comparison.proven_weights import proven
 from anymha.parity.comparison.unexplained import explained
@@ -134,6 +134,11 @@ def _compared(one: Adapter, other: Adapter, request: Request, proving: bool = Tr
         comparison = judge_traces(request, first, second, cotangent, stirred)
     if says_nothing(comparison) and not (first.random or second.random):
         return without_numbers(comparison, other, lambda request: _compared(one, other, request))
+    lost = proving and without_gradients(
+        comparison, lambda request: _compared(one, other, request, proving=False)
+    )
+    if lost:
+        return lost
     unknown = first.weights is second.weights is None and not (first.random or second.random)
     if unknown and comparison.first_divergence == "output":
         comparison = _explained_by_calls(comparison, one, stirred)

@@ -18,6 +18,7 @@ from anymha.framework.registry import backend_of
 from anymha.parity.comparison.baseline import outputs_alone
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import EMPTY_ROWS
+from anymha.parity.diagnose.gradient_mistakes import gradients_alone
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype
 from anymha.parity.stages.structure import is_masked
@@ -33,6 +34,14 @@ OVERFLOW = ("Keep numbers within those of the dtype: scale the queries before th
 
 MASKING = ("0 times infinity is NaN, and so is the softmax of a row of -inf alone: put -inf where "
            "a mask hides, and leave the other logits as they are.")  # fmt: skip
+
+
+BACKWARD = "NaN in the backward pass"
+
+BEHIND = (
+    "A `where` keeps NaN and infinity behind it out of the output, not out of the gradients: "
+    "0 times NaN is NaN. Put finite numbers there before the softmax, too."
+)
 
 
 def holes(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -95,9 +104,16 @@ def without_numbers(
     for names in dict.fromkeys((*((name,) for name in every), tuple(every))):
         free = other(_without(comparison.request, names))
         if free is not None:
-            words = _judged(free, "without " + " and ".join(f"`{name}`" for name in names))
+            words = _judged(free, _without_words(names))
             at = "masked_logits" if stage == "output" else stage
             return _with(comparison, Cause(OF_THE_MASK, words, at, MASKING), free)
+    wider = _in_float32(comparison, candidate) if computed_dtype(second) == "float16" else None
+    if wider is not None:
+        words = (_judged(wider, "of the same inputs in float32") + ": no smaller inputs do, so a "
+                 "number of its own, such as -1e9 or 1e-9, is infinite or zero")  # fmt: skip
+        fix = ("Take constants from the dtype, as `finfo(dtype).min`, or hide with `where` and "
+               "-inf: float16 ends at 65504, and below 6e-8 it is zero.")  # fmt: skip
+        return _with(comparison, Cause("constant beyond float16", words, stage, fix), wider)
     if holes(first.output, second.output).all() and diagnosis is not None and diagnosis.causes:
         told = dataclasses.replace(diagnosis, remaining=math.inf)
         return dataclasses.replace(comparison, diagnosis=told)
@@ -108,6 +124,67 @@ def without_numbers(
                f"multiplied by infinity, and {rest} to judge by")  # fmt: skip
     told = dataclasses.replace(comparison, diagnosis=Diagnosis(untried=untried))
     return dataclasses.replace(told, first_divergence=stage)
+
+
+def without_gradients(
+    comparison: Comparison, again: Callable[[Request], Comparison]
+) -> Comparison | None:
+    """The comparison with why gradients alone have NaN or infinity; None where they have none.
+
+    `again` compares both in another call: without what may be the reason there are numbers.
+    """
+    wrong = [stage.name for stage in comparison.stages if not stage.passed]
+    if not wrong or not wrong[0].startswith("gradient") or not _lost(comparison):
+        return None
+    request, first = comparison.request, wrong[0]
+    calls: list[tuple[str, str, str, Request]] = []
+    shown = {n: mask | ~mask.any(-1, keepdims=True) if mask.dtype == bool else mask
+             for n, mask in request.masks.items()}  # fmt: skip
+    if any(np.any(shown[name] != mask) for name, mask in request.masks.items()):
+        words = "where rows that see nothing are shown all keys"
+        calls += [(BACKWARD, BEHIND, words, dataclasses.replace(request, masks=shown))]
+    for factor in SMALLER:
+        words = f"of inputs {1 / factor:.0f} times smaller"
+        calls += [("overflow of gradients", OVERFLOW, words, _scaled(request, factor))]
+    every = _masking(request)
+    groups = dict.fromkeys((*((name,) for name in every), tuple(every))) if every else ()
+    calls += [(BACKWARD, BEHIND, _without_words(n), _without(request, n)) for n in groups]
+    for name, fix, words, call in calls:
+        try:
+            other = again(call)
+        except Exception:  # it takes no such call
+            continue
+        if other.traces[1].gradients and not _lost(other):
+            shown_too = other.diagnosis or Diagnosis()
+            causes = (Cause(name, _judged(other, words), first, fix), *shown_too.causes)
+            left = 0.0 if other.passed or shown_too.explained else math.inf
+            return dataclasses.replace(comparison, diagnosis=Diagnosis(causes, left))
+    return dataclasses.replace(comparison, diagnosis=gradients_alone(first))
+
+
+def _lost(comparison: Comparison) -> bool:
+    """Whether a gradient of the candidate has NaN or infinity in place of numbers."""
+    first, second = (trace.gradients for trace in comparison.traces)
+    return any(name in second and holes(array, second[name]).any()
+               for name, array in first.items())  # fmt: skip
+
+
+def _without_words(names: Collection[str]) -> str:
+    return "without " + " and ".join(f"`{name}`" for name in names)
+
+
+def _in_float32(comparison: Comparison, candidate: Adapter) -> Comparison | None:
+    """The comparison of what a candidate gives for inputs in float32; None without its numbers."""
+    first, second = comparison.traces
+    try:
+        output = candidate.trace(_scaled(comparison.request, 1.0, "float32"), None).output
+    except Exception:  # it takes no other dtype
+        return None
+    if not np.isfinite(output.astype(np.float64)).all():
+        return None
+    cast = output.astype(second.output.dtype)
+    rest = dataclasses.replace(second, output=cast, scores=None, gradients={}, stages={})
+    return outputs_alone(comparison.request, first, rest)
 
 
 def _shown_alone(comparison: Comparison) -> bool:
@@ -179,9 +256,9 @@ def _peak(array: np.ndarray | None) -> float:
     return float(np.max(np.abs(array), initial=0.0, where=np.isfinite(array)))
 
 
-def _scaled(request: Request, factor: float) -> Request:
-    """The request with inputs times a factor."""
-    inputs = {n: (x * factor).astype(x.dtype) for n, x in request.inputs.items()}
+def _scaled(request: Request, factor: float, dtype: str | None = None) -> Request:
+    """The request with inputs times a factor, in another dtype."""
+    inputs = {n: (x * factor).astype(dtype or x.dtype) for n, x in request.inputs.items()}
     ops = backend_of(request.originals["query"]).ops
     originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
     return dataclasses.replace(request, inputs=inputs, originals=originals)

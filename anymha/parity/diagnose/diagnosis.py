@@ -12,6 +12,7 @@ import numpy as np
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.in_part import SMALL, in_a_part
+from anymha.parity.diagnose.measured_dropout import measured_dropout
 from anymha.parity.diagnose.measured_logits import measured_logits
 from anymha.parity.diagnose.measured_mask import measured_mask
 from anymha.parity.diagnose.measured_positions import measured_positions
@@ -30,6 +31,7 @@ from anymha.parity.diagnose.running_sums import rounded_sums
 from anymha.parity.diagnose.trials import Trial, Trials, best, first_change, in_order, in_time
 from anymha.parity.oracle.recipe import Recipe
 from anymha.parity.stages.structure import distance, is_masked
+from anymha.parity.stages.trace import STAGES
 
 ALONE_SECONDS = 12.0
 """How long mistakes alone are computed, those with many variants included."""
@@ -65,7 +67,7 @@ class Search(Trials):
         )  # fmt: skip
         if pairs:
             searches += (
-                lambda: in_a_part(self, self.singles, PARTS_SECONDS), self._solved,
+                self._of_untold, lambda: in_a_part(self, self.singles, PARTS_SECONDS), self._solved,
                 self._one_after_another, self._of_pairs,
             )  # fmt: skip
         return next(filter(None, (search() for search in searches)), Diagnosis())
@@ -194,9 +196,30 @@ class Search(Trials):
             whole = next((w for m, d, w in every if (m.name, d) == cause.key), whole)
         return replace(one, recipe=None if one.recipe is None else whole)
 
+    def _of_untold(self) -> Diagnosis | None:
+        """A mistake in a stage that is told right: the next one is made of another."""
+        errors = self.evidence.errors(self.recipe)
+        right = [*errors][: self.reached(self.recipe)]
+        first = next((name for name in errors if name not in right), "")
+        if not {*right} - {"query", "key", "value"} or not first:
+            return None
+        rest = {name: array for name, array in self.reported.items() if name not in right}
+        found = best(Search(self.recipe, self.trace, rest, self.reference).singles)
+        if found is None or any(cause.stage in rest for cause in found.causes):
+            return None
+        told = next((name for name in right if STAGES.index(name) >= min(
+            STAGES.index(cause.stage) for cause in found.causes)), right[-1])  # fmt: skip
+        verb, others = ("are", "others") if told.endswith("s") else ("is", "another")
+        words = f"the {told} that {verb} told {verb} right, the {first} made of {others}"
+        fix = f"Make the {first} of the {told} that {verb} told: all before it is right."
+        causes = (Cause(one.name, f"{one.detail}; {words}".lstrip("; "), first, fix)
+                  for one in found.causes)  # fmt: skip
+        return replace(found, causes=tuple(causes), alternatives=())
+
     def _solved(self) -> Diagnosis | None:
         """Positions, a mask, logits or weights that are measured number by number."""
         searches: tuple[Callable[[], tuple[Cause, Recipe] | None], ...] = (
+            lambda: measured_dropout(self.recipe, self.reported),
             lambda: measured_positions(self.recipe, self.evidence),
             lambda: measured_mask(self.recipe, self.reported),
             lambda: measured_logits(self.recipe, self.evidence),

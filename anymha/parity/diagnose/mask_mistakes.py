@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
+from anymha.parity.diagnose.distance_bias import of_other_distances
 from anymha.parity.diagnose.measured import Family, number
 from anymha.parity.oracle.recipe import (
     Arrays,
@@ -29,6 +30,12 @@ MOST_ROWS = 16
 BLOCKS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)
 """Sizes of the blocks by which a causal rule is taken."""
 
+LOWERED = 1e4
+"""What is often subtracted from logits to hide them; a row of these alone is a softmax still."""
+
+ROUNDED = "rounded beside a number such as 10000"
+"""What rows that see nothing are where that is subtracted."""
+
 MOST_FIRST = 32
 """How many sizes of prefixes and windows are tried."""
 
@@ -46,12 +53,22 @@ def with_empty_rows(make: Maker) -> Maker:
         for words, wrong in make(recipe):
             yield words, wrong
             if not empty and np.any(_empty(wrong)):
+                several = f"{words}; " if words else ""
                 for rows, step in _ROWS.items():
-                    several = f"{words}; " if words else ""
                     detail = f"{several}rows that see nothing {rows}"
                     yield detail, wrong.stepping("probabilities", _in_empty_rows(step))
+                detail = f"{several}rows that see nothing are not masked, but {ROUNDED}"
+                yield detail, _lowered_alike(wrong)
 
     return variants
+
+
+def _lowered_alike(wrong: Recipe) -> Recipe:
+    """With the logits of rows that see nothing lowered: rounding explains more of such a bias."""
+    bias = np.where(_empty(wrong), -LOWERED, 0.0)
+    seen = allowed(wrong) | (bias < 0)
+    return wrong.but(masks={"seen": seen}, causal=False, window=None,
+                     bias=bias if wrong.bias is None else wrong.bias + bias)  # fmt: skip
 
 
 def _masks(
@@ -347,7 +364,11 @@ def _bias_of_others(recipe: Recipe) -> Variants:
     bias = np.asarray(recipe.bias)
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     for words, other in itertools.chain(
-        _elsewhere_on_an_axis(bias), _turned(bias), _averaged(bias), _of_other_heads(bias)
+        of_other_distances(bias),
+        _elsewhere_on_an_axis(bias),
+        _turned(bias),
+        _averaged(bias),
+        _of_other_heads(bias),
     ):
         yield words, recipe.but(bias=other)
         yield f"{words}, subtracted", recipe.but(bias=-other)
@@ -424,6 +445,12 @@ def _unmasked(recipe: Recipe, stages: Arrays) -> np.ndarray:
     return softmax(stages["logits"] if recipe.bias is None else stages["logits"] + recipe.bias)
 
 
+def _not_masked(recipe: Recipe) -> Variants:
+    yield from _empty_rows({"": _unmasked})(recipe)
+    if np.any(_empty(recipe)):
+        yield ROUNDED, _lowered_alike(recipe)
+
+
 def _at(place: Callable[[Recipe], np.ndarray]) -> Step:
     """All of the weight on one key of each row: on that where `place` is 1."""
     return lambda recipe, stages: np.broadcast_to(
@@ -455,8 +482,8 @@ def _after_the_bias(recipe: Recipe) -> Variants:
 
 _ROWS: Mapping[str, Step] = {
     "take the mean of all values": lambda r, stages: np.full(1, 1 / stages["logits"].shape[-1]),
-    "give NaN": lambda r, stages: np.full(1, np.nan),
     "are not masked": _unmasked,
+    "give NaN": lambda r, stages: np.full(1, np.nan),
 }
 """What rows that see nothing give, where they do not give zeros."""
 
@@ -549,9 +576,9 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
     for axis, count in enumerate((batch, heads)):
         for at in range(count) if 1 < count <= 16 else ():
             own = (np.arange(count) == at).reshape((-1, *(1,) * (3 - axis)))
-            yield f"it acts on number {at} of the {_AXES[axis]} alone", mask | ~own
+            yield f"it acts on {_ONE[axis]} {at} alone", mask | ~own
             if count > 2:
-                yield f"it acts on all of the {_AXES[axis]} but number {at}", mask | own
+                yield f"it acts on all {_AXES[axis]} but {_ONE[axis]} {at}", mask | own
     if mask.shape[1] == 1 < mask.shape[0]:
         place = np.arange(batch * heads)
         orders = {"repeated": (place % batch).reshape(batch, heads),
@@ -725,6 +752,25 @@ def _of_another_sequence(recipe: Recipe) -> Variants:
                 masks={**recipe.masks, name: other})  # fmt: skip
 
 
+@with_empty_rows
+def _in_place_of_another(recipe: Recipe) -> Variants:
+    """A mask of queries laid on the keys, or of keys on the queries, and another mask lost."""
+    _, queries, keys = recipe.lengths
+    masks = {name: mask for name, mask in recipe.masks.items() if name != "segment_ids"}
+    turned = {n: np.swapaxes(m, 2, 3) for n, m in masks.items() if 1 in m.shape[2:]}
+    for one, other in itertools.permutations(masks, 2) if queries == keys else ():
+        if one not in turned or masks[one].shape[2:] == masks[other].shape[2:]:
+            continue
+        rest = {n: m for n, m in recipe.masks.items() if n not in (one, other)}
+        of = "keys" if turned[one].shape[2] == 1 else "queries"
+        words, laid = f"`{one}` hides {of} in the place of `{other}`", {**rest, other: turned[one]}
+        yield words, recipe.but(masks={**laid, one: masks[one]})
+        yield f"{words}, and no {'queries' if of == 'keys' else 'keys'}", recipe.but(masks=laid)
+        if other in turned and one < other:
+            both = recipe.but(masks={**laid, one: turned[other]})
+            yield f"`{one}` and `{other}` exchanged", both
+
+
 def _first_seen(recipe: Recipe) -> Variants:
     """The first keys seen by every query, beside the causal rule or the window."""
     _, _, keys = recipe.lengths
@@ -874,7 +920,7 @@ MISTAKES: tuple[Row, ...] = (
      _empty_rows({"": lambda r, stages: np.full(1, np.nan)})),
     ("fully masked rows are not masked", "A query that sees nothing gives zeros "
      "in anymha; here its mask shifts such a row by a constant, which a softmax ignores.",
-     _empty_rows({"": _unmasked})),
+     _not_masked),
     *(("fully masked rows are given a key", "A query that sees nothing gives zeros in anymha: show "
        "it no key in place of that, or leave such rows out of the comparison.", make)
       for make in (_empty_rows({
@@ -889,8 +935,9 @@ MISTAKES: tuple[Row, ...] = (
      "set no diagonal.", fields(lambda r: True, _own_seen)),
     ("mask applied wrongly", "Hide with -inf, before the softmax: a finite number lets hidden "
      "positions be seen, and zeros take part in the softmax.", _elsewhere, _weak),
-    ("mask of other positions", "Give each sequence, head, query and key its own place in the "
-     "mask.", _of_others, no_families, True),
+    *(("mask of other positions", "Give each sequence, head, query and key its own place in the "
+       "mask.", make, no_families, alone)
+      for make, alone in ((_in_place_of_another, False), (_of_others, True))),
     ("first keys seen by all", "A prefix that all queries see, or first keys beside a window, are "
      "no rule of the layer: leave them out, or give the reference a mask.",
      with_empty_rows(_first_seen), no_families, True),

@@ -20,7 +20,7 @@ WELL = 1e5
 
 def measured_mask(recipe: Recipe, reported: Arrays) -> tuple[Cause, Recipe] | None:
     """The mask, the same for all heads, with which the recipe gives what is reported."""
-    context = _context(recipe, reported)
+    context = context_of(recipe, reported)
     batch, queries, keys = recipe.lengths
     right = np.broadcast_to(allowed(recipe), (batch, recipe.heads[0], queries, keys))
     if (
@@ -51,7 +51,7 @@ def measured_mask(recipe: Recipe, reported: Arrays) -> tuple[Cause, Recipe] | No
     return Cause(name, _words(recipe, seen, right[:, 0]), "masked_logits", fix), wrong
 
 
-def _context(recipe: Recipe, reported: Arrays) -> np.ndarray | None:
+def context_of(recipe: Recipe, reported: Arrays) -> np.ndarray | None:
     """The candidate's context (B, T, H, d), as it is reported or seen through the output."""
     exact = recipe.stages["context"]
     if "context" in reported and reported["context"].shape == exact.shape:

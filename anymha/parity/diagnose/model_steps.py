@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from anymha.parity.diagnose.distance_bias import without_rows
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.oracle.recipe import Arrays, Recipe, Section, Variants, allowed
 from anymha.parity.stages.trace import Trace
@@ -321,9 +322,10 @@ def _biased(recipe: Recipe, trace: Trace) -> Iterator[Recipe]:
         return
     seen = np.broadcast_to(allowed(recipe), logits.shape) & (scores > 0)
     bias = np.where(seen, np.log(np.where(seen, scores, 1.0)) - logits, 0.0)
-    common = seen.all(0, keepdims=True)
+    common = np.asarray(seen.all(0, keepdims=True))
     count = np.maximum(common.sum(-1, keepdims=True), 1)
     bias = bias - np.where(common, bias, 0.0).sum(-1, keepdims=True) / count
     mean = np.where(common, bias, 0.0).mean(0, keepdims=True)
     if np.max(np.abs(np.where(common, bias - mean, 0.0))) < CLEAR * max(np.max(np.abs(mean)), 1.0):
+        mean = without_rows(np.where(common, mean, 0.0), common)
         yield replace(recipe, bias=np.where(common, mean, 0.0), known={})
