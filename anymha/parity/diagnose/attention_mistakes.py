@@ -544,8 +544,8 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield f"{kept}, divided by their sum", _changed_shares(recipe, divided)
     for words, step in not_rescaled(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
-    for words, merged in parts_merged(recipe.lengths[2]):
-        yield words, _with_shares(recipe, _of_logits(merged))
+    for words, merged in parts_merged(recipe.lengths[2], not np.all(recipe.seen)):
+        yield words, _with_shares(recipe, _of_logits(merged, None))
 
 
 _FILLED = (-1e9, -1e4, -1e6, -1e30, float(np.finfo(np.float32).min))
