@@ -106,13 +106,14 @@ def unhurried() -> Iterator[None]:
         patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PARTS_SECONDS", 60.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
+        patched.setattr("anymha.parity.diagnose.diagnosis.CALLS_SECONDS", 8.0)
         yield
 
 
 @pytest.fixture
 def no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two mistakes together and none in a part, where one is the cause or none is asked for."""
-    for name in ("PARTS_SECONDS", "PAIRS_SECONDS"):
+    for name in ("PARTS_SECONDS", "PAIRS_SECONDS", "CALLS_SECONDS"):
         monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
 
 

@@ -33,7 +33,7 @@ PADDED = {
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of mistakes, and mistakes in some calls alone, are not searched for."""
-    for name in ("PARTS_SECONDS", "PAIRS_SECONDS"):
+    for name in ("PARTS_SECONDS", "PAIRS_SECONDS", "CALLS_SECONDS"):
         monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
 
 

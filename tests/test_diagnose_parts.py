@@ -131,6 +131,36 @@ def test_blocks_of_keys_that_are_merged_wrongly_are_named(size, call, merge, wor
     assert words in told
 
 
+def by_log_sums(logits: np.ndarray, share: Any) -> np.ndarray:
+    """Three parts of the keys, each less the logarithm of its own sum; hidden logits are finite."""
+    parts, logs = [], []
+    for part in np.array_split(np.where(np.isneginf(logits), -1e30, logits), 3, axis=-1):
+        top = part.max(-1, keepdims=True)
+        logs.append(top + np.log(np.exp(part - top).sum(-1, keepdims=True)))
+        parts.append(np.exp(part - logs[-1]))
+    return np.concatenate(
+        [own * w for own, w in zip(parts, share(np.stack(logs)), strict=True)], -1
+    )
+
+
+@pytest.mark.parametrize("share", [lambda x: np.full_like(x, 1 / 3), np.ones_like])
+def test_parts_without_a_key_that_is_seen_are_merged_too(share) -> None:
+    right = report_of({"softmax": lambda s: by_log_sums(s, lambda x: softmax(x, 0))}, **CAUSAL)
+    assert right.passed
+    told = named(report_of({"softmax": lambda s: by_log_sums(s, share)}, **CAUSAL))
+    how = "added" if share is np.ones_like else "averaged"
+    words = f"the keys in 3 parts, each divided by its own sum, {how}"
+    assert words in told, told
+    assert "the keys of a part in which none is seen have weights of 1" in told
+
+
+def test_parts_whose_hidden_keys_are_all_alike_are_averaged() -> None:
+    mean = weighed(lambda t, m: np.full_like(t, 1 / len(t)))
+    merge = in_blocks(4, mean)
+    told = named(report_of({"softmax": lambda s: merge(np.maximum(s, -1e30))}, **CAUSAL))
+    assert "averaged, the keys of a part in which none is seen are all alike" in told, told
+
+
 def test_a_ring_that_turns_once_too_few_is_named() -> None:
     """Three devices of two positions each; none has the keys of the device after it."""
     rows, columns = np.indices((6, 6)) // 2

@@ -27,7 +27,7 @@ MASK[1, 2] = False
 @pytest.fixture(autouse=True)
 def single_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Search for single mistakes alone: two at once take long where nothing explains them."""
-    for name in ("PAIRS_SECONDS", "PARTS_SECONDS"):
+    for name in ("PAIRS_SECONDS", "PARTS_SECONDS", "CALLS_SECONDS"):
         monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", 0.0)
 
 

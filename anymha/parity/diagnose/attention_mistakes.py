@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from anymha.parity.diagnose.bounded_stages import clipped, quantised
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
 from anymha.parity.diagnose.head_maps import averaged, of_groups
 from anymha.parity.diagnose.measured import Family, number
@@ -544,8 +545,8 @@ def _in_place_of_softmax(recipe: Recipe) -> Variants:
         yield f"{kept}, divided by their sum", _changed_shares(recipe, divided)
     for words, step in not_rescaled(recipe.lengths[2]):
         yield words, recipe.stepping("context", step)
-    for words, merged in parts_merged(recipe.lengths[2]):
-        yield words, _with_shares(recipe, _of_logits(merged))
+    for words, merged in parts_merged(recipe.lengths[2], not np.all(recipe.seen)):
+        yield words, _with_shares(recipe, _of_logits(merged, None))
 
 
 _FILLED = (-1e9, -1e4, -1e6, -1e30, float(np.finfo(np.float32).min))
@@ -915,6 +916,10 @@ MISTAKES: tuple[Row, ...] = (
      _positions_added, no_families, True),
     ("activation too many", "The projections of the layer have no activation: leave it out.",
      _activated, no_families, True),
+    ("stage clipped", "Nothing cuts queries, keys, values, logits or the context at a limit: clip "
+     "where the reference does.", lambda recipe: iter(()), clipped),
+    ("quantised with a fixed factor", "Take the factor of whole numbers from the greatest number "
+     "that they stand for, so that none is beyond their range.", quantised, no_families, True),
     ("wrong dropout", "Both must be in training mode, with one rate and "
      "one seed; kept probabilities are divided by 1 - rate.",
      fields(lambda r: r.kept is not None, lambda r: {

@@ -42,6 +42,11 @@ from anymha.parity.oracle.recipe import Arrays, Recipe, Variants
 CAPACITIES = (16, 32, 64, 128, 256, 512, 1024)
 """Lengths that caches have beside those that `compare` asks for."""
 
+LENGTHS = (20, 24, 30, 40, 48, 50, 60, 80, 96, 100, 200, 500, 1000)
+"""Lengths that caches of other functions have too; with up to `MORE` slots than are written all."""
+
+MORE = 16
+
 MOST_OF_A_PAGE = 64
 """Up to so many positions every size of a page is tried."""
 
@@ -707,6 +712,9 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
             if which.any() and not (said and "of one" in words):
                 yield f"of {size} slots{said}{words}", seeing(
                     recipe, np.where(at, more, seen), empty & at)  # fmt: skip
+    for size in (*range(most + 3, most + MORE), *(n for n in LENGTHS if n >= most + MORE)):
+        if size not in CAPACITIES:
+            yield f"of {size} slots", seeing(recipe, seen, np.arange(size) >= ends)
     # One slot too many is seen, which within a call is the next position
     places, slots = facts.places[..., None], np.arange(most + 1)
     written = facts.valid[:, None] & (calls <= calls[:, None])

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from anymha.parity.diagnose.assumed_calls import as_decoded
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import FEW, Evidence
 from anymha.parity.diagnose.in_part import SMALL, in_a_part
@@ -39,6 +40,9 @@ ALONE_SECONDS = 12.0
 PARTS_SECONDS = 3.0
 """How long mistakes in some calls, sequences or queries alone are computed."""
 
+CALLS_SECONDS = 4.0
+"""How long mistakes of decoding are computed where it is not told that a candidate decodes."""
+
 PAIRS_SECONDS = 1.0
 """How long pairs of mistakes are computed."""
 
@@ -67,8 +71,8 @@ class Search(Trials):
         )  # fmt: skip
         if pairs:
             searches += (
-                self._of_untold, lambda: in_a_part(self, self.singles, PARTS_SECONDS), self._solved,
-                self._one_after_another, self._of_pairs,
+                self._of_untold, self._in_a_part, self._solved, self._one_after_another,
+                self._of_pairs,
             )  # fmt: skip
         return next(filter(None, (search() for search in searches)), Diagnosis())
 
@@ -215,6 +219,19 @@ class Search(Trials):
         causes = (Cause(one.name, f"{one.detail}; {words}".lstrip("; "), first, fix)
                   for one in found.causes)  # fmt: skip
         return replace(found, causes=tuple(causes), alternatives=())
+
+    def _in_a_part(self) -> Diagnosis | None:
+        """One mistake in a part of the call, or of decoding in calls that are not told."""
+        part = in_a_part(self, self.singles, PARTS_SECONDS)
+        several = {one.name for one in catalogue(self.recipe) if one.alone}
+        if part is not None and part.causes[0].name not in several:
+            return part
+        decoded = as_decoded(self, CALLS_SECONDS)
+        if part is None or decoded is None:
+            return part or decoded
+        # A part with one of many variants says less than one mistake of decoding.
+        others = *decoded.alternatives, str(part.causes[0])
+        return replace(decoded, alternatives=others)
 
     def _solved(self) -> Diagnosis | None:
         """Positions, a mask, logits or weights that are measured number by number."""

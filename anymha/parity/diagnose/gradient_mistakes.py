@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ FIX = ("The forward pass agrees: look at this place of the backward pass, or for
        "detached.")  # fmt: skip
 FIXES = {CLIPPED: "Clip gradients in the optimizer's step, after both are compared: no hook or "
          "backward pass of the layer cuts them."}  # fmt: skip
+
+PROJECTIONS = ("query", "key", "value")
 
 PLACES = ("output", "context", "logits", "query", "key", "value", "input of query", "input of key",
           "input of value")  # fmt: skip
@@ -60,11 +62,10 @@ def diagnose_gradients(
     found: list[tuple[float, Cause]] = []
     if known and np.linalg.norm(vector({}) - right) < most * np.linalg.norm(got - right):
         exact = vector({})
-        scale = folded.recipe.scale
-        own = _each_scaled(reference, candidate, names)
+        own, recipe = _each_scaled(reference, candidate, names), folded.recipe
         searches = (
-            lambda: (*_models(exact, vector, got, scale), *_row_terms(folded.recipe, vector, got),
-                     *_unmasked(folded.recipe, vector), own,
+            lambda: (*_models(exact, vector, got, recipe), *_row_terms(recipe, vector, got),
+                     *_unmasked(recipe, vector), own, *_of_shared_heads(recipe, vector),
                      *_each_clipped(reference, candidate, names)),
             lambda: _clipped(vector, got),
         )  # fmt: skip
@@ -213,7 +214,7 @@ def gradients_alone(first: str) -> Diagnosis:
 
 
 def _models(
-    right: np.ndarray, vector: Callable[[Changes], np.ndarray], got: np.ndarray, scale: float
+    right: np.ndarray, vector: Callable[[Changes], np.ndarray], got: np.ndarray, recipe: Recipe
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """Name, detail and the gradients of each mistake, with its factor measured."""
     for count in (1, 2, 3):
@@ -233,11 +234,9 @@ def _models(
                 yield "gradient detached", f"no gradient flows through the {what}", without
             elif abs(factor - 1) > 1e-3:
                 words = f"that of the {what} is multiplied by {number(factor)}"
-                for known, meaning in {1 / scale: "the scale is left out", scale: "the scale acts "
-                                       "twice"}.items() if scale else ():  # fmt: skip
-                    if math.isclose(factor, known, rel_tol=1e-2) and known != 1:
-                        words += f", {meaning}"
+                words += _meaning(recipe, factor, places)
                 yield "gradient scaled", words, without + factor * part
+    yield from _several_scaled(right, vector, got, recipe)
     jacobians = {
         "the softmax's derivative lacks the sum over the keys, p * dp": lambda p, g: p * g,
         "the softmax's derivative is left out, dp": lambda p, g: g,
@@ -285,6 +284,74 @@ def _models(
                 return seen(p) * change(p, seen(p) * g)
 
             yield "wrong jacobian", words + where, vector({"softmax": softmax})
+
+
+def _meaning(recipe: Recipe, factor: float, places: Collection[str]) -> str:
+    """What a factor of gradients stands for, after a comma; nothing where that is not known."""
+    scale, (heads, shared) = recipe.scale, recipe.heads
+    known = [(1 / scale, "the scale is left out"), (scale, "the scale acts twice")] if scale else []
+    if {*places} <= {"key", "value"}:
+        words = f"the mean of the {heads // shared} heads that share one, not their sum"
+        known.append((shared / heads, words))
+    every = [meaning for value, meaning in known
+             if value != 1 and math.isclose(factor, value, rel_tol=1e-2)]  # fmt: skip
+    return f", {' or '.join(every)}" if every else ""
+
+
+def _several_scaled(
+    right: np.ndarray, vector: Callable[[Changes], np.ndarray], got: np.ndarray, recipe: Recipe
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Gradients of queries, keys and values with a factor each, which are measured together."""
+    parts = {name: right - vector({name: np.zeros_like}) for name in PROJECTIONS}
+    parts = {name: part for name, part in parts.items() if np.any(part)}
+    rest = right - sum(parts.values())
+    if len(parts) < 2:
+        return
+    found = np.linalg.lstsq(np.stack([*parts.values()], 1), got - rest, rcond=None)[0]
+    factors = {name: 1.0 if abs(f - 1) < 1e-3 else float(f)
+               for name, f in zip(parts, found, strict=True)}  # fmt: skip
+    by_factor: dict[str, list[str]] = {}
+    for name, factor in factors.items():
+        if factor != 1:
+            by_factor.setdefault(number(factor), []).append(name)
+    if sum(map(len, by_factor.values())) < 2:
+        return
+    words = []
+    for told, names in by_factor.items():
+        of = "that of the {} is" if len(names) == 1 else "those of the {} are"
+        meaning = _meaning(recipe, factors[names[0]], names)
+        words.append(f"{of.format(listed(names))} multiplied by {told}{meaning}")
+    theirs = rest + sum(factors[name] * part for name, part in parts.items())
+    yield "gradient scaled", ", ".join(words), theirs
+
+
+def _of_shared_heads(
+    recipe: Recipe, vector: Callable[[Changes], np.ndarray]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Gradients of key heads that several query heads read, not added up over these."""
+    heads, shared = recipe.heads
+    group = heads // shared
+    if group == 1:
+        return
+
+    def split(gradient: np.ndarray) -> np.ndarray:
+        return gradient.reshape(*gradient.shape[:2], shared, group, gradient.shape[3])
+
+    def tiled(gradient: np.ndarray) -> np.ndarray:
+        return gradient.reshape(*gradient.shape[:2], group, shared, -1).sum(2)
+
+    ways: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+        "that of the first of the heads that share one alone": lambda g: split(g)[:, :, :, 0],
+        "that of the last of the heads that share one alone": lambda g: split(g)[:, :, :, -1],
+        "the sum over heads of other groups, h % the number of key heads": tiled,
+        "the sum over all heads, for each": lambda g: g.sum(2, keepdims=True) + np.zeros(
+            (1, 1, shared, 1)),
+    }  # fmt: skip
+    for words, way in ways.items():
+        for names in (("key", "value"), ("key",), ("value",)):
+            changes = {f"sharing {name}": way for name in names}
+            detail = f"{'those' if len(names) > 1 else 'that'} of the {listed(names)}: {words}"
+            yield "gradient of shared heads", detail, vector(changes)
 
 
 def _row_terms(

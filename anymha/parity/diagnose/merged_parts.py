@@ -7,8 +7,8 @@ m, and the values that its own softmax gives. Right is the mean of these by s * 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,14 @@ _WAYS: Mapping[str, _Way] = {
 OF_ONE_KEY = "averaged", "added", "weighed by the softmax of their maxima"
 """How parts of one key each are merged."""
 
+OF_HIDDEN = (
+    "averaged", "added", "weighed by their numbers of keys",
+    "weighed by their sums, each less its own maximum", "the first alone", "the last alone",
+    "weighed by the softmax of maxima and sums, not of the logarithm of these",
+    "each averaged with those before it",
+)  # fmt: skip
+"""How parts are merged in which those without a key that is seen count."""
+
 _OF_RINGS: Mapping[str, Callable[[_Parts, np.ndarray], np.ndarray]] = {
     "that of the query itself alone, as if a ring did not turn":
         lambda p, own: 1.0 * (own & (p.counts > 0)),
@@ -146,8 +154,22 @@ _OF_RINGS: Mapping[str, Callable[[_Parts, np.ndarray], np.ndarray]] = {
 """How rings of devices, each with a part of queries and keys, bring them together wrongly."""
 
 
-def parts_merged(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """Shares of parts of the keys, each with a softmax of its own, merged wrongly."""
+_HIDDEN: Mapping[str, float] = {
+    "the keys of a part in which none is seen are all alike": 1.0,
+    "the keys of a part in which none is seen have weights of 1": 0.0,
+}
+"""What finite numbers for hidden logits make of a part without a key that is seen, by the power of
+its number of keys by which it is divided."""
+
+
+def parts_merged(
+    keys: int, hides: bool = True
+) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Shares of parts of the keys, each with a softmax of its own, merged wrongly.
+
+    With `hides` also those of parts without a key that is seen, as finite numbers for hidden logits
+    leave them.
+    """
     cuts = {f"{n} parts": tuple(len(p) for p in np.array_split(np.arange(keys), n))
             for n in range(2, min(keys, 9))}  # fmt: skip
     cuts |= {f"parts of {n}": (*[n] * (keys // n), *[keys % n] * (keys % n > 0))
@@ -163,16 +185,28 @@ def parts_merged(keys: int) -> Iterator[tuple[str, Callable[[np.ndarray], np.nda
         for how, weigh in ways.items():
             if max(sizes) == 1 and how not in OF_ONE_KEY:
                 continue  # it is as another mistake
+            detail = f"the keys in {words}, each divided by its own sum, {how}"
+            yield detail, partial(_merged, parts_of=parts_of, weigh=weigh)
+            for hidden, power in _HIDDEN.items() if hides and how in OF_HIDDEN else ():
+                yield f"{detail}, {hidden}", partial(
+                    _merged, parts_of=parts_of, weigh=weigh, hidden=power)  # fmt: skip
 
-            def merged(
-                logits: np.ndarray, parts_of: Any = parts_of, weigh: _Way = weigh
-            ) -> np.ndarray:
-                shares, parts = parts_of(logits)
-                pairs = zip(shares, weigh(parts), strict=True)
-                whole = np.concatenate([own * weight for own, weight in pairs], -1)
-                return np.nan_to_num(whole, nan=0.0)
 
-            yield f"the keys in {words}, each divided by its own sum, {how}", merged
+def _merged(
+    logits: np.ndarray, parts_of: Any, weigh: _Way, hidden: float | None = None
+) -> np.ndarray:
+    """The shares of parts, merged; `hidden` is the power of `_HIDDEN`, None: they are zero."""
+    shares, parts = parts_of(logits)
+    if hidden is not None:
+        sizes = [part.shape[-1] for part in shares]
+        shares = [np.where(count, own, size**-hidden) for own, count, size in zip(
+            shares, parts.counts, sizes, strict=True)]  # fmt: skip
+        counts = np.broadcast_to(np.reshape(sizes, (-1, 1, 1, 1, 1)), parts.counts.shape)
+        parts = replace(parts, tops=np.maximum(parts.tops, -1e30), counts=counts,
+                        sums=np.where(parts.counts, parts.sums, counts))  # fmt: skip
+    pairs = zip(shares, weigh(parts), strict=True)
+    whole = np.concatenate([own * weight for own, weight in pairs], -1)
+    return np.nan_to_num(whole, nan=0.0)
 
 
 def _of_the_last(at: np.ndarray) -> Callable[[np.ndarray], tuple[list[np.ndarray], _Parts]]:

@@ -111,7 +111,7 @@ def _is_of_float32(output: np.ndarray | None) -> bool:
 
 def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, Recipe]]:
     """The dtype, what is rounded if not all, and the recipe where it is."""
-    recipe = _joined(recipe)
+    recipe = with_joined_sections(recipe)
     for dtype, rounding in formats(expected):
         weights = {name: rounding(w) for name, w in recipe.weights.items()}
         inputs = {name: rounding(x) for name, x in recipe.inputs.items()}
@@ -127,7 +127,7 @@ def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, Recipe
         yield dtype, "all but the softmax", everything.but(steps=soft)
 
 
-def _joined(recipe: Recipe) -> Recipe:
+def with_joined_sections(recipe: Recipe) -> Recipe:
     """The recipe whose steps have what its sections make of each stage, once.
 
     So what a step gives can be rounded, or what it takes, and the sections stay.
@@ -318,7 +318,7 @@ def _places(recipe: Recipe) -> list[list[str]]:
 
 def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Recipe:
     """The recipe with these places rounded."""
-    recipe = _joined(recipe)
+    recipe = with_joined_sections(recipe)
     weights = {n: form.weights(n, w) if n in places else w for n, w in recipe.weights.items()}
     inputs = {n: form.arrays(x) if {"inputs", f"input of {n}"} & {*places} else x
               for n, x in recipe.inputs.items()}  # fmt: skip

@@ -14,6 +14,9 @@ from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.features.alibi import AlibiSection
 from anymha.parity.oracle.recipe import Arrays, Recipe, Step, context_by, logits_by, softmax
 
+OF_SLOTS = "mask of slots"
+"""The name of a mask (B, 1, 1, T) that hides padding in slots, before they are written too."""
+
 
 def facts_of(recipe: Recipe) -> Decoded | None:
     """How the sequences were read; None where they were not read step by step."""
@@ -74,6 +77,12 @@ def seeing(
     masks = {name: mask for name, mask in recipe.masks.items() if name != "value_mask"}
     masks["cache"] = seen[:, None]
     wrong = recipe.but(masks=masks, causal=False, window=None, **changes)
+    if empty is not None and OF_SLOTS in masks:
+        length = masks[OF_SLOTS].shape[-1]
+        padding = np.pad(
+            ~masks[OF_SLOTS][:, 0], [(0, 0), (0, 0), (0, max(empty.shape[2] - length, 0))]
+        )
+        empty = empty & ~padding[..., : empty.shape[2]]
     if empty is None or not empty.any():
         return wrong
     logits = np.where(empty, 0.0, -np.inf)[:, None]  # [B, 1, T, C]

@@ -37,8 +37,9 @@ Changes = Mapping[str, Callable[..., np.ndarray]]
 
 For "output", "context", "logits", "query", "key" and "value", and for "input of" the last three, it
 takes the gradient that comes there; for "weights of" the first three what multiplies the other
-factor of their gradient, (B, H, T, S); for "softmax" the probabilities and their gradient, and it
-gives that of the logits.
+factor of their gradient, (B, H, T, S); for "sharing" the last two the gradient of each query head's
+own, (B, S, H, d), and it gives that of the heads that are shared; for "softmax" the probabilities
+and their gradient, and it gives that of the logits.
 """
 
 
@@ -146,6 +147,16 @@ class _Features:
         place = f"weights of {name}"
         return einsum(formula, self.changed(place, weights), array)
 
+    def shared(
+        self, name: str, gradient: np.ndarray, grouped: np.ndarray,
+        einsum: Callable[..., np.ndarray],
+    ) -> np.ndarray:  # fmt: skip
+        """The gradient of key heads from that of each query head that reads them."""
+        place = f"sharing {name}"
+        if place in self.changes:
+            return self.changes[place](gradient)
+        return einsum("bshk,hg->bsgk", gradient, grouped)
+
     def of_softmax(
         self, scores: np.ndarray, gradient: np.ndarray, einsum: Callable[..., np.ndarray]
     ) -> np.ndarray:
@@ -216,8 +227,8 @@ def _passes(
     grouped = np.eye(k.shape[2])[heads]  # [H, K]
     parts = {
         "query": scale * features.across("query", "bhts,bshk->bthk", g_logits, keys, einsum),
-        "key": einsum("bshk,hg->bsgk", g_keys, grouped),
-        "value": einsum("bshv,hg->bsgv", g_values, grouped),
+        "key": features.shared("key", g_keys, grouped, einsum),
+        "value": features.shared("value", g_values, grouped, einsum),
     }
     for name, gradient in parts.items():
         gradient = features.backward(name, gradient)

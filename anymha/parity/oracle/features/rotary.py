@@ -75,6 +75,9 @@ ROWS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 """Whose positions, (1 or B, length), sequences may have by mistake; of two the last is as that
 before it."""
 
+SHIFT = 16
+"""By up to so many positions queries may be shifted against keys."""
+
 LONGEST_TABLE = 64
 """Up to so many positions every length of a table of angles is tried; beyond it powers of two."""
 
@@ -584,6 +587,17 @@ class RotarySection(Section):
                 moved = {name: right[name] + by for name in names}
                 yield words, self._with(recipe, places=moved, factor=self.factor)
 
+    def shifted_more(self, recipe: Recipe) -> Variants:
+        """Positions of queries further from those of keys than by one."""
+        _, queries, keys = recipe.lengths
+        lengths = {queries: "the number of queries", -queries: "the number of queries",
+                   keys: "the number of keys", -keys: "the number of keys"}  # fmt: skip
+        right = recipe.places("query")
+        for by in sorted({*range(-SHIFT, SHIFT + 1), *lengths} - {-1, 0, 1}, key=abs):
+            words = f"query {by:+d}{f', {lengths[by]}' if by in lengths else ''}"
+            moved = {"query": right + by}
+            yield words, self._with(recipe, places=moved, factor=self.factor)
+
     def without_its_factor(self, recipe: Recipe) -> Variants:
         """Cosines and sines as they are."""
         if self.factor != 1:
@@ -653,6 +667,8 @@ class RotarySection(Section):
          "queries and keys, and each sequence, have positions of their own.", within_a_table, True),
         ("rotary positions off by one", "Count positions from 0, and pass on `positions`, "
          "`key_positions` and `query_offset`.", shifted),
+        ("rotary positions shifted", "Count the positions of queries and keys from the same place, "
+         "and pass on `positions`, `key_positions` and `query_offset`.", shifted_more, True),
         ("rotary attention factor left out", "Multiply cosines and sines by the scaling's factor "
          "of attention.", without_its_factor),
         ("rotary attention factor twice", "Multiply cosines and sines by the scaling's factor of "
