@@ -73,7 +73,7 @@ def wrapped(x: np.ndarray) -> np.ndarray:
     [
         ({"key": cut(1.5), "value": cut(1.5)}, "stage clipped (key and value at 1.5 and -1.5)"),
         ({"value": cut(0.7)}, "stage clipped (value at 0.7 and -0.7)"),
-        ({"logits": cut(0.4)}, "stage clipped (logits at 0.4 and -0.4)"),
+        ({"logits": cut(0.4)}, "another softcap (0.4 in place of none, by clipping)"),
         ({"context": cut(0.25)}, "stage clipped (context at 0.25 and -0.25)"),
         (dict.fromkeys(("key", "value"), whole(1 / 127, -128, 127)),
          "(key and value in int8 with a factor of 1/127, clipped to -128 and 127)"),

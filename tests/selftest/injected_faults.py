@@ -185,6 +185,8 @@ _FAULTS = (
     Fault("key and value cut wrongly", "packed parts cut wrongly", "key"),
     Fault("packed without a transpose", "weights reshaped without a transpose", "query"),
     Fault("heads in another order", "heads permuted", "output"),
+    Fault("values cut at a half", "stage clipped", "value"),
+    Fault("keys in whole numbers", "quantised with a fixed factor", "key"),
     Fault("bfloat16", "computed in bfloat16", "query"),
     Fault("float32", "computed in float32", "query", ("mask",), {}, "float64"),
     Fault("scores averaged", "in the returned scores: averaged over the heads", "scores"),

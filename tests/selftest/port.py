@@ -97,6 +97,10 @@ class Port:
                 q, k = self._rotated(q, pairs), self._rotated(k, pairs)
         self.inputs = {"query": query, "value": value, "key": key}
         q, k, v = (self._with("query", q), self._with("key", k), self._with("value", v))
+        if "values cut at a half" in wrong:
+            v = self._of_numbers(v, lambda x: np.clip(x, -0.5, 0.5))
+        if "keys in whole numbers" in wrong:
+            k = self._of_numbers(k, lambda x: np.clip(np.round(x * 64), -128, 127) / 64)
         if "keys averaged by group" in wrong:
             mean = [(k[:, :, h : h + 1] + k[:, :, h + 1 : h + 2]) / 2 for h in (0, 2)]
             k = ops.concat([mean[0], mean[0], mean[1], mean[1]], axis=2)
@@ -209,6 +213,11 @@ class Port:
             split = ops.reshape(y, (batch, heads, length, width))
             return ops.permute_dims(split, (0, 2, 1, 3))
         return ops.reshape(y, (batch, length, heads, width))
+
+    def _of_numbers(self, x: Any, function: Any) -> Any:
+        """What a function of NumPy's makes of an array."""
+        own = self.ops.to_numpy(x)
+        return self.ops.from_numpy(function(own).astype(own.dtype))
 
     def _normalized(self, x: Any) -> Any:
         """A layer norm without weights."""

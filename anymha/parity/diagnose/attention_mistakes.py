@@ -916,7 +916,7 @@ MISTAKES: tuple[Row, ...] = (
      _positions_added, no_families, True),
     ("activation too many", "The projections of the layer have no activation: leave it out.",
      _activated, no_families, True),
-    ("stage clipped", "Nothing cuts queries, keys, values, logits or the context at a limit: clip "
+    ("stage clipped", "Nothing cuts queries, keys, values or the context at a limit: clip "
      "where the reference does.", lambda recipe: iter(()), clipped),
     ("quantised with a fixed factor", "Take the factor of whole numbers from the greatest number "
      "that they stand for, so that none is beyond their range.", quantised, no_families, True),

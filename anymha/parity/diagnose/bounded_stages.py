@@ -32,8 +32,8 @@ FACTORS = {
 
 
 def clipped(recipe: Recipe) -> Iterator[Family]:
-    """Heads, logits or the context cut at a limit."""
-    for names in (*HEADS, ("logits",), ("context",)):
+    """Heads or the context cut at a limit; of logits that is "another softcap"."""
+    for names in (*HEADS, ("context",)):
         peak = _peak(recipe, names)
         if not 0 < peak < np.inf:
             continue

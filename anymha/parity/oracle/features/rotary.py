@@ -267,6 +267,8 @@ class RotarySection(Section):
         places = np.atleast_2d(places).astype(np.float64)
         if "query positions off by one" in wrong and place == "query":
             places += 1
+        if "query positions three later" in wrong and place == "query":
+            places += 3
         if "queries at the end" in wrong and place == "query":
             places += port.inputs["key"].shape[1] - length
         turns = frequencies(plain, r, length)
@@ -706,6 +708,7 @@ class RotarySection(Section):
         ("rotary on other columns", "rotary on other columns", "query"),
         ("rotary of the keys alone", "rotary of queries or keys alone", "query"),
         ("query positions off by one", "rotary positions off by one", "query"),
+        ("query positions three later", "rotary positions shifted", "query"),
         ("rotary factor left out", "rotary attention factor left out", "query"),
         ("rotary factor twice", "rotary attention factor twice", "query"),
         ("rotary scaling left out", "rotary scaling left out", "query"),
