@@ -59,7 +59,7 @@ class Compiled:
 
     def caches(self, *lengths: int) -> list[Any]:
         """The caches of compiled steps of so many positions, from an empty one on; all checked."""
-        caches, at = [self.layer.make_cache(ROWS, MOST)], 0
+        caches, at = [self.layer.make_cache(ROWS, MOST, donate=True)], 0
         for length in lengths:
             output, cache = self.step(self.x[:, at : at + length], caches[-1])
             at += length
@@ -99,7 +99,7 @@ def test_positions_with_padding_are_written_too(torch: Any, backend: str) -> Non
     pieces = [(3, 1), (2, 3), (3, 3), (1, 2)]  # so many positions of each row
     at = np.zeros(ROWS, int)
     with torch.no_grad():
-        cache = first = case.layer.make_cache(ROWS, MOST)
+        cache = first = case.layer.make_cache(ROWS, MOST, donate=True)
         for counts in pieces:
             mask = torch.arange(3) < torch.tensor(counts)[:, None]
             x = torch.full((ROWS, 3, WIDTH), NAN)
@@ -138,7 +138,7 @@ def test_caches_of_eager_calls_before_keep_theirs(torch: Any) -> None:
     """Those that are still there, and those whose successor is gone."""
     case = Compiled(torch)
     with torch.no_grad():
-        empty = case.layer.make_cache(ROWS, MOST)
+        empty = case.layer.make_cache(ROWS, MOST, donate=True)
         _, first = case.layer(case.x[:, :2], cache=empty)
         _, second = case.layer(case.x[:, 2:3], cache=first)
         output, third = case.step(case.x[:, 3:4], second)
@@ -189,7 +189,7 @@ def test_a_ring_is_copied(torch: Any) -> None:
 def test_all_modes_of_torch_follow_each_other(torch: Any) -> None:
     case = Compiled(torch)
     with torch.inference_mode():
-        first = cache = case.layer.make_cache(ROWS, MOST)
+        first = cache = case.layer.make_cache(ROWS, MOST, donate=True)
     modes = [torch.inference_mode, torch.no_grad] * 3 + [torch.enable_grad] * 2 + [torch.no_grad]
     for at, mode in enumerate(modes):
         with mode():
@@ -206,7 +206,7 @@ def test_what_a_graph_of_gradients_needs_is_not_written(torch: Any) -> None:
     gradients = []
     for goes_on in (False, True):
         case.layer.zero_grad()
-        _, cache = case.layer(case.x[:, :3], cache=case.layer.make_cache(ROWS, MOST))
+        _, cache = case.layer(case.x[:, :3], cache=case.layer.make_cache(ROWS, MOST, donate=True))
         output, cache = case.layer(case.x[:, 3:4], cache=cache)
         if goes_on:
             with torch.no_grad():
@@ -222,7 +222,7 @@ class Schedule:
     def __init__(self, case: Compiled, seed: int) -> None:
         self.case, self.random, self.seed = case, random.Random(seed), seed
         empty: list[list[Any]] = [[] for _ in range(ROWS)]
-        self.states = [(case.layer.make_cache(ROWS, MOST), empty)]
+        self.states = [(case.layer.make_cache(ROWS, MOST, donate=True), empty)]
 
     def run(self, events: int) -> None:
         ways: list[Callable[[Any, Any], Any]] = [

@@ -80,27 +80,28 @@ MOST_POSITIONS = 2**31 - 1
 """How many positions an int32 counts."""
 
 
-class _Arrays:
-    """Of all caches that have the same arrays of keys and values, plain enough for compilers.
+class _Group:
+    """What caches with the same arrays know together, plain enough for compilers.
 
     Attributes:
-        taken: Whether a compiled program has written into them for a cache that these do not know.
+        overtaken: Whether a compiled program has written into the arrays for a cache of another
+            group.
     """
 
-    taken = False
+    overtaken = False
 
 
 class _Sharing(WeakSet["Cache"]):
     """Caches that have the same arrays; a copy of one has others.
 
     Attributes:
-        arrays: What is known of the arrays.
+        group: What compiled programs tell of the arrays.
         reached: Up to which lengths (B,) something has been written, be it of caches that are gone.
         is_differentiated: Whether a graph of gradients needs the arrays as they are.
         writing: Held by the call that may write; of two threads that go on, the other one copies.
     """
 
-    arrays: Any = None
+    group: Any = None
     reached: Any = None
     is_differentiated = False
 
@@ -134,6 +135,7 @@ class Cache(Nested):
         key_positions: (B, C) integers, where calls have had `positions` that options need again.
         max_length: How many positions a row may have.
         window: The layer's `sliding_window`, where the cache is a ring; else None.
+        donate: Whether compiled steps may write into the arrays, as `make_cache` says.
 
     Raises:
         CacheError: a call has more new positions than a row has room for, or the cache has not the
@@ -157,8 +159,10 @@ class Cache(Nested):
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
     _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
-    _arrays: ClassVar[Any] = None  # of an instance what is known of its arrays
-    # of an instance whether no other cache has been, or is to be, written into its arrays
+    # of an instance the caches with the same arrays, as far as compiled programs tell them; None
+    # where nothing is known of the arrays
+    _group: ClassVar[Any] = None
+    # of an instance whether no other cache with its arrays holds later positions, or may write them
     _is_newest: ClassVar[bool] = False
 
     keys: Array
@@ -171,6 +175,7 @@ class Cache(Nested):
     key_positions: Array | None
     max_length: int
     window: int | None
+    donate: bool = field(default=False, repr=False, kw_only=True)
     # Fields, so that `dataclasses.replace` keeps them: all caches with these arrays; and, where
     # these do not tell, the slot up to which something is to be cleared at the next call.
     _sharing: Any = field(default=None, repr=False, kw_only=True)
@@ -182,7 +187,7 @@ class Cache(Nested):
             return
         same = [(self.keys is one.keys, self.values is one.values) for one in sharing.all()]
         if any(map(any, same)):
-            self.__dict__["_arrays"] = sharing.arrays
+            self.__dict__["_group"] = sharing.group
             sharing.add(self)
         if (True, True) not in same:  # not all are known to be these caches' alone
             self._sharing = None
@@ -207,7 +212,7 @@ class Cache(Nested):
 
     def __copy__(self) -> Cache:
         new = Cache(**self.__getstate__())
-        new.__dict__["_arrays"] = self._arrays
+        new.__dict__["_group"] = self._group
         return new if self._sharing is None else new._share(self, self._known)
 
     def __repr__(self) -> str:
@@ -266,7 +271,7 @@ class Cache(Nested):
         is_same = bool((wanted == known).all())
         if self._sharing is None or not (is_same or ops.capabilities.writes_in_place):
             new.__dict__["_known"] = wanted
-            new.__dict__["_arrays"] = self._arrays
+            new.__dict__["_group"] = self._group
             return new if is_same else new._cleared(ops)
         return new._share(self, wanted)  # the next call clears what lies beyond
 
@@ -323,12 +328,18 @@ class Cache(Nested):
         sharing.reached = known
         if not self._is_newest:
             self._alone(backend_of(self.lengths).ops)
-        sharing.arrays = self._arrays
+        sharing.group = self._group
         return self
 
+    def _adopt(self, known: np.ndarray) -> None:
+        """Take over the arrays that a compiled program has made, whatever else may have them."""
+        self._group.overtaken = True
+        self._is_newest = False
+        self._own(known)
+
     def _alone(self, ops: Ops) -> None:
-        """Note that the arrays are new, and this cache's alone."""
-        self._arrays = _Arrays()
+        """Note that this cache is the newest with its arrays, and knows no other."""
+        self._group = _Group()
         writes, inference = ops.capabilities.compiles_writes, ops.capabilities.is_inference
         # What inference makes cannot be written elsewhere; a compiler cannot ask for it.
         self._is_newest = inference is None or (writes is not None and writes()) or not inference()
@@ -337,7 +348,7 @@ class Cache(Nested):
         """Note that the arrays are those of another cache."""
         self.__dict__["_known"] = known
         self.__dict__["_sharing"] = other._sharing
-        self.__dict__["_arrays"] = other._arrays
+        self.__dict__["_group"] = other._group
         other._sharing.add(self)
         return self
 
@@ -347,12 +358,20 @@ class Cache(Nested):
         They are its new cache's from then on; this one keeps its meaning: what it holds is not
         written, and its next call copies that. A ring would lose what it holds.
         """
-        if not (self._is_newest and self.window is None):
+        if not (self.donate and self._is_newest and self.window is None) or self._stale_to:
             return False
         self._is_newest = False
-        self._arrays.taken = True
+        self._group.overtaken = True
         self._stale_to = self.keys.shape[2]
         return True
+
+    def _is_clean(self, ops: Ops) -> bool:
+        """Whether slots that hold nothing are zero: where a program is compiled, as it can tell."""
+        if not ops.capabilities.writes_in_place:
+            return True
+        if ops.capabilities.compiles_writes is not None and ops.capabilities.compiles_writes():
+            return self._is_newest and not self._stale_to
+        return self._group is not None and not self._top()
 
     def _written(self, arrays: Mapping[str, Array], known: np.ndarray) -> None:
         """Note what has been written into the arrays, whatever becomes of the call.
@@ -364,6 +383,7 @@ class Cache(Nested):
         if arrays["keys"] is not self.keys and arrays["values"] is not self.values:
             return
         sharing = self._sharing
+        self.__dict__["_stale_to"] = int(self.keys.shape[2])  # of this one; the new one has it
         last = sharing.reached is self._known
         sharing.reached = known if last else np.maximum(sharing.reached, known)
         if self.window is not None:
@@ -401,7 +421,7 @@ class Cache(Nested):
 
     def _top(self) -> int:
         """Up to which slot something may have been written, of what is cleared at the next call."""
-        if self._arrays is not None and self._arrays.taken:
+        if self._group is not None and self._group.overtaken:
             return int(self.keys.shape[2])
         reached = None if self._sharing is None else self._sharing.reached
         if reached is None or reached is self._known:
@@ -422,9 +442,10 @@ class Cache(Nested):
     def _note_output(self, ops: Ops, output: Array) -> None:
         """Note that an output comes from the arrays, whose gradient may be asked for."""
         differentiated = ops.capabilities.is_differentiated
-        if self._sharing is not None and differentiated is not None and differentiated(output):
-            self._sharing.is_differentiated = True
-            self.__dict__["_is_newest"] = False
+        if differentiated is not None and differentiated(output):
+            self._is_newest = False
+            if self._sharing is not None:
+                self._sharing.is_differentiated = True
 
     def _claim(self, known: np.ndarray) -> Any:
         """What a call that may write positions after `known` holds until `_after`; else None.
@@ -432,7 +453,7 @@ class Cache(Nested):
         After a call that fails nothing is written any more: the next one copies.
         """
         sharing = self._sharing
-        if sharing is None or self._arrays.taken or not sharing.writing.acquire(blocking=False):
+        if sharing is None or self._group.overtaken or not sharing.writing.acquire(blocking=False):
             return None
         if self._may_write(known):
             return sharing.writing
@@ -546,6 +567,7 @@ def make_cache(
     rewind: int,
     dtype: str | None,
     device: Any = None,
+    donate: bool = False,
 ) -> Cache:
     """An empty cache; `anymha.layer.native.NativeLayer.make_cache` has the arguments.
 
@@ -595,6 +617,7 @@ def make_cache(
     cache = Cache(
         storage(config.key_dim), storage(config.value_dim), rows[0], rows[1], overflowed,
         rows[2] if is_ring else None, None, None, max_length, window if is_ring else None,
+        donate=bool(donate),
     )  # fmt: skip
     return cache._own(np.zeros(batch_size, np.int64))
 
@@ -660,7 +683,8 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
         own = [ops.astype(_default(ops, name, cache), dtypes[0][1]) if x is None else x
                for cache, x in zip(caches, own, strict=True)]  # fmt: skip
         parts[name] = _any_dtype(ops, lambda *xs: ops.concat(list(xs), axis=0), *own)
-    new = Cache(**parts, max_length=caches[0].max_length, window=caches[0].window)
+    donate = all(cache.donate for cache in caches)
+    new = Cache(**parts, max_length=caches[0].max_length, window=caches[0].window, donate=donate)
     known = [known_lengths(ops, cache) for cache in caches]
     stale = max(cache._top() for cache in caches)
     if all(lengths is not None for lengths in known):

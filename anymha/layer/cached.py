@@ -289,16 +289,17 @@ def _prepare_cache(
             known = None if counts is None else known
     size, eager = cache.keys.shape[2], ops.capabilities.compile is None
     if known is None:
-        written = _is_written_by_program(ops)
-        in_place = written and cache._hand_over()
-        if written and not in_place and cache.window is None:
-            arrays |= _of_cleared(ops, cache)
-            in_place = True
+        compiled = _is_compiled(ops)
+        in_place = compiled and cache._hand_over()
+        if not in_place and not (compiled and cache.window is not None):
+            cleared = _of_unclean(ops, cache)
+            arrays |= cleared
+            in_place = compiled and bool(cleared)
         held = Held("own", size, cache.max_length, cache.window, in_place=in_place)
         offset = cache.lengths
         return HeldCall(held, arrays, None, None, offset, _finisher(ops, cache, None))
     if cache._sharing is None and cache._is_newest:  # as a compiled program has made it
-        cache._own(known)
+        cache._adopt(known)
     lengths = known + counts
     _check_room(cache, known, lengths)
     start = int(known[0]) if eager and known.size and is_uniform(known) else None
@@ -308,9 +309,10 @@ def _prepare_cache(
     in_place = claim is not None
     if in_place and not (is_ring and not (one and valid is None)):
         arrays |= _clear(ops, cache, known)
-    elif cache._top():
-        in_place = bool(ops.capabilities.writes_in_place)
-        arrays |= _of_cleared(ops, cache)
+    else:
+        cleared = _of_unclean(ops, cache)
+        arrays |= cleared
+        in_place = in_place or bool(cleared)
     full = bool(
         start is not None and one and valid is None
         and (not is_ring or (size == cache.window and not cache._top()))
@@ -332,6 +334,8 @@ def _prepare_shared(
 ) -> HeldCall:
     """Queries of another layer, which stand where the cache's last call appended."""
     size, queries = cache.keys.shape[2], query.shape[1]
+    if not (_is_compiled(ops) and cache.window is not None):
+        arrays |= _of_unclean(ops, cache)
     before = None if known is None else known_values(ops, cache.previous)
     starts = None if cache.starts is None else known_values(ops, cache.starts)
     if starts is not None and cache._lost is not None:  # a later call has written there
@@ -401,14 +405,16 @@ def _check_segments(cache: Cache, masks: Mapping[str, Any], source: str) -> None
         )
 
 
-def _is_written_by_program(ops: Ops) -> bool:
+def _is_compiled(ops: Ops) -> bool:
     """Whether the call becomes a part of a program that may write into arrays that it is given."""
     compiles_writes = ops.capabilities.compiles_writes
     return compiles_writes is not None and compiles_writes()
 
 
-def _of_cleared(ops: Ops, cache: Cache) -> dict[str, Array]:
-    """New arrays of keys and values, zero in slots that hold nothing."""
+def _of_unclean(ops: Ops, cache: Cache) -> dict[str, Array]:
+    """New arrays of keys and values, zero in slots that hold nothing, where the cache's are not."""
+    if cache._is_clean(ops):
+        return {}
     keys, values = cache._arrays_cleared(ops)
     return {f"{PREFIX}keys": keys, f"{PREFIX}values": values}
 
@@ -445,13 +451,13 @@ def _finisher(
 
     def finish(result: Any, stored: Mapping[str, Array]) -> Any:
         arrays: dict[str, Any] = dict.fromkeys(Cache.ARRAYS) | dict(stored)
-        new = Cache(**arrays, max_length=cache.max_length, window=cache.window)
+        new = Cache(**arrays, max_length=cache.max_length, window=cache.window, donate=cache.donate)
         if lengths is not None:
             start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None
             new._after(cache, lengths, start, claim)
-            new._note_output(ops, result[0] if isinstance(result, tuple) else result)
-        elif _is_written_by_program(ops):
+        elif _is_compiled(ops):
             new._alone(ops)
+        new._note_output(ops, result[0] if isinstance(result, tuple) else result)
         return (*result, new) if isinstance(result, tuple) else (result, new)
 
     return finish
@@ -835,7 +841,8 @@ class Holding:
             if is_ring:
                 slot = slot % size if self.start is not None else ops.remainder(n, size)
             return write(storage, new, slot, in_place)
-        if in_place and not is_ring and is_known(self.queries) and self.queries <= size:
+        fits = is_known(self.queries) and 0 < self.queries <= size
+        if in_place and not is_ring and fits:
             return self._written_around(storage, new)
         if write is not None and self.is_one and counts is None:
             # A row that has no room is lost from now on, whatever lies in its last slot.

@@ -114,7 +114,7 @@ def next_step(
         or (query.shape, array_key(query)) != step.query or projections.kind != step.weights
         or not projections.of_rows
         or _kind(cache) != step.cache or cache.segment_ids is not None
-        or cache.key_positions is not None
+        or cache.key_positions is not None or cache._sharing is None
     ):  # fmt: skip
         return None
     (plan, shape, path), spec = step.planned, step.spec
@@ -186,7 +186,7 @@ def next_step(
     output = reshape(output, (batch, 1, *(shape.output[2:] or (output.shape[-1],))))
     new = Cache(
         keys, values, after, lengths, cache.overflowed, starts, None, None, cache.max_length,
-        window,
+        window, donate=cache.donate,
     )  # fmt: skip
     new._after(cache, reached, None if start is None else start + 1, claim)
     new._note_output(ops, output)

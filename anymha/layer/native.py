@@ -275,8 +275,9 @@ class NativeLayer:
             )
 
     def make_cache(
-        self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0
-    ) -> Cache:
+        self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0,
+        donate: bool = False,
+    ) -> Cache:  # fmt: skip
         """An empty cache for decoding: ``output, cache = layer(x, cache=cache)``.
 
         Args:
@@ -286,6 +287,9 @@ class NativeLayer:
                 which the layer computes.
             rewind: Where `sliding_window` is shorter than `max_length` the cache is a ring of so
                 many positions, and `rewind` more, by which `truncate` may go back at least.
+            donate: Whether a step by `torch.compile` may write into the arrays of the cache that it
+                is given, as eager steps do. Only one thread at a time may then go on from a cache.
+                JAX's `donate_argnums` says so for its steps.
 
         Raises:
             CacheError: a size is not a positive integer, or the layer attends over other axes.
@@ -296,7 +300,7 @@ class NativeLayer:
             computing = self.config.compute_dtype or dtype_name(weight.dtype)
             break
         sizes = batch_size, max_length, rewind
-        return make_cache(self.ops, self.config, computing, *sizes, dtype, device)
+        return make_cache(self.ops, self.config, computing, *sizes, dtype, device, donate)
 
     def make_memory(
         self, value: Array, key: Array | None = None, *, key_positions: Any = None
