@@ -1,10 +1,12 @@
-"""Steps by `torch.compile` write into the cache's arrays; older caches stay right."""
+"""Steps by `torch.compile` write into arrays that are donated; older caches stay right."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import importlib
+import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,6 +216,149 @@ def test_what_a_graph_of_gradients_needs_is_not_written(torch: Any) -> None:
         output.square().sum().backward()
         gradients.append(case.layer.key.weight.grad.clone())
     assert torch.equal(*gradients)
+
+
+def test_without_donate_nothing_is_written(torch: Any) -> None:
+    """So that threads may go on from one prompt."""
+    case = Compiled(torch)
+    with torch.no_grad():
+        _, prompt = case.step(case.x[:, :3], case.layer.make_cache(ROWS, MOST))
+        kept = prompt.keys.clone()
+        for _ in range(2):
+            output, cache = case.step(case.x[:, 3:4], prompt)
+            case.check(output, 3, 4)
+            assert cache.keys.data_ptr() != prompt.keys.data_ptr()
+            assert torch.equal(prompt.keys, kept)
+
+
+LATER: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda cache: cache,
+    "copied": copy.copy,
+    "copied deeply": copy.deepcopy,
+    "replaced": dataclasses.replace,
+    "truncated": lambda cache: cache.truncate(cache.lengths),
+    "reordered": lambda cache: cache.reorder([0, 1]),
+    "its own copy": lambda cache: cache.copy(),
+    "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
+}
+
+
+@pytest.mark.parametrize("how", LATER)
+def test_a_ragged_cache_is_read_without_what_was_written_later(torch: Any, how: str) -> None:
+    """A row that is shorter reads slots past its end, which are hidden; NaN there would be seen."""
+    case = Compiled(torch)
+    ways = {"compiled": case.step, "eager": lambda x, cache, mask=None: case.layer(
+        x, cache=cache, value_mask=mask)}  # fmt: skip
+    mask, x = torch.arange(3) < torch.tensor([[3], [1]]), case.drawn(2, 1)
+    lost = torch.full((ROWS, 1, WIDTH), NAN)
+    with torch.no_grad():
+        expected = [
+            case.layer(torch.cat([case.x[row, :length], x[row]])[None], use_causal_mask=True)[0, -1]
+            for row, length in enumerate((3, 1))
+        ]
+        every = itertools.product((True, False), ("before", "after"), ways, ways)
+        for donate, when, made, then in every:
+            given = case.layer.make_cache(ROWS, MOST, donate=donate)
+            _, cache = ways[made](case.x[:, :3], given, mask)
+            later = LATER[how](cache) if when == "before" else None
+            ways[then](lost, cache)
+            later = LATER[how](cache) if later is None else later
+            for name, goes_on in ways.items():
+                output, _ = goes_on(x, later)
+                told = f"{donate=}, {how} {when}, {made}, then {then}, then {name}"
+                torch.testing.assert_close(
+                    output[:, 0], torch.stack(expected), atol=2e-6, rtol=0, msg=told
+                )
+
+
+def test_readers_do_not_see_what_was_written_later(torch: Any) -> None:
+    """Queries of another layer over an older cache of ragged rows."""
+    case = Compiled(torch)
+    reader = get_layer("torch")(2, 4, query_features=WIDTH, seed=1)
+    read = torch.compile(
+        lambda x, cache, mask: reader(x, memory=cache, value_mask=mask),
+        fullgraph=True, backend="eager",
+    )  # fmt: skip
+    mask, lost = torch.arange(3) < torch.tensor([[3], [1]]), torch.full((ROWS, 1, WIDTH), NAN)
+    with torch.no_grad():
+        _, cache = case.step(case.x[:, :3], case.layer.make_cache(ROWS, MOST, donate=True), mask)
+        expected = reader(case.x[:, :3], memory=cache, value_mask=mask)
+        case.step(lost, cache)
+        for output in (
+            reader(case.x[:, :3], memory=cache, value_mask=mask),
+            read(case.x[:, :3], cache, mask),
+        ):
+            torch.testing.assert_close(output[mask], expected[mask], atol=2e-6, rtol=0)
+
+
+def test_an_overflowed_row_leaves_the_others_right(torch: Any) -> None:
+    """Also of an older cache, after a later step of NaN."""
+    case = Compiled(torch)
+    with torch.no_grad():
+        *_, cache = case.caches(3, 3, 1)
+        mask = torch.tensor([[True] * 3, [False] * 3])
+        _, cache = case.step(case.x[:, :3], cache, mask)
+        assert cache.overflowed.tolist() == [True, False]
+        case.step(torch.full((ROWS, 1, WIDTH), NAN), cache)
+        for step in (case.step, lambda x, cache: case.layer(x, cache=cache)):
+            output, _ = step(case.x[:, 7:8], cache)
+            assert output[0].isnan().all()
+            torch.testing.assert_close(output[1], case.expected[1, 7:8], atol=2e-6, rtol=0)
+
+
+def test_a_call_that_fails_leaves_nothing_behind(torch: Any) -> None:
+    """Its NaN is in slots that the next step, compiled or not, does not read."""
+    case = Compiled(torch)
+    with torch.no_grad():
+        *_, cache = case.caches(3)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("no output")
+
+        hook = case.layer.output.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="no output"):
+            case.layer(torch.full((ROWS, 1, WIDTH), NAN), cache=cache)
+        hook.remove()
+        case.goes_on(cache, 3)
+
+
+@pytest.mark.filterwarnings(ASKED)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_of_compiled_steps_and_readers_keep_their_arrays(
+    torch: Any, frozen: bool
+) -> None:
+    """With keys and values that are not trained, and of another layer that reads the cache."""
+    case = Compiled(torch, "aot_eager")
+    for name in ("key", "value") if frozen else ():
+        getattr(case.layer, name).requires_grad_(False)
+    reader = get_layer("torch")(2, 4, query_features=WIDTH, seed=1)
+    with torch.no_grad():
+        *_, cache = case.caches(3)
+    output, after = case.step(case.x[:, 3:4], cache)
+    read = reader(case.x[:, 3:4], memory=after)
+    with torch.no_grad():
+        case.step(case.x[:, 4:5], after)
+    (output.square().sum() + read.square().sum()).backward()
+    assert case.layer.query.weight.grad.isfinite().all()
+    assert reader.query.weight.grad.isfinite().all()
+
+
+def test_a_step_of_nothing_and_steps_of_any_length(torch: Any) -> None:
+    """With lengths that the compiler treats as symbols, and with masks."""
+    case = Compiled(torch)
+    step = torch.compile(
+        lambda x, cache, mask: case.layer(x, cache=cache, value_mask=mask),
+        fullgraph=True, backend="eager", dynamic=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        empty, cache = case.step(case.x[:, :0], case.layer.make_cache(ROWS, MOST, donate=True))
+        assert empty.shape == (ROWS, 0, WIDTH)
+        at = 0
+        for length in (3, 2, 4):
+            x = case.x[:, at : at + length]
+            output, cache = step(x, cache, torch.ones(x.shape[:2], dtype=torch.bool))
+            case.check(output, at, at + length)
+            at += length
 
 
 class Schedule:
