@@ -400,8 +400,8 @@ MISTAKES: tuple[Row, ...] = (
       for make in (_split_usually, _folded_in_the_batch, _split)),
     ("in another order of positions", "Leave positions, sequences and features in their order.",
      _reversed, no_families, True),
-    ("axes exchanged", "Move the axis of positions back to its place after the attention, and leave "
-     "the axes of the batch in their order.", _axes_of_the_batch, no_families, True),
+    ("axes exchanged", "Move the axis of positions back to its place after the attention, and "
+     "leave the axes of the batch in their order.", _axes_of_the_batch, no_families, True),
     ("another sequence of the batch", "Each sequence of the batch attends over its own keys and "
      "values: where several queries share one, repeat it in their order.", _other_sequences,
      no_families, True),
