@@ -80,17 +80,19 @@ def taken_from(recipe: Recipe, distances: np.ndarray, more: np.ndarray, told: np
         or np.max(np.abs(own[:, place + queries - 1] - bias)) > NEAR * peak
     ):
         return ""
-    own, known = own.T, told.all(0)[::-1]  # from here on of keys less queries
+    own, told = own.T, told.T[::-1]  # from here on of keys less queries
+    known = np.greater_equal(told.sum(-1), 2)  # in one head a number is that of another by chance
     theirs, at = own + more.T[::-1], np.arange(len(own))
     far = np.abs(at[:, None] - at)
     near = np.zeros_like(far, bool)
-    for anchor in at[known]:
+    for anchor in at[told.all(-1)]:
         for other in at:
             apart = theirs[:, None] - own - (theirs[anchor] - own[other])
-            same = (np.abs(apart).max(-1) <= ALIKE * peak) & known[:, None]
-            if same.any(1).sum() > near.any(1).sum():
+            apart = np.where(told[:, None], np.abs(apart), 0.0).max(-1)
+            same = (apart <= ALIKE * peak) & known[:, None]
+            if np.any(same, 1).sum() > np.any(near, 1).sum():
                 near = same
-    found, among = np.where(near, far, far.max() + 1).argmin(1), near.any(1)
+    found, among = np.where(near, far, far.max() + 1).argmin(1), np.any(near, 1)
     if among.sum() < max(3, SHARE * known.sum()) or np.array_equal(found[among], at[among]):
         return ""
     parts: list[tuple[int, int, int | None]] = []

@@ -181,10 +181,12 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     found: list[tuple[float, _Format, set[str]]] = []
     for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
         chosen, least = set[str](), 1.0
-        alone = {place: left(form, {place}) for group in _places(recipe) for place in group}
-        first = min(alone, key=lambda place: alone[place])
-        if alone[first] < MOST_OF_IT:  # another before it would hide it
-            chosen, least = {first}, alone[first]
+        alone = {place: {place} for group in _places(recipe) for place in group}
+        alone |= {f"{place}, logits": {place, "logits"} for place in _scaled_before(recipe)}
+        shares = {place: left(form, places) for place, places in alone.items()}
+        first = min(shares, key=lambda place: shares[place])
+        if shares[first] < MOST_OF_IT:  # another before it would hide it
+            chosen, least = alone[first], shares[first]
         for turn in range(TURNS):
             already = least
             for group in _places(recipe):

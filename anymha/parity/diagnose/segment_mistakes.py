@@ -112,8 +112,9 @@ def _other_lengths(recipe: Recipe) -> Variants:
         return
     ids, key_ids = recipe.segments, recipe.key_segments
     anew = recipe.positions is not None or recipe.key_positions is not None
-    changes = {words: partial(_laid_out, change=change, last=True)
-               for words, change in _LENGTHS.items()}  # fmt: skip
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        words: partial(_laid_out, change=change, last=True)
+        for words, change in _LENGTHS.items()}  # fmt: skip
     for words in ("each one shorter", "that of the first for all"):
         changes[f"{words}, what is left over is padding"] = partial(
             _laid_out, change=_LENGTHS[words], last=False
