@@ -24,6 +24,9 @@ from anymha.parity.oracle.recipe import (
 MOST_LOGITS = 1 << 20
 """Where all sequences have no more logits with the keys of all, these are computed."""
 
+MOST_AXES = 4
+"""Of no more axes of batch and positions together orders are tried."""
+
 NORM_EPS = (1e-5, 1e-6, 1e-3, 1e-12)
 """What is added to the variance in layers that normalize."""
 
@@ -72,6 +75,36 @@ def _other_axis(recipe: Recipe) -> Variants:
             f"along axis {at} of the inputs in place of {len(axes)}",
             wrong.stepping("output", back),
         )
+
+
+def _axes_of_the_batch(recipe: Recipe) -> Variants:
+    """Axes of the output or of inputs in another order, where the batch has several."""
+    names = [*(f"batch axis {at}" for at in range(len(recipe.batches))), "positions"]
+    if not 2 < len(names) <= MOST_AXES:
+        return
+    letters = "abcd"[: len(names)]
+    orders = ["".join(order) for order in itertools.permutations(letters)]
+    reads_as = orders if len(names) == 3 else orders[:1]
+    known = set[tuple[int, ...]]()
+    for read, written in itertools.product(reads_as, orders):
+
+        def moved(x: np.ndarray, written: str = written, read: str = read) -> np.ndarray:
+            whole = x.reshape(*recipe.batches, *x.shape[1:])
+            return _memory(whole, f"{letters}z", f"{written}z", f"{read}z").reshape(x.shape)
+
+        count = recipe.lengths[0] * recipe.lengths[1]
+        places = tuple(moved(np.arange(count).reshape(*recipe.lengths[:2], 1)).ravel().tolist())
+        if places in known or places == tuple(range(count)):
+            continue
+        known.add(places)
+        one, other = (f"({', '.join(names[letters.index(a)] for a in order)})"
+                      for order in (written, read))  # fmt: skip
+        words = f"not moved back: {one} read as {other}"
+        yield f"of the output, {words}", recipe.after(("output",), moved)
+        for inputs in (("query",), ("key", "value"), ("query", "key", "value")):
+            if all(recipe.inputs[n].shape[1] == recipe.lengths[1] for n in inputs):
+                arrays = {n: moved(x) if n in inputs else x for n, x in recipe.inputs.items()}
+                yield f"of the input of {listed(inputs)}, {words}", recipe.but(inputs=arrays)
 
 
 def _memory(array: np.ndarray, axes: str, written: str, read: str) -> np.ndarray:
@@ -367,6 +400,8 @@ MISTAKES: tuple[Row, ...] = (
       for make in (_split_usually, _folded_in_the_batch, _split)),
     ("in another order of positions", "Leave positions, sequences and features in their order.",
      _reversed, no_families, True),
+    ("axes exchanged", "Move the axis of positions back to its place after the attention, and "
+     "leave the axes of the batch in their order.", _axes_of_the_batch, no_families, True),
     ("another sequence of the batch", "Each sequence of the batch attends over its own keys and "
      "values: where several queries share one, repeat it in their order.", _other_sequences,
      no_families, True),

@@ -369,6 +369,7 @@ def _bias_of_others(recipe: Recipe) -> Variants:
         _turned(bias),
         _averaged(bias),
         _of_other_heads(bias),
+        _in_another_order(bias),
     ):
         yield words, recipe.but(bias=other)
         yield f"{words}, subtracted", recipe.but(bias=-other)
@@ -383,6 +384,31 @@ def _turned(bias: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         yield "reshaped to (keys, queries)", turned
     if bias.shape[0] == bias.shape[1] > 1:
         yield "transposed, sequences and heads exchanged", np.swapaxes(bias, 0, 1)
+
+
+def _in_another_order(array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Of a mask or a bias (B, H, T, S) its numbers, read in another order of its axes.
+
+    A flat table, or an axis moved to another place, is viewed as if the axes stood in order.
+    """
+    for axis in range(4):  # one for all is broadcast after it is read
+        if np.all(array == np.take(array, [0], axis)):
+            array = np.take(array, [0], axis)
+    several = [axis for axis in range(4) if array.shape[axis] > 1]
+    flat, known = array.reshape([array.shape[axis] for axis in several]), {array.tobytes()}
+    if array.shape[2] == array.shape[3]:
+        known.add(np.swapaxes(array, 2, 3).tobytes())  # told as transposed
+    for order in list(itertools.permutations(range(len(several))))[1:]:
+        back = np.argsort(order)
+        read_so = flat.reshape([flat.shape[at] for at in order]).transpose(back)
+        written_so = flat.transpose(order)
+        own, other = (", ".join(_AXES[several[at]] for at in axes)
+                      for axes in (range(len(several)), order))  # fmt: skip
+        for moved, written, read in ((written_so, other, own), (read_so, own, other)):
+            if moved.tobytes() not in known:
+                known.add(moved.tobytes())
+                words = f"axes not transposed: written as ({written}), read as ({read})"
+                yield words, moved.reshape(array.shape)
 
 
 def _averaged(bias: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -586,6 +612,7 @@ def _moved(recipe: Recipe, mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
         for words, order in orders.items():
             detail = f"{words} with batch and heads in the wrong order"
             yield detail, mask[:, 0][order]
+    yield from _in_another_order(mask)
 
 
 def _as_lengths(mask: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -698,6 +725,13 @@ def _elsewhere(recipe: Recipe) -> Variants:
             logits = rest.steps["masked_logits"](recipe, stages)
             return np.where(seen & ~np.isneginf(logits), 0.0, -np.inf)
 
+        def alike(recipe: Recipe, stages: Arrays, rest: Recipe = rest) -> np.ndarray:
+            logits = rest.steps["masked_logits"](recipe, stages)
+            return np.where(np.isneginf(logits), logits, 0.0)
+
+        if not np.all(seen):
+            yield (f"{named}: everything is hidden by a finite number, the probabilities of all "
+                   "keys are alike", rest.stepping("masked_logits", alike))  # fmt: skip
         yield (f"{named}: the keys seen are hidden, the hidden ones are seen with logits of zero",
                rest.stepping("masked_logits", shown))  # fmt: skip
         yield (f"{named}: the logits of the keys seen are lost beside a great number that is added",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
+from anymha.parity.diagnose.distance_bias import taken_from
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.measured import number
 from anymha.parity.diagnose.trials import EXPLAINED, first_change
@@ -59,7 +60,10 @@ SHOWN = 12
 SCALE = "wrong scale"
 ADDED = "positions added"
 BIAS = "wrong attention bias"
+OTHER = "attention bias of other positions"
 FIXES = {
+    OTHER: "Give each distance of query and key its own place in the bias: in both directions, "
+           "unless the reference has one for all that follows.",
     SCALE: "The logits are multiplied once, by 1/sqrt(width of a head) unless `scale` says "
            "otherwise, in all heads alike.",
     ADDED: "The layer adds no positions: give it an `attention_bias`, or leave the bias out.",
@@ -103,6 +107,7 @@ class Form:
     of: np.ndarray  # Which number each logit depends on; broadcasts to (B, H, T, S)
     # Words for the numbers; the flags say which of them change the output
     words: Callable[[np.ndarray, np.ndarray], str]
+    distances: np.ndarray | None = None  # Those of which the numbers are, for each head
 
 
 def measured_logits(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | None:
@@ -120,8 +125,11 @@ def measured_logits(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] 
             evidence.errors(made).values()
         ) <= 1:  # fmt: skip
             stage = first_change(recipe, made)
-            words = form.words(*found)
-            return (Cause(form.name, words, stage, FIXES[form.name]), made) if stage else None
+            other = "" if form.distances is None else taken_from(
+                recipe, form.distances, *(a.reshape(-1, form.distances.size) for a in found)
+            )  # fmt: skip
+            name, words = (OTHER, other) if other else (form.name, form.words(*found))
+            return (Cause(name, words, stage, FIXES[name]), made) if stage else None
     return None
 
 
@@ -167,7 +175,8 @@ def _forms(recipe: Recipe) -> Iterator[Form]:
             of = of + count * np.arange(by_head).reshape(1, by_head, 1, 1)
             make = partial(_biased, recipe, of)
             words = partial(_biases, over, values, by_head)
-            yield Form(ADDED, make, np.zeros(by_head * count), of, words)
+            steps_of = values if "distance" in over else None
+            yield Form(ADDED, make, np.zeros(by_head * count), of, words, steps_of)
 
 
 def _factors_of(recipe: Recipe, shape: tuple[int, ...], place: str) -> Iterator[tuple[Any, Any]]:

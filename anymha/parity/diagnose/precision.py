@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -181,10 +181,12 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     found: list[tuple[float, _Format, set[str]]] = []
     for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
         chosen, least = set[str](), 1.0
-        alone = {place: left(form, {place}) for group in _places(recipe) for place in group}
-        first = min(alone, key=lambda place: alone[place])
-        if alone[first] < MOST_OF_IT:  # another before it would hide it
-            chosen, least = {first}, alone[first]
+        alone = {place: {place} for group in _places(recipe) for place in group}
+        alone |= {f"{place}, logits": {place, "logits"} for place in _scaled_before(recipe)}
+        shares = {place: left(form, places) for place, places in alone.items()}
+        first = min(shares, key=lambda place: shares[place])
+        if shares[first] < MOST_OF_IT:  # another before it would hide it
+            chosen, least = alone[first], shares[first]
         for turn in range(TURNS):
             already = least
             for group in _places(recipe):
@@ -287,6 +289,13 @@ def _formats(recipe: Recipe, expected: str) -> Iterator[_Format]:
 FACTORS = "factors of "
 """Before a stage: what is multiplied for it is rounded."""
 
+SCALED: Mapping[str, tuple[float, float]] = {
+    "factors of logits with scaled queries": (1.0, 0.0),
+    "factors of logits with scaled keys": (0.0, 1.0),
+    "factors of logits with both scaled by the root": (0.5, 0.5),
+}
+"""What powers of the scale queries and keys have before they are rounded and multiplied."""
+
 INSIDE = "steps of the softmax"
 """The exponentials and their sum, and what they are made of."""
 
@@ -306,6 +315,7 @@ def _places(recipe: Recipe) -> list[list[str]]:
         own = [f"{stage}.{part}" for part in ("kernel", "bias")]
         places = [name for name in own if name in recipe.weights]
         places += [FACTORS + stage] * (stage in (*PROJECTIONS, *PRODUCTS))
+        places += _scaled_before(recipe) if stage == "logits" else []
         places += [INSIDE] * (stage == "probabilities" and not recipe.sections)
         places += [UNDIVIDED] * (stage == "context")
         if not recipe.sections:
@@ -314,6 +324,15 @@ def _places(recipe: Recipe) -> list[list[str]]:
         places += [stage] * (stage not in same or same[stage] is not None)
         groups.append(places)
     return groups
+
+
+def _scaled_before(recipe: Recipe) -> list[str]:
+    """The places where the scale is taken before a rounding, and changes what that gives."""
+    scale = recipe.scale
+    return [
+        place for place, powers in SCALED.items()
+        if scale > 0 and any(np.frexp(scale**power)[0] != 0.5 for power in powers)
+    ]  # fmt: skip
 
 
 def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Recipe:
@@ -326,6 +345,8 @@ def _with_rounded(recipe: Recipe, form: _Format, places: Collection[str]) -> Rec
     for stage in STEPS:
         if FACTORS + stage in places:
             steps[stage] = _of_factors(steps[stage], stage, form.arrays)
+        for place in {*SCALED} & {*places} if stage == "logits" else ():
+            steps[stage] = _of_scaled_factors(steps[stage], SCALED[place], form.arrays)
         if stage == "context" and UNDIVIDED in places:
             steps[stage] = partial(_undivided, steps[stage], form.arrays)
         if stage == "probabilities" and INSIDE in places:
@@ -386,6 +407,7 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
         .removeprefix("input of ")
         .removeprefix(FACTORS)
         .partition(".")[0]
+        .partition(" with ")[0]
         .removesuffix(BEFORE)
     )
     known = {UNDIVIDED.removeprefix(FACTORS): "context", INSIDE: "probabilities"}
@@ -407,8 +429,9 @@ def _named(recipe: Recipe, form: _Format, places: list[str]) -> tuple[str, str, 
     softmax = {"logits", "masked_logits", INSIDE, "probabilities"}
     if {*places} <= softmax and len(places) > 1 and places[-1] in (INSIDE, "probabilities"):
         return f"computed in {form.name}", "; ".join([*more, "the softmax"]), stage
-    of_logits = FACTORS + "logits" in places or {"query", "key"} <= {*places}
-    last = [name for name in places if name not in (*PROJECTIONS, FACTORS + "logits")]
+    products = {FACTORS + "logits", *SCALED}
+    of_logits = bool(products & {*places}) or {"query", "key"} <= {*places}
+    last = [name for name in places if name not in (*PROJECTIONS, *products)]
     if of_logits and last in ([UNDIVIDED, "context"], [FACTORS + "context", "context"]):
         kernel = "attention alone, from queries, keys and values to the context"
         return f"computed in {form.name}", "; ".join([*more, kernel]), stage
@@ -454,6 +477,17 @@ def _of_factors(own: Step, name: str, rounding: Rounding) -> Step:
         elif kernel in weights:
             weights[kernel] = rounding(weights[kernel])
         return own(recipe.but(weights=weights, inputs=inputs), factors)
+
+    return step
+
+
+def _of_scaled_factors(own: Step, powers: tuple[float, float], rounding: Rounding) -> Step:
+    """Logits of rounded queries and keys that are scaled before, each by a power of the scale."""
+
+    def step(recipe: Recipe, stages: Arrays) -> np.ndarray:
+        factors = {n: rounding(stages[n] * recipe.scale**power)
+                   for n, power in zip(("query", "key"), powers, strict=True)}  # fmt: skip
+        return own(recipe.but(scale=1.0), {**stages, **factors})
 
     return step
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
 
-from anymha.parity.diagnose.changes import Maker, Row
+from anymha.parity.diagnose.changes import Maker, Row, no_families
 from anymha.parity.diagnose.mask_mistakes import with_empty_rows
 from anymha.parity.oracle.recipe import Recipe, Variants
 
@@ -88,6 +88,88 @@ def _of_the_other_side(recipe: Recipe) -> Variants:
         yield words, recipe.but(masks={**recipe.masks, "segment_ids": seen})
 
 
+_LENGTHS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sorted, the longest first": lambda n: np.sort(n)[::-1],
+    "sorted, the shortest first": np.sort,
+    "in reverse": lambda n: n[::-1],
+    "each that of the segment before, the first that of the last": lambda n: np.roll(n, 1),
+    "each that of the next segment, the last that of the first": lambda n: np.roll(n, -1),
+    "each one longer": lambda n: n + 1,
+    "each one shorter": lambda n: n - 1,
+    "that of the first for all": lambda n: np.full_like(n, n[0]),
+    "the longest for all": lambda n: np.full_like(n, n.max()),
+    "alike, as of parts of the row": lambda n: np.full_like(n, -(-n.sum() // len(n))),
+}
+"""What the lengths of the segments of a row are taken for; they are in the order of the row."""
+
+_SIDES = {"": (True, True), "of the queries, ": (True, False), "of the keys, ": (False, True)}
+"""Whose segments have other lengths."""
+
+
+def _other_lengths(recipe: Recipe) -> Variants:
+    """Segments that stand one after another, with other lengths than their own."""
+    if recipe.segments is None or recipe.key_segments is None:
+        return
+    ids, key_ids = recipe.segments, recipe.key_segments
+    anew = recipe.positions is not None or recipe.key_positions is not None
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        words: partial(_laid_out, change=change, last=True)
+        for words, change in _LENGTHS.items()}  # fmt: skip
+    for words in ("each one shorter", "that of the first for all"):
+        changes[f"{words}, what is left over is padding"] = partial(
+            _laid_out, change=_LENGTHS[words], last=False
+        )
+    changes["those of the ids in ascending order"] = _ascending
+    for by in (1, -1) if len(ids) > 1 or len(key_ids) > 1 else ():
+        words = f"those of the {'row before' if by > 0 else 'next row'}"
+        changes[words] = partial(np.roll, shift=by, axis=0)
+    for words, change in changes.items():
+        for side, (own, keys) in _SIDES.items():
+            changed = change(ids) if own else ids, change(key_ids) if keys else key_ids
+            if any(np.any(a != b) for a, b in zip(changed, (ids, key_ids), strict=True)):
+                seen = _same(changed[0][:, None, :, None], changed[1][:, None, None])
+                masks = {**recipe.masks, "segment_ids": seen}
+                wrong = recipe.but(masks=masks)
+                yield f"{side}{words}", wrong
+                if anew:
+                    places = {
+                        "positions": _restarted(changed[0]), "key_positions": _restarted(changed[1])
+                    }  # fmt: skip
+                    yield f"{side}{words}, positions begin anew there", wrong.but(**places)
+
+
+def _laid_out(
+    ids: np.ndarray, change: Callable[[np.ndarray], np.ndarray], last: bool
+) -> np.ndarray:
+    """Ids (1 or B, length) whose segments have other lengths.
+
+    What no length covers has the id of the last segment, or is padding.
+    """
+
+    def laid(tokens: np.ndarray) -> np.ndarray:
+        if not tokens.size:
+            return tokens
+        begins = np.flatnonzero(np.diff(tokens, prepend=tokens[0] - 1))
+        lengths = np.maximum(change(np.diff(begins, append=len(tokens))), 0)
+        own = np.repeat(tokens[begins], lengths)[: len(tokens)]
+        return np.append(own, np.full(len(tokens) - len(own), tokens[-1] if last else -1))
+
+    return _with_tokens(ids, laid)
+
+
+def _ascending(ids: np.ndarray) -> np.ndarray:
+    """The ids of each row in order, as where tokens are counted by their id."""
+    return _with_tokens(ids, np.sort)
+
+
+def _with_tokens(ids: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What is made of the ids of each row without its padding."""
+    laid = ids.copy()
+    for row, own in zip(laid, ids, strict=True):
+        row[own >= 0] = change(own[own >= 0])
+    return laid
+
+
 def _with_the_last(ids: np.ndarray, length: int) -> np.ndarray:
     """The ids (1 or B, length): cut, or with the last one after them."""
     return ids[:, np.minimum(np.arange(length), ids.shape[1] - 1)]
@@ -161,6 +243,9 @@ MISTAKES: tuple[Row, ...] = (
             "keys of higher ids are seen": lambda ids, key_ids: (ids <= key_ids) & (ids >= 0)})),
     ("segments of the other side", "Queries have the ids of `segment_ids`, keys those of "
      "`key_segment_ids`, and each sequence its own.", with_empty_rows(_of_the_other_side)),
+    ("segments of other lengths", "Give the lengths of the segments, or their running sums "
+     "(`cu_seqlens`), in the order in which they stand in the row.",
+     with_empty_rows(_other_lengths), no_families, True),
     ("positions not restarted in segments", "Pass on `positions` and `key_positions`, which begin "
      "at 0 in each segment.", _not_restarted),
 )  # fmt: skip

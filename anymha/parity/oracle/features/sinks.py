@@ -23,7 +23,8 @@ class SinksSection(Section):
     logits less the greatest where it is `shifted`, which may be the sink where it is `joined`. The
     share of a sink is lost, but for the `valued`: it is that of a value, the first or the last one.
     `dropped` is the column of a key that is lost in its place, the first or the last: the sink
-    stands at the other end.
+    stands at the other end. `moved` gives what is added to the sink, from the row's greatest logit
+    (zero where it sees nothing) and that of the row with the sink.
     """
 
     option = "sinks"
@@ -42,11 +43,13 @@ class SinksSection(Section):
         plain: bool = False,
         dropped: int | None = None,
         joined: bool = False,
+        moved: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         super().__init__(value)
         self.function, self.behind, self.valued = function, behind, valued
         self.factor, self.scaled, self.heads, self.shifted = factor, scaled, order, shifted
         self.plain, self.dropped, self.joined = plain, dropped, joined
+        self.moved = moved
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -74,6 +77,9 @@ class SinksSection(Section):
         greatest = np.max(masked, axis=-1, keepdims=True, initial=-np.inf)
         if self.shifted:
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
+        if self.moved is not None:
+            top = np.where(greatest > -np.inf, greatest, 0.0)
+            sinks = sinks + self.moved(top, np.maximum(greatest, logit))
         if self.plain:
             top = np.where(greatest > -np.inf, greatest, 0.0)
             own = sinks - top if self.shifted else sinks * np.exp(-top)  # the greatest is in both
@@ -222,8 +228,21 @@ class SinksSection(Section):
         yield words, recipe.with_section(SinksSection(self.value, factor=0.0))
 
     def beside_the_maximum(self, recipe: Recipe) -> Variants:
-        """Its exponential as it is, beside those of logits less the greatest of the row."""
+        """Its exponential as it is, beside those of logits less the greatest; or the other way."""
         yield "", recipe.with_section(SinksSection(self.value, shifted=True))
+        for words, moved in {
+            "the maximum, which the sink may be, is taken off the logits alone": (
+                lambda top, joined: joined),
+            "the maximum of all rows is taken off the logits alone": lambda top, _: top.max(),
+            "the maximum of each head is taken off the logits alone": (
+                lambda top, _: top.max((0, 2), keepdims=True)),
+            "the maximum of each sequence and head is taken off the logits alone": (
+                lambda top, _: top.max(2, keepdims=True)),
+            "the maximum is taken off the sink alone": lambda top, _: -top,
+            "the maximum, which the sink may be, is taken off the sink alone": (
+                lambda _, joined: -joined),
+        }.items():  # fmt: skip
+            yield words, recipe.with_section(SinksSection(self.value, moved=moved))
 
     def of_another_function(self, recipe: Recipe) -> Variants:
         """As if the weight were the exponential of the logit, or its logarithm."""
