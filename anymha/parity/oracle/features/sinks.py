@@ -23,7 +23,8 @@ class SinksSection(Section):
     logits less the greatest where it is `shifted`, which may be the sink where it is `joined`. The
     share of a sink is lost, but for the `valued`: it is that of a value, the first or the last one.
     `dropped` is the column of a key that is lost in its place, the first or the last: the sink
-    stands at the other end.
+    stands at the other end. `log_base` is the logarithm of what stands in place of e in the
+    softmax.
     """
 
     option = "sinks"
@@ -42,11 +43,12 @@ class SinksSection(Section):
         plain: bool = False,
         dropped: int | None = None,
         joined: bool = False,
+        log_base: float = 1.0,
     ) -> None:
         super().__init__(value)
         self.function, self.behind, self.valued = function, behind, valued
         self.factor, self.scaled, self.heads, self.shifted = factor, scaled, order, shifted
-        self.plain, self.dropped, self.joined = plain, dropped, joined
+        self.plain, self.dropped, self.joined, self.log_base = plain, dropped, joined, log_base
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -63,6 +65,7 @@ class SinksSection(Section):
         The second is no difference from 1: in rows that are nearly all sink, nothing were left.
         """
         masked = stages["masked_logits"]
+        masked = masked if self.log_base == 1 else self.log_base * masked
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks if self.heads is None else sinks[np.resize(self.heads, len(sinks))]
         logit = sinks
@@ -70,7 +73,7 @@ class SinksSection(Section):
         if self.behind:
             share = np.broadcast_to(np.exp(sinks) / (np.exp(sinks) + 1), (*masked.shape[:3], 1))
             return share, 1.0 - share
-        sinks = self.factor * sinks * (recipe.scale if self.scaled else 1.0)
+        sinks = self.factor * self.log_base * sinks * (recipe.scale if self.scaled else 1.0)
         greatest = np.max(masked, axis=-1, keepdims=True, initial=-np.inf)
         if self.shifted:
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
@@ -230,6 +233,7 @@ class SinksSection(Section):
         for words, function in (
             ("the exponential of the sinks", np.exp),
             ("the logarithm of the sinks", lambda x: np.log(np.maximum(x, 1e-300))),
+            ("powers of 2 in place of e, of the sinks alone", lambda x: np.log(2) * x),
         ):
             yield words, recipe.with_section(SinksSection(self.value, function=function))
 
