@@ -292,7 +292,7 @@ def by_steps(logits: np.ndarray) -> np.ndarray:
          "residual added (the value, as projected, to the context)"),
         ({"weights": lambda w: {**w, "output.kernel": w["value.kernel"].reshape(
             HEADS, WIDTH, FEATURES), "output.bias": w["value.bias"].ravel()}},
-         "output has those of value"),
+         "output has those of the value"),
     ],
 )  # fmt: skip
 def test_functions_and_weights_that_do_not_belong_there_are_named(steps, words) -> None:
