@@ -229,7 +229,7 @@ def test_causes_are_found_where_there_is_much_to_compute(layer) -> None:
         return output
 
     report = compare(layer, port, x, attention_mask=mask)
-    assert str(report.diagnosis) == "inverted mask (the mask)"
+    assert str(report.diagnosis) == "inverted mask (`attention_mask`)"
     assert report.stages[0].at[0] == 2
 
 

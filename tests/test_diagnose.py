@@ -405,7 +405,7 @@ def test_a_mask_is_named_where_no_weights_are_known() -> None:
     mask = MASK.copy()
     mask[:, :, 0], mask[:, :, 1] = True, False
     report = compare(reference, inverted, X, attention_mask=mask)
-    assert str(report.diagnosis).startswith("inverted mask (the mask)")
+    assert str(report.diagnosis).startswith("inverted mask (`attention_mask`)")
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_mask_of_the_first_piece_alone_is_told() -> None:
         return output
 
     report = compare(right, port, X, value_mask=seen)
-    assert str(report.diagnosis).startswith("ignored mask (the mask, for queries from 4 on)")
+    assert str(report.diagnosis).startswith("ignored mask (`value_mask`, for queries from 4 on)")
 
 
 def test_what_is_no_mistake_in_a_part_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:

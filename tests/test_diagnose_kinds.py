@@ -292,7 +292,7 @@ def by_steps(logits: np.ndarray) -> np.ndarray:
          "residual added (the value, as projected, to the context)"),
         ({"weights": lambda w: {**w, "output.kernel": w["value.kernel"].reshape(
             HEADS, WIDTH, FEATURES), "output.bias": w["value.bias"].ravel()}},
-         "output has those of value"),
+         "output has those of the value"),
     ],
 )  # fmt: skip
 def test_functions_and_weights_that_do_not_belong_there_are_named(steps, words) -> None:
@@ -592,3 +592,47 @@ def test_a_stage_that_is_told_but_not_what_the_next_is_made_of(follow, stage, wo
     assert report.first_divergence == stage
     assert words in named(report), report.to_text()
     assert "told" in named(report), report.to_text()
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("rate", [0.25, 0.3])
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (lambda keep, own: keep / own, "not scaled by 1/(1 - rate)"),
+        (lambda keep, own: 1 / keep / own, "scaled by 1/(1 - rate) twice"),
+        (lambda keep, own: keep, "scaled by 1 - rate, not by 1/(1 - rate)"),
+        (lambda keep, own: 1 / (1 - keep), "scaled by 1/rate, not by 1/(1 - rate)"),
+    ],
+)
+def test_another_factor_of_dropout(factor, words, rate, told) -> None:
+    """A factor of the rate as it is given, or of what the generator keeps of 65536."""
+    right = layer(dropout=rate)
+    w, own = anymha.get_weights(right), 1 - round(rate * 65536) / 65536
+
+    def port(query: Any, training: bool, seed: int) -> Any:
+        q, k, v = (np.einsum("btd,dhk->bthk", query, w[f"{n}.kernel"]) + w[f"{n}.bias"]
+                   for n in ("query", "key", "value"))  # fmt: skip
+        context = anymha.dot_product_attention(q, k, v, dropout=rate, seed=seed)
+        context = np.float32(own * factor(1 - rate, own)) * context
+        output = np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+        return {"context": context, "output": output} if told else output
+
+    report = compare(right, port, X, training=True, seed=7)
+    of = ", of a rate of 0.3" * (rate == 0.3)
+    assert named(report) == f"wrong dropout (kept probabilities are {words}{of})"
+
+
+def test_a_factor_of_what_dropout_keeps_of_whole_numbers() -> None:
+    right = layer(dropout=0.3)
+    w = anymha.get_weights(right)
+
+    def port(query: Any, training: bool, seed: int) -> Any:
+        q, k, v = (np.einsum("btd,dhk->bthk", query, w[f"{n}.kernel"]) + w[f"{n}.bias"]
+                   for n in ("query", "key", "value"))  # fmt: skip
+        context = anymha.dot_product_attention(q, k, v, dropout=0.3, seed=seed)
+        context = np.float32(45875 / 65536) * context
+        return np.einsum("bthv,hvo->bto", context, w["output.kernel"]) + w["output.bias"]
+
+    report = compare(right, port, X, training=True, seed=7)
+    assert named(report) == "wrong dropout (kept probabilities are not scaled by 1/(1 - rate))"

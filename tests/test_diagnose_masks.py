@@ -93,11 +93,11 @@ EMPTY_ROWS = "fully masked rows are not masked (rounded beside"
 CAUSAL = {"use_causal_mask": True}
 KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
     "third row": (lambda value_mask: of_keys(value_mask[2:3]), PADDING,
-                  "mask of another sequence (the mask, that of sequence 2 for all)"),
+                  "mask of another sequence (`value_mask`, that of sequence 2 for all)"),
     "shortest": (lambda value_mask: of_keys(value_mask.all(0)[None]), PADDING,
                  "what one sequence hides, all hide, as cut to the shortest"),
     "longest": (lambda value_mask: of_keys(value_mask.any(0)[None]), {"value_mask": HOLES},
-                "mask of another sequence (the mask, what one sequence sees, all see"),
+                "mask of another sequence (`value_mask`, what one sequence sees, all see"),
     "two by or": (lambda value_mask, attention_mask: of_keys(value_mask) | attention_mask[:, None],
                   BOTH, "mask of other positions (masks joined by or, not by and: a key that one"),
     "two of three by or": (lambda value_mask, attention_mask: (
@@ -111,13 +111,13 @@ KINDS: dict[str, tuple[Mask, dict[str, Any], str]] = {
               CAUSAL, "causal mask by blocks (tiles of 4 queries and 3 keys: those that begin"),
     "reduced": (lambda attention_mask: attention_mask.any(1)[:, None, None],
                 {"attention_mask": SEEN & (np.arange(LENGTH) < 6)},
-                "(the mask, reduced over the queries: what one of them sees is seen)"),
+                "(`attention_mask`, reduced over the queries: what one of them sees is seen)"),
     "edges": (lambda segment_ids: pieces(segment_ids), {"segment_ids": IDS, **CAUSAL},
               "segment ids shifted by one (segments begin one position early, each has the id"),
     "ends": (lambda segment_ids: without_last(np.where(segment_ids == 0, -1, segment_ids)),
              {"segment_ids": IDS, **CAUSAL}, "left out (the first and the last of each row)"),
     "as many": (lambda value_mask: of_keys(np.arange(LENGTH) < value_mask.sum(-1, keepdims=True)),
-                {"value_mask": HOLES}, "(the mask, taken for a length: as many of the first keys"),
+                {"value_mask": HOLES}, "(`value_mask`, taken for a length: as many of the first"),
     "one for all": (lambda segment_ids: same(segment_ids[:1]), {"segment_ids": IDS, **CAUSAL},
                     "segments of the other side (those of the first sequence for all)"),
     "offset twice": (lambda query_offset: later(2 * query_offset),
@@ -176,14 +176,14 @@ def test_zeros_in_place_of_the_bias_of_the_output() -> None:
 
 def test_sequences_taken_for_queries() -> None:
     report = report_of(lambda value_mask: value_mask[None, None], X_SQUARE, value_mask=SQUARE)
-    assert "(the mask, of (B, S) taken for one of (T, S))" in str(report.diagnosis)
+    assert "(`value_mask`, of (B, S) taken for one of (T, S))" in str(report.diagnosis)
 
 
 def test_what_gives_the_same_numbers_is_told_too() -> None:
     """One less for what is hidden is one more for what is seen."""
     text = report_of(of_keys, lower=1.0, **PADDING).to_text()
-    assert "additive mask (the mask, 1 where True)" in text
-    assert "(or: mask applied wrongly (the mask: hidden logits are lowered by 1 only" in text
+    assert "additive mask (`value_mask`, 1 where True)" in text
+    assert "(or: mask applied wrongly (`value_mask`: hidden logits are lowered by 1 only" in text
 
 
 @pytest.mark.parametrize("scale", [True, False])
@@ -205,7 +205,7 @@ def test_rows_that_see_nothing_are_rounded_beside_a_great_number(scale, inverted
 
     mask = LENGTHS if inverted else LENGTHS & np.array([[True], [True], [False], [True]])
     report = compare(layer, port, X, value_mask=mask)
-    rows = "inverted mask (the mask; rows that see nothing are not" if inverted else EMPTY_ROWS
+    rows = "inverted mask (`value_mask`; rows that see nothing are not" if inverted else EMPTY_ROWS
     words = [rows, "wrong scale ("] if not scale else [rows]
     assert all(one in str(report.diagnosis) for one in words), report.to_text()
     assert len(report.diagnosis.causes) == len(words)
@@ -311,3 +311,24 @@ def test_stages_where_a_mask_excludes_positions_say_nothing(mask, scale) -> None
     report = compare(right, other, X, **{mask: given})
     assert report.first_divergence == "logits"
     assert str(report.diagnosis).startswith("wrong scale"), str(report.diagnosis)
+
+
+@pytest.mark.parametrize(("queries", "offset"), [(4, 0), (4, 2), (7, 0)])
+def test_the_corner_at_which_a_causal_mask_is_aligned_is_told(queries, offset) -> None:
+    layer = anymha.MultiHeadAttention(
+        HEADS, WIDTH, query_features=FEATURES, backend="numpy", seed=3
+    )
+    value = X[:, :5] if queries > 5 else X
+    later = value.shape[1] - queries
+
+    def port(query: Any, value: Any, use_causal_mask: bool, query_offset: int = 0) -> Any:
+        rows = np.arange(queries)[:, None] + later
+        return layer(query, value, attention_mask=(np.arange(value.shape[1]) <= rows)[None])
+
+    more = {"query_offset": offset} if offset else {}
+    report = compare(layer, port, (X[:, :queries], value), use_causal_mask=True, **more)
+    words = "causal mask at the other corner (aligned at the bottom right, the last query with the"
+    words += " last key, " + (
+        "without the query offset)" if offset else "not at the top left, the first with the first)"
+    )
+    assert str(report.diagnosis).startswith(words)

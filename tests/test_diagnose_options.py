@@ -21,6 +21,7 @@ GAPS = np.cumsum(RNG.integers(1, 4, (BATCH, LENGTH)), axis=1)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 ROTARY = {"rotary": True}
+LOG2 = np.log(2.0)
 Steps = dict[str, Callable[..., Any]]
 
 
@@ -206,6 +207,12 @@ KINDS = {
              "query_key_norm before the bias (of query and key)"),
     "plain sinks": ({"softmax": lambda e, s, b: e / (e.sum(-1, keepdims=True) + b)},
                     {"sinks": True}, "sinks not exponentiated (itself in the sum)"),
+    "sinks and powers of 2": (
+        {"softmax": lambda e, s, b: e**LOG2 / ((e**LOG2).sum(-1, keepdims=True) + s**LOG2)},
+        {"sinks": True}, "another softmax (powers of 2 in place of e, `exp2` for `exp`)"),
+    "powers of 2 for the sinks alone": (
+        {"softmax": lambda e, s, b: e / (e.sum(-1, keepdims=True) + s**LOG2)}, {"sinks": True},
+        "sinks of another function (powers of 2 in place of e, of the sinks alone)"),
     "positive sinks": ({"softmax": lambda e, s, b: e / (e.sum(-1, keepdims=True) + abs(b))},
                        {"sinks": True}, "sinks not exponentiated (its absolute value in the sum)"),
     "other layout": ({"rotated": lambda f, x, n: as_pairs(f(x, n)) if n == "key" else f(x, n)},

@@ -67,3 +67,46 @@ def test_how_told_weights_are_changed_is_told(change, words) -> None:
     anymha.set_weights(own, change(anymha.get_weights(right)))
     report = compare(right, own, X)
     assert f"other weights ({words}" in named(report)
+
+
+def whole_numbers(axis: int, by: int) -> Any:
+    """The query's kernel as whole numbers of 8 bits with the scales of an axis, put along `by`."""
+
+    def change(w: Any) -> Any:
+        kernel = w["query.kernel"]
+        matrix = kernel.reshape(FEATURES, -1) * np.linspace(1, 2, FEATURES)
+        scale = np.abs(matrix).max(axis) / 127
+        whole = np.round(matrix / np.expand_dims(scale, axis))
+        right, wrong = (whole * np.expand_dims(scale, at) for at in (axis, by))
+        return [
+            w | {"query.kernel": m.reshape(kernel.shape).astype(np.float32)} for m in (right, wrong)
+        ]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        (0, "whole numbers have the scale of each row, not of each column"),
+        (1, "whole numbers have the scale of each column, not of each row"),
+    ],
+)
+def test_scales_of_whole_numbers_along_the_other_axis(axis, words) -> None:
+    own, right = layer(), layer()
+    one, other = whole_numbers(axis, 1 - axis)(dict(anymha.get_weights(right)))
+    anymha.set_weights(right, one)
+    anymha.set_weights(own, other)
+    assert f"other weights (query.kernel differs: {words})" in named(compare(right, own, X))
+
+
+@pytest.mark.parametrize(("shape", "of"), [((FEATURES, 1), "row"), ((1, FEATURES), "column")])
+def test_factors_of_rows_or_columns_of_a_kernel(shape, of) -> None:
+    own, right = layer(), layer()
+    w = dict(anymha.get_weights(right))
+    factors = np.linspace(0.5, 2, FEATURES).astype(np.float32).reshape(shape)
+    kernel = w["value.kernel"]
+    w["value.kernel"] = (kernel.reshape(FEATURES, -1) * factors).reshape(kernel.shape)
+    anymha.set_weights(own, w)
+    words = f"other weights (value.kernel differs: each {of} has a factor of its own)"
+    assert words in named(compare(right, own, X))

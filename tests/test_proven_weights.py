@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from anymha.cli.main import main
 from anymha.parity import compare, declare
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.module_state import state_of
 from anymha.parity.comparison.proven_weights import by_names
 from tests.frameworks import required
 
@@ -369,3 +372,95 @@ def test_a_module_that_has_other_weights_than_were_declared_is_told() -> None:
     for candidate, words in ((low, "rank 1"), (other, "value.kernel")):
         report = compare(right, declare(candidate, weights, **names), X)
         assert words in str(report.diagnosis), report.to_text()
+
+
+class Three(torch.nn.Module):
+    """Three layers: what their context is multiplied by is of another module."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("query", "key", "value"):
+            setattr(self, name, torch.nn.Linear(16, 16))
+        self.scale = scale
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = (
+            layer(x).unflatten(-1, (4, 4)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        p = (self.scale * q @ k.transpose(-1, -2)).softmax(-1)
+        return (p @ v).transpose(1, 2).flatten(2)
+
+
+def held_in_a_closure(scale: float) -> Any:
+    module = Three(scale)
+
+    def function(query: Any) -> Any:
+        with torch.no_grad():
+            return module(torch.tensor(query)).numpy()
+
+    return function
+
+
+def of_arrays(w: Any, x: Any, scale: float = 0.5) -> Any:
+    """Attention of a mapping of arrays with an axis of heads."""
+    q, k, v = (np.einsum("btd,dhk->bhtk", x, w[f"w{n}"]) + w[f"b{n}"][:, None] for n in "qkv")
+    p = np.exp(scale * q @ k.swapaxes(2, 3))
+    y = p / p.sum(-1, keepdims=True) @ v
+    return np.einsum("bhtk,hkd->btd", y, w["wo"])
+
+
+def arrays(seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    w = {f"w{n}": rng.standard_normal((16, 4, 4)) / 4 for n in "qkv"}
+    w |= {f"b{n}": rng.standard_normal((4, 4)) for n in "qkv"}
+    w["wo"] = rng.standard_normal((4, 4, 16)) / 4
+    return {name: array.astype(np.float32) for name, array in w.items()}
+
+
+def held_by_a_function_that_is_called(scale: float) -> Any:
+    w = arrays()
+    inner = lambda x: of_arrays(w, x, scale)  # noqa: E731
+    return lambda x: inner(x)
+
+
+def given_in_part(scale: float) -> Any:
+    return functools.partial(of_arrays, arrays(), scale=scale)
+
+
+def bound(scale: float) -> Any:
+    """A method of an object with layers, which takes arrays of NumPy."""
+    module = Three(scale)
+    module.run = types.MethodType(lambda self, x: self(torch.tensor(x)).detach().numpy(), module)
+    return module.run
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Three,
+        held_in_a_closure,
+        held_by_a_function_that_is_called,
+        given_in_part,
+        bound,
+    ],
+)
+def test_weights_that_a_function_uses_are_read(make: Callable[[float], Any]) -> None:
+    report = compare(make(0.5), make(0.25), X)
+    assert "wrong scale (applied twice" in str(report.diagnosis)
+    assert "4 heads of 4: attention of them gives its output" in report.to_text()
+
+
+def test_other_weights_that_a_function_uses_are_told() -> None:
+    other = arrays()
+    other["wv"] = other["wv"] + np.float32(0.1)
+    report = compare(given_in_part(0.5), functools.partial(of_arrays, other), X)
+    assert "other weights (value.kernel differs by a matrix of rank 1" in str(report.diagnosis)
+
+
+def test_a_function_that_uses_several_modules_is_not_read() -> None:
+    one, other = Three(0.5), Three(0.5)
+    state = state_of(lambda x: one(x) + other(x))
+    assert not state
+    assert state_of(lambda x: one(x)).keys() == one.state_dict().keys()

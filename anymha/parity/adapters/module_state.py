@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +13,9 @@ import numpy as np
 from anymha.parity.stages.trace import as_numpy
 
 PARTS = ("kernel", "weight", "bias")
+
+DEEP = 2
+"""How far a function is followed to the functions that it calls."""
 
 
 def has_state(module: Any) -> bool:
@@ -25,8 +31,11 @@ def state_of(module: Any) -> dict[str, Any]:
 
     Args:
         module: A module of torch, whose state it is; a layer of Keras, a module of Flax (nnx, or
-            linen that is bound), of Equinox, or another object with linear layers as attributes.
+            linen that is bound), of Equinox, or another object with linear layers as attributes; a
+            function that uses one of these, or one mapping of arrays by name.
     """
+    if isinstance(module, (types.FunctionType, types.MethodType, functools.partial)):
+        return _used(module, DEEP)
     if has_state(module):
         return dict(module.state_dict())
     state: dict[str, Any] = {}
@@ -37,6 +46,47 @@ def state_of(module: Any) -> dict[str, Any]:
             else:
                 state[f"{name}.{part}"] = array.reshape(-1) if part == "bias" else array
     return state
+
+
+def _used(function: Any, deep: int) -> dict[str, Any]:
+    """The state of the one module or mapping that a function uses; empty where there are more."""
+    used: list[Any] = []
+    while isinstance(function, functools.partial):
+        used += [*function.args, *function.keywords.values()]
+        function = function.func
+    if isinstance(function, types.MethodType):
+        used.append(function.__self__)
+        function = function.__func__
+    if isinstance(function, types.FunctionType):
+        variables = inspect.getclosurevars(function)
+        used += [*variables.nonlocals.values(), *variables.globals.values()]
+        used += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    elif function is not None:
+        used.append(function)
+    followed = (types.FunctionType, types.MethodType, functools.partial)
+    functions = [one for one in used if isinstance(one, followed)]
+    others = {
+        id(one): one for one in used if not isinstance(one, (*followed, types.ModuleType, type))
+    }
+    states = [state for state in map(_state, others.values()) if state]
+    if not states and deep:
+        states = [state for state in (_used(one, deep - 1) for one in functions) if state]
+    return states[0] if len(states) == 1 else {}
+
+
+def _state(one: Any) -> dict[str, Any]:
+    """The arrays of a mapping by name, or the state of a module; empty of anything else."""
+    if not isinstance(one, Mapping):
+        return state_of(one)
+    arrays = {f"{name}": _array(array) for name, array in one.items()}
+    held = {name: array for name, array in arrays.items() if array is not None}
+    heads = {array.shape[1:] for array in held.values() if array.ndim == 3}
+    if "query.kernel" in held:
+        return held
+    return {
+        name: array.reshape(-1) if array.shape in heads else _matrix(array)
+        for name, array in held.items()
+    }
 
 
 def _matrix(kernel: np.ndarray) -> np.ndarray:

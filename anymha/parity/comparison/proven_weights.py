@@ -1,5 +1,7 @@
 """The weights of a module that nobody has named, read by the names of its layers.
 
+Those of a function are of the module, or of the mapping of arrays, that it uses.
+
 Names alone prove nothing: weights are read as each layout that fits, with each number of heads, and
 are proven where attention of them is what the module gives. What cannot be read is left unknown: no
 module may cost a comparison its result.
@@ -31,6 +33,9 @@ from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, pr
 
 FOUR = "transformers.llama"
 """A layout of four linear layers, each with or without a bias, that may share key heads."""
+
+LAST = "o_proj.weight"
+"""The matrix of the last layer there, which is left out where the context is the output."""
 
 ROLES = {"q": ("q", "query", "queries"), "k": ("k", "key", "keys"), "v": ("v", "value", "values"),
          "o": ("o", "out", "output", "")}  # fmt: skip
@@ -159,7 +164,8 @@ def _only_one(adapter: Any) -> Reading | None:
     """The one reading with as many heads as the module says; None where there are several."""
     state, heads = _state(adapter), adapter.parameters.heads
     found: list[Reading] = []
-    for naming in _namings(adapter, state) if heads else ():
+    whole = heads and (_four(state) is None or LAST in (_four(state) or {}))
+    for naming in _namings(adapter, state) if whole else ():
         if naming.sizes != {**naming.sizes, "num_heads": heads} or "rotary" in naming.sizes:
             break
         read = _read(adapter, state, naming)
@@ -253,7 +259,7 @@ def _shared(state: Mapping[str, Any], naming: Naming, heads: int) -> dict[str, i
 
 
 def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
-    """The names of four matrices, and maybe their biases, by those of `FOUR`."""
+    """The names of four matrices, or the first three, and maybe their biases, by `FOUR`'s names."""
     found: dict[str, str] = {}
     for name, array in state.items():
         layer, _, part = name.rpartition(".")
@@ -266,7 +272,8 @@ def _four(state: Mapping[str, Any]) -> dict[str, str] | None:
         if letter is None or f"{letter}_proj.{part}" in found:
             return None
         found[f"{letter}_proj.{part}"] = name
-    return found if {f"{letter}_proj.weight" for letter in ROLES} <= found.keys() else None
+    needed = {f"{letter}_proj.weight" for letter in ROLES} - {LAST}
+    return found if needed <= found.keys() and (LAST in found or len(found) in (3, 6)) else None
 
 
 def _read(
@@ -277,6 +284,11 @@ def _read(
     arrays = state if names is None else {theirs: state[own] for theirs, own in names.items()}
     if naming.turned:
         arrays = {name: x.T if x.ndim == 2 else x for name, x in arrays.items()}
+    if naming.layout == FOUR and names is not None and LAST not in names:
+        values = arrays["v_proj.weight"]
+        width = values.shape[0] * naming.sizes["num_heads"] // naming.sizes.get(
+            "num_key_value_heads", naming.sizes["num_heads"])  # fmt: skip
+        arrays = {**arrays, LAST: np.eye(width, dtype=np.float32)}
     try:
         description = describe_arrays(arrays, naming.layout, naming.sizes)
     except AnymhaError:

@@ -14,9 +14,11 @@ from anymha.parity.diagnose.bounded_stages import clipped, quantised
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
 from anymha.parity.diagnose.head_maps import averaged, of_groups
 from anymha.parity.diagnose.measured import Family, number
+from anymha.parity.diagnose.measured_dropout import other_factors
 from anymha.parity.diagnose.merged_parts import not_rescaled, parts_merged
 from anymha.parity.diagnose.model_steps import BASE, RotaryStep, rotary_of
 from anymha.parity.oracle.features.rotary import RotarySection
+from anymha.parity.oracle.features.sinks import SinksSection
 from anymha.parity.oracle.features.softcap import SoftcapSection
 from anymha.parity.oracle.recipe import (
     Arrays,
@@ -280,11 +282,17 @@ def _added(recipe: Recipe) -> Iterator[Family]:
 
 
 def _other_base(recipe: Recipe) -> Iterator[Family]:
-    """Powers of 2 or of 10 in place of e, after bias and masks; no other base is looked for."""
+    """Powers of 2 or of 10 in place of e, of sinks too, after bias and masks.
+
+    No other base is looked for.
+    """
     for base in (2, 10):
 
         def make(times: float) -> Recipe:
-            return _with_shares(recipe, _shares(lambda x: np.exp(times * x)))
+            other = _with_shares(recipe, _shares(lambda x: np.exp(times * x)))
+            if "sinks" in recipe.options:
+                return other.with_section(SinksSection(True, log_base=times))
+            return other
 
         log = math.log(base)
         words = f"powers of {base} in place of e" + ", `exp2` for `exp`" * (base == 2)
@@ -922,8 +930,5 @@ MISTAKES: tuple[Row, ...] = (
      "that they stand for, so that none is beyond their range.", quantised, no_families, True),
     ("wrong dropout", "Both must be in training mode, with one rate and "
      "one seed; kept probabilities are divided by 1 - rate.",
-     fields(lambda r: r.kept is not None, lambda r: {
-         "does not act": {"kept": None},
-         "kept probabilities are not scaled by 1/(1 - rate)":
-             {"kept": np.where(np.asarray(r.kept) > 0, 1.0, 0.0)}})),
+     fields(lambda r: r.kept is not None, other_factors)),
 )  # fmt: skip

@@ -69,7 +69,7 @@ def _calls(
     """Name, detail, first stage, the call that has the mistake, and what to do with its output."""
     masks = request.masks
     for name, mask in masks.items():
-        words = f"`{name}`" if len(masks) > 1 else "the mask"
+        words = f"`{name}`"
         changed = {
             ("inverted mask", words): ~mask,
             ("ignored mask", words): np.ones_like(mask),

@@ -23,6 +23,7 @@ from anymha.parity.oracle.recipe import (
     reads,
     softmax,
 )
+from anymha.parity.stages.trace import MASKS
 
 MOST_ROWS = 16
 """How many sequences are tried whose mask all have."""
@@ -96,7 +97,7 @@ def _masks(
 
 
 def _named(mask: str, recipe: Recipe) -> str:
-    return f"`{mask}`" if len(recipe.masks) > 1 else "the mask"
+    return f"`{mask}`" if len(recipe.masks) > 1 or mask in MASKS else "the mask"
 
 
 def _added(recipe: Recipe) -> Variants:
@@ -137,9 +138,11 @@ def _other_corner(recipe: Recipe) -> Mapping[str, Any]:
     if queries == keys:
         return {}
     own, later = _offset(recipe), keys - queries
-    every = {"": own + later}
+    corner = "aligned at the bottom right, the last query with the last key"
+    first = ", not at the top left, the first with the first" * (not np.any(own))
+    every = {f"{corner}{first}": own + later}
     if np.any(own):
-        every["without the query offset"] = 0 * own + later
+        every[f"{corner}, without the query offset"] = 0 * own + later
         every["the offset subtracted"] = later - own
     return {words: {"offset": offset} for words, offset in every.items()}
 

@@ -9,6 +9,7 @@ tried, at the rates that models use.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,9 @@ MOST_MORE = 8
 
 UNLIKELY = 5.0
 """How many standard deviations the share of what is dropped may be from the rate."""
+
+WHOLE = 1 / 65536
+"""Of what the rates of the generator are whole multiples."""
 
 FIX = "Two calls give one result, as with a fixed key: switch the candidate to evaluation."
 
@@ -57,6 +61,27 @@ def measured_dropout(recipe: Recipe, reported: Arrays) -> tuple[Cause, Recipe] |
             cause = _cause("dropped_probabilities", kept, factor, count, alike)
             return cause, recipe.but(kept=kept if recipe.kept is None else kept * recipe.kept)
     return None
+
+
+def other_factors(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Other factors of what a call's dropout keeps, by words for each, as fields of a recipe.
+
+    A port takes its factor from the rate as it is given, not as the generator rounds it.
+    """
+    kept, every = np.asarray(recipe.kept), {"does not act": None}
+    factor = float(kept.max(initial=0.0))
+    share, ones = 1 / max(factor, 1.0), np.where(kept > 0, 1.0, 0.0)  # the share that is kept
+    given = round(share, 3)
+    for own in (share, *([given] if 0 < abs(given - share) <= WHOLE else [])):
+        of, what = f", of a rate of {number(1 - own)}" * (own != share), "kept probabilities are"
+        every |= {
+            f"{what} not scaled by 1/(1 - rate){of}": own * kept,
+            f"{what} scaled by 1/(1 - rate) twice{of}": kept / own,
+            f"{what} scaled by 1 - rate, not by 1/(1 - rate){of}": own * ones,
+        }
+        if 0 < own < 1:
+            every[f"{what} scaled by 1/rate, not by 1/(1 - rate){of}"] = ones / (1 - own)
+    return {words: {"kept": array} for words, array in every.items()}
 
 
 def _told(recipe: Recipe, reported: Arrays) -> Iterator[tuple[str, np.ndarray]]:

@@ -26,6 +26,15 @@ NONE = 1e-4
 SURE = 4
 """How many times the rank of a change the least size of a matrix must be."""
 
+LARGE = 0.25
+"""Of which part of the greatest of a column numbers tell a factor of it."""
+
+CLEAR = 0.03
+"""How far the logarithms of factors are apart that differ."""
+
+TURNS = 30
+"""How often factors of rows and of columns are measured by each other."""
+
 FIX = "Give both the same weights: save and load them again. Low-rank updates (LoRA) are added \
 once, with their sign and their factor alpha / r."
 
@@ -47,7 +56,8 @@ def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
             low = ""
             if right.ndim == 3 and 2 * count > right.size:
                 inputs = right[..., 0].size if name.startswith("output") else right.shape[0]
-                low = low_rank((changed[name] - right).reshape(inputs, -1))
+                one, other = (a.reshape(inputs, -1) for a in (right, changed[name]))
+                low = low_rank(other - one) or rescaled(one, other)
             counted = f"{count} of {right.size} numbers of {name}"
             words.append(f"{name} differs{low}" if low else counted)
     if not changed:
@@ -63,6 +73,38 @@ def low_rank(matrix: np.ndarray, *sizes: int) -> str:
     if SURE * rank > min(*matrix.shape, *sizes):
         return ""
     return f" by a matrix of rank {rank}, as of a low-rank update (LoRA)"
+
+
+def rescaled(right: np.ndarray, wrong: np.ndarray) -> str:
+    """That the rows or columns of a matrix have other factors, in words; empty where they do not.
+
+    What whole numbers of 8 bits lose is no difference.
+    """
+    most = np.abs(right).max(0)
+    large = np.abs(right) > LARGE * most
+    if min(right.shape) < 4 or not np.all(large.any(0)) or not np.all(large.any(1)):
+        return ""
+    ratio = np.where(large, wrong / np.where(large, right, 1.0), 1.0)
+    if not np.all(ratio > 0) or not np.all(np.isfinite(ratio)):
+        return ""
+    logs, weight = np.log(ratio), np.where(large, right**2 / most**2, 0.0)
+    rows, columns = np.zeros(len(logs)), np.zeros(logs.shape[1])
+    for _ in range(TURNS):
+        rows = np.average(logs - columns, axis=1, weights=weight)
+        columns = np.average(logs - rows[:, None], axis=0, weights=weight)
+    made = right * np.exp(rows[:, None] + columns)
+    lost = most / 254 * np.exp(rows[:, None] + columns)
+    if np.any(np.abs(wrong - made) > 1.5 * lost):
+        return ""
+    several = [what for what, one in (("row", rows), ("column", columns)) if np.ptp(one) > CLEAR]
+    if len(several) == 2 and len(rows) == len(columns):
+        of = np.log(np.abs(right).max(1)), np.log(most)
+        moved = {"row": (rows + of[0], columns - of[0]), "column": (columns + of[1], rows - of[1])}
+        for what, (one, other) in moved.items():
+            if max(np.ptp(one), np.ptp(other)) < CLEAR:
+                (wrong_one,) = {*moved} - {what}
+                return f": whole numbers have the scale of each {wrong_one}, not of each {what}"
+    return f": each {' and each '.join(several)} has a factor of its own" if several else ""
 
 
 def same_weights(one: Arrays, other: Arrays) -> bool:

@@ -117,7 +117,7 @@ def _packed_order(recipe: Recipe) -> Variants:
                     f"{name}.{key.partition('.')[2]}": array
                     for key, array in _own(recipe, other).items()
                 }
-            words = [f"{name} has those of {other}" for name, other in moved]
+            words = [f"{name} has those of the {other}" for name, other in moved]
             yield listed(words), _with(recipe, changed)
 
 
@@ -320,10 +320,10 @@ def _of_another(recipe: Recipe) -> Variants:
     for name, other in itertools.permutations((*NAMES, "output"), 2):
         if _matrix(recipe, name).shape == _matrix(recipe, other).shape:
             changed = taken(name, other)
-            yield f"{name} has those of {other}", _with(recipe, changed)
+            yield f"{name} has those of the {other}", _with(recipe, changed)
             kernel = {n: array for n, array in changed.items() if n.endswith("kernel")}
             if any(changed.get(n) is not recipe.weights.get(n) for n in changed.keys() - kernel):
-                yield f"{name} has the kernel of {other}", _with(recipe, kernel)
+                yield f"{name} has the kernel of the {other}", _with(recipe, kernel)
             if name > other:
                 swapped = _with(recipe, {**changed, **taken(other, name)})
                 yield f"{other} and {name} swapped", swapped

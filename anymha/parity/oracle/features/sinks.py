@@ -24,7 +24,8 @@ class SinksSection(Section):
     share of a sink is lost, but for the `valued`: it is that of a value, the first or the last one.
     `dropped` is the column of a key that is lost in its place, the first or the last: the sink
     stands at the other end. `moved` gives what is added to the sink, from the row's greatest logit
-    (zero where it sees nothing) and that of the row with the sink.
+    (zero where it sees nothing) and that of the row with the sink. `log_base` is the logarithm of
+    what stands in place of e in the softmax.
     """
 
     option = "sinks"
@@ -44,12 +45,13 @@ class SinksSection(Section):
         dropped: int | None = None,
         joined: bool = False,
         moved: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        log_base: float = 1.0,
     ) -> None:
         super().__init__(value)
         self.function, self.behind, self.valued = function, behind, valued
         self.factor, self.scaled, self.heads, self.shifted = factor, scaled, order, shifted
         self.plain, self.dropped, self.joined = plain, dropped, joined
-        self.moved = moved
+        self.moved, self.log_base = moved, log_base
 
     @property
     def acts(self) -> tuple[str, ...]:
@@ -66,6 +68,7 @@ class SinksSection(Section):
         The second is no difference from 1: in rows that are nearly all sink, nothing were left.
         """
         masked = stages["masked_logits"]
+        masked = masked if self.log_base == 1 else self.log_base * masked
         sinks = np.resize(recipe.weights["sinks"], masked.shape[1])[:, None, None]
         sinks = sinks if self.heads is None else sinks[np.resize(self.heads, len(sinks))]
         logit = sinks
@@ -73,7 +76,7 @@ class SinksSection(Section):
         if self.behind:
             share = np.broadcast_to(np.exp(sinks) / (np.exp(sinks) + 1), (*masked.shape[:3], 1))
             return share, 1.0 - share
-        sinks = self.factor * sinks * (recipe.scale if self.scaled else 1.0)
+        sinks = self.factor * self.log_base * sinks * (recipe.scale if self.scaled else 1.0)
         greatest = np.max(masked, axis=-1, keepdims=True, initial=-np.inf)
         if self.shifted:
             sinks = sinks + np.where(greatest > -np.inf, greatest, 0.0)
@@ -249,6 +252,7 @@ class SinksSection(Section):
         for words, function in (
             ("the exponential of the sinks", np.exp),
             ("the logarithm of the sinks", lambda x: np.log(np.maximum(x, 1e-300))),
+            ("powers of 2 in place of e, of the sinks alone", lambda x: np.log(2) * x),
         ):
             yield words, recipe.with_section(SinksSection(self.value, function=function))
 
