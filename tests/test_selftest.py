@@ -31,7 +31,8 @@ def test_every_mistake_of_the_catalogue_is_injected() -> None:
         fault for section in SECTIONS.values() for fault in injected_faults.option_faults(section)
     ]
     causes = {fault.cause for fault in (*FAULTS, *options, *decoding_port.FAULTS)}
-    assert {mistake.name for mistake in catalogue()} <= causes
+    several = {"axes exchanged"}  # of inputs with several axes: see test_diagnose_orders.py
+    assert {mistake.name for mistake in catalogue()} <= causes | several
     assert len({fault.wrong for fault in FAULTS}) == len(FAULTS)
 
 

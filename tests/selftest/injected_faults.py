@@ -51,6 +51,8 @@ _FAULTS = (
     Fault("segments ignored", "segments ignored", "masked_logits", ("segments",)),
     Fault("segment ids shifted", "segment ids shifted by one", "masked_logits", ("segments",)),
     Fault("padding of segments seen", "padding of segments seen", "masked_logits", ("segments",)),
+    Fault("lengths of key segments reversed", "segments of other lengths", "masked_logits",
+          ("segments",)),
     Fault("lower segments seen", "segments compared by order", "masked_logits",
           ("segments", "causal")),
     Fault("positions not restarted", "positions not restarted in segments", "query",

@@ -342,6 +342,10 @@ class Port:
         wrong, rows, columns = self.wrong, query[:, None, :, None], key[:, None, None, :]
         if "segment ids shifted" in wrong:
             columns = np.roll(columns, 1, 3)
+        if "lengths of key segments reversed" in wrong:
+            lengths = np.bincount(key[0][key[0] >= 0])
+            own = np.repeat(np.arange(len(lengths)), lengths[::-1])
+            columns = np.pad(own, (0, key.shape[1] - len(own)), constant_values=-1)
         if "lower segments seen" in wrong:
             return (rows >= columns) & (columns >= 0)
         if "segments of the queries for the keys" in wrong:
