@@ -111,7 +111,7 @@ def test_a_kernel_of_another_projection_beside_its_own_bias() -> None:
     right = layer_of()
     port = port_of(right, weights=lambda w: w | {
         "query.kernel": w["output.kernel"].reshape(w["query.kernel"].shape)})  # fmt: skip
-    words = "weights of another projection (query has the kernel of output)"
+    words = "weights of another projection (query has the kernel of the output)"
     assert named(right, port) == words
 
 
