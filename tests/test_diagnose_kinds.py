@@ -565,7 +565,8 @@ def test_a_bias_of_distances_is_found_without_the_numbers_of_rows() -> None:
 @pytest.mark.parametrize(
     ("follow", "stage", "words"),
     [
-        (lambda s: {"probabilities": softmax(s["logits"])}, "probabilities", "ignored mask (`attention_mask`"),
+        (lambda s: {"probabilities": softmax(s["logits"])},
+         "probabilities", "ignored mask (`attention_mask`"),
         (lambda s: {"probabilities": softmax(np.where(SEEN[:, None], 3 * s["logits"], -np.inf))},
          "probabilities", "wrong scale (3 times"),
         (lambda s: {"context": mixed(softmax(2 * s["masked_logits"]), s["value"])},

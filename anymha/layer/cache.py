@@ -334,15 +334,17 @@ class Cache(Nested):
     def _adopt(self, known: np.ndarray) -> None:
         """Take over the arrays that a compiled program has made, whatever else may have them."""
         self._group.overtaken = True
-        self._is_newest = False
+        self._is_newest = False  # pyright: ignore
         self._own(known)
 
     def _alone(self, ops: Ops) -> None:
         """Note that this cache is the newest with its arrays, and knows no other."""
-        self._group = _Group()
+        self._group = _Group()  # pyright: ignore
         writes, inference = ops.capabilities.compiles_writes, ops.capabilities.is_inference
         # What inference makes cannot be written elsewhere; a compiler cannot ask for it.
-        self._is_newest = inference is None or (writes is not None and writes()) or not inference()
+        compiled = writes is not None and writes()
+        newest = inference is None or compiled or not inference()
+        self._is_newest = newest  # pyright: ignore
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
         """Note that the arrays are those of another cache."""
@@ -360,7 +362,7 @@ class Cache(Nested):
         """
         if not (self.donate and self._is_newest and self.window is None) or self._stale_to:
             return False
-        self._is_newest = False
+        self._is_newest = False  # pyright: ignore
         self._group.overtaken = True
         self._stale_to = self.keys.shape[2]
         return True
@@ -443,7 +445,7 @@ class Cache(Nested):
         """Note that an output comes from the arrays, whose gradient may be asked for."""
         differentiated = ops.capabilities.is_differentiated
         if differentiated is not None and differentiated(output):
-            self._is_newest = False
+            self._is_newest = False  # pyright: ignore
             if self._sharing is not None:
                 self._sharing.is_differentiated = True
 

@@ -204,7 +204,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         self._build([x.shape[-1] for x in inputs], query.device)
 
     @wraps(NativeLayer.make_cache)
-    def make_cache(self, *args: Any, **sizes: Any) -> Cache:
+    def make_cache(self, *args: Any, **sizes: Any) -> Cache:  # pyright: ignore
         if is_compiling():  # which cannot leave inference mode
             return super().make_cache(*args, **sizes)
         with torch.inference_mode(False):  # arrays of that mode could not be written later
