@@ -112,14 +112,15 @@ def tests(session: nox.Session) -> None:
     if session.posargs:
         run_pytest(session, *expected)
         return
-    searching = [str(path) for name in SEARCHING for path in Path("tests").glob(f"{name}.py")]
+    found = (path for name in SEARCHING for path in Path("tests").glob(f"{name}.py"))
+    searching = sorted(map(str, found))
     others = [f"--ignore={path}" for path in searching]
-    failed = 0
+    failed = False
     for arguments in (["tests", *others], searching):
         try:
             run_pytest(session, *expected, arguments=arguments)
         except CommandFailed:  # all tests run, also after a failure
-            failed += 1
+            failed = True
     if failed:
         session.error("Tests failed: see above.")
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -63,7 +64,7 @@ def runs(framework: str, sizes: Sizes, compiled: bool = False) -> dict[str, Run]
         name.partition(".")[0]: np.ascontiguousarray(ops.to_numpy(x).reshape(features, features))
         for name, x in layer.canonical_weights().items()
     }
-    by_hand = _torch_compiled if compiled else _HAND[framework]
+    by_hand: Any = partial(_torch, compiled=True) if compiled else _HAND[framework]
     return {
         "anymha": _ours(framework, layer, sizes, compiled),
         "by hand": by_hand(weights, sizes),
@@ -140,7 +141,7 @@ def _numpy(weights: Any, sizes: Sizes) -> Run:
     return run
 
 
-def _torch(weights: Any, sizes: Sizes) -> Run:
+def _torch(weights: Any, sizes: Sizes, compiled: bool = False) -> Run:
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -152,52 +153,34 @@ def _torch(weights: Any, sizes: Sizes) -> Run:
     def project(x: Any, name: str) -> Any:
         return linear(x, matrices[name]).view(batch, -1, heads, width).transpose(1, 2)
 
-    def run(steps: int, at: int) -> Any:
-        if not steps:
-            keys[:, :, : sizes.held] = project(prompt, "key")
-            values[:, :, : sizes.held] = project(prompt, "value")
-            return None
-        output: Any = None
-        for end in range(at + 1, at + steps + 1):
-            q = project(token, "query")
-            keys[:, :, end - 1 : end] = project(token, "key")
-            values[:, :, end - 1 : end] = project(token, "value")
-            context = scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end])
-            output = linear(context.transpose(1, 2).reshape(batch, 1, -1), matrices["output"])
-        return output.numpy()
+    def merged(context: Any) -> Any:
+        return linear(context.transpose(1, 2).reshape(batch, 1, -1), matrices["output"])
 
-    return torch.no_grad()(run)
+    def step(x: Any, keys: Any, values: Any, at: int) -> Any:
+        q, end = project(x, "query"), at + 1
+        keys[:, :, at:end] = project(x, "key")
+        values[:, :, at:end] = project(x, "value")
+        context = scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end])
+        return merged(context), end
 
-
-def _torch_compiled(weights: Any, sizes: Sizes) -> Run:
-    import torch
-    from torch.nn.functional import linear, scaled_dot_product_attention
-
-    batch, heads, width = sizes.batch, sizes.heads, sizes.width
-    keys, values = (torch.zeros(batch, heads, sizes.room, width) for _ in range(2))
-    matrices = {n: torch.from_numpy(np.ascontiguousarray(w.T)) for n, w in weights.items()}
-    prompt, token = torch.from_numpy(sizes.prompt), torch.from_numpy(sizes.token)
-
-    def project(x: Any, name: str) -> Any:
-        return linear(x, matrices[name]).view(batch, -1, heads, width).transpose(1, 2)
-
-    @torch.compile(fullgraph=True)
-    def step(x: Any, keys: Any, values: Any, at: Any) -> Any:
+    def step_of_all_slots(x: Any, keys: Any, values: Any, at: Any) -> Any:
         q = project(x, "query")
         keys[:, :, at] = project(x, "key")
         values[:, :, at] = project(x, "value")
         seen = (torch.arange(sizes.room) <= at)[None, None]
-        context = scaled_dot_product_attention(q, keys, values, seen)
-        return linear(context.transpose(1, 2).reshape(batch, 1, -1), matrices["output"]), at + 1
+        return merged(scaled_dot_product_attention(q, keys, values, seen)), at + 1
+
+    own: Any = torch.compile(step_of_all_slots, fullgraph=True) if compiled else step
 
     def run(steps: int, at: int) -> Any:
         if not steps:
             keys[:, :, : sizes.held] = project(prompt, "key")
             values[:, :, : sizes.held] = project(prompt, "value")
             return None
-        place, output = torch.tensor([at]), torch.zeros(0)
+        place: Any = torch.tensor([at]) if compiled else at
+        output: Any = None
         for _ in range(steps):
-            output, place = step(token, keys, values, place)
+            output, place = own(token, keys, values, place)
         return output.numpy()
 
     return torch.no_grad()(run)

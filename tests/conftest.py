@@ -106,7 +106,6 @@ def unhurried() -> Iterator[None]:
         patched.setattr("anymha.parity.diagnose.diagnosis.ALONE_SECONDS", 600.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PARTS_SECONDS", 60.0)
         patched.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 60.0)
-        patched.setattr("anymha.parity.diagnose.diagnosis.CALLS_SECONDS", 4.0)
         yield
 
 

@@ -26,7 +26,7 @@ def check_broadcast(
     """
     own = tuple(x.shape)
     fits = len(own) <= len(lengths) and all(
-        not is_known(n) or not is_known(m) or n == 1 or n == m  # torch's compiler knows no `in`
+        not is_known(n) or not is_known(m) or n == 1 or n == m  # symbols have no `in`
         for n, m in zip(reversed(own), reversed(lengths), strict=False)
     )
     if not fits:

@@ -81,7 +81,7 @@ MOST_POSITIONS = 2**31 - 1
 
 
 class _Group:
-    """What caches with the same arrays know together, plain enough for compilers.
+    """Caches that know each other to have the same arrays; a plain object, for compilers to read.
 
     Attributes:
         overtaken: Whether a compiled program has written into the arrays for a cache of another
@@ -95,7 +95,7 @@ class _Sharing(WeakSet["Cache"]):
     """Caches that have the same arrays; a copy of one has others.
 
     Attributes:
-        group: What compiled programs tell of the arrays.
+        group: The same caches, as compiled programs know them.
         reached: Up to which lengths (B,) something has been written, be it of caches that are gone.
         is_differentiated: Whether a graph of gradients needs the arrays as they are.
         writing: Held by the call that may write; of two threads that go on, the other one copies.
@@ -159,8 +159,7 @@ class Cache(Nested):
     _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
     _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
-    # of an instance the caches with the same arrays, as far as compiled programs tell them; None
-    # where nothing is known of the arrays
+    # of an instance its group; None where nothing is known of the arrays
     _group: ClassVar[Any] = None
     # of an instance whether no other cache with its arrays holds later positions, or may write them
     _is_newest: ClassVar[bool] = False
@@ -340,10 +339,9 @@ class Cache(Nested):
     def _alone(self, ops: Ops) -> None:
         """Note that this cache is the newest with its arrays, and knows no other."""
         self._group = _Group()  # pyright: ignore
-        writes, inference = ops.capabilities.compiles_writes, ops.capabilities.is_inference
+        inference = ops.capabilities.is_inference
         # What inference makes cannot be written elsewhere; a compiler cannot ask for it.
-        compiled = writes is not None and writes()
-        newest = inference is None or compiled or not inference()
+        newest = inference is None or is_compiled(ops) or not inference()
         self._is_newest = newest  # pyright: ignore
 
     def _share(self, other: Cache, known: np.ndarray) -> Cache:
@@ -364,15 +362,17 @@ class Cache(Nested):
             return False
         self._is_newest = False  # pyright: ignore
         self._group.overtaken = True
-        self._stale_to = self.keys.shape[2]
         return True
 
     def _is_clean(self, ops: Ops) -> bool:
-        """Whether slots that hold nothing are zero: where a program is compiled, as it can tell."""
+        """Whether slots that hold nothing are known to be zero.
+
+        A compiler cannot read `_top`; nor does a program that it compiles write into a ring.
+        """
         if not ops.capabilities.writes_in_place:
             return True
-        if ops.capabilities.compiles_writes is not None and ops.capabilities.compiles_writes():
-            return self._is_newest and not self._stale_to
+        if is_compiled(ops):
+            return self.window is not None or (self._is_newest and not self._stale_to)
         return self._group is not None and not self._top()
 
     def _written(self, arrays: Mapping[str, Array], known: np.ndarray) -> None:
@@ -385,7 +385,8 @@ class Cache(Nested):
         if arrays["keys"] is not self.keys and arrays["values"] is not self.values:
             return
         sharing = self._sharing
-        self.__dict__["_stale_to"] = int(self.keys.shape[2])  # of this one; the new one has it
+        # What lies past this cache's own end is to be cleared, even if the call fails now.
+        self.__dict__["_stale_to"] = int(self.keys.shape[2])
         last = sharing.reached is self._known
         sharing.reached = known if last else np.maximum(sharing.reached, known)
         if self.window is not None:
@@ -692,6 +693,12 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
     if all(lengths is not None for lengths in known):
         new._own(np.concatenate([np.asarray(lengths) for lengths in known]))
     return new._cleared(ops) if stale else new
+
+
+def is_compiled(ops: Ops) -> bool:
+    """Whether the call becomes a part of a program that may write into arrays that it is given."""
+    compiles_writes = ops.capabilities.compiles_writes
+    return compiles_writes is not None and compiles_writes()
 
 
 def slots(ops: Ops, size: Any, like: Array) -> Array:

@@ -31,6 +31,7 @@ from anymha.layer.cache import (
     Cache,
     Memory,
     default_rows,
+    is_compiled,
     is_uniform,
     known_lengths,
     known_values,
@@ -289,9 +290,9 @@ def _prepare_cache(
             known = None if counts is None else known
     size, eager = cache.keys.shape[2], ops.capabilities.compile is None
     if known is None:
-        compiled = _is_compiled(ops)
+        compiled = is_compiled(ops)
         in_place = compiled and cache._hand_over()
-        if not in_place and not (compiled and cache.window is not None):
+        if not in_place:
             cleared = _of_unclean(ops, cache)
             arrays |= cleared
             in_place = compiled and bool(cleared)
@@ -334,8 +335,7 @@ def _prepare_shared(
 ) -> HeldCall:
     """Queries of another layer, which stand where the cache's last call appended."""
     size, queries = cache.keys.shape[2], query.shape[1]
-    if not (_is_compiled(ops) and cache.window is not None):
-        arrays |= _of_unclean(ops, cache)
+    arrays |= _of_unclean(ops, cache)
     before = None if known is None else known_values(ops, cache.previous)
     starts = None if cache.starts is None else known_values(ops, cache.starts)
     if starts is not None and cache._lost is not None:  # a later call has written there
@@ -405,12 +405,6 @@ def _check_segments(cache: Cache, masks: Mapping[str, Any], source: str) -> None
         )
 
 
-def _is_compiled(ops: Ops) -> bool:
-    """Whether the call becomes a part of a program that may write into arrays that it is given."""
-    compiles_writes = ops.capabilities.compiles_writes
-    return compiles_writes is not None and compiles_writes()
-
-
 def _of_unclean(ops: Ops, cache: Cache) -> dict[str, Array]:
     """New arrays of keys and values, zero in slots that hold nothing, where the cache's are not."""
     if cache._is_clean(ops):
@@ -455,7 +449,7 @@ def _finisher(
         if lengths is not None:
             start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None
             new._after(cache, lengths, start, claim)
-        elif _is_compiled(ops):
+        elif is_compiled(ops):
             new._alone(ops)
         new._note_output(ops, result[0] if isinstance(result, tuple) else result)
         return (*result, new) if isinstance(result, tuple) else (result, new)
