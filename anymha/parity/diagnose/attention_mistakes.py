@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.diagnose.bounded_stages import clipped, quantised
+from anymha.parity.diagnose.bounded_stages import clipped_stages, quantised_heads
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families, steps
 from anymha.parity.diagnose.head_maps import averaged, of_groups
 from anymha.parity.diagnose.measured import Family, number
@@ -925,9 +925,10 @@ MISTAKES: tuple[Row, ...] = (
     ("activation too many", "The projections of the layer have no activation: leave it out.",
      _activated, no_families, True),
     ("stage clipped", "Nothing cuts queries, keys, values or the context at a limit: clip "
-     "where the reference does.", lambda recipe: iter(()), clipped),
+     "where the reference does.", lambda recipe: iter(()), clipped_stages),
     ("quantised with a fixed factor", "Take the factor of whole numbers from the greatest number "
-     "that they stand for, so that none is beyond their range.", quantised, no_families, True),
+     "that they stand for, so that none is beyond their range.", quantised_heads, no_families,
+     True),
     ("wrong dropout", "Both must be in training mode, with one rate and "
      "one seed; kept probabilities are divided by 1 - rate.",
      fields(lambda r: r.kept is not None, other_factors)),

@@ -31,7 +31,7 @@ FACTORS = {
 """Usual factors of whole numbers, by their bits."""
 
 
-def clipped(recipe: Recipe) -> Iterator[Family]:
+def clipped_stages(recipe: Recipe) -> Iterator[Family]:
     """Heads or the context cut at a limit; of logits that is "another softcap"."""
     for names in (*HEADS, ("context",)):
         peak = _peak(recipe, names)
@@ -67,7 +67,7 @@ _WAYS: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
-def quantised(recipe: Recipe) -> Variants:
+def quantised_heads(recipe: Recipe) -> Variants:
     """Heads in whole numbers of some bits, with a factor that does not follow their size."""
     for bits, others in FACTORS.items():
         most = 2 ** (bits - 1) - 1

@@ -28,7 +28,7 @@ from anymha.parity.diagnose.own_weights import (
 )
 from anymha.parity.diagnose.pairs import promising_pairs, usual_pairs
 from anymha.parity.diagnose.precision import rounded_cause, rounded_places
-from anymha.parity.diagnose.quantised_weights import quantised
+from anymha.parity.diagnose.quantised_weights import quantised_kernels
 from anymha.parity.diagnose.running_sums import rounded_sums
 from anymha.parity.diagnose.trials import Trial, Trials, best, first_change, in_order, in_time
 from anymha.parity.oracle.recipe import Recipe
@@ -169,7 +169,7 @@ class Search(Trials):
         every = itertools.chain(self.variants(self.recipe), self.variants(self.recipe, alone=True))
         known = ((m.name, d) for m, d, w in every if same_weights(w.weights, told[1].weights))
         own = {n: w for n, w in told[1].weights.items() if w is not self.recipe.weights[n]}
-        levels = quantised(self.recipe.weights, own)
+        levels = quantised_kernels(self.recipe.weights, own)
         name, detail = next(known, levels or ("other weights", told[0]))
         first = self._weights_cause(name, detail, told[1])
         rest = Search(told[1], self.trace, self.reported, self.reference)

@@ -147,9 +147,7 @@ def _solved(
     return _factors(factors, sizes > SEEN * sizes.max())
 
 
-def _factors(
-    ratios: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, float, int] | None:  # fmt: skip
+def _factors(ratios: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, float, int] | None:
     """Zero or one factor above one, how great it is and how many are zero; None of others.
 
     As many must be zero as the rate of the factor says, as far as chance allows.

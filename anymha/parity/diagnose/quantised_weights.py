@@ -25,7 +25,7 @@ BLOCKS = (256, 128, 64, 32, 16)
 """How many numbers a group has, where it is neither a row nor a column."""
 
 
-def quantised(right: Arrays, changed: Arrays) -> tuple[str, str] | None:
+def quantised_kernels(right: Arrays, changed: Arrays) -> tuple[str, str] | None:
     """Name and words for kernels that are quantised, all with as many bits; None where not.
 
     Args:
