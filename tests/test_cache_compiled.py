@@ -243,8 +243,7 @@ LATER: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", LATER)
-def test_a_ragged_cache_is_read_without_what_was_written_later(torch: Any, how: str) -> None:
+def test_a_ragged_cache_is_read_without_what_was_written_later(torch: Any) -> None:
     """A row that is shorter reads slots past its end, which are hidden; NaN there would be seen."""
     case = Compiled(torch)
     ways = {"compiled": case.step, "eager": lambda x, cache, mask=None: case.layer(
@@ -256,8 +255,8 @@ def test_a_ragged_cache_is_read_without_what_was_written_later(torch: Any, how: 
             case.layer(torch.cat([case.x[row, :length], x[row]])[None], use_causal_mask=True)[0, -1]
             for row, length in enumerate((3, 1))
         ]
-        every = itertools.product((True, False), ("before", "after"), ways, ways)
-        for donate, when, made, then in every:
+        every = itertools.product(LATER, (True, False), ("before", "after"), ways, ways)
+        for how, donate, when, made, then in every:
             given = case.layer.make_cache(ROWS, MOST, donate=donate)
             _, cache = ways[made](case.x[:, :3], given, mask)
             later = LATER[how](cache) if when == "before" else None
@@ -412,9 +411,58 @@ class Schedule:
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_random_schedules_of_eager_and_compiled_calls(torch: Any, seed: int, mode: str) -> None:
+def test_random_schedules_of_eager_and_compiled_calls(torch: Any, mode: str) -> None:
     case = Compiled(torch)
     with getattr(torch, mode)():
-        for number in range(4):
-            Schedule(case, 100 * seed + number).run(12)
+        for seed in (0, 1, 2, 3, 100, 101, 102, 103):
+            Schedule(case, seed).run(12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axis", [0, 1], ids=["batches", "lengths"])
+def test_one_program_reads_prompts_of_every_size(torch: Any, axis: int, masked: bool) -> None:
+    """Of every length, and of batches; of one row it may be another one."""
+    layer: Any = get_layer("torch")(2, 4, query_features=WIDTH, seed=0, rotary=True)
+    programs = importlib.import_module("torch._dynamo.testing").CompileCounter()
+
+    def read(x: Any, cache: Any, mask: Any) -> Any:
+        return layer(x, cache=cache, value_mask=mask)
+
+    compiled = torch.compile(read, fullgraph=True, backend=programs, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+        for size in range(5, 12):
+            shape = (size, 3) if axis == 0 else (3, size)
+            x, mask = torch.randn(*shape, WIDTH), None
+            if masked:
+                mask = torch.ones(shape, dtype=torch.bool)
+                mask[0, -1] = False
+            output, cache = compiled(x, layer.make_cache(shape[0], 40), mask)
+            expected, other = read(x, layer.make_cache(shape[0], 40), mask)
+            torch.testing.assert_close(output, expected, atol=2e-6, rtol=0)
+            torch.testing.assert_close(cache.keys, other.keys, atol=2e-6, rtol=0)
+    assert programs.frame_count <= 2
+
+
+def test_prompts_of_every_length_are_exported(torch: Any) -> None:
+    layer: Any = get_layer("torch")(2, 4, query_features=WIDTH, seed=0, rotary=True)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Any, cache: Any) -> Any:
+            return self.layer(x, cache=cache)
+
+    pytree = importlib.import_module("torch.utils._pytree")
+    cache, x = layer.make_cache(ROWS, MOST), torch.randn(ROWS, 4, WIDTH)
+    leaves = pytree.tree_leaves(cache)
+    sizes = ({1: torch.export.Dim("length", min=2, max=MOST)}, [None] * len(leaves))
+    with torch.no_grad():
+        program = torch.export.export(Model(), (x, cache), dynamic_shapes=sizes).module()
+        for length in (2, 5, MOST):
+            x = torch.randn(ROWS, length, WIDTH)
+            output, held = program(x, layer.make_cache(ROWS, MOST))
+            expected, other = layer(x, cache=layer.make_cache(ROWS, MOST))
+            torch.testing.assert_close(output, expected, atol=2e-6, rtol=0)
+            torch.testing.assert_close(held.keys, other.keys, atol=2e-6, rtol=0)

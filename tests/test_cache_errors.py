@@ -38,6 +38,14 @@ def boolean(home: Backend, *shape: int) -> Any:
     return home.ops.from_numpy(np.ones(shape, bool))
 
 
+def stacked(cache: Any) -> Any:
+    """Three caches in one, as of the layers of a model."""
+    names = [name for name in type(cache).ARRAYS if getattr(cache, name) is not None]
+    arrays = {name: getattr(cache, name)[None] for name in names}
+    arrays = {n: x[np.zeros(3, int)] for n, x in arrays.items()}
+    return dataclasses.replace(cache, **arrays)
+
+
 def other(home: Backend) -> Backend:
     return usable("torch" if home.name == "numpy" else "numpy")
 
@@ -140,6 +148,28 @@ CALLS: dict[str, tuple[Case, str]] = {
     "lengths that are no integers": (
         lambda b, layer, c, x: c.truncate(1.5),
         "`lengths` must be integers",
+    ),
+    "lengths of several lengths": (
+        lambda b, layer, c, x: c.truncate([[1], [2, 3]]),
+        "`lengths` must be integers",
+    ),
+    "a stack of caches whose rows change places": (
+        lambda b, layer, c, x: stacked(c).reorder([0, 1]),
+        r"`cache.lengths` must be \(B,\).*\(3, 2\).*several caches in one",
+    ),
+    "a stack of caches to truncate": (
+        lambda b, layer, c, x: stacked(c).truncate(1), "several caches in one",
+    ),
+    "a stack of caches to join": (
+        lambda b, layer, c, x: anymha.join_caches([stacked(c)]), "several caches in one",
+    ),
+    "caches of several layers to save": (
+        lambda b, layer, c, x: anymha.save("caches.safetensors", [c, c]),
+        "One cache or one memory is written or converted at a time. Received: several, in a list",
+    ),
+    "caches of several layers to convert": (
+        lambda b, layer, c, x: anymha.convert({"first": c}, to="numpy"),
+        "Received: several, in a dict",
     ),
     "lengths of another batch": (
         lambda b, layer, c, x: c.truncate([1, 2, 3]),

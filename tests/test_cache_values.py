@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import importlib
+import pickle
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 import anymha
+from anymha.framework.dtypes import dtype_name
 from anymha.framework.registry import Backend
 from tests.conftest import usable
 from tests.frameworks import required
@@ -167,7 +171,10 @@ def test_a_cache_without_rows(options: dict[str, Any], backend: Backend) -> None
         assert tuple(output.shape) == (0, count, WIDTH)
     one = layer(native(rows(1, 2)), cache=layer.make_cache(1, 5))[1]
     none = np.zeros(0, np.int32)
-    for empty in (cache.reorder(none), cache.truncate(none), one.reorder(none)):
+    for empty in (
+        *(cache.reorder(none), cache.truncate(none), one.reorder(none)),
+        *(cache.reorder([]), cache.truncate([]), one.reorder([])),
+    ):
         joined = anymha.join_caches([empty, one])
         assert plain(backend, joined.lengths).tolist() == [2]
         layer(native(rows(0, 1)), cache=empty)
@@ -183,6 +190,101 @@ def test_a_row_that_was_not_truncated_is_taken_alone(backend: Backend) -> None:
         output, _ = layer(native(x[[1, 1], 5:].copy()), cache=cache)
     expected = last_of(backend, layer, x[1])
     np.testing.assert_allclose(plain(backend, output)[:, 0], [expected] * 2, atol=2e-6)
+
+
+def replaced(cache: Any, view: Callable[[Any], Any]) -> Any:
+    """A cache of views of another one's arrays, made of it by `dataclasses.replace`."""
+    names = [name for name in type(cache).ARRAYS if getattr(cache, name) is not None]
+    return dataclasses.replace(cache, **{name: view(getattr(cache, name)) for name in names})
+
+
+def mapped(cache: Any, view: Callable[[Any], Any]) -> Any:
+    """The same by the tree of PyTorch."""
+    return importlib.import_module("torch.utils._pytree").tree_map(view, cache)
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "rows": lambda x: x[:1],
+    "whole": lambda x: x[:],
+    "stacked": lambda x: x[None][0],
+    "keys and values alone": lambda x: x[:1] if x.ndim == 4 else x[:1] + 0,
+}
+
+
+@pytest.mark.parametrize("made", [replaced, mapped])
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_cache_of_views_is_not_overwritten(
+    window: int | None, name: str, made: Callable[..., Any], home: Backend
+) -> None:
+    """Nor is the one that they are views of."""
+    if made is mapped and home.name != "torch":
+        pytest.skip("NumPy has no trees")
+    layer, native, x = (
+        make(home, sliding_window=window, rotary=True),
+        home.ops.from_numpy,
+        rows(2, 9),
+    )
+    with writing(home):
+        _, cache = layer(native(x[:, :5].copy()), cache=layer.make_cache(2, MOST, rewind=2))
+        view = made(cache, VIEWS[name])
+        count = len(view.lengths)
+        on = cache.truncate(4)
+        for at in (8, 7, 6, 5):
+            _, on = layer(native(x[:, at : at + 1].copy()), cache=on)
+        seen = layer(native(x[:count, 5:6].copy()), cache=view)[0]
+        same = layer(native(x[:, 5:6].copy()), cache=cache)[0]
+    for output in (seen, same):
+        for b, row in enumerate(plain(home, output)):
+            np.testing.assert_allclose(row[0], last_of(home, layer, x[b, :6]), atol=2e-6)
+
+
+def test_a_memory_has_other_rows_and_is_joined(backend: Backend) -> None:
+    """Beams and batches of a decoder with cross-attention; positions of all rows or of each."""
+    layer, native = make(backend, rotary=True), backend.ops.from_numpy
+    x, value = rows(3, 2), rows(2, 5, "value")
+    taken, beams = np.array([1, 0, 1]), native(x)
+    for places in (np.arange(5)[None], np.arange(10).reshape(2, 5), None):
+        given = {} if places is None else {"key_positions": native(places.astype(np.int32))}
+        memory = layer.make_memory(native(value), **given)
+        own = {} if places is None or len(places) == 1 else {"key_positions": places[taken]}
+        own = {n: native(p.astype(np.int32)) for n, p in own.items()} or given
+        expected = plain(backend, layer(beams, native(value[taken]), **own))
+        found = layer(beams, memory=memory.reorder(taken))
+        np.testing.assert_allclose(plain(backend, found), expected, atol=2e-6)
+        parts = [memory.reorder([int(row)]) for row in taken]
+        found = layer(beams, memory=anymha.join_caches(parts))
+        np.testing.assert_allclose(plain(backend, found), expected, atol=2e-6)
+    with pytest.raises(anymha.errors.CacheError, match="numbers of rows, 0 to 1"):
+        memory.reorder([2])
+    longer = layer.make_memory(native(rows(2, 6)))
+    with pytest.raises(anymha.errors.CacheError, match="values of one length"):
+        anymha.join_caches([memory, longer])
+
+
+@pytest.mark.parametrize("name", ["jax", "tensorflow"])
+def test_rows_that_a_memory_lacks_are_nan_in_a_program(name: str) -> None:
+    backend = usable(name)
+    framework: Any = importlib.import_module(backend.framework)
+    compiled: Callable[[Any], Any] = framework.jit if name == "jax" else framework.function
+    layer, native = make(backend), backend.ops.from_numpy
+    memory = layer.make_memory(native(rows(2, 3)))
+    step = compiled(lambda x, indices: layer(x, memory=memory.reorder(indices)))
+    output = plain(backend, step(native(rows(3, 1)), native(np.array([1, 2, -1], np.int32))))
+    assert np.isnan(output).all((1, 2)).tolist() == [False, True, True]
+
+
+def test_float64_is_pickled(backend: Backend) -> None:
+    layer, native = make(backend, compute_dtype="float64"), backend.ops.from_numpy
+    _, cache = layer(native(rows(1, 3)), cache=layer.make_cache(1, 8))
+    for held in (cache, layer.make_memory(native(rows(1, 3)))):
+        for found in (pickle.loads(pickle.dumps(held)), copy.deepcopy(held), copy.copy(held)):
+            assert dtype_name(found.keys.dtype) == dtype_name(found.values.dtype) == "float64"
+            np.testing.assert_array_equal(plain(backend, found.keys), plain(backend, held.keys))
+    again = pickle.loads(pickle.dumps(cache))
+    x = native(rows(1, 1))
+    one, other = (plain(backend, layer(x, cache=c)[0]) for c in (cache, again))
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["jax", "tensorflow"])

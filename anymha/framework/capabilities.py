@@ -52,6 +52,8 @@ class Capabilities:
             `new` (B, K, T, d) in T slots of each row, from `slot` on, an int or int32 integers
             (B,); all are below C. With `in_place` it may write into `storage`.
         writes_in_place: Whether `write_slots` does so.
+        take_rows: ``take_rows(x, rows, end)`` is a new array of the rows `rows`, int32 (N,), of `x`
+            (B, K, C, d), zero in its slots from `end` on; an `end` of None stands for C.
         compiles_writes: ``compiles_writes()``: whether a compiler runs the call now, in whose
             program `write_slots` may write into arrays that are given to it.
         is_inference: ``is_inference()``: whether arrays that are made now, by no compiled program,
@@ -118,6 +120,7 @@ class Capabilities:
     has_values: Callable[[Array], bool] | None = None
     write_slots: Function | None = None
     writes_in_place: bool = False
+    take_rows: Function | None = None
     compiles_writes: Callable[[], bool] | None = None
     is_inference: Callable[[], bool] | None = None
     choose: Function | None = None

@@ -81,6 +81,7 @@ def save(path: PathLike, layer: Any) -> None:
     if caches.is_held(layer):
         arrays, metadata = caches.arrays_of(layer), {ENTRY: json.dumps(caches.entry_of(layer))}
     else:
+        caches.check_is_single(layer)
         plain = convert(layer, to="numpy")
         arrays, metadata = get_weights(plain), config_metadata({"": plain.config})
     tensors = {name: Tensor(array.shape, array.dtype) for name, array in arrays.items()}

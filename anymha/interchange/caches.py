@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import FileError
+from anymha.errors import ArgumentError, FileError
 from anymha.framework.registry import as_numpy, get_ops
 from anymha.interchange.files.reader import Reader, Tensor
 from anymha.layer.cache import Cache, Memory, flatten_linked, known_lengths
@@ -27,6 +27,20 @@ INTEGERS = frozenset({"int8", "int16", "int32", "int64", "uint8", "uint16", "uin
 def is_held(value: Any) -> bool:
     """Whether it is a cache or a memory."""
     return isinstance(value, (Cache, Memory))
+
+
+def check_is_single(value: Any) -> None:
+    """Refuse the caches of several layers in one.
+
+    Raises:
+        ArgumentError: there are some in `value`.
+    """
+    parts = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (list, tuple, Mapping)) and any(map(is_held, parts)):
+        raise ArgumentError(
+            "One cache or one memory is written or converted at a time. Received: several, in a "
+            f"{type(value).__name__}. Go through them, each with a file of its own."
+        )
 
 
 def converted(value: Any, to: str) -> Any:

@@ -254,6 +254,7 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
                 "out."
             )
         return caches.converted(layer, to)
+    caches.check_is_single(layer)
     weights = get_weights(layer, **sizes)
     needs = weights.needs
     if needs and not weights_only:

@@ -12,11 +12,12 @@ attention takes them, normed and turned; where their rotation depends on the len
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakSet, ref
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from anymha.errors import ArgumentError, CacheError, ShapeError
 from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.protocol import Array, Ops
-from anymha.framework.registry import backend_of
+from anymha.framework.registry import backend_of, get_ops
 from anymha.framework.shapes import described, is_known, product
 from anymha.layer.checks import is_integer
 from anymha.options.config import AttentionConfig
@@ -33,9 +34,24 @@ from anymha.options.config import AttentionConfig
 class Nested:
     """What the structures of frameworks take apart into its arrays, and put together again."""
 
+    ARRAYS: ClassVar[tuple[str, ...]]
+
     def __len__(self) -> int:
         """The number of its arrays: Keras asks it of what it finds nested in a call."""
         return len(flatten(self)[0])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        keys: Any = getattr(self, "keys", None)
+        if getattr(keys, "dtype", None) is None or dtype_name(keys.dtype) != "float64":
+            return super().__reduce_ex__(protocol)
+        backend = backend_of(keys)
+        is_lasting = dtype_name(backend.ops.asarray(np.zeros(1)).dtype) == "float64"
+        if is_lasting or known_values(backend.ops, keys) is None:
+            return super().__reduce_ex__(protocol)
+        state: Any = self.__getstate__()  # JAX itself would read float64 as float32
+        state |= {n: None if state[n] is None else np.asarray(backend.ops.to_numpy(state[n]))
+                  for n in self.ARRAYS}  # fmt: skip
+        return _unpickled, (type(self), backend.ops.name, state)
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         leaves, static = flatten(self)
@@ -75,6 +91,35 @@ class Memory(Nested):
     values: Array
     key_positions: Array | None = None
 
+    def __deepcopy__(self, memo: Any) -> Memory:
+        try:
+            arrays = copy.deepcopy([getattr(self, name) for name in self.ARRAYS], memo)
+        except RuntimeError:  # of PyTorch's tensors that have a gradient to flow through
+            return self.reorder(np.arange(self.keys.shape[0]))
+        return Memory(*arrays)
+
+    def reorder(self, indices: Any) -> Memory:
+        """The memory of other rows, as those of a cache: row i is row ``indices[i]`` of this one.
+
+        Args:
+            indices: Integers (N,), 0 to B - 1; N becomes the batch.
+
+        Raises:
+            ArgumentError: they are no integers.
+            ShapeError: they have another rank.
+            CacheError: there is no such row; where indices are traced, the row is NaN.
+        """
+        ops = backend_of(self.keys).ops
+        rows, _, wrong = _numbers_of_rows(ops, indices, self.keys)
+        keys, values = (_rows_of(ops, x, rows, None) for x in (self.keys, self.values))
+        if wrong is not None:
+            wrong = ops.reshape(wrong, (-1, 1, 1, 1))
+            keys = _any_dtype(ops, lambda x: ops.where(wrong, math.nan, x), keys)
+        positions = self.key_positions
+        if positions is not None and positions.shape[0] != 1:
+            positions = _rows_of(ops, positions, rows, None)
+        return Memory(cast(Array, keys), cast(Array, values), positions)
+
 
 MOST_POSITIONS = 2**31 - 1
 """How many positions an int32 counts."""
@@ -97,13 +142,14 @@ class _Sharing(WeakSet["Cache"]):
     Attributes:
         group: The same caches, as compiled programs know them.
         reached: Up to which lengths (B,) something has been written, be it of caches that are gone.
-        is_differentiated: Whether a graph of gradients needs the arrays as they are.
+        is_needed: Whether something else needs the arrays as they are: a graph of gradients, or
+            a cache of views of them.
         writing: Held by the call that may write; of two threads that go on, the other one copies.
     """
 
     group: Any = None
     reached: Any = None
-    is_differentiated = False
+    is_needed = False
 
     def __init__(self, caches: Iterable[Cache]) -> None:
         super().__init__(caches)
@@ -188,6 +234,9 @@ class Cache(Nested):
         if any(map(any, same)):
             self.__dict__["_group"] = sharing.group
             sharing.add(self)
+        else:  # new ones, or views of theirs
+            for one in sharing.all():
+                one._keep_arrays()
         if (True, True) not in same:  # not all are known to be these caches' alone
             self._sharing = None
 
@@ -235,6 +284,7 @@ class Cache(Nested):
             CacheError: a row has not so many positions, or its ring no longer holds what the
                 window of its next position sees; where lengths are traced, `overflowed` says so.
         """
+        _check_is_single(self)
         ops = backend_of(self.lengths).ops
         known = known_lengths(ops, self)
         batch = self.lengths.shape[0]
@@ -285,33 +335,15 @@ class Cache(Nested):
             ShapeError: they have another rank.
             CacheError: there is no such row; where indices are traced, `overflowed` says so.
         """
+        _check_is_single(self)
         ops = backend_of(self.lengths).ops
-        indices = _integers(ops, indices, "indices", None, like=self.lengths)
-        batch, numbers = self.lengths.shape[0], known_values(ops, indices)
-        if numbers is not None and ((numbers < 0) | (numbers >= batch)).any():
-            raise CacheError(
-                f"`indices` must be numbers of rows, 0 to {batch - 1}. "
-                f"Received: {np.asarray(numbers).tolist()}."
-            )
-        wrong = None
-        if numbers is None:
-            outside = ops.where(indices < 0, indices < 0, indices > batch - 1)
-            indices, wrong = ops.where(outside, 0, indices), outside
-        row = ops.reshape(indices, (1, -1))
-
-        def taken(x: Array | None) -> Array | None:
-            if x is None:
-                return None
-            shape = ops.shape(x)
-            flat = ops.reshape(x, (1, shape[0], product(shape[1:])))
-            count = ops.shape(row)[1]
-            return ops.reshape(_any_dtype(ops, ops.gather, flat, row, axis=1), (count, *shape[1:]))
-
-        state = self.__getstate__()
-        new = Cache(**{**state, **{name: taken(state[name]) for name in self.ARRAYS}})
+        indices, numbers, wrong = _numbers_of_rows(ops, indices, self.lengths)
+        state, known = self.__getstate__(), known_lengths(ops, self)
+        end = self._end(ops, known)
+        taken = {name: _rows_of(ops, state[name], indices, end) for name in self.ARRAYS}
+        new = Cache(**{**state, **taken})
         if wrong is not None:
             new.overflowed = ops.where(wrong, wrong, new.overflowed)
-        known = known_lengths(ops, self)
         if known is not None and numbers is not None:
             new._own(known[numbers])
         return new
@@ -319,6 +351,12 @@ class Cache(Nested):
     def copy(self) -> Cache:
         """The same cache in arrays of its own."""
         return self.reorder(np.arange(self.lengths.shape[0], dtype=np.int32))
+
+    def _end(self, ops: Ops, known: np.ndarray | None) -> int | None:
+        """The slot after the last that is held; None where it is not known, or copies keep all."""
+        if known is None or not ops.capabilities.writes_in_place:
+            return None
+        return min(most_of(known), int(self.keys.shape[2]))
 
     def _own(self, known: np.ndarray) -> Cache:
         """Note that the arrays are this cache's alone."""
@@ -446,9 +484,13 @@ class Cache(Nested):
         """Note that an output comes from the arrays, whose gradient may be asked for."""
         differentiated = ops.capabilities.is_differentiated
         if differentiated is not None and differentiated(output):
-            self._is_newest = False  # pyright: ignore
-            if self._sharing is not None:
-                self._sharing.is_differentiated = True
+            self._keep_arrays()
+
+    def _keep_arrays(self) -> None:
+        """Note that something else needs the arrays as they are: nobody writes into them."""
+        self._is_newest = False  # pyright: ignore
+        if self._sharing is not None:
+            self._sharing.is_needed = True
 
     def _claim(self, known: np.ndarray) -> Any:
         """What a call that may write positions after `known` holds until `_after`; else None.
@@ -466,7 +508,7 @@ class Cache(Nested):
     def _may_write(self, known: np.ndarray) -> bool:
         """Whether no other cache holds what positions after `known` would overwrite."""
         sharing = self._sharing
-        if sharing.is_differentiated:
+        if sharing.is_needed:
             return False
         if len(sharing) == 1:
             return True
@@ -491,17 +533,31 @@ class Cache(Nested):
 
     def _arrays_cleared(self, ops: Ops) -> tuple[Array, Array]:
         """New arrays of keys and values, zero in slots that hold nothing."""
-        size = self.keys.shape[2]
+        size, known = self.keys.shape[2], self._known
         if self.window is None:
             held = slots(ops, size, self.lengths) < ops.reshape(self.lengths, (-1, 1))
         else:
             held = ring_positions(ops, size, self.lengths, self.lengths) >= self._first(ops)
         held = ops.reshape(held, (-1, 1, size, 1))
+        end = None if self.window is not None else self._end(ops, known)
 
         def cleared(x: Array) -> Array:
-            return _any_dtype(ops, lambda x: ops.where(held, x, 0.0), x)
+            if end is None or known is None or ops.capabilities.take_rows is None:
+                return _any_dtype(ops, lambda x: ops.where(held, x, 0.0), x)
+            x, begin = self._copied(ops, x, end), int(known.min()) if known.size else 0
+            if begin == end:
+                return x
+            part = ops.where(held[:, :, begin:end], x[:, :, begin:end], 0.0)
+            write: Any = ops.capabilities.write_slots
+            return write(x, part, begin, True)
 
         return cleared(self.keys), cleared(self.values)
+
+    def _copied(self, ops: Ops, x: Array, end: int | None) -> Array:
+        """A copy of keys or values, of whose slots those before `end` are held."""
+        every = np.arange(self.lengths.shape[0], dtype=np.int32)
+        rows = ops.asarray(every, device=ops.device(self.lengths))
+        return cast(Array, _rows_of(ops, x, rows, end))
 
 
 def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
@@ -512,6 +568,13 @@ def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
     names = tuple([name for name, x in named.items() if x is not None or name in places])
     static = tuple([getattr(value, name) for name in type(value).STATIC])
     return [named[name] for name in names], (names, static)
+
+
+def _unpickled(kind: type[Any], backend: str, state: dict[str, Any]) -> Any:
+    """A cache or a memory of a framework, whose arrays come from NumPy."""
+    ops = get_ops(backend)
+    arrays = {n: ops.from_numpy(x) for n, x in state.items() if isinstance(x, np.ndarray)}
+    return kind(**(state | arrays))
 
 
 class Structure(tuple[Any, ...]):
@@ -546,8 +609,10 @@ def unflatten_linked(kind: type[Any], static: Any, leaves: Iterable[Any]) -> Any
         same = [x is y for x, y in zip(own, leaves, strict=False)]
         if len(own) == len(leaves) and all(same):
             return origin
-        if any(same) and isinstance(origin, Cache):
-            return replace(unflatten(kind, static, leaves), _sharing=origin._sharing)
+        if isinstance(origin, Cache):
+            if any(same):
+                return replace(unflatten(kind, static, leaves), _sharing=origin._sharing)
+            origin._keep_arrays()  # of which these may be views
     return unflatten(kind, static, leaves)
 
 
@@ -631,7 +696,8 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
     Rows keep their lengths and positions; nothing is turned anew.
 
     Args:
-        caches: Caches of one layer, made with the same `max_length`, `dtype` and `rewind`.
+        caches: Caches of one layer, made with the same `max_length`, `dtype` and `rewind`; or its
+            memories of values of one length, which become one memory.
 
     Raises:
         ArgumentError: there is none, or one is no cache.
@@ -649,11 +715,15 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
     """
     given: Any = caches
     caches = list(given) if isinstance(given, Iterable) else []
+    if caches and all(isinstance(memory, Memory) for memory in caches):
+        return cast(Any, _join_memories(cast(Any, caches)))
     if not caches or not all(isinstance(cache, Cache) for cache in caches):
         received = [type(cache).__name__ for cache in caches] or type(given).__name__
         raise ArgumentError(
             f"`caches` must be a list of at least one cache, of one layer. Received: {received}."
         )
+    for cache in caches:
+        _check_is_single(cache)
     ops = backend_of(caches[0].lengths).ops
 
     def kind(cache: Cache) -> tuple[Any, ...]:
@@ -693,6 +763,35 @@ def join_caches(caches: Sequence[Cache]) -> Cache:
     if all(lengths is not None for lengths in known):
         new._own(np.concatenate([np.asarray(lengths) for lengths in known]))
     return new._cleared(ops) if stale else new
+
+
+def _join_memories(memories: Sequence[Memory]) -> Memory:
+    """One memory of all the rows of several."""
+    first, *others = memories
+    ops = backend_of(first.keys).ops
+
+    def kind(memory: Memory) -> tuple[Any, ...]:
+        return (*memory.keys.shape[1:], *memory.values.shape[1:], dtype_name(memory.keys.dtype),
+                memory.key_positions is not None, backend_of(memory.keys).ops.name)  # fmt: skip
+
+    for memory in others:
+        if kind(memory) != kind(first):
+            raise CacheError(
+                "Memories that are joined must be of one layer, and of values of one length. "
+                f"Received: {kind(first)} and {kind(memory)} as (sizes of keys and values, dtype, "
+                "whether they have positions, framework). Pad the values, and hide the padding by "
+                "`value_mask` in the calls."
+            )
+
+    def joined(name: str) -> Array:
+        own = [getattr(memory, name) for memory in memories]
+        if name == "key_positions":
+            own = [ops.broadcast_to(x, (memory.keys.shape[0], x.shape[1]))
+                   for x, memory in zip(own, memories, strict=True)]  # fmt: skip
+        return _any_dtype(ops, lambda *xs: ops.concat(list(xs), axis=0), *own)
+
+    names = [name for name in Memory.ARRAYS if getattr(first, name) is not None]
+    return Memory(**{name: joined(name) for name in names})
 
 
 def is_compiled(ops: Ops) -> bool:
@@ -750,6 +849,25 @@ def known_lengths(ops: Ops, cache: Cache) -> np.ndarray | None:
     return cache._known
 
 
+def _rows_of(ops: Ops, x: Array | None, rows: Array, end: int | None) -> Array | None:
+    """Rows of an array (B, ...), as int32 (N,) tells them; of (B, K, C, d) the slots before `end`.
+
+    Args:
+        ops: The backend.
+        x: The array, or None.
+        rows: Their numbers.
+        end: The slot after the last that is held; None for all.
+    """
+    if x is None:
+        return None
+    shape, take = ops.shape(x), ops.capabilities.take_rows
+    if take is not None and len(shape) == 4:
+        return _any_dtype(ops, lambda x: take(x, rows, end), x)
+    flat = ops.reshape(x, (1, shape[0], product(shape[1:])))
+    taken = _any_dtype(ops, ops.gather, flat, ops.reshape(rows, (1, -1)), axis=1)
+    return ops.reshape(taken, (ops.shape(rows)[0], *shape[1:]))
+
+
 def _any_dtype(ops: Ops, function: Any, *arrays: Array, **options: Any) -> Any:
     """``function(*arrays)``, where float64 exists if they are of it."""
     if arrays[0].dtype != ops.float64:
@@ -771,8 +889,11 @@ def _integers(ops: Ops, value: Any, name: str, count: Any, like: Array) -> Array
             value = ops.where(value < -1, -1, value)
         found = ops.astype(value, ops.int32)
     else:
-        numbers = np.asarray(value)
-        if numbers.dtype.kind not in "iu":
+        try:
+            numbers = np.asarray(value)
+        except ValueError:  # of lists of several lengths
+            numbers = np.asarray(None)
+        if numbers.dtype.kind not in "iu" and numbers.size:
             raise ArgumentError(f"`{name}` must be integers. Received: {value!r}.")
         _check_width(numbers, name)
         found = ops.asarray(numbers.astype(np.int32), device=ops.device(like))
@@ -785,6 +906,39 @@ def _integers(ops: Ops, value: Any, name: str, count: Any, like: Array) -> Array
     ):  # fmt: skip
         raise ShapeError(f"`{name}` must have shape {wanted}. Received: {described(found)}.")
     return found
+
+
+def _numbers_of_rows(
+    ops: Ops, indices: Any, like: Array
+) -> tuple[Array, np.ndarray | None, Array | None]:
+    """Numbers of rows (N,): as an array, as they are known, and which of traced ones are wrong.
+
+    Args:
+        ops: The backend.
+        indices: The numbers, in any form that a user has; those that are wrong become 0.
+        like: An array (B, ...) of these rows.
+    """
+    found, batch = _integers(ops, indices, "indices", None, like=like), like.shape[0]
+    numbers = known_values(ops, found)
+    if numbers is None:
+        wrong = ops.where(found < 0, found < 0, found > batch - 1)
+        return ops.where(wrong, 0, found), None, wrong
+    if ((numbers < 0) | (numbers >= batch)).any():
+        raise CacheError(
+            f"`indices` must be numbers of rows, 0 to {batch - 1}. "
+            f"Received: {np.asarray(numbers).tolist()}."
+        )
+    return found, numbers, None
+
+
+def _check_is_single(cache: Cache) -> None:
+    """Refuse caches that a framework's function has stacked, one of each layer, say."""
+    shape = cache.lengths.shape
+    if len(shape) != 1:
+        raise CacheError(
+            f"`cache.lengths` must be (B,). Received: {described(cache.lengths)}, as of several "
+            "caches in one. Take one of them, or map a function over them, as by `jax.vmap`."
+        )
 
 
 def _check_width(numbers: np.ndarray | None, name: str) -> None:

@@ -505,6 +505,22 @@ class CapabilityTests(BackendTests):
         found = ops.capabilities.write_slots(given, new, 1, True)
         Returned("storage behind it", ops.to_numpy(given)).equals(ops.to_numpy(found))
 
+    @pytest.mark.parametrize("end", [None, 5, 2, 0])
+    def test_take_rows_keeps_the_slots_before_the_end(self, ops: Any, end: int | None) -> None:
+        """More rows than there are, one of them twice; zero later on; NaN too."""
+        self.need(ops, "take_rows")
+        x, rows = values(3, 2, 5, 4), np.array([2, 0, 2, 1], np.int32)
+        x[2, 0, 1, 0] = np.nan
+        expected = x[rows]
+        expected[:, :, 5 if end is None else end :] = 0
+        given = ops.from_numpy(x.copy())
+        found = ops.capabilities.take_rows(given, ops.from_numpy(rows), end)
+        Returned(f"take_rows(x, rows, {end})", ops.to_numpy(found)).equals(expected)
+        same = ops.capabilities.take_rows(given, ops.from_numpy(np.arange(3, dtype=np.int32)), end)
+        must(
+            same is not given, "`take_rows` must give a new array. Received: the one it was given."
+        )
+
     def test_compiles_writes_is_false_in_an_eager_call(self, ops: Any) -> None:
         """There each call asks what its cache's arrays are to others."""
         self.need(ops, "compiles_writes", "write_slots")

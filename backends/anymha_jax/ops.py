@@ -112,6 +112,11 @@ def write_slots(storage, new, slot, in_place, /):
     return storage.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2), mode="clip")
 
 
+def take_rows(x, rows, end, /):
+    found = jnp.take(x, rows, axis=0, mode="clip")
+    return found if end is None else found.at[:, :, end:].set(0)
+
+
 def choose(index, functions, arrays, /):
     return jax.lax.switch(index, functions, arrays)
 
@@ -215,6 +220,7 @@ capabilities = Capabilities(
     compile=compile,
     has_values=has_values,
     write_slots=write_slots,
+    take_rows=take_rows,
     choose=choose,
     resized=resized,
     seed_array=seed_array,

@@ -102,6 +102,14 @@ def write_slots(storage, new, slot, in_place, /):
     return tf.reshape(tf.tensor_scatter_nd_update(flat, rows, new), full)
 
 
+def take_rows(x, rows, end, /):
+    found = tf.gather(x, rows)
+    if end is None:
+        return found
+    missing = shape(x)[2] - end
+    return tf.pad(found[:, :, :end], ((0, 0), (0, 0), (0, missing), (0, 0)))
+
+
 def choose(index, functions, arrays, /):
     return tf.switch_case(index, [partial(function, arrays) for function in functions])
 
@@ -226,6 +234,7 @@ capabilities = Capabilities(
     is_tracing=is_tracing,
     has_values=has_values,
     write_slots=write_slots,
+    take_rows=take_rows,
     choose=choose,
     compile=CompiledCall,
     seed_array=seed_array,

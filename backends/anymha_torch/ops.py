@@ -134,9 +134,11 @@ def argsort(x, /, *, axis):
 
 
 def gather(x, indices, /, *, axis):
-    shape = [1] * x.ndim
+    shape, wanted = [1] * x.ndim, list(x.shape)
     shape[0], shape[axis] = indices.shape
-    return torch.take_along_dim(x, indices.long().reshape(shape), axis)
+    wanted[0], wanted[axis] = indices.shape
+    # `take_along_dim` makes constants of lengths that a compiler has as symbols.
+    return torch.gather(x, axis, indices.long().reshape(shape).expand(wanted))
 
 
 # Getters written in C, since a call of a Python function takes as long as a small product.
@@ -238,6 +240,12 @@ def write_slots(storage, new, slot, in_place, /):
     return storage
 
 
+def take_rows(x, rows, end, /):
+    found = x[:, :, :end].index_select(0, rows)
+    missing = x.shape[2] - found.shape[2]
+    return torch.nn.functional.pad(found, (0, 0, 0, missing)) if missing else found
+
+
 def _is_of_inference(storage):
     if torch.compiler.is_compiling():  # a compiler cannot tell, and writes to nothing but copies
         return False
@@ -323,6 +331,7 @@ capabilities = Capabilities(
     keep_mask=keep_mask,
     has_values=has_values,
     write_slots=write_slots,
+    take_rows=take_rows,
     writes_in_place=True,
     compiles_writes=compiles_writes,
     is_inference=torch.is_inference_mode_enabled,

@@ -1074,6 +1074,11 @@ FAULTS = (
         ("test_writes_in_place_is_what_write_slots_does",),
     ),
     Fault(
+        "take_rows keeps what lies past the end",
+        lambda o: {"take_rows": lambda x, rows, end: o.capabilities.take_rows(x, rows, None)},
+        ("test_take_rows_keeps_the_slots_before_the_end",),
+    ),
+    Fault(
         "compiles_writes is true",
         lambda o: {"compiles_writes": lambda: True},
         ("test_compiles_writes_is_false_in_an_eager_call",),
