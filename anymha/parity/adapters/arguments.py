@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,6 +240,15 @@ def _dense(request: Request, names: list[str]) -> np.ndarray:
     for name in names:
         seen = seen & spread_mask(name, request.masks[name], 1, 1, 1)
     return seen
+
+
+@contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """Raise a RuntimeError where the user's code exits: its status 0 would say that all is well."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"The code raised {error!r}, as `sys.exit` does.") from error
 
 
 def first_that_runs(
