@@ -26,8 +26,7 @@ def _run(words: list[str]) -> int:
     if words[:1] == ["bench"]:  # a checkout's benchmarks have a parser of their own
         return run_bench(words[1:])
     options = make_parser().parse_args(words)
-    with exits_as_errors():  # after the parser, which exits by itself
-        return options.run(options)
+    return exits_as_errors(options.run)(options)  # not of the parser, which exits by itself
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from anymha.errors import LayoutError
+from anymha.framework.names import Function
 from anymha.parity.oracle.truth import spread_mask
 from anymha.parity.stages.trace import INPUTS, MASKS, POSITIONS, SEGMENTS, Request
 
@@ -242,13 +242,20 @@ def _dense(request: Request, names: list[str]) -> np.ndarray:
     return seen
 
 
-@contextmanager
-def exits_as_errors() -> Iterator[None]:
-    """Raise a RuntimeError where the user's code exits: its status 0 would say that all is well."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError(f"The code raised {error!r}, as `sys.exit` does.") from error
+def exits_as_errors(function: Function) -> Function:
+    """A function that calls the user's code, with a RuntimeError where that exits.
+
+    The exit's status 0 would say that all is well.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Any, **named: Any) -> Any:
+        try:
+            return function(*args, **named)
+        except SystemExit as error:
+            raise RuntimeError(f"The code raised {error!r}, as `sys.exit` does.") from error
+
+    return cast(Function, checked)
 
 
 def first_that_runs(

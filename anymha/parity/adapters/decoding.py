@@ -251,7 +251,7 @@ class Stepwise:
         joined = self.decoding.join is not None
         return Decoded(valid_of(request), calls, joined, turned, drafted)
 
-    @exits_as_errors()
+    @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         pieces = self.decoding.pieces(request.inputs["query"].shape[1])

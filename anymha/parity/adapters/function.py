@@ -39,7 +39,7 @@ class Function:
         self.parameters = Parameters.of(called, function)
         self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
-    @exits_as_errors()
+    @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         inputs = {name: request.originals[name] for name in INPUTS if name in request.originals}

@@ -131,7 +131,7 @@ class TorchModule:
         self.parameters = Parameters.of(module.forward, module)
         self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
-    @exits_as_errors()
+    @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         module, state = self.module, self.state

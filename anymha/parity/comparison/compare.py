@@ -66,7 +66,7 @@ class ParityError(AnymhaError, AssertionError):
     """
 
 
-@exits_as_errors()
+@exits_as_errors
 def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
     """Compare two implementations on the same inputs, stage by stage.
 
