@@ -391,7 +391,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "unknown layout": (
         [*REAL[:2], "--layout", "bert", "--num-heads", "12"],
-        f"`layout` must be one of {LAYOUTS}. Received: 'bert'. Did you mean 'transformers.bert'?",
+        f"`layout`: none is called 'bert'. Did you mean 'transformers.bert'? There are {LAYOUTS}.",
     ),
     "heads that do not divide": (
         [*REAL[:4], "--num-heads", "7"],

@@ -59,6 +59,30 @@ def breaks(query, value=None, key=None, **call):
     raise RuntimeError("no [such] kernel")
 
 
+def exits(query, value=None, key=None, **call):
+    raise SystemExit(0)
+
+
+def make_and_exit():
+    raise SystemExit(0)
+
+
+def interrupts(query, value=None, key=None, **call):
+    raise KeyboardInterrupt
+
+
+class Exits:
+    def __init__(self):
+        self.forward = layer
+
+    @property
+    def num_heads(self):
+        raise SystemExit(0)
+
+    def __call__(self, query):
+        return layer(query)
+
+
 def answers_oddly(query, value=None, key=None, **call):
     return {"colour": query}
 
@@ -95,6 +119,7 @@ def again(x, cache):
 
 decodes = decoding(again, steps=(2, 20))
 forgets = decoding(lambda x, cache: (layer(x, use_causal_mask=True), cache))
+decodes_and_exits = decoding(lambda x, cache: exits(x))
 own = decoding(layer, join=True, truncate=True, reorder=True)
 holds = decoding(lambda x, cache, valid: again(x, cache))
 """
@@ -360,6 +385,19 @@ def test_what_an_implementation_raises_is_told(command: Run) -> None:
     assert "raised RuntimeError: no [such] kernel" in out
 
 
+@pytest.mark.parametrize("name", ["exits", "decodes_and_exits"])
+def test_an_exit_of_an_implementation_is_an_error_of_it(command: Run, name: str) -> None:
+    status, out, err = command("port:layer", f"port:{name}")
+    assert (status, err) == (1, "")
+    assert "raised RuntimeError: The code raised SystemExit(0), as `sys.exit` does. It was" in out
+
+
+def test_no_exit_of_the_users_code_ends_a_command_as_a_success(command: Run) -> None:
+    with pytest.raises(RuntimeError, match=r"The code raised SystemExit\(0\)"):
+        command("port:layer", "port:Exits")
+    assert command("port:layer", "port:interrupts")[0] == 130
+
+
 def test_every_form_is_written(command: Run, folder: Path) -> None:
     files = ["--html", "r/a.html", "--json", "r/a.json", "--junit", "r/a.xml", "--markdown",
              "r/a.md", "--save", "r/a.npz"]  # fmt: skip
@@ -471,7 +509,7 @@ WRONG = {
     "no query": (["numpy", "numpy", "--inputs", "key.npz"], "key.npz has no 'query'"),
     "no model": (["numpy", "none.onnx"], "none.onnx"),
     "no widths": (["port:right", "port:forgot"], "Give inputs with `--inputs`"),
-    "no weights": (["numpy", "port:right"], "which are not known. Name a layer"),
+    "no weights": (["numpy", "port:right"], "which are not known. Name the weights"),
     "unknown case": (
         ["numpy", "numpy", "--cases", "self,colour"],
         "self-causal, self-masked, cross",
@@ -485,6 +523,8 @@ WRONG = {
     "one alone": (["numpy"], "CANDIDATE"),
     "broken module": (["numpy", "broken:layer"], "broken raised ZeroDivisionError"),
     "module that needs another": (["numpy", "needs:layer"], "it needs nowhere_at_all"),
+    "module that exits": (["numpy", "leaves.py:layer"], "leaves.py raised SystemExit: 0"),
+    "exits as it is made": (["numpy", "port:make_and_exit"], "and raised SystemExit: 0"),
 }
 
 
@@ -493,6 +533,7 @@ def test_wrong_call_ends_with_2_and_says_why(command: Run, folder: Path, case: s
     np.savez(folder / "key.npz", key=np.zeros((1, 2, 3)))
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "needs.py").write_text("import nowhere_at_all\n")
+    (folder / "leaves.py").write_text("import sys\ndef layer(x): return x\nsys.exit(0)\n")
     importlib.invalidate_caches()
     arguments, words = WRONG[case]
     status, out, err = command(*arguments)

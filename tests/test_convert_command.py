@@ -423,9 +423,12 @@ def test_wrong_calls_are_told(tmp_path: Path, command: Run) -> None:
     write(source, {**bert("0."), **bert("1.")})
     both = ("--from", BERT, "--to", "anymha")
     assert "cannot be read: there is no such file" in wrong(command, "no.npz", target, *both)
-    assert "`layout` must be one of 'anymha', " in wrong(
-        command, source, target, "--from", "bert", "--to", "anymha"
-    )
+    told = wrong(command, source, target, "--from", "bert", "--to", "anymha")
+    assert "`layout`: none is called 'bert'. Did you mean 'transformers.bert'? There are" in told
+    told = wrong(command, source, target, "--from", BERT, "--to", "jax")
+    assert "`to`: none is called 'jax'. The layers of anymha, in jax too, have the layout" in told
+    assert "cannot be read: there is no such file" in wrong(command, "nofile", target, *both)
+    assert "nofile cannot be read: there is no such file." in command("inspect", "nofile")[2]
     told = wrong(command, source, target, *both)
     assert f"{source}, layer '0.': transformers.bert needs `num_heads`" in told
     both = (*both, "--num-heads", 2)

@@ -339,7 +339,7 @@ def test_layout_that_is_not_known_is_told() -> None:
             call()
         listed = ", ".join(repr(name) for name in layouts())
         meant = "Did you mean 'transformers.bert'?"
-        assert message(error) == f"`layout` must be one of {listed}. Received: 'bert'. {meant}"
+        assert message(error) == f"`layout`: none is called 'bert'. {meant} There are {listed}."
     assert BERT in layouts()
 
 

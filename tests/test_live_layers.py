@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 import anymha
-from anymha.errors import ArgumentError, BiasWarning, LayoutError, WeightsError
+from anymha.errors import (
+    ArgumentError,
+    BiasWarning,
+    LayoutError,
+    UnknownBackendError,
+    WeightsError,
+)
 from anymha.framework.registry import backend_of
 from anymha.interchange.weights import Weights
 from tests.peer_layers import LIBRARIES, MODULES, need, peer
@@ -215,10 +221,50 @@ def test_layers_that_are_parts_of_models_are_not_made() -> None:
     layer = anymha.MultiHeadAttention(2, 4, query_features=8, use_bias=False, backend="numpy")
     with pytest.raises(LayoutError) as error:
         anymha.convert(layer, to="transformers.llama")
-    assert str(error.value).endswith(
-        "Received: 'transformers.llama'. A layer of it is part of a model: make the model and pass "
-        "its layer to `anymha.set_weights`."
+    assert str(error.value) == (
+        "A layer of transformers.llama is part of a model: make the model and pass its layer to "
+        "`anymha.set_weights`. `to` may be a backend or a layer that stands alone."
     )
+
+
+MEANT = {
+    "torch.nn.MultiheadAttention": "torch.MultiheadAttention",
+    "torch.MultiHeadAttention": "torch.MultiheadAttention",
+    "keras.layers.MultiHeadAttention": "keras.MultiHeadAttention",
+    "eqx.nn.MultiheadAttention": "equinox.MultiheadAttention",
+    "nnx.MultiHeadAttention": "flax.nnx.MultiHeadAttention",
+    "flax.linen": "flax.linen.MultiHeadDotProductAttention",
+    "haiku": "haiku.MultiHeadAttention",
+    "hk": "haiku.MultiHeadAttention",
+    "pytorch": "torch",
+    "tf.keras": "keras",
+    "linen": "flax",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_names_of_other_libraries_are_answered_with_ours_first(name: str) -> None:
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy")
+    with pytest.raises(UnknownBackendError) as error:
+        anymha.convert(layer, to=name)
+    told = f"`to`: none is called {name!r}. Did you mean {MEANT[name]!r}? There are 'numpy', "
+    assert str(error.value).startswith(told)
+
+
+def test_arrays_of_another_layout_are_answered_with_how_to_name_it() -> None:
+    layer = anymha.MultiHeadAttention(2, 4, query_features=8, backend="numpy", seed=0)
+    state = anymha.from_canonical(anymha.get_weights(layer), "torch.MultiheadAttention")
+    with pytest.raises(WeightsError) as error:
+        anymha.convert(dict(state), to="numpy")
+    assert str(error.value).startswith(
+        "Name the arrays' layout, one that `anymha.find_layers(arrays)` lists: `weights, config = "
+        "anymha.to_canonical(arrays, layout=..., num_heads=...)`; then `anymha.set_weights("
+        "anymha.MultiHeadAttention(**config.to_dict(), backend=...), weights)`. Received: in_proj"
+    )
+    ((fit, *_),) = [group.fits for group in anymha.find_layers(dict(state))]
+    weights, config = anymha.to_canonical(dict(state), layout=fit.name, num_heads=2)
+    made = anymha.MultiHeadAttention(**config.to_dict(), backend="numpy")
+    assert bits(anymha.get_weights(anymha.set_weights(made, weights))) == bits(weights)
 
 
 def test_torch_layers_with_rows_beside_the_inputs() -> None:
@@ -351,7 +397,7 @@ def test_parameters_within_a_model_are_found_if_there_is_one_layer() -> None:
     np.testing.assert_array_equal(model["params"]["block"]["attention"]["out"]["kernel"], 1)
     with pytest.raises(WeightsError, match="there are several, under 'a/', 'b/': pass those of"):
         anymha.get_weights({"a": parameters(), "b": parameters()})
-    with pytest.raises(WeightsError, match=r"there is none\. Received: norm/scale"):
+    with pytest.raises(WeightsError, match=r"^Name the .* Received: norm/scale"):
         anymha.get_weights({"norm": {"scale": np.ones(4)}})
 
 

@@ -242,9 +242,45 @@ def test_one_position_does_not_tell_the_number_of_heads() -> None:
 
 
 def test_names_that_mean_several_things_are_not_read_without_proof() -> None:
+    assert by_names(adapter_for(made("fused", tell=True))).why.startswith(": attention")
     module = made("fused", "scale", tell=True)
-    assert by_names(adapter_for(made("fused", tell=True))).is_proven
+    scaled = module.forward
+    module.forward = lambda x: torch.tanh(scaled(x))
     assert by_names(adapter_for(module)) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "order", "mistake"),
+    [(("qkv", "proj"), "blocks", "scale"), (("qkv", "proj"), "groups", "axis"),
+     (("c_attn", "c_proj"), "blocks", "joined"), (("c_attn", "c_proj"), "groups", "scale")],
+)  # fmt: skip
+def test_of_several_meanings_that_with_a_known_mistake_is_read(names, order, mistake) -> None:
+    class Fused(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads = 4
+            setattr(self, names[0], torch.nn.Linear(16, 48))
+            setattr(self, names[1], torch.nn.Linear(16, 16))
+
+        def forward(self, x: Any) -> Any:
+            y, d = getattr(self, names[0])(x), 16 if mistake == "scale" else 4
+            parts = y.unflatten(-1, (3, 4, 4) if order == "blocks" else (4, 3, 4))
+            q, k, v = (part.transpose(1, 2) for part in parts.unbind(2 if order == "blocks" else 3))
+            hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+            logits = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(hidden, -1e9)
+            context = logits.softmax(-2 if mistake == "axis" else -1) @ v
+            turned = context if mistake == "joined" else context.transpose(1, 2)
+            return getattr(self, names[1])(turned.reshape(x.shape))
+
+    torch.manual_seed(0)
+    module = Fused()
+    reading = by_names(adapter_for(module))
+    assert "of the layouts that fit, one mistake explains its output in this alone" in reading.note
+    rows = getattr(module, names[0]).weight.detach().numpy()
+    kernel = rows.reshape((3, 4, 4, 16) if order == "blocks" else (4, 3, 4, 16))
+    first = kernel[0] if order == "blocks" else kernel[:, 0]
+    read = reading.adapter.description.weights["query.kernel"]
+    assert np.array_equal(read, first.transpose(2, 0, 1))
 
 
 def test_nothing_is_read_where_numbers_do_not_prove_it() -> None:

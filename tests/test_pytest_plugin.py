@@ -159,6 +159,13 @@ def test_a_call_that_raises_is_in_the_section_without_lines_of_ours(
     assert "NOT COMPARED: ValueError" in written
 
 
+def test_an_exit_of_an_implementation_is_a_call_that_raises(run: Run) -> None:
+    leaves = "def test_leaves(parity):\n    parity.check(layer, lambda query: exit(0), x)\n"
+    result = run(SAMPLE + leaves)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*NOT COMPARED: RuntimeError: The code raised SystemExit(0)*"])
+
+
 def test_report_without_an_ending_is_markdown(run: Run, pytester: pytest.Pytester) -> None:
     (pytester.path / "report").write_text("old")
     run(SAMPLE + AGREES, "--parity-report=report").assert_outcomes(passed=1)

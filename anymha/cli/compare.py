@@ -28,6 +28,7 @@ from anymha.framework.registry import get_backend
 from anymha.parity.adapters import adapter_for
 from anymha.parity.adapters.decoding import Decoding, Stepwise
 from anymha.parity.comparison.compare import compare as compare_two
+from anymha.parity.comparison.named_layers import without_weights
 from anymha.parity.oracle.cases import trio
 from anymha.parity.reports.comparison_view import comparison_document
 from anymha.parity.reports.outcome import Outcome, exit_status, to_dict
@@ -192,14 +193,11 @@ def _random_layer(
     every: Sequence[Implementation], widths: tuple[int, int, int], dtype: str = "float32"
 ) -> SavedLayer:
     """Random weights; an error where an implementation has its own and they are not known."""
-    silent = [one.name for one in every if one.implementation is not None]
+    silent = [one for one in every if one.implementation is not None]
     named_alone = [one.name for one in every if one.implementation is None]
     if silent and named_alone:
-        raise UsageError(
-            f"A layer of {named_alone[0]} must get the weights of {silent[0]}, which are not "
-            "known. Name a layer, a result of `anymha.parity.declare`, or a saved case; a module's "
-            "are read where it tells `num_heads` and the names of its layers mean one thing alone."
-        )
+        other = silent[0]
+        raise UsageError(without_weights(named_alone[0], other.name, other.implementation))
     return make_layer(widths, dtype)
 
 

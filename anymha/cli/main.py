@@ -21,11 +21,12 @@ def _run(words: list[str]) -> int:
     # Imported here, so that Ctrl-C while NumPy is imported is handled too.
     from anymha.cli.bench import run_bench  # noqa: PLC0415
     from anymha.cli.parser import make_parser  # noqa: PLC0415
+    from anymha.parity.adapters.arguments import exits_as_errors  # noqa: PLC0415
 
     if words[:1] == ["bench"]:  # a checkout's benchmarks have a parser of their own
         return run_bench(words[1:])
     options = make_parser().parse_args(words)
-    return options.run(options)
+    return exits_as_errors(options.run)(options)  # not of the parser, which exits by itself
 
 
 if __name__ == "__main__":

@@ -14,15 +14,10 @@ from typing import Any
 
 from anymha.errors import AnymhaError, BackendNotInstalledError, UsageError
 from anymha.framework.registry import BUILT_IN, LAYERS, backends, get_layer
-from anymha.interchange.layers import convert, get_weights, new_layer
 from anymha.interchange.libraries import MAKERS
-from anymha.options.config import AttentionConfig
 from anymha.parity.adapters import adapter_for
-from anymha.parity.comparison.proven_weights import by_names
+from anymha.parity.comparison.named_layers import LIVE, known_layer, make_named
 from anymha.parity.stages.saved_case import SavedLayer
-
-LIVE = tuple(name for name, (module, _) in MAKERS.items() if module != "params")
-"""The layouts whose layers can be made alone."""
 
 KERAS_ON = ("tensorflow", "torch", "jax", "openvino")
 """Keras's backends, each named as the package that it needs."""
@@ -43,13 +38,7 @@ class Implementation:
         """The object to compare: itself, or a layer with these options and weights."""
         if self.implementation is not None:
             return self.implementation
-        options = layer.config.to_dict()
-        names = {"query_features": "query", "value_features": "value", "key_features": "key"}
-        options |= {o: layer.weights[f"{name}.kernel"].shape[0] for o, name in names.items()}
-        options["dtype"] = layer.weights["query.kernel"].dtype.name
-        config = AttentionConfig.from_dict(options)
-        ours = new_layer("numpy", config, layer.weights)
-        return convert(ours, to=self.name)
+        return make_named(self.name, layer)
 
 
 def is_model(name: str) -> bool:
@@ -90,11 +79,7 @@ def implementation_named(name: str) -> Implementation:
             f"backend ({homes}), or a layer of a library ({', '.join(LIVE)}). Received: {name}."
         )
     implementation = _object(name)
-    layer, note = _known_layer(implementation), ""
-    if layer is None and (reading := by_names(adapter_for(implementation))) is not None:
-        description = reading.adapter.description
-        layer, note = SavedLayer(description.config, description.weights), reading.note
-    return Implementation(name, implementation, layer, note)
+    return Implementation(name, implementation, *known_layer(implementation))
 
 
 def _object(name: str) -> Any:
@@ -118,7 +103,7 @@ def _object(name: str) -> Any:
             f"{name} cannot be imported: there is no module {error.name!r} here or among what is "
             f"installed. The folder is {os.getcwd()}."
         ) from error
-    except Exception as error:  # whatever a module of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a module of the user's raises
         raise UsageError(
             f"{name} cannot be imported: {path} raised {type(error).__name__}: {error}."
         ) from error
@@ -133,7 +118,7 @@ def _object(name: str) -> Any:
     if _makes(value):
         try:
             value = value()
-        except Exception as error:  # whatever a function of the user's raises
+        except (Exception, SystemExit) as error:  # whatever a function of the user's raises
             raise UsageError(
                 f"{name} was called without arguments to make the object to compare, and raised "
                 f"{type(error).__name__}: {error}."
@@ -182,19 +167,6 @@ def _makes(value: Any) -> bool:
     return all(
         one.default is not one.empty or one.kind is one.VAR_KEYWORD for one in parameters
     ) and not any(one.kind is one.VAR_POSITIONAL for one in parameters)
-
-
-def _known_layer(implementation: Any) -> SavedLayer | None:
-    """Options and weights of an implementation, where they are known."""
-    description = getattr(adapter_for(implementation), "description", None)
-    if description is not None:
-        return SavedLayer(description.config, description.weights)
-    try:
-        weights = get_weights(implementation)
-    except AnymhaError:
-        return None
-    config = getattr(weights, "config", None) or implementation.config
-    return SavedLayer(config, dict(weights))
 
 
 def settle_keras_backend() -> None:

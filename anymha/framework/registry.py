@@ -136,7 +136,7 @@ def backends() -> dict[str, Backend]:
 
 OTHER_NAMES = {
     "pytorch": "torch", "pt": "torch", "tf": "tensorflow", "np": "numpy", "jnp": "jax",
-    "tf.keras": "keras", "nnx": "flax", "linen": "flax", "eqx": "equinox",
+    "tf.keras": "keras", "nnx": "flax", "linen": "flax", "eqx": "equinox", "hk": "haiku",
 }  # fmt: skip
 """What backends are called elsewhere."""
 
@@ -161,6 +161,11 @@ def get_backend(name: str, *beside: str) -> Backend:
         told = f" Pass {meant!r}." if meant in names else ""
         raise UnknownBackendError(f"A backend is one of {known}. Received: {name!r}.{told}")
     return _plugged_in(others[name])
+
+
+def homes() -> list[str]:
+    """The names of all backends, and of all packages that bring a layer alone; imports none."""
+    return [*(one.name for one in (*BUILT_IN, *LAYERS)), *_entry_points()]
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:

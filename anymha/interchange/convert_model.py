@@ -110,7 +110,7 @@ def convert_file(
     new_format = writable_format(target)
     check_writable(target)
     check_not_source(target, source, [source])
-    new, old = get_layout(to), None if layout is None else get_layout(layout)
+    new, old = get_layout(to, "to"), None if layout is None else get_layout(layout)
     with open_file(source, max_bytes) as reader:
         sources = reader.files()
         sources += siblings(sources, target)

@@ -16,7 +16,7 @@ from anymha.interchange import caches
 from anymha.interchange.compared_options import check_same_results
 from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
 from anymha.interchange.layouts.own import from_torch_state
-from anymha.interchange.libraries import make_layer, open_layer
+from anymha.interchange.libraries import check_target, make_layer, open_layer
 from anymha.interchange.live_layer import LiveLayer
 from anymha.interchange.rotary_order import (
     LAYOUT_OF,
@@ -255,6 +255,7 @@ def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) ->
             )
         return caches.converted(layer, to)
     caches.check_is_single(layer)
+    check_target(to)
     weights = get_weights(layer, **sizes)
     needs = weights.needs
     if needs and not weights_only:

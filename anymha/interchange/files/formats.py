@@ -135,10 +135,7 @@ def _located(path: Path) -> tuple[Format, Path]:
         if path.name and kind_of(path.with_name(f"{path.name}.index")) == "file":
             return _BY_NAME["TensorFlow checkpoint"], path
         if named is None:
-            raise FileError(
-                f"{shown(path)} has a name of no known format. Known are: {_listed(FORMATS)}, and "
-                "the folders of Hugging Face, Orbax, TensorFlow and torch."
-            )
+            raise _missing(path)
         return named, path
     head = content.head_of(path)
     content.refuse_by_name(path)
@@ -151,7 +148,8 @@ def _located(path: Path) -> tuple[Format, Path]:
     if named is None:
         raise FileError(
             f"{shown(path)} is of no known format, neither by its name nor by its first bytes. "
-            f"Known are: {_listed(FORMATS)}."
+            f"Known are: {_listed(FORMATS)}, and the folders of Hugging Face, Orbax, TensorFlow "
+            "and torch."
         )
     return named, path
 
@@ -191,7 +189,7 @@ def open_file(path: Path, max_bytes: int | None = None) -> Reader:
     """
     file_format, file = locate(path)
     if kind_of(file) == "nothing" and file_format.name != "TensorFlow checkpoint":
-        raise FileError(f"{shown(path)} cannot be read: there is no such file.")
+        raise _missing(path)
     with limited(max_bytes), readable(path):
         reader = _reader(file_format, file, max_bytes)
         try:
@@ -200,6 +198,10 @@ def open_file(path: Path, max_bytes: int | None = None) -> Reader:
             reader.close()
             raise
     return reader
+
+
+def _missing(path: Path) -> FileError:
+    return FileError(f"{shown(path)} cannot be read: there is no such file.")
 
 
 def _reader(file_format: Format, file: Path, max_bytes: int | None) -> Reader:

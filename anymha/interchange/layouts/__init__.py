@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
-from anymha.framework.registry import as_numpy, check_named
+from anymha.framework.registry import OTHER_NAMES, as_numpy, check_named, homes
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
 from anymha.interchange.leftovers import MLA_REASON
@@ -49,8 +49,12 @@ def layouts() -> list[str]:
     return sorted({*_built_in(), *_entry_points()})
 
 
-def get_layout(name: str) -> Layout:
+def get_layout(name: str, argument: str = "layout") -> Layout:
     """The layout of that name: its arrays, what its forward pass needs, and its limits.
+
+    Args:
+        name: Its name.
+        argument: What errors call it.
 
     Raises:
         UnknownLayoutError: there is none.
@@ -67,17 +71,24 @@ def get_layout(name: str) -> Layout:
     if name not in points and name in LATENT:
         raise LayoutError(f"{name}: {MLA_REASON}")
     if name not in points:
-        known = layouts()
-        lowered = {one.lower(): one for one in known}
-        given = str(name).lower()
-        alike = [one for one in lowered if one.rpartition(".")[2] == given]
-        alike = alike or get_close_matches(given, lowered, 1)
-        alike = alike or [one for one in lowered if one.partition(".")[0] == given]
-        meant = " or ".join(repr(lowered[one]) for one in alike) if len(alike) < 4 else ""
-        meant = meant and f" Did you mean {meant}?"
-        names = ", ".join(map(repr, known))
-        raise UnknownLayoutError(f"`layout` must be one of {names}. Received: {name!r}.{meant}")
+        raise UnknownLayoutError(unknown_name(argument, name, layouts()))
     return _plugged_in(points[name])
+
+
+def unknown_name(argument: str, name: Any, known: Sequence[str]) -> str:
+    """The message about a name that is not known: first what it may mean, then all there are."""
+    lowered = {one.lower(): one for one in known}
+    given = OTHER_NAMES.get(str(name).lower(), str(name).lower())
+    first, dot, rest = given.partition(".")
+    given = OTHER_NAMES.get(first, first) + dot + rest
+    alike = [one for one in lowered if given in (one, one.rpartition(".")[2])]
+    alike = alike or get_close_matches(given, lowered, 1)
+    alike = alike or [one for one in lowered if one.startswith(f"{given}.")]
+    meant = " or ".join(repr(lowered[one]) for one in alike) if len(alike) < 4 else ""
+    meant = meant and f" Did you mean {meant}?"
+    if given in homes() and "anymha" in known:
+        meant += f" The layers of anymha, in {given} too, have the layout 'anymha'."
+    return f"`{argument}`: none is called {name!r}.{meant} There are {', '.join(map(repr, known))}."
 
 
 def to_canonical(

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError
+from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError, UnknownBackendError
+from anymha.framework.registry import homes
 from anymha.interchange.compared_options import check_supported
 from anymha.interchange.layer_config import alike
-from anymha.interchange.layouts import get_layout
+from anymha.interchange.layouts import get_layout, layouts, unknown_name
 from anymha.interchange.live_layer import LiveLayer
 from anymha.options.config import AttentionConfig
 
@@ -116,6 +117,18 @@ def known_class(kind: type) -> tuple[str, str] | None:
     return None if same is None else ("modules", f"transformers.{same}")
 
 
+def check_target(to: Any) -> None:
+    """Raise an error where `to` is no backend, and no layout whose layers stand alone."""
+    known = [*homes(), *MAKERS]
+    if to in layouts() and to not in known:
+        raise LayoutError(
+            f"A layer of {to} is part of a model: make the model and pass its layer to "
+            "`anymha.set_weights`. `to` may be a backend or a layer that stands alone."
+        )
+    if to not in known:
+        raise UnknownBackendError(unknown_name("to", to, known))
+
+
 def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionConfig) -> Any:
     """Make a new live layer of another library.
 
@@ -128,15 +141,9 @@ def make_layer(layout: str, arrays: Mapping[str, np.ndarray], config: AttentionC
         The layer; for Flax's linen and Haiku its parameters, as nested dicts of JAX's arrays.
 
     Raises:
-        LayoutError: layers of this layout cannot be made, or lack an option.
+        LayoutError: layers of this layout lack an option.
         BackendNotInstalledError: the library is not installed.
     """
-    if layout not in MAKERS:
-        raise LayoutError(
-            f"`to` must be the name of a backend, or of a layout whose layers stand alone: "
-            f"{', '.join(map(repr, MAKERS))}. Received: {layout!r}. A layer of it is part of a "
-            "model: make the model and pass its layer to `anymha.set_weights`."
-        )
     module, library = MAKERS[layout]
     if importlib.util.find_spec(library) is None:
         raise BackendNotInstalledError(

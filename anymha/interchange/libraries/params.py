@@ -28,13 +28,14 @@ def open_layer(params: Mapping[str, Any]) -> LiveLayer:
     layers = [(layout, start) for layout in LAYOUTS for start in get_layout(layout).prefixes(names)]
     if len(layers) != 1:
         several = ", ".join(repr(start) for _, start in layers)
-        reason = (
-            f"there are several, under {several}: pass those of one" if layers else "there is none"
-        )
+        remedy = f"There are several, under {several}: pass those of one." if layers else (
+            "Name the arrays' layout, one that `anymha.find_layers(arrays)` lists: `weights, config"
+            " = anymha.to_canonical(arrays, layout=..., num_heads=...)`; then `anymha.set_weights("
+            "anymha.MultiHeadAttention(**config.to_dict(), backend=...), weights)`.")  # fmt: skip
         raise WeightsError(
-            "Parameters must hold one attention layer, of Flax's linen (`query`, `key`, `value`, "
-            "`out` with `kernel`) or of Haiku (`query`, `key`, `value`, `linear` with `w`); "
-            f"{reason}. Received: {', '.join(names[:6])}."
+            f"{remedy} Received: {', '.join(names[:6])}. Without a layout one layer of "
+            "Flax's linen (`query`, `key`, `value`, `out` with `kernel`) or of Haiku (`query`, "
+            "`key`, `value`, `linear` with `w`) is known."
         )
     ((layout, start),) = layers
     paths = {"/".join(path).removeprefix(start): path for path in flat}

@@ -10,11 +10,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from anymha.errors import LayoutError
+from anymha.framework.names import Function
 from anymha.parity.oracle.truth import spread_mask
 from anymha.parity.stages.trace import INPUTS, MASKS, POSITIONS, SEGMENTS, Request
 
@@ -239,6 +240,22 @@ def _dense(request: Request, names: list[str]) -> np.ndarray:
     for name in names:
         seen = seen & spread_mask(name, request.masks[name], 1, 1, 1)
     return seen
+
+
+def exits_as_errors(function: Function) -> Function:
+    """A function that calls the user's code, with a RuntimeError where that exits.
+
+    The exit's status 0 would say that all is well.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: Any, **named: Any) -> Any:
+        try:
+            return function(*args, **named)
+        except SystemExit as error:
+            raise RuntimeError(f"The code raised {error!r}, as `sys.exit` does.") from error
+
+    return cast(Function, checked)
 
 
 def first_that_runs(

@@ -19,7 +19,7 @@ from anymha.errors import ArgumentError, LayoutError
 from anymha.framework.registry import backend_of
 from anymha.interchange.layers import get_weights
 from anymha.options.config import AttentionConfig
-from anymha.parity.adapters.arguments import name_of
+from anymha.parity.adapters.arguments import exits_as_errors, name_of
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.recipe import Arrays
@@ -251,6 +251,7 @@ class Stepwise:
         joined = self.decoding.join is not None
         return Decoded(valid_of(request), calls, joined, turned, drafted)
 
+    @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         pieces = self.decoding.pieces(request.inputs["query"].shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,8 +13,9 @@ import numpy as np
 
 from anymha.errors import AnymhaError, ArgumentError
 from anymha.framework.registry import backend_of
-from anymha.parity.adapters.arguments import Fitted, Parameters, first_that_runs
+from anymha.parity.adapters.arguments import Fitted, Parameters, exits_as_errors, first_that_runs
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
+from anymha.parity.adapters.module_state import packages_of, unready
 from anymha.parity.stages.layer_call import native
 from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
 
@@ -37,6 +39,7 @@ class Function:
         self.parameters = Parameters.of(called, function)
         self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
+    @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         inputs = {name: request.originals[name] for name in INPUTS if name in request.originals}
@@ -62,6 +65,7 @@ class Function:
                     f"{self.name} got arrays of NumPy, as the inputs are. If it takes those of "
                     "another framework, give such inputs; on the command line: `--arrays torch`."
                 )
+            _advise(error)
             raise
         both = [{name: as_numpy(x) for name, x in one.items()} for one in (first, run(form))]
         gradients: Arrays | str = {}
@@ -71,6 +75,17 @@ class Function:
         return make_trace(
             self.name, request, call, self.description, gradients, form.notes, ops.name
         )
+
+
+def _advise(error: Exception) -> None:
+    """Add to an error what to do, where it was raised in a module that is given as it cannot be."""
+    frames = traceback.walk_tb(error.__traceback__)
+    callers = [next(iter(frame.f_locals.values()), None) for frame, _ in frames]  # `self`, mostly
+    notes = [unready(one) for one in callers if "flax" in packages_of(one)]
+    if any("equinox" in packages_of(one) for one in callers):
+        notes.append("If a module of Equinox takes one example alone, give `jax.vmap(module)`.")
+    for note in dict.fromkeys(filter(None, notes)):
+        error.add_note(note)
 
 
 def _gradients(

@@ -23,7 +23,18 @@ def has_state(module: Any) -> bool:
 
     A layer of Keras on torch is one, too, and names its variables by numbers there.
     """
-    return hasattr(module, "state_dict") and "keras" not in _packages(module)
+    return hasattr(module, "state_dict") and "keras" not in packages_of(module)
+
+
+def unready(module: Any) -> str:
+    """What to do with a module that has no parameters yet, in words; empty where it may have."""
+    packages = packages_of(module)
+    if "flax" in packages and getattr(module, "scope", module) is None:
+        return ("A module of linen holds no parameters. Give `module.bind(variables)`, with "
+                "`variables = module.init(jax.random.key(0), x)`.")  # fmt: skip
+    if "keras" in packages and not getattr(module, "built", True):
+        return "The layer of Keras has no weights yet. Call it once, `layer(x)`, where it is made."
+    return ""
 
 
 def state_of(module: Any) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def _linear_layers(module: Any) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
 
 def _array(x: Any) -> np.ndarray | None:
     """The values of an array, or of a variable of Keras or nnx; None of what is none."""
-    packages = _packages(x)
+    packages = packages_of(x)
     if "keras" in packages:
         x = x.value
     elif "flax" in packages:
@@ -127,6 +138,6 @@ def _array(x: Any) -> np.ndarray | None:
     return as_numpy(x) if hasattr(x, "shape") and hasattr(x, "dtype") else None
 
 
-def _packages(x: Any) -> set[str]:
+def packages_of(x: Any) -> set[str]:
     """The packages of an object's classes."""
     return {kind.__module__.partition(".")[0] for kind in type(x).__mro__}

@@ -31,7 +31,8 @@ class Session:
         path = Path(model)
         if not path.is_file():
             raise ArgumentError(
-                f"A model of ONNX is a file. Received: {path}, which is not a file."
+                "A text is the file of a model of ONNX, or the name of a backend or of a library's "
+                f"layer. Received: {str(path)!r}, which is none of them."
             )
         if importlib.util.find_spec("onnxruntime") is None:
             raise BackendNotInstalledError(

@@ -14,7 +14,7 @@ from anymha.framework.registry import get_backend
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.packing import Sizes
 from anymha.interchange.reading import form_of
-from anymha.parity.adapters.arguments import Fitted, Parameters, first_that_runs
+from anymha.parity.adapters.arguments import Fitted, Parameters, exits_as_errors, first_that_runs
 from anymha.parity.adapters.foreign import (
     LayerDescription,
     dense_mask,
@@ -131,6 +131,7 @@ class TorchModule:
         self.parameters = Parameters.of(module.forward, module)
         self.name, self.lacking = self.parameters.name, self.parameters.lacking
 
+    @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         module, state = self.module, self.state

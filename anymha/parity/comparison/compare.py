@@ -12,6 +12,7 @@ from anymha.errors import AnymhaError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.arguments import exits_as_errors
 from anymha.parity.adapters.decoding import (
     Stepwise,
     Whole,
@@ -22,6 +23,7 @@ from anymha.parity.adapters.decoding import (
 from anymha.parity.adapters.ours import Ours
 from anymha.parity.comparison.baseline import Baseline, outputs_alone
 from anymha.parity.comparison.cut import cut, sequences, words
+from anymha.parity.comparison.named_layers import with_layers
 from anymha.parity.comparison.no_numbers import says_nothing, without_gradients, without_numbers
 from anymha.parity.comparison.probed import with_probed_kernels
 from anymha.parity.comparison.proven_weights import proven
@@ -64,6 +66,7 @@ class ParityError(AnymhaError, AssertionError):
     """
 
 
+@exits_as_errors
 def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
     """Compare two implementations on the same inputs, stage by stage.
 
@@ -71,7 +74,8 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
         reference: The implementation that counts as right: a layer of anymha in any framework; a
             live layer of torch, Keras, Flax or Equinox; a function of query, value and
             key, by its own names for them, which returns the output, or the output and the scores,
-            or a dict of stages; or what `decoding` makes of a function that decodes step by step.
+            or a dict of stages; what `decoding` makes of a function that decodes step by step; or
+            the name of a backend, as "numpy", whose layer gets the other's weights.
         candidate: What is judged; likewise.
         inputs: The query (B, T, D), a sequence of query, value and key, or a mapping of them by
             name; arrays of NumPy or of any framework.
@@ -99,7 +103,14 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
         ('masked_logits', 'causal mask ignored')
     """
     request = make_request(inputs, call)
+    reference, candidate, note = with_layers(reference, candidate)
     one, other = decoding_pair(adapter_for(reference), adapter_for(candidate), request)
+    comparison = _compared_in_part(one, other, request)
+    return dataclasses.replace(comparison, notes=(*filter(None, [note]), *comparison.notes))
+
+
+def _compared_in_part(one: Adapter, other: Adapter, request: Request) -> Comparison:
+    """The comparison of two implementations, of which a large call's first part shows the rest."""
     part = cut(request)
     if part is None:
         return _compared(one, other, request)

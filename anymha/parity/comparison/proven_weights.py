@@ -55,6 +55,8 @@ SECONDS = 3.0
 MOST = 1 << 25
 """Of more numbers nothing is read."""
 
+UNPROVEN = ", as it says; that its output is attention of them is not proven"
+
 USUAL = 64
 """The width of a head that is tried first."""
 
@@ -74,7 +76,7 @@ class Reading:
 
     adapter: Any
     naming: Naming
-    is_proven: bool = True
+    why: str = ": attention of them gives its output"
 
     @property
     def note(self) -> str:
@@ -84,11 +86,9 @@ class Reading:
         if rotary is not None:
             turned = f" and rotary positions (base={rotary.base:g}, layout={rotary.layout!r})"
         heads = f"{config.num_heads} heads" if config.num_heads > 1 else "1 head"
-        why = ": attention of them gives its output" if self.is_proven else (
-            ", as it says; that its output is attention of them is not proven")  # fmt: skip
         return (
             f"The weights of {self.adapter.name} are read by the names of its layers, with "
-            f"{heads} of {config.key_dim}{turned}{why}."
+            f"{heads} of {config.key_dim}{turned}{self.why}."
         )
 
     def alike(self, other: Adapter) -> Adapter:
@@ -131,12 +131,13 @@ def by_names(adapter: Adapter) -> Reading | None:
     """The module of an adapter with its weights, proven by a call of ours if it is plain attention.
 
     One that is not may be a port with a mistake: its weights are read if it says how many heads it
-    has, and its names mean one thing alone. None where nothing can be read.
+    has, and its names mean one thing alone, or one known mistake explains its output in one meaning
+    alone. None where nothing can be read so.
     """
     try:
         ours = _call_of_ours(adapter, None)
         found = None if ours is None else _first_proven(adapter, ours)
-        return found or _only_one(adapter)
+        return found or _likeliest(adapter, _readings(adapter))
     except Exception:  # whatever a module of the user's raises
         return None
 
@@ -160,8 +161,8 @@ def _all_proven(
             return
 
 
-def _only_one(adapter: Any) -> Reading | None:
-    """The one reading with as many heads as the module says; None where there are several."""
+def _readings(adapter: Any) -> list[Reading]:
+    """The readings with as many heads as the module says, each of other weights."""
     state, heads = _state(adapter), adapter.parameters.heads
     found: list[Reading] = []
     whole = heads and (_four(state) is None or LAST in (_four(state) or {}))
@@ -169,14 +170,28 @@ def _only_one(adapter: Any) -> Reading | None:
         if naming.sizes != {**naming.sizes, "num_heads": heads} or "rotary" in naming.sizes:
             break
         read = _read(adapter, state, naming)
-        if read is not None:
-            found.append(Reading(read, naming, is_proven=False))
-    first = found[0].adapter.description.weights if found else {}
-    alike = all(
-        np.array_equal(first[name], array)
-        for reading in found for name, array in reading.adapter.description.weights.items()
-    )  # fmt: skip
-    return found[0] if found and alike else None
+        if read is None:
+            continue
+        weights = read.description.weights
+        known = (one.adapter.description.weights for one in found)
+        if not any(all(np.array_equal(x, one[name]) for name, x in weights.items())
+                   for one in known):  # fmt: skip
+            found.append(Reading(read, naming, UNPROVEN))
+    return found
+
+
+def _likeliest(adapter: Any, readings: list[Reading]) -> Reading | None:
+    """The one reading; of several the one with which a known mistake explains the output.
+
+    None where it does with none of several, or with two.
+    """
+    if len(readings) > 1:
+        calls = _call_of_ours(adapter, None) or []
+        why = ", as in {0}: of the layouts that fit, one mistake explains its output in this alone"
+        readings = [dataclasses.replace(one, why=why.format(one.naming.layout)) for one in readings
+                    if any(_proves(one.adapter.description, *call, mistaken=True)
+                           for call in calls)]  # fmt: skip
+    return readings[0] if len(readings) == 1 else None
 
 
 def _call_of_ours(adapter: Any, like: Request | None) -> list[tuple[Request, Trace]] | None:
@@ -307,8 +322,10 @@ def _read(
     return TorchModule(module, description, names is None and has_state(module))
 
 
-def _proves(description: LayerDescription, request: Request, trace: Trace) -> bool:
-    """Whether attention of these weights is the output that a trace has."""
+def _proves(
+    description: LayerDescription, request: Request, trace: Trace, mistaken: bool = False
+) -> bool:
+    """Whether attention of these weights is the output of a trace; `mistaken`: with one mistake."""
     for name, array in zip(("query", "value", "key"), request.three, strict=True):
         if description.weights[f"{name}.kernel"].shape[0] != array.shape[-1]:
             return False
@@ -320,7 +337,8 @@ def _proves(description: LayerDescription, request: Request, trace: Trace) -> bo
         return False
     flow = {"output": folded.flat(trace.output).astype(np.float64)}
     with np.errstate(all="ignore"):
-        return Search(folded.recipe, trace, flow).fits()
+        search = Search(folded.recipe, trace, flow)
+        return search.diagnose(pairs=False).explained if mistaken else search.fits()
 
 
 def _module(adapter: Any) -> Any:

@@ -40,7 +40,7 @@ def explained(comparison: Comparison, adapters: Sequence[Adapter]) -> Comparison
     reason = _reason(comparison)
     compared = "they are compared: weights that differ would explain this, too"
     end = "causes are searched for" if reason else compared
-    offers = dict.fromkeys(f"{offer}, and {end}." for offer in map(_offer, adapters) if offer)
+    offers = dict.fromkeys(f"{one}, and {end}." for one in map(offer, adapters) if one)
     notes = (*comparison.notes, *offers)
     diagnosis = dataclasses.replace(diagnosis, untried=reason or diagnosis.untried)
     return dataclasses.replace(comparison, diagnosis=diagnosis, notes=notes)
@@ -172,7 +172,7 @@ def _dropped_shares(comparison: Comparison) -> tuple[np.ndarray, np.ndarray] | N
     return factors[seen], np.ones_like(factors[seen])
 
 
-def _offer(adapter: Adapter) -> str:
+def offer(adapter: Adapter) -> str:
     """How an implementation's weights can be named, where they are not known; else empty."""
     silent: Any = adapter
     if getattr(silent, "description", True) is not None or not hasattr(silent, "parameters"):
@@ -184,9 +184,11 @@ def _offer(adapter: Adapter) -> str:
         groups = find_layers(dict(module.state_dict()))
     except AnymhaError:
         groups = []
-    fits = [fit.name for group in groups[:1] for fit in group.fits if group.prefixes == [""]]
+    fits = [fit.name for group in groups[:1] for fit in group.fits if len(group.prefixes) == 1]
     if not fits:
         return f"Name the weights of {adapter.name} with `declare(module, weights, layout)`"
     others = f" (or {', '.join(fits[1:4])})" if fits[1:] else ""
-    return (f"Name the weights of {adapter.name} with `declare(module, layout={fits[0]!r}, "
+    part = groups[0].prefixes[0].rstrip(".")
+    state = f"module.get_submodule({part!r}).state_dict(), " if part else ""
+    return (f"Name the weights of {adapter.name} with `declare(module, {state}layout={fits[0]!r}, "
             f"num_heads={heads})`{others}")  # fmt: skip
