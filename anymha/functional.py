@@ -18,7 +18,7 @@ from anymha.execution import path as paths
 from anymha.execution.attend import Attended, attend
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name, multiplies
-from anymha.framework.names import answer, backticked
+from anymha.framework.names import answer, answers, backticked
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import check_named, common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
@@ -438,6 +438,7 @@ def multi_head_attention(
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
 
 
+@answers(**dict.fromkeys(("outputs", "outs"), "Pass `contexts`."), lse="Pass `lses`.")
 def merge_attention(contexts: Sequence[Array], lses: Sequence[Array]) -> Any:
     """Attention over all keys, from the results over parts of them.
 
@@ -535,6 +536,7 @@ def _checked_parts(contexts: Any, lses: Any) -> tuple[Ops, dict[str, Array]]:
     return ops, arrays
 
 
+@answers(position_ids="Pass `positions`.", base="Pass `rotary=anymha.Rotary(base=...)`.")
 def rotate(x: Array, positions: Array, rotary: Any, *, length: int | None = None) -> Any:
     """Queries or keys, turned by rotary positions, as the layer's option `rotary` turns them.
 

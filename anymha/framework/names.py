@@ -8,13 +8,16 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from anymha.errors import ArgumentError
+from anymha.errors import ArgumentError, UnknownOptionError
+from anymha.framework.shapes import described
 from anymha.text import quoted
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-SIMILARITY = 0.7
+SIMILARITY = 0.8
 """How alike two names must be, of 1, for one to be taken for the other misspelled."""
+SIMILARITY_OF_WORDS = 0.6
+"""How alike each of their words must be: `query_dim` is not `query_size`."""
 
 
 def answer(name: str, known: Iterable[str], peers: Mapping[str, str]) -> str:
@@ -25,13 +28,25 @@ def answer(name: str, known: Iterable[str], peers: Mapping[str, str]) -> str:
     if name in peers:
         return peers[name]
     right = list(known)
-    alike = difflib.get_close_matches(name, [*right, *peers], 1, SIMILARITY)
+    alike = difflib.get_close_matches(name, [*right, *peers], 5, SIMILARITY)
+    alike = [other for other in alike if _same_words(name, other)]
     if not alike:
-        return f"It takes: {', '.join(right)}."
+        return f"It takes: {', '.join(right) or 'nothing'}."
     nearest = alike[0]
     if nearest in right:
         return f"Pass `{nearest}`, if that is meant."
     return f"If `{nearest}` is meant: {peers[nearest]}"
+
+
+def _same_words(name: str, other: str) -> bool:
+    """Whether two names have the same words, misspelled; or only `_` or capitals set them apart."""
+    words, others = name.split("_"), other.split("_")
+    if name.replace("_", "").lower() == other.replace("_", "").lower():
+        return True
+    return len(words) == len(others) and all(
+        difflib.SequenceMatcher(None, word, right).ratio() >= SIMILARITY_OF_WORDS
+        for word, right in zip(words, others, strict=True)
+    )
 
 
 def backticked(names: Iterable[str]) -> str:
@@ -40,27 +55,65 @@ def backticked(names: Iterable[str]) -> str:
 
 
 def answers(**peers: str) -> Callable[[Function], Function]:
-    """Make a function answer keywords that it does not take with the right one.
+    """Make a function or the constructor of a class answer wrong keywords with the right one.
+
+    A class of options raises an `UnknownOptionError`, a function an `ArgumentError`.
 
     Args:
         **peers: By names that other libraries have, what to do here, a sentence.
     """
 
     def decorate(function: Function) -> Function:
-        parameters = inspect.signature(function).parameters.values()
-        names = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
-        takes_more = len(names) < len(parameters)
-
-        @functools.wraps(function)
-        def checked(*args: Any, **named: Any) -> Any:
-            for name, value in named.items():
-                if name in peers or not (takes_more or name in names):
-                    raise ArgumentError(
-                        f"`{function.__name__}` takes no `{name}`. Received: {name}="
-                        f"{quoted(value)}. {answer(name, names, peers)}"
-                    )
-            return function(*args, **named)
-
-        return cast(Function, checked)
+        made: Any = function
+        if isinstance(function, type):
+            made.__init__ = _answering(made.__init__, function.__name__, peers, UnknownOptionError)
+            return function
+        return cast(Function, _answering(made, made.__name__, peers, ArgumentError))
 
     return decorate
+
+
+def _answering(
+    function: Any, title: str, peers: Mapping[str, str], kind: type[ArgumentError]
+) -> Callable[..., Any]:
+    """The function, which raises `kind` for a keyword that it does not take, or that it lacks."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    names = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    takes_more = len(names) < len(parameters)
+    known = [name for name in names if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **named: Any) -> Any:
+        for name, value in named.items():
+            if name in peers or not (takes_more or name in names):
+                raise kind(
+                    f"`{title}` takes no `{name}`. Received: {_received(name, value)}. "
+                    f"{answer(name, known, peers)}"
+                )
+        try:
+            return function(*args, **named)
+        except TypeError:
+            wrong = _cannot_bind(signature, args, named)
+            if not wrong:
+                raise
+        others = [f"`{name}`: {answer(name, known, {})}" for name in named if name not in known]
+        told = " ".join(others) or f"It takes: {', '.join(known)}."
+        raise kind(f"`{title}` cannot be called so: {wrong}. {told}")
+
+    return checked
+
+
+def _cannot_bind(signature: inspect.Signature, args: Any, named: Mapping[str, Any]) -> str:
+    """Why these are no arguments of a function, in words; empty where they are."""
+    try:
+        signature.bind(*args, **named)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _received(name: str, value: Any) -> str:
+    """A keyword argument for an error message; of an array its dtype and shape."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"{name} of {described(value)}" if is_array else f"{name}={quoted(value)}"

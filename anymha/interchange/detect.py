@@ -19,6 +19,7 @@ import numpy as np
 
 from anymha.errors import AnymhaError, ArgumentError
 from anymha.framework.dtypes import dtype_name
+from anymha.framework.names import answers
 from anymha.interchange.files.formats import FORMATS, Format, format_of, open_file
 from anymha.interchange.files.reader import Tensor
 from anymha.interchange.layout import Layout
@@ -182,6 +183,7 @@ class LayerGroup:
         return self.fits[0].config if self.fits else None
 
 
+@answers(**dict.fromkeys(("path", "file", "arrays", "state_dict"), "Pass `source`."))
 def find_layers(
     source: str | os.PathLike[str] | Mapping[str, Any], *, max_bytes: int | None = None
 ) -> list[LayerGroup]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from anymha.errors import ArgumentError, CacheError, ShapeError
 from anymha.framework.dtypes import dtype_name, is_floating
+from anymha.framework.names import answers
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known, product
@@ -220,6 +221,7 @@ class Cache(Nested):
         shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
         return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
+    @answers(**dict.fromkeys(("length", "to", "new_length"), "Pass `lengths`."))
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
@@ -274,6 +276,7 @@ class Cache(Nested):
             return new if is_same else new._cleared(ops)
         return new._share(self, wanted)  # the next call clears what lies beyond
 
+    @answers(**dict.fromkeys(("order", "beam_idx", "index", "rows"), "Pass `indices`."))
     def reorder(self, indices: Any) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
 
@@ -625,6 +628,7 @@ def make_cache(
     return cache._own(np.zeros(batch_size, np.int64))
 
 
+@answers()
 def join_caches(caches: Sequence[Cache]) -> Cache:
     """One cache of all the rows of several, as prompts that were read one by one.
 

@@ -19,6 +19,7 @@ from anymha.errors import (
     WeightsError,
 )
 from anymha.framework.dtypes import dtype_name
+from anymha.framework.names import answers
 from anymha.framework.protocol import Array, Dim
 from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
@@ -94,6 +95,8 @@ def takes_options(
                 config = AttentionConfig(*args, **given)
             except UnknownOptionError:
                 unknown = [name for name in given if name not in known]
+                if not unknown:  # but within an option
+                    raise
                 raise unknown_options(unknown, known, BY_NAME) from None
             init(self, config, **extra)
 
@@ -239,6 +242,7 @@ class NativeLayer:
         """
         raise NotImplementedError
 
+    @answers()
     def with_canonical_weights(self, weights: Mapping[str, Any]) -> Self:
         """The layer with these weights, in its own dtype: itself, or a new one where it is frozen.
 
@@ -274,6 +278,23 @@ class NativeLayer:
                 "two values. Give both the same, or give each an array of its own."
             )
 
+    @answers(
+        **dict.fromkeys(
+            (
+                "max_len",
+                "max_seq_len",
+                "max_seq_length",
+                "length",
+                "max_cache_len",
+                "max_size",
+                "capacity",
+                "size",
+            ),
+            "Pass `max_length`.",
+        ),
+        **dict.fromkeys(("batch", "bsz", "max_batch_size"), "Pass `batch_size`."),
+        device="Leave it out: the cache is made where the layer's weights are.",
+    )
     def make_cache(
         self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0,
         donate: bool = False,
@@ -302,6 +323,11 @@ class NativeLayer:
         sizes = batch_size, max_length, rewind
         return make_cache(self.ops, self.config, computing, *sizes, dtype, device, donate)
 
+    @answers(
+        **dict.fromkeys(("context", "encoder_hidden_states", "memory", "x"), "Pass `value`."),
+        positions="Pass `key_positions`.",
+        value_mask="Pass `value_mask` to the call.",
+    )
     def make_memory(
         self, value: Array, key: Array | None = None, *, key_positions: Any = None
     ) -> Memory:

@@ -14,6 +14,7 @@ from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.attention.features.rotary import Rotary
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name
+from anymha.framework.names import answers
 from anymha.framework.validation import (
     PROJECTIONS,
     checked_axes,
@@ -230,6 +231,7 @@ class AttentionConfig:
         ranks["output"] = 1 if output is None else len(output)
         check_ranks(objects, ranks, self.biased)
 
+    @answers(**dict.fromkeys(("query_size", "embed_dim", "hidden_size"), "Pass `query_features`."))
     def weight_shapes(
         self,
         query_features: int | None = None,

@@ -19,6 +19,37 @@ _KEY_DIM = "Pass `key_dim`, the width of each query and key head."
 _OUTPUT = "Pass `output_shape`; the default is the width of the query input."
 _KERNEL = "Pass `kernel_initializer`."
 _ROTARY = "Pass `rotary=anymha.Rotary({0}=...)`."
+_NORM = "Pass `query_key_norm`, an `anymha.QueryKeyNorm`."
+_EPSILON = "Pass `query_key_norm=anymha.QueryKeyNorm(eps=...)`, if queries and keys have a norm."
+_SINKS = "Pass `sinks=True`."
+_ALIBI = "Pass `alibi=True`, or a slope for each query head."
+_SCALE = "Pass `scale`, the factor of the logits; the default is 1/sqrt(key_dim)."
+_SOFTCAP = "Pass `softcap`."
+_WINDOW = "Pass `sliding_window`, the keys to a side that a query sees, its own counted."
+_FLOAT32 = (
+    "Leave it out: the softmax and all sums are in float32 at least. `compute_dtype` is the dtype "
+    "of all that the layer computes."
+)
+_CAUSAL = "Leave it out, and pass `use_causal_mask=True` to the call."
+_CACHE = "Leave it out. Pass `cache`, from `layer.make_cache(batch_size, max_length)`, to the call."
+_MASK = "Pass `attention_mask`, True = may attend, to the call; or `value_mask`, for padding."
+_BIAS_OF_POSITIONS = (
+    "Leave it out: compute the bias of positions, and pass it to the call as `attention_bias`."
+)
+_LENGTH = (
+    "Leave it out: the layer takes any length. A cache has one: "
+    "`layer.make_cache(batch_size, max_length)`."
+)
+_DROP_OUTPUT = (
+    "Leave it out: `dropout` is that of the probabilities. Drop the output after the call."
+)
+_OUTSIDE = "Leave it out: the layer has no such part. Compute it before or after the call."
+_ABSENT = (
+    "The layer cannot do that: there is no such option. Leave it out only if it is switched off."
+)
+_NO_EFFECT = "Leave it out: nothing that the layer computes depends on it."
+_BASE = _ROTARY.format("base")
+_ROTARY_ANY = "Pass `rotary=True`, or an `anymha.Rotary`."
 _FUSED = "Leave it out: the layer takes a fused kernel where there is one that computes the same."
 _EXTRA_KEY = "Leave it out: the layer adds no learned key or value; append one to the inputs."
 
@@ -43,8 +74,7 @@ PEERS: Mapping[str, str] = {
     "broadcast_dropout=False.",
     "deterministic": "Only Flax's layer has it. Pass `training` to the call: training=False is "
     "deterministic=True.",
-    "decode": "Leave it out. Pass `cache`, from `layer.make_cache(batch_size, max_length)`, to "
-    "the call.",
+    "decode": _CACHE,
     "rngs": "Only Flax's layer has it. Pass `seed`, an int.",
     "param_dtype": "Pass `dtype`, the dtype of the weights; Flax's `dtype` is `compute_dtype`.",
     "kernel_init": _KERNEL,
@@ -90,14 +120,157 @@ PEERS: Mapping[str, str] = {
     "attn_dropout": _DROPOUT,
     "attn_pdrop": _DROPOUT,
     "attention_probs_dropout_prob": _DROPOUT,
-    "attn_logit_softcapping": "Pass `softcap`.",
-    "rope_theta": _ROTARY.format("base"),
+    "attn_logit_softcapping": _SOFTCAP,
+    "rope_theta": _BASE,
     "rope_scaling": _ROTARY.format("scaling"),
     "rope_parameters": _ROTARY.format("base=..., scaling"),
     "rotary_dim": _ROTARY.format("dim"),
     "partial_rotary_factor": _ROTARY.format("dim"),
     "max_position_embeddings": _ROTARY.format("max_position_embeddings"),
-    "is_decoder": "Leave it out, and pass `use_causal_mask=True` to the call.",
+    "is_decoder": _CAUSAL,
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "nhead"), _HEADS),
+    **dict.fromkeys(("d_k", "d_q", "d_kv", "d_head", "head_size", "attention_head_size"), _KEY_DIM),
+    **dict.fromkeys(("n_kv_heads", "n_kv_head", "n_head_kv", "num_heads_kv"), _KEY_VALUE_HEADS),
+    "num_key_value_groups": "Pass `num_key_value_heads` = num_heads / num_key_value_groups.",
+    "multi_query": "Pass `num_key_value_heads=1`.",
+    "d_v": "Pass `value_dim`, the width of each value head.",
+    "attention_bias": "Pass `use_bias`, if it is True or False, as in Llama's config. A bias of "
+    "the logits is `attention_bias` of the call.",
+    "attn_bias": "Pass `use_bias`, if it is True or False. A bias of the logits is "
+    "`attention_bias` of the call.",
+    "use_cache": _CACHE,
+    **dict.fromkeys(("attention_sinks", "use_sinks"), _SINKS),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), _EPSILON),
+    **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "qk_layer_norm"), _NORM),
+    "query_pre_attn_scalar": "Pass `scale` = query_pre_attn_scalar ** -0.5.",
+    **dict.fromkeys(("attention_multiplier", "softmax_scale", "sm_scale"), _SCALE),
+    "scale_attn_weights": "Leave it out for True; pass `scale=1.0` for False.",
+    "scale_attn_by_inverse_layer_idx": "Pass `scale` = 1/sqrt(key_dim) / (layer_idx + 1).",
+    "reorder_and_upcast_attn": _FLOAT32,
+    "use_sliding_window": _WINDOW,
+    **dict.fromkeys(("rope", "rotary_emb", "rotary_pos_emb", "use_rope"), _ROTARY_ANY),
+    **dict.fromkeys(("rope_base", "rotary_base", "rotary_emb_base", "rope_max_wavelength"), _BASE),
+    **dict.fromkeys(("rotary_pct", "rotary_emb_dim", "rope_dim"), _ROTARY.format("dim")),
+    "rotary_emb_interleaved": 'Pass `rotary=anymha.Rotary(layout="interleaved")`.',
+    **dict.fromkeys(("alibi_pos_bias", "use_alibi", "alibi_slopes"), _ALIBI),
+    **dict.fromkeys(
+        (
+            "position_bias",
+            "rel_pos_bias",
+            "has_relative_attention_bias",
+            "position_embedding_type",
+            "relative_attention_num_buckets",
+            "relative_attention_max_distance",
+        ),
+        _BIAS_OF_POSITIONS,
+    ),
+    **dict.fromkeys(
+        (
+            "n_positions",
+            "n_ctx",
+            "max_seq_len",
+            "max_seq_length",
+            "max_length",
+            "block_size",
+            "cache_size",
+            "seq_len",
+            "context_length",
+        ),
+        _LENGTH,
+    ),
+    **dict.fromkeys(
+        (
+            "proj_drop",
+            "proj_dropout",
+            "resid_pdrop",
+            "resid_dropout",
+            "residual_dropout",
+            "hidden_dropout_prob",
+        ),
+        _DROP_OUTPUT,
+    ),
+    **dict.fromkeys(
+        ("add_cross_attention", "is_cross_attention", "cross_attn"),
+        "Leave it out, and pass `value` to the call, with its width as `value_features` here.",
+    ),
+    **dict.fromkeys(
+        ("config", "layer_idx", "layer_id"),
+        "Leave it out: the options are passed one by one, `num_heads` and so on.",
+    ),
+    **dict.fromkeys(
+        (
+            "clip_qkv",
+            "talking_heads",
+            "pre_talking_heads",
+            "post_talking_heads",
+            "head_scale",
+            "num_mem_kv",
+            "add_zero_kv",
+            "sparse_topk",
+            "rotary_xpos",
+            "scale_norm",
+            "added_kv_proj_dim",
+            "spatial_norm_dim",
+        ),
+        _ABSENT,
+    ),
+    **dict.fromkeys(
+        (
+            "norm_layer",
+            "norm_first",
+            "norm_num_groups",
+            "residual_connection",
+            "rescale_output_factor",
+            "activation",
+            "dim_feedforward",
+            "cross_attention_norm",
+            "group_norm",
+        ),
+        _OUTSIDE,
+    ),
+    "initializer_range": "Pass `kernel_initializer`, an initialiser with that deviation.",
+    # diffusers
+    "query_dim": "Pass `query_features`, the width of the query input.",
+    **dict.fromkeys(
+        ("cross_attention_dim", "dim_context", "context_dim"),
+        "Pass `value_features`, the width of the value input.",
+    ),
+    **dict.fromkeys(("out_dim", "output_dim", "dim_output"), _OUTPUT),
+    **dict.fromkeys(
+        (
+            "out_bias",
+            "proj_bias",
+            "qkv_proj_bias",
+            "out_proj_bias",
+            "use_qkv_bias",
+            "add_bias",
+            "attention_in_bias",
+        ),
+        _BIASES,
+    ),
+    **dict.fromkeys(
+        ("upcast_attention", "upcast_softmax", "softmax_in_fp32", "attention_softmax_in_fp32"),
+        _FLOAT32,
+    ),
+    "scale_qk": "Leave it out for True; pass `scale=1.0` for False.",
+    # the width of the model, in words of several libraries
+    **{
+        name: "Pass it " + _WIDTH.format(name)
+        for name in (
+            "model_dim",
+            "dim_model",
+            "hidden_dim",
+            "hidden_features",
+            "emb_dim",
+            "n_embed",
+            "embedding_dim",
+            "in_dim",
+            "input_dim",
+            "in_channels",
+            "width",
+            "features",
+        )
+    },
     # x-transformers, timm
     "dim": "Pass it " + _WIDTH.format("dim"),
     "heads": _HEADS,
@@ -108,19 +281,46 @@ PEERS: Mapping[str, str] = {
     "one_kv_head": "Pass `num_key_value_heads=1`.",
     "qkv_bias": 'Pass `use_bias=("query", "key", "value")`, and "output" where that has one.',
     "attn_drop": _DROPOUT,
-    "flash": _FUSED,
+    **dict.fromkeys(
+        (
+            "flash",
+            "fused_attn",
+            "use_flash_attn",
+            "use_flash_attention",
+            "use_sdpa",
+            "attn_implementation",
+            "_attn_implementation",
+        ),
+        _FUSED,
+    ),
+    **dict.fromkeys(
+        (
+            "logit_softclamp_value",
+            "softclamp_logits",
+            "logits_soft_cap",
+            "logit_soft_cap",
+            "attn_logit_softcap",
+            "attention_softcap",
+        ),
+        _SOFTCAP,
+    ),
     # Keras and TensorFlow Addons
     "flash_attention": _FUSED,
     "use_gate": "Pass `gate='elementwise'`.",
     "num_query_heads": _HEADS,
-    "head_size": _KEY_DIM,
     "use_projection_bias": _BIASES,
     "trainable": "Only Keras's layer has it.",
     "autocast": "Only Keras's layer has it.",
     # everywhere
-    "causal": "Leave it out, and pass `use_causal_mask=True` to the call.",
-    "is_causal": "Leave it out, and pass `use_causal_mask=True` to the call.",
-    "window_size": "Pass `sliding_window`, the keys to a side that a query sees, its own counted.",
+    **dict.fromkeys(("causal", "is_causal"), _CAUSAL),
+    **dict.fromkeys(("mask", "attn_mask", "causal_mask"), _MASK),
+    "key_padding_mask": "Pass `value_mask=~key_padding_mask` to the call: torch's mask is True "
+    "where a key is ignored.",
+    **dict.fromkeys(
+        ("window_size", "window", "attention_window", "local_window_size", "sliding_window_size"),
+        _WINDOW,
+    ),
+    **dict.fromkeys(("checkpointing", "gradient_checkpointing", "pretraining_tp"), _NO_EFFECT),
 }
 """By the name in another library, what to do here, a sentence."""
 
@@ -171,7 +371,9 @@ def unknown_options(
     """The error for options that are not in `known`; `of_call` are the arguments of the call."""
     names, right = list(unknown), list(known)
     told = [
-        f"Pass `{name}` to the layer's call." if name in of_call else answer(name, right, PEERS)
+        f"Pass `{name}` to the layer's call."
+        if name in of_call and name not in PEERS
+        else answer(name, right, PEERS)
         for name in names
     ]
     plural = "s" if len(names) > 1 else ""

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
+from anymha.framework.names import answers
 from anymha.framework.registry import as_numpy, check_named
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
@@ -80,6 +81,7 @@ def get_layout(name: str) -> Layout:
     return _plugged_in(points[name])
 
 
+@answers(**dict.fromkeys(("weights", "state_dict", "params"), "Pass `arrays`."))
 def to_canonical(
     arrays: Mapping[str, Any], layout: str, **sizes: Any
 ) -> tuple[Weights, AttentionConfig]:
@@ -127,6 +129,7 @@ def to_canonical(
     return source.to_canonical(flat, **sizes)
 
 
+@answers(**dict.fromkeys(("arrays", "state_dict", "params"), "Pass `weights`."))
 def from_canonical(
     weights: Mapping[str, Any],
     layout: str,

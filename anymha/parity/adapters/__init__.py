@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymha.errors import ArgumentError
+from anymha.framework.names import answers
 from anymha.interchange.libraries import known_class
 from anymha.parity.adapters.decoding import Decoding
 from anymha.parity.stages.trace import Adapter
@@ -36,6 +37,7 @@ class Declared:
     sizes: dict[str, Any]
 
 
+@answers(**dict.fromkeys(("layer", "state_dict", "params"), "Pass `weights`."))
 def declare(implementation: Any, weights: Any = None, layout: str | None = None,
             **sizes: Any) -> Declared:  # fmt: skip
     """Name the weights of an implementation, so that causes are searched for in its stages.
