@@ -23,6 +23,7 @@ from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import check_named, common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
 from anymha.framework.validation import (
+    checked_flag,
     checked_rate,
     checked_scale,
     checked_size,
@@ -141,6 +142,10 @@ def dot_product_attention(
     """
     if unknown or query is None or key is None or value is None:
         raise _wrong_names(unknown, query=query, key=key, value=value)
+    flags = {"is_causal": is_causal, "return_scores": return_scores, "return_lse": return_lse}
+    for name, given in flags.items():
+        if given is not True and given is not False:
+            checked_flag(given, name)
     named = {
         "query": query, "key": key, "value": value, "mask": mask, "bias": bias,
         "query_mask": query_mask, "value_mask": value_mask, "segment_ids": segment_ids,
@@ -438,7 +443,7 @@ def multi_head_attention(
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
 
 
-@answers(**dict.fromkeys(("outputs", "outs"), "Pass `contexts`."), lse="Pass `lses`.")
+@answers(contexts="outputs outs", lses="lse")
 def merge_attention(contexts: Sequence[Array], lses: Sequence[Array]) -> Any:
     """Attention over all keys, from the results over parts of them.
 
@@ -536,7 +541,7 @@ def _checked_parts(contexts: Any, lses: Any) -> tuple[Ops, dict[str, Array]]:
     return ops, arrays
 
 
-@answers(position_ids="Pass `positions`.", base="Pass `rotary=anymha.Rotary(base=...)`.")
+@answers({"Pass `rotary=anymha.Rotary(base=...)`.": "base theta"}, positions="position_ids")
 def rotate(x: Array, positions: Array, rotary: Any, *, length: int | None = None) -> Any:
     """Queries or keys, turned by rotary positions, as the layer's option `rotary` turns them.
 

@@ -6,11 +6,11 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from anymha.errors import ArgumentError, UnknownOptionError
-from anymha.framework.shapes import described
-from anymha.text import quoted
+from anymha.framework.shapes import shown_value
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,14 +54,30 @@ def backticked(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def answers(**peers: str) -> Callable[[Function], Function]:
+def by_name(told: Mapping[str, str]) -> dict[str, str]:
+    """Sentences by each name that they answer; `told` has the names, in one text, by the sentence.
+
+    In a sentence {0} stands for the name.
+    """
+    return {
+        name: sentence.replace("{0}", name)
+        for sentence, names in told.items()
+        for name in names.split()
+    }
+
+
+def answers(
+    told: Mapping[str, str] = MappingProxyType({}), **right: str
+) -> Callable[[Function], Function]:
     """Make a function or the constructor of a class answer wrong keywords with the right one.
 
     A class of options raises an `UnknownOptionError`, a function an `ArgumentError`.
 
     Args:
-        **peers: By names that other libraries have, what to do here, a sentence.
+        told: As for `by_name`, what to do in place of names that other libraries have.
+        **right: By the name of a parameter other names for it, in one text.
     """
+    peers = by_name({**told, **{f"Pass `{name}`.": others for name, others in right.items()}})
 
     def decorate(function: Function) -> Function:
         made: Any = function
@@ -88,7 +104,7 @@ def _answering(
         for name, value in named.items():
             if name in peers or not (takes_more or name in names):
                 raise kind(
-                    f"`{title}` takes no `{name}`. Received: {_received(name, value)}. "
+                    f"`{title}` takes no `{name}`. Received: {name}={shown_value(value)}. "
                     f"{answer(name, known, peers)}"
                 )
         try:
@@ -111,9 +127,3 @@ def _cannot_bind(signature: inspect.Signature, args: Any, named: Mapping[str, An
     except TypeError as error:
         return str(error)
     return ""
-
-
-def _received(name: str, value: Any) -> str:
-    """A keyword argument for an error message; of an array its dtype and shape."""
-    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
-    return f"{name} of {described(value)}" if is_array else f"{name}={quoted(value)}"

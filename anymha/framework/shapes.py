@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from anymha.errors import ShapeError
 from anymha.framework.dtypes import dtype_name
 from anymha.framework.protocol import Array, Dim
+from anymha.text import quoted
 
 
 def check_broadcast(
@@ -41,6 +43,12 @@ def check_broadcast(
 def is_known(length: Dim) -> bool:
     """Whether a length is a number now, and not a symbol of a traced program."""
     return isinstance(length, int)
+
+
+def shown_value(value: Any) -> str:
+    """A value for an error message; of an array its shape and dtype."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return described(value) if is_array else quoted(value)
 
 
 def show(shape: Sequence[Dim]) -> str:

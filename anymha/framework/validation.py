@@ -6,9 +6,13 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from anymha.errors import ConfigError
+import numpy as np
+
+from anymha.errors import ArgumentError, ConfigError
+from anymha.framework.shapes import shown_value
 
 PROJECTIONS = ("query", "key", "value", "output")
 
@@ -116,6 +120,35 @@ def checked_seed(value: Any, argument: str) -> int | None:
             f"`{argument}` must be an integer, or None to draw one. Received: {value!r}."
         )
     return seed
+
+
+def checked_flag(value: Any, argument: str, matters: bool = True) -> bool:
+    """`value`, which is True or False, of Python or of NumPy, or 0 or 1; or an array of one such.
+
+    Args:
+        value: The value.
+        argument: The argument's name.
+        matters: Whether an array may not be traced, which hides its value; else it is False.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if isinstance(value, (bool, np.bool_)) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    is_one = getattr(value, "shape", None) == () and "bool" in str(getattr(value, "dtype", ""))
+    if is_one:
+        with suppress(Exception):  # each framework has its own for a value that is traced
+            return bool(value)
+        if not matters:
+            return False
+    raise ArgumentError(
+        f"`{argument}` must be True or False. Received: {shown_value(value)}{', traced' * is_one}. "
+        + (
+            "Make it static, as with `static_argnames` of `jax.jit`."
+            if is_one
+            else f"Pass {argument}=True or {argument}=False."
+        )
+    )
 
 
 def checked_name(value: Any, argument: str) -> str | None:

@@ -42,7 +42,7 @@ OWN = "anymha"
 """The layout of anymha's own layers."""
 
 
-@answers(**dict.fromkeys(("model", "module"), "Pass `layer`."))
+@answers(layer="model module")
 def get_weights(layer: Any, **sizes: Any) -> Weights:
     """The layer's weights as NumPy arrays by canonical name, in the layer's dtype.
 
@@ -95,7 +95,7 @@ def _check_no_sizes(sizes: Mapping[str, Any]) -> None:
         )
 
 
-@answers(**dict.fromkeys(("state_dict", "params", "arrays"), "Pass `weights`."))
+@answers(weights="state_dict params arrays")
 def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     """The layer with these weights: itself, or a new one where layers are frozen.
 
@@ -228,7 +228,7 @@ def convert(
 ) -> homes.EquinoxLayer: ...
 @overload
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any: ...
-@answers(**dict.fromkeys(("backend", "framework"), "Pass `to`, its name."))
+@answers(to="backend framework")
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any:
     """The native layer of another framework, with the same configuration and the same weights.
 

@@ -27,8 +27,14 @@ from anymha.framework.names import answers
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known, product
+from anymha.framework.validation import checked_flag
 from anymha.layer.checks import is_integer
 from anymha.options.config import AttentionConfig
+
+
+def shown_array(x: Any) -> str:
+    """The shape and the dtype of an array, or what a framework has put into its place."""
+    return described(x) if hasattr(x, "dtype") else repr(x)
 
 
 class Nested:
@@ -75,6 +81,11 @@ class Memory(Nested):
     keys: Array
     values: Array
     key_positions: Array | None = None
+
+    def __repr__(self) -> str:
+        arrays = [(name, getattr(self, name)) for name in self.ARRAYS]
+        shown = [f"{name}: {shown_array(x)}" for name, x in arrays if x is not None]
+        return f"Memory({'; '.join(shown)})"
 
 
 MOST_POSITIONS = 2**31 - 1
@@ -217,11 +228,10 @@ class Cache(Nested):
 
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
-        keys: Any = self.keys  # a framework may put something else into the place of an array
-        shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
+        shown = shown_array(self.keys)
         return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
-    @answers(**dict.fromkeys(("length", "to", "new_length"), "Pass `lengths`."))
+    @answers(lengths="length new_length to")
     def truncate(self, lengths: Any) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
@@ -276,7 +286,7 @@ class Cache(Nested):
             return new if is_same else new._cleared(ops)
         return new._share(self, wanted)  # the next call clears what lies beyond
 
-    @answers(**dict.fromkeys(("order", "beam_idx", "index", "rows"), "Pass `indices`."))
+    @answers(indices="beam_idx index order rows")
     def reorder(self, indices: Any) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
 
@@ -623,7 +633,7 @@ def make_cache(
     cache = Cache(
         storage(config.key_dim), storage(config.value_dim), rows[0], rows[1], overflowed,
         rows[2] if is_ring else None, None, None, max_length, window if is_ring else None,
-        donate=bool(donate),
+        donate=checked_flag(donate, "donate"),
     )  # fmt: skip
     return cache._own(np.zeros(batch_size, np.int64))
 

@@ -23,6 +23,7 @@ from anymha.framework.names import answers
 from anymha.framework.protocol import Array, Dim
 from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
+from anymha.framework.validation import checked_flag
 from anymha.layer.arguments import BY_NAME, call_documentation, call_parameters
 from anymha.layer.cache import Cache, Memory, make_cache
 from anymha.layer.forward import make_memory
@@ -279,21 +280,9 @@ class NativeLayer:
             )
 
     @answers(
-        **dict.fromkeys(
-            (
-                "max_len",
-                "max_seq_len",
-                "max_seq_length",
-                "length",
-                "max_cache_len",
-                "max_size",
-                "capacity",
-                "size",
-            ),
-            "Pass `max_length`.",
-        ),
-        **dict.fromkeys(("batch", "bsz", "max_batch_size"), "Pass `batch_size`."),
-        device="Leave it out: the cache is made where the layer's weights are.",
+        {"Leave it out: the cache is made where the layer's weights are.": "device"},
+        max_length="max_len max_seq_len max_seq_length max_cache_len length size capacity",
+        batch_size="batch bsz max_batch_size",
     )
     def make_cache(
         self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0,
@@ -324,10 +313,9 @@ class NativeLayer:
         return make_cache(self.ops, self.config, computing, *sizes, dtype, device, donate)
 
     @answers(
-        **dict.fromkeys(("context", "encoder_hidden_states", "memory", "x"), "Pass `value`."),
-        positions="Pass `key_positions`.",
-        value_mask="Pass `value_mask` to the call.",
-    )
+        {"Pass `value_mask` to the call.": "value_mask key_padding_mask"},
+        value="context encoder_hidden_states memory x", key_positions="positions",
+    )  # fmt: skip
     def make_memory(
         self, value: Array, key: Array | None = None, *, key_positions: Any = None
     ) -> Memory:
@@ -446,7 +434,7 @@ def mode_of_training(mode: str, passed: bool | None, own: bool, training: bool |
         ArgumentError: both were passed.
     """
     if training is None:
-        return not (own if passed is None else passed)
+        return not checked_flag(own if passed is None else passed, mode)
     if passed is not None:
         raise ArgumentError(
             f"`training` and `{mode}` say the same; pass one. Received: training={training!r}, "

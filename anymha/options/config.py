@@ -231,7 +231,7 @@ class AttentionConfig:
         ranks["output"] = 1 if output is None else len(output)
         check_ranks(objects, ranks, self.biased)
 
-    @answers(**dict.fromkeys(("query_size", "embed_dim", "hidden_size"), "Pass `query_features`."))
+    @answers(query_features="query_size embed_dim hidden_size")
     def weight_shapes(
         self,
         query_features: int | None = None,

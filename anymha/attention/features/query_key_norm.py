@@ -33,17 +33,10 @@ SCALES = ("weight", "one_plus_weight", "none")
 
 
 @answers(
-    **dict.fromkeys(
-        ("epsilon", "norm_eps", "rms_norm_eps", "layer_norm_eps", "variance_epsilon"), "Pass `eps`."
-    ),
-    **dict.fromkeys(("norm", "norm_type", "type"), 'Pass `kind`, "rms", "layer" or "l2".'),
-    **dict.fromkeys(("bias", "elementwise_bias"), "Pass `use_bias`."),
-    **dict.fromkeys(
-        ("use_scale", "elementwise_affine", "weight", "affine"),
-        'Pass `scale`, "weight" for True, "none" for False.',
-    ),
-    **dict.fromkeys(("axis", "dim", "per_head"), 'Pass `over`, "head", "heads" or "width".'),
-)
+    eps="epsilon norm_eps rms_norm_eps layer_norm_eps variance_epsilon",
+    kind="norm norm_type type", over="axis dim per_head", use_bias="bias",
+    scale="use_scale elementwise_affine weight affine",
+)  # fmt: skip
 @dataclass(frozen=True)
 class QueryKeyNorm(FeatureOptions):
     """The norm of queries and keys, the option `query_key_norm`.

@@ -71,27 +71,11 @@ class Scaling(Mapping[str, Any]):
 
 
 @answers(
-    **dict.fromkeys(("theta", "rope_theta", "rope_base", "max_wavelength"), "Pass `base`."),
-    **dict.fromkeys(
-        ("rotary_dim", "head_dim", "key_dim", "width"),
-        "Pass `dim`, how many columns of each head are turned; the default is all.",
-    ),
-    **dict.fromkeys(
-        ("partial_rotary_factor", "rotary_pct"),
-        "Pass `dim`, this factor times the width of a head.",
-    ),
-    **dict.fromkeys(
-        ("interleaved", "is_neox_style", "rotate_half", "traditional"),
-        'Pass `layout`, "half" (i, i + dim/2) as Llama or "interleaved" (2i, 2i + 1).',
-    ),
-    **dict.fromkeys(
-        ("rope_scaling", "rope_parameters", "rope_type", "factor", "scaling_factor"),
-        'Pass `scaling`, a dict such as {"rope_type": "linear", "factor": 2.0}.',
-    ),
-    **dict.fromkeys(
-        ("max_positions", "max_seq_len", "original_max_position_embeddings"),
-        "Pass `max_position_embeddings`.",
-    ),
+    base="theta rope_theta rope_base max_wavelength",
+    dim="rotary_dim head_dim key_dim width partial_rotary_factor rotary_pct",
+    layout="interleaved is_neox_style rotate_half traditional",
+    scaling="rope_scaling rope_parameters rope_type factor scaling_factor",
+    max_position_embeddings="max_positions max_seq_len original_max_position_embeddings",
 )
 @dataclass(frozen=True)
 class Rotary(FeatureOptions):

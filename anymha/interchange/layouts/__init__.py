@@ -81,7 +81,7 @@ def get_layout(name: str) -> Layout:
     return _plugged_in(points[name])
 
 
-@answers(**dict.fromkeys(("weights", "state_dict", "params"), "Pass `arrays`."))
+@answers(arrays="weights state_dict params")
 def to_canonical(
     arrays: Mapping[str, Any], layout: str, **sizes: Any
 ) -> tuple[Weights, AttentionConfig]:
@@ -129,7 +129,7 @@ def to_canonical(
     return source.to_canonical(flat, **sizes)
 
 
-@answers(**dict.fromkeys(("arrays", "state_dict", "params"), "Pass `weights`."))
+@answers(weights="arrays state_dict params")
 def from_canonical(
     weights: Mapping[str, Any],
     layout: str,

@@ -58,7 +58,7 @@ class Decoding:
         return tuple(filter(None, (*steps, *[1] * left)))
 
 
-@answers(**dict.fromkeys(("cache", "init_cache", "layer"), "Pass `make_cache`, a function."))
+@answers(make_cache="cache init_cache")
 def decoding(
     step: Any,
     make_cache: Callable[..., Cache] | None = None,
