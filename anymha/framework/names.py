@@ -81,9 +81,9 @@ def answers(
 
     def decorate(function: Function) -> Function:
         made: Any = function
-        if isinstance(function, type):
-            made.__init__ = _answering(made.__init__, function.__name__, peers, UnknownOptionError)
-            return function
+        if inspect.isclass(function):
+            made.__init__ = _answering(made.__init__, made.__name__, peers, UnknownOptionError)
+            return cast(Function, made)
         return cast(Function, _answering(made, made.__name__, peers, ArgumentError))
 
     return decorate

@@ -20,6 +20,21 @@ from typing import Any, Protocol
 Array = Any
 """An array of any framework."""
 
+
+class Shaped(Protocol):
+    """An array of any framework, for type checkers of calls: no text and no number."""
+
+    @property
+    def shape(self) -> Any:
+        """The lengths of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """The framework's dtype."""
+        ...
+
+
 Dim = Any
 """A length: an ``int``, or a symbol where a traced program does not know it yet."""
 

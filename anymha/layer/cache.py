@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 from weakref import WeakSet, ref
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from anymha.errors import ArgumentError, CacheError, ShapeError
 from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.names import answers
-from anymha.framework.protocol import Array, Ops
+from anymha.framework.protocol import Array, Ops, Shaped
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known, product
 from anymha.framework.validation import checked_flag
@@ -232,7 +232,7 @@ class Cache(Nested):
         return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
     @answers(lengths="length new_length to")
-    def truncate(self, lengths: Any) -> Cache:
+    def truncate(self, lengths: SupportsIndex | Sequence[int] | Shaped) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
         A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
@@ -287,7 +287,7 @@ class Cache(Nested):
         return new._share(self, wanted)  # the next call clears what lies beyond
 
     @answers(indices="beam_idx index order rows")
-    def reorder(self, indices: Any) -> Cache:
+    def reorder(self, indices: Sequence[int] | Shaped) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
 
         Args:
@@ -299,8 +299,8 @@ class Cache(Nested):
             CacheError: there is no such row; where indices are traced, `overflowed` says so.
         """
         ops = backend_of(self.lengths).ops
-        indices = _integers(ops, indices, "indices", None, like=self.lengths)
-        batch, numbers = self.lengths.shape[0], known_values(ops, indices)
+        wanted: Any = _integers(ops, indices, "indices", None, like=self.lengths)
+        batch, numbers = self.lengths.shape[0], known_values(ops, wanted)
         if numbers is not None and ((numbers < 0) | (numbers >= batch)).any():
             raise CacheError(
                 f"`indices` must be numbers of rows, 0 to {batch - 1}. "
@@ -308,9 +308,9 @@ class Cache(Nested):
             )
         wrong = None
         if numbers is None:
-            outside = ops.where(indices < 0, indices < 0, indices > batch - 1)
-            indices, wrong = ops.where(outside, 0, indices), outside
-        row = ops.reshape(indices, (1, -1))
+            outside = ops.where(wanted < 0, wanted < 0, wanted > batch - 1)
+            wanted, wrong = ops.where(outside, 0, wanted), outside
+        row = ops.reshape(wanted, (1, -1))
 
         def taken(x: Array | None) -> Array | None:
             if x is None:

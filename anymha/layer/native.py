@@ -7,7 +7,18 @@ import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
+from typing import (
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    SupportsIndex,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 
 import numpy as np
 
@@ -60,8 +71,8 @@ class CallOptions(TypedDict, Generic[A], total=False):
     return_activity_loss: bool
     training: bool | None
     use_causal_mask: bool
-    query_offset: Any
-    seed: Any
+    query_offset: SupportsIndex | A
+    seed: SupportsIndex | A | None
 
 
 def takes_options(
