@@ -12,6 +12,7 @@ from typing import Any
 import anymha
 from anymha import AttentionConfig
 from anymha.parity import Comparison, assert_parity, compare, declare, decoding
+from anymha.parity.adapters import Declared
 
 
 def use_numpy() -> None:
@@ -205,9 +206,10 @@ def use_functions() -> None:
     canonical, config = anymha.to_canonical(weights, "anymha")  # right
     anymha.from_canonical(canonical, "torch.MultiheadAttention", config=config)  # right
     report: Comparison = compare(numpy_layer, numpy_layer, x, use_causal_mask=True)  # right
-    report = compare(numpy_layer, declare(numpy_layer, layout="anymha"), [x, x])  # right
+    declared: Declared = declare(numpy_layer, canonical, "anymha", num_heads=2)  # right
     report = compare(numpy_layer, decoding(numpy_layer, steps=(2, 1), join=True), x)  # right
-    assert_parity(numpy_layer, declare(lambda query: numpy_layer(query), canonical), x)  # right
+    assert_parity(numpy_layer, declare(lambda query: numpy_layer(query), numpy_layer), x)  # right
+    assert declared.layout == "anymha"
     names: list[str] = anymha.layouts()  # right
     assert report.passed
     assert names
