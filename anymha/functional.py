@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsIndex, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from anymha.attention.dropout import Dropout, draw_seed, rate_threshold
 from anymha.attention.features import Alibi, Feature, RotaryPositions, Sinks, Softcap
@@ -19,7 +19,7 @@ from anymha.execution.attend import Attended, attend
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name, multiplies
 from anymha.framework.names import answer, answers, backticked
-from anymha.framework.protocol import Array, Ops, Shaped
+from anymha.framework.protocol import Array, Index, Ops, Shaped
 from anymha.framework.registry import check_named, common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
 from anymha.framework.validation import (
@@ -66,12 +66,12 @@ def dot_product_attention(
     positions: Shaped | None = None,
     key_positions: Shaped | None = None,
     is_causal: bool = False,
-    query_offset: SupportsIndex | Shaped = 0,
+    query_offset: Index | Shaped = 0,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
-    seed: SupportsIndex | Shaped | None = None,
+    seed: Index | Shaped | None = None,
     return_scores: bool = False,
     return_lse: bool = False,
     memory_budget: int | None = None,

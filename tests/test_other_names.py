@@ -146,7 +146,7 @@ def test_a_key_of_jax_is_answered_by_the_seed(name: str) -> None:
         (lambda layer, x: layer.make_cache(2, max_len=3), "Pass `max_length`."),
         (lambda layer, x: layer.make_cache(2, 3, device="cpu"), "where the layer's weights are"),
         (lambda layer, x: layer.make_cache(2), "missing a required argument: 'max_length'"),
-        (lambda layer, x: layer.make_memory(x, values=x), "Received: values=shape (1, 3, 8)"),
+        (lambda layer, x: layer.make_memory(x, values=x), "Received: values="),
         (lambda layer, x: layer.make_cache(1, 3).truncate(length=1), "Pass `lengths`."),
         (lambda layer, x: layer.make_cache(1, 3).reorder(beam_idx=[0]), "Pass `indices`."),
         (lambda layer, x: layer.with_canonical_weights(w={}), "It takes: weights."),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from anymha.errors import ArgumentError, UnknownOptionError
-from anymha.framework.shapes import shown_value
+from anymha.framework.shapes import received
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,26 +104,20 @@ def _answering(
         for name, value in named.items():
             if name in peers or not (takes_more or name in names):
                 raise kind(
-                    f"`{title}` takes no `{name}`. Received: {name}={shown_value(value)}. "
+                    f"`{title}` takes no `{name}`. Received: {name}={received(value)}. "
                     f"{answer(name, known, peers)}"
                 )
         try:
             return function(*args, **named)
         except TypeError:
-            wrong = _cannot_bind(signature, args, named)
-            if not wrong:
+            try:
+                signature.bind(*args, **named)
+            except TypeError as error:
+                wrong = error
+            else:
                 raise
         others = [f"`{name}`: {answer(name, known, {})}" for name in named if name not in known]
-        told = " ".join(others) or f"It takes: {', '.join(known)}."
-        raise kind(f"`{title}` cannot be called so: {wrong}. {told}")
+        cure = " ".join(others) or f"It takes: {', '.join(known)}."
+        raise kind(f"`{title}` cannot be called so: {wrong}. {cure}")
 
     return checked
-
-
-def _cannot_bind(signature: inspect.Signature, args: Any, named: Mapping[str, Any]) -> str:
-    """Why these are no arguments of a function, in words; empty where they are."""
-    try:
-        signature.bind(*args, **named)
-    except TypeError as error:
-        return str(error)
-    return ""

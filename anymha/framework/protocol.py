@@ -15,10 +15,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 Array = Any
 """An array of any framework."""
+
+Index = SupportsIndex
+"""An integer, of Python or of NumPy."""
 
 
 class Shaped(Protocol):

@@ -45,10 +45,15 @@ def is_known(length: Dim) -> bool:
     return isinstance(length, int)
 
 
-def shown_value(value: Any) -> str:
-    """A value for an error message; of an array its shape and dtype."""
+def kind_of(value: Any) -> str:
+    """The type of a value, for an error message."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def received(value: Any) -> str:
+    """What a value is, for an error message: the value, or an array's type, dtype and shape."""
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")
-    return described(value) if is_array else quoted(value)
+    return f"{kind_of(value)} of {described(value)}" if is_array else quoted(value)
 
 
 def show(shape: Sequence[Dim]) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from anymha.errors import ArgumentError, ConfigError
-from anymha.framework.shapes import shown_value
+from anymha.errors import AnymhaError, ArgumentError, ConfigError
+from anymha.framework.shapes import received
 
 PROJECTIONS = ("query", "key", "value", "output")
 
@@ -122,16 +122,19 @@ def checked_seed(value: Any, argument: str) -> int | None:
     return seed
 
 
-def checked_flag(value: Any, argument: str, matters: bool = True) -> bool:
+def checked_flag(
+    value: Any, argument: str, matters: bool = True, error: type[AnymhaError] = ArgumentError
+) -> bool:
     """`value`, which is True or False, of Python or of NumPy, or 0 or 1; or an array of one such.
 
     Args:
         value: The value.
         argument: The argument's name.
         matters: Whether an array may not be traced, which hides its value; else it is False.
+        error: The error for what is none of these.
 
     Raises:
-        ArgumentError: it is none of these.
+        AnymhaError: it is none of these.
     """
     if isinstance(value, (bool, np.bool_)) or (type(value) is int and value in (0, 1)):
         return bool(value)
@@ -141,14 +144,10 @@ def checked_flag(value: Any, argument: str, matters: bool = True) -> bool:
             return bool(value)
         if not matters:
             return False
-    raise ArgumentError(
-        f"`{argument}` must be True or False. Received: {shown_value(value)}{', traced' * is_one}. "
-        + (
-            "Make it static, as with `static_argnames` of `jax.jit`."
-            if is_one
-            else f"Pass {argument}=True or {argument}=False."
-        )
-    )
+    cure = f"Pass {argument}=True or {argument}=False."
+    if is_one:
+        cure = "It is traced. Make it static, as with `static_argnames` of `jax.jit`."
+    raise error(f"`{argument}` must be True or False. Received: {received(value)}. {cure}")
 
 
 def checked_name(value: Any, argument: str) -> str | None:

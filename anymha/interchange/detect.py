@@ -82,9 +82,6 @@ class LayoutFit:
     masks: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __repr__(self) -> str:
-        return f"LayoutFit({self.name!r}, names={quoted(dict(self.names))})"
-
     @property
     def layout(self) -> Layout:
         """The layout."""

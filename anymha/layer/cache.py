@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from threading import Lock
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar
 from weakref import WeakSet, ref
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from anymha.errors import ArgumentError, CacheError, ShapeError
 from anymha.framework.dtypes import dtype_name, is_floating
 from anymha.framework.names import answers
-from anymha.framework.protocol import Array, Ops, Shaped
+from anymha.framework.protocol import Array, Index, Ops, Shaped
 from anymha.framework.registry import backend_of
 from anymha.framework.shapes import described, is_known, product
 from anymha.framework.validation import checked_flag
@@ -232,7 +232,7 @@ class Cache(Nested):
         return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
     @answers(lengths="length new_length to")
-    def truncate(self, lengths: SupportsIndex | Sequence[int] | Shaped) -> Cache:
+    def truncate(self, lengths: Index | Sequence[int] | Shaped) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
         A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.

@@ -7,18 +7,7 @@ import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
-from typing import (
-    Any,
-    ClassVar,
-    Concatenate,
-    Generic,
-    ParamSpec,
-    Self,
-    SupportsIndex,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -31,7 +20,7 @@ from anymha.errors import (
 )
 from anymha.framework.dtypes import dtype_name
 from anymha.framework.names import answers
-from anymha.framework.protocol import Array, Dim
+from anymha.framework.protocol import Array, Dim, Index
 from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
 from anymha.framework.validation import checked_flag
@@ -71,8 +60,8 @@ class CallOptions(TypedDict, Generic[A], total=False):
     return_activity_loss: bool
     training: bool | None
     use_causal_mask: bool
-    query_offset: SupportsIndex | A
-    seed: SupportsIndex | A | None
+    query_offset: Index | A
+    seed: Index | A | None
 
 
 def takes_options(

@@ -53,10 +53,8 @@ PEERS: Mapping[str, str] = by_name({
         "proj_drop proj_dropout resid_pdrop resid_dropout residual_dropout hidden_dropout_prob",
     "Leave it out: dropout draws for each element, as with broadcast_dropout=False.":
         "broadcast_dropout",
-    "Pass `kernel_initializer`.": "kernel_init w_init",
-    "Pass `bias_initializer`.": "bias_init b_init",
-    "Pass `kernel_initializer`, which is that of all four projections.": "out_kernel_init",
-    "Pass `bias_initializer`, which is that of all four projections.": "out_bias_init",
+    "Pass `kernel_initializer`, that of all projections.": "kernel_init out_kernel_init w_init",
+    "Pass `bias_initializer`, that of all projections.": "bias_init out_bias_init b_init",
     "Pass `kernel_initializer`, an initialiser with that scale.": "w_init_scale initializer_range",
     "Pass `dtype`, the dtype of the weights; Flax's `dtype` is `compute_dtype`.": "param_dtype",
     "Leave it out, or pass `compute_dtype`, the dtype in which the layer computes.": "precision",

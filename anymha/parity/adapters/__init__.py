@@ -11,7 +11,6 @@ from typing import Any
 from anymha.errors import ArgumentError
 from anymha.framework.names import answers
 from anymha.interchange.libraries import known_class
-from anymha.interchange.weights import Weights
 from anymha.parity.adapters.decoding import Decoding
 from anymha.parity.stages.trace import Adapter
 from anymha.text import listed, quoted
@@ -40,7 +39,7 @@ class Declared:
 
     def __repr__(self) -> str:
         layer = self.layer
-        if isinstance(layer, Mapping) and not isinstance(layer, Weights):
+        if isinstance(layer, Mapping):
             layer = listed(
                 [f"{name} {getattr(x, 'shape', '')}".strip() for name, x in layer.items()]
             )
