@@ -93,8 +93,7 @@ def _answering(
     function: Any, title: str, peers: Mapping[str, str], kind: type[ArgumentError]
 ) -> Callable[..., Any]:
     """The function, which raises `kind` for a keyword that it does not take, or that it lacks."""
-    signature = inspect.signature(function)
-    parameters = signature.parameters.values()
+    parameters = inspect.signature(function).parameters.values()
     names = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
     takes_more = len(names) < len(parameters)
     known = [name for name in names if name != "self"]
@@ -111,7 +110,7 @@ def _answering(
             return function(*args, **named)
         except TypeError:
             try:
-                signature.bind(*args, **named)
+                inspect.signature(function).bind(*args, **named)
             except TypeError as error:
                 wrong = error
             else:
