@@ -18,11 +18,12 @@ from anymha.execution import path as paths
 from anymha.execution.attend import Attended, attend
 from anymha.execution.path import AttentionShape, Path, choose_path
 from anymha.framework.dtypes import accumulation_dtype, dtype_name, multiplies
-from anymha.framework.names import answer, backticked
-from anymha.framework.protocol import Array, Ops
+from anymha.framework.names import answer, answers, backticked
+from anymha.framework.protocol import Array, Index, Ops, Shaped
 from anymha.framework.registry import check_named, common_ops
 from anymha.framework.shapes import check_broadcast, described, is_known, show
 from anymha.framework.validation import (
+    checked_flag,
     checked_rate,
     checked_scale,
     checked_size,
@@ -50,27 +51,27 @@ class _NoMore(TypedDict):
 
 
 def dot_product_attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: Shaped,
+    key: Shaped,
+    value: Shaped,
     *,
-    mask: Array | None = None,
-    bias: Array | None = None,
-    query_mask: Array | None = None,
-    value_mask: Array | None = None,
-    segment_ids: Array | None = None,
-    key_segment_ids: Array | None = None,
-    alibi_slopes: Array | None = None,
-    sinks: Array | None = None,
-    positions: Array | None = None,
-    key_positions: Array | None = None,
+    mask: Shaped | None = None,
+    bias: Shaped | None = None,
+    query_mask: Shaped | None = None,
+    value_mask: Shaped | None = None,
+    segment_ids: Shaped | None = None,
+    key_segment_ids: Shaped | None = None,
+    alibi_slopes: Shaped | None = None,
+    sinks: Shaped | None = None,
+    positions: Shaped | None = None,
+    key_positions: Shaped | None = None,
     is_causal: bool = False,
-    query_offset: Any = 0,
+    query_offset: Index | Shaped = 0,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
-    seed: Any = None,
+    seed: Index | Shaped | None = None,
     return_scores: bool = False,
     return_lse: bool = False,
     memory_budget: int | None = None,
@@ -141,6 +142,10 @@ def dot_product_attention(
     """
     if unknown or query is None or key is None or value is None:
         raise _wrong_names(unknown, query=query, key=key, value=value)
+    flags = {"is_causal": is_causal, "return_scores": return_scores, "return_lse": return_lse}
+    for name, given in flags.items():
+        if given is not True and given is not False:
+            checked_flag(given, name)
     named = {
         "query": query, "key": key, "value": value, "mask": mask, "bias": bias,
         "query_mask": query_mask, "value_mask": value_mask, "segment_ids": segment_ids,
@@ -438,6 +443,7 @@ def multi_head_attention(
     return call_layer(ops, config, weights, query, value, key, plans=plans, **call)
 
 
+@answers(contexts="outputs outs", lses="lse")
 def merge_attention(contexts: Sequence[Array], lses: Sequence[Array]) -> Any:
     """Attention over all keys, from the results over parts of them.
 
@@ -535,6 +541,7 @@ def _checked_parts(contexts: Any, lses: Any) -> tuple[Ops, dict[str, Array]]:
     return ops, arrays
 
 
+@answers({"Pass `rotary=anymha.Rotary(base=...)`.": "base theta"}, positions="position_ids")
 def rotate(x: Array, positions: Array, rotary: Any, *, length: int | None = None) -> Any:
     """Queries or keys, turned by rotary positions, as the layer's option `rotary` turns them.
 

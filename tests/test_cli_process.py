@@ -218,7 +218,7 @@ def test_completion_without_shtab_names_the_extra(monkeypatch, capsys) -> None:
 def test_info_tells_of_every_home_and_every_extra(capsys) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    homes, extras = out.partition("Homes of the layer\n")[2].split("\n\nExtras\n")
+    homes, extras = out.partition("\nFrameworks\n")[2].split("\n\nExtras\n")
     assert [line.split()[0] for line in homes.splitlines()][: len(BUILT_IN)] == [
         home.name for home in BUILT_IN
     ]

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,3 +81,21 @@ def test_relative_links_of_a_page_lead_somewhere(page: Path) -> None:
         path = page.parent / target if target else page
         assert path.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_page_of_use_has_the_lowest_versions_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    section = page.partition("## Your framework\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if "`pip install" in line]
+    shown = {row[2].strip("`"): row[3].rstrip(" |").split(", ") for row in rows}
+    wanted = {"pip install anymha": ["numpy>=2.1"]}
+    for backend in (*BUILT_IN[1:], *LAYERS):
+        wanted[f"pip install 'anymha[{backend.name}]'"] = extras[backend.name]
+    assert shown == {
+        command: [needed.replace(">=", " ") for needed in needs]
+        for command, needs in wanted.items()
+    }
+    assert "numpy>=2.1" in project["dependencies"]
+    assert f"Python {project['requires-python'].removeprefix('>=')} and NumPy 2.1" in section

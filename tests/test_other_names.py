@@ -16,8 +16,10 @@ from anymha.errors import ArgumentError, ConfigError, UnknownOptionError
 from anymha.framework.registry import BUILT_IN, LAYERS, get_layer
 from anymha.layer import other_names as of_call
 from anymha.layer.arguments import BY_NAME
+from anymha.options import constraints, initializers, regularizers
 from anymha.options import other_names as of_options
 from anymha.options.config import AttentionConfig
+from anymha.parity import compare, declare, decoding
 from tests.frameworks import required
 from tests.support import normal
 
@@ -55,6 +57,24 @@ TO_PASS = {
     # misspelled, or of the call
     "num_head": "num_heads", "key_dims": "key_dim", "use_biases": "use_bias",
     "query_featrues": "query_features", "emb_dim": "query_features", "dropuot": "dropout",
+    # diffusers, timm, Llama, T5, BERT, GPT-2, flash-attn, xformers
+    "query_dim": "query_features", "out_dim": "output_shape", "out_bias": "use_bias",
+    "proj_bias": "use_bias", "attention_bias": "Pass `use_bias`",
+    "upcast_attention": "compute_dtype", "upcast_softmax": "compute_dtype",
+    "use_cache": "make_cache", "attention_sinks": "sinks",
+    "model_dim": "query_features", "dim_context": "value_features",
+    "cross_attention_dim": "value_features", "talking_heads": "cannot do that",
+    "block_size": "any length", "cache_size": "make_cache", "norm_layer": "no such part",
+    "fused_attn": "Leave it out", "qk_norm": "query_key_norm", "rms_norm_eps": "query_key_norm",
+    "proj_drop": "after the call", "alibi_pos_bias": "alibi=True", "rotary_pos_emb": "rotary=True",
+    "rope": "rotary=True", "logit_softclamp_value": "softcap", "query_pre_attn_scalar": "`scale`",
+    "softmax_scale": "`scale`", "d_k": "key_dim", "d_v": "value_dim", "mask": "attention_mask",
+    "attn_mask": "attention_mask", "d_kv": "key_dim", "resid_pdrop": "after the call",
+    "num_heads_kv": "num_key_value_heads", "dim_model": "query_features",
+    "numHeads": "Pass `num_heads`, if", "keydim": "Pass `key_dim`, if",
+    # of another meaning than any name that resembles them
+    "value_dims_of": "It takes: num_heads", "query_scale": "It takes: num_heads",
+    "key_heads": "It takes: num_heads", "mask_features": "It takes: num_heads",
 }  # fmt: skip
 """By a wrong option what the answer names."""
 
@@ -68,6 +88,13 @@ TO_PASS_IN_CALL = {
     "dropout": "the constructor: MultiHeadAttention(..., dropout=...)",
     "softcap": "the constructor", "attention_maks": "attention_mask", "querry": "query",
     "return_attention_score": "return_attention_scores",
+    "dropout_p": "the layer with `dropout`", "position_bias": "Pass `attention_bias`",
+    "memory_mask": "attention_mask=~memory_mask", "query_segment_ids": "Pass `segment_ids`",
+    "query_positions": "`positions`", "key_value": "Pass `value`", "return_cache": "make_cache",
+    "return_lse": "dot_product_attention", "q": "Pass `query`", "k": "Pass `key`",
+    "v": "Pass `value`", "freqs_cis": "`rotary`", "src_mask": "attention_mask=~src_mask",
+    "block_mask": "attention_mask", "query_heads": "It takes: ",
+    "memory_lengths": "It takes: ",
 }  # fmt: skip
 """By a wrong argument of the call what the answer names."""
 
@@ -103,6 +130,60 @@ def test_wrong_options_are_answered_by_config_and_by_name() -> None:
             lambda wrong=wrong: anymha.MultiHeadAttention(2, 4, **{wrong: 8}, backend="numpy"),
         ):
             assert right in answer(call, UnknownOptionError)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "tensorflow", "keras", "flax"])
+def test_a_key_of_jax_is_answered_by_the_seed(name: str) -> None:
+    told = answer(lambda: home(name)(2, 4, query_features=8, key=1), UnknownOptionError)
+    assert told.endswith("Only JAX's and Equinox's layers have it. Pass `seed`, an int.")
+
+
+@pytest.mark.parametrize("name", HOMES)
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda layer, x: layer.make_cache(2, max_len=3), "`make_cache` takes no `max_len`"),
+        (lambda layer, x: layer.make_cache(2, max_len=3), "Pass `max_length`."),
+        (lambda layer, x: layer.make_cache(2, 3, device="cpu"), "where the layer's weights are"),
+        (lambda layer, x: layer.make_cache(2), "missing a required argument: 'max_length'"),
+        (lambda layer, x: layer.make_memory(x, values=x), "Received: values="),
+        (lambda layer, x: layer.make_cache(1, 3).truncate(length=1), "Pass `lengths`."),
+        (lambda layer, x: layer.make_cache(1, 3).reorder(beam_idx=[0]), "Pass `indices`."),
+        (lambda layer, x: layer.with_canonical_weights(w={}), "It takes: weights."),
+    ],
+)
+def test_wrong_arguments_of_methods_are_answered_in_every_home(
+    name: str, call: Any, told: str
+) -> None:
+    layer = home(name)(2, 4, query_features=8, seed=0)
+    assert told in answer(lambda: call(layer, _array(name)), ArgumentError)
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda: anymha.Rotary(theta=1e4), "`Rotary` takes no `theta`. Received: theta=10000.0. "
+         "Pass `base`."),
+        (lambda: anymha.Rotary(layuot="half"), "Pass `layout`, if that is meant."),
+        (lambda: anymha.QueryKeyNorm(epsilon=1e-6), "Pass `eps`."),
+        (lambda: initializers.Constant(val=1), "`Constant` takes no `val`. Received: val=1."),
+        (lambda: regularizers.L2(weight=1), "It takes: l2."),
+        (lambda: constraints.NonNeg(low=1), "It takes: nothing."),
+        (lambda: constraints.MaxNorm(max_vale=1), "Pass `max_value`, if that is meant."),
+    ],
+)  # fmt: skip
+def test_wrong_fields_of_option_classes_are_answered(made: Any, told: str) -> None:
+    assert told in answer(made, UnknownOptionError)
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_wrong_fields_in_dicts_are_answered(name: str) -> None:
+    for option, field, right in (
+        ("rotary", "rope_theta", "base"), ("query_key_norm", "epsilon", "eps"),
+    ):  # fmt: skip
+        told = answer(lambda o=option, f=field: home(name)(2, 4, **{o: {f: 1e-4}}), ConfigError)
+        assert told.startswith(f"`{option}`: "), told
+        assert told.endswith(f"Pass `{right}`."), told
 
 
 def test_several_wrong_options_are_answered_together() -> None:
@@ -244,6 +325,19 @@ def test_own_arguments_of_the_homes_are_answered_elsewhere() -> None:
         (lambda path, layer: anymha.convert(layer, backend="numpy"), "Pass `to`"),
         (lambda path, layer: anymha.save(filename=path, layer=layer), "Pass `path`"),
         (lambda path, layer: anymha.save(layer, path), "`save` takes the path first"),
+        (lambda path, layer: anymha.save(path), "missing a required argument: 'layer'"),
+        (lambda path, layer: anymha.set_weights(layer, state_dict={}), "Pass `weights`."),
+        (lambda path, layer: anymha.set_weights(layer, {}, strict=True), "Received: strict."),
+        (lambda path, layer: anymha.get_weights(model=layer), "Pass `layer`."),
+        (lambda path, layer: anymha.to_canonical({}, lay="x"), "argument: 'layout'"),
+        (lambda path, layer: anymha.from_canonical({}, layot="x"), "Pass `layout`, if"),
+        (lambda path, layer: anymha.find_layers(path, path=path), "Pass `source`."),
+        (lambda path, layer: anymha.rotate(path, path, theta=1.0), "anymha.Rotary(base=...)"),
+        (lambda path, layer: anymha.merge_attention([], lse=[]), "Pass `lses`."),
+        (lambda path, layer: layer.config.weight_shapes(embed_dim=8), "Pass `query_features`."),
+        (lambda path, layer: compare(layer, layer, input=path), "`input`: Pass `inputs`, if"),
+        (lambda path, layer: declare(layer, state_dict={}), "Pass `weights`."),
+        (lambda path, layer: decoding(layer, piece=3), "It takes: step, make_cache, steps"),
     ],
 )
 def test_wrong_arguments_of_functions_are_answered(call: Any, told: str, tmp_path: Path) -> None:

@@ -375,7 +375,10 @@ def test_forms_of_the_option_are_one() -> None:
         ({"use_bias": 1}, "`query_key_norm`: `use_bias` must be True or False. Received: 1"),
         ({"eps": 0}, "`query_key_norm`: `eps` must be a finite number of at least 1e-30"),
         ({"eps": float("nan")}, "`eps` must be a finite number"),
-        ({"epsilon": 1e-6}, "`query_key_norm` has no field `epsilon`. It has: kind, over, scale"),
+        (
+            {"epsilon": 1e-6},
+            "`query_key_norm`: `QueryKeyNorm` takes no `epsilon`. Received: epsilon=1e-06. Pass `e",
+        ),
     ],
 )
 def test_wrong_values_are_refused(value: Any, words: str) -> None:

@@ -325,7 +325,7 @@ def test_forms_of_the_option() -> None:
         ({"base": "10000"}, "`base` of `rotary` must be a finite number"),
         ({"layout": "pairs"}, "`layout` of `rotary` must be one of 'half', 'interleaved'"),
         ({"columns": "middle"}, "`columns` of `rotary` must be one of 'first', 'last'"),
-        ({"width": 4}, "`rotary` has no 'width'. It has: dim, base"),
+        ({"width": 4}, "`rotary`: `Rotary` takes no `width`. Received: width=4. Pass `dim`."),
         ({"scaling": 2.0}, "`scaling` of `rotary` must be a dict"),
         ({"scaling": {"factor": 2.0}}, "'rope_type' of 'default', 'linear'"),
         ({"scaling": {"rope_type": "linear"}}, "must have factor"),

@@ -39,10 +39,10 @@ def show_layouts(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """Show the versions, the homes of the layer, and the extras; how to install what is missing."""
+    """Show the versions, the frameworks, and the extras; how to install what is missing."""
     for name, version in own_versions().items():
         print(f"{name:12} {version}")
-    print("\nHomes of the layer")
+    print("\nFrameworks")
     for home in (*backends().values(), *LAYERS):
         print(f"{home.name:12} {_home(home)}")
     states = {name: _extra(name, packages) for name, (packages, _) in EXTRAS.items()}

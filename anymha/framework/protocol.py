@@ -15,10 +15,28 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 Array = Any
 """An array of any framework."""
+
+Index = SupportsIndex
+"""An integer, of Python or of NumPy."""
+
+
+class Shaped(Protocol):
+    """An array of any framework, for type checkers of calls: no text and no number."""
+
+    @property
+    def shape(self) -> Any:
+        """The lengths of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """The framework's dtype."""
+        ...
+
 
 Dim = Any
 """A length: an ``int``, or a symbol where a traced program does not know it yet."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from anymha.errors import ShapeError
 from anymha.framework.dtypes import dtype_name
 from anymha.framework.protocol import Array, Dim
+from anymha.text import quoted
 
 
 def check_broadcast(
@@ -41,6 +43,17 @@ def check_broadcast(
 def is_known(length: Dim) -> bool:
     """Whether a length is a number now, and not a symbol of a traced program."""
     return isinstance(length, int)
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, for an error message."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def received(value: Any) -> str:
+    """What a value is, for an error message: the value, or an array's type, dtype and shape."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"{kind_of(value)} of {described(value)}" if is_array else quoted(value)
 
 
 def show(shape: Sequence[Dim]) -> str:

@@ -6,9 +6,13 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-from anymha.errors import ConfigError
+import numpy as np
+
+from anymha.errors import AnymhaError, ArgumentError, ConfigError
+from anymha.framework.shapes import received
 
 PROJECTIONS = ("query", "key", "value", "output")
 
@@ -116,6 +120,34 @@ def checked_seed(value: Any, argument: str) -> int | None:
             f"`{argument}` must be an integer, or None to draw one. Received: {value!r}."
         )
     return seed
+
+
+def checked_flag(
+    value: Any, argument: str, matters: bool = True, error: type[AnymhaError] = ArgumentError
+) -> bool:
+    """`value`, which is True or False, of Python or of NumPy, or 0 or 1; or an array of one such.
+
+    Args:
+        value: The value.
+        argument: The argument's name.
+        matters: Whether an array may not be traced, which hides its value; else it is False.
+        error: The error for what is none of these.
+
+    Raises:
+        AnymhaError: it is none of these.
+    """
+    if isinstance(value, (bool, np.bool_)) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    is_one = getattr(value, "shape", None) == () and "bool" in str(getattr(value, "dtype", ""))
+    if is_one:
+        with suppress(Exception):  # each framework has its own for a value that is traced
+            return bool(value)
+        if not matters:
+            return False
+    cure = f"Pass {argument}=True or {argument}=False."
+    if is_one:
+        cure = "It is traced. Make it static, as with `static_argnames` of `jax.jit`."
+    raise error(f"`{argument}` must be True or False. Received: {received(value)}. {cure}")
 
 
 def checked_name(value: Any, argument: str) -> str | None:

@@ -39,11 +39,7 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-@answers(
-    **dict.fromkeys(("file", "f", "filename"), "Pass `path`, the first argument."),
-    obj="Pass `layer`, the second argument.",
-    model="Pass `layer`, the second argument.",
-)
+@answers(path="file f filename", layer="obj model")
 def save(path: PathLike, layer: Any) -> None:
     """Write a layer to a ``.safetensors`` file: its weights, bit for bit, and its configuration.
 
@@ -120,10 +116,7 @@ def load(
 ) -> homes.EquinoxLayer: ...
 @overload
 def load(path: PathLike, backend: str, *, prefix: str = ..., max_bytes: MaxBytes = ...) -> Any: ...
-@answers(
-    **dict.fromkeys(("to", "framework"), "Pass `backend`, the framework's name."),
-    **dict.fromkeys(("file", "f", "filename"), "Pass `path`, the first argument."),
-)
+@answers(backend="to framework", path="file f filename")
 def load(
     path: PathLike, backend: str = "torch", *, prefix: str = "", max_bytes: MaxBytes = None
 ) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 
 from anymha.errors import AnymhaError, ArgumentError
 from anymha.framework.dtypes import dtype_name
+from anymha.framework.names import answers
 from anymha.interchange.files.formats import FORMATS, Format, format_of, open_file
 from anymha.interchange.files.reader import Tensor
 from anymha.interchange.layout import Layout
@@ -49,7 +50,7 @@ from anymha.interchange.naming import FileNaming, file_namings, natural_key
 from anymha.interchange.packing import module_of
 from anymha.interchange.weights import Weights
 from anymha.options.config import AttentionConfig
-from anymha.text import quoted, shown
+from anymha.text import listed, quoted, shown
 
 _NUMBER = re.compile(r"(?<![^./_])\d+(?![^./])")
 _LETTERS = "ijklmnop"
@@ -158,6 +159,11 @@ class LayerGroup:
     kind: str = ""
     stated: str = ""
 
+    def __repr__(self) -> str:
+        what = f", kind={self.kind!r}" if self.kind else ""
+        fits = listed([fit.name for fit in self.fits])
+        return f"LayerGroup({self.pattern!r}, {len(self.prefixes)} layers{what}, fits: {fits})"
+
     @property
     def layout(self) -> str | None:
         """The layout, where the model's configuration names it, or only one fits; else None.
@@ -182,6 +188,7 @@ class LayerGroup:
         return self.fits[0].config if self.fits else None
 
 
+@answers(source="path file arrays state_dict")
 def find_layers(
     source: str | os.PathLike[str] | Mapping[str, Any], *, max_bytes: int | None = None
 ) -> list[LayerGroup]:

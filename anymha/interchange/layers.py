@@ -42,6 +42,7 @@ OWN = "anymha"
 """The layout of anymha's own layers."""
 
 
+@answers(layer="model module")
 def get_weights(layer: Any, **sizes: Any) -> Weights:
     """The layer's weights as NumPy arrays by canonical name, in the layer's dtype.
 
@@ -72,10 +73,7 @@ def get_weights(layer: Any, **sizes: Any) -> Weights:
     """
     if not _is_ours(layer):
         return _read(open_layer(layer), sizes)
-    if sizes:
-        raise ArgumentError(
-            f"A layer of anymha knows its sizes. Received: {', '.join(sizes)}. Leave it out."
-        )
+    _check_no_sizes(sizes)
     arrays = layer.canonical_weights()
     if not arrays:
         raise WeightsError(
@@ -89,6 +87,15 @@ def get_weights(layer: Any, **sizes: Any) -> Weights:
     return Weights(values, layout=OWN, config=layer.config)
 
 
+def _check_no_sizes(sizes: Mapping[str, Any]) -> None:
+    """Refuse sizes of a layer of anymha."""
+    if sizes:
+        raise ArgumentError(
+            f"A layer of anymha knows its sizes. Received: {', '.join(sizes)}. Leave it out."
+        )
+
+
+@answers(weights="state_dict params arrays")
 def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     """The layer with these weights: itself, or a new one where layers are frozen.
 
@@ -122,6 +129,7 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
     """
     source = weights if isinstance(weights, Weights) else None
     if _is_ours(layer):
+        _check_no_sizes(sizes)
         values = named_arrays(weights)
         if source is not None and source.config is not None:
             values, config = _in_order_of(layer.config, source, values)
@@ -220,7 +228,7 @@ def convert(
 ) -> homes.EquinoxLayer: ...
 @overload
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any: ...
-@answers(**dict.fromkeys(("backend", "framework"), "Pass `to`, its name."))
+@answers(to="backend framework")
 def convert(layer: Any, to: str, *, weights_only: bool = False, **sizes: Any) -> Any:
     """The native layer of another framework, with the same configuration and the same weights.
 

@@ -85,11 +85,12 @@ def config_of(weights: Arrays, options: Mapping[str, Any]) -> AttentionConfig:
     gate = weights.get("gate.kernel")
     if gate is not None:
         options = {**options, "gate": "head" if gate.ndim == 2 else "elementwise"}
+    biased: Any = tuple(name for name in (*PROJECTIONS, "gate") if f"{name}.bias" in weights)
     return AttentionConfig(
         num_heads=query.shape[1],
         key_dim=query.shape[2],
         value_dim=value.shape[2],
-        use_bias=tuple(name for name in (*PROJECTIONS, "gate") if f"{name}.bias" in weights),
+        use_bias=biased,
         output_shape=output.shape[2:],
         query_features=query.shape[0],
         value_features=value.shape[0],

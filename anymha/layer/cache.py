@@ -24,11 +24,18 @@ import numpy as np
 
 from anymha.errors import ArgumentError, CacheError, ShapeError
 from anymha.framework.dtypes import dtype_name, is_floating
-from anymha.framework.protocol import Array, Ops
+from anymha.framework.names import answers
+from anymha.framework.protocol import Array, Index, Ops, Shaped
 from anymha.framework.registry import backend_of, get_ops
 from anymha.framework.shapes import described, is_known, product
+from anymha.framework.validation import checked_flag
 from anymha.layer.checks import is_integer
 from anymha.options.config import AttentionConfig
+
+
+def shown_array(x: Any) -> str:
+    """The shape and the dtype of an array, or what a framework has put into its place."""
+    return described(x) if hasattr(x, "dtype") else repr(x)
 
 
 class Nested:
@@ -91,6 +98,11 @@ class Memory(Nested):
     values: Array
     key_positions: Array | None = None
 
+    def __repr__(self) -> str:
+        arrays = [(name, getattr(self, name)) for name in self.ARRAYS]
+        shown = [f"{name}: {shown_array(x)}" for name, x in arrays if x is not None]
+        return f"Memory({'; '.join(shown)})"
+
     def __deepcopy__(self, memo: Any) -> Memory:
         try:
             arrays = copy.deepcopy([getattr(self, name) for name in self.ARRAYS], memo)
@@ -98,7 +110,8 @@ class Memory(Nested):
             return self.reorder(np.arange(self.keys.shape[0]))
         return Memory(*arrays)
 
-    def reorder(self, indices: Any) -> Memory:
+    @answers(indices="beam_idx index order rows")
+    def reorder(self, indices: Sequence[int] | Shaped) -> Memory:
         """The memory of other rows, as those of a cache: row i is row ``indices[i]`` of this one.
 
         Args:
@@ -265,11 +278,11 @@ class Cache(Nested):
 
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
-        keys: Any = self.keys  # a framework may put something else into the place of an array
-        shown = described(keys) if hasattr(keys, "dtype") else repr(keys)
+        shown = shown_array(self.keys)
         return f"Cache(lengths={self.lengths}, max_length={self.max_length}{kind}, keys: {shown})"
 
-    def truncate(self, lengths: Any) -> Cache:
+    @answers(lengths="length new_length to")
+    def truncate(self, lengths: Index | Sequence[int] | Shaped) -> Cache:
         """The cache without the last positions of its rows, as after tokens that were refused.
 
         A row that keeps none is as in a new cache, whatever a ring holds and whether it overflowed.
@@ -324,7 +337,8 @@ class Cache(Nested):
             return new if is_same else new._cleared(ops)
         return new._share(self, wanted)  # the next call clears what lies beyond
 
-    def reorder(self, indices: Any) -> Cache:
+    @answers(indices="beam_idx index order rows")
+    def reorder(self, indices: Sequence[int] | Shaped) -> Cache:
         """The cache of other rows, as beams go on: row i is row ``indices[i]`` of this one.
 
         Args:
@@ -337,10 +351,10 @@ class Cache(Nested):
         """
         _check_is_single(self)
         ops = backend_of(self.lengths).ops
-        indices, numbers, wrong = _numbers_of_rows(ops, indices, self.lengths)
+        rows, numbers, wrong = _numbers_of_rows(ops, indices, self.lengths)
         state, known = self.__getstate__(), known_lengths(ops, self)
         end = self._end(ops, known)
-        taken = {name: _rows_of(ops, state[name], indices, end) for name in self.ARRAYS}
+        taken = {name: _rows_of(ops, state[name], rows, end) for name in self.ARRAYS}
         new = Cache(**{**state, **taken})
         if wrong is not None:
             new.overflowed = ops.where(wrong, wrong, new.overflowed)
@@ -685,11 +699,12 @@ def make_cache(
     cache = Cache(
         storage(config.key_dim), storage(config.value_dim), rows[0], rows[1], overflowed,
         rows[2] if is_ring else None, None, None, max_length, window if is_ring else None,
-        donate=bool(donate),
+        donate=checked_flag(donate, "donate"),
     )  # fmt: skip
     return cache._own(np.zeros(batch_size, np.int64))
 
 
+@answers()
 def join_caches(caches: Sequence[Cache]) -> Cache:
     """One cache of all the rows of several, as prompts that were read one by one.
 

@@ -10,7 +10,7 @@ from anymha.attention.masks import FAR, check_boolean
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
 from anymha.framework.dtypes import FLOATING, dtype_name, is_floating
 from anymha.framework.protocol import Array, Dim, Ops
-from anymha.framework.shapes import check_broadcast, described, is_known, show
+from anymha.framework.shapes import check_broadcast, described, is_known, kind_of, received, show
 from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes, resolve_axes
 from anymha.options.config import AttentionConfig
@@ -32,7 +32,7 @@ def unpack_inputs(query: Any, value: Any, key: Any) -> tuple[Any, Any, Any]:
             raise ArgumentError(
                 "A list in the first place must be [query], [query, value] or "
                 "[query, value, key], with no `value` or `key` beside it. "
-                f"Received: {len(query)} members, value={_kind(value)}, key={_kind(key)}."
+                f"Received: {len(query)} members, value={kind_of(value)}, key={kind_of(key)}."
             )
         query, value, key = (*query, None, None)[:3]
     value = query if value is None else value
@@ -150,14 +150,14 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
                 )
             if type(array).__module__.partition(".")[0] == ops.name:
                 raise ArgumentError(
-                    f"`{name}` must be a dense array of {ops.name}. Received: {_kind(array)}. Make "
-                    "it dense; fill up rows of different lengths, and pass `value_mask`, True for "
-                    "what was there."
+                    f"`{name}` must be a dense array of {ops.name}. Received: {kind_of(array)}. "
+                    "Make it dense; fill up rows of different lengths, and pass `value_mask`, True "
+                    "for what was there."
                 )
             foreign = hasattr(array, "shape") and hasattr(array, "dtype")
             raise (MixedBackendsError if foreign else ArgumentError)(
                 f"`{name}` must be an array of {ops.name}, like the others of this call. "
-                f"Received: {_kind(array)}. Convert it first: one call takes arrays of one "
+                f"Received: {kind_of(array)}. Convert it first: one call takes arrays of one "
                 "framework."
             )
         argument = BY_NAME.get(name)
@@ -282,7 +282,7 @@ def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:
         return min(max(operator.index(offset), -FAR), FAR)
     raise ArgumentError(
         f"`query_offset` must be an int, or an integer array (B,) of {ops.name}. "
-        f"Received: {_received(offset)}. Pass an int."
+        f"Received: {received(offset)}. Pass an int."
     )
 
 
@@ -305,7 +305,7 @@ def check_seed(ops: Ops, seed: Any) -> Any:
     if is_integer(seed):
         return operator.index(seed)
     raise ArgumentError(
-        f"`seed` must be an int, or an integer array of {ops.name}. Received: {_received(seed)}. "
+        f"`seed` must be an int, or an integer array of {ops.name}. Received: {received(seed)}. "
         "Pass an int."
     )
 
@@ -353,16 +353,3 @@ def _differ(length: Dim, other: Dim) -> bool:
 
 def _names(weights: Mapping[str, Any]) -> str:
     return ", ".join(weights) or "none"
-
-
-def _kind(value: Any) -> str:
-    """The type of a value, for an error message."""
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _received(value: Any) -> str:
-    """What a value is, for an error message: the value, or an array's type, dtype and shape."""
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None or dtype is None:
-        return repr(value)
-    return f"{_kind(value)} of {described(value)}"

@@ -26,8 +26,9 @@ from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import product
+from anymha.framework.validation import checked_flag
 from anymha.layer.activity import Activity
-from anymha.layer.arguments import ARRAYS, OPTIONS
+from anymha.layer.arguments import ARRAYS, OPTIONS, Kind
 from anymha.layer.axes import PLAIN, unfold
 from anymha.layer.cache import Memory
 from anymha.layer.cached import (
@@ -72,6 +73,7 @@ Weights = Mapping[str, Array]
 
 _MASKS = frozenset(argument.name for argument in ARRAYS)
 _OPTIONS = frozenset(argument.name for argument in OPTIONS)
+_FLAGS = frozenset(argument.name for argument in OPTIONS if argument.kind is Kind.FLAG)
 
 
 class Projections(NamedTuple):
@@ -274,6 +276,9 @@ def _read_call(
                 masks[name] = given
         elif name in _OPTIONS:
             plain = False
+            # Without dropout `training` does not matter, and may be traced.
+            if name in _FLAGS and not (given is True or given is False or given is None):
+                checked_flag(given, name, name != "training" or config.dropout > 0)
         else:
             raise unexpected(name)
     if plain:

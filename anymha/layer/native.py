@@ -19,9 +19,11 @@ from anymha.errors import (
     WeightsError,
 )
 from anymha.framework.dtypes import dtype_name
-from anymha.framework.protocol import Array, Dim
+from anymha.framework.names import answers
+from anymha.framework.protocol import Array, Dim, Index
 from anymha.framework.registry import named_arrays
 from anymha.framework.shapes import is_known, show
+from anymha.framework.validation import checked_flag
 from anymha.layer.arguments import BY_NAME, call_documentation, call_parameters
 from anymha.layer.cache import Cache, Memory, make_cache
 from anymha.layer.forward import make_memory
@@ -58,8 +60,8 @@ class CallOptions(TypedDict, Generic[A], total=False):
     return_activity_loss: bool
     training: bool | None
     use_causal_mask: bool
-    query_offset: Any
-    seed: Any
+    query_offset: Index | A
+    seed: Index | A | None
 
 
 def takes_options(
@@ -94,6 +96,8 @@ def takes_options(
                 config = AttentionConfig(*args, **given)
             except UnknownOptionError:
                 unknown = [name for name in given if name not in known]
+                if not unknown:  # but within an option
+                    raise
                 raise unknown_options(unknown, known, BY_NAME) from None
             init(self, config, **extra)
 
@@ -239,6 +243,7 @@ class NativeLayer:
         """
         raise NotImplementedError
 
+    @answers()
     def with_canonical_weights(self, weights: Mapping[str, Any]) -> Self:
         """The layer with these weights, in its own dtype: itself, or a new one where it is frozen.
 
@@ -274,6 +279,11 @@ class NativeLayer:
                 "two values. Give both the same, or give each an array of its own."
             )
 
+    @answers(
+        {"Leave it out: the cache is made where the layer's weights are.": "device"},
+        max_length="max_len max_seq_len max_seq_length max_cache_len length size capacity",
+        batch_size="batch bsz max_batch_size",
+    )
     def make_cache(
         self, batch_size: int, max_length: int, dtype: Any = None, *, rewind: int = 0,
         donate: bool = False,
@@ -302,6 +312,10 @@ class NativeLayer:
         sizes = batch_size, max_length, rewind
         return make_cache(self.ops, self.config, computing, *sizes, dtype, device, donate)
 
+    @answers(
+        {"Pass `value_mask` to the call.": "value_mask key_padding_mask"},
+        value="context encoder_hidden_states memory x", key_positions="positions",
+    )  # fmt: skip
     def make_memory(
         self, value: Array, key: Array | None = None, *, key_positions: Any = None
     ) -> Memory:
@@ -420,7 +434,7 @@ def mode_of_training(mode: str, passed: bool | None, own: bool, training: bool |
         ArgumentError: both were passed.
     """
     if training is None:
-        return not (own if passed is None else passed)
+        return not checked_flag(own if passed is None else passed, mode)
     if passed is not None:
         raise ArgumentError(
             f"`training` and `{mode}` say the same; pass one. Received: training={training!r}, "

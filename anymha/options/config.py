@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.attention.features.rotary import Rotary
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name
+from anymha.framework.names import answers
 from anymha.framework.validation import (
     PROJECTIONS,
     checked_axes,
@@ -98,7 +99,7 @@ class AttentionConfig:
     key_dim: int
     value_dim: int | None = None
     dropout: float = 0.0
-    use_bias: bool | Sequence[str] = True
+    use_bias: bool | Sequence[Literal["query", "key", "value", "output", "gate"]] = True
     output_shape: int | Sequence[int] | None = None
     attention_axes: int | Sequence[int] | None = None
     kernel_initializer: Any = "glorot_uniform"
@@ -118,7 +119,7 @@ class AttentionConfig:
     softcap: float | None = None
     rotary: Rotary | Mapping[str, Any] | bool | None = None
     query_key_norm: QueryKeyNorm | Mapping[str, Any] | Literal["rms", "layer", "l2"] | None = None
-    alibi: bool | Sequence[float] = False
+    alibi: bool | Iterable[float] = False
     sinks: bool = False
     gate: Literal["elementwise", "head"] | None = None
     dropout_rng: Literal["portable", "native"] = "portable"
@@ -230,6 +231,7 @@ class AttentionConfig:
         ranks["output"] = 1 if output is None else len(output)
         check_ranks(objects, ranks, self.biased)
 
+    @answers(query_features="query_size embed_dim hidden_size")
     def weight_shapes(
         self,
         query_features: int | None = None,

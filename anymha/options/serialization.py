@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from anymha.attention.features.base import FeatureOptions
 from anymha.errors import ConfigError
+from anymha.framework.names import answers
 from anymha.framework.validation import checked_axes, checked_choice
 
 Table = Mapping[str, type["ConfigObject"]]
@@ -54,7 +55,9 @@ class ConfigObject:
 
 
 def table(*classes: type[ConfigObject]) -> dict[str, type[ConfigObject]]:
-    """The classes by all of their names."""
+    """The classes by all of their names; their constructors answer wrong names from now on."""
+    for cls in classes:
+        answers()(cls)
     return {name: cls for cls in classes for name in (cls.name, cls.__name__, *cls.aliases) if name}
 
 
@@ -125,13 +128,6 @@ def _made(name: str, config: Any, known: Table, argument: str) -> ConfigObject:
     if name not in known:
         raise ConfigError(f"`{argument}` must be one of {_names(known)}. Received: {name!r}.")
     cls = known[name]
-    fields = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(config) - set(fields))
-    if unknown:
-        raise ConfigError(
-            f"`{argument}`: {cls.__name__} has no {', '.join(map(repr, unknown))}. "
-            f"It has: {', '.join(map(repr, fields)) or 'nothing to set'}."
-        )
     try:
         return cls(**config)
     except ConfigError as error:

@@ -153,7 +153,8 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
             given["seed"], key = key if given.get("seed") is None else given["seed"], None
         training = given.get("training")
         # Without dropout the flag does not matter, and may be traced.
-        if training is not None or self.config.dropout > 0:
+        may_be_traced = inference is None or isinstance(inference, jax.Array)
+        if training is not None or self.config.dropout > 0 or not may_be_traced:
             given["training"] = mode_of_training("inference", inference, self.inference, training)
         return multi_head_attention(
             _jax.ops, self.config, self.canonical_weights(), query, value, key,

@@ -12,6 +12,7 @@ import keras
 
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import checked_dtype_name, output_dtype
+from anymha.framework.validation import checked_flag
 from anymha.layer.arguments import BY_NAME
 from anymha.options.config import AttentionConfig
 from anymha.options.other_names import unknown_options
@@ -113,10 +114,7 @@ def _flag(options: dict[str, Any], name: str) -> bool:
     Raises:
         ConfigError: it is neither.
     """
-    value = options.pop(name, None)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"`{name}` must be True or False. Received: {value!r}.")
-    return bool(value)
+    return checked_flag(options.pop(name, None) or False, name, error=ConfigError)
 
 
 def _policy(dtype: Any, compute_dtype: Any) -> tuple[Any, str | None]:

@@ -71,7 +71,8 @@ class MultiHeadAttention(NativeLayer):
         **call: Unpack[CallOptions[np.ndarray]],
     ) -> Any:
         given: Any = call
-        if self.config.dropout and given.get("training"):
+        training = given.get("training")
+        if self.config.dropout and training is not None and training is not False:
             seed = given.get("seed")
             if seed is None or callable(seed):
                 given["seed"] = cache(seed or ops.draw_seed)

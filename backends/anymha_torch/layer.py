@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Unpack
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
@@ -203,8 +202,8 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         check_call(ops, self.config, (None, None, None), inputs, masks)
         self._build([x.shape[-1] for x in inputs], query.device)
 
-    @wraps(NativeLayer.make_cache)
-    def make_cache(self, *args: Any, **sizes: Any) -> Cache:  # pyright: ignore
+    @shown_as(NativeLayer.make_cache)
+    def make_cache(self, *args: Any, **sizes: Any) -> Cache:
         if is_compiling():  # which cannot leave inference mode
             return super().make_cache(*args, **sizes)
         with torch.inference_mode(False):  # arrays of that mode could not be written later

@@ -11,6 +11,8 @@ from typing import Any
 
 import anymha
 from anymha import AttentionConfig
+from anymha.parity import Comparison, assert_parity, compare, declare, decoding
+from anymha.parity.adapters import Declared
 
 
 def use_numpy() -> None:
@@ -38,6 +40,18 @@ def use_numpy() -> None:
     anymha_numpy.MultiHeadAttention(**config.to_dict())  # right
     output, pullback = layer.vjp(x, use_causal_mask=True)  # right
     pullback(output)
+    cache: anymha.Cache = layer.make_cache(1, 10)  # right
+    cache = layer.make_cache(batch_size=1, max_length=10, dtype="float32", rewind=2)  # right
+    output, cache = layer(x, cache=cache, value_mask=valid)  # right
+    cache = cache.truncate([2]).truncate(2).truncate(np.array([1])).copy()  # right
+    cache = anymha.join_caches([cache.reorder([0]), cache.reorder(np.array([0]))])  # right
+    memory: anymha.Memory = layer.make_memory(x, key_positions=np.arange(3))  # right
+    output = layer(x, memory=memory, seed=np.int64(3))  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, alibi=np.array([0.5, 0.25]))  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, alibi=(0.5, 0.25), use_bias=["key"])  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, rotary=anymha.Rotary(base=1e6))  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, rotary={"base": 1e6})  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, query_key_norm=anymha.QueryKeyNorm())  # right
 
 
 def use_torch() -> None:
@@ -56,6 +70,12 @@ def use_torch() -> None:
     output = layer.forward(x, use_causal_mask=True)  # right
     module: torch.nn.Module = layer.eval()  # right
     parameters: list[torch.nn.Parameter] = list(layer.parameters())  # right
+    cache: anymha.Cache = layer.make_cache(1, 10)  # right
+    cache = layer.make_cache(1, 10, torch.float32, rewind=1, donate=True)  # right
+    output, cache = layer(x, cache=cache)  # right
+    cache = cache.truncate(torch.tensor([2])).reorder(torch.tensor([0]))  # right
+    memory: anymha.Memory = layer.make_memory(x, x)  # right
+    output = layer(x, memory=memory, seed=torch.tensor(3))  # right
     assert output.shape == x.shape
     assert scores is not None
     assert module is layer
@@ -74,6 +94,10 @@ def use_jax() -> None:
     output: jax.Array = layer(x, use_causal_mask=True)  # right
     output = jax.jit(lambda layer, x: layer(x))(layer, x)  # right
     output = layer(x, training=True, seed=jax.random.key(0))  # right
+    cache: anymha.Cache = layer.make_cache(1, 10)  # right
+    output, cache = layer(x, cache=cache)  # right
+    cache = cache.truncate(jnp.array([2]))  # right
+    output = layer(x, memory=layer.make_memory(x))  # right
     assert output.shape == x.shape
 
 
@@ -90,6 +114,8 @@ def use_flax() -> None:
     output: jax.Array = layer(x, deterministic=True)  # right
     output = layer(x, x, x, rngs=nnx.Rngs(0), use_causal_mask=True)  # right
     module: nnx.Module = layer  # right
+    cache: anymha.Cache = layer.make_cache(1, 10)  # right
+    output, cache = layer(x, cache=cache)  # right
     assert output.shape == x.shape
     assert module is layer
 
@@ -109,6 +135,9 @@ def use_equinox() -> None:
     output: jax.Array = layer(x, inference=True)  # right
     output = layer(x, attention_mask=jnp.ones((3, 3), dtype=bool))  # right
     kernel: jax.Array = layer.query.kernel  # right
+    cache: anymha.Cache = layer.make_cache(1, 10)  # right
+    output = layer(x, memory=layer.make_memory(x))  # right
+    assert cache.max_length == 10
     assert output.shape == x.shape
     assert kernel.shape == (8, 2, 4)
 
@@ -123,6 +152,10 @@ def use_tensorflow() -> None:
     layer = anymha_tensorflow.MultiHeadAttention(2, 4, query_features=8, scale=0.5)  # right
     output = layer(x, use_causal_mask=True)  # right
     output = layer([x, x, x], value_mask=tf.ones((1, 3), tf.bool))  # right
+    cache: anymha.Cache = layer.make_cache(1, max_length=10)  # right
+    output, cache = layer(x, cache=cache)  # right
+    heads = tf.ones((1, 3, 2, 4))
+    anymha.dot_product_attention(heads, heads, heads, mask=tf.ones((3, 3), tf.bool))  # right
     assert tuple(output.shape) == (1, 3, 8)
 
 
@@ -136,6 +169,8 @@ def use_keras() -> None:
     layer = anymha_keras.MultiHeadAttention(2, 4, trainable=False, name="attention")  # right
     output = layer(x, x, use_causal_mask=True)  # right
     output, scores = layer(x, x, return_attention_scores=True, training=False)  # right
+    cache: anymha.Cache = layer.make_cache(1, 10)  # right
+    output, cache = layer(x, cache=cache)  # right
     assert tuple(output.shape) == (1, 3, 8)
     assert scores is not None
 
@@ -164,6 +199,20 @@ def use_functions() -> None:
         numpy_layer = anymha.load(str(path), "numpy", prefix="")  # right
     numpy_layer = anymha.convert(numpy_layer, to="numpy")  # right
     numpy_layer = anymha.convert(numpy_layer, "numpy", weights_only=True)  # right
+    mask = np.ones((3, 3), dtype=bool)
+    anymha.dot_product_attention(heads, heads, heads, mask=mask, seed=np.int64(1))  # right
+    anymha.merge_attention([heads], [np.ones((1, 2, 3))])  # right
+    anymha.rotate(heads, np.arange(3), anymha.Rotary(dim=2), length=4)  # right
+    canonical, config = anymha.to_canonical(weights, "anymha")  # right
+    anymha.from_canonical(canonical, "torch.MultiheadAttention", config=config)  # right
+    report: Comparison = compare(numpy_layer, numpy_layer, x, use_causal_mask=True)  # right
+    declared: Declared = declare(numpy_layer, canonical, "anymha", num_heads=2)  # right
+    report = compare(numpy_layer, decoding(numpy_layer, steps=(2, 1), join=True), x)  # right
+    assert_parity(numpy_layer, declare(lambda query: numpy_layer(query), numpy_layer), x)  # right
+    assert declared.layout == "anymha"
+    names: list[str] = anymha.layouts()  # right
+    assert report.passed
+    assert names
     weights = anymha.get_weights(numpy_layer)  # right
     anymha.set_weights(numpy_layer, weights)  # right
 

@@ -20,11 +20,13 @@ import anymha_numpy
 import anymha_tensorflow
 import anymha_torch
 from anymha import AttentionConfig
+from anymha.parity import compare, declare, decoding
 
 ARRAY = np.ones((1, 3, 8), dtype="float32")
 TENSOR = torch.ones(1, 3, 8)
 JAX_ARRAY = jax.numpy.ones((1, 3, 8))
 PATH = Path("layer.safetensors")
+CACHE = anymha_numpy.MultiHeadAttention(2, 4).make_cache(2, 3)
 
 # The constructors.
 anymha_numpy.MultiHeadAttention(num_heads="four", key_dim=4)  # wrong
@@ -58,6 +60,14 @@ AttentionConfig(2, 4, heads=2)  # wrong
 AttentionConfig(2, 4, softcap="30")  # wrong
 AttentionConfig(num_heads=2)  # wrong
 
+anymha_numpy.MultiHeadAttention(2, 4, use_bias="query")  # wrong
+anymha_torch.MultiHeadAttention(2, 4, use_bias=("q", "k"))  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8, alibi="yes")  # wrong
+anymha.Rotary(theta=1e4)  # wrong
+anymha.Rotary(layout="neox")  # wrong
+anymha.QueryKeyNorm(epsilon=1e-6)  # wrong
+AttentionConfig(2, 4).weight_shapes("8")  # wrong
+
 # The calls.
 anymha_numpy.MultiHeadAttention(2, 4)(ARRAY, mask=None)  # wrong
 anymha_numpy.MultiHeadAttention(2, 4)(TENSOR)  # wrong
@@ -78,7 +88,53 @@ anymha_tensorflow.MultiHeadAttention(2, 4)(ARRAY, return_attention_scores="all")
 anymha_keras.MultiHeadAttention(2, 4)(ARRAY, flash_attention=True)  # wrong
 anymha_keras.MultiHeadAttention(2, 4)(ARRAY, return_activity_loss=True)  # wrong
 
+anymha_jax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, seed="x")  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR, query_offset="1")  # wrong
+
+# Caches and memories.
+anymha_numpy.MultiHeadAttention(2, 4).make_cache(2)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4).make_cache(2, max_len=3)  # wrong
+anymha_torch.MultiHeadAttention(2, 4).make_cache(2)  # wrong
+anymha_torch.MultiHeadAttention(2, 4).make_cache(2, 3, device="cpu")  # wrong
+anymha_torch.MultiHeadAttention(2, 4).make_cache("2", 3)  # wrong
+anymha_torch.MultiHeadAttention(2, 4).make_cache(2, 3).keys_of()  # wrong
+anymha_tensorflow.MultiHeadAttention(2, 4).make_cache(batch=2, max_length=3)  # wrong
+anymha_keras.MultiHeadAttention(2, 4).make_cache(2, 3, rewind="all")  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8).make_cache()  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_features=8).make_cache(2, 3, 4, 5)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4).make_memory()  # wrong
+anymha_torch.MultiHeadAttention(2, 4).make_memory(TENSOR, values=TENSOR)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4)(ARRAY, cache=ARRAY)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4)(ARRAY, memory=ARRAY)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4).vjp(ARRAY, causal=True)  # wrong
+CACHE.truncate("3")  # wrong
+CACHE.truncate()  # wrong
+CACHE.reorder(3)  # wrong
+CACHE.reorder(beam_idx=[0])  # wrong
+CACHE.copy(True)  # wrong
+anymha.join_caches(CACHE)  # wrong
+anymha.join_caches([ARRAY])  # wrong
+
+# Comparisons.
+compare(ARRAY, ARRAY)  # wrong
+compare(reference=ARRAY, other=ARRAY, inputs=ARRAY)  # wrong
+compare(ARRAY, ARRAY, ARRAY).to_json(3)  # wrong
+declare()  # wrong
+declare(ARRAY, layout=3)  # wrong
+decoding(ARRAY, steps=3)  # wrong
+decoding(ARRAY, piece=3)  # wrong
+
 # The functions.
+anymha.to_canonical({})  # wrong
+anymha.to_canonical([ARRAY], "anymha")  # wrong
+anymha.from_canonical({}, lay="anymha")  # wrong
+anymha.save(3, ARRAY)  # wrong
+anymha.save(PATH)  # wrong
+anymha.dot_product_attention(ARRAY, ARRAY, ARRAY, mask="x")  # wrong
+anymha.dot_product_attention(ARRAY, ARRAY, 3)  # wrong
+anymha.dot_product_attention(ARRAY, ARRAY, ARRAY, seed="x")  # wrong
+anymha.merge_attention([ARRAY])  # wrong
+anymha.rotate(ARRAY, ARRAY)  # wrong
 anymha.dot_product_attention(ARRAY, ARRAY)  # wrong
 anymha.dot_product_attention(ARRAY, ARRAY, ARRAY, attn_mask=None)  # wrong
 anymha.dot_product_attention(ARRAY, ARRAY, ARRAY, window=3)  # wrong

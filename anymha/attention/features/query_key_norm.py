@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from anymha.attention.features.base import Feature, FeatureOptions, Weight
 from anymha.errors import ConfigError
 from anymha.framework.dtypes import working_dtype
-from anymha.framework.names import backticked
+from anymha.framework.names import answers
 from anymha.framework.protocol import Array, Ops
 from anymha.framework.validation import checked_choice
 
@@ -32,6 +32,11 @@ OVER = ("head", "heads", "width")
 SCALES = ("weight", "one_plus_weight", "none")
 
 
+@answers(
+    eps="epsilon norm_eps rms_norm_eps layer_norm_eps variance_epsilon",
+    kind="norm norm_type type", over="axis dim per_head", use_bias="bias",
+    scale="use_scale elementwise_affine weight affine",
+)  # fmt: skip
 @dataclass(frozen=True)
 class QueryKeyNorm(FeatureOptions):
     """The norm of queries and keys, the option `query_key_norm`.
@@ -111,16 +116,10 @@ class HeadNorm(Feature):
             return value
         if isinstance(value, str) and value in KINDS:
             return QueryKeyNorm(value)  # pyright: ignore[reportArgumentType]
-        known = [field.name for field in fields(QueryKeyNorm)]
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise ConfigError(
                 f"`query_key_norm` must be None, an anymha.QueryKeyNorm, the dict of its fields, "
                 f"or one of {', '.join(map(repr, KINDS))}. Received: {value!r}."
-            )
-        unknown = [name for name in value if name not in known]
-        if unknown:
-            raise ConfigError(
-                f"`query_key_norm` has no field {backticked(unknown)}. It has: {', '.join(known)}."
             )
         try:
             return QueryKeyNorm(**value)

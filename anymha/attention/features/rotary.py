@@ -22,8 +22,9 @@ from anymha.attention.features.frequencies import (
     frequencies,
     original_length,
 )
-from anymha.errors import ConfigError
+from anymha.errors import ConfigError, UnknownOptionError
 from anymha.framework.dtypes import dtype_name, working_dtype
+from anymha.framework.names import answers
 from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import is_known
 
@@ -69,6 +70,13 @@ class Scaling(Mapping[str, Any]):
         return repr(self._values)
 
 
+@answers(
+    base="theta rope_theta rope_base max_wavelength",
+    dim="rotary_dim head_dim key_dim width partial_rotary_factor rotary_pct",
+    layout="interleaved is_neox_style rotate_half traditional",
+    scaling="rope_scaling rope_parameters rope_type factor scaling_factor",
+    max_position_embeddings="max_positions max_seq_len original_max_position_embeddings",
+)
 @dataclass(frozen=True)
 class Rotary(FeatureOptions):
     """Rotary positions, the option `rotary` of the layer; frozen, hashable, and checked.
@@ -229,13 +237,10 @@ class RotaryPositions(Feature):
                 "`rotary` must be an `anymha.Rotary`, a dict of its fields, True for its defaults, "
                 f"or None for no rotary positions. Received: {value!r}."
             )
-        known = Rotary.__dataclass_fields__
-        unknown = sorted(str(name) for name in value if name not in known)
-        if unknown:
-            raise ConfigError(
-                f"`rotary` has no {', '.join(map(repr, unknown))}. It has: {', '.join(known)}."
-            )
-        return Rotary(**value)
+        try:
+            return Rotary(**{str(name): each for name, each in value.items()})
+        except UnknownOptionError as error:
+            raise ConfigError(f"`rotary`: {error}") from None
 
     @classmethod
     def from_config(cls, config: Any) -> Self | None:

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from anymha.errors import ArgumentError, LayoutError, UnknownLayoutError
+from anymha.framework.names import answers
 from anymha.framework.registry import OTHER_NAMES, as_numpy, check_named, homes
 from anymha.interchange.compared_options import result_options
 from anymha.interchange.layout import Layout
@@ -91,6 +92,7 @@ def unknown_name(argument: str, name: Any, known: Sequence[str]) -> str:
     return f"`{argument}`: none is called {name!r}.{meant} There are {', '.join(map(repr, known))}."
 
 
+@answers(arrays="weights state_dict params")
 def to_canonical(
     arrays: Mapping[str, Any], layout: str, **sizes: Any
 ) -> tuple[Weights, AttentionConfig]:
@@ -138,6 +140,7 @@ def to_canonical(
     return source.to_canonical(flat, **sizes)
 
 
+@answers(weights="arrays state_dict params")
 def from_canonical(
     weights: Mapping[str, Any],
     layout: str,

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from anymha.errors import ArgumentError
+from anymha.framework.names import answers
 from anymha.interchange.libraries import known_class
 from anymha.parity.adapters.decoding import Decoding
 from anymha.parity.stages.trace import Adapter
+from anymha.text import listed, quoted
 
 LIBRARIES = {
     ("torch", "MultiheadAttention"): "torch_layers.TorchLayer",
@@ -35,7 +37,20 @@ class Declared:
     layout: str | None
     sizes: dict[str, Any]
 
+    def __repr__(self) -> str:
+        layer = self.layer
+        if isinstance(layer, Mapping):
+            layer = listed(
+                [f"{name} {getattr(x, 'shape', '')}".strip() for name, x in layer.items()]
+            )
+        options = "".join(f", {name}={quoted(size)}" for name, size in self.sizes.items())
+        return (
+            f"Declared({quoted(self.implementation)}, weights: {layer}, "
+            f"layout={self.layout!r}{options})"
+        )
 
+
+@answers(weights="layer state_dict params")
 def declare(implementation: Any, weights: Any = None, layout: str | None = None,
             **sizes: Any) -> Declared:  # fmt: skip
     """Name the weights of an implementation, so that causes are searched for in its stages.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, LayoutError
+from anymha.framework.names import answers
 from anymha.framework.registry import backend_of
 from anymha.interchange.layers import get_weights
 from anymha.options.config import AttentionConfig
@@ -57,6 +58,7 @@ class Decoding:
         return tuple(filter(None, (*steps, *[1] * left)))
 
 
+@answers(make_cache="cache init_cache")
 def decoding(
     step: Any,
     make_cache: Callable[..., Cache] | None = None,

@@ -10,6 +10,7 @@ import numpy as np
 
 from anymha.errors import AnymhaError
 from anymha.framework.dtypes import accumulation_dtype
+from anymha.framework.names import answers
 from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
 from anymha.parity.adapters.arguments import exits_as_errors
@@ -67,6 +68,7 @@ class ParityError(AnymhaError, AssertionError):
 
 
 @exits_as_errors
+@answers()
 def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Comparison:
     """Compare two implementations on the same inputs, stage by stage.
 
@@ -425,6 +427,7 @@ def judge_traces(
         return Baseline(request, folded, first).judge(second, cotangent)
 
 
+@answers()
 def assert_parity(reference: Any, candidate: Any, inputs: Any, **call: Any) -> None:
     """Fail unless two implementations agree; the message says where they differ, and why.
 

@@ -50,6 +50,12 @@ class Comparison(ComparisonResult):
         ### ❌ port against anymha in numpy
     """
 
+    def __repr__(self) -> str:
+        return f"<Comparison: {self.verdict}>"
+
+    def __str__(self) -> str:
+        return self.to_text()
+
     def to_json(self, path: str | Path) -> None:
         """Write everything but the arrays as JSON; docs/compare.md has the schema.
 
