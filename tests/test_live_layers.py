@@ -395,7 +395,7 @@ def test_parameters_within_a_model_are_found_if_there_is_one_layer() -> None:
     assert new["params"]["block"]["norm"] == model["params"]["block"]["norm"]
     np.testing.assert_array_equal(new["params"]["block"]["attention"]["out"]["kernel"], 2)
     np.testing.assert_array_equal(model["params"]["block"]["attention"]["out"]["kernel"], 1)
-    with pytest.raises(WeightsError, match="there are several, under 'a/', 'b/': pass those of"):
+    with pytest.raises(WeightsError, match="here are several, under 'a/', 'b/': pass those of"):
         anymha.get_weights({"a": parameters(), "b": parameters()})
     with pytest.raises(WeightsError, match=r"^Name the .* Received: norm/scale"):
         anymha.get_weights({"norm": {"scale": np.ones(4)}})

@@ -313,7 +313,7 @@ def test_weights_that_do_not_exist_yet_have_no_penalty(backend: Backend) -> None
         ),
         (
             {"bias_regularizer": {"class_name": "L1", "config": {"l2": 0.1}}},
-            "`bias_regularizer`: L1 has no 'l2'. It has: 'l1'.",
+            "`bias_regularizer`, L1: `L1` takes no `l2`. Received: l2=0.1. It takes: l1.",
         ),
         (
             {"activity_regularizer": {"class_name": "L2", "config": {"l2": -1}}},

@@ -547,7 +547,7 @@ class Cache(Nested):
 
     def _arrays_cleared(self, ops: Ops) -> tuple[Array, Array]:
         """New arrays of keys and values, zero in slots that hold nothing."""
-        size, known = self.keys.shape[2], self._known
+        size, known = self.keys.shape[2], known_lengths(ops, self)
         if self.window is None:
             held = slots(ops, size, self.lengths) < ops.reshape(self.lengths, (-1, 1))
         else:
