@@ -12,6 +12,7 @@ from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape
 from anymha.framework.registry import Backend
+from anymha.parity import compare
 from tests.frameworks import required
 from tests.support import check, make, native, normal, np_dtype
 
@@ -205,3 +206,29 @@ def test_kernel_of_jax_is_not_taken_where_it_would_round() -> None:
     gpu = cudnn.Accelerator(cudnn.PLATFORM, (9, 0))
     assert cudnn.why_not_fused(spec, shape, gpu) is None
     assert "round the bias" in cudnn.why_not_fused(spec, shape._replace(wide_bias=True), gpu)
+
+
+# --- Comparisons ---------------------------------------------------------------------------------
+
+
+def test_a_port_gets_it_unrounded() -> None:
+    torch = required("torch")
+    layer = anymha.MultiHeadAttention(
+        H, 8, query_features=16, seed=0, dtype="bfloat16", backend="torch"
+    )
+
+    class Port(torch.nn.Module):
+        def __init__(self, rounds: bool) -> None:
+            super().__init__()
+            self.inner, self.rounds = layer, rounds
+
+        def forward(self, query: Any, attention_bias: Any) -> Any:
+            bias = attention_bias.to(query.dtype) if self.rounds else attention_bias
+            return self.inner(query, attention_bias=bias)
+
+    x = torch.from_numpy(inputs({"compute_dtype": "bfloat16"})).bfloat16()
+    errors = [
+        compare(layer, Port(rounds), x, attention_bias=BIAS).stages[0].error
+        for rounds in (False, True)
+    ]
+    assert errors[0] == 0 < 0.1 < errors[1]
