@@ -18,7 +18,7 @@ from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes, resolve_axes
 from anymha.options.config import AttentionConfig
 
-NUMPY = (np.ndarray, np.generic)
+NUMPY: Any = (np.ndarray, np.generic)
 _FLOATING = (Kind.INPUT, Kind.BIAS)
 _INTEGER = (Kind.POSITIONS, Kind.SEGMENTS)
 _OTHER = {"mask": Kind.MASK, "bias": Kind.BIAS}

@@ -263,8 +263,8 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         own = {name: call.pop(name) for name in UNCAST if name in call}
         if "attention_bias" in own:
             own["attention_bias"] = self._converted(own["attention_bias"], False)
-        args, others = keras.tree.map_structure(self._converted, (args, call))
-        call = {**others, **own}
+        converted: Any = keras.tree.map_structure(self._converted, (args, call))
+        args, call = converted[0], {**converted[1], **own}
         try:
             return super().__call__(*args, **call)
         except TypeError as error:

@@ -177,7 +177,7 @@ def _as_computed(problem: OracleProblem) -> Arrays:
     config = problem.case.config
     computed = config.compute_dtype or config.dtype
     arrays = {**problem.weights, **problem.inputs}
-    dtypes = dict.fromkeys(arrays, computed) | {"attention_bias": accumulation_dtype(computed)}
+    dtypes: Any = dict.fromkeys(arrays, computed) | {"attention_bias": accumulation_dtype(computed)}
     return {n: x.astype(numpy_dtype(dtypes[n])).astype(np.float64) for n, x in arrays.items()}
 
 
