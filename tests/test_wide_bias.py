@@ -196,18 +196,6 @@ def test_kernel_of_torch_is_taken_where_it_does_not_round(dtype: str) -> None:
     assert fused.why_not_fused(spec, on_gpu._replace(dtype=torch.float32)) is None
 
 
-# --- JAX -----------------------------------------------------------------------------------------
-
-
-def test_kernel_of_jax_is_not_taken_where_it_would_round() -> None:
-    cudnn, ops = required("anymha_jax.cudnn"), required("anymha_jax.ops")
-    spec, narrow = AttentionSpec(0.5, (), PositionMask()), ops.dtype("bfloat16")
-    shape = AttentionShape(2, 4, 4, 8, 8, 16, 16, narrow, None, narrow, has_bias=True)
-    gpu = cudnn.Accelerator(cudnn.PLATFORM, (9, 0))
-    assert cudnn.why_not_fused(spec, shape, gpu) is None
-    assert "round the bias" in cudnn.why_not_fused(spec, shape._replace(wide_bias=True), gpu)
-
-
 # --- Comparisons ---------------------------------------------------------------------------------
 
 
