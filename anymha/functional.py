@@ -175,8 +175,6 @@ def dot_product_attention(
     dtype = dtype_name(query.dtype)
     working = accumulation_dtype(dtype)
     narrow = multiplies(ops, dtype, ops.device(query))
-    if bias is not None and bias.dtype != query.dtype:
-        narrow = False  # which the kernel would round
     spec = AttentionSpec(
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
         _features(arrays, softcap),
@@ -250,6 +248,7 @@ def _attention_shape(
             bias is not None and differentiated is not None and differentiated(bias)
         ),
         has_segments="segment_ids" in arrays,
+        wide_bias=bias is not None and bias.dtype != query.dtype,
     )  # fmt: skip
 
 

@@ -298,6 +298,21 @@ def test_dropout_of_a_seed_is_that_of_the_numpy_layer_bit_for_bit() -> None:
     assert np.abs(got - numpy(X)).max() > 0.01
 
 
+def test_seeds_of_numpy_of_one_integer_and_of_keras_are_seeds() -> None:
+    layer = exact(seed=1)
+    numpy = anymha.convert(layer, to="numpy")
+    seeds = {5: [np.int64(5), np.array([5]), keras.ops.convert_to_tensor([5])]}
+    seeds |= {2**40 + 7: [np.int64(2**40 + 7)]}
+    generator = keras.random.SeedGenerator(11)
+    seeds |= {11 * 2**32 + step: [generator.next()] for step in range(2)}
+    for number, forms in seeds.items():
+        want = numpy(X, training=True, seed=number)
+        for seed in forms:
+            np.testing.assert_array_equal(to_numpy(layer(X, training=True, seed=seed)), want)
+    with pytest.raises(ShapeError, match=r"`seed` must be one integer, or one key of"):
+        layer(X, training=True, seed=keras.ops.convert_to_tensor([1, 9, 2]))
+
+
 def test_dropout_draws_from_keras_generator_the_same_in_every_backend() -> None:
     keras.utils.set_random_seed(3)
     random.seed(3)
@@ -344,6 +359,39 @@ def test_dtype_policies_say_what_weights_and_results_are(name: str) -> None:
     want = numpy(X.astype(kind)).astype("float32")
     margin = 2 * tolerance(half, 16, float(np.abs(want).max()), stored=half)
     np.testing.assert_allclose(to_numpy(output).astype("float32"), want, rtol=0, atol=margin)
+
+
+@pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
+def test_a_bias_in_float32_is_not_rounded(name: str) -> None:
+    half = name.removeprefix("mixed_")
+    layer, wide = (MultiHeadAttention(2, 4, dtype=d, seed=0) for d in (name, "float32"))
+    kind = np.dtype(getattr(ml_dtypes, half, half))
+    x = X.astype(kind).astype("float32")
+    for each in (layer, wide):
+        each.build(x.shape)
+    anymha.set_weights(wide, {
+        n: np.asarray(w, "float32") for n, w in anymha.get_weights(layer).items()
+    })  # fmt: skip
+    large = (1500 + numbers(5, 5, seed=1)).astype("float32")
+    lowest = np.full((5, 5), np.finfo("float32").min, "float32")
+    for bias in (large, lowest):
+        want = to_numpy(wide(x, attention_bias=bias))
+        margin = 8 * float(ml_dtypes.finfo(kind).eps) * np.abs(want).max()
+        for given in (bias, keras.ops.convert_to_tensor(bias)):
+            output = to_numpy(layer(x, attention_bias=given)).astype("float32")
+            np.testing.assert_allclose(output, want, rtol=0, atol=margin)
+    inputs = keras.Input((5, 8)), keras.Input((5, 5), dtype="float32")
+    one = keras.ops.reshape(inputs[1], (-1, 1, 5, 5))
+    model = keras.Model(inputs, layer(inputs[0], attention_bias=one))
+    output = to_numpy(model([x, np.repeat(large[None], len(x), 0)])).astype("float32")
+    want = to_numpy(wide(x, attention_bias=large))
+    margin = 8 * float(ml_dtypes.finfo(kind).eps) * np.abs(want).max()
+    np.testing.assert_allclose(output, want, rtol=0, atol=margin)
+
+
+def test_a_policy_and_another_compute_dtype_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"Pass dtype='mixed_float16' alone"):
+        MultiHeadAttention(2, 4, dtype="mixed_float16", compute_dtype="float32")
 
 
 def test_float32_with_a_half_compute_dtype_is_the_mixed_policy() -> None:
@@ -797,7 +845,7 @@ def test_gate_takes_lora() -> None:
 
 
 def test_dtypes_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ConfigError, match="Pass a policy"):
+    with pytest.raises(ConfigError, match=r"Pass dtype=.mixed_bfloat16. alone"):
         MultiHeadAttention(2, 4, dtype="mixed_bfloat16", compute_dtype="float64")
 
 

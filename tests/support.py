@@ -246,11 +246,10 @@ def truth(
         kept: What dropout multiplies the probabilities with.
     """
     config = problem.config
-    compute = np_dtype(config.compute_dtype or config.dtype)
-    exact = {
-        name: array.astype(compute).astype(np.float64)
-        for name, array in {**problem.weights, **problem.inputs}.items()
-    }
+    compute = config.compute_dtype or config.dtype
+    arrays = {**problem.weights, **problem.inputs}
+    dtypes = dict.fromkeys(arrays, compute) | {"attention_bias": accumulation_dtype(compute)}
+    exact = {n: x.astype(np_dtype(dtypes[n])).astype(np.float64) for n, x in arrays.items()}
     weights = {name: exact[name] for name in problem.weights}
     heads, d_v, *features = weights["output.kernel"].shape
     weights["output.kernel"] = weights["output.kernel"].reshape(heads, d_v, math.prod(features))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 
 import anymha
 from anymha.attention.dropout import STEPS, Dropout, keep_mask, rate_threshold
+from anymha.errors import ArgumentError, DtypeError, ShapeError
 from anymha.framework.registry import Backend, get_backend
+from tests.conftest import BACKENDS, usable
+from tests.frameworks import required
 from tests.support import compilers, make, normal, run
 
 SHAPE = (2, 3, 5, 7)
@@ -98,6 +102,91 @@ def test_seed_may_be_an_integer_of_numpy(backend: Backend) -> None:
         got = run(backend, problem.calling(training=True, seed=seed), gradients=False)
         want = run(backend, problem.calling(training=True, seed=-5), gradients=False)
         assert got.output.tobytes() == want.output.tobytes()
+
+
+HOMES = ("numpy", "torch", "tensorflow", "jax", "flax", "equinox")
+
+
+@pytest.fixture(params=HOMES)
+def dropping(request: pytest.FixtureRequest) -> tuple[Any, Callable[[Any], Any]]:
+    """A layer with dropout of each home, and its output of a seed as a NumPy array."""
+    home = request.param
+    if home in ("flax", "equinox"):
+        required(home)
+    else:
+        usable(home)
+    layer = anymha.MultiHeadAttention(2, 4, dropout=0.5, query_features=8, seed=0, backend=home)
+    ops = layer.ops
+    x = ops.from_numpy(normal((1, 6, 8), "x").astype("float32"))
+    return ops, lambda seed: ops.to_numpy(layer(x, training=True, seed=seed))
+
+
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_one_integer_of_any_shape_is_that_integer(dropping: Any, shape: tuple[int, ...]) -> None:
+    ops, output = dropping
+    want = output(5)
+    for dtype in ("int32", "uint32"):
+        seed = np.full(shape, 5, dtype)
+        np.testing.assert_array_equal(output(seed), want)
+        np.testing.assert_array_equal(output(ops.from_numpy(seed)), want)
+    np.testing.assert_array_equal(output(np.full(shape, 2**64 + 5)), want)  # of Python's ints
+
+
+SEVERAL = {
+    "two integers": np.array([1, 2], np.int32),
+    "a key in a batch": np.array([[0, 5]], np.uint32),
+    "three words": np.array([1, 9, 2], np.uint32),
+    "none": np.zeros(0, np.int32),
+}
+
+
+@pytest.mark.parametrize("seed", SEVERAL.values(), ids=SEVERAL)
+def test_several_integers_are_refused_in_the_same_words(dropping: Any, seed: np.ndarray) -> None:
+    ops, output = dropping
+    received = re.escape(f"Received: shape {seed.shape}, dtype {seed.dtype}. Pass an int.")
+    with pytest.raises(ShapeError, match=rf"^`seed` must be one integer, or one key .* {received}"):
+        output(ops.from_numpy(seed))
+    if ops.name != "numpy":
+        with pytest.raises(ArgumentError, match=r"^`seed` must be an int, or an integer array of"):
+            output(seed)
+
+
+def test_numbers_that_are_no_integers_are_refused(dropping: Any) -> None:
+    ops, output = dropping
+    with pytest.raises(DtypeError, match=r"^`seed` must be an integer\. Received: shape \(1,\)"):
+        output(ops.from_numpy(np.ones(1, np.float32)))
+    other = "torch" if ops.name != "torch" else "tensorflow"
+    foreign = usable(other).ops.from_numpy(np.array(5.0))
+    for seed in (foreign, lambda: foreign, lambda: 1.5):
+        with pytest.raises(ArgumentError, match=r"^`seed` must be an int, or an integer array of"):
+            output(seed)
+
+
+def test_an_integer_of_another_framework_is_that_integer(dropping: Any) -> None:
+    _, output = dropping
+    want = output(5)
+    for name in BACKENDS:
+        seed = usable(name).ops.from_numpy(np.array(5))
+        np.testing.assert_array_equal(output(seed), want)
+
+
+def test_keys_of_jax_are_one(dropping: Any) -> None:
+    """One key is a seed of JAX's layers; several, and keys elsewhere, are refused."""
+    ops, output = dropping
+    random = required("jax").random
+    keys = random.split(random.key(5), 4)
+    if ops.name != "jax":
+        for seed in (keys, random.key(5), random.PRNGKey(5), lambda: random.key(5)):
+            with pytest.raises(ArgumentError, match=r"^`seed` must be an int, or an integer array"):
+                output(seed)
+        return
+    with pytest.raises(ShapeError, match=r"one key .* Received: shape \(4,\), dtype key"):
+        output(keys)
+    with required("jax").enable_x64(True):
+        words = ops.from_numpy(np.array([0, 5]))
+        with pytest.raises(ShapeError, match=r"one key .* Received: shape \(2,\), dtype int64"):
+            output(words)
 
 
 def test_mask_is_the_same_compiled_with_a_traced_seed(backend: Backend) -> None:

@@ -169,7 +169,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "mask": {"attention_mask": np.random.default_rng(3).random((2, 4, 10, 10)) < 0.4},
     "mask and bias": {
         "attention_mask": np.random.default_rng(3).random((10, 10)) < 0.2,
-        "attention_bias": np.random.default_rng(4).standard_normal((4, 10, 10)).astype("f4"),
+        "attention_bias": np.random.default_rng(4).standard_normal((4, 10, 10)).astype(BF16),
         "use_causal_mask": True,
     },
 }
@@ -308,6 +308,7 @@ REFUSED: dict[str, Any] = {
     "one key": (SHAPE._replace(keys=1), OPEN, GPU, "two queries"),
     "symbols": (SHAPE._replace(queries="T"), OPEN, GPU, "not known"),
     "mask in float16": (HALF_SHAPE._replace(has_mask=True), OPEN, GPU, "float16"),
+    "bias in float32": (SHAPE._replace(has_bias=True, wide_bias=True), OPEN, GPU, "round the bias"),
     "bias in float16": (HALF_SHAPE._replace(has_bias=True), OPEN, GPU, "float16"),
     "offset in float16": (HALF_SHAPE, PositionMask(None, 0, 3), GPU, "float16"),
     "other lengths in float16": (HALF_SHAPE._replace(queries=7), CAUSAL, GPU, "float16"),

@@ -517,6 +517,15 @@ def test_compiled_steps_with_a_cache_trace_once(counter, window):
     assert torch.allclose(torch.cat(outputs, dim=1), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [np.int64(3), np.uint32(3), np.array([3])], ids=repr)
+@pytest.mark.parametrize("rng", ["portable", "native"])
+def test_compiled_integers_of_numpy_are_ints(x, compiled, rng, seed):
+    layer = make(dropout=0.5, dropout_rng=rng)
+    assert torch.allclose(compiled(layer)(x, seed=seed), layer(x, seed=3), atol=1e-6)
+    moved = compiled(make())(x, use_causal_mask=True, query_offset=seed)
+    assert torch.allclose(moved, make()(x, use_causal_mask=True, query_offset=3), atol=1e-6)
+
+
 @pytest.mark.parametrize("seed", [3, torch.tensor(3)], ids=["int", "tensor"])
 def test_compiled_native_dropout_is_the_same(x, compiled, seed):
     layer = make(dropout=0.5, dropout_rng="native")

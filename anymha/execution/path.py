@@ -44,6 +44,8 @@ class AttentionShape(NamedTuple):
         per_query: Whether a mask or the bias differs from query to query.
         bias_differentiated: Whether a gradient of the bias may be asked for.
         has_segments: Whether queries see keys of their own segment alone.
+        wide_bias: Whether the bias is of another dtype than `narrow`, to which no kernel may round
+            it: it is added in `float32` at least.
     """
 
     batch: Dim
@@ -61,6 +63,7 @@ class AttentionShape(NamedTuple):
     per_query: bool = False
     bias_differentiated: bool = False
     has_segments: bool = False
+    wide_bias: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from anymha.attention.masks import FAR, check_boolean
 from anymha.errors import ArgumentError, DtypeError, MixedBackendsError, ShapeError, WeightsError
@@ -15,6 +18,7 @@ from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes, resolve_axes
 from anymha.options.config import AttentionConfig
 
+NUMPY: Any = (np.ndarray, np.generic)
 _FLOATING = (Kind.INPUT, Kind.BIAS)
 _INTEGER = (Kind.POSITIONS, Kind.SEGMENTS)
 _OTHER = {"mask": Kind.MASK, "bias": Kind.BIAS}
@@ -274,6 +278,7 @@ def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:
         ArgumentError: it is neither.
         ShapeError: it has another shape.
     """
+    offset = _of_framework(ops, offset)
     if ops.is_array(offset) and "int" in dtype_name(offset.dtype):
         if batch is not None:
             check_broadcast(offset, (batch,), "query_offset")
@@ -287,27 +292,53 @@ def check_offset(ops: Ops, offset: Any, batch: Dim | None) -> Any:
 
 
 def check_seed(ops: Ops, seed: Any) -> Any:
-    """The seed of a call: None, an int, or an array of the framework that is not floating.
+    """The seed of a call: None, an int, or one integer or one key as an array of the framework.
+
+    NumPy's integers, one in an array too, are ints in every framework.
 
     Raises:
-        ArgumentError: it is neither.
-        MixedBackendsError: an array of another framework.
-        DtypeError: a floating array.
+        ArgumentError: it is none of these.
+        DtypeError: an array of other numbers.
+        ShapeError: an array of several integers or keys, or of none.
     """
-    if seed is None or isinstance(seed, int):
-        return seed
+    seed = _of_framework(ops, seed)
+    number = seed.item() if isinstance(seed, NUMPY) and seed.size == 1 else seed
+    if number is None or isinstance(number, int):
+        return number
     if ops.is_array(seed):
-        if is_floating(dtype_name(seed.dtype)):
-            raise DtypeError(
-                f"`seed` must be an integer. Received: {described(seed)}. Cast it first."
-            )
-        return seed
+        return _one_seed(ops, seed)
     if is_integer(seed):
-        return operator.index(seed)
+        with contextlib.suppress(TypeError, AttributeError):  # a floating array of another
+            return operator.index(seed)
     raise ArgumentError(
         f"`seed` must be an int, or an integer array of {ops.name}. Received: {received(seed)}. "
         "Pass an int."
     )
+
+
+def _of_framework(ops: Ops, value: Any) -> Any:
+    """`value`; an array of NumPy's as one of the framework where torch compiles and it is both."""
+    return ops.asarray(value) if isinstance(value, NUMPY) and ops.is_array(value) else value
+
+
+def _one_seed(ops: Ops, seed: Array) -> Array:
+    """An array of one integer as a scalar; a key, or the words of one, as it is."""
+    name, shape = dtype_name(seed.dtype), tuple(seed.shape)
+    is_key = name.startswith("key<")
+    if not is_key and "int" not in name and name != "bool":
+        raise DtypeError(f"`seed` must be an integer. Received: {described(seed)}. Cast it first.")
+    if shape == ():
+        return seed
+    make = ops.capabilities.seed_array
+    words = None if make is None else make(0)  # of a key, which has several in JAX alone
+    if words is not None and words.shape == seed.shape and words.dtype == seed.dtype:
+        return seed
+    if is_key or any(is_known(n) and n != 1 for n in shape):
+        raise ShapeError(
+            "`seed` must be one integer, or one key of the framework. Received: "
+            f"{described(seed)}. Pass an int."
+        )
+    return ops.reshape(seed, ())
 
 
 def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any]) -> None:
@@ -344,7 +375,7 @@ def check_weights(ops: Ops, config: AttentionConfig, weights: Mapping[str, Any])
 
 def is_integer(value: Any) -> bool:
     """Whether a value is one integer, a NumPy one included, and not an array of a framework."""
-    return hasattr(value, "__index__") and not getattr(value, "shape", ())
+    return hasattr(value, "__index__") and getattr(value, "shape", ()) == ()
 
 
 def _differ(length: Dim, other: Dim) -> bool:

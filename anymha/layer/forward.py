@@ -180,7 +180,7 @@ def multi_head_attention(
     if not flags.dropping:
         seed = None
     elif draw_seed is not None:
-        seed = draw_seed()
+        seed = check_seed(ops, draw_seed())
     elif seed is None:
         seed = draw_seed_for(ops, query, native=config.dropout_rng == "native")
 
@@ -486,7 +486,7 @@ def _held_inputs(
         own = shape.fold_mask(ops, "attention_mask", arrays["attention_mask"])
         mask = all_of(ops, [mask, own])
     if bias is not None:
-        bias = cast_to(ops, cast_to(ops, bias, plan.compute_dtype), plan.working)
+        bias = cast_to(ops, bias, plan.working)
     return query, source, source, mask, bias
 
 
@@ -634,7 +634,7 @@ def _held_attention(
         mask = all_of(ops, [view.mask, own.get("mask")])
         bias = own.get("bias") if view.bias is None else view.bias
         if view.bias is not None:
-            bias = cast_to(ops, cast_to(ops, bias, plan.compute_dtype), plan.working)
+            bias = cast_to(ops, bias, plan.working)
         tiled = None
         if spec.features:
             arrays = {**holding.arrays, "key_positions": view.key_positions}
@@ -700,7 +700,7 @@ def _inputs(
     elif query_mask is not None or key_mask is not None:
         mask = all_of(ops, [mask, query_mask, key_mask])
     if bias is not None:
-        bias = cast_to(ops, cast_to(ops, bias, plan.compute_dtype), plan.working)
+        bias = cast_to(ops, bias, plan.working)
         bias = shape.fold_mask(ops, "attention_bias", bias)
     return query, key, value, mask, bias
 

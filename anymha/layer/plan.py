@@ -445,6 +445,7 @@ def _with_lengths(
                 bias is not None and _is_differentiated(ops, bias)
             ),
             has_segments="segment_ids" in masks,
+            wide_bias=bias is not None and plan.narrow and bias.dtype != plan.carried,
         ),
         observed=flags.observed,
         with_scores=flags.scores,
@@ -496,6 +497,7 @@ def held_path(
             per_query=per_query,
             bias_differentiated=bias is not None and _is_differentiated(ops, bias),
             has_segments="segment_ids" in masks,
+            wide_bias=bias is not None and plan.narrow and bias.dtype != plan.carried,
         ),
         observed=plan.flags.observed,
         with_scores=plan.flags.scores,

@@ -86,6 +86,8 @@ def why_not_fused(
         return "the lengths are not known before the program runs"
     if 1 in lengths[1:]:
         return "cuDNN's kernel wants two queries and two keys at least"
+    if shape.wide_bias:
+        return "cuDNN's kernel would round the bias to half precision"
     if shape.dtype == jnp.float16 and _is_masked(spec, shape):
         return "a mask in float16 would not hide keys whose logits are great"
     return None

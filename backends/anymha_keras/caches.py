@@ -1,14 +1,13 @@
 """Caches and memories in Keras: nested structures of tensors, which the layer does not cast.
 
 Where Keras looks into structures it sees the arrays of a cache: as inputs of functional models and
-symbolic results, and in `keras.tree.map_structure`. But a layer of Keras casts all floating arrays
-of a call to its own dtype, and a cache keeps its dtype. So it is hidden from Keras during a call.
+symbolic results, and in `keras.tree.map_structure`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -43,31 +42,6 @@ def _register() -> None:
 
 if keras.config.backend() != "torch":
     _register()
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """A cache or a memory that Keras takes for no structure."""
-
-    value: Cache | Memory
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-def hidden(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, a cache or a memory hidden."""
-    return {n: Hidden(x) if isinstance(x, (Cache, Memory)) else x for n, x in call.items()}
-
-
-def shown(value: Any) -> Any:
-    """What is hidden; anything else as it is."""
-    return value.value if isinstance(value, Hidden) else value
-
-
-def is_symbolic(*values: Any) -> bool:
-    """Whether there is a symbolic tensor among the leaves."""
-    return any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(values))
 
 
 def symbolic_results(

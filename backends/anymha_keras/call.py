@@ -68,6 +68,16 @@ def as_tensor(x: Any) -> Any:
     return keras.ops.convert_to_tensor(x)
 
 
+def of_words(seed: Any) -> Any:
+    """A seed; for two words, as `keras.random.SeedGenerator.next` gives them, one integer."""
+    shape, dtype = getattr(seed, "shape", ()), str(getattr(seed, "dtype", ""))
+    # JAX takes the words of a key, and has no int64.
+    if keras.config.backend() == "jax" or tuple(shape) != (2,) or "int" not in dtype:
+        return seed
+    words: Any = keras.ops.cast(seed, "int64")
+    return words[0] * 2**32 + words[1] % 2**32
+
+
 def all_masks(given: Mapping[str, Any], query: Any, value: Any, key: Any) -> dict[str, Any]:
     """The boolean masks of a call: those passed, else those attached to the inputs.
 

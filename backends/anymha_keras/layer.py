@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import keras
 import numpy as np
+from keras.src.backend import get_keras_mask, set_keras_mask  # of which there are no public names
 
 from anymha.errors import AnymhaError, ConfigError
 from anymha.framework.registry import get_backend
@@ -29,12 +30,13 @@ from anymha.layer.native import (
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
 from anymha.options.config import AttentionConfig, shown_options
-from anymha_keras.caches import hidden, is_symbolic, shown, symbolic_results
+from anymha_keras.caches import symbolic_results
 from anymha_keras.call import (
     MASKS,
     all_masks,
     any_shape,
     as_tensor,
+    of_words,
     result_shapes,
     unpack_shapes,
     with_mask,
@@ -57,6 +59,8 @@ KERAS_ADDS = ("return_activity_loss",)
 """Arguments of the call that Keras's has not: Keras adds the loss to `layer.losses`."""
 CALL = tuple(argument.name for argument in CALL_ARGUMENTS if argument.name not in KERAS_ADDS)
 """The arguments of the call."""
+UNCAST = ("cache", "memory", "attention_bias", "seed")
+"""Arguments that Keras would cast, to the layer's dtype or to 32 bits, and that keep theirs."""
 
 
 class _Ops:
@@ -101,6 +105,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         check_name(type(self), config.name, "without a slash, which parts names in Keras's paths")
         super().__init__(dtype=given.policy, name=config.name, **given.of_layer)
         self.supports_masking = True
+        self._convert_input_args = False  # which `__call__` does
         self.seed = config.seed
         self._config = config
         self.plans = Plans()
@@ -216,7 +221,6 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
                 "Returning attention scores is not supported when flash attention is enabled. "
                 "Please disable flash attention to access attention scores."
             )
-        cache, memory = shown(cache), shown(memory)
         query, value, key = map(as_tensor, unpack_inputs(query, value, key))
         passed = map(as_tensor, (query_mask, value_mask, key_mask, attention_mask))
         masks = all_masks(dict(zip(MASKS, passed, strict=True)), query, value, key)
@@ -242,7 +246,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
             training=training,
             use_causal_mask=use_causal_mask,
             query_offset=query_offset,
-            seed=self._draw_seed if seed is None else seed,
+            seed=self._draw_seed if seed is None else of_words(seed),
             cache=cache,
             memory=memory,
         )
@@ -256,34 +260,26 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
 
     @shown_as(call)
     def __call__(self, *args: Any, **call: Any) -> Any:
+        own = {name: call.pop(name) for name in UNCAST if name in call}
+        if "attention_bias" in own:
+            own["attention_bias"] = self._converted(own["attention_bias"], False)
+        converted: Any = keras.tree.map_structure(self._converted, (args, call))
+        args, call = converted[0], {**converted[1], **own}
         try:
-            if call.get("cache") is None and call.get("memory") is None:
-                return super().__call__(*args, **call)
-            return self._with_cache(args, call)
+            return super().__call__(*args, **call)
         except TypeError as error:
             unknown = [name for name in call if name not in CALL]
             if unknown and not isinstance(error, AnymhaError):
                 raise unexpected(unknown[0], CALL) from None
             raise
 
-    def _with_cache(self, args: Any, call: dict[str, Any]) -> Any:
-        """Call with a cache or a memory, which keeps its dtype."""
-        own = {name: call.get(name) for name in ("cache", "memory")}
-        if not is_symbolic(args, call):
-            return super().__call__(*args, **{**call, **hidden(own)})
-
-        def converted(x: Any) -> Any:
-            return self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
-
-        args = keras.tree.map_structure(converted, args)
-        passed = {name: x for name, x in call.items() if name not in own}
-        others: Any = keras.tree.map_structure(converted, passed)
-        call = {**others, **own}
-        converts, self._convert_input_args = self._convert_input_args, False
-        try:
-            return super().__call__(*args, **call)
-        finally:
-            self._convert_input_args = converts
+    def _converted(self, x: Any, casts: bool = True) -> Any:
+        """A leaf of the call's arguments as a tensor, as Keras makes it, cast or not."""
+        mask = get_keras_mask(x)
+        x = self.dtype_policy.convert_input(x, casts and self.autocast, self.input_dtype)
+        if mask is not None:
+            set_keras_mask(x, mask)
+        return x
 
     def __repr__(self) -> str:
         options = shown_options(dataclasses.replace(self.config, name=None))
@@ -296,11 +292,7 @@ class MultiHeadAttention(NativeLayer, keras.layers.Layer):
         return name.replace("/", "_")
 
     def _draw_seed(self) -> Any:
-        state = self._dropout_layer.seed_generator.next()
-        if keras.config.backend() == "jax":  # which takes the words of a key, and has no int64
-            return state
-        words: Any = keras.ops.cast(state, "int64")
-        return words[0] * 2**32 + words[1]
+        return of_words(self._dropout_layer.seed_generator.next())
 
     def compute_output_shape(
         self, query_shape: Any, value_shape: Any = None, key_shape: Any = None

@@ -139,7 +139,7 @@ def _policy(dtype: Any, compute_dtype: Any) -> tuple[Any, str | None]:
         raise ConfigError(
             "`dtype` and `compute_dtype` must give results of the policy's dtype, "
             f"{policy.compute_dtype}. Received: dtype={policy.name!r}, compute_dtype={compute!r}. "
-            "Pass a policy, as dtype='mixed_bfloat16', alone."
+            f"Pass dtype={policy.name!r} alone."
         )
     return policy, compute
 

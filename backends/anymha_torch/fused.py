@@ -37,6 +37,9 @@ def why_not_fused(spec: AttentionSpec, shape: AttentionShape, /) -> str | None:
         return "torch's kernel has sinks in float32 on a CPU and without dropout alone"
     if shape.bias_differentiated:
         return "torch's kernel gives no gradient to a bias"
+    own = spec.dropout is not None and not spec.dropout.native  # which adds in float32
+    if shape.wide_bias and shape.dtype in HALF and shape.device.type != "cpu" and not own:
+        return "torch's kernel in half precision would round the bias"
     compiling = torch.compiler.is_compiling()
     # `modes.transformed`, without entering one file more
     if not compiling and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
@@ -75,7 +78,8 @@ def fused_attention(
         return tiled_dropout.in_one_piece(spec, arrays)  # a program cannot seed a generator
     mask, bias = arrays.get("mask"), arrays.get("bias")
     if bias is not None:
-        bias = bias.to(query.dtype)  # to which it was rounded
+        if not bias.is_cpu:  # where a kernel adds float32 to half precision as it is
+            bias = bias.to(query.dtype)
         mask = bias if mask is None else torch.where(mask, bias, -torch.inf)
     elif mask is not None and mask.__class__ is torch.Tensor and mask.is_cpu:
         mask = torch.where(mask, _SEEN, _HIDDEN)  # as the kernel does, by numbers that are kept
@@ -86,11 +90,12 @@ def fused_attention(
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
     arguments: Any = (query, key, value, mask, rate, causal)
+    kernel = scaled_dot_product_attention if bias is None else _as_given
     if drop is None or drop.seed is None:
-        context = scaled_dot_product_attention(*arguments, scale=spec.scale, enable_gqa=grouped)
+        context = kernel(*arguments, scale=spec.scale, enable_gqa=grouped)
     else:
         with seeded(drop.seed, query.device):
-            context = scaled_dot_product_attention(*arguments, scale=spec.scale, enable_gqa=grouped)
+            context = kernel(*arguments, scale=spec.scale, enable_gqa=grouped)
     if torch.is_grad_enabled() and drop is None and not torch.compiler.is_compiling():
         node: Any = context.grad_fn
         kind = type(node)
@@ -103,6 +108,15 @@ def fused_attention(
         seen = mask if mask.dtype == torch.bool else mask > -torch.inf
         context = torch.where(seen.any(-1, keepdim=True), context, 0.0)
     return context
+
+
+def _as_given(query: torch.Tensor, *arrays: Any, **options: Any) -> torch.Tensor:
+    """The kernel without `torch.autocast`, which would round the bias."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return scaled_dot_product_attention(query, *arrays, **options)
+    with torch.autocast(kind, enabled=False):
+        return scaled_dot_product_attention(query, *arrays, **options)
 
 
 HALF = (torch.bfloat16, torch.float16)

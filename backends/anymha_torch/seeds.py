@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from anymha.errors import ArgumentError, ShapeError
-from anymha.framework.shapes import described
+from anymha.errors import ArgumentError
 from anymha_torch.modes import is_traced
 
 
@@ -21,14 +20,8 @@ def on_device(seed: Any, device: torch.device) -> torch.Tensor:
 
     Raises:
         ArgumentError: a tensor of the meta device, which has no value.
-        ShapeError: a tensor of several numbers, or none.
     """
     if isinstance(seed, torch.Tensor):
-        if seed.numel() != 1:
-            raise ShapeError(
-                f"`seed` must be one integer. Received: {described(seed)}. Pass an int."
-            )
-        seed = seed.reshape(())
         if seed.is_meta and device.type != "meta":
             raise ArgumentError(
                 "`seed` must have a value. Received: a tensor on the meta device. Pass an int."

@@ -119,8 +119,9 @@ class TorchModule:
     """A module of the user's own, in the mode in which it is, unless the call says `training`.
 
     It gets the inputs of the call as tensors of its device and dtype, and the call's other
-    arguments by name. It may return the same as a plain function. `description` has its weights,
-    where they are known; `own` says that the module's own state has them.
+    arguments by name, a bias in float32 beside half precision where it can mix the two. It may
+    return the same as a plain function. `description` has its weights, where they are known; `own`
+    says that the module's own state has them.
     """
 
     def __init__(
@@ -145,7 +146,13 @@ class TorchModule:
         def results(form: Fitted, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
             arrays = {n: a for n, a in form.arguments.items() if isinstance(a, np.ndarray)}
             given = {n: x.transpose(0, 1) if turned else x for n, x in inputs.items()}
-            result = form.call(module, given, {**form.arguments, **tensors(module, arrays)})
+            others, rounded = (tensors(module, arrays, at_least) for at_least in ("float32", ""))
+            try:
+                result = form.call(module, given, {**form.arguments, **others})
+            except RuntimeError:  # as where it cannot mix dtypes
+                if all(others[name].dtype == x.dtype for name, x in rounded.items()):
+                    raise
+                result = form.call(module, given, {**form.arguments, **rounded})
             stages = named_stages(result, self.name)
             if turned:
                 stages["output"] = stages["output"].transpose(0, 1)
@@ -165,14 +172,20 @@ class TorchModule:
             return make_trace(self.name, request, call, self.description, gradients, form.notes)
 
 
-def tensors(module: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays on a module's device; numbers in its dtype, as torch refuses to mix them."""
+def tensors(module: Any, arrays: Mapping[str, np.ndarray], at_least: str = "") -> dict[str, Any]:
+    """Arrays on a module's device; numbers in its dtype, as torch refuses to mix them.
+
+    With `at_least` they are in that dtype where the module's is narrower.
+    """
+    torch = importlib.import_module("torch")
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     converted = {}
     for name, array in arrays.items():
         tensor = get_backend("torch").ops.from_numpy(np.ascontiguousarray(array))
         if first is not None:
             dtype = first.dtype if tensor.is_floating_point() else tensor.dtype
+            if at_least and tensor.is_floating_point():
+                dtype = torch.promote_types(dtype, getattr(torch, at_least))
             tensor = tensor.to(first.device, dtype)
         converted[name] = tensor
     return converted

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from anymha.framework.dtypes import accumulation_dtype
 from anymha.parity.oracle.cases import Arrays, OracleProblem, axes_of, numpy_dtype, trio
 from anymha.parity.oracle.features import sections_of
 from anymha.parity.oracle.oracle import Truth, evaluate
@@ -169,11 +170,15 @@ def expected(problem: OracleProblem) -> Truth:
 
 
 def _as_computed(problem: OracleProblem) -> Arrays:
-    """Weights and inputs rounded to the dtype in which the layer computes, in float64."""
+    """Weights and inputs rounded to the dtype in which the layer computes, in float64.
+
+    The bias is rounded to that of its sums.
+    """
     config = problem.case.config
-    dtype = numpy_dtype(config.compute_dtype or config.dtype)
+    computed = config.compute_dtype or config.dtype
     arrays = {**problem.weights, **problem.inputs}
-    return {name: array.astype(dtype).astype(np.float64) for name, array in arrays.items()}
+    dtypes: Any = dict.fromkeys(arrays, computed) | {"attention_bias": accumulation_dtype(computed)}
+    return {n: x.astype(numpy_dtype(dtypes[n])).astype(np.float64) for n, x in arrays.items()}
 
 
 def spread_mask(name: str, mask: np.ndarray, batch: int, queries: int, keys: int) -> np.ndarray:
