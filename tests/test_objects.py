@@ -176,11 +176,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "field": (
         of("HeNormal", scale=2),
-        "`kernel_initializer`: HeNormal has no 'scale'. It has: 'seed', 'input_axes', "
-        "'output_axes'.",
+        "`kernel_initializer`, HeNormal: `HeNormal` takes no `scale`. Received: scale=2. It takes: "
+        "seed, input_axes, output_axes.",
     ),
-    "no field": (of("Zeros", value=1), "`kernel_initializer`: Zeros has no 'value'. It has: "
-                 "nothing to set."),
+    "no field": (
+        of("Zeros", value=1),
+        "`kernel_initializer`, Zeros: `Zeros` takes no `value`. Received: value=1. It takes: "
+        "nothing.",
+    ),
     "stddev": (
         of("RandomNormal", stddev=-1),
         "`kernel_initializer`, RandomNormal: `stddev` must be a finite number of at least 0. "
