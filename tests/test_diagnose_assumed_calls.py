@@ -20,8 +20,9 @@ HALF = WIDTH // 2
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs of mistakes are not searched for long."""
-    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.PAIRS_SECONDS", 0.0)
+    """Ways of decoding are searched for as long as it takes; pairs of mistakes are not."""
+    for name, seconds in {"CALLS_SECONDS": 60.0, "PAIRS_SECONDS": 0.0}.items():
+        monkeypatch.setattr(f"anymha.parity.diagnose.diagnosis.{name}", seconds)
 
 
 def layer_of(**options: Any) -> Any:
