@@ -23,7 +23,8 @@ def skip_or_fail(name: str, reason: str) -> None:
 
 def required(name: str) -> Any:
     """The framework's module, for the top of a file all of whose tests need it."""
-    if importlib.util.find_spec(name) is None:
-        skip_or_fail(name, f"{name} is not installed")
+    package = name.partition(".")[0]  # `find_spec` of a submodule imports the package
+    if importlib.util.find_spec(package) is None:
+        skip_or_fail(package, f"{package} is not installed")
     module: ModuleType = importlib.import_module(name)
     return module
