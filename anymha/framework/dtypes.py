@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
 
 from anymha.errors import ConfigError
 
@@ -11,6 +13,28 @@ if TYPE_CHECKING:
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
+
+
+class DtypeOfTorch(Protocol):
+    """What `torch.dtype` is for type checkers."""
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is."""
+        ...
+
+
+class DtypeOfTensorFlow(Protocol):
+    """What `tensorflow.DType` is for type checkers."""
+
+    @property
+    def as_numpy_dtype(self) -> Any:
+        """The scalar type of NumPy."""
+        ...
+
+
+DtypeLike: TypeAlias = str | type[Any] | np.dtype[Any] | DtypeOfTorch | DtypeOfTensorFlow
+"""A dtype of any framework, or its name."""
 
 
 def dtype_name(dtype: Any) -> str:

@@ -35,6 +35,7 @@ from anymha.layer.weights import (
     regularization_loss,
 )
 from anymha.options.config import AttentionConfig
+from anymha.options.option import taken
 from anymha.options.other_names import unknown_options
 
 A = TypeVar("A")
@@ -110,7 +111,8 @@ def takes_options(
 def show_options(init: Any, options: type[AttentionConfig]) -> None:
     """Show a class of options as the arguments of a constructor, in `help` and `inspect`."""
     itself, *_ = inspect.signature(init).parameters.values()
-    shown = inspect.signature(options).parameters.values()
+    parameters = inspect.signature(options).parameters.values()
+    shown = [each.replace(annotation=taken(each.annotation)) for each in parameters]
     init.__signature__ = inspect.Signature([itself, *shown], return_annotation="None")
     init.__doc__ = f"""Make the layer.
 

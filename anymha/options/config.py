@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from anymha.attention.features import FEATURES, Feature, features_of
 from anymha.attention.features.base import Weight
 from anymha.attention.features.query_key_norm import QueryKeyNorm
 from anymha.attention.features.rotary import Rotary
 from anymha.errors import ConfigError
-from anymha.framework.dtypes import checked_dtype_name
+from anymha.framework.dtypes import DtypeLike, checked_dtype_name
 from anymha.framework.names import answers
 from anymha.framework.validation import (
     PROJECTIONS,
@@ -27,14 +27,16 @@ from anymha.framework.validation import (
     checked_shape,
     checked_size,
 )
+from anymha.options.option import Option, shows_taken
 from anymha.options.other_names import PEERS, answered_names
 from anymha.options.serialization import described
-from anymha.options.training import OBJECTS, check_ranks, checked_object
+from anymha.options.training import OBJECTS, ObjectLike, check_ranks, checked_object
 
 DROPOUT_RNGS = ("portable", "native")
 
 
 @answered_names
+@shows_taken
 @dataclass(frozen=True)
 class AttentionConfig:
     """The options of a multi-head attention layer; frozen, hashable, and valid once it exists.
@@ -102,13 +104,13 @@ class AttentionConfig:
     use_bias: bool | Sequence[Literal["query", "key", "value", "output", "gate"]] = True
     output_shape: int | Sequence[int] | None = None
     attention_axes: int | Sequence[int] | None = None
-    kernel_initializer: Any = "glorot_uniform"
-    bias_initializer: Any = "zeros"
-    kernel_regularizer: Any = None
-    bias_regularizer: Any = None
-    activity_regularizer: Any = None
-    kernel_constraint: Any = None
-    bias_constraint: Any = None
+    kernel_initializer: Option[ObjectLike, Any] = cast(Any, "glorot_uniform")
+    bias_initializer: Option[ObjectLike, Any] = cast(Any, "zeros")
+    kernel_regularizer: Option[ObjectLike | None, Any] = cast(Any, None)
+    bias_regularizer: Option[ObjectLike | None, Any] = cast(Any, None)
+    activity_regularizer: Option[ObjectLike | None, Any] = cast(Any, None)
+    kernel_constraint: Option[ObjectLike | None, Any] = cast(Any, None)
+    bias_constraint: Option[ObjectLike | None, Any] = cast(Any, None)
     _: KW_ONLY
     query_features: int | None = None
     value_features: int | None = None
@@ -123,8 +125,8 @@ class AttentionConfig:
     sinks: bool = False
     gate: Literal["elementwise", "head"] | None = None
     dropout_rng: Literal["portable", "native"] = "portable"
-    dtype: Any = "float32"
-    compute_dtype: Any = None
+    dtype: Option[DtypeLike, str] = cast(Any, "float32")
+    compute_dtype: Option[DtypeLike | None, str | None] = cast(Any, None)
     seed: int | None = None
     name: str | None = None
     memory_budget: int | None = None

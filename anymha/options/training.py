@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 from anymha.errors import ConfigError
 from anymha.options.constraints import CONSTRAINTS
 from anymha.options.initializers import INITIALIZERS
 from anymha.options.regularizers import REGULARIZERS
 from anymha.options.serialization import ConfigObject, resolved
+
+ObjectLike: TypeAlias = str | Mapping[str, Any] | ConfigObject | Callable[..., Any]
+"""An initialiser, regulariser or constraint: a name, a config dict, an object or a callable."""
 
 OBJECTS = {
     "kernel_initializer": INITIALIZERS,

@@ -6,15 +6,16 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import keras
 
 from anymha.errors import ConfigError
-from anymha.framework.dtypes import checked_dtype_name, output_dtype
+from anymha.framework.dtypes import DtypeLike, checked_dtype_name, output_dtype
 from anymha.framework.validation import checked_flag
 from anymha.layer.arguments import BY_NAME
 from anymha.options.config import AttentionConfig
+from anymha.options.option import Option
 from anymha.options.other_names import unknown_options
 
 INITIALIZERS = ("kernel_initializer", "bias_initializer")
@@ -31,6 +32,15 @@ IN_KERAS = {
     "seed", *OBJECTS,
 }  # fmt: skip
 """Options that `keras.layers.MultiHeadAttention` has, in all versions."""
+
+
+class DtypePolicy(Protocol):
+    """What `keras.DTypePolicy` is for type checkers."""
+
+    @property
+    def variable_dtype(self) -> Any:
+        """The dtype of weights."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class KerasOptions(AttentionConfig):
             refuses dropout and scores, as Keras's layer does.
     """
 
-    dtype: Any = None
+    dtype: Option[DtypeLike | DtypePolicy | Mapping[str, Any] | None, str] = cast(Any, None)
     trainable: bool = True
     autocast: bool = True
     use_gate: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import ml_dtypes  # noqa: F401  (gives NumPy the name "bfloat16")
 import numpy as np
@@ -24,6 +24,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree  # `torch.export` has no other way for optional arrays
 
 from anymha.errors import WeightsError
+from anymha.framework.dtypes import DtypeLike
 from anymha.layer.arguments import ARRAYS
 from anymha.layer.cache import Cache, Memory, flatten, flatten_linked, unflatten_linked
 from anymha.layer.checks import check_call, unpack_inputs
@@ -40,6 +41,7 @@ from anymha.layer.native import (
 )
 from anymha.layer.plan import Plans
 from anymha.options.config import AttentionConfig, shown_options
+from anymha.options.option import Option
 from anymha_torch import ops
 from anymha_torch.fused import HALF, mixed_dtype
 from anymha_torch.projection import (
@@ -70,7 +72,7 @@ class TorchOptions(AttentionConfig):
         device: Where the weights are made; default torch's default device.
     """
 
-    dtype: Any = None
+    dtype: Option[DtypeLike | None, str] = cast(Any, None)
     device: torch.device | str | int | None = None
 
 

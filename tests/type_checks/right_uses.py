@@ -16,6 +16,7 @@ from anymha.parity.adapters import Declared
 
 
 def use_numpy() -> None:
+    import ml_dtypes
     import numpy as np
 
     import anymha_numpy
@@ -48,6 +49,15 @@ def use_numpy() -> None:
     memory: anymha.Memory = layer.make_memory(x, key_positions=np.arange(3))  # right
     output = layer(x, memory=memory, seed=np.int64(3))  # right
     layer = anymha_numpy.MultiHeadAttention(2, 4, alibi=np.array([0.5, 0.25]))  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, dtype=np.dtype("float64"))  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, dtype=x.dtype, compute_dtype="float64")  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, dtype=ml_dtypes.bfloat16)  # right
+    layer = anymha_numpy.MultiHeadAttention(2, 4, kernel_initializer={  # right
+        "class_name": "HeNormal", "config": {"seed": 1},
+    })  # fmt: skip
+    layer = anymha_numpy.MultiHeadAttention(2, 4, kernel_regularizer="l2")  # right
+    dtype: str = layer.config.dtype  # right
+    assert dtype == "float32"
     layer = anymha_numpy.MultiHeadAttention(2, 4, alibi=(0.5, 0.25), use_bias=["key"])  # right
     layer = anymha_numpy.MultiHeadAttention(2, 4, rotary=anymha.Rotary(base=1e6))  # right
     layer = anymha_numpy.MultiHeadAttention(2, 4, rotary={"base": 1e6})  # right
@@ -63,6 +73,11 @@ def use_torch() -> None:
     valid = torch.ones(1, 3, dtype=torch.bool)
     layer = anymha_torch.MultiHeadAttention(2, 4, query_features=8)  # right
     layer = anymha_torch.MultiHeadAttention(2, 4, query_features=8, device="cpu")  # right
+    layer = anymha_torch.MultiHeadAttention(2, 4, dtype=None, compute_dtype=torch.bfloat16)  # right
+    layer = anymha_torch.MultiHeadAttention(2, 4, dtype=torch.get_default_dtype())  # right
+    layer = anymha_torch.MultiHeadAttention(
+        2, 4, kernel_initializer=torch.nn.init.xavier_normal_
+    )  # right
     layer = anymha_torch.MultiHeadAttention(2, 4, dtype=torch.float32, softcap=30.0)  # right
     output: torch.Tensor = layer(x)  # right
     output, scores = layer(x, x, return_attention_scores=True, training=False)  # right
@@ -89,6 +104,12 @@ def use_jax() -> None:
     import anymha_jax
 
     x = jnp.ones((1, 3, 8))
+    layer = anymha_jax.MultiHeadAttention(2, 4, query_features=8, dtype=jnp.bfloat16)  # right
+    layer = anymha_jax.MultiHeadAttention(2, 4, query_features=8, dtype=x.dtype)  # right
+    initializer = jax.nn.initializers.he_normal()
+    layer = anymha_jax.MultiHeadAttention(  # right
+        2, 4, query_features=8, kernel_initializer=initializer
+    )
     layer = anymha_jax.MultiHeadAttention(2, 4, query_features=8, seed=0)  # right
     layer = anymha_jax.MultiHeadAttention(2, 4, query_features=8, key=jax.random.key(0))  # right
     output: jax.Array = layer(x, use_causal_mask=True)  # right
@@ -149,6 +170,7 @@ def use_tensorflow() -> None:
 
     x = tf.ones((1, 3, 8))
     layer = anymha_tensorflow.MultiHeadAttention(2, 4, name="attention")  # right
+    layer = anymha_tensorflow.MultiHeadAttention(2, 4, dtype=tf.float32)  # right
     layer = anymha_tensorflow.MultiHeadAttention(2, 4, query_features=8, scale=0.5)  # right
     output = layer(x, use_causal_mask=True)  # right
     output = layer([x, x, x], value_mask=tf.ones((1, 3), tf.bool))  # right
@@ -166,6 +188,10 @@ def use_keras() -> None:
 
     x = keras.ops.ones((1, 3, 8))
     layer = anymha_keras.MultiHeadAttention(2, 4, dtype="mixed_bfloat16")  # right
+    policy = keras.DTypePolicy("float32")
+    initializer, l2 = keras.initializers.HeNormal(), keras.regularizers.L2(1e-4)
+    layer = anymha_keras.MultiHeadAttention(2, 4, dtype=policy, kernel_regularizer=l2)  # right
+    layer = anymha_keras.MultiHeadAttention(2, 4, kernel_initializer=initializer)  # right
     layer = anymha_keras.MultiHeadAttention(2, 4, trainable=False, name="attention")  # right
     output = layer(x, x, use_causal_mask=True)  # right
     output, scores = layer(x, x, return_attention_scores=True, training=False)  # right

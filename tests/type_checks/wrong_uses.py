@@ -59,7 +59,23 @@ anymha_keras.MultiHeadAttention(2, "4")  # wrong
 AttentionConfig(2, 4, heads=2)  # wrong
 AttentionConfig(2, 4, softcap="30")  # wrong
 AttentionConfig(num_heads=2)  # wrong
+AttentionConfig(2, 4, dtype=32)  # wrong
+AttentionConfig(2, 4, compute_dtype=16)  # wrong
+AttentionConfig(2, 4, kernel_initializer=0.02)  # wrong
+AttentionConfig(2, 4, kernel_initializer=None)  # wrong
+AttentionConfig(2, 4, bias_regularizer=1e-4)  # wrong
+AttentionConfig(2, 4).dtype.to_numpy()  # wrong
 
+anymha_numpy.MultiHeadAttention(2, 4, dtype=None)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, dtype=ARRAY)  # wrong
+anymha_numpy.MultiHeadAttention(2, 4, kernel_constraint=1.0)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, dtype=16)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, dtype=TENSOR)  # wrong
+anymha_torch.MultiHeadAttention(2, 4, kernel_initializer=TENSOR)  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8, dtype=JAX_ARRAY)  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8, compute_dtype=16)  # wrong
+anymha_keras.MultiHeadAttention(2, 4, dtype=16)  # wrong
+anymha_keras.MultiHeadAttention(2, 4, kernel_initializer=0)  # wrong
 anymha_numpy.MultiHeadAttention(2, 4, use_bias="query")  # wrong
 anymha_torch.MultiHeadAttention(2, 4, use_bias=("q", "k"))  # wrong
 anymha_jax.MultiHeadAttention(2, 4, query_features=8, alibi="yes")  # wrong
