@@ -7,7 +7,21 @@ import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import attrgetter
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, cast
+from typing import (
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 import numpy as np
 
@@ -41,10 +55,11 @@ from anymha.options.other_names import unknown_options
 A = TypeVar("A")
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
-class CallOptions(TypedDict, Generic[A], total=False):
-    """The keyword arguments of a layer's call with arrays of type A, for type checkers."""
+class PlainCall(TypedDict, Generic[A], total=False):
+    """The keyword arguments of a call that gives no more than its output."""
 
     attention_mask: A | None
     attention_bias: A | None
@@ -55,14 +70,55 @@ class CallOptions(TypedDict, Generic[A], total=False):
     key_segment_ids: A | None
     positions: A | None
     key_positions: A | None
-    cache: Cache | None
     memory: Memory | Cache | None
-    return_attention_scores: bool
-    return_activity_loss: bool
     training: bool | None
     use_causal_mask: bool
     query_offset: Index | A
     seed: Index | A | None
+
+
+class CallOptions(PlainCall[A], total=False):
+    """The keyword arguments of a layer's call with arrays of type A, for type checkers."""
+
+    cache: Cache | None
+    return_attention_scores: bool
+    return_activity_loss: bool
+
+
+class Call(Protocol[A]):
+    """A layer's call with arrays of type A, for type checkers: what it gives."""
+
+    @overload
+    def __call__(
+        self, query: A | Sequence[A], value: A | None = None, key: A | None = None,
+        **call: Unpack[PlainCall[A]],
+    ) -> A: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: A | Sequence[A], value: A | None = None, key: A | None = None,
+        *, cache: Cache, **call: Unpack[PlainCall[A]],
+    ) -> tuple[A, Cache]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: A | Sequence[A], value: A | None = None, key: A | None = None,
+        *, return_attention_scores: Literal[True], **call: Unpack[PlainCall[A]],
+    ) -> tuple[A, A]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: A | Sequence[A], value: A | None = None, key: A | None = None,
+        **call: Unpack[CallOptions[A]],
+    ) -> Any: ...  # fmt: skip
+
+
+class typed_as(Generic[T]):
+    """Type a method as T, for type checkers."""
+
+    def __call__(self, method: Callable[..., Any]) -> T:
+        """The method itself."""
+        return cast(Any, method)
 
 
 def takes_options(

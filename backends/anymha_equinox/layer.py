@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, overload
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import (
     CallOptions,
     NativeLayer,
+    PlainCall,
     StaticOptions,
     as_stored,
     held_together,
@@ -132,6 +133,20 @@ class MultiHeadAttention(NativeLayer, eqx.Module):
     def plans(self) -> Plans:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The plans of the calls."""
         return self.options.plans
+
+    @overload
+    def __call__(
+        self, query: jax.Array | Sequence[jax.Array], value: jax.Array | None = None,
+        key: jax.Array | None = None, *, inference: bool | None = None,
+        **call: Unpack[PlainCall[jax.Array]],
+    ) -> jax.Array: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: jax.Array | Sequence[jax.Array], value: jax.Array | None = None,
+        key: jax.Array | None = None, *, inference: bool | None = None,
+        **call: Unpack[CallOptions[jax.Array]],
+    ) -> Any: ...  # fmt: skip
 
     @takes_call
     def __call__(

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import jax
 from flax import nnx
@@ -18,6 +18,7 @@ from anymha.layer.forward import multi_head_attention
 from anymha.layer.native import (
     CallOptions,
     NativeLayer,
+    PlainCall,
     as_stored,
     held_together,
     mode_of_training,
@@ -144,6 +145,22 @@ class MultiHeadAttention(NativeLayer, nnx.Module):
             setattr(self, name, _Weights(**own) if parts else nnx.Param(weights[name]))
         keeps = rngs is not None and config.dropout > 0
         self.rngs = nnx.data(_stream(rngs, "dropout").fork() if keeps else None)
+
+    @overload
+    def __call__(
+        self, query: jax.Array | Sequence[jax.Array], value: jax.Array | None = None,
+        key: jax.Array | None = None, *, deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        **call: Unpack[PlainCall[jax.Array]],
+    ) -> jax.Array: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: jax.Array | Sequence[jax.Array], value: jax.Array | None = None,
+        key: jax.Array | None = None, *, deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+        **call: Unpack[CallOptions[jax.Array]],
+    ) -> Any: ...  # fmt: skip
 
     @takes_call
     def __call__(

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from anymha.errors import ConfigError
 from anymha.layer.cache import Cache, Memory
 from anymha.layer.forward import multi_head_attention
-from anymha.layer.native import CallOptions, NativeLayer, StaticOptions, takes_call, takes_options
+from anymha.layer.native import (
+    Call,
+    CallOptions,
+    NativeLayer,
+    StaticOptions,
+    takes_call,
+    takes_options,
+    typed_as,
+)
 from anymha.options.config import AttentionConfig, shown_options
 from anymha_jax import float64, ops
 from anymha_jax.initial import first_values
@@ -75,6 +83,7 @@ class MultiHeadAttention(NativeLayer):
             "Make another with `layer.with_canonical_weights(weights)` or `jax.tree.map`."
         )
 
+    @typed_as[Call[jax.Array]]()
     @takes_call
     def __call__(
         self,

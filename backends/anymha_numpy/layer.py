@@ -14,11 +14,13 @@ from anymha.framework.autodiff import vjp
 from anymha.layer.checks import unpack_inputs
 from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
+    Call,
     CallOptions,
     NativeLayer,
     first_weights,
     takes_call,
     takes_options,
+    typed_as,
     widths_of,
 )
 from anymha.layer.plan import Plans, WeightsKind
@@ -62,6 +64,7 @@ class MultiHeadAttention(NativeLayer):
         self._assigned(first_weights(self.config, widths, ops.draw_seed, ops))
         return self.weights
 
+    @typed_as[Call[np.ndarray]]()
     @takes_call
     def __call__(
         self,

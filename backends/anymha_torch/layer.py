@@ -30,6 +30,7 @@ from anymha.layer.cache import Cache, Memory, flatten, flatten_linked, unflatten
 from anymha.layer.checks import check_call, unpack_inputs
 from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
+    Call,
     CallOptions,
     NativeLayer,
     first_weights,
@@ -37,6 +38,7 @@ from anymha.layer.native import (
     shown_as,
     takes_call,
     takes_options,
+    typed_as,
     widths_of,
 )
 from anymha.layer.plan import Plans
@@ -211,8 +213,9 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         with torch.inference_mode(False):  # arrays of that mode could not be written later
             return super().make_cache(*args, **sizes)
 
+    @typed_as[Call[torch.Tensor]]()
     @takes_call
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         query: torch.Tensor | Sequence[torch.Tensor],
         value: torch.Tensor | None = None,
@@ -272,7 +275,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
     if TYPE_CHECKING:
 
         @shown_as(forward)
-        def __call__(self) -> Any: ...
+        def __call__(self) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def _weights_for_memory(self) -> Projections:
         projections = projections_of(self._modules, self.config, self._rounding_dtype, None)

@@ -33,6 +33,12 @@ def use_numpy() -> None:
     output: np.ndarray = layer(x)  # right
     output = layer([x, x])  # right
     output = layer(x, x, x, value_mask=valid, query_mask=None)  # right
+    assert layer(x).astype("float64").dtype == np.float64  # right
+    assert layer(x, memory=layer.make_memory(x)).shape == x.shape  # right
+    flag = bool(x.shape)
+    output, scores = layer(x, return_attention_scores=flag)  # right
+    options: dict[str, Any] = {"return_attention_scores": True}
+    output, scores = layer(x, **options)  # right
     output, scores = layer(x, return_attention_scores=True)  # right
     output = layer(query=x, use_causal_mask=True, query_offset=1, training=None)  # right
     assert output.shape == (1, 3, 8)
@@ -83,6 +89,10 @@ def use_torch() -> None:
     output, scores = layer(x, x, return_attention_scores=True, training=False)  # right
     output = layer(x, value_mask=valid, attention_bias=torch.zeros(1, 2, 3, 3))  # right
     output = layer.forward(x, use_causal_mask=True)  # right
+    layer(x).sum().backward()  # right
+    model = torch.nn.Sequential(layer, torch.nn.Linear(8, 8))  # right
+    output = torch.compile(layer, backend="eager")(x)  # right
+    assert model(x).shape == x.shape
     module: torch.nn.Module = layer.eval()  # right
     parameters: list[torch.nn.Parameter] = list(layer.parameters())  # right
     cache: anymha.Cache = layer.make_cache(1, 10)  # right
@@ -114,6 +124,7 @@ def use_jax() -> None:
     layer = anymha_jax.MultiHeadAttention(2, 4, query_features=8, key=jax.random.key(0))  # right
     output: jax.Array = layer(x, use_causal_mask=True)  # right
     output = jax.jit(lambda layer, x: layer(x))(layer, x)  # right
+    assert jax.grad(lambda layer: layer(x).sum())(layer) is not None  # right
     output = layer(x, training=True, seed=jax.random.key(0))  # right
     cache: anymha.Cache = layer.make_cache(1, 10)  # right
     output, cache = layer(x, cache=cache)  # right

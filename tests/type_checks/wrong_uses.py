@@ -107,6 +107,15 @@ anymha_keras.MultiHeadAttention(2, 4)(ARRAY, return_activity_loss=True)  # wrong
 anymha_jax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, seed="x")  # wrong
 anymha_torch.MultiHeadAttention(2, 4)(TENSOR, query_offset="1")  # wrong
 
+# What the calls give.
+anymha_numpy.MultiHeadAttention(2, 4)(ARRAY).numpy()  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR).astype("float32")  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR, return_attention_scores=True).sum()  # wrong
+anymha_torch.MultiHeadAttention(2, 4)(TENSOR, cache=CACHE)[1].append(TENSOR)  # wrong
+anymha_jax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY).numpy()  # wrong
+anymha_flax.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY, rngs=None).numpy()  # wrong
+anymha_equinox.MultiHeadAttention(2, 4, query_features=8)(JAX_ARRAY).numpy()  # wrong
+
 # Caches and memories.
 anymha_numpy.MultiHeadAttention(2, 4).make_cache(2)  # wrong
 anymha_numpy.MultiHeadAttention(2, 4).make_cache(2, max_len=3)  # wrong
