@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from anymha.layer.arguments import ARRAYS, OPTIONS
-from anymha.layer.native import CallOptions
+from anymha.layer.native import CallOptions, PlainCall
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/add-an-option.md").read_text(encoding="utf-8")
@@ -120,7 +120,8 @@ def test_the_toy_has_its_type_its_help_and_its_answer(project: Path) -> None:
 
 
 def test_the_arguments_of_the_call_have_types() -> None:
-    assert list(CallOptions.__annotations__) == [a.name for a in (*ARRAYS, *OPTIONS)]
+    typed = {*PlainCall.__annotations__, *CallOptions.__annotations__}
+    assert typed == {a.name for a in (*ARRAYS, *OPTIONS)}
 
 
 def test_the_stated_places_exist() -> None:
