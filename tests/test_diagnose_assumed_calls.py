@@ -124,6 +124,16 @@ def test_empty_slots_that_are_seen(sizes, capacity, words) -> None:
     assert named(layer, reader(layer, sizes, capacity, with_empty)) == expected
 
 
+def test_empty_slots_that_are_seen_after_the_prompt() -> None:
+    def empty_later(slots: np.ndarray, places: np.ndarray, end: int) -> np.ndarray:
+        return (slots <= places) | ((slots >= end) & (places >= 4))
+
+    layer = layer_of()
+    told = named(layer, reader(layer, (4, 1), 13, empty_later))
+    words = "of 13 slots, in calls after the first, as of decoding 4 positions first, then one at"
+    assert told.startswith(f"empty slots seen ({words}")
+
+
 def test_empty_slots_that_are_seen_beside_padding() -> None:
     layer = layer_of()
     told = named(layer, reader(layer, (1,), 11, with_empty), value_mask=PADDING)

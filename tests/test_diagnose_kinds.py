@@ -550,6 +550,44 @@ def test_a_bias_over_another_distance(bias_of, words, told) -> None:
     assert words in named(report), report.to_text()
 
 
+def relative_index(rows: int, columns: int, lookup: Any) -> np.ndarray:
+    """Swin's, of a window whose places are read row by row."""
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return lookup(row[:, None] - row, column[:, None] - column, rows, columns)
+
+
+def rightly(down: Any, right: Any, rows: int, columns: int) -> Any:
+    return (down + rows - 1) * (2 * columns - 1) + right + columns - 1
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("before", [0, 1], ids=["", "after a class token"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "lookup", "words"),
+    [
+        (3, 3, lambda d, r, R, C: (d + R - 1) * C + r + C - 1, "rows of 5, taken for rows of 3"),
+        (2, 4, lambda d, r, R, C: (d + R - 1) * (2 * R - 1) + r + C - 1, "taken for rows of 3"),
+        (2, 3, lambda d, r, R, C: (d + R - 1) * (2 * C - 1) + r, "columns of the table counted"),
+        (3, 3, lambda d, r, R, C: rightly(r, d, R, C), "rows and columns exchanged"),
+        (2, 3, lambda d, r, R, C: rightly(-d, r, R, C), "distances up and down exchanged"),
+        (3, 2, lambda d, r, R, C: rightly(abs(d), abs(r), R, C), "without their signs"),
+    ],
+)
+def test_a_bias_at_other_places_of_a_window(rows, columns, lookup, words, before) -> None:
+    right, count = layer(), rows * columns + before
+    table = RNG.standard_normal((HEADS, (2 * rows - 1) * (2 * columns - 1)))
+    own = RNG.standard_normal((1, HEADS, count, count)).astype(np.float32)
+    other = own.copy()
+    for bias, way in ((own, rightly), (other, lookup)):
+        bias[..., before:, before:] = table[:, relative_index(rows, columns, way)]
+    port = port_of(right, {"bias": lambda s, b: s + other})
+    x = RNG.standard_normal((2, count, X.shape[-1])).astype(np.float32)
+    report = compare(right, port, x, attention_bias=own)
+    told = f"attention bias of other positions (in a window of {rows} x {columns}, "
+    assert named(report).startswith(told), report.to_text()
+    assert words in named(report)
+
+
 def test_a_bias_of_distances_is_found_without_the_numbers_of_rows() -> None:
     own = RNG.standard_normal((1, HEADS, 9))
     exact = own[..., np.arange(4) - np.arange(6)[:, None] + 5]

@@ -713,8 +713,10 @@ def _empty(recipe: Recipe, facts: Decoded) -> Variants:
                 yield f"of {size} slots{said}{words}", seeing(
                     recipe, np.where(at, more, seen), empty & at)  # fmt: skip
     for size in (*range(most + 3, most + MORE), *(n for n in LENGTHS if n >= most + MORE)):
-        if size not in CAPACITIES:
-            yield f"of {size} slots", seeing(recipe, seen, np.arange(size) >= ends)
+        for words, which in when.items() if size not in CAPACITIES else ():
+            if which.any():
+                yield f"of {size} slots{words}", seeing(
+                    recipe, seen, (np.arange(size) >= ends) & which[None, :, None])  # fmt: skip
     # One slot too many is seen, which within a call is the next position
     places, slots = facts.places[..., None], np.arange(most + 1)
     written = facts.valid[:, None] & (calls <= calls[:, None])

@@ -13,6 +13,7 @@ import numpy as np
 from anymha.parity.diagnose.changes import Maker, Row, fields, no_families
 from anymha.parity.diagnose.distance_bias import of_other_distances
 from anymha.parity.diagnose.measured import Family, number
+from anymha.parity.diagnose.window_bias import of_other_places
 from anymha.parity.oracle.recipe import (
     Arrays,
     Recipe,
@@ -368,6 +369,7 @@ def _bias_of_others(recipe: Recipe) -> Variants:
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     for words, other in itertools.chain(
         of_other_distances(bias),
+        of_other_places(bias),
         _elsewhere_on_an_axis(bias),
         _turned(bias),
         _averaged(bias),
