@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -200,7 +200,7 @@ class Trials:
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
             columns = self.evidence.columns(wrong) if left < np.inf else None
-        return Trial(found, replace(wrong), own, left, sample(apart), rank, columns)
+        return Trial(found, wrong.alone(), own, left, sample(apart), rank, columns)
 
     def whole(self, tried: Iterable[Trial]) -> list[Trial]:
         """With what each leaves of all stages."""
