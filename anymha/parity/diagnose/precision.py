@@ -25,7 +25,8 @@ ALIKE = 0.8
 """How alike the errors of a rounding and of the candidate must be at least, as a cosine."""
 
 WIDE_ALIKE = 0.35
-"""The same for float32: its sums lose as much as its roundings, in an order that nobody knows."""
+"""The same for float32, whose sums lose as much as its roundings, in an order that nobody knows;
+and where every number of the output is one of the format."""
 
 GREATER = 2.5
 """How many times greater or smaller than the errors of the rounding those may be."""
@@ -72,20 +73,21 @@ def rounded_cause(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, Rec
         sizes = float(np.linalg.norm(mine)), float(np.linalg.norm(theirs))
         output, exact = evidence.reported.get("output"), recipe.stages["output"]
         computed = wide and not detail
-        all_of_it = computed and _is_of_float32(output)
+        all_of_it = not detail and _is_of(output, dtype)
         most = WIDE_GREATER if computed else GREATER
         if not (all(sizes) and 1 / most < sizes[0] / sizes[1] < most and sizes[1] < rough):
             continue
         left = remaining(evidence, wrong, expected, dtype)
-        nearer = wide or evidence.distance(wrong) < sizes[0]
+        nearer = wide or all_of_it or evidence.distance(wrong) < sizes[0]
         if not (left <= 1 and nearer):
             continue
         alike = float(mine @ theirs) / (sizes[0] * sizes[1])
-        if all_of_it:
+        if computed and all_of_it:
             alike = max(alike, ALIKE)
         elif computed and looks_like_rounding(output, exact):
             alike = max(alike, WIDE_ALIKE)
-        if alike >= (WIDE_ALIKE if wide else ALIKE):
+        # Where each sum of a product and a bias is rounded too, only the output shows the format.
+        if alike >= (WIDE_ALIKE if wide or all_of_it else ALIKE):
             fix = (f"The reference computes in {expected}: cast weights and inputs, or switch "
                    "mixed precision and TF32 off.")  # fmt: skip
             cause = Cause(f"computed in {dtype}", detail, "query", fix)
@@ -102,11 +104,12 @@ def remaining(evidence: Evidence, wrong: Recipe, expected: str, dtype: str) -> f
     return worst * min(eps(expected) / coarse, 1.0)
 
 
-def _is_of_float32(output: np.ndarray | None) -> bool:
-    """Whether every number of an output is one of float32."""
-    return output is not None and np.array_equal(
-        output, output.astype(np.float32).astype(np.float64), equal_nan=True
-    )
+def _is_of(output: np.ndarray | None, dtype: str) -> bool:
+    """Whether every number of an output is one of a dtype, though it may be stored in a wider."""
+    if output is None or dtype == "TF32" or not np.any(output):
+        return False
+    own = _cast(output, np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    return np.array_equal(output, own, equal_nan=True)
 
 
 def _roundings(recipe: Recipe, expected: str) -> Iterator[tuple[str, str, Recipe]]:

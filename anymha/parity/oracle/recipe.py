@@ -263,15 +263,14 @@ class Recipe:
         known = {name: known[name] for name in kept if name in known}
         if not changes.keys() & MASKING:
             known["seen"] = self.seen
-        return self._made(**changes, known=known)
+        made = object.__new__(Recipe)  # a search makes thousands, which `replace` is slow for
+        vars(made).update({name: vars(self)[name] for name in _FIELDS}, **changes, known=known)
+        return made
 
     def alone(self) -> Recipe:
         """The recipe without what has been computed of it."""
-        return self._made()
-
-    def _made(self, **changes: Any) -> Recipe:
-        made = object.__new__(Recipe)  # a search makes thousands, which `replace` is slow for
-        vars(made).update({name: vars(self)[name] for name in _FIELDS}, **changes)
+        made: Recipe = object.__new__(type(self))
+        vars(made).update({name: vars(self)[name] for name in self.__dataclass_fields__})
         return made
 
     def of_batch(self, at: int) -> Recipe:
