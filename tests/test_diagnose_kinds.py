@@ -550,6 +550,50 @@ def test_a_bias_over_another_distance(bias_of, words, told) -> None:
     assert words in named(report), report.to_text()
 
 
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_each_operation_in_half_precision_is_told_by_the_numbers_of_the_output(dtype) -> None:
+    """Product, sum with the bias, scale and steps of the softmax are rounded one by one."""
+    right = layer()
+    w = {
+        name: array.astype(dtype).astype(np.float32)
+        for name, array in anymha.get_weights(right).items()
+    }
+
+    def half(array: np.ndarray) -> np.ndarray:
+        return array.astype(dtype).astype(np.float32)
+
+    def port(query: Any) -> Any:
+        q, k, v = (half(half(np.einsum("btd,dhk->bhtk", half(query), w[f"{n}.kernel"]))
+                        + w[f"{n}.bias"][:, None]) for n in ("query", "key", "value"))  # fmt: skip
+        logits = half(half(q @ k.swapaxes(-1, -2)) * np.float32(half(np.array(WIDTH**-0.5))))
+        weights = half(np.exp(half(logits - logits.max(-1, keepdims=True))))
+        context = half(half(weights / half(weights.sum(-1, keepdims=True))) @ v)
+        return half(
+            half(np.einsum("bhtv,hvo->bto", context, w["output.kernel"])) + w["output.bias"]
+        )
+
+    assert named(compare(right, port, X)) == f"computed in {dtype}"
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize(("axis", "words"), [(0, "outputs given to the inputs"),
+                                             (1, "inputs given to the outputs")])  # fmt: skip
+def test_steps_of_quantised_kernels_on_the_other_axis(axis, words) -> None:
+    right = layer()
+    weights = anymha.get_weights(right)
+    kernel = weights["query.kernel"].reshape(len(weights["query.kernel"]), -1)
+    steps = np.abs(kernel).max(axis, keepdims=True) / 127
+    whole = np.round(kernel / steps).astype(np.int8)
+    shape = weights["query.kernel"].shape
+    right = right.with_canonical_weights(weights | {"query.kernel": (whole * steps).reshape(shape)})
+    wrong = layer().with_canonical_weights(
+        weights | {"query.kernel": (whole * steps.T).reshape(shape)}
+    )
+    told = named(compare(right, lambda query: wrong(query), X))
+    assert told == f"steps of quantised weights exchanged (those of the {words}, query)"
+
+
 def relative_index(rows: int, columns: int, lookup: Any) -> np.ndarray:
     """Swin's, of a window whose places are read row by row."""
     row, column = np.divmod(np.arange(rows * columns), columns)

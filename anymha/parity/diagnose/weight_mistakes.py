@@ -51,6 +51,22 @@ def _transposed(recipe: Recipe) -> Variants:
     yield from _each(recipe, turned, NAMES)
 
 
+def _steps_exchanged(recipe: Recipe) -> Variants:
+    """Of quantised kernels the steps of the outputs, given to the inputs, or the other way round.
+
+    A kernel's greatest number is 127 or 7 steps.
+    """
+    for words, axis in (("outputs given to the inputs", 0), ("inputs given to the outputs", 1)):
+        changed: Arrays = {}
+        for name in (*NAMES, "output"):
+            matrix, shape = _matrix(recipe, name), recipe.weights[f"{name}.kernel"].shape
+            steps = np.abs(matrix).max(axis, keepdims=True)
+            if len(matrix) == matrix.shape[1] and steps.all():
+                changed[f"{name}.kernel"] = (matrix / steps * steps.T).reshape(shape)
+        yield from ((f"those of the {words}, {named}", wrong)
+                    for named, wrong in _each(recipe, changed, NAMES))  # fmt: skip
+
+
 def _interleaved(recipe: Recipe) -> Variants:
     """The features of a kernel read as (width, heads) in place of (heads, width)."""
     changed: Arrays = {}
@@ -566,6 +582,8 @@ SCALED = "Load each weight as it is, and scale no projection; an update is merge
 MISTAKES: tuple[Row, ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
      "transpose the kernel.", _transposed),
+    ("steps of quantised weights exchanged", "A quantised kernel has a step for each output, or "
+     "for each input: multiply along its own axis.", _steps_exchanged),
     ("packed weights in another order", "Split the packed kernel into query, key, value "
      "in this order.", _packed_order),
     ("packed weights split wrongly", "A packed kernel lies by block (all queries, all "
