@@ -419,6 +419,16 @@ def test_weights_are_set_in_place_and_got_back(mode):
         assert value.dtype.name == mode.get("dtype", "float32")
 
 
+@pytest.mark.parametrize("form", [lambda state: state, nnx.to_pure_dict], ids=["state", "dict"])
+def test_a_state_sets_the_weights(form) -> None:
+    layers = [MultiHeadAttention(2, 4, query_features=8, seed=seed, sinks=True) for seed in (0, 1)]
+    weights = form(nnx.state(layers[1], nnx.Param))
+    assert anymha.set_weights(layers[0], weights) is layers[0]
+    one, other = (anymha.get_weights(layer) for layer in layers)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_weights_that_do_not_fit_leave_the_layer_as_it_was():
     layer, weights = make(), random_weights()
     before = anymha.get_weights(layer)

@@ -515,6 +515,28 @@ def test_arrays_of_another_framework_are_refused():
         make()(jnp.asarray(X), value_mask=np.ones((2, 5), bool))
 
 
+EVERYTHING = {"rotary": True, "query_key_norm": "rms", "sinks": True, "alibi": True, "gate": "head",
+              "softcap": 4.0, "num_key_value_heads": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compute_dtype": "float64"}, EVERYTHING, {**EVERYTHING, "sliding_window": 3}],
+    ids=["float32", "float64", "everything", "ring"],
+)
+def test_a_strict_jax_takes_calls_with_caches_and_memories(options):
+    x, valid = jnp.asarray(X), jnp.arange(5) < jnp.array([[5], [3]])
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        layer = make(**options)
+        step = jax.jit(lambda layer, x, cache: layer(x, cache=cache))
+        _, cache = layer(x, cache=layer.make_cache(2, 9, rewind=1), value_mask=valid)
+        _, cache = layer(x[:, :1], cache=cache)
+        _, cache = step(layer, x[:, :1], cache.truncate([5, 3]).reorder([1, 0]))
+        output, _ = step(layer, x[:, :2], cache)
+        layer(x[:, :2], memory=layer.make_memory(x), value_mask=valid)
+    assert np.isfinite(output).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"compute_dtype": "float64"}], ids=["float32", "float64"])
 def test_no_rank_is_promoted(options):
     layer = make(output_shape=(2, 3), **options)

@@ -14,7 +14,7 @@ from anymha.framework.names import answers
 from anymha.framework.registry import backend_of, get_layer, named_arrays
 from anymha.interchange import caches
 from anymha.interchange.compared_options import check_same_results
-from anymha.interchange.layouts import from_canonical, get_layout, to_canonical
+from anymha.interchange.layouts import flat_arrays, from_canonical, get_layout, to_canonical
 from anymha.interchange.layouts.own import from_torch_state
 from anymha.interchange.libraries import check_target, make_layer, open_layer
 from anymha.interchange.live_layer import LiveLayer
@@ -101,11 +101,11 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
 
     Args:
         layer: A layer, as `get_weights` takes it.
-        weights: Arrays by canonical name, one for each weight of the layer; or for a layer of
-            anymha the `state_dict` of PyTorch's layer. Another library's
-            layer gets zeros for biases that the weights do not have. Weights of `get_weights` and
-            `to_canonical` bring the options of their layer, which are compared with this one's;
-            ``dict(weights)`` sets the arrays alone.
+        weights: Arrays by canonical name, one for each weight of the layer; nested dicts and the
+            `nnx.State` of Flax's layer as well. For a layer of anymha also the `state_dict` of
+            PyTorch's layer. Another library's layer gets zeros for biases that the weights do not
+            have. Weights of `get_weights` and `to_canonical` bring the options of their layer,
+            which are compared with this one's; ``dict(weights)`` sets the arrays alone.
         **sizes: Sizes that another library's layer does not show, as for `get_weights`.
 
     Returns:
@@ -128,6 +128,8 @@ def set_weights(layer: Any, weights: Mapping[str, Any], **sizes: Any) -> Any:
         True
     """
     source = weights if isinstance(weights, Weights) else None
+    if source is None and isinstance(weights, Mapping):
+        weights = flat_arrays(weights, ".")
     if _is_ours(layer):
         _check_no_sizes(sizes)
         values = named_arrays(weights)

@@ -108,7 +108,7 @@ def write_slots(storage, new, slot, in_place, /):
     if isinstance(slot, int):
         return jax.lax.dynamic_update_slice_in_dim(storage, new, slot, 2)
     rows = jnp.arange(storage.shape[0], dtype=int32)[:, None]
-    slots = slot[:, None] + jnp.arange(new.shape[2], dtype=int32)
+    slots = slot[:, None] + jnp.arange(new.shape[2], dtype=int32)[None]
     return storage.at[rows, :, slots].set(jnp.swapaxes(new, 1, 2), mode="clip")
 
 

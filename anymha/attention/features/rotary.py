@@ -290,7 +290,8 @@ class RotaryPositions(Feature):
         dtype = working_dtype(ops, like)
         batch, count = ops.shape(positions)
         places = ops.reshape(ops.astype(positions, dtype), (batch, count, 1, 1))
-        angles = places * self._frequencies(ops, length, dtype, ops.device(like))
+        frequencies = self._frequencies(ops, length, dtype, ops.device(like))
+        angles = places * ops.reshape(frequencies, (1, 1, 1, -1))
         cos, sin = ops.cos(angles), ops.sin(angles)
         return (cos, sin) if self.factor == 1 else (cos * self.factor, sin * self.factor)
 
