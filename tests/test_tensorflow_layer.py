@@ -600,3 +600,22 @@ def test_layers_of_tied_and_of_own_weights_have_their_own_values(tied_first: boo
         np.testing.assert_allclose(y.numpy(), twin(x.numpy()), rtol=0, atol=1e-5)
         gradients = tape.gradient(y, layer.trainable_variables)
         assert all(gradient is not None for gradient in gradients)
+
+
+SAFE = """
+import numpy as np, tensorflow as tf, anymha
+tf.experimental.numpy.experimental_enable_numpy_behavior(dtype_conversion_mode="safe")
+options = {"query_features": 8, "seed": 0, "dropout": 0.3, "rotary": True, "sinks": True}
+layer = anymha.MultiHeadAttention(2, 4, backend="tensorflow", **options)
+x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("f4")
+call = {"use_causal_mask": True, "training": True, "seed": 7}
+want = anymha.convert(layer, to="numpy")(x, **call)
+np.testing.assert_allclose(layer(tf.constant(x), **call).numpy(), want, rtol=1e-4, atol=1e-5)
+_, cache = layer(tf.constant(x), cache=layer.make_cache(2, 8))
+layer(tf.constant(x[:, :1]), cache=cache)
+"""
+
+
+def test_a_safe_promotion_of_dtypes_takes_calls_with_dropout_and_caches() -> None:
+    done = subprocess.run([sys.executable, "-c", SAFE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
