@@ -204,7 +204,7 @@ def in_float64(function, arrays, /):
 
 
 def seed_words(seed, /):
-    wide, low = tf.cast(seed, tf.int64), tf.constant(0xFFFFFFFF, tf.int64)
+    wide, low = tf.cast(seed, tf.int64), tf.constant(np.int64(0xFFFFFFFF))
     return tuple(
         tf.bitcast(tf.cast(tf.bitwise.bitwise_and(word, low), tf.uint32), tf.int32)
         for word in (wide, tf.bitwise.right_shift(wide, tf.constant(32, tf.int64)))
