@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from operator import attrgetter
 
+import numpy as np
 import tensorflow as tf
 from tensorflow import (
     abs,
