@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -34,11 +36,8 @@ SYNONYMS = {
 }
 """Other names of anymha's arguments, apart from masks."""
 
-PADDING = "padding"
+PADDING = re.compile("padding|(^|_)pad(s|ded)?$")
 """In the name of a mask: True = padding, which nobody attends to, as in torch."""
-
-PADDED = frozenset({"padding", "pad", "pads", "padded"})
-"""Words of which one in a name without "mask" says the same."""
 
 SHOWS = frozenset({"msk", "keep", "kept", "valid", "visible", "allow", "allowed", "attend", "adj"})
 """Words of which one in a parameter's name says that it is a mask, True = may attend."""
@@ -63,12 +62,14 @@ NO_INPUT = frozenset({
 """Words of which one in a parameter's name says that it is no input: `freqs_cis`, `start_pos`."""
 
 OF_INPUTS = frozenset({
-    "q", "k", "v", "x", "y", "z", "query", "queries", "key", "keys", "value", "values", "kv",
-    "context", "ctx", "memory", "encoder", "decoder", "encoded", "cross", "state", "states",
-    "input", "inputs", "inp", "source", "src", "target", "tgt", "cond", "condition", "embeddings",
-    "embeds", "emb", "tokens", "features", "feats", "latents",
+    "x", "y", "z", "query", "queries", "key", "keys", "value", "values", "kv", "context", "memory",
+    "encoder", "encoded", "cross", "state", "states", "input", "inputs", "source", "src", "target",
+    "tgt", "cond", "condition", "embeddings", "tokens", "features", "latents",
 })  # fmt: skip
 """Words of which one in a parameter's name says that it is an input."""
+
+SECONDS = 10.0
+"""How long parameters are tried."""
 
 INPUT, MASK, NEITHER = "input", "mask", "neither"
 """What a trial says that a parameter is."""
@@ -129,16 +130,14 @@ class Parameters:
         places = [p for p in every if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         free = [p for p in places if not _is_option(p) and read.get(p.name, INPUT) == INPUT]
         firm = [p for p in free if p is free[0] or p.name in read or _names_an_input(p.name)]
-        chosen = [*firm, *(p for p in free if p not in firm)][:3]
-        inputs = [p for p in free if p in chosen]
+        inputs = sorted(sorted(free, key=lambda p: p not in firm)[:3], key=free.index)
         led = [a is b for a, b in zip(places, inputs, strict=False)]
         front = led.index(False) if False in led else len(led)
         # Inputs after the first option cannot be given by their place.
         names = ["" if i < front else p.name for i, p in enumerate(inputs)]
         others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
         needed = {p.name for p in every if p.default is p.empty}
-        unknown = [p.name for p in others
-                   if p.name in needed - {*read} and not _is_of_call(p)]  # fmt: skip
+        unknown = [p.name for p in others if p.name in needed - {*read} and not _is_of_call(p)]
         roles = dict(zip([p.name for p in inputs], _roles([p.name for p in inputs]), strict=True))
         loose = [(p.name, roles.get(p.name, ""), p.name in needed) for p in free
                  if p not in firm and p.kind is not p.POSITIONAL_ONLY]  # fmt: skip
@@ -167,7 +166,7 @@ class Parameters:
         """Its parameters for masks: for the whole mask, and for the mask of the keys."""
         free = sorted(n for n in self.names if _names_a_mask(n) or self.read.get(n) == MASK)
         free = [n for n in free if n not in (*SYNONYMS, *MASKS) or n == "attention_mask"]
-        padding = [n for n in free if _is_of_padding(n)]
+        padding = [n for n in free if PADDING.search(n)]
         whole = [n for n in free if n not in padding]
         whole.sort(key=lambda n: (n != "attention_mask", n != "attn_mask", n != "mask"))
         return {kind: several[0] for kind, several in (("whole", whole), ("keys", padding))
@@ -189,10 +188,9 @@ class Parameters:
     @property
     def _idle(self) -> str:
         """What is said of parameters that a trial finds to be neither inputs nor masks."""
-        names = [name for name, kind in self.read.items() if kind == NEITHER]
-        words = (f", as {_listed(names)} fails or changes nothing as an input and as a mask: "
-                 "name it `value` or `mask` if it is one")  # fmt: skip
-        return words if names else ""
+        names = _listed(name for name, kind in self.read.items() if kind == NEITHER)
+        words = "fails or changes nothing as an input and as a mask: name it `value` or `mask`"
+        return names and f", as {names} {words} if it is one"
 
     def joined(self, request: Request) -> str:
         """Which masks would reach it as one, in words; empty where none would."""
@@ -268,19 +266,14 @@ class Parameters:
         if not rest:
             yield padding, words
             return
-        name, dtype = kinds["whole"], request.inputs["query"].dtype
+        name, seen = kinds["whole"], _dense(request, rest)
         hidden = self.like_torch or not _words(name).isdisjoint(HIDES)
-        shaped = list(_shapes(_dense(request, rest), self.like_torch, self.heads))
-        sense = "True = may not attend" if hidden else "True = may attend"
-        forms = [(~mask if hidden else mask, sense) for mask in shaped]
-        forms += [(_added(mask, dtype), "-inf = may not attend") for mask in shaped]
-        for mask, sense in forms:
-            yield {**padding, name: mask}, [*words, f"`{name}` is given as {mask.shape}, {sense}"]
-
-
-def _added(seen: np.ndarray, dtype: Any) -> np.ndarray:
-    """A mask as it is added to logits."""
-    return np.where(seen, 0, -np.inf).astype(dtype)
+        sense = "may not attend" if hidden else "may attend"
+        for dtype, yes in ((np.dtype(bool), "True"), (request.inputs["query"].dtype, "1")):
+            for mask in _shapes(seen, self.like_torch, self.heads):
+                told = f"`{name}` is given as {mask.shape}, {yes} = {sense}"
+                given = (~mask if hidden else mask).astype(dtype)
+                yield {**padding, name: given}, [*words, told]
 
 
 def _shapes(seen: np.ndarray, torch: bool, heads: int) -> Iterator[np.ndarray]:
@@ -362,7 +355,6 @@ class CalledByNames:
         """The results by name, in its framework, for the inputs of a request in one form."""
         raise NotImplementedError
 
-    @exits_as_errors
     def settle(self, request: Request) -> None:
         """Find out what parameters are whose names tell nothing."""
         if self.parameters.loose:
@@ -378,7 +370,10 @@ class CalledByNames:
 def read_by_trial(
     given: Parameters, request: Request, results: Callable[[Request, Fitted], Mapping[str, Any]]
 ) -> dict[str, str]:
-    """What parameters are whose names tell nothing: the first that runs and changes the output."""
+    """What parameters are whose names tell nothing: the first that runs and changes the output.
+
+    `results` gives those of the callable; `given` is what its signature tells.
+    """
     query = request.inputs["query"]
     if query.ndim != 3:
         return dict.fromkeys((name for name, *_ in given.loose), INPUT)
@@ -387,33 +382,33 @@ def read_by_trial(
     batch, length, _ = query.shape
     length = next((n for n in range(length, 1, -1) if n not in widths.values()), length)
     probe = request.with_inputs({"query": query[:, :length]})
-    rng = np.random.default_rng(0)
-    pairs = {
-        name: rng.standard_normal((2, batch, length, widths[role])).astype(query.dtype)
-        for name, role, _ in given.loose if role
-    }  # fmt: skip
+    rng, until = np.random.default_rng(0), time.perf_counter() + SECONDS
+    shape = (2, batch, length)
+    pairs = {n: rng.standard_normal((*shape, widths[role or "query"])).astype(query.dtype)
+             for n, role, _ in given.loose}  # fmt: skip
     seen = rng.random((batch, 1, length, length)) < 0.5
     seen |= np.eye(length, dtype=bool)
     of_keys = np.broadcast_to(np.arange(length) <= length // 2, seen.shape)
-    shaped = [mask for one in (seen, of_keys) for mask in _shapes(one, False, 0)]
-    masks = [(mask, np.ones_like(mask)) for mask in shaped]
-    masks += [(_added(mask, query.dtype), np.zeros(mask.shape, query.dtype)) for mask in shaped]
+    masks = [np.stack([mask, np.ones_like(mask)]).astype(kind) for kind in (bool, query.dtype)
+             for one in (seen, of_keys) for mask in _shapes(one, False, 0)]  # fmt: skip
 
     def counts(name: str, pair: Any, others: Mapping[str, Any]) -> bool:
         """Whether the output depends on which of two arrays a parameter is."""
+        if time.perf_counter() > until:
+            return False
         forms = [Fitted(given.firm, {**others, name: array}) for array in pair]
         try:
             one, other = (as_numpy(results(probe, form)["output"]) for form in forms)
-        except Exception:  # it takes no such array
+        except (Exception, SystemExit):  # it takes no such array
             return False
         return one.shape[:-1] == (batch, length) and differs_between_calls(one, other)
 
     read = {}
-    for name, _, needed in given.loose:
-        every = {n: pair[0] for n, pair in pairs.items() if n != name}
+    for name, role, needed in given.loose:
+        every = {n: pairs[n][0] for n, known, _ in given.loose if known and n != name}
         least = {n: every[n] for n, _, needs in given.loose if needs and n in every}
         read[name] = INPUT if needed else NEITHER
-        if name in pairs and any(counts(name, pairs[name], others) for others in (every, least)):
+        if role and any(counts(name, pairs[name], others) for others in (every, least)):
             read[name] = INPUT
         elif any(counts(name, pair, least) for pair in masks):
             read[name] = MASK
@@ -452,12 +447,8 @@ def _words(name: str) -> set[str]:
 
 def _names_a_mask(name: str) -> bool:
     words = _words(name)
-    return "mask" in name or (words.isdisjoint(NO_INPUT) and not words.isdisjoint(SHOWS | PADDED))
-
-
-def _is_of_padding(name: str) -> bool:
-    """Whether a mask's name says True = padding."""
-    return PADDING in name or ("mask" not in name and not _words(name).isdisjoint(PADDED))
+    shows = PADDING.search(name) or not words.isdisjoint(SHOWS)
+    return "mask" in name or bool(shows and words.isdisjoint(NO_INPUT))
 
 
 def _names_an_input(name: str) -> bool:

@@ -182,13 +182,9 @@ class TorchModule(CalledByNames):
         with restored(module, training):
             form, first = first_that_runs(forms, run, request)
             call = iter((first, run(form))).__next__
-            arguments = (
-                lambda x: self.results(request, form, x)["output"],
-                inputs,
-                cotangent,
-                state,
+            gradients = gradients_through(
+                module, lambda x: self.results(request, form, x)["output"], inputs, cotangent, state
             )
-            gradients = gradients_through(module, *arguments)
             return make_trace(self.name, request, call, self.description, gradients, form.notes)
 
 
