@@ -209,6 +209,7 @@ LOOSE: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
                [X], {"attention_mask": MASK[..., :5]}),
     "pads": (lambda x, is_pad=None: LAYER(x, value_mask=is_pad if is_pad is None else ~is_pad),
              [X], {"value_mask": KEYS}),
+    "a first input": (lambda visible: LAYER(visible), [X], {}),
     "an input": (lambda x, other=None: LAYER(x, other), [X, Y], {}),
     "an input and a mask": (lambda a, b=None, m=None: LAYER(a, b, attention_mask=m if m is None
                                                             else m[:, 0]),
@@ -216,6 +217,9 @@ LOOSE: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "a mask behind three inputs": (lambda q, k, v, m=None: LAYER(q, v, k, attention_mask=m
                                                                  if m is None else m[:, 0]),
                                    [X, Y, Z], {"attention_mask": MASK}),
+    "a mask that is cut": (lambda x, m=None: LAYER(x, attention_mask=m if m is None
+                                                   else _cut(m, x)),
+                           [X], {"attention_mask": MASK[..., :5]}),
     "a mask before the others": (lambda q, keep, k, v: LAYER(q, v, k, attention_mask=keep[:, 0]),
                                  [X, Y, Z], {"attention_mask": MASK}),
     "a mask of three axes by anymha's name": (
@@ -223,6 +227,11 @@ LOOSE: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
         [X], {"attention_mask": np.tri(5, dtype=bool)},
     ),
 }  # fmt: skip
+
+
+def _cut(mask: Any, x: Any) -> Any:
+    batch, length, _ = x.shape
+    return mask[..., :length, :length].reshape(batch, length, -1) > 0
 
 
 def _two_axes(mask: Any) -> Any:
@@ -240,6 +249,20 @@ def test_what_a_parameter_is_whose_name_tells_nothing_is_tried(case: str) -> Non
     function, inputs, call = LOOSE[case]
     report = compare(LAYER, function, inputs, **call)
     assert report.passed, report.to_text()
+
+
+def test_unnamed_inputs_that_nothing_projects_are_no_masks() -> None:
+    def named(query: Any, key: Any, value: Any) -> Any:
+        return _softmax(query @ key.swapaxes(1, 2)) @ value
+
+    def unnamed(a: Any, b: Any, c: Any) -> Any:
+        return _softmax(a @ c.swapaxes(1, 2)) @ b
+
+    def _softmax(x: Any) -> Any:
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    assert compare(named, unnamed, [X, Y, Z]).passed
 
 
 def test_masks_are_found_where_a_length_is_the_width_of_the_inputs() -> None:

@@ -107,6 +107,24 @@ def test_a_function_of_torch_that_decodes_may_write_into_its_inputs() -> None:
     np.testing.assert_array_equal(x.numpy(), QUERY)
 
 
+def test_a_variable_of_tensorflow_may_be_written_into() -> None:
+    usable("tensorflow")
+    tensorflow: Any = importlib.import_module("tensorflow")
+
+    def right(query: Any) -> Any:
+        return tensorflow.nn.softmax(query @ tensorflow.linalg.matrix_transpose(query)) @ query
+
+    def port(query: Any) -> Any:
+        output = right(query)
+        query.assign_add(tensorflow.ones_like(query))
+        return output
+
+    x = tensorflow.Variable(QUERY)
+    report = compare(right, port, x)
+    assert report.passed, report.to_text()
+    np.testing.assert_array_equal(x.numpy(), QUERY)
+
+
 @pytest.mark.parametrize("first", ["batch", "time"])
 @pytest.mark.parametrize("kind", ["numpy", "list"])
 def test_a_module_of_torch_may_return_arrays_of_numpy(first: str, kind: str) -> None:

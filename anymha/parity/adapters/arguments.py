@@ -54,8 +54,8 @@ HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhea
 """Attributes in which a module may say how many heads it has."""
 
 NO_INPUT = frozenset({
-    "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary", "cos",
-    "sin", "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start",
+    "time", "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary",
+    "cos", "sin", "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start",
     "offset", "length", "lengths", "len", "lens", "prob", "rate", "seqlen", "seqlens", "window",
     "sink", "sinks", "slopes", "alibi", "size", "device", "dtype", "generator", "return", "config",
 })  # fmt: skip
@@ -129,6 +129,7 @@ class Parameters:
             return cls(name, names=named, anything=any(p.kind is p.VAR_KEYWORD for p in every))
         places = [p for p in every if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         free = [p for p in places if not _is_option(p) and read.get(p.name, INPUT) == INPUT]
+        free = free or places[:1]  # as `visible`, `x_pos`: what else should it be
         firm = [p for p in free if p is free[0] or p.name in read or _names_an_input(p.name)]
         inputs = sorted(sorted(free, key=lambda p: p not in firm)[:3], key=free.index)
         led = [a is b for a, b in zip(places, inputs, strict=False)]
@@ -370,17 +371,18 @@ class CalledByNames:
 def read_by_trial(
     given: Parameters, request: Request, results: Callable[[Request, Fitted], Mapping[str, Any]]
 ) -> dict[str, str]:
-    """What parameters are whose names tell nothing: the first that runs and changes the output.
+    """What parameters are whose names tell nothing: what runs and changes the output.
 
-    `results` gives those of the callable; `given` is what its signature tells.
+    `results` gives those of the callable; `given` is what its signature tells. A mask may run as an
+    input, where its axes are cut; an input runs as a mask only where the output gets its width.
     """
     query = request.inputs["query"]
     if query.ndim != 3:
         return dict.fromkeys((name for name, *_ in given.loose), INPUT)
     widths = {name: x.shape[-1] for name, x in zip(INPUTS, request.three, strict=True)}
-    # A length that is no width, so that no input has the shape of a mask.
+    # A length that no other axis has, so that no input has the shape of a mask.
     batch, length, _ = query.shape
-    length = next((n for n in range(length, 1, -1) if n not in widths.values()), length)
+    length = next((n for n in range(length, 1, -1) if n not in (batch, *widths.values())), length)
     probe = request.with_inputs({"query": query[:, :length]})
     rng, until = np.random.default_rng(0), time.perf_counter() + SECONDS
     shape = (2, batch, length)
@@ -392,26 +394,26 @@ def read_by_trial(
     masks = [np.stack([mask, np.ones_like(mask)]).astype(kind) for kind in (bool, query.dtype)
              for one in (seen, of_keys) for mask in _shapes(one, False, 0)]  # fmt: skip
 
-    def counts(name: str, pair: Any, others: Mapping[str, Any]) -> bool:
-        """Whether the output depends on which of two arrays a parameter is."""
+    def width(name: str, pair: Any, others: Mapping[str, Any]) -> int:
+        """That of the output, where it depends on which of two arrays a parameter is; else 0."""
         if time.perf_counter() > until:
-            return False
+            return 0
         forms = [Fitted(given.firm, {**others, name: array}) for array in pair]
         try:
             one, other = (as_numpy(results(probe, form)["output"]) for form in forms)
         except (Exception, SystemExit):  # it takes no such array
-            return False
-        return one.shape[:-1] == (batch, length) and differs_between_calls(one, other)
+            return 0
+        same = one.shape[:-1] != (batch, length) or not differs_between_calls(one, other)
+        return 0 if same else one.shape[-1]
 
     read = {}
     for name, role, needed in given.loose:
         every = {n: pairs[n][0] for n, known, _ in given.loose if known and n != name}
         least = {n: every[n] for n, _, needs in given.loose if needs and n in every}
-        read[name] = INPUT if needed else NEITHER
-        if role and any(counts(name, pairs[name], others) for others in (every, least)):
-            read[name] = INPUT
-        elif any(counts(name, pair, least) for pair in masks):
-            read[name] = MASK
+        own = role and (width(name, pairs[name], every) or width(name, pairs[name], least))
+        found = (width(name, pair, least) for pair in masks)
+        is_mask = any(one and one == (own or one) for one in found)
+        read[name] = MASK if is_mask else INPUT if own or needed else NEITHER
     return read
 
 

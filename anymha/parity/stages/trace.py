@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -146,9 +147,9 @@ def check_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
 
 
 def fresh(array: Any) -> Any:
-    """A copy of what can be written into: an array of NumPy or torch; another array as it is."""
-    if isinstance(array, np.ndarray):
-        return np.array(array)
+    """A copy of what can be written into, as arrays of NumPy or torch; another array as it is."""
+    if isinstance(array, np.ndarray) or hasattr(array, "assign"):
+        return copy.deepcopy(array)
     return array.clone() if hasattr(array, "clone") else array
 
 
