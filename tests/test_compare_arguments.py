@@ -183,3 +183,130 @@ def test_module_that_plays_torchs_layer(first: str, wrong: bool) -> None:
     assert report.passed is not wrong, report.to_text()
     if wrong:
         assert "inverted mask" in str(report.diagnosis)
+
+
+KEYS = np.broadcast_to(np.arange(5) < np.array([[5], [3]]), (2, 5))
+
+
+def with_numbers(x: Any, weight_of: Any = None) -> Any:
+    """A port whose mask must be of numbers, 1 = may attend."""
+    if weight_of is None:
+        return LAYER(x)
+    assert weight_of.dtype == np.float32
+    return LAYER(x, attention_mask=weight_of[:, 0] > 0.5)
+
+
+LOOSE: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
+    "a mask": (lambda x, m=None: LAYER(x, attention_mask=m if m is None else m[:, 0]),
+               [X], {"attention_mask": MASK[..., :5]}),
+    "a mask of the keys": (lambda x, seen=None: LAYER(x, value_mask=_two_axes(seen)),
+                           [X], {"value_mask": KEYS}),
+    "a mask that is needed": (lambda x, m: LAYER(x, attention_mask=m[:, 0]),
+                              [X], {"attention_mask": MASK[..., :5]}),
+    "numbers": (with_numbers, [X], {"attention_mask": MASK[..., :5]}),
+    "hidden": (lambda x, hidden=None: LAYER(x, attention_mask=hidden if hidden is None
+                                            else ~hidden[:, 0]),
+               [X], {"attention_mask": MASK[..., :5]}),
+    "pads": (lambda x, is_pad=None: LAYER(x, value_mask=is_pad if is_pad is None else ~is_pad),
+             [X], {"value_mask": KEYS}),
+    "a first input": (lambda visible: LAYER(visible), [X], {}),
+    "an input": (lambda x, other=None: LAYER(x, other), [X, Y], {}),
+    "an input and a mask": (lambda a, b=None, m=None: LAYER(a, b, attention_mask=m if m is None
+                                                            else m[:, 0]),
+                            [X, Y], {"attention_mask": MASK}),
+    "a mask behind three inputs": (lambda q, k, v, m=None: LAYER(q, v, k, attention_mask=m
+                                                                 if m is None else m[:, 0]),
+                                   [X, Y, Z], {"attention_mask": MASK}),
+    "a mask that is cut": (lambda x, m=None: LAYER(x, attention_mask=m if m is None
+                                                   else _cut(m, x)),
+                           [X], {"attention_mask": MASK[..., :5]}),
+    "a mask before the others": (lambda q, keep, k, v: LAYER(q, v, k, attention_mask=keep[:, 0]),
+                                 [X, Y, Z], {"attention_mask": MASK}),
+    "a mask of three axes by anymha's name": (
+        lambda x, **call: LAYER(x, attention_mask=_three_axes(call.get("attention_mask"))),
+        [X], {"attention_mask": np.tri(5, dtype=bool)},
+    ),
+}  # fmt: skip
+
+
+def _cut(mask: Any, x: Any) -> Any:
+    batch, length, _ = x.shape
+    return mask[..., :length, :length].reshape(batch, length, -1) > 0
+
+
+def _two_axes(mask: Any) -> Any:
+    assert mask is None or mask.ndim == 2
+    return mask
+
+
+def _three_axes(mask: Any) -> Any:
+    assert mask is None or mask.ndim == 3
+    return mask
+
+
+@pytest.mark.parametrize("case", LOOSE)
+def test_what_a_parameter_is_whose_name_tells_nothing_is_tried(case: str) -> None:
+    function, inputs, call = LOOSE[case]
+    report = compare(LAYER, function, inputs, **call)
+    assert report.passed, report.to_text()
+
+
+def test_unnamed_inputs_that_nothing_projects_are_no_masks() -> None:
+    def named(query: Any, key: Any, value: Any) -> Any:
+        return _softmax(query @ key.swapaxes(1, 2)) @ value
+
+    def unnamed(a: Any, b: Any, c: Any) -> Any:
+        return _softmax(a @ c.swapaxes(1, 2)) @ b
+
+    def _softmax(x: Any) -> Any:
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    assert compare(named, unnamed, [X, Y, Z]).passed
+
+
+def test_masks_are_found_where_a_length_is_the_width_of_the_inputs() -> None:
+    x = RNG.standard_normal((2, 8, 8)).astype(np.float32)
+    mask = RNG.random((2, 8, 8)) < 0.5
+    mask[..., 0] = True
+    report = compare(
+        LAYER,
+        lambda x, m=None: LAYER(x, attention_mask=m if m is None else m.reshape(2, -1, x.shape[1])),
+        x,
+        attention_mask=mask,
+    )
+    assert report.passed, report.to_text()
+
+
+@pytest.mark.parametrize("wrong", ["ignores", "inverts"])
+def test_a_mistake_in_a_mask_of_any_name_is_named(wrong: str) -> None:
+    def port(x: Any, keep: Any = None) -> Any:
+        return LAYER(x, attention_mask=None if wrong == "ignores" else ~keep[:, 0])
+
+    report = compare(LAYER, port, X, attention_mask=MASK[..., :5])
+    words = {"ignores": "ignored mask", "inverts": "inverted mask"}[wrong]
+    assert str(report.diagnosis) == f"{words} (`attention_mask`)"
+    assert any("`keep` is given as" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("port", [lambda x, foo=None: LAYER(x), lambda x, foo=None: LAYER(x, foo.a)
+                                  if foo is not None else LAYER(x)])  # fmt: skip
+def test_a_parameter_that_nothing_shows_is_asked_for_by_name(port: Callable[..., Any]) -> None:
+    assert compare(LAYER, port, X).passed
+    words = r"as `foo` fails or changes nothing .*: name it `value` or `mask` if it is one"
+    with pytest.raises(LayoutError, match=words):
+        compare(LAYER, port, [X, Y])
+    with pytest.raises(LayoutError, match=words):
+        compare(LAYER, port, X, attention_mask=MASK[..., :5])
+
+
+def test_trials_of_parameters_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anymha.parity.adapters.arguments.SECONDS", 0.0)
+    calls = []
+
+    def port(x: Any, a: Any = None, b: Any = None, c: Any = None, d: Any = None) -> Any:
+        calls.append(0)
+        return LAYER(x)
+
+    assert compare(LAYER, port, X).passed
+    assert len(calls) < 5

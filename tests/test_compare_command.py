@@ -308,11 +308,56 @@ class Own(torch.nn.Module):
         return self.proj(y.transpose(1, 2).reshape(b, t, 16))
 
 
+class Half(Own):  # takes the mask (B, T, S) alone
+    def forward(self, x, attention_mask=None):
+        mask = None if attention_mask is None else attention_mask[:, None]
+        return super().forward(x, mask)
+
+
+class NoMask(Own):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Keep(Own):
+    def forward(self, x, keep=None):
+        return super().forward(x, keep)
+
+
+class ForgetsKeep(Own):
+    def forward(self, x, keep=None):
+        return super().forward(x)
+
+
+class ForgetsFoo(Own):
+    def forward(self, x, foo=None):
+        return super().forward(x)
+
+
+class Rest(Half):
+    def forward(self, x, **call):
+        return super().forward(x, call.get("attention_mask"))
+
+
 torch.manual_seed(0)
 original, forgetful = Own().eval(), Own("nothing").eval()
 forgetful.load_state_dict(original.state_dict())
+half, nomask, keep, forgets_keep, forgets_foo, rest = (
+    kind().eval() for kind in (Half, NoMask, Keep, ForgetsKeep, ForgetsFoo, Rest)
+)
+for one in (half, nomask, keep, forgets_keep, forgets_foo, rest):
+    one.load_state_dict(original.state_dict())
 declared = declare(original, layout="timm.vit", num_heads=2)
 calls = lambda x, mask=None, causal=False: original(x, mask, causal)
+
+
+def of_numpy(query, attention_mask=None, use_causal_mask=False):
+    mask = None if attention_mask is None else torch.as_tensor(attention_mask)[:, None]
+    return original(torch.as_tensor(query), mask, use_causal_mask).detach().numpy()
+
+
+def masks_nothing(query):
+    return original(torch.as_tensor(query)).detach().numpy()
 """
 
 
@@ -352,6 +397,44 @@ def test_masks_of_any_name_and_shape_are_handed_over(command: Run, name: str) ->
     assert (status, err) == (0, ""), out
     assert out.splitlines()[0] == "PARITY HOLDS: 3 comparisons agree; 3 do not apply"
     assert "is given" in out
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize(
+    "pair",
+    [("half", "nomask"), ("nomask", "half"), ("half", "forgets_foo"), ("original", "nomask"),
+     ("of_numpy", "masks_nothing")],
+)  # fmt: skip
+def test_masks_that_one_of_both_takes_in_some_form_are_missed(
+    command: Run, pair: tuple[str, str]
+) -> None:
+    status, out, err = command(*(f"masked:{name}" for name in pair))
+    assert (status, err) == (3, ""), out
+    assert out.startswith("PARITY IS NOT SHOWN: 1 comparison agrees, but self-causal, self-masked ")
+    assert out.splitlines()[0].endswith("; 3 do not apply")
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize("reference", ["torch", "masked:half", "masked:declared"])
+@pytest.mark.parametrize("name", ["keep", "forgets_keep", "forgets_foo"])
+def test_masks_of_names_without_mask_are_no_inputs(command: Run, reference: str, name: str) -> None:
+    status, out, err = command(reference, f"masked:{name}")
+    assert (status, err) == ({"keep": 0, "forgets_keep": 1, "forgets_foo": 3}[name], ""), out
+    if name == "keep":
+        assert out.startswith("PARITY HOLDS: 3 comparisons agree; 3 do not apply")
+        assert "`keep` is given as" in out
+    elif name == "forgets_keep":
+        assert "2 of 3 comparisons differ, on self-causal, self-masked" in out.splitlines()[0]
+        assert out.count("Cause: ignored mask") == 2
+    else:
+        assert "name it `value` or `mask` if it is one" in out
+
+
+@pytest.mark.usefixtures("masked")
+def test_a_mask_of_the_rest_of_the_arguments_has_three_axes(command: Run) -> None:
+    status, out, err = command("masked:half", "masked:rest")
+    assert (status, err) == (0, ""), out
+    assert out.startswith("PARITY HOLDS: 3 comparisons agree; 3 do not apply")
 
 
 @pytest.mark.usefixtures("masked")

@@ -176,7 +176,7 @@ def _outcomes(
         own = (pair, both, options.arrays, explicit, note)
         done = {case.name: _outcome(case, *own) for case in cases
                 if explicit or case.name not in SELF.values() or case.name == "self"}  # fmt: skip
-        alone = any("one input alone" in (outcome.reason or "") for outcome in done.values())
+        alone = any("one input" in (outcome.reason or "") for outcome in done.values())
         for case in cases:
             if case.name not in done and alone:
                 done[case.name] = _outcome(case, *own)
@@ -220,22 +220,22 @@ def _outcome(
     """One comparison: its result, the error that was raised, or why it cannot run."""
     names = (pair[0].name, pair[1].name)
     ops = None if arrays is None else get_backend(arrays).ops
-    reason, left_out = "", False
+    reason, fewest, neither = "", len(live) + 1, True
     for part in variants(case):
         inputs = part.inputs
         if ops is not None:
             inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in inputs.items()}
         request = make_request(inputs, part.call)
         decode = [one for one in live if isinstance(one, Decoding)]  # others get rows alone then
-        lacking = [_lacking(one, request) for one in decode or live]
+        lacking = [*filter(None, (_lacking(one, request) for one in decode or live))]
+        neither = neither and len(lacking) == len(decode or live)
         try:
-            if any(lacking):
-                raise LayoutError(" and ".join(filter(None, lacking)))
+            if lacking:
+                raise LayoutError(" and ".join(lacking))
             result: Comparison = compare_two(*live, inputs, **part.call)
         except LayoutError as error:
-            if not reason:
-                # Where neither takes an argument, there is nothing of it to compare.
-                reason, left_out = str(error), all(lacking)
+            if len(lacking) < fewest:
+                reason, fewest = str(error), len(lacking)
             continue
         except AnymhaError:
             raise
@@ -252,7 +252,8 @@ def _outcome(
         notes = (*filter(None, [note]), *result.notes)
         result = dataclasses.replace(result, command_names=names, notes=notes)
         return Outcome(case.name, *names, result=result)
-    return Outcome(case.name, *names, reason=reason, left_out=left_out and not explicit)
+    # Where neither takes an argument in any form, there is nothing of it to compare.
+    return Outcome(case.name, *names, reason=reason, left_out=neither and not explicit)
 
 
 def _lacking(implementation: Any, request: Request) -> str:

@@ -108,7 +108,8 @@ def variants(case: CallInputs) -> Iterator[CallInputs]:
     if case.call.get("use_causal_mask"):
         for some in inputs:
             _, value, _ = trio(some)
-            seen = np.tri(some["query"].shape[1], value.shape[1], dtype=bool)
+            batch, queries, _ = some["query"].shape
+            seen = np.tile(np.tri(queries, value.shape[1], dtype=bool), (batch, 1, 1))
             call = {n: v for n, v in case.call.items() if n != "use_causal_mask"}
             yield CallInputs(case.name, some, {**call, "attention_mask": seen})
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +19,15 @@ import numpy as np
 from anymha.errors import LayoutError
 from anymha.framework.names import Function
 from anymha.parity.oracle.truth import spread_mask
-from anymha.parity.stages.trace import INPUTS, MASKS, POSITIONS, SEGMENTS, Request
+from anymha.parity.stages.trace import (
+    INPUTS,
+    MASKS,
+    POSITIONS,
+    SEGMENTS,
+    Request,
+    as_numpy,
+    differs_between_calls,
+)
 
 SYNONYMS = {
     "use_causal_mask": ("is_causal", "causal"),
@@ -26,8 +36,14 @@ SYNONYMS = {
 }
 """Other names of anymha's arguments, apart from masks."""
 
-PADDING = "padding"
+PADDING = re.compile("padding|(^|_)pad(s|ded)?$")
 """In the name of a mask: True = padding, which nobody attends to, as in torch."""
+
+SHOWS = frozenset({"msk", "keep", "kept", "valid", "visible", "allow", "allowed", "attend", "adj"})
+"""Words of which one in a parameter's name says that it is a mask, True = may attend."""
+
+HIDES = frozenset({"hide", "hidden", "ignore", "ignored", "block", "blocked", "forbidden"})
+"""Words of which one in a mask's name says True = may not attend."""
 
 OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_causal", "causal",
            "dropout", "need_weights", "average_attn_weights", "rngs", "rng", "use_causal_mask",
@@ -38,12 +54,25 @@ HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhea
 """Attributes in which a module may say how many heads it has."""
 
 NO_INPUT = frozenset({
-    "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary", "cos",
-    "sin", "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start",
-    "offset", "length", "lengths", "lens", "seqlen", "seqlens", "window", "sink", "sinks", "slopes",
-    "alibi", "size", "device", "dtype", "generator", "return", "config",
+    "time", "scale", "scaling", "temperature", "tau", "eps", "freq", "freqs", "rope", "rotary",
+    "cos", "sin", "pos", "position", "positions", "past", "cache", "index", "idx", "step", "start",
+    "offset", "length", "lengths", "len", "lens", "prob", "rate", "seqlen", "seqlens", "window",
+    "sink", "sinks", "slopes", "alibi", "size", "device", "dtype", "generator", "return", "config",
 })  # fmt: skip
 """Words of which one in a parameter's name says that it is no input: `freqs_cis`, `start_pos`."""
+
+OF_INPUTS = frozenset({
+    "x", "y", "z", "query", "queries", "key", "keys", "value", "values", "kv", "context", "memory",
+    "encoder", "encoded", "cross", "state", "states", "input", "inputs", "source", "src", "target",
+    "tgt", "cond", "condition", "embeddings", "tokens", "features", "latents",
+})  # fmt: skip
+"""Words of which one in a parameter's name says that it is an input."""
+
+SECONDS = 10.0
+"""How long parameters are tried."""
+
+INPUT, MASK, NEITHER = "input", "mask", "neither"
+"""What a trial says that a parameter is."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +105,20 @@ class Parameters:
     unknown: tuple[str, ...] = ()  # Parameters that it needs and no call has
     anything: bool = True  # Whether it takes arguments of any name
     heads: int = 0  # How many heads it says that it has; 0: it does not say
+    firm: tuple[tuple[str, str], ...] = (("", "query"),)  # Inputs that are not loose, see `Fitted`
+    # Parameters of names that tell nothing: which input each may be, and whether it is needed
+    loose: tuple[tuple[str, str, bool], ...] = ()
+    read: Mapping[str, str] = field(default_factory=dict)  # What a trial says that they are
 
     @classmethod
-    def of(cls, function: Callable[..., Any], owner: Any = None) -> Parameters:
-        """Those of a function; `owner` is the object whose method it is."""
+    def of(
+        cls, function: Callable[..., Any], owner: Any = None, read: Mapping[str, str] | None = None
+    ) -> Parameters:
+        """Those of a function; `owner` is the object whose method it is.
+
+        `read` says what parameters are whose names tell nothing, see `read_by_trial`.
+        """
+        read = read or {}
         name = name_of(function if owner is None else owner)
         try:
             every = list(inspect.signature(function).parameters.values())
@@ -89,23 +128,34 @@ class Parameters:
             named = frozenset(p.name for p in every if p.kind is p.KEYWORD_ONLY)
             return cls(name, names=named, anything=any(p.kind is p.VAR_KEYWORD for p in every))
         places = [p for p in every if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        inputs = [p for p in places if not _is_option(p)][:3]
+        free = [p for p in places if not _is_option(p) and read.get(p.name, INPUT) == INPUT]
+        free = free or places[:1]  # as `visible`, `x_pos`: what else should it be
+        firm = [p for p in free if p is free[0] or p.name in read or _names_an_input(p.name)]
+        inputs = sorted(sorted(free, key=lambda p: p not in firm)[:3], key=free.index)
         led = [a is b for a, b in zip(places, inputs, strict=False)]
         front = led.index(False) if False in led else len(led)
         # Inputs after the first option cannot be given by their place.
         names = ["" if i < front else p.name for i, p in enumerate(inputs)]
         others = [p for p in every if p not in inputs and p.kind is not p.VAR_KEYWORD]
-        unknown = [p.name for p in others if p.default is p.empty and not _is_of_call(p)]
+        needed = {p.name for p in every if p.default is p.empty}
+        unknown = [p.name for p in others if p.name in needed - {*read} and not _is_of_call(p)]
+        roles = dict(zip([p.name for p in inputs], _roles([p.name for p in inputs]), strict=True))
+        loose = [(p.name, roles.get(p.name, ""), p.name in needed) for p in free
+                 if p not in firm and p.kind is not p.POSITIONAL_ONLY]  # fmt: skip
         return cls(
             name,
-            tuple(_roles([p.name for p in inputs])),
+            tuple(roles.values()),
             tuple(names),
             sum(p.default is p.empty for p in inputs),
             frozenset(p.name for p in others),
             tuple(unknown),
             any(p.kind is p.VAR_KEYWORD for p in every),
             _heads_of(owner),
-        )
+            tuple((p.name if p.kind is p.POSITIONAL_OR_KEYWORD else "", roles[p.name])
+                  for p in inputs if p in firm),
+            tuple(loose),
+            read,
+        )  # fmt: skip
 
     @property
     def like_torch(self) -> bool:
@@ -115,9 +165,9 @@ class Parameters:
     @property
     def masks(self) -> dict[str, str]:
         """Its parameters for masks: for the whole mask, and for the mask of the keys."""
-        free = sorted(n for n in self.names if "mask" in n and n not in SYNONYMS)
-        free = [n for n in free if n not in MASKS or n == "attention_mask"]
-        padding = [n for n in free if PADDING in n]
+        free = sorted(n for n in self.names if _names_a_mask(n) or self.read.get(n) == MASK)
+        free = [n for n in free if n not in (*SYNONYMS, *MASKS) or n == "attention_mask"]
+        padding = [n for n in free if PADDING.search(n)]
         whole = [n for n in free if n not in padding]
         whole.sort(key=lambda n: (n != "attention_mask", n != "attn_mask", n != "mask"))
         return {kind: several[0] for kind, several in (("whole", whole), ("keys", padding))
@@ -128,13 +178,20 @@ class Parameters:
         if self.unknown:
             return f"needs {_listed(self.unknown)}, which no call has"
         if "value" in request.inputs and len(self.inputs) < 2:
-            return "takes one input alone"
+            return f"takes one input{self._idle or ' alone'}"
         if "key" in request.inputs and not {"value", "key"} <= {*self.inputs}:
             _, value, key = request.three
             if not (key.shape == value.shape and np.array_equal(key, value, equal_nan=True)):
                 return "takes two inputs alone"
         lost = self._assigned(request)[2]
-        return f"does not take {_listed(lost)}" if lost else ""
+        return f"does not take {_listed(lost)}{self._idle}" if lost else ""
+
+    @property
+    def _idle(self) -> str:
+        """What is said of parameters that a trial finds to be neither inputs nor masks."""
+        names = _listed(name for name, kind in self.read.items() if kind == NEITHER)
+        words = "fails or changes nothing as an input and as a mask: name it `value` or `mask`"
+        return names and f", as {names} {words} if it is one"
 
     def joined(self, request: Request) -> str:
         """Which masks would reach it as one, in words; empty where none would."""
@@ -161,9 +218,11 @@ class Parameters:
         if not folded:
             yield Fitted(inputs, own)
             mask = own.get("attention_mask")
-            if mask is not None and mask.ndim == 3:  # it may take an axis of heads alone
-                told = f"`attention_mask` is given as {mask[:, None].shape}, True = may attend"
-                yield Fitted(inputs, {**own, "attention_mask": mask[:, None]}, (told,))
+            if mask is not None:  # it may take an axis of heads, or of the batch, alone
+                for other in _shapes(_dense(request, ["attention_mask"]), False, 0):
+                    if other.shape != mask.shape:
+                        told = f"`attention_mask` is given as {other.shape}, True = may attend"
+                        yield Fitted(inputs, {**own, "attention_mask": other}, (told,))
             return
         for masks, words in self._mask_forms(request, folded):
             yield Fitted(inputs, {**own, **masks}, ("; ".join(words),))
@@ -208,19 +267,22 @@ class Parameters:
         if not rest:
             yield padding, words
             return
-        name, hidden = kinds["whole"], self.like_torch
-        seen = _dense(request, rest)
+        name, seen = kinds["whole"], _dense(request, rest)
+        hidden = self.like_torch or not _words(name).isdisjoint(HIDES)
         sense = "may not attend" if hidden else "may attend"
-        for mask in _shapes(seen, hidden, self.heads):
-            told = f"`{name}` is given as {mask.shape}, True = {sense}"
-            yield {**padding, name: ~mask if hidden else mask}, [*words, told]
+        for dtype, yes in ((np.dtype(bool), "True"), (request.inputs["query"].dtype, "1")):
+            for mask in _shapes(seen, self.like_torch, self.heads):
+                told = f"`{name}` is given as {mask.shape}, {yes} = {sense}"
+                given = (~mask if hidden else mask).astype(dtype)
+                yield {**padding, name: given}, [*words, told]
 
 
 def _shapes(seen: np.ndarray, torch: bool, heads: int) -> Iterator[np.ndarray]:
     """A mask (B, 1 or H, T, S) in each shape that attention takes masks in."""
     batch, count, queries, keys = seen.shape
+    of_all = count == 1 and np.array_equal(seen, np.broadcast_to(seen[:1], seen.shape))
     if torch:
-        if count == 1 and np.array_equal(seen, np.broadcast_to(seen[:1], seen.shape)):
+        if of_all:
             yield seen[0, 0]
         if heads:
             whole = np.broadcast_to(seen, (batch, heads, queries, keys))
@@ -230,6 +292,8 @@ def _shapes(seen: np.ndarray, torch: bool, heads: int) -> Iterator[np.ndarray]:
         yield seen[:, 0]
     if count == 1 and np.array_equal(seen, np.broadcast_to(seen[:, :, :1], seen.shape)):
         yield seen[:, 0, 0]
+    if of_all and not torch:
+        yield seen[0, 0]
 
 
 def _dense(request: Request, names: list[str]) -> np.ndarray:
@@ -265,21 +329,92 @@ def first_that_runs(
 
     Where none does, what the first gives, or raises.
     """
-    every = list(forms)
     failed: list[Exception] = []
-    for form in every[:-1] or every:
+    ran: list[tuple[Fitted, Mapping[str, Any]]] = []
+    for form in forms:
         try:
-            results = run(form)
+            ran.append((form, run(form)))
         except Exception as error:  # whatever it raises; another form may be the one it takes
             failed.append(error)
             continue
-        lengths = request.inputs["query"].shape[:-1]
-        if len(every) == 1 or tuple(results["output"].shape[:-1]) == lengths:
-            return form, results
-    try:
-        return every[-1], run(every[-1])
-    except Exception as error:
-        raise (failed or [error])[0] from None
+        if tuple(ran[-1][1]["output"].shape[:-1]) == request.inputs["query"].shape[:-1]:
+            return ran[-1]
+    if ran:
+        return ran[0]
+    raise failed[0]
+
+
+class CalledByNames:
+    """An adapter of a callable that is called by its own names."""
+
+    def __init__(self, function: Callable[..., Any], owner: Any) -> None:
+        self._reading = functools.partial(Parameters.of, function, owner)
+        self.parameters = self._reading()
+        self.name = self.parameters.name
+
+    def results(self, request: Request, form: Fitted) -> Mapping[str, Any]:
+        """The results by name, in its framework, for the inputs of a request in one form."""
+        raise NotImplementedError
+
+    def settle(self, request: Request) -> None:
+        """Find out what parameters are whose names tell nothing."""
+        if self.parameters.loose:
+            read = read_by_trial(self.parameters, request, self.results)
+            self.parameters = self._reading(read=read)
+
+    def lacking(self, request: Request) -> str:
+        """Why it cannot be given the call, in words; empty where it can."""
+        self.settle(request)
+        return self.parameters.lacking(request)
+
+
+def read_by_trial(
+    given: Parameters, request: Request, results: Callable[[Request, Fitted], Mapping[str, Any]]
+) -> dict[str, str]:
+    """What parameters are whose names tell nothing: what runs and changes the output.
+
+    `results` gives those of the callable; `given` is what its signature tells. A mask may run as an
+    input, where its axes are cut; an input runs as a mask only where the output gets its width.
+    """
+    query = request.inputs["query"]
+    if query.ndim != 3:
+        return dict.fromkeys((name for name, *_ in given.loose), INPUT)
+    widths = {name: x.shape[-1] for name, x in zip(INPUTS, request.three, strict=True)}
+    # A length that no other axis has, so that no input has the shape of a mask.
+    batch, length, _ = query.shape
+    length = next((n for n in range(length, 1, -1) if n not in (batch, *widths.values())), length)
+    probe = request.with_inputs({"query": query[:, :length]})
+    rng, until = np.random.default_rng(0), time.perf_counter() + SECONDS
+    shape = (2, batch, length)
+    pairs = {n: rng.standard_normal((*shape, widths[role or "query"])).astype(query.dtype)
+             for n, role, _ in given.loose}  # fmt: skip
+    seen = rng.random((batch, 1, length, length)) < 0.5
+    seen |= np.eye(length, dtype=bool)
+    of_keys = np.broadcast_to(np.arange(length) <= length // 2, seen.shape)
+    masks = [np.stack([mask, np.ones_like(mask)]).astype(kind) for kind in (bool, query.dtype)
+             for one in (seen, of_keys) for mask in _shapes(one, False, 0)]  # fmt: skip
+
+    def width(name: str, pair: Any, others: Mapping[str, Any]) -> int:
+        """That of the output, where it depends on which of two arrays a parameter is; else 0."""
+        if time.perf_counter() > until:
+            return 0
+        forms = [Fitted(given.firm, {**others, name: array}) for array in pair]
+        try:
+            one, other = (as_numpy(results(probe, form)["output"]) for form in forms)
+        except (Exception, SystemExit):  # it takes no such array
+            return 0
+        same = one.shape[:-1] != (batch, length) or not differs_between_calls(one, other)
+        return 0 if same else one.shape[-1]
+
+    read = {}
+    for name, role, needed in given.loose:
+        every = {n: pairs[n][0] for n, known, _ in given.loose if known and n != name}
+        least = {n: every[n] for n, _, needs in given.loose if needs and n in every}
+        own = role and (width(name, pairs[name], every) or width(name, pairs[name], least))
+        found = (width(name, pair, least) for pair in masks)
+        is_mask = any(one and one == (own or one) for one in found)
+        read[name] = MASK if is_mask else INPUT if own or needed else NEITHER
+    return read
 
 
 def name_of(function: Any) -> str:
@@ -305,9 +440,21 @@ def _heads_of(owner: Any) -> int:
 
 def _is_option(parameter: inspect.Parameter) -> bool:
     """Whether a parameter is not an input."""
-    name = parameter.name
-    words = {name, *name.lower().split("_")}
-    return _is_of_call(parameter) or not words.isdisjoint(NO_INPUT)
+    return _is_of_call(parameter) or not _words(parameter.name).isdisjoint(NO_INPUT)
+
+
+def _words(name: str) -> set[str]:
+    return {name, *(word.strip("0123456789") for word in name.lower().split("_"))}
+
+
+def _names_a_mask(name: str) -> bool:
+    words = _words(name)
+    shows = PADDING.search(name) or not words.isdisjoint(SHOWS)
+    return "mask" in name or bool(shows and words.isdisjoint(NO_INPUT))
+
+
+def _names_an_input(name: str) -> bool:
+    return any(_plays(name, role) for role in INPUTS) or not _words(name).isdisjoint(OF_INPUTS)
 
 
 def _is_of_call(parameter: inspect.Parameter) -> bool:
@@ -315,7 +462,7 @@ def _is_of_call(parameter: inspect.Parameter) -> bool:
     if parameter.default is not parameter.empty and parameter.default is not None:
         return True
     name = parameter.name
-    return "mask" in name or name.endswith("bias") or name in OPTIONS
+    return _names_a_mask(name) or name.endswith("bias") or name in OPTIONS
 
 
 def _roles(names: list[str]) -> list[str]:

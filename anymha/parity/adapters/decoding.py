@@ -25,7 +25,7 @@ from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.oracle.decoded import Decoded
 from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import Folded
-from anymha.parity.stages.trace import Adapter, Request, Trace, as_numpy
+from anymha.parity.stages.trace import Adapter, Request, Trace, as_numpy, fresh
 
 DRAFT = 2
 """How many positions are read and taken back after each call, where `truncate` is tried."""
@@ -379,7 +379,7 @@ class _Rows:
         x, valid = request.originals["query"], valid_of(request)
         x = x if ops is None else ops.from_numpy(request.inputs["query"])
         ops = backend_of(x).ops
-        x = np.array(x) if isinstance(x, (np.ndarray, list)) else x
+        x = np.array(x) if isinstance(x, list) else x
         positions = np.cumsum(valid, axis=1) - valid
         given, ids = (request.call.get(n) for n in ("positions", "segment_ids"))
         positions = positions if given is None else np.broadcast_to(given, valid.shape)
@@ -390,8 +390,7 @@ class _Rows:
         """Those columns, of all rows or some."""
         at = (rows, slice(begin, end))
         segments = None if self.segments is None else self.segments[at]
-        x = np.array(self.x[at]) if isinstance(self.x, np.ndarray) else self.x[at]
-        return dataclasses.replace(self, x=x, valid=self.valid[at],
+        return dataclasses.replace(self, x=fresh(self.x[at]), valid=self.valid[at],
                                    positions=self.positions[at], segments=segments)  # fmt: skip
 
     def taken(self, order: np.ndarray) -> _Rows:
@@ -448,9 +447,7 @@ def _alone(request: Request, valid: np.ndarray) -> Iterator[tuple[int, Request]]
             for name in ("positions", "key_positions", "segment_ids", "key_segment_ids"):
                 if name in call:
                     call[name] = np.broadcast_to(call[name], valid.shape)[at : at + 1, held]
-            ops = backend_of(request.originals["query"]).ops
-            yield at, dataclasses.replace(request, inputs={"query": x}, call=call,
-                                          originals={"query": ops.from_numpy(x)})  # fmt: skip
+            yield at, request.with_inputs({"query": x}, call=call)
 
 
 def _spread(name: str, rows: list[tuple[int, np.ndarray]], valid: np.ndarray) -> np.ndarray:

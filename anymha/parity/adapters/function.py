@@ -13,14 +13,14 @@ import numpy as np
 
 from anymha.errors import AnymhaError, ArgumentError
 from anymha.framework.registry import backend_of
-from anymha.parity.adapters.arguments import Fitted, Parameters, exits_as_errors, first_that_runs
+from anymha.parity.adapters.arguments import CalledByNames, Fitted, exits_as_errors, first_that_runs
 from anymha.parity.adapters.foreign import LayerDescription, make_trace
 from anymha.parity.adapters.module_state import packages_of, unready
 from anymha.parity.stages.layer_call import native
-from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy
+from anymha.parity.stages.trace import INPUTS, STAGES, Arrays, Request, Trace, as_numpy, fresh
 
 
-class Function:
+class Function(CalledByNames):
     """A function, in the framework of the arrays that the user gave.
 
     It gets the caller's own arrays and the call's other arguments, by its own names where its
@@ -36,26 +36,27 @@ class Function:
         kinds: tuple[type, ...] = getattr(type(function), "__mro__", ())
         keras = any(kind.__module__.startswith("keras.") for kind in kinds)
         called: Any = getattr(function, "call", function) if keras else function
-        self.parameters = Parameters.of(called, function)
-        self.name, self.lacking = self.parameters.name, self.parameters.lacking
+        super().__init__(called, function)
+
+    def results(self, request: Request, form: Fitted) -> dict[str, Any]:
+        """See `CalledByNames`."""
+        inputs = {name: request.originals[name] for name in INPUTS if name in request.originals}
+        return self._results(request, form, backend_of(inputs["query"]).ops, inputs)
+
+    def _results(
+        self, request: Request, form: Fitted, ops: Any, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The results by name for inputs of a framework; copies, as it may write into them."""
+        arguments = native(ops, {n: fresh(value) for n, value in form.arguments.items()})
+        own = {name: fresh(array) for name, array in inputs.items()}
+        result = form.call(self.function, own, arguments)
+        return named_stages(result, self.name, request)
 
     @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
-        inputs = {name: request.originals[name] for name in INPUTS if name in request.originals}
-        ops = backend_of(inputs["query"]).ops
-
-        def results(form: Fitted, ops: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-            arguments = native(ops, form.arguments)
-            result = form.call(self.function, inputs, arguments)
-            if isinstance(result, list) and _is_array(result):  # a list has no dtype of its own
-                result = np.asarray(result, request.inputs["query"].dtype)
-            return named_stages(result, self.name)
-
-        def run(form: Fitted) -> dict[str, Any]:
-            own = {n: np.array(x) if isinstance(x, np.ndarray) else x for n, x in inputs.items()}
-            return results(form, ops, own)
-
+        run, ops = partial(self.results, request), backend_of(request.originals["query"]).ops
+        self.settle(request)
         try:
             form, first = first_that_runs(self.parameters.forms(request), run, request)
         except Exception as error:
@@ -70,7 +71,8 @@ class Function:
         both = [{name: as_numpy(x) for name, x in one.items()} for one in (first, run(form))]
         gradients: Arrays | str = {}
         if cotangent is not None:
-            gradients = _gradients(partial(results, form), first["output"], request, cotangent)
+            results = partial(self._results, request, form)
+            gradients = _gradients(results, first["output"], request, cotangent)
         call = iter(both).__next__
         return make_trace(
             self.name, request, call, self.description, gradients, form.notes, ops.name
@@ -139,7 +141,7 @@ def _torch_vjp(
     torch: Any = importlib.import_module("torch")
     leaves = {name: array.detach().clone().requires_grad_() for name, array in arrays.items()}
     with torch.enable_grad():
-        output = function(leaves)
+        output = function({name: leaf.clone() for name, leaf in leaves.items()})
     pulled: Any = [None] * len(leaves)
     if output.requires_grad:
         pulled = torch.autograd.grad(
@@ -158,8 +160,10 @@ def _is_array(result: list[Any]) -> bool:
         return False
 
 
-def named_stages(result: Any, name: str) -> dict[str, Any]:
+def named_stages(result: Any, name: str, request: Request) -> dict[str, Any]:
     """The results of a function by name: stages, "output" and "scores"."""
+    if isinstance(result, list) and _is_array(result):  # a list has no dtype of its own
+        result = np.asarray(result, request.inputs["query"].dtype)
     if isinstance(result, Mapping):
         stages = dict(result)
     elif isinstance(result, (tuple, list)):

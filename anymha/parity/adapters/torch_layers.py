@@ -14,7 +14,7 @@ from anymha.framework.registry import get_backend
 from anymha.interchange.layouts import get_layout
 from anymha.interchange.packing import Sizes
 from anymha.interchange.reading import form_of
-from anymha.parity.adapters.arguments import Fitted, Parameters, exits_as_errors, first_that_runs
+from anymha.parity.adapters.arguments import CalledByNames, Fitted, exits_as_errors, first_that_runs
 from anymha.parity.adapters.foreign import (
     LayerDescription,
     dense_mask,
@@ -25,7 +25,7 @@ from anymha.parity.adapters.foreign import (
 from anymha.parity.adapters.function import named_stages
 from anymha.parity.oracle.cases import trio
 from anymha.parity.oracle.recipe import Arrays, Recipe
-from anymha.parity.stages.trace import Request, Trace, as_numpy
+from anymha.parity.stages.trace import Request, Trace, as_numpy, fresh
 
 
 class TorchLayer:
@@ -115,7 +115,7 @@ def _heads(recorded: list[tuple[Any, ...]]) -> Arrays:
     return {name: array(x.transpose(1, 2)) for name, x in zip(names, recorded[0], strict=True)}
 
 
-class TorchModule:
+class TorchModule(CalledByNames):
     """A module of the user's own, in the mode in which it is, unless the call says `training`.
 
     It gets the inputs of the call as tensors of its device and dtype, and the call's other
@@ -129,46 +129,62 @@ class TorchModule:
     ) -> None:
         self.module, self.description = module, description
         self.state = description if own else None
-        self.parameters = Parameters.of(module.forward, module)
-        self.name, self.lacking = self.parameters.name, self.parameters.lacking
+        super().__init__(module.forward, module)
+
+    def settle(self, request: Request) -> None:
+        """See `CalledByNames`."""
+        with restored(self.module, None), importlib.import_module("torch").no_grad():
+            super().settle(request)
+
+    def results(
+        self, request: Request, form: Fitted, inputs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """See `CalledByNames`; `inputs` are the request's as tensors."""
+        module, inputs = self.module, inputs or tensors(self.module, request.inputs)
+        # torch's own layer, and those that have its option, take the time first by default.
+        turned = getattr(module, "batch_first", True) is False
+
+        arrays = {n: a for n, a in form.arguments.items() if isinstance(a, np.ndarray)}
+        others, rounded = (tensors(module, arrays, at_least) for at_least in ("float32", ""))
+
+        def call(others: Mapping[str, Any]) -> Any:
+            given = {n: fresh(x) for n, x in inputs.items()}  # it may write into them
+            given = {n: x.transpose(0, 1) if turned else x for n, x in given.items()}
+            return form.call(module, given, {**form.arguments, **others})
+
+        try:
+            result = call(others)
+        except RuntimeError:  # as where it cannot mix dtypes
+            if all(others[name].dtype == x.dtype for name, x in rounded.items()):
+                raise
+            result = call(rounded)
+        stages = named_stages(result, self.name, request)
+        if turned:
+            stages["output"] = stages["output"].swapaxes(0, 1)
+        return stages
 
     @exits_as_errors
     def trace(self, request: Request, cotangent: np.ndarray | None) -> Trace:
         """See `anymha.parity.stages.trace.Adapter`."""
         module, state = self.module, self.state
+        self.settle(request)
         training = request.call.get("training")
         rest = {name: value for name, value in request.call.items() if name != "training"}
         forms = self.parameters.forms(dataclasses.replace(request, call=rest))
         inputs = tensors(module, request.inputs)
-        # torch's own layer, and those that have its option, take the time first by default.
-        turned = getattr(module, "batch_first", True) is False
-
-        def results(form: Fitted, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-            arrays = {n: a for n, a in form.arguments.items() if isinstance(a, np.ndarray)}
-            given = {n: x.transpose(0, 1) if turned else x for n, x in inputs.items()}
-            others, rounded = (tensors(module, arrays, at_least) for at_least in ("float32", ""))
-            try:
-                result = form.call(module, given, {**form.arguments, **others})
-            except RuntimeError:  # as where it cannot mix dtypes
-                if all(others[name].dtype == x.dtype for name, x in rounded.items()):
-                    raise
-                result = form.call(module, given, {**form.arguments, **rounded})
-            stages = named_stages(result, self.name)
-            if turned:
-                stages["output"] = stages["output"].transpose(0, 1)
-            return stages
 
         def run(form: Fitted) -> Mapping[str, Any]:
             recording = nullcontext({}) if state is None else recorded_projections(module, state)
             with importlib.import_module("torch").no_grad(), recording as recorded:
-                reported = results(form, inputs)
+                reported = self.results(request, form, inputs)
             return {**recorded, **{name: array(x) for name, x in reported.items()}}
 
         with restored(module, training):
             form, first = first_that_runs(forms, run, request)
             call = iter((first, run(form))).__next__
-            arguments = (lambda inputs: results(form, inputs)["output"], inputs, cotangent, state)
-            gradients = gradients_through(module, *arguments)
+            gradients = gradients_through(
+                module, lambda x: self.results(request, form, x)["output"], inputs, cotangent, state
+            )
             return make_trace(self.name, request, call, self.description, gradients, form.notes)
 
 
@@ -222,12 +238,13 @@ def gradients_through(
     inputs: Mapping[str, Any],
     cotangent: np.ndarray | None,
     description: LayerDescription | None,
-) -> Arrays:
+) -> Arrays | str:
     """Gradients of the sum of an output times a cotangent, by canonical name; no `.grad` changes.
 
     They are of the inputs, and of the module's parameters where the layout of these is described;
     the module may also be a mapping of its parameters. There are none without a cotangent. Where
-    the output is detached from what it is computed from, all are zero.
+    the output is detached from what it is computed from, all are zero; where it is no tensor, words
+    say why there are none.
     """
     if cotangent is None:
         return {}
@@ -241,7 +258,11 @@ def gradients_through(
         for parameter in parameters.values():
             parameter.requires_grad_()
         with torch.enable_grad():
-            output = function(leaves)
+            # Copies may be written into, as inputs in a model may; leaves may not.
+            output = function({name: leaf.clone() for name, leaf in leaves.items()})
+            if not isinstance(output, torch.Tensor):
+                kind = type(output)
+                return f"its output is a {kind.__module__}.{kind.__name__}, no tensor of torch"
             sources = [*parameters.values(), *leaves.values()]
             gradients = [None] * len(sources)
             if output.requires_grad:

@@ -80,10 +80,9 @@ class Baseline:
     def judge(self, second: Trace, cotangent: np.ndarray | None = None) -> Comparison:
         """The comparison with the results of a candidate; `cotangent` as for `judge_traces`."""
         first, semantics = self.trace, self.semantics
-        notes = [f"{trace.name}: {note}" for trace in (first, second) for note in trace.notes]
-        notes += semantics.notes
         if semantics.recipe is None:
-            return outputs_alone(self.request, first, second, cotangent, notes)
+            return outputs_alone(self.request, first, second, cotangent, semantics.notes)
+        notes = [*_notes_of(first, second), *semantics.notes]
         notes += gradients_not_compared(self.request, first, second)
         traces, exact = (first, second), semantics.stages()
         reported = _reported(second, self.folded)
@@ -272,9 +271,14 @@ def outputs_alone(
                "`declare`.",) if first.weights is second.weights is None else ()  # fmt: skip
     return Comparison(
         first.name, second.name, tuple(stages), divergence, diagnosis if divergence else None,
-        (), (*notes, *unknown, *gradients_not_compared(request, first, second)), request,
-        (first, second),
+        (), (*_notes_of(first, second), *notes, *unknown,
+             *gradients_not_compared(request, first, second)), request, (first, second),
     )  # fmt: skip
+
+
+def _notes_of(*traces: Trace) -> list[str]:
+    """What their users should know, each note once."""
+    return list(dict.fromkeys(f"{one.name}: {note}" for one in traces for note in one.notes))
 
 
 def _greatest(array: np.ndarray) -> float:

@@ -11,7 +11,6 @@ import numpy as np
 from anymha.errors import AnymhaError
 from anymha.framework.dtypes import accumulation_dtype
 from anymha.framework.names import answers
-from anymha.framework.registry import backend_of
 from anymha.parity.adapters import adapter_for
 from anymha.parity.adapters.arguments import exits_as_errors
 from anymha.parity.adapters.decoding import (
@@ -368,12 +367,10 @@ def _stirred(request: Request, trace: Trace, seed: int = 0) -> Request:
         name: (array * (1 + unit * rng.choice([-1.0, 1.0], array.shape))).astype(array.dtype)
         for name, array in request.inputs.items()
     }
-    ops = backend_of(request.originals["query"]).ops
-    originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
     bias = request.bias
     if bias is not None:
         bias = (bias * (1 + unit * rng.choice([-1.0, 1.0], bias.shape))).astype(bias.dtype)
-    return dataclasses.replace(request, inputs=inputs, originals=originals, bias=bias)
+    return request.with_inputs(inputs, bias=bias)
 
 
 def _greatest_position(positions: Any) -> float:

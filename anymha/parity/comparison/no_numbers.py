@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator
 import ml_dtypes
 import numpy as np
 
-from anymha.framework.registry import backend_of
 from anymha.parity.comparison.baseline import outputs_alone
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.diagnosis import EMPTY_ROWS
@@ -259,9 +258,7 @@ def _peak(array: np.ndarray | None) -> float:
 def _scaled(request: Request, factor: float, dtype: str | None = None) -> Request:
     """The request with inputs times a factor, in another dtype."""
     inputs = {n: (x * factor).astype(dtype or x.dtype) for n, x in request.inputs.items()}
-    ops = backend_of(request.originals["query"]).ops
-    originals = {name: ops.from_numpy(array) for name, array in inputs.items()}
-    return dataclasses.replace(request, inputs=inputs, originals=originals)
+    return request.with_inputs(inputs)
 
 
 def _masking(request: Request) -> list[str]:

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from anymha.framework.registry import backend_of
 from anymha.parity.adapters.decoding import Stepwise
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.evidence import Evidence
@@ -43,16 +42,12 @@ def with_probed_kernels(comparison: Comparison, candidate: Adapter) -> Compariso
         return comparison
     if not comparison.exact or first.output.ndim != 3 or first.output.dtype != np.float32:
         return comparison
-    ops = backend_of(request.originals["query"]).ops
 
     def ask(inputs: Mapping[str, np.ndarray], masked: bool = False) -> np.ndarray:
         own = {name: inputs[name].astype(np.float32) for name in request.inputs}
         call = {n: value for n, value in request.call.items() if n == "use_causal_mask"}
         masks = _open_masks(request, own) if masked else {}
-        other = dataclasses.replace(
-            request, inputs=own, originals={n: ops.from_numpy(x) for n, x in own.items()},
-            masks=masks, bias=None, call=call,
-        )  # fmt: skip
+        other = request.with_inputs(own, masks=masks, bias=None, call=call)
         return candidate.trace(other, None).output
 
     recipe = fold(problem_of(first.config, first.weights, request)).recipe

@@ -20,7 +20,6 @@ import numpy as np
 
 from anymha.attention.features.rotary import LAYOUTS, Rotary
 from anymha.errors import AnymhaError
-from anymha.framework.registry import backend_of
 from anymha.interchange.detect import find_layers
 from anymha.options.config import AttentionConfig
 from anymha.parity.adapters.foreign import LayerDescription, describe_arrays
@@ -29,7 +28,7 @@ from anymha.parity.adapters.module_state import has_state, state_of
 from anymha.parity.adapters.torch_layers import TorchModule
 from anymha.parity.diagnose.diagnosis import Search
 from anymha.parity.oracle.truth import fold
-from anymha.parity.stages.trace import Adapter, Request, Trace, make_request, problem_of
+from anymha.parity.stages.trace import Adapter, Request, Trace, problem_of
 
 FOUR = "transformers.llama"
 """A layout of four linear layers, each with or without a bias, that may share key heads."""
@@ -201,15 +200,12 @@ def _call_of_ours(adapter: Any, like: Request | None) -> list[tuple[Request, Tra
         read = _read(adapter, state, naming)
         if read is None:
             continue
-        rng, ops = np.random.default_rng(0), None
-        if like is not None:
-            ops = backend_of(like.originals["query"]).ops
-        inputs: dict[str, Any] = {}
+        rng, inputs = np.random.default_rng(0), dict[str, np.ndarray]()
         for name in ("query", "value", "key")[: 1 if adapter.parameters.needs == 1 else 3]:
             width = read.description.weights[f"{name}.kernel"].shape[0]
-            x = rng.standard_normal((2, 7, width)).astype(np.float32)
-            inputs[name] = x if ops is None else ops.from_numpy(x)
-        request = make_request(inputs, {})
+            inputs[name] = rng.standard_normal((2, 7, width)).astype(np.float32)
+        request = Request(inputs, originals={} if like is None else like.originals)
+        request = request.with_inputs(inputs)
         try:
             trace = adapter.trace(request, None)
         except Exception:  # it may need more

@@ -11,8 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from anymha.errors import AnymhaError
-from anymha.framework.registry import backend_of
 from anymha.parity.diagnose.around import sums
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.mistakes import catalogue
@@ -132,10 +130,4 @@ def _of_inputs(
 def _with(request: Request, inputs: dict[str, np.ndarray]) -> Request:
     """The request with other inputs, also in the caller's framework."""
     inputs = {name: np.ascontiguousarray(x) for name, x in inputs.items()}
-    try:
-        ops = backend_of(request.originals["query"]).ops
-        own = {name: ops.from_numpy(x) for name, x in inputs.items()}
-    except (AnymhaError, KeyError):
-        own = inputs
-    return replace(request, inputs={**request.inputs, **inputs},
-                   originals={**request.originals, **own})  # fmt: skip
+    return request.with_inputs({**request.inputs, **inputs})

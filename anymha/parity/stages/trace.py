@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,14 @@ class Request:
         """The arguments of anymha's layer apart from the inputs, in NumPy."""
         bias = {} if self.bias is None else {"attention_bias": self.bias}
         return {**self.masks, **bias, **self.call}
+
+    def with_inputs(self, inputs: Arrays, **changes: Any) -> Request:
+        """The request with other inputs, also in the caller's framework."""
+        own: Mapping[str, Any] = inputs
+        if self.originals:
+            ops = backend_of(self.originals["query"]).ops
+            own = {name: ops.from_numpy(array) for name, array in inputs.items()}
+        return replace(self, inputs=inputs, originals=own, **changes)
 
 
 def make_request(inputs: Any, call: Mapping[str, Any]) -> Request:
@@ -135,6 +144,13 @@ def check_numbers(name: str, results: Mapping[str, np.ndarray]) -> None:
                 f"shape {array.shape}, dtype {dtype}. Cast it, or return real and imaginary parts "
                 "by themselves."
             )
+
+
+def fresh(array: Any) -> Any:
+    """A copy of what can be written into, as arrays of NumPy or torch; another array as it is."""
+    if isinstance(array, np.ndarray) or hasattr(array, "assign"):
+        return copy.deepcopy(array)
+    return array.clone() if hasattr(array, "clone") else array
 
 
 def as_numpy(array: Any) -> np.ndarray:
