@@ -521,8 +521,19 @@ EVERYTHING = {"rotary": True, "query_key_norm": "rms", "sinks": True, "alibi": T
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"compute_dtype": "float64"}, EVERYTHING, {**EVERYTHING, "sliding_window": 3}],
-    ids=["float32", "float64", "everything", "ring"],
+    [
+        {},
+        {"compute_dtype": "float64"},
+        EVERYTHING,
+        {**EVERYTHING, "sliding_window": 3},
+        {
+            "rotary": {
+                "scaling": {"rope_type": "dynamic", "factor": 2.0},
+                "max_position_embeddings": 4,
+            }
+        },
+    ],
+    ids=["float32", "float64", "everything", "ring", "dynamic"],
 )
 def test_a_strict_jax_takes_calls_with_caches_and_memories(options):
     x, valid = jnp.asarray(X), jnp.arange(5) < jnp.array([[5], [3]])

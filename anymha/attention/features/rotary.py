@@ -290,8 +290,7 @@ class RotaryPositions(Feature):
         dtype = working_dtype(ops, like)
         batch, count = ops.shape(positions)
         places = ops.reshape(ops.astype(positions, dtype), (batch, count, 1, 1))
-        frequencies = self._frequencies(ops, length, dtype, ops.device(like))
-        angles = places * ops.reshape(frequencies, (1, 1, 1, -1))
+        angles = places * self._frequencies(ops, length, dtype, ops.device(like))
         cos, sin = ops.cos(angles), ops.sin(angles)
         return (cos, sin) if self.factor == 1 else (cos * self.factor, sin * self.factor)
 
@@ -320,11 +319,12 @@ class RotaryPositions(Feature):
         return x if x.dtype == dtype else ops.astype(x, dtype)
 
     def _frequencies(self, ops: Ops, length: Dim, dtype: Any, device: Any) -> Array:
-        """(r/2,), (B, 1, 1, r/2) of lengths (B,); where no number, by the framework's functions."""
+        """(1, 1, 1, r/2), of lengths (B,) (B, 1, 1, r/2); these by the framework's functions."""
         rotary, name = self.rotary, dtype_name(dtype)
 
         def made(numbers: tuple[float, ...]) -> Array:
-            return ops.asarray(numbers, dtype=dtype, device=device)
+            array = ops.asarray(numbers, dtype=dtype, device=device)
+            return ops.reshape(array, (1, 1, 1, len(numbers)))
 
         if not rotary.depends_on_length:
             return made(self.short[name])
@@ -332,10 +332,11 @@ class RotaryPositions(Feature):
         if is_known(length) and not (is_tracing is not None and is_tracing()):
             return made(rotary.frequencies(self.width, name, length))
         if ops.is_array(length) and len(length.shape) == 1:
-            count = ops.reshape(ops.astype(length, dtype), (-1, 1, 1, 1))
+            count = ops.astype(length, dtype)
         else:
             places = ops.arange(0, length, dtype=ops.int32, device=device)
             count = ops.sum(ops.astype(places, dtype) * 0.0 + 1.0, axis=0, keepdims=True)
+        count = ops.reshape(count, (-1, 1, 1, 1))
         scaling, most = rotary.scaled, rotary.max_position_embeddings
         if scaling["rope_type"] == "longrope":
             first = float(original_length(scaling, most))
