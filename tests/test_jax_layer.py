@@ -517,6 +517,7 @@ def test_arrays_of_another_framework_are_refused():
 
 EVERYTHING = {"rotary": True, "query_key_norm": "rms", "sinks": True, "alibi": True, "gate": "head",
               "softcap": 4.0, "num_key_value_heads": 1}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -526,12 +527,7 @@ EVERYTHING = {"rotary": True, "query_key_norm": "rms", "sinks": True, "alibi": T
         {"compute_dtype": "float64"},
         EVERYTHING,
         {**EVERYTHING, "sliding_window": 3},
-        {
-            "rotary": {
-                "scaling": {"rope_type": "dynamic", "factor": 2.0},
-                "max_position_embeddings": 4,
-            }
-        },
+        {"rotary": anymha.Rotary(scaling=DYNAMIC, max_position_embeddings=4)},
     ],
     ids=["float32", "float64", "everything", "ring", "dynamic"],
 )
