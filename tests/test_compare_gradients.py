@@ -244,3 +244,66 @@ def test_nan_of_gradients_alone_is_told_by_other_calls(name, how, rows, words) -
     report = compare(LAYER, port, xp.asarray(X), attention_mask=xp.asarray(seen))
     assert report.first_divergence == "gradient of query", report.to_text()
     assert str(report.diagnosis).startswith(words), report.to_text()
+
+
+def two_ways(torch: Any, detach: bool = False) -> tuple[Any, Any]:
+    """Attention with a softmax of its own, and as torch's function has it."""
+
+    class Module(torch.nn.Module):
+        def __init__(self, own: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.packed, self.last, self.own = (
+                torch.nn.Linear(16, 48), torch.nn.Linear(16, 16), own)  # fmt: skip
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = self.packed(x).chunk(3, -1)
+            if detach and not self.own:
+                v = v.detach()
+            if self.own:
+                return self.last(torch.softmax(q @ k.mT / 4, -1) @ v)
+            whole = (a[:, None] for a in (q, k, v))
+            return self.last(torch.nn.functional.scaled_dot_product_attention(*whole)[:, 0])
+
+    return Module(True), Module(False)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "length"),
+    [("float32", 100, 5), ("float32", 1e6, 1), ("float64", 1e3, 5), ("float64", 1e6, 12)],
+)
+def test_gradients_of_a_saturated_softmax_cancel_on_either_side(
+    dtype, scale, length, order
+) -> None:
+    torch = framework("torch")
+    x = torch.tensor(scale * np.random.default_rng(1).standard_normal((2, length, 16)))
+    x = x.to(getattr(torch, dtype))
+    report = compare(*[one.to(x.dtype) for one in two_ways(torch)][::order], x)
+    assert report.passed, report.to_text()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_saturated_softmax_lost_gradients_are_told(order) -> None:
+    torch = framework("torch")
+    x = 100 * torch.tensor(np.random.default_rng(1).standard_normal((2, 5, 16))).float()
+    report = compare(*two_ways(torch, detach=True)[::order], x)
+    assert str(report.first_divergence).startswith("gradient of")
+
+
+def test_gradients_that_differ_in_each_call_are_no_rounding() -> None:
+    torch = framework("torch")
+
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: Any) -> Any:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: Any) -> Any:
+            return gradient * torch.rand_like(gradient)
+
+    one, other = two_ways(torch)
+    x = torch.tensor(np.random.default_rng(1).standard_normal((2, 5, 16))).float()
+    report = compare(one, lambda query: other(Noisy.apply(query)), x)
+    assert str(report.first_divergence).startswith("gradient of")

@@ -455,3 +455,14 @@ def test_kernels_that_differ_by_a_high_rank_are_no_low_rank_update(rank, monkeyp
         return w | {"query.kernel": w["query.kernel"] + more.reshape(w["query.kernel"].shape)}
 
     assert "rank" not in named(right, port_of(right, weights=changed))
+
+
+def test_other_kernels_of_one_head_are_told_as_that(monkeypatch) -> None:
+    monkeypatch.setattr("anymha.parity.diagnose.diagnosis.Search.diagnose", lambda *_: NOTHING)
+    right, rng = layer_of(), np.random.default_rng(7)
+    last = right.config.num_heads - 1
+    for name in ("key", "value"):
+        own = anymha.get_weights(right)[f"{name}.kernel"].copy()
+        own[:, last] = 0.3 * rng.standard_normal(own[:, last].shape)
+        told = named(right, port_of(right, weights=lambda w, n=name, k=own: w | {f"{n}.kernel": k}))
+        assert told == f"other weights ({name}.kernel differs in head {last})"

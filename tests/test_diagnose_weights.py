@@ -110,3 +110,97 @@ def test_factors_of_rows_or_columns_of_a_kernel(shape, of) -> None:
     anymha.set_weights(own, w)
     words = f"other weights (value.kernel differs: each {of} has a factor of its own)"
     assert words in named(compare(right, own, X))
+
+
+FEW = np.random.default_rng(0).standard_normal((2, 10, 64)).astype(np.float32)
+"""Fewer positions than features: some kernel gives any projection."""
+
+
+def told_port(own: Any, change: Any = lambda name, x: x) -> Any:
+    """A function that tells its projections, which are changed by name before they are used."""
+    w = anymha.get_weights(own)
+
+    def port(query: Any) -> dict[str, Any]:
+        told = {
+            name: change(name, np.einsum("btd,dhk->bthk", query, w[f"{name}.kernel"])
+                         + w[f"{name}.bias"]).astype(np.float32)
+            for name in ("query", "key", "value")
+        }  # fmt: skip
+        logits = np.einsum("bthk,bshk->bhts", told["query"], told["key"]) * own.config.scale_value
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True)
+        output = np.einsum("bhts,bshv,hvo->bto", shares, told["value"], w["output.kernel"])
+        return told | {"output": (output + w["output.bias"]).astype(np.float32)}
+
+    return port
+
+
+def few_layer() -> Any:
+    return anymha.MultiHeadAttention(
+        4, 16, query_features=64, seed=0, bias_initializer="random_normal", backend="numpy"
+    )
+
+
+def with_rows(name: str, rows: Any, other: Any) -> Any:
+    """A projection with other numbers at some positions."""
+
+    def change(own: str, x: np.ndarray) -> np.ndarray:
+        if own == name:
+            x = x.copy()
+            x[rows] = other(x)
+        return x
+
+    return change
+
+
+EVERY = (slice(None), slice(None))
+NOT_OF_WEIGHTS = {
+    "noise at one position": with_rows("key", (1, 2), lambda x: x[1, 2] + np.sin(np.arange(64)
+                                       ).reshape(4, 16)),
+    "a row copied": with_rows("value", (0, 5), lambda x: x[0, 4]),
+    "the last keys lost": with_rows("key", (slice(None), -1), lambda x: 0.0),
+    "the last values lost": with_rows("value", (slice(None), -1), lambda x: 0.0),
+    "the first queries lost": with_rows("query", (slice(None), 0), lambda x: 0.0),
+    "one head at one position": with_rows("key", (slice(None), 3, 1), lambda x: 0.0),
+    "keys centred": with_rows("key", EVERY, lambda x: x - x.mean(1, keepdims=True)),
+    "values centred": with_rows("value", EVERY, lambda x: x - x.mean(1, keepdims=True)),
+    "the mean of queries added": with_rows("query", EVERY, lambda x: x + x.mean(1, keepdims=True)),
+    "the mean of all queries lost": with_rows("query", EVERY, lambda x: x - x.mean((0, 1))),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("kind", NOT_OF_WEIGHTS)
+def test_what_positions_alone_show_is_no_mistake_of_weights(kind) -> None:
+    right = few_layer()
+    report = compare(right, told_port(right, NOT_OF_WEIGHTS[kind]), FEW)
+    assert not report.passed
+    told = named(report)
+    assert not any(word in told for word in ("weights", "kernel", "bias", "softmax")), told
+
+
+OF_WEIGHTS = {
+    "low rank": ("query.kernel", lambda a: a + 0.1 * np.outer(
+        np.sin(np.arange(64)), np.cos(np.arange(64))).reshape(a.shape),
+        "query.kernel differs by a matrix of rank 1, as of a low-rank update (LoRA)"),
+    "another kernel": ("key.kernel", lambda a: np.sin(40 * a), "key.kernel differs"),
+    "another bias": ("value.bias", lambda a: np.sin(40 * a), "value.bias differs"),
+    "one head": ("key.kernel", lambda a: np.where(np.arange(4)[:, None] == 3, np.sin(40 * a), a),
+                 "key.kernel differs in head 3"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_pairs")
+@pytest.mark.parametrize("kind", OF_WEIGHTS)
+def test_of_few_positions_further_calls_tell_other_weights(kind) -> None:
+    name, change, words = OF_WEIGHTS[kind]
+    right, own = few_layer(), few_layer()
+    weights = anymha.get_weights(right)
+    anymha.set_weights(own, weights | {name: change(weights[name]).astype(np.float32)})
+    assert named(compare(right, told_port(own), FEW)) == f"other weights ({words})"
+
+
+def test_keys_that_change_no_output_are_told_so() -> None:
+    right = few_layer()
+    told = named(compare(right, told_port(right, NOT_OF_WEIGHTS["keys centred"]), FEW))
+    assert told == "another key that gives the same output"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,21 @@ from anymha.parity.diagnose.calls import diagnose_by_calls
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.decoding_mistakes import MISTAKES
 from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.oracle.recipe import Arrays
 from anymha.parity.oracle.truth import fold
 from anymha.parity.reports.report import Comparison
 from anymha.parity.stages.limits import computed_dtype, turned_away
 from anymha.parity.stages.structure import distance
 from anymha.parity.stages.tolerance import eps
-from anymha.parity.stages.trace import POSITIONS, Adapter, Request, Trace, make_request, problem_of
+from anymha.parity.stages.trace import (
+    INPUTS,
+    POSITIONS,
+    Adapter,
+    Request,
+    Trace,
+    make_request,
+    problem_of,
+)
 
 STIRRED = 4
 """How many calls tell what rounding changes, where one is too few."""
@@ -135,6 +145,11 @@ def _compared(one: Adapter, other: Adapter, request: Request, proving: bool = Tr
         cotangent = np.random.default_rng(0).standard_normal(first.output.shape)
         first = _traced("reference", one, request, cotangent)
     second = _traced("candidate", other, request, cotangent if first.gradients else None)
+    if request.decoded is None and not request.training:
+        first, second = (
+            dataclasses.replace(trace, again=partial(_again, adapter, request))
+            for trace, adapter in ((first, one), (second, other))
+        )
     stirred, pulled = None, None
     floating = all("float" in x.dtype.name for x in request.inputs.values())
     if first.weights is second.weights is None and floating and not first.random:
@@ -143,6 +158,8 @@ def _compared(one: Adapter, other: Adapter, request: Request, proving: bool = Tr
     comparison = judge_traces(request, first, second, cotangent, stirred)
     if stirred is not None and not comparison.passed:
         stirred = _stirred_often(one, request, first, stirred, pulled)
+        if pulled is not None:
+            stirred = _shaken_too(stirred, other, request, second, pulled)
         comparison = judge_traces(request, first, second, cotangent, stirred)
     if says_nothing(comparison) and not (first.random or second.random):
         return without_numbers(comparison, other, lambda request: _compared(one, other, request))
@@ -360,6 +377,32 @@ def _stirred_often(
         )
 
 
+def _shaken_too(
+    stirred: Trace, candidate: Adapter, request: Request, second: Trace, pulled: np.ndarray
+) -> Trace:
+    """A stirred trace with gradients that are off by what rounding changes in the candidate's too.
+
+    Where the softmax is saturated, a gradient is the rest of terms that cancel: of one way to
+    compute it nothing may be left, of another their rounding. What another call with the same
+    inputs changes is no rounding.
+    """
+    again = _traced("candidate", candidate, request, pulled).gradients
+    calls = [
+        _traced("candidate", candidate, _stirred(request, second, seed), pulled).gradients
+        for seed in range(STIRRED)
+    ]
+    gradients = dict(stirred.gradients)
+    for name, array in second.gradients.items():
+        apart, repeated = (
+            np.max([distance(one[name].astype(np.float64), array) for one in some], axis=0)
+            for some in (calls, [again])
+        )
+        alike = np.max(repeated, initial=0.0) <= np.max(apart, initial=0.0) / STIRRED
+        if alike and name in gradients and gradients[name].shape == array.shape:
+            gradients[name] = gradients[name] + np.nan_to_num(apart, posinf=0.0)
+    return dataclasses.replace(stirred, gradients=gradients)
+
+
 def _stirred(request: Request, trace: Trace, seed: int = 0) -> Request:
     """The request with inputs and a bias that are off by their rounding in the trace's dtype."""
     rng, unit = np.random.default_rng(seed), eps(computed_dtype(trace))
@@ -371,6 +414,19 @@ def _stirred(request: Request, trace: Trace, seed: int = 0) -> Request:
     if bias is not None:
         bias = (bias * (1 + unit * rng.choice([-1.0, 1.0], bias.shape))).astype(bias.dtype)
     return request.with_inputs(inputs, bias=bias)
+
+
+def _again(adapter: Adapter, request: Request, seed: int) -> tuple[Arrays, Trace]:
+    """The inputs and the results of a call with random inputs, as great as those of a request."""
+    rng = np.random.default_rng([seed, 15])
+    inputs: Arrays = {}
+    for name, array in request.inputs.items():
+        like = next((n for n in inputs if np.array_equal(request.inputs[n], array)), None)
+        size = np.sqrt(np.mean(np.square(array, dtype=np.float64)))
+        drawn = (size * rng.standard_normal(array.shape)).astype(array.dtype)
+        inputs[name] = drawn if like is None else inputs[like]
+    other = request.with_inputs(inputs)
+    return dict(zip(INPUTS, other.three, strict=True)), adapter.trace(other, None)
 
 
 def _greatest_position(positions: Any) -> float:

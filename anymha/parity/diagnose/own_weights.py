@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from anymha.parity.diagnose.changes import listed
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.measured import Family, fitted, number
 from anymha.parity.diagnose.measured_weights import related
@@ -25,6 +27,18 @@ NONE = 1e-4
 
 SURE = 4
 """How many times the rank of a change the least size of a matrix must be."""
+
+NOISE = 3e-3
+"""The part of a measured change that may be noise."""
+
+LEVERAGE = 0.9
+"""The greatest part of its own error that a position may take into a fit."""
+
+MORE = 32
+"""How many positions there should be more than features, at least."""
+
+SECONDS = 5.0
+"""How long further calls are made."""
 
 LARGE = 0.25
 """Of which part of the greatest of a column numbers tell a factor of it."""
@@ -59,6 +73,7 @@ def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
                 one, other = (a.reshape(inputs, -1) for a in (right, changed[name]))
                 low = low_rank(other - one) or rescaled(one, other)
             counted = f"{count} of {right.size} numbers of {name}"
+            counted += in_some_heads(name, changed[name] - right) * (count > 1)
             words.append(f"{name} differs{low}" if low else counted)
     if not changed:
         return None
@@ -66,11 +81,11 @@ def with_own_weights(recipe: Recipe, trace: Trace) -> tuple[str, Recipe] | None:
     return how, recipe.but(weights={**recipe.weights, **changed})
 
 
-def low_rank(matrix: np.ndarray, *sizes: int) -> str:
-    """That a matrix has a low rank, as other sizes go too, in words; empty where it has none."""
+def low_rank(matrix: np.ndarray, noise: float = NONE) -> str:
+    """That a matrix has a low rank but for noise, in words; empty where it has none."""
     values = np.linalg.svd(matrix, compute_uv=False)
-    rank = int(np.sum(values > NONE * values[0]))
-    if SURE * rank > min(*matrix.shape, *sizes):
+    rank = int(np.sum(values > noise * values[0]))
+    if SURE * rank > min(matrix.shape):
         return ""
     return f" by a matrix of rank {rank}, as of a low-rank update (LoRA)"
 
@@ -156,36 +171,118 @@ def one_weight(recipe: Recipe, evidence: Evidence, before: float) -> tuple[str, 
 
 
 def other_kernels(recipe: Recipe, evidence: Evidence) -> tuple[str, Recipe] | None:
-    """The recipe with the kernels that give the projections that are told, and what they are.
+    """The recipe with the weights that give the projections that are told, and what they are.
 
-    Of enough rows the kernel is measured; of fewer, a change of low rank is, as few rows would
-    show it by chance.
+    Where there are no more positions than features, some kernel gives any projection: weights are
+    named where positions could have refuted them, those of further calls included.
     """
-    turned = {name for section in recipe.sections for name in section.acts}
+    told = _told_projections(recipe, evidence)
+    every, told = _of_further_calls(recipe, evidence, told) if told else (recipe, told)
     changed, words = Arrays(), []
-    for name in ("query", "key", "value"):
-        got, exact = evidence.reported.get(name), recipe.stages[name]
-        if got is None or got.shape != exact.shape or name in turned:
+    for name, got in told.items():
+        own = Evidence(evidence.trace, {name: got}, evidence.reference)
+        if max(own.errors(every).values()) <= 1:
             continue
-        x, apart = (a.reshape(a.shape[0] * a.shape[1], -1) for a in (
-            recipe.inputs[name], got - exact))  # fmt: skip
-        if not np.all(np.isfinite(apart)) or np.abs(apart).max() <= NONE * np.abs(exact).max():
-            continue
-        if np.ptp(apart, axis=0).max() <= NONE * np.abs(apart).max():
-            bias = recipe.weights.get(f"{name}.bias", np.zeros(exact.shape[2:]))
-            changed[f"{name}.bias"] = bias + apart.mean(0).reshape(bias.shape)
-            words.append(f"{name}.bias differs")
-            continue
-        low = low_rank(apart, *x.shape)
-        if not low and len(x) < 2 * x.shape[1]:
+        weights = _other_weights(every, own, name)
+        if not weights:
             return None
-        kernel = recipe.weights[f"{name}.kernel"]
-        changed[f"{name}.kernel"] = kernel + (np.linalg.pinv(x) @ apart).reshape(kernel.shape)
-        words.append(f"{name}.kernel differs{low}")
+        changed |= weights
+        for weight, array in weights.items():
+            change = array - recipe.weights.get(weight, 0.0)
+            of = in_some_heads(weight, change)
+            noise = max(NONE, 8 * eps(name_of_dtype(evidence.trace.output)))
+            low = "" if of or change.ndim < 3 else low_rank(change.reshape(len(change), -1), noise)
+            words.append(f"{weight} differs{of}{low}")
     made = recipe.but(weights={**recipe.weights, **changed})
     if not changed or max(evidence.errors(made).values()) > 1:
         return None
     return ", ".join(words), made
+
+
+def _told_projections(recipe: Recipe, evidence: Evidence) -> Arrays:
+    """The projections that are told, and differ."""
+    turned, told = {name for section in recipe.sections for name in section.acts}, Arrays()
+    for name in ("query", "key", "value"):
+        got, exact = evidence.reported.get(name), recipe.stages[name]
+        if name in turned or got is None or got.shape != exact.shape:
+            continue
+        if np.all(np.isfinite(got)) and np.abs(got - exact).max() > NONE * np.abs(exact).max():
+            told[name] = got
+    return told
+
+
+def _of_further_calls(recipe: Recipe, evidence: Evidence, told: Arrays) -> tuple[Recipe, Arrays]:
+    """The recipe of all calls, and the projections that are told in them."""
+    again, begun = evidence.trace.again, time.perf_counter()
+    calls, widths = [(recipe.inputs, told)], {n: recipe.inputs[n].shape[-1] for n in told}
+    while again is not None:
+        rows = {n: sum(x[n][..., 0].size for x, _ in calls) for n in told}
+        missing = max((max(1.5 * widths[n], widths[n] + MORE) - rows[n]) / rows[n] for n in told)
+        took = time.perf_counter() - begun  # so far, and as long for each row that is missing
+        if len(calls) > 1 and (missing <= 0 or took * (1 + missing) > SECONDS):
+            break
+        try:
+            inputs, trace = again(len(calls))
+        except Exception:  # it takes no other numbers
+            break
+        more = {n: trace.stages[n].astype(np.float64) for n in told if n in trace.stages}
+        if len(more) < len(told) or any(
+            (inputs[n].shape[1:], more[n].shape[2:])
+            != (recipe.inputs[n].shape[1:], told[n].shape[2:]) for n in told
+        ):  # fmt: skip
+            break
+        calls.append((inputs, more))
+    if len(calls) == 1:
+        return recipe, told
+    every = recipe.but(
+        inputs={n: np.concatenate([x[n].astype(np.float64) for x, _ in calls])
+                for n in recipe.inputs},
+        masks={}, bias=None, kept=None, window=None, offset=None, positions=None,
+        key_positions=None, segments=None, key_segments=None,
+    )  # fmt: skip
+    return every, {n: np.concatenate([stages[n] for _, stages in calls]) for n in told}
+
+
+def _other_weights(recipe: Recipe, evidence: Evidence, name: str) -> Arrays:
+    """The other bias, kernel or both that give a projection; empty where none do."""
+    (got,), x = evidence.reported.values(), recipe.inputs[name]
+    apart = (got - recipe.stages[name]).reshape(-1, got[0, 0].size)
+    x = x.reshape(len(apart), -1)
+    one, shape = np.ones((len(x), 1)), recipe.stages[name].shape[2:]
+    ways = {("bias",): one, ("kernel",): x, ("kernel", "bias"): np.hstack([x, one])}
+    for parts, columns in ways.items():
+        if not _refutable(columns):
+            return {}
+        change = np.linalg.lstsq(columns, apart, rcond=None)[0]
+        more = {
+            "kernel": change[: x.shape[1]].reshape(-1, *shape),
+            "bias": change[-1].reshape(shape),
+        }
+        weights = {f"{name}.{p}": recipe.weights.get(f"{name}.{p}", 0.0) + more[p] for p in parts}
+        made = recipe.but(weights={**recipe.weights, **weights})
+        if max(evidence.errors(made).values()) <= 1:
+            return weights
+    return {}
+
+
+def _refutable(columns: np.ndarray) -> bool:
+    """Whether each row of a fit could show that it is none: the others foretell it.
+
+    Of its own error a row keeps the part that is not its leverage.
+    """
+    left, sizes, _ = np.linalg.svd(columns, full_matrices=False)
+    return bool(np.square(left[:, sizes > NONE * sizes[0]]).sum(1).max() <= LEVERAGE)
+
+
+def in_some_heads(name: str, change: np.ndarray) -> str:
+    """In which heads a weight differs, in words; empty where it does in all."""
+    if name == "output.bias":
+        return ""
+    along = change.ndim - (3 if name == "output.kernel" else 2)
+    sizes = np.moveaxis(np.abs(change), along, 0).reshape(change.shape[along], -1).max(1)
+    heads = np.flatnonzero(sizes > NOISE * sizes.max())
+    of = listed([str(head) for head in heads])
+    return "" if len(heads) == len(sizes) else f" in head{'s' * (len(heads) > 1)} {of}"
 
 
 def _effects(recipe: Recipe) -> Iterator[tuple[str, np.ndarray]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from anymha.parity.diagnose.evidence import Evidence
-from anymha.parity.diagnose.own_weights import SURE
+from anymha.parity.diagnose.own_weights import NOISE, SURE, in_some_heads
 from anymha.parity.oracle.recipe import Recipe, einsum, reads
 
 Ask = Callable[[Mapping[str, np.ndarray]], np.ndarray]
@@ -32,8 +32,8 @@ CALLS = 16
 MOST_FITTED = 1 << 22
 """The most numbers of a matrix from a kernel to the output."""
 
-NOISE = 3e-3
-"""The part of a measured change that may be noise."""
+NEAR = 10
+"""How many times its noise a measured change may be off as it is fitted to the output."""
 
 STEEP = 1.5
 """The greatest difference of two logits that is asked for."""
@@ -60,7 +60,11 @@ def probed_kernels(recipe: Recipe, ask: Ask, evidence: Evidence) -> tuple[str, R
         made = _fitted(recipe, factors, evidence)
         if made is None or not max(evidence.errors(made).values()) <= 1:
             return None
-    names = " and ".join(f"{n}.kernel" for n in ("query", "key", "value") if n in factors)
+    weights = [f"{n}.kernel" for n in ("query", "key", "value") if n in factors]
+    of = {n: in_some_heads(n, made.weights[n] - recipe.weights[n]) for n in weights}
+    if any(of.values()):
+        return " and ".join(f"{n} differs{of[n]}" for n in weights), made
+    names = " and ".join(weights)
     ranks = " and ".join(dict.fromkeys(str(one.shape[1]) for one, _ in factors.values()))
     differ = "differs by a matrix" if len(factors) == 1 else "differ by matrices"
     return f"{names} {differ} of rank {ranks}, as of a low-rank update (LoRA)", made
@@ -88,11 +92,15 @@ def _other_values(
     if kernel is not None and max(evidence.errors(made).values()) <= CALLS:
         made = _nearer(made, np.abs(kernel).max(), evidence)
     fits = max(evidence.errors(made).values()) <= 1
-    either = "output.bias or value.bias"
+    either, where = "output.bias or value.bias", ""
+    if kernel is not None and recipe.heads[0] > 1:
+        where = in_some_heads(
+            "value.kernel", made.weights["value.kernel"] - recipe.weights["value.kernel"]
+        )
     # Of one head calls tell the product of both kernels alone.
     of = "value.kernel" if recipe.heads[0] > 1 else "value.kernel or output.kernel"
     words = {
-        (True, False): f"{of} differs",
+        (True, False): f"{of} differs{where}",
         (False, True): f"{either} differs, which adds the same to every output",
         (True, True): f"{of}, and {either} differ",
     }[kernel is not None, bias is not None]
@@ -148,10 +156,11 @@ def _low(change: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _solved(x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    """The kernel from inputs to what it adds; None where a bias is added too."""
+    """The kernel from inputs to what it adds; None where none does, or a bias is added too."""
     with_one = np.concatenate([x, np.ones((len(x), 1))], 1)
     both = np.linalg.lstsq(with_one, y, rcond=None)[0]
-    return None if np.abs(both[-1]).max() > NOISE * np.abs(y).max() else both[:-1]
+    most, left = NOISE * np.abs(y).max(), np.abs(with_one @ both - y).max()
+    return both[:-1] if max(np.abs(both[-1]).max(), left) <= most else None
 
 
 def _asked(
@@ -258,11 +267,12 @@ def _fitted(recipe: Recipe, changes: Factors, evidence: Evidence) -> Recipe | No
         pairs = zip(again[::2], again[1::2], strict=True)
         return _with(recipe, dict(zip(changes, pairs, strict=True)))
 
-    numbers = np.concatenate([array.reshape(-1) for array in arrays])
+    begun = numbers = np.concatenate([array.reshape(-1) for array in arrays])
     for _ in range(2):
         left = evidence.differences(made(numbers))
         small = 1e-5 * np.abs(numbers).max()
         slopes = [(left - evidence.differences(made(numbers + small * unit))) / small
                   for unit in np.eye(len(numbers))]  # fmt: skip
         numbers = numbers + np.linalg.lstsq(np.stack(slopes, 1), left, rcond=1e-6)[0]
-    return made(numbers)
+    moved = np.abs(numbers - begun).max()
+    return made(numbers) if moved <= NEAR * NOISE * np.abs(begun).max() else None

@@ -115,6 +115,9 @@ class ReferenceSemantics:
         stage = next((name for name in wrong if name in reported), "output")
         if not output or stage == "output" or not self._search(self._known, trace, output).fits():
             return None
+        if self._search(_of_told(self._known, reported), trace, output).fits():
+            fix = "The output agrees: of this stage, what differs makes no difference to it."
+            return Diagnosis.certain(f"another {stage} that gives the same output", stage, fix)
         verb = "are not those" if stage.endswith("s") else "is not that"
         fix = "The output agrees: report what the next stage is computed from."
         name = f"the reported {stage} {verb} of which the output is made"
@@ -149,7 +152,8 @@ class ReferenceSemantics:
         if len(rest) == len(reported):
             return search.diagnose()
         later = self._search(self._known, trace, rest)
-        if later.fits():  # what is reported of the projections is not what it computes with
+        # What is reported of the projections is not what it computes with; or all that is wrong.
+        if later.fits() or self._search(_of_told(self._known, reported), trace, rest).fits():
             return search.diagnose()
         found = later.diagnose(pairs=False)
         projections = {n: a for n, a in reported.items() if n not in rest}
@@ -232,6 +236,15 @@ def reference_semantics_of(plain: Recipe, trace: Trace, reported: Arrays) -> Ref
         f"The scores that {trace.name} returns are not the probabilities of its output{words}."
     )
     return ReferenceSemantics(trace, plain, recipe, own.recipe or plain, reason, own, tuple(notes))
+
+
+def _of_told(recipe: Recipe, reported: Arrays) -> Recipe:
+    """The recipe that computes with the projections that are reported."""
+    for name in ("query", "key", "value"):
+        got = reported.get(name)
+        if got is not None and got.shape == recipe.stages[name].shape:
+            recipe = recipe.stepping(name, lambda _, __, got=got: got)
+    return recipe
 
 
 def _flow_and_scores(reported: Arrays) -> tuple[Arrays, Arrays]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -186,6 +186,11 @@ class Trace:
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     # Where stages count, by name: booleans that broadcast to them; elsewhere a mask excludes them
     settled: Arrays = field(default_factory=dict)
+    # Another call, with random inputs of the same shapes from a seed: query, value and key, and
+    # its results; None where it cannot be called again
+    again: Callable[[int], tuple[Arrays, Trace]] | None = field(
+        default=None, repr=False, compare=False
+    )
 
 
 class Adapter(Protocol):
