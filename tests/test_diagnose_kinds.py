@@ -577,21 +577,19 @@ def test_each_operation_in_half_precision_is_told_by_the_numbers_of_the_output(d
 
 
 @pytest.mark.usefixtures("no_pairs")
-@pytest.mark.parametrize(("axis", "words"), [(0, "outputs given to the inputs"),
-                                             (1, "inputs given to the outputs")])  # fmt: skip
-def test_steps_of_quantised_kernels_on_the_other_axis(axis, words) -> None:
+@pytest.mark.parametrize(("axis", "words"), [(0, "row, not of each column"),
+                                             (1, "column, not of each row")])  # fmt: skip
+def test_scales_of_quantised_kernels_on_the_other_axis(axis, words) -> None:
     right = layer()
     weights = anymha.get_weights(right)
     kernel = weights["query.kernel"].reshape(len(weights["query.kernel"]), -1)
-    steps = np.abs(kernel).max(axis, keepdims=True) / 127
-    whole = np.round(kernel / steps).astype(np.int8)
-    shape = weights["query.kernel"].shape
-    right = right.with_canonical_weights(weights | {"query.kernel": (whole * steps).reshape(shape)})
-    wrong = layer().with_canonical_weights(
-        weights | {"query.kernel": (whole * steps.T).reshape(shape)}
-    )
-    told = named(compare(right, lambda query: wrong(query), X))
-    assert told == f"steps of quantised weights exchanged (those of the {words}, query)"
+    scales = np.abs(kernel).max(axis, keepdims=True) / 127
+    whole, shape = np.round(kernel / scales).astype(np.int8), weights["query.kernel"].shape
+    kernels = ((whole * factors).reshape(shape) for factors in (scales, scales.T))
+    one, other = (layer().with_canonical_weights(weights | {"query.kernel": k}) for k in kernels)
+    told = named(compare(one, lambda query: other(query), X))
+    words = f"whole numbers have the scale of each {words}, query"
+    assert told == f"quantised weights scaled on the other axis ({words})"
 
 
 def relative_index(rows: int, columns: int, lookup: Any) -> np.ndarray:

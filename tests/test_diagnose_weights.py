@@ -97,7 +97,8 @@ def test_scales_of_whole_numbers_along_the_other_axis(axis, words) -> None:
     one, other = whole_numbers(axis, 1 - axis)(dict(anymha.get_weights(right)))
     anymha.set_weights(right, one)
     anymha.set_weights(own, other)
-    assert f"other weights (query.kernel differs: {words})" in named(compare(right, own, X))
+    told = f"quantised weights scaled on the other axis ({words}, query)"
+    assert named(compare(right, own, X)) == told
 
 
 @pytest.mark.parametrize(("shape", "of"), [((FEATURES, 1), "row"), ((1, FEATURES), "column")])

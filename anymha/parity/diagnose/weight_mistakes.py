@@ -51,20 +51,20 @@ def _transposed(recipe: Recipe) -> Variants:
     yield from _each(recipe, turned, NAMES)
 
 
-def _steps_exchanged(recipe: Recipe) -> Variants:
-    """Of quantised kernels the steps of the outputs, given to the inputs, or the other way round.
+def _scales_exchanged(recipe: Recipe) -> Variants:
+    """Quantised kernels of which the scale of each column is that of the row, or the reverse.
 
-    A kernel's greatest number is 127 or 7 steps.
+    The greatest number of a column is 127 or 7 times its scale.
     """
-    for words, axis in (("outputs given to the inputs", 0), ("inputs given to the outputs", 1)):
+    for wrong_one, what, axis in (("row", "column", 0), ("column", "row", 1)):
         changed: Arrays = {}
         for name in (*NAMES, "output"):
             matrix, shape = _matrix(recipe, name), recipe.weights[f"{name}.kernel"].shape
-            steps = np.abs(matrix).max(axis, keepdims=True)
-            if len(matrix) == matrix.shape[1] and steps.all():
-                changed[f"{name}.kernel"] = (matrix / steps * steps.T).reshape(shape)
-        yield from ((f"those of the {words}, {named}", wrong)
-                    for named, wrong in _each(recipe, changed, NAMES))  # fmt: skip
+            scales = np.abs(matrix).max(axis, keepdims=True)
+            if len(matrix) == matrix.shape[1] and scales.all():
+                changed[f"{name}.kernel"] = (matrix / scales * scales.T).reshape(shape)
+        words = f"whole numbers have the scale of each {wrong_one}, not of each {what}"
+        yield from ((f"{words}, {named}", wrong) for named, wrong in _each(recipe, changed, NAMES))
 
 
 def _interleaved(recipe: Recipe) -> Variants:
@@ -582,8 +582,8 @@ SCALED = "Load each weight as it is, and scale no projection; an update is merge
 MISTAKES: tuple[Row, ...] = (
     ("transposed kernel", "A Linear of torch holds (out, in), a Dense of Keras (in, out): "
      "transpose the kernel.", _transposed),
-    ("steps of quantised weights exchanged", "A quantised kernel has a step for each output, or "
-     "for each input: multiply along its own axis.", _steps_exchanged),
+    ("quantised weights scaled on the other axis", "A quantised kernel has a scale for each "
+     "output, or for each input: multiply along that axis.", _scales_exchanged),
     ("packed weights in another order", "Split the packed kernel into query, key, value "
      "in this order.", _packed_order),
     ("packed weights split wrongly", "A packed kernel lies by block (all queries, all "
