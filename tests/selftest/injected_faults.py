@@ -164,7 +164,7 @@ _FAULTS = (
     Fault("value activated", "activation too many", "value"),
     Fault("query transposed", "transposed kernel", "query"),
     Fault("value transposed", "transposed kernel", "value"),
-    Fault("the value's columns scaled as rows", "quantised weights scaled on the other axis", "value"),
+    Fault("value scaled by rows", "quantised weights scaled on the other axis", "value"),
     Fault("packed in another order", "packed weights in another order", "query"),
     Fault("packed by head", "packed weights split wrongly", "query"),
     Fault("heads interleaved", "heads interleaved", "query"),
@@ -276,7 +276,7 @@ def weights_with_faults(weights: Mapping[str, np.ndarray], wrong: Collection[str
         if f"{name} transposed" in wrong:
             square = w[f"{name}.kernel"].reshape(features, heads * width)
             w[f"{name}.kernel"] = square.T.reshape(features, heads, width)
-        if f"the {name}'s columns scaled as rows" in wrong:
+        if f"{name} scaled by rows" in wrong:
             square = w[f"{name}.kernel"].reshape(features, heads * width)
             scales = np.abs(square).max(0)
             w[f"{name}.kernel"] = (square / scales * scales[:, None]).reshape(features, heads, -1)
