@@ -11,6 +11,8 @@ import pytest
 
 import anymha
 from anymha.parity import compare, declare
+from anymha.parity.stages.stagewise import compare_gradients
+from anymha.parity.stages.trace import Trace
 from tests.conftest import usable
 
 RNG = np.random.default_rng(3)
@@ -307,3 +309,15 @@ def test_gradients_that_differ_in_each_call_are_no_rounding() -> None:
     x = torch.tensor(np.random.default_rng(1).standard_normal((2, 5, 16))).float()
     report = compare(one, lambda query: other(Noisy.apply(query)), x)
     assert str(report.first_divergence).startswith("gradient of")
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0.6, True), (3.0, False)])
+def test_gradients_that_agree_to_a_rounding_agree_whatever_those_of_float64_are(
+    off, passes
+) -> None:
+    """With logits of 1e12 torch's kernel gives 1e17 times as great ones."""
+    one = 1e20 * RNG.standard_normal((2, 5, 8)).astype(np.float32)
+    other = one + np.float32(off * np.finfo(np.float32).eps * np.abs(one).max())
+    traces = tuple(Trace("port", X, gradients={"query": array}) for array in (one, other))
+    (stage,) = compare_gradients(traces, {"query": 1e-17 * one.astype(np.float64)}, {"query": 1e6})
+    assert stage.passed is passes
