@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import re
@@ -438,3 +439,10 @@ def test_environment_tells_of_what_is_imported_alone(monkeypatch: pytest.MonkeyP
     assert found.versions["torch"] == "9.9"
     assert found.flags == {"torch float32 matmul precision": "high"}
     assert all(name in ("torch", "tensorflow", "jax", "keras") for name, _ in FLAGS.values())
+
+
+def test_a_report_is_copied_without_what_was_called() -> None:
+    own, other = layer(), layer(scale=0.7)
+    report = compare(own, lambda query: other(query), x(2, 5, 12))
+    assert copy.deepcopy(report).to_text() == report.to_text()
+    assert all(trace.again is None for trace in report.traces)

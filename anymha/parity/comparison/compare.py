@@ -117,7 +117,10 @@ def compare(reference: Any, candidate: Any, inputs: Any, **call: Any) -> Compari
     reference, candidate, note = with_layers(reference, candidate)
     one, other = decoding_pair(adapter_for(reference), adapter_for(candidate), request)
     comparison = _compared_in_part(one, other, request)
-    return dataclasses.replace(comparison, notes=(*filter(None, [note]), *comparison.notes))
+    # Without what was called: reports are copied and pickled.
+    first, second = (dataclasses.replace(trace, again=None) for trace in comparison.traces)
+    notes = (*filter(None, [note]), *comparison.notes)
+    return dataclasses.replace(comparison, notes=notes, traces=(first, second))
 
 
 def _compared_in_part(one: Adapter, other: Adapter, request: Request) -> Comparison:
