@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Option(Generic[In_contra, Out_co]):
-    """A field that takes values of one type, and is of another one then.
+    """A field that is passed as one type, and read as another.
 
-    Type checkers read it, as the descriptor of a field; nothing makes one.
+    Type checkers take it for the field's descriptor. It is an annotation: no code creates one.
     """
 
     def __get__(self, instance: Any, owner: Any) -> Out_co:
@@ -23,7 +23,7 @@ class Option(Generic[In_contra, Out_co]):
 
 
 def taken(annotation: Any) -> Any:
-    """Of an annotation ``"Option[In, Out]"`` the first part; every other one as it is."""
+    """The type that is passed, of an annotation ``"Option[In, Out]"``; others stay as they are."""
     text = str(annotation)
     return text[len("Option[") : text.rindex(",")] if text.startswith("Option[") else annotation
 

@@ -319,7 +319,7 @@ class RotaryPositions(Feature):
         return x if x.dtype == dtype else ops.astype(x, dtype)
 
     def _frequencies(self, ops: Ops, length: Dim, dtype: Any, device: Any) -> Array:
-        """(1, 1, 1, r/2), of lengths (B,) (B, 1, 1, r/2); these by the framework's functions."""
+        """(1, 1, 1, r/2); (B, 1, 1, r/2) where `length` is (B,), by the framework's functions."""
         rotary, name = self.rotary, dtype_name(dtype)
 
         def made(numbers: tuple[float, ...]) -> Array:
