@@ -2,6 +2,7 @@
 
     python -m benchmarks.decoding                                   # every framework
     python -m benchmarks.decoding --frameworks torch --held 2048 --batch 8
+    python -m benchmarks.decoding --frameworks torch --dtype bfloat16
     python -m benchmarks.decoding --frameworks torch --compiled --room 4096   # by torch.compile
     python -m benchmarks.decoding --steps 2000                      # how the time of a step grows
 
@@ -9,8 +10,8 @@ A layer by hand has the same four projections without biases, keys and values (B
 written in place where the framework can (NumPy, PyTorch, variables of TensorFlow, donated arrays
 of JAX), and no masks where it needs none. In JAX and TensorFlow both layers are compiled by the
 user, in PyTorch with `--compiled`, where both read all slots. Both take turns in one process,
-`--times` times; medians of the time of a step. One token a step in float32 after `--held`
-positions; values are compared first.
+`--times` times; medians of the time of a step. One token a step after `--held` positions, in
+float32, in PyTorch also in half precision; values are compared first.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ Run = Callable[[int, int], Any]
 class Sizes:
     """The sizes of a comparison."""
 
-    def __init__(self, batch: int, heads: int, width: int, held: int, room: int) -> None:
+    def __init__(
+        self, batch: int, heads: int, width: int, held: int, room: int, dtype: str = "float32"
+    ) -> None:
         self.batch, self.heads, self.width, self.held, self.room = batch, heads, width, held, room
+        self.dtype = dtype
         draw = np.random.default_rng(0)
         features = heads * width
         self.prompt = draw.standard_normal((batch, held, features)).astype(np.float32)
@@ -57,8 +61,9 @@ def runs(framework: str, sizes: Sizes, compiled: bool = False) -> dict[str, Run]
     """A step of our layer and of the one by hand, with the same weights."""
     features = sizes.heads * sizes.width
     layer: Any = get_layer(framework)(
-        sizes.heads, sizes.width, query_features=features, seed=0, use_bias=False
-    )
+        sizes.heads, sizes.width, query_features=features, seed=0, use_bias=False,
+        dtype=sizes.dtype,
+    )  # fmt: skip
     ops = get_backend(framework).ops
     weights = {
         name.partition(".")[0]: np.ascontiguousarray(ops.to_numpy(x).reshape(features, features))
@@ -73,7 +78,9 @@ def runs(framework: str, sizes: Sizes, compiled: bool = False) -> dict[str, Run]
 
 def _ours(framework: str, layer: Any, sizes: Sizes, compiled: bool) -> Run:
     ops = get_backend(framework).ops
-    prompt, token = ops.from_numpy(sizes.prompt), ops.from_numpy(sizes.token)
+    prompt, token = (
+        ops.astype(ops.from_numpy(x), ops.dtype(sizes.dtype)) for x in (sizes.prompt, sizes.token)
+    )
     step: Any = lambda x, cache: layer(x, cache=cache)  # noqa: E731
     prefill = step
     if framework == "jax":
@@ -100,7 +107,7 @@ def _ours(framework: str, layer: Any, sizes: Sizes, compiled: bool) -> Run:
         for _ in range(steps):
             output, cache = step(token, cache)
         caches.append(cache)
-        return ops.to_numpy(output)
+        return ops.to_numpy(output).astype(np.float32)
 
     return _without_gradients(framework, run)
 
@@ -146,9 +153,13 @@ def _torch(weights: Any, sizes: Sizes, compiled: bool = False) -> Run:
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     batch, heads, width = sizes.batch, sizes.heads, sizes.width
-    keys, values = (torch.zeros(batch, heads, sizes.room, width) for _ in range(2))
-    matrices = {n: torch.from_numpy(np.ascontiguousarray(w.T)) for n, w in weights.items()}
-    prompt, token = torch.from_numpy(sizes.prompt), torch.from_numpy(sizes.token)
+    dtype = getattr(torch, sizes.dtype)
+    keys, values = (torch.zeros(batch, heads, sizes.room, width, dtype=dtype) for _ in range(2))
+    matrices = {
+        name: torch.from_numpy(np.ascontiguousarray(w.T, np.float32)).to(dtype)
+        for name, w in weights.items()
+    }
+    prompt, token = (torch.from_numpy(x).to(dtype) for x in (sizes.prompt, sizes.token))
 
     def project(x: Any, name: str) -> Any:
         return linear(x, matrices[name]).view(batch, -1, heads, width).transpose(1, 2)
@@ -181,7 +192,7 @@ def _torch(weights: Any, sizes: Sizes, compiled: bool = False) -> Run:
         output: Any = None
         for _ in range(steps):
             output, place = own(token, keys, values, place)
-        return output.numpy()
+        return output.float().numpy()
 
     return torch.no_grad()(run)
 
@@ -281,7 +292,7 @@ def measured(framework: str, sizes: Sizes, times: int, compiled: bool = False) -
     for name, run in both.items():
         run(0, 0)
         found[name] = np.asarray(run(3, sizes.held)).reshape(-1)
-    np.testing.assert_allclose(*found.values(), atol=1e-4)
+    np.testing.assert_allclose(*found.values(), atol=1e-4 if sizes.dtype == "float32" else 2e-2)
     spent: dict[str, list[float]] = {name: [] for name in both}
     for number in range(times):
         order = list(both) if number % 2 else list(both)[::-1]
@@ -324,11 +335,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=0, help="show how a step grows instead")
     parser.add_argument("--compiled", action="store_true", help="PyTorch's steps, both of them")
+    parser.add_argument("--dtype", default="float32", help="of PyTorch's layers")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     names = options.frameworks.split(",")
     if options.compiled and names != ["torch"]:
         parser.error("--compiled is about PyTorch: pass --frameworks torch, too")
+    if options.dtype != "float32" and names != ["torch"]:
+        parser.error("--dtype is about PyTorch: pass --frameworks torch, too")
     if options.here is None:
         given = sys.argv[1:] if argv is None else argv
         command = [sys.executable, "-m", "benchmarks.decoding", *given, "--here"]
@@ -337,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in names
         )
     room = max(options.room, options.held + options.steps + STEPS)
-    sizes = Sizes(options.batch, options.heads, options.width, options.held, room)
+    sizes = Sizes(options.batch, options.heads, options.width, options.held, room, options.dtype)
     if options.here == "torch":
         import torch
 

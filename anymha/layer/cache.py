@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from threading import Lock
 from typing import Any, ClassVar, cast
-from weakref import WeakSet, ref
+from weakref import ref
 
 import numpy as np
 
@@ -149,30 +149,113 @@ class _Group:
     overtaken = False
 
 
-class _Sharing(WeakSet["Cache"]):
+class Line:
+    """Steps of decoding that follow one another in the same arrays.
+
+    A step goes on from the newest cache without a look at the others. Any other call that writes
+    into the arrays ends the line first.
+
+    Attributes:
+        step: What the steps have in common: sizes, options, the way that they take.
+        keys: The arrays (B, K, C, d_k),
+        values: and (B, K, C, d_v).
+        turn: The length of the newest cache's rows, for the one call that takes it; no number
+            while a step runs, after one that has failed, and where the line has ended.
+        reached: Up to which length the steps have written.
+        end: Before which length a step is one of the line.
+        state: What all caches of the line have.
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = (
+        "keys", "values", "overflowed", "starts", "segment_ids", "key_positions", "max_length",
+        "window", "donate", "_stale_to", "_group", "_is_newest",
+    )  # fmt: skip
+
+    def __init__(self, step: Any, cache: Cache, end: int) -> None:
+        self.step, self.keys, self.values, self.end = step, cache.keys, cache.values, end
+        self.turn, self.reached = [cache._start], cache._start
+        self.state = {name: getattr(cache, name) for name in self.KEPT}
+
+    def takes(self, cache: Cache, start: int) -> bool:
+        """Whether it is the turn of a cache whose rows have this length: of two threads one."""
+        if (
+            start >= self.end or cache._sharing.is_needed or cache._group.overtaken
+            or cache.keys is not self.keys or cache.values is not self.values
+        ):  # fmt: skip
+            return False
+        try:
+            newest = self.turn.pop()
+        except IndexError:
+            return False
+        if newest != start:
+            self.turn.append(newest)
+        return newest == start
+
+    def gone_on(self, cache: Cache) -> Cache:
+        """The cache after a step from `cache`, the newest until then."""
+        new = object.__new__(Cache)
+        state, before = new.__dict__, cache.__dict__
+        state.update(self.state)
+        sharing = state["_sharing"] = before["_sharing"]
+        state["_start"] = start = before["_start"] + 1
+        before["_is_newest"] = False
+        sharing.add(new)
+        self.turn.append(start)
+        return new
+
+
+class _Sharing:
     """Caches that have the same arrays; a copy of one has others.
 
     Attributes:
         group: The same caches, as compiled programs know them.
-        reached: Up to which lengths (B,) something has been written, be it of caches that are gone.
         is_needed: Whether something else needs the arrays as they are: a graph of gradients, or
             a cache of views of them.
+        line: The steps that go on in the arrays without a look at the caches; None for none.
         writing: Held by the call that may write; of two threads that go on, the other one copies.
     """
 
     group: Any = None
-    reached: Any = None
     is_needed = False
+    line: Line | None = None
 
     def __init__(self, caches: Iterable[Cache]) -> None:
-        super().__init__(caches)
+        self._references: set[ref[Cache]] = set()
+        self._reached: Any = None
         self.writing = Lock()
+        for cache in caches:
+            self.add(cache)
+
+    def add(self, cache: Cache) -> None:
+        """Note a cache, for as long as it is there."""
+        self._references.add(ref(cache, self._references.discard))
 
     def all(self) -> list[Cache]:
         """The caches, whatever other threads add meanwhile."""
-        own: Any = self
-        found = [reference() for reference in own.data.copy()]
+        found = [reference() for reference in self._references.copy()]
         return [cache for cache in found if cache is not None]
+
+    @property
+    def reached(self) -> Any:
+        """Up to which lengths (B,) something has been written, be it of caches that are gone."""
+        line, reached = self.line, self._reached
+        return reached if line is None or reached is None else np.maximum(reached, line.reached)
+
+    @reached.setter
+    def reached(self, lengths: np.ndarray) -> None:
+        self._reached = lengths
+
+    def end_line(self) -> bool:
+        """Whether no step is running; from now on none runs without a look at the caches."""
+        line = self.line
+        if line is None:
+            return True
+        try:
+            line.turn.pop()
+        except IndexError:
+            return False
+        self._reached, self.line = self.reached, None
+        return True
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -215,9 +298,10 @@ class Cache(Nested):
         "key_positions",
     )  # fmt: skip
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
-    _known: ClassVar[Any] = None  # of an instance its lengths in numbers, if they are known
     _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
-    _start: ClassVar[Any] = None  # of an instance the one length of its rows, once a call knows it
+    # of an instance the one length of its rows, once a call knows it; the arrays of lengths are
+    # made of it when they are asked for
+    _start: ClassVar[Any] = None
     # of an instance its group; None where nothing is known of the arrays
     _group: ClassVar[Any] = None
     # of an instance whether no other cache with its arrays holds later positions, or may write them
@@ -252,6 +336,20 @@ class Cache(Nested):
                 one._keep_arrays()
         if (True, True) not in same:  # not all are known to be these caches' alone
             self._sharing = None
+
+    def __getattr__(self, name: str) -> Any:
+        start = self._start
+        if name == "_known":  # the lengths in numbers, if they are known
+            if start is not None:
+                self.__dict__["_known"] = start = np.full(self.keys.shape[0], start, np.int64)
+            return start
+        if start is None or name not in ("lengths", "previous"):
+            raise AttributeError(f"Cache has no attribute `{name}`.", name=name, obj=self)
+        ops = backend_of(self.keys).ops
+        counts = np.full(self.keys.shape[0], start - (name == "previous"), np.int32)
+        made = ops.asarray(counts, device=ops.device(self.keys))
+        setattr(self, name, made)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
@@ -447,14 +545,13 @@ class Cache(Nested):
                 most = lost if other._lost is None else np.maximum(other._lost, lost)
                 other.__dict__["_lost"] = most
 
-    def _after(self, cache: Cache, known: np.ndarray, start: int | None, claim: Any) -> Cache:
+    def _after(self, cache: Cache, known: np.ndarray, start: int | None) -> Cache:
         """Note that this one comes from a call with that cache, and has these lengths now.
 
         Args:
             cache: The cache before the call.
             known: The lengths (B,).
             start: The one length of all rows; None where they differ.
-            claim: What `_claim` gave.
         """
         if self.keys is not cache.keys and self.values is not cache.values:
             self._own(known)
@@ -470,8 +567,6 @@ class Cache(Nested):
         if lost is not None and (lost > known - self.keys.shape[2]).any():
             self.__dict__["_lost"] = lost
         self.__dict__["_start"] = start
-        if claim is not None:
-            claim.release()
         return self
 
     def _top(self) -> int:
@@ -514,7 +609,7 @@ class Cache(Nested):
         sharing = self._sharing
         if sharing is None or self._group.overtaken or not sharing.writing.acquire(blocking=False):
             return None
-        if self._may_write(known):
+        if sharing.end_line() and self._may_write(known):
             return sharing.writing
         sharing.writing.release()
         return None
@@ -524,8 +619,6 @@ class Cache(Nested):
         sharing = self._sharing
         if sharing.is_needed:
             return False
-        if len(sharing) == 1:
-            return True
         for other in sharing.all():
             if other is self:
                 continue

@@ -448,7 +448,9 @@ def _finisher(
         new = Cache(**arrays, max_length=cache.max_length, window=cache.window, donate=cache.donate)
         if lengths is not None:
             start = int(lengths[0]) if lengths.size and is_uniform(lengths) else None
-            new._after(cache, lengths, start, claim)
+            new._after(cache, lengths, start)
+            if claim is not None:
+                claim.release()
         elif is_compiled(ops):
             new._alone(ops)
         new._note_output(ops, result[0] if isinstance(result, tuple) else result)

@@ -14,11 +14,13 @@ import numpy as np
 from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
-from anymha.execution.attend import context_of
+from anymha.execution.attend import HEADS_FIRST, context_of
 from anymha.framework.protocol import Array, Ops
-from anymha.layer.cache import Cache, most_of, ring_positions, slots
+from anymha.layer.cache import Cache, Line, most_of, ring_positions, slots
 from anymha.layer.cached import PREFIX, HeldCall, of_one, seen_in_ring
+from anymha.layer.numerics import cast_to
 from anymha.layer.plan import PlannedCall, Plans
+from anymha.layer.projecting import further, in_compute_dtype, rounded, weights_of_features
 
 
 class Step(NamedTuple):
@@ -31,6 +33,8 @@ class Step(NamedTuple):
         planned: The planned call of one of them.
         spec: The options of the attention, all that is read being seen.
         has_positions: Whether options count positions.
+        tables: What options make of positions, of the last ones that were made: the number of
+            the first, and arrays by name.
     """
 
     query: tuple[Any, Any]
@@ -39,6 +43,7 @@ class Step(NamedTuple):
     planned: PlannedCall
     spec: AttentionSpec
     has_positions: bool
+    tables: list[tuple[int, dict[str, Array]]]
 
 
 def keep_step(
@@ -61,11 +66,8 @@ def keep_step(
         held.held.source == "own" and held.held.is_known and query.shape[1] == 1
         and (held.held.is_full or held.start is None) and held.arrays.keys() <= NAMES
         and projections is not None and projections.of_rows and array_key is not None
-        and plan.as_given and plan.run is None and not (plan.narrow or plan.double)
-        and not any(plan.flags[:-1])
+        and plan.run is None and not plan.double and not any(plan.flags[:-1])
         and cache.segment_ids is None and cache.key_positions is None
-        and cache.keys.dtype == cache.values.dtype == plan.carried == plan.result
-        and not plan.config.further_projections and not plan.config.without_gradient
         and not any(feature.depends_on_length for feature in features)
         and not (cache.window is not None and any(f.adds_by_position for f in features))
         and path.most_logits
@@ -73,7 +75,7 @@ def keep_step(
         return
     plans.steps[held.start is not None] = Step(
         (query.shape, array_key(query)), projections.kind, _kind(cache), planned,
-        replace(plan.spec, position_mask=PositionMask()), plan.config.counts_positions,
+        replace(plan.spec, position_mask=PositionMask()), plan.config.counts_positions, [],
     )  # fmt: skip
 
 
@@ -103,44 +105,46 @@ def next_step(
     """
     if type(cache) is not Cache or not ops.is_array(query):
         return None
-    start, known = cache._start, cache._known
+    start: Any = cache._start
+    known: Any = None
+    claim, sharing = None, cache._sharing
     step = plans.steps.get(start is not None)
-    if step is None or known is None or plans.config is not config:
-        return None
     array_key: Any = ops.capabilities.array_key
-    longest = most_of(known) if start is None else start
     if (
-        paths.explaining or longest >= cache.max_length or cache._top()
-        or (query.shape, array_key(query)) != step.query or projections.kind != step.weights
-        or not projections.of_rows
-        or _kind(cache) != step.cache or cache.segment_ids is not None
-        or cache.key_positions is not None or cache._sharing is None
+        step is None or sharing is None or plans.config is not config or paths.explaining
+        or (query.shape, array_key(query)) != step.query
+        or projections.kind != step.weights or not projections.of_rows
     ):  # fmt: skip
         return None
+    line = sharing.line
+    if line is not None and line.step is step and line.takes(cache, start):
+        line.reached = start + 1  # from now on, also if the step fails
+    else:
+        line, known = None, cache._known
+        if known is None or not _continues(step, cache, start, known):
+            return None
+        claim = cache._claim(known) if ops.capabilities.writes_in_place else None
     (plan, shape, path), spec = step.planned, step.spec
     batch, _, heads, d_k = shape.query_heads
     _, shared, size, _ = cache.keys.shape
-    window, starts, lengths = cache.window, cache.starts, cache.lengths
+    window, starts = cache.window, cache.starts
+    longest = most_of(known) if start is None else start
     read = min(longest + 1, size)
-    if window is not None and start is not None and size != window:
-        return None
-    if not (path.most_queries >= 1 and batch * heads * read <= path.most_logits):
-        return None
-    claim = cache._claim(known) if ops.capabilities.writes_in_place else None
-    in_place = claim is not None
+    in_place = line is not None or claim is not None
     functions, reshape = projections.functions, ops.reshape
-    rows = reshape(query, (batch, query.shape[2]))
+    x = query if plan.as_given else in_compute_dtype(plan, query)
+    rows = reshape(x, (batch, x.shape[2]))
     q, k = functions["query"](rows), functions["key"](rows)
     v = reshape(functions["value"](rows), (batch, shared, 1, -1))
     arrays: dict[str, Array] = {}
+    own: dict[str, Array] = {}
     if spec.features:
-        own: dict[str, Array] = dict(projections.weights or {})
+        if plan.config.further_projections:
+            own = further(plan, shape, projections, functions, rows, True)
+        if projections.weights:
+            own = weights_of_features(plan, {**projections.weights, **own})
         if step.has_positions:
-            if start is None:
-                place = reshape(lengths, (batch, 1))
-            else:
-                place = ops.asarray(np.array([[start]], np.int32), device=plan.device)
-            own |= {"positions": place, "key_positions": place}
+            own |= _positions(ops, step, cache, q)
         q, k = reshape(q, (batch, 1, heads, d_k)), reshape(k, (batch, 1, shared, d_k))
         for feature in spec.features:
             q, k = feature.heads(ops, q, k, own)
@@ -149,21 +153,27 @@ def next_step(
         for feature in spec.features:
             arrays |= feature.tiled(ops, own, q)
     write: Any = ops.capabilities.write_slots
-    slot: Any = lengths if start is None else start % size
+    slot: Any = cache.lengths if start is None else start % size
     if start is None and window is not None:
-        slot = ops.remainder(lengths, size)
-    reached = known + 1
+        slot = ops.remainder(cache.lengths, size)
     differentiated = ops.capabilities.is_differentiated
     if in_place and differentiated is not None and differentiated(q):
         in_place = False
-    keys = write(cache.keys, reshape(k, (batch, shared, 1, d_k)), slot, in_place)
-    values = write(cache.values, v, slot, in_place)
-    if in_place:
-        cache._written({"keys": keys, "values": values}, reached)
-    after = lengths + 1
-    if starts is not None and longest >= size:
-        first = after - size
-        starts = ops.where(first > starts, first, starts)
+    k = reshape(k, (batch, shared, 1, d_k))
+    keys = write(cache.keys, cast_to(ops, k, cache.keys.dtype), slot, in_place)
+    values = write(cache.values, cast_to(ops, v, cache.values.dtype), slot, in_place)
+    if line is not None and (keys is not line.keys or values is not line.values):
+        line.turn.append(start)  # these are copies
+        line = None
+    if claim is not None and in_place:
+        cache._written({"keys": keys, "values": values}, known + 1)
+    lengths = after = None
+    if line is None:
+        lengths = cache.lengths
+        after = lengths + 1
+        if starts is not None and longest >= size:
+            first = after - size
+            starts = ops.where(first > starts, first, starts)
     if start is None:
         here = reshape(lengths, (batch, 1))
         if window is None or starts is None:
@@ -181,13 +191,80 @@ def next_step(
     else:  # which takes half the time of a slice
         arrays["key"] = narrow(keys, 0, read, axis=2)
         arrays["value"] = narrow(values, 0, read, axis=2)
-    context = reshape(context_of(ops, spec, path, arrays), (batch, plan.context_width))
+    dtype = q.dtype if path.narrow or not plan.narrow else plan.working
+    for name in ("query", "key", "value"):
+        if arrays[name].dtype != dtype:  # of a cache, what is seen is computed in the query's
+            arrays[name] = ops.astype(arrays[name], dtype)
+    context = context_of(ops, spec, path, arrays)
+    if own:
+        context = ops.permute_dims(context, HEADS_FIRST)
+        for feature in spec.features:
+            context = feature.context(ops, context, own)
+    context = cast_to(ops, reshape(context, (batch, plan.context_width)), plan.carried)
     output = functions["output"](context)
     output = reshape(output, (batch, 1, *(shape.output[2:] or (output.shape[-1],))))
+    if output.dtype != plan.result:
+        output = rounded(plan, output)
+    if line is not None:
+        new = line.gone_on(cache)
+        if differentiated is not None and differentiated(output):
+            new._keep_arrays()
+        return output, new
     new = Cache(
         keys, values, after, lengths, cache.overflowed, starts, None, None, cache.max_length,
         window, donate=cache.donate,
     )  # fmt: skip
-    new._after(cache, reached, None if start is None else start + 1, claim)
+    new._after(cache, cache._known + 1, None if start is None else start + 1)
+    if claim is not None:
+        if window is None and start is not None and keys is cache.keys:
+            end = min(cache.max_length, path.most_logits // (batch * heads))
+            sharing.line = Line(step, new, end)
+        claim.release()
     new._note_output(ops, output)
     return output, new
+
+
+BLOCK = 64
+"""For so many positions at a time tables are made."""
+
+
+def _positions(ops: Ops, step: Step, cache: Cache, like: Array) -> dict[str, Array]:
+    """The positions after a cache's rows, (1 or B, 1), and what options make of a common one."""
+    start = cache._start
+    if start is None:
+        place = ops.reshape(cache.lengths, (-1, 1))
+        return {"positions": place, "key_positions": place}
+    first = start - start % BLOCK
+    kept = step.tables[-1] if step.tables else None
+    if kept is None or kept[0] != first:
+        positions = ops.arange(first, first + BLOCK, dtype=ops.int32, device=ops.device(like))
+        positions = ops.reshape(positions, (1, BLOCK))
+        arrays = {"positions": positions}
+        for feature in step.spec.features:
+            arrays |= feature.by_position(ops, positions, like)
+        kept = first, arrays
+        step.tables[:] = [kept]
+    narrow = ops.capabilities.narrow
+    at = start - first
+    found = {
+        name: x[:, at : at + 1] if narrow is None else narrow(x, at, 1, axis=1)
+        for name, x in kept[1].items()
+    }
+    found["key_positions"] = found["positions"]
+    return found
+
+
+def _continues(step: Step, cache: Cache, start: int | None, known: np.ndarray) -> bool:
+    """Whether a step goes on from a cache of which nothing is known but its lengths."""
+    (_, shape, path), window = step.planned, cache.window
+    longest = most_of(known) if start is None else start
+    size = cache.keys.shape[2]
+    if longest >= cache.max_length or cache._top() or _kind(cache) != step.cache:
+        return False
+    if cache.segment_ids is not None or cache.key_positions is not None:
+        return False
+    if window is not None and start is not None and size != window:
+        return False
+    batch, _, heads, _ = shape.query_heads
+    logits = batch * heads * min(longest + 1, size)
+    return path.most_queries >= 1 and logits <= path.most_logits

@@ -11,21 +11,19 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from anymha.attention.dropout import draw_seed as draw_seed_for
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
 from anymha.attention.spec import AttentionSpec
-from anymha.errors import CacheError, ShapeError
+from anymha.errors import CacheError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.framework.protocol import Array, Dim, Ops
-from anymha.framework.shapes import product
 from anymha.framework.validation import checked_flag
 from anymha.layer.activity import Activity
 from anymha.layer.arguments import ARRAYS, OPTIONS, Kind
@@ -52,7 +50,7 @@ from anymha.layer.checks import (
     unpack_inputs,
 )
 from anymha.layer.decoding import keep_step, next_step
-from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
+from anymha.layer.numerics import cast_to
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import (
     Flags,
@@ -65,36 +63,24 @@ from anymha.layer.plan import (
     plan_call,
     plan_lengths,
 )
+from anymha.layer.projecting import (
+    Projections,
+    Weights,
+    called,
+    computed,
+    further,
+    in_compute_dtype,
+    rounded,
+    rows_of,
+    weights_of_features,
+    with_width,
+)
 from anymha.layer.varying import lengthened, shortened
 from anymha.options.config import AttentionConfig
-
-Weights = Mapping[str, Array]
-"""Canonical names (``query.kernel``) and arrays; a bias that is absent is not there."""
 
 _MASKS = frozenset(argument.name for argument in ARRAYS)
 _OPTIONS = frozenset(argument.name for argument in OPTIONS)
 _FLAGS = frozenset(argument.name for argument in OPTIONS if argument.kind is Kind.FLAG)
-
-
-class Projections(NamedTuple):
-    """Projections that are called, in the place of kernels and biases as arrays.
-
-    Args:
-        functions: By "query", "key", "value", "output" and the names of the features' projections
-            a function of (B, length, width in) that gives (B, length, width out), heads side by
-            side.
-        kind: What a plan depends on of their weights.
-        key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
-        of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
-            dtype in which the layer computes.
-        weights: The features' weights by canonical name, if there are any.
-    """
-
-    functions: Mapping[str, Callable[[Array], Array]]
-    kind: WeightsKind
-    key_bias: Array | None = None
-    of_rows: bool = False
-    weights: Weights | None = None
 
 
 def multi_head_attention(
@@ -383,9 +369,9 @@ def _execute(
     within: Any = None
     of_rows = False
     if projections is None:
-        project, functions = _computed, arrays
+        project, functions = computed, arrays
     else:
-        project = _called
+        project = called
         functions, of_rows = projections.functions, projections.of_rows
         if plan.double:  # a projection that is called has a dtype and a state of its own
             within = ops.in_float64
@@ -397,9 +383,9 @@ def _execute(
         query, key, value, mask, bias = within(partial(read_inputs, plan, shape), arrays)
     if held is not None and held.held.source != "own":
         heads = _queries_alone(plan, shape, functions, query, project, of_rows)
-        query = _rows(ops, query, query, query)[0] if of_rows else query
+        query = rows_of(ops, query, query, query)[0] if of_rows else query
     elif of_rows:
-        query, key, value = _rows(ops, query, key, value)
+        query, key, value = rows_of(ops, query, key, value)
         heads = {
             "query": ops.reshape(functions["query"](query), shape.query_heads),
             "key": ops.reshape(functions["key"](key), shape.key_heads),
@@ -412,7 +398,7 @@ def _execute(
             "value": project(plan, functions, "value", value, shape.value_heads),
         }
     if plan.config.further_projections:
-        heads |= _further(plan, shape, projections, functions, query, of_rows)
+        heads |= further(plan, shape, projections, functions, query, of_rows)
     del query, key, value
     if activity is not None:
         for name, y in heads.items():
@@ -441,7 +427,7 @@ def _execute(
     del heads
     if of_rows:
         output = functions["output"](ops.reshape(context, (-1, plan.context_width)))
-        output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
+        output = ops.reshape(output, with_width(shape.output, output))  # [B, T, *O]
     else:
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
     if observe is not None or activity is not None:
@@ -479,7 +465,7 @@ def _held_inputs(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """As `_inputs`, for a call that has a cache or a memory; mask and bias are as it has them."""
     ops = plan.ops
-    query = arrays["query"] if plan.as_given else _real(plan, arrays["query"])
+    query = arrays["query"] if plan.as_given else in_compute_dtype(plan, arrays["query"])
     query, source, mask = inputs_of(ops, arrays, query)
     bias = arrays.get("attention_bias")
     if "attention_mask" in arrays:
@@ -537,25 +523,25 @@ def make_memory(
     check_masks(positions, (batch,), config.num_heads, (length,), (length,))
     plan = make_plan(ops, config, kind, (value, value, key), PLAIN_CALL, axes)
     functions: Any = cast(Weights, weights)
-    project: Any = _computed
+    project: Any = computed
     of_rows = False
     arrays: dict[str, Array] = {"value": value, "key": key, **positions}
     if projections is None:
         arrays |= cast(Weights, weights)
     else:
-        project, functions, of_rows = _called, projections.functions, projections.of_rows
+        project, functions, of_rows = called, projections.functions, projections.of_rows
         arrays |= projections.weights or {}
 
     def projected(arrays: Mapping[str, Array], name: str) -> Array:
         shape = (batch, length, *plan.heads[name])
-        x = _real(plan, arrays[name])
+        x = in_compute_dtype(plan, arrays[name])
         if of_rows:
             rows = ops.reshape(x, (-1, x.shape[-1]))
             return ops.reshape(functions[name](rows), shape)
         return project(plan, arrays if projections is None else functions, name, x, shape)
 
     def turned(arrays: Mapping[str, Array]) -> tuple[Array, Array]:
-        own = _weights_of_features(plan, arrays)
+        own = weights_of_features(plan, arrays)
         key, features = arrays["key"], plan.spec.features
         if features and not any(feature.depends_on_length for feature in features):
             places = own.get("key_positions")
@@ -616,7 +602,7 @@ def _held_attention(
     """As `_attention`, for a call that has a cache or a memory; and the cache's new arrays."""
     plan, _, path = planned
     ops, with_scores = plan.ops, plan.flags.scores
-    own = _weights_of_features(plan, heads) if spec.features else dict(heads)
+    own = weights_of_features(plan, heads) if spec.features else dict(heads)
     names = ("query", "key", "value")
     query, key, value = (heads.get(name) for name in names)
     # A cache holds what is projected in its own dtype; what is seen of it is computed in this.
@@ -681,7 +667,7 @@ def _inputs(
     if plan.as_given:
         query, value, key = arrays["query"], arrays[value_source], arrays[key_source]
     else:  # an array of two parts is cast once
-        real = {name: _real(plan, arrays[name]) for name in dict.fromkeys(plan.sources)}
+        real = {name: in_compute_dtype(plan, arrays[name]) for name in dict.fromkeys(plan.sources)}
         query, value, key = real["query"], real[value_source], real[key_source]
     if shape.is_plain:
         return query, key, value, None, None
@@ -703,120 +689,6 @@ def _inputs(
         bias = cast_to(ops, bias, plan.working)
         bias = shape.fold_mask(ops, "attention_bias", bias)
     return query, key, value, mask, bias
-
-
-def _rows(ops: Ops, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-    """Query, key and value (B, length, D) as matrices (B * length, D); one array as one."""
-    rows = ops.reshape(query, (-1, query.shape[-1]))
-    value_rows = rows if value is query else ops.reshape(value, (-1, value.shape[-1]))
-    if key is query:
-        return rows, rows, value_rows
-    if key is value:
-        return rows, value_rows, value_rows
-    return rows, ops.reshape(key, (-1, key.shape[-1])), value_rows
-
-
-def _real(plan: Plan, x: Array) -> Array:
-    """An array rounded to the compute dtype, in the dtype of what goes from stage to stage."""
-    if x.dtype == plan.carried and not plan.rounds:
-        return x
-    return cast_to(plan.ops, cast_to(plan.ops, x, plan.compute_dtype), plan.carried)
-
-
-def _computed(
-    plan: Plan, arrays: Mapping[str, Array], name: str, x: Array, shape: tuple[Any, ...]
-) -> Array:
-    """What a projection gives, by its kernel and its bias.
-
-    Args:
-        plan: The plan.
-        arrays: The weights by canonical name, among others.
-        name: The projection's name.
-        x: (B, length, D), or the context (B, T, H, d_v).
-        shape: The shape of what it gives, which the kernel tells as well.
-    """
-    bias = arrays.get(f"{name}.bias")
-    if bias is not None:
-        bias = _real(plan, bias)
-        if name == "key":
-            bias = without_gradient(plan.ops, bias, plan.config.free_columns)
-    kernel = _real(plan, arrays[f"{name}.kernel"])
-    return project(plan.ops, x, kernel, bias, 2 if name == "output" else 1)
-
-
-def _called(
-    plan: Plan,
-    functions: Mapping[str, Callable[[Array], Array]],
-    name: str,
-    x: Array,
-    shape: tuple[Any, ...],
-) -> Array:
-    """What a projection gives that is called.
-
-    Args:
-        plan: The plan.
-        functions: The projections by name.
-        name: The projection's name.
-        x: (B, length, D), or the context (B, T, H, d_v).
-        shape: The shape of what it gives; of the output without O where that is not known.
-    """
-    ops = plan.ops
-    if name == "output":
-        x = ops.reshape(x, (shape[0], shape[1], plan.context_width))
-    y = functions[name](x)
-    width, wanted = y.shape[-1], math.prod(shape[2:])
-    if len(shape) > 2 and isinstance(width, int) and width != wanted:
-        raise ShapeError(
-            f"The projection `{name}` must give {wanted} features, as the layer's options say. "
-            f"Received: {width}. Put a projection of that width there, or make the layer anew."
-        )
-    y = ops.reshape(y, _with_width(shape, y))
-    if y.dtype == plan.carried:
-        return y
-    if plan.double:
-        return ops.in_float64(lambda arrays: ops.astype(arrays["y"], plan.carried), {"y": y})
-    return ops.astype(y, plan.carried)
-
-
-def _further(
-    plan: Plan,
-    shape: CallShape,
-    projections: Projections | None,
-    functions: Any,
-    query: Array,
-    of_rows: bool,
-) -> dict[str, Array]:
-    """What the features' own projections of the query input give, (B, T, *axes), by name.
-
-    Args:
-        plan: The plan.
-        shape: The call's lengths.
-        projections: The projections, where they are called.
-        functions: Those by name, or the arrays.
-        query: (B, T, D_q), or (B * T, D_q) where it is `of_rows`.
-        of_rows: Whether projections take and give matrices.
-    """
-    project, found = _computed if projections is None else _called, {}
-    for name, axes in plan.config.further_projections.items():
-        full = (*shape.folded[:2], *axes)
-        if of_rows:
-            found[name] = plan.ops.reshape(functions[name](query), full)
-        else:
-            found[name] = project(plan, functions, name, query, full)
-    within = projections is not None and plan.double
-
-    def activated(found: Mapping[str, Array]) -> dict[str, Array]:
-        every = dict(found)
-        for feature in plan.spec.features:
-            every = {name: feature.activated(plan.ops, name, y) for name, y in every.items()}
-        return every
-
-    return plan.ops.in_float64(activated, found) if within else activated(found)
-
-
-def _with_width(shape: tuple[Any, ...], y: Array) -> tuple[Any, ...]:
-    """The shape of what a projection gives, with its own width where that was not known."""
-    return shape if len(shape) > 2 else (*shape, y.shape[-1])
 
 
 def _attention(
@@ -843,7 +715,7 @@ def _attention(
         query, key, value = (ops.astype(x, plan.working) for x in (query, key, value))
     features, own, tiled, segments = spec.features, heads, None, None
     if features:
-        own, tiled = _weights_of_features(plan, heads), {}
+        own, tiled = weights_of_features(plan, heads), {}
         for feature in features:
             query, key = feature.heads(ops, query, key, own)
         for feature in features:
@@ -867,20 +739,6 @@ def _attention(
     return context, scores
 
 
-def _weights_of_features(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Arrays by name, the features' weights rounded to the compute dtype, in the working dtype."""
-    ops, config, own = plan.ops, plan.config, dict(arrays)
-    for name in config.feature_weights:
-        if name in own:
-            weight = cast_to(ops, cast_to(ops, own[name], plan.compute_dtype), plan.working)
-            free = config.without_gradient.get(name)
-            if free is not None:
-                free *= weight.shape[-1] // len(free)  # of all heads side by side
-                weight = without_gradient(ops, weight, free)
-            own[name] = weight
-    return own
-
-
 def _results(
     plan: Plan,
     shape: CallShape,
@@ -901,12 +759,12 @@ def _results(
     if plan.axes is not PLAIN:
         output = unfold(plan.ops, output, plan.axes, (*shape.batch, *shape.queries))
         scores = None if scores is None else shape.unfolded_scores(plan.ops, scores)
-    output = _rounded(plan, output)
+    output = rounded(plan, output)
     if scores is None and activity is None:
         return output
     found = [output]
     if scores is not None:
-        found.append(_rounded(plan, scores))
+        found.append(rounded(plan, scores))
     if activity is not None:
         dtype = plan.ops.float64 if output.dtype == plan.ops.float64 else plan.ops.float32
         found.append(activity.loss(arrays, dtype))
@@ -918,45 +776,3 @@ def _completed(ops: Ops, spec: AttentionSpec, offset: Any, seed: Any) -> Attenti
     dropout = None if spec.dropout is None else replace(spec.dropout, seed=seed)
     positions = spec.position_mask.at(ops, offset)
     return replace(spec, position_mask=positions, dropout=dropout)
-
-
-def _rounded(plan: Plan, x: Array) -> Array:
-    """A result in the dtype of the results."""
-    if x.dtype == plan.result:
-        return x
-    if plan.double and plan.result == plan.ops.float32:
-        x = without_subnormals(plan.ops, x)
-    return plan.ops.astype(x, plan.result)
-
-
-def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, contracted: int) -> Array:
-    """``x . kernel + bias`` over the last `contracted` axes of `x`, as one matrix product.
-
-    Args:
-        ops: The backend.
-        x: (B, T, *I), I being the `contracted` first axes of the kernel.
-        kernel: (*I, *O).
-        bias: (*O), or None.
-        contracted: Number of axes that are summed over, 1 or 2.
-
-    Returns:
-        (B, T, *O).
-    """
-    shape, reshape = kernel.shape, ops.reshape
-    outer = shape[contracted:]
-    inner = shape[0] if contracted == 1 else shape[0] * shape[1]
-    width = outer[0] if len(outer) == 1 else product(outer)
-    lengths = ops.shape(x)[:2]
-    linear = ops.capabilities.linear
-    if len(shape) != 2 or contracted != 1:
-        kernel = reshape(kernel, (inner, width))
-    if linear is not None:
-        if bias is not None and len(outer) != 1:
-            bias = reshape(bias, (width,))
-        y = linear(reshape(x, (lengths[0] * lengths[1], inner)), kernel, bias)
-    else:
-        if contracted != 1:
-            x = reshape(x, (*lengths, inner))
-        y = ops.tensordot(x, kernel, axes=1)
-        y = y if bias is None else y + reshape(bias, (1, 1, width))
-    return reshape(y, (*lengths, *outer))

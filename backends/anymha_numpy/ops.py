@@ -84,7 +84,7 @@ _BITS = np.array([-np.inf, -0.0], float32).view(int32)
 # NumPy finds where the maximum of a row is two to three times as fast as the maximum itself.
 def max(x, /, *, axis, keepdims):
     length = x.shape[axis]
-    if axis == -1 and keepdims and x.size >= 8 * length > 0:
+    if axis == -1 and keepdims and x.size >= 16 * length > 0:
         rows = x.reshape(-1, length)
         places = rows.argmax(1)
         places += _starts(rows.size, length)

@@ -136,6 +136,21 @@ class Feature:
         """
         return (self.ignores_a_constant,) * width
 
+    def by_position(self, ops: Ops, positions: Array, like: Array) -> dict[str, Array]:
+        """What `heads` makes of the positions alone, by names of their own.
+
+        Decoding makes it for many steps at a time, and gives `heads` the part of one step.
+
+        Args:
+            ops: The backend.
+            positions: Integers (1 or B, T), of queries and keys.
+            like: An array beside which it is made, of the dtype of the queries.
+
+        Returns:
+            Arrays whose second axis is that of the positions.
+        """
+        return {}
+
     def heads(
         self, ops: Ops, query: Array, key: Array, arrays: Mapping[str, Array]
     ) -> tuple[Array, Array]:

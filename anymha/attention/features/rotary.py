@@ -179,6 +179,9 @@ class Rotary(FeatureOptions):
 
 _NONE = Scaling({"rope_type": "default"})
 
+COS, SIN = "rotary.cos", "rotary.sin"
+"""The names of the tables (1 or B, T, 1, r/2) that `RotaryPositions.by_position` makes."""
+
 
 @dataclass(frozen=True)
 class RotaryPositions(Feature):
@@ -249,10 +252,20 @@ class RotaryPositions(Feature):
             return None
         return cls.of_heads(config.rotary, config.key_dim)
 
+    def by_position(self, ops: Ops, positions: Array, like: Array) -> dict[str, Array]:
+        """The cosines and sines, unless these depend on the length."""
+        if self.depends_on_length:
+            return {}
+        cos, sin = self.tables(ops, positions, 0, like)
+        return {COS: cos, SIN: sin}
+
     def heads(
         self, ops: Ops, query: Array, key: Array, arrays: Mapping[str, Array]
     ) -> tuple[Array, Array]:
         """Queries and keys, turned by the angles of `positions` and `key_positions`."""
+        if COS in arrays:
+            tables = arrays[COS], arrays[SIN]
+            return self.turned(ops, query, *tables), self.turned(ops, key, *tables)
         length = 0
         if self.depends_on_length:
             length = arrays.get("lengths", ops.shape(key)[1])
