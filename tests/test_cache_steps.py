@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anymha
+from anymha.attention.features.softcap import Softcap
 from anymha.framework.registry import Backend
 from anymha.layer import decoding
 from anymha.layer.cache import Line
@@ -121,6 +122,46 @@ def test_steps_have_the_bits_of_other_calls(
     assert (counted.of_lines >= 5) == (not (ragged or rounds) and options != "ring")
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_steps_have_what_an_option_does_to_the_context(
+    home: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Softcap, "context", lambda self, ops, context, arrays: context * 2.0)
+    layer = make(home, softcap=5.0, use_bias=False)
+    with writing(home):
+        cache = line_of(home, layer, 6)
+        check_after(home, layer, cache, [1.0] * 6)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+@pytest.mark.parametrize("options", ["bias", "rotary and norms", "gate of heads"])
+def test_steps_under_autocast_have_the_bits_of_other_calls(
+    options: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch, home = required("torch"), usable("torch")
+    layer = make(home, **OPTIONS[options])
+    x = home.ops.from_numpy(normal((2, 12, WIDTH), "x").astype(np.float32))
+
+    def run() -> list[Any]:
+        found, cache = [], layer.make_cache(2, MOST)
+        with getattr(torch, mode)(), torch.autocast("cpu", torch.bfloat16):
+            for at in range(12):
+                output, cache = layer(x[:, at : at + 1], cache=cache)
+                found.append(output)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("anymha.layer.forward.next_step", lambda *_: None)
+        expected = run()
+    with monkeypatch.context() as patch:
+        counted = Counted(patch)
+        found = run()
+    multiplies: Any = home.ops.capabilities.multiplies
+    assert (counted.steps >= 8) == multiplies(torch.bfloat16, torch.device("cpu"))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype is torch.bfloat16
+        assert torch.equal(one, other)
 
 
 @dataclasses.dataclass

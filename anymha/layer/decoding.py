@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from anymha.attention.features.base import Feature
 from anymha.attention.masks import PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
@@ -33,6 +34,7 @@ class Step(NamedTuple):
         planned: The planned call of one of them.
         spec: The options of the attention, all that is read being seen.
         has_positions: Whether options count positions.
+        changes_context: Whether options change the context.
         tables: What options make of positions, of the last ones that were made: the number of
             the first, and arrays by name.
     """
@@ -43,6 +45,7 @@ class Step(NamedTuple):
     planned: PlannedCall
     spec: AttentionSpec
     has_positions: bool
+    changes_context: bool
     tables: list[tuple[int, dict[str, Array]]]
 
 
@@ -75,7 +78,8 @@ def keep_step(
         return
     plans.steps[held.start is not None] = Step(
         (query.shape, array_key(query)), projections.kind, _kind(cache), planned,
-        replace(plan.spec, position_mask=PositionMask()), plan.config.counts_positions, [],
+        replace(plan.spec, position_mask=PositionMask()), plan.config.counts_positions,
+        any(type(feature).context is not Feature.context for feature in features), [],
     )  # fmt: skip
 
 
@@ -195,8 +199,8 @@ def next_step(
     for name in ("query", "key", "value"):
         if arrays[name].dtype != dtype:  # of a cache, what is seen is computed in the query's
             arrays[name] = ops.astype(arrays[name], dtype)
-    context = context_of(ops, spec, path, arrays)
-    if own:
+    context = cast_to(ops, context_of(ops, spec, path, arrays), dtype)
+    if step.changes_context:
         context = ops.permute_dims(context, HEADS_FIRST)
         for feature in spec.features:
             context = feature.context(ops, context, own)

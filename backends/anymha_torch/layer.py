@@ -46,7 +46,7 @@ from anymha.layer.projecting import Projections
 from anymha.options.config import AttentionConfig, shown_options
 from anymha.options.option import Option
 from anymha_torch import ops
-from anymha_torch.fused import HALF, mixed_dtype
+from anymha_torch.fused import HALF, mixed_dtype, multiplies
 from anymha_torch.projection import (
     NAMES,
     LazyWeight,
@@ -145,9 +145,14 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
         name, _, part = full.partition(".")
         return (self._modules[name], PARTS.get(part, part)) if part else (self, name)
 
-    def _mixed_in(self, dtype: torch.dtype) -> tuple[AttentionConfig, AttentionConfig, Plans]:
-        """The options, those under `torch.autocast` in a dtype, and the plans of such calls."""
-        return self.config, self.config.computing_in(NAMES[dtype]), Plans()
+    def _mixed_in(
+        self, dtype: torch.dtype
+    ) -> tuple[AttentionConfig, AttentionConfig, tuple[Plans, Plans]]:
+        """The options, those under `torch.autocast` in a dtype, and the plans of such calls.
+
+        These are as `plans` and `_inference_plans` are for other calls.
+        """
+        return self.config, self.config.computing_in(NAMES[dtype]), (Plans(), Plans())
 
     @property
     def built(self) -> bool:
@@ -234,24 +239,28 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             or _get_tracing_state() is not None
             or _len_torch_dispatch_stack() > 0
         )
-        plans = prepared = None
+        plans = None
+        infers = not tracing and torch.is_inference_mode_enabled()
         if not tracing:
-            plans = self._inference_plans if torch.is_inference_mode_enabled() else self.plans
-            # A mode that watches torch's functions shall see `linear`. Under autocast a projection
-            # gives another dtype than the layer computes in, which the kept ones do not cast.
-            watched = _len_torch_function_stack() or _is_any_autocast_enabled()
-            prepared = None if watched else plans
+            plans = self._inference_plans if infers else self.plans
+        prepared, mixed = plans, _is_any_autocast_enabled()
         config, rounding_dtype = self.config, self._rounding_dtype
-        if tracing or _is_any_autocast_enabled():
+        if tracing or mixed:
+            # Under autocast a projection may give another dtype than the layer computes in, which
+            # the kept ones do not cast.
+            prepared = None
             first: Any = query[0] if isinstance(query, (list, tuple)) else query
             dtype = mixed_dtype(first) if torch.is_tensor(first) else None
             if dtype is not None and dtype_of(self._modules["query"]) is not torch.float64:
                 if self._mixed[dtype][0] is not config:
                     self._mixed[dtype] = self._mixed_in(dtype)
                 _, config, kept = self._mixed[dtype]
-                plans = kept if plans is self.plans else None
+                plans = None if tracing else kept[infers]
                 if config.compute_dtype == NAMES[dtype]:
                     rounding_dtype = dtype
+                    prepared = plans if multiplies(dtype, first.device) else None
+        if _len_torch_function_stack():  # what watches torch's functions shall see `linear`
+            prepared = None
         projections: Any
         if "_like" in self._buffers:
 
