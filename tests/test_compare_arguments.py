@@ -83,6 +83,23 @@ def scaled(x: Any, scale: Any = None, mask: Any = None, freqs_cis: Any = None) -
     return LAYER(x, attention_mask=mask)
 
 
+def needs_a_mask(x: Any, mask: Any) -> Any:
+    return LAYER(x, attention_mask=mask)
+
+
+def needs_what_is_hidden(x: Any, hidden: Any) -> Any:
+    return LAYER(x, attention_mask=~hidden)
+
+
+def needs_padding(x: Any, padding_mask: Any) -> Any:
+    return LAYER(x, value_mask=~padding_mask)
+
+
+def needs_flags(x: Any, is_causal: bool, deterministic: bool, train: bool) -> Any:
+    assert (deterministic, train) == (True, False)
+    return LAYER(x, use_causal_mask=is_causal)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "torch's order": (by_torch_order, [X, Y, Z], {}),
     "torch's order, two inputs": (by_torch_order, [X, Y], {}),
@@ -98,6 +115,18 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     "one name for both positions": (positions_of_both, [X], PLACES),
     "a mask with an axis of heads": (mask_of_heads, [X], {"attention_mask": MASK[..., :5]}),
     "parameters that are no inputs": (scaled, [X], {"attention_mask": MASK[..., :5]}),
+    "a mask that it needs": (needs_a_mask, [X], {}),
+    "a mask that it needs, of what is hidden": (needs_what_is_hidden, [X], {}),
+    "padding that it needs": (needs_padding, [X], {}),
+    "flags that it needs": (needs_flags, [X], {}),
+    "flags that it needs, one given": (needs_flags, [X], {"use_causal_mask": True}),
+    "causality in a mask": (needs_a_mask, [X], {"use_causal_mask": True}),
+    "causality in a mask of what is hidden": (needs_what_is_hidden, [X], {"use_causal_mask": True}),
+    "causality and padding in a mask": (
+        needs_a_mask,
+        [X],
+        {"use_causal_mask": True, "value_mask": TOKENS[:, :5]},
+    ),
     "partial": (functools.partial(by_torch_order), [X, Y, Z], {}),
 }
 
@@ -107,6 +136,20 @@ def test_function_gets_what_its_names_say(case: str) -> None:
     function, inputs, call = CALLS[case]
     report = compare(LAYER, function, inputs, **call)
     assert report.passed, report.to_text()
+
+
+def test_causality_that_a_mask_of_the_keys_cannot_say_is_refused() -> None:
+    def of_keys(x: Any, mask: Any = None) -> Any:
+        return LAYER(x, value_mask=mask)
+
+    with pytest.raises(LayoutError, match="does not take `use_causal_mask`, nor as a mask"):
+        compare(LAYER, of_keys, X, use_causal_mask=True)
+
+
+def test_a_function_that_leaves_a_causal_mask_out_is_found() -> None:
+    report = compare(LAYER, lambda x, mask: LAYER(x), X, use_causal_mask=True)
+    assert "mask" in str(report.diagnosis)
+    assert not report.passed
 
 
 def test_exchanged_arguments_inside_are_still_found() -> None:

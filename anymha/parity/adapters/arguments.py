@@ -50,6 +50,12 @@ OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_cau
            *POSITIONS, *SEGMENTS)  # fmt: skip
 
 
+IDLE = {
+    **dict.fromkeys(("use_causal_mask", "is_causal", "causal", "training", "train"), False),
+    "deterministic": True, "need_weights": False, "query_offset": 0, "dropout": 0.0,
+}  # fmt: skip
+"""What a call that does not say is given where a parameter has no default."""
+
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead")
 """Attributes in which a module may say how many heads it has."""
 
@@ -82,6 +88,7 @@ class Fitted:
     inputs: tuple[tuple[str, str], ...]  # Its parameter, or "" for a place, and the input's name
     arguments: dict[str, Any]  # The call's other arguments by its own names, in NumPy
     notes: tuple[str, ...] = ()  # How masks were handed over, where it could be meant otherwise
+    refusal: str = ""  # What is said where it takes the call in no form
 
     def call(self, function: Callable[..., Any], inputs: Mapping[str, Any], arguments: Any) -> Any:
         """The result for these inputs by name, of which later ones default to earlier ones."""
@@ -102,6 +109,7 @@ class Parameters:
     places: tuple[str, ...] = ("", "", "")  # The name of each input's parameter; "": by place
     needs: int = 1  # How many of the inputs it needs
     names: frozenset[str] = frozenset()  # Its other parameters
+    needed: frozenset[str] = frozenset()  # Those of them that have no default
     unknown: tuple[str, ...] = ()  # Parameters that it needs and no call has
     anything: bool = True  # Whether it takes arguments of any name
     heads: int = 0  # How many heads it says that it has; 0: it does not say
@@ -148,6 +156,7 @@ class Parameters:
             tuple(names),
             sum(p.default is p.empty for p in inputs),
             frozenset(p.name for p in others),
+            frozenset(p.name for p in others if p.name in needed),
             tuple(unknown),
             any(p.kind is p.VAR_KEYWORD for p in every),
             _heads_of(owner),
@@ -173,8 +182,11 @@ class Parameters:
         return {kind: several[0] for kind, several in (("whole", whole), ("keys", padding))
                 if several}  # fmt: skip
 
-    def lacking(self, request: Request) -> str:
-        """Why it cannot be given the call, in words; empty where it can."""
+    def lacking(self, request: Request, by_mask: bool = False) -> str:
+        """Why it cannot be given the call, in words; empty where it can.
+
+        Causality counts as given in a mask only where `by_mask` says so.
+        """
         if self.unknown:
             return f"needs {_listed(self.unknown)}, which no call has"
         if "value" in request.inputs and len(self.inputs) < 2:
@@ -183,7 +195,7 @@ class Parameters:
             _, value, key = request.three
             if not (key.shape == value.shape and np.array_equal(key, value, equal_nan=True)):
                 return "takes two inputs alone"
-        lost = self._assigned(request)[2]
+        lost = self._assigned(request, by_mask)[2]
         return f"does not take {_listed(lost)}{self._idle}" if lost else ""
 
     @property
@@ -206,16 +218,18 @@ class Parameters:
         Raises:
             LayoutError: it cannot be given the call.
         """
-        reason = self.lacking(request)
+        reason = self.lacking(request, by_mask=True)
         if reason:
             raise LayoutError(f"{self.name} {reason}.")
         present = [i + 1 for i, name in enumerate(self.inputs) if name in request.inputs]
         count = max(self.needs, *present)
         inputs = tuple(zip(self.places[:count], self.inputs[:count], strict=True))
-        own, folded, _ = self._assigned(request)
+        own, folded, _ = self._assigned(request, by_mask=True)
         if self.like_torch and "need_weights" in self.names:
             own["need_weights"] = False
-        if not folded:
+        own |= {name: IDLE[name] for name in self.needed & IDLE.keys() - own.keys()}
+        lacks = [name for name in self.masks.values() if name in self.needed - own.keys()]
+        if not folded and not lacks:
             yield Fitted(inputs, own)
             mask = own.get("attention_mask")
             if mask is not None:  # it may take an axis of heads, or of the batch, alone
@@ -224,10 +238,15 @@ class Parameters:
                         told = f"`attention_mask` is given as {other.shape}, True = may attend"
                         yield Fitted(inputs, {**own, "attention_mask": other}, (told,))
             return
+        refusal = ""
+        if "use_causal_mask" in folded:  # a mask of its keys alone cannot say that
+            refusal = f"{self.name} does not take `use_causal_mask`, nor as a mask."
         for masks, words in self._mask_forms(request, folded):
-            yield Fitted(inputs, {**own, **masks}, ("; ".join(words),))
+            yield Fitted(inputs, {**own, **masks}, ("; ".join(words),), refusal)
 
-    def _assigned(self, request: Request) -> tuple[dict[str, Any], list[str], list[str]]:
+    def _assigned(
+        self, request: Request, by_mask: bool = False
+    ) -> tuple[dict[str, Any], list[str], list[str]]:
         """Arguments by its own names; those that reach it in a mask of another name; the others."""
         own: dict[str, Any] = {}
         folded, lost = [], []
@@ -246,6 +265,8 @@ class Parameters:
                 if twin is None or name in MASKS or not np.array_equal(twin, value):
                     lost.append(name)  # what one argument says for queries and keys, is not
         whole = self.masks.get("whole")
+        if by_mask and lost == ["use_causal_mask"] and whole and request.inputs["query"].ndim == 3:
+            folded.append(lost.pop())
         if whole in own and any(n not in ("value_mask", "key_mask") or "keys" not in self.masks
                                 for n in folded):  # fmt: skip
             folded.append(str(whole))
@@ -260,11 +281,12 @@ class Parameters:
         keys = [n for n in folded if n in ("value_mask", "key_mask") and "keys" in kinds]
         rest = [n for n in folded if n not in keys]
         padding, words = {}, []
-        if keys:
-            seen = np.logical_and.reduce([request.masks[n] for n in keys])
+        if keys or kinds.get("keys") in self.needed:
+            shown = np.ones(request.three[1].shape[:2], bool)
+            seen = np.logical_and.reduce([shown, *(request.masks[n] for n in keys)])
             padding[kinds["keys"]] = ~seen
             words.append(f"`{kinds['keys']}` is given with True = padding")
-        if not rest:
+        if not rest and kinds.get("whole") not in self.needed:
             yield padding, words
             return
         name, seen = kinds["whole"], _dense(request, rest)
@@ -302,7 +324,10 @@ def _dense(request: Request, names: list[str]) -> np.ndarray:
     batch, queries, keys = query.shape[0], query.shape[1], value.shape[1]
     seen = np.ones((batch, 1, queries, keys), bool)
     for name in names:
-        seen = seen & spread_mask(name, request.masks[name], 1, 1, 1)
+        if name == "use_causal_mask":
+            seen = seen & np.tri(queries, keys, dtype=bool)
+        else:
+            seen = seen & spread_mask(name, request.masks[name], 1, 1, 1)
     return seen
 
 
@@ -328,10 +353,15 @@ def first_that_runs(
     """The first form in which a callable gives an output of the query's lengths; and the results.
 
     Where none does, what the first gives, or raises.
+
+    Raises:
+        LayoutError: none does, and what was tried is no more than a guess.
     """
     failed: list[Exception] = []
     ran: list[tuple[Fitted, Mapping[str, Any]]] = []
+    refusal = ""
     for form in forms:
+        refusal = form.refusal
         try:
             ran.append((form, run(form)))
         except Exception as error:  # whatever it raises; another form may be the one it takes
@@ -339,6 +369,8 @@ def first_that_runs(
             continue
         if tuple(ran[-1][1]["output"].shape[:-1]) == request.inputs["query"].shape[:-1]:
             return ran[-1]
+    if refusal:
+        raise LayoutError(refusal) from next(iter(failed), None)
     if ran:
         return ran[0]
     raise failed[0]
