@@ -172,13 +172,19 @@ def pytest_runtest_setup() -> None:
 
 
 def in_turn(make: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that gives what it has made so and so often, then makes another."""
+    """A function that gives a context of MLIR to so many programs, then makes another.
+
+    A program that is compiled while another is built, and would be built into it, has its own.
+    """
+    contexts: Any = importlib.import_module("jax._src.lib.mlir").ir.Context
     made: Any = None
     calls = itertools.count()
 
     @wraps(make)
     def given() -> Any:
         nonlocal made
+        if contexts.current is not None:
+            return make()
         if next(calls) % PROGRAMS == 0:
             made = make()
         return made
