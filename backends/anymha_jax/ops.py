@@ -159,7 +159,9 @@ def narrow(x, start, length, /, *, axis):
 
 def from_numpy(x, /):
     with jax.enable_x64(x.dtype == np.float64 or x64.exists()):
-        return jax.device_put(np.array(x))  # a copy, whose memory JAX may take
+        if jax.sharding.get_abstract_mesh().empty:
+            return jax.device_put(np.array(x))  # a copy, whose memory JAX may take
+        return jnp.asarray(x)  # on the devices of the mesh
 
 
 def constants(query, arrays, /):
