@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import os
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ BACKENDS = ("numpy", "torch", "tensorflow", "jax")
 # These take longest: where workers share the files, none starts one of them when the others end.
 LONG = ("test_keras_layer.py", "test_conformance.py", "test_torch_tools.py", "test_semantics.py",
         "test_adapters.py", "test_selftest.py", "test_jax_half.py")  # fmt: skip
+
+PROGRAMS = 200
+"""So many programs of JAX have one context of MLIR, which keeps all types and constants."""
 
 FINISHED: list[str] = []
 """The tests that have ended in this process."""
@@ -70,7 +75,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def quick_programs(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """JAX's compiler works for less long: what it makes then is rounded otherwise, no more.
+    """The compilers of JAX and TensorFlow work for less long: no more than the rounding changes.
 
     For tests that hold results against others within rounding, where compiling is most of the
     time. What must not depend on the compiler, bits and excluded positions, has tests without it,
@@ -94,7 +99,12 @@ def quick_programs(
 
         if options_of is not None:
             monkeypatch.setattr(compiler, "get_compile_options", quicker)
+    optimizer = sys.modules["tensorflow"].config.optimizer if "tensorflow" in sys.modules else None
+    if optimizer is not None:
+        optimizer.set_experimental_options({"disable_meta_optimizer": True})
     yield
+    if optimizer is not None:
+        optimizer.set_experimental_options({"disable_meta_optimizer": False})
     if "jax" in sys.modules:
         sys.modules["jax"].config.update(option, before == "1")
 
@@ -146,6 +156,42 @@ def installed() -> list[Backend]:
     return [usable(name) for name in BACKENDS if get_backend(name).installed or name in EXPECTED]
 
 
+def pytest_runtest_setup() -> None:
+    """Keep frameworks that are imported from making again what no result depends on.
+
+    TensorFlow walks the deep stack of a test for each node that it makes, to say in errors where:
+    a fifth of the time of its tests. JAX loads all dialects of MLIR for each program: a quarter.
+    """
+    for module, name, reused in (
+        ("tensorflow.python.util.tf_stack", "extract_stack", cache),
+        ("jax._src.interpreters.mlir", "make_ir_context", in_turn),
+    ):
+        make: Any = getattr(sys.modules.get(module), name, None)  # the frameworks' own affair
+        if make is not None and not hasattr(make, "__wrapped__"):
+            setattr(sys.modules[module], name, reused(make))
+
+
+def in_turn(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that gives a context of MLIR to so many programs, then makes another.
+
+    A program that is compiled while another is built, and would be built into it, has its own.
+    """
+    contexts: Any = importlib.import_module("jax._src.lib.mlir").ir.Context
+    made: Any = None
+    calls = itertools.count()
+
+    @wraps(make)
+    def given() -> Any:
+        nonlocal made
+        if contexts.current is not None:
+            return make()
+        if next(calls) % PROGRAMS == 0:
+            made = make()
+        return made
+
+    return given
+
+
 @pytest.hookimpl(trylast=True)  # after pytest's own order, by the parameters of fixtures
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the long files first."""
@@ -155,6 +201,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from searching the frameworks' objects again and again."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # Python's own 700, 10 and 10 take a twentieth of the time
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import anymha
+from anymha.framework.registry import get_backend
 from anymha.layer import varying
 from anymha.layer.varying import FEW, OFTEN, Varying, longer
 from tests.frameworks import required
@@ -104,6 +105,18 @@ def test_few_programs_serve_many_lengths(programs: Any) -> None:
         x = jax.device_put(normal((2, 29, 16), "x"))
         layer(x, value_mask=jax.device_put(padding(29)))
     assert programs() == before + 1  # one of its own, since it is called often
+
+
+def test_arrays_of_numpy_are_copied_without_a_program(programs: Any) -> None:
+    ops = get_backend("jax").ops
+    for length in (2, 3, 5, 64, 1021):
+        x = normal((length, 16), "x")
+        found, before = ops.from_numpy(x), x.copy()
+        x += 1
+        np.testing.assert_array_equal(np.asarray(found), before)
+    layer = anymha.MultiHeadAttention(num_heads=3, key_dim=7, query_features=11, backend="jax")
+    anymha.set_weights(layer, {n: np.asarray(w) for n, w in layer.weights.items()})
+    assert programs() == 0
 
 
 @pytest.mark.usefixtures("varying_at_once")

@@ -140,4 +140,5 @@ def _arrays(config: AttentionConfig, values: Mapping[str, Any]) -> dict[str, jax
     """The values as JAX arrays of the config's dtype, float64 too in a float32 program."""
     with jax.enable_x64(config.dtype == "float64" or float64.exists()):
         dtype = ops.dtype(config.dtype)
-        return {name: jnp.asarray(value.astype(dtype)) for name, value in values.items()}
+        cast = {name: value.astype(dtype) for name, value in values.items()}
+        return {n: x if ops.is_array(x) else ops.from_numpy(x) for n, x in cast.items()}

@@ -88,7 +88,7 @@ def compile(function, pairs, /):
     return jax.jit(function, inline=True)
 
 
-# Padding and slicing by JAX would each compile a program for each shape.
+# Padding, slicing and `jnp.asarray` would each compile a program for each shape.
 def resized(x, shape, /):
     if isinstance(x, Tracer) or not _is_one_cpu():
         return None
@@ -97,7 +97,7 @@ def resized(x, shape, /):
     corner = tuple([slice(min(n, m)) for n, m in zip(x.shape, shape, strict=True)])
     found = np.zeros(shape, x.dtype)
     found[corner] = np.asarray(x)[corner]
-    return jax.device_put(found)  # `jnp.asarray` would compile a program for each shape
+    return jax.device_put(found)
 
 
 def has_values(x, /):
@@ -159,7 +159,9 @@ def narrow(x, start, length, /, *, axis):
 
 def from_numpy(x, /):
     with jax.enable_x64(x.dtype == np.float64 or x64.exists()):
-        return jnp.asarray(x)
+        if jax.sharding.get_abstract_mesh().empty:
+            return jax.device_put(np.array(x))  # a copy, whose memory JAX may take
+        return jnp.asarray(x)  # on the devices of the mesh
 
 
 def constants(query, arrays, /):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anymha.errors import ArgumentError, BackendNotInstalledError, LayoutError, UnknownBackendError
-from anymha.framework.registry import homes
+from anymha.framework.registry import BUILT_IN, LAYERS, homes
 from anymha.interchange.compared_options import check_supported
 from anymha.interchange.layer_config import alike
 from anymha.interchange.layouts import get_layout, layouts, unknown_name
@@ -119,6 +119,8 @@ def known_class(kind: type) -> tuple[str, str] | None:
 
 def check_target(to: Any) -> None:
     """Raise an error where `to` is no backend, and no layout whose layers stand alone."""
+    if to in (*MAKERS, *(one.name for one in (*BUILT_IN, *LAYERS))):
+        return  # to look for those of others takes longer than to convert
     known = [*homes(), *MAKERS]
     if to in layouts() and to not in known:
         raise LayoutError(

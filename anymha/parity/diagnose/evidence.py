@@ -96,8 +96,10 @@ class Evidence:
         exact = recipe.stages["output"]
         if exact.shape != got.shape:
             return None
-        most = float(np.max(np.abs(got), where=np.isfinite(got), initial=0.0)) or 1.0
-        return distance(got, exact, "output").max(-1, initial=0.0) / most
+        if "most" not in self._last:
+            most = float(np.max(np.abs(got), where=np.isfinite(got), initial=0.0))
+            self._last["most"] = most or 1.0
+        return distance(got, exact, "output").max(-1, initial=0.0) / self._last["most"]
 
     def _share(self, name: str, apart: np.ndarray, tolerances: Tolerances) -> float:
         shares = error_shares(apart, tolerances.of(name, self.trace))

@@ -509,8 +509,9 @@ def _in_shards(
 ) -> np.ndarray:
     """An array whose parts are others of them; -1: zeros."""
     cut = _cut_axis(name, array, along)
-    parts = [*np.split(cut, count), np.zeros_like(np.split(cut, count)[0])]
-    again = np.concatenate([parts[at] for at in order])
+    parts = cut.reshape(count, -1, *cut.shape[1:])[[*order]]
+    parts[np.equal(order, -1)] = 0
+    again = parts.reshape(-1, *cut.shape[1:])
     turned = again.T if (name == "output.kernel") != (along == "heads") else again
     return turned.reshape(array.shape)
 

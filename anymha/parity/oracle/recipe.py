@@ -17,10 +17,12 @@ An option of the attention (a softcap, rotary positions) changes what some of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property, reduce
-from typing import Any, ClassVar, Self
+from functools import cache, cached_property, reduce
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -28,14 +30,69 @@ from anymha.parity.oracle.decoded import Decoded
 
 Arrays = dict[str, np.ndarray]
 
-FEW_NUMBERS = 4096
-"""In two arrays of so few numbers together, NumPy sums products sooner than it finds a fast way."""
+
+class Matrices(NamedTuple):
+    """How a product of two arrays is one of matrices: axes in order, and how many of each kind.
+
+    Args:
+        first: The axes of the first array: common ones, its own, summed ones.
+        second: Those of the second: common ones, summed ones, its own.
+        result: Where the axes of the product, common ones and those of each, are in the result.
+        common: How many axes the arrays and the result have in common.
+        own: How many of the first array's axes the second has not.
+        plain: Whether there is one axis of each other kind, so that the arrays are matrices.
+    """
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    result: tuple[int, ...]
+    common: int
+    own: int
+    plain: bool
+
+
+@cache
+def _matrices(formula: str) -> Matrices | None:
+    """How the formula of two arrays is a product of matrices; None where it is not."""
+    (first, second), result = formula.partition("->")[0].split(","), formula.partition("->")[2]
+    summed = [n for n in first if n in second and n not in result]
+    common = [n for n in result if n in first and n in second]
+    own = [n for n in result if n in first and n not in second]
+    others = [n for n in result if n in second and n not in first]
+    one, other, made = common + own + summed, common + summed + others, common + own + others
+    named = ((one, first), (other, second), (made, result))
+    if not summed or any(sorted(names) != sorted(given) for names, given in named):
+        return None
+    return Matrices(
+        tuple(map(first.index, one)), tuple(map(second.index, other)),
+        tuple(map(made.index, result)), len(common), len(own),
+        plain=len(own) == len(summed) == len(others) == 1,
+    )  # fmt: skip
 
 
 def einsum(formula: str, *arrays: np.ndarray) -> np.ndarray:
-    """`np.einsum`, by matrix products where that is faster."""
-    many = len(arrays) > 2 or sum([array.size for array in arrays]) > FEW_NUMBERS
-    return np.einsum(formula, *arrays, optimize=many)
+    """`np.einsum`, by products of matrices where it is one."""
+    way = _matrices(formula) if len(arrays) == 2 else None
+    if way is None:
+        return np.einsum(formula, *arrays, optimize=len(arrays) > 2)
+    first, second = arrays[0].transpose(way.first), arrays[1].transpose(way.second)
+    one, other, common = first.shape, second.shape, way.common
+    begin = common + way.own
+    end = common + len(one) - begin
+    if one[:common] != other[:common] or one[begin:] != other[common:end]:
+        return np.einsum(formula, *arrays)  # repeats axes of length 1, or says what does not fit
+    if not way.plain:
+        axes, summed = one[:common], math.prod(one[begin:])
+        first = first.reshape(*axes, math.prod(one[common:begin]), summed)
+        second = second.reshape(*axes, summed, math.prod(other[end:]))
+    if common:
+        with np.errstate(all="ignore"):  # as `np.einsum` and `np.dot` are silent
+            product = np.matmul(first, second)
+    else:
+        product = np.dot(first, second)
+    if not way.plain:
+        product = product.reshape(one[:begin] + other[end:])
+    return product.transpose(way.result)
 
 
 class Section:
@@ -255,22 +312,28 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The recipe with other fields; it knows the stages that these do not change."""
-        known = {**self.known, **self._begun}
-        changed = set().union(*(_changed(self, name, new) for name, new in changes.items()))
-        first = min((place for place, n in enumerate(STEPS) if n in changed), default=len(STEPS))
+        changed: set[str] = set()
+        for name, new in changes.items():
+            changed.update(_changed(self, name, new))
+        first = min([PLACES[name] for name in changed if name in PLACES], default=len(ORDER))
         # The projections do not depend on each other.
-        kept = [n for at, n in enumerate(STEPS) if at < max(first, 3) and n not in changed]
-        known = {name: known[name] for name in kept if name in known}
-        if not changes.keys() & MASKING:
+        known: Arrays = {}
+        for name in ORDER[: max(first, 3)]:
+            array = self._begun.get(name, self.known.get(name))
+            if array is not None and name not in changed:
+                known[name] = array
+        if MASKING.isdisjoint(changes):
             known["seen"] = self.seen
         made = object.__new__(Recipe)  # a search makes thousands, which `replace` is slow for
-        vars(made).update({name: vars(self)[name] for name in _FIELDS}, **changes, known=known)
+        fresh = {"known": known, "_begun": {}, "computed": {}}
+        vars(made).update(zip(_FIELDS, _VALUES(vars(self)), strict=True), **changes, **fresh)
         return made
 
     def alone(self) -> Recipe:
         """The recipe without what has been computed of it."""
         made: Recipe = object.__new__(type(self))
-        vars(made).update({name: vars(self)[name] for name in self.__dataclass_fields__})
+        own = vars(self)
+        vars(made).update({name: own[name] for name in self.__dataclass_fields__})
         return made
 
     def of_batch(self, at: int) -> Recipe:
@@ -337,6 +400,7 @@ MASKING = {"inputs", "masks", "causal", "window", "offset", "decoded"}
 """The fields that tell where queries may attend."""
 
 _FIELDS = tuple(one.name for one in fields(Recipe))
+_VALUES = itemgetter(*_FIELDS)
 
 Step = Callable[[Recipe, Arrays], np.ndarray]
 """Computes a stage from a recipe and the stages before it."""
@@ -378,8 +442,14 @@ def projected(recipe: Recipe, name: str) -> np.ndarray:
 
 def reads(recipe: Recipe) -> np.ndarray:
     """The key head that each query head reads."""
-    heads, shared = recipe.heads
-    return np.arange(heads) // (heads // shared)
+    return _read(*recipe.heads)
+
+
+@cache
+def _read(heads: int, shared: int) -> np.ndarray:
+    order = np.arange(heads) // (heads // shared)
+    order.setflags(write=False)
+    return order
 
 
 def allowed(recipe: Recipe) -> np.ndarray:
@@ -419,10 +489,13 @@ def masked(recipe: Recipe, stages: Arrays) -> np.ndarray:
 
 def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
     """Over an axis; where all of it is -inf, zeros."""
-    top = logits.max(axis, keepdims=True, initial=-np.inf)
-    empty = np.isneginf(top)
+    top = np.maximum.reduce(logits, axis, keepdims=True, initial=-np.inf)
+    empty = top == -np.inf
+    if not empty.any():
+        weights = np.exp(logits - top)
+        return np.divide(weights, np.add.reduce(weights, axis, keepdims=True), out=weights)
     weights = np.exp(logits - np.where(empty, 0.0, top))
-    return weights / np.where(empty, 1.0, weights.sum(axis, keepdims=True))
+    return weights / np.where(empty, 1.0, np.add.reduce(weights, axis, keepdims=True))
 
 
 def dropped(recipe: Recipe, stages: Arrays) -> np.ndarray:
@@ -457,6 +530,10 @@ STEPS: Mapping[str, Step] = {
     "output": output,
 }
 """The steps of the layer."""
+
+ORDER = tuple(STEPS)
+PLACES = {name: at for at, name in enumerate(ORDER)}
+"""The stages in order, and the place of each."""
 
 
 def sizes(
