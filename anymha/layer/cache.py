@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from threading import Lock
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import ref
 
 import numpy as np
@@ -298,6 +298,7 @@ class Cache(Nested):
         "key_positions",
     )  # fmt: skip
     STATIC: ClassVar[tuple[str, ...]] = ("max_length", "window")
+    _known: ClassVar[Any]  # of an instance its lengths in numbers, None where they are not known
     _lost: ClassVar[Any] = None  # of an instance the positions (B,) before which all is overwritten
     # of an instance the one length of its rows, once a call knows it; the arrays of lengths are
     # made of it when they are asked for
@@ -337,19 +338,22 @@ class Cache(Nested):
         if (True, True) not in same:  # not all are known to be these caches' alone
             self._sharing = None
 
-    def __getattr__(self, name: str) -> Any:
-        start = self._start
-        if name == "_known":  # the lengths in numbers, if they are known
-            if start is not None:
-                self.__dict__["_known"] = start = np.full(self.keys.shape[0], start, np.int64)
-            return start
-        if start is None or name not in ("lengths", "previous"):
-            raise AttributeError(f"Cache has no attribute `{name}`.", name=name, obj=self)
-        ops = backend_of(self.keys).ops
-        counts = np.full(self.keys.shape[0], start - (name == "previous"), np.int32)
-        made = ops.asarray(counts, device=ops.device(self.keys))
-        setattr(self, name, made)
-        return made
+    if not TYPE_CHECKING:  # to type checkers a cache would have attributes of every name
+
+        def __getattr__(self, name: str) -> Any:
+            start = self._start
+            if name == "_known":
+                if start is None:
+                    return None
+                self.__dict__["_known"] = known = np.full(self.keys.shape[0], start, np.int64)
+                return known
+            if start is None or name not in ("lengths", "previous"):
+                raise AttributeError(f"Cache has no attribute `{name}`.", name=name, obj=self)
+            ops = backend_of(self.keys).ops
+            counts = np.full(self.keys.shape[0], start - (name == "previous"), np.int32)
+            made = ops.asarray(counts, device=ops.device(self.keys))
+            setattr(self, name, made)
+            return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = {field.name: getattr(self, field.name) for field in fields_of(self)}
