@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import pickle
 from contextlib import nullcontext
 from threading import Thread
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -412,3 +414,160 @@ def test_a_compiled_step_goes_on_from_a_line() -> None:
             assert cache.lengths.tolist() == [8, 8]
             output, _ = layer(x, cache=cache)
             assert torch.isfinite(output).all()
+
+
+CHANGES: dict[str, Any] = {
+    "overflowed": lambda cache: cache.overflowed | True,
+    "max_length": lambda cache: MOST + 6,
+    "donate": lambda cache: True,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_assigned_to_the_newest_cache_is_kept(name: str, home: Backend) -> None:
+    layer = make(home)
+    with writing(home):
+        cache = line_of(home, layer, 6)
+        given = CHANGES[name](cache)
+        setattr(cache, name, given)
+        _, later = layer(positions(home, 1.0), cache=cache)
+    assert getattr(later, name) is given
+
+
+def test_lengths_that_are_read_are_those_of_the_caches_that_follow(home: Backend) -> None:
+    layer = make(home)
+    with writing(home):
+        cache = line_of(home, layer, 6)
+        for count in range(6, 10):
+            assert plain(home, cache.lengths).tolist() == [count] * 2
+            assert plain(home, cache.previous).tolist() == [count - 1] * 2
+            _, cache = layer(positions(home, 1.0), cache=cache)
+
+
+def test_a_smaller_limit_is_heeded(home: Backend) -> None:
+    layer = make(home)
+    with writing(home):
+        cache = line_of(home, layer, 6)
+        cache.max_length = 6
+        with pytest.raises(anymha.AnymhaError, match="has room for"):
+            layer(positions(home, 1.0), cache=cache)
+
+
+def test_a_line_keeps_no_arrays_that_its_caches_have_not(home: Backend) -> None:
+    layer = make(home)
+    with writing(home):
+        cache = line_of(home, layer, 6)
+        before = [ref(cache.keys), ref(cache.values)]
+        cache.keys, cache.values = (home.ops.astype(x, home.ops.dtype("float16"))
+                                    for x in (cache.keys, cache.values))  # fmt: skip
+    assert [one() for one in before] == [None, None]
+
+
+def test_a_compiled_reader_serves_all_lengths_of_a_line() -> None:
+    torch, home = required("torch"), usable("torch")
+    layer, reader = make(home), make(home, seed=1)
+    counter = importlib.import_module("torch._dynamo.testing").CompileCounter()
+    read = torch.compile(lambda x, cache: reader(x, memory=cache), backend=counter, fullgraph=True)
+    x = positions(home, 1.0)
+    with torch.no_grad():
+        cache = line_of(home, layer, 6)
+        for _ in range(MOST - 6):
+            _, cache = layer(x, cache=cache)
+            torch.testing.assert_close(read(x, cache), reader(x, memory=cache))
+    assert counter.frame_count <= 3
+
+
+def test_a_compiled_program_copies_the_newest_cache() -> None:
+    torch, home = required("torch"), usable("torch")
+    layer = make(home)
+    step = torch.compile(
+        lambda x, cache: layer(x, cache=copy.copy(cache)), backend="eager", fullgraph=True
+    )
+    with torch.no_grad():
+        for count in range(5, 17):
+            _, later = step(positions(home, 2.0), line_of(home, layer, count))
+            check_after(home, layer, later, [1.0] * count + [2.0])
+
+
+def test_a_compiled_call_after_a_step_that_failed_reads_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    torch, home = required("torch"), usable("torch")
+    layer = make(home)
+    call = torch.compile(
+        lambda x, cache, valid: layer(x, cache=cache, value_mask=valid), backend="eager"
+    )
+    with torch.no_grad():
+        cache = line_of(home, layer, 5)
+        with monkeypatch.context() as patch:
+            patch.setattr("anymha.layer.decoding.context_of", failing)
+            with pytest.raises(KeyboardInterrupt):
+                layer(positions(home, np.nan), cache=cache)
+        valid = torch.tensor([[True, False, False], [False, False, False]])
+        output, _ = call(positions(home, 1.0, 3), cache, valid)
+    assert torch.isfinite(output).all()
+
+
+def test_a_step_that_is_interrupted_between_its_writes_leaves_no_trace(home: Backend) -> None:
+    layer, reader = make(home), make(home)
+    x, write, calls = positions(home, 1.0, 3), home.ops.capabilities.write_slots, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with writing(home):
+        line_of(home, layer, 6)
+        _, cache = layer(x, cache=layer.make_cache(2, MOST))
+        expected = plain(home, reader(x, memory=cache))
+        object.__setattr__(home.ops.capabilities, "write_slots", interrupted)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                layer(positions(home, np.nan), cache=cache)
+        finally:
+            object.__setattr__(home.ops.capabilities, "write_slots", write)
+        np.testing.assert_array_equal(plain(home, reader(x, memory=cache)), expected)
+
+
+def test_compiled_steps_write_into_nothing_that_inference_has_made() -> None:
+    torch, home = required("torch"), usable("torch")
+    layer = make(home)
+    step = torch.compile(lambda x, cache: layer(x, cache=cache), backend="eager")
+    x = positions(home, 1.0)
+    with torch.inference_mode():
+        cache = layer.make_cache(2, MOST, donate=True).copy()
+        for _ in range(5):
+            _, cache = layer(x, cache=cache)
+    with torch.no_grad():
+        _, cache = step(x, cache)
+        check_after(home, layer, cache, [1.0] * 6)
+
+
+@pytest.mark.parametrize("options", [{"sinks": True}, {"softcap": 5.0}])
+def test_steps_after_a_change_of_dtype_have_the_bits_of_other_calls(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch, home = required("torch"), usable("torch")
+
+    def run() -> Any:
+        layer, found = make(home, **options), []
+        x = normal((2, 14, WIDTH), "x").astype(np.float32)
+        cache, dtype = layer.make_cache(2, MOST), torch.float32
+        for at in range(14):
+            if at == 6:
+                layer, dtype = layer.half(), torch.float16
+            given = home.ops.from_numpy(x[:, at : at + 1].copy()).to(dtype)
+            output, cache = layer(given, cache=cache)
+            found.append(output)
+        return found
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr("anymha.layer.forward.next_step", lambda *_: None)
+            expected = run()
+        assert all(map(torch.equal, run(), expected))

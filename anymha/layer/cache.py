@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
+from operator import attrgetter, is_
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import ref
@@ -144,9 +145,10 @@ class _Group:
     Attributes:
         overtaken: Whether a compiled program has written into the arrays for a cache of another
             group.
+        of_inference: Whether the arrays can be written in inference mode alone.
     """
 
-    overtaken = False
+    overtaken = of_inference = False
 
 
 class Line:
@@ -157,30 +159,35 @@ class Line:
 
     Attributes:
         step: What the steps have in common: sizes, options, the way that they take.
-        keys: The arrays (B, K, C, d_k),
-        values: and (B, K, C, d_v).
+        arrays: Refer to the keys and the values; a line keeps neither in memory.
         turn: The length of the newest cache's rows, for the one call that takes it; no number
             while a step runs, after one that has failed, and where the line has ended.
         reached: Up to which length the steps have written.
+        begin: The length of the first cache's rows.
         end: Before which length a step is one of the line.
-        state: What all caches of the line have.
+        kept: What all caches of the line have besides; one to which something else has been
+            assigned is none of them.
     """
 
     KEPT: ClassVar[tuple[str, ...]] = (
-        "keys", "values", "overflowed", "starts", "segment_ids", "key_positions", "max_length",
-        "window", "donate", "_stale_to", "_group", "_is_newest",
+        "overflowed", "starts", "segment_ids", "key_positions", "max_length", "window", "donate",
+        "_stale_to", "_group", "_is_newest",
     )  # fmt: skip
+    values_of: ClassVar[Any] = attrgetter(*KEPT)
 
     def __init__(self, step: Any, cache: Cache, end: int) -> None:
-        self.step, self.keys, self.values, self.end = step, cache.keys, cache.values, end
+        self.step, self.begin, self.end = step, cache._start, end
+        self.arrays = ref(cache.keys), ref(cache.values)
         self.turn, self.reached = [cache._start], cache._start
-        self.state = {name: getattr(cache, name) for name in self.KEPT}
+        self.kept = Line.values_of(cache)
 
     def takes(self, cache: Cache, start: int) -> bool:
         """Whether it is the turn of a cache whose rows have this length: of two threads one."""
+        keys, values = self.arrays
         if (
             start >= self.end or cache._sharing.is_needed or cache._group.overtaken
-            or cache.keys is not self.keys or cache.values is not self.values
+            or cache.keys is not keys() or cache.values is not values()
+            or not all(map(is_, Line.values_of(cache), self.kept))
         ):  # fmt: skip
             return False
         try:
@@ -189,16 +196,26 @@ class Line:
             return False
         if newest != start:
             self.turn.append(newest)
-        return newest == start
+            return False
+        cache.__dict__["_is_newest"] = False
+        self.reached = start + 1  # from now on, also if the step fails
+        return True
+
+    def gives_back(self, cache: Cache) -> None:
+        """Note that a step from `cache` has written into copies."""
+        cache.__dict__["_is_newest"] = self.kept[-1]  # as it was
+        self.turn.append(cache._start)
 
     def gone_on(self, cache: Cache) -> Cache:
         """The cache after a step from `cache`, the newest until then."""
         new = object.__new__(Cache)
         state, before = new.__dict__, cache.__dict__
-        state.update(self.state)
+        state.update(zip(self.KEPT, self.kept, strict=True))
+        state["keys"], state["values"] = before["keys"], before["values"]
         sharing = state["_sharing"] = before["_sharing"]
         state["_start"] = start = before["_start"] + 1
-        before["_is_newest"] = False
+        if "lengths" in before and start > self.begin + 1:  # which somebody asks for
+            state["lengths"], state["previous"] = before["lengths"] + 1, before["lengths"]
         sharing.add(new)
         self.turn.append(start)
         return new
@@ -229,6 +246,9 @@ class _Sharing:
     def add(self, cache: Cache) -> None:
         """Note a cache, for as long as it is there."""
         self._references.add(ref(cache, self._references.discard))
+
+    def __len__(self) -> int:
+        return len(self._references)
 
     def all(self) -> list[Cache]:
         """The caches, whatever other threads add meanwhile."""
@@ -350,8 +370,10 @@ class Cache(Nested):
             if start is None or name not in ("lengths", "previous"):
                 raise AttributeError(f"Cache has no attribute `{name}`.", name=name, obj=self)
             ops = backend_of(self.keys).ops
-            counts = np.full(self.keys.shape[0], start - (name == "previous"), np.int32)
-            made = ops.asarray(counts, device=ops.device(self.keys))
+            count = start - (name == "previous")
+            # By the framework's functions: a program that is compiled then serves all lengths.
+            made = ops.arange(count, count + 1, dtype=ops.int32, device=ops.device(self.keys))
+            made = ops.broadcast_to(made, (self.keys.shape[0],)) + 0
             setattr(self, name, made)
             return made
 
@@ -376,7 +398,10 @@ class Cache(Nested):
     def __copy__(self) -> Cache:
         new = Cache(**self.__getstate__())
         new.__dict__["_group"] = self._group
-        return new if self._sharing is None else new._share(self, self._known)
+        if self._sharing is None:
+            return new
+        new.__dict__["_start"] = self._start
+        return new._share(self, self.__dict__.get("_known"))
 
     def __repr__(self) -> str:
         kind = "" if self.window is None else f", window={self.window}"
@@ -486,9 +511,12 @@ class Cache(Nested):
 
     def _adopt(self, known: np.ndarray) -> None:
         """Take over the arrays that a compiled program has made, whatever else may have them."""
-        self._group.overtaken = True
+        before = self._group
+        before.overtaken = True
         self._is_newest = False  # pyright: ignore
         self._own(known)
+        self._group.of_inference = before.of_inference
+        self._is_newest = not before.of_inference  # pyright: ignore
 
     def _alone(self, ops: Ops) -> None:
         """Note that this cache is the newest with its arrays, and knows no other."""
@@ -496,11 +524,13 @@ class Cache(Nested):
         inference = ops.capabilities.is_inference
         # What inference makes cannot be written elsewhere; a compiler cannot ask for it.
         newest = inference is None or is_compiled(ops) or not inference()
+        self._group.of_inference = not newest
         self._is_newest = newest  # pyright: ignore
 
-    def _share(self, other: Cache, known: np.ndarray) -> Cache:
+    def _share(self, other: Cache, known: np.ndarray | None) -> Cache:
         """Note that the arrays are those of another cache."""
-        self.__dict__["_known"] = known
+        if known is not None:
+            self.__dict__["_known"] = known
         self.__dict__["_sharing"] = other._sharing
         self.__dict__["_group"] = other._group
         other._sharing.add(self)
@@ -566,7 +596,7 @@ class Cache(Nested):
             older = [cache] if cache._is_newest else cache._sharing.all()
             for one in older:
                 one.__dict__["_is_newest"] = False
-            self.__dict__["_is_newest"] = True
+            self.__dict__["_is_newest"] = not self._group.of_inference
         lost = cache._lost
         if lost is not None and (lost > known - self.keys.shape[2]).any():
             self.__dict__["_lost"] = lost
@@ -577,7 +607,10 @@ class Cache(Nested):
         """Up to which slot something may have been written, of what is cleared at the next call."""
         if self._group is not None and self._group.overtaken:
             return int(self.keys.shape[2])
-        reached = None if self._sharing is None else self._sharing.reached
+        sharing = self._sharing
+        if sharing is not None and sharing.line is not None and self._is_newest:
+            return self._stale_to  # no other call has written since
+        reached = None if sharing is None else sharing.reached
         if reached is None or reached is self._known:
             return self._stale_to
         if self._known is not None and not (reached > self._known).any():
@@ -623,7 +656,7 @@ class Cache(Nested):
         sharing = self._sharing
         if sharing.is_needed:
             return False
-        for other in sharing.all():
+        for other in sharing.all() if len(sharing) > 1 else ():
             if other is self:
                 continue
             theirs = other._known

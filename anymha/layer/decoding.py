@@ -121,9 +121,7 @@ def next_step(
     ):  # fmt: skip
         return None
     line = sharing.line
-    if line is not None and line.step is step and line.takes(cache, start):
-        line.reached = start + 1  # from now on, also if the step fails
-    else:
+    if line is None or line.step is not step or not line.takes(cache, start):
         line, known = None, cache._known
         if known is None or not _continues(step, cache, start, known):
             return None
@@ -163,16 +161,20 @@ def next_step(
     differentiated = ops.capabilities.is_differentiated
     if in_place and differentiated is not None and differentiated(q):
         in_place = False
+    reached: Any = None if known is None else known + 1
+    if claim is not None and in_place:  # noted first: the writing itself may be interrupted
+        cache._written({"keys": cache.keys, "values": cache.values}, reached)
     k = reshape(k, (batch, shared, 1, d_k))
     keys = write(cache.keys, cast_to(ops, k, cache.keys.dtype), slot, in_place)
     values = write(cache.values, cast_to(ops, v, cache.values.dtype), slot, in_place)
-    if line is not None and (keys is not line.keys or values is not line.values):
-        line.turn.append(start)  # these are copies
+    copied = keys is not cache.keys, values is not cache.values
+    if line is not None and any(copied):
+        if all(copied):
+            line.gives_back(cache)
         line = None
-    if claim is not None and in_place:
-        cache._written({"keys": keys, "values": values}, known + 1)
     lengths = after = None
     if line is None:
+        reached = cache._known + 1 if reached is None else reached
         lengths = cache.lengths
         after = lengths + 1
         if starts is not None and longest >= size:
@@ -196,9 +198,8 @@ def next_step(
         arrays["key"] = narrow(keys, 0, read, axis=2)
         arrays["value"] = narrow(values, 0, read, axis=2)
     dtype = q.dtype if path.narrow or not plan.narrow else plan.working
-    for name in ("query", "key", "value"):
-        if arrays[name].dtype != dtype:  # of a cache, what is seen is computed in the query's
-            arrays[name] = ops.astype(arrays[name], dtype)
+    for name in ("query", "key", "value"):  # of a cache, what is seen is computed in the query's
+        arrays[name] = cast_to(ops, cast_to(ops, arrays[name], q.dtype), dtype)
     context = cast_to(ops, context_of(ops, spec, path, arrays), dtype)
     if step.changes_context:
         context = ops.permute_dims(context, HEADS_FIRST)
@@ -218,9 +219,9 @@ def next_step(
         keys, values, after, lengths, cache.overflowed, starts, None, None, cache.max_length,
         window, donate=cache.donate,
     )  # fmt: skip
-    new._after(cache, cache._known + 1, None if start is None else start + 1)
+    new._after(cache, reached, None if start is None else start + 1)
     if claim is not None:
-        if window is None and start is not None and keys is cache.keys:
+        if window is None and start is not None and not any(copied):
             end = min(cache.max_length, path.most_logits // (batch * heads))
             sharing.line = Line(step, new, end)
         claim.release()
