@@ -20,8 +20,7 @@ from anymha.framework.protocol import Array, Ops
 from anymha.layer.cache import Cache, Line, most_of, ring_positions, slots
 from anymha.layer.cached import PREFIX, HeldCall, of_one, seen_in_ring
 from anymha.layer.numerics import cast_to
-from anymha.layer.plan import PlannedCall, Plans
-from anymha.layer.projecting import further, in_compute_dtype, rounded, weights_of_features
+from anymha.layer.plan import PlannedCall, Plans, in_compute_dtype, rounded, weights_of_features
 
 
 class Step(NamedTuple):
@@ -141,8 +140,10 @@ def next_step(
     arrays: dict[str, Array] = {}
     own: dict[str, Array] = {}
     if spec.features:
-        if plan.config.further_projections:
-            own = further(plan, shape, projections, functions, rows, True)
+        for name, axes in plan.config.further_projections.items():
+            own[name] = reshape(functions[name](rows), (batch, 1, *axes))
+            for feature in spec.features:
+                own[name] = feature.activated(ops, name, own[name])
         if projections.weights:
             own = weights_of_features(plan, {**projections.weights, **own})
         if step.has_positions:

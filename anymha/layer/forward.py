@@ -11,19 +11,21 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from anymha.attention.dropout import draw_seed as draw_seed_for
 from anymha.attention.formula import Observer
 from anymha.attention.masks import all_of
 from anymha.attention.spec import AttentionSpec
-from anymha.errors import CacheError
+from anymha.errors import CacheError, ShapeError
 from anymha.execution import path as paths
 from anymha.execution.attend import attend
 from anymha.framework.protocol import Array, Dim, Ops
+from anymha.framework.shapes import product
 from anymha.framework.validation import checked_flag
 from anymha.layer.activity import Activity
 from anymha.layer.arguments import ARRAYS, OPTIONS, Kind
@@ -50,7 +52,7 @@ from anymha.layer.checks import (
     unpack_inputs,
 )
 from anymha.layer.decoding import keep_step, next_step
-from anymha.layer.numerics import cast_to
+from anymha.layer.numerics import cast_to, without_gradient
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import (
     Flags,
@@ -59,28 +61,43 @@ from anymha.layer.plan import (
     Plans,
     WeightsKind,
     held_path,
+    in_compute_dtype,
     make_plan,
     plan_call,
     plan_lengths,
-)
-from anymha.layer.projecting import (
-    Projections,
-    Weights,
-    called,
-    computed,
-    further,
-    in_compute_dtype,
     rounded,
-    rows_of,
     weights_of_features,
-    with_width,
 )
 from anymha.layer.varying import lengthened, shortened
 from anymha.options.config import AttentionConfig
 
+Weights = Mapping[str, Array]
+"""Canonical names (``query.kernel``) and arrays; a bias that is absent is not there."""
+
 _MASKS = frozenset(argument.name for argument in ARRAYS)
 _OPTIONS = frozenset(argument.name for argument in OPTIONS)
 _FLAGS = frozenset(argument.name for argument in OPTIONS if argument.kind is Kind.FLAG)
+
+
+class Projections(NamedTuple):
+    """Projections that are called, in the place of kernels and biases as arrays.
+
+    Args:
+        functions: By "query", "key", "value", "output" and the names of the features' projections
+            a function of (B, length, width in) that gives (B, length, width out), heads side by
+            side.
+        kind: What a plan depends on of their weights.
+        key_bias: The key's bias (K, d_k), for the activity penalty; None where there is none.
+        of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
+            dtype in which the layer computes.
+        weights: The features' weights by canonical name, if there are any.
+    """
+
+    functions: Mapping[str, Callable[[Array], Array]]
+    kind: WeightsKind
+    key_bias: Array | None = None
+    of_rows: bool = False
+    weights: Weights | None = None
 
 
 def multi_head_attention(
@@ -369,9 +386,9 @@ def _execute(
     within: Any = None
     of_rows = False
     if projections is None:
-        project, functions = computed, arrays
+        project, functions = _computed, arrays
     else:
-        project = called
+        project = _called
         functions, of_rows = projections.functions, projections.of_rows
         if plan.double:  # a projection that is called has a dtype and a state of its own
             within = ops.in_float64
@@ -383,9 +400,9 @@ def _execute(
         query, key, value, mask, bias = within(partial(read_inputs, plan, shape), arrays)
     if held is not None and held.held.source != "own":
         heads = _queries_alone(plan, shape, functions, query, project, of_rows)
-        query = rows_of(ops, query, query, query)[0] if of_rows else query
+        query = _rows(ops, query, query, query)[0] if of_rows else query
     elif of_rows:
-        query, key, value = rows_of(ops, query, key, value)
+        query, key, value = _rows(ops, query, key, value)
         heads = {
             "query": ops.reshape(functions["query"](query), shape.query_heads),
             "key": ops.reshape(functions["key"](key), shape.key_heads),
@@ -398,7 +415,7 @@ def _execute(
             "value": project(plan, functions, "value", value, shape.value_heads),
         }
     if plan.config.further_projections:
-        heads |= further(plan, shape, projections, functions, query, of_rows)
+        heads |= _further(plan, shape, projections, functions, query, of_rows)
     del query, key, value
     if activity is not None:
         for name, y in heads.items():
@@ -427,7 +444,7 @@ def _execute(
     del heads
     if of_rows:
         output = functions["output"](ops.reshape(context, (-1, plan.context_width)))
-        output = ops.reshape(output, with_width(shape.output, output))  # [B, T, *O]
+        output = ops.reshape(output, _with_width(shape.output, output))  # [B, T, *O]
     else:
         output = project(plan, functions, "output", context, shape.output)  # [B, T, *O]
     if observe is not None or activity is not None:
@@ -523,13 +540,13 @@ def make_memory(
     check_masks(positions, (batch,), config.num_heads, (length,), (length,))
     plan = make_plan(ops, config, kind, (value, value, key), PLAIN_CALL, axes)
     functions: Any = cast(Weights, weights)
-    project: Any = computed
+    project: Any = _computed
     of_rows = False
     arrays: dict[str, Array] = {"value": value, "key": key, **positions}
     if projections is None:
         arrays |= cast(Weights, weights)
     else:
-        project, functions, of_rows = called, projections.functions, projections.of_rows
+        project, functions, of_rows = _called, projections.functions, projections.of_rows
         arrays |= projections.weights or {}
 
     def projected(arrays: Mapping[str, Array], name: str) -> Array:
@@ -691,6 +708,113 @@ def _inputs(
     return query, key, value, mask, bias
 
 
+def _rows(ops: Ops, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Query, key and value (B, length, D) as matrices (B * length, D); one array as one."""
+    rows = ops.reshape(query, (-1, query.shape[-1]))
+    value_rows = rows if value is query else ops.reshape(value, (-1, value.shape[-1]))
+    if key is query:
+        return rows, rows, value_rows
+    if key is value:
+        return rows, value_rows, value_rows
+    return rows, ops.reshape(key, (-1, key.shape[-1])), value_rows
+
+
+def _computed(
+    plan: Plan, arrays: Mapping[str, Array], name: str, x: Array, shape: tuple[Any, ...]
+) -> Array:
+    """What a projection gives, by its kernel and its bias.
+
+    Args:
+        plan: The plan.
+        arrays: The weights by canonical name, among others.
+        name: The projection's name.
+        x: (B, length, D), or the context (B, T, H, d_v).
+        shape: The shape of what it gives, which the kernel tells as well.
+    """
+    bias = arrays.get(f"{name}.bias")
+    if bias is not None:
+        bias = in_compute_dtype(plan, bias)
+        if name == "key":
+            bias = without_gradient(plan.ops, bias, plan.config.free_columns)
+    kernel = in_compute_dtype(plan, arrays[f"{name}.kernel"])
+    return project(plan.ops, x, kernel, bias, 2 if name == "output" else 1)
+
+
+def _called(
+    plan: Plan,
+    functions: Mapping[str, Callable[[Array], Array]],
+    name: str,
+    x: Array,
+    shape: tuple[Any, ...],
+) -> Array:
+    """What a projection gives that is called.
+
+    Args:
+        plan: The plan.
+        functions: The projections by name.
+        name: The projection's name.
+        x: (B, length, D), or the context (B, T, H, d_v).
+        shape: The shape of what it gives; of the output without O where that is not known.
+    """
+    ops = plan.ops
+    if name == "output":
+        x = ops.reshape(x, (shape[0], shape[1], plan.context_width))
+    y = functions[name](x)
+    width, wanted = y.shape[-1], math.prod(shape[2:])
+    if len(shape) > 2 and isinstance(width, int) and width != wanted:
+        raise ShapeError(
+            f"The projection `{name}` must give {wanted} features, as the layer's options say. "
+            f"Received: {width}. Put a projection of that width there, or make the layer anew."
+        )
+    y = ops.reshape(y, _with_width(shape, y))
+    if y.dtype == plan.carried:
+        return y
+    if plan.double:
+        return ops.in_float64(lambda arrays: ops.astype(arrays["y"], plan.carried), {"y": y})
+    return ops.astype(y, plan.carried)
+
+
+def _further(
+    plan: Plan,
+    shape: CallShape,
+    projections: Projections | None,
+    functions: Any,
+    query: Array,
+    of_rows: bool,
+) -> dict[str, Array]:
+    """What the features' own projections of the query input give, (B, T, *axes), by name.
+
+    Args:
+        plan: The plan.
+        shape: The call's lengths.
+        projections: The projections, where they are called.
+        functions: Those by name, or the arrays.
+        query: (B, T, D_q), or (B * T, D_q) where it is `of_rows`.
+        of_rows: Whether projections take and give matrices.
+    """
+    project, found = _computed if projections is None else _called, {}
+    for name, axes in plan.config.further_projections.items():
+        full = (*shape.folded[:2], *axes)
+        if of_rows:
+            found[name] = plan.ops.reshape(functions[name](query), full)
+        else:
+            found[name] = project(plan, functions, name, query, full)
+    within = projections is not None and plan.double
+
+    def activated(found: Mapping[str, Array]) -> dict[str, Array]:
+        every = dict(found)
+        for feature in plan.spec.features:
+            every = {name: feature.activated(plan.ops, name, y) for name, y in every.items()}
+        return every
+
+    return plan.ops.in_float64(activated, found) if within else activated(found)
+
+
+def _with_width(shape: tuple[Any, ...], y: Array) -> tuple[Any, ...]:
+    """The shape of what a projection gives, with its own width where that was not known."""
+    return shape if len(shape) > 2 else (*shape, y.shape[-1])
+
+
 def _attention(
     plan: Plan,
     spec: AttentionSpec,
@@ -776,3 +900,36 @@ def _completed(ops: Ops, spec: AttentionSpec, offset: Any, seed: Any) -> Attenti
     dropout = None if spec.dropout is None else replace(spec.dropout, seed=seed)
     positions = spec.position_mask.at(ops, offset)
     return replace(spec, position_mask=positions, dropout=dropout)
+
+
+def project(ops: Ops, x: Array, kernel: Array, bias: Array | None, contracted: int) -> Array:
+    """``x . kernel + bias`` over the last `contracted` axes of `x`, as one matrix product.
+
+    Args:
+        ops: The backend.
+        x: (B, T, *I), I being the `contracted` first axes of the kernel.
+        kernel: (*I, *O).
+        bias: (*O), or None.
+        contracted: Number of axes that are summed over, 1 or 2.
+
+    Returns:
+        (B, T, *O).
+    """
+    shape, reshape = kernel.shape, ops.reshape
+    outer = shape[contracted:]
+    inner = shape[0] if contracted == 1 else shape[0] * shape[1]
+    width = outer[0] if len(outer) == 1 else product(outer)
+    lengths = ops.shape(x)[:2]
+    linear = ops.capabilities.linear
+    if len(shape) != 2 or contracted != 1:
+        kernel = reshape(kernel, (inner, width))
+    if linear is not None:
+        if bias is not None and len(outer) != 1:
+            bias = reshape(bias, (width,))
+        y = linear(reshape(x, (lengths[0] * lengths[1], inner)), kernel, bias)
+    else:
+        if contracted != 1:
+            x = reshape(x, (*lengths, inner))
+        y = ops.tensordot(x, kernel, axes=1)
+        y = y if bias is None else y + reshape(bias, (1, 1, width))
+    return reshape(y, (*lengths, *outer))

@@ -23,6 +23,7 @@ from anymha.layer.axes import PLAIN, Axes
 from anymha.layer.cached import PREFIX, Held, HeldCall, seen_by
 from anymha.layer.call_shape import CallShape, mask_shapes, only_mask
 from anymha.layer.checks import Lengths, check_call, check_shapes, lengths_of
+from anymha.layer.numerics import cast_to, without_gradient, without_subnormals
 from anymha.layer.varying import Varying
 from anymha.options.config import AttentionConfig
 
@@ -538,3 +539,34 @@ def attention_spec(config: AttentionConfig, causal: bool, offset: Any, seed: Any
     return AttentionSpec(
         config.scale_value, config.features, positions, dropout, config.memory_budget
     )
+
+
+# --- dtypes of a planned call ---------------------------------------------------------------
+def in_compute_dtype(plan: Plan, x: Array) -> Array:
+    """An array rounded to the compute dtype, in the dtype of what goes from stage to stage."""
+    if x.dtype == plan.carried and not plan.rounds:
+        return x
+    return cast_to(plan.ops, cast_to(plan.ops, x, plan.compute_dtype), plan.carried)
+
+
+def rounded(plan: Plan, x: Array) -> Array:
+    """A result in the dtype of the results."""
+    if x.dtype == plan.result:
+        return x
+    if plan.double and plan.result == plan.ops.float32:
+        x = without_subnormals(plan.ops, x)
+    return plan.ops.astype(x, plan.result)
+
+
+def weights_of_features(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays by name, the features' weights rounded to the compute dtype, in the working dtype."""
+    ops, config, own = plan.ops, plan.config, dict(arrays)
+    for name in config.feature_weights:
+        if name in own:
+            weight = cast_to(ops, cast_to(ops, own[name], plan.compute_dtype), plan.working)
+            free = config.without_gradient.get(name)
+            if free is not None:
+                free *= weight.shape[-1] // len(free)  # of all heads side by side
+                weight = without_gradient(ops, weight, free)
+            own[name] = weight
+    return own

@@ -15,7 +15,7 @@ from anymha.errors import AnymhaError, ConfigError
 from anymha.framework.registry import get_backend
 from anymha.layer.arguments import CALL_ARGUMENTS
 from anymha.layer.checks import unpack_inputs
-from anymha.layer.forward import multi_head_attention
+from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
     NativeLayer,
     call_help,
@@ -29,7 +29,6 @@ from anymha.layer.native import (
 )
 from anymha.layer.other_names import unexpected
 from anymha.layer.plan import Plans, WeightsKind, plans_unless_tracing
-from anymha.layer.projecting import Projections
 from anymha.options.config import AttentionConfig, shown_options
 from anymha_keras.caches import symbolic_results
 from anymha_keras.call import (

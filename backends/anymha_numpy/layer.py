@@ -12,7 +12,7 @@ import numpy as np
 
 from anymha.framework.autodiff import vjp
 from anymha.layer.checks import unpack_inputs
-from anymha.layer.forward import multi_head_attention
+from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
     Call,
     CallOptions,
@@ -24,7 +24,6 @@ from anymha.layer.native import (
     widths_of,
 )
 from anymha.layer.plan import Plans, WeightsKind
-from anymha.layer.projecting import Projections
 from anymha.options.config import AttentionConfig, shown_options
 from anymha_numpy import ops
 

@@ -28,7 +28,7 @@ from anymha.framework.dtypes import DtypeLike
 from anymha.layer.arguments import ARRAYS
 from anymha.layer.cache import Cache, Memory, flatten, flatten_linked, unflatten_linked
 from anymha.layer.checks import check_call, unpack_inputs
-from anymha.layer.forward import multi_head_attention
+from anymha.layer.forward import Projections, multi_head_attention
 from anymha.layer.native import (
     Call,
     CallOptions,
@@ -42,7 +42,6 @@ from anymha.layer.native import (
     widths_of,
 )
 from anymha.layer.plan import Plans
-from anymha.layer.projecting import Projections
 from anymha.options.config import AttentionConfig, shown_options
 from anymha.options.option import Option
 from anymha_torch import ops

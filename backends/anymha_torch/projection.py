@@ -23,8 +23,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from anymha.errors import ShapeError, WeightsError
+from anymha.layer.forward import Projections
 from anymha.layer.plan import Plans, WeightsKind
-from anymha.layer.projecting import Projections
 from anymha.options.config import AttentionConfig
 from anymha_torch import products
 from anymha_torch.fused import HALF, multiplies
