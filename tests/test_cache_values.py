@@ -143,6 +143,19 @@ def test_a_ring_knows_what_another_one_has_overwritten(kept: bool, home: Backend
     np.testing.assert_allclose(plain(home, output)[0, 0], expected, atol=2e-6)
 
 
+def test_a_ring_that_is_replaced_knows_what_others_have_overwritten(home: Backend) -> None:
+    layer, native = make(home, sliding_window=3), home.ops.from_numpy
+    x = rows(1, 7)
+    with writing(home):
+        _, first = layer(native(x[:, :3].copy()), cache=layer.make_cache(1, MOST))
+        _, later = layer(native(x[:, 3:4].copy()), cache=first)
+        replaced = dataclasses.replace(dataclasses.replace(first))
+        assert later.keys is replaced.keys
+        for cache in (first, replaced):
+            with pytest.raises(anymha.AnymhaError, match="no longer"):
+                layer(native(x[:, :3].copy()), memory=cache)
+
+
 @pytest.mark.parametrize("window", [None, 2])
 def test_a_call_without_positions(window: int | None, backend: Backend) -> None:
     """Its cache has the same arrays; each goes on by itself."""

@@ -351,6 +351,8 @@ class Cache(Nested):
         same = [(self.keys is one.keys, self.values is one.values) for one in sharing.all()]
         if any(map(any, same)):
             self.__dict__["_group"] = sharing.group
+            if self.window is not None and sharing.reached is not None:  # maybe by later caches
+                self.__dict__["_lost"] = sharing.reached - int(self.keys.shape[2])
             sharing.add(self)
         else:  # new ones, or views of theirs
             for one in sharing.all():
