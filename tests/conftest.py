@@ -39,7 +39,7 @@ LONG = ("test_keras_layer.py", "test_conformance.py", "test_torch_tools.py", "te
         "test_adapters.py", "test_selftest.py", "test_jax_half.py")  # fmt: skip
 
 PROGRAMS = 200
-"""So many programs of JAX have one context of MLIR, which keeps all types and constants."""
+"""How many programs of JAX share a context of MLIR, which keeps all their types and constants."""
 
 FINISHED: list[str] = []
 """The tests that have ended in this process."""

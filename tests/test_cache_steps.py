@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import importlib
 import pickle
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from threading import Thread
 from typing import Any
@@ -68,11 +70,11 @@ def writing(backend: Backend) -> Any:
 
 
 class Counted:
-    """Counts the calls that were steps planned before, and those of them that are of a line."""
+    """Counts the calls that are planned steps, and those of them that belong to a line."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps = self.of_lines = 0
-        step, gone_on = decoding.next_step, Line.gone_on
+        step, end_step = decoding.next_step, Line.end_step
 
         def counted(*args: Any) -> Any:
             found = step(*args)
@@ -81,17 +83,27 @@ class Counted:
 
         def counted_line(line: Line, cache: Any) -> Any:
             self.of_lines += 1
-            return gone_on(line, cache)
+            return end_step(line, cache)
 
         patch.setattr("anymha.layer.forward.next_step", counted)
-        patch.setattr(Line, "gone_on", counted_line)
+        patch.setattr(Line, "end_step", counted_line)
+
+
+def by_both_ways(run: Callable[[], list[Any]]) -> tuple[list[Any], list[Any], Counted]:
+    """What a function gives by steps and by whole calls, and how many steps there were."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anymha.layer.forward.next_step", lambda *_: None)
+        expected = run()
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        return run(), expected, counted
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_steps_have_the_bits_of_other_calls(
-    options: str, dtype: str, ragged: bool, home: Backend, monkeypatch: pytest.MonkeyPatch
+    options: str, dtype: str, ragged: bool, home: Backend
 ) -> None:
     own, kept = DTYPES[dtype]
     layer, native = make(home, **OPTIONS[options], **own), home.ops.from_numpy
@@ -113,12 +125,7 @@ def test_steps_have_the_bits_of_other_calls(
         return [*found, *(plain(home, array) for array in (cache.keys, cache.lengths))]
 
     with writing(home):
-        with monkeypatch.context() as patch:
-            patch.setattr("anymha.layer.forward.next_step", lambda *_: None)
-            expected = run()
-        with monkeypatch.context() as patch:
-            counted = Counted(patch)
-            found = run()
+        found, expected, counted = by_both_ways(run)
     rounds = home.name == "numpy" and bool(own)  # whose weights are cast anew in each call
     assert counted.steps >= (0 if rounds else 6)
     assert (counted.of_lines >= 5) == (not (ragged or rounds) and options != "ring")
@@ -138,9 +145,7 @@ def test_steps_have_what_an_option_does_to_the_context(
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 @pytest.mark.parametrize("options", ["bias", "rotary and norms", "gate of heads"])
-def test_steps_under_autocast_have_the_bits_of_other_calls(
-    options: str, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_under_autocast_have_the_bits_of_other_calls(options: str, mode: str) -> None:
     torch, home = required("torch"), usable("torch")
     layer = make(home, **OPTIONS[options])
     x = home.ops.from_numpy(normal((2, 12, WIDTH), "x").astype(np.float32))
@@ -153,12 +158,7 @@ def test_steps_under_autocast_have_the_bits_of_other_calls(
                 found.append(output)
         return found
 
-    with monkeypatch.context() as patch:
-        patch.setattr("anymha.layer.forward.next_step", lambda *_: None)
-        expected = run()
-    with monkeypatch.context() as patch:
-        counted = Counted(patch)
-        found = run()
+    found, expected, counted = by_both_ways(run)
     multiplies: Any = home.ops.capabilities.multiplies
     assert (counted.steps >= 8) == multiplies(torch.bfloat16, torch.device("cpu"))
     for one, other in zip(found, expected, strict=True):
@@ -255,8 +255,7 @@ class Tree:
 
     def check_all(self) -> None:
         for held in list(self.held):
-            lengths = [plain(self.home, x).tolist() for x in (held.cache.lengths,)]
-            assert lengths == [[len(held.row)]]
+            assert plain(self.home, held.cache.lengths).tolist() == [len(held.row)]
             if len(held.row) < MOST:
                 self.append(held, 1, len(held.row))
 
@@ -372,7 +371,7 @@ def test_a_compiled_step_takes_over_the_arrays_of_the_newest_alone(newest: bool)
             check_after(home, layer, later, [1.0] * 5 + [4.0])
 
 
-def test_one_of_the_threads_goes_on_in_the_arrays(home: Backend) -> None:
+def test_threads_go_on_from_the_newest_cache_of_a_line(home: Backend) -> None:
     layer, native = make(home), home.ops.from_numpy
     found: dict[int, list[np.ndarray]] = {}
     with writing(home):
@@ -386,11 +385,16 @@ def test_one_of_the_threads_goes_on_in_the_arrays(home: Backend) -> None:
                 output, cache = layer(native(x[:, at : at + 1].copy()), cache=cache)
                 found[number].append(plain(home, output)[:, 0])
 
-    threads = [Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [Thread(target=run, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     for number, outputs in found.items():
         x = normal((2, MOST - 5, WIDTH), f"x{number}").astype(np.float32)
         whole = native(np.concatenate([np.ones((2, 5, WIDTH), np.float32), x], axis=1))
@@ -550,11 +554,11 @@ def test_compiled_steps_write_into_nothing_that_inference_has_made() -> None:
 
 @pytest.mark.parametrize("options", [{"sinks": True}, {"softcap": 5.0}])
 def test_steps_after_a_change_of_dtype_have_the_bits_of_other_calls(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
 ) -> None:
     torch, home = required("torch"), usable("torch")
 
-    def run() -> Any:
+    def run() -> list[Any]:
         layer, found = make(home, **options), []
         x = normal((2, 14, WIDTH), "x").astype(np.float32)
         cache, dtype = layer.make_cache(2, MOST), torch.float32
@@ -567,7 +571,6 @@ def test_steps_after_a_change_of_dtype_have_the_bits_of_other_calls(
         return found
 
     with torch.no_grad():
-        with monkeypatch.context() as patch:
-            patch.setattr("anymha.layer.forward.next_step", lambda *_: None)
-            expected = run()
-        assert all(map(torch.equal, run(), expected))
+        found, expected, counted = by_both_ways(run)
+    assert counted.steps >= 8
+    assert all(map(torch.equal, found, expected))

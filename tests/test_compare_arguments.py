@@ -142,7 +142,7 @@ def test_causality_that_a_mask_of_the_keys_cannot_say_is_refused() -> None:
     def of_keys(x: Any, mask: Any = None) -> Any:
         return LAYER(x, value_mask=mask)
 
-    with pytest.raises(LayoutError, match="does not take `use_causal_mask`, nor as a mask"):
+    with pytest.raises(LayoutError, match="neither `use_causal_mask` nor a mask of queries"):
         compare(LAYER, of_keys, X, use_causal_mask=True)
 
 

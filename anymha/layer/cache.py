@@ -154,19 +154,19 @@ class _Group:
 class Line:
     """Steps of decoding that follow one another in the same arrays.
 
-    A step goes on from the newest cache without a look at the others. Any other call that writes
-    into the arrays ends the line first.
+    A step begins at the newest cache, and does not ask the others. Any other call that writes into
+    the arrays ends the line first.
 
     Attributes:
         step: What the steps have in common: sizes, options, the way that they take.
         arrays: Refer to the keys and the values; a line keeps neither in memory.
-        turn: The length of the newest cache's rows, for the one call that takes it; no number
-            while a step runs, after one that has failed, and where the line has ended.
+        turn: The length of the newest cache's rows. The call that removes it may write; the list is
+            empty while a step runs, after a step has failed, and after the line has ended.
         reached: Up to which length the steps have written.
         begin: The length of the first cache's rows.
         end: Before which length a step is one of the line.
-        kept: What all caches of the line have besides; one to which something else has been
-            assigned is none of them.
+        kept: The fields `KEPT`, which all caches of the line have in common. A cache to which a
+            user has assigned another value is not of the line.
     """
 
     KEPT: ClassVar[tuple[str, ...]] = (
@@ -181,8 +181,11 @@ class Line:
         self.turn, self.reached = [cache._start], cache._start
         self.kept = Line.values_of(cache)
 
-    def takes(self, cache: Cache, start: int) -> bool:
-        """Whether it is the turn of a cache whose rows have this length: of two threads one."""
+    def begin_step(self, cache: Cache, start: int) -> bool:
+        """Begin a step from a cache whose rows have this length, if it is the newest.
+
+        Of two threads that begin one, the second is told False.
+        """
         keys, values = self.arrays
         if (
             start >= self.end or cache._sharing.is_needed or cache._group.overtaken
@@ -201,20 +204,22 @@ class Line:
         self.reached = start + 1  # from now on, also if the step fails
         return True
 
-    def gives_back(self, cache: Cache) -> None:
-        """Note that a step from `cache` has written into copies."""
-        cache.__dict__["_is_newest"] = self.kept[-1]  # as it was
+    def give_back(self, cache: Cache) -> None:
+        """Note that the step from `cache` has written into copies: it is still the newest."""
+        cache.__dict__["_is_newest"] = self.kept[self.KEPT.index("_is_newest")]
         self.turn.append(cache._start)
 
-    def gone_on(self, cache: Cache) -> Cache:
-        """The cache after a step from `cache`, the newest until then."""
+    def end_step(self, cache: Cache) -> Cache:
+        """The cache after the step from `cache`: the newest from now on."""
         new = object.__new__(Cache)
         state, before = new.__dict__, cache.__dict__
         state.update(zip(self.KEPT, self.kept, strict=True))
         state["keys"], state["values"] = before["keys"], before["values"]
         sharing = state["_sharing"] = before["_sharing"]
         state["_start"] = start = before["_start"] + 1
-        if "lengths" in before and start > self.begin + 1:  # which somebody asks for
+        # Somebody reads them: an addition takes less time than making them of numbers. The first
+        # cache of a line has them in any case.
+        if "lengths" in before and start > self.begin + 1:
             state["lengths"], state["previous"] = before["lengths"] + 1, before["lengths"]
         sharing.add(new)
         self.turn.append(start)
@@ -266,7 +271,7 @@ class _Sharing:
         self._reached = lengths
 
     def end_line(self) -> bool:
-        """Whether no step is running; from now on none runs without a look at the caches."""
+        """End the line; False where a step of it is running, or has failed."""
         line = self.line
         if line is None:
             return True
@@ -375,7 +380,7 @@ class Cache(Nested):
             count = start - (name == "previous")
             # By the framework's functions: a program that is compiled then serves all lengths.
             made = ops.arange(count, count + 1, dtype=ops.int32, device=ops.device(self.keys))
-            made = ops.broadcast_to(made, (self.keys.shape[0],)) + 0
+            made = ops.broadcast_to(made, (self.keys.shape[0],)) + 0  # with memory of its own
             setattr(self, name, made)
             return made
 

@@ -20,7 +20,14 @@ from anymha.framework.protocol import Array, Ops
 from anymha.layer.cache import Cache, Line, most_of, ring_positions, slots
 from anymha.layer.cached import PREFIX, HeldCall, of_one, seen_in_ring
 from anymha.layer.numerics import cast_to
-from anymha.layer.plan import PlannedCall, Plans, in_compute_dtype, rounded, weights_of_features
+from anymha.layer.plan import (
+    PlannedCall,
+    Plans,
+    activated,
+    rounded_operand,
+    rounded_result,
+    weights_of_features,
+)
 
 
 class Step(NamedTuple):
@@ -120,7 +127,7 @@ def next_step(
     ):  # fmt: skip
         return None
     line = sharing.line
-    if line is None or line.step is not step or not line.takes(cache, start):
+    if line is None or line.step is not step or not line.begin_step(cache, start):
         line, known = None, cache._known
         if known is None or not _continues(step, cache, start, known):
             return None
@@ -133,17 +140,17 @@ def next_step(
     read = min(longest + 1, size)
     in_place = line is not None or claim is not None
     functions, reshape = projections.functions, ops.reshape
-    x = query if plan.as_given else in_compute_dtype(plan, query)
+    x = query if plan.as_given else rounded_operand(plan, query)
     rows = reshape(x, (batch, x.shape[2]))
     q, k = functions["query"](rows), functions["key"](rows)
     v = reshape(functions["value"](rows), (batch, shared, 1, -1))
     arrays: dict[str, Array] = {}
     own: dict[str, Array] = {}
     if spec.features:
-        for name, axes in plan.config.further_projections.items():
-            own[name] = reshape(functions[name](rows), (batch, 1, *axes))
-            for feature in spec.features:
-                own[name] = feature.activated(ops, name, own[name])
+        if plan.config.further_projections:
+            for name, axes in plan.config.further_projections.items():
+                own[name] = reshape(functions[name](rows), (batch, 1, *axes))
+            own = activated(plan, own)
         if projections.weights:
             own = weights_of_features(plan, {**projections.weights, **own})
         if step.has_positions:
@@ -171,7 +178,7 @@ def next_step(
     copied = keys is not cache.keys, values is not cache.values
     if line is not None and any(copied):
         if all(copied):
-            line.gives_back(cache)
+            line.give_back(cache)
         line = None
     lengths = after = None
     if line is None:
@@ -210,9 +217,9 @@ def next_step(
     output = functions["output"](context)
     output = reshape(output, (batch, 1, *(shape.output[2:] or (output.shape[-1],))))
     if output.dtype != plan.result:
-        output = rounded(plan, output)
+        output = rounded_result(plan, output)
     if line is not None:
-        new = line.gone_on(cache)
+        new = line.end_step(cache)
         if differentiated is not None and differentiated(output):
             new._keep_arrays()
         return output, new

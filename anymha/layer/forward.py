@@ -60,12 +60,13 @@ from anymha.layer.plan import (
     PlannedCall,
     Plans,
     WeightsKind,
+    activated,
     held_path,
-    in_compute_dtype,
     make_plan,
     plan_call,
     plan_lengths,
-    rounded,
+    rounded_operand,
+    rounded_result,
     weights_of_features,
 )
 from anymha.layer.varying import lengthened, shortened
@@ -482,7 +483,7 @@ def _held_inputs(
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """As `_inputs`, for a call that has a cache or a memory; mask and bias are as it has them."""
     ops = plan.ops
-    query = arrays["query"] if plan.as_given else in_compute_dtype(plan, arrays["query"])
+    query = arrays["query"] if plan.as_given else rounded_operand(plan, arrays["query"])
     query, source, mask = inputs_of(ops, arrays, query)
     bias = arrays.get("attention_bias")
     if "attention_mask" in arrays:
@@ -551,7 +552,7 @@ def make_memory(
 
     def projected(arrays: Mapping[str, Array], name: str) -> Array:
         shape = (batch, length, *plan.heads[name])
-        x = in_compute_dtype(plan, arrays[name])
+        x = rounded_operand(plan, arrays[name])
         if of_rows:
             rows = ops.reshape(x, (-1, x.shape[-1]))
             return ops.reshape(functions[name](rows), shape)
@@ -684,7 +685,7 @@ def _inputs(
     if plan.as_given:
         query, value, key = arrays["query"], arrays[value_source], arrays[key_source]
     else:  # an array of two parts is cast once
-        real = {name: in_compute_dtype(plan, arrays[name]) for name in dict.fromkeys(plan.sources)}
+        real = {name: rounded_operand(plan, arrays[name]) for name in dict.fromkeys(plan.sources)}
         query, value, key = real["query"], real[value_source], real[key_source]
     if shape.is_plain:
         return query, key, value, None, None
@@ -733,10 +734,10 @@ def _computed(
     """
     bias = arrays.get(f"{name}.bias")
     if bias is not None:
-        bias = in_compute_dtype(plan, bias)
+        bias = rounded_operand(plan, bias)
         if name == "key":
             bias = without_gradient(plan.ops, bias, plan.config.free_columns)
-    kernel = in_compute_dtype(plan, arrays[f"{name}.kernel"])
+    kernel = rounded_operand(plan, arrays[f"{name}.kernel"])
     return project(plan.ops, x, kernel, bias, 2 if name == "output" else 1)
 
 
@@ -800,14 +801,8 @@ def _further(
         else:
             found[name] = project(plan, functions, name, query, full)
     within = projections is not None and plan.double
-
-    def activated(found: Mapping[str, Array]) -> dict[str, Array]:
-        every = dict(found)
-        for feature in plan.spec.features:
-            every = {name: feature.activated(plan.ops, name, y) for name, y in every.items()}
-        return every
-
-    return plan.ops.in_float64(activated, found) if within else activated(found)
+    of_plan = partial(activated, plan)
+    return plan.ops.in_float64(of_plan, found) if within else of_plan(found)
 
 
 def _with_width(shape: tuple[Any, ...], y: Array) -> tuple[Any, ...]:
@@ -883,12 +878,12 @@ def _results(
     if plan.axes is not PLAIN:
         output = unfold(plan.ops, output, plan.axes, (*shape.batch, *shape.queries))
         scores = None if scores is None else shape.unfolded_scores(plan.ops, scores)
-    output = rounded(plan, output)
+    output = rounded_result(plan, output)
     if scores is None and activity is None:
         return output
     found = [output]
     if scores is not None:
-        found.append(rounded(plan, scores))
+        found.append(rounded_result(plan, scores))
     if activity is not None:
         dtype = plan.ops.float64 if output.dtype == plan.ops.float64 else plan.ops.float32
         found.append(activity.loss(arrays, dtype))

@@ -542,20 +542,28 @@ def attention_spec(config: AttentionConfig, causal: bool, offset: Any, seed: Any
 
 
 # --- dtypes of a planned call ---------------------------------------------------------------
-def in_compute_dtype(plan: Plan, x: Array) -> Array:
-    """An array rounded to the compute dtype, in the dtype of what goes from stage to stage."""
+def rounded_operand(plan: Plan, x: Array) -> Array:
+    """An input, a kernel or a bias, rounded to the compute dtype; its own dtype is `carried`."""
     if x.dtype == plan.carried and not plan.rounds:
         return x
     return cast_to(plan.ops, cast_to(plan.ops, x, plan.compute_dtype), plan.carried)
 
 
-def rounded(plan: Plan, x: Array) -> Array:
-    """A result in the dtype of the results."""
+def rounded_result(plan: Plan, x: Array) -> Array:
+    """A result, rounded to the dtype of the results."""
     if x.dtype == plan.result:
         return x
     if plan.double and plan.result == plan.ops.float32:
         x = without_subnormals(plan.ops, x)
     return plan.ops.astype(x, plan.result)
+
+
+def activated(plan: Plan, further: Mapping[str, Array]) -> dict[str, Array]:
+    """What the features make of their own projections, by name."""
+    found = dict(further)
+    for feature in plan.spec.features:
+        found = {name: feature.activated(plan.ops, name, y) for name, y in found.items()}
+    return found
 
 
 def weights_of_features(plan: Plan, arrays: Mapping[str, Array]) -> dict[str, Array]:

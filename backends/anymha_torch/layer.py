@@ -239,12 +239,12 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
             or _len_torch_dispatch_stack() > 0
         )
         plans = None
-        infers = not tracing and torch.is_inference_mode_enabled()
+        inference = not tracing and torch.is_inference_mode_enabled()
         if not tracing:
-            plans = self._inference_plans if infers else self.plans
-        prepared, mixed = plans, _is_any_autocast_enabled()
+            plans = self._inference_plans if inference else self.plans
+        prepared, autocast = plans, _is_any_autocast_enabled()
         config, rounding_dtype = self.config, self._rounding_dtype
-        if tracing or mixed:
+        if tracing or autocast:
             # Under autocast a projection may give another dtype than the layer computes in, which
             # the kept ones do not cast.
             prepared = None
@@ -254,7 +254,7 @@ class MultiHeadAttention(NativeLayer, LazyModuleMixin, nn.Module):
                 if self._mixed[dtype][0] is not config:
                     self._mixed[dtype] = self._mixed_in(dtype)
                 _, config, kept = self._mixed[dtype]
-                plans = None if tracing else kept[infers]
+                plans = None if tracing else kept[inference]
                 if config.compute_dtype == NAMES[dtype]:
                     rounding_dtype = dtype
                     prepared = plans if multiplies(dtype, first.device) else None

@@ -50,11 +50,11 @@ OPTIONS = ("training", "train", "deterministic", "query_offset", "seed", "is_cau
            *POSITIONS, *SEGMENTS)  # fmt: skip
 
 
-IDLE = {
+UNSET = {
     **dict.fromkeys(("use_causal_mask", "is_causal", "causal", "training", "train"), False),
     "deterministic": True, "need_weights": False, "query_offset": 0, "dropout": 0.0,
 }  # fmt: skip
-"""What a call that does not say is given where a parameter has no default."""
+"""The values of flags that have no default, where the call does not set them."""
 
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead")
 """Attributes in which a module may say how many heads it has."""
@@ -88,7 +88,7 @@ class Fitted:
     inputs: tuple[tuple[str, str], ...]  # Its parameter, or "" for a place, and the input's name
     arguments: dict[str, Any]  # The call's other arguments by its own names, in NumPy
     notes: tuple[str, ...] = ()  # How masks were handed over, where it could be meant otherwise
-    refusal: str = ""  # What is said where it takes the call in no form
+    refusal: str = ""  # The error where no form runs; empty for that of the first form
 
     def call(self, function: Callable[..., Any], inputs: Mapping[str, Any], arguments: Any) -> Any:
         """The result for these inputs by name, of which later ones default to earlier ones."""
@@ -227,9 +227,9 @@ class Parameters:
         own, folded, _ = self._assigned(request, by_mask=True)
         if self.like_torch and "need_weights" in self.names:
             own["need_weights"] = False
-        own |= {name: IDLE[name] for name in self.needed & IDLE.keys() - own.keys()}
-        lacks = [name for name in self.masks.values() if name in self.needed - own.keys()]
-        if not folded and not lacks:
+        own |= {name: UNSET[name] for name in self.needed & UNSET.keys() - own.keys()}
+        needs_mask = not (self.needed - own.keys()).isdisjoint(self.masks.values())
+        if not folded and not needs_mask:
             yield Fitted(inputs, own)
             mask = own.get("attention_mask")
             if mask is not None:  # it may take an axis of heads, or of the batch, alone
@@ -240,7 +240,10 @@ class Parameters:
             return
         refusal = ""
         if "use_causal_mask" in folded:  # a mask of its keys alone cannot say that
-            refusal = f"{self.name} does not take `use_causal_mask`, nor as a mask."
+            refusal = (
+                f"{self.name} takes neither `use_causal_mask` nor a mask of queries and keys. Give "
+                "it a parameter `is_causal`, or a mask (B, T, S)."
+            )
         for masks, words in self._mask_forms(request, folded):
             yield Fitted(inputs, {**own, **masks}, ("; ".join(words),), refusal)
 
