@@ -325,6 +325,37 @@ def test_a_cache_from_which_another_call_went_on_is_no_longer_the_newest(
         check_after(home, layer, cache, [1.0] * 5)
 
 
+def test_an_older_cache_of_inference_is_not_the_newest() -> None:
+    torch, home = required("torch"), usable("torch")
+    layer = make(home)
+    with torch.inference_mode():
+        cache = line_of(home, layer, 5)
+        _, later = layer(positions(home, 2.0), cache=cache)
+        _, other = layer(positions(home, 3.0), cache=cache)
+        check_after(home, layer, later, [1.0] * 5 + [2.0])
+        check_after(home, layer, other, [1.0] * 5 + [3.0])
+
+
+def test_a_call_during_a_step_writes_elsewhere(
+    home: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of another thread, which goes on from the same cache."""
+    layer, others, context_of = make(home), [], decoding.context_of
+
+    def beside(*args: Any) -> Any:
+        if not others:
+            others.append(layer(positions(home, 3.0, 3), cache=cache)[1])
+        return context_of(*args)
+
+    with writing(home):
+        cache = line_of(home, layer, 5)
+        monkeypatch.setattr(decoding, "context_of", beside)
+        _, later = layer(positions(home, 2.0), cache=cache)
+        assert others[0].keys is not later.keys
+        check_after(home, layer, later, [1.0] * 5 + [2.0])
+        check_after(home, layer, others[0], [1.0] * 5 + [3.0] * 3)
+
+
 def test_what_a_line_has_written_leaves_no_trace(home: Backend) -> None:
     layer = make(home)
     with writing(home):
@@ -340,15 +371,17 @@ def test_what_a_line_has_written_leaves_no_trace(home: Backend) -> None:
         assert np.isfinite(plain(home, array)).all()
 
 
-def test_a_graph_that_needs_the_arrays_ends_the_line() -> None:
+@pytest.mark.parametrize("newest", [True, False])
+def test_a_graph_that_needs_the_arrays_of_a_cache_ends_the_line(newest: bool) -> None:
     torch, home = required("torch"), usable("torch")
     layer = make(home)
     with torch.no_grad():
         cache = line_of(home, layer, 5)
+        last = cache if newest else layer(positions(home, 1.0), cache=cache)[1]
     x = torch.full((2, 1, WIDTH), 2.0, requires_grad=True)
     output = layer(x, memory=cache)
     with torch.no_grad():
-        _, later = layer(positions(home, 3.0), cache=cache)
+        _, later = layer(positions(home, 3.0), cache=last)
     assert later.keys is not cache.keys
     output.sum().backward()
     assert torch.isfinite(x.grad).all()
