@@ -329,7 +329,10 @@ def test_an_older_cache_of_inference_is_not_the_newest() -> None:
     torch, home = required("torch"), usable("torch")
     layer = make(home)
     with torch.inference_mode():
-        cache = line_of(home, layer, 5)
+        cache = layer.make_cache(2, MOST).copy()  # in arrays that inference makes
+        for _ in range(5):
+            _, cache = layer(positions(home, 1.0), cache=cache)
+        assert cache._sharing.line is not None
         _, later = layer(positions(home, 2.0), cache=cache)
         _, other = layer(positions(home, 3.0), cache=cache)
         check_after(home, layer, later, [1.0] * 5 + [2.0])
