@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from anymha.errors import ConfigError
 from anymha.framework.protocol import Array
 
@@ -107,6 +109,10 @@ class Capabilities:
         softmax: ``softmax(x)`` over the last axis, of finite numbers.
         exp_and_sum: ``exp_and_sum(x, peak)`` is ``exp(x - peak)`` and its sums over the last axis,
             kept as 1; it may write into `x`.
+        known_padding: ``known_padding(mask)``: the booleans `mask` (B, S) as an array of NumPy's,
+            and how many multiplications must be spared for each row of the batch that is then
+            computed by itself, infinitely many where gradients may be asked for; None where the
+            values of the mask are not at hand.
         is_differentiated: ``is_differentiated(x)``: whether a gradient of `x` may be asked for.
         initialize: ``initialize(function, shape, dtype, seed)`` is what an initialiser in the
             style of the framework's users gives; `seed` has 31 bits.
@@ -146,6 +152,7 @@ class Capabilities:
     linear: Function | None = None
     softmax: Callable[[Array], Array] | None = None
     exp_and_sum: Function | None = None
+    known_padding: Callable[[Array], tuple[np.ndarray, float] | None] | None = None
     is_differentiated: Callable[[Array], bool] | None = None
     initialize: Function | None = None
     initializer_style: str | None = None

@@ -54,6 +54,7 @@ from anymha.layer.checks import (
 from anymha.layer.decoding import keep_step, next_step
 from anymha.layer.numerics import cast_to, without_gradient
 from anymha.layer.other_names import unexpected
+from anymha.layer.padding import Group, attention_by_groups, padding_groups, seen_keys
 from anymha.layer.plan import (
     Flags,
     Plan,
@@ -63,6 +64,7 @@ from anymha.layer.plan import (
     activated,
     held_path,
     make_plan,
+    path_of,
     plan_call,
     plan_lengths,
     rounded_operand,
@@ -92,6 +94,8 @@ class Projections(NamedTuple):
         of_rows: Whether the functions take and give matrices instead, (B * length, width), in the
             dtype in which the layer computes.
         weights: The features' weights by canonical name, if there are any.
+        plain: Whether nobody but the layer sees what the functions are given: no hook, no module
+            of a user's.
     """
 
     functions: Mapping[str, Callable[[Array], Array]]
@@ -99,6 +103,7 @@ class Projections(NamedTuple):
     key_bias: Array | None = None
     of_rows: bool = False
     weights: Weights | None = None
+    plain: bool = False
 
 
 def multi_head_attention(
@@ -381,7 +386,15 @@ def _execute(
     offset, seed = arrays.get("query_offset", offset), arrays.get("seed", seed)
     if flags.dropping or type(offset) is not int or offset:
         spec = _completed(ops, spec, offset, seed)
-    if paths.explaining:
+    groups = None
+    if shape.only_mask is not None and held is None and (projections is None or projections.plain):
+        groups = padding_groups(planned, arrays, offset)
+        if groups is not None:
+            shape = shape._replace(is_plain=True)
+            batch, _, keys = shape.folded
+            if groups[0] == (0, batch, 0, keys):  # there is none
+                groups, path = None, path_of(plan, shape.folded, {}, False, offset)
+    if paths.explaining and groups is None:
         paths.report(path)
     activity = Activity(plan.config, ops, shape) if flags.activity else None
     within: Any = None
@@ -399,7 +412,11 @@ def _execute(
         query, key, value, mask, bias = read_inputs(plan, shape, arrays)
     else:
         query, key, value, mask, bias = within(partial(read_inputs, plan, shape), arrays)
-    if held is not None and held.held.source != "own":
+    if groups is not None:
+        heads = _heads_by_groups(
+            plan, shape, groups, functions, (query, key, value), project, of_rows
+        )
+    elif held is not None and held.held.source != "own":
         heads = _queries_alone(plan, shape, functions, query, project, of_rows)
         query = _rows(ops, query, query, query)[0] if of_rows else query
     elif of_rows:
@@ -437,6 +454,11 @@ def _execute(
     if held is not None:
         attention: Any = partial(_held_attention, planned, spec, held, observe)
         context, scores, stored = attention(heads) if within is None else within(attention, heads)
+    elif groups is not None:
+        context, scores = attention_by_groups(
+            planned, groups, offset,
+            lambda path, heads: _attention(plan, spec, path, flags.scores, None, heads), heads,
+        )  # fmt: skip
     elif within is None:
         context, scores = _attention(plan, spec, path, flags.scores, observe, heads)
     else:
@@ -502,6 +524,34 @@ def _queries_alone(
         return {"query": project(plan, functions, "query", query, shape.query_heads)}
     rows = plan.ops.reshape(query, (-1, query.shape[-1]))
     return {"query": plan.ops.reshape(functions["query"](rows), shape.query_heads)}
+
+
+def _heads_by_groups(
+    plan: Plan,
+    shape: CallShape,
+    groups: list[Group],
+    functions: Any,
+    inputs: tuple[Array, Array, Array],
+    project: Any,
+    of_rows: bool,
+) -> dict[str, Array]:
+    """The projected queries (B, T, H, d_k), and keys and values (1, N, K, d) that are seen."""
+    query, key, value = inputs
+    ops = plan.ops
+    seen_key = seen_keys(ops, groups, key)
+    seen_value = seen_key if key is value else seen_keys(ops, groups, value)
+    count = seen_key.shape[1]
+    of_key, of_value = ((1, count, *s[2:]) for s in (shape.key_heads, shape.value_heads))
+    parts = (
+        ("query", query, shape.query_heads), ("key", seen_key, of_key),
+        ("value", seen_value, of_value),
+    )  # fmt: skip
+    if not of_rows:
+        return {name: project(plan, functions, name, x, heads) for name, x, heads in parts}
+    return {
+        name: ops.reshape(functions[name](ops.reshape(x, (-1, x.shape[-1]))), heads)
+        for name, x, heads in parts
+    }
 
 
 def make_memory(

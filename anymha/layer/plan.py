@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from anymha.attention.dropout import Dropout, rate_threshold
 from anymha.attention.masks import FAR, PositionMask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution.path import AttentionShape, Path, choose_path, most_logits
 from anymha.framework.dtypes import BITS, dtype_name, multiplies
-from anymha.framework.protocol import Array, Ops
+from anymha.framework.protocol import Array, Dim, Ops
 from anymha.framework.shapes import product
 from anymha.layer.arguments import ARRAYS, BY_NAME, Kind
 from anymha.layer.axes import PLAIN, Axes
@@ -401,7 +401,7 @@ def _with_lengths(
     held: HeldCall | None = None,
 ) -> PlannedCall:
     axes, batch, queries, keys = lengths
-    config, ops, flags = plan.config, plan.ops, plan.flags
+    config, ops = plan.config, plan.ops
     if axes is PLAIN:
         b, t, s = batch[0], queries[0], keys[0]
     else:
@@ -421,14 +421,36 @@ def _with_lengths(
     if held is not None:
         return PlannedCall(plan, shape, held_path(plan, shape, masks, held, held.read))
     per_query = bool(masks) and _differs_by_query(masks, len(queries), len(keys))
-    known = plan.paths.get((_offset_kind(offset), per_query))
+    return PlannedCall(plan, shape, path_of(plan, (b, t, s), masks, per_query, offset))
+
+
+def path_of(
+    plan: Plan,
+    lengths: tuple[Dim, Dim, Dim],
+    masks: Mapping[str, Any],
+    per_query: bool,
+    offset: Any,
+) -> Path:
+    """The path of a call that has neither a cache nor a memory.
+
+    Args:
+        plan: What it has in common with calls of other lengths.
+        lengths: B, T and S.
+        masks: Masks and bias by name.
+        per_query: Whether one of them differs from query to query.
+        offset: The index of the first query: an int, or an array.
+    """
+    b, t, s = lengths
+    config, ops, flags = plan.config, plan.ops, plan.flags
+    place = (_offset_kind(offset), per_query, bool(masks))
+    known = plan.paths.get(place)
     if (
         known is not None
         and isinstance(b, int) and isinstance(t, int) and isinstance(s, int)
         and 0 < t <= known.most_queries
         and 0 < b * t * s * config.num_heads <= known.most_logits
     ):  # fmt: skip
-        return PlannedCall(plan, shape, known)
+        return known
     spec = plan.spec
     if type(offset) is not int or offset:
         spec = replace(spec, position_mask=replace(spec.position_mask, offset=offset))
@@ -437,8 +459,9 @@ def _with_lengths(
         ops,
         spec,
         AttentionShape(
-            b, config.num_heads, config.key_value_heads, t, s, config.key_dim, config.value_dim,
-            plan.working, ops.device(inputs[0]), plan.carried if plan.narrow else None,
+            b, config.num_heads, config.key_value_heads, t, s, config.key_dim,
+            cast(int, config.value_dim), plan.working, plan.device,
+            plan.carried if plan.narrow else None,
             has_mask=any(name in HIDING for name in masks),
             has_bias=bias is not None,
             per_query=per_query,
@@ -452,8 +475,8 @@ def _with_lengths(
         with_scores=flags.scores,
     )  # fmt: skip
     if path.most_queries and not flags.observed:
-        plan.paths[(_offset_kind(offset), per_query)] = path
-    return PlannedCall(plan, shape, path)
+        plan.paths[place] = path
+    return path
 
 
 def held_path(

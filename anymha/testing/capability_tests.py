@@ -480,6 +480,44 @@ class CapabilityTests(BackendTests):
         compiler(function)({"query": ops.from_numpy(values(1, 2, 3))})
         must(seen and not any(seen), f"`has_values` must give False there. Received: {seen}.")
 
+    def test_known_padding_has_the_values_of_a_mask(self, ops: Any) -> None:
+        """And a number of multiplications, infinitely many inside of `vjp`."""
+        self.need(ops, "known_padding")
+        known, mask = ops.capabilities.known_padding, np.arange(6).reshape(2, 3) % 4 > 0
+        seen, least = known(ops.from_numpy(mask))
+        must(isinstance(seen, np.ndarray), f"The values must be NumPy's. Received: {type(seen)}.")
+        must(np.array_equal(seen, mask), f"The values must be {mask}. Received: {seen}.")
+        must(least >= 0, f"The number must not be negative. Received: {least!r}.")
+        if ops.capabilities.vjp is None:
+            return
+        found: list[Any] = []
+
+        def function(arrays: Mapping[str, Any]) -> Any:
+            found.append(known(ops.from_numpy(mask)))
+            return arrays["x"] * 2.0
+
+        x = values(2, 3)
+        ops.capabilities.vjp(function, {"x": ops.from_numpy(x)}, ops.from_numpy(x))
+        must(
+            all(one is None or one[1] == np.inf for one in found),
+            f"Inside of `vjp` the number must be infinite. Received: {found}.",
+        )
+
+    def test_known_padding_is_none_inside_of_a_compiler(self, ops: Any, compiler: Any) -> None:
+        """A program would be of one mask otherwise."""
+        self.need(ops, "known_padding")
+        if compiler is None:
+            pytest.skip(f"`known_padding` of {ops.name} is not judged inside of a compiler")
+        found: list[Any] = []
+
+        def function(arrays: Mapping[str, Any]) -> Any:
+            found.append(ops.capabilities.known_padding(arrays["mask"]))
+            return arrays["query"] + 1.0
+
+        mask = ops.from_numpy(np.ones((1, 2), bool))
+        compiler(function)({"query": ops.from_numpy(values(1, 2, 3)), "mask": mask})
+        must(found == [None], f"`known_padding` must give None there. Received: {found}.")
+
     @pytest.mark.parametrize("slot", [0, 3, (0, 3)], ids=["first", "last", "of each row"])
     @pytest.mark.parametrize("in_place", [True, False])
     def test_write_slots_writes_these_alone(self, ops: Any, slot: Any, in_place: bool) -> None:

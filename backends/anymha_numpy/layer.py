@@ -124,7 +124,7 @@ class MultiHeadAttention(NativeLayer):
         kind = WeightsKind(config.dtype, (query, value, key))
         key_bias = self.weights.get("key.bias") if config.activity_regularizer else None
         own = {name: self.weights[name] for name in config.feature_weights}
-        projections = Projections(functions, kind, key_bias, of_rows=True, weights=own)
+        projections = Projections(functions, kind, key_bias, of_rows=True, weights=own, plain=True)
         self.plans.prepared = config, names, list(arrays), projections
         return projections
 

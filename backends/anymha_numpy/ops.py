@@ -233,6 +233,10 @@ def native_keep_mask(seed, shape, keep, device, /):
     return np.random.default_rng(int(seed) % 2**64).random(shape, dtype=np.float32) < keep
 
 
+def known_padding(mask, /):
+    return mask, 1e6
+
+
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype"),
     has_values=has_values,
@@ -246,6 +250,7 @@ capabilities = Capabilities(
     loop=loop,
     eager_loop=True,
     narrow=narrow,
+    known_padding=known_padding,
     linear=linear,
     exp_and_sum=exp_and_sum,
     is_differentiated=is_differentiated,

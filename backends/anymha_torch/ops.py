@@ -323,6 +323,16 @@ def _(seed, threshold, shape, device):
     return torch.empty(shape, dtype=torch.bool, device=device)
 
 
+def known_padding(mask, /):
+    if mask.__class__ is not torch.Tensor or not mask.is_cpu:
+        return None
+    if _get_tracing_state() is not None or is_traced() or transformed():
+        return None
+    # Slices of an array have a gradient each, as great as the array.
+    least = float("inf") if torch.is_grad_enabled() else 6e6 * torch.get_num_threads()
+    return mask.numpy(), least
+
+
 capabilities = Capabilities(
     array_key=attrgetter("__class__", "dtype", "device", "requires_grad"),
     is_tracing=is_tracing,
@@ -346,6 +356,7 @@ capabilities = Capabilities(
     why_not_fused=why_not_fused,
     fused_window=makes_window,
     fused_sinks=True,
+    known_padding=known_padding,
     mixed_dtype=mixed_dtype,
     multiplies=multiplies,
     linear=linear,

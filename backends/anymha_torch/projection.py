@@ -259,10 +259,12 @@ def projections_of(
     if rounding_dtype in HALF and multiplies(rounding_dtype, modules["query"].weight.device):
         carried = rounding_dtype
     functions, widths, key_bias, parts, key_once = {}, [], None, [], None
+    all_plain = True
     for name in config.projections:
         module = modules[name]
         widths.append(getattr(module, "in_features", None))
         if hooked or not is_plain(module):
+            all_plain = False
             functions[name] = (
                 module
                 if isinstance(module, WorkingLinear)
@@ -296,7 +298,7 @@ def projections_of(
             "takes them, or make the layer anew."
         )
     kind = WeightsKind(NAMES[dtype], (query, value, key))
-    projections = Projections(functions, kind, key_bias)
+    projections = Projections(functions, kind, key_bias, plain=all_plain)
     if plans is None:
         return projections
     if len(parts) < len(config.projections) or None in parts or key_bias is not None:

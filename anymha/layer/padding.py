@@ -1,0 +1,152 @@
+"""Padding that is left out of the computation: keys that a row of the batch does not see.
+
+Batches of texts have keys that no query sees. Where the values of the mask are at hand, such keys
+are neither projected nor attended to: rows that see the same keys are computed together, without a
+mask. What a hidden position holds is not read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from anymha.execution import path as paths
+from anymha.framework.protocol import Array, Ops
+from anymha.framework.shapes import is_known
+from anymha.layer.plan import PlannedCall, path_of
+
+NOTE = "Padding is left out: each row of the batch has its own keys."
+"""What `explain` says."""
+
+LOOKED_AT = 1 << 23
+"""From so many multiplications on, which the keys of a row cost, a mask is looked at."""
+
+
+class Group(NamedTuple):
+    """Rows of the batch, one after another, that see the same keys.
+
+    Args:
+        begin: The first row.
+        end: The row after the last.
+        first: The first key.
+        last: The key after the last.
+    """
+
+    begin: int
+    end: int
+    first: int
+    last: int
+
+
+def padding_groups(
+    planned: PlannedCall, arrays: Mapping[str, Array], offset: Any
+) -> list[Group] | None:
+    """All rows of the batch by the keys that they see; None where padding is not to be left out.
+
+    Args:
+        planned: The call, whose only mask is one of padding.
+        arrays: The call's arrays by name.
+        offset: The index of the first query: an int, or an array.
+    """
+    plan, shape, _ = planned
+    flags, known = plan.flags, plan.ops.capabilities.known_padding
+    if known is None or plan.double or plan.spec.features or type(offset) is not int:
+        return None
+    if flags.activity or flags.dropping or flags.observed or not all(map(is_known, shape.folded)):
+        return None
+    mask, (batch, queries, keys) = arrays[shape.only_mask[0]], shape.folded  # pyright: ignore
+    found = known(mask)  # before lengths, which a compiler would take for those of all calls
+    if found is None or mask.shape[1] != keys or 0 in (batch, queries):
+        return None
+    (key_heads, key_dim), (_, value_dim) = plan.heads["key"], plan.heads["value"]
+    of_value, of_key = (arrays[source].shape[-1] for source in plan.sources[1:])
+    # What one key costs a row: its projections, its logits, and its part of the context.
+    work = key_heads * (of_value * value_dim + of_key * key_dim)
+    work += queries * shape.heads * (key_dim + value_dim)
+    if keys * work < LOOKED_AT:
+        return None
+    seen, least = found
+    counts = seen.sum(axis=1)
+    known_counts = counts.tolist()
+    hidden = (keys * len(known_counts) - sum(known_counts)) * (batch // len(known_counts))
+    if not hidden:
+        return [Group(0, batch, 0, keys)]
+    further = len({*known_counts}) - 1  # at least so many
+    if further and hidden * work < further * least:
+        return None
+    first = seen.argmax(axis=1)
+    last = keys - seen[:, ::-1].argmax(axis=1)
+    last[counts == 0] = 0
+    if (last - first != counts).any() or (first.any() and not plan.spec.position_mask.is_open):
+        return None
+    bounds = list(zip(first.tolist(), last.tolist(), strict=True))
+    if len(bounds) < batch:  # a mask for all rows
+        return [Group(0, batch, *bounds[0])]
+    begins = [i for i in range(batch) if not i or bounds[i] != bounds[i - 1]]
+    if hidden * work < (len(begins) - 1) * least:
+        return None
+    ends = [*begins[1:], batch]
+    return [Group(i, j, *bounds[i]) for i, j in zip(begins, ends, strict=True)]
+
+
+def seen_keys(ops: Ops, groups: list[Group], key: Array) -> Array:
+    """The keys (1, N, D) that their row sees, one after another, of `key` (B, S, D).
+
+    Args:
+        ops: The backend.
+        groups: All rows of the batch.
+        key: Keys or values before their projection.
+    """
+    parts = [key[i, a:b] for begin, end, a, b in groups for i in range(begin, end) if a < b]
+    if not parts:
+        return key[:1, :0]
+    return ops.reshape(ops.concat(parts, axis=0), (1, -1, key.shape[-1]))
+
+
+def attention_by_groups(
+    planned: PlannedCall,
+    groups: list[Group],
+    offset: Any,
+    attention: Callable[[paths.Path, Mapping[str, Array]], tuple[Array, Array | None]],
+    heads: Mapping[str, Array],
+) -> tuple[Array, Array | None]:
+    """The context (B, T, H, d_v), and the probabilities (B, H, T, S) if they are wanted.
+
+    Args:
+        planned: The call.
+        groups: All rows of the batch.
+        offset: The index of the first query.
+        attention: Gives both for rows that see all of their keys, by a path.
+        heads: "query" (B, T, H, d_k), and "key" and "value" (1, N, K, d) of what is seen.
+    """
+    plan, (_, queries, keys) = planned.plan, planned.shape.folded
+    ops = plan.ops
+    contexts, scores, at = [], [], 0
+    for begin, end, first, last in groups:
+        batch, count = end - begin, last - first
+        own = {"query": heads["query"][begin:end]}
+        for name in ("key", "value"):
+            part = heads[name][0, at : at + batch * count]
+            own[name] = ops.reshape(part, (batch, count, *part.shape[1:]))
+        at += batch * count
+        path = path_of(plan, (batch, queries, count), {}, False, offset)
+        if paths.explaining:
+            paths.report(path)
+        context, probabilities = attention(path, own)
+        contexts.append(context)
+        if probabilities is not None:
+            scores.append(_among_all(ops, probabilities, first, keys - last))
+    if paths.explaining:
+        paths.report_note(NOTE)
+    joined = [x[0] if len(x) == 1 else ops.concat(x, axis=0) for x in (contexts, scores) if x]
+    return joined[0], joined[1] if scores else None
+
+
+def _among_all(ops: Ops, scores: Array, before: int, after: int) -> Array:
+    """Probabilities (B, H, T, n), with zeros for so many keys before and after them."""
+    if not before and not after:
+        return scores
+    shape, device = ops.shape(scores)[:3], ops.device(scores)
+    zero = ops.asarray(0.0, dtype=scores.dtype, device=device)
+    first, last = (ops.broadcast_to(zero, (*shape, count)) for count in (before, after))
+    return ops.concat([first, scores, last], axis=-1)
