@@ -33,8 +33,9 @@ PEERS = ["haiku", "transformers", "peft", "accelerate", "onnx"]  # ours are held
 EVERYTHING = [name for names in FRAMEWORKS.values() for name in names] + LAYERS
 
 # What looks at what is installed: imports, the registry, commands, messages, files and layers of
-# other libraries, the pages' examples; `alone` adds the backend's own layer. All else is the same
-# whatever other framework is there: `tests` runs it, and `lowest` too, where there is none.
+# other libraries, the pages' examples, which call each layer. All else is the same whatever other
+# framework is there, since no backend imports another's (`lint-imports`): `tests` runs it, and
+# `lowest` too, where there is none.
 ALONE = (
     *("bench_command", "cli", "cli_process", "compare_command", "config", "convert_command"),
     *("docs", "errors", "files", "files_doc", "found_layers", "import", "interchange_layers"),
@@ -133,7 +134,7 @@ def alone(session: nox.Session, backend: str) -> None:
     others = [name for name in FRAMEWORKS if name not in (backend, "numpy")]
     present = f"[name for name in {others} if importlib.util.find_spec(name)]"
     session.run("python", "-c", f"import importlib.util, sys; sys.exit({present} or 0)")
-    run_pytest(session, *sorted({"numpy", backend}), names=(*ALONE, f"{backend}_layer"))
+    run_pytest(session, *sorted({"numpy", backend}), names=ALONE)
 
 
 @nox.session

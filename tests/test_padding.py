@@ -99,6 +99,36 @@ def test_what_is_hidden_is_not_read(eager: Backend, name: str) -> None:
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotary": True}, {"alibi": True}, {"softcap": 3.0}, {"sinks": True}, {"gate": "head"},
+        {"query_key_norm": "rms"},
+        {"rotary": True, "alibi": True, "sinks": True, "gate": "elementwise", "softcap": 3.0,
+         "query_key_norm": "layer", "sliding_window": 4, "num_key_value_heads": 2},
+    ],
+    ids=lambda options: ", ".join(options),
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["right", "left", "the same in all rows"])
+def test_options_of_models(eager: Backend, options: dict[str, Any], name: str) -> None:
+    layer: Any = get_layer(eager.name)(4, 8, query_features=D, seed=0, **options)
+    anymha.set_weights(
+        layer,
+        {n: drawn(i, *np.shape(x)) for i, (n, x) in enumerate(anymha.get_weights(layer).items())},
+    )
+    x, mask = drawn(0, B, S, D), MASKS[name]
+    wide = np.broadcast_to(mask[:, None], (B, S, S)).copy()
+    call: dict[str, Any] = {"return_attention_scores": True, "use_causal_mask": name != "left"}
+    expected = called(eager, layer, x, attention_mask=wide, **call)
+    found = called(eager, layer, x, value_mask=mask, **call)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    taken = "sliding_window" not in options or name != "left"
+    assert (padding.NOTE in explained(eager, layer, x, value_mask=mask, **call)) == taken
+    again = called(eager, layer, x, value_mask=mask, **call)
+    assert all(map(np.array_equal, again, found))
+
+
 def test_keys_and_values_of_their_own(eager: Backend) -> None:
     layer: Any = get_layer(eager.name)(
         2, 4, query_features=D, value_features=6, key_features=7, seed=0
@@ -163,7 +193,9 @@ def test_explain_tells_the_groups(eager: Backend, name: str, paths: int) -> None
 @pytest.mark.parametrize(
     "call",
     [
-        {"compute_dtype": "float64"}, {"dtype": "float64"}, {"rotary": True}, {"softcap": 9.0},
+        {"compute_dtype": "float64"}, {"dtype": "float64"},
+        {"rotary": {"scaling": {"rope_type": "dynamic", "factor": 2.0},
+                    "max_position_embeddings": 4}},
     ],
 )  # fmt: skip
 def test_other_options_compute_what_is_hidden(eager: Backend, call: dict[str, Any]) -> None:

@@ -416,6 +416,7 @@ def _execute(
         heads = _heads_by_groups(
             plan, shape, groups, functions, (query, key, value), project, of_rows
         )
+        query = _rows(ops, query, query, query)[0] if of_rows else query
     elif held is not None and held.held.source != "own":
         heads = _queries_alone(plan, shape, functions, query, project, of_rows)
         query = _rows(ops, query, query, query)[0] if of_rows else query

@@ -50,7 +50,9 @@ def padding_groups(
     """
     plan, shape, _ = planned
     flags, known = plan.flags, plan.ops.capabilities.known_padding
-    if known is None or plan.double or plan.spec.features or type(offset) is not int:
+    if known is None or plan.double or type(offset) is not int:
+        return None
+    if any(feature.depends_on_length for feature in plan.spec.features):
         return None
     if flags.activity or flags.dropping or flags.observed or not all(map(is_known, shape.folded)):
         return None
@@ -60,9 +62,11 @@ def padding_groups(
         return None
     (key_heads, key_dim), (_, value_dim) = plan.heads["key"], plan.heads["value"]
     of_value, of_key = (arrays[source].shape[-1] for source in plan.sources[1:])
-    # What one key costs a row: its projections, its logits, and its part of the context.
+    # What one key costs a row: its projections, its logits, and its part of the context. Of queries
+    # in their order only the last see what is hidden.
     work = key_heads * (of_value * value_dim + of_key * key_dim)
-    work += queries * shape.heads * (key_dim + value_dim)
+    if plan.spec.position_mask.is_open:
+        work += queries * shape.heads * (key_dim + value_dim)
     if keys * work < LOOKED_AT:
         return None
     seen, least = found
@@ -117,17 +121,23 @@ def attention_by_groups(
         groups: All rows of the batch.
         offset: The index of the first query.
         attention: Gives both for rows that see all of their keys, by a path.
-        heads: "query" (B, T, H, d_k), and "key" and "value" (1, N, K, d) of what is seen.
+        heads: "key" and "value" (1, N, K, d) of what is seen; "key_positions" (1 or B, S); weights
+            of features; and arrays (1 or B, T, ..) such as the "query".
     """
     plan, (_, queries, keys) = planned.plan, planned.shape.folded
-    ops = plan.ops
+    ops, weights = plan.ops, plan.config.feature_weights
     contexts, scores, at = [], [], 0
     for begin, end, first, last in groups:
         batch, count = end - begin, last - first
-        own = {"query": heads["query"][begin:end]}
+        own = {
+            name: x if name in weights or x.shape[0] == 1 else x[begin:end]
+            for name, x in heads.items()
+        }
         for name in ("key", "value"):
             part = heads[name][0, at : at + batch * count]
             own[name] = ops.reshape(part, (batch, count, *part.shape[1:]))
+        if "key_positions" in own:
+            own["key_positions"] = own["key_positions"][:, first:last]
         at += batch * count
         path = path_of(plan, (batch, queries, count), {}, False, offset)
         if paths.explaining:
