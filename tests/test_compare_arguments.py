@@ -353,3 +353,14 @@ def test_trials_of_parameters_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert compare(LAYER, port, X).passed
     assert len(calls) < 5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_function_without_a_word_for_causality_is_judged_by_its_output(
+    causal: bool, asked: bool
+) -> None:
+    report = compare(LAYER, lambda x: LAYER(x, use_causal_mask=causal), X, use_causal_mask=asked)
+    assert report.passed == (causal == asked)
+    names = {(False, True): "causal mask ignored", (True, False): "causal mask not asked for"}
+    assert (str(report.diagnosis or "").split(" (")[0] or None) == names.get((causal, asked))

@@ -276,7 +276,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "numbers for an array": (
         {"query": 1.0},
         errors.ArgumentError,
-        "`query` must be an array of {name}, like the others of this call. Received: float. "
+        "`query` must be an array of {name}, the framework of this call. Received: float. "
         "Convert it first: one call takes arrays of one framework.",
     ),
     "offset of a float": (
@@ -378,7 +378,7 @@ def test_array_of_another_framework(backend: Backend, installed: list[Backend], 
         foreign = other.ops.from_numpy(np.ones(shape, dtype))
         call = {**native(backend.ops, {"query": X}), name: foreign}
         text = (
-            f"`{name}` must be an array of {backend.name}, like the others of this call. "
+            f"`{name}` must be an array of {backend.name}, the framework of this call. "
             f"Received: {_kind(foreign)}. Convert it first: one call takes arrays of one "
             "framework."
         )

@@ -26,6 +26,7 @@ from anymha.cli.names import Implementation, implementation_named, is_model
 from anymha.errors import AnymhaError, FileError, LayoutError, UsageError
 from anymha.framework.registry import get_backend
 from anymha.parity.adapters import adapter_for
+from anymha.parity.adapters.arguments import CalledByNames
 from anymha.parity.adapters.decoding import Decoding, Stepwise
 from anymha.parity.comparison.compare import compare as compare_two
 from anymha.parity.comparison.named_layers import without_weights
@@ -227,7 +228,7 @@ def _outcome(
             inputs = {name: ops.from_numpy(as_numpy(array)) for name, array in inputs.items()}
         request = make_request(inputs, part.call)
         decode = [one for one in live if isinstance(one, Decoding)]  # others get rows alone then
-        lacking = [*filter(None, (_lacking(one, request) for one in decode or live))]
+        lacking = [*filter(None, (_lacking(one, request, explicit) for one in decode or live))]
         neither = neither and len(lacking) == len(decode or live)
         try:
             if lacking:
@@ -256,11 +257,14 @@ def _outcome(
     return Outcome(case.name, *names, reason=reason, left_out=neither and not explicit)
 
 
-def _lacking(implementation: Any, request: Request) -> str:
+def _lacking(implementation: Any, request: Request, explicit: bool) -> str:
     """Why an implementation cannot be given a call; empty where it can, or does not say."""
     adapter: Any = adapter_for(implementation)
     lacking = getattr(adapter, "lacking", None)
-    reason = "" if lacking is None else lacking(request)
+    if isinstance(adapter, CalledByNames):  # a causal function is known by its output alone
+        reason = adapter.lacking(request, by_mask=explicit)
+    else:
+        reason = "" if lacking is None else lacking(request)
     if not reason and len(request.masks) > 1 and hasattr(adapter, "parameters"):
         # A mistake in one mask is named more surely where it is the only one.
         reason = adapter.parameters.joined(request)

@@ -154,7 +154,10 @@ def load(
     source = as_path("path", path)
     get_ops(backend)
     if kind_of(source) != "nothing" and not format_of(source).metadata:
-        raise FileError(f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}.")
+        raise FileError(
+            f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}. Write a file of this "
+            f"library first: `anymha convert {source.name} new{SUFFIX} --to anymha`."
+        )
     with open_file(source, max_bytes) as reader:
         entry = _entry(reader)
         if caches.is_entry(entry):

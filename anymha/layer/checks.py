@@ -160,7 +160,7 @@ def check_arrays(ops: Ops, arrays: Mapping[str, Any]) -> None:
                 )
             foreign = hasattr(array, "shape") and hasattr(array, "dtype")
             raise (MixedBackendsError if foreign else ArgumentError)(
-                f"`{name}` must be an array of {ops.name}, like the others of this call. "
+                f"`{name}` must be an array of {ops.name}, the framework of this call. "
                 f"Received: {kind_of(array)}. Convert it first: one call takes arrays of one "
                 "framework."
             )

@@ -185,7 +185,8 @@ class Parameters:
     def lacking(self, request: Request, by_mask: bool = False) -> str:
         """Why it cannot be given the call, in words; empty where it can.
 
-        Causality counts as given in a mask only where `by_mask` says so.
+        Causality counts as given in a mask, and a function that has no parameter for it as causal,
+        only where `by_mask` says so.
         """
         if self.unknown:
             return f"needs {_listed(self.unknown)}, which no call has"
@@ -270,6 +271,8 @@ class Parameters:
         whole = self.masks.get("whole")
         if by_mask and lost == ["use_causal_mask"] and whole and request.inputs["query"].ndim == 3:
             folded.append(lost.pop())
+        if by_mask and lost == ["use_causal_mask"] and not whole:
+            lost.clear()  # it has no say in that: what it computes shows whether it is causal
         if whole in own and any(n not in ("value_mask", "key_mask") or "keys" not in self.masks
                                 for n in folded):  # fmt: skip
             folded.append(str(whole))
@@ -397,10 +400,10 @@ class CalledByNames:
             read = read_by_trial(self.parameters, request, self.results)
             self.parameters = self._reading(read=read)
 
-    def lacking(self, request: Request) -> str:
-        """Why it cannot be given the call, in words; empty where it can."""
+    def lacking(self, request: Request, by_mask: bool = False) -> str:
+        """As `Parameters.lacking`, with parameters that are settled."""
         self.settle(request)
-        return self.parameters.lacking(request)
+        return self.parameters.lacking(request, by_mask)
 
 
 def read_by_trial(

@@ -984,6 +984,7 @@ MISTAKES: tuple[Row, ...] = (
      "blocks in which they stand.", with_empty_rows(_causal_by_blocks), no_families, True),
     ("window not asked for", "Leave the window out, or give it to the reference too.",
      _windows_of_its_own, no_families, True),
-    ("causal mask not asked for", "Switch the causal mask off.",
+    ("causal mask not asked for", "Switch the causal mask off; if it is meant, compare with "
+     "`use_causal_mask=True`, in the command by `--cases self-causal`.",
      fields(lambda r: not r.causal, causal=True)),
 )  # fmt: skip
