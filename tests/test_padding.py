@@ -207,9 +207,12 @@ def test_other_options_compute_what_is_hidden(eager: Backend, call: dict[str, An
 def test_small_calls_and_few_hidden_keys_compute_them() -> None:
     layer: Any = get_layer("numpy")(8, 64, query_features=512, seed=0)
     numpy = usable("numpy")
-    for length, hidden, expected in ((8, 4, False), (128, 1, False), (128, 64, True)):
-        mask = np.arange(length) < length - np.array([[0], [hidden]])
-        text = explained(numpy, layer, drawn(0, 2, length, 512), value_mask=mask)
+    for length, hidden, expected in (
+        (8, [0, 4], False), (128, [0, 1], False), (128, [0, 64], True), (24, [1], False),
+        (24, [8], True),
+    ):  # fmt: skip
+        mask = np.arange(length) < length - np.array(hidden)[:, None]
+        text = explained(numpy, layer, drawn(0, len(hidden), length, 512), value_mask=mask)
         assert (padding.NOTE in text) == expected
 
 
@@ -219,7 +222,7 @@ def test_gradients_are_those_of_the_whole(eager: Backend) -> None:
         pytest.skip("a test of PyTorch")
     torch = required("torch")
     layer: Any = get_layer("torch")(2, 4, query_features=D, seed=0)
-    for name in ("right", "none"):
+    for name in ("right", "none", "the same in all rows"):
         mask, grads = torch.from_numpy(MASKS[name]), []
         for masks in ({"value_mask": mask}, {"attention_mask": mask[:, None].expand(B, S, S)}):
             with torch.enable_grad():
@@ -259,3 +262,14 @@ def test_transformations_of_torch_do_not_look_at_the_mask(eager: Backend) -> Non
     torch.testing.assert_close(
         traced(x, mask.flip(1)), layer(x, value_mask=mask.flip(1)), atol=2e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", ["right", "none", "the same in all rows"])
+def test_a_mask_of_another_device_is_refused_whatever_it_holds(eager: Backend, name: str) -> None:
+    if eager.name != "torch":
+        pytest.skip("a test of PyTorch")
+    torch = required("torch")
+    layer: Any = get_layer("torch")(2, 4, query_features=D, seed=0).to("meta")
+    x, mask = torch.empty(B, S, D, device="meta"), torch.from_numpy(MASKS[name])
+    with pytest.raises(RuntimeError, match="device"):
+        layer(x, value_mask=mask)

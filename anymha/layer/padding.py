@@ -57,7 +57,9 @@ def padding_groups(
     if flags.activity or flags.dropping or flags.observed or not all(map(is_known, shape.folded)):
         return None
     mask, (batch, queries, keys) = arrays[shape.only_mask[0]], shape.folded  # pyright: ignore
-    found = known(mask)  # before lengths, which a compiler would take for those of all calls
+    # Before lengths, which a compiler would take for those of all calls. A mask of another device
+    # is refused later, whatever its values are.
+    found = known(mask) if plan.ops.device(mask) == plan.device else None
     if found is None or mask.shape[1] != keys or 0 in (batch, queries):
         return None
     (key_heads, key_dim), (_, value_dim) = plan.heads["key"], plan.heads["value"]
@@ -75,8 +77,8 @@ def padding_groups(
     hidden = (keys * len(known_counts) - sum(known_counts)) * (batch // len(known_counts))
     if not hidden:
         return [Group(0, batch, 0, keys)]
-    further = len({*known_counts}) - 1  # at least so many
-    if further and hidden * work < further * least:
+    further = max(len({*known_counts}) - 1, 1)  # at least so many; one group has its slices too
+    if hidden * work < further * least:
         return None
     first = seen.argmax(axis=1)
     last = keys - seen[:, ::-1].argmax(axis=1)
