@@ -110,9 +110,9 @@ class Capabilities:
         exp_and_sum: ``exp_and_sum(x, peak)`` is ``exp(x - peak)`` and its sums over the last axis,
             kept as 1; it may write into `x`.
         known_padding: ``known_padding(mask)``: the booleans `mask` (B, S) as an array of NumPy's,
-            and how many multiplications must be spared for each row of the batch that is then
+            and how many multiplications must be spared for each group of rows that is then
             computed by itself, infinitely many where gradients may be asked for; None where the
-            values of the mask are not at hand.
+            values of the mask are not at hand. The backend's arrays take ``x[a:b] = y``.
         is_differentiated: ``is_differentiated(x)``: whether a gradient of `x` may be asked for.
         initialize: ``initialize(function, shape, dtype, seed)`` is what an initialiser in the
             style of the framework's users gives; `seed` has 31 bits.

@@ -392,7 +392,7 @@ def _execute(
         if groups is not None:
             shape = shape._replace(is_plain=True)
             batch, _, keys = shape.folded
-            if groups[0] == (0, batch, 0, keys):  # there is none
+            if groups[0] == (0, batch, 0, keys):  # nothing is hidden
                 groups, path = None, path_of(plan, shape.folded, {}, False, offset)
     if paths.explaining and groups is None:
         paths.report(path)

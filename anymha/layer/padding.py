@@ -2,7 +2,7 @@
 
 Batches of texts have keys that no query sees. Where the values of the mask are at hand, such keys
 are neither projected nor attended to: rows that see the same keys are computed together, without a
-mask. What a hidden position holds is not read at all.
+mask. What such a key holds is not read at all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOTE = "Padding is left out: each row of the batch has its own keys."
 """What `explain` says."""
 
 LOOKED_AT = 1 << 23
-"""From so many multiplications on, which the keys of a row cost, a mask is looked at."""
+"""A mask is looked at where the keys of a row cost at least so many multiplications."""
 
 
 class Group(NamedTuple):
@@ -128,7 +128,7 @@ def attention_by_groups(
     """
     plan, (_, queries, keys) = planned.plan, planned.shape.folded
     ops, weights = plan.ops, plan.config.feature_weights
-    contexts, scores, at = [], [], 0
+    contexts, scores, at = [], None, 0
     for begin, end, first, last in groups:
         batch, count = end - begin, last - first
         own = {
@@ -147,18 +147,12 @@ def attention_by_groups(
         context, probabilities = attention(path, own)
         contexts.append(context)
         if probabilities is not None:
-            scores.append(_among_all(ops, probabilities, first, keys - last))
+            if scores is None:
+                device = ops.device(probabilities)
+                zero = ops.asarray(0.0, dtype=probabilities.dtype, device=device)
+                full = planned.shape.folded[0], *probabilities.shape[1:3], keys
+                scores = ops.broadcast_to(zero, full) * 1  # which has memory of its own
+            scores[begin:end, :, :, first:last] = probabilities
     if paths.explaining:
         paths.report_note(NOTE)
-    joined = [x[0] if len(x) == 1 else ops.concat(x, axis=0) for x in (contexts, scores) if x]
-    return joined[0], joined[1] if scores else None
-
-
-def _among_all(ops: Ops, scores: Array, before: int, after: int) -> Array:
-    """Probabilities (B, H, T, n), with zeros for so many keys before and after them."""
-    if not before and not after:
-        return scores
-    shape, device = ops.shape(scores)[:3], ops.device(scores)
-    zero = ops.asarray(0.0, dtype=scores.dtype, device=device)
-    first, last = (ops.broadcast_to(zero, (*shape, count)) for count in (before, after))
-    return ops.concat([first, scores, last], axis=-1)
+    return contexts[0] if len(contexts) == 1 else ops.concat(contexts, axis=0), scores
