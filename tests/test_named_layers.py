@@ -61,7 +61,7 @@ def test_names_without_weights_are_refused_with_what_to_do() -> None:
     assert "One of both must have weights for the other" in refused("numpy", "torch")
     assert "Received: 'numpi', which is none of them" in refused("numpi", lambda x: x)
     told = refused("numpy", lambda x: x)
-    assert "Name the weights of the function with `declare(function, weights, layout)`" in told
+    assert "Name the weights of the function with `declare(function, layer)`" in told
 
 
 def test_the_declarations_that_fit_are_told() -> None:

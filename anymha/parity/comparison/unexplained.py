@@ -179,7 +179,8 @@ def offer(adapter: Adapter) -> str:
         return ""
     module, heads = getattr(silent, "module", None), silent.parameters.heads or "..."
     if module is None:
-        return f"Name the weights of {adapter.name} with `declare(function, weights, layout)`"
+        return (f"Name the weights of {adapter.name} with `declare(function, layer)`, a layer of "
+                "anymha that has them, or with `declare(function, weights, layout)`")  # fmt: skip
     try:
         groups = find_layers(dict(module.state_dict()))
     except AnymhaError:
