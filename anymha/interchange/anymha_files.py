@@ -156,7 +156,7 @@ def load(
     if kind_of(source) != "nothing" and not format_of(source).metadata:
         raise FileError(
             f"`path` must end with {SUFFIX!r}. Received: {quoted(str(path))}. Write a file of this "
-            f"library first: `anymha convert {source.name} new{SUFFIX} --to anymha`."
+            f"library first: `anymha convert FILE new{SUFFIX} --to anymha`."
         )
     with open_file(source, max_bytes) as reader:
         entry = _entry(reader)
