@@ -35,6 +35,11 @@ MOST_FITTED = 1 << 22
 NEAR = 10
 """How many times its noise a measured change may be off as it is fitted to the output."""
 
+WEAK = 1e-4
+"""What changes the output by no more than this part of the greatest change is not fitted: that is
+what of two factors gives one product, and the noise of differences.
+"""
+
 STEEP = 1.5
 """The greatest difference of two logits that is asked for."""
 
@@ -273,6 +278,6 @@ def _fitted(recipe: Recipe, changes: Factors, evidence: Evidence) -> Recipe | No
         small = 1e-5 * np.abs(numbers).max()
         slopes = [(left - evidence.differences(made(numbers + small * unit))) / small
                   for unit in np.eye(len(numbers))]  # fmt: skip
-        numbers = numbers + np.linalg.lstsq(np.stack(slopes, 1), left, rcond=1e-6)[0]
+        numbers = numbers + np.linalg.lstsq(np.stack(slopes, 1), left, rcond=WEAK)[0]
     moved = np.abs(numbers - begun).max()
     return made(numbers) if moved <= NEAR * NOISE * np.abs(begun).max() else None
