@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from anymha_torch import MultiHeadAttention, products  # noqa: E402
+from anymha_torch import MultiHeadAttention, onednn_attention, products  # noqa: E402
 
 D, W = 264, 320
 INTEL = "vendor_id\t: GenuineIntel\ncpu family\t: 26\nmodel\t\t: 207\n"
@@ -43,14 +43,15 @@ def products_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     if not products.is_right():
         pytest.skip("this torch has no product of oneDNN's")
     made: list[tuple[int, ...]] = []
-    product = products._product
+    product = products.product
 
     def counted(x: Any, weight: Any, bias: Any = None) -> Any:
         made.append((*x.shape, weight.shape[0]))
         return product(x, weight, bias)
 
-    monkeypatch.setattr(products, "_product", counted)
+    monkeypatch.setattr(products, "product", counted)
     monkeypatch.setattr(products, "linear", products.by_size)
+    monkeypatch.setattr(onednn_attention, "preferred", False)  # whose products are others
     return made
 
 
@@ -113,7 +114,7 @@ def test_torch_computes_where_onednn_is_missing_or_wrong(
         return linear(x, weight, bias) + 1
 
     faults = {"missing": missing, "other arguments": other_arguments, "wrong": wrong}
-    monkeypatch.setattr(products, "_product", faults[fault])
+    monkeypatch.setattr(products, "product", faults[fault])
     monkeypatch.setattr(products, "linear", products.by_size)
     products.is_right.cache_clear()
     try:

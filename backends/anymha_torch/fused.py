@@ -15,7 +15,7 @@ from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha.execution.path import AttentionShape
-from anymha_torch import tiled_dropout, triton_attention
+from anymha_torch import onednn_attention, tiled_dropout, triton_attention
 from anymha_torch.native import seeded
 from anymha_torch.sinks import attention as with_sinks
 
@@ -87,6 +87,8 @@ def fused_attention(
     sinks = joining_logit(spec.features, arrays) if spec.features else None
     if sinks is not None:
         return with_sinks(spec, causal, mask, query, key, value, sinks)
+    if onednn_attention.is_wanted(spec, query, key, value, mask):
+        return onednn_attention.attention(spec.scale, causal, mask, query, key, value)
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
     arguments: Any = (query, key, value, mask, rate, causal)

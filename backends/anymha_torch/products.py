@@ -73,7 +73,7 @@ def is_right() -> bool:
     numbers = torch.arange(64.0 * 96.0, dtype=torch.float32, device="cpu")
     x, weight = (numbers % 13 - 6).reshape(96, 64), (numbers % 11 - 5).reshape(96, 64)
     try:
-        found = _product(x, weight, numbers[:96]), _product(x.t(), weight.t())
+        found = product(x, weight, numbers[:96]), product(x.t(), weight.t())
     except (AttributeError, RuntimeError, TypeError):  # another version of torch
         return False
     expected = torch.addmm(numbers[:96], x, weight.t()), torch.mm(x.t(), weight)
@@ -90,7 +90,7 @@ def by_size(
         weight: (W, D).
         bias: (W,), or None.
     """
-    if not (_is_plain() and _is_large(x, weight, bias) and is_right()):
+    if not (is_plain() and _is_large(x, weight, bias) and is_right()):
         return functional.linear(x, weight, bias)
     if paths.explaining:
         paths.report_note(NOTE)
@@ -103,7 +103,7 @@ linear = by_size if is_preferred() else functional.linear
 """What computes projections."""
 
 
-def _is_plain() -> bool:
+def is_plain() -> bool:
     """Whether nobody watches, traces or transforms torch's functions."""
     return not (
         torch.compiler.is_compiling()
@@ -146,7 +146,7 @@ class _Linear(torch.autograd.Function):
         (y,) = cotangents
         of_x, of_weight, of_bias = ctx.needs_input_grad
         # Somebody may differentiate the gradients, or transform them.
-        own = not torch.is_grad_enabled() and _is_plain()
+        own = not torch.is_grad_enabled() and is_plain()
         return (
             None if not of_x else _of_rows(y, weight.t()) if own else y @ weight,
             None if not of_weight else _over_rows(y, x) if own else y.t() @ x,
@@ -159,20 +159,20 @@ def _of_rows(
 ) -> torch.Tensor:
     """``x . weight^T + bias`` of (N, D) and (W, D)."""
     if x.shape[0].bit_count() == 1:
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    for block, product in _blocks(x.shape[0]):
-        y[block] = product(x[block], weight, bias)
+    for block, multiply in _blocks(x.shape[0]):
+        y[block] = multiply(x[block], weight, bias)
     return y
 
 
 def _over_rows(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``x^T . y`` of (N, W) and (N, D)."""
     if x.shape[0].bit_count() == 1:
-        return _product(x.t(), y.t())
+        return product(x.t(), y.t())
     total = x.new_zeros((x.shape[1], y.shape[1]))
-    for block, product in _blocks(x.shape[0]):
-        total += product(x[block].t(), y[block].t())
+    for block, multiply in _blocks(x.shape[0]):
+        total += multiply(x[block].t(), y[block].t())
     return total
 
 
@@ -188,13 +188,13 @@ def _blocks(count: int) -> Iterator[tuple[slice, Callable[..., torch.Tensor]]]:
     start = 0
     while (left := count - start) >= ROWS:
         height = 1 << (left.bit_length() - 1)
-        yield slice(start, start + height), _product
+        yield slice(start, start + height), product
         start += height
     if left:
         yield slice(start, count), functional.linear
 
 
-def _product(
+def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x . weight^T + bias`` by oneDNN."""

@@ -1,0 +1,253 @@
+"""PyTorch's attention by oneDNN's products, as on a processor where they are faster."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+import numpy as np
+import torch
+
+import anymha
+from anymha_torch import MultiHeadAttention, onednn_attention, products
+from tests.frameworks import required
+
+required("torch")
+
+NOTE = onednn_attention.NOTE
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn_attention.is_right():
+        pytest.skip("this torch has no products of oneDNN's")
+    monkeypatch.setattr(onednn_attention, "preferred", True)
+
+
+def heads(batch: int, heads: int, length: int, width: int, seed: int, dtype: Any = None) -> Any:
+    """(B, H, T, d), which lies in memory as projections give it."""
+    x = np.random.default_rng(seed).standard_normal((batch, length, heads, width))
+    return torch.from_numpy(x).to(dtype or torch.float32).transpose(1, 2).requires_grad_()
+
+
+def mask_of(kind: str, batch: int, heads: int, queries: int, keys: int) -> Any:
+    rng = np.random.default_rng(9)
+    if kind == "bias":
+        return torch.from_numpy(rng.standard_normal((1, heads, queries, keys))).float()
+    seen: Any = {
+        "padding": np.arange(keys) < rng.integers(1, keys, (batch, 1, 1, 1)),
+        "few": rng.random((batch, 1, queries, keys)) < 0.005,
+        "empty": np.arange(batch)[:, None, None, None] > 0,
+    }.get(kind)
+    return None if seen is None else torch.where(torch.from_numpy(seen), 0.0, -math.inf)
+
+
+def written(scale: float, causal: bool, mask: Any, *arrays: Any) -> tuple[Any, Any]:
+    """The context in the arrays' dtype by the formula, and the rows that see nothing."""
+    query, key, value = arrays
+    group = query.shape[1] // key.shape[1]
+    logits = scale * query @ key.repeat_interleave(group, 1).transpose(2, 3)
+    logits = logits if mask is None else logits + mask
+    if causal:
+        hidden = torch.ones(logits.shape[2:], dtype=torch.bool).triu(1)
+        logits = logits.masked_fill(hidden, -math.inf)
+    empty = logits.amax(-1, keepdim=True) == -math.inf
+    shares = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    return shares @ value.repeat_interleave(group, 1), empty.expand(*logits.shape[:3], 1)
+
+
+SIZES = (
+    (2, 4, 2, 300, 333, 48, 40),  # rows computed twice, keys filled up, grouped heads
+    (1, 2, 2, 128, 700, 64, 64),
+    (1, 2, 1, 700, 300, 64, 64),  # causal queries after the last key
+    (2, 1, 1, 65, 1100, 64, 64),
+    (1, 1, 1, 1024, 1024, 32, 32),
+    (1, 1, 1, 64, 2500, 64, 64),
+)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "padding", "few", "empty", "bias"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_values_and_gradients_are_those_of_the_formula(sizes: tuple[int, ...], kind: str) -> None:
+    batch, own, shared, queries, keys, width, other = sizes
+    arrays = [
+        heads(batch, own, queries, width, 0), heads(batch, shared, keys, width, 1),
+        heads(batch, shared, keys, other, 2),
+    ]  # fmt: skip
+    mask, causal = mask_of(kind, batch, own, queries, keys), kind == "causal"
+    found = onednn_attention.attention(0.3, causal, mask, *arrays)
+    wide = [x.detach().double().requires_grad_() for x in arrays]
+    expected, empty = written(0.3, causal, mask, *wide)
+    assert empty.any() or kind != "empty"
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not found[empty[..., 0]].any()  # zeros, not NaN
+    above = heads(batch, own, queries, other, 3).detach()
+    gradients = torch.autograd.grad(found, arrays, above)
+    for got, exact in zip(
+        gradients, torch.autograd.grad(expected, wide, above.double()), strict=True
+    ):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(onednn_attention.attention(0.3, causal, mask, *arrays), found)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "padding", "few"])
+def test_bfloat16_is_rounded_where_it_may_be(kind: str) -> None:
+    arrays = [heads(2, 2, 300, 64, seed, torch.bfloat16) for seed in range(3)]
+    mask, causal = mask_of(kind, 2, 2, 300, 300), kind == "causal"
+    found = onednn_attention.attention(0.125, causal, mask, *arrays)
+    assert found.dtype == torch.bfloat16
+    wide = [x.detach().double().requires_grad_() for x in arrays]
+    expected, _ = written(0.125, causal, mask, *wide)
+    above = heads(2, 2, 300, 64, 3, torch.bfloat16).detach()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+    for got, exact in zip(
+        torch.autograd.grad(found, arrays, above),
+        torch.autograd.grad(expected, wide, above.double()), strict=True,
+    ):  # fmt: skip
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kind", ["causal", "few"])
+def test_gradients_can_be_differentiated(kind: str) -> None:
+    arrays = [heads(1, 1, 256, 64, seed) for seed in range(3)]
+    mask = mask_of(kind, 1, 1, 256, 256)
+
+    def of(function: Any, arrays: Any) -> Any:
+        first = torch.autograd.grad(function(arrays).square().sum(), arrays, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), arrays)
+
+    got = of(lambda given: onednn_attention.attention(0.2, kind == "causal", mask, *given), arrays)
+    wide = [x.detach().double().requires_grad_() for x in arrays]
+    exact = of(lambda given: written(0.2, kind == "causal", mask, *given)[0], wide)
+    for one, other in zip(got, exact, strict=True):
+        assert (one - other).abs().max() < 1e-4 * other.abs().max()
+
+
+def test_calls_of_many_lengths_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, product = set(), products.product
+    monkeypatch.setattr(
+        products, "product",
+        lambda x, weight: (shapes.add((*x.shape, *weight.shape)), product(x, weight))[1],
+    )  # fmt: skip
+    with torch.no_grad():
+        for length in range(256, 600, 7):
+            x = heads(1, 1, length, 64, 0)
+            onednn_attention.attention(0.1, False, None, x, x, x)
+    assert len(shapes) <= 2 * 6 * 4  # two products, six widths, four heights
+
+
+# --- in a layer ----------------------------------------------------------------------------------
+
+
+def layer_of(**options: Any) -> MultiHeadAttention:
+    return MultiHeadAttention(4, 64, query_features=32, seed=0, **options)
+
+
+def inputs(length: int = 300) -> Any:
+    return torch.from_numpy(np.random.default_rng(5).standard_normal((2, length, 32))).float()
+
+
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "causal": ({}, {"use_causal_mask": True}),
+    "grouped": ({"num_key_value_heads": 2}, {}),
+    "window": ({"sliding_window": 40}, {"use_causal_mask": True}),
+    "padding": ({}, {"value_mask": torch.arange(300)[None] < torch.tensor([[290], [270]])}),
+    "pairs": ({}, {"attention_mask": torch.ones(2, 300, 300, dtype=torch.bool).tril(-1)}),
+    "bias": ({}, {"attention_bias": torch.linspace(-1, 1, 300 * 300).reshape(1, 300, 300)}),
+    "rotary": ({"rotary": anymha.Rotary()}, {"use_causal_mask": True}),
+    "alibi": ({"alibi": True}, {"use_causal_mask": True}),
+    "narrow values": ({"value_dim": 48}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_layer_gives_the_values_of_float64(name: str) -> None:
+    options, call = CALLS[name]
+    layer, x = layer_of(**options), inputs()
+    exact = layer_of(**options, compute_dtype="float64")
+    anymha.set_weights(exact, anymha.get_weights(layer))
+    with torch.no_grad():
+        found = layer(x, **call)
+        torch.testing.assert_close(found, exact(x, **call), rtol=1e-4, atol=1e-5)
+        told = NOTE in anymha.explain(layer, x, **call)
+    assert told == (name not in ("window", "alibi", "narrow values"))  # small tiles; no kernel
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hidden_values_have_no_influence(dtype: str) -> None:
+    layer, x = layer_of(dtype=dtype), inputs().to(getattr(torch, dtype))
+    mask = torch.arange(300)[None] < torch.tensor([[200], [300]])
+    other = x.clone()
+    other[0, 200:] = math.nan
+    keys = torch.where(mask[..., None], x, 7.0)
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            one = layer(x, x, value_mask=mask)
+            assert torch.equal(layer(x, other, value_mask=mask), one)
+            assert torch.equal(layer(x, keys, value_mask=mask), one)
+
+
+def test_scores_beside_it_change_no_bit() -> None:
+    layer, x = layer_of(), inputs()
+    with torch.no_grad():
+        assert torch.equal(layer(x, return_attention_scores=True)[0], layer(x))
+
+
+def _vmapped(layer: Any, x: Any) -> Any:
+    return torch.func.vmap(layer)(x[None])[0]
+
+
+def _watched(layer: Any, x: Any) -> Any:
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        return layer(x)
+
+
+def _autocast(layer: Any, x: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer(x)
+
+
+def _switched_off(layer: Any, x: Any) -> Any:
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return layer(x)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+OTHERS = {
+    "vmap": _vmapped,
+    "a mode": _watched,
+    "autocast": _autocast,
+    "oneDNN is off": _switched_off,
+    "few keys": lambda layer, x: layer(x[:, :250]),
+    "few queries": lambda layer, x: layer(x[:, :60], x),
+    "float64": lambda layer, x: layer.double()(x.double()),
+    "compiled": lambda layer, x: torch.compile(layer, backend="eager")(x),
+}
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_other_calls_are_torchs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> Any:
+        raise AssertionError("oneDNN's products were taken")
+
+    layer, x = layer_of(), inputs()
+    with torch.no_grad():
+        layer(x)
+        monkeypatch.setattr(onednn_attention, "attention", refuses)
+        torch._dynamo.reset()
+        OTHERS[way](layer, x)
+        with pytest.raises(AssertionError, match="were taken"):
+            layer_of()(x)
