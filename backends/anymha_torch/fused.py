@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._C import _get_mkldnn_enabled  # pyright: ignore
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,7 +16,7 @@ from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha.execution.path import AttentionShape
-from anymha_torch import onednn_attention, tiled_dropout, triton_attention
+from anymha_torch import onednn_attention, products, tiled_dropout, triton_attention
 from anymha_torch.native import seeded
 from anymha_torch.sinks import attention as with_sinks
 
@@ -87,7 +88,7 @@ def fused_attention(
     sinks = joining_logit(spec.features, arrays) if spec.features else None
     if sinks is not None:
         return with_sinks(spec, causal, mask, query, key, value, sinks)
-    if onednn_attention.is_wanted(spec, query, key, value, mask):
+    if _by_onednn(spec, query, key, value, mask):
         return onednn_attention.attention(spec.scale, causal, mask, query, key, value)
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
@@ -110,6 +111,30 @@ def fused_attention(
         seen = mask if mask.dtype == torch.bool else mask > -torch.inf
         context = torch.where(seen.any(-1, keepdim=True), context, 0.0)
     return context
+
+
+def _by_onednn(
+    spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+) -> bool:
+    """Whether oneDNN's products compute a call; here, so that no small call enters their file."""
+    if not onednn_attention.preferred or torch.compiler.is_compiling():
+        return False
+    queries, keys = query.shape[2], key.shape[2]
+    return (
+        min(queries, keys) >= onednn_attention.ROWS
+        and queries * keys * min(query.shape[3], onednn_attention.WIDTH) ** 2
+        >= onednn_attention.LEAST
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.dtype is key.dtype is value.dtype
+        and query.is_cpu
+        and spec.memory_budget is None
+        and spec.dropout is None
+        and all(type(x) is torch.Tensor for x in (query, key, value))
+        and (mask is None or (type(mask) is torch.Tensor and mask.is_floating_point()))
+        and _get_mkldnn_enabled()
+        and products.is_plain()
+        and onednn_attention.is_right()
+    )
 
 
 def _as_given(query: torch.Tensor, *arrays: Any, **options: Any) -> torch.Tensor:

@@ -21,18 +21,17 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch._C import _get_mkldnn_enabled  # pyright: ignore
 
 from anymha.attention.masks import position_mask
 from anymha.attention.spec import AttentionSpec
 from anymha.execution import path as paths
 from anymha_torch import products, tiled_dropout
 
-LEAST = 1 << 16
-"""A head of fewer logits is no faster, nor is one of fewer times"""
+LEAST = 1 << 28
+"""A head is no faster with fewer logits times its squared features, of which no more than"""
 
 WIDTH = 64
-"""the square of this over its smaller number of features; nor with fewer queries or keys than"""
+"""so many count; nor is one with fewer queries or keys than"""
 
 ROWS = 64
 """the rows of the smallest tile, which has the last rows."""
@@ -47,29 +46,6 @@ NOTE = "attention: by oneDNN, which has AVX-512 on this processor, and MKL has n
 
 preferred = products.is_preferred()
 """Whether oneDNN is faster on this processor."""
-
-
-def is_wanted(
-    spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
-) -> bool:
-    """Whether a call is computed here; the arguments are those of `attention`."""
-    if not preferred or torch.compiler.is_compiling():
-        return False
-    queries, keys = query.shape[2], key.shape[2]
-    return (
-        min(queries, keys) >= ROWS
-        and queries * keys * min(query.shape[3], WIDTH) ** 2 >= LEAST * WIDTH**2
-        and query.dtype in (torch.float32, torch.bfloat16)
-        and query.dtype is key.dtype is value.dtype
-        and query.is_cpu
-        and spec.memory_budget is None
-        and spec.dropout is None
-        and all(type(x) is torch.Tensor for x in (query, key, value))
-        and (mask is None or (type(mask) is torch.Tensor and mask.is_floating_point()))
-        and _get_mkldnn_enabled()
-        and products.is_plain()
-        and is_right()
-    )
 
 
 def is_right() -> bool:
