@@ -25,7 +25,7 @@ NOTE = onednn_attention.NOTE
 def taken(monkeypatch: pytest.MonkeyPatch) -> None:
     if not onednn_attention.is_right():
         pytest.skip("this torch has no products of oneDNN's")
-    monkeypatch.setattr(onednn_attention, "preferred", True)
+    monkeypatch.setattr(products, "preferred", True)
 
 
 def heads(batch: int, heads: int, length: int, width: int, seed: int, dtype: Any = None) -> Any:
@@ -140,6 +140,31 @@ def test_calls_of_many_lengths_have_few_shapes(monkeypatch: pytest.MonkeyPatch) 
             x = heads(1, 1, length, 64, 0)
             onednn_attention.attention(0.1, False, None, x, x, x)
     assert len(shapes) <= 2 * 6 * 4  # two products, six widths, four heights
+
+
+@pytest.mark.parametrize("length", [256, 264])
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_by_either_is_the_same(
+    length: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, product = [], products.product
+    monkeypatch.setattr(
+        products, "product", lambda x, weight: (made.append(x), product(x, weight))[1]
+    )
+    layer = MultiHeadAttention(2, 32, query_features=32, dropout=0.2, seed=0)
+    x = inputs(length).repeat(8, 1, 1)
+    mask = torch.arange(length)[None] < torch.arange(16)[:, None] * 16 if masked else None
+
+    def results() -> list[Any]:
+        own = x.clone().requires_grad_()
+        y = layer(own, training=True, seed=4, value_mask=mask)
+        return [y, *torch.autograd.grad(y.square().sum(), [own, *layer.parameters()])]
+
+    found = results()
+    assert bool(made) == (length == 256)  # of other lengths it would keep code
+    monkeypatch.setattr(products, "preferred", False)
+    for one, other in zip(found, results(), strict=True):
+        assert (one - other).abs().max() < 1e-5 * other.abs().max() + 1e-4
 
 
 # --- in a layer ----------------------------------------------------------------------------------

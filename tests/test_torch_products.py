@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
-from anymha_torch import MultiHeadAttention, onednn_attention, products  # noqa: E402
+from anymha_torch import MultiHeadAttention, products  # noqa: E402
 
 D, W = 264, 320
 INTEL = "vendor_id\t: GenuineIntel\ncpu family\t: 26\nmodel\t\t: 207\n"
@@ -51,7 +51,7 @@ def products_made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(products, "product", counted)
     monkeypatch.setattr(products, "linear", products.by_size)
-    monkeypatch.setattr(onednn_attention, "preferred", False)  # whose products are others
+    monkeypatch.setattr(products, "preferred", False)  # whose products are others
     return made
 
 

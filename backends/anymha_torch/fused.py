@@ -117,7 +117,7 @@ def _by_onednn(
     spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
 ) -> bool:
     """Whether oneDNN's products compute a call; here, so that no small call enters their file."""
-    if not onednn_attention.preferred or torch.compiler.is_compiling():
+    if not products.preferred or torch.compiler.is_compiling():
         return False
     queries, keys = query.shape[2], key.shape[2]
     return (

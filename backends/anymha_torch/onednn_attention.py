@@ -44,9 +44,6 @@ LOWEST, HIGHEST, CAUSAL_HIGHEST = 128, 512, 256
 
 NOTE = "attention: by oneDNN, which has AVX-512 on this processor, and MKL has not"
 
-preferred = products.is_preferred()
-"""Whether oneDNN is faster on this processor."""
-
 
 def is_right() -> bool:
     """Whether torch has the products, and a softmax that may be written over its argument."""
@@ -115,15 +112,9 @@ class _Head(NamedTuple):
     value: torch.Tensor
 
 
-def _rounded(count: int) -> int:
-    """The next of four lengths to an octave."""
-    step = max((1 << (count.bit_length() - 1)) // 4, 16)
-    return -(-count // step) * step
-
-
 def _tiles(causal: bool, queries: int, keys: int) -> Iterator[_Tile]:
     """The tiles of a head."""
-    size, start = _rounded(keys), 0
+    size, start = products.rounded(keys), 0
     highest = min(CAUSAL_HIGHEST if causal else HIGHEST, max(TILE // size, LOWEST))
     highest = 1 << (highest.bit_length() - 1)
     while start < queries:
@@ -131,14 +122,16 @@ def _tiles(causal: bool, queries: int, keys: int) -> Iterator[_Tile]:
         height = min(1 << (max(left, ROWS).bit_length() - 1), highest)
         stop = min(start + height, queries)
         seen = min(stop, keys) if causal else keys
-        yield _Tile(stop - height, stop, start, min(_rounded(stop), size) if causal else size, seen)
+        yield _Tile(
+            stop - height, stop, start, min(products.rounded(stop), size) if causal else size, seen
+        )
         start = stop
 
 
 def _heads(key: torch.Tensor, value: torch.Tensor, heads: int, dtype: Any) -> Iterator[_Head]:
     """Key heads in turn, in arrays that are used again; values in a dtype."""
     batch, shared, keys, width = key.shape
-    size, group = _rounded(keys), heads // shared
+    size, group = products.rounded(keys), heads // shared
     own = key.new_zeros((size, width), dtype=torch.float32)
     other = value.new_zeros((size, value.shape[3]), dtype=dtype)
     for b in range(batch):

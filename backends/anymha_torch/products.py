@@ -99,8 +99,31 @@ def by_size(
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
-linear = by_size if is_preferred() else functional.linear
+preferred = is_preferred()
+"""Whether oneDNN is faster on this processor."""
+
+linear = by_size if preferred else functional.linear
 """What computes projections."""
+
+
+def rounded(count: int) -> int:
+    """The next of four lengths to an octave: of so many, oneDNN may keep code."""
+    step = max((1 << (count.bit_length() - 1)) // 4, 16)
+    return -(-count // step) * step
+
+
+def is_right_for(key: torch.Tensor) -> bool:
+    """Whether oneDNN is taken for tiles over keys (B, K, S, d), as many as they are."""
+    return (
+        preferred
+        and key.shape[2] >= ROWS
+        and rounded(key.shape[2]) == key.shape[2]
+        and key.dtype is torch.float32
+        and type(key) is torch.Tensor
+        and _get_mkldnn_enabled()
+        and is_plain()
+        and is_right()
+    )
 
 
 def is_plain() -> bool:
@@ -199,5 +222,7 @@ def product(
 ) -> torch.Tensor:
     """``x . weight^T + bias`` by oneDNN."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # in any other order it takes a thousand times as long
+        # In any other order it takes a thousand times as long.
+        by_rows = weight.stride(-1) == 1
+        weight = weight.contiguous() if by_rows else weight.t().contiguous().t()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

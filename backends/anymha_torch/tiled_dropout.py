@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,6 +27,7 @@ from anymha.attention.spec import AttentionSpec
 from anymha.execution.attend import written
 from anymha.execution.path import AttentionShape, fits
 from anymha.execution.tiling import Tiles, plan_tiles
+from anymha_torch import products
 
 TILE = 1 << 18
 """Logits in a tile: so many stay in the cache."""
@@ -72,15 +73,15 @@ class _Attention(torch.autograd.Function):
         ctx: Any, ops: Any, spec: AttentionSpec, rest: Any, *arrays: torch.Tensor
     ) -> torch.Tensor:
         query, key, value = arrays
-        tiles = _Tiles(ops, spec, rest, query, key)
+        tiles, multiplied = _Tiles(ops, spec, rest, query, key), multiplied_by(spec, key)
         context = heads_last((*query.shape[:3], value.shape[3]), query)
         remember = query[..., 0].numel() * key.shape[2] <= REMEMBERED
         ctx.kept = {}
         for number, tile in enumerate(tiles):
-            weights, keep = tiles.weights(tile), tiles.keep(tile)
+            weights, keep = tiles.weights(tile, multiplied), tiles.keep(tile)
             if remember:
                 ctx.kept[number] = keep
-            torch.mm(weights.mul_(keep), value[tile.columns], out=context[tile.rows])
+            multiplied(weights.mul_(keep), value[tile.columns].t(), into=context[tile.rows])
         ctx.spec, ctx.rest, ctx.tiles = spec, rest, tiles
         context.mul_(spec.dropout.factor)  # pyright: ignore[reportOptionalMemberAccess]
         ctx.save_for_backward(*arrays, context)
@@ -99,22 +100,46 @@ class _Attention(torch.autograd.Function):
             )
         query, key, value = arrays
         spec, tiles = ctx.spec, ctx.tiles
-        factor = spec.dropout.factor
+        factor, multiplied = spec.dropout.factor, multiplied_by(spec, key)
         balance = (context * cotangent).sum(-1, keepdim=True)
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
         for number, tile in enumerate(tiles):
             rows, columns = tile.rows, tile.columns
-            weights = tiles.weights(tile)
+            weights = tiles.weights(tile, multiplied)
             keep = ctx.kept.pop(number, None)  # a second pass back makes it again
             keep = tiles.keep(tile) if keep is None else keep
             scaled = cotangent[rows] * factor
-            d_value[columns].addmm_((weights * keep).t(), scaled)
-            d_weights = torch.mm(scaled, value[columns].t()).mul_(keep)
+            multiplied((weights * keep).t(), scaled.t(), added_to=d_value[columns])
+            d_weights = multiplied(scaled, value[columns]).mul_(keep)
             d_logits = d_weights.sub_(balance[rows]).mul_(weights)
-            torch.mm(d_logits, key[columns], out=d_query[rows])
-            d_key[columns].addmm_(d_logits.t(), query[rows])
+            multiplied(d_logits, key[columns].t(), into=d_query[rows])
+            multiplied(d_logits.t(), query[rows].t(), added_to=d_key[columns])
         return None, None, None, d_query.mul_(spec.scale), d_key.mul_(spec.scale), d_value
+
+
+def multiplied_by(spec: AttentionSpec, key: torch.Tensor) -> Callable[..., Any]:
+    """What gives ``x . y^T`` for tiles over keys (B, K, S, d), or puts it into or adds it to some.
+
+    oneDNN where it is faster, for lengths of which there are few, since it keeps code for each. In
+    the narrow tiles of causality it is not.
+    """
+    if spec.position_mask.is_open and products.is_right_for(key):
+        return _by_onednn
+    return _by_torch
+
+
+def _by_torch(x: torch.Tensor, y: torch.Tensor, into: Any = None, added_to: Any = None) -> Any:
+    if added_to is not None:
+        return added_to.addmm_(x, y.t())
+    return torch.mm(x, y.t(), out=into)
+
+
+def _by_onednn(x: torch.Tensor, y: torch.Tensor, into: Any = None, added_to: Any = None) -> Any:
+    made = products.product(x.contiguous() if not x.t().is_contiguous() else x, y)
+    if added_to is not None:
+        return added_to.add_(made)
+    return made if into is None else into.copy_(made)
 
 
 @dataclass(frozen=True)
@@ -156,11 +181,11 @@ class _Tiles:
                         origin = TileOrigin(b, h, start, tiles.key_start)
                         yield _Tile(rows, columns, origin, tiles)
 
-    def weights(self, tile: _Tile) -> torch.Tensor:
-        """The probabilities before dropout, [rows, keys]."""
+    def weights(self, tile: _Tile, multiplied: Callable[..., Any]) -> torch.Tensor:
+        """The probabilities before dropout, [rows, keys]; `multiplied` as `multiplied_by` gives."""
         query, key = self.query[tile.rows], self.key[tile.columns]
         at, tiles = tile.at, tile.tiles
-        logits = torch.mm(query * self.spec.scale, key.t())
+        logits = multiplied(query * self.spec.scale, key)
         bias, mask = self._part("bias", tile), self._part("mask", tile)
         if bias is not None:
             logits += bias
