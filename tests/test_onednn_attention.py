@@ -152,8 +152,8 @@ def test_dropout_by_either_is_the_same(
         products, "product", lambda x, weight: (made.append(x), product(x, weight))[1]
     )
     layer = MultiHeadAttention(2, 32, query_features=32, dropout=0.2, seed=0)
-    x = inputs(length).repeat(8, 1, 1)
-    mask = torch.arange(length)[None] < torch.arange(16)[:, None] * 16 if masked else None
+    x = inputs(length).repeat(24, 1, 1)
+    mask = torch.arange(length)[None] < torch.arange(48)[:, None] * 6 if masked else None
 
     def results() -> list[Any]:
         own = x.clone().requires_grad_()
