@@ -3,15 +3,18 @@
     python -m benchmarks.decoding                                   # every framework
     python -m benchmarks.decoding --frameworks torch --held 2048 --batch 8
     python -m benchmarks.decoding --frameworks torch --dtype bfloat16
+    python -m benchmarks.decoding --frameworks torch --functions              # no module by hand
     python -m benchmarks.decoding --frameworks torch --compiled --room 4096   # by torch.compile
     python -m benchmarks.decoding --steps 2000                      # how the time of a step grows
 
 A layer by hand has the same four projections without biases, keys and values (B, H, S, d) that are
-written in place where the framework can (NumPy, PyTorch, variables of TensorFlow, donated arrays
-of JAX), and no masks where it needs none. In JAX and TensorFlow both layers are compiled by the
-user, in PyTorch with `--compiled`, where both read all slots. Both take turns in one process,
-`--times` times; medians of the time of a step. One token a step after `--held` positions, in
-float32, in PyTorch also in half precision; values are compared first.
+written in place where the framework can (NumPy, PyTorch, variables of TensorFlow, donated arrays of
+JAX), and no masks where it needs none. In PyTorch it is a module with four linear layers, but for
+`--functions`, where it is functions of tensors. In TensorFlow its weights are variables. In JAX and
+TensorFlow both layers are compiled by the user, in PyTorch with `--compiled`, where both read all
+slots. Both take turns in one process, `--times` times; medians of the time of a step. One token a
+step after `--held` positions, in float32, in PyTorch also in half precision; values are compared
+first.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ class Sizes:
         self.token = draw.standard_normal((batch, 1, features)).astype(np.float32)
 
 
-def runs(framework: str, sizes: Sizes, compiled: bool = False) -> dict[str, Run]:
+def runs(
+    framework: str, sizes: Sizes, compiled: bool = False, functions: bool = False
+) -> dict[str, Run]:
     """A step of our layer and of the one by hand, with the same weights."""
     features = sizes.heads * sizes.width
     layer: Any = get_layer(framework)(
@@ -69,7 +74,9 @@ def runs(framework: str, sizes: Sizes, compiled: bool = False) -> dict[str, Run]
         name.partition(".")[0]: np.ascontiguousarray(ops.to_numpy(x).reshape(features, features))
         for name, x in layer.canonical_weights().items()
     }
-    by_hand: Any = partial(_torch, compiled=True) if compiled else _HAND[framework]
+    by_hand: Any = _HAND[framework]
+    if framework == "torch":
+        by_hand = partial(_torch, compiled=compiled, functions=functions)
     return {
         "anymha": _ours(framework, layer, sizes, compiled),
         "by hand": by_hand(weights, sizes),
@@ -148,24 +155,37 @@ def _numpy(weights: Any, sizes: Sizes) -> Run:
     return run
 
 
-def _torch(weights: Any, sizes: Sizes, compiled: bool = False) -> Run:
+def _torch(weights: Any, sizes: Sizes, compiled: bool = False, functions: bool = False) -> Run:
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     batch, heads, width = sizes.batch, sizes.heads, sizes.width
     dtype = getattr(torch, sizes.dtype)
     keys, values = (torch.zeros(batch, heads, sizes.room, width, dtype=dtype) for _ in range(2))
-    matrices = {
-        name: torch.from_numpy(np.ascontiguousarray(w.T, np.float32)).to(dtype)
-        for name, w in weights.items()
-    }
     prompt, token = (torch.from_numpy(x).to(dtype) for x in (sizes.prompt, sizes.token))
 
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, w in weights.items():
+                matrix = torch.from_numpy(np.ascontiguousarray(w.T, np.float32)).to(dtype)
+                own = torch.nn.Linear(*matrix.shape[::-1], bias=False, dtype=dtype)
+                own.weight = torch.nn.Parameter(matrix)
+                setattr(self, name, own)
+
+        def forward(self, x: Any, keys: Any, values: Any, at: Any) -> Any:
+            return (step_of_all_slots if compiled else step)(x, keys, values, at)
+
+    layer = Layer()
+    projections: dict[str, Any] = dict(layer.named_children())
+    if functions:
+        projections = {name: partial(linear, weight=w.weight) for name, w in projections.items()}
+
     def project(x: Any, name: str) -> Any:
-        return linear(x, matrices[name]).view(batch, -1, heads, width).transpose(1, 2)
+        return projections[name](x).view(batch, -1, heads, width).transpose(1, 2)
 
     def merged(context: Any) -> Any:
-        return linear(context.transpose(1, 2).reshape(batch, 1, -1), matrices["output"])
+        return projections["output"](context.transpose(1, 2).reshape(batch, 1, -1))
 
     def step(x: Any, keys: Any, values: Any, at: int) -> Any:
         q, end = project(x, "query"), at + 1
@@ -181,7 +201,8 @@ def _torch(weights: Any, sizes: Sizes, compiled: bool = False) -> Run:
         seen = (torch.arange(sizes.room) <= at)[None, None]
         return merged(scaled_dot_product_attention(q, keys, values, seen)), at + 1
 
-    own: Any = torch.compile(step_of_all_slots, fullgraph=True) if compiled else step
+    taken: Any = step if functions else layer
+    own: Any = torch.compile(taken, fullgraph=True) if compiled else taken
 
     def run(steps: int, at: int) -> Any:
         if not steps:
@@ -247,7 +268,7 @@ def _tensorflow(weights: Any, sizes: Sizes) -> Run:
     import tensorflow as tf
 
     batch, heads, width = sizes.batch, sizes.heads, sizes.width
-    matrices = {name: tf.constant(w) for name, w in weights.items()}
+    matrices = {name: tf.Variable(w) for name, w in weights.items()}
     prompt, token = tf.constant(sizes.prompt), tf.constant(sizes.token)
     keys, values = (tf.Variable(tf.zeros((batch * heads * sizes.room, width))) for _ in range(2))
     full = (batch, heads, sizes.room, width)
@@ -285,9 +306,11 @@ def _tensorflow(weights: Any, sizes: Sizes) -> Run:
 _HAND = {"numpy": _numpy, "torch": _torch, "tensorflow": _tensorflow, "jax": _jax}
 
 
-def measured(framework: str, sizes: Sizes, times: int, compiled: bool = False) -> dict[str, float]:
+def measured(
+    framework: str, sizes: Sizes, times: int, compiled: bool = False, functions: bool = False
+) -> dict[str, float]:
     """The median time of a step of each, in microseconds; values are compared first."""
-    both = runs(framework, sizes, compiled)
+    both = runs(framework, sizes, compiled, functions)
     found = {}
     for name, run in both.items():
         run(0, 0)
@@ -335,13 +358,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=0, help="show how a step grows instead")
     parser.add_argument("--compiled", action="store_true", help="PyTorch's steps, both of them")
+    parser.add_argument(
+        "--functions", action="store_true", help="PyTorch's layer by hand without a module"
+    )
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="of PyTorch's layers")
     parser.add_argument("--here", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     names = options.frameworks.split(",")
-    if options.compiled and names != ["torch"]:
-        parser.error("--compiled is about PyTorch: pass --frameworks torch, too")
+    for name in ("compiled", "functions"):
+        if getattr(options, name) and names != ["torch"]:
+            parser.error(f"--{name} is about PyTorch: pass --frameworks torch, too")
+    if options.compiled and options.functions:
+        parser.error("--functions is about steps that are not compiled: leave --compiled out")
     if options.dtype != "float32" and names != ["torch"]:
         parser.error("--dtype is about PyTorch: pass --frameworks torch, too")
     if options.here is None:
@@ -368,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         for column in ("held", "anymha, us a step", "by hand", "ratio"):
             table.add_column(column, justify="right")
-        found = measured(options.here, sizes, options.times, options.compiled)
+        found = measured(options.here, sizes, options.times, options.compiled, options.functions)
         ratio = found["anymha"] / found["by hand"]
         cells = [f"{found[name]:.0f}" for name in ("anymha", "by hand")]
         table.add_row(str(sizes.held), *cells, f"{ratio:.2f}")

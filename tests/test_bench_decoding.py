@@ -19,6 +19,12 @@ def test_both_layers_have_the_same_values_and_are_timed(backend: Backend) -> Non
     assert all(spent > 0 for spent in found.values())
 
 
+def test_functions_of_torch_have_the_same_values() -> None:
+    required("torch")
+    found = measured("torch", Sizes(2, 2, 4, 5, 5 + STEPS), times=1, functions=True)
+    assert list(found) == ["anymha", "by hand"]
+
+
 def test_compiled_layers_have_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = required("torch")
     quick = partial(torch.compile, backend="eager")
