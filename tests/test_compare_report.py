@@ -197,6 +197,7 @@ def test_heat_map_marks_the_cells_that_a_causal_mask_hides(bad: Comparison) -> N
         assert (cells[4] == 0).all(), "the last query sees all in both"
 
 
+@pytest.mark.usefixtures("hasty")
 def test_heat_map_of_many_numbers_keeps_the_worst() -> None:
     one = layer(num_heads=12)
     x_long = x(1, 100, 12)
