@@ -21,7 +21,7 @@ from tests import wheel_lines
 from tests.conftest import LONG
 
 ROOT = Path(__file__).parent.parent
-LARGEST = 43_450
+LARGEST = 43_600
 """The most lines of code in the wheel, without comments, docstrings and empty lines."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted([*ROOT.glob("anymha/**/*.py"), *ROOT.glob("backends/**/*.py")])

@@ -88,7 +88,7 @@ def fused_attention(
     sinks = joining_logit(spec.features, arrays) if spec.features else None
     if sinks is not None:
         return with_sinks(spec, causal, mask, query, key, value, sinks)
-    if _by_onednn(spec, query, key, value, mask):
+    if _by_onednn(spec, causal, query, key, value, mask):
         return onednn_attention.attention(spec.scale, causal, mask, query, key, value)
     grouped = bool(query.shape[1] != key.shape[1])
     rate = 0.0 if drop is None else drop.rate
@@ -114,16 +114,20 @@ def fused_attention(
 
 
 def _by_onednn(
-    spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
-) -> bool:
+    spec: AttentionSpec, causal: bool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    mask: Any,
+) -> bool:  # fmt: skip
     """Whether oneDNN's products compute a call; here, so that no small call enters their file."""
     if not products.preferred or torch.compiler.is_compiling():
         return False
-    queries, keys = query.shape[2], key.shape[2]
+    own = onednn_attention
+    (batch, shared, keys, _), queries, width = key.shape, query.shape[2], query.shape[3]
     return (
-        min(queries, keys) >= onednn_attention.ROWS
-        and queries * keys * min(query.shape[3], onednn_attention.WIDTH) ** 2
-        >= onednn_attention.LEAST
+        min(queries, keys) >= own.SHORTEST
+        and keys <= own.LONGEST
+        and width >= own.NARROWEST
+        and queries * keys * min(width, own.WIDTH) ** 2 >= own.LEAST
+        and (not causal or queries == keys)
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.dtype is key.dtype is value.dtype
         and query.is_cpu
@@ -133,7 +137,8 @@ def _by_onednn(
         and (mask is None or (type(mask) is torch.Tensor and mask.is_floating_point()))
         and _get_mkldnn_enabled()
         and products.is_plain()
-        and onednn_attention.is_right()
+        and own.is_right()
+        and own.is_shared_well(batch * shared)
     )
 
 

@@ -107,8 +107,8 @@ linear = by_size if preferred else functional.linear
 
 
 def rounded(count: int) -> int:
-    """The next of four lengths to an octave: of so many, oneDNN may keep code."""
-    step = max((1 << (count.bit_length() - 1)) // 4, 16)
+    """The next of eight lengths to an octave: of so many, oneDNN may keep code."""
+    step = max((1 << (count.bit_length() - 1)) // 8, 16)
     return -(-count // step) * step
 
 

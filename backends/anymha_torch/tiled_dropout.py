@@ -21,6 +21,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._C._functorch import (  # pyright: ignore
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+)
 
 from anymha.attention.masks import TileOrigin, all_of
 from anymha.attention.spec import AttentionSpec
@@ -98,24 +102,40 @@ class _Attention(torch.autograd.Function):
                 None,
                 *differentiable(ctx.spec, ctx.rest, arrays, cotangent, ctx.needs_input_grad[3:]),
             )
-        query, key, value = arrays
-        spec, tiles = ctx.spec, ctx.tiles
-        factor, multiplied = spec.dropout.factor, multiplied_by(spec, key)
-        balance = (context * cotangent).sum(-1, keepdim=True)
-        d_query = torch.empty_like(query)
-        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
-        for number, tile in enumerate(tiles):
-            rows, columns = tile.rows, tile.columns
-            weights = tiles.weights(tile, multiplied)
-            keep = ctx.kept.pop(number, None)  # a second pass back makes it again
-            keep = tiles.keep(tile) if keep is None else keep
-            scaled = cotangent[rows] * factor
-            multiplied((weights * keep).t(), scaled.t(), added_to=d_value[columns])
-            d_weights = multiplied(scaled, value[columns]).mul_(keep)
-            d_logits = d_weights.sub_(balance[rows]).mul_(weights)
-            multiplied(d_logits, key[columns].t(), into=d_query[rows])
-            multiplied(d_logits.t(), query[rows].t(), added_to=d_key[columns])
-        return None, None, None, d_query.mul_(spec.scale), d_key.mul_(spec.scale), d_value
+        with torch.autocast(cotangent.device.type, enabled=False):
+            return None, None, None, *_gradients(ctx, arrays, context, cotangent)
+
+
+def _gradients(
+    ctx: Any, arrays: Sequence[torch.Tensor], context: torch.Tensor, cotangent: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key and value."""
+    query, key, value = arrays
+    spec, tiles = ctx.spec, ctx.tiles
+    factor, multiplied = spec.dropout.factor, multiplied_by(spec, key)
+    d_query, d_key, d_value = map(torch.zeros_like, arrays)
+    if is_watched(cotangent):  # of several cotangents there are several gradients of each
+        multiplied, zero = _by_copies, torch.zeros_like(cotangent).sum()
+        d_query, d_key, d_value = d_query + zero, d_key + zero, d_value + zero
+    balance = (context * cotangent).sum(-1, keepdim=True)
+    for number, tile in enumerate(tiles):
+        rows, columns = tile.rows, tile.columns
+        weights = tiles.weights(tile, multiplied)
+        keep = ctx.kept.pop(number, None)  # a second pass back makes it again
+        keep = tiles.keep(tile) if keep is None else keep
+        scaled = cotangent[rows] * factor
+        multiplied((weights * keep).t(), scaled.t(), added_to=d_value[columns])
+        d_weights = multiplied(scaled, value[columns]).mul_(keep)
+        d_logits = d_weights.sub_(balance[rows]).mul_(weights)
+        multiplied(d_logits, key[columns].t(), into=d_query[rows])
+        multiplied(d_logits.t(), query[rows].t(), added_to=d_key[columns])
+    return d_query.mul_(spec.scale), d_key.mul_(spec.scale), d_value
+
+
+def is_watched(cotangent: torch.Tensor) -> bool:
+    """Whether a pass back is transformed, autocast or watched, or several are computed at once."""
+    several = is_batchedtensor(cotangent) or is_legacy_batchedtensor(cotangent)
+    return several or not products.is_plain()
 
 
 def multiplied_by(spec: AttentionSpec, key: torch.Tensor) -> Callable[..., Any]:
@@ -137,6 +157,15 @@ def _by_torch(x: torch.Tensor, y: torch.Tensor, into: Any = None, added_to: Any 
 
 def _by_onednn(x: torch.Tensor, y: torch.Tensor, into: Any = None, added_to: Any = None) -> Any:
     made = products.product(x.contiguous() if not x.t().is_contiguous() else x, y)
+    return _kept(made, into, added_to)
+
+
+def _by_copies(x: torch.Tensor, y: torch.Tensor, into: Any = None, added_to: Any = None) -> Any:
+    """Without what several at once do not have."""
+    return _kept(torch.mm(x, y.t()), into, added_to)
+
+
+def _kept(made: torch.Tensor, into: Any, added_to: Any) -> Any:
     if added_to is not None:
         return added_to.add_(made)
     return made if into is None else into.copy_(made)
