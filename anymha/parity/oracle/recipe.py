@@ -29,8 +29,6 @@ import numpy as np
 from anymha.parity.oracle.decoded import Decoded
 
 Arrays = dict[str, np.ndarray]
-
-
 Shape = tuple[int, ...]
 
 
