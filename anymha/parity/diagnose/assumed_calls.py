@@ -7,13 +7,13 @@ sequences each call's, with which its own queries fit.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause, Diagnosis
 from anymha.parity.diagnose.changes import listed
+from anymha.parity.diagnose.deadline import Deadline
 from anymha.parity.diagnose.decoding_mistakes import MISTAKES
 from anymha.parity.diagnose.mistakes import Mistake
 from anymha.parity.diagnose.trials import Trial, Trials, best, first_change
@@ -55,7 +55,7 @@ def as_decoded(trials: Trials, seconds: float) -> Diagnosis | None:
     few, many = ([one for one in every if one.alone == alone] for alone in (False, True))
     fits = trials.evidence.fitting(recipe).all(0)
     usual = [*dict.fromkeys(_usual(queries, 0 if fits.all() else int(np.argmin(fits))))]
-    search = _Search(trials, time.thread_time() + seconds)
+    search = _Search(trials, Deadline(seconds))
     for mistakes, ways in (few, usual), (many, usual[:FIRST]):
         for sizes in ways:
             found = search.best(sizes, mistakes)
@@ -85,7 +85,7 @@ def _usual(length: int, prompt: int) -> Iterator[Sizes]:
 class _Search:
     """Tries mistakes of decoding with assumed calls, and keeps where the queries of a call fit."""
 
-    def __init__(self, trials: Trials, until: float) -> None:
+    def __init__(self, trials: Trials, until: Deadline) -> None:
         self._trials, self._until = trials, until
         # The calls, from a position to another, whose queries fit
         self._fitting: dict[Key, set[tuple[int, int]]] = {}
@@ -94,7 +94,7 @@ class _Search:
     @property
     def late(self) -> bool:
         """Whether the time is over."""
-        return time.thread_time() > self._until
+        return self._until.over
 
     def best(
         self, sizes: Sizes, mistakes: Sequence[Mistake], only: Collection[Key] | None = None

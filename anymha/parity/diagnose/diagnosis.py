@@ -125,6 +125,11 @@ class Search(Trials):
             ))  # fmt: skip
         return tried
 
+    @cached_property
+    def _completed(self) -> list[Trial]:
+        """The mistakes alone with all that each leaves."""
+        return self.completed(self.singles)
+
     def _of_a_constant(self) -> Diagnosis | None:
         """Of an output that does not depend on the inputs, a usual mistake, or this."""
         if not self._is_constant():
@@ -225,7 +230,7 @@ class Search(Trials):
 
     def _in_a_part(self) -> Diagnosis | None:
         """One mistake in a part of the call, or of decoding in calls that are not told."""
-        part = in_a_part(self, self.singles, PARTS_SECONDS)
+        part = in_a_part(self, self._completed, PARTS_SECONDS)
         several = {one.name for one in catalogue(self.recipe) if one.alone}
         if part is not None and part.causes[0].name not in several:
             return part
@@ -262,7 +267,7 @@ class Search(Trials):
         """Two mistakes at once; else what is known without them."""
         hurried = False
         for search in (promising_pairs, usual_pairs):
-            found, late = search(self, self.singles, PAIRS_SECONDS)
+            found, late = search(self, self._completed, PAIRS_SECONDS)
             if found is not None:
                 return found
             hurried |= late
@@ -275,7 +280,7 @@ class Search(Trials):
         """One mistake after another: with each, more of the reported stages must fit."""
         causes: list[Cause] = []
         reached = self.reached(self.recipe)
-        tried = self.singles
+        tried = self._completed
         while tried:
             named = {cause.name for cause in causes}
             tried = [one for one in tried if one.causes[0].name not in named]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from anymha.parity.oracle.recipe import Arrays, Recipe
+from anymha.parity.oracle.recipe import PLACES, Arrays, Recipe
 from anymha.parity.stages.limits import Tolerances, computed_dtype, error_shares
 from anymha.parity.stages.stagewise import OBSERVED
 from anymha.parity.stages.structure import distance
@@ -66,13 +67,37 @@ class Evidence:
                 found[name] = self.errors(like)[name]
             else:
                 apart = self._distance(name, recipe.until(_source(name)))
-                size = float(np.max(np.abs(exact[np.isfinite(exact)]), initial=0.0))
-                if not np.any(apart > FAR * eps(computed_dtype(self.trace)) * size):
+                if not self._is_far(apart, exact):
                     tolerances = tolerances or Tolerances(recipe, self.reference)
                     found[name] = self._share(name, apart, tolerances)
             if not found[name] <= 1:
                 break
         return found
+
+    def is_far(self, recipe: Recipe, like: Recipe) -> bool:
+        """Whether a stage is off by what no rounding explains, `like` as in `first_errors`.
+
+        The stages that are computed first are asked first, those after them not computed.
+        """
+        for name in sorted(self._observed, key=lambda name: PLACES[_source(name)]):
+            exact = _stage(recipe, name)
+            if exact is _stage(like, name):
+                if not self.errors(like)[name] <= 1:
+                    return True
+            elif self._is_far(self._distance(name, recipe.until(_source(name))), exact):
+                return True
+        return False
+
+    def _is_far(self, apart: np.ndarray, exact: np.ndarray) -> bool:
+        """Whether no rounding explains a distance from a stage."""
+        size = np.maximum.reduce(np.abs(exact), None, initial=0.0)
+        if not math.isfinite(size):
+            size = np.max(np.abs(exact[np.isfinite(exact)]), initial=0.0)
+        return bool((apart > FAR * self._eps * float(size)).any())
+
+    @cached_property
+    def _eps(self) -> float:
+        return eps(computed_dtype(self.trace))
 
     def fitting(self, recipe: Recipe) -> np.ndarray:
         """(B, T): the queries whose reported results are those of a recipe, within rounding."""
@@ -129,7 +154,8 @@ class Evidence:
         Each stage counts as much as another; NaN and infinity where one side has a number count
         as ten of its usual numbers.
         """
-        return np.concatenate([self._part(name, _stage(recipe, name)) for name in self._observed])
+        parts = [self._part(name, _stage(recipe, name)) for name in self._observed]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _part(self, name: str, exact: np.ndarray) -> np.ndarray:
         """The differences of a stage; those of the array that was asked for last are kept."""
@@ -151,14 +177,14 @@ class Evidence:
         with np.errstate(invalid="ignore"):
             apart = (got - exact) / size
         numbers = np.isfinite(apart)
-        if numbers.all():
+        if math.isfinite(apart.dot(apart)) or numbers.all():
             return apart
         same = (got == exact) | (np.isnan(got) & np.isnan(exact))
         return np.where(same, 0.0, np.where(numbers, apart, most))
 
     def distance(self, recipe: Recipe) -> float:
         """The length of the differences: of the order of the relative error."""
-        return float(np.linalg.norm(self.differences(recipe)))
+        return length(self.differences(recipe))
 
     @cached_property
     def _last(self) -> dict[str, Any]:
@@ -182,6 +208,11 @@ class Evidence:
                 (size or 1.0) * np.sqrt(got.size),
             )
         return numbers
+
+
+def length(apart: np.ndarray) -> float:
+    """That of a vector of differences, as `np.linalg.norm` gives it."""
+    return math.sqrt(apart.dot(apart))
 
 
 def _unseen(logits: np.ndarray) -> np.ndarray:

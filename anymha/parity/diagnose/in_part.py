@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from anymha.parity.diagnose.causes import Diagnosis
+from anymha.parity.diagnose.deadline import Deadline
 from anymha.parity.diagnose.mistakes import LEFT_OUT
 from anymha.parity.diagnose.mixed import OF_KEYS, groups, mixed
 from anymha.parity.diagnose.precision import rounded_alone
@@ -60,7 +60,7 @@ def in_a_part(trials: Trials, singles: list[Trial], seconds: float) -> Diagnosis
             trials.weighed(trials.recipe, (cause,), wrong, 1)
             for cause, wrong in rounded_alone(trials.recipe, trials.evidence)
         )
-        singles = [*singles, *filter(None, rounded)]
+        singles = [*singles, *trials.completed(filter(None, rounded))]
     # Of a group whose own results are right, what it writes for later ones may be wrong.
     right = [bool(np.all(fitting | ~group.columns)) for group in parts]
     tries = [
@@ -74,9 +74,9 @@ def in_a_part(trials: Trials, singles: list[Trial], seconds: float) -> Diagnosis
         or one.trial.causes[0].stage in ("query", *OF_KEYS)
     ]  # fmt: skip
     found: list[_Try] = []
-    until = time.thread_time() + seconds
+    until = Deadline(seconds)
     for one in sorted(tries, key=_Try.order):
-        if time.thread_time() > until or (found and not one.is_alike):
+        if until.over or (found and not one.is_alike):
             break
         (cause,), group = one.trial.causes, parts[one.group]
         cause = replace(cause, detail=", ".join(filter(None, (cause.detail, group.words))))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anymha.parity.diagnose.evidence import Evidence
+from anymha.parity.diagnose.evidence import Evidence, length
 from anymha.parity.oracle.recipe import Recipe
 
 STEPS = 12
@@ -66,13 +66,16 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
             return None  # the last: it changes nothing that is reported
         room = float(np.max(np.abs(np.diff(starts)[max(best - 1, 0) : best + 1]), initial=1e-3))
         value, left = float(starts[best]), far[best]
-        recipe = family.make(value)
+        recipe = family.make(value) if family.begun is None else family.begun[best]
         for _ in range(TURNS):  # slopes alone are no guide where numbers are cut off
-            near = [value, *(value + part * room for part in BETWEEN)]
-            value = min(near, key=lambda one: evidence.distance(family.make(one)))
-            value = _improved(family, evidence, value, room)
-            recipe, before_it = family.make(value), left
-            left, room = evidence.distance(recipe), room / 8
+            begin, before_it = value, left
+            for one in (begin + part * room for part in BETWEEN):
+                other = family.make(one)
+                far_off = evidence.distance(other)
+                if far_off < left:
+                    value, recipe, left = one, other, far_off
+            value, recipe, apart = _improved(family, evidence, value, recipe, room)
+            left, room = length(apart), room / 8
             if not 0 < left < before_it / 2:
                 break
         if not left < NEARER * before:
@@ -80,9 +83,14 @@ def fitted(family: Family, evidence: Evidence, before: float) -> tuple[str, Reci
     return family.words(value), recipe
 
 
-def _improved(family: Family, evidence: Evidence, value: float, room: float) -> float:
-    """Gauss and Newton's steps from a value, none longer than the room between two starts."""
-    apart = evidence.differences(family.make(value))
+def _improved(
+    family: Family, evidence: Evidence, value: float, recipe: Recipe, room: float
+) -> tuple[float, Recipe, np.ndarray]:
+    """Gauss and Newton's steps from a value, none longer than the room between two starts.
+
+    Returned are the value, its recipe, and what this leaves.
+    """
+    apart = evidence.differences(recipe)
     for _ in range(STEPS):
         small = SMALL * room
         slope = (apart - evidence.differences(family.make(value + small))) / small
@@ -90,18 +98,19 @@ def _improved(family: Family, evidence: Evidence, value: float, room: float) -> 
         least, most = min(family.starts) - value, max(family.starts) - value
         step = float(np.clip(np.clip(step, -room, room), least, most))
         for _ in range(4):
-            nearer = evidence.differences(family.make(value + step))
+            made = family.make(value + step)
+            nearer = evidence.differences(made)
             if nearer @ nearer <= apart @ apart:
                 break
             step /= 4
         else:
             break
         gained = apart @ apart - nearer @ nearer
-        value, apart = value + step, nearer
+        value, recipe, apart = value + step, made, nearer
         if abs(step) < 1e-9 * room or gained < SETTLED * (apart @ apart):
             break
         room = max(4 * abs(step), 1e-6)
-    return value
+    return value, recipe, apart
 
 
 def nearest(

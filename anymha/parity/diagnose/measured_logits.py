@@ -7,7 +7,6 @@ changes with each logit.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
+from anymha.parity.diagnose.deadline import Deadline
 from anymha.parity.diagnose.distance_bias import taken_from
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.measured import number
@@ -115,7 +115,7 @@ def measured_logits(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] 
     got, exact = evidence.reported.get("output"), recipe.stages["output"]
     if got is None or got.shape != exact.shape or not np.all(np.isfinite([got, exact])):
         return None
-    before, until = evidence.distance(recipe), time.thread_time() + SECONDS
+    before, until = evidence.distance(recipe), Deadline(SECONDS)
     for form in _forms(recipe):
         found = _fitted(form, recipe, got, until)
         if found is None:
@@ -210,7 +210,7 @@ def _times_shape(recipe: Recipe, shape: np.ndarray, numbers: np.ndarray) -> Reci
 
 
 def _fitted(
-    form: Form, recipe: Recipe, got: np.ndarray, until: float
+    form: Form, recipe: Recipe, got: np.ndarray, until: Deadline
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The numbers nearest to an output, and which of them change it; None of too little."""
     batch, queries, keys = recipe.lengths
@@ -226,7 +226,7 @@ def _fitted(
     begun, slopes = float(left @ left), np.zeros((0, 0))
     for _ in range(STEPS):
         effects, places = _effects(form, made, numbers, of, used)
-        if not np.all(np.isfinite(effects)) or time.thread_time() > until:
+        if not np.all(np.isfinite(effects)) or until.over:
             return None
         slopes = effects.T @ effects
         along, sizes = effects.T @ left[places], np.diag(slopes).max(initial=0.0)

@@ -7,7 +7,6 @@ is measured, from the weights that a candidate tells or from what it reports.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from anymha.parity.diagnose.causes import Cause
 from anymha.parity.diagnose.changes import listed
+from anymha.parity.diagnose.deadline import Deadline
 from anymha.parity.diagnose.evidence import Evidence
 from anymha.parity.diagnose.measured import Family, fitted, nearest, number
 from anymha.parity.diagnose.trials import EXPLAINED, first_change
@@ -113,10 +113,10 @@ def _as_kernel(name: str, array: np.ndarray) -> np.ndarray:
 
 def measured_weights(recipe: Recipe, evidence: Evidence) -> tuple[Cause, Recipe] | None:
     """The recipe with changed weights that gives what is reported, and how they are changed."""
-    before, until = evidence.distance(recipe), time.thread_time() + SECONDS
+    before, until = evidence.distance(recipe), Deadline(SECONDS)
     for change in CHANGES:
         for words, names in _sets(recipe, change.name == "weights scaled"):
-            if time.thread_time() > until:
+            if until.over:
                 return None
             family = _family(recipe, change, words, names)
             if change.name == PRUNED:

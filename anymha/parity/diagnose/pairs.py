@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from anymha.parity.diagnose.causes import Diagnosis
+from anymha.parity.diagnose.deadline import Deadline
 from anymha.parity.diagnose.mistakes import LEFT_OUT
 from anymha.parity.diagnose.trials import Trial, Trials, in_order, sample
 from anymha.parity.stages.trace import STAGES
@@ -57,7 +57,7 @@ def promising_pairs(
     """Two mistakes, those that promise most first; and whether the time ran out."""
     if trials.evidence.errors(trials.recipe).get("output", np.inf) <= 1:
         return None, False  # no two mistakes give a right output
-    until = time.thread_time() + seconds
+    until = Deadline(seconds)
     singles = trials.whole(singles)
     # Of those that give the same numbers the usual one.
     nearest = sorted(singles, key=lambda one: (round(one.left, 6), one.rank))
@@ -79,7 +79,7 @@ def promising_pairs(
                 other = next((u for u in usual if u and u.explains and not u.rank), other)
                 both = in_order(*one.causes, *other.causes)
                 return Diagnosis(both, other.worst, (), other.recipe), False
-            if time.thread_time() > until:
+            if until.over:
                 return None, True
     return None, False
 
@@ -90,7 +90,7 @@ def usual_pairs(
     """Any two usual mistakes, however little each alone does; and whether time ran out."""
     if trials.evidence.errors(trials.recipe).get("output", np.inf) <= 1:
         return None, False
-    until = time.thread_time() + seconds
+    until = Deadline(seconds)
     counts: dict[str, int] = {}
     usual = list[Trial]()
     for one in singles:
@@ -107,7 +107,7 @@ def usual_pairs(
             if both is not None and both.explains and _both_are_needed(one, both, alone):
                 return Diagnosis(in_order(*one.causes, *both.causes), both.worst, (),
                                  both.recipe), False  # fmt: skip
-            if time.thread_time() > until:
+            if until.over:
                 return None, True
     return None, False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import ml_dtypes
 import numpy as np
@@ -176,16 +176,17 @@ def rounded_places(recipe: Recipe, evidence: Evidence) -> tuple[Cause, float, tu
     exact = evidence.differences(recipe)
     before = float(np.linalg.norm(exact))
 
-    def left(form: _Format, places: Collection[str]) -> float:
-        wrong = _with_rounded(recipe, form, places)
-        return evidence.distance(wrong) / before
+    @cache
+    def left(form: _Format, places: frozenset[str]) -> float:
+        return evidence.distance(_with_rounded(recipe, form, places)) / before
 
     theirs = _theirs(recipe, evidence, expected)
-    found: list[tuple[float, _Format, set[str]]] = []
+    found: list[tuple[float, _Format, frozenset[str]]] = []
     for form in _formats(recipe, expected) if 0 < before < ROUGH else ():
-        chosen, least = set[str](), 1.0
-        alone = {place: {place} for group in _places(recipe) for place in group}
-        alone |= {f"{place}, logits": {place, "logits"} for place in _scaled_before(recipe)}
+        chosen, least = frozenset[str](), 1.0
+        alone = {place: frozenset((place,)) for group in _places(recipe) for place in group}
+        for place in _scaled_before(recipe):
+            alone[f"{place}, logits"] = frozenset((place, "logits"))
         shares = {place: left(form, places) for place, places in alone.items()}
         first = min(shares, key=lambda place: shares[place])
         if shares[first] < MOST_OF_IT:  # another before it would hide it

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from anymha.parity.diagnose.around import around
 from anymha.parity.diagnose.causes import Cause, Diagnosis
-from anymha.parity.diagnose.evidence import FEW, Evidence
+from anymha.parity.diagnose.deadline import Deadline
+from anymha.parity.diagnose.evidence import FEW, Evidence, length
 from anymha.parity.diagnose.head_maps import head_maps
 from anymha.parity.diagnose.measured import Family, fitted
 from anymha.parity.diagnose.mistakes import Mistake, catalogue, other_options
@@ -53,6 +53,9 @@ class Trial:
     # (B, T): the greatest distance of each column's output, as a part of the greatest number; None
     # where it was not computed
     columns: np.ndarray | None = None
+    # The recipe with what was computed of it, where columns, and of what is far off errors and
+    # differences, are left to `Trials.completed`
+    begun: Recipe | None = None
 
     @property
     def worst(self) -> float:
@@ -62,7 +65,7 @@ class Trial:
     @property
     def explains(self) -> bool:
         """Whether rounding explains all that is left."""
-        return self.worst <= 1 and self.left <= EXPLAINED
+        return self.left <= EXPLAINED and self.worst <= 1
 
     def prefix(self) -> int:
         """How many of the reported stages fit, from the first on."""
@@ -97,13 +100,10 @@ class Trials:
         return self.evidence.distance(self.recipe) or 1.0
 
     def tried(
-        self,
-        recipe: Recipe,
-        skip: str | None = None,
-        keys: Collection[tuple[str, str]] | None = None,
-        alone: bool = False,
+        self, recipe: Recipe, skip: str | None = None,
+        keys: Collection[tuple[str, str]] | None = None, alone: bool = False,
         measured: Collection[str] | None = None,
-    ) -> Iterator[Trial | None]:
+    ) -> Iterator[Trial | None]:  # fmt: skip
         """Each mistake in a recipe but those of one name: those tried `alone`, or the rest.
 
         None stands for one that is as another, is none, or explains nothing beside another. With
@@ -142,8 +142,12 @@ class Trials:
 
     def _is_small(self, recipe: Recipe) -> bool:
         """Whether what is made of a recipe is kept for other evidence."""
-        numbers = self.exact["logits"].size + sum(w.size for w in recipe.weights.values())
-        return recipe is self.recipe and numbers <= SMALL_CASE
+        return recipe is self.recipe and self._small
+
+    @cached_property
+    def _small(self) -> bool:
+        weights = self.recipe.weights.values()
+        return self.exact["logits"].size + sum(w.size for w in weights) <= SMALL_CASE
 
     def _up_to_the_first_wrong(self, recipe: Recipe) -> Evidence:
         """The evidence by which numbers are measured: what follows may have other mistakes too."""
@@ -172,35 +176,54 @@ class Trials:
         """How well a recipe explains the evidence; None where it is as another, or is none.
 
         Where many stages are reported, one that comes no further than `recipe` is computed up to
-        there alone, but for `whole`.
+        there alone, but for `whole`. Of fewer, one that is far off is computed no further, where
+        `completed` can do it.
         """
         several, many = len(self.reported) > 1, len(self.reported) > FEW
+        alone = recipe is self.recipe
+        beside = not alone and not several
+        begun = wrong if alone and self._small and not whole else None
         with np.errstate(all="ignore"):
             try:
-                beside = not several and recipe is not self.recipe
                 if beside and self.evidence.distance(wrong) > EXPLAINED * self.before:
                     return None
                 found = causes(wrong) if callable(causes) else causes
                 if not found:
                     return None
                 own, left, apart = dict.fromkeys(self.evidence.names, np.inf), np.inf, np.zeros(0)
-                if many:
+                ties = wrong.computed.get("ties")
+                hasty = begun is not None and several and not many and not ties
+                if hasty and self.evidence.is_far(wrong, recipe):
+                    return Trial(found, wrong.alone(), own, left, apart, rank, begun=begun)
+                if several:
                     own = self.evidence.first_errors(wrong, recipe)
                 if not many or whole or stages_that_fit(own) > self.reached(recipe):
                     apart = self.evidence.differences(wrong)
-                    left = float(np.linalg.norm(apart)) / self.before
-                if not many and (several or left <= EXPLAINED):
+                    left = length(apart) / self.before
+                if not several and left <= EXPLAINED:
                     own = self.evidence.first_errors(wrong, recipe)
-                ties = wrong.computed.get("ties")
                 if ties and not many and max(own.values()) > 1 and left <= EXPLAINED:
                     wrong = ties(self.evidence.distance)
                     apart = self.evidence.differences(wrong)
-                    left = float(np.linalg.norm(apart)) / self.before
+                    left = length(apart) / self.before
                     own = self.evidence.first_errors(wrong, recipe)
             except (ValueError, IndexError):
                 return None  # its arrays do not fit to those of the mistake before
-            columns = self.evidence.columns(wrong) if left < np.inf else None
-        return Trial(found, wrong.alone(), own, left, sample(apart), rank, columns)
+            ask = alone and begun is None and left < np.inf
+            columns = self.evidence.columns(wrong) if ask else None
+        begun = begun and wrong
+        return Trial(found, wrong.alone(), own, left, sample(apart), rank, columns, begun)
+
+    def completed(self, tried: Iterable[Trial]) -> list[Trial]:
+        """With all that was not computed of each."""
+        done = (
+            one if one.begun is None else
+            replace(one, columns=self.evidence.columns(one.begun), begun=None)
+            if one.left < np.inf else
+            self.weighed(self.recipe, one.causes, one.begun, one.rank, whole=True)
+            for one in tried
+        )  # fmt: skip
+        return [*filter(None, done)]
 
     def whole(self, tried: Iterable[Trial]) -> list[Trial]:
         """With what each leaves of all stages."""
@@ -306,11 +329,11 @@ def stages_that_fit(errors: dict[str, float]) -> int:
 
 def in_time(tried: Iterable[Trial | None], seconds: float) -> Iterator[Trial]:
     """As many as that time allows."""
-    until = time.thread_time() + seconds
+    until = Deadline(seconds)
     for one in tried:
         if one is not None:
             yield one
-        if time.thread_time() > until:
+        if until.over:
             return
 
 
@@ -325,7 +348,7 @@ def first_change(right: Recipe, wrong: Recipe) -> str | None:
         if ("peak", name) not in right.computed:
             finite = np.abs(one[np.isfinite(one)])
             right.computed["peak", name] = float(np.max(finite, initial=0.0))
-        most = np.max(np.abs(one - other), initial=0.0)
+        most = np.maximum.reduce(np.abs(one - other), None, initial=0.0)
         if not np.isfinite(most):
             most = np.max(distance(one, other, name), initial=0.0)
         if most > 1e-6 * right.computed["peak", name]:

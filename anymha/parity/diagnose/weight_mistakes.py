@@ -478,11 +478,13 @@ def _shards(recipe: Recipe) -> Variants:
             # Biases lie along the heads, that of the output along its features.
             arrays = {n: a for n, a in arrays.items() if n.endswith("kernel")
                       or (n == "output.bias") == (along == "features")}  # fmt: skip
-            sizes = [_cut_axis(n, a, along).shape[0] for n, a in arrays.items()]
+            cuts = {n: _cut_axis(n, a, along) for n, a in arrays.items()}
+            sizes = [len(cut) for cut in cuts.values()]
             counts = {*SHARDS, *recipe.heads} - {1} if arrays else set[int]()
             for count in sorted(n for n in counts if all(size % n == 0 for size in sizes)):
                 for words, order in _of_shards(count):
-                    changed = {n: _in_shards(n, a, along, count, order) for n, a in arrays.items()}
+                    changed = {n: _in_shards(n, cut, along, count, order).reshape(arrays[n].shape)
+                               for n, cut in cuts.items()}  # fmt: skip
                     of = listed(names) if len(names) < 4 else "all projections"
                     what = {"": of, "bias": f"{of}'s bias", "kernel": f"{of}'s kernel"}[part]
                     cut = f"cut into {count} along the {along}"
@@ -493,6 +495,9 @@ PARTS = ("", "kernel", "bias")
 """Kernel and bias together, and each alone."""
 
 
+Order = tuple[int, ...]
+
+
 def _cut_axis(name: str, array: np.ndarray, along: str) -> np.ndarray:
     """An array with the axis first that is cut: heads with their width, or the other one."""
     if name == "output.bias":
@@ -501,19 +506,16 @@ def _cut_axis(name: str, array: np.ndarray, along: str) -> np.ndarray:
         flat = array.reshape(-1, array.shape[-1])
         return flat if along == "heads" else flat.T
     flat = array.reshape(*array.shape[:-2], -1)
-    return np.moveaxis(flat, -1, 0) if along == "heads" else flat
+    return flat.T if along == "heads" else flat
 
 
-def _in_shards(
-    name: str, array: np.ndarray, along: str, count: int, order: tuple[int, ...]
-) -> np.ndarray:
-    """An array whose parts are others of them; -1: zeros."""
-    cut = _cut_axis(name, array, along)
+def _in_shards(name: str, cut: np.ndarray, along: str, count: int, order: Order) -> np.ndarray:
+    """An array, cut along its first axis, whose parts are others of them; -1: zeros."""
     parts = cut.reshape(count, -1, *cut.shape[1:])[[*order]]
-    parts[np.equal(order, -1)] = 0
+    if -1 in order:
+        parts[order.index(-1)] = 0  # one at most is missing
     again = parts.reshape(-1, *cut.shape[1:])
-    turned = again.T if (name == "output.kernel") != (along == "heads") else again
-    return turned.reshape(array.shape)
+    return again.T if (name == "output.kernel") != (along == "heads") else again
 
 
 def _of_shards(count: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -63,12 +63,9 @@ def right(recipe: Recipe, facts: Decoded) -> np.ndarray:
 
 
 def seeing(
-    recipe: Recipe,
-    seen: np.ndarray,
-    empty: np.ndarray | None = None,
-    queries: np.ndarray | None = None,
-    **changes: Any,
-) -> Recipe:
+    recipe: Recipe, seen: np.ndarray, empty: np.ndarray | None = None,
+    queries: np.ndarray | None = None, **changes: Any,
+) -> Recipe:  # fmt: skip
     """The recipe whose queries see these pairs, and slots (B, T, C) that are empty.
 
     An empty slot holds a key and a value of zeros; it is as far, to ALiBi, as it stands from the
@@ -104,15 +101,9 @@ def seeing(
 
 
 def in_slots(
-    recipe: Recipe,
-    facts: Decoded,
-    slots: np.ndarray,
-    last: np.ndarray,
-    size: int | None = None,
-    empty: bool = True,
-    by_slot: str | None = "keys",
-    **changes: Any,
-) -> Recipe:
+    recipe: Recipe, facts: Decoded, slots: np.ndarray, last: np.ndarray, size: int | None = None,
+    empty: bool = True, by_slot: str | None = "keys", **changes: Any,
+) -> Recipe:  # fmt: skip
     """The recipe of a cache whose keys are written into other slots.
 
     Args:

@@ -18,81 +18,69 @@ An option of the attention (a softcap, rotary positions) changes what some of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property, reduce
+from functools import cache, cached_property, lru_cache, reduce
 from operator import itemgetter
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from anymha.parity.oracle.decoded import Decoded
 
 Arrays = dict[str, np.ndarray]
+Shape = tuple[int, ...]
 
 
-class Matrices(NamedTuple):
-    """How a product of two arrays is one of matrices: axes in order, and how many of each kind.
+@lru_cache(maxsize=1 << 12)
+def _matrices(
+    formula: str, first: Shape, second: Shape
+) -> tuple[Sequence[Shape], Sequence[Shape], bool] | None:
+    """How the formula of arrays of two shapes is a product of matrices; None where it is not.
 
-    Args:
-        first: The axes of the first array: common ones, its own, summed ones.
-        second: Those of the second: common ones, summed ones, its own.
-        result: Where the axes of the product, common ones and those of each, are in the result.
-        common: How many axes the arrays and the result have in common.
-        own: How many of the first array's axes the second has not.
-        plain: Whether there is one axis of each other kind, so that the arrays are matrices.
+    Returned are the axes of both in the order of common ones, rows, and columns, and where those of
+    the product are in the result; then the shapes of both and of the product as matrices, none
+    where they are that already; and whether there are common axes.
     """
-
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-    result: tuple[int, ...]
-    common: int
-    own: int
-    plain: bool
-
-
-@cache
-def _matrices(formula: str) -> Matrices | None:
-    """How the formula of two arrays is a product of matrices; None where it is not."""
-    (first, second), result = formula.partition("->")[0].split(","), formula.partition("->")[2]
-    summed = [n for n in first if n in second and n not in result]
-    common = [n for n in result if n in first and n in second]
-    own = [n for n in result if n in first and n not in second]
-    others = [n for n in result if n in second and n not in first]
-    one, other, made = common + own + summed, common + summed + others, common + own + others
-    named = ((one, first), (other, second), (made, result))
-    if not summed or any(sorted(names) != sorted(given) for names, given in named):
+    (one, other), result = formula.partition("->")[0].split(","), formula.partition("->")[2]
+    summed = [n for n in one if n in other and n not in result]
+    common = [n for n in result if n in one and n in other]
+    own = [n for n in result if n in one and n not in other]
+    others = [n for n in result if n in other and n not in one]
+    orders = (common + own + summed, one), (common + summed + others, other)
+    orders += ((common + own + others, result),)
+    if not summed or any(sorted(names) != sorted(given) for names, given in orders):
         return None
-    return Matrices(
-        tuple(map(first.index, one)), tuple(map(second.index, other)),
-        tuple(map(made.index, result)), len(common), len(own),
-        plain=len(own) == len(summed) == len(others) == 1,
-    )  # fmt: skip
+    axes = [tuple(map(given.index, names)) for names, given in orders[:2]]
+    axes.append(tuple(map(orders[2][0].index, result)))
+    if (len(first), len(second)) != (len(one), len(other)):
+        return axes, (), bool(common)  # which fails, as it should
+    sizes = dict(zip(other, second, strict=True)) | dict(zip(one, first, strict=True))
+    if any(sizes[n] != size for n, size in zip(other, second, strict=True)):
+        return None  # `np.einsum` repeats axes of length 1, or says what does not fit
+    shapes = [[sizes[n] for n in names] for names in (common, own, summed, others)]
+    if len(own) == len(summed) == len(others) == 1:
+        return axes, (), bool(common)
+    front, (row, inner, column) = shapes[0], map(math.prod, shapes[1:])
+    whole = (*front, row, inner), (*front, inner, column), (*front, *shapes[1], *shapes[3])
+    return axes, whole, bool(common)
 
 
 def einsum(formula: str, *arrays: np.ndarray) -> np.ndarray:
     """`np.einsum`, by products of matrices where it is one."""
-    way = _matrices(formula) if len(arrays) == 2 else None
+    way = _matrices(formula, arrays[0].shape, arrays[1].shape) if len(arrays) == 2 else None
     if way is None:
         return np.einsum(formula, *arrays, optimize=len(arrays) > 2)
-    first, second = arrays[0].transpose(way.first), arrays[1].transpose(way.second)
-    one, other, common = first.shape, second.shape, way.common
-    begin = common + way.own
-    end = common + len(one) - begin
-    if one[:common] != other[:common] or one[begin:] != other[common:end]:
-        return np.einsum(formula, *arrays)  # repeats axes of length 1, or says what does not fit
-    if not way.plain:
-        axes, summed = one[:common], math.prod(one[begin:])
-        first = first.reshape(*axes, math.prod(one[common:begin]), summed)
-        second = second.reshape(*axes, summed, math.prod(other[end:]))
+    axes, shapes, common = way
+    first, second = arrays[0].transpose(axes[0]), arrays[1].transpose(axes[1])
+    if shapes:
+        first, second = first.reshape(shapes[0]), second.reshape(shapes[1])
     if common:
         with np.errstate(all="ignore"):  # as `np.einsum` and `np.dot` are silent
             product = np.matmul(first, second)
     else:
         product = np.dot(first, second)
-    if not way.plain:
-        product = product.reshape(one[:begin] + other[end:])
-    return product.transpose(way.result)
+    return (product.reshape(shapes[2]) if shapes else product).transpose(axes[2])
 
 
 class Section:
@@ -149,14 +137,9 @@ class Section:
         return array
 
     def backward(
-        self,
-        stage: str,
-        gradient: np.ndarray,
-        array: np.ndarray,
-        recipe: Recipe,
-        stages: Arrays,
+        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
         cancel: bool,
-    ) -> np.ndarray:
+    ) -> np.ndarray:  # fmt: skip
         """The gradient of `array`, the argument of `forward`, from the gradient of its result.
 
         Without `cancel` it is a size, and every difference is a sum of sizes.
@@ -164,14 +147,9 @@ class Section:
         return gradient
 
     def own_gradients(
-        self,
-        stage: str,
-        gradient: np.ndarray,
-        array: np.ndarray,
-        recipe: Recipe,
-        stages: Arrays,
+        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
         cancel: bool,
-    ) -> Arrays:
+    ) -> Arrays:  # fmt: skip
         """Gradients of the option's own weights, and its part of the inputs' gradients, by name.
 
         The arguments are those of `backward`.
@@ -315,13 +293,8 @@ class Recipe:
         changed: set[str] = set()
         for name, new in changes.items():
             changed.update(_changed(self, name, new))
-        first = min([PLACES[name] for name in changed if name in PLACES], default=len(ORDER))
-        # The projections do not depend on each other.
-        known: Arrays = {}
-        for name in ORDER[: max(first, 3)]:
-            array = self._begun.get(name, self.known.get(name))
-            if array is not None and name not in changed:
-                known[name] = array
+        every = {**self.known, **self._begun}
+        known = {name: every[name] for name in _untouched(frozenset(changed)) if name in every}
         if MASKING.isdisjoint(changes):
             known["seen"] = self.seen
         made = object.__new__(Recipe)  # a search makes thousands, which `replace` is slow for
@@ -332,8 +305,7 @@ class Recipe:
     def alone(self) -> Recipe:
         """The recipe without what has been computed of it."""
         made: Recipe = object.__new__(type(self))
-        own = vars(self)
-        vars(made).update({name: own[name] for name in self.__dataclass_fields__})
+        vars(made).update(zip(_FIELDS, _VALUES(vars(self)), strict=True))
         return made
 
     def of_batch(self, at: int) -> Recipe:
@@ -414,6 +386,14 @@ def ordered(sections: tuple[Section, ...]) -> tuple[Section, ...]:
     return tuple(sorted(sections, key=lambda section: (section.order(), section.option)))
 
 
+@cache
+def _untouched(changed: frozenset[str]) -> tuple[str, ...]:
+    """The stages that stay where the steps of others change."""
+    first = min([PLACES[name] for name in changed if name in PLACES], default=len(ORDER))
+    # The projections do not depend on each other.
+    return tuple(name for name in ORDER[: max(first, 3)] if name not in changed)
+
+
 def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
     """The stages whose own steps another value of a field may change."""
     if field_name in ("masks", "causal", "window", "bias"):
@@ -423,10 +403,13 @@ def _changed(recipe: Recipe, field_name: str, new: Any) -> Collection[str]:
     if field_name in ("positions", "key_positions"):
         return {"query" if field_name == "positions" else "key"}
     if field_name == "steps":
-        return {name for name in STEPS if new[name] is not recipe.steps[name]}
+        steps = recipe.steps
+        return [name for name in ORDER if new[name] is not steps[name]]
     if field_name == "weights":
-        every = {**recipe.weights, **new}
-        own = {n.partition(".")[0] for n in every if recipe.weights.get(n) is not new.get(n)}
+        known = recipe.weights
+        names = [n for n, array in new.items() if known.get(n) is not array]
+        names += [n for n in known if n not in new]
+        own = {n.partition(".")[0] for n in names}
         return own if own <= {*STEPS} else STEPS  # a section's weights may act anywhere
     if field_name == "sections":
         one, other = ({id(s): s for s in sections} for sections in (recipe.sections, new))
@@ -490,10 +473,10 @@ def masked(recipe: Recipe, stages: Arrays) -> np.ndarray:
 def softmax(logits: np.ndarray, axis: int = -1) -> np.ndarray:
     """Over an axis; where all of it is -inf, zeros."""
     top = np.maximum.reduce(logits, axis, keepdims=True, initial=-np.inf)
-    empty = top == -np.inf
-    if not empty.any():
+    if np.minimum.reduce(top, None, initial=np.inf) > -np.inf:  # false of NaN too
         weights = np.exp(logits - top)
         return np.divide(weights, np.add.reduce(weights, axis, keepdims=True), out=weights)
+    empty = top == -np.inf
     weights = np.exp(logits - np.where(empty, 0.0, top))
     return weights / np.where(empty, 1.0, np.add.reduce(weights, axis, keepdims=True))
 
@@ -615,11 +598,9 @@ def sizes(
 
 
 def _product(
-    formula: str,
-    one: tuple[np.ndarray, np.ndarray],
-    other: tuple[np.ndarray, np.ndarray],
+    formula: str, one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray],
     relative: float,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """The sums of the squared terms of a product of two stages, each its sizes and its numbers.
 
     With sizes A and B of numbers a and b, the terms are (A b)^2 + (a B)^2 - (a b)^2, which is
