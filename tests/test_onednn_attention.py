@@ -37,6 +37,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> None:
     if not onednn_attention.is_right():
         pytest.skip("this torch has no products of oneDNN's")
     monkeypatch.setattr(products, "preferred", True)
+    monkeypatch.setattr(onednn_attention, "LEAST_OF_THREAD", 1 << 16)
 
 
 def heads(batch: int, heads: int, length: int, width: int, seed: int, dtype: Any = None) -> Any:
@@ -250,11 +251,15 @@ def test_threads_give_the_same_bits_wherever_they_are(threads: int) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_heads_that_threads_cannot_share_are_torchs(threads: int) -> None:
+def test_heads_that_threads_cannot_share_are_torchs(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = layer_of(num_key_value_heads=1)
     with torch.no_grad():
         assert (NOTE in anymha.explain(one, inputs()[:1])) == (threads == 1)
         assert NOTE in anymha.explain(one, inputs())
+        monkeypatch.setattr(onednn_attention, "LEAST_OF_THREAD", 1 << 23)
+        assert (NOTE in anymha.explain(one, inputs())) == (threads == 1)
 
 
 # --- in a layer ----------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def _by_onednn(
         and _get_mkldnn_enabled()
         and products.is_plain()
         and own.is_right()
-        and own.is_shared_well(batch * shared)
+        and own.is_shared_well(batch * shared, batch * query.shape[1] * queries * keys)
     )
 
 

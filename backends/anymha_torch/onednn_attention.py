@@ -49,6 +49,11 @@ LONGEST = 1 << 15
 MOST_THREADS = 8
 """More wait for Python."""
 
+LEAST_OF_THREAD = 1 << 23
+"""Logits of each of several threads: those of OpenMP take the cores for some milliseconds after
+what they computed last, whether there is more for them or not.
+"""
+
 ROWS = 32
 """The rows of the smallest tile, which has the last rows."""
 
@@ -73,11 +78,13 @@ def _overwrites() -> bool:
     return torch.equal(torch.softmax(logits, -1, out=logits), expected)
 
 
-def is_shared_well(parts: int) -> bool:
-    """Whether all threads have about as much to do, of so many equal parts."""
+def is_shared_well(parts: int, logits: int) -> bool:
+    """Whether threads have enough to do, and about as much each, of so many equal parts."""
     threads = torch.get_num_threads()
     if threads == 1:
         return True
+    if logits < threads * LEAST_OF_THREAD:
+        return False
     fits = threads <= MOST_THREADS and (parts % threads == 0 or parts >= 4 * threads)
     return fits and _can_compute_alone()
 
