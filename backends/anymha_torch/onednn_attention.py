@@ -73,6 +73,7 @@ def is_right() -> bool:
 
 @cache
 def _overwrites() -> bool:
+    """Whether a softmax written over its argument is the same."""
     logits = torch.linspace(-9.0, 9.0, 60_000, dtype=torch.float32, device="cpu").reshape(3, -1)
     expected = torch.softmax(logits, -1)
     return torch.equal(torch.softmax(logits, -1, out=logits), expected)

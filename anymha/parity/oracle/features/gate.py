@@ -120,9 +120,14 @@ class GateSection(Section):
         return array + gate if self.added else array * gate
 
     def backward(
-        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
         cancel: bool,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """The gate is a factor; its own error comes from the terms of its projection."""
         if stage != self.place:
             return gradient
@@ -133,9 +138,14 @@ class GateSection(Section):
         return gradient * (np.abs(function(y)) + np.abs(slope(y)) * size)
 
     def own_gradients(
-        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
         cancel: bool,
-    ) -> Arrays:  # fmt: skip
+    ) -> Arrays:
         """Of kernel and bias of the projection, and of the query through it."""
         if stage != "context" or self.place != "context" or self.columns:
             return {}

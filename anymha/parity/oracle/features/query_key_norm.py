@@ -73,9 +73,14 @@ class QueryKeyNormSection(Section):
         return array + late
 
     def backward(
-        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
         cancel: bool,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """With y = x / r the gradient of x is (g - y mean(g y)) / r, its own mean taken off."""
         if stage not in self.names:
             return gradient
@@ -95,9 +100,14 @@ class QueryKeyNormSection(Section):
         return gradient
 
     def own_gradients(
-        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
         cancel: bool,
-    ) -> Arrays:  # fmt: skip
+    ) -> Arrays:
         """Of the weights and the biases of the norm."""
         if stage not in self.names:
             return {}

@@ -163,9 +163,14 @@ class RotarySection(Section):
         return array
 
     def backward(
-        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
         cancel: bool,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """Turned back."""
         if stage in self.own:
             return self.own[stage].backward(stage, gradient, array, recipe, stages, cancel)

@@ -26,9 +26,13 @@ class SoftcapSection(Section):
     usual = (50.0, 30.0, 20.0, 15.0)
 
     def __init__(
-        self, value: float, inner: float | None = None, outer: float | None = None,
-        at: str = "logits", bounds: Callable[[np.ndarray], np.ndarray] = np.tanh,
-    ) -> None:  # fmt: skip
+        self,
+        value: float,
+        inner: float | None = None,
+        outer: float | None = None,
+        at: str = "logits",
+        bounds: Callable[[np.ndarray], np.ndarray] = np.tanh,
+    ) -> None:
         super().__init__(value)
         self.inner = 1 / value if inner is None else inner
         self.outer = value if outer is None else outer
@@ -44,9 +48,14 @@ class SoftcapSection(Section):
         return self.outer * self.bounds(self.inner * array) if stage == self.at else array
 
     def backward(
-        self, stage: str, gradient: np.ndarray, array: np.ndarray, recipe: Recipe, stages: Arrays,
+        self,
+        stage: str,
+        gradient: np.ndarray,
+        array: np.ndarray,
+        recipe: Recipe,
+        stages: Arrays,
         cancel: bool,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """The slope of c tanh(l / c) is 1 - tanh(l / c)^2, a difference that may cancel."""
         if stage != self.at:
             return gradient
